@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same
-from spear.sim.record import Disturbance, record, record_episode
+from spear.sim.record import Acts, Disturbance, record, record_episode
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 
@@ -64,12 +65,14 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
 def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
     seeds = []
 
-    def stay(observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
+    def stay(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
+        assert folder == Path("weights")
         assert observation["observation/image"].shape == (72, 96, 3)
         seeds.append((seed, step))
         return NOTHING
 
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=stay)
+    policy = Acts(Path("weights"), stay)
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=policy)
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9

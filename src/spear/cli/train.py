@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError
+from spear.errors import SpearError, is_first_process
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
 from spear.util.options import key_values
 
@@ -51,7 +51,9 @@ def train(options: TrainOptions) -> None:
         check_episodes(path, options.split)
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
     inputs = Inputs(options.labels, run.mixture(options.episodes, stores, options.shares), init, moge)
-    print(f"trained: {run.train(stage, out, inputs, how, options.device)}")
+    final = run.train(stage, out, inputs, how, options.device)
+    if is_first_process():
+        print(f"trained: {final}")
 
 
 def plan(options: PlanOptions) -> None:

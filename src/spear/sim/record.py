@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,24 @@ from spear.types import Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
-Acts = Callable[[Mapping[str, Any], int, int], Array]
-"""What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise. Whose
-weights lie in folders is a `functools.partial` of these."""
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03
 """How far a missed grasp is lifted per step, m."""
 _EXTRA_STEPS = 20
 """Disturbed episodes may take this much longer than an evaluation."""
+
+
+@dataclass(frozen=True)
+class Acts:
+    """A policy that takes turns with the expert, as it is sent to processes.
+
+    folder  its weights. act: (folder, observation, seed of the scene, step) → what it does, [8]; seed and
+            step fix its noise.
+    """
+
+    folder: Path
+    act: Callable[[Path, Mapping[str, Any], int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ class Pushes:
             return action, False
         self.left -= 1
         if self.policy is not None:
-            return self.policy(observation, seed, step), True
+            return self.policy.act(self.policy.folder, observation, seed, step), True
         assert how is not None
         move, vector = rng.normal(0, how.translation, 3), rng.normal(0, how.rotation, 3)
         vector[2] += rng.normal(0, how.twist)
