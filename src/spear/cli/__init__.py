@@ -233,7 +233,7 @@ def _help(name: str) -> str:
 @functools.cache
 def _docstrings(module: str) -> dict[str, str]:
     """Those of a file's functions, read without importing what the file imports."""
-    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
     return {f.name: ast.get_docstring(f) or "" for f in tree.body if isinstance(f, ast.FunctionDef)}
 
 
