@@ -12,14 +12,17 @@ from spear.cli import main
 from spear.models.presets import preset
 
 
-def test_everything_agrees_on_this_machine(done: Command) -> None:
-    said = done("doctor", "--device", "cpu")
-    for way in ("plain network", "fast"):
-        assert f"| {way} | float32 |" in said and f"| {way} | bfloat16 |" in said
+def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> None:
+    page = tmp_path / "doctor.html"
+    said = done("doctor", "--device", "cpu", "--out", str(page))
+    for row in (
+        f"| {way} | {dtype} |" for way in ("plain network", "fast") for dtype in ("float32", "bfloat16")
+    ):
+        assert row in said and row in page.read_text()
 
 
 def test_a_way_that_differs_or_raises_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = doctor.fast
 
@@ -30,7 +33,7 @@ def test_a_way_that_differs_or_raises_is_named(
 
     monkeypatch.setattr(doctor, "fast", broken)
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
-    assert main(["doctor", "--device", "cpu"]) == 1
+    assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
     found = capsys.readouterr()
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
 

@@ -135,6 +135,19 @@ def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> No
             assert float((velocity.to_vector() - numeric).abs().max()) < 1e-6
 
 
+def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed() -> None:
+    noise, data, time = pair(S3)
+    cases = [(noise, data, time), *((*pairs_at_angle(a), torch.tensor([0.37]).double()) for a in ANGLES)]
+    for noise, data, time in cases:
+        state, velocity = flow.interpolate(noise, data, time, S3)
+        q, u = state.rotation, velocity.rotation
+        assert float((q.norm(dim=-1) - 1).abs().max()) < 1e-14
+        assert float(q[..., 0].min()) > 0
+        assert float((q * u).sum(-1).abs().max()) < 1e-14
+        apart, opposite = ((noise.rotation + sign * data.rotation).norm(dim=-1) for sign in (-1, 1))
+        torch.testing.assert_close(u.norm(dim=-1), 2 * torch.atan2(apart, opposite), atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowConfig) -> None:
     noise, data, time = pair(config)

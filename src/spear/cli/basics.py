@@ -7,7 +7,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import notice
 from spear.evaluate.options import Decode
-from spear.util.files import write_bytes
+from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ class DoctorOptions(Options):
     preset: str = "nano"
     """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""
     device: Device = "auto"
+    out: Path = Path("runs/doctor.html")
+    """The page to write."""
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -191,15 +193,22 @@ def doctor(options: DoctorOptions) -> None:
     from spear import doctor as machine
     from spear.models.devices import choose_device
     from spear.models.presets import preset
+    from spear.report.page import render
 
     size, device = preset(options.preset), choose_device(options.device)
-    for what, which in machine.about(size, device):
-        print(f"{what}: {which}  ")
-    print(f"\n| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|", sep="\n", flush=True)
-    wrong = []
+    facts = machine.about(size, device)
+    lines = [f"{what}: {which}  " for what, which in facts]
+    lines += ["", f"| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|"]
+    print("\n".join(lines), flush=True)
+    rows, wrong = [], []
     for way in machine.examine(size, device):
+        rows.append(way.row())
         wrong += [f"{way.name} in {way.dtype}"] if way.problem else []
-        print(f"| {' | '.join(way.row())} |", flush=True)
+        lines.append(f"| {' | '.join(rows[-1])} |")
+        print(lines[-1], flush=True)
+    title = f"spear doctor: {size.name} on {device}"
+    page = render("doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines)
+    write_text(options.out, page)
     if wrong:
         raise machine.Disagrees(f"{', '.join(wrong)}: paste the lines above into an issue")
-    print("\neverything agrees")
+    print(f"\neverything agrees; open {options.out.resolve()}")
