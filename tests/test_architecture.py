@@ -46,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2085, "ablations": 649, "cli": 1557, "data": 4618, "embodiments": 795, "evaluate": 3166,
-    "labels": 4670, "models": 4613, "report": 1173, "serve": 989, "sim": 1577, "train": 2477, "ui": 705,
-    "util": 807,
+    "(top)": 2080, "ablations": 649, "cli": 1576, "data": 4633, "embodiments": 778, "evaluate": 3174,
+    "labels": 4701, "models": 4613, "report": 1171, "serve": 982, "sim": 1586, "train": 2478, "ui": 705,
+    "util": 820,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import refuses
-from spear.chunks import REPLAN, ChunkExecutor, Pilot, mean_action
+from spear.chunks import REPLAN, ChunkExecutor, Pilot
 from spear.types import Array
 
 
@@ -138,46 +138,23 @@ def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> No
     assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
 
 
-def test_ensemble_averages_what_is_said_about_now() -> None:
-    executor = ChunkExecutor("ensemble", decay=np.log(2))
-    said = [chunk(0), chunk(30), chunk(90)]
-    got = []
-    for one in said:
-        assert executor.wants()
-        executor.give(one)
-        assert not executor.wants()
-        got.append(executor.next())
-    # now: 2 from the first (two ticks old), 31 from the second, 90 from the third
-    assert millimetres(got)[2] == pytest.approx((2 / 4 + 31 / 2 + 90) / (1 / 4 + 1 / 2 + 1), abs=1e-3)
-    looked, actions = drive(ChunkExecutor("ensemble"), 9, delay=2)
-    assert looked == list(range(9))
-    looked, three = drive(ChunkExecutor("ensemble", replan=3, decay=np.log(2)), 5)
-    assert looked == [0, 3] and millimetres(three)[:3] == [0, 1, 2]
-    executor = ChunkExecutor("ensemble", replan=4, decay=np.log(2))
-    for one in (chunk(0), chunk(90)):
-        executor.give(one)
-        got = [executor.next() for _ in range(4)]
-    assert millimetres(got) == [pytest.approx((4 / 16 + 90) / (1 / 16 + 1), abs=1e-3), 91, 92, 93]
-    assert millimetres(actions)[:2] == [0, 0] and not any(m == 0 for m in millimetres(actions)[3:])
-
-
-def test_the_mean_rotation_is_the_same_for_both_signs_and_weighs() -> None:
-    turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
-    rows = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
-    for weights, low, high in ((None, 0.35, 0.35), ([3.0, 1.0], 0.26, 0.29)):
-        mean = mean_action(rows, weights)
-        flipped = mean_action(rows * np.array([1, 1, 1, -1, -1, -1, -1, 1]) ** [[0], [1]], weights)
-        np.testing.assert_allclose(mean, flipped, atol=1e-7)
-        angle = Rotation.from_quat(mean[3:7], scalar_first=True).magnitude()
-        assert low - 1e-6 <= angle <= high + 1e-6
-
-
 def test_bad_settings_are_refused() -> None:
     refuses("asynch", ChunkExecutor, "asynch")
     refuses("replan 0", ChunkExecutor, replan=0)
-    for mode in ("sync", "async", "ensemble"):
+    for mode in ("sync", "async"):
         refuses(r"replan 9.* 5 ", ChunkExecutor(mode, replan=9).give, chunk(0))
     refuses("--execution rtc", ChunkExecutor, "rtc")
+
+
+@pytest.mark.parametrize("bad", [np.nan * chunk(0), chunk(0)[:, :7], chunk(0)[0], 0 * chunk(0)])
+def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
+    class Broken:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            return {"actions": bad}
+
+    pilot = Pilot(Broken())
+    refuses("actions", pilot.step, {})
+    pilot.close()
 
 
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:

@@ -64,6 +64,9 @@ def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
     away = "Estimate the x, y, z distance between the plate and the sponge"
     assert main(["ask", "sim:7", away, "--draw", "none.png"]) == 2  # an offset is no place
     assert "note: none.png" in capsys.readouterr().err and not Path("none.png").exists()
+    Image.new("RGB", (1, 1)).save("dot.png")
+    assert main(["ask", "dot.png", "How far away is the mug?"]) == 0
+    assert not re.search(r"\d", capsys.readouterr().out)  # what it sees instead is no number
 
 
 def test_the_page_without_real_data_says_how_to_get_some(

@@ -6,9 +6,8 @@ stopped at any moment, the same command goes on, more SCENES add to those that a
 compare` compares any two. The row rtc is for policies that were trained with `--set committed=N`.
 
 The step of velocity at a seam is by how much one tick's motion differs from the last one's, in mm per tick of
-200 ms, wherever another chunk takes over or the robot stops or starts again (with ensemble: at every tick). A
-policy that sees everything anew at every tick without delay (sync/1 at 0 ms) has seams everywhere: it is the
-measure of what is smooth.
+200 ms, wherever another chunk takes over or the robot stops or starts again. A policy that sees everything
+anew at every tick without delay (sync/1 at 0 ms) has seams everywhere: it is the measure of what is smooth.
 
     python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--guided] [--quick]
 
@@ -45,7 +44,6 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "sync/5": ("sync", 5),
     "async/1": ("async", 1),
     "async/3": ("async", 3),
-    "ensemble": ("ensemble", 1),
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
@@ -69,8 +67,7 @@ class Recorder(ChunkExecutor):
         """As it is; notes it where it does not go on with the same chunk."""
         action = super().next()
         speaks = None if self._executed[-1] is None else self._left
-        changed = speaks is not self._speaks or self.mode == "ensemble"
-        if self._before is not None and changed:
+        if self._before is not None and speaks is not self._speaks:
             self.seams.append(float(np.linalg.norm(action[:3] - self._before) * 1000))
         if self._before is not None or speaks is not None:  # the first motion has nothing before it
             self._before, self._speaks = action[:3], speaks

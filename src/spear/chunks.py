@@ -9,8 +9,6 @@ async     look while actions are left, go on with them, and switch when the next
           there is no jump at the seam and the arm ends where the new chunk wants it (our choice).
 rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
-ensemble  look at every k-th tick, and execute the weighted mean of what all chunks at hand say about now:
-          temporal ensembling (ACT, arXiv 2304.13705); the newest weighs most, rotations are averaged on S³.
 """
 
 from collections import deque
@@ -25,11 +23,19 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known
-from spear.geometry import quat_canonical, quat_conjugate, quat_exp, quat_log, quat_multiply, quat_normalize
-from spear.types import Array, Policy
+from spear.geometry import (
+    quat_canonical,
+    quat_conjugate,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_normalize,
+    unit_quat,
+)
+from spear.types import ACTION_DIM, Array, Policy
 from spear.util.processes import release_workers
 
-Mode = Literal["sync", "async", "ensemble", "rtc"]
+Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
@@ -55,18 +61,17 @@ class ChunkExecutor:
             execute(executor.next())
 
     replan   k, the actions of a chunk that are executed before the next look.
-    decay    ensemble: a chunk that is one tick older weighs exp(-decay) of the newer one (our choice).
     most     rtc: the most actions that the policy may be told of (its `committed`).
     """
 
-    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, decay: float = 0.5, most: int = 0) -> None:
+    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0) -> None:
         check_mode(mode, most)
         check_replan(replan)
-        self.mode, self.replan, self.decay, self.most = mode, replan, decay, most
+        self.mode, self.replan, self.most = mode, replan, most
         self.tick = 0
         self._gripper = 1.0
-        self._waiting: list[_Chunk] = []  # ensemble: until it is used up, else until it arrives
-        self._left: list[Array] = []  # other modes: actions still to execute
+        self._waiting: list[_Chunk] = []  # until they arrive
+        self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
         self._delay = 0
         self._horizon = 0
@@ -74,8 +79,8 @@ class ChunkExecutor:
 
     def wants(self) -> bool:
         """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
-        if self.mode == "ensemble" or self._looked == self.tick:
-            return self.tick - self._looked >= self.replan
+        if self._looked == self.tick:
+            return False
         self._take_up()
         # async looks while it still has the actions after the k-th, and enough to last through inference
         spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
@@ -90,23 +95,21 @@ class ChunkExecutor:
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
 
-        Both are the present tick by default. Raises `SpearError` for a chunk of fewer actions than are to be
-        executed of it.
+        Both are the present tick by default. Raises as `check_actions` does, and `SpearError` for a chunk of
+        fewer actions than are to be executed of it.
         """
+        actions = check_actions(actions)
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        self._waiting.append(_Chunk(np.asarray(actions), observed, arrives))
+        self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
         self._delay = arrives - observed
 
     def next(self) -> Array:
         """The action [8] of this tick, which ends. With none left: no motion, gripper as last told (open)."""
-        if self.mode == "ensemble":
-            action = self._ensembled()
-        else:
-            self._take_up()
-            action = self._left.pop(0) if self._left else None
+        self._take_up()
+        action = self._left.pop(0) if self._left else None
         self.tick += 1
         self._executed.append(action)
         if action is None:
@@ -122,15 +125,6 @@ class ChunkExecutor:
             self._horizon = len(chunk.actions)
             self._left = list(rows)
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
-
-    def _ensembled(self) -> Array | None:
-        now = [(c, c.actions[len(self._made_since(c.observed)) :]) for c in self._waiting]
-        self._waiting = [c for c, left in now if c.arrives > self.tick or len(left)]
-        now = [(c, left) for c, left in now if c.arrives <= self.tick and len(left)]
-        if not now:
-            return None
-        weights = np.exp([-self.decay * (self.tick - c.observed) for c, _ in now])
-        return mean_action(np.stack([left[0] for _, left in now]), weights)
 
     def _made_since(self, tick: int) -> list[Array]:
         """The actions made since a tick's observation; ticks without motion are left out."""
@@ -169,7 +163,7 @@ class Pilot:
     def _take(self, wait: bool) -> None:
         if self._asked is not None and (wait or self._asked[1].done()):
             (tick, future), self._asked = self._asked, None
-            self._executor.give(np.asarray(future.result()["actions"]), observed=tick)
+            self._executor.give(future.result()["actions"], observed=tick)
 
 
 def check_mode(mode: str, committed: int) -> None:
@@ -188,19 +182,14 @@ def check_replan(replan: int, horizon: int | None = None) -> None:
         raise SpearError(f"--replan {replan}: execute at least 1 action of a chunk{most}")
 
 
-def mean_action(actions: Array, weights: Array | None = None) -> Array:
-    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
-
-    The chordal mean on S³ is the top eigenvector of Σ w q qᵀ, which does not depend on the signs of the
-    quaternions. weights [N] need not sum to one; None: all the same.
-    """
-    actions = np.asarray(actions, np.float64)
-    w = np.ones(len(actions)) if weights is None else np.asarray(weights, np.float64)
-    w = w / w.sum()
-    q = actions[:, 3:7]
-    rotation = np.linalg.eigh((q * w[:, None]).T @ q)[1][:, -1]
-    rotation = rotation if rotation[0] >= 0 else -rotation
-    return np.concatenate([w @ actions[:, :3], rotation, w @ actions[:, 7:]]).astype(np.float32)
+def check_actions(actions: Array) -> Array:
+    """A policy's chunk. Raises `SpearError` for what is not [H, 8] finite numbers with unit quaternions."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
+        cure = "check the policy's weights, and that a server of it has --embodiment generic"
+        raise SpearError(f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}")
+    unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    return actions
 
 
 def _joined(actions: Array, made: Sequence[Array]) -> Array:

@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from spear.data.readers.formats import dataset_name, episode_counts
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.prepare import folder_in, prepare
+from spear.data.store.prepare import open_store
 from spear.errors import SpearError
 from spear.evaluate import closed_loop, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
@@ -173,10 +173,8 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
     cut = count - max(1, round(HELD_OUT * count))
     if cut < 1:
         raise SpearError(f"too few episodes: {source}: its split {name!r} has {count}: give at least 2")
-    stores = []
-    for split in (f"{name}[:{cut}]", f"{name}[{cut}:{count}]"):
-        target = folder_in(out, source, split)
-        if not target.is_dir():
-            prepare(source, target, split)
-        stores.append(EpisodeStore(target).demonstrations())
-    return stores[0], stores[1]
+    learned, held_out = (
+        open_store(source, out, split)[0].demonstrations()
+        for split in (f"{name}[:{cut}]", f"{name}[{cut}:{count}]")
+    )
+    return learned, held_out

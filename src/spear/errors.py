@@ -50,7 +50,12 @@ def need(module: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpearError(f'{what} needs {error.name or module}: pip install "spear-vla[{extra}]"') from error
+        raise SpearError(needs(what, error.name or module, extra)) from error
+
+
+def needs(what: str, module: str, extra: str) -> str:
+    """What is said where the module that an extra of this package brings is missing."""
+    return f"{what} needs {module}: pip install 'spear-vla[{extra}]'"
 
 
 def first_line(error: BaseException | str) -> str:

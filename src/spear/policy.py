@@ -101,7 +101,8 @@ class VlmBundle:
             return self.processor.grammar([0.0] * NUMBERS[family])
         if family in PIXELS:
             return self.processor.grammar([Pixel(0.0, 0.0)] * PIXELS[family])
-        return self.processor.worded(2) if family == "chain_of_thought" else None
+        in_words = {"chain_of_thought": 2, "what_at": 0}  # with so many numbers between the words
+        return self.processor.worded(in_words[family]) if family in in_words else None
 
 
 def load_vlm(

@@ -78,7 +78,7 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
     here, _ = evaluate(PolicyAgent(Homing(), "here"), options, quiet=True)
-    with serving(robot="sim") as server:
+    with serving() as server:
         remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
         there, _ = evaluate(PolicyAgent(remote, "there"), options, quiet=True)
         remote.close()

@@ -169,6 +169,17 @@ def canonical(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
+    """A fast camera's first would make the steps of the others look like 4 m/s."""
+    episodes = []
+    for number, rate in enumerate((30.0, 5.0, 5.0, 5.0)):
+        time = np.arange(24) / rate
+        position = np.stack([0.4 + 0.4 * np.sin(1.5 * time), 0 * time, 0.3 + 0 * time], axis=1)
+        episodes.append(make(number, 24, (8, 8), position=position, rate_hz=rate))
+    write_episodes(episodes, tmp_path / "store")
+    assert audit(tmp_path / "store").states == []
+
+
 def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     canonical: Path, tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +265,7 @@ def test_two_cameras_that_are_exchanged() -> None:
         look([encode_jpeg(image.astype(np.uint8)) for image in images], position, 5.0, "it")
         for images in (beside, hand)
     )
+    refuses("images", look, [encode_jpeg(still.astype(np.uint8))] * 7, position, 5.0, "it")
     assert external.change < 0.2 < wrist.change and not external.blank
     for views, verdict in (((external, wrist), "agrees"), ((wrist, external), "wrong")):
         (check,) = check_cameras({"external": [views[0]] * 6, "wrist": [views[1]] * 6})

@@ -1,7 +1,6 @@
 """Recording goes on where it was stopped, and mixes nothing up."""
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def test_a_recording_with_a_policy_continues_with_the_same_weights_only(tmp_path
         (tmp_path / name / "model.safetensors").write_text(name)
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     out = tmp_path / "out"
-    kept, _ = record(out, 1, policy=partial(still, tmp_path / "one"))
-    assert kept and record(out, 1, policy=partial(still, tmp_path / "moved")) == (kept, 2)
-    refuses("policy", record, out, 2, policy=partial(still, tmp_path / "other"))
+    kept, _ = record(out, 1, policy=Acts(tmp_path / "one", still))
+    assert kept and record(out, 1, policy=Acts(tmp_path / "moved", still)) == (kept, 2)
+    refuses("policy", record, out, 2, policy=Acts(tmp_path / "other", still))
     assert len(EpisodeStore(out)) == kept

@@ -4,6 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spear.cli import main
@@ -27,6 +30,23 @@ def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, n
     assert next(read_episodes(folder, dataset=tmp_path / "layout.json")).rate_hz == 5
     if name.startswith("bridge"):
         assert found["rate_hz"] is None and "rate_hz" in found["facts"]
+
+
+def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
+    whole = shared / "data" / "lerobot" / "v3.0_image"
+    copy = shutil.copytree(whole, tmp_path / "copy", copy_function=shutil.copyfile)
+    (file,) = copy.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    state = np.array(table["observation.state"].to_pylist(), np.float32)
+    state[13, 2] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(state.ravel()), state.shape[1])
+    at = table.column_names.index("observation.state")
+    file.chmod(0o644)
+    pq.write_table(table.set_column(at, table.schema.field(at), column), file)
+    found, expected = describe(copy), describe(whole)
+    assert {k: v for k, v in found.items() if k != "facts"} == {
+        k: v for k, v in expected.items() if k != "facts"
+    }
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,6 @@ from spear.types import Array
 from spear.util.images import encode_jpeg, fit_image
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_robot.py"
-ROBOTS = [name for name in embodiments.names() if name != "sim"]
 REFERENCE = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
 
 
@@ -49,7 +48,7 @@ def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
     return np.array(positions), turns
 
 
-@pytest.mark.parametrize("name", ROBOTS)
+@pytest.mark.parametrize("name", embodiments.names())
 def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
     robot = embodiments.load(name)
     ours = robot.read(robot.example())
@@ -62,7 +61,7 @@ def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
         assert len(rows) == 5 * control.rate_hz / 5
 
 
-@pytest.mark.parametrize("name", ROBOTS)
+@pytest.mark.parametrize("name", embodiments.names())
 def test_what_is_wrong_is_named(name: str) -> None:
     robot = embodiments.load(name)
     good = robot.example()

@@ -6,11 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from data_tiny import make
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.evaluate.open_loop import observations, score, score_last_action, score_mean_action
+from spear.evaluate.open_loop import (
+    mean_action,
+    observations,
+    score,
+    score_last_action,
+    score_mean_action,
+)
 from spear.report.comparison import open_loop_page
 from spear.types import Array, Episode
 
@@ -58,6 +65,14 @@ def test_a_known_mistake_is_measured(stores: tuple[EpisodeStore, EpisodeStore], 
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
     assert summary["gripper_accuracy"].value == (0 if error else 1)
     assert summary["translation_mm"].n == 2
+
+
+def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
+    turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
+    rows = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
+    mean = mean_action(rows)
+    np.testing.assert_allclose(mean, mean_action(rows * [[1] * 8, [1, 1, 1, -1, -1, -1, -1, 1]]), atol=1e-7)
+    assert Rotation.from_quat(mean[3:7], scalar_first=True).magnitude() == pytest.approx(0.35)
 
 
 def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore]) -> None:

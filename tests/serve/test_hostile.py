@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from refusals import refuses
-from serve_here import Homing, get, process, serving
+from serve_here import Homing, get, homing, process, serving
 from spear.embodiments import load
 from spear.serve import server, wire
 from spear.serve.client import RemotePolicy
@@ -97,7 +97,7 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
     class Loud(Homing):
         def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
-            return [{"actions": np.zeros((2**21, 8), np.float32)} for _ in observations]
+            return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
 
     with serving(Loud(), bounds={"SEND_S": 0.1}) as running:
         slow, message, left = deaf(running.port), wire.encode(GENERIC.example()), 2**26
@@ -123,7 +123,7 @@ def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.Monkey
 WEDGED = """
 class Policy(Homing):
     def infer_batch(self, observations):
-        return [{"actions": np.zeros((2**21, 8), np.float32)} for _ in observations]
+        return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
 
 server.DRAIN_S, server.SEND_S = 0.5, 1e6
 """

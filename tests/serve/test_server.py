@@ -1,15 +1,18 @@
 """The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
 
 import dataclasses
+import re
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection, serve
 
 from refusals import refuses
 from serve_here import Homing, get, homing, process, serving
@@ -54,6 +57,29 @@ def test_metadata_then_actions_with_timings_and_counts() -> None:
         assert counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
         assert (counts["spear_clients"], counts["spear_queue"]) == (1, 0)
         policy.close()
+
+
+@pytest.mark.parametrize(
+    "greeting", ["hello", b"\xff", *map(wire.encode, ({"image_sizes": [1]}, {"committed": "x"}))]
+)
+def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
+    left = threading.Event()
+
+    def other(client: ServerConnection) -> None:
+        client.send(greeting)
+        with pytest.raises(ConnectionClosed):
+            client.recv()
+        left.set()
+
+    with serve(other, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        refuses("no policy server", RemotePolicy, f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+        assert left.wait(60)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"])
+def test_an_address_of_no_server_is_named(address: str) -> None:
+    refuses(re.escape(address), RemotePolicy, address, "two\nlines")
 
 
 def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same
-from spear.sim.record import Disturbance, record, record_episode
+from spear.sim.record import Acts, Disturbance, record, record_episode
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 
@@ -19,7 +20,8 @@ NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
-    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, renderer, *SIZES)
+    still = Disturbance(start=0)
+    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, renderer, *SIZES, still)
     assert episode.success and episode.rate_hz == 5
     for name, size in zip(("external", "wrist"), SIZES, strict=True):
         assert len(episode.images[name]) == len(episode)
@@ -56,7 +58,7 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
     one = list(record(tasks, *SIZES, workers=1))
     two = list(record(tasks, *SIZES, workers=2))
     assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
-    again = record_episode("stack_cube", TRAIN_SEED, renderer, *SIZES, Disturbance())
+    again = record_episode("stack_cube", TRAIN_SEED, renderer, *SIZES)
     for a, b in zip([*one, again], [*two, one[0]], strict=True):
         assert_same(a, b)
 
@@ -64,12 +66,14 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
 def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
     seeds = []
 
-    def stay(observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
+    def stay(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
+        assert folder == Path("weights")
         assert observation["observation/image"].shape == (72, 96, 3)
         seeds.append((seed, step))
         return NOTHING
 
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=stay)
+    policy = Acts(Path("weights"), stay)
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=policy)
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9

@@ -2,9 +2,11 @@
 
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 
 from spear.types import Episode
 from spear.util.images import encode_jpeg, encode_picture
@@ -22,6 +24,20 @@ def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
 
     parts = chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)), chunk(b"IDAT", data), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def write_records(path: Path, records: list[bytes]) -> Path:
+    """A TFRecord file."""
+
+    def masked(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    with open(path, "wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            file.write(length + masked(length) + record + masked(record))
+    return path
 
 
 def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: Any) -> Episode:

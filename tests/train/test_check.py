@@ -12,6 +12,7 @@ import torch
 from data_tiny import make
 from labels_boxes import labelled
 from refusals import Command, refuses
+from spear.data.store.episode_store import write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.labels.store import write_labels
 from spear.policy import locate
@@ -75,6 +76,16 @@ def test_mistakes_are_found_before_data_are_made(
     more = [word for pair in usual.items() if pair[0] not in told for word in pair]
     assert named in refused("train", "nano-post", *told, *more)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_process_says_that_it_is_done(
+    given: Path, tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_episodes([make(0)], tmp_path / "store")
+    monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
+    for rank, said in (("0", "trained: it\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store")) == said
 
 
 def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, refused: Command) -> None:

@@ -77,6 +77,16 @@ def test_rates_follow_the_schedule_and_the_module() -> None:
     assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (5e-3, False): 1}
 
 
+def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((0, 5), (3, 6)):
+        with log.Logger(tmp_path, first, 9, every=1, quiet=True) as logger:
+            for step in range(first, last):
+                logger.log(step, {"loss": 1.0})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     task = Regression()
     expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}

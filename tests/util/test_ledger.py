@@ -1,12 +1,16 @@
 """Locks, settings and shares of bad items."""
 
+import errno
 import multiprocessing
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from refusals import refuses
 from spear.errors import SpearError
+from spear.util import ledger
 from spear.util.ledger import Skipped, alone, lock
 
 
@@ -30,6 +34,22 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     with lock(tmp_path / ".lock", wait=True) as ours:
         assert ours
     other.join()
+
+
+def test_a_folder_that_another_process_just_made_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as other:
+
+        def later(path: Path) -> object:
+            other.enter_context(lock(path))
+            return lock(path)
+
+        monkeypatch.setattr(ledger, "lock", later)
+        refuses("another process", alone(tmp_path / "new", "labelling into").__enter__)
+        assert (tmp_path / "new" / ".lock").is_file()
+    monkeypatch.setattr(ledger.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    refuses("No locks", lock(tmp_path / ".lock", wait=True).__enter__)
 
 
 def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> None:

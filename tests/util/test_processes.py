@@ -1,5 +1,6 @@
-"""Who computes keeps worker threads, who has done so gives them back."""
+"""Worker processes of scripts; who computes keeps worker threads, who has done so gives them back."""
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +9,23 @@ import pytest
 import torch
 
 from spear.util.processes import release_workers
+
+
+@pytest.mark.parametrize(
+    ("guard", "said"), [("if True:", "__main__"), ('if __name__ == "__main__":', "out of memory")]
+)
+def test_a_script_that_its_workers_would_run_again_is_told_so(guard: str, said: str, tmp_path: Path) -> None:
+    lines = (
+        "import os",
+        "from spear.util.processes import pool",
+        guard,
+        "    with pool(1, 'spear.errors', 'give fewer') as made:",
+        "        made.submit(os._exit, 1).result()",
+    )
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import spear
-from spear.errors import Notice, SpearError, unknown_name
+from spear.errors import Notice, SpearError, needs, unknown_name
 from spear.util.files import FULL, FULL_DISK
 
 COMMANDS: dict[str, str] = {
@@ -71,8 +71,9 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 for bad input or a file that cannot be read or written (one
-    line on stderr, as of a `Notice`), 3 for a question that the data cannot answer, 130 when interrupted.
+    """Run a command. Returns the exit code: 0, 1 where `spear doctor` finds something wrong, 2 for bad input
+    or a file that cannot be read or written (one line on stderr, as of a `Notice`), 3 for a question that
+    the data cannot answer, 130 when interrupted.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)  # each is given once already
@@ -90,21 +91,12 @@ def _show(otherwise: Callable[..., None], message: Warning | str, *where: Any, *
 
 def _run(args: list[str]) -> int:
     try:
-        if not args or args[0] in ("-h", "--help", "help"):
-            print(_overview(ABOUT, list(COMMANDS)))
-        elif args[0] == "--version":
-            print(spear.__version__)
-        elif args[0].startswith("-"):
-            raise unknown_name("option", args[0], ["--help", "--version"])
-        elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
-            print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
-        else:
-            name = _command(args)
-            function = load(name)
-            function(*parse(name, function, args[len(name.split()) :]))
+        try:
+            _do(args)
+        finally:
+            _flush()
         return 0
     except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -117,6 +109,30 @@ def _run(args: list[str]) -> int:
         return getattr(error, "code", 2)
 
 
+def _do(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview(ABOUT, list(COMMANDS)))
+    elif args[0] == "--version":
+        print(spear.__version__)
+    elif args[0].startswith("-"):
+        raise unknown_name("option", args[0], ["--help", "--version"])
+    elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
+        print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
+    else:
+        name = _command(args)
+        function = load(name)
+        function(*parse(name, function, args[len(name.split()) :]))
+
+
+def _flush() -> None:
+    """What cannot be written is noticed here: when Python ends, nobody could say so in one line."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def _one_line(error: Exception) -> str | None:
     """What to say of an error of the user's or of the machine; None for one of ours."""
     if isinstance(error, SpearError):
@@ -124,7 +140,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         absent = (error.name or "").split(".")[0]
         extra = next((extra for extra, brought in EXTRAS.items() if absent in brought), None)
-        return f"this command needs {error.name}: pip install 'spear-vla[{extra}]'" if extra else None
+        return needs("this command", absent, extra) if extra else None
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
         return FULL_DISK if full else f"weights: {error}: check the file and the disk"
@@ -217,7 +233,7 @@ def _help(name: str) -> str:
 @functools.cache
 def _docstrings(module: str) -> dict[str, str]:
     """Those of a file's functions, read without importing what the file imports."""
-    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
     return {f.name: ast.get_docstring(f) or "" for f in tree.body if isinstance(f, ast.FunctionDef)}
 
 

@@ -1,6 +1,5 @@
 """Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,8 +145,9 @@ def _turns(policy: str | None) -> "Acts | None":
         return None
     from spear.evaluate.agents import next_action
     from spear.policy import locate
+    from spear.sim.record import Acts
 
-    return partial(next_action, locate(policy))
+    return Acts(locate(policy), next_action)
 
 
 class DemoOptions(Options):

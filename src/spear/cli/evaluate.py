@@ -201,8 +201,8 @@ class CompareOptions(Options):
 def compare(options: CompareOptions) -> None:
     """Say which of two evaluated policies is better, on the scenes that both have seen.
 
-    Prints both success rates per task family, and the difference (A minus B, in percentage points) with its
-    95 % interval and p-value, which is below 0.05 exactly where the interval leaves out zero.
+    Prints both success rates per task family, and the difference (A minus B, in percentage points) with 95 %
+    interval and p-value, which is below 0.05 exactly where the interval leaves out zero.
 
     Examples:
         spear evaluate compare runs/mine runs/evaluate

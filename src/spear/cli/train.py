@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError
+from spear.errors import SpearError, is_first_process
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
 from spear.util.options import key_values
 
@@ -14,8 +14,8 @@ from spear.util.options import key_values
 def train(options: TrainOptions) -> None:
     """Train one stage. Stopped at any moment, the same command continues where it was.
 
-    `spear train list` shows the recipes. Several processes train together under torchrun; examples/cluster
-    has scripts for Slurm, Kubernetes and Ray.
+    The recipes are shown by `spear train list`. Several processes train together under torchrun; for Slurm,
+    Kubernetes and Ray there are scripts in examples/cluster.
 
     Examples:
         spear train nano-vlm-1 --labels runs/labels --init nano-vlm-0 --moge nano-depth
@@ -51,7 +51,9 @@ def train(options: TrainOptions) -> None:
         check_episodes(path, options.split)
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
     inputs = Inputs(options.labels, run.mixture(options.episodes, stores, options.shares), init, moge)
-    print(f"trained: {run.train(stage, out, inputs, how, options.device)}")
+    final = run.train(stage, out, inputs, how, options.device)
+    if is_first_process():
+        print(f"trained: {final}")
 
 
 def plan(options: PlanOptions) -> None:

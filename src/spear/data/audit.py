@@ -193,7 +193,7 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
                 seen = None
                 with contextlib.suppress(SpearError):
                     if isinstance(images := column(steps, where, source), list):
-                        seen = look(images, position, spec.rate_hz or 1.0, f"{source} camera {camera!r}")
+                        seen = look(images, position, rate_of(steps, spec), f"{source} camera {camera!r}")
                 views[camera].append(seen)
     return {camera: found for camera, found in views.items() if found}
 
@@ -223,7 +223,6 @@ def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
 
 def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     """One episode's states and logged actions. Raises SpearError where shapes do not fit, or one is NaN."""
-    assert spec.rate_hz is not None
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
         names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
@@ -233,13 +232,11 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     opening, command = openings(steps, said, source)
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
-        valid = np.asarray(column(steps, spec.action_mask, source), bool).reshape(-1)
+        valid = numbers(steps, spec.action_mask, source).reshape(-1) != 0
     said_of, wide = ("position", "rotation", "logged translation", "logged rotation"), ("3", "3 or 4 or 16")
     for what, values, widths in zip(said_of, (position, rotation, *logged), wide * 2, strict=True):
         if values is not None and values.shape not in [(len(valid), int(n)) for n in widths.split(" or ")]:
             raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {len(valid)} x {widths}")
-    if not len(valid):
-        raise SpearError(f"empty episode: {source}: it has no steps; leave it out")
     quaternions = to_quaternion(rotation, form, source)
     if spec.rotation_format == "franka_joints":  # what is logged is the hand's own frame, O_T_EE
         half_turn = torch.tensor([0, 1, 0, 0], dtype=torch.float64)  # about x, from ours
@@ -248,7 +245,15 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
         rotation = quaternions
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
-    return Recording(source, position, rotation, logged[0], logged[1], valid, spec.rate_hz, opening, command)
+    rate = rate_of(steps, spec)
+    return Recording(source, position, rotation, logged[0], logged[1], valid, rate, opening, command)
+
+
+def rate_of(steps: Steps, spec: DatasetSpec) -> float:
+    """Steps per second of an episode: those of a store each have their own."""
+    rate = steps.get("rate_hz")
+    assert spec.rate_hz is not None
+    return rate if isinstance(rate, float) else spec.rate_hz
 
 
 def judge(

@@ -85,9 +85,21 @@ def describe(path: str | Path) -> dict[str, Any]:
         if isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.size <= WIDEST * len(values)
         if name.rpartition("/")[2] not in NO_STATE
     }
-    taken = _motion(found, facts, columns, rate)
-    _gripper(found, facts, columns, taken, rate)
+    finite = _finite(columns)
+    taken = _motion(found, facts, finite, rate)
+    _gripper(found, facts, finite, taken, rate)
     return {**found, "facts": facts}
+
+
+def _finite(columns: Columns) -> Columns:
+    """The columns that hold numbers alone in most episodes, of the episodes where all of these do: a single
+    NaN would decide which reading is the best."""
+    finite = {name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()}
+    kept = [name for name in columns if finite[name].mean() > 0.5]
+    good = np.logical_and.reduce([finite[name] for name in kept])
+    if not np.any(good):
+        raise SpearError("no good episode: in each of them a column holds NaN: leave these columns out")
+    return {name: list(itertools.compress(columns[name], good)) for name in kept}
 
 
 def _is_image(values: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@ from spear.data.readers.formats import open_dataset
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.lerobot import LeRobotFolder, read_ends
 from spear.data.readers.rlds import RldsFolder
-from spear.data.readers.spec import REGISTRY, SPEC_FILE, missing
+from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
@@ -72,8 +72,6 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
 
 
 def _describe_rlds(folder: RldsFolder) -> str:
-    if not folder.splits:
-        raise SpearError(f"no episodes: {folder.path}: its dataset_info.json names no split")
     first = next(iter(folder.splits))
     # A broken record in the middle of a file does not hide the good ones behind it.
     found = [steps for _, steps in itertools.islice(folder.steps(first), LOOKED_AT)]
@@ -83,9 +81,10 @@ def _describe_rlds(folder: RldsFolder) -> str:
         raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
     lengths = np.array([len(next(values for _, values in leaves(s))) for s in steps])
     try:  # RLDS does not hold the rate: the layout does
-        rate = f"{folder.spec().rate_hz:g} Hz, by the layout"
+        spec = folder.spec()
+        rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
     except SpearError:
-        rate = "not known"
+        rate, instruction = "not known", DatasetSpec.instruction
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
@@ -95,8 +94,9 @@ def _describe_rlds(folder: RldsFolder) -> str:
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
-    words = [dict(leaves(s)).get("language_instruction") for s in steps]
-    return "\n".join([*lines, *_instructions(bytes(w[0]).decode("utf-8", "replace") for w in words if w)])
+    words = [dict(leaves(s)).get(instruction) for s in steps]
+    texts = (w[0].decode("utf-8", "replace") for w in words if isinstance(w, list))
+    return "\n".join([*lines, *_instructions(texts)])
 
 
 def _describe_lerobot(folder: LeRobotFolder) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
 from spear.data.hypotheses import Recording
+from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import decode_image
 
@@ -114,7 +115,10 @@ def sense(openings: Sequence[Array]) -> tuple[Verdict, str]:
 
 
 def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -> View:
-    """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m)."""
+    """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m). Raises SpearError,
+    which begins with `where`, for a broken image, and for another number of images."""
+    if len(images) != len(position):
+        raise SpearError(f"{where}: it has {len(images)} images, but there are {len(position)} steps")
     small = []
     for step, encoded in enumerate(images):
         pixels = Image.fromarray(decode_image(encoded, f"{where} step {step}"))

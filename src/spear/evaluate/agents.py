@@ -64,7 +64,7 @@ def _loaded(folder: Path) -> PolicyAgent:
 
 
 def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
-    """The first action of a policy's chunk: with its folder bound, a `spear.sim.record.Acts`."""
+    """The first action of a policy's chunk, for `spear.sim.record.Acts`."""
     return _loaded(folder).act([SimpleNamespace(seed=seed, steps=step)], [observation])[0][0]
 
 
@@ -114,7 +114,7 @@ def load_agent(
 
         policy = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
         robot = policy.metadata.get("embodiment", "generic")
-        if robot not in ("generic", "sim"):
+        if robot != "generic":
             policy.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         return PolicyAgent(policy, name, policy.metadata.get("weights"))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.chunks import mean_action
 from spear.data.actions import HORIZON, binarize_gripper, chunk, episode_actions, resample
 from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras
@@ -73,6 +72,19 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
             yield episode, np.stack(chunks)
 
     return _score(name, predictions())
+
+
+def mean_action(actions: Array) -> Array:
+    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
+
+    The chordal mean on S³ is the top eigenvector of Σ q qᵀ, which does not depend on the signs of the
+    quaternions.
+    """
+    actions = np.asarray(actions, np.float64)
+    mean, quats = actions.mean(axis=0), actions[:, 3:7]
+    rotation = np.linalg.eigh(quats.T @ quats)[1][:, -1]
+    mean[3:7] = rotation if rotation[0] >= 0 else -rotation
+    return mean.astype(np.float32)
 
 
 def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:

@@ -12,7 +12,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.serve import wire
 
 PAUSE, PATIENCE = 0.05, 30.0
@@ -31,13 +31,7 @@ class RemotePolicy:
         self.url, self._token = url, token
         self._connections: list[ClientConnection] = []
         self._one_call = threading.Lock()
-        self.metadata: dict[str, Any] = {}
         self._open(1)
-
-    @property
-    def committed(self) -> int:
-        """See `Spear1Policy.committed`; 0 where the server's robot has actions of its own."""
-        return int(self.metadata.get("committed", 0))
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation → {"actions": …, timings}."""
@@ -86,15 +80,15 @@ class RemotePolicy:
                 connection = connect(
                     self.url, compression=None, max_size=None, additional_headers=headers, proxy=None
                 ).__enter__()  # websockets 17 asks for that
-                greeting = connection.recv(timeout=10)
+                self._connections.append(connection)
+                self.metadata = wire.decode(connection.recv(timeout=10))  # type: ignore[arg-type]
+                self.image_sizes = {v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()}
+                # see `Spear1Policy.committed`; 0 where the server's robot has actions of its own
+                self.committed = int(self.metadata.get("committed", 0))
             except InvalidStatus as error:
                 said = (error.response.body or b"").decode(errors="replace").strip()
                 raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
-            except (OSError, WebSocketException) as error:
+            except (OSError, WebSocketException, SpearError, ValueError, TypeError, AttributeError) as error:
+                self.close()  # also of one that greets as no policy server does
                 how = "start one with `spear serve`"
-                raise SpearError(f"{self.url}: no policy server ({error}): {how}") from error
-            if isinstance(greeting, str):
-                raise SpearError(f"{self.url}: not a policy server: it says {greeting[:80]!r}")
-            self.metadata = wire.decode(greeting)
-            self.image_sizes = {v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()}
-            self._connections.append(connection)
+                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): {how}") from error

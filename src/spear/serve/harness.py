@@ -11,7 +11,6 @@ from typing import Any
 from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
-from spear.chunks import check_replan
 from spear.serve.options import VlaEvalOptions
 from spear.serve.service import Batcher, Service
 from spear.types import Array
@@ -45,7 +44,6 @@ class HarnessServer(ModelServer):
         if not rows:
             obs = {**obs, "seed": seed + ctx.step}
             result = await self._batcher.submit(ctx.session_id, obs)
-            check_replan(self._options.replan, len(result["actions"]))
             rows.extend(result["actions"][: self._options.replan])
         await ctx.send_action({"actions": rows.popleft()})
 

@@ -18,7 +18,7 @@ class ServiceOptions(Options):
     """Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine, such as
     benchmarks in Docker."""
     embodiment: str = "generic"
-    """The robot: generic, sim, droid, roboarena, widowx, simpler_widowx, maniskill2_widowx, or a Python file
+    """The robot: generic, droid, roboarena, widowx, simpler_widowx, maniskill2_widowx, or a Python file
     that describes yours (see docs/robots.md)."""
     control: Name = None
     """How the robot is commanded, where it has several ways (droid: joint_velocity, joint_position,

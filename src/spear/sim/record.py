@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,24 @@ from spear.types import Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
-Acts = Callable[[Mapping[str, Any], int, int], Array]
-"""What a policy does, [8], when it sees this observation; the scene's seed and the step fix its noise. Whose
-weights lie in folders is a `functools.partial` of these."""
 MISSED = 5
 """Longest time that a missed grasp goes unnoticed, steps."""
 _LIFT = 0.03
 """How far a missed grasp is lifted per step, m."""
 _EXTRA_STEPS = 20
 """Disturbed episodes may take this much longer than an evaluation."""
+
+
+@dataclass(frozen=True)
+class Acts:
+    """A policy that takes turns with the expert, as it is sent to processes.
+
+    folder  its weights. act: (folder, observation, seed of the scene, step) → what it does, [8]; seed and
+            step fix its noise.
+    """
+
+    folder: Path
+    act: Callable[[Path, Mapping[str, Any], int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Disturbance:
     miss: float = 0.3
 
 
+DISTURBANCE = Disturbance()
 POLICY_STARTS, POLICY_STEPS = 0.25, 8
 """Of a policy's turns: the chance per step of the expert's that one begins, and its longest, steps."""
 
@@ -82,16 +93,15 @@ def record_episode(
     renderer: Renderer,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    disturbance: Disturbance | None = None,
+    disturbance: Disturbance = DISTURBANCE,
     policy: Acts | None = None,
 ) -> Episode:
-    """The expert's demonstration of one scene, disturbed if asked, or by turns with a policy."""
+    """The expert's demonstration of one scene, disturbed, or by turns with a policy."""
     env = TabletopEnv(family, image_size, wrist_size, renderer)
     observation, info = env.reset(seed=seed)
     push = Pushes(disturbance, np.random.default_rng([seed, 1]), policy)
     tape = Tape()
-    limit = MAX_STEPS + (_EXTRA_STEPS if disturbance or policy else 0)
-    while env.steps < limit and not info["success"]:
+    while env.steps < MAX_STEPS + _EXTRA_STEPS and not info["success"]:
         action, pushed = push(expert.act(env.world), env.steps, observation, seed)
         seen = {"external": observation["observation/image"], "wrist": observation["observation/wrist_image"]}
         tape.add(seen, observation["observation/state"], action, pushed)
@@ -141,7 +151,7 @@ def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> st
 
 
 def _job(external: Size, wrist: Size, policy: Acts | None, task: tuple[str, int]) -> Episode:
-    return record_episode(*task, shared_renderer(), external, wrist, Disturbance(), policy)
+    return record_episode(*task, shared_renderer(), external, wrist, policy=policy)
 
 
 @dataclass
@@ -149,7 +159,7 @@ class Pushes:
     """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one.
     left: steps that the push still lasts; missed: it is a missed grasp."""
 
-    how: Disturbance | None
+    how: Disturbance
     rng: np.random.Generator
     policy: Acts | None = None
     left: int = 0
@@ -163,15 +173,14 @@ class Pushes:
         if self.policy is not None:
             if self.left == 0 and step > 0 and rng.random() < POLICY_STARTS:
                 self.left = int(rng.integers(1, POLICY_STEPS + 1))
-        elif how is not None and self.left == 0 and step > 0 and rng.random() < how.start:
+        elif self.left == 0 and step > 0 and rng.random() < how.start:
             self.missed = not holding and rng.random() < how.miss
             self.left = int(rng.integers(2, MISSED + 1) if self.missed else rng.integers(1, 3))
         if self.left == 0:
             return action, False
         self.left -= 1
         if self.policy is not None:
-            return self.policy(observation, seed, step), True
-        assert how is not None
+            return self.policy.act(self.policy.folder, observation, seed, step), True
         move, vector = rng.normal(0, how.translation, 3), rng.normal(0, how.rotation, 3)
         vector[2] += rng.normal(0, how.twist)
         angle = length(vector)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_flatten_with_path
 
+from spear.util.files import write_text
 from spear.util.progress import ProgressBar
 
 FOLDER = "not-finite"
@@ -21,7 +22,7 @@ FOLDER = "not-finite"
 class Logger:
     """Progress on screen, `log.jsonl` and TensorBoard events (when it is installed) in a run's folder.
 
-    Earlier lines of steps after `first_step` are dropped: they will be run again.
+    What was said of steps after `first_step` is dropped: they will be run again.
     """
 
     def __init__(self, out: Path, first_step: int, total: int, every: int = 20, quiet: bool = False) -> None:
@@ -32,14 +33,14 @@ class Logger:
         path = out / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         whole = (line for line in lines if line.endswith("\n"))  # the last one may be cut off
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
         self.file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.board: Any = None
         else:
-            self.board = SummaryWriter(str(out / "tensorboard"))
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         self.bar, self.info = ProgressBar(out.name, total, "steps", first_step, quiet), ""
 
     def __enter__(self) -> Self:

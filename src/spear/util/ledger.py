@@ -37,9 +37,11 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise SpearError(f"{path}: cannot be locked ({error.strerror}): use another disk") from error
         _held.add(file)
         try:
             yield True
@@ -55,19 +57,19 @@ def alone(folder: Path, doing: str, *marks: str, name: str = ".lock") -> Iterato
     that are written before there is any work; a new folder that has nothing else when work fails is removed.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with lock(folder / name) as ours:
-            if not ours:
-                raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+    with lock(folder / name) as ours:
+        if not ours:
+            raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+        try:
             yield
-    except BaseException:
-        kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (name, *marks))
-        if new and not any(kept):
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for parent in new[1:]:
-                    parent.rmdir()
-        raise
+        except BaseException:
+            kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (name, *marks))
+            if new and not any(kept):
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    for parent in new[1:]:
+                        parent.rmdir()
+            raise
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,19 +27,29 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
     """So many worker processes, None for none; they end with this process, however it ends.
 
     preload  the module that they need. advice is what to do when one of them is killed, for the `SpearError`.
+             Where none has begun, it is the script that is run again in each of them.
     """
     if workers <= 0:
         yield None
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    executor = ProcessPoolExecutor(workers, context, initializer=follow_parent)
+    begun = context.Event()
+    executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(begun,))
     try:
         yield executor
     except BrokenProcessPool as error:
+        if not begun.is_set():
+            cure = 'in a script, work goes below `if __name__ == "__main__":`'
+            raise SpearError(f"no worker process began, which imports the script: {cure}") from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(begun: Event) -> None:
+    begun.set()
+    follow_parent()
 
 
 def follow_parent() -> None:

@@ -72,7 +72,7 @@ def lengthen(folder: Path) -> None:
         (lambda f: set_cells(f, "task_index", {4: 0}), "set/train#1: task is "),
         (lengthen, "broken rows: set#1"),
         (turn_over, "jump: set/train#1 step 3: the end-effector is turned by"),
-        (no_steps, "empty episode: set/train#1"),
+        (no_steps, "empty episode: set#1"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )

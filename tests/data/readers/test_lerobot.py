@@ -82,6 +82,8 @@ def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) 
     stats = folder / "meta/episodes_stats.jsonl"
     stats.write_text(stats.read_text()[:-100])
     refuses(r"unreadable: .*episodes_stats\.jsonl: ", read_ends, folder)
+    stats.write_text("")
+    refuses(r"unreadable: .*episodes_stats\.jsonl: ", read_ends, folder)
     stats.unlink()
     assert read_ends(folder) == {}
 

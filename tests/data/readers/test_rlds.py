@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from data_tiny import write_records
 from refusals import refuses
+from spear.data.audit import audit
+from spear.data.describe import describe
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.layout import column, episode_from
 from spear.data.readers.rlds import open_rlds
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
+from spear.data.readers.tfrecord import example_class, read_records
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
+from spear.errors import SpearError
 from spear.util.images import decode_image
 
 SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"
@@ -146,6 +151,22 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     refuses(r"cannot read: .*No such file", list, read_episodes(copy))
 
 
+def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
+    records = [bytes(record) for _, record in read_records(copy / SHARD, 0, 25)]
+    empty = example_class().FromString(records[0])
+    for name, feature in empty.features.feature.items():
+        if name.startswith("steps/"):
+            getattr(feature, feature.WhichOneof("kind")).ClearField("value")
+    write_records(copy / SHARD, [empty.SerializeToString(), *records[1:]])
+    reasons: list[SpearError] = []
+    assert len(list(read_episodes(copy, on_bad=reasons.append))) == 24 and "empty" in str(reasons[0])
+    assert "looked at     24 episodes" in inspect(copy) and audit(copy).episodes == 24
+    assert describe(copy)["position"] == "observation/state[0:3]"
+    edit(copy / "dataset_info.json", lambda info: info.update(splits=[]))
+    for look in (inspect, audit, describe):
+        refuses("names no split", look, copy)
+
+
 def test_a_folder_described_beside_its_data(copy: Path) -> None:
     def rename(info: dict[str, Any]) -> None:
         info["name"] = "my_arm"
@@ -171,6 +192,8 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     assert episode.action is None and episode.rate_hz == 10 and episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
     np.testing.assert_allclose(episode.gripper, 1 - state[:, 6] / 1.01, atol=1e-6)
+    (copy / "spear.json").write_text(json.dumps({**mine, "instruction": "episode_metadata/file_path"}))
+    assert "/out.npy" in inspect(copy)
     half_turn = Rotation.from_euler("xyz", state[:, 3:6]) * Rotation.from_euler("x", np.pi)
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
     assert (half_turn.inv() * got).magnitude().max() < 1e-5
@@ -223,6 +246,8 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     own = dataclasses.replace(spec, action="mine", action_mask="reward")
     unknown["mine"] = np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))
     refuses(rf"{source} step 9: reward", episode_from, unknown, own, source)
+    own = dataclasses.replace(spec, action="language_instruction")
+    refuses("no numbers in column 'language_instruction'", episode_from, raw, own, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
     refuses(r"step 0: .*gripper_range is \[0, 0\.08\].* to 1", episode_from, raw, narrow, source)
     broken = deepcopy(raw)

@@ -55,6 +55,7 @@ def test_the_mixture_is_the_papers_where_that_is_known() -> None:
     assert len(MIXTURE) == 24
     known = {"droid": 35.0, "bridge_dataset": 18.0, "fractal20220817_data": 12.0, "kuka": 4.0}
     assert {name: REGISTRY[name].weight for name in known} == known
+    assert {name for name, spec in MIXTURE.items() if spec.success} == {"bc_z", "droid", "kuka"}
     assert sum(spec.weight or 0 for spec in MIXTURE.values()) == pytest.approx(100, abs=0.05)
     for name, spec in MIXTURE.items():
         assert spec.facts["weight"].startswith("the paper: " if name in known else "ours: "), name

@@ -1,31 +1,16 @@
 """TFRecord: every kind of feature is read, what is broken is named by file and record."""
 
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tiny import write_records
 from refusals import refuses
 from spear.data.readers.tfrecord import example_class, parse_example, read_records
-
-
-def masked(data: bytes) -> bytes:
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def write_records(path: Path, records: list[bytes]) -> Path:
-    with open(path, "wb") as file:
-        for record in records:
-            length = struct.pack("<Q", len(record))
-            file.write(length + masked(length) + record + masked(record))
-    return path
-
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), min_size=1, max_size=4),
@@ -52,7 +37,7 @@ def test_every_kind_of_feature_is_read(features: dict[str, Any]) -> None:
 def test_records_are_read_in_a_range_and_a_broken_one_is_named_or_passed_over(tmp_path: Path) -> None:
     records = [bytes([i]) * i for i in range(6)]
     path = write_records(tmp_path / "a.tfrecord", records)
-    assert list(read_records(path)) == list(enumerate(records))
+    assert list(read_records(path, 0, 6)) == list(enumerate(records))
     assert list(read_records(path, 2, 5)) == list(enumerate(records))[2:5]
     path = write_records(tmp_path / "a.tfrecord", [b"zero", b"one", b"two"])
 
@@ -62,13 +47,14 @@ def test_records_are_read_in_a_range_and_a_broken_one_is_named_or_passed_over(tm
         path.write_bytes(data)
 
     damage(path, 12 + 4 + 4 + 12 + 1)  # a byte of "one"
-    zero, one, two = read_records(path)
+    zero, one, two = read_records(path, 0, 3)
     assert zero == (0, b"zero") and two == (2, b"two")
     assert "a.tfrecord record 1: its checksum" in str(one[1])
-    assert list(read_records(path, start=2)) == [(2, b"two")]
+    assert list(read_records(path, 2, 3)) == [(2, b"two")]
     damage(path, 12 + 4 + 4)  # its length: nothing behind it can be found
-    zero, one = read_records(path)
+    zero, one, two = read_records(path, 0, 3)
     assert zero == (0, b"zero") and "record 1: the checksum of its length" in str(one[1])
+    assert [two[0]] == [place for place, _ in read_records(path, 2, 3)] == [2] and "record 2: " in str(two[1])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 18, 19])
@@ -77,4 +63,4 @@ def test_a_truncated_file_is_named(tmp_path: Path, cut: int) -> None:
     os.truncate(path, path.stat().st_size - cut)
     zero, one = read_records(path, 0, 2)
     assert zero == (0, b"zero") and "a.tfrecord record 1: the file ends" in str(one[1])
-    refuses(r"cannot read: .*b\.tfrecord", list, read_records(tmp_path / "b.tfrecord"))
+    refuses(r"cannot read: .*b\.tfrecord", list, read_records(tmp_path / "b.tfrecord", 0, 1))

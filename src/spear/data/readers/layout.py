@@ -125,7 +125,7 @@ def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episod
     """The episode with what else its dataset holds in our own terms."""
     assert spec.action is not None
     name = episode.source
-    parts: dict[str, Any] = {"action": np.asarray(column(steps, spec.action, name))}
+    parts: dict[str, Any] = {"action": numbers(steps, spec.action, name)}
     if spec.action_mask is not None:
         parts["action_mask"] = numbers(steps, spec.action_mask, name).reshape(-1) != 0
     if spec.source is not None:

@@ -117,9 +117,11 @@ class LeRobotFolder:
         """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
 
         images as in `steps`; those in videos are decoded, and encoded as JPEG. Raises SpearError, naming the
-        episode, when its rows or frames are missing, too many or broken.
+        episode, when its rows or frames are missing, too many or broken, or it has none.
         """
         wanted = {name for name in self.cameras if images is None or _column(name) in images}
+        if not self.episodes[index].length:
+            raise SpearError(f"empty episode: {self.name}#{index}: it has no steps; leave it out")
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
@@ -248,7 +250,7 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
             return {}
         ends = ("min", np.min), ("max", np.max)
         return {n: [np.ravel(end([p[n][key] for p in parts], axis=0)) for key, end in ends] for n in parts[0]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SpearError(f"unreadable: {file}: {first_line(error)}; copy the dataset again") from error
 
 

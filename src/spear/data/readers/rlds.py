@@ -60,13 +60,8 @@ class RldsFolder:
             before = 0
             for file, length in self.splits[name]:
                 low, high = max(first - before, 0), min(end - before, length)
-                index = high - 1
                 for index, record in read_records(file, low, high) if low < high else ():
-                    if index >= low:
-                        yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
-                for lost in range(max(index + 1, low), high):  # what was promised and cannot be found
-                    why = f"lost record: {file} record {lost}: behind a broken one; copy the file again"
-                    yield f"{self.name}/{name}#{before + lost}", SpearError(why)
+                    yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
                 before += length
 
     def _parse(self, record: bytes | SpearError, file: Path, index: int) -> Steps | SpearError:
@@ -76,6 +71,8 @@ class RldsFolder:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
             rows = len(next((values for _, values in leaves(steps)), ()))
+            if not rows:
+                return SpearError(f"empty episode: {file} record {index}: it has no steps; leave it out")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list)}
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError) as error:
@@ -114,6 +111,8 @@ def open_rlds(path: str | Path) -> RldsFolder:
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise SpearError(f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord")
         splits = {split["name"]: _shards(folder, info["name"], split) for split in info["splits"]}
+        if not splits:
+            raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
         return RldsFolder(folder, info["name"], info.get("version", ""), splits, features)
     except (KeyError, TypeError, ValueError) as error:
         raise SpearError(f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again") from error

@@ -19,27 +19,25 @@ Feature = list[bytes] | Array
 """Values of one feature, flat: bytes, float32 [n], or int64 [n]."""
 
 
-def read_records(
-    path: Path, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, bytes | SpearError]]:
+def read_records(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes | SpearError]]:
     """(index, bytes) of records `start` to `stop` of a file, checked; those before are passed over unread.
 
     In the place of a record whose bytes do not match its checksum comes the SpearError that names file and
-    record. After a broken length, or where the file ends before `stop` records, nothing more can be found in
-    it: that error is the last item. Raises SpearError for a file that cannot be opened.
+    record; also for all behind a broken length, or the file's end, since they cannot be found. Raises
+    SpearError for a file that cannot be opened.
     """
 
-    def broken(why: str) -> SpearError:
+    def broken(index: int, why: str) -> SpearError:
         return SpearError(f"broken record: {path} record {index}: {why}; copy the file again")
 
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
-            index = 0
-            while index < stop if stop is not None else file.tell() < size:
+            for index in range(stop):
                 header = file.read(12)
                 if why := _broken_length(header, size - file.tell()):
-                    yield index, broken(why)
+                    for lost in range(max(start, index), stop):
+                        yield lost, broken(lost, why if lost == index else "it is behind a broken one")
                     return
                 length = struct.unpack("<Q", header[:8])[0]
                 if index < start:
@@ -47,8 +45,7 @@ def read_records(
                 else:
                     body = file.read(length)
                     good = _masked_crc(body) == struct.unpack("<I", file.read(4))[0]
-                    yield index, body if good else broken("its checksum does not match")
-                index += 1
+                    yield index, body if good else broken(index, "its checksum does not match")
     except OSError as error:
         raise SpearError(f"cannot read: {path}: {error.strerror}; is the download complete?") from error
 

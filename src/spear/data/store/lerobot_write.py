@@ -6,6 +6,7 @@ LeRobot knows no name for (`action_mask`, `success`, `source`) are ordinary feat
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from spear.data.store import schema as lerobot
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.files import check_new
+from spear.util.files import check_new, write_text
 from spear.util.images import decode_image
 
 EPISODES_PER_FILE = 10_000
@@ -242,7 +243,7 @@ class _Writer:
             "video_path": lerobot.VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
-        lerobot.write_json(self.folder / "meta/stats.json", lists)
-        lerobot.write_json(self.folder / "meta/info.json", info)
+        layout = lerobot.our_layout(self.sizes)
+        for name, content in {"meta/stats.json": lists, "meta/info.json": info, SPEC_FILE: layout}.items():
+            write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
         lerobot.write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
-        lerobot.write_json(self.folder / SPEC_FILE, lerobot.our_layout(self.sizes))

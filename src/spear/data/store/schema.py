@@ -101,11 +101,6 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
     pq.write_table(pa.Table.from_arrays([numbers, pa.array(tasks, pa.large_string())], schema=schema), path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False))
-
-
 def feature_name(camera: str) -> str:
     return f"observation.images.{camera}"
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, needs
 from spear.evaluate.simpler.frames import fitted, look, rebuild
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
@@ -54,7 +54,7 @@ def check_assets(folder: Path | None) -> Path:
     """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
     are missing, or ManiSkill itself."""
     if find_spec("mani_skill") is None:
-        raise SpearError("SIMPLER needs ManiSkill: it is not installed: run pip install 'spear-vla[simpler]'")
+        raise SpearError(needs("SIMPLER", "mani_skill", "simpler"))
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():

@@ -95,7 +95,8 @@ def missing(model: VlmBundle, image: Array, names: Sequence[str]) -> dict[str, s
     points = [PROMPTS["centre_2d"][0].format(x=with_article(name, True)) for name in names]
     places = model.answer([image] * len(names), points, "centre_2d")
     what = [PROMPTS["what_at"][0].format(p=answer.segments[0]) for answer in places]
-    seen = [words(answer, image) for answer in model.answer([image] * len(names), what, max_new_tokens=8)]
+    answers = model.answer([image] * len(names), what, "what_at", max_new_tokens=8)
+    seen = [words(answer, image) for answer in answers]
     return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
 
 
