@@ -95,10 +95,10 @@ class ChunkExecutor:
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
 
-        Both are the present tick by default. Raises as `check_actions` does, and `SpearError` for a chunk of
+        Both are the present tick by default. Raises as `check_chunk` does, and `SpearError` for a chunk of
         fewer actions than are to be executed of it.
         """
-        actions = check_actions(actions)
+        actions = check_chunk(actions)
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
@@ -182,7 +182,7 @@ def check_replan(replan: int, horizon: int | None = None) -> None:
         raise SpearError(f"--replan {replan}: execute at least 1 action of a chunk{most}")
 
 
-def check_actions(actions: Array) -> Array:
+def check_chunk(actions: Array) -> Array:
     """A policy's chunk. Raises `SpearError` for what is not [H, 8] finite numbers with unit quaternions."""
     actions = np.asarray(actions)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():

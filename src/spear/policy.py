@@ -31,11 +31,13 @@ class Answer:
     """An answer: its words, numbers (in `unit`, camera frame) and image locations, in order.
 
     distribution  what the model held possible for each number, where that was asked for.
+    family        of the question, to whose form it was held; None for a free answer.
     """
 
     segments: Sequence[str | float | Pixel]
     unit: Unit
     distribution: Distribution | None = field(default=None, compare=False, repr=False)
+    family: str | None = field(default=None, compare=False)
 
     @property
     def values(self) -> list[float]:
@@ -91,7 +93,7 @@ class VlmBundle:
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
                 held = Distribution(of_numbers, self.processor.coordinates)
-            answers.append(Answer(places, unit, held))
+            answers.append(Answer(places, unit, held, families[index]))
         return answers
 
     def _grammar(self, family: str | None) -> Any:

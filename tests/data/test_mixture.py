@@ -105,7 +105,7 @@ def test_the_order_depends_on_seed_and_step_alone(
     batch: int,
     data: st.DataObject,
 ) -> None:
-    """Another one, asked in another order, draws the same steps, all of them valid."""
+    """Any worker, any process, any number of them, resumed anywhere: the same steps, all of them valid."""
     folder = tmp_path_factory.mktemp("mixture")
     sources = []
     for number, episodes in enumerate(lengths):
@@ -120,13 +120,9 @@ def test_the_order_depends_on_seed_and_step_alone(
         weight = data.draw(st.floats(0.01, 100))
         sources.append((f"set {number}", EpisodeStore(folder / str(number)), weight))
 
-    mixture, other = Mixture(sources, seed), Mixture(sources, seed)
-    steps = range(first, first + 6)
+    mixture = Mixture(sources, seed)
+    steps = list(range(first, first + 6))
     order = [mixture.draw(step, batch) for step in steps]
-    np.testing.assert_equal(
-        [list(map(vars, other.draw(step, batch))) for step in reversed(steps)],
-        [list(map(vars, drawn)) for drawn in reversed(order)],
-    )
     for sample in (sample for drawn in order for sample in drawn):
         episode = sources[sample.source][1].without_images(sample.episode)
         assert episode_actions(episode)[1][sample.step]
@@ -139,6 +135,19 @@ def test_the_order_depends_on_seed_and_step_alone(
         for _, store, _ in sources
         for e in range(len(store))
     )
+
+    workers = data.draw(st.integers(1, 4))
+    found = {}
+    for worker in data.draw(st.permutations(range(workers))):
+        own = Mixture(sources, seed)  # what each of them has
+        for step in steps[worker::workers]:
+            found[step] = own.draw(step, batch)
+    resumed = Mixture(sources, seed)
+    for step, drawn in zip(steps, order, strict=True):
+        for other in (found[step], resumed.draw(step, batch)):
+            for a, b in zip(other, drawn, strict=True):
+                assert (a.source, a.episode, a.step) == (b.source, b.episode, b.step)
+                np.testing.assert_array_equal(a.draws, b.draws)
 
 
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:

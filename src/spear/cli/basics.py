@@ -64,8 +64,7 @@ def ask(options: AskOptions) -> None:
     elif options.draw and answer is not None:
         from spear.report.draw import draw_answer
 
-        family = options.family or (asking.understand(options.question) or (None,))[0]
-        drawn = draw_answer(answer.segments, picture.image, picture.intrinsics, family)
+        drawn = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.family)
         write_bytes(options.draw, encode_picture(drawn, str(options.draw)))
 
 

@@ -99,6 +99,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
+    from spear.data.readers.splits import shared
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
     from spear.report.comparison import open_loop_page
@@ -106,12 +107,10 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     o = options
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
     held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
-    if (o.train or o.train_split) and learned[0].resolve() == o.data.resolve():
-        pairs = ((a, b) for a in held for b in trained if a[0] == b[0])
-        both = sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a, b in pairs)
-        if both:
-            where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
-            raise SpearError(f"{where}: hold others out")
+    same = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
+    if same and (both := shared(held, trained)):
+        where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
+        raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
@@ -182,8 +181,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         show(table)
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {locate(o.model) / 'calibration.json'}")
+        file = measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {file}")
 
 
 class CompareOptions(Options):

@@ -156,9 +156,8 @@ def terminal_table(
 ) -> Table:
     """A table for a terminal, numbers right; 80 characters fold none of our words. mean_last: the last row is
     set off."""
-    table = Table(title="\n" + escape(title), caption=escape(caption), box=box.SIMPLE_HEAD)
-    table.show_edge = table.pad_edge = False
-    table.collapse_padding = True
+    lean: Any = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    table = Table(title="\n" + escape(title), caption=escape(caption), **lean)
     short = all(len(row[0]) <= 16 for row in rows)
     for index, header in enumerate(headers):
         kept = short and not index

@@ -7,7 +7,6 @@ episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 
 import dataclasses
 import glob
-import io
 import os
 import re
 import tarfile
@@ -21,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image
+from PIL import Image
 
 from spear.errors import RetryableError, SpearError, first_line, need, notice
 from spear.labels.pipeline import Work, admit
 from spear.types import Array, Frame
-from spear.util.images import encode_jpeg, load_image
+from spear.util.images import encode_jpeg, load_oriented
 
 IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -300,8 +299,9 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
         if isinstance(content, SpearError):
             raise content
         if isinstance(content, bytes):
-            encoded, content = content, load_image(content, key)
-            turned = _turned(encoded)
+            content, orientation = load_oriented(content, key)
+            height, width = content.shape[:2]
+            turned = orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and width == height)
     except SpearError as error:
         return Work(key, None, error)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
@@ -309,13 +309,6 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work
-
-
-def _turned(encoded: bytes) -> bool:
-    """See `Frame.turned`."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and image.width == image.height)
 
 
 def shrink(image: Array, longest: int | None) -> Array:

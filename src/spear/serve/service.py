@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import spear
-from spear.chunks import check_actions
+from spear.chunks import check_chunk
 from spear.embodiments import Embodiment
 from spear.embodiments.tools import COMMITTED, shown_to
 from spear.errors import SpearError, suppress_notices
@@ -93,7 +93,7 @@ class Service:
         self, result: Mapping[str, Any], ours: Mapping[str, Any], observation: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The policy's result as the robot takes it."""
-        actions = check_actions(result["actions"])
+        actions = check_chunk(result["actions"])
         rows = np.asarray(self.control.convert(actions, ours["observation/state"], observation))
         if rows.ndim != 2 or not np.isfinite(rows).all():
             raise SpearError("the robot's file makes no rows of finite numbers: do not move; repair it")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from spear.errors import SpearError, first_line
 from spear.types import Array
@@ -101,6 +101,13 @@ def load_image(
     enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
     more than 16 bits).
     """
+    return load_oriented(source, name, longest, stored)[0]
+
+
+def load_oriented(
+    source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
+) -> tuple[Array, int]:
+    """As `load_image`, and the EXIF orientation that it was turned by, 1 (as it is stored) to 8."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -113,7 +120,10 @@ def load_image(
                 size = "{} x {}".format(*image.size)
                 raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             image.load()
-            return np.array(_rgb(image if stored else ImageOps.exif_transpose(image), name))
+            if stored:
+                return np.array(_rgb(image, name)), 1
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return np.array(_rgb(ImageOps.exif_transpose(image), name)), orientation
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds

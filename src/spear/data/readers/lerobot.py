@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
+from spear.data.actions import no_steps
 from spear.data.readers.layout import Sources
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
@@ -121,7 +122,7 @@ class LeRobotFolder:
         """
         wanted = {name for name in self.cameras if images is None or _column(name) in images}
         if not self.episodes[index].length:
-            raise SpearError(f"empty episode: {self.name}#{index}: it has no steps; leave it out")
+            raise no_steps(f"{self.name}#{index}")
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from spear.data.actions import no_steps
 from spear.data.readers.layout import Sources, Steps, leaves
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
@@ -72,7 +73,7 @@ class RldsFolder:
             steps = episode.pop("steps")
             rows = len(next((values for _, values in leaves(steps)), ()))
             if not rows:
-                return SpearError(f"empty episode: {file} record {index}: it has no steps; leave it out")
+                return no_steps(f"{file} record {index}")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list)}
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError) as error:

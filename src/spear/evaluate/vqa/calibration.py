@@ -74,8 +74,11 @@ class Trust:
         except TypeError as error:
             raise SpearError(f"{path}: cannot be read ({error}): remove it") from error
 
-    def save(self, folder: Path) -> None:
-        write_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+    def save(self, folder: Path) -> Path:
+        """Write the file of the model in a folder, and return its path."""
+        path = folder / FILE
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        return path
 
     @property
     def tells_absent(self) -> bool:
