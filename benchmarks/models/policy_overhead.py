@@ -4,14 +4,15 @@ Both run on the same observation (two 640 x 480 cameras), one after the other, m
 Processor time is compared, by medians, so that other work on the machine does not count. Goal: at most 1.08.
 
     python benchmarks/models/policy_overhead.py [--name POLICY] [--runs RUNS]
-    python benchmarks/models/policy_overhead.py --threads 1 2   # `infer` beside other work, by the clock
+    python benchmarks/models/policy_overhead.py --beside    # by the clock, beside other work
 
-With `--threads`, the time that passes in one `infer`, median and 90 % of the runs, with so many threads each,
-while nothing else works and while one process keeps one core busy.
+With `--beside`, the time that passes in an `infer`, and in one of 16 observations, alone and beside a process that
+keeps one core busy: medians, and in what time 90 % of the runs end.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import statistics
 import time
@@ -37,25 +38,23 @@ def busy() -> None:
         pass
 
 
-def beside_others(infer: Callable[[], object], threads: tuple[int, ...], runs: int) -> None:
+def beside_others(policy: Spear1Policy, observation: dict[str, object], runs: int) -> None:
     """Print what an `infer` takes by the clock, alone and beside a busy process."""
-    spawn = multiprocessing.get_context("spawn")
-    for others in (0, 1):
-        workers = [spawn.Process(target=busy, daemon=True) for _ in range(others)]
-        for worker in workers:
+    worker = multiprocessing.get_context("spawn").Process(target=busy, daemon=True)
+    for beside in ("alone", "beside a busy process"):
+        if beside != "alone":
             worker.start()
-        for count in threads:
-            torch.set_num_threads(count)
-            infer()
-            taken = [1000 * seconds(infer, time.perf_counter) for _ in range(runs)]
+        for count in (1, 16):
+            batch = [observation] * count
+            policy.infer_batch(batch)  # the first is slower
+            act = functools.partial(policy.infer_batch, batch)
+            taken = [1000 * seconds(act, time.perf_counter) for _ in range(runs)]
             middle, late = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
-            print(f"threads {count}, busy processes {others}: {middle:.1f} ms, 90 % within {late:.1f} ms")
-        for worker in workers:
-            worker.terminate()
+            print(f"{beside}, {count} at once: {middle:.1f} ms, 90 % within {late:.1f} ms")
+    worker.terminate()
 
 
-def main(name: str = "nano", runs: int = 100, threads: tuple[int, ...] = ()) -> None:
-    torch.set_num_threads(1)
+def main(name: str = "nano", runs: int = 100, beside: bool = False) -> None:
     policy = Spear1Policy.load(name)
     rng = np.random.default_rng(0)
     observation = {
@@ -66,9 +65,10 @@ def main(name: str = "nano", runs: int = 100, threads: tuple[int, ...] = ()) -> 
     }
     inputs = policy.inputs([observation])
     whole, bare = (lambda: policy.infer(observation)), (lambda: policy.predict(inputs))
-    if threads:
-        beside_others(whole, threads, runs)
+    if beside:
+        beside_others(policy, observation, runs)
         return
+    torch.set_num_threads(1)
     for _ in range(5):
         whole(), bare()
     times = [(seconds(whole), seconds(bare)) for _ in range(runs)]

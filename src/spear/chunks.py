@@ -33,7 +33,6 @@ from spear.geometry import (
     unit_quat,
 )
 from spear.types import ACTION_DIM, Array, Policy
-from spear.util.processes import release_workers
 
 Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
@@ -143,7 +142,6 @@ class Pilot:
         self._policy = policy
         self._executor = ChunkExecutor(mode, replan, most=getattr(policy, "committed", 0))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
-        release_workers()
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:

@@ -15,7 +15,7 @@ from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.models.decode import Watched, greedy
-from spear.models.devices import bfloat16_is_fast, choose_device, keep_freed_memory
+from spear.models.devices import bfloat16_is_fast, choose_device, few_threads, keep_freed_memory
 from spear.models.processing import Processor, moved
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
@@ -73,15 +73,16 @@ class VlmBundle:
         framed = [self.processor.framed(*both, view) for both in zip(prompts, sizes, strict=True)]
         text = self.processor.prompts(framed)
         watched = Watched((tokens.start, tokens.stop)) if distributions else None
-        ids = greedy(
-            self.model,
-            {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
-            text["input_ids"].to(device),
-            text["attention_mask"].to(device),
-            max_new_tokens=max_new_tokens,
-            grammars=[self._grammar(f) for f in families],
-            watched=watched,
-        )
+        with few_threads(self._parameters, len(prompts)):
+            ids = greedy(
+                self.model,
+                {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
+                text["input_ids"].to(device),
+                text["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                grammars=[self._grammar(f) for f in families],
+                watched=watched,
+            )
         unit = self.processor.coordinates.unit
         probable, held = None, None
         if watched is not None and watched.logits:
@@ -95,6 +96,10 @@ class VlmBundle:
                 held = Distribution(of_numbers, self.processor.coordinates)
             answers.append(Answer(places, unit, held, families[index]))
         return answers
+
+    @functools.cached_property
+    def _parameters(self) -> int:
+        return self.model.num_parameters()
 
     def _grammar(self, family: str | None) -> Any:
         if family is None:
@@ -191,6 +196,10 @@ class Spear1Policy:
     def _files(self) -> str | None:
         return None if self.folder is None else fingerprint(self.folder)
 
+    @functools.cached_property
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     @property
     def committed(self) -> int:
         """The most actions that an observation may come with as decided already; 0: never trained for it."""
@@ -211,7 +220,9 @@ class Spear1Policy:
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
-        vectors = self.normalizer.unnormalize_action(self.predict(self.inputs(observations))).to_vector()
+        with few_threads(self._parameters, len(observations)):
+            actions = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
+        vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         return [{"actions": row} for row in vectors.cpu().numpy().astype(np.float32)]
 

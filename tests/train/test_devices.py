@@ -5,6 +5,9 @@ So every tensor that a training step makes must say where; a mode of PyTorch's s
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch.utils._device import _device_constructors
 from models_tiny import TINY
 from refusals import refuses
 from spear.models import devices
-from spear.models.devices import bfloat16_is_fast, choose_device
+from spear.models.devices import bfloat16_is_fast, choose_device, few_threads
 from spear.models.presets import vlm_config
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.train import loop
@@ -48,6 +51,27 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
         go(Regression(), loop.settled(asked, out, CPU), out)
         monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: not fast)  # on another machine
         assert loop.settled(asked, out, CPU) == used
+
+
+def test_a_small_network_acts_by_one_thread() -> None:
+    had = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for parameters, inputs, used in ((6_400_000, 1, 1), (6_400_000, 32, 2), (10**9, 1, 4)):
+            with pytest.raises(ZeroDivisionError), few_threads(parameters, inputs):
+                assert torch.get_num_threads() == used
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(had)
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_threads_that_wait_soon_sleep_unless_told_otherwise(own: str | None) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env |= {"GOMP_SPINCOUNT": own} if own else {}
+    command = [sys.executable, "-c", "import os, spear; print(os.environ['GOMP_SPINCOUNT'])"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == (own or "1000")
 
 
 def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -53,6 +55,21 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     tiles = torch.cpu._is_amx_tile_supported() and (limit in ("ALL", "DEFAULT") or "AMX" in limit)
     return tiles and HAS_BFLOAT16
+
+
+@contextmanager
+def few_threads(parameters: int, inputs: int) -> Iterator[None]:
+    """Within it, PyTorch has as many threads as inference on a CPU surely gains from, if it had so many.
+
+    One for every 100 million parameters × inputs (our choice). An action of nano takes as long by two as by
+    one on quiet cores, twice as long beside other work (docs/robots.md).
+    """
+    had = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(had, parameters * inputs // 100_000_000)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(had)
 
 
 def keep_freed_memory() -> bool:

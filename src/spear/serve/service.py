@@ -21,7 +21,6 @@ from spear.embodiments import Embodiment
 from spear.embodiments.tools import COMMITTED, shown_to
 from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
-from spear.util.processes import release_workers
 
 LOG = logging.getLogger(__name__)
 RECENT = 1.0
@@ -84,7 +83,6 @@ class Service:
         answer has. Raises what it raises."""
         with suppress_notices():  # what the example's images lack is not the robot's fault
             result = self.answer([self.embodiment.example()])[0]
-        release_workers()  # the server computes in another thread
         if isinstance(result, SpearError):
             raise result
         return len(result["actions"])

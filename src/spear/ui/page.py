@@ -31,7 +31,6 @@ from spear.sim.env import RATE_HZ
 from spear.sim.scene import FAMILIES
 from spear.ui.scenes import Shelf, View
 from spear.ui.table import Studio, Table
-from spear.util.processes import release_workers
 
 LOG = logging.getLogger("spear.ui")
 OF_TABLE = ("look", "film", "predict", "boxes", "question", "reset", "open", "instruct", "step")
@@ -215,13 +214,7 @@ class Session:
             await self._send({"running": False})
 
     async def _work(self, job: Callable[[Mapping[str, Any]], View], request: Mapping[str, Any]) -> View:
-        def alone() -> View:
-            try:
-                return job(request)
-            finally:
-                release_workers()  # they would slow the robots' inference
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, alone)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, job, request)
 
     async def _send(self, view: View) -> None:
         with contextlib.suppress(ConnectionClosed):  # `talk` notices it

@@ -1,7 +1,5 @@
-"""Worker processes that give results back in order, and the worker threads of PyTorch."""
+"""Worker processes that give results back in order."""
 
-import ctypes
-import functools
 import multiprocessing
 import os
 import signal
@@ -13,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from typing import Any, TypeVar
 
 from spear.errors import SpearError
@@ -79,24 +76,3 @@ def in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def release_workers() -> None:
-    """Give back the worker threads that PyTorch keeps for the calling thread, once another one computes.
-
-    Each has workers of its own, and GNU's OpenMP lets all of them sleep between two products once there are
-    more than cores. Waking them costs more than a small network's products: nano's inference took 81 ms then,
-    29 ms without (two cores). Nothing happens where PyTorch comes with another OpenMP.
-    """
-    for pause in _pauses():
-        pause(1)  # `omp_pause_soft`: what is given back comes again when it is needed
-
-
-@functools.cache
-def _pauses() -> list[Callable[[int], int]]:
-    """OpenMP's `omp_pause_resource_all`, as PyTorch's copy of GNU's library has it."""
-    import torch
-
-    libraries = map(str, Path(torch.__file__).with_name("lib").glob("libgomp*"))
-    found = (getattr(ctypes.CDLL(library), "omp_pause_resource_all", None) for library in libraries)
-    return [pause for pause in found if pause is not None]
