@@ -6,8 +6,8 @@ Processor time is compared, by medians, so that other work on the machine does n
     python benchmarks/models/policy_overhead.py [--name POLICY] [--runs RUNS]
     python benchmarks/models/policy_overhead.py --beside    # by the clock, beside other work
 
-With `--beside`, the time that passes in an `infer`, and in one of 16 observations, alone and beside a process that
-keeps one core busy: medians, and in what time 90 % of the runs end.
+With `--beside`, the time that passes in an `infer`, and in one of 16 observations, alone and beside a process
+that keeps one core busy: medians, and in what time 90 % of the runs end.
 """
 
 from __future__ import annotations
