@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -20,7 +19,7 @@ from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
-from spear.types import LabeledImage, Pixel, Question
+from spear.types import LabeledImage, Question
 from spear.util.files import write_bytes, write_text
 from spear.util.images import decode_image
 
@@ -68,13 +67,10 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     write_text(out, html)
 
 
-def say(question: Question, label: LabeledImage) -> str:
-    """The answer to a question about `label` as a person reads it, image points in pixels."""
-    if question.values:
-        return spoken(question)
-    w, h = label.width, label.height
-    said = [f"({s.x * w:.0f}, {s.y * h:.0f}) " if isinstance(s, Pixel) else s for s in question.segments]
-    return spoken(replace(question, segments=[*said, "px"]))
+def say(question: Question, label: LabeledImage, width: int) -> str:
+    """The answer to a question about `label` as a person reads it, in at most so many letters."""
+    said = spoken(question.segments, question.unit, (label.width, label.height))
+    return shorten(said, width, placeholder=" …")
 
 
 def _questions(folder: Path) -> Mapping[str, list[Question]]:
@@ -94,7 +90,7 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     return {
         "source": label.source,
         "image": picture(draw_label(label, max(1, round(WIDTH / label.width)), masks=True)),
-        "questions": [(q.prompt, shorten(say(q, label), 150, placeholder=" …")) for q in questions],
+        "questions": [(q.prompt, say(q, label, 150)) for q in questions],
         "left_out": [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons],
     }
 

@@ -1,7 +1,6 @@
 """What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best and worst answers drawn."""
 
 from dataclasses import replace
-from textwrap import shorten
 
 import numpy as np
 
@@ -115,6 +114,6 @@ def _in_words(scores: Scores) -> list[list[str]]:
         for i in np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ():
             a = some[i]
             said = replace(a.question, segments=a.answer)
-            truth, answer = (shorten(say(q, a.label), 64, placeholder=" …") for q in (a.question, said))
+            truth, answer = (say(q, a.label, 64) for q in (a.question, said))
             rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])
     return rows

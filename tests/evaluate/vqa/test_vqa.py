@@ -244,6 +244,6 @@ def test_an_answer_to_one_question_is_said_in_the_unit_of_the_model(unit: Unit, 
     image = np.zeros((60, 80, 3), np.uint8)
     assert words(Answer(["the mug is ", 0.41251, " away"], unit), image) == f"the mug is 0.413 {said} away"
     box = words(Answer([0.25] * 24, unit), image).splitlines()
-    assert box[0] == f"centre (+0.250, +0.250, +0.250) {said}; vertices:" and len(box) == 9
+    assert box[0] == f"centre (0.250, 0.250, 0.250) {said}; vertices:" and len(box) == 9
     assert words(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"
     assert words(Answer([], unit), image) == "(no answer)"

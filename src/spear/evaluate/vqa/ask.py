@@ -5,17 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
-from spear.evaluate.vqa.measures import numbers
-from spear.labels.questions.generate import FAMILIES
+from spear.labels.questions.generate import FAMILIES, spoken
 from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.labels.scenes import label_frames
 from spear.labels.store import choose
 from spear.models.processing import Processor
 from spear.models.readout import Decode, with_numbers
 from spear.policy import Answer, VlmBundle
-from spear.types import Array, Frame, LabeledImage, Pixel
+from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
 
@@ -69,7 +70,7 @@ def ask(
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
             ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
-        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {_unit(answer)}"
+        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {'m' if answer.unit == 'metre' else 'units'}"
     return answer, said
 
 
@@ -101,26 +102,13 @@ def missing(model: VlmBundle, image: Array, names: Sequence[str]) -> dict[str, s
 
 
 def words(answer: Answer, image: Array) -> str:
-    """An answer to read: 3D numbers in the model's unit, image points in pixels of `image`, a box by its
-    centre and vertices."""
-    unit = _unit(answer)
-    values = numbers(answer.segments)
-    if len(values) == 24 and len(answer.segments) == 24:
-        vertices = values.reshape(8, 3)
-        places = [f"({x:+.3f}, {y:+.3f}, {z:+.3f})" for x, y, z in (vertices.mean(0), *vertices)]
-        return "\n  ".join([f"centre {places[0]} {unit}; vertices:", *places[1:]])
-    height, width = image.shape[:2]
-    parts = []
-    for segment in answer.segments:
-        if isinstance(segment, Pixel):
-            parts.append(f"({segment.x * width:.0f}, {segment.y * height:.0f}) px")
-        else:
-            parts.append(f"{segment:.3f} {unit}" if isinstance(segment, float) else segment.strip())
-    return " ".join(parts) or "(no answer)"
-
-
-def _unit(answer: Answer) -> str:
-    return "m" if answer.unit == "metre" else "units"
+    """An answer to read (`spoken`), image points in pixels of `image`; a box by its centre and vertices."""
+    values = answer.values
+    if len(values) == len(answer.segments) == 24:
+        vertices = np.reshape(values, (8, 3))
+        centre, *ends = (spoken(place, answer.unit) for place in (vertices.mean(0), *vertices))
+        return "\n  ".join([f"centre {centre}; vertices:", *ends])
+    return spoken(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
 
 
 def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:

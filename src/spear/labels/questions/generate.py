@@ -21,7 +21,7 @@ from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import failings
 from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
-from spear.types import Array, LabeledImage, LabeledObject, Question
+from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
 """Families whose answers are numbers alone -> how many."""
@@ -101,18 +101,23 @@ def generate(
     return list(questions.values())
 
 
-def spoken(question: Question) -> str:
-    """The answer as a person reads it: numbers to three decimals with their unit; points in threes; image
-    locations as PaliGemma's tokens."""
-    segments = question.segments
-    unit = "m" if question.unit == "metre" else "units"
-    if any(isinstance(s, str) for s in segments) or len(question.values) == 1:
-        return "".join(f"{s:.3f} {unit}" if isinstance(s, float) else str(s) for s in segments)
-    if not question.values:
-        return " ".join(map(str, segments))
-    numbers = [f"{s:.3f}" for s in segments]
-    points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
-    return f"{' '.join(points)} {unit}"
+def spoken(segments: Sequence[str | float | Pixel], unit: Unit, size: tuple[int, int] | None = None) -> str:
+    """An answer as a person reads it: numbers to three decimals with their unit, in threes where nothing else
+    is said; image locations in pixels of an image of `size` (width, height), or as PaliGemma's tokens."""
+    measure = "m" if unit == "metre" else "units"
+    numbers = [f"{s:.3f}" for s in segments if isinstance(s, float)]
+    if 1 < len(numbers) == len(segments):
+        points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
+        return f"{' '.join(points)} {measure}"
+    said = []
+    for segment in segments:
+        if isinstance(segment, float):
+            said.append(f"{segment:.3f} {measure}")
+        elif isinstance(segment, Pixel) and size:
+            said.append(f"({segment.x * size[0]:.0f}, {segment.y * size[1]:.0f}) px")
+        else:
+            said.append(str(segment).strip())
+    return " ".join(said)
 
 
 def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:

@@ -82,5 +82,9 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
-    words = {"source": source, "answer": spoken(question), "segments": json.dumps(segments)}
+    words = {
+        "source": source,
+        "answer": spoken(question.segments, question.unit),
+        "segments": json.dumps(segments),
+    }
     return vars(question) | words | {"objects": list(question.objects)}
