@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from spear.data.mixture import Mixture
-from spear.data.normalize import SKETCHES, Normalizer
+from spear.data.normalize import Normalizer, write_sketches
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import SHARD_MB
 from spear.data.store.shard import write_shard
@@ -50,11 +50,7 @@ def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, st
             file.truncate(size)
     sketch = QuantileSketch()
     sketch.add(np.random.default_rng(number).normal(size=100_000))
-    arrays = sketch.to_arrays().items()
-    np.savez(
-        folder / SKETCHES,
-        **{f"{axis} {name}": values for axis in range(6) for name, values in arrays},  # type: ignore[arg-type]
-    )
+    write_sketches(EpisodeStore(folder), [sketch] * 6)
 
 
 def _episodes(number: int, count: int, steps: int, step_bytes: int) -> list[Episode]:

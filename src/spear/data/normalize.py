@@ -138,8 +138,13 @@ def save_sketches(store: EpisodeStore) -> None:
     """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
     it all again."""
     with suppress_notices():
-        sketches = _sketch(store.demonstrations())
-    arrays: dict[str, Any] = {}
+        learned = store.demonstrations()
+    write_sketches(learned, _sketch(learned))
+
+
+def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> None:
+    """Write the six sketches of a store, and of which episodes they are."""
+    arrays: dict[str, Any] = {"of": np.array(store.digest())}
     for axis, sketch in enumerate(sketches):
         arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
@@ -153,9 +158,10 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     if store.whole and file.is_file():
         try:
             with np.load(file, allow_pickle=False) as arrays:
+                of = str(arrays["of"]) if "of" in arrays.files else None
                 parts = [{n[2:]: arrays[n] for n in arrays.files if n.startswith(f"{i} ")} for i in range(6)]
             found = [QuantileSketch.from_arrays(part) for part in parts]
-            if found[0].count == store.known.sum():  # no shards came or went since
+            if of == store.digest():  # no shards came, went or changed since
                 return found
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise SpearError(f"unreadable: {file}: {error}; remove it, and it is not needed") from error

@@ -111,6 +111,11 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     refuses(SKETCHES, Normalizer.fit, [(EpisodeStore(copy).demonstrations(), 1.0)])
     Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
     shutil.copy(whole / SKETCHES, copy)
+    for file in copy.glob("episodes-00004.*"):  # another shard in the place of one, of as many known steps
+        shutil.copy(file, copy / f"episodes-00001{file.suffix}")
+    other = EpisodeStore(copy).demonstrations()
+    assert other.known.sum() == store.demonstrations().known.sum()
+    assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit([(other.subset(range(len(other))), 1.0)])
     for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder
         shutil.copy(file, copy / f"episodes-00006{file.suffix}")
     more = EpisodeStore(copy)
