@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2098, "ablations": 649, "cli": 1585, "data": 4646, "embodiments": 778, "evaluate": 3181,
-    "labels": 4694, "models": 4630, "report": 1171, "serve": 978, "sim": 1586, "train": 2479, "ui": 698,
+    "(top)": 2107, "ablations": 649, "cli": 1585, "data": 4652, "embodiments": 778, "evaluate": 3170,
+    "labels": 4703, "models": 4630, "report": 1166, "serve": 983, "sim": 1586, "train": 2479, "ui": 698,
     "util": 806,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -194,6 +194,18 @@ def test_the_pilot_stands_and_waits_in_sync() -> None:
     pilot.close()
 
 
+def test_after_a_pause_the_pilot_looks_again() -> None:
+    class Sure:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            return {"actions": chunk(observation["t"])}
+
+    pilot = Pilot(Sure(), "sync", replan=3)
+    assert millimetres([pilot.step({"t": t}) for t in (1, 2)]) == [1, 2]
+    pilot._stepped -= 2  # seconds pass
+    assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
+    pilot.close()
+
+
 def test_the_pilot_asks_about_what_was_seen_then() -> None:
     camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
 

@@ -11,11 +11,13 @@ rtc       as async, but the policy is told which actions are executed until its 
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
 """
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
@@ -38,6 +40,8 @@ Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
+PAUSE = 1.0
+"""Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
 
@@ -134,24 +138,29 @@ class ChunkExecutor:
 class Pilot:
     """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
 
-    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. Raises what
-    the policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
+    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. After a pause
+    (`PAUSE`) it begins anew. Raises what the policy raises, and `SpearError` for "rtc" with a policy that has
+    not learned it.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
         self._policy = policy
-        self._executor = ChunkExecutor(mode, replan, most=getattr(policy, "committed", 0))
+        self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
+        self._executor, self._stepped = self._begin(), time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
+        if time.monotonic() - self._stepped > PAUSE:
+            self._executor, self._asked = self._begin(), None
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
             seen = deepcopy(dict(observation)) | executor.told()  # the next picture may take this one's place
             self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen))
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
+        self._stepped = time.monotonic()
         return executor.next()
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import make
+from refusals import refuses
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.evaluate.open_loop import (
@@ -117,3 +118,10 @@ def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[st
 
     score("asked", Asked(store), store)
     assert seen == {"observation/image", *(["observation/left_image"] if "left" in views else [])}
+
+
+def test_a_policy_with_a_wrist_camera_alone_sees_through_it() -> None:
+    e = episode(0)
+    e.images["wrist"] = e.images.pop("external")
+    assert all("observation/wrist_image" in seen for seen in observations(e, ["wrist"]))
+    refuses("external", observations, e, ["external"])

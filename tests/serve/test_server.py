@@ -77,6 +77,19 @@ def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
         assert left.wait(60)
 
 
+def test_an_answer_without_actions_is_refused() -> None:
+    def other(client: ServerConnection) -> None:
+        client.send(wire.encode({}))
+        for _ in client:
+            client.send(wire.encode({"action": np.zeros(7)}))
+
+    with serve(other, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+        refuses("without actions", policy.infer, seen())
+        policy.close()
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"])
 def test_an_address_of_no_server_is_named(address: str) -> None:
     refuses(re.escape(address), RemotePolicy, address, "two\nlines")

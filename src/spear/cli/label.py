@@ -1,6 +1,5 @@
 """The commands that make labels and show them."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, notice
 from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions, changed
+from spear.util.files import read_json
 from spear.util.options import File, Options, Within
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
 
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
-    run = json.loads((folder / "run.json").read_text())
+    run = read_json(folder / "run.json", "leave out --rerun, or copy the folder again")
     works = [admit(Frame(decode_image(label.image), source=label.source)) for label in labels]
     if run["pointmap"] == "ground-truth":
         found = {item.key: item for item in items(run["inputs"], run["rate"], run["per_episode"])}

@@ -48,8 +48,9 @@ class OpenLoop:
 
 def observations(episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)) -> list[dict[str, Any]]:
     """What a policy with these cameras would have seen at each of the T steps (`spear.types.Policy`)."""
-    if "external" not in episode.images:
-        raise SpearError(f"no external camera: {episode.source}: cameras are {', '.join(episode.images)}")
+    if not set(views) & set(episode.images):
+        there = ", ".join(episode.images) or "none"
+        raise SpearError(f"{episode.source}: cameras are {there}, the policy sees {', '.join(views)}")
     parts = [episode.position, episode.rotation, episode.gripper[:, None]]
     state = np.concatenate(parts, 1, dtype=np.float32)
     seen: list[dict[str, Any]] = [{"observation/state": s, "prompt": episode.instruction} for s in state]

@@ -66,7 +66,12 @@ class RemotePolicy:
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
-        return [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
+        results = [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
+        if other := next((r for r in results if "actions" not in r), None):
+            raise SpearError(
+                f"{self.url}: answers {', '.join(other)[:80]!r} without actions: no policy server"
+            )
+        return results
 
     def close(self) -> None:
         """Hang up; the next call connects again."""
