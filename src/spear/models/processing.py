@@ -118,7 +118,7 @@ class Processor:
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
         width, height = self.image_sizes[view]
-        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements="W"))
+        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements=["C", "W"]))
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
             bars = fitting(size, (width, height))
