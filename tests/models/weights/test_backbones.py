@@ -195,6 +195,16 @@ def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path)
     assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
 
 
+def test_one_weight_in_bfloat16_does_not_round_the_others(tmp_path: Path) -> None:
+    folder = a_vlm(tmp_path)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, EMBEDDINGS: state[EMBEDDINGS].bfloat16()}, file)
+    assert plan_policy(folder, size="tiny14").dtype == torch.float32
+    save_file({}, file)
+    refuses("holds no weights", plan_policy, folder, None, "tiny14")
+
+
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, PaliGemmaConfig
 
@@ -107,7 +106,7 @@ def plan_backbones(
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
     report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
-    kind, dtype = SpearVLMForConditionalGeneration, shards.dtype(table)
+    kind, dtype = SpearVLMForConditionalGeneration, shards.precision([table, *names.values()])
     return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
@@ -117,10 +116,7 @@ def _paligemma_config(shards: Shards) -> Any:
     other = f"another architecture: {where}"
     if kind != PaliGemmaConfig.model_type:
         raise SpearError(f"{other} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')")
-    try:
-        config: Any = PaliGemmaConfig.from_dict(dict(shards.config))
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise SpearError(f"checkpoint without a readable config: {where}: {first_line(error)}") from error
+    config: Any = shards.read_config(PaliGemmaConfig)
     text = config.text_config.model_type
     if text not in ("gemma", "gemma2"):
         raise SpearError(f"{other}: its language model is {text!r}: give a PaliGemma 1 or 2")
