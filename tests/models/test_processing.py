@@ -144,6 +144,8 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
     (tmp_path / "processor.json").write_text("{")
     refuses("broken processor", Processor.load, tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
+    refuses("broken tokenizer", Processor.load, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (60, 120), (160, 90), (192, 128), (384, 256)])

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
@@ -178,6 +178,14 @@ def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part
         return read if sign == 1.0 else {ours: sign * weight for ours, weight in read.items()}
 
     return part
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises `SpearError` where there is none, or a broken one."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the errors of its parser have no class of their own
+        raise SpearError(f"broken tokenizer: {folder}: {first_line(error)}: copy it again") from error
 
 
 def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
