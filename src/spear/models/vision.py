@@ -167,10 +167,7 @@ class MogeEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features of uint8 images, normalised here with ImageNet's statistics."""
-        return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
+        images = normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
         count = len(self.backbone.encoder.layer)
         tokens = self.layers(images, range(count - LAST_LAYERS, count))
         return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)

@@ -23,6 +23,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 """The files of a repository on the Hub that belong to a checkpoint."""
+_WHOLE = "give the folder of a whole checkpoint"
 _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
@@ -54,7 +55,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
 
 def architecture(folder: Path) -> str:
     """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
-    return str(_read_config(folder).get("model_type"))
+    return str(read_json(folder / "config.json", _WHOLE).get("model_type"))
 
 
 @contextmanager
@@ -125,8 +126,8 @@ class Shards:
                 raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
         if not weights:
             raise SpearError(f"checkpoint incomplete: {folder} holds no weights: copy it again")
-        config = _read_config(folder) if (folder / "config.json").is_file() else {}
-        return Shards(folder, config, weights)
+        file = folder / "config.json"
+        return Shards(folder, read_json(file, _WHOLE) if file.is_file() else {}, weights)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
@@ -234,11 +235,6 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
     except Exception as error:  # the client's errors and its transport's have no common base
         what, cure = f"cannot get {name} from the Hugging Face Hub", "check the name and the network"
         raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises `SpearError` when it is missing or broken."""
-    return read_json(folder / "config.json", "give the folder of a whole checkpoint")
 
 
 def _weight_files(folder: Path) -> list[Path]:
