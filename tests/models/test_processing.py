@@ -49,6 +49,13 @@ def test_padding_keeps_the_whole_image_and_is_said() -> None:
     assert "above and below, 25%" in str(fitting((1280, 720), (280, 210)))
 
 
+def test_images_may_be_mirrored_views_but_not_empty(processor: Processor) -> None:
+    bgr = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
+    rgb = processor.image(bgr[:, :, ::-1], "external")  # as OpenCV's users turn the colours around
+    assert torch.equal(rgb, processor.image(bgr, "external").flip(0))
+    refuses("wrong image type", processor.image, bgr[:0], "external")
+
+
 def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
     segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
     back = processor.read_answer([*processor.answer_ids(segments), 1, 5, 5])
@@ -137,6 +144,8 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
     (tmp_path / "processor.json").write_text("{")
     refuses("broken processor", Processor.load, tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
+    refuses("broken tokenizer", Processor.load, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (60, 120), (160, 90), (192, 128), (384, 256)])

@@ -114,6 +114,11 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     slow = reference(model, given, noise, 10)
     assert rough.dtype == torch.float32
     assert relative(rough, slow) < 0.03 and relative(rough, exact) < 0.03
+    model.float().vlm.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a notice would say that the fast way does not work
+        mixed = model.sample_actions(**given, noise=noise).to_vector()
+    assert relative(mixed, reference(model, given, noise, 10)) < 0.03
 
 
 def test_gemma2_layers_too() -> None:
@@ -152,6 +157,16 @@ def test_changed_weights_are_noticed() -> None:
     for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
         parameter.data.copy_(other.data)  # as averages of weights are put in place
     assert same()
+
+
+def test_a_network_that_inference_mode_made_acts_and_its_changes_are_noticed() -> None:
+    given, noise = observation(1, ("external",), False), actions(1, H)
+    with torch.inference_mode():
+        model = spear1()
+        for _ in range(2):
+            found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
+            assert relative(found, reference(model, given, noise, 2)) < 1e-5
+            model.action_in_proj.weight.mul_(1.3)
 
 
 def test_lora_is_part_of_the_fast_path() -> None:

@@ -182,6 +182,12 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
     file.write_bytes(whole)
     (folder / "config.json").write_text('{"model_type": "gemma"}')
     assert "unknown architecture" in broken(folder) and "spear1" in broken(folder)
+    for wrong in ({"flow": {"speed": 1}}, {"vlm_config": "x"}, {"expert_config": {"hidden_size": "x"}}):
+        (folder / "config.json").write_text(json.dumps({**spear1_config(TINY).to_dict(), **wrong}))
+        assert "broken config" in broken(folder)
+    for wrong in ([], {"weight_map": {"head": 5}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
+        assert "broken checkpoint" in broken(folder)
     state = model.state_dict()
     without = {k: v for k, v in state.items() if k != "state_proj.bias"}
     model.save_pretrained(tmp_path / "less", state_dict=without)

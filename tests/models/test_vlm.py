@@ -103,6 +103,8 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
     refuses(r"unknown view 'wrst': did you mean 'wrist'\?", model, {"wrst": images["wrist"]}, ids, mask)
     with pytest.raises(SpearError, match=r"wrong image type: view 'wrist' is torch\.float32"):
         model({"wrist": images["wrist"] / 255}, ids, mask)
+    refuses("wrong image type", model, {"wrist": images["wrist"][:, :1]}, ids, mask)
+    refuses("wrong image size: .* 31×32", vlm(stem="patch"), {"wrist": images["wrist"][..., 1:]}, ids, mask)
     refuses("no images", model, {}, ids, mask)
     refuses("patch 16, MoGe patch 8", vlm, moge={**(TINY.moge or {}), "patch_size": 8})
     refuses("head_dim is 4, the VLM's is 8", spear1, expert={**TINY.expert, "head_dim": 4})

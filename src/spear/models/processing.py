@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from spear.errors import SpearError, first_line, notice, unknown_name
 from spear.models.decode import Worded
 from spear.models.presets import Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
+from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question
 from spear.util.images import fit_image
@@ -118,7 +119,7 @@ class Processor:
         if view not in self.image_sizes:
             raise unknown_name("view", view, self.image_sizes)
         width, height = self.image_sizes[view]
-        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements="W"))
+        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements=["C", "W"]))
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
             bars = fitting(size, (width, height))
@@ -248,10 +249,10 @@ class Processor:
         """Read what `save` wrote. config: of the model that it shall fit. Raises SpearError when something is
         missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
+        tokenizer = load_tokenizer(folder)
         try:
             content = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
             sizes = {name: (int(w), int(h)) for name, w, h in content["image_sizes"]}
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             processor = Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SpearError(f"broken processor: {folder}: {first_line(error)}: save it again") from error

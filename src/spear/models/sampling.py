@@ -36,7 +36,8 @@ class Sampler:
         # The expert reads all its weights at every flow step, for a few rows.
         small = if_small(model.expert) if packed else None
         self.expert = small or Stack(model.expert, packed, compiled)
-        language, exact = model.vlm.language_model, hidden.weight.dtype == torch.float32
+        language = model.vlm.language_model
+        exact = language.embed_tokens.weight.dtype == torch.float32
         self.vlm = (if_small(language) if small and exact else None) or Stack(language, compiled=compiled)
         self.dtype, self.width = hidden.weight.dtype, inner.out_features
         inside = self.expert.dtype

@@ -167,10 +167,7 @@ class MogeEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features of uint8 images, normalised here with ImageNet's statistics."""
-        return self.features(normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD))
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, 3, h, w] normalised images -> [B, patches, 4·width]."""
+        images = normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
         count = len(self.backbone.encoder.layer)
         tokens = self.layers(images, range(count - LAST_LAYERS, count))
         return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
@@ -189,9 +186,12 @@ class MogeEncoder(nn.Module):
         return found
 
 
-def check_pixels(name: str, pixels: Any) -> None:
-    """Refuse anything but uint8 [B, 3, h, w]."""
-    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
-        tensor = isinstance(pixels, Tensor)
+def check_pixels(name: str, pixels: Any, patch: int) -> None:
+    """Refuse anything but uint8 [B, 3, h, w] in whole patches: what is left of one would be cut off."""
+    tensor = isinstance(pixels, Tensor)
+    if not tensor or pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
         what = f"{pixels.dtype} {tuple(pixels.shape)}" if tensor else type(pixels).__name__
         raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]")
+    height, width = pixels.shape[2:]
+    if height % patch or width % patch:
+        raise SpearError(f"wrong image size: view {name!r} is {width}×{height}: give multiples of {patch}")

@@ -154,7 +154,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
                 raise unknown_name("view", name, self.config.views)
         given = [name for name in self.config.views if name in pixel_values]
         for name in given:
-            check_pixels(name, pixel_values[name])
+            check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
         # Views of one size go through the encoders together.
         by_size: dict[Any, list[str]] = {}
         for name in given:

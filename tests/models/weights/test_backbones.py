@@ -32,6 +32,7 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.backbones import EMBEDDINGS, plan_backbones
+from spear.models.weights.folders import simulator_only
 from spear.models.weights.load import Shards
 from spear.tokens import init_new_embeddings
 from spear.types import Action
@@ -182,7 +183,12 @@ def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_n
 
 
 def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path) -> None:
-    plan = plan_policy(a_vlm(tmp_path), size="tiny14")
+    folder = a_vlm(tmp_path / "vlm")
+    plan = plan_policy(folder, size="tiny14")
+    plan.save(tmp_path / "before")
+    (folder / "recipe.json").write_text('{"simulator_only": true}')
+    plan.save(tmp_path / "after")
+    assert simulator_only(tmp_path / "after") and not simulator_only(tmp_path / "before")
     models = [plan.run(seed=seed) for seed in (0, 0, 1)]
     for key in plan.report.of("new"):
         drawn, same, other = (model.state_dict()[key.name] for model in models)
@@ -193,6 +199,16 @@ def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path)
             assert torch.equal(drawn, other) and not drawn.any(), key.name
     out = models[0].action_time_mlp_in.weight.detach()
     assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
+
+
+def test_one_weight_in_bfloat16_does_not_round_the_others(tmp_path: Path) -> None:
+    folder = a_vlm(tmp_path)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, EMBEDDINGS: state[EMBEDDINGS].bfloat16()}, file)
+    assert plan_policy(folder, size="tiny14").dtype == torch.float32
+    save_file({}, file)
+    refuses("holds no weights", plan_policy, folder, None, "tiny14")
 
 
 def edit(folder: Path, **changes: Any) -> None:

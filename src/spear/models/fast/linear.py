@@ -173,7 +173,8 @@ def _stamp(places: Places) -> list[int]:
         stamp.append(id(module))
         for weight in module._parameters.values():
             if weight is not None:
-                stamp += (place := weight.data_ptr(), weight._version)
+                version = 0 if weight.is_inference() else weight._version  # those made in inference mode
+                stamp += (place := weight.data_ptr(), version)
                 if place and weight.is_cpu:
                     stamp.append(_BITS[weight.element_size()].from_address(place).value)
     return stamp

@@ -61,7 +61,7 @@ def plan_policy(
     stored = Shards.open(vlm, "SPEAR-VLM")
     kind = str(stored.config.get("model_type"))
     check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
-    inner, dtype = SpearVLMConfig.from_dict(dict(stored.config)), stored.dtype(next(iter(stored.weights)))
+    inner, dtype = stored.read_config(SpearVLMConfig), stored.precision(stored.weights)
     fields, periods = None, {}
     if expert is not None:
         shards = Shards.open(expert, "π0")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoTokenizer, PaliGemmaConfig
+from transformers import PaliGemmaConfig
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError
 from spear.models.moge.checkpoint import (
     Checkpoint,
     encoder_config,
@@ -25,7 +24,7 @@ from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, reading, renamed
+from spear.models.weights.load import Part, Shards, load_tokenizer, reading, renamed
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -107,7 +106,7 @@ def plan_backbones(
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
     report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
-    kind, dtype = SpearVLMForConditionalGeneration, shards.dtype(table)
+    kind, dtype = SpearVLMForConditionalGeneration, shards.precision([table, *names.values()])
     return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
@@ -117,10 +116,7 @@ def _paligemma_config(shards: Shards) -> Any:
     other = f"another architecture: {where}"
     if kind != PaliGemmaConfig.model_type:
         raise SpearError(f"{other} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')")
-    try:
-        config: Any = PaliGemmaConfig.from_dict(dict(shards.config))
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise SpearError(f"checkpoint without a readable config: {where}: {first_line(error)}") from error
+    config: Any = shards.read_config(PaliGemmaConfig)
     text = config.text_config.model_type
     if text not in ("gemma", "gemma2"):
         raise SpearError(f"{other}: its language model is {text!r}: give a PaliGemma 1 or 2")
@@ -133,10 +129,7 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     """The folder's tokenizer with the 3D tokens, or None; and the id of the first 3D token."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None, rows
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpearError(f"broken tokenizer: {folder}: {first_line(error)}: copy it again") from error
+    tokenizer = load_tokenizer(folder)
     mismatch = f"vocabulary mismatch: {folder}: its tokenizer has"
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")

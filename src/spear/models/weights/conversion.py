@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
+from spear.models.weights.folders import simulator_only
 from spear.models.weights.load import Part, Shards, quiet
 from spear.util.files import check_new
 
@@ -180,7 +181,8 @@ class Conversion(Generic[Model]):
             if also is not None:
                 also(part)
             precision = str(model.dtype).removeprefix("torch.")
-            made = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
+            made: dict[str, Any] = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
+            made["simulator_only"] = all(simulator_only(Path(source)) for source in self.sources.values())
             (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
             (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Folders of checkpoints: where they are by name, and what they have seen."""
 
-import json
 from pathlib import Path
 
 from spear.errors import SpearError, notice
+from spear.util.files import read_json
 
 SHIPPED = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
@@ -28,7 +28,7 @@ def locate(name: str | Path) -> Path:
 
 def simulator_only(folder: Path) -> bool:
     """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
-    package, and those whose training says so."""
+    package, and those whose training says so. Raises `SpearError` for a broken recipe.json."""
     file = folder / "recipe.json"
-    said = file.is_file() and json.loads(file.read_text()).get("simulator_only") is True
+    said = file.is_file() and read_json(file, "copy the folder again").get("simulator_only") is True
     return said or folder.resolve().is_relative_to(SHIPPED.resolve())

@@ -1,5 +1,6 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, first_line, unknown_name
@@ -21,6 +23,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 """The files of a repository on the Hub that belong to a checkpoint."""
+_WHOLE = "give the folder of a whole checkpoint"
 _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 
@@ -28,8 +31,8 @@ _PIECE = 8 * 2**20
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
     """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
 
-    dtype: None keeps that of the file. Raises SpearError, naming the file, when something is missing or
-    truncated, or the checkpoint is of another architecture or shape.
+    dtype: None keeps the one that its config names. Raises SpearError, naming the file, when something is
+    missing or truncated, or the checkpoint is of another architecture or shape.
     """
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
@@ -52,7 +55,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
 
 def architecture(folder: Path) -> str:
     """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
-    return str(_read_config(folder).get("model_type"))
+    return str(read_json(folder / "config.json", _WHOLE).get("model_type"))
 
 
 @contextmanager
@@ -84,9 +87,8 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     if kind != wanted:
         raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
     shards = Shards.open(folder, wanted)
-    for key in shards.weights:
-        shards.dtype(key)
-    return cls.config_class.from_dict(dict(shards.config))
+    shards.precision(shards.weights)
+    return shards.read_config(cls.config_class)
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ class Shards:
                         weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
-        config = _read_config(folder) if (folder / "config.json").is_file() else {}
-        return Shards(folder, config, weights)
+        if not weights:
+            raise SpearError(f"checkpoint incomplete: {folder} holds no weights: copy it again")
+        file = folder / "config.json"
+        return Shards(folder, read_json(file, _WHOLE) if file.is_file() else {}, weights)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
@@ -132,6 +136,18 @@ class Shards:
             cure = "use a checkpoint in float32, bfloat16 or float16, not a quantised one"
             raise SpearError(f"wrong dtype: {key} in {stored.file} is {stored.dtype}: {cure}")
         return _FLOATS[stored.dtype]
+
+    def precision(self, keys: Iterable[str]) -> torch.dtype:
+        """The dtype that holds these weights, of which there are some. Raises as `dtype` does."""
+        return functools.reduce(torch.promote_types, map(self.dtype, keys))
+
+    def read_config(self, kind: Any) -> Any:
+        """The config, of this class. Raises `SpearError` where its fields are not such a config's."""
+        try:
+            return kind.from_dict(dict(self.config))
+        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+            where = self.folder / "config.json"
+            raise SpearError(f"broken config: {where}: {first_line(error)}: copy it again") from error
 
     def read_into(self, key: str, out: Tensor) -> Tensor:
         """A weight into a tensor of its shape, which is returned, in pieces of some rows."""
@@ -163,6 +179,14 @@ def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part
         return read if sign == 1.0 else {ours: sign * weight for ours, weight in read.items()}
 
     return part
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises `SpearError` where there is none, or a broken one."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the errors of its parser have no class of their own
+        raise SpearError(f"broken tokenizer: {folder}: {first_line(error)}: copy it again") from error
 
 
 def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -213,21 +237,17 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
         raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises `SpearError` when it is missing or broken."""
-    return read_json(folder / "config.json", "give the folder of a whole checkpoint")
-
-
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    files = [folder / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({folder / name for name in names})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise SpearError(f"checkpoint incomplete: {folder / name} is missing: copy it again")
-    return [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise SpearError(f"checkpoint incomplete: {file} is missing: copy it again")
+    return files
