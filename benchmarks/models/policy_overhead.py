@@ -40,17 +40,19 @@ def busy() -> None:
 
 def beside_others(policy: Spear1Policy, observation: dict[str, object], runs: int) -> None:
     """Print what an `infer` takes by the clock, alone and beside a busy process."""
-    worker = multiprocessing.get_context("spawn").Process(target=busy, daemon=True)
-    for beside in ("alone", "beside a busy process"):
-        if beside != "alone":
-            worker.start()
+
+    def measure(where: str) -> None:
         for count in (1, 16):
-            batch = [observation] * count
-            policy.infer_batch(batch)  # the first is slower
-            act = functools.partial(policy.infer_batch, batch)
+            act = functools.partial(policy.infer_batch, [observation] * count)
+            act()  # the first is slower
             taken = [1000 * seconds(act, time.perf_counter) for _ in range(runs)]
             middle, late = statistics.median(taken), statistics.quantiles(taken, n=10)[-1]
-            print(f"{beside}, {count} at once: {middle:.1f} ms, 90 % within {late:.1f} ms")
+            print(f"{where}, {count} at once: {middle:.1f} ms, 90 % within {late:.1f} ms")
+
+    measure("alone")
+    worker = multiprocessing.get_context("spawn").Process(target=busy, daemon=True)
+    worker.start()
+    measure("beside a busy process")
     worker.terminate()
 
 

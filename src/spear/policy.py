@@ -198,7 +198,7 @@ class Spear1Policy:
 
     @functools.cached_property
     def _parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return self.model.num_parameters()
 
     @property
     def committed(self) -> int:

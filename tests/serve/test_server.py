@@ -77,11 +77,12 @@ def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
         assert left.wait(60)
 
 
-def test_an_answer_without_actions_is_refused() -> None:
+@pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}])
+def test_an_answer_without_actions_is_refused(answer: dict[str, Any]) -> None:
     def other(client: ServerConnection) -> None:
         client.send(wire.encode({}))
         for _ in client:
-            client.send(wire.encode({"action": np.zeros(7)}))
+            client.send(wire.encode(answer))
 
     with serve(other, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

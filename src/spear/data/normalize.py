@@ -158,11 +158,10 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     if store.whole and file.is_file():
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                of = str(arrays["of"]) if "of" in arrays.files else None
-                parts = [{n[2:]: arrays[n] for n in arrays.files if n.startswith(f"{i} ")} for i in range(6)]
-            found = [QuantileSketch.from_arrays(part) for part in parts]
-            if of == store.digest():  # no shards came, went or changed since
-                return found
+                names = arrays.files
+                if "of" in names and str(arrays["of"]) == store.digest():  # no shards came, went or changed
+                    parts = [{n[2:]: arrays[n] for n in names if n.startswith(f"{i} ")} for i in range(6)]
+                    return [QuantileSketch.from_arrays(part) for part in parts]
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise SpearError(f"unreadable: {file}: {error}; remove it, and it is not needed") from error
     sketches = [QuantileSketch() for _ in range(6)]

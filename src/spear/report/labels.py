@@ -19,7 +19,7 @@ from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
-from spear.types import LabeledImage, Question
+from spear.types import LabeledImage, Pixel, Question
 from spear.util.files import write_bytes, write_text
 from spear.util.images import decode_image
 
@@ -67,9 +67,9 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     write_text(out, html)
 
 
-def say(question: Question, label: LabeledImage, width: int) -> str:
-    """The answer to a question about `label` as a person reads it, in at most so many letters."""
-    said = spoken(question.segments, question.unit, (label.width, label.height))
+def say(answer: Sequence[str | float | Pixel], label: LabeledImage, width: int) -> str:
+    """An answer about `label`, in its unit, as a person reads it, in at most so many letters."""
+    said = spoken(answer, label.unit, (label.width, label.height))
     return shorten(said, width, placeholder=" …")
 
 
@@ -90,7 +90,7 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     return {
         "source": label.source,
         "image": picture(draw_label(label, max(1, round(WIDTH / label.width)), masks=True)),
-        "questions": [(q.prompt, say(q, label, 150)) for q in questions],
+        "questions": [(q.prompt, say(q.segments, label, 150)) for q in questions],
         "left_out": [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons],
     }
 

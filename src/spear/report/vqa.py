@@ -113,7 +113,6 @@ def _in_words(scores: Scores) -> list[list[str]]:
         some = _ranked(scores, family)
         for i in np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ():
             a = some[i]
-            said = replace(a.question, segments=a.answer)
-            truth, answer = (say(q, a.label, 64) for q in (a.question, said))
+            truth, answer = (say(said, a.label, 64) for said in (a.question.segments, a.answer))
             rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])
     return rows

@@ -67,10 +67,10 @@ class RemotePolicy:
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
         results = [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
-        if other := next((r for r in results if "actions" not in r), None):
-            raise SpearError(
-                f"{self.url}: answers {', '.join(other)[:80]!r} without actions: no policy server"
-            )
+        for result in results:
+            if "actions" not in result:
+                said = ", ".join(result)[:80]
+                raise SpearError(f"{self.url}: answers {said!r} without actions: no policy server")
         return results
 
     def close(self) -> None:

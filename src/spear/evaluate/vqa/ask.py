@@ -9,7 +9,7 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
-from spear.labels.questions.generate import FAMILIES, spoken
+from spear.labels.questions.generate import FAMILIES, in_short, spoken
 from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.labels.scenes import label_frames
 from spear.labels.store import choose
@@ -70,7 +70,7 @@ def ask(
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
             ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
-        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {'m' if answer.unit == 'metre' else 'units'}"
+        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {in_short(answer.unit)}"
     return answer, said
 
 

@@ -104,7 +104,7 @@ def generate(
 def spoken(segments: Sequence[str | float | Pixel], unit: Unit, size: tuple[int, int] | None = None) -> str:
     """An answer as a person reads it: numbers to three decimals with their unit, in threes where nothing else
     is said; image locations in pixels of an image of `size` (width, height), or as PaliGemma's tokens."""
-    measure = "m" if unit == "metre" else "units"
+    measure = in_short(unit)
     numbers = [f"{s:.3f}" for s in segments if isinstance(s, float)]
     if 1 < len(numbers) == len(segments):
         points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
@@ -118,6 +118,11 @@ def spoken(segments: Sequence[str | float | Pixel], unit: Unit, size: tuple[int,
         else:
             said.append(str(segment).strip())
     return " ".join(said)
+
+
+def in_short(unit: Unit) -> str:
+    """A unit as it stands after a number."""
+    return "m" if unit == "metre" else "units"
 
 
 def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:

@@ -181,8 +181,12 @@ class Conversion(Generic[Model]):
             if also is not None:
                 also(part)
             precision = str(model.dtype).removeprefix("torch.")
-            made: dict[str, Any] = {"converted": dict(self.sources), "dtype": precision, "seed": seed}
-            made["simulator_only"] = all(simulator_only(Path(source)) for source in self.sources.values())
+            made = {
+                "converted": dict(self.sources),
+                "dtype": precision,
+                "seed": seed,
+                "simulator_only": all(simulator_only(Path(source)) for source in self.sources.values()),
+            }
             (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
             (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
