@@ -22,7 +22,7 @@ from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
-from spear.types import ACTION_DIM, Action, Array, Pixel, Unit
+from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
 
 
@@ -34,7 +34,7 @@ class Answer:
     family        of the question, to whose form it was held; None for a free answer.
     """
 
-    segments: Sequence[str | float | Pixel]
+    segments: Segments
     unit: Unit
     distribution: Distribution | None = field(default=None, compare=False, repr=False)
     family: str | None = field(default=None, compare=False)

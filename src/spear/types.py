@@ -233,7 +233,7 @@ class Question:
 
     family: str
     prompt: str
-    segments: "Sequence[str | float | Pixel]"
+    segments: "Segments"
     objects: Sequence[str]
     unit: Unit = "metre"
 
@@ -253,6 +253,10 @@ class Pixel:
     def __str__(self) -> str:
         """As PaliGemma's two location tokens, y before x: "<loc0512><loc0256>"."""
         return "".join(f"<loc{min(max(int(v * 1024), 0), 1023):04d}>" for v in (self.y, self.x))
+
+
+Segments = Sequence[str | float | Pixel]
+"""An answer, in reading order: text, numbers and image locations."""
 
 
 class Policy(Protocol):

@@ -19,14 +19,13 @@ from spear.models.presets import Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
-from spear.types import Array, Pixel, Question
+from spear.types import Array, Pixel, Question, Segments
 from spear.util.images import fit_image
 
 LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
 """PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
 _PLACE = re.compile(r"<loc(\d{4})><loc(\d{4})>")
-Segments = Sequence[str | float | Pixel]
 Size = tuple[int, int]
 SIZES_TOLD, TEXTS_KEPT = 32, 2**14
 """Image sizes that a processor warns about, texts whose tokens it keeps: ever new ones take no memory."""

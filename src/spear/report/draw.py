@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from spear.errors import SpearError
-from spear.evaluate.vqa.measures import Segments, image_points, numbers
+from spear.evaluate.vqa.measures import image_points, numbers
 from spear.labels.fit.box3d import EDGES
 from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
-from spear.types import Array, LabeledImage
+from spear.types import Array, LabeledImage, Segments
 from spear.util.images import decode_image
 
 Colour = tuple[int, int, int]

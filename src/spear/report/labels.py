@@ -19,7 +19,7 @@ from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
-from spear.types import LabeledImage, Pixel, Question
+from spear.types import LabeledImage, Question, Segments
 from spear.util.files import write_bytes, write_text
 from spear.util.images import decode_image
 
@@ -67,7 +67,7 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     write_text(out, html)
 
 
-def say(answer: Sequence[str | float | Pixel], label: LabeledImage, width: int) -> str:
+def say(answer: Segments, label: LabeledImage, width: int) -> str:
     """An answer about `label`, in its unit, as a person reads it, in at most so many letters."""
     said = spoken(answer, label.unit, (label.width, label.height))
     return shorten(said, width, placeholder=" …")

@@ -31,9 +31,7 @@ from spear.evaluate.stats import Estimate
 from spear.labels.fit.box3d import SIGNS, iou, make_box
 from spear.labels.questions.answers import distance
 from spear.models.readout import with_numbers
-from spear.types import Array, Box3D, LabeledImage, Pixel, Question
-
-Segments = Sequence[str | float | Pixel]
+from spear.types import Array, Box3D, LabeledImage, Pixel, Question, Segments
 
 
 @dataclass(frozen=True)

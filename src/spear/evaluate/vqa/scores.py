@@ -12,9 +12,9 @@ from rich.table import Table
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
 from spear.evaluate.vqa.calibration import CENTRAL, Calibration, Certainty, by_image, calibrate
-from spear.evaluate.vqa.measures import MEASURES, Segments, constant_guess, depth_guess, grammatical, measure
+from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
 from spear.models.readout import DECODES, Decode
-from spear.types import LabeledImage, Question, Unit
+from spear.types import LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
 

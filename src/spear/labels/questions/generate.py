@@ -21,7 +21,7 @@ from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import failings
 from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
 from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Unit
+from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
 """Families whose answers are numbers alone -> how many."""
@@ -101,7 +101,7 @@ def generate(
     return list(questions.values())
 
 
-def spoken(segments: Sequence[str | float | Pixel], unit: Unit, size: tuple[int, int] | None = None) -> str:
+def spoken(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
     """An answer as a person reads it: numbers to three decimals with their unit, in threes where nothing else
     is said; image locations in pixels of an image of `size` (width, height), or as PaliGemma's tokens."""
     measure = in_short(unit)
