@@ -157,6 +157,10 @@ def test_changed_weights_are_noticed() -> None:
     for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
         parameter.data.copy_(other.data)  # as averages of weights are put in place
     assert same()
+    for part in (model.vlm.vision_tower, model.vlm.moge, model.state_proj, model.action_out_proj):
+        kept, weight = SAMPLER(model, True), next(part.parameters())
+        weight.data = weight.clone()  # a graph would go on reading where it was
+        assert SAMPLER(model, True) is not kept
 
 
 def test_a_network_that_inference_mode_made_acts_and_its_changes_are_noticed() -> None:

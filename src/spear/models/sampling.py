@@ -69,16 +69,7 @@ class Sampler:
         return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
 
 
-SAMPLER = Prepared(
-    Sampler,
-    lambda model: [
-        model.vlm.language_model,
-        model.expert,
-        model.action_in_proj,
-        model.action_time_mlp_in,
-        model.action_time_mlp_out,
-    ],
-)
+SAMPLER = Prepared(Sampler)
 """`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 

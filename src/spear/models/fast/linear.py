@@ -132,16 +132,13 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
 class Prepared(Generic[Value]):
     """`make(module, *options)`, kept while the module lives and its weights stay what and where they are.
 
-    watch: the parts whose weights count; by default all of the module. The result must not refer to the
-    module itself. It is kept beside the module, not in it: copies and checkpoints know nothing of it.
+    The result must not refer to the module itself. It is kept beside the module, not in it: copies and
+    checkpoints know nothing of it. All weights count, also those that the result does not hold: a CUDA graph
+    reads them where they were when it was recorded.
     """
 
-    def __init__(
-        self,
-        make: Callable[..., Value],
-        watch: Callable[[Any], Sequence[nn.Module]] = lambda module: [module],
-    ) -> None:
-        self._make, self._watch = make, watch
+    def __init__(self, make: Callable[..., Value]) -> None:
+        self._make = make
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Places, list[int], Value]]]
         self._kept = WeakKeyDictionary()
 
@@ -152,13 +149,12 @@ class Prepared(Generic[Value]):
             return kept[2]
         with torch.inference_mode(False), torch.no_grad():
             value = self._make(module, *options)
-        parts = {part for watched in self._watch(module) for part in watched.modules()}
-        if not any(isinstance(p, FakeTensor) for part in parts for p in part._parameters.values()):
+        if not any(isinstance(weight, FakeTensor) for weight in module.parameters()):
             places = [
                 (parent._modules, name)
                 for parent in module.modules()
                 for name, child in parent._modules.items()
-                if child in parts and child is not None and child._parameters
+                if child is not None and child._parameters
             ]
             self._kept.setdefault(module, {})[options] = (places, _stamp(places), value)
         return value
