@@ -193,13 +193,15 @@ def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shares(("mine",)) == [1] and not capsys.readouterr().err
 
 
-def test_episodes_that_failed_are_not_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_unseen_episodes_are_not_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights and statistics as without them, and a line says so. Where nothing is known of an
-    episode it stays; a run that began with failures goes on with them."""
+    episode's end it stays; a run that began with failures goes on with them."""
     good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
     bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
+    aside = [make(5, images={"side": good[0].images["external"]})]
+    given = {"good": good, "all": [good[0], bad[0], *good[1:], bad[1]], "bad": bad}
     stores = {}
-    for name, some in (("good", good), ("all", [good[0], bad[0], *good[1:], bad[1]]), ("bad", bad)):
+    for name, some in {**given, "blind": aside, "beside": good + aside}.items():
         write_episodes(some, tmp_path / name)
         stores[name] = EpisodeStore(tmp_path / name)
 
@@ -212,6 +214,9 @@ def test_episodes_that_failed_are_not_learned_from(tmp_path: Path, monkeypatch: 
     with pytest.warns(Notice, match="2 of 5 episodes failed"):
         assert learned("2", "all") == expected
     refuses("2 of 2 episodes failed", learned, "3", "bad")
+    with pytest.warns(Notice, match="1 of 4 episodes have no camera"):
+        assert learned("6", "beside") == expected
+    refuses("side", learned, "7", "blind")
     with monkeypatch.context() as earlier:  # versions that learned from them
         earlier.setattr(EpisodeStore, "demonstrations", lambda store: store)
         expected = learned("4", "all")

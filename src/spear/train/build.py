@@ -187,15 +187,12 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model = _acting(weights.load(SpearVLM, init), size)
     if stage.committed is not None:
         model.config.committed = stage.committed
+    views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
+    episodes = [(name, store.seen_by(views), share) for name, store, share in episodes]
     if stage.normalize_each:
         normalizer = Normalizer.fit_each(episodes, stage.normalization)
     else:
         normalizer = Normalizer.fit([(store, share) for _, store, share in episodes], stage.normalization)
-    views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
-    for name, store, _ in episodes:
-        if not set(store.cameras) & set(views):
-            lacks = f"no camera {' or '.join(views)}: it has {', '.join(store.cameras)}"
-            raise SpearError(f"dataset {name!r}: {lacks}: name them so in its spear.json")
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:

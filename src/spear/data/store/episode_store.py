@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,14 +105,25 @@ class EpisodeStore:
     def demonstrations(self) -> "EpisodeStore":
         """Without the episodes that are known to have failed; a notice says how many. `whole` as before.
         Raises SpearError where none is left."""
-        failed = self.failed()
-        store = self.subset(np.flatnonzero(~failed).tolist())
+        return self._without(self.failed(), "failed", "give others")
+
+    def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":
+        """Without the episodes that none of these cameras has seen; otherwise as `demonstrations`."""
+        none = [np.zeros(len(shard), bool) for shard in self._shards]
+        lengths = [[s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards]
+        seen = np.concatenate([sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)])
+        lacks = f"have no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
+        return self._without(~seen[self._ids], lacks, "name them so in its spear.json")
+
+    def _without(self, lost: Array, why: str, wish: str) -> "EpisodeStore":
+        words = f"{self.path}: {lost.sum()} of {len(self)} episodes {why}"
+        if lost.all():
+            raise SpearError(f"{words}: nothing to learn from: {wish}")
+        if not lost.any():
+            return self
+        notice(f"{words}: they are left out")
+        store = self.subset(np.flatnonzero(~lost).tolist())
         store.whole = self.whole
-        words = f"{self.path}: {failed.sum()} of {len(self)} episodes failed"
-        if failed.all():
-            raise SpearError(f"{words}: nothing to learn from: give others")
-        if failed.any():
-            notice(f"{words}: they are left out")
         return store
 
     def failed(self) -> Array:
