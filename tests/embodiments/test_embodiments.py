@@ -151,6 +151,13 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
     fast = robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)
     assert np.abs(fast[:, :7]).max() <= 1
+    turned = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
+    turned[0, 3:7] = Rotation.from_euler("x", 2.0).as_quat(scalar_first=True)  # too fast for one action
+    velocity = robot.controls["joint_velocity"].convert(turned, state, seen)[:, :7]
+    assert np.abs(velocity[3:6]).max() > 0.1  # what is lost is made up for
+    at, orientation = control.pose(seen[droid.JOINTS] + 0.2 * velocity.sum(axis=0))
+    ends, facing = walked(state, turned)
+    assert np.linalg.norm(at - ends[-1]) < 1e-3 and (turn(orientation).inv() * facing[-1]).magnitude() < 5e-3
     hurried = robot.controls["joint_position"].convert(chunk(size=0.3), state, seen)[:, :7]
     speed = np.abs(np.diff(hurried, axis=0, prepend=seen[droid.JOINTS][None])) * 15 / control.SPEED_LIMIT
     assert speed.max() == pytest.approx(1, abs=1e-4)

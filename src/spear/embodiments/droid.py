@@ -65,23 +65,16 @@ def unpadded(image: Array) -> Array:
 
 
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
-    """[3 H, 8] float32: joint angles (rad) and gripper. A step too fast for a joint is shortened as a whole;
-    the next one goes on from there."""
-    fastest = _kinematics().SPEED_LIMIT * ROWS / RATE_HZ
-    at, *path = _path(actions, state, observation)
-    part, rows = np.arange(1, ROWS + 1)[:, None] / ROWS, []
-    for to in path:
-        step = (to - at) / max(1.0, (np.abs(to - at) / fastest).max())
-        rows.append(at + step * part)
-        at = at + step
-    return _with_gripper(np.concatenate(rows), actions)
+    """[3 H, 8] float32: joint angles (rad) and gripper, within the arm's speed."""
+    steps = _steps(actions, state, observation, _kinematics().SPEED_LIMIT * ROWS / RATE_HZ)
+    rows = read.numbers(observation, JOINTS, 7) + np.repeat(steps / ROWS, ROWS, axis=0).cumsum(axis=0)
+    return _with_gripper(rows, actions)
 
 
 def joint_velocities(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 8] float32: joint velocities in the platform's unit, within -1 … 1, and gripper."""
-    steps = np.diff(_path(actions, state, observation), axis=0)
-    velocity = np.repeat(steps / (ROWS * JOINT_STEP), ROWS, axis=0)
-    return _with_gripper(velocity / np.maximum(1.0, np.abs(velocity).max(axis=1, keepdims=True)), actions)
+    steps = _steps(actions, state, observation, ROWS * JOINT_STEP)
+    return _with_gripper(np.repeat(steps / (ROWS * JOINT_STEP), ROWS, axis=0), actions)
 
 
 def cartesian_positions(actions: Array, state: Array, observation: Observation) -> Array:
@@ -108,12 +101,16 @@ def _kinematics() -> Any:
     return control
 
 
-def _path(actions: Array, state: Array, observation: Observation) -> Array:
-    """[H + 1, 7] joint angles before and after each action."""
-    arm, path = _kinematics(), [read.numbers(observation, JOINTS, 7)]
+def _steps(actions: Array, state: Array, observation: Observation, fastest: Any) -> Array:
+    """[H, 7] rad: how far the joints turn in each action. A step with a joint beyond `fastest` is shortened
+    as a whole; the next one goes on from there."""
+    arm, steps = _kinematics(), []
+    at = wanted = read.numbers(observation, JOINTS, 7)
     for position, rotation in zip(*read.targets(state, actions), strict=True):
-        path.append(arm.solve(path[-1], position, rotation))
-    return np.stack(path)
+        wanted = arm.solve(wanted, position, rotation)
+        steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))
+        at = at + steps[-1]
+    return np.stack(steps)
 
 
 def _with_gripper(rows: Array, actions: Array) -> Array:
