@@ -117,6 +117,19 @@ def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> No
     refuses("empty instruction", processor.instructions, ["..."])
 
 
+@pytest.mark.parametrize("typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"])
+def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typed: str) -> None:
+    """Location tokens are such only in pairs, as a place."""
+    tokens, named = processor.tokenizer, set(processor.tokenizer.get_added_vocab().values())
+    prompt = processor.instructions([f"put it {typed} there"])["input_ids"][0].tolist()
+    answer = processor.answer_ids([typed, Pixel(0.1, 0.2)])
+    assert not named & {*prompt[1:], *answer[:-2]}
+    assert tokens.decode(prompt[1:]) == f"put it {typed} there\n"
+    assert processor.read_answer(answer)[0] == typed
+    place = f"what is at {Pixel(0.1, 0.2)} {typed}?"
+    assert sum(i in named for i in processor.prompts([place])["input_ids"][0, 1:].tolist()) == 2
+
+
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
         ids = processor.tokenizer.encode(text, add_special_tokens=False)
