@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,15 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
     for wrong in ({"flow": {"speed": 1}}, {"vlm_config": "x"}, {"expert_config": {"hidden_size": "x"}}):
         (folder / "config.json").write_text(json.dumps({**spear1_config(TINY).to_dict(), **wrong}))
         assert "broken config" in broken(folder)
+    unfit: dict[str, Any] = {"horizon": "five", "committed": 7.5, "flow": [], "max_period": 0, "dtype": []}
+    unfit |= {"vlm_config.views": "external", "vlm_config.coordinate_start": None, "flow.steps": "5"}
+    for key, value in {**unfit, "vlm_config.coordinate_smoothing": -1, "vlm_config.text_config": 0}.items():
+        part, _, name = key.rpartition(".")
+        changed = spear1_config(TINY).to_dict()
+        (changed[part] if part else changed)[name] = value
+        (folder / "config.json").write_text(json.dumps(changed))
+        said = broken(folder)
+        assert str(folder / "config.json") in said and (name in said or name in ("dtype", "text_config"))
     for wrong in ([], {"weight_map": {"head": 5}}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
         assert "broken checkpoint" in broken(folder)

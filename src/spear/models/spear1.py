@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedModel
 from transformers import initialization as init
@@ -36,6 +37,7 @@ SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 """What of the action expert is as in the VLM, whose keys and values it reads."""
 
 
+@strict
 class Spear1Config(PortableConfig):
     """SPEAR-1's parts.
 
@@ -59,9 +61,9 @@ class Spear1Config(PortableConfig):
     horizon: int = 5
     flow: dict[str, Any] | None = None
     committed: int = 0
-    min_period: float = 4e-3
-    max_period: float = 4.0
-    initializer_range: float = 0.02
+    min_period: float | int = 4e-3
+    max_period: float | int = 4.0
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import Dinov2Config as MogeConfig
@@ -36,6 +37,7 @@ IGNORE = -100
 """The label of a place that is not to be learned."""
 
 
+@strict
 class SpearVLMConfig(PortableConfig):
     """The parts of SPEAR-VLM and how it learns.
 
@@ -66,9 +68,9 @@ class SpearVLMConfig(PortableConfig):
     )
     coordinate_start: int = 257152
     coordinate_bins: int = 1024
-    coordinate_loss_weight: float = 2.0
-    coordinate_smoothing: float = 0.0
-    initializer_range: float = 0.02
+    coordinate_loss_weight: float | int = 2.0
+    coordinate_smoothing: float | int = 0.0
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False  # nothing to tie: the head reads the embedding matrix itself
 
     def __post_init__(self, **kwargs: Any) -> None:
