@@ -111,6 +111,11 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
     assert whole[1, -1] == processor.prompts(["go"])["input_ids"][0, -1]
 
 
+def test_no_texts_and_no_questions_are_no_rows(processor: Processor) -> None:
+    for batch in (processor.prompts([]), processor.instructions([]), processor.questions([])):
+        assert {part.shape for part in batch.values()} == {(0, 0)}
+
+
 def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
     typed = processor.instructions(["put it there", "Put it there.", " PUT  it there !\n"])
     assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 3)["input_ids"])

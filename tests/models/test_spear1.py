@@ -73,6 +73,12 @@ def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
         drawn = {"noise": Action.from_vector(noise.to_vector()[:, k : k + 1]), "time": time[:, k : k + 1]}
         separate.append(model(images, ids, mask, state, target, counts, **drawn).loss)
     torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
+    losses = []
+    for given in ({"noise": noise}, {"time": time}):  # either says how many samples there are
+        draw, likewise = (torch.Generator().manual_seed(7) for _ in range(2))
+        losses += [model(images, ids, mask, state, target, **given, generator=draw).loss]
+        losses += [model(images, ids, mask, state, target, **given, generator=likewise, flow_samples=4).loss]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
 
 
 def test_committed_actions_are_given_and_teach_nothing() -> None:

@@ -299,7 +299,7 @@ class Processor:
         return ids
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        length = max(len(row) for row in rows)
+        length = max(map(len, rows), default=0)
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
