@@ -123,6 +123,10 @@ def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> N
         refuses(f"--{word} {value}", load_agent, name, **{option: value})
 
 
+def test_of_nothing_there_are_no_actions_and_no_answers(policy: Spear1Policy) -> None:
+    assert policy.infer_batch([]) == load_vlm().answer([], []) == []
+
+
 def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:
     typed = policy.infer(observation(prompt="Put the carrot on the plate."))
     np.testing.assert_array_equal(typed["actions"], policy.infer(observation())["actions"])

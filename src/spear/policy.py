@@ -67,6 +67,8 @@ class VlmBundle:
                 numbers or image locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
         """
+        if len(prompts) == len(images) == 0:
+            return []
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         device, tokens = self.model.device, self.processor.coordinate_ids
         sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
@@ -220,6 +222,8 @@ class Spear1Policy:
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
+        if not observations:
+            return []
         with few_threads(self._parameters, len(observations)):
             actions = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
         vectors = actions.to_vector()

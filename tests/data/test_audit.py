@@ -17,7 +17,7 @@ from spear.data.audit import Report, audit, claims, judge, make_recording
 from spear.data.hypotheses import Recording
 from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import REGISTRY
-from spear.data.senses import check_cameras, look
+from spear.data.senses import Check, check_cameras, look
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.report.audit import conclusion, text
@@ -181,7 +181,11 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
 
 
 def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
-    canonical: Path, tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
+    canonical: Path,
+    tmp_path: Path,
+    done: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
     page = tmp_path / "audit.html"
@@ -208,6 +212,10 @@ def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     assert said.out.splitlines()[-1].startswith("contradiction: ")
     assert said.err.startswith(f"error: {exported}: contradiction: ") and "frame: ee, not base" in said.err
     assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
+    undecided = dataclasses.replace(audit(exported), parts=[], checks=[Check("grip", "cannot tell", "shut")])
+    monkeypatch.setattr("spear.data.audit.audit", lambda *_: undecided)
+    assert main(["data", "audit", str(exported)]) == 3
+    assert str(capsys.readouterr()).count("(shut)") == 1  # its verdict is said once
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:

@@ -90,6 +90,11 @@ def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: in
         decode.greedy(vlm(), pixels(1, views=("external",)), ids, None, needs - 1, [grammar])
 
 
+def test_no_prompts_have_no_answers() -> None:
+    for grammars in (None, []):
+        assert decode.greedy(vlm(), pixels(0), torch.zeros(0, 3).long(), grammars=grammars).shape == (0, 0)
+
+
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 

@@ -111,10 +111,28 @@ def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
     assert whole[1, -1] == processor.prompts(["go"])["input_ids"][0, -1]
 
 
+def test_no_texts_and_no_questions_are_no_rows(processor: Processor) -> None:
+    for batch in (processor.prompts([]), processor.instructions([]), processor.questions([])):
+        assert {part.shape for part in batch.values()} == {(0, 0)}
+
+
 def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
     typed = processor.instructions(["put it there", "Put it there.", " PUT  it there !\n"])
     assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 3)["input_ids"])
     refuses("empty instruction", processor.instructions, ["..."])
+
+
+@pytest.mark.parametrize("typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"])
+def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typed: str) -> None:
+    """Location tokens are such only in pairs, as a place."""
+    tokens, named = processor.tokenizer, set(processor.tokenizer.get_added_vocab().values())
+    prompt = processor.instructions([f"put it {typed} there"])["input_ids"][0].tolist()
+    answer = processor.answer_ids([typed, Pixel(0.1, 0.2)])
+    assert not named & {*prompt[1:], *answer[:-2]}
+    assert tokens.decode(prompt[1:]) == f"put it {typed} there\n"
+    assert processor.read_answer(answer)[0] == typed
+    place = f"what is at {Pixel(0.1, 0.2)} {typed}?"
+    assert sum(i in named for i in processor.prompts([place])["input_ids"][0, 1:].tolist()) == 2
 
 
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
         drawn = {"noise": Action.from_vector(noise.to_vector()[:, k : k + 1]), "time": time[:, k : k + 1]}
         separate.append(model(images, ids, mask, state, target, counts, **drawn).loss)
     torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
+    losses = []
+    for given in ({"noise": noise}, {"time": time}):  # either says how many samples there are
+        draw, likewise = (torch.Generator().manual_seed(7) for _ in range(2))
+        losses += [model(images, ids, mask, state, target, **given, generator=draw).loss]
+        losses += [model(images, ids, mask, state, target, **given, generator=likewise, flow_samples=4).loss]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
 
 
 def test_committed_actions_are_given_and_teach_nothing() -> None:
@@ -152,13 +159,15 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
         for name, value in model.state_dict().items():
             assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
         assert again.flow == model.flow
-        assert again.config.vlm_config.image_sizes == model.config.vlm_config.image_sizes
+        assert again.config.vlm_config.views == model.config.vlm_config.views
         if dtype == torch.float32:
             images, ids, mask, proprio = inputs()
             noise = actions(B, H)
             same = [m.sample_actions(images, ids, mask, proprio, noise=noise) for m in (model, again)]
             assert torch.equal(same[0].to_vector(), same[1].to_vector())
     saved = json.loads((tmp_path / "config.json").read_text())
+    assert Spear1Config(**saved).to_dict() == model.config.to_dict()
+    saved["vlm_config"]["image_sizes"] = {"external": [1, 1]}  # of older ones, which nothing reads
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
 
 
@@ -185,6 +194,15 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
     for wrong in ({"flow": {"speed": 1}}, {"vlm_config": "x"}, {"expert_config": {"hidden_size": "x"}}):
         (folder / "config.json").write_text(json.dumps({**spear1_config(TINY).to_dict(), **wrong}))
         assert "broken config" in broken(folder)
+    unfit: dict[str, Any] = {"horizon": "five", "committed": 7.5, "flow": [], "max_period": 0, "dtype": []}
+    unfit |= {"vlm_config.views": "external", "vlm_config.coordinate_start": None, "flow.steps": "5"}
+    for key, value in {**unfit, "vlm_config.coordinate_smoothing": -1, "vlm_config.text_config": 0}.items():
+        part, _, name = key.rpartition(".")
+        changed = spear1_config(TINY).to_dict()
+        (changed[part] if part else changed)[name] = value
+        (folder / "config.json").write_text(json.dumps(changed))
+        said = broken(folder)
+        assert str(folder / "config.json") in said and (name in said or name in ("dtype", "text_config"))
     for wrong in ([], {"weight_map": {"head": 5}}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
         assert "broken checkpoint" in broken(folder)

@@ -1,5 +1,6 @@
 """The loop's own promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -159,6 +161,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
     assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["broken"]
     loss, _ = task.loss(batch, optimize.step_generator(about["seed"], about["number"]))
     assert loss.isfinite() == gradient
+
+
+def test_a_batch_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    refuses("not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, {"x": torch.ones(3)})
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_one_step_too_many_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

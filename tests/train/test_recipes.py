@@ -39,8 +39,8 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
     assert config.flow == {**weights, **losses, **times}
     assert (config.horizon, config.committed, config.min_period, config.max_period) == (5, 0, 4e-3, 4.0)
     vlm = config.vlm_config
-    assert list(vlm.image_sizes.items()) == [("external", [280, 210]), ("wrist", [112, 112])]
-    assert vlm.views == list(vlm.image_sizes) and vlm.vision_config.patch_size == 14
+    assert list(preset("spear1").image_sizes.items()) == [("external", (280, 210)), ("wrist", (112, 112))]
+    assert vlm.views == ["external", "wrist"] and vlm.vision_config.patch_size == 14
     assert (vlm.coordinate_bins, vlm.coordinate_loss_weight, vlm.coordinate_smoothing) == (1024, 2.0, 0.0)
     assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
     assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, RATE_HZ) == (1024, 5, 5.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.util.files import write_bytes
+from spear.util.files import check_new, write_bytes
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])
@@ -30,3 +30,11 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path, name: str) -> No
     taken = tmp_path / "results"
     taken.touch()
     refuses(rf"^{taken}: .*not a folder", write_bytes, taken / name, b"new")
+
+
+def test_the_folder_that_one_is_in_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), tmp_path):
+        refuses("folder that you are in", check_new, folder)
+        refuses("cannot be written", write_bytes, folder, b"new")
+    assert list(tmp_path.iterdir()) == []

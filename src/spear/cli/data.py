@@ -161,7 +161,7 @@ def audit(options: AuditOptions) -> None:
     if report.outcome == "contradiction":
         raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json")
     if report.outcome == "undecided":
-        raise Undecided(f"{options.path}: {conclusion(report)}")
+        raise Undecided(f"{options.path}: undecided: the line above says what cannot be told")
 
 
 def datasets() -> None:

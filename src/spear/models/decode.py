@@ -59,6 +59,8 @@ def greedy(
     answer whose length the grammar gives is one CUDA graph, images included.
     """
     rows = list(grammars) if grammars is not None else [None] * len(input_ids)
+    if not rows:
+        return input_ids[:, :0]
     longest = max((_shortest(g) for g in rows if g is not None), default=0)
     if longest > max_new_tokens:
         has = f"its grammar has {longest} tokens"

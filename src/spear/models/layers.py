@@ -34,7 +34,17 @@ CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters e
 
 
 class PortableConfig(PreTrainedConfig):
-    """A config that is saved without the folders that it, or its parts, were loaded from."""
+    """A config that is saved without the folders that it, or its parts, were loaded from.
+
+    With `strict`, fields of another type are refused, and what `validate_numbers` finds.
+    """
+
+    def validate_numbers(self) -> None:
+        """Raises ValueError for a number that is negative, or 0 where there must be some."""
+        for name, value in vars(self).items():
+            least = name in ("horizon", "min_period", "max_period", "coordinate_bins", "cells")
+            if isinstance(value, int | float) and not (value > 0 if least else value >= 0):
+                raise ValueError(f"{name} is {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the config and of its parts, but for `_name_or_path`."""

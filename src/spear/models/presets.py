@@ -141,7 +141,6 @@ def vlm_config(
     return SpearVLMConfig(
         **(networks or own),
         views=list(size.image_sizes),
-        image_sizes={view: list(wh) for view, wh in size.image_sizes.items()},
         coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,
         coordinate_bins=size.bins,
         coordinate_smoothing=size.coordinate_smoothing,

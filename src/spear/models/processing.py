@@ -25,7 +25,10 @@ from spear.util.images import fit_image
 LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
 """PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
-_PLACE = re.compile(r"<loc(\d{4})><loc(\d{4})>")
+_STEP = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
+_PLACE = re.compile(_STEP * 2)
+_PIECES = re.compile(rf"(?:[^<[]+|{_PLACE.pattern}|[<[](?!\S))+|[<[]")
+"""Of a text, what is tokenized by itself: what opens the name of a token stands alone, but for places."""
 Size = tuple[int, int]
 SIZES_TOLD, TEXTS_KEPT = 32, 2**14
 """Image sizes that a processor warns about, texts whose tokens it keeps: ever new ones take no memory."""
@@ -145,8 +148,9 @@ class Processor:
     def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """input_ids and attention_mask [N, L] of texts, padded on the right.
 
-        As PaliGemma's: `<bos>`, the text, a newline. Raises SpearError for an empty or too long text, unless
-        that is to be cut, with a notice: one among a million instructions ends no training.
+        As PaliGemma's: `<bos>`, the text, a newline. Of the names of tokens in a text only places (`Pixel`)
+        become tokens. Raises SpearError for an empty or too long text, unless that is to be cut, with a
+        notice: one among a million instructions ends no training.
         """
         return self._pad([self._prompt(text, cut) for text in texts])
 
@@ -286,7 +290,8 @@ class Processor:
 
     def _text(self, text: str) -> list[int]:
         if (ids := self._cache.get(text)) is None:
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            pieces = (piece[0] for piece in _PIECES.finditer(text))
+            ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False)]
             if len(self._cache) >= TEXTS_KEPT:
                 self._cache.clear()
             if len(ids) < self.prompt_tokens:  # clients of a server choose them
@@ -294,7 +299,7 @@ class Processor:
         return ids
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        length = max(len(row) for row in rows)
+        length = max(map(len, rows), default=0)
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):

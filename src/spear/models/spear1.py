@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GemmaConfig, PreTrainedModel
 from transformers import initialization as init
@@ -36,6 +37,7 @@ SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 """What of the action expert is as in the VLM, whose keys and values it reads."""
 
 
+@strict
 class Spear1Config(PortableConfig):
     """SPEAR-1's parts.
 
@@ -59,9 +61,9 @@ class Spear1Config(PortableConfig):
     horizon: int = 5
     flow: dict[str, Any] | None = None
     committed: int = 0
-    min_period: float = 4e-3
-    max_period: float = 4.0
-    initializer_range: float = 0.02
+    min_period: float | int = 4e-3
+    max_period: float | int = 4.0
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -186,8 +188,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         state           [B, 10], see `STATE_FEATURES`.
         actions         [B, H, ·] in the model's normalised units.
         action_mask     [B, H] bool, the steps that count.
-        flow_samples    K draws of noise and time per observation, which share its prefix (our choice). noise
-                        [B, K, H, ·] and time [B, K] or [B, K, H] override the drawing.
+        flow_samples    K draws of noise and time per observation, which share its prefix (our choice), unless
+                        noise [B, K, H, ·] or time [B, K] or [B, K, H] is given.
 
         With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss;
         they are a little wrong, and the next one makes up for it (`flow.with_mistakes`).
@@ -195,11 +197,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
         if noise is None:
-            noise = flow.sample_noise((batch, flow_samples, horizon), self.flow, generator, device=device)
+            samples = flow_samples if time is None else time.shape[1]
+            noise = flow.sample_noise((batch, samples, horizon), self.flow, generator, device=device)
         each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
         data = Action.from_vector(each)
         if time is None:
-            time = flow.sample_time(batch * flow_samples, self.flow, generator, device=device).view(batch, -1)
+            count = noise.translation.shape[:2].numel()
+            time = flow.sample_time(count, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
                 held = flow.sample_held((*time.shape, horizon), self.config.committed, generator, device)
                 time = torch.where(held, 1.0, time[..., None])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
@@ -22,6 +23,7 @@ CELLS = 4
 """A patch is cut into so many cells a side."""
 
 
+@strict
 class MogeDepthConfig(PortableConfig):
     """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
 
@@ -30,7 +32,7 @@ class MogeDepthConfig(PortableConfig):
 
     moge_config: Any = None
     cells: int = 8
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
 
 @dataclass

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import Dinov2Config as MogeConfig
@@ -36,6 +37,7 @@ IGNORE = -100
 """The label of a place that is not to be learned."""
 
 
+@strict
 class SpearVLMConfig(PortableConfig):
     """The parts of SPEAR-VLM and how it learns.
 
@@ -43,7 +45,6 @@ class SpearVLMConfig(PortableConfig):
     moge_config             DINOv2's, or None for a plain PaliGemma. An extra field `stem` = "conv" in either
                             visual config swaps the patch embedding for a `ConvStem`.
     views                   camera names in the order of their tokens.
-    image_sizes             view -> [width, height] in pixels, multiples of the patch size.
     coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
     coordinate_loss_weight  λ, the weight of a 3D token in the loss (the paper: 2).
     coordinate_smoothing    standard deviation, in bins, of the Gaussian that a 3D token's target is spread
@@ -61,17 +62,15 @@ class SpearVLMConfig(PortableConfig):
     text_config: Any = None
     moge_config: Any = None
     views: list[str] = field(default_factory=lambda: ["external", "wrist"])
-    image_sizes: dict[str, list[int]] = field(
-        default_factory=lambda: {"external": [280, 210], "wrist": [112, 112]}
-    )
     coordinate_start: int = 257152
     coordinate_bins: int = 1024
-    coordinate_loss_weight: float = 2.0
-    coordinate_smoothing: float = 0.0
-    initializer_range: float = 0.02
+    coordinate_loss_weight: float | int = 2.0
+    coordinate_smoothing: float | int = 0.0
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False  # nothing to tie: the head reads the embedding matrix itself
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("image_sizes", None)  # of older checkpoints: `processor.json` says it
         super().__post_init__(**kwargs)
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils._pytree import tree_flatten_with_path
 
-from spear.util.files import write_text
+from spear.util.files import write_bytes, write_text
 from spear.util.progress import ProgressBar
 
 FOLDER = "not-finite"
@@ -98,9 +98,8 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
     leaves: Any = tree_flatten_with_path(batch)[0]
     tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"step": step, "number": number, "seed": seed}
-    save_file(tensors, path, {"batch": json.dumps(about)})
+    write_bytes(path, save(tensors, {"batch": json.dumps(about)}))
     return path
 
 

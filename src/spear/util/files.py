@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """A file, whole or not at all; its folder is made. Raises `SpearError` when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -59,7 +59,9 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def check_new(folder: Path) -> None:
-    """Raises `SpearError` for a folder that holds something, and for a file."""
+    """Raises `SpearError` for a folder that holds something, the one that one is in, and a file."""
+    if folder.exists() and folder.samefile("."):
+        raise SpearError(f"{folder}: is the folder that you are in: give a new one in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpearError(f"{folder} is there already, and not empty: give a new folder, or remove it")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from spear.data.store import schema as lerobot_schema
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
+from spear.types import Episode
 from spear.util.images import decode_image
 
 EXTRA = ("action_mask", "success", "source")
@@ -165,6 +167,17 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
     (tmp_path / "set/mine.txt").write_text("keep me")
     refuses("not empty", write_lerobot, [make(0)], tmp_path / "set")
     assert (tmp_path / "set/mine.txt").read_text() == "keep me"
+
+
+def test_two_exports_into_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    def meanwhile() -> Iterator[Episode]:
+        yield make(0)
+        refuses(r"\.set\.part: another process", write_lerobot, [make(1)], tmp_path / "set")
+        yield make(2)
+
+    assert write_lerobot(meanwhile(), tmp_path / "set") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert [e.instruction for e in read_episodes(tmp_path / "set")] == [make(i).instruction for i in (0, 2)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")

@@ -24,8 +24,9 @@ from spear.data.store import schema as lerobot
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.files import check_new, write_text
+from spear.util.files import check_new, write_text, writing
 from spear.util.images import decode_image
+from spear.util.ledger import alone
 
 EPISODES_PER_FILE = 10_000
 """Rows of one file of `meta/episodes` (our choice)."""
@@ -38,32 +39,31 @@ def write_lerobot(
 
     images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
     The folder appears when everything is in it. Raises SpearError when it exists already with something in
-    it, for a bad episode, when no episode comes, and when episodes differ in cameras, image size or rate.
+    it, or another process writes it, for a bad episode, when no episode comes, and when episodes differ in
+    cameras, image size or rate.
     """
     target = Path(folder)
     check_new(target)
     part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    writer: _Writer | None = None
-    try:
-        for episode in episodes:
-            episode = with_actions(check_episode(episode))
-            samples = sample_images(episode)
-            writer = writer or _Writer(part, samples, episode.rate_hz, images)
-            writer.add(episode, samples)
-        if writer is None:
-            raise SpearError(f"no episodes: nothing to write to {target}")
-        writer.finish()
-        part.replace(target)
-        return writer.episodes
-    except OSError as error:
-        why = f"cannot write: {target}: {error}; free some space, or take another folder"
-        raise SpearError(why) from error
-    finally:
-        if writer is not None:
-            with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
-                writer.close()
-        shutil.rmtree(part, ignore_errors=True)
+    with alone(part, "exporting in"), writing(target):
+        writer: _Writer | None = None
+        shutil.rmtree(part / "dataset", ignore_errors=True)
+        try:
+            for episode in episodes:
+                episode = with_actions(check_episode(episode))
+                samples = sample_images(episode)
+                writer = writer or _Writer(part / "dataset", samples, episode.rate_hz, images)
+                writer.add(episode, samples)
+            if writer is None:
+                raise SpearError(f"no episodes: nothing to write to {target}")
+            writer.finish()
+            writer.folder.replace(target)
+            return writer.episodes
+        finally:
+            if writer is not None:
+                with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
+                    writer.close()
+            shutil.rmtree(part, ignore_errors=True)
 
 
 class _Writer:

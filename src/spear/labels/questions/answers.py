@@ -14,7 +14,7 @@ import numpy as np
 
 from spear.labels.questions.templates import EVERYDAY, POINTS, is_a, with_article
 from spear.labels.store import STRIDE
-from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel
+from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segments
 
 NEAR_TIE = 0.05
 """Distances that differ by less than this fraction of the larger are not compared, nor places nearer to each
@@ -37,7 +37,6 @@ class Scene:
 
 T = TypeVar("T")
 Random = np.random.Generator
-Segments = list[str | float | Pixel]
 Draft = tuple[dict[str, str], Segments, tuple[str, ...]]
 """What fills a template ({"x": name, …}), the answer, and the names asked about."""
 Maker = Callable[[Scene, Random], Draft | None]

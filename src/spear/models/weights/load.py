@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -42,7 +41,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     try:
         with quiet():
             loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of its networks too, which wrong numbers break
         raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -145,9 +144,9 @@ class Shards:
         """The config, of this class. Raises `SpearError` where its fields are not such a config's."""
         try:
             return kind.from_dict(dict(self.config))
-        except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-            where = self.folder / "config.json"
-            raise SpearError(f"broken config: {where}: {first_line(error)}: copy it again") from error
+        except Exception as error:  # of all kinds, those of `strict` among them
+            where, why = self.folder / "config.json", first_line(error.__cause__ or error)
+            raise SpearError(f"broken config: {where}: {why}: copy it again") from error
 
     def read_into(self, key: str, out: Tensor) -> Tensor:
         """A weight into a tensor of its shape, which is returned, in pieces of some rows."""
