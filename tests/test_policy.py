@@ -17,6 +17,8 @@ from spear.data.normalize import Normalizer
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
+from spear.train.tasks import robot_inputs
+from spear.util.images import fit_image
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
 
@@ -125,6 +127,19 @@ def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> N
 
 def test_of_nothing_there_are_no_actions_and_no_answers(policy: Spear1Policy) -> None:
     assert policy.infer_batch([]) == load_vlm().answer([], []) == []
+
+
+def test_acting_reads_an_observation_as_training_reads_a_step(policy: Spear1Policy) -> None:
+    state = np.array([0.45, 0.1, 0.2, 0.8, 0.36, -0.48, 0, 0.25], np.float32)
+    seen = observation(state=state)
+    keys = {"external": "observation/image", "wrist": "observation/wrist_image"}
+    images = {v: fit_image(seen[k], *policy.image_sizes[v][::-1])[None] for v, k in keys.items()}
+    raw = {"images": images, "views": {}, "action": np.zeros((1, 5, 8), np.float32)}
+    raw |= {"position": state[None, :3], "rotation": state[None, 3:7], "gripper": state[7:]}
+    raw |= {"action_mask": np.ones((1, 5), bool), "instruction": [seen["prompt"]]}
+    learned, acted = robot_inputs(policy.processor, policy.normalizer, raw), policy.inputs([seen])
+    for name in ("state", "input_ids", "pixel_values"):
+        torch.testing.assert_close(acted[name], learned[name])
 
 
 def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:

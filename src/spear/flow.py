@@ -198,7 +198,7 @@ def loss(
     not to turn. "linear" has the velocities' formulas in R⁴ for both, on predictions as
     `prediction_to_velocity` takes them.
 
-    The paper sums over the chunk; we average over its valid steps: mask [..., H] bool, None is all.
+    The paper sums over a chunk; we average over all chunks' valid steps: mask [..., H] bool, None is all.
     """
     if config.prediction == "clean":
         spoken, truth = prediction, data

@@ -114,12 +114,12 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     image[:, 1, 3, 0] = 9
     raw = {
         "images": {"external": image},
-        "views": {},
+        "views": {"wrist": np.array([True, False, True])},
         "position": np.ones((3, 3), np.float32),
         "rotation": np.tile(np.float32([1, 0, 0, 0]), (3, 1)),
         "gripper": np.ones(3, np.float32),
         "action": np.ones((3, 5, 8), np.float32),
-        "action_mask": np.ones((3, 5), bool),
+        "action_mask": np.arange(5) < np.array([[5], [2], [1]]),
         "instruction": ["go"] * 3,
         "dataset": np.array([1, 0, 1]),
     }
@@ -128,6 +128,8 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     assert (batch["pixel_values"]["external"][:, 0, 1, 3] == 9).all()
     np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
     np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
+    np.testing.assert_array_equal(batch["view_mask"]["wrist"], raw["views"]["wrist"])
+    np.testing.assert_array_equal(batch["action_mask"], raw["action_mask"])
 
 
 def test_what_is_normalised_comes_back() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from models_tiny import TINY, actions, pixels, spear1, text
+from models_tiny import TINY, actions, left_padded, pixels, spear1, text
 from refusals import refuses
 from spear import flow
 from spear.models.presets import spear1_config
@@ -60,6 +60,19 @@ def test_an_action_changes_no_activation_of_the_prefix_or_the_state_nor_the_stat
     # Within the chunk attention goes both ways, and all actions see the state.
     for after in (acted, stood):
         assert all(not torch.equal(before[last][:, 1 + h], after[last][:, 1 + h]) for h in range(H))
+
+
+def test_the_expert_does_not_see_padding_or_a_missing_view() -> None:
+    model, gone = spear1(), {"wrist": torch.zeros(B, dtype=torch.bool)}
+    images, ids, mask, state = inputs()
+    noisy, time = actions(B, H), torch.full((B,), 0.3)
+    for padded in ((ids, mask), left_padded(ids, mask)):
+        together = model.predict(model.prefix(images, *padded, gone), state, noisy, time).to_vector()
+        for row in range(B):
+            one = slice(row, row + 1)
+            prefix = model.prefix({"external": images["external"][one]}, ids[one, : mask[row].sum()])
+            alone = model.predict(prefix, state[one], Action.from_vector(noisy.to_vector()[one]), time[one])
+            torch.testing.assert_close(alone.to_vector(), together[one], rtol=1e-4, atol=1e-5)
 
 
 def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:

@@ -20,6 +20,7 @@ from spear.labels.store import write_labels
 from spear.models.presets import preset, vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm, locate
+from spear.tokens import init_new_embeddings
 from spear.train.build import build
 from spear.train.options import Inputs
 from spear.train.recipes import recipe
@@ -39,7 +40,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
 def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path) -> None:
-    before = load_vlm(inputs.init).model.get_parameter("language_model.embed_tokens.weight")
+    begun = load_vlm(inputs.init)
+    before = begun.model.get_parameter("language_model.embed_tokens.weight")
     stage = recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2)
     model, task, save = build(stage, inputs)
     assert isinstance(model, SpearVLMForConditionalGeneration)
@@ -48,6 +50,8 @@ def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs,
     assert model.config.coordinate_bins == bins
     assert len(rows) == model.config.text_config.vocab_size == first + max(bins, 1024)
     assert torch.equal(rows[:first], before[:first])
+    words, seeded = before[: begun.processor.location_start], torch.Generator().manual_seed(0)
+    assert torch.equal(rows[first : first + bins], init_new_embeddings(words, bins, seeded))
     assert not torch.isclose(rows[first : first + 256], before[first : first + 256]).all(1).any()
     loss, parts = task.loss(task.batch(0), torch.Generator())
     loss.backward()

@@ -106,6 +106,7 @@ def test_questions_beside_the_actions_count_by_their_weight() -> None:
     stage = recipe("nano-vla").changed(question_weight=0.25, flow_samples=2)
     task = VlaTask(acting.model, *[nothing] * 3, stage, object())  # type: ignore[arg-type]
     batch = acting.batch(0)
+    batch["action_mask"][1, 1:] = False
     total, parts = task.loss(dict(batch), torch.Generator().manual_seed(1))
     asked = batch.pop("questions")
     batch["actions"] = Action.from_vector(batch["actions"])

@@ -239,8 +239,8 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
     """Give a model the 3D tokens of `processor`, all of them new, in more rows of embeddings if needed. If
     there are fewer than before, the others stay in the vocabulary as words that no answer has.
 
-    Rows are drawn with the mean and covariance of the words' rows (the paper, section 3), without those of
-    the location tokens (our choice): nano's were drawn themselves, PaliGemma's stand for places.
+    Rows are drawn with the mean and covariance of the words' rows (the paper), without those of the
+    location tokens (our choice): nano's were drawn themselves, PaliGemma's stand for places.
     """
     first, bins = processor.coordinate_start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
