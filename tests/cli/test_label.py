@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -116,13 +117,12 @@ def test_the_bill_comes_however_the_work_ends(
             return "3 requests"
 
     folder = photos(tmp_path / "photos", 3, bad=False)
-    monkeypatch.setitem(components.KINDS["segmenter"], "sam2", partial(lambda *_: BoxSegmenter()))
-    monkeypatch.setitem(components.KINDS["point map"], "moge-2", partial(lambda *_: SlopePointMap()))
+    made: dict[str, Any] = {"sam2:Sam2Segmenter": BoxSegmenter, "pointmap:load_pointmap": SlopePointMap}
+    monkeypatch.setattr(components, "_make", lambda place, *_: made[place]())
     boxes = tmp_path / "boxes.json"
     boxes.write_text('{"images": [], "annotations": [], "categories": []}')
     for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
-        paid = partial(lambda u, *_: Paid(unreached=(u,)), unreached)
-        monkeypatch.setitem(components.KINDS["detector"], "gemini", paid)
+        made["gemini:GeminiDetector"] = partial(Paid, unreached=(unreached,))
         words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
         assert main(["label", str(folder), *words]) == status
         assert "3 requests" in capsys.readouterr().out

@@ -9,7 +9,7 @@ come out in the order in which they went in.
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ import pyarrow as pa
 from spear.errors import RetryableError, need
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
-from spear.labels.objects import BoxSettings
 from spear.labels.options import WorkOptions
 from spear.labels.pipeline import Work, detect, lift, locate, segment
 from spear.labels.store import to_table
@@ -32,12 +31,10 @@ class Graph:
     """What is done with an image. Images in which nothing is found are skipped.
 
     makers   of detector, segmenter and point map: each makes its component; can be sent to another process.
-    boxes    how boxes are fitted.
     longest  photos are made smaller until their longer side has so many pixels (the paper: 840), or None.
     """
 
     makers: tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]
-    boxes: BoxSettings = field(default_factory=BoxSettings)
     longest: int | None = 840
 
 
@@ -73,7 +70,7 @@ def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
             work.masks = np.packbits(work.masks, axis=-1)
 
 
-def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
+def finish(works: Sequence[Work]) -> Done:
     """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
     An image at which this breaks down is skipped like any other: among millions there is always one.
@@ -87,7 +84,7 @@ def finish(boxes: BoxSettings, works: Sequence[Work]) -> Done:
         try:
             assert work.frame is not None and work.masks is not None
             masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1]).view(bool)
-            labels.append(lift(replace(work, masks=masks), boxes))
+            labels.append(lift(replace(work, masks=masks)))
         except Exception as error:
             reason = f"fitting boxes: {type(error).__name__}: {error}"
             skipped.append(SkippedImage(work.source, reason, False))
@@ -121,7 +118,7 @@ def run_local(
             works = processes.in_order(pool, reader, batches, workers + 1)
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
-            yield from processes.in_order(pool, partial(finish, graph.boxes), works, workers + 1)
+            yield from processes.in_order(pool, finish, works, workers + 1)
     finally:
         for component in components:
             if hasattr(component, "bill") and (bill := component.bill()):
@@ -170,7 +167,7 @@ def run_ray(
             works = reader.remote(list(batch), graph.longest)
             for network in networks:
                 works = next(network).call.remote(works)
-            waiting.append(finisher.remote(graph.boxes, works))
+            waiting.append(finisher.remote(works))
             if len(waiting) > ahead:
                 yield ray.get(waiting.popleft())
         while waiting:

@@ -31,7 +31,7 @@ from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, ru
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions, changed
-from spear.labels.pipeline import EMPTY
+from spear.labels.pipeline import EMPTY, settings_for
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
 from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep
@@ -104,7 +104,8 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
     settings = {
         "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
         "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,
-        "per_episode": options.per_episode, "boxes": dataclasses.asdict(chosen.boxes),
+        "per_episode": options.per_episode,
+        "boxes": dataclasses.asdict(settings_for(options.segmenter, options.pointmap)),
     }  # fmt: skip
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:

@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -70,10 +71,6 @@ class GroundingDinoDetector(_OpenVocabulary):
 
     kind, prompt, end, threshold = "grounding-dino", "{}", ".", 0.3
 
-    def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
-        super().__init__(model, vocabulary=vocabulary, device=device)
-        self._prompts = self._split()
-
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
         # Images of one size need no padding, so what is found in one does not depend on the others.
@@ -116,7 +113,8 @@ class GroundingDinoDetector(_OpenVocabulary):
         runs = groupby(range(len(tokens)), lambda place: tokens[place] in ends)
         return [list(places) for end, places in runs if not end]
 
-    def _split(self) -> list[tuple[str, list[str]]]:
+    @cached_property
+    def _prompts(self) -> list[tuple[str, list[str]]]:
         """Prompts that are short enough, with the names in each."""
         prompts: list[tuple[str, list[str]]] = [("", [])]
         for name in self._names:
