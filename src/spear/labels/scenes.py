@@ -100,11 +100,11 @@ def label_jobs(
     return scenes * len(views)
 
 
-def wording(draws: int = 2000) -> list[str]:
+def wording() -> list[str]:
     """The instructions that the simulator gives, for the vocabulary of a small tokenizer."""
     from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 
-    seeds = np.random.default_rng(0).integers(TRAIN_SEED, TRAIN_SEED + 1_000_000, draws)
+    seeds = np.random.default_rng(0).integers(TRAIN_SEED, TRAIN_SEED + 1_000_000, 2000)
     return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
 
 

@@ -62,7 +62,12 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     turned = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
     episode = dataclasses.replace(episode, rotation=turned)
     if spec.action is not None:
-        return check_actions(_with_own_parts(episode, steps, spec))
+        own: dict[str, Any] = {"action": numbers(steps, spec.action, source)}
+        if spec.action_mask is not None:
+            own["action_mask"] = numbers(steps, spec.action_mask, source).reshape(-1) != 0
+        if spec.source is not None:
+            own["source"] = _text(steps, spec.source, source)
+        return check_actions(dataclasses.replace(episode, **own))
     command = None if command is None else binarize_gripper(command)
     if spec.drop_idle:
         episode, command = _without_idle(episode, command)
@@ -119,18 +124,6 @@ def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, 
     if spec.rotation_format in ANGLES:
         rotation = rotation * turn
     return position * LENGTH_UNITS[spec.length_unit], rotation, spec.rotation_format
-
-
-def _with_own_parts(episode: Episode, steps: Steps, spec: DatasetSpec) -> Episode:
-    """The episode with what else its dataset holds in our own terms."""
-    assert spec.action is not None
-    name = episode.source
-    parts: dict[str, Any] = {"action": numbers(steps, spec.action, name)}
-    if spec.action_mask is not None:
-        parts["action_mask"] = numbers(steps, spec.action_mask, name).reshape(-1) != 0
-    if spec.source is not None:
-        parts["source"] = _text(steps, spec.source, name)
-    return dataclasses.replace(episode, **parts)
 
 
 def numbers(steps: Steps, where: str, source: str) -> Array:

@@ -86,7 +86,8 @@ class SimplerWorld:
         self._env = _make(task)
         self._mode = self._env._obs_mode
         self._name, self._task = task, TASKS[task]
-        self._official = self._env.xyz_configs, self._env.quat_configs
+        self._official = places, turns = self._env.xyz_configs, self._env.quat_configs
+        self._grid = np.asarray(places, np.float64), np.asarray(turns, np.float64)
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
@@ -94,7 +95,7 @@ class SimplerWorld:
         if not other:
             rebuild(self._env, *self._official, start)
         else:
-            begin = off_grid(self._task, start, *self._grid())
+            begin = off_grid(self._task, start, *self._grid)
             rebuild(self._env, torch.from_numpy(begin.places)[None], torch.from_numpy(begin.turns)[None])
             joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
             joints[:6] += begin.joints
@@ -125,11 +126,7 @@ class SimplerWorld:
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
         """A scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
         source = f"simpler/{self._name}/{seed}"
-        return fitted(look(self._env, self._task, self._grid(), seed), size, source)
-
-    def _grid(self) -> tuple[Array, Array]:
-        places, turns = (np.asarray(configs, np.float64) for configs in self._official)
-        return places, turns
+        return fitted(look(self._env, self._task, self._grid, seed), size, source)
 
     def picture(self) -> Array:
         """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
