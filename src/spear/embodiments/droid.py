@@ -79,13 +79,9 @@ def joint_velocities(actions: Array, state: Array, observation: Observation) -> 
 
 def cartesian_positions(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 7] float32: the flange's x, y, z (m), roll, pitch, yaw (rad), and gripper."""
-    from spear.sim.control import ee_from_flange
-
-    tool = torch.from_numpy(ee_from_flange())
+    tool = torch.from_numpy(_kinematics().ee_from_flange())
     tool_position, tool_rotation = pose_inverse(tool[:3, 3], matrix_to_quat(tool[:3, :3]))
     where, turned = (torch.from_numpy(x) for x in read.targets(state, actions))
-    where = torch.cat([torch.from_numpy(np.float64(state[:3]))[None], where])
-    turned = torch.cat([torch.from_numpy(np.float64(state[3:7]))[None], turned])
     part = torch.arange(1, ROWS + 1, dtype=torch.float64).repeat(len(actions)) / ROWS
     step = torch.arange(len(actions)).repeat_interleave(ROWS)
     position = torch.lerp(where[step], where[step + 1], part[:, None])
@@ -106,7 +102,7 @@ def _steps(actions: Array, state: Array, observation: Observation, fastest: Any)
     as a whole; the next one goes on from there."""
     arm, steps = _kinematics(), []
     at = wanted = read.numbers(observation, JOINTS, 7)
-    for position, rotation in zip(*read.targets(state, actions), strict=True):
+    for position, rotation in itertools.islice(zip(*read.targets(state, actions), strict=True), 1, None):
         wanted = arm.solve(wanted, position, rotation)
         steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))
         at = at + steps[-1]
