@@ -82,6 +82,8 @@ def cartesian_positions(actions: Array, state: Array, observation: Observation) 
     tool = torch.from_numpy(_kinematics().ee_from_flange())
     tool_position, tool_rotation = pose_inverse(tool[:3, 3], matrix_to_quat(tool[:3, :3]))
     where, turned = (torch.from_numpy(x) for x in read.targets(state, actions))
+    where = torch.cat([torch.from_numpy(np.float64(state[:3]))[None], where])
+    turned = torch.cat([torch.from_numpy(np.float64(state[3:7]))[None], turned])
     part = torch.arange(1, ROWS + 1, dtype=torch.float64).repeat(len(actions)) / ROWS
     step = torch.arange(len(actions)).repeat_interleave(ROWS)
     position = torch.lerp(where[step], where[step + 1], part[:, None])
@@ -102,7 +104,7 @@ def _steps(actions: Array, state: Array, observation: Observation, fastest: Any)
     as a whole; the next one goes on from there."""
     arm, steps = _kinematics(), []
     at = wanted = read.numbers(observation, JOINTS, 7)
-    for position, rotation in itertools.islice(zip(*read.targets(state, actions), strict=True), 1, None):
+    for position, rotation in zip(*read.targets(state, actions), strict=True):
         wanted = arm.solve(wanted, position, rotation)
         steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))
         at = at + steps[-1]

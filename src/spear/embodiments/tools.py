@@ -269,10 +269,12 @@ def arm(
 
 
 def targets(start: Array, actions: Array) -> tuple[Array, Array]:
-    """Where a chunk leads: positions [H + 1, 3] (m), orientations [H + 1, 4], base frame, float64: at first
-    and after each action. start [8] is the state that the chunk [H, 8] starts from."""
+    """Where a chunk leads: positions [H, 3] (m), orientations [H, 4] after each action, base frame, float64.
+
+    start [8] is the state that the chunk [H, 8] starts from.
+    """
     position, rotation = torch.from_numpy(np.float64(start[:3])), torch.from_numpy(np.float64(start[3:7]))
-    where, turned = [position], [rotation]
+    where, turned = [], []
     for move in torch.from_numpy(np.float64(actions)):
         position, rotation = apply_step(position, rotation, move[:3], move[3:7])
         where.append(position)
@@ -283,7 +285,8 @@ def targets(start: Array, actions: Array) -> tuple[Array, Array]:
 def base_rotations(start: Array, actions: Array) -> Array:
     """The actions' rotations about the base frame's axes, [H, 4]: R_next = R(result) · R_now."""
     rotations = torch.from_numpy(targets(start, actions)[1])
-    return quat_canonical(quat_multiply(rotations[1:], quat_conjugate(rotations[:-1]))).numpy()
+    before = torch.cat([torch.from_numpy(np.float64(start[3:7]))[None], rotations[:-1]])
+    return quat_canonical(quat_multiply(rotations, quat_conjugate(before))).numpy()
 
 
 def example_image(width: int, height: int) -> Array:

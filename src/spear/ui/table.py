@@ -221,8 +221,8 @@ class Table:
         positions, rotations = tools.targets(state, actions)
         return actions, {
             "step": step,
-            "positions": positions.tolist(),
-            "rotations": rotations.tolist(),
+            "positions": [state[:3].tolist(), *positions.tolist()],
+            "rotations": [state[3:7].tolist(), *rotations.tolist()],
             "openings": [float(state[7]), *(float(g) for g in actions[:, 7])],
             "ms": 1000 * elapsed,
         }
