@@ -122,17 +122,14 @@ class ChunkExecutor:
 
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
-            made = self._made_since(chunk.observed)
+            # What was made since the look; in ticks that have no action there was no motion.
+            recent = list(self._executed)[max(0, len(self._executed) - (self.tick - chunk.observed)) :]
+            made = [action for action in recent if action is not None]
             # In rtc there is nothing to join, but where inference took longer than the policy was told.
             rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
             self._horizon = len(chunk.actions)
             self._left = list(rows)
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
-
-    def _made_since(self, tick: int) -> list[Array]:
-        """The actions made since a tick's observation; ticks without motion are left out."""
-        recent = list(self._executed)[max(0, len(self._executed) - (self.tick - tick)) :]
-        return [action for action in recent if action is not None]
 
 
 class Pilot:

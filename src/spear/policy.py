@@ -1,7 +1,7 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
+from spear.models.weights.load import Model
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
 
@@ -75,7 +76,7 @@ class VlmBundle:
         framed = [self.processor.framed(*both, view) for both in zip(prompts, sizes, strict=True)]
         text = self.processor.prompts(framed)
         watched = Watched((tokens.start, tokens.stop)) if distributions else None
-        with few_threads(self._parameters, len(prompts)):
+        with few_threads(self.model, len(prompts)):
             ids = greedy(
                 self.model,
                 {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
@@ -99,10 +100,6 @@ class VlmBundle:
             answers.append(Answer(places, unit, held, families[index]))
         return answers
 
-    @functools.cached_property
-    def _parameters(self) -> int:
-        return self.model.num_parameters()
-
     def _grammar(self, family: str | None) -> Any:
         if family is None:
             return None
@@ -121,24 +118,25 @@ def load_vlm(
 
     device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or broken.
     """
-    folder, device, dtype = locate(name), *_where(device, dtype)
-    model = load_inner_vlm(folder, dtype)
-    _place(model, device)
+    folder, model = _load(load_inner_vlm, name, device, dtype)
     return VlmBundle(model, Processor.load(folder, model.config))
 
 
-def _where(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
-    place = choose_device(device) if isinstance(device, str) else device
-    return place, getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def _place(model: torch.nn.Module, device: torch.device) -> None:
-    """Put a loaded model on a device, in place."""
-    if next(model.parameters()).dtype == torch.bfloat16 and not bfloat16_is_fast(device):
+def _load(
+    read: Callable[[Path, torch.dtype], Model],
+    name: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[Path, Model]:
+    """The folder of that name, and the model that is read from it, on its device."""
+    folder, place = locate(name), choose_device(device) if isinstance(device, str) else device
+    model = read(folder, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if model.dtype == torch.bfloat16 and not bfloat16_is_fast(place):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
-    torch.nn.Module.to(model, device)
-    if device.type == "cpu":
+    torch.nn.Module.to(model, place)
+    if place.type == "cpu":
         keep_freed_memory()  # else the temporaries of a batch of eight are a tenth of its time
+    return folder, model
 
 
 @dataclass
@@ -176,9 +174,8 @@ class Spear1Policy:
                  only there.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
-        folder, device, dtype = locate(name), *_where(device, dtype)
-        model = weights.load(Spear1ForActionPrediction, folder, dtype)
-        _place(model, device)
+        read = functools.partial(weights.load, Spear1ForActionPrediction)
+        folder, model = _load(read, name, device, dtype)
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
@@ -197,10 +194,6 @@ class Spear1Policy:
     @functools.cached_property
     def _files(self) -> str | None:
         return None if self.folder is None else fingerprint(self.folder)
-
-    @functools.cached_property
-    def _parameters(self) -> int:
-        return self.model.num_parameters()
 
     @property
     def committed(self) -> int:
@@ -224,7 +217,7 @@ class Spear1Policy:
         """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
         if not observations:
             return []
-        with few_threads(self._parameters, len(observations)):
+        with few_threads(self.model, len(observations)):
             actions = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)

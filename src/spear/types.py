@@ -11,7 +11,7 @@ Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
 from numpy.typing import NDArray
 
@@ -94,9 +94,10 @@ class FlowConfig:
     steps: int = 10
 
     def __post_init__(self) -> None:
-        check_known("flow rotation", ("s3", "linear"), self.rotation)
-        check_known("flow rotation_loss", ("cosine", "mse"), self.rotation_loss)
-        check_known("flow prediction", ("velocity", "clean"), self.prediction)
+        for name, words in (
+            (f.name, get_args(f.type)) for f in fields(self) if get_origin(f.type) is Literal
+        ):
+            check_known(f"flow {name}", words, getattr(self, name))
         for name in (f.name for f in fields(self) if f.type in (int, float, float | None)):
             whole = name == "steps"
             value, least = getattr(self, name), 1 if whole else 0.0 if name.endswith("weight") else 1e-6

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import spear
-from spear.errors import Notice, SpearError, needs, unknown_name
+from spear.errors import Notice, SpearError, check_known, needs, unknown_name
 from spear.util.files import FULL, FULL_DISK
 
 COMMANDS: dict[str, str] = {
@@ -172,8 +172,7 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     known = ["--help", *(option_names(options) if options else ())]
     given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     for place, option in enumerate(given):
-        if option not in known:
-            raise unknown_name("option", option, known)
+        check_known("option", known, option)
         if option in given[:place]:
             raise SpearError(f"{option}: given twice: write all of its values after the first one")
     target: Any = options or (lambda: None)

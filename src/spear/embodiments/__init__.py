@@ -22,14 +22,10 @@ def names() -> list[str]:
 
 def load(name: str) -> Embodiment:
     """A robot by name, or from a Python file of yours. Raises `SpearError` for an unknown or broken one."""
-    if name.endswith(".py"):
-        return _from_file(Path(name))
-    check_known("embodiment", names(), name)
-    found: Embodiment = importlib.import_module(f"spear.embodiments.{name}").EMBODIMENT
-    return found
-
-
-def _from_file(path: Path) -> Embodiment:
+    if not name.endswith(".py"):
+        check_known("embodiment", names(), name)
+        return importlib.import_module(f"spear.embodiments.{name}").EMBODIMENT
+    path = Path(name)
     if not path.is_file():
         others = ", ".join(names())
         raise SpearError(f"embodiment: {path}: no such file: give a Python file or one of {others}")

@@ -79,9 +79,7 @@ def joint_velocities(actions: Array, state: Array, observation: Observation) -> 
 
 def cartesian_positions(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 7] float32: the flange's x, y, z (m), roll, pitch, yaw (rad), and gripper."""
-    from spear.sim.control import ee_from_flange
-
-    tool = torch.from_numpy(ee_from_flange())
+    tool = torch.from_numpy(_kinematics().ee_from_flange())
     tool_position, tool_rotation = pose_inverse(tool[:3, 3], matrix_to_quat(tool[:3, :3]))
     where, turned = (torch.from_numpy(x) for x in read.targets(state, actions))
     where = torch.cat([torch.from_numpy(np.float64(state[:3]))[None], where])

@@ -4,8 +4,10 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from spear.errors import SpearError, unknown_name
 from spear.models.fast.linear import HAS_BFLOAT16
@@ -13,6 +15,7 @@ from spear.models.fast.linear import HAS_BFLOAT16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 MAPPED = 2**25
 """Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
+_PARAMETERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -58,14 +61,16 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 @contextmanager
-def few_threads(parameters: int, inputs: int) -> Iterator[None]:
-    """Within it, PyTorch has as many threads as inference on a CPU surely gains from, if it had so many.
+def few_threads(model: nn.Module, inputs: int) -> Iterator[None]:
+    """Within it, PyTorch has as many threads as a model's inference on a CPU surely gains from, if so many.
 
     One for every 100 million parameters × inputs (our choice). An action of nano takes as long by two as by
     one on quiet cores, twice as long beside other work (docs/robots.md).
     """
+    if model not in _PARAMETERS:
+        _PARAMETERS[model] = sum(parameter.numel() for parameter in model.parameters())
     had = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(had, parameters * inputs // 100_000_000)))
+    torch.set_num_threads(max(1, min(had, _PARAMETERS[model] * inputs // 100_000_000)))
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spear.errors import SpearError, first_line, notice, unknown_name
+from spear.errors import SpearError, check_known, first_line, notice
 from spear.models.decode import Worded
 from spear.models.presets import Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
@@ -118,8 +118,7 @@ class Processor:
 
         Gives a `Notice`, once per view and size, when that takes black bars (for `SIZES_TOLD` sizes at most).
         """
-        if view not in self.image_sizes:
-            raise unknown_name("view", view, self.image_sizes)
+        check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
         fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements=["C", "W"]))
         size = (image.shape[1], image.shape[0])

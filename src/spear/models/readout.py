@@ -63,13 +63,9 @@ class Distribution:
 
         For a calibrated model it is uniform between 0 and 1 at the true values.
         """
-        edges = self.coordinates.edges
-        at = np.clip(np.searchsorted(edges[1:-1], values, side="right"), 0, self.coordinates.bins - 1)
-        part = np.clip((values - edges[at]) / (edges[at + 1] - edges[at]), 0, 1)
-        cumulative = self._cumulative()
-        rows = np.arange(len(self))
-        low, high = cumulative[rows, at], cumulative[rows, at + 1]
-        return np.asarray((low + part * (high - low)) / cumulative[:, -1])
+        edges, cumulative = self.coordinates.edges, self._cumulative()
+        found = [np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)]
+        return np.array(found) / cumulative[:, -1]
 
     def spread(self) -> Array:
         """[numbers] half the width of the central 68 %: the standard deviation, were it a normal."""

@@ -86,6 +86,17 @@ class _InitializesStem:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    def _add_stem(self: Any, owner: nn.Module, name: str, table: Tensor) -> None:
+        """Where `config.stem` is "conv": a `ConvStem` as the embedding of that name in `owner`, and the
+        `position_waves` of its patches at the end of `table` [..., places, width]."""
+        if getattr(self.config, "stem", "patch") == "conv":
+            setattr(owner, name, ConvStem(self.config.hidden_size, self.config.patch_size))
+            self.post_init()
+            if table.device.type != "meta":
+                waves = position_waves(math.isqrt(table.shape[-2]), table.shape[-1])
+                others = table.shape[-2] - len(waves)  # a class token
+                init.copy_(table, nn.functional.pad(waves, (0, 0, others, 0)).expand_as(table))
+
 
 def position_waves(side: int, width: int) -> Tensor:
     """[side², width] sines and cosines of rows and columns, root mean square 0.7: the first positions behind
@@ -104,13 +115,7 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__(config)
-        if getattr(config, "stem", "patch") == "conv":
-            stem = ConvStem(config.hidden_size, config.patch_size)  # type: ignore[arg-type]
-            self.embeddings.patch_embedding = stem  # type: ignore[assignment]
-            self.post_init()
-            table = self.embeddings.position_embedding.weight
-            if table.device.type != "meta":
-                init.copy_(table, position_waves(round(table.shape[0] ** 0.5), table.shape[1]))
+        self._add_stem(self.embeddings, "patch_embedding", self.embeddings.position_embedding.weight)
 
 
 class OffsetEmbeddings(Dinov2Embeddings):
@@ -144,14 +149,8 @@ class DinoEncoder(_InitializesStem, Dinov2Model):
         if getattr(config, "position_offset", 0.0):
             self.embeddings = OffsetEmbeddings(config)
             self.post_init()
-        if getattr(config, "stem", "patch") == "conv":
-            stem = ConvStem(config.hidden_size, config.patch_size)  # type: ignore[arg-type]
-            self.embeddings.patch_embeddings.projection = stem  # type: ignore[assignment]
-            self.post_init()
-            table = self.embeddings.position_embeddings  # [1, 1 + side², width], the class token first
-            if table.device.type != "meta":
-                waves = position_waves(round((table.shape[1] - 1) ** 0.5), table.shape[2])
-                init.copy_(table, torch.cat([torch.zeros(1, table.shape[2]), waves])[None])
+        own = self.embeddings
+        self._add_stem(own.patch_embeddings, "projection", own.position_embeddings)
 
 
 class MogeEncoder(nn.Module):

@@ -1,5 +1,6 @@
 """SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from transformers import Dinov2Config as MogeConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from spear.errors import SpearError, unknown_name
+from spear.errors import SpearError, check_known
 from spear.models.fast.linear import linear, use_fast_linear
 from spear.models.layers import (
     CACHE,
@@ -121,12 +122,12 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         super().__init__(choose_attention(config))
         width = config.text_config.hidden_size
         self.vision_tower = SiglipEncoder(config.vision_config)
-        self.multi_modal_projector = Projector(config.vision_config.hidden_size, width)
+        self.multi_modal_projector = projector(config.vision_config.hidden_size, width)
         self.moge: MogeEncoder | None = None
-        self.moge_projector: Projector | None = None
+        self.moge_projector: nn.Module | None = None
         if config.moge_config is not None:
             self.moge = MogeEncoder(config.moge_config)
-            self.moge_projector = Projector(LAST_LAYERS * config.moge_config.hidden_size, width)
+            self.moge_projector = projector(LAST_LAYERS * config.moge_config.hidden_size, width)
         self.language_model = language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
@@ -148,9 +149,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False for a missing image.
         Raises SpearError for a view that the model does not know, or images of a wrong type.
         """
-        for name in (*pixel_values, *(view_mask or {})):
-            if name not in self.config.views:
-                raise unknown_name("view", name, self.config.views)
+        check_known("view", self.config.views, *pixel_values, *(view_mask or {}))
         given = [name for name in self.config.views if name in pixel_values]
         for name in given:
             check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
@@ -303,16 +302,9 @@ def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, in
         yield rows, int(lengths[rows[-1]])
 
 
-class Projector(nn.Module):
-    """One linear layer from an encoder's width to the language model's."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, out)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., width] -> [..., out]."""
-        return self.linear(features)
+def projector(width: int, out: int) -> nn.Module:
+    """One layer, `linear`, from an encoder's width to the language model's: [..., width] -> [..., out]."""
+    return nn.Sequential(OrderedDict(linear=nn.Linear(width, out)))
 
 
 AutoConfig.register(SpearVLMConfig.model_type, SpearVLMConfig, exist_ok=True)

@@ -23,8 +23,7 @@ _VALUES = 1000
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """A message as bytes. Values: numbers, texts, lists, maps, numpy arrays and scalars."""
-    packed: bytes = msgpack.packb(message, default=_pack)
-    return packed
+    return msgpack.packb(message, default=_pack)
 
 
 def decode(data: bytes) -> dict[str, Any]:

@@ -79,5 +79,4 @@ class Slots:
         worker, number = handed.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
         weakref.finalize(slot, self._taken.__setitem__, handed.slot, False)
-        batch: dict[str, Any] = tree_map_only(Place, lambda place: place.of(slot), handed.batch)
-        return batch
+        return tree_map_only(Place, lambda place: place.of(slot), handed.batch)

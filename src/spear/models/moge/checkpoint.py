@@ -138,14 +138,12 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) ->
     model.load_state_dict(state, assign=next(model.parameters()).is_meta)
 
 
-def _match(
-    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str] | None = None
-) -> dict[str, str]:
+def _match(model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]) -> dict[str, str]:
     """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
     expected = published_shapes(model, checkpoint.version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
-    left = {f"{_BACKBONE[checkpoint.version]}mask_token", *(unused or ())} - set(expected)
+    left = {f"{_BACKBONE[checkpoint.version]}mask_token", *unused} - set(expected)
     found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in left}
     if wrong := difference(expected, found):
         raise SpearError(f"{where}: {wrong}: download it again, or report this line")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spear.errors import SpearError, first_line, unknown_name
+from spear.errors import SpearError, check_known, first_line
 from spear.util.files import read_json
 from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
 
@@ -83,8 +83,7 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     wanted = cls.config_class.model_type
     if (kind, wanted) == ("spear_vlm", "spear1"):
         raise SpearError(f"{folder}: is a SPEAR-VLM: train a policy from it with `spear train … --init`")
-    if kind != wanted:
-        raise unknown_name(f"architecture in {folder / 'config.json'}:", kind, [wanted])
+    check_known(f"architecture in {folder / 'config.json'}:", [wanted], kind)
     shards = Shards.open(folder, wanted)
     shards.precision(shards.weights)
     return shards.read_config(cls.config_class)
