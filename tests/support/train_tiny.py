@@ -14,7 +14,10 @@ import torch
 from models_tiny import START, TINY, actions, pixels, spear1, text
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.models.spear1 import STATE_FEATURES
+from spear.models.presets import spear1_config, vlm_config
+from spear.models.processing import Processor, train_tokenizer
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.loop import RunOptions
 from spear.train.optimize import Task
@@ -44,6 +47,17 @@ def run_recipe(
     stage = (recipe(name) if isinstance(name, str) else name).changed(**changes)
     inputs = Inputs([labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge)
     return train(stage, out, inputs, RunOptions(workers=0, log_every=1, quiet=True), "cpu")
+
+
+def save_policy(folder: Path) -> Path:
+    """A random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
+    coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
+    processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
+    vlm = vlm_config(TINY, processor.vocabulary, processor.coordinate_start)
+    torch.manual_seed(0)
+    Spear1ForActionPrediction(spear1_config(TINY, vlm)).save_pretrained(folder)
+    processor.save(folder)
+    return folder
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
