@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 import spear
 from serve_here import SPEAR, Homing, homing, started
 from spear import embodiments
+from spear.cli import main
 from spear.serve.options import VlaEvalOptions
 from spear.serve.service import Service
 
@@ -71,6 +72,12 @@ def test_the_harness_evaluates_as_we_would() -> None:
     again = Homing()
     run(again)
     assert again.seeds == policy.seeds
+
+
+def test_what_nobody_could_use_is_refused_before_anybody_connects(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value in (("--replan", "9"), ("--port", "0")):
+        assert main(["vla-eval", "nano", option, value]) == 2
+        assert f"error: {option} {value}: " in capsys.readouterr().err
 
 
 def test_a_bad_observation_ends_its_episode_with_a_reason() -> None:
