@@ -51,6 +51,14 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture(scope="session")
+def nano() -> Any:
+    """The shipped policy, a `Spear1Policy`. Tests leave it as it is."""
+    from spear.policy import Spear1Policy
+
+    return Spear1Policy.load("nano")
+
+
 @pytest.fixture(scope="module")
 def renderer() -> Any:
     """The simulator's `Renderer`; skips where there is none."""

@@ -19,7 +19,6 @@ from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import REGISTRY
 from spear.data.senses import Check, check_cameras, look
 from spear.data.store.episode_store import write_episodes
-from spear.errors import SpearError
 from spear.report.audit import conclusion, text
 from spear.util.images import encode_jpeg
 
@@ -295,8 +294,8 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     [("position", BRIDGE), ("logged_translation", "action"), ("logged_rotation", "action[3:5]")],
 )
 def test_columns_of_another_width_are_named(shared: Path, tmp_path: Path, key: str, columns: str) -> None:
-    with pytest.raises(SpearError, match=rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"):
-        bridge(shared, tmp_path, **{key: columns})
+    shape = rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"
+    refuses(shape, bridge, shared, tmp_path, **{key: columns})
 
 
 def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_path: Path) -> None:

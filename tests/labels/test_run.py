@@ -259,5 +259,5 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
     settings = {"detector": "other"}
     label_folder(listing(source), out, engine(), settings, WorkOptions())
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
-    with pytest.raises(SpearError, match='detector is "other" there, "bright" here'):
-        label_folder(listing(source), out, no_key, {"detector": "bright"}, WorkOptions())
+    settings, there = {"detector": "bright"}, 'detector is "other" there, "bright" here'
+    refuses(there, label_folder, listing(source), out, no_key, settings, WorkOptions())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from refusals import refuses
-from spear.errors import Notice, SpearError
+from spear.errors import Notice
 from spear.models import processing
 from spear.models.presets import preset
 from spear.models.processing import Processor, fitting, moved, window
@@ -100,8 +100,8 @@ def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None
 
 
 def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
-    with pytest.raises(SpearError, match=r"'how far is it': .* 'relative', the 3D tokens in 'metre'"):
-        processor.questions([Question("distance", "how far is it", [0.5], ["it"], "relative")])
+    relative = Question("distance", "how far is it", [0.5], ["it"], "relative")
+    refuses("'how far is it': .*'relative'.*'metre'", processor.questions, [relative])
     processor.questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
     refuses("empty instruction", processor.prompts, ["put it there", " \n"])
     refuses("prompt too long: 'xyzw", processor.prompts, ["xyzw" * 100])

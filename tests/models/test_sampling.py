@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.weights import load as weights
 
 H = TINY.horizon
 GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -189,15 +187,12 @@ def test_lora_is_part_of_the_fast_path() -> None:
     assert relative(found, reference(model, given, noise, 2)) < 1e-5
 
 
-def test_sampling_leaves_training_and_checkpoints_alone(tmp_path: Path) -> None:
+def test_sampling_leaves_weights_and_training_alone() -> None:
     model, given, noise = spear1(), observation(2, ("external",), True), actions(2, H)
     before = {name: (weight.clone(), weight.data_ptr()) for name, weight in model.state_dict().items()}
-    acted = model.sample_actions(**given, noise=noise).to_vector()
-    after = model.state_dict()
-    assert {n: w.data_ptr() for n, w in after.items()} == {n: p for n, (_, p) in before.items()}
-    model.save_pretrained(tmp_path)
-    again = weights.load(Spear1ForActionPrediction, tmp_path)
-    assert torch.equal(again.sample_actions(**given, noise=noise).to_vector(), acted)
+    model.sample_actions(**given, noise=noise)
+    for name, weight in model.state_dict().items():
+        assert weight.data_ptr() == before[name][1] and torch.equal(weight, before[name][0])
     model.train()
     model(**given, actions=actions(2, H)).loss.backward()
     assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None

@@ -68,7 +68,7 @@ def openpi_python() -> Path:
     return python
 
 
-def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> None:
+def test_the_real_client_drives_droid(openpi_python: Path, nano: Spear1Policy, tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
     with started(SPEAR, "serve", *options, stderr=subprocess.PIPE) as server:
@@ -93,7 +93,7 @@ def test_the_real_client_drives_droid(openpi_python: Path, tmp_path: Path) -> No
     assert said["timing"][0]["infer_ms"] > 0 and said["timing"][1]["prev_total_ms"] > 0
     got = np.load(tmp_path / "out.npz")
     sent = {key: got[key] for key in got.files if key.startswith("observation/")}
-    here = Service(Spear1Policy.load("nano"), robot, "nano", "droid")
+    here = Service(nano, robot, "nano", "droid")
     expected = here.answer([{**sent, "prompt": seen["prompt"]}])[0]
     assert got["actions"].shape == (15, 8)
     np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-5)

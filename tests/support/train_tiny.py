@@ -1,10 +1,12 @@
 """A tiny SPEAR-1 as a training task, short runs of it and of recipes, and processes to run them on."""
 
 import json
+import math
 import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import torch
 from models_tiny import START, TINY, actions, pixels, spear1, text
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.models.spear1 import STATE_FEATURES
+from spear.models.presets import spear1_config, vlm_config
+from spear.models.processing import Processor, train_tokenizer
+from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.loop import RunOptions
 from spear.train.optimize import Task
@@ -46,17 +51,28 @@ def run_recipe(
     return train(stage, out, inputs, RunOptions(workers=0, log_every=1, quiet=True), "cpu")
 
 
+def save_policy(folder: Path) -> Path:
+    """A random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
+    coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
+    processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
+    vlm = vlm_config(TINY, processor.vocabulary, processor.coordinate_start)
+    torch.manual_seed(0)
+    Spear1ForActionPrediction(spear1_config(TINY, vlm)).save_pretrained(folder)
+    processor.save(folder)
+    return folder
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 class Regression:
-    """A small task whose batches depend on the step alone."""
+    """A small task whose batches depend on the step alone. pause: seconds that a loss takes."""
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: float = 1.0, pause: float = 0.0) -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-        self.scale = scale
+        self.scale, self.pause = scale, pause
 
     def batch(self, step: int) -> dict[str, Any]:
         return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
@@ -64,10 +80,31 @@ class Regression:
     def loss(
         self, batch: dict[str, Any], generator: torch.Generator
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        time.sleep(self.pause)
         x = batch["x"]
         noise = 0.1 * torch.randn(8, 1, generator=generator)
         error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
         return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
+
+
+class Broken(Regression):
+    """The loss, or the gradient alone, of the steps in `bad` is not finite."""
+
+    def __init__(self, bad: set[int], gradient: bool = False) -> None:
+        super().__init__()
+        self.bad, self.gradient = bad, gradient
+
+    def batch(self, step: int) -> dict[str, Any]:
+        broken = torch.tensor(float(step in self.bad))
+        return {**super().batch(step), "more": {"broken": broken}}
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
+        loss, parts = super().loss(batch, generator)
+        if batch["more"]["broken"]:
+            weight = self.model[0].weight.sum()
+            # The root's slope at zero is infinite, its value is not.
+            loss = loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
+        return loss, parts
 
 
 class Acting:

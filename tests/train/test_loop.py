@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from spear.train.checkpoint import newest
 from spear.train.loop import batches
 from spear.train.options import Optimization
 from spear.util.ledger import lock
-from train_tiny import Regression, go, rows, start
+from train_tiny import Broken, Regression, go, rows, start
 
 SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
 FOUR = replace(SMALL, steps=4)
@@ -122,26 +121,6 @@ def test_gradients_of_what_learns_are_cut_to_a_length() -> None:
     assert said["grad_norm"] > 1 and not moments[0][:2].any() and moments[0][2:5].any()
 
 
-class Broken(Regression):
-    """The loss, or the gradient alone, of the steps in `bad` is not finite."""
-
-    def __init__(self, bad: set[int], gradient: bool = False) -> None:
-        super().__init__()
-        self.bad, self.gradient = bad, gradient
-
-    def batch(self, step: int) -> dict[str, Any]:
-        broken = torch.tensor(float(step in self.bad))
-        return {**super().batch(step), "more": {"broken": broken}}
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        loss, parts = super().loss(batch, generator)
-        if batch["more"]["broken"]:
-            weight = self.model[0].weight.sum()
-            # The root's slope at zero is infinite, its value is not.
-            loss = loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
-        return loss, parts
-
-
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], gradient: bool
@@ -209,23 +188,17 @@ def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) ->
     assert said == "broken image: step 3: leave it out"
 
 
-class Slow(Regression):
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        time.sleep(0.05)
-        return super().loss(batch, generator)
-
-
 def saves_by_steps(root: Path) -> None:
-    go(Slow(), SMALL, root / "ended", seed=3, workers=1, save_every=5)
+    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1, save_every=5)
 
 
 def saves_by_time(root: Path) -> None:
-    go(Slow(), SMALL, root / "ended", seed=3, save_minutes=1e-6)
+    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, save_minutes=1e-6)
 
 
 def saves_when_told(root: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-    go(Slow(), SMALL, root / "ended", seed=3, workers=1)
+    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ for the rest.
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.train import loop, parallel
 from spear.train.options import Optimization
-from train_tiny import EMBEDDINGS, Acting, Regression, go, rows, said, start
+from train_tiny import EMBEDDINGS, Acting, Broken, Regression, go, rows, said, start
 
 pytestmark = pytest.mark.xdist_group("parallel")  # what the tests share is made once
 OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
@@ -40,36 +39,15 @@ class Line(Regression):
         return super().loss(batch, torch.Generator())
 
 
-class Slow(Line):
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        time.sleep(0.05)
-        return super().loss(batch, generator)
-
-
-class Broken(Line):
-    """Of the pieces in `bad` the loss is not finite."""
-
-    def __init__(self, *bad: int) -> None:
-        super().__init__()
-        self.bad = bad
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return {**super().batch(step), "factor": torch.tensor(math.inf if step in self.bad else 1.0)}
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        loss, parts = super().loss(batch, generator)
-        return loss * batch["factor"], parts
-
-
 def slow_run(root: Path) -> None:
     parallel.start()
-    go(Slow(), OPT, root / "killed", save_every=2)
+    go(Line(pause=0.05), OPT, root / "killed", save_every=2)
 
 
 def told_run(root: Path) -> None:
     """Until one of the processes is told to end."""
     parallel.start()
-    go(Slow(), OPT, root / "told")
+    go(Line(pause=0.05), OPT, root / "told")
 
 
 def runs(root: Path) -> None:
@@ -86,9 +64,9 @@ def runs(root: Path) -> None:
         task.model.save_pretrained(root / "plain")
     go(Acting(), HALF, root / "from-two", sharded=True)
     go(Acting(), WHOLE, root / "from-one", sharded=True)
-    go(Broken(7), OPT, root / "skipped")
+    go(Broken({7}), OPT, root / "skipped")
     with pytest.raises(SpearError if parallel.rank() == 0 else SystemExit) as stop:
-        go(Broken(7, 8), replace(OPT, max_skipped=1), root / "stopped")
+        go(Broken({7, 8}), replace(OPT, max_skipped=1), root / "stopped")
     (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
 
 

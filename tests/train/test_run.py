@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_tiny import make
+from models_tiny import TINY
 from refusals import refuses
 from spear import embodiments
 from spear.data.readers.formats import dataset_name
@@ -23,18 +24,22 @@ from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.policy import Spear1Policy, load_vlm, locate
+from spear.policy import Spear1Policy, load_vlm
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs
 from spear.train.recipes import recipe
 from spear.train.run import mixture, train
-from train_tiny import rows, run_recipe
+from train_tiny import rows, run_recipe, save_policy
 
 pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
 FEW = {"steps": 2, "batch_size": 2, "warmup": 1}
 ACT = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
 ACT |= {"schedule": "constant"}
 EMBEDDINGS = "language_model.embed_tokens.weight"
+
+
+SHORT = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
+"""Of the recipe nano-post, for the policy `tiny`."""
 
 
 @dataclass
@@ -63,6 +68,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     made["nano-vlm-2"] = run_recipe("nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW)
     made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT)
     return Walk(labels, store, made)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A policy whose preset recipes know."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    return save_policy(tmp_path / "tiny")
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,13 +133,13 @@ def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: 
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
+def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) -> None:
     """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
     write_episodes([make(0), make(1), make(2)], tmp_path / "store")
-    whole, nano, out = EpisodeStore(tmp_path / "store"), locate("nano"), tmp_path / "run"
+    whole, out = EpisodeStore(tmp_path / "store"), tmp_path / "run"
     store = whole.subset([0, 1])
-    few = {"steps": 1, "batch_size": 2, "flow_samples": 1, "warmup": 0}
-    final = run_recipe("nano-post", out, store=store, init=nano, **few)
+    few = {**SHORT, "steps": 1, "batch_size": 2}
+    final = run_recipe("nano-post", out, store=store, init=tiny, **few)
     (state,) = out.glob("checkpoints/*/state.json")
     about = json.loads(state.read_text())["settings"]["about"]
     assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
@@ -141,18 +153,18 @@ def test_a_finished_folder_is_not_given_to_others(tmp_path: Path) -> None:
         ({"frozen": ["vlm"], "steps": 2}, "another frozen"),
         ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),
     ):
-        refuses(words, run_recipe, "nano-post", out, **{"store": store, "init": nano, **few, **given})
+        refuses(words, run_recipe, "nano-post", out, **{"store": store, "init": tiny, **few, **given})
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
-    changed = run_recipe("nano-post", out, store=store, init=nano, **other)
+    changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
 
 
-def test_what_a_run_cannot_have_is_said(tmp_path: Path) -> None:
+def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
     write_episodes([make(0)], tmp_path / "store")
-    inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], locate("nano"))
-    stage = recipe("nano-post").changed(steps=1, batch_size=1)
+    inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], tiny)
+    stage = recipe("nano-post").changed(preset="tiny", steps=1, batch_size=1)
     with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
     assert not json.loads((final / "recipe.json").read_text())["sharded"]
@@ -193,32 +205,33 @@ def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shares(("mine",)) == [1] and not capsys.readouterr().err
 
 
-def test_failed_and_unseen_episodes_are_not_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_unseen_episodes_are_not_learned(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same weights and statistics as without them, and a line says so. Where nothing is known of an
     episode's end it stays; a run that began with failures goes on with them."""
     good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
     bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
-    aside = [make(5, images={"side": good[0].images["external"]})]
-    given = {"good": good, "all": [good[0], bad[0], *good[1:], bad[1]], "bad": bad}
+    blind = [make(5, images={"side": good[0].images["external"]})]
+    every = [good[0], bad[0], *good[1:], bad[1], *blind]
     stores = {}
-    for name, some in {**given, "blind": aside, "beside": good + aside}.items():
+    for name, some in {"good": good, "every": every, "bad": bad, "blind": blind}.items():
         write_episodes(some, tmp_path / name)
         stores[name] = EpisodeStore(tmp_path / name)
 
     def learned(out: str, store: str, steps: int = 2) -> dict[str, bytes]:
-        few = {"batch_size": 4, "flow_samples": 1, "warmup": 0, "schedule": "constant", "steps": steps}
-        final = run_recipe("nano-post", tmp_path / out, store=stores[store], init=locate("nano"), **few)
+        few = {**SHORT, "batch_size": 4, "schedule": "constant", "steps": steps}
+        final = run_recipe("nano-post", tmp_path / out, store=stores[store], init=tiny, **few)
         return {name: (final / name).read_bytes() for name in ("model.safetensors", "normalizer.json")}
 
     expected = learned("1", "good")
-    with pytest.warns(Notice, match="2 of 5 episodes failed"):
-        assert learned("2", "all") == expected
+    with pytest.warns(Notice, match="2 of 6 episodes failed"), pytest.warns(match="1 of 4 .* no camera"):
+        assert learned("2", "every") == expected
     refuses("2 of 2 episodes failed", learned, "3", "bad")
-    with pytest.warns(Notice, match="1 of 4 episodes have no camera"):
-        assert learned("6", "beside") == expected
-    refuses("side", learned, "7", "blind")
+    refuses("side", learned, "4", "blind")
     with monkeypatch.context() as earlier:  # versions that learned from them
         earlier.setattr(EpisodeStore, "demonstrations", lambda store: store)
-        expected = learned("4", "all")
-        learned("5", "all", steps=1)
-    assert learned("5", "all") == expected
+        with_failures = learned("5", "every")
+        assert with_failures != expected
+        learned("6", "every", steps=1)
+    assert learned("6", "every") == with_failures

@@ -22,7 +22,6 @@ from spear.data.readers.spec import (
     missing,
     read_spec,
 )
-from spear.errors import SpearError
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
@@ -122,8 +121,7 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     np.testing.assert_allclose(to_quaternion(columns, "matrix4_columns")[0, 0], 1)
     refuses(r"mine step 0: .* matrix4_columns", to_quaternion, rows, "matrix4_columns", "mine")
     refuses(r"mine step 0: .* matrix4_rows", to_quaternion, columns, "matrix4_rows", "mine")
-    with pytest.raises(SpearError, match=r"mine: rotation is \(1, 4\), but euler_xyz needs 3 columns"):
-        to_quaternion(np.zeros((1, 4)), "euler_xyz", "mine")
+    refuses(r"mine: rotation is \(1, 4\).*euler_xyz", to_quaternion, np.zeros((1, 4)), "euler_xyz", "mine")
     refuses(r"mine: joint angles are \(2, 6\)", franka_pose, np.zeros((2, 6)), "mine")
     refuses(r"45 .* mine: radians", franka_pose, np.full((2, 7), 45.0), "mine")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 
 from labels_tiny import save_sam2
-from spear.errors import SpearError
+from refusals import refuses
 from spear.labels.models.protocols import Detection
 from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
 from spear.types import Array, Frame
@@ -115,5 +115,5 @@ def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.M
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
-    with pytest.raises(SpearError, match="memory is full with 2 images at a time"):
-        segmenter.segment([frame(0), frame(1)], [asked(BOXES)] * 2)
+    frames = [frame(0), frame(1)]
+    refuses("memory is full with 2 images at a time", segmenter.segment, frames, [asked(BOXES)] * 2)

@@ -52,12 +52,11 @@ def test_the_vlm_sees_where_things_are(name: str, part: float) -> None:
         assert found.grammar.value == 1.0
 
 
-def test_the_policy_moves_towards_something() -> None:
-    policy = Spear1Policy.load("nano")
-    sizes = policy.processor.image_sizes
+def test_the_policy_moves_towards_something(nano: Spear1Policy) -> None:
+    sizes = nano.processor.image_sizes
     env = TabletopEnv("put_on", sizes["external"], sizes["wrist"])
     observation, _ = env.reset(seed=3)
-    actions = policy.infer(observation)["actions"]
+    actions = nano.infer(observation)["actions"]
     assert actions.shape == (5, 8) and np.isfinite(actions).all()
     steps = np.linalg.norm(actions[:, :3], axis=-1)
     assert 0.005 < steps.sum() < 0.5
