@@ -19,7 +19,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from spear import policy as spear
-from spear.data.normalize import SMALLEST_SCALE, Normalizer
+from spear.data.normalize import SMALLEST_SCALES, Normalizer
 from spear.embodiments.tools import IMAGE
 from spear.errors import SpearError
 from spear.train.optimize import apply_freeze, make_optimizer
@@ -65,7 +65,7 @@ class Spear1Policy(PreTrainedPolicy):
         self.reset()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_name_or_path: str | Path,
         *,
@@ -171,12 +171,12 @@ def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normaliz
             if known[0] and count[at]:
                 moves.append(actions[0, :3])
                 places.append(here[:3])
-    units: list[tuple[float, float, float]] = []
-    for rows in (moves, places):
-        low, high = np.quantile(np.float64(rows), (0.01, 0.99), axis=0)
-        scale = np.where((high - low) / 2 < SMALLEST_SCALE, 1.0, (high - low) / 2)
-        units += [tuple((high + low) / 2), tuple(scale)]  # type: ignore[arg-type]
-    return Normalizer("quantile", *units, samples=len(moves))
+    if not moves:
+        raise SpearError(f"{root}: no frame that counts: check its action_mask and lengths")
+    low, high = np.quantile(np.hstack([moves, places]).astype(np.float64), (0.01, 0.99), axis=0)
+    offset, scale = (high + low) / 2, np.maximum((high - low) / 2, SMALLEST_SCALES)
+    (ax, ay, az, bx, by, bz), (cx, cy, cz, dx, dy, dz) = offset, scale
+    return Normalizer("quantile", (ax, ay, az), (cx, cy, cz), (bx, by, bz), (dx, dy, dz), len(moves))
 
 
 def _numpy(values: Tensor) -> Array:

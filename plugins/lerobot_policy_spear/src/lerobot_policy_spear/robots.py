@@ -81,8 +81,8 @@ class Poses:
         rows = []
         for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):
             for part in np.arange(1, self.stride + 1) / self.stride:
-                ends = (torch.from_numpy(np.float64(x)) for x in (q, facing))
-                rows.append((p + (to - p) * part, quat_slerp(*ends, float(part)).numpy(), action[7]))
+                begin, end = torch.from_numpy(np.array([q, facing], np.float64))
+                rows.append((p + (to - p) * part, quat_slerp(begin, end, float(part)).numpy(), action[7]))
         return self.commands(rows, values)
 
     def pose(self, values: Array) -> tuple[Array, Array, float]:
@@ -110,7 +110,7 @@ class Joints(Poses):
     def commands(self, rows: Sequence[tuple[Array, Array, float]], values: Array) -> Array:
         """Each row's angles by the inverse kinematics, from those of the row before; where no angles lead
         there, the same ones."""
-        angles, made = np.float64(values[: self.count]), []
+        angles, made = np.asarray(values[: self.count], np.float64), []
         for position, rotation, gripper in rows:
             at = np.eye(4)
             at[:3, :3], at[:3, 3] = quat_to_matrix(torch.from_numpy(rotation)).numpy(), position
