@@ -30,6 +30,7 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
         ("detector", "file:absent.json", "no such file: write file:PATH"),
         ("detector", "file", "no such file"),
         ("detector", "ground-truth+gemini", "only file:"),
+        ("segmenter", "ground-truth=foo", "no network"),
     ],
 )
 def test_what_makes_no_sense_is_named(kind: str, description: str, hint: str) -> None:

@@ -55,6 +55,8 @@ def component(kind: str, description: str, options: LabelOptions) -> Callable[[]
         return partial(_from_file, place, argument, component(kind, otherwise, options) if plus else None)
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
+    if argument and name == "ground-truth":
+        raise SpearError(f"{kind} {first!r}: ground-truth is no network: leave out what follows its name")
     return partial(_make, place, takes, name, argument, options)
 
 
