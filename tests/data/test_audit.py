@@ -279,6 +279,18 @@ def test_two_cameras_that_are_exchanged() -> None:
         assert check.verdict == verdict
 
 
+def test_a_camera_slower_than_the_steps_is_not_called_exchanged() -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
+    images = [encode_jpeg(pictures[step // 6]) for step in range(60)]
+    position = np.arange(180.0).reshape(60, 3) / 1000
+    view = look(images, position, 30.0, "it")
+    assert view.change > 0.5 and look(images[:4], position[:4], 30.0, "it").change != view.change
+    assert all(
+        check.verdict != "wrong" for check in check_cameras({"external": [view] * 6, "wrist": [view] * 6})
+    )
+
+
 def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path) -> None:
     report = bridge(shared, tmp_path, length_unit="mm")
     assert report.outcome == "contradiction" and "length_unit" in conclusion(report)

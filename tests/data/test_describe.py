@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from refusals import refuses
 from spear.cli import main
 from spear.data.describe import describe
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
+
+IMAGES = {"external": "observation/images/image_0"}
 
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
@@ -47,6 +50,33 @@ def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     assert {k: v for k, v in found.items() if k != "facts"} == {
         k: v for k, v in expected.items() if k != "facts"
     }
+
+
+def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(
+        shared / "data/lerobot/v3.0_image", tmp_path / "copy", copy_function=shutil.copyfile
+    )
+    info = json.loads((copy / "meta/info.json").read_text())
+    taken = describe(copy)
+    (file,) = copy.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    file.chmod(0o644)
+    pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
+    info["features"]["observation.state"]["names"] = {
+        "motors": [f"joint_{i}" for i in range(6)] + ["gripper"]
+    }
+    (copy / "meta/info.json").chmod(0o644)
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    found = describe(copy)
+    assert found["position"] is None and found["success"] == "next/success" and "success" not in taken
+    (copy / "spear.json").write_text(json.dumps(taken))
+    refuses("joint_0", lambda: next(read_episodes(copy)))
+
+
+def test_a_rate_that_the_metadata_contradict(shared: Path, tmp_path: Path) -> None:
+    folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
+    layout.write_text(json.dumps({"like": "bridge_dataset", "rate_hz": 30.0, "images": IMAGES}))
+    refuses("rate_hz", lambda: next(read_episodes(folder, dataset=layout)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ What no column can say (where the gripper's own axes point, the rate of RLDS) is
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers that are taken where others fit as well."""
 Columns = Mapping[str, Sequence[Array]]
 """Column -> [T, d] of each episode."""
+Joints = Callable[[str], Sequence[str]]
+"""See `LeRobotFolder.joints`."""
 
 
 class Window(NamedTuple):
@@ -71,11 +73,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
     facts = {"tool_rotation": "no column can say it: see docs/data.md"}
-    found: dict[str, Any] = {"images": _cameras(folder.steps(split), facts)}
-    rate = 5.0
-    if isinstance(folder, LeRobotFolder):
-        rate = folder.info.fps
-    else:
+    rate = folder.info.fps if isinstance(folder, LeRobotFolder) else 5.0
+    found: dict[str, Any] = {"images": _cameras(folder.steps(split), facts, rate)}
+    won = (n for n, v in episodes[0].items() if n.endswith("success") and isinstance(v, np.ndarray))
+    found |= [("success", name) for name in won if any(np.ravel(e[name])[-1] > 0 for e in episodes)]
+    if not isinstance(folder, LeRobotFolder):
         texts = (n for n, v in episodes[0].items() if isinstance(v, list) and not _is_image(v))
         found["instruction"] = next((n for n in texts if "instruction" in n or "language" in n), None)
         found["rate_hz"], facts["rate_hz"] = None, "not in the metadata: write how many steps a second has"
@@ -86,7 +88,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         if name.rpartition("/")[2] not in NO_STATE
     }
     finite = _finite(columns)
-    taken = _motion(found, facts, finite, rate)
+    joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
+    taken = _motion(found, facts, finite, rate, joints)
     _gripper(found, facts, finite, taken, rate)
     return {**found, "facts": facts}
 
@@ -106,14 +109,14 @@ def _is_image(values: Sequence[Any]) -> bool:
     return bool(values) and values[0].startswith(IMAGE_BEGINS)
 
 
-def _cameras(read: Sources, facts: dict[str, str]) -> dict[str, str]:
+def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str]:
     """Our camera name -> column; at the wrist is one whose name or motion says so."""
     changes: dict[str, list[float]] = {}
     for source, steps in itertools.islice(read, VIEWED):
         for name, values in leaves(steps) if not isinstance(steps, SpearError) else ():
             if isinstance(values, list) and _is_image(values):
                 all_count = np.arange(3 * len(values)).reshape(-1, 3)  # as if the arm moved at every step
-                view = look(values, all_count, 1.0, f"{source} column {name!r}")
+                view = look(values, all_count, rate, f"{source} column {name!r}")
                 changes.setdefault(name, []).extend([] if view.blank else [view.change])
     shown = {name: float(np.nanmedian(each)) for name, each in changes.items() if each}
     parts = [f"{name}: {part:.0%} of it change in a step" for name, part in shown.items()]
@@ -128,21 +131,23 @@ def _cameras(read: Sources, facts: dict[str, str]) -> dict[str, str]:
     return {"external": next(iter(shown))}
 
 
-def _motion(found: dict[str, Any], facts: dict[str, str], columns: Columns, rate: float) -> list[Window]:
+def _motion(
+    found: dict[str, Any], facts: dict[str, str], columns: Columns, rate: float, joints: Joints
+) -> list[Window]:
     """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
-    keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
-    found |= dict.fromkeys(keys)
+    found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
     still = [np.tile([1.0, 0, 0, 0], (len(v), 1)) for v in next(iter(columns.values()), [])]
     fits: list[tuple[float, Window, Window, Fit]] = []
     wide = {name: each[0].shape[1] for name, each in columns.items() if each[0].shape[1] >= 3}
     moves = [Window(name, 0, 3) for name in wide if "action" in name]
     places = [Window(n, i, i + 3) for n, width in wide.items() if "action" not in n for i in range(width - 2)]
+    places = [place for place in places if not joints(place.name(columns))]
     for place, move in itertools.product(places, moves):
         fit = _best("translation", place.of(columns), still, move.of(columns), rate)
         if fit is not None:
             fits.append((round(fit.relative, 3), place, move, fit))
     if not fits:
-        facts["position"] = "no column leads to the next state by any action: name it yourself"
+        facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
         return []
     _, place, move, fit = min(fits, key=lambda each: each[0])
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))

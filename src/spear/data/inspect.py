@@ -2,9 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -125,7 +124,8 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
             kind = "images in video" if feature.dtype == "video" else "images"
             lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(map(str, feature.shape))}")
             continue
-        lines.append(f"  {name.replace('.', '/'):<34} {feature.dtype} {feature.shape}{_axes(feature.names)}")
+        axes = ", ".join(feature.axes)
+        lines.append(f"  {name.replace('.', '/'):<34} {feature.dtype} {feature.shape}{axes and f': {axes}'}")
         # What a layout's ranges are read from.
         for word, values in zip(("from", "to"), ends.get(name, ()), strict=False):
             if 1 < len(values) <= MOST_AXES:
@@ -145,13 +145,6 @@ def _why_unreadable(folder: LeRobotFolder, index: int) -> str:
     except SpearError as error:
         return str(error)
     return ""
-
-
-def _axes(names: Any) -> str:
-    """The names of the components of a feature, which some datasets have in a dict."""
-    if isinstance(names, Mapping):
-        names = [axis for axes in names.values() for axis in (axes if isinstance(axes, list) else [axes])]
-    return ": " + ", ".join(str(n) for n in names) if isinstance(names, list) and names else ""
 
 
 def layout_known(path: str | Path) -> bool:

@@ -36,6 +36,8 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE = 0.25
 """How far a row, or its frame, may be from its place in time, as part of a step (our choice)."""
+JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
+"""What names of joints have in them."""
 
 
 class Feature(BaseModel):
@@ -44,6 +46,14 @@ class Feature(BaseModel):
     dtype: str
     shape: list[int]
     names: Any = None
+
+    @property
+    def axes(self) -> list[str]:
+        """The names of its components, one after the other."""
+        names = self.names
+        if isinstance(names, Mapping):
+            names = [axis for axes in names.values() for axis in (axes if isinstance(axes, list) else [axes])]
+        return [str(name) for name in names] if isinstance(names, list) else []
 
 
 class Info(BaseModel):
@@ -98,8 +108,23 @@ class LeRobotFolder:
         return [name for name, f in self.info.features.items() if f.dtype in ("image", "video")]
 
     def spec(self, given: Path | None = None) -> DatasetSpec:
-        """What its columns mean; see `find_spec`."""
-        return find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
+        """What its columns mean; see `find_spec`. Raises SpearError also where its metadata contradict it."""
+        spec = find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
+        if spec.rate_hz != self.info.fps:
+            why = f"rate_hz is {spec.rate_hz}, but its {INFO} says {self.info.fps} fps"
+            raise SpearError(f"two rates: {self.path}: {why}: leave rate_hz out of the layout")
+        for key in ("position", "rotation") if spec.rotation_format != "franka_joints" else ():
+            if found := self.joints(str(getattr(spec, key))):
+                why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
+                raise SpearError(f"joints are no pose: {self.path}: {why}: name columns of the end-effector")
+        return spec
+
+    def joints(self, where: str) -> list[str]:
+        """Those components of a column that are joints by their names."""
+        path, _, span = where.rstrip("]").partition("[")
+        axes = next((f.axes for name, f in self.info.features.items() if _column(name) == path), [])
+        first, _, end = span.partition(":")
+        return [name for name in axes[int(first or 0) : int(end or len(axes))] if JOINT.search(name)]
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
         """The step arrays of each episode of a split, in order.
