@@ -46,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2115, "ablations": 649, "cli": 1585, "data": 4662, "embodiments": 775, "evaluate": 3168,
-    "labels": 4707, "models": 4658, "report": 1165, "serve": 983, "sim": 1586, "train": 2475, "ui": 698,
-    "util": 809,
+    "(top)": 2106, "ablations": 649, "cli": 1584, "data": 4679, "embodiments": 769, "evaluate": 3165,
+    "labels": 4693, "models": 4646, "report": 1165, "serve": 982, "sim": 1586, "train": 2456, "ui": 697,
+    "util": 808,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
