@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.chunks import REPLAN, ChunkExecutor, Pilot
+from spear.errors import Notice
 from spear.types import Array
 
 
@@ -36,6 +37,11 @@ def drive(executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any) -> 
 
 def millimetres(actions: Sequence[Array]) -> list[float]:
     return [round(1000 * float(a[0]), 3) for a in actions]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
 
 
 def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> None:
@@ -157,6 +163,7 @@ def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
     pilot.close()
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     think = threading.Event()
     asked: list[int] = []
@@ -183,6 +190,7 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     pilot.close()
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_stands_and_waits_in_sync() -> None:
     class Slow:
         def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +202,7 @@ def test_the_pilot_stands_and_waits_in_sync() -> None:
     pilot.close()
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_after_a_pause_the_pilot_looks_again() -> None:
     class Sure:
         def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +215,20 @@ def test_after_a_pause_the_pilot_looks_again() -> None:
     pilot.close()
 
 
+def test_a_pilot_that_is_called_too_often_keeps_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sure:
+        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+            return {"actions": chunk(0)}
+
+    monkeypatch.setattr("spear.chunks.RATE_HZ", 50.0)
+    pilot, begun = Pilot(Sure(), "sync", replan=3), time.monotonic()
+    with pytest.warns(Notice, match="waits"):
+        assert millimetres([pilot.step({}) for _ in range(6)]) == [0, 1, 2] * 2
+    assert time.monotonic() - begun >= 5 / 50
+    pilot.close()
+
+
+@pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_asks_about_what_was_seen_then() -> None:
     camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
 

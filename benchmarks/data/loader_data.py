@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import HORIZON, RATE_HZ
+from spear.data.actions import HORIZON
 from spear.data.mixture import Mixture, Sample, TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.data.readers.lerobot import open_lerobot
@@ -23,7 +23,7 @@ from spear.models.processing import Processor
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.tasks import robot_inputs
-from spear.types import Array, Episode
+from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image, encode_jpeg, fit_image
 
 VIEWS = {"external": (210, 280), "wrist": (112, 112)}

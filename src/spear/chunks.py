@@ -11,6 +11,7 @@ rtc       as async, but the policy is told which actions are executed until its 
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, notice
 from spear.geometry import (
     quat_canonical,
     quat_conjugate,
@@ -34,7 +35,7 @@ from spear.geometry import (
     quat_normalize,
     unit_quat,
 )
-from spear.types import ACTION_DIM, Array, Policy
+from spear.types import ACTION_DIM, RATE_HZ, Array, Policy
 
 Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
@@ -135,22 +136,27 @@ class ChunkExecutor:
 class Pilot:
     """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
 
-    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. After a pause
-    (`PAUSE`) it begins anew. Raises what the policy raises, and `SpearError` for "rtc" with a policy that has
-    not learned it.
+    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
+    comes early waits for its time, as the same actions made faster would move the robot faster; the notice
+    says so, for its observation is old by then. After a pause (`PAUSE`) it begins anew. Raises what the
+    policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
         self._policy = policy
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
-        self._executor, self._stepped = self._begin(), time.monotonic()
+        self._executor, self._stepped = self._begin(), -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
-        if time.monotonic() - self._stepped > PAUSE:
+        since, tick_s = time.monotonic() - self._stepped, 1 / RATE_HZ
+        if since > PAUSE:
             self._executor, self._asked = self._begin(), None
+        if since < tick_s / 2:
+            notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
+        time.sleep(max(0.0, tick_s - since))
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():

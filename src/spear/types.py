@@ -25,6 +25,8 @@ Unit = Literal["metre", "relative"]
 
 ACTION_DIM = 8
 """translation 3 + rotation quaternion 4 + gripper 1."""
+RATE_HZ = 5.0
+"""Control steps per second (the paper)."""
 STATE_DIM = 8
 """An observed robot state: position 3 (m, base) + orientation quaternion 4 (base) + gripper opening 1."""
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")

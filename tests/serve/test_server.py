@@ -1,6 +1,7 @@
 """The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
 
 import dataclasses
+import math
 import re
 import signal
 import threading
@@ -219,7 +220,8 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
 
 
-def test_threads_may_share_a_client() -> None:
+def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
     with serving(Homing(seconds=0.02)) as server:
         policy = RemotePolicy(url(server))
         places = [0.1 + 0.05 * i for i in range(8)]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from spear.data.actions import HORIZON, RATE_HZ
+from spear.data.actions import HORIZON
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, recipe
+from spear.types import RATE_HZ
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"

@@ -14,12 +14,10 @@ import torch
 
 from spear.errors import SpearError
 from spear.geometry import UNIT_TOLERANCE, quat_canonical, quat_normalize, quat_slerp, step_action
-from spear.types import ACTION_DIM, Array, Episode
+from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
-RATE_HZ = 5.0
-"""Control rate (the paper)."""
 CLOSED_BELOW, OPEN_ABOVE = 0.4, 0.6
 """Hysteresis of the gripper, openings in 0 … 1 (our choice)."""
 

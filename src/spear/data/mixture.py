@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.actions import HORIZON, RATE_HZ, chunk
+from spear.data.actions import HORIZON, chunk
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.types import Array, Episode
+from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image, fit_image
 
 EPISODES_KEPT = 4096

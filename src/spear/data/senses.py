@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE, RATE_HZ
+from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
 from spear.data.hypotheses import Recording
 from spear.errors import SpearError
-from spear.types import Array
+from spear.types import RATE_HZ, Array
 from spear.util.images import decode_image
 
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]

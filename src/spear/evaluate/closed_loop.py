@@ -15,11 +15,11 @@ from spear.evaluate.agents import Agent
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
-from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
 from spear.sim.world import World
-from spear.types import Array
+from spear.types import RATE_HZ, Array
 
 
 def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tuple[Results, list[Film]]:

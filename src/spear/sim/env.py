@@ -14,8 +14,8 @@ from spear.sim.control import check_action
 from spear.sim.render import Renderer, Size
 from spear.sim.scene import TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, milestones
+from spear.types import RATE_HZ
 
-RATE_HZ = 5.0
 MAX_STEPS = 60
 """Control steps of an episode: 12 s (our choice)."""
 

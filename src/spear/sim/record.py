@@ -17,9 +17,9 @@ import numpy as np
 
 from spear.sim import expert
 from spear.sim.control import length
-from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Renderer, Size, shared_renderer
-from spear.types import Array, Episode
+from spear.types import RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 

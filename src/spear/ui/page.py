@@ -27,8 +27,8 @@ from websockets.http11 import Request, Response
 
 from spear.errors import SpearError
 from spear.policy import Spear1Policy
-from spear.sim.env import RATE_HZ
 from spear.sim.scene import FAMILIES
+from spear.types import RATE_HZ
 from spear.ui.scenes import Shelf, View
 from spear.ui.table import Studio, Table
 

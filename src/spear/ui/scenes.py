@@ -24,9 +24,9 @@ from spear.evaluate.closed_loop import delay_steps
 from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
-from spear.sim.env import MAX_STEPS, RATE_HZ, TabletopEnv
+from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Renderer, camera_pose, intrinsics, object_boxes
-from spear.types import Array
+from spear.types import RATE_HZ, Array
 from spear.util.images import decode_image, encode_jpeg
 
 View = dict[str, Any]

@@ -10,10 +10,11 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from spear.data.actions import HORIZON, RATE_HZ
+from spear.data.actions import HORIZON
 from spear.errors import SpearError
 from spear.train.options import Optimization, Recipe
 from spear.train.recipes import recipe
+from spear.types import RATE_HZ
 
 from .robots import Robot, choose
 

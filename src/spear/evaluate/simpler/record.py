@@ -17,11 +17,11 @@ from spear.errors import check_known
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
-from spear.evaluate.simpler.tasks import CAMERA_SIZE, RATE_HZ, TASKS
+from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
 from spear.labels.scenes import Job, jobs_of, label_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
-from spear.types import Episode, Frame
+from spear.types import RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import in_order
 

@@ -25,10 +25,10 @@ from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.tasks import RATE_HZ, TASKS, Moment
+from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
 from spear.sim.scene import held_out_seeds
-from spear.types import Array
+from spear.types import RATE_HZ, Array
 
 ROBOT = "simpler_widowx"
 UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}

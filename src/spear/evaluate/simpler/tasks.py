@@ -11,8 +11,6 @@ import torch
 from spear.geometry import quat_multiply
 from spear.types import Array
 
-RATE_HZ = 5.0
-"""Control steps per second."""
 CAMERA = "3rd_view_camera"
 CAMERA_SIZE = 640, 480
 """Width and height of its pictures."""
