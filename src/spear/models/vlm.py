@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import Dinov2Config as MogeConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -36,6 +37,9 @@ from spear.models.vision import (
 
 IGNORE = -100
 """The label of a place that is not to be learned."""
+LENGTHS, TARGETS = 8, 64
+"""With `length_groups`, lengths and counts of targets are filled up to multiples of these: tensors of ever
+new sizes break the heap into pieces, and every step takes longer (`benchmarks/train/sizes.py`)."""
 
 
 @strict
@@ -252,7 +256,11 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             wanted = target != IGNORE
             hidden.append(state.hidden[:, :-1][wanted])
             targets.append(target[wanted])
-        loss, parts = self.token_loss(torch.cat(hidden), torch.cat(targets))
+        read, target = torch.cat(hidden), torch.cat(targets)
+        if length_groups > 1:
+            more = -len(target) % TARGETS
+            read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE)
+        loss, parts = self.token_loss(read, target)
         return LossOutput(loss=loss, parts=parts)
 
 
@@ -261,20 +269,21 @@ def token_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, with w = λ on 3D tokens and 1 elsewhere.
 
-    logits [M, vocabulary], labels [M]. coordinates: the ids of the 3D tokens; weight: λ; smoothing: the
-    standard deviation, in bins, of the Gaussian that a 3D token's target is spread over.
+    logits [M, vocabulary], labels [M], `IGNORE` where there is none. coordinates: the ids of the 3D tokens;
+    weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that a 3D token's target is spread
+    over.
     Returns the loss and the plain means over "text" and "coordinates".
     """
-    log_p = logits.float().log_softmax(-1)
+    log_p, known = logits.float().log_softmax(-1), labels != IGNORE
     is_coordinate = (labels >= coordinates.start) & (labels < coordinates.stop)
-    score = log_p.gather(-1, labels[:, None])[:, 0]
+    score = log_p.gather(-1, labels[:, None].clamp_min(0))[:, 0]
     if smoothing > 0:
         of_coordinates = log_p[:, coordinates.start : coordinates.stop]
         smooth = _smoothed_score(of_coordinates, labels - coordinates.start, smoothing)
         score = torch.where(is_coordinate, smooth, score)
     losses = -score
     coordinate = is_coordinate.float()
-    text = 1 - coordinate
+    text = known.float() - coordinate
     weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
     means = ((losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate))
@@ -293,13 +302,14 @@ def _smoothed_score(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
 
 
 def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, int]]:
-    """Texts [N, L] in `groups` groups of similar length: their rows, and the length of the longest."""
+    """Texts [N, L] in `groups` groups of similar length: their rows, and to where they are needed."""
     if groups <= 1:
         yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
         return
     lengths = positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
     for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
-        yield rows, int(lengths[rows[-1]])
+        longest = -(-int(lengths[rows[-1]]) // LENGTHS) * LENGTHS
+        yield rows, min(longest, attention_mask.shape[1])
 
 
 def projector(width: int, out: int) -> nn.Module:
