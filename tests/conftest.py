@@ -52,11 +52,17 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def nano() -> Any:
-    """The shipped policy, a `Spear1Policy`. Tests leave it as it is."""
+def loaded_nano() -> Any:
     from spear.policy import Spear1Policy
 
     return Spear1Policy.load("nano")
+
+
+@pytest.fixture
+def nano(loaded_nano: Any) -> Any:
+    """The shipped policy, a `Spear1Policy`, its noise begun anew. Tests leave it as it is otherwise."""
+    loaded_nano.reset()
+    return loaded_nano
 
 
 @pytest.fixture(scope="module")
