@@ -1,6 +1,7 @@
 """A proposed spear.json: what the columns say, and what they leave open."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def test_a_rate_that_the_metadata_contradict(shared: Path, tmp_path: Path) -> No
     folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "rate_hz": 30.0, "images": IMAGES}))
     refuses("rate_hz", lambda: next(read_episodes(folder, dataset=layout)))
+
+
+def test_a_column_that_cannot_be_read_is_named(shared: Path, tmp_path: Path) -> None:
+    folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
+    bad = "observation/state[0;3]"
+    layout.write_text(json.dumps({"like": "bridge_dataset", "position": bad, "images": IMAGES}))
+    refuses(re.escape(bad), lambda: next(read_episodes(folder, dataset=layout)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,11 +81,9 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
 def column(steps: Steps, where: str, source: str) -> Any:
     """The rows of a column: "observation/state[0:3]" -> [T, 3], "action[6]" -> [T]. Raises SpearError naming
     the column and what there is instead."""
-    match = _COLUMN.match(where)
-    if not match:
-        raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
+    path, span = split_column(where)
     node: Any = steps
-    parts = match["path"].split("/")
+    parts = path.split("/")
     while parts:
         # A name may have slashes in it itself: the longest that is there is meant.
         names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
@@ -94,14 +92,23 @@ def column(steps: Steps, where: str, source: str) -> Any:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
             raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
         node, parts = node[name], parts[name.count("/") + 1 :]
-    if match["first"] is None:
+    if span is None:
         return node
-    first = int(match["first"])
-    end = first + 1 if match["end"] is None else int(match["end"])
-    if getattr(node, "ndim", 0) != 2 or node.shape[1] < end:
+    if getattr(node, "ndim", 0) != 2 or node.shape[1] < span.stop:
         shape = getattr(node, "shape", "no array")
-        raise SpearError(f"no column {where!r}: {source}: {match['path']} is {shape}")
-    return node[:, first:end] if match["end"] else node[:, first]
+        raise SpearError(f"no column {where!r}: {source}: {path} is {shape}")
+    return node[:, span] if ":" in where[len(path) :] else node[:, span.start]
+
+
+def split_column(where: str) -> tuple[str, slice | None]:
+    """The path of a column, and which of its components are meant; None: all. Raises SpearError."""
+    match = _COLUMN.match(where)
+    if not match:
+        raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
+    if match["first"] is None:
+        return match["path"], None
+    first = int(match["first"])
+    return match["path"], slice(first, int(match["end"] or first + 1))
 
 
 def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:

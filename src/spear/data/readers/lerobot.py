@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
 from spear.data.actions import no_steps
-from spear.data.readers.layout import Sources
+from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
@@ -121,10 +121,9 @@ class LeRobotFolder:
 
     def joints(self, where: str) -> list[str]:
         """Those components of a column that are joints by their names."""
-        path, _, span = where.rstrip("]").partition("[")
+        path, span = split_column(where)
         axes = next((f.axes for name, f in self.info.features.items() if _column(name) == path), [])
-        first, _, end = span.partition(":")
-        return [name for name in axes[int(first or 0) : int(end or len(axes))] if JOINT.search(name)]
+        return [name for name in axes[span or slice(None)] if JOINT.search(name)]
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
         """The step arrays of each episode of a split, in order.
