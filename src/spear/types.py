@@ -96,10 +96,9 @@ class FlowConfig:
     steps: int = 10
 
     def __post_init__(self) -> None:
-        for name, words in (
-            (f.name, get_args(f.type)) for f in fields(self) if get_origin(f.type) is Literal
-        ):
-            check_known(f"flow {name}", words, getattr(self, name))
+        for f in fields(self):
+            if get_origin(f.type) is Literal:
+                check_known(f"flow {f.name}", get_args(f.type), getattr(self, f.name))
         for name in (f.name for f in fields(self) if f.type in (int, float, float | None)):
             whole = name == "steps"
             value, least = getattr(self, name), 1 if whole else 0.0 if name.endswith("weight") else 1e-6

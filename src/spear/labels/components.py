@@ -22,20 +22,20 @@ from spear.util.network import need_on_hub
 
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "detector": {
-        "gemini": ("gemini:GeminiDetector", "vocabulary", "cache", "per_minute"),
-        "grounding-dino": ("open_vocabulary:GroundingDinoDetector", "device", "vocabulary"),
-        "owlv2": ("open_vocabulary:Owlv2Detector", "device", "vocabulary"),
+        "gemini": ("gemini:GeminiDetector", "model", "vocabulary", "cache", "per_minute"),
+        "grounding-dino": ("open_vocabulary:GroundingDinoDetector", "model", "device", "vocabulary"),
+        "owlv2": ("open_vocabulary:Owlv2Detector", "model", "device", "vocabulary"),
         "file": ("annotations:FileDetector",),
         "ground-truth": ("ground_truth:GroundTruthDetector",),
     },
     "segmenter": {
-        "sam2": ("sam2:Sam2Segmenter", "device"),
+        "sam2": ("sam2:Sam2Segmenter", "model", "device"),
         "file": ("annotations:FileSegmenter",),
         "ground-truth": ("ground_truth:GroundTruthSegmenter",),
     },
     "point map": {
-        "moge": ("pointmap:load_pointmap", "device"),
-        "moge-2": ("pointmap:load_pointmap", "device"),
+        "moge": ("pointmap:load_pointmap", "model", "device"),
+        "moge-2": ("pointmap:load_pointmap", "model", "device"),
         "ground-truth": ("ground_truth:GroundTruthPointMap",),
     },
 }
@@ -55,8 +55,8 @@ def component(kind: str, description: str, options: LabelOptions) -> Callable[[]
         return partial(_from_file, place, argument, component(kind, otherwise, options) if plus else None)
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
-    if argument and name == "ground-truth":
-        raise SpearError(f"{kind} {first!r}: ground-truth is no network: leave out what follows its name")
+    if argument and "model" not in takes:
+        raise SpearError(f"{kind} {first!r}: {name} is no network: leave out what follows its name")
     return partial(_make, place, takes, name, argument, options)
 
 
@@ -73,8 +73,8 @@ def _make(place: str, takes: list[str], name: str, model: str | None, options: L
             raise SpearError(f'--detector {name}: name what to look for: --vocabulary "mug, spoon"')
         need_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
     known = {**vars(options), "vocabulary": options.names, "cache": options.cache or options.out / ".answers"}
-    given = {"model": model} if model else {}
-    return _class(place)(**given, **{part: known[part] for part in takes})
+    known["model"] = model
+    return _class(place)(**{part: known[part] for part in takes if part != "model" or model})
 
 
 def _class(place: str) -> Any:

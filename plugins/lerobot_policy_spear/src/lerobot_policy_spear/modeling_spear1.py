@@ -174,9 +174,9 @@ def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normaliz
     if not moves:
         raise SpearError(f"{root}: no frame that counts: check its action_mask and lengths")
     low, high = np.quantile(np.hstack([moves, places]).astype(np.float64), (0.01, 0.99), axis=0)
-    offset, scale = (high + low) / 2, np.maximum((high - low) / 2, SMALLEST_SCALES)
-    (ax, ay, az, bx, by, bz), (cx, cy, cz, dx, dy, dz) = offset, scale
-    return Normalizer("quantile", (ax, ay, az), (cx, cy, cz), (bx, by, bz), (dx, dy, dz), len(moves))
+    offset = tuple(((high + low) / 2).tolist())
+    scale = tuple(np.maximum((high - low) / 2, SMALLEST_SCALES).tolist())
+    return Normalizer("quantile", offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
 
 
 def _numpy(values: Tensor) -> Array:
