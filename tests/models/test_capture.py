@@ -1,16 +1,18 @@
 """What becomes a CUDA graph does the same work whatever is in its tensors.
 
 No look at values, no allocation whose size depends on them, no copy from or to another device, no random
-numbers. On the `meta` device tensors have no values, so that nothing can depend on them.
+numbers. On the `meta` device tensors have no values, so that nothing can depend on them. Where PyTorch is
+built with CUDA, all of it runs on fake tensors of a GPU, too, which need none.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +36,9 @@ def shallow(size: Preset) -> Preset:
 
 SIZES = {name: shallow(PRESETS[name]) for name in ("nano", "spear1")}
 SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
+built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+PLACES = [(name, "meta", torch.float32) for name in SIZES]
+PLACES += [(name, "cuda", dtype) for name in ("nano", "spear1") for dtype in (torch.float32, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +90,8 @@ def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
     assert watch.wrong
 
 
-def observation(size: Preset, batch: int, full: bool) -> dict[str, Tensor]:
-    """Arguments of `sampling.sample`, on meta; full: with padding, missing views and committed actions."""
+def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
+    """Arguments of `sampling.sample`; full: with padding, missing views and committed actions."""
     draw = torch.Generator().manual_seed(0)
     given = {
         f"pixels/{view}": torch.randint(0, 256, (batch, 3, high, wide), generator=draw, dtype=torch.uint8)
@@ -100,13 +105,13 @@ def observation(size: Preset, batch: int, full: bool) -> dict[str, Tensor]:
         given["present/wrist"] = torch.arange(batch) % 2 == 0
         given["committed"] = given["noise"].flip(0)
         given["held"] = torch.arange(size.horizon).expand(batch, -1) < 1
-    return {name: tensor.to("meta") for name, tensor in given.items()}
+    return {name: torch.empty_like(tensor, device=device) for name, tensor in given.items()}
 
 
 def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
     sampler = sampling.SAMPLER(model, True)
     sampler.moments(3)  # made before a graph is recorded
-    with torch.no_grad(), Watch("meta") as watch:
+    with torch.no_grad(), Watch(model.device.type) as watch:
         if way == "plain":
             sampling.plain(model, inputs, 3)
         else:
@@ -114,17 +119,26 @@ def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
     return watch
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def empty(request: pytest.FixtureRequest) -> tuple[Preset, Any]:
-    """A policy on the meta device: with most and with fewest parts of its own, and with linear rotations."""
-    with torch.device("meta"):
-        return SIZES[request.param], Spear1ForActionPrediction(spear1_config(SIZES[request.param])).eval()
+@pytest.fixture(
+    params=[pytest.param(place, marks=built if place[1] == "cuda" else ()) for place in PLACES],
+    ids=lambda place: "-".join(map(str, place)),
+)
+def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
+    """A policy without contents: with most and with fewest parts of its own, and with linear rotations."""
+    name, device, dtype = request.param
+    fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
+    config = spear1_config(SIZES[name])
+    with fake:
+        with torch.device(device):
+            model = Spear1ForActionPrediction._from_config(config, dtype=dtype).eval()
+        yield SIZES[name], model
 
 
 @pytest.mark.parametrize("way", ["plain", "fast"])
 def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) -> None:
+    size, model = empty
     for batch, full in ((1, False), (3, True)):
-        watch = act(way, empty[1], observation(empty[0], batch, full))
+        watch = act(way, model, observation(size, batch, full, model.device.type))
         assert watch.count > 100 and not watch.wrong
 
 
@@ -133,10 +147,10 @@ def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
     layers = decode.STACK(model.vlm.language_model, True, False)
     rows: list[Any] = [[(size.vocabulary, size.vocabulary + size.bins)] * 3, [(5, 6), (3, 9)]]
     spans = decode._spans(rows, 8, model.config.vlm_config.text_config)
-    given = observation(size, 2, full=False)
-    inputs = {"bounds": torch.zeros(len(spans), 2, 2, dtype=torch.long, device="meta")}
+    given = observation(size, 2, full=False, device=model.device.type)
+    inputs = {"bounds": torch.zeros(len(spans), 2, 2, dtype=torch.long, device=model.device)}
     inputs |= {name: given[name] for name in ("pixels/external", "input_ids")}
-    with torch.no_grad(), Watch("meta") as watch:
+    with torch.no_grad(), Watch(model.device.type) as watch:
         decode._decode(model.vlm, layers, inputs, spans)
     assert watch.count > 100 and not watch.wrong
 

@@ -1,5 +1,6 @@
 """Training on another device than the CPU, without one: fake tensors of a backend that PyTorch lets Python
-pretend. A stray tensor on the CPU is an error there, and so is a look at a value.
+pretend, and of CUDA where PyTorch is built with it. A stray tensor on the CPU is an error there, and so is a
+look at a value.
 
 In processes of their own, since such a backend stays.
 """
@@ -27,6 +28,7 @@ from train_tiny import Acting
 
 WORLD, FAKE = 4, FakeTensorMode()
 looks: list[int] = []
+tasks: list[Any] = []
 
 
 class Robot(Acting):
@@ -41,16 +43,36 @@ def pretend() -> None:
     """From now on there is a device "pretend", and looks at values are counted."""
     _setup_privateuseone_for_python_backend("pretend")
     torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
+    count_looks()
+
+
+def count_looks() -> None:
+    # PyTorch 2.11 cannot fake it.
+    torch._standard_gamma = lambda shape, generator=None: torch.empty_like(shape)  # type: ignore
     optimize.step_generator = lambda *_: None  # type: ignore[assignment]
     FakeTensor.tolist = lambda self: looks.append(self.numel()) or [1.0] * self.numel()  # type: ignore
 
 
 def prepared(device: str, sharded: bool = False, **changes: Any) -> Stepper:
-    task = Robot()
+    tasks.append(task := Robot())
     with FAKE:
         give_storage(task.model, device)
-        opt = Optimization(steps=2, lr=1e-3, ema=0.9, precision="fp32", **changes)
+        opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
         return Stepper(task, opt, seed=0, sharded=sharded)
+
+
+def pretend_cuda() -> None:
+    """Autocast and autograd ask for a driver: the one is told that there is one, the other left out."""
+
+    def backward(loss: torch.Tensor) -> None:
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
+        for parameter in tasks[-1].model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[attr-defined]
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+    torch.Tensor.backward = backward  # type: ignore[method-assign, assignment]
+    count_looks()
 
 
 def step(stepper: Stepper) -> None:
@@ -66,12 +88,22 @@ def alone(root: Path) -> None:
     pretend()
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
-    stepper = prepared("pretend", gradient_checkpointing=True, frozen=("vlm.moge",))
+    check("pretend", root)
+
+
+def cuda(root: Path) -> None:
+    pretend_cuda()
+    check("cuda", root, precision="bf16", frozen_precision="bf16")
+
+
+def check(device: str, root: Path, **changes: Any) -> None:
+    """Steps, averages and checkpoints stay on the device; a checkpoint is copied from it."""
+    stepper = prepared(device, gradient_checkpointing=True, frozen=("vlm.moge",), **changes)
     step(stepper)
     assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
     with FAKE, Checkpoints(root, stepper) as checkpoints:
         held = checkpoints._tensors()
-        assert {tensor.device.type for tensor in held.values()} == {"pretend"}
+        assert {tensor.device.type for tensor in held.values()} == {device}
         assert len(held) > 3 * len(stepper.learning)
         written: list[Any] = []
         checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
@@ -82,7 +114,7 @@ def alone(root: Path) -> None:
         assert copies.keys() == held.keys() and len(looks) == 1
         assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
         checkpoints._make_moments(dict.fromkeys(stepper.learning, 2.0))  # what a checkpoint is read into
-        assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {"pretend"}
+        assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {device}
 
 
 def several(root: Path) -> None:
@@ -99,7 +131,10 @@ def several(root: Path) -> None:
     step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks
 
 
-@pytest.mark.parametrize("work", ["alone", "several"])
+built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+
+
+@pytest.mark.parametrize("work", ["alone", "several", pytest.param("cuda", marks=built)])
 def test_training_keeps_to_its_device(work: str, tmp_path: Path) -> None:
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, work, str(tmp_path)]
