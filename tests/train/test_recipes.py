@@ -1,6 +1,7 @@
 """The recipes: the paper's numbers, and modules that exist."""
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from spear.data.actions import HORIZON
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
+from spear.train import recipes
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, recipe
 from spear.types import RATE_HZ
@@ -45,6 +47,12 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
     assert (vlm.coordinate_bins, vlm.coordinate_loss_weight, vlm.coordinate_smoothing) == (1024, 2.0, 0.0)
     assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
     assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, RATE_HZ) == (1024, 5, 5.0)
+
+
+def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
+    for name, keys in tomllib.loads(Path(recipes.__file__).with_suffix(".toml").read_text()).items():
+        keys.pop("like", "")
+        RECIPES[name].changed(**keys)
 
 
 def test_every_recipe_names_modules_that_exist_and_the_papers_freeze_what_it_says() -> None:

@@ -147,17 +147,25 @@ class Recipe:
 
         Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
         """
-        parts: dict[str, Any] = {"": self, "optimization": self.optimization, "questions": self.questions}
-        known = {f.name: part for part in parts for f in dataclasses.fields(parts[part])}
-        new: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for key, value in changes.items():
-            if key not in known or key in parts:
-                raise unknown_name("recipe key", key, known.keys() - parts.keys())
-            _check(type(parts[known[key]]), key, value)
-            new[known[key]][key] = value
-        own = new.pop("")
-        inner = {part: dataclasses.replace(parts[part], **values) for part, values in new.items()}
-        return dataclasses.replace(self, **own, **inner)
+            if key not in _HOME:
+                raise unknown_name("recipe key", key, _HOME)
+            _check(_HOME[key], key, value)
+        return self.replaced(**changes)
+
+    def replaced(self, **keys: Any) -> "Recipe":
+        """As `changed`, of keys and values that are known to be right."""
+        new: dict[type, dict[str, Any]] = {part: {} for part in (Recipe, Optimization, QuestionMix)}
+        for key, value in keys.items():
+            new[_HOME[key]][key] = value
+        opt = dataclasses.replace(self.optimization, **new[Optimization])
+        mix = dataclasses.replace(self.questions, **new[QuestionMix])
+        return dataclasses.replace(self, optimization=opt, questions=mix, **new[Recipe])
+
+
+_HOME = {f.name: part for part in (Recipe, Optimization, QuestionMix) for f in dataclasses.fields(part)}
+_HOME = {key: part for key, part in _HOME.items() if key not in ("optimization", "questions")}
+"""Key of a recipe -> the class that has it."""
 
 
 def matches(name: str, prefix: str) -> bool:
