@@ -57,13 +57,17 @@ def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, tr
     assert result.center < exact.center + 0.001 and result.vertex < exact.vertex + 0.002
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", [2, 3, 6])
-def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int) -> None:
+def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int, ending: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     folder = write_plain(tmp_path / "s", truth[:1])
-    Image.fromarray(truth[0].image).save(folder / "color" / "0.png", exif=exif)
-    assert (Scene(folder)[0].image == truth[0].image).all()
+    (folder / "color" / "0.png").unlink()
+    Image.fromarray(truth[0].image).save((folder / "color" / "0").with_suffix(ending), exif=exif)
+    frame = Scene(folder)[0]
+    assert (frame.image == truth[0].image).all()
+    assert frame.turned == (orientation != 6)  # so that annotations of it are refused
 
 
 def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: Path) -> None:

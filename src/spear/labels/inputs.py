@@ -299,9 +299,7 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
         if isinstance(content, SpearError):
             raise content
         if isinstance(content, bytes):
-            content, orientation = load_oriented(content, key)
-            height, width = content.shape[:2]
-            turned = orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and width == height)
+            content, turned = load_oriented(content, key)
     except SpearError as error:
         return Work(key, None, error)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)

@@ -28,7 +28,7 @@ from spear.labels.fit.image import same_view
 from spear.labels.inputs import IMAGES
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import load_image
+from spear.util.images import load_oriented
 
 COLOUR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
@@ -65,7 +65,7 @@ class Scene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
-        image, depth = load_image(color, stored=True), read_depth(depth_file)
+        (image, turned), depth = load_oriented(color, stored=True), read_depth(depth_file)
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:
@@ -91,6 +91,7 @@ class Scene:
             intrinsics=self.camera,
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
+            turned=turned,
         )
 
 
