@@ -151,10 +151,8 @@ def read_intrinsics(path: Path) -> Array:
 def read_pose(path: Path) -> Array | None:
     """A pose [4, 4] from a text file; None when there is no file, or it says that the camera was lost.
     `SpearError` for anything else."""
-    if not path.is_file():
-        return None
-    pose = read_matrix(path)
-    if not np.isfinite(pose).all():
+    pose = read_matrix(path) if path.is_file() else None
+    if pose is None or not np.isfinite(pose).all():
         return None
     turn = pose[:3, :3]
     rigid = np.allclose(turn @ turn.T, np.eye(3), atol=1e-2) and np.linalg.det(turn) > 0

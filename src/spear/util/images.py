@@ -118,7 +118,7 @@ def load_oriented(
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
-                size = "{} x {}".format(*image.size)
+                size = f"{image.width} x {image.height}"
                 raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
