@@ -118,8 +118,9 @@ def load_oriented(
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
-                size = f"{image.width} x {image.height}"
-                raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
+                raise SpearError(
+                    f"{name}: {image.width} x {image.height} pixels: send at most {longest} a side"
+                )
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
             if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
@@ -131,8 +132,7 @@ def load_oriented(
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds
         reason = first_line(error).partition(" <_io.")[0]
-        wrong = f"{name}: not a readable image ({reason})"
-        raise SpearError(f"{wrong}: replace it, or convert it to JPEG or PNG") from error
+        raise SpearError(f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
