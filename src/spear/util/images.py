@@ -118,9 +118,7 @@ def load_oriented(
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
-                raise SpearError(
-                    f"{name}: {image.width} x {image.height} pixels: send at most {longest} a side"
-                )
+                raise SpearError(f"{name}: {max(image.size)} pixels long: send sides of at most {longest}")
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
             if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
