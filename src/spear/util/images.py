@@ -118,7 +118,9 @@ def load_oriented(
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
-                raise SpearError(f"{name}: {max(image.size)} pixels long: send sides of at most {longest}")
+                raise SpearError(
+                    "{}: {} x {} pixels: send at most {} a side".format(name, *image.size, longest)
+                )
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
             if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
