@@ -118,14 +118,12 @@ def load_oriented(
     try:
         with Image.open(io.BytesIO(data)) as image:
             if longest and max(image.size) > longest:
-                raise SpearError(
-                    "{}: {} x {} pixels: send at most {} a side".format(name, *image.size, longest)
-                )
+                size = "{} x {}".format(*image.size)
+                raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
             if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
-                image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(said, said)
-                stored = False
+                stored, image.getexif()[ExifTags.Base.Orientation] = False, {6: 8, 8: 6}.get(said, said)
             seen = _rgb(image if stored else ImageOps.exif_transpose(image), name)
             return np.array(seen), said in (2, 3, 4) or (said in (5, 6, 7, 8) and seen.width == seen.height)
     except SpearError:
