@@ -130,6 +130,7 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
         (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json: .* in pixels"),
         (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
+        (lambda at: Image.new("RGB", (96, 64)).save(at / "color/0.jpg"), r"0\.(jpg|png): 0\.(jpg|png)"),
         (lambda at: (at / "color").rename(at / "pictures"), "no color/ or no depth/"),
     ],
 )

@@ -82,7 +82,8 @@ class Scene:
             instances = _read_png(path)
             if not same_view(image.shape[:2], instances.shape):
                 raise SpearError(f"{path}: {instances.shape}, not of the {width}×{height} image: replace it")
-            instances = _nearest(instances, height, width).astype(np.int32)
+            pixels = (np.arange(n) * m // n for n, m in zip((height, width), instances.shape, strict=True))
+            instances = instances[np.ix_(*pixels)].astype(np.int32)
         return Frame(
             image=image,
             depth=align_depth(depth, depth_camera, self.camera, height, width),
@@ -173,11 +174,6 @@ def _read_png(path: Path) -> Array:
     return values
 
 
-def _nearest(values: Array, height: int, width: int) -> Array:
-    rows = (np.arange(height) * values.shape[0] // height)[:, None]
-    return values[rows, np.arange(width) * values.shape[1] // width]
-
-
 def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
     color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
@@ -189,6 +185,9 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     pairs = [(path, depths[path.stem]) for path in images if path.stem in depths]
     if not pairs:
         raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
+    last = {path.stem: path for path, _ in pairs}
+    if twice := next((path for path, _ in pairs if last[path.stem] != path), None):
+        raise SpearError(f"{twice}: {last[twice.stem].name} has the same depth image: leave one of them out")
     pairs.sort(key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
     return pairs, len(images) - len(pairs)
 
