@@ -153,7 +153,7 @@ class Frame:
     extrinsics  [4, 4] camera pose in the base frame (camera -> base), or None.
     boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
     source      where it came from.
-    turned      whether its EXIF has turned or mirrored it in a way that its size does not show.
+    turned      whether its EXIF turns or mirrors it in a way that its size does not show.
     """
 
     image: Array

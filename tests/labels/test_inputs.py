@@ -29,13 +29,13 @@ def grey(items: Sequence[Item], **options: int) -> list[int | str]:
     ]
 
 
-def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7) -> None:
-    """A video whose frame i is grey of value 5 i."""
+def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Fraction = Fraction(1)) -> None:
+    """A video whose frame i is grey of value 5 i, of pixels so many times as wide as high."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", gop
-        stream.bit_rate = 8_000_000
+        stream.bit_rate, stream.codec_context.sample_aspect_ratio = 8_000_000, aspect
         for i in range(frames):
             image = np.full((48, 64, 3), 5 * i, np.uint8)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -79,9 +79,13 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     assert list(find(f"{tmp_path}/**")) == items  # the pattern names a folder and each file in it
     assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [items[0].key, items[-1].key]
     (tmp_path / "b" / "back").symlink_to(tmp_path)
-    (tmp_path / "b" / "IMG_1.HEIC").touch()
-    with pytest.warns(Notice, match=r"1 \.heic"):
+    for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS"):
+        (tmp_path / "b" / name).touch()
+    with pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts"):
         assert list(find(str(tmp_path))) == items
+    (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
+    with pytest.warns(Notice):
+        assert [i.key for i in find(str(tmp_path))][-1] == str(tmp_path / "z.MPO")
 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
@@ -116,6 +120,12 @@ def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
     assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
     late = items[0]._replace(place=99.0)
     assert "ends before 99.00 s" in str(grey([items[9], late])[1])
+
+
+def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
+    film(tmp_path / "film.mp4", frames=2, aspect=Fraction(4, 3))
+    (work,) = read(list(find(str(tmp_path / "film.mp4"))))
+    assert work.frame is not None and work.frame.image.shape == (48, 85, 3)
 
 
 def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Path) -> None:

@@ -57,13 +57,17 @@ def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, tr
     assert result.center < exact.center + 0.001 and result.vertex < exact.vertex + 0.002
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", [2, 3, 6])
-def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int) -> None:
+def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int, ending: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     folder = write_plain(tmp_path / "s", truth[:1])
-    Image.fromarray(truth[0].image).save(folder / "color" / "0.png", exif=exif)
-    assert (Scene(folder)[0].image == truth[0].image).all()
+    (folder / "color" / "0.png").unlink()
+    Image.fromarray(truth[0].image).save((folder / "color" / "0").with_suffix(ending), exif=exif)
+    frame = Scene(folder)[0]
+    assert (frame.image == truth[0].image).all()
+    assert frame.turned == (orientation != 6)  # so that annotations of it are refused
 
 
 def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: Path) -> None:
@@ -126,6 +130,7 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
         (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json: .* in pixels"),
         (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
+        (lambda at: Image.new("RGB", (96, 64)).save(at / "color/0.jpg"), r"0\.(jpg|png): 0\.(jpg|png)"),
         (lambda at: (at / "color").rename(at / "pictures"), "no color/ or no depth/"),
     ],
 )

@@ -221,7 +221,7 @@ def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_p
     assert "holds other files" in refused(source, Path(__file__).parent)
 
 
-@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "replaced"])
 def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> None:
     folder = photos(tmp_path / "photos", 10, bad=False)
     run(folder, tmp_path / "labels")
@@ -231,8 +231,10 @@ def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> 
     elif change == "removed":
         for number in (8, 9):
             (folder / f"{number:05d}.png").unlink()
-    else:
+    elif change == "renamed":
         last.rename(folder / "10000.png")
+    else:
+        last.write_bytes(last.read_bytes() + b"more")
     assert "the input has changed since labels-00001.parquet" in refused(folder, tmp_path / "labels")
 
 

@@ -101,11 +101,12 @@ UPRIGHT: dict[int, Callable[[Array], Array]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow turns TIFF files by itself
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied_to_photos_only(orientation: int) -> None:
+def test_exif_orientation_is_applied_to_photos_only(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(PICTURE), "PNG", exif=exif)
+    data = encoded(Image.fromarray(PICTURE), kind, exif=exif)
     assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all()
     assert (decode_image(data) == PICTURE).all()
 

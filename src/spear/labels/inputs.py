@@ -27,10 +27,10 @@ from spear.labels.pipeline import Work, admit
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_oriented
 
-IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
-UNREAD = (".heic", ".heif", ".avif", ".gif", ".raw", ".dng", ".gz", ".tgz", ".zip")
+UNREAD = re.compile(r"\.(hei[cf]|avif|gif|raw|dng|cr[23]|nef|arw|3gp|mpe?g|mts|t?gz|zip)")
 """Endings of files that may hold pictures, which nobody here reads."""
 TAKE = "frame_aligned_videos"
 """The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""
@@ -99,7 +99,7 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
     """The items of a folder, or of a file by its ending; none for an ending that is none of ours, and of a
     folder that was entered before (a link may lead back)."""
     ending = os.path.splitext(path)[1].lower()
-    unread.update([ending] if ending in UNREAD else [])
+    unread.update([ending] if UNREAD.fullmatch(ending) else [])
     if os.path.isdir(path):
         if (real := os.path.realpath(path)) in entered:
             return
@@ -242,7 +242,9 @@ def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
                 while wanted and wanted[0] < end - start:
                     # Turned as the camera (a phone held upright, say) has noted.
                     quarters = round(getattr(shown, "rotation", 0) / 90)
-                    yield np.ascontiguousarray(np.rot90(shown.to_ndarray(format="rgb24"), quarters))
+                    wide = round(shown.width * (stream.sample_aspect_ratio or 1))  # in square pixels
+                    pixels = shown.to_ndarray(format="rgb24", width=wide)
+                    yield np.ascontiguousarray(np.rot90(pixels, quarters))
                     wanted.pop(0)
                 if not wanted:
                     return
@@ -294,14 +296,10 @@ def _contents(reader: Reader, path: str, places: Sequence[Any]) -> list[Content]
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
-    turned = False
     try:
         if isinstance(content, SpearError):
             raise content
-        if isinstance(content, bytes):
-            content, orientation = load_oriented(content, key)
-            height, width = content.shape[:2]
-            turned = orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and width == height)
+        content, turned = load_oriented(content, key) if isinstance(content, bytes) else (content, False)
     except SpearError as error:
         return Work(key, None, error)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)

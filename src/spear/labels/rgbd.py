@@ -28,7 +28,7 @@ from spear.labels.fit.image import same_view
 from spear.labels.inputs import IMAGES
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import load_image
+from spear.util.images import load_oriented
 
 COLOUR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
@@ -65,7 +65,7 @@ class Scene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
-        image, depth = load_image(color, stored=True), read_depth(depth_file)
+        (image, turned), depth = load_oriented(color, stored=True), read_depth(depth_file)
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         depth_camera = self.depth_camera
         if depth_camera is None:
@@ -82,7 +82,8 @@ class Scene:
             instances = _read_png(path)
             if not same_view(image.shape[:2], instances.shape):
                 raise SpearError(f"{path}: {instances.shape}, not of the {width}×{height} image: replace it")
-            instances = _nearest(instances, height, width).astype(np.int32)
+            pixels = (np.arange(n) * m // n for n, m in zip((height, width), instances.shape, strict=True))
+            instances = instances[np.ix_(*pixels)].astype(np.int32)
         return Frame(
             image=image,
             depth=align_depth(depth, depth_camera, self.camera, height, width),
@@ -91,6 +92,7 @@ class Scene:
             intrinsics=self.camera,
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
+            turned=turned,
         )
 
 
@@ -150,10 +152,8 @@ def read_intrinsics(path: Path) -> Array:
 def read_pose(path: Path) -> Array | None:
     """A pose [4, 4] from a text file; None when there is no file, or it says that the camera was lost.
     `SpearError` for anything else."""
-    if not path.is_file():
-        return None
-    pose = read_matrix(path)
-    if not np.isfinite(pose).all():
+    pose = read_matrix(path) if path.is_file() else None
+    if pose is None or not np.isfinite(pose).all():
         return None
     turn = pose[:3, :3]
     rigid = np.allclose(turn @ turn.T, np.eye(3), atol=1e-2) and np.linalg.det(turn) > 0
@@ -174,11 +174,6 @@ def _read_png(path: Path) -> Array:
     return values
 
 
-def _nearest(values: Array, height: int, width: int) -> Array:
-    rows = (np.arange(height) * values.shape[0] // height)[:, None]
-    return values[rows, np.arange(width) * values.shape[1] // width]
-
-
 def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
     color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
@@ -190,6 +185,9 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     pairs = [(path, depths[path.stem]) for path in images if path.stem in depths]
     if not pairs:
         raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
+    last = {path.stem: path for path, _ in pairs}
+    if twice := next((path for path, _ in pairs if last[path.stem] != path), None):
+        raise SpearError(f"{twice}: {last[twice.stem].name} has the same depth image: leave one of them out")
     pairs.sort(key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
     return pairs, len(images) - len(pairs)
 

@@ -7,15 +7,15 @@
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
 that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items, which shows an input that has changed meanwhile. A shard can be made again of
-which images were skipped for a reason that may pass.
+hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
+shard can be made again of which images were skipped for a reason that may pass.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import groupby, islice, tee
@@ -39,8 +39,7 @@ from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object with "items", "keys" and "skipped": [source, reason, whether that
-may pass] for each skipped image."""
+"""Key in a shard's footer of a JSON object: what `_Finished` has."""
 SETTINGS = "run.json"
 MOST_BAD = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
@@ -59,16 +58,17 @@ class Progress:
     retryable: int = 0
 
 
-_Shard = tuple[int, int, str]
-"""A shard that is to be made: its number, how many items it has, and the hash of their keys."""
-
-
 class _Finished(NamedTuple):
-    """What the footer of a shard says, see `FOOTER`."""
+    """How many items a shard has, a hash of their keys, [source, reason, whether that may pass] for each
+    skipped image, and the bytes of each item's file (None where there is none)."""
 
     items: int
     keys: str
     skipped: list[SkippedImage]
+    sizes: Sequence[int | None] = ()
+
+
+_Shard = tuple[int, _Finished]
 
 
 def label_photos(
@@ -170,20 +170,18 @@ def label_folder(
         with closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
-            for (number, size, keys), group in groupby(results, key=lambda result: result[0][0]):
+            for (number, about), group in groupby(results, key=lambda result: result[0][0]):
                 path = out / f"labels-{number:05d}.parquet"
                 with ParquetWriter(path, SCHEMA) as writer:
                     refused: list[SkippedImage] = []
                     for done in counted(group):
                         writer.write(done.labels)
                         refused += done.skipped
-                    about = _Finished(size, keys, refused)
-                    writer.commit({FOOTER: json.dumps(about._asdict())})
+                    writer.commit({FOOTER: json.dumps(about._replace(skipped=refused)._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
             for known in _finished(out).values():
-                rows = [image._asdict() for image in known.skipped]
-                writer.write(pa.Table.from_pylist(rows, schema))
+                writer.write(pa.Table.from_pylist([image._asdict() for image in known.skipped], schema))
             writer.commit()
         write_card(out)
     return progress
@@ -192,15 +190,18 @@ def label_folder(
 def _todo(
     out: Path, items: Iterable[Item], finished: Mapping[int, _Finished], again: set[int], work: WorkOptions
 ) -> Iterator[tuple[_Shard, list[Item]]]:
-    """The batches of shards that are unfinished or to be made again, in order, each with its shard."""
+    """The batches of shards that are unfinished or to be made again, in order, each with its shard: its
+    number, and what its footer will say."""
     for number, members in enumerate(_chunks(items, work.shard_size)):
         known = finished.get(number)
         keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
-        if known is not None and known.keys != keys:
-            raise _changed(out, number, known)
-        if known is None or number in again:
+        sizes = [os.path.getsize(i.path) if os.path.isfile(i.path) else None for i in members]
+        pairs = zip(known.sizes if known else (), sizes, strict=False)
+        if known is None or (number in again and known.keys == keys):
             for batch in _chunks(members, work.batch_size):
-                yield (number, len(members), keys), batch
+                yield (number, _Finished(len(members), keys, [], sizes)), batch
+        elif known.keys != keys or any(a != b for a, b in pairs if None not in (a, b)):
+            raise _changed(out, number, known)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -216,8 +217,8 @@ def _finished(out: Path) -> dict[int, _Finished]:
         known, number = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
         if "skipped" not in known or not number.isdecimal():
             raise SpearError(f"{path}: not of this run: move it elsewhere")
-        skipped = [SkippedImage(*image) for image in known["skipped"]]
-        found[int(number)] = _Finished(known["items"], known["keys"], skipped)
+        known["skipped"] = [SkippedImage(*image) for image in known["skipped"]]
+        found[int(number)] = _Finished(**known)
     return found
 
 

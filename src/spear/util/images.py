@@ -107,8 +107,8 @@ def load_image(
 
 def load_oriented(
     source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
-) -> tuple[Array, int]:
-    """As `load_image`, and the EXIF orientation that it was turned by, 1 (as it is stored) to 8."""
+) -> tuple[Array, bool]:
+    """As `load_image`, and `Frame.turned`: whether its EXIF says a turn that its size does not show."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -120,17 +120,17 @@ def load_oriented(
             if longest and max(image.size) > longest:
                 size = "{} x {}".format(*image.size)
                 raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
+            said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
-            if stored:
-                return np.array(_rgb(image, name)), 1
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return np.array(_rgb(ImageOps.exif_transpose(image), name)), orientation
+            if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
+                stored, image.getexif()[ExifTags.Base.Orientation] = False, {6: 8, 8: 6}.get(said, said)
+            seen = _rgb(image if stored else ImageOps.exif_transpose(image), name)
+            return np.array(seen), said in (2, 3, 4) or (said in (5, 6, 7, 8) and seen.width == seen.height)
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds
         reason = first_line(error).partition(" <_io.")[0]
-        wrong = f"{name}: not a readable image ({reason})"
-        raise SpearError(f"{wrong}: replace it, or convert it to JPEG or PNG") from error
+        raise SpearError(f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -77,13 +77,16 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
     refuses("60×40", FileSegmenter(known).segment, [frame("a", 40, 40)], [found])
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 @pytest.mark.parametrize(("orientation", "width"), [(2, 60), (3, 60), (4, 60), (6, 40)])
-def test_a_picture_that_exif_turns_unseen_is_refused(tmp_path: Path, orientation: int, width: int) -> None:
+def test_a_picture_that_exif_turns_unseen_is_refused(
+    tmp_path: Path, orientation: int, width: int, name: str
+) -> None:
     """Of these the size does not tell whether annotations mean the picture as it is stored, or turned."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (width, 40)).save(tmp_path / "a.jpg", exif=exif)
-    (work,) = read(list(find(str(tmp_path / "a.jpg"))))
+    Image.new("RGB", (width, 40)).save(tmp_path / name, exif=exif)
+    (work,) = read(list(find(str(tmp_path / name))))
     known = Annotations("known", lambda _: [outlined("cup", 20, 20, size=(40, width))])
     refuses("EXIF", FileDetector(known).detect, [work.frame])
     found = [Detection("cup", np.array([12, 12, 28, 28]))]

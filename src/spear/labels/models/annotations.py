@@ -84,7 +84,7 @@ class Annotations:
         found = self.find(frame.source)
         if found and frame.turned:
             why = f"its EXIF turns it, {self.name} may mean it as it is stored or as it is seen"
-            raise SpearError(f"{frame.source}: {why}: turn its pixels, and remove that tag")
+            raise SpearError(f"{frame.source}: {why}: remove that tag, from pixels as annotated")
         return found
 
 
