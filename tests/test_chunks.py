@@ -144,6 +144,26 @@ def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> No
     assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
 
 
+@pytest.mark.parametrize("mode", ["sync", "async", "rtc"])
+def test_what_a_robots_program_does_with_its_action_changes_no_other(mode: str) -> None:
+    """Millimetres in place, a gripper turned round, a buffer that the policy uses again."""
+
+    def run(spoil: bool) -> list[Array]:
+        executor, buffer, done = ChunkExecutor(mode, replan=2, most=2), chunk(0), []  # type: ignore[arg-type]
+        for tick in range(12):
+            if executor.wants():
+                buffer[:] = chunk(tick)
+                executor.give(buffer, arrives=tick + 1)
+                buffer *= 0 if spoil else 1
+            done.append((action := executor.next()).copy())
+            if spoil:
+                action[:3] *= 1000
+                action[7] = 1 - action[7]
+        return done
+
+    np.testing.assert_array_equal(run(True), run(False))
+
+
 def test_bad_settings_are_refused() -> None:
     refuses("asynch", ChunkExecutor, "asynch")
     refuses("replan 0", ChunkExecutor, replan=0)
@@ -161,6 +181,8 @@ def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
     pilot = Pilot(Broken())
     refuses("actions", pilot.step, {})
     pilot.close()
+    Broken.metadata = {"embodiment": "arm.py"}  # a server whose rows are poses, of the same form as actions
+    refuses("arm.py", Pilot, Broken())
 
 
 @pytest.mark.usefixtures("no_waiting")

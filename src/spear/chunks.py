@@ -26,15 +26,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known, notice
-from spear.geometry import (
-    quat_canonical,
-    quat_conjugate,
-    quat_exp,
-    quat_log,
-    quat_multiply,
-    quat_normalize,
-    unit_quat,
-)
+from spear.geometry import quat_exp, quat_log, quat_multiply, quat_normalize, step_action, unit_quat
 from spear.types import ACTION_DIM, RATE_HZ, Array, Policy
 
 Mode = Literal["sync", "async", "rtc"]
@@ -77,8 +69,7 @@ class ChunkExecutor:
         self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
-        self._delay = 0
-        self._horizon = 0
+        self._delay = self._horizon = 0
         self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
 
     def wants(self) -> bool:
@@ -102,7 +93,7 @@ class ChunkExecutor:
         Both are the present tick by default. Raises as `check_chunk` does, and `SpearError` for a chunk of
         fewer actions than are to be executed of it.
         """
-        actions = check_chunk(actions)
+        actions = check_chunk(actions).copy()  # what others do with theirs changes nothing here
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
@@ -119,7 +110,7 @@ class ChunkExecutor:
         if action is None:
             return np.array([0, 0, 0, 1, 0, 0, 0, self._gripper], np.float32)
         self._gripper = float(action[7])
-        return action
+        return action.copy()
 
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
@@ -139,11 +130,11 @@ class Pilot:
     But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a pause (`PAUSE`) it begins anew. Raises what the
-    policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
+    policy raises, `SpearError` for "rtc" with a policy that has not learned it, and `check_own_actions`.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
-        self._policy = policy
+        self._policy = check_own_actions(policy)
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
         self._executor, self._stepped = self._begin(), -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
@@ -185,6 +176,13 @@ def check_mode(mode: str, committed: int) -> None:
         raise SpearError(f"--execution rtc: {why}: give async, or train it with --set committed=2")
 
 
+def check_own_actions(policy: Any) -> Any:
+    """The policy. Raises `SpearError` for a server of another robot: rows that are poses would be steps."""
+    if (robot := getattr(policy, "metadata", {}).get("embodiment", "generic")) != "generic":
+        raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic` for this")
+    return policy
+
+
 def check_replan(replan: int, horizon: int | None = None) -> None:
     """Raises `SpearError` where so many actions of a chunk, of `horizon` ones, cannot be executed."""
     if replan < 1 or (horizon is not None and replan > horizon):
@@ -214,13 +212,11 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
         return actions[n:]
     where, turned = _path(np.asarray(actions, np.float64))
     at, facing = (x[-1] for x in _path(np.asarray(made, np.float64)))
-    offset = at - where[n - 1]
-    turn = quat_log(quat_multiply(quat_conjugate(turned[n - 1]), facing))
+    offset, turn = step_action(where[n - 1], turned[n - 1], at, facing)
     fade = 1 - torch.arange(1, horizon - n + 1, dtype=torch.float64) / (horizon - n)
     position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
-    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * turn))])
-    steps = quat_canonical(quat_normalize(quat_multiply(quat_conjugate(rotation[:-1]), rotation[1:])))
-    moves = position[1:] - position[:-1]
+    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * quat_log(turn)))])
+    moves, steps = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
     return np.concatenate([moves.numpy(), steps.numpy(), actions[n:, 7:]], axis=1).astype(np.float32)
 
 
