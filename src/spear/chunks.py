@@ -64,12 +64,11 @@ class ChunkExecutor:
         check_mode(mode, most)
         check_replan(replan)
         self.mode, self.replan, self.most = mode, replan, most
-        self.tick = 0
         self._gripper = 1.0
         self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
-        self._delay = self._horizon = 0
+        self.tick = self._delay = self._horizon = 0
         self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
 
     def wants(self) -> bool:
@@ -129,25 +128,27 @@ class Pilot:
 
     But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
-    says so, for its observation is old by then. After a pause (`PAUSE`) it begins anew. Raises what the
-    policy raises, `SpearError` for "rtc" with a policy that has not learned it, and `check_own_actions`.
+    says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
+    shorter until they are in time again (our choice). After a pause (`PAUSE`) it begins anew. Raises what the
+    policy raises, `SpearError` for "rtc" with one that has not learned it, and as `check_own_actions` does.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
         self._policy = check_own_actions(policy)
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
-        self._executor, self._stepped = self._begin(), -math.inf
+        self._executor, self._stepped, self._due = self._begin(), -math.inf, -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
-        since, tick_s = time.monotonic() - self._stepped, 1 / RATE_HZ
-        if since > PAUSE:
-            self._executor, self._asked = self._begin(), None
-        if since < tick_s / 2:
+        now, tick_s = time.monotonic(), 1 / RATE_HZ
+        if now - self._stepped > PAUSE:
+            self._executor, self._asked, self._due = self._begin(), None, -math.inf
+        if self._due - now > tick_s / 4:
             notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
-        time.sleep(max(0.0, tick_s - since))
+        time.sleep(max(0.0, self._due - now, self._stepped + 0.9 * tick_s - now))
+        self._due = max(self._due, now - tick_s / 2) + tick_s
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
@@ -172,8 +173,7 @@ def check_mode(mode: str, committed: int) -> None:
     of so many actions has not learned."""
     check_known("way of executing chunks", get_args(Mode), mode)
     if mode == "rtc" and not committed:
-        why = "the policy has not learned to go on from what is decided already"
-        raise SpearError(f"--execution rtc: {why}: give async, or train it with --set committed=2")
+        raise SpearError("--execution rtc: not learned by the policy: async, or train with --set committed=2")
 
 
 def check_own_actions(policy: Any) -> Any:
