@@ -182,8 +182,6 @@ def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
     pilot = Pilot(Broken())
     refuses("actions", pilot.step, {})
     pilot.close()
-    Broken.metadata = {"embodiment": "arm.py"}  # a server whose rows are poses, of the same form as actions
-    refuses("arm.py", Pilot, Broken())
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -177,9 +177,9 @@ def check_mode(mode: str, committed: int) -> None:
 
 
 def check_own_actions(policy: Any) -> Any:
-    """The policy. Raises `SpearError` for a server of another robot: rows that are poses would be steps."""
-    if (robot := getattr(policy, "metadata", {}).get("embodiment", "generic")) != "generic":
-        raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic` for this")
+    """The policy. Raises `SpearError` for a server of a robot's commands: poses, for one, look like steps."""
+    if (about := getattr(policy, "metadata", {})).get("converted"):
+        raise SpearError(f"a server for robot {about['embodiment']!r}: start it with `--embodiment generic`")
     return policy
 
 

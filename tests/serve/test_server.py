@@ -248,6 +248,20 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.Mo
             policy.infer_batch([seen(), seen()])
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_pilot_takes_no_commands_for_steps(converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robot of its own whose rows, [5, 8] with unit quaternions, are SPEAR-1's actions, or poses."""
+    poses = {"convert": lambda actions, state, observation: np.tile(state, (5, 1))} if converted else {}
+    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, **poses)})
+    monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
+    with serving(robot="arm.py") as server:
+        policy = RemotePolicy(url(server))
+        if converted:
+            refuses("arm.py", Pilot, policy)
+        else:
+            np.testing.assert_allclose(Pilot(policy).step(seen())[0], -0.04, rtol=1e-5)
+
+
 @pytest.mark.parametrize("other", ["policy", "control"])
 def test_a_server_that_comes_back_as_another_one_moves_no_robot(other: str) -> None:
     policy, droid, port, controls = Homing(), load("droid").example(), 0, ["joint_velocity"] * 2

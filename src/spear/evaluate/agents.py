@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from spear.chunks import check_own_actions
 from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
 from spear.errors import SpearError
 from spear.types import Array, Policy
@@ -113,7 +112,11 @@ def load_agent(
     if remote:
         from spear.serve.client import RemotePolicy
 
-        policy = check_own_actions(RemotePolicy(name, os.environ.get("SPEAR_TOKEN")))
+        policy = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
+        robot = policy.metadata.get("embodiment", "generic")
+        if robot != "generic":
+            policy.close()
+            raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
         return PolicyAgent(policy, name, policy.metadata.get("weights"))
     local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
     return PolicyAgent(local, name, local.identity)

@@ -93,8 +93,7 @@ class RemotePolicy:
                 raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
             except (OSError, WebSocketException, SpearError, ValueError, TypeError, AttributeError) as error:
                 self.close()  # also of one that greets as no policy server does
-                how = "start one with `spear serve`"
-                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): {how}") from error
+                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): start one") from error
             self._greeting = self._greeting or greeting
             if greeting != self._greeting:
                 self.close()
