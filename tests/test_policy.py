@@ -147,9 +147,17 @@ def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> N
     np.testing.assert_array_equal(typed["actions"], policy.infer(observation())["actions"])
 
 
-def test_the_wrist_camera_may_be_missing_which_matters_to_nobody_else(policy: Spear1Policy) -> None:
+def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:
+    policy = Spear1Policy.load()
     both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
-    alone = [policy.infer(one)["actions"] for one in both]
+    with warnings.catch_warnings(), suppress_notices():
+        warnings.simplefilter("error")
+        policy.infer(both[0])
+    with pytest.warns(Notice, match="observation/wrist_image"):
+        alone = [policy.infer(one)["actions"] for one in both]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        policy.infer(both[0])
     for one, result in zip(alone, policy.infer_batch(both), strict=True):
         np.testing.assert_allclose(one, result["actions"], atol=1e-5)
     assert not np.allclose(alone[0], policy.infer(observation())["actions"])
@@ -164,7 +172,7 @@ def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -
         policy.infer(observation(image=tall))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        policy.infer(observation(image=tall, wrist=None))
+        policy.infer(observation(image=tall))
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:

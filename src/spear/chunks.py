@@ -26,15 +26,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known, notice
-from spear.geometry import (
-    quat_canonical,
-    quat_conjugate,
-    quat_exp,
-    quat_log,
-    quat_multiply,
-    quat_normalize,
-    unit_quat,
-)
+from spear.geometry import quat_exp, quat_log, quat_multiply, quat_normalize, step_action, unit_quat
 from spear.types import ACTION_DIM, RATE_HZ, Array, Policy
 
 Mode = Literal["sync", "async", "rtc"]
@@ -72,13 +64,11 @@ class ChunkExecutor:
         check_mode(mode, most)
         check_replan(replan)
         self.mode, self.replan, self.most = mode, replan, most
-        self.tick = 0
         self._gripper = 1.0
         self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
-        self._delay = 0
-        self._horizon = 0
+        self.tick = self._delay = self._horizon = 0
         self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
 
     def wants(self) -> bool:
@@ -102,7 +92,7 @@ class ChunkExecutor:
         Both are the present tick by default. Raises as `check_chunk` does, and `SpearError` for a chunk of
         fewer actions than are to be executed of it.
         """
-        actions = check_chunk(actions)
+        actions = check_chunk(actions).copy()  # what others do with theirs changes nothing here
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
@@ -119,7 +109,7 @@ class ChunkExecutor:
         if action is None:
             return np.array([0, 0, 0, 1, 0, 0, 0, self._gripper], np.float32)
         self._gripper = float(action[7])
-        return action
+        return action.copy()
 
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
@@ -138,25 +128,27 @@ class Pilot:
 
     But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
-    says so, for its observation is old by then. After a pause (`PAUSE`) it begins anew. Raises what the
-    policy raises, and `SpearError` for "rtc" with a policy that has not learned it.
+    says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
+    shorter until they are in time again (our choice). After a pause (`PAUSE`) it begins anew. Raises what the
+    policy raises, `SpearError` for "rtc" with one that has not learned it, and as `check_own_actions` does.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
-        self._policy = policy
+        self._policy = check_own_actions(policy)
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
-        self._executor, self._stepped = self._begin(), -math.inf
+        self._executor, self._stepped, self._due = self._begin(), -math.inf, -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
-        since, tick_s = time.monotonic() - self._stepped, 1 / RATE_HZ
-        if since > PAUSE:
-            self._executor, self._asked = self._begin(), None
-        if since < tick_s / 2:
+        now, tick_s = time.monotonic(), 1 / RATE_HZ
+        if now - self._stepped > PAUSE:
+            self._executor, self._asked, self._due = self._begin(), None, -math.inf
+        if self._due - now > tick_s / 4:
             notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
-        time.sleep(max(0.0, tick_s - since))
+        time.sleep(max(0.0, self._due - now, self._stepped + 0.9 * tick_s - now))
+        self._due = max(self._due, now - tick_s / 2) + tick_s
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
@@ -181,8 +173,14 @@ def check_mode(mode: str, committed: int) -> None:
     of so many actions has not learned."""
     check_known("way of executing chunks", get_args(Mode), mode)
     if mode == "rtc" and not committed:
-        why = "the policy has not learned to go on from what is decided already"
-        raise SpearError(f"--execution rtc: {why}: give async, or train it with --set committed=2")
+        raise SpearError("--execution rtc: not learned by the policy: async, or train with --set committed=2")
+
+
+def check_own_actions(policy: Any) -> Any:
+    """The policy. Raises `SpearError` for a server of a robot's commands: poses, for one, look like steps."""
+    if (about := getattr(policy, "metadata", {})).get("converted"):
+        raise SpearError(f"a server for robot {about['embodiment']!r}: start it with `--embodiment generic`")
+    return policy
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:
@@ -214,13 +212,11 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
         return actions[n:]
     where, turned = _path(np.asarray(actions, np.float64))
     at, facing = (x[-1] for x in _path(np.asarray(made, np.float64)))
-    offset = at - where[n - 1]
-    turn = quat_log(quat_multiply(quat_conjugate(turned[n - 1]), facing))
+    offset, turn = step_action(where[n - 1], turned[n - 1], at, facing)
     fade = 1 - torch.arange(1, horizon - n + 1, dtype=torch.float64) / (horizon - n)
     position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
-    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * turn))])
-    steps = quat_canonical(quat_normalize(quat_multiply(quat_conjugate(rotation[:-1]), rotation[1:])))
-    moves = position[1:] - position[:-1]
+    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * quat_log(turn)))])
+    moves, steps = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
     return np.concatenate([moves.numpy(), steps.numpy(), actions[n:, 7:]], axis=1).astype(np.float32)
 
 

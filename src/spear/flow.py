@@ -4,8 +4,8 @@ Time τ runs from 0 (noise) to 1 (data). Translation and gripper flow in straigh
 great circles of S³, where q and -q are different points. Noise and data are kept in the half-space w ≥ 0,
 which is geodesically convex, so every state between them is in it too: a departure of ours, since the paper
 draws noise from U(S³), from half of which the way would lead through rotations that the network also knows
-under the other sign. Everything works on `Action`s in the
-model's normalised units; a velocity is an `Action` too: d/dτ of each part, rotations tangent to the sphere.
+under the other sign. Everything works on `Action`s in the model's normalised units; a velocity is an `Action`
+too: d/dτ of each part, rotations tangent to the sphere.
 
 The network predicts either the velocity (the paper) or the clean action (our addition, better at small
 scale), from which the velocity follows: (x̂ - x_τ) / (1 - τ), on the sphere log_{q_τ}(q̂) / (1 - τ).

@@ -157,6 +157,7 @@ class Spear1Policy:
     folder: Path | None = None
     dataset: str | None = None
     _seen: int = field(default=0, init=False, repr=False)
+    _missed: set[str] = field(default_factory=set, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -245,6 +246,9 @@ class Spear1Policy:
         for key, view in keys.items():
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
+            blind = f"observations without {key}: a policy that was trained with that camera fails: send it"
+            if not all(there) and key not in self._missed and notice(blind):
+                self._missed.add(key)
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = sizes[view]

@@ -248,6 +248,40 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.Mo
             policy.infer_batch([seen(), seen()])
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_pilot_takes_no_commands_for_steps(converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A robot of its own whose rows, [5, 8] with unit quaternions, are SPEAR-1's actions, or poses."""
+    poses = {"convert": lambda actions, state, observation: np.tile(state, (5, 1))} if converted else {}
+    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, **poses)})
+    monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
+    with serving(robot="arm.py") as server:
+        policy = RemotePolicy(url(server))
+        if converted:
+            refuses("arm.py", Pilot, policy)
+        else:
+            np.testing.assert_allclose(Pilot(policy).step(seen())[0], -0.04, rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["policy", "control"])
+def test_a_server_that_comes_back_as_another_one_moves_no_robot(other: str) -> None:
+    policy, droid, port, controls = Homing(), load("droid").example(), 0, ["joint_velocity"] * 2
+    with serving(policy, "droid", control=controls[0]) as server:
+        port, robot = server.port, RemotePolicy(url(server))
+        before = robot.infer(droid)["actions"]
+    refuses("has gone", robot.infer, droid)
+    with serving(policy, "droid", port=port, control=controls[0]):  # the same one again
+        np.testing.assert_array_equal(robot.infer(droid)["actions"], before)
+    refuses("has gone", robot.infer, droid)
+    if other == "policy":
+        policy.identity = "fine-tuned"
+    else:
+        controls[1] = "joint_position"
+    with serving(policy, "droid", port=port, control=controls[1]) as server:
+        for _ in range(2):
+            refuses("before", robot.infer, droid)
+        assert RemotePolicy(url(server)).infer(droid)["actions"].shape == before.shape
+
+
 def test_a_full_queue_says_busy_at_once() -> None:
     with serving(Homing(seconds=0.2), max_batch=1, queue=2) as server:
         clients = [connect(url(server), compression=None) for _ in range(6)]

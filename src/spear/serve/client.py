@@ -24,11 +24,11 @@ class RemotePolicy:
 
     The observations of a batch are sent on as many connections at once, so that the server can answer them
     together; calls from several threads wait for each other. `token` is the server's --token. Raises
-    `SpearError` with its words for a bad observation, when it stays busy, and when it cannot be reached.
+    `SpearError` with its words for a bad observation, when it stays busy, is gone, or has become another.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        self.url, self._token = url, token
+        self.url, self._token, self._greeting = url, token, b""
         self._connections: list[ClientConnection] = []
         self._one_call = threading.Lock()
         self._open(1)
@@ -67,10 +67,8 @@ class RemotePolicy:
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
         results = [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
-        for result in results:
-            if "actions" not in result:
-                said = ", ".join(result)[:80]
-                raise SpearError(f"{self.url}: answers {said!r} without actions: no policy server")
+        if others := [", ".join(result)[:80] for result in results if "actions" not in result]:
+            raise SpearError(f"{self.url}: answers {others[0]!r} without actions: no policy server")
         return results
 
     def close(self) -> None:
@@ -86,14 +84,17 @@ class RemotePolicy:
                     self.url, compression=None, max_size=None, additional_headers=headers, proxy=None
                 ).__enter__()  # websockets 17 asks for that
                 self._connections.append(connection)
-                self.metadata = wire.decode(connection.recv(timeout=10))  # type: ignore[arg-type]
+                greeting: Any = connection.recv(timeout=10)
+                self.metadata = wire.decode(greeting)
                 self.image_sizes = {v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()}
-                # see `Spear1Policy.committed`; 0 where the server's robot has actions of its own
-                self.committed = int(self.metadata.get("committed", 0))
+                self.committed = int(self.metadata.get("committed", 0))  # see `Spear1Policy.committed`
             except InvalidStatus as error:
                 said = (error.response.body or b"").decode(errors="replace").strip()
                 raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
             except (OSError, WebSocketException, SpearError, ValueError, TypeError, AttributeError) as error:
                 self.close()  # also of one that greets as no policy server does
-                how = "start one with `spear serve`"
-                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): {how}") from error
+                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): start one") from error
+            self._greeting = self._greeting or greeting
+            if greeting != self._greeting:
+                self.close()
+                raise SpearError(f"{self.url}: serves others than before: make a new `RemotePolicy` for them")

@@ -87,10 +87,9 @@ class Metrics:
         self.latency = seconds("spear_request_seconds", "From a request's arrival to its answer being ready.")
         self.inference = seconds("spear_inference_seconds", "Inference of one batch.")
         self.size = Histogram("spear_batch_size", "Requests answered together.", buckets=SIZES, registry=own)
-        gpu = "Memory that PyTorch holds on GPUs."
         Gauge("spear_queue", "Requests that wait.", registry=own).set_function(queue)
         Gauge("spear_clients", "Open connections.", registry=own).set_function(clients)
-        Gauge("spear_gpu_memory_bytes", gpu, registry=own).set_function(gpu_memory)
+        Gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", registry=own).set_function(gpu_memory)
 
 
 class Guarded(ServerConnection):
@@ -270,8 +269,7 @@ class PolicyServer:
             if said := self._direct_reply(request):
                 outcome = "ok"
                 return said
-            alive = lambda: connection.state is State.OPEN  # noqa: E731
-            result = await self._batcher.submit(connection, request, alive)
+            result = await self._batcher.submit(connection, request, lambda: connection.state is State.OPEN)
             timing = {"infer_ms": 1000 * (time.perf_counter() - arrived)}
             if previous is not None:
                 timing["prev_total_ms"] = 1000 * previous

@@ -17,7 +17,7 @@ import numpy as np
 
 import spear
 from spear.chunks import check_chunk
-from spear.embodiments import Embodiment
+from spear.embodiments import Control, Embodiment
 from spear.embodiments.tools import COMMITTED, shown_to
 from spear.errors import SpearError, suppress_notices
 from spear.types import Policy
@@ -51,6 +51,7 @@ class Service:
             "embodiment": robot,
             "control": control,
             "action": self.control.about,
+            "converted": self.control.convert is not Control.convert,
             "rate_hz": self.control.rate_hz,
             "observation": dict(embodiment.required),
             "optional": dict(embodiment.optional),
