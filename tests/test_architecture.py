@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2113, "ablations": 649, "cli": 1584, "data": 4683, "embodiments": 769, "evaluate": 3163,
-    "labels": 4693, "models": 4656, "report": 1165, "serve": 982, "sim": 1586, "train": 2456, "ui": 697,
+    "labels": 4690, "models": 4656, "report": 1165, "serve": 982, "sim": 1586, "train": 2273, "ui": 697,
     "util": 808,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
