@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from spear import embodiments
 from spear.data.readers.layout import episode_from
 from spear.data.readers.spec import REGISTRY
 from spear.embodiments import droid
-from spear.errors import suppress_notices
+from spear.errors import Notice, suppress_notices
 from spear.policy import Spear1Policy
 from spear.types import Array
 from spear.util.images import encode_jpeg, fit_image
@@ -169,6 +170,16 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
         hand = flange * hand_in_flange
         np.testing.assert_allclose(row[:3] + flange.apply([0, 0, 0.1034]), position, atol=1e-5)
         assert (hand.inv() * facing).magnitude() < 1e-5
+
+
+def test_joints_where_no_franka_can_have_them_are_said() -> None:
+    robot = embodiments.load("droid")
+    seen = robot.example()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        robot.read(seen)
+    with pytest.warns(Notice, match="joint 4"):
+        robot.read({**seen, droid.JOINTS: -seen[droid.JOINTS]})
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("droid", "droid"), ("widowx", "bridge_dataset")])

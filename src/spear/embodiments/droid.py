@@ -20,7 +20,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
-from spear.errors import need
+from spear.errors import need, notice
 from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
 from spear.types import Array
 
@@ -33,6 +33,8 @@ ROWS = 3
 """Rows of 15 Hz in an action of 5 Hz."""
 JOINT_STEP = 0.2
 """What a joint velocity of 1 means, rad per row."""
+BEYOND = 0.05
+"""How far beyond its limit a joint may be read, rad, without a notice."""
 SQUARE, KEPT = 224, (125, 126, 168)
 """Side of the square that openpi's client sends, and pixels that it leaves of its other side: of the ZED
 camera's 16:9 (125: at 672 x 376) and of 4:3."""
@@ -42,7 +44,12 @@ def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
     """Joint angles as an end-effector pose, by forward kinematics; `camera`: the exterior one's key."""
     joints = read.radians(read.numbers(observation, JOINTS, 7), JOINTS)
     closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
-    position, rotation = _kinematics().pose(joints)
+    arm = _kinematics()
+    beyond = np.maximum(arm.JOINT_LOWER - joints, joints - arm.JOINT_UPPER)
+    if beyond.max() > BEYOND:
+        which = f"{JOINTS}: joint {beyond.argmax() + 1} is where a Franka's cannot be"
+        notice(f"{which}: check their order, signs and unit before the arm moves")
+    position, rotation = arm.pose(joints)
     return {
         "observation/image": unpadded(read.image(observation, camera)),
         "observation/wrist_image": unpadded(read.image(observation, WRIST)),
