@@ -84,7 +84,7 @@ def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
     assert torch.equal(again.to_vector(), noise.to_vector())
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0)])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0), (2, 1.5)])
 def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
     tau = flow.sample_time(20_000, config, generator())

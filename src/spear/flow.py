@@ -86,7 +86,7 @@ def sample_time(
     """τ [B] in [0, time_scale], with the density Beta((scale - τ) / scale; alpha, beta)."""
     # A Beta variable is a ratio of Gamma ones. `torch.distributions` takes no generator; what it calls does.
     # No tensor of constants: copying one to a GPU would mean waiting.
-    concentration = torch.full((batch, 2), config.time_alpha, device=device)
+    concentration = torch.full((batch, 2), float(config.time_alpha), device=device)
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
     return config.time_scale * (gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny))

@@ -165,6 +165,23 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
             np.testing.assert_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(12, 32, slice(0, 12), slice(8, 24)), (18, 16, slice(3, 15), slice(0, 16))],
+)
+def test_jitter_leaves_what_pads_an_image_black(
+    mixture: Mixture, height: int, width: int, rows: slice, columns: slice
+) -> None:
+    """A policy that acts sees black there, whatever the light."""
+    views = {"external": (height, width)}
+    plain, jittered = (TrainingSamples(mixture, views, augment=a).batch(3, 64) for a in (0.0, 1.0))
+    for i, sample in enumerate(mixture.draw(3, 64)):
+        expected = np.zeros((height, width, 3), np.uint8)
+        seen = plain["images"]["external"][i, rows, columns]
+        expected[rows, columns] = jitter(seen, sample.draws, 1.0)
+        np.testing.assert_array_equal(jittered["images"]["external"][i], expected)
+
+
 def test_jitter_is_photometric_and_bounded() -> None:
     image = np.random.default_rng(0).integers(0, 256, (10, 11, 3)).astype(np.uint8)
     np.testing.assert_array_equal(jitter(image, np.full(5, 0.5), 1.0), image)

@@ -16,7 +16,7 @@ from spear.data.actions import HORIZON, chunk
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import RATE_HZ, Array, Episode
-from spear.util.images import decode_image, fit_image
+from spear.util.images import decode_image, fit_image, placed
 
 EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory (our choice)."""
@@ -147,11 +147,11 @@ class TrainingSamples:
             return False
         source = self.mixture.episode(sample).source
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
-        image = fit_image(image, *out.shape[:2])
+        _, left, top, across, down = placed(image.shape[1::-1], out.shape[1::-1])
+        out[...] = fit_image(image, *out.shape[:2])
         if self.augment:
-            jitter(image, sample.draws, self.augment, out)
-        elif image is not out:
-            out[...] = image
+            seen = out[top : top + down, left : left + across]  # what pads it stays black, as in acting
+            jitter(seen, sample.draws, self.augment, seen)
         return True
 
 
