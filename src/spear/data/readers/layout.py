@@ -18,7 +18,8 @@ from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
-"""The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes."""
+"""The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes. In the
+place of one that cannot be read is a str: why not."""
 Sources = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of one episode after the other, or the reason why it cannot be read."""
 FASTEST = 3.0
@@ -92,6 +93,8 @@ def column(steps: Steps, where: str, source: str) -> Any:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
             raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
         node, parts = node[name], parts[name.count("/") + 1 :]
+    if isinstance(node, str):
+        raise SpearError(f"no column {where!r}: {source}: it cannot be read: {node}")
     if span is None:
         return node
     if getattr(node, "ndim", 0) != 2 or node.shape[1] < span.stop:
@@ -118,6 +121,11 @@ def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}/")
         else:
             yield prefix + key, value
+
+
+def row_count(steps: Steps) -> int:
+    """How many steps there are, by the first column that can be read."""
+    return len(next((values for _, values in leaves(steps) if not isinstance(values, str)), ()))
 
 
 def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:

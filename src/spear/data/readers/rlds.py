@@ -4,10 +4,10 @@ A dataset is a folder with `dataset_info.json` (splits and shards), `features.js
 TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
 flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
 of varying length ("ragged") come with their row lengths. Here they become the nested arrays that
-tensorflow_datasets would give, images still encoded.
+tensorflow_datasets would give, images still encoded. A feature of a kind that cannot be read becomes a str
+that says why: it matters only where a layout names it.
 """
 
-import itertools
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.actions import no_steps
-from spear.data.readers.layout import Sources, Steps, leaves
+from spear.data.readers.layout import Sources, Steps, leaves, row_count
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
@@ -71,10 +71,9 @@ class RldsFolder:
         try:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
-            rows = len(next((values for _, values in leaves(steps)), ()))
-            if not rows:
+            if not (rows := row_count(steps)):
                 return no_steps(f"{file} record {index}")
-            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list)}
+            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
@@ -150,10 +149,10 @@ def unflatten(
         raise ValueError(f"feature {name!r} is missing")
     values = _leaf(description, features[name], name)
     if depth and -1 in _shape(description):
-        raise ValueError(f"feature {name!r} has another shape at every step, which cannot be read")
-    if not depth and len(values) != 1:
+        return "it has another shape at every step"
+    if not depth and not isinstance(values, str) and len(values) != 1:
         raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
-    return values if depth else values[0]
+    return values if depth or isinstance(values, str) else values[0]
 
 
 def _shape(description: Mapping[str, Any]) -> list[int]:
@@ -161,7 +160,7 @@ def _shape(description: Mapping[str, Any]) -> list[int]:
 
 
 def _ragged(description: Mapping[str, Any], features: Mapping[str, Feature], name: str, depth: int) -> Any:
-    """Lists in lists: split the flat values by the row lengths, from the innermost outwards."""
+    """Numbers in lists of lists: split by the row lengths, from the innermost outwards, if all are equal."""
     key = f"{name}/ragged_flat_values"
     if key not in features:
         raise ValueError(f"feature {name!r} is missing")
@@ -170,25 +169,26 @@ def _ragged(description: Mapping[str, Any], features: Mapping[str, Feature], nam
         lengths = features.get(f"{name}/ragged_row_lengths_{level}")
         if lengths is None or sum(lengths) != len(rows):
             raise ValueError(f"feature {name!r} has row lengths that do not add up")
-        ends = np.cumsum([0, *lengths])
-        rows = [rows[a:b] for a, b in itertools.pairwise(ends)]
+        if not isinstance(rows, np.ndarray) or len(set(lengths)) != 1 or not lengths[0]:
+            return "it is a list of another length at every step, or of texts"
+        rows = rows.reshape(-1, lengths[0], *rows.shape[1:])
     return rows
 
 
-def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array:
-    """All values of one feature, the first dimension running over whatever sequence it is in."""
+def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array | str:
+    """All values of one feature, the first dimension running over whatever sequence it is in; or why not."""
     if "tensor" not in description:
         numbers = "classLabel" in description and not isinstance(values, list)
         if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
             return values
-        raise ValueError(f"feature {name!r} cannot be read: it is a {description.get('pythonClassName')}")
+        return f"it is a {description.get('pythonClassName')}"
     tensor = description["tensor"]
     shape = _shape(description)
     dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")
     if dtype in ("string", "object"):
-        if shape or not isinstance(values, list):
-            raise ValueError(f"feature {name!r} is an array of texts, which cannot be read")
-        return values
+        return values if isinstance(values, list) and not shape else "it is an array of texts"
+    if 0 in shape or dtype not in np.sctypeDict:
+        return f"it has {dtype} of shape {shape}"
     if encoding in ("bytes", "zlib"):
         if not isinstance(values, list):
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
