@@ -78,7 +78,6 @@ def _describe_rlds(folder: RldsFolder) -> str:
     steps = [steps for steps in found if not isinstance(steps, SpearError)]
     if not steps:
         raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
-    lengths = np.array([row_count(s) for s in steps])
     try:  # RLDS does not hold the rate: the layout does
         spec = folder.spec()
         rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
@@ -89,7 +88,7 @@ def _describe_rlds(folder: RldsFolder) -> str:
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {len(steps)} episodes ({_spread(lengths)} steps each)",
+        f"looked at     {len(steps)} episodes ({_spread(np.array([*map(row_count, steps)]))} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]

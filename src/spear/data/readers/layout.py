@@ -18,8 +18,8 @@ from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
-"""The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes. In the
-place of one that cannot be read is a str: why not."""
+"""The columns of an episode, nested: arrays, steps first; images and texts are lists of bytes; a str says why
+a column cannot be read."""
 Sources = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of one episode after the other, or the reason why it cannot be read."""
 FASTEST = 3.0

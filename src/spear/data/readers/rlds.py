@@ -3,9 +3,8 @@
 A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested types) and
 TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
 flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
-of varying length ("ragged") come with their row lengths. Here they become the nested arrays that
-tensorflow_datasets would give, images still encoded. A feature of a kind that cannot be read becomes a str
-that says why: it matters only where a layout names it.
+("ragged") come with their row lengths. Here they become the nested arrays that tensorflow_datasets would
+give, images still encoded; one of a kind that cannot be read becomes a str that says why.
 """
 
 import math
@@ -74,14 +73,10 @@ class RldsFolder:
             if not (rows := row_count(steps)):
                 return no_steps(f"{file} record {index}")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
-            return {name: _in_rows(value, rows) for name, value in once.items()} | steps
-        except (ValueError, KeyError) as error:
+            in_rows = lambda v: [v] * rows if isinstance(v, bytes) else np.broadcast_to(v, (rows, *v.shape))  # noqa: E731
+            return {name: in_rows(value) for name, value in once.items()} | steps
+        except (ValueError, KeyError, zlib.error) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
-
-
-def _in_rows(value: Any, rows: int) -> Any:
-    """A text or numbers of an episode as a column of so many rows."""
-    return [value] * rows if isinstance(value, bytes) else np.broadcast_to(value, (rows, *np.shape(value)))
 
 
 def _parts(version: str) -> list[int]:
@@ -130,49 +125,39 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     return shards
 
 
-def unflatten(
-    description: Mapping[str, Any], features: Mapping[str, Feature], name: str = "", depth: int = 0
-) -> Any:
+def unflatten(node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = "", depth: int = 0) -> Any:
     """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
 
-    description is a node of `features.json`; features are the flat lists of one example; name is the path so
-    far, depth the number of sequences above. Raises KeyError or ValueError for what does not fit.
+    node is one of `features.json`; flat are the lists of one example; name is the path so far, depth the
+    number of sequences above. Raises KeyError or ValueError for what does not fit.
     """
-    if "featuresDict" in description:
-        children, before = description["featuresDict"]["features"].items(), f"{name}/" if name else ""
-        return {key: unflatten(child, features, before + key, depth) for key, child in children}
-    if "sequence" in description:
-        return unflatten(description["sequence"]["feature"], features, name, depth + 1)
-    if depth > 1:
-        return _ragged(description, features, name, depth)
-    if name not in features:
-        raise ValueError(f"feature {name!r} is missing")
-    values = _leaf(description, features[name], name)
-    if depth and -1 in _shape(description):
+    if "featuresDict" in node:
+        children, before = node["featuresDict"]["features"].items(), f"{name}/" if name else ""
+        return {key: unflatten(child, flat, before + key, depth) for key, child in children}
+    if "sequence" in node:
+        return unflatten(node["sequence"]["feature"], flat, name, depth + 1)
+    if depth and -1 in _shape(node):
         return "it has another shape at every step"
-    if not depth and not isinstance(values, str) and len(values) != 1:
+    key = f"{name}/ragged_flat_values" if depth > 1 else name
+    if key not in flat:
+        raise ValueError(f"feature {name!r} is missing")
+    values = _leaf(node, flat[key], name)
+    if isinstance(values, str):
+        return values
+    for level in reversed(range(depth - 1)):
+        lengths = flat.get(f"{name}/ragged_row_lengths_{level}")
+        if lengths is None or sum(lengths) != len(values):
+            raise ValueError(f"feature {name!r} has row lengths that do not add up")
+        if isinstance(values, list) or len(set(lengths)) != 1 or not lengths[0]:
+            return "it is a list of another length at every step, or of texts"
+        values = values.reshape(-1, int(lengths[0]), *values.shape[1:])
+    if not depth and len(values) != 1:
         raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
-    return values if depth or isinstance(values, str) else values[0]
+    return values if depth else values[0]
 
 
 def _shape(description: Mapping[str, Any]) -> list[int]:
     return [int(n) for n in description.get("tensor", {}).get("shape", {}).get("dimensions", [])]
-
-
-def _ragged(description: Mapping[str, Any], features: Mapping[str, Feature], name: str, depth: int) -> Any:
-    """Numbers in lists of lists: split by the row lengths, from the innermost outwards, if all are equal."""
-    key = f"{name}/ragged_flat_values"
-    if key not in features:
-        raise ValueError(f"feature {name!r} is missing")
-    rows: Any = _leaf(description, features[key], name)
-    for level in reversed(range(depth - 1)):
-        lengths = features.get(f"{name}/ragged_row_lengths_{level}")
-        if lengths is None or sum(lengths) != len(rows):
-            raise ValueError(f"feature {name!r} has row lengths that do not add up")
-        if not isinstance(rows, np.ndarray) or len(set(lengths)) != 1 or not lengths[0]:
-            return "it is a list of another length at every step, or of texts"
-        rows = rows.reshape(-1, lengths[0], *rows.shape[1:])
-    return rows
 
 
 def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array | str:
@@ -182,8 +167,7 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
         if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
             return values
         return f"it is a {description.get('pythonClassName')}"
-    tensor = description["tensor"]
-    shape = _shape(description)
+    tensor, shape = description["tensor"], _shape(description)
     dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")
     if dtype in ("string", "object"):
         return values if isinstance(values, list) and not shape else "it is an array of texts"
@@ -192,10 +176,7 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
     if encoding in ("bytes", "zlib"):
         if not isinstance(values, list):
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
-        try:
-            plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
-        except zlib.error as error:
-            raise ValueError(f"feature {name!r} cannot be decompressed: {error}") from error
+        plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
         return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in plain])
     if isinstance(values, list) and values:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
