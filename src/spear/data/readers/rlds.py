@@ -48,7 +48,8 @@ class RldsFolder:
     def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
         spec = find_spec(self.name, self.path, given)
-        if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
+        parts = lambda version: [int(part) for part in version.split(".") if part.isdecimal()]  # noqa: E731
+        if spec.newest is not None and parts(self.version) > parts(spec.newest):
             why = spec.facts.get("newest", "")
             raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
         return spec
@@ -77,10 +78,6 @@ class RldsFolder:
             return {name: in_rows(value) for name, value in once.items()} | steps
         except (ValueError, KeyError, zlib.error) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
-
-
-def _parts(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
 def is_rlds(path: str | Path) -> bool:
@@ -145,12 +142,13 @@ def unflatten(node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = 
     if isinstance(values, str):
         return values
     for level in reversed(range(depth - 1)):
-        lengths = flat.get(f"{name}/ragged_row_lengths_{level}")
+        lengths: Any = flat.get(f"{name}/ragged_row_lengths_{level}")
         if lengths is None or sum(lengths) != len(values):
             raise ValueError(f"feature {name!r} has row lengths that do not add up")
-        if isinstance(values, list) or len(set(lengths)) != 1 or not lengths[0]:
-            return "it is a list of another length at every step, or of texts"
-        values = values.reshape(-1, int(lengths[0]), *values.shape[1:])
+        if len({*lengths}) != 1 or lengths[0] < 1 or (isinstance(values, list) and lengths[0] > 1):
+            return "it is a list of another length at every step, or of several texts or images"
+        if not isinstance(values, list):
+            values = values.reshape(-1, int(lengths[0]), *values.shape[1:])
     if not depth and len(values) != 1:
         raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
     return values if depth else values[0]
