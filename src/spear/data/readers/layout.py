@@ -18,7 +18,7 @@ from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
-"""An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not read."""
+"""An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not."""
 Sources = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of one episode after the other, or the reason why it cannot be read."""
 FASTEST = 3.0
