@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.readers.formats import open_dataset
-from spear.data.readers.layout import Steps, leaves
+from spear.data.readers.layout import Steps, leaves, row_count
 from spear.data.readers.lerobot import LeRobotFolder, read_ends
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
@@ -78,7 +78,6 @@ def _describe_rlds(folder: RldsFolder) -> str:
     steps = [steps for steps in found if not isinstance(steps, SpearError)]
     if not steps:
         raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
-    lengths = np.array([len(next(values for _, values in leaves(s))) for s in steps])
     try:  # RLDS does not hold the rate: the layout does
         spec = folder.spec()
         rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
@@ -89,7 +88,7 @@ def _describe_rlds(folder: RldsFolder) -> str:
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {len(steps)} episodes ({_spread(lengths)} steps each)",
+        f"looked at     {len(steps)} episodes ({_spread(np.array([*map(row_count, steps)]))} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
@@ -169,12 +168,12 @@ def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
             low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
             shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
             yield name, f"{values.dtype}{shape}, {low} … {high} in the first episode"
-        elif values and values[0].startswith(IMAGE_BEGINS):
+        elif isinstance(values, list) and values and values[0].startswith(IMAGE_BEGINS):
             pixels = decode_image(values[0], name)
             blank = ", blank" if pixels.max() == pixels.min() else ""
             yield name, f"image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
         else:
-            yield name, "text"
+            yield name, f"not read: {values}" if isinstance(values, str) else "text"
 
 
 def _spread(lengths: np.ndarray) -> str:

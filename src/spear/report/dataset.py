@@ -123,10 +123,10 @@ def _columns(source: str, steps: Steps) -> dict[str, Any]:
     """An episode by its columns: images, charts of the numbers that change, words about all else."""
     strips, quiet = [], []
     charts: list[str] = []
-    for name, values in leaves(steps):
-        if not len(values):
-            continue
-        if not isinstance(values, np.ndarray):
+    for name, values in (column for column in leaves(steps) if len(column[1])):
+        if isinstance(values, str):
+            quiet.append((name, f"not read: {values}"))
+        elif not isinstance(values, np.ndarray):
             if values[0].startswith(IMAGE_BEGINS):
                 strips.append((name, _strip(values, f"{source} column {name!r}")))
             else:

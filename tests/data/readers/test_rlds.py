@@ -1,6 +1,7 @@
 """RLDS: the same as tensorflow_datasets reads; BridgeData's conventions, checked against its own states."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from data_tiny import write_records
+from data_tiny import assert_same, write_records
 from refusals import refuses
 from spear.data.audit import audit
 from spear.data.describe import describe
@@ -28,6 +30,7 @@ from spear.data.readers.tfrecord import example_class, read_records
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
+from spear.report.dataset import write_page
 from spear.util.images import decode_image
 
 SHARD = "bridge_dataset-train.tfrecord-00000-of-00001"
@@ -165,6 +168,92 @@ def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
     edit(copy / "dataset_info.json", lambda info: info.update(splits=[]))
     for look in (inspect, audit, describe):
         refuses("names no split", look, copy)
+
+
+def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
+    tensor = lambda dtype, *shape: {"tensor": {"dtype": dtype, "shape": {"dimensions": shape}}}  # noqa: E731
+    strange = {
+        "ragged": {"sequence": {"feature": tensor("float32")}},
+        "texts": {"sequence": {"feature": {"text": {}}}},
+        "words": tensor("string", "2"),
+        "cloud": tensor("float32", "-1", "3"),
+        "nothing": tensor("float32", "0"),
+        "brain": tensor("bfloat16", "1"),
+        "sound": {"pythonClassName": "Audio", "audio": {}},
+    }
+    alike = {"list": {"sequence": {"feature": tensor("float32"), "length": "7"}}, "text": strange["texts"]}
+
+    def add(features: dict[str, Any]) -> None:
+        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]
+        steps["features"] |= strange | alike
+
+    records = []
+    for _, record in read_records(copy / SHARD, 0, 25):
+        example = example_class().FromString(record)
+        features = example.features.feature
+        state = features["steps/observation/state"].float_list.value
+        lengths = {"ragged": [0, 2] * 5, "texts": [2] * 10, "list": [7] * 10, "text": [1] * 10}
+        for name, rows in lengths.items():
+            features[f"steps/{name}/ragged_row_lengths_0"].int64_list.value.extend(rows)
+        said = list(features["steps/language_instruction"].bytes_list.value)
+        for name in ("texts/ragged_flat_values", "words", "text/ragged_flat_values"):
+            features[f"steps/{name}"].bytes_list.value.extend(
+                said * (1 + (name != "text/ragged_flat_values"))
+            )
+        for name, values in {"ragged": state[:10], "list": state}.items():
+            features[f"steps/{name}/ragged_flat_values"].float_list.value.extend(values)
+        for name in ("nothing", "brain", "sound", "cloud"):
+            features[f"steps/{name}"].float_list.value.extend(state[: 10 * (name != "nothing")])
+        records.append(example.SerializeToString())
+    plain = list(read_episodes(copy))
+    edit(copy / "features.json", add)
+    write_records(copy / SHARD, records)
+    for ours, theirs in zip(read_episodes(copy), plain, strict=True):
+        assert_same(ours, theirs)
+    assert inspect(copy).count("not read: ") == len(strange)
+    assert describe(copy)["gripper"] and audit(copy).episodes == 25
+    write_page(copy, copy / "look.html", None)
+    for name in strange:
+        for key in ("position", "instruction", "success"):
+            (copy / "spear.json").write_text(json.dumps({"like": "bridge_dataset", key: name}))
+            refuses(f"no column '{name}': .*cannot be read: ", next, read_episodes(copy))
+    own = {"like": "bridge_dataset", "position": "list[0:3]", "rotation": "list[3:6]", "gripper": "list[6]"}
+    (copy / "spear.json").write_text(json.dumps({**own, "command": "action[6]", "instruction": "text"}))
+    for ours, theirs in zip(read_episodes(copy), plain, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_depth_is_no_camera(copy: Path) -> None:
+    depth = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
+
+    def add(features: dict[str, Any]) -> None:
+        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]
+        steps["features"]["depth"] = {"image": {}}
+
+    edit(copy / "features.json", add)
+    records = []
+    for _, record in read_records(copy / SHARD, 0, 25):
+        example = example_class().FromString(record)
+        example.features.feature["steps/depth"].bytes_list.value.extend([depth.getvalue()] * 10)
+        records.append(example.SerializeToString())
+    write_records(copy / SHARD, records)
+    assert "depth" not in describe(copy)["images"].values() and "20 x 15 pixels" in inspect(copy)
+    own = {"like": "bridge_dataset", "images": {"external": "depth"}}
+    (copy / "spear.json").write_text(json.dumps(own))
+    refuses("no images in column 'depth'", next, read_episodes(copy))
+
+
+def test_another_number_in_the_middle_of_a_shard_is_other_data(copy: Path, tmp_path: Path) -> None:
+    prepare(copy, tmp_path / "out")
+    records = [bytes(record) for _, record in read_records(copy / SHARD, 0, 25)]
+    example = example_class().FromString(records[3])
+    command = example.features.feature["steps/action"].float_list.value
+    command[6::7] = [1 - value for value in command[6::7]]
+    size = (copy / SHARD).stat().st_size
+    write_records(copy / SHARD, [*records[:3], example.SerializeToString(), *records[4:]])
+    assert (copy / SHARD).stat().st_size == size
+    refuses("prepared from other episodes", prepare, copy, tmp_path / "out")
 
 
 def test_a_folder_described_beside_its_data(copy: Path) -> None:

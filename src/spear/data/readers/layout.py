@@ -18,7 +18,7 @@ from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
-"""The columns of an episode, nested: arrays with the steps first; images and texts as lists of bytes."""
+"""An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not."""
 Sources = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of one episode after the other, or the reason why it cannot be read."""
 FASTEST = 3.0
@@ -31,6 +31,8 @@ STILL, STILL_TURN, STILL_GRIPPER = 2e-3, 1e-2, 1e-2
 """Metres and radians per second, and change of opening per step, below which a step is idle (our choice)."""
 _ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """What a whole JPEG and a whole PNG end with."""
+DEPTH = b"PNG\x10\x00"
+"""Bytes 1 to 3 and 24 to 25 of a PNG of one 16-bit channel: a depth image, no camera's (our choice)."""
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
 
 
@@ -92,6 +94,8 @@ def column(steps: Steps, where: str, source: str) -> Any:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
             raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
         node, parts = node[name], parts[name.count("/") + 1 :]
+    if isinstance(node, str):
+        raise SpearError(f"no column {where!r}: {source}: it cannot be read: {node}")
     if span is None:
         return node
     if getattr(node, "ndim", 0) != 2 or node.shape[1] < span.stop:
@@ -118,6 +122,11 @@ def leaves(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}/")
         else:
             yield prefix + key, value
+
+
+def row_count(steps: Steps) -> int:
+    """How many steps there are, by the first column that can be read."""
+    return len(next((values for _, values in leaves(steps) if not isinstance(values, str)), ()))
 
 
 def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
@@ -196,7 +205,7 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
     where, aspect = spec.images[camera], spec.image_aspect.get(camera)
     images: list[bytes] = []
     for step, encoded in enumerate(column(steps, where, source)):
-        if not isinstance(encoded, bytes):
+        if not isinstance(encoded, bytes) or encoded[1:4] + encoded[24:26] == DEPTH:
             raise SpearError(f"no images in column {where!r}: {source}: name another column")
         if encoded and (aspect is not None or not encoded.endswith(_ENDS)):
             pixels = decode_image(encoded, f"{source} step {step} camera {camera!r}")

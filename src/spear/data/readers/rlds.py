@@ -3,11 +3,10 @@
 A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested types) and
 TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
 flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
-of varying length ("ragged") come with their row lengths. Here they become the nested arrays that
-tensorflow_datasets would give, images still encoded.
+("ragged") come with their row lengths. Here they become the nested arrays that tensorflow_datasets would
+give, images still encoded; one of a kind that cannot be read becomes a str that says why.
 """
 
-import itertools
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.actions import no_steps
-from spear.data.readers.layout import Sources, Steps, leaves
+from spear.data.readers.layout import Sources, Steps, leaves, row_count
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
@@ -49,7 +48,8 @@ class RldsFolder:
     def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
         spec = find_spec(self.name, self.path, given)
-        if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
+        parts = lambda version: [int(part) for part in version.split(".") if part.isdecimal()]  # noqa: E731
+        if spec.newest is not None and parts(self.version) > parts(spec.newest):
             why = spec.facts.get("newest", "")
             raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
         return spec
@@ -71,22 +71,13 @@ class RldsFolder:
         try:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
-            rows = len(next((values for _, values in leaves(steps)), ()))
-            if not rows:
+            if not (rows := row_count(steps)):
                 return no_steps(f"{file} record {index}")
-            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list)}
-            return {name: _in_rows(value, rows) for name, value in once.items()} | steps
-        except (ValueError, KeyError) as error:
+            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
+            in_rows = lambda v: [v] * rows if isinstance(v, bytes) else np.broadcast_to(v, (rows, *v.shape))  # noqa: E731
+            return {name: in_rows(value) for name, value in once.items()} | steps
+        except (ValueError, KeyError, zlib.error) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
-
-
-def _in_rows(value: Any, rows: int) -> Any:
-    """A text or numbers of an episode as a column of so many rows."""
-    return [value] * rows if isinstance(value, bytes) else np.broadcast_to(value, (rows, *np.shape(value)))
-
-
-def _parts(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
 def is_rlds(path: str | Path) -> bool:
@@ -131,26 +122,33 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     return shards
 
 
-def unflatten(
-    description: Mapping[str, Any], features: Mapping[str, Feature], name: str = "", depth: int = 0
-) -> Any:
+def unflatten(node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = "", depth: int = 0) -> Any:
     """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
 
-    description is a node of `features.json`; features are the flat lists of one example; name is the path so
-    far, depth the number of sequences above. Raises KeyError or ValueError for what does not fit.
+    node is one of `features.json`; flat are the lists of one example; name is the path so far, depth the
+    number of sequences above. Raises KeyError or ValueError for what does not fit.
     """
-    if "featuresDict" in description:
-        children, before = description["featuresDict"]["features"].items(), f"{name}/" if name else ""
-        return {key: unflatten(child, features, before + key, depth) for key, child in children}
-    if "sequence" in description:
-        return unflatten(description["sequence"]["feature"], features, name, depth + 1)
-    if depth > 1:
-        return _ragged(description, features, name, depth)
-    if name not in features:
+    if "featuresDict" in node:
+        children, before = node["featuresDict"]["features"].items(), f"{name}/" if name else ""
+        return {key: unflatten(child, flat, before + key, depth) for key, child in children}
+    if "sequence" in node:
+        return unflatten(node["sequence"]["feature"], flat, name, depth + 1)
+    if depth and -1 in _shape(node):
+        return "it has another shape at every step"
+    key = f"{name}/ragged_flat_values" if depth > 1 else name
+    if key not in flat:
         raise ValueError(f"feature {name!r} is missing")
-    values = _leaf(description, features[name], name)
-    if depth and -1 in _shape(description):
-        raise ValueError(f"feature {name!r} has another shape at every step, which cannot be read")
+    values = _leaf(node, flat[key], name)
+    if isinstance(values, str):
+        return values
+    for level in reversed(range(depth - 1)):
+        lengths: Any = flat.get(f"{name}/ragged_row_lengths_{level}")
+        if lengths is None or sum(lengths) != len(values):
+            raise ValueError(f"feature {name!r} has row lengths that do not add up")
+        if len({*lengths}) != 1 or lengths[0] < 1 or (isinstance(values, list) and lengths[0] > 1):
+            return "it is a list of another length at every step, or of several texts or images"
+        if not isinstance(values, list):
+            values = values.reshape(-1, int(lengths[0]), *values.shape[1:])
     if not depth and len(values) != 1:
         raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
     return values if depth else values[0]
@@ -160,42 +158,23 @@ def _shape(description: Mapping[str, Any]) -> list[int]:
     return [int(n) for n in description.get("tensor", {}).get("shape", {}).get("dimensions", [])]
 
 
-def _ragged(description: Mapping[str, Any], features: Mapping[str, Feature], name: str, depth: int) -> Any:
-    """Lists in lists: split the flat values by the row lengths, from the innermost outwards."""
-    key = f"{name}/ragged_flat_values"
-    if key not in features:
-        raise ValueError(f"feature {name!r} is missing")
-    rows: Any = _leaf(description, features[key], name)
-    for level in reversed(range(depth - 1)):
-        lengths = features.get(f"{name}/ragged_row_lengths_{level}")
-        if lengths is None or sum(lengths) != len(rows):
-            raise ValueError(f"feature {name!r} has row lengths that do not add up")
-        ends = np.cumsum([0, *lengths])
-        rows = [rows[a:b] for a, b in itertools.pairwise(ends)]
-    return rows
-
-
-def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array:
-    """All values of one feature, the first dimension running over whatever sequence it is in."""
+def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array | str:
+    """All values of one feature, the first dimension running over whatever sequence it is in; or why not."""
     if "tensor" not in description:
         numbers = "classLabel" in description and not isinstance(values, list)
         if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
             return values
-        raise ValueError(f"feature {name!r} cannot be read: it is a {description.get('pythonClassName')}")
-    tensor = description["tensor"]
-    shape = _shape(description)
+        return f"it is a {description.get('pythonClassName')}"
+    tensor, shape = description["tensor"], _shape(description)
     dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")
     if dtype in ("string", "object"):
-        if shape or not isinstance(values, list):
-            raise ValueError(f"feature {name!r} is an array of texts, which cannot be read")
-        return values
+        return values if isinstance(values, list) and not shape else "it is an array of texts"
+    if 0 in shape or dtype not in np.sctypeDict:
+        return f"it has {dtype} of shape {shape}"
     if encoding in ("bytes", "zlib"):
         if not isinstance(values, list):
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
-        try:
-            plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
-        except zlib.error as error:
-            raise ValueError(f"feature {name!r} cannot be decompressed: {error}") from error
+        plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
         return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in plain])
     if isinstance(values, list) and values:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
