@@ -154,6 +154,14 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     refuses(r"cannot read: .*No such file", list, read_episodes(copy))
 
 
+def test_records_that_the_description_does_not_know_of_are_named(copy: Path, tmp_path: Path) -> None:
+    edit(copy / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["20"]))
+    refuses(r"broken record: .* record 20: dataset_info", list, read_episodes(copy))
+    written, reasons = prepare(copy, tmp_path / "store")
+    assert written == 20 and len(reasons) == 1
+    assert len(list(read_episodes(copy, "train[:19]"))) == 19
+
+
 def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
     records = [bytes(record) for _, record in read_records(copy / SHARD, 0, 25)]
     empty = example_class().FromString(records[0])

@@ -61,7 +61,7 @@ class RldsFolder:
             before = 0
             for file, length in self.splits[name]:
                 low, high = max(first - before, 0), min(end - before, length)
-                for index, record in read_records(file, low, high) if low < high else ():
+                for index, record in read_records(file, low, high, length) if low < high else ():
                     yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
                 before += length
 

@@ -19,8 +19,11 @@ Feature = list[bytes] | Array
 """Values of one feature, flat: bytes, float32 [n], or int64 [n]."""
 
 
-def read_records(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes | SpearError]]:
+def read_records(
+    path: Path, start: int, stop: int, last: int | None = None
+) -> Iterator[tuple[int, bytes | SpearError]]:
     """(index, bytes) of records `start` to `stop` of a file, checked; those before are passed over unread.
+    Behind the `last` that it should have comes a SpearError in the place of all that follow.
 
     In the place of a record whose bytes do not match its checksum comes the SpearError that names file and
     record; also for all behind a broken length, or the file's end, since they cannot be found. Raises
@@ -46,6 +49,8 @@ def read_records(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes
                     body = file.read(length)
                     good = _masked_crc(body) == struct.unpack("<I", file.read(4))[0]
                     yield index, body if good else broken(index, "its checksum does not match")
+            if stop == last and file.tell() < size:
+                yield stop, broken(stop, "dataset_info.json does not know of it")
     except OSError as error:
         raise SpearError(f"cannot read: {path}: {error.strerror}; is the download complete?") from error
 
