@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2113, "ablations": 649, "cli": 1584, "data": 4688, "embodiments": 776, "evaluate": 3163,
+    "(top)": 2113, "ablations": 649, "cli": 1584, "data": 4695, "embodiments": 776, "evaluate": 3163,
     "labels": 4690, "models": 4656, "report": 1165, "serve": 982, "sim": 1586, "train": 2273, "ui": 697,
     "util": 808,
 }  # fmt: skip

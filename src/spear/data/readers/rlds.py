@@ -48,8 +48,7 @@ class RldsFolder:
     def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
         spec = find_spec(self.name, self.path, given)
-        parts = lambda version: [int(part) for part in version.split(".") if part.isdecimal()]  # noqa: E731
-        if spec.newest is not None and parts(self.version) > parts(spec.newest):
+        if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
             why = spec.facts.get("newest", "")
             raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
         return spec
@@ -74,10 +73,18 @@ class RldsFolder:
             if not (rows := row_count(steps)):
                 return no_steps(f"{file} record {index}")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
-            in_rows = lambda v: [v] * rows if isinstance(v, bytes) else np.broadcast_to(v, (rows, *v.shape))  # noqa: E731
-            return {name: in_rows(value) for name, value in once.items()} | steps
+            return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError, zlib.error) as error:
             return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+
+
+def _in_rows(value: Any, rows: int) -> Any:
+    """A text or numbers of an episode as a column of so many rows."""
+    return [value] * rows if isinstance(value, bytes) else np.broadcast_to(value, (rows, *np.shape(value)))
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
 def is_rlds(path: str | Path) -> bool:
