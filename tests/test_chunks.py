@@ -236,19 +236,6 @@ def test_after_a_pause_the_pilot_looks_again() -> None:
     pilot.close()
 
 
-def test_a_pilot_that_is_called_too_often_keeps_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sure:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            return {"actions": chunk(0)}
-
-    monkeypatch.setattr("spear.chunks.RATE_HZ", 50.0)
-    pilot, begun = Pilot(Sure(), "sync", replan=3), time.monotonic()
-    with pytest.warns(Notice, match="waits"):
-        assert millimetres([pilot.step({}) for _ in range(6)]) == [0, 1, 2] * 2
-    assert time.monotonic() - begun >= 4.5 / 50
-    pilot.close()
-
-
 @pytest.mark.parametrize("late", [0, 3])
 def test_one_late_step_leaves_no_later_observation_waiting(
     late: int, monkeypatch: pytest.MonkeyPatch
