@@ -21,8 +21,10 @@ from data_tiny import make
 from labels_boxes import labelled
 from refusals import Command
 from serve_here import SPEAR
+from spear import embodiments
 from spear.cli import COMMANDS, load, main, options_of
 from spear.data.store.episode_store import write_episodes
+from spear.embodiments import droid
 from spear.labels.store import write_labels
 
 
@@ -188,6 +190,18 @@ def test_output_that_cannot_be_written_is_noticed(argv: list[str]) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         done = run(stdout=full, env=environment)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a robot whose every observation has the same fault; the next command says it again."""
+    robot = embodiments.load("droid")
+    folded = {**robot.example(), droid.JOINTS: -robot.example()[droid.JOINTS]}
+    monkeypatch.setattr("spear.cli._do", lambda args: [robot.read(folded) for _ in range(3)])
+    for _ in range(2):
+        assert main([]) == 0
+        assert re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
 
 
 def test_every_option_that_a_text_names_exists() -> None:

@@ -76,17 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     the data cannot answer, 130 when interrupted.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("always", Notice)  # each is given once already
-        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = functools.partial(_show, set(), warnings.showwarning)
         return _run(list(sys.argv[1:] if argv is None else argv))
 
 
-def _show(otherwise: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
-    """A warning: a `Notice` as a line, others as Python shows them."""
-    if isinstance(message, Notice):
-        print(f"note: {message}", file=sys.stderr, flush=True)
-    else:
+def _show(
+    said: set[str], otherwise: Callable[..., None], message: Warning | str, *where: Any, **more: Any
+) -> None:
+    """A warning: a `Notice` as a line, if it was not `said` yet; others as Python shows them."""
+    if not isinstance(message, Notice):
         otherwise(message, *where, **more)
+    elif str(message) not in said:
+        said.add(str(message))
+        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def _run(args: list[str]) -> int:
