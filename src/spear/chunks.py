@@ -130,11 +130,15 @@ class Pilot:
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
     shorter until they are in time again (our choice). After a pause (`PAUSE`) it begins anew. Raises what the
-    policy raises, `SpearError` for "rtc" with one that has not learned it, and as `check_own_actions` does.
+    policy raises, and `SpearError` for "rtc" with one that has not learned it, and for a server of a robot's
+    own commands: poses, for one, look like steps.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
-        self._policy = check_own_actions(policy)
+        if (about := getattr(policy, "metadata", {})).get("converted"):
+            robot = about["embodiment"]
+            raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
+        self._policy = policy
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
         self._executor, self._stepped, self._due = self._begin(), -math.inf, -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
@@ -174,13 +178,6 @@ def check_mode(mode: str, committed: int) -> None:
     check_known("way of executing chunks", get_args(Mode), mode)
     if mode == "rtc" and not committed:
         raise SpearError("--execution rtc: not learned by the policy: async, or train with --set committed=2")
-
-
-def check_own_actions(policy: Any) -> Any:
-    """The policy. Raises `SpearError` for a server of a robot's commands: poses, for one, look like steps."""
-    if (about := getattr(policy, "metadata", {})).get("converted"):
-        raise SpearError(f"a server for robot {about['embodiment']!r}: start it with `--embodiment generic`")
-    return policy
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:

@@ -246,9 +246,10 @@ class Spear1Policy:
         for key, view in keys.items():
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
-            blind = f"observations without {key}: send it, unless the policy was trained without that camera"
-            if not all(there) and key not in self._missed and notice(blind):
-                self._missed.add(key)
+            if not all(there) and key not in self._missed:
+                unless = "send it, unless the policy was trained without that camera"
+                if notice(f"observations without {key}: {unless}"):
+                    self._missed.add(key)
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = sizes[view]

@@ -14,7 +14,7 @@ import numpy as np
 from spear.data.audit import FARTHEST, UNEXPLAINED
 from spear.data.hypotheses import Fit, Recording, Stretches, rotation_fits, translation_fits
 from spear.data.readers.formats import episode_counts, open_dataset
-from spear.data.readers.layout import DEPTH, Sources, leaves
+from spear.data.readers.layout import Sources, is_depth, leaves
 from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.spec import ANGLES, LENGTH_UNITS
 from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense
@@ -107,7 +107,7 @@ def _finite(columns: Columns) -> Columns:
 
 def _is_image(values: Sequence[Any]) -> bool:
     first = values[0] if values else b""
-    return first.startswith(IMAGE_BEGINS) and first[1:4] + first[24:26] != DEPTH
+    return first.startswith(IMAGE_BEGINS) and not is_depth(first)
 
 
 def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str]:

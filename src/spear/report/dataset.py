@@ -123,7 +123,9 @@ def _columns(source: str, steps: Steps) -> dict[str, Any]:
     """An episode by its columns: images, charts of the numbers that change, words about all else."""
     strips, quiet = [], []
     charts: list[str] = []
-    for name, values in (column for column in leaves(steps) if len(column[1])):
+    for name, values in leaves(steps):
+        if not len(values):
+            continue
         if isinstance(values, str):
             quiet.append((name, f"not read: {values}"))
         elif not isinstance(values, np.ndarray):

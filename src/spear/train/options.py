@@ -163,8 +163,12 @@ class Recipe:
         return dataclasses.replace(self, optimization=opt, questions=mix, **new[Recipe])
 
 
-_HOME = {f.name: part for part in (Recipe, Optimization, QuestionMix) for f in dataclasses.fields(part)}
-_HOME = {key: part for key, part in _HOME.items() if key not in ("optimization", "questions")}
+_HOME = {
+    f.name: part
+    for part in (Recipe, Optimization, QuestionMix)
+    for f in dataclasses.fields(part)
+    if f.name not in ("optimization", "questions")
+}
 """Key of a recipe -> the class that has it."""
 
 

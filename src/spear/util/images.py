@@ -123,7 +123,8 @@ def load_oriented(
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
             if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
-                stored, image.getexif()[ExifTags.Base.Orientation] = False, {6: 8, 8: 6}.get(said, said)
+                image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(said, said)  # so: back
+                stored = False
             seen = _rgb(image if stored else ImageOps.exif_transpose(image), name)
             return np.array(seen), said in (2, 3, 4) or (said in (5, 6, 7, 8) and seen.width == seen.height)
     except SpearError:

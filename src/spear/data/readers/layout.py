@@ -31,8 +31,6 @@ STILL, STILL_TURN, STILL_GRIPPER = 2e-3, 1e-2, 1e-2
 """Metres and radians per second, and change of opening per step, below which a step is idle (our choice)."""
 _ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """What a whole JPEG and a whole PNG end with."""
-DEPTH = b"PNG\x10\x00"
-"""Bytes 1 to 3 and 24 to 25 of a PNG of one 16-bit channel: a depth image, no camera's (our choice)."""
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
 
 
@@ -205,7 +203,7 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
     where, aspect = spec.images[camera], spec.image_aspect.get(camera)
     images: list[bytes] = []
     for step, encoded in enumerate(column(steps, where, source)):
-        if not isinstance(encoded, bytes) or encoded[1:4] + encoded[24:26] == DEPTH:
+        if not isinstance(encoded, bytes) or is_depth(encoded):
             raise SpearError(f"no images in column {where!r}: {source}: name another column")
         if encoded and (aspect is not None or not encoded.endswith(_ENDS)):
             pixels = decode_image(encoded, f"{source} step {step} camera {camera!r}")
@@ -215,6 +213,11 @@ def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[b
                 encoded = encode_jpeg(np.asarray(wide))
         images.append(encoded)
     return images
+
+
+def is_depth(encoded: bytes) -> bool:
+    """Whether it is a PNG of one 16-bit channel: a depth image, no camera's (our choice)."""
+    return encoded[1:4] + encoded[24:26] == b"PNG\x10\x00"
 
 
 def _ended(steps: Steps, where: str, source: str) -> bool | None:
