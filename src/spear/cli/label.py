@@ -1,14 +1,13 @@
 """The commands that make labels and show them."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, notice
-from spear.labels.options import LabelOptions, QuestionOptions, SceneOptions, changed
+from spear.errors import SpearError
+from spear.labels.options import LabelOptions, QuestionOptions, changed
 from spear.util.files import read_json
 from spear.util.options import File, Options, Within
 
@@ -51,9 +50,6 @@ def label(options: LabelOptions) -> None:
     if options.plan:
         _plan(options)
         return
-    seeds = re.findall(r"sim(?:pler)?:(\d+)", " ".join(options.photos or [f"sim:{options.scene.first_seed}"]))
-    if any(int(seed) < SceneOptions().first_seed for seed in seeds):
-        notice("scenes below 10000 are kept for testing: train on none of these labels")
     if options.photos and not simpler:
         _label_photos(options)
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from spear.errors import SpearError, notice
 from spear.labels.inputs import Content, Item, find
 from spear.labels.rgbd import Scene
+from spear.sim.scene import TRAIN_SEED
 from spear.types import Episode
 
 _scene = lru_cache(maxsize=1)(Scene)
@@ -68,6 +69,12 @@ def scene_numbers(argument: str, simulator: str) -> range:
     if last < first:
         raise SpearError(f"{argument}: ends before it begins: write {simulator}:{last}-{first}")
     return range(first, last + 1)
+
+
+def kept_for_testing(source: str) -> bool:
+    """Whether a labelled image of this source shows a held-out scene, of either simulator."""
+    seed = re.match(r"sim(?:pler)?[:/]\D*(\d+)", source)
+    return seed is not None and int(seed[1]) < TRAIN_SEED
 
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:

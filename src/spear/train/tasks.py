@@ -21,6 +21,7 @@ from spear.errors import SpearError, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.questions.generate import generate
 from spear.labels.questions.templates import FAMILIES
+from spear.labels.sources import kept_for_testing
 from spear.labels.store import DepthImages, read, read_depth
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -158,6 +159,9 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     for folder in folders:
         for view, path in view_folders(folder, views).items():
             found.setdefault(view, []).extend(compact(one) for one in read(path))
+    sources = [one.source for labels in found.values() for one in labels]
+    if tests := sum(map(kept_for_testing, sources)):
+        notice(f"{tests:,} of {len(sources):,} labelled images show scenes that are kept for testing")
     return {view: found[view] for view in views if view in found}
 
 
