@@ -224,7 +224,7 @@ def test_the_pilot_stands_and_waits_in_sync() -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_after_a_pause_the_pilot_looks_again() -> None:
+def test_after_a_pause_and_with_another_prompt_the_pilot_looks_again() -> None:
     class Sure:
         def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
             return {"actions": chunk(observation["t"])}
@@ -233,6 +233,7 @@ def test_after_a_pause_the_pilot_looks_again() -> None:
     assert millimetres([pilot.step({"t": t}) for t in (1, 2)]) == [1, 2]
     pilot._stepped -= 2  # seconds pass
     assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
+    assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]
     pilot.close()
 
 

@@ -129,9 +129,9 @@ class Pilot:
     But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
-    shorter until they are in time again (our choice). After a pause (`PAUSE`) it begins anew. Raises what the
-    policy raises, and `SpearError` for "rtc" with one that has not learned it, and for a server of a robot's
-    own commands: poses, for one, look like steps.
+    shorter until they are in time again (our choice). After a pause (`PAUSE`), and with another prompt, it
+    begins anew. Raises what the policy raises, and `SpearError` for "rtc" with one that has not learned it,
+    and for a server of a robot's own commands: poses, for one, look like steps.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
@@ -140,14 +140,15 @@ class Pilot:
             raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
         self._policy = policy
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
-        self._executor, self._stepped, self._due = self._begin(), -math.inf, -math.inf
+        self._executor, self._prompt, self._stepped, self._due = self._begin(), None, -math.inf, -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]]] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
         now, tick_s = time.monotonic(), 1 / RATE_HZ
-        if now - self._stepped > PAUSE:
+        before, self._prompt = self._prompt, observation.get("prompt")
+        if now - self._stepped > PAUSE or before != self._prompt:
             self._executor, self._asked, self._due = self._begin(), None, -math.inf
         if self._due - now > tick_s / 4:
             notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
