@@ -85,6 +85,7 @@ def train(
             "seed": how.seed,
             "init": begun_with,
             "simulator_only": _simulator_only(inputs),
+            "learned": [mark for _, store, _ in inputs.episodes for mark in store.marks()],
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
             "sharded": how.sharded and not alone,
@@ -155,6 +156,14 @@ def _made_by(folder: Path) -> Any:
     """What a trained folder says about itself; nothing where somebody else saved it."""
     path = folder / "recipe.json"
     return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
+
+
+def learned_by(folder: Path) -> set[str]:
+    """The marks (`EpisodeStore.marks`) of what a trained folder, and what it began with, has learned from."""
+    marks, about = set[str](), _made_by(folder)
+    while about:
+        marks, about = marks | {*about.get("learned", ())}, about.get("init")
+    return marks
 
 
 def mixture(

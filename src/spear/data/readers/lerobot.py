@@ -28,7 +28,7 @@ from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, notice
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
@@ -36,6 +36,8 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE = 0.25
 """How far a row, or its frame, may be from its place in time, as part of a step (our choice)."""
+DRIFT = 0.05
+"""Part by which the timestamps' rate may differ from the one in info.json (our choice)."""
 JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
 """What names of joints have in them."""
 
@@ -149,7 +151,7 @@ class LeRobotFolder:
             raise no_steps(f"{self.name}#{index}")
         try:
             return self._read(self.episodes[index], wanted)
-        except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
+        except (TypeError, ValueError, AttributeError) as error:  # an empty cell, rows of different lengths
             why = first_line(error)
             raise SpearError(f"broken rows: {self.name}#{index}: {why}; leave the episode out") from error
 
@@ -164,12 +166,18 @@ class LeRobotFolder:
         if (wrong := np.abs(apart - 1) > 2 * TIME_TOLERANCE).any():
             row = int(wrong.argmax())
             raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
+        if abs(lost := apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
+            rate = self.info.fps / (1 + lost / len(apart))
+            raise ValueError(f"its timestamps are at {rate:.3g} Hz, {INFO} says {self.info.fps:g}")
         for name, (file, first, end) in episode.videos.items():
             if name in wanted:
                 source = f"{self.name}#{episode.index}"
                 steps[_column(name)] = _frames(file, first, end, times, 1 / self.info.fps, source)
         if "task_index" in steps:
-            steps[TASK] = [self.tasks.get(int(i), "").encode() for i in np.ravel(steps["task_index"])]
+            steps[TASK] = [(self.tasks.get(int(i)) or "").encode() for i in np.ravel(steps["task_index"])]
+            told, listed = {text.decode() for text in steps[TASK]}, [*filter(None, episode.tasks)]
+            if listed and not told <= {*listed, ""}:
+                raise ValueError(f"by task_index its task is {told}, but its metadata say {listed}")
         else:
             steps[TASK] = [" ".join(episode.tasks[:1]).encode()] * len(rows)
         return steps
@@ -204,10 +212,16 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
-    if info.total_episodes not in (None, len(episodes)):
-        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed"
-        raise SpearError(f"episodes missing: {folder}: {listed}; copy it again")
-    return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
+    count = len({episode.index for episode in episodes})
+    if count < len(episodes) or info.total_episodes not in (None, count):
+        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed, {count} different ones"
+        raise SpearError(f"episodes missing, or listed twice: {folder}: {listed}; copy it again")
+    if len(dict(tasks)) < len(tasks):
+        raise SpearError(f"unreadable: {where}: two tasks have one task_index; copy the dataset again")
+    splits = _splits(info, count)
+    if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(count)]:
+        notice(f"{folder}: splits of {INFO}, {info.splits}, do not have each of {count} episodes once")
+    return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
 
 
 def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
@@ -220,7 +234,7 @@ def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     return found or {"train": (0, count)}
 
 
-def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
     episodes = []
     for row in _json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
@@ -229,18 +243,18 @@ def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
         videos = {name: (folder / file, 0.0, np.inf) for name, file in files.items()}
         data = folder / info.data_path.format(**place)
         episodes.append(LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos))
-    return {row["task_index"]: row["task"] for row in _json_lines(folder / "meta/tasks.jsonl")}, episodes
+    return [(row["task_index"], row["task"]) for row in _json_lines(folder / "meta/tasks.jsonl")], episodes
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
     table = pq.read_table(folder / "meta/tasks.parquet").to_pydict()
     # The task is the index of a pandas table: its column has whatever name pandas gave it.
-    words = next(values for name, values in table.items() if name != "task_index")
-    tasks = dict(zip(table["task_index"], words, strict=True))
+    likely = (n for n in ("task", "__index_level_0__", *table) if n in table and n != "task_index")
+    tasks = list(zip(table["task_index"], table[next(likely)], strict=True))
     files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise ValueError("no meta/episodes/*/*.parquet")
