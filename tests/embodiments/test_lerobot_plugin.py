@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,19 @@ def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> No
     far[2:, 0] = 0.6  # beyond a metre from the third on
     rows = robot.rows(far, here)
     assert (rows[:4, 0] < 0.13).all() and (np.diff(rows[6:, :4], axis=0) == 0).all() and rows[-1, 0] <= 1
+
+
+def test_units_that_are_hardly_right_are_said() -> None:
+    arm, frames = robots.Joints(2, Gantry(), 4), np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]]
+    for robot, values, said in (
+        (arm, frames, 0),
+        (arm, np.radians(frames), 2),
+        (robots.Exported(), frames, 0),
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            robots.doubt_units(robot, values)
+        assert len(told) == said
 
 
 def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:

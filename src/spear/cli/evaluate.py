@@ -102,7 +102,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy, locate
     from spear.report.comparison import open_loop_page
-    from spear.train.run import learned_by
+    from spear.train.run import made_by
 
     o = options
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
@@ -115,9 +115,8 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if o.train or o.train_split:
             train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
             if both := len({*marks} & {*train.marks()}):
-                where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
-                raise SpearError(f"{where}: hold others out")
-        if both := len({*marks} & learned_by(locate(o.policy))):
+                raise SpearError(f"--split {o.split}: {both} of them are also in --train-split {learned[1]}")
+        if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", ())}):
             notice(f"{o.policy} was trained on {both} of the {len(marks)} held-out episodes: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
         reference = open_loop.score_mean_action(train, held_out)

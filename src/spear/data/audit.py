@@ -302,8 +302,7 @@ def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
     elif fast > FASTEST:
         remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])
-    _, unit = state_quaternions(rotation)
-    if unit == "deg":
+    if state_quaternions(rotation)[1] == "deg":
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
         remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
     return remarks

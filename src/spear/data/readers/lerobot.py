@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.actions import no_steps
 from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
@@ -34,10 +33,9 @@ from spear.util.images import encode_jpeg
 INFO = "meta/info.json"
 TASK = "task"
 """Our name of the column of instructions."""
-TIME_TOLERANCE = 0.25
-"""How far a row, or its frame, may be from its place in time, as part of a step (our choice)."""
-DRIFT = 0.05
-"""Part by which the timestamps' rate may differ from the one in info.json (our choice)."""
+TIME_TOLERANCE, DRIFT = 0.25, 0.05
+"""How far a row, or its frame, may be from its place in time, and by how much a mean step may be longer or
+shorter, as part of a step (our choice)."""
 JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
 """What names of joints have in them."""
 
@@ -148,7 +146,7 @@ class LeRobotFolder:
         """
         wanted = {name for name in self.cameras if images is None or _column(name) in images}
         if not self.episodes[index].length:
-            raise no_steps(f"{self.name}#{index}")
+            raise SpearError(f"empty episode: {self.name}#{index}: leave it out")
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError, AttributeError) as error:  # an empty cell, rows of different lengths
@@ -166,9 +164,8 @@ class LeRobotFolder:
         if (wrong := np.abs(apart - 1) > 2 * TIME_TOLERANCE).any():
             row = int(wrong.argmax())
             raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
-        if abs(lost := apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
-            rate = self.info.fps / (1 + lost / len(apart))
-            raise ValueError(f"its timestamps are at {rate:.3g} Hz, {INFO} says {self.info.fps:g}")
+        if abs(apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
+            raise ValueError(f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong")
         for name, (file, first, end) in episode.videos.items():
             if name in wanted:
                 source = f"{self.name}#{episode.index}"
@@ -206,32 +203,28 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         where = folder / "meta"
         old = info.codebase_version.lstrip("v").startswith("2.")
         tasks, episodes = _read_v2(folder, info) if old else _read_v3(folder, info)
+        numbers = [number for number, _ in tasks], [episode.index for episode in episodes]
+        if any(len({*each}) < len(each) for each in numbers):
+            raise ValueError("one task_index or episode_index is there twice")
+        if info.total_episodes not in (None, len(episodes)):
+            raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
     except ValidationError as error:
         key, why = said(error)
         hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
         raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
-    count = len({episode.index for episode in episodes})
-    if count < len(episodes) or info.total_episodes not in (None, count):
-        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed, {count} different ones"
-        raise SpearError(f"episodes missing, or listed twice: {folder}: {listed}; copy it again")
-    if len(dict(tasks)) < len(tasks):
-        raise SpearError(f"unreadable: {where}: two tasks have one task_index; copy the dataset again")
-    splits = _splits(info, count)
-    if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(count)]:
-        notice(f"{folder}: splits of {INFO}, {info.splits}, do not have each of {count} episodes once")
+    splits = _splits(info, len(episodes))
+    if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
+        notice(f"{folder}: the splits {info.splits} do not have each of {len(episodes)} episodes once")
     return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
 
 
 def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
-    found = {}
-    for name, text in (info.splits or {}).items():
-        match = re.match(r"^(\d+):(\d+)$", str(text))
-        if match and int(match[1]) <= int(match[2]) <= count:
-            found[name] = (int(match[1]), int(match[2]))
-    return found or {"train": (0, count)}
+    ends = {name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()}
+    found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
+    return {n: (a, b) for n, (a, b) in found.items() if a <= b <= count} or {"train": (0, count)}
 
 
 def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
@@ -296,8 +289,9 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        own = [("episode_index", "==", episode.index)]
-        rows = pq.read_table(episode.data, filters=own, partitioning=None)
+        rows = pq.read_table(
+            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
+        )
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error

@@ -179,14 +179,9 @@ class EpisodeStore:
 
     def marks(self) -> list[str]:
         """What tells each episode from others, wherever it lies: its length, and where it begins and ends."""
-        found = []
-        for index in range(len(self)):
-            shard, row = self._find(index)
-            first, end = shard.offsets[row : row + 2].tolist()
-            ends = [x[[first, end - 1]].round(4) + 0.0 for x in (shard.position, shard.rotation)]  # no -0.0
-            said = f"{end - first} {[x.tolist() for x in ends]}"
-            found.append(hashlib.sha256(said.encode()).hexdigest()[:12])
-        return found
+        each = map(self.without_images, range(len(self)))
+        ends = ((len(e), np.hstack([e.position, e.rotation])[[0, -1]].round(4) + 0.0) for e in each)
+        return [hashlib.sha256(f"{n} {of.tolist()}".encode()).hexdigest()[:12] for n, of in ends]
 
     def without_images(self, index: int) -> Episode:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""

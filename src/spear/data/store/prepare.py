@@ -230,12 +230,6 @@ def _digest(source: Dataset | EpisodeStore) -> str:
     return digest.hexdigest()
 
 
-def folder_in(work: Path, path: Path, split: str) -> Path:
-    """Where in a folder for such work a split of a dataset is prepared."""
-    whole = path.resolve()
-    return work / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
-
-
 def open_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
@@ -246,7 +240,8 @@ def open_store(
     """
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
-    target = folder_in(Path(work_dir), Path(path), split)
+    whole = Path(path).resolve()
+    target = Path(work_dir) / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     if is_first_process():
         _, reasons = prepare(path, target, split)
         return EpisodeStore(target), reasons
