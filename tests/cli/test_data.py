@@ -73,7 +73,6 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -
     layout = tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
     for arguments, message in (
-        (["data", "inspect", str(tmp_path / "nowhere")], "no such folder"),
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
         (["data", "prepare", str(data), *out, "--workers", "0"], "data describe"),
         (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import make
@@ -75,6 +76,13 @@ def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> No
     far[2:, 0] = 0.6  # beyond a metre from the third on
     rows = robot.rows(far, here)
     assert (rows[:4, 0] < 0.13).all() and (np.diff(rows[6:, :4], axis=0) == 0).all() and rows[-1, 0] <= 1
+
+
+def test_units_that_are_hardly_right_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    arm, frames = robots.Joints(2, Gantry(), 4), np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]]
+    for robot, values, said in ((arm, frames, 0), (robots.Exported(), frames / 99, 0), (arm, frames / 99, 2)):
+        robots.doubt_units(robot, values)
+        assert len(recwarn) == said
 
 
 def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Open-loop errors: none for the demonstrator, known for a known mistake, the mean action as reference."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from data_tiny import make
-from refusals import refuses
+from refusals import Command, refuses
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
     mean_action,
     observations,
@@ -27,6 +29,14 @@ def episode(seed: int, steps: int = 12) -> Episode:
     """Of `data_tiny`, with steps that differ in length; the gripper closes half way."""
     moved = np.random.default_rng(seed).normal(0.01, 0.01, (steps, 3)).cumsum(0)
     return make(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
+
+
+def test_held_out_episodes_that_were_learned_from_are_known(tmp_path: Path, refused: Command) -> None:
+    """Wherever they lie, whatever they are called."""
+    write_episodes([episode(i) for i in range(3)], tmp_path / "arm")
+    write_lerobot([replace(episode(i), source=f"new#{i}") for i in range(2, 4)], tmp_path / "new")
+    words = "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
+    assert "1 of them are also in --train-split" in refused(*words)
 
 
 class Replay:

@@ -9,7 +9,7 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
@@ -99,24 +99,26 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
-    from spear.data.readers.splits import shared
     from spear.evaluate import open_loop
-    from spear.policy import Spear1Policy
+    from spear.policy import Spear1Policy, locate
     from spear.report.comparison import open_loop_page
+    from spear.train.run import made_by
 
     o = options
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
-    held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
-    same = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
-    if same and (both := shared(held, trained)):
-        where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
-        raise SpearError(f"{where}: hold others out")
+    for folder, split in ((o.data, o.split), learned):
+        check_episodes(folder, split)
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
+        train, marks = held_out, held_out.marks()
+        if o.train or o.train_split:
+            train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
+            if both := len({*marks} & {*train.marks()}):
+                raise SpearError(f"--split {o.split}: {both} of them are also in --train-split {learned[1]}")
+        if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", ())}):
+            notice(f"{o.policy} was trained on {both} of the {len(marks)} held-out episodes: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
-        same, (folder, split) = learned == (o.data, o.split), learned
-        train = held_out if same else open_episodes(folder, Path(scratch) / "train", split).demonstrations()
         reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
     names = "".join(f"{s.name[-26:]:<28}" for s in scores)

@@ -44,7 +44,7 @@ from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
-from spear.types import Array
+from spear.types import Array, Episode
 from spear.util.ledger import Skipped
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
@@ -269,7 +269,7 @@ def judge(
     if recordings[0].turn is not None:
         parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
     steps = sum(len(r.position) for r in recordings)
-    return Report(path, len(recordings), steps, parts, _states(recordings), recordings)
+    return Report(path, len(recordings), steps, parts, doubts(recordings), recordings)
 
 
 def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
@@ -288,7 +288,7 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     }
 
 
-def _states(recordings: Sequence[Recording]) -> list[str]:
+def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
     """What is wrong with the recorded states by themselves."""
     remarks = []
     far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
@@ -302,8 +302,7 @@ def _states(recordings: Sequence[Recording]) -> list[str]:
     elif fast > FASTEST:
         remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])
-    _, unit = state_quaternions(rotation)
-    if unit == "deg":
+    if state_quaternions(rotation)[1] == "deg":
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
         remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
     return remarks

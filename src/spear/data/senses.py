@@ -55,8 +55,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     """Whether openings and commands are what the layout says, as far as the gripper moves at all."""
     moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
     if len(moving) < FEWEST:
-        words = f"the gripper moves in {len(moving)} of {len(recordings)} episodes"
-        return [Check("gripper", "cannot tell", words)]
+        return [Check("gripper", "cannot tell", f"it moves in {len(moving)} of {len(recordings)} episodes")]
     verdict, words = sense([np.asarray(r.opening) for r in moving])
     commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
     if not commanded:

@@ -51,7 +51,7 @@ def train(
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
     stage, place = check(stage, out, inputs, how, device)
-    begun_with = None if inputs.init is None else _made_by(inputs.init)
+    begun_with = None if inputs.init is None else made_by(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
@@ -79,12 +79,14 @@ def train(
         part = out / ".part-final"
         shutil.rmtree(part, ignore_errors=True)
         save(part)
+        marks = (mark for _, store, _ in inputs.episodes for mark in store.marks())
         written = {
             "recipe": dataclasses.asdict(stage),
             "earlier": found[1].get("earlier", []) if found else [],  # what it said before it was changed
             "seed": how.seed,
             "init": begun_with,
             "simulator_only": _simulator_only(inputs),
+            "learned": [*(begun_with or {}).get("learned", ()), *marks],
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
             "sharded": how.sharded and not alone,
@@ -111,7 +113,7 @@ def check(
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
     build.check(stage, inputs)
     if inputs.init is not None:
-        _made_by(inputs.init)
+        made_by(inputs.init)
     known = {k: v for k, v in _about(stage, inputs).items() if k not in EPISODES or inputs.episodes}
     loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -151,7 +153,7 @@ def _simulator_only(inputs: Inputs) -> bool:
     return before and all(source.startswith(("sim:", "sim/")) for source in sources)
 
 
-def _made_by(folder: Path) -> Any:
+def made_by(folder: Path) -> Any:
     """What a trained folder says about itself; nothing where somebody else saved it."""
     path = folder / "recipe.json"
     return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
@@ -166,10 +168,8 @@ def mixture(
     Several datasets and their shares are said on stderr.
     """
     sources = [store.source(0).partition("/")[0] for store in stores]
-    known = [REGISTRY[name].weight if name in REGISTRY else None for name in sources]
-    chosen = list(shares) or [w for w in known if w is not None]
-    if len(chosen) != len(stores):
-        chosen = [1.0] * len(stores)
+    known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
+    chosen = list(shares) or (known if all(known) else [1.0] * len(stores))
     if len(stores) > 1 and is_first_process():
         parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)

@@ -69,7 +69,7 @@ def lengthen(folder: Path) -> None:
         (lambda f: set_cells(f, "timestamp", {4: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)), "empty instruction: set/train#1"),
-        (lambda f: set_cells(f, "task_index", {4: 0}), "set/train#1: task is "),
+        (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
         (lengthen, "broken rows: set#1"),
         (turn_over, "jump: set/train#1 step 3: the end-effector is turned by"),
         (no_steps, "empty episode: set#1"),

@@ -19,7 +19,7 @@ from spear.data.readers.lerobot import open_lerobot, read_ends
 from spear.data.readers.rlds import open_rlds
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.util.images import decode_image
 
 VERSIONS = ("v2.1_video", "v3.0_image", "v3.0_video")
@@ -102,26 +102,19 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     (videos / "episode_000004.mp4").unlink()
     video = (videos / "episode_000005.mp4").read_bytes()
     (videos / "episode_000005.mp4").write_bytes(video[: len(video) // 2])
-    short = folder / "meta/episodes.jsonl"
-    lines = [json.loads(line) for line in short.read_text().splitlines()]
-    lines[6]["length"] = 9
-    short.write_text("\n".join(json.dumps(line) for line in lines))
-    change_rows(data / "episode_000006.parquet", lambda t: t.slice(0, 9))
     reasons: list[str] = []
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
-    assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 7)]
-    named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4", "set#6")
+    assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 6, 7)]
+    named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4")
     assert len(reasons) == len(named)
     assert all(name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True))
-    written, aside = prepare(folder, tmp_path / "store", "train[7:]")
-    assert written == 1 and not aside
 
 
 def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
     """Where there are no videos nothing else tells: a second of motion would become one step of it."""
     write_lerobot([make(0), make(1)], folder := tmp_path / "set")
     (data,) = folder.glob("data/*/*.parquet")
-    for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0)):
+    for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0), (6, 0.0, 0)):
         copy = shutil.copytree(folder, tmp_path / f"{rate}-{gap}" / "set")
         times = np.tile(np.arange(6) / 5, 2) + gap * (np.arange(12) > 8)
         place, column = pq.read_schema(data).get_field_index("timestamp"), pa.array(times, pa.float32())
@@ -160,6 +153,24 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
     (folder / "meta/info.json").write_text(json.dumps(info))
     (folder / "meta/tasks.parquet").unlink()
     refuses(r"unreadable: .*meta: .*tasks\.parquet", open_lerobot, folder)
+
+
+def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> None:
+    folder = copied(lerobot / "v2.1_video", tmp_path / "set")
+    for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice
+        info = folder / "meta/info.json"
+        info.write_text(json.dumps({**json.loads(info.read_text()), "splits": splits}))
+        with pytest.warns(Notice, match="splits"):
+            assert open_lerobot(folder).lengths["train"] == int(splits["train"][2:])
+    for name, key in (("tasks", "task_index"), ("episodes", "episode_index")):
+        file = copied(lerobot / "v2.1_video", tmp_path / name) / f"meta/{name}.jsonl"
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[1], *lines[1:]]))
+        refuses(key, open_lerobot, tmp_path / name)
+    folder = copied(lerobot / "v3.0_image", tmp_path / "columns")
+    wide = lambda t: pa.table({"split": ["a"] * len(t), **{n: t[n] for n in t.column_names}})  # noqa: E731
+    change_rows(folder / "meta/tasks.parquet", wide)
+    assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

@@ -246,11 +246,12 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
-@pytest.mark.parametrize("part", [0.4, 0.55])
+@pytest.mark.parametrize("part", [0.01, 0.4, 0.55])
 def test_a_gripper_that_never_opens_is_noticed(opening: list[float], part: float, tmp_path: Path) -> None:
     """Finger positions that were taken for widths: a policy that learns from them never opens again."""
-    write_episodes([make(0, gripper=part * np.array(opening))], tmp_path / "arm")
-    with pytest.warns(Notice, match="gripper_range"):
+    episode = make(0, gripper=part * np.array(opening))
+    write_episodes([dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm")
+    with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 

@@ -86,7 +86,8 @@ class Spear1Config(PreTrainedConfig):
         names = {key: key.rpartition(".")[2] for key in self.image_features}
         views = {key: self.cameras.get(name, "") if self.cameras else name for key, name in names.items()}
         views = {key: view for key, view in views.items() if view}
-        if "external" not in views.values() or not {*views.values()} <= {"external", "wrist"}:
+        known = sorted(views.values()) in (["external"], ["external", "wrist"])  # each from one camera
+        if not known or not {*self.cameras} <= {*names.values()}:
             given, how = ", ".join(names.values()) or "none", "{NAME: external, NAME: wrist}"
             raise SpearError(f"cameras {given}: say which are SPEAR-1's: --policy.cameras='{how}'")
         return views

@@ -27,7 +27,7 @@ from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
-from .robots import Robot, columns, counting, demonstrated
+from .robots import Robot, columns, counting, demonstrated, doubt_units
 
 FOLDER = "spear"
 """Beside LeRobot's own file."""
@@ -158,6 +158,7 @@ def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normaliz
     """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes; mask: of
     these frames [frames]."""
     state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")
+    doubt_units(robot, state)
     counts = mask[index]
     ahead = np.array(config.action_delta_indices)
     moves, places = [], []

@@ -19,7 +19,7 @@ import torch
 from spear.data.actions import HORIZON, derive_actions
 from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
 from spear.embodiments import tools
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.geometry import matrix_to_quat, quat_canonical, quat_exp, quat_log, quat_slerp, quat_to_matrix
 from spear.types import Array
 
@@ -121,6 +121,15 @@ class Joints(Poses):
                 angles = found
             made.append([*angles, OPEN * gripper])
         return np.array(made, np.float32)
+
+
+def doubt_units(robot: Robot, state: Array) -> None:
+    """Says so where a dataset's numbers [frames, d] are hardly degrees, or percent of an open gripper."""
+    widest = np.abs(state).max(axis=0)
+    if isinstance(robot, Joints) and 0 < widest[:-1].max() < 2 * np.pi:
+        notice(f"joint angles are at most {widest[:-1].max():.3g}: are they degrees?")
+    if isinstance(robot, Poses) and 0 < widest[-1] <= OPEN / 50:
+        notice(f"the gripper reads at most {widest[-1]:.3g}: is it 0 (closed) … {OPEN:g} (open)?")
 
 
 def columns(root: Path, *keys: str) -> list[Array]:

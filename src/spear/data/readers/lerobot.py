@@ -23,19 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.actions import no_steps
 from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, notice
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
 TASK = "task"
 """Our name of the column of instructions."""
-TIME_TOLERANCE = 0.25
-"""How far a row, or its frame, may be from its place in time, as part of a step (our choice)."""
+TIME_TOLERANCE, DRIFT = 0.25, 0.05
+"""How far a row, or its frame, may be from its place in time, and by how much a mean step may be longer or
+shorter, as part of a step (our choice)."""
 JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
 """What names of joints have in them."""
 
@@ -146,10 +146,10 @@ class LeRobotFolder:
         """
         wanted = {name for name in self.cameras if images is None or _column(name) in images}
         if not self.episodes[index].length:
-            raise no_steps(f"{self.name}#{index}")
+            raise SpearError(f"empty episode: {self.name}#{index}: leave it out")
         try:
             return self._read(self.episodes[index], wanted)
-        except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
+        except (TypeError, ValueError, AttributeError) as error:  # an empty cell, rows of different lengths
             why = first_line(error)
             raise SpearError(f"broken rows: {self.name}#{index}: {why}; leave the episode out") from error
 
@@ -164,12 +164,17 @@ class LeRobotFolder:
         if (wrong := np.abs(apart - 1) > 2 * TIME_TOLERANCE).any():
             row = int(wrong.argmax())
             raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
+        if abs(apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
+            raise ValueError(f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong")
         for name, (file, first, end) in episode.videos.items():
             if name in wanted:
                 source = f"{self.name}#{episode.index}"
                 steps[_column(name)] = _frames(file, first, end, times, 1 / self.info.fps, source)
         if "task_index" in steps:
-            steps[TASK] = [self.tasks.get(int(i), "").encode() for i in np.ravel(steps["task_index"])]
+            steps[TASK] = [(self.tasks.get(int(i)) or "").encode() for i in np.ravel(steps["task_index"])]
+            told, listed = {text.decode() for text in steps[TASK]}, [*filter(None, episode.tasks)]
+            if listed and not told <= {*listed, ""}:
+                raise ValueError(f"by task_index its task is {told}, but its metadata say {listed}")
         else:
             steps[TASK] = [" ".join(episode.tasks[:1]).encode()] * len(rows)
         return steps
@@ -198,29 +203,31 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         where = folder / "meta"
         old = info.codebase_version.lstrip("v").startswith("2.")
         tasks, episodes = _read_v2(folder, info) if old else _read_v3(folder, info)
+        numbers = [number for number, _ in tasks], [episode.index for episode in episodes]
+        if any(len({*each}) < len(each) for each in numbers):
+            raise ValueError("one task_index or episode_index is there twice")
+        if info.total_episodes not in (None, len(episodes)):
+            raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
     except ValidationError as error:
         key, why = said(error)
         hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
         raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
-    if info.total_episodes not in (None, len(episodes)):
-        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed"
-        raise SpearError(f"episodes missing: {folder}: {listed}; copy it again")
-    return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
+    splits = _splits(info, len(episodes))
+    if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
+        notice(f"{folder}: the splits {info.splits} do not have each of {len(episodes)} episodes once")
+    return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
 
 
 def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
-    found = {}
-    for name, text in (info.splits or {}).items():
-        match = re.match(r"^(\d+):(\d+)$", str(text))
-        if match and int(match[1]) <= int(match[2]) <= count:
-            found[name] = (int(match[1]), int(match[2]))
-    return found or {"train": (0, count)}
+    ends = {name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()}
+    found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
+    return {n: (a, b) for n, (a, b) in found.items() if a <= b <= count} or {"train": (0, count)}
 
 
-def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
     episodes = []
     for row in _json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
@@ -229,18 +236,18 @@ def _read_v2(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpis
         videos = {name: (folder / file, 0.0, np.inf) for name, file in files.items()}
         data = folder / info.data_path.format(**place)
         episodes.append(LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos))
-    return {row["task_index"]: row["task"] for row in _json_lines(folder / "meta/tasks.jsonl")}, episodes
+    return [(row["task_index"], row["task"]) for row in _json_lines(folder / "meta/tasks.jsonl")], episodes
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _read_v3(folder: Path, info: Info) -> tuple[dict[int, str], list[LeRobotEpisode]]:
+def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
     table = pq.read_table(folder / "meta/tasks.parquet").to_pydict()
     # The task is the index of a pandas table: its column has whatever name pandas gave it.
-    words = next(values for name, values in table.items() if name != "task_index")
-    tasks = dict(zip(table["task_index"], words, strict=True))
+    likely = (n for n in ("task", "__index_level_0__", *table) if n in table and n != "task_index")
+    tasks = list(zip(table["task_index"], table[next(likely)], strict=True))
     files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise ValueError("no meta/episodes/*/*.parquet")
@@ -282,8 +289,9 @@ def read_ends(folder: Path) -> dict[str, list[Any]]:
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        own = [("episode_index", "==", episode.index)]
-        rows = pq.read_table(episode.data, filters=own, partitioning=None)
+        rows = pq.read_table(
+            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
+        )
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error

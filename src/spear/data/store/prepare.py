@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.actions import OPEN_ABOVE, resample, with_actions
+from spear.data.audit import doubts
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
@@ -100,7 +101,7 @@ def prepare(
         good, skipped = _write_shards(path, folder, todo, how, workers)
         _check_good(good, skipped, path, split)
         store = EpisodeStore(folder)
-        _notice_gripper(store, path)
+        _notice_units(store, path)
         if store.failed().all():
             notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
         else:
@@ -143,13 +144,16 @@ def _write_shards(
     return good, skipped
 
 
-def _notice_gripper(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' gripper moves, but is never open, or is commanded one thing only."""
+def _notice_units(store: EpisodeStore, path: Path) -> None:
+    """Says so where the first episodes' positions are hardly metres, and where their gripper moves, but is
+    never open, or is commanded one thing only."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
+    for remark in doubts(first):
+        notice(f"{path}: {remark}")
     seen = np.concatenate([e.gripper for e in first])
     told = np.concatenate([np.asarray(e.action)[:, 7] for e in first])
     wrong = seen.max() <= OPEN_ABOVE or np.ptp(told) == 0
-    if wrong and any(np.ptp(e.gripper) > MOVES for e in first):
+    if wrong and any(np.ptp(e.gripper) > MOVES * seen.max() for e in first):
         spans = [f"{values.min():.2g} … {values.max():.2g}" for values in (seen, told)]
         words = f"its openings are {spans[0]}, its commands {spans[1]} of 0 (closed) … 1 (open)"
         notice(f"{path}: the gripper moves, but {words}: check gripper_range, command_range")
@@ -226,12 +230,6 @@ def _digest(source: Dataset | EpisodeStore) -> str:
     return digest.hexdigest()
 
 
-def folder_in(work: Path, path: Path, split: str) -> Path:
-    """Where in a folder for such work a split of a dataset is prepared."""
-    whole = path.resolve()
-    return work / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
-
-
 def open_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
@@ -242,7 +240,8 @@ def open_store(
     """
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
-    target = folder_in(Path(work_dir), Path(path), split)
+    whole = Path(path).resolve()
+    target = Path(work_dir) / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     if is_first_process():
         _, reasons = prepare(path, target, split)
         return EpisodeStore(target), reasons
