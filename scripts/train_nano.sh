@@ -17,7 +17,7 @@ wait "$DEPTH"
 $TRAIN nano-vlm-0 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-0" --init "$RUNS/nano-siglip"
 $TRAIN nano-vlm-1 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-1" --init "$RUNS/nano-vlm-0" \
     --moge "$RUNS/nano-depth"
-$TRAIN nano-vlm-2 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-2" --init "$RUNS/nano-vlm-1"
+$TRAIN nano-vlm-2 --labels "$RUNS/labels" --out "$RUNS/nano-vlm-2" --init "$RUNS/nano-vlm-1" --steps 4000
 $TRAIN nano-vla --labels "$RUNS/labels" --episodes "$RUNS/episodes" --out "$RUNS/nano-vla" \
     --init "$RUNS/nano-vlm-2"
 # What the policy does wrong, put right by the expert; then everything learns a little more. Twice, the second time

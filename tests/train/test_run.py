@@ -167,7 +167,8 @@ def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
     stage = recipe("nano-post").changed(preset="tiny", steps=1, batch_size=1)
     with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
-    assert not json.loads((final / "recipe.json").read_text())["sharded"]
+    said = json.loads((final / "recipe.json").read_text())
+    assert not said["sharded"] and said["learned"] == inputs.episodes[0][1].marks()
     more = stage.changed(steps=2, batch_size=2, accumulate=2)
     with pytest.warns(Notice, match="accumulate is 1"):
         train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")

@@ -84,7 +84,7 @@ def train(
             "recipe": dataclasses.asdict(stage),
             "earlier": found[1].get("earlier", []) if found else [],  # what it said before it was changed
             "seed": how.seed,
-            "init": begun_with,
+            "init": begun_with and {key: said for key, said in begun_with.items() if key != "learned"},
             "simulator_only": _simulator_only(inputs),
             "learned": [*(begun_with or {}).get("learned", ()), *marks],
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
