@@ -113,16 +113,15 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spea
     assert torch.equal(own.to_vector(), policy.predict(inputs).to_vector())
     again = Spear1Policy.load("nano", steps=2)
     assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
-    assert load_agent("nano", steps=2).weights != load_agent("nano").weights  # results never mix
-    assert load_agent("nano", steps=5).weights == load_agent("nano").weights
+    assert load_agent("nano", flow_steps=2).weights != load_agent("nano").weights  # results never mix
+    assert load_agent("nano", flow_steps=5).weights == load_agent("nano").weights
     refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, observation())
 
 
 @pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
 def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> None:
-    told = {"device": "cpu", "dtype": "bfloat16", "dataset": "fast", "steps": 2}
-    for (option, value), word in zip(told.items(), ("device", "dtype", "dataset", "flow-steps"), strict=True):
-        refuses(f"--{word} {value}", load_agent, name, **{option: value})
+    for option, value in {"device": "cpu", "dtype": "bfloat16", "dataset": "fast", "flow_steps": 2}.items():
+        refuses(f"--{option.replace('_', '-')}: ", load_agent, name, **{option: value})
 
 
 def test_of_nothing_there_are_no_actions_and_no_answers(policy: Spear1Policy) -> None:

@@ -130,7 +130,7 @@ def main(
     families = FAMILIES[:1] if quick else FAMILIES
     scenes = 1 if quick else scenes
     out = out / "quick" if quick else out
-    agent = load_agent(policy, "cpu")
+    agent = load_agent(policy, device="cpu")
     found: dict[tuple[str, int], Results] = {}
     left_out = {"rtc/1": not agent.committed, "guided/1": not guided}
     known = [row for row in ROWS if not left_out.get(row)]

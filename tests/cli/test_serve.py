@@ -51,7 +51,7 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
                 evaluate(agent, replace(options, scenes=scenes), quiet=True)
     assert len(load(tmp_path).outcomes) == 2
     assert Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
-    assert loaded.identity == load_agent("nano").weights != load_agent("nano", steps=3).weights
+    assert loaded.identity == load_agent("nano").weights != load_agent("nano", flow_steps=3).weights
 
 
 @pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])

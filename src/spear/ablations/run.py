@@ -106,7 +106,7 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
 
     policy = job.before
     say(f"scoring {policy.folder}, seed {policy.seed}, {job.scenes} scenes per family")
-    agent = load_agent(str(final(out, policy)), "cpu")
+    agent = load_agent(str(final(out, policy)), device="cpu")
     agent.name = policy.folder  # the folder may be moved
     journal, families = out / "scores" / policy.key, tuple(job.families)
     evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families), quiet)

@@ -37,9 +37,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from spear.evaluate.agents import load_agent
     from spear.evaluate.closed_loop import evaluate as run
 
-    who = options.agent
-    run(load_agent(who.policy, who.device, who.dtype, who.dataset, who.flow_steps), options.loop)
-    _report(who.policy, options.loop.out)
+    run(load_agent(**vars(options.agent)), options.loop)
+    _report(options.agent.policy, options.loop.out)
 
 
 class EvaluateSimplerOptions(Options):
@@ -58,16 +57,14 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
         spear evaluate simpler --policy runs/my_policy
         spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
     """
-    from spear.evaluate.agents import LOADING, load_agent
+    from spear.evaluate.agents import load_agent
     from spear.evaluate.simpler.run import OracleAgent
     from spear.evaluate.simpler.run import evaluate as run
 
     who = options.agent
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    given = who.device, who.dtype, who.dataset, who.flow_steps
-    oracle = who.policy == "oracle" and given == tuple(LOADING.values())
-    run(OracleAgent() if oracle else load_agent(who.policy, *given), options.loop)
+    run(OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who)), options.loop)
     _report(who.policy, options.loop.out)
 
 

@@ -12,7 +12,9 @@ import torch
 
 from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
 from spear.errors import SpearError
+from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
+from spear.util.options import changed
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
@@ -88,35 +90,24 @@ class IdleAgent(Agent):
         return [NOTHING[None]] * len(envs)
 
 
-LOADING = {"--device": "auto", "--dtype": "float32", "--dataset": None, "--flow-steps": None}
-"""What says how a policy is loaded here, as it is by default."""
-
-
-def load_agent(
-    name: str,
-    device: str = "auto",
-    dtype: str = "float32",
-    dataset: str | None = None,
-    steps: int | None = None,
-) -> Agent:
-    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. device,
-    dtype, dataset, steps: of a policy that is loaded here (`Spear1Policy.load`), and of no other."""
+def load_agent(policy: str, **loading: Any) -> Agent:
+    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. loading:
+    device, dtype, dataset, flow_steps (`AgentOptions`) of a policy that is loaded here, and of no other."""
     from spear.policy import Spear1Policy
 
-    remote = name.startswith(("ws://", "wss://"))
-    for (option, own), value in zip(LOADING.items(), (device, dtype, dataset, steps), strict=True):
-        if value != own and (remote or name in ("expert", "oracle", "nothing")):
-            raise SpearError(f"{option} {value}: is for policies loaded here: leave it out for {name}")
+    name, remote, who = policy, policy.startswith(("ws://", "wss://")), AgentOptions(policy, **loading)
+    if (remote or name in ("expert", "oracle", "nothing")) and (given := changed(who, *loading)):
+        raise SpearError(f"{given[0]}: is for policies loaded here: leave it out for {name}")
     if name in ("expert", "nothing"):
         return ExpertAgent() if name == "expert" else IdleAgent()
     if remote:
         from spear.serve.client import RemotePolicy
 
-        policy = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
-        robot = policy.metadata.get("embodiment", "generic")
+        server = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
+        robot = server.metadata.get("embodiment", "generic")
         if robot != "generic":
-            policy.close()
+            server.close()
             raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
-        return PolicyAgent(policy, name, policy.metadata.get("weights"))
-    local = Spear1Policy.load(name, device, steps, dataset=dataset, dtype=dtype)
+        return PolicyAgent(server, name, server.metadata.get("weights"))
+    local = Spear1Policy.load(name, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
     return PolicyAgent(local, name, local.identity)
