@@ -168,9 +168,7 @@ class QuantileSketch:
         return sketch
 
     def _compact(self) -> None:
-        level = 0
-        while level < len(self._levels):
-            values = self._levels[level]
+        for level, values in enumerate(self._levels):  # which grow meanwhile
             if len(values) > self.capacity:
                 values = np.sort(values)
                 even = len(values) // 2 * 2
@@ -183,7 +181,6 @@ class QuantileSketch:
                 self._keep_odd[level] = not self._keep_odd[level]
                 # Of each pair one is dropped and the other counts twice: between them the rank is off by one.
                 self._lost += 2**level
-            level += 1
 
 
 def weighted_quantile(values: Array, weights: Array, q: float) -> float:
