@@ -34,8 +34,7 @@ def demonstrate(
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
-    for a folder that holds other files, other demonstrations, those with another policy, or images of another
-    size.
+    for a folder that holds other files, other demonstrations, or those of another policy or image size.
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)
@@ -87,8 +86,7 @@ def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple
     for index in range(len(store)):
         place = places.get(store.source(index), -1)
         if place <= last:
-            why = f"other settings ({store.source(index)} is not the next of these)"
-            raise SpearError(f"{out} holds demonstrations of {why}: give the same ones, or another folder")
+            raise SpearError(f"{out}: {store.source(index)} is of other settings: choose another folder")
         last = place
     for camera, (width, height) in sizes.items():
         image = store.image(0, 0, camera)

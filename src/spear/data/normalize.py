@@ -130,13 +130,11 @@ class Normalizer:
             return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
             why = " ".join(said(error)).strip() if isinstance(error, ValidationError) else error
-            what = "cannot read normalisation statistics"
-            raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
+            raise SpearError(f"no statistics: {path}: {why}; take the file beside the weights") from error
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
-    it all again."""
+    """Write the sketches of a prepared dataset's demonstrations beside its index: it is read once."""
     with suppress_notices():
         learned = store.demonstrations()
     write_sketches(learned, _sketch(learned))

@@ -185,8 +185,7 @@ def _open(path: Path) -> pq.ParquetFile:
     with reading(path):
         file = pq.ParquetFile(path)
     if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
-        lacks = ", ".join(sorted(missing))
-        raise SpearError(f"{path}: not a label shard, it lacks {lacks}: give another file")
+        raise SpearError(f"{path}: not a label shard, lacks {', '.join(sorted(missing))}: give another")
     return file
 
 

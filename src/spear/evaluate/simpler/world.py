@@ -58,11 +58,8 @@ def check_assets(folder: Path | None) -> Path:
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
-            raise SpearError(
-                f"SIMPLER's assets: {root}: has no data/{where}: run python -m "
-                f"mani_skill.utils.download_asset {name}, or give the folder that has it (--assets or "
-                "MS_ASSET_DIR)"
-            )
+            get = f"run python -m mani_skill.utils.download_asset {name}"
+            raise SpearError(f"SIMPLER's assets: {root}: has no data/{where}: {get}, or give --assets")
     return root
 
 
@@ -90,8 +87,7 @@ class SimplerWorld:
         self._grid = np.asarray(places, np.float64), np.asarray(turns, np.float64)
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
-        """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
-        camera is looked through."""
+        """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: with one."""
         if not other:
             rebuild(self._env, *self._official, start)
         else:
