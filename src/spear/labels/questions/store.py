@@ -64,8 +64,7 @@ def write_questions(
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
-    """(source of the image, question) in the order of the labels; nothing when none were written.
-    `SpearError` when the file is broken."""
+    """(source of the image, question) in the order of the labels, if any. `SpearError`: a broken file."""
     path = folder / QUESTIONS
     if not path.is_file():
         return
