@@ -299,8 +299,7 @@ def _footprints(flat: Array, angles: Array) -> Array:
 
 
 def _smallest_volume(points: Array) -> Array:
-    """Axes [3, 3] of about the smallest box with a face on a face of the convex hull; the principal axes of
-    points that span no volume."""
+    """Axes [3, 3] of about the smallest box on a face of the convex hull; principal axes of flat points."""
     try:
         hull = ConvexHull(points)
     except (QhullError, ValueError):
