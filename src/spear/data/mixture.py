@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.actions import HORIZON, chunk
+from spear.data.actions import HORIZON, chunk, first_bad
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import RATE_HZ, Array, Episode
@@ -49,9 +49,7 @@ class Mixture:
         for name, store, weight in sources:
             if not (np.isfinite(weight) and weight > 0):
                 raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
-            wrong = ~np.isclose(store.rates_hz, RATE_HZ)
-            if wrong.any():
-                index = int(wrong.argmax())
+            if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
                 where = f"dataset {name!r} ({store.source(index)})"
                 raise SpearError(f"wrong rate: {where}: {store.rates_hz[index]:g} Hz; prepare it")
         weights = np.array([weight for _, _, weight in sources], np.float64)
