@@ -178,7 +178,7 @@ def _check_length(name: str, what: str, length: int, steps: int) -> None:
         raise SpearError(f"lengths differ: {name}: {what} has {length} rows but there are {steps} steps")
 
 
-def first_bad(bad: Array) -> int | None:
+def first_bad(bad: Any) -> int | None:
     """The number of the first row that is bad [N] bool; None where none is."""
     return int(bad.argmax()) if bad.any() else None
 

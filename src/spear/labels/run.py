@@ -6,9 +6,8 @@
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
-that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
-shard can be made again of which images were skipped for a reason that may pass.
+that is there is finished and one that is not is made again, as can be one of which images were skipped for a
+reason that may pass. Its footer (`_Finished`) shows an input that has changed meanwhile.
 """
 
 import dataclasses
@@ -160,8 +159,7 @@ def label_folder(
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
             for (number, about), group in groupby(results, key=lambda result: result[0][0]):
-                path = out / f"labels-{number:05d}.parquet"
-                with ParquetWriter(path, SCHEMA) as writer:
+                with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
                     refused: list[SkippedImage] = []
                     for done in counted(group):
                         writer.write(done.labels)

@@ -47,7 +47,6 @@ def demonstrate(
     """Record `episodes` demonstrations of each task (none: all) in out/TASK; how many succeeded, of how many.
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
-    policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
 
     The rest is as in `spear.data.demonstrations.demonstrate`; `SpearError` also where ManiSkill, its assets
     or a renderer are missing.
