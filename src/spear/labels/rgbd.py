@@ -52,9 +52,8 @@ class Scene:
         self.names: dict[int, str] | None = None
         calibration = path / "intrinsic"
         if calibration.is_dir():
-            for name in ("extrinsic_color.txt", "extrinsic_depth.txt"):
-                file = calibration / name
-                if file.is_file() and not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
+            for file in calibration.glob("extrinsic_*.txt"):
+                if not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
                     raise SpearError(f"{file}: not the identity: register depth and colour to one camera")
             self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
             self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")
