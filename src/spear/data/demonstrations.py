@@ -71,8 +71,7 @@ def collect(
         sweep(out)
         kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
         if policy is not None:  # its weights are told by no episode
-            acts = {"policy": [fingerprint(policy.folder)]}
-            same_settings(out / SETTINGS, acts, begun=is_store(out))
+            same_settings(out / SETTINGS, {"policy": [fingerprint(policy.folder)]}, is_store(out))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

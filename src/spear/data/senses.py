@@ -119,11 +119,9 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     which begins with `where`, for a broken image, and for another number of images."""
     if len(images) != len(position):
         raise SpearError(f"{where}: it has {len(images)} images, but there are {len(position)} steps")
-    small = []
-    for step, encoded in enumerate(images):
-        pixels = Image.fromarray(decode_image(encoded, f"{where} step {step}"))
-        small.append(np.asarray(pixels.convert("L").resize(SIZE, Image.Resampling.BOX), np.float32))
-    frames = np.array(small)
+    decoded = (decode_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images))
+    small = (Image.fromarray(p).convert("L").resize(SIZE, Image.Resampling.BOX) for p in decoded)
+    frames = np.array([np.asarray(each, np.float32) for each in small])
     apart = max(1, round(rate_hz / RATE_HZ))  # a camera may have fewer images than there are steps
     moved = np.linalg.norm(position[apart:] - position[:-apart], axis=1) * rate_hz > FAST * apart
     share = (np.abs(frames[apart:] - frames[:-apart]) > CHANGED).mean((1, 2))[moved]

@@ -76,7 +76,6 @@ def label_jobs(
     depend on. words: instructions, for `WORDING`. labelled: how frames are; their depth is the true one.
     Raises `SpearError`, before anything is written, for a folder of other files or other settings.
     """
-    numbered = list(enumerate(jobs))
     scenes = sum(len(seeds) for _, seeds in jobs)
     check_own(out, WORDING, "label")
     advice = "use fewer --workers, and run the same command again"
@@ -88,12 +87,10 @@ def label_jobs(
         for view in views:
             sweep(out / view)
             sweep(out / "depth" / view)
-        todo = [job for job in numbered if not all(_shard(out, view, job[0]).is_file() for view in views)]
+        todo = [job for job in enumerate(jobs) if not all(_shard(out, v, job[0]).is_file() for v in views)]
         before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
-        with (
-            processes.pool(workers if workers > 1 else 0, __name__, advice) as pool,
-            ProgressBar("labelling", scenes, "scenes", before) as bar,
-        ):
+        bar = ProgressBar("labelling", scenes, "scenes", before)
+        with bar, processes.pool(workers if workers > 1 else 0, __name__, advice) as pool:
             for count in processes.in_order(pool, partial(_make, out, frames, labelled), todo, workers):
                 bar.update(bar.done + count)
     return scenes * len(views)

@@ -119,8 +119,7 @@ def record_episode(
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
     """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
-    returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
-    ManiSkill, its assets or a renderer are missing."""
+    returns the images. The rest is as in `spear.labels.scenes.label_jobs`, errors as of `demonstrate`."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
     settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "assets": assets_hash(assets)}
