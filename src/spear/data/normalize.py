@@ -89,7 +89,8 @@ class Normalizer:
         seen = [(columns, weight) for columns, weight in sketches if columns[0].count]
         if not seen:
             raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
-        share = np.array([weight for _, weight in seen]) / sum(weight for _, weight in seen)
+        weights = [weight for _, weight in seen]
+        share = np.array(weights) / sum(weights)
         axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
         offset, scale = zip(*axes, strict=True)
         scale = tuple(map(max, scale, SMALLEST_SCALES))

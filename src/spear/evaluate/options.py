@@ -55,7 +55,8 @@ class TabletopOptions(EpisodeOptions):
     """sync waits for each chunk of actions; async moves on while the next one is computed; rtc is async for
     a policy that has learned to go on from the actions that are executed meanwhile."""
     latency_ms: Annotated[float, Within(0, 1e6)] = 0.0
-    """Simulated time, ms, that the policy takes to answer; it counts in whole steps of 200 ms, rounded up."""
+    """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at
+    its next step: it counts in whole steps of 200 ms, rounded up."""
 
 
 class SimplerOptions(EpisodeOptions):

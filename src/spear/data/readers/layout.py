@@ -276,8 +276,10 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "matrix4_columns": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4)).mT[..., :3, :3].contiguous())),
     "matrix4_rows": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4))[..., :3, :3].contiguous())),
 }
-"""Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z) of the
-length that was written. Joint angles are no such format: see `franka_pose`."""
+"""Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z).
+
+Quaternions keep the length that was written. Joint angles are no such format: see `franka_pose`.
+"""
 
 
 def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Array:
