@@ -51,7 +51,8 @@ class LabelOptions(Options):
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
     size: Annotated[int, Within(0)] = 840
-    """Pixels of the longer side to which larger photos are reduced; 0: not at all. Not rgbd: and sim:."""
+    """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size. Frames
+    of rgbd: and sim: keep theirs."""
     rate: Annotated[float, Within(0.001, 1000)] = 1.0
     """Frames per second of video."""
     per_episode: Annotated[int, Within(1)] = 4

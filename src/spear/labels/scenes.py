@@ -73,8 +73,9 @@ def label_jobs(
     """Label simulated scenes; returns the images.
 
     A job that is finished is kept, so an interrupted run continues where it was. settings: what the labels
-    depend on. words: instructions, for `WORDING`. labelled: how frames are; their depth is the true one.
-    Raises `SpearError`, before anything is written, for a folder of other files or other settings.
+    depend on. words: instructions, for `WORDING`. labelled: how frames are labelled; the depth images are
+    true whatever it is. Raises `SpearError`, before anything is written, for a folder that holds other files
+    or labels of other settings.
     """
     scenes = sum(len(seeds) for _, seeds in jobs)
     check_own(out, WORDING, "label")

@@ -103,7 +103,8 @@ class EpisodeStore:
         return store
 
     def demonstrations(self) -> "EpisodeStore":
-        """Without those known to have failed (a notice); `whole` as before. Raises SpearError: none left."""
+        """Without the episodes that are known to have failed; a notice says how many. `whole` as before.
+        Raises SpearError where none is left."""
         return self._without(self.failed(), "failed", "give others")
 
     def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":

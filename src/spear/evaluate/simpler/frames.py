@@ -93,7 +93,8 @@ def rebuild(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0
     """Builds anew the scene of that number, of all pairs of places [n, objects, 3] and turns [m, objects, 4].
 
     Otherwise objects would settle while the arm still stands where the last episode left it, and contacts
-    that the solver remembers change how they roll. Pictures are drawn where they are looked at: it is slow.
+    that the solver remembers change how they roll. Pictures are only drawn where they are looked at: drawing
+    takes longer than the physics.
     """
     env.xyz_configs, env.quat_configs = places, turns
     env.objs.clear()

@@ -44,7 +44,7 @@ def demonstrate(
     assets: Path | None = None,
     policy: Acts | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Record `episodes` demonstrations of each task (none: all) in out/TASK; how many succeeded, of how many.
+    """Record `episodes` demonstrations of each task (none: all) in out/TASK; (successes, of how many) of each.
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
 

@@ -51,8 +51,7 @@ class NoRenderer(SpearError):
 
 
 def check_assets(folder: Path | None) -> Path:
-    """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
-    are missing, or ManiSkill itself."""
+    """ManiSkill's asset folder: `folder`, MS_ASSET_DIR or ~/.maniskill. `SpearError` if any lacks."""
     if find_spec("mani_skill") is None:
         raise SpearError(needs("SIMPLER", "mani_skill", "simpler"))
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
@@ -252,6 +251,7 @@ class SimplerProcess:
         return self._ask("run", rows, image, filming)
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
+        """As `SimplerWorld.look`; raises as `reset`."""
         return self._ask("look", seed, size)
 
     def close(self) -> None:

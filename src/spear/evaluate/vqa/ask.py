@@ -115,7 +115,8 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
 
     where: a folder of label shards, or of such folders by view; or "sim", "sim:SEED": scenes from SEED on.
 
-    Raises SpearError: unknown view, no labels, in another unit than the model's, or seeds not held out.
+    Raises SpearError for an unknown view, no labels there, labels in another unit than the model's numbers,
+    and seeds that are not held out.
     """
     check_known("view", processor.image_sizes, view)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():

@@ -299,7 +299,8 @@ def _footprints(flat: Array, angles: Array) -> Array:
 
 
 def _smallest_volume(points: Array) -> Array:
-    """Axes [3, 3] of about the smallest box on a face of the convex hull; principal axes of flat points."""
+    """Axes [3, 3] of about the smallest box with a face on a face of the convex hull; the principal axes of
+    points that span no volume."""
     try:
         hull = ConvexHull(points)
     except (QhullError, ValueError):

@@ -87,7 +87,8 @@ def erode(mask: Array, pixels: int) -> Array:
 def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
     """The pixels of a mask [h, w] that are connected in depth to most of it: neighbours belong to one part
     when their depths differ by less than `limit`, a fraction of them. Masks leak over edges, on to what is
-    far behind. Parts as far away, of a fifth of the largest's pixels, stay: something stands in front."""
+    far behind. Another part stays if it has a fifth of the pixels of the largest and is as far away:
+    something stands in front of the object."""
     where = mask & known
     if not where.any():
         return mask

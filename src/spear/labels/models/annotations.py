@@ -114,7 +114,8 @@ class FileDetector:
 class FileSegmenter:
     """Masks from a file of annotations, for detections of that file or of any other detector.
 
-    A detection gets the mask whose box overlaps it most (IoU > 0.5, of the same name first, each once).
+    A detection gets the mask of the annotated object whose box overlaps its own most (IoU > 0.5, one of the
+    same name first, each object once).
 
     otherwise: segmenter for detections without an annotated mask; without one they are a `SpearError`.
     """

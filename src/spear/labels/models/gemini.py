@@ -260,7 +260,8 @@ _OBJECTS = TypeAdapter(list[_Object])
 
 def parse(text: str, height: int, width: int) -> list[Detection]:
     """Gemini's answer as detections in pixels; `Unusable` when it is not what the schema says. Boxes are cut
-    at the image's edge, and left out if under a pixel, or given before (same label, IoU above 0.9)."""
+    at the edge of the image; left out are those of less than a pixel inside it, and a box that was given
+    before (same label, IoU above 0.9)."""
     fenced = re.search(r"```(?:json)?\s(.*?)```", text, re.DOTALL)
     try:
         items = _OBJECTS.validate_json(fenced[1] if fenced else text)
