@@ -95,7 +95,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _finite(columns: Columns) -> Columns:
-    """The columns that are finite in most episodes, of the episodes where all are (a NaN would decide)."""
+    """The columns that hold numbers alone in most episodes, of the episodes where all of these do: a single
+    NaN would decide which reading is the best."""
     finite = {name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()}
     kept = [name for name in columns if finite[name].mean() > 0.5]
     good = np.logical_and.reduce([finite[name] for name in kept])

@@ -60,7 +60,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """One family's numbers, with Wilson intervals. steps: mean of successes; unreachable: per episode."""
+    """One family's numbers; proportions carry 95 % Wilson intervals. steps: mean over the successes.
+    unreachable: mean per episode."""
 
     success: Estimate
     reached: Estimate

@@ -135,7 +135,8 @@ def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
 
 
 def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
-    """Mean success of `first` minus that of `second`, as in `mean_over_seeds`; paired by seeds and scenes."""
+    """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`,
+    seeds and scenes paired by their order."""
     a, b = ([np.asarray(table, bool) for table in tables] for tables in (first, second))
     if [x.shape for x in a] != [y.shape for y in b]:
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")

@@ -2,7 +2,8 @@
 
 The local one runs the networks in this process, and all else in worker processes; only a few batches are on
 their way at any time. The other is Ray's, on one machine or a cluster: the networks are actors that keep
-their component, reading and finishing are tasks, and inputs must be at the same paths on every node.
+their component, reading and finishing are tasks, and inputs must be at the same paths on every node. Batches
+come out in the order in which they went in.
 """
 
 import logging
@@ -146,7 +147,8 @@ def run_ray(
 ) -> Generator[Done, None, None]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
-    work: its `copies` and `gpus` count. Raises `SpearError`: no Ray, or a component cannot be made.
+    work: its `copies` and `gpus`, of detector, segmenter and point map, count. Raises `SpearError`: Ray is
+    not installed, or a component cannot be made.
     """
     ray = need("ray", "ray", "the ray engine")
     begun = not ray.is_initialized()

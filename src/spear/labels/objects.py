@@ -104,7 +104,8 @@ def label_object(
 
 
 def _cloud(inside: Array, points: Array, erosion: int, noise: float, most: int) -> Array:
-    """At most so many clean points [n, 3] of a mask [h, w], more of its outline, which bounds the box."""
+    """At most so many clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3]. Its outline, which
+    bounds the box, is kept more densely."""
     inner = erode(inside, 1)
     outline = subsample(np.argwhere(inside & ~inner), most // 2)
     pixels = np.concatenate([outline, subsample(np.argwhere(inner), most - len(outline))])

@@ -147,7 +147,8 @@ def read_intrinsics(path: Path) -> Array:
 
 
 def read_pose(path: Path) -> Array | None:
-    """A pose [4, 4] from a text file; None: no file, or the camera was lost. `SpearError` for no pose."""
+    """A pose [4, 4] from a text file; None when there is no file, or it says that the camera was lost.
+    `SpearError` for anything else."""
     pose = read_matrix(path) if path.is_file() else None
     if pose is None or not np.isfinite(pose).all():
         return None

@@ -178,7 +178,8 @@ def label_folder(
 def _todo(
     out: Path, items: Iterable[Item], finished: Mapping[int, _Finished], again: set[int], work: WorkOptions
 ) -> Iterator[tuple[_Shard, list[Item]]]:
-    """The batches of shards to be made, in order, each with its shard: number, and what its footer says."""
+    """The batches of shards that are unfinished or to be made again, in order, each with its shard: its
+    number, and what its footer will say."""
     for number, members in enumerate(_chunks(items, work.shard_size)):
         known = finished.get(number)
         keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()

@@ -123,7 +123,8 @@ def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | Non
 
 
 def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path) -> None:
-    """Write `out` (.rrd) whole: pictures, boxes, key points, clouds; a step of timeline "image" per label.
+    """Write `out` (.rrd), whole or not at all: pictures, boxes, key points and clouds, one step of the
+    timeline "image" per label.
 
     clouds  the point map of each label, or None where it is not at hand.
 

@@ -82,14 +82,16 @@ class DatasetSpec:
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
     length_unit      of positions and of logged translations; see `LENGTH_UNITS`.
-    angle_unit       of `rotation` and `logged_rotation` where these are angles; see `ANGLE_UNITS`.
+    angle_unit       of the numbers in `rotation` and `logged_rotation` where these are angles; see
+                     `ANGLE_UNITS`.
     tool_rotation    quaternion (w, x, y, z) that turns the dataset's end-effector frame into ours, multiplied
                      from the right. Ours is parallel to the base frame when the gripper points straight down
                      and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise.
     rate_hz          steps per second.
-    logged_translation, logged_rotation   columns of the logged arm actions (for the audit alone).
+    logged_translation, logged_rotation   columns of the logged arm actions (for the audit alone: motions are
+                     derived from the states).
     logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
                      in the base or the end-effector frame.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
@@ -147,7 +149,8 @@ def find_spec(
 ) -> DatasetSpec:
     """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
 
-    defaults  what its format says itself (rate, instructions): before the registry, after `spear.json`.
+    defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
+              before the registry and after `spear.json`.
     Raises SpearError for an unknown dataset, for one of which too little is known, and for a bad file.
     """
     path = given or folder / SPEC_FILE

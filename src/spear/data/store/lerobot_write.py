@@ -38,8 +38,9 @@ def write_lerobot(
     """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
 
     images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
-    The folder appears when everything is in it. Raises SpearError when it exists already and is not empty, or
-    another process writes it; for a bad or no episode, and for other cameras, image sizes or rates in some.
+    The folder appears when everything is in it. Raises SpearError when it exists already with something in
+    it, or another process writes it, for a bad episode, when no episode comes, and when episodes differ in
+    cameras, image size or rate.
     """
     target = Path(folder)
     check_new(target)

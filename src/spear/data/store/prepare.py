@@ -200,8 +200,9 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
-    """A camera's images as JPEG in the size wanted, if any; one that is so already stays, byte for byte. None
-    where it is blank throughout, as datasets have absent ones. Raises SpearError for a broken image."""
+    """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte, and so do
+    all where no size is wanted. Of a camera that is blank throughout none: datasets have that where it was
+    absent. Raises SpearError for a broken one."""
     size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")

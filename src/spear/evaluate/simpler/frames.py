@@ -90,7 +90,8 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
 
 
 def rebuild(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
-    """Builds anew the scene of that number, of all pairs of places [n, objects, 3] and turns [m, objects, 4].
+    """Builds the scene of that number among all pairs of places [n, objects, 3] and turns [m, objects, 4]; of
+    the one before nothing stays.
 
     Otherwise objects would settle while the arm still stands where the last episode left it, and contacts
     that the solver remembers change how they roll. Pictures are only drawn where they are looked at: drawing

@@ -44,7 +44,8 @@ def demonstrate(
     assets: Path | None = None,
     policy: Acts | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Record `episodes` demonstrations of each task (none: all) in out/TASK; (successes, of how many) of each.
+    """Record `episodes` demonstrations of each task (none: all), each task in a folder of its name in `out`;
+    how many succeeded, and of how many.
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
 
@@ -75,7 +76,8 @@ def record(
     assets: Path | None = None,
     policy: Acts | None = None,
 ) -> Iterator[Episode]:
-    """An `Episode` for each seed, in that order, also of failures; pictures are JPEG of (width, height)."""
+    """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
+    (quality 95) of size (width, height)."""
     processes = [SimplerProcess(task, assets) for _ in range(min(workers, len(seeds)))]
     free: SimpleQueue[SimplerProcess] = SimpleQueue()
     for process in processes:

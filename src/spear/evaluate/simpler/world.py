@@ -51,7 +51,8 @@ class NoRenderer(SpearError):
 
 
 def check_assets(folder: Path | None) -> Path:
-    """ManiSkill's asset folder: `folder`, MS_ASSET_DIR or ~/.maniskill. `SpearError` if any lacks."""
+    """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
+    are missing, or ManiSkill itself."""
     if find_spec("mani_skill") is None:
         raise SpearError(needs("SIMPLER", "mani_skill", "simpler"))
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()

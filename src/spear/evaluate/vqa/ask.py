@@ -113,7 +113,8 @@ def words(answer: Answer, image: Array) -> str:
 def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:
     """At most `images` labelled images, as the camera `view` of the model with this processor sees them.
 
-    where: a folder of label shards, or of such folders by view; or "sim", "sim:SEED": scenes from SEED on.
+    where: a folder of label shards, or with a sub-folder of them per view, taken evenly spread. Or "sim" or
+    "sim:SEED": held-out scenes from SEED on.
 
     Raises SpearError for an unknown view, no labels there, labels in another unit than the model's numbers,
     and seeds that are not held out.

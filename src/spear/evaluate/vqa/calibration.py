@@ -124,7 +124,8 @@ class Calibration:
     coverage  central interval ("50%") → fraction of the truths that lie in it; intervals resample images.
     curve     the same, without intervals, for every level of `LEVELS`.
     bands     in order of the spread.
-    surer, less_sure  median error, % of the distance, of the half with less mean spread, and of the other.
+    surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread
+                      is smaller, and of the other half.
     """
 
     n: int

@@ -38,7 +38,8 @@ from spear.types import Array, Box3D, LabeledImage, Pixel, Question, Segments
 class Measure:
     """How a measure is summed up over questions, and said.
 
-    statistic  "median", "mean" or "rate" (of 0 and 1, in which an answer with the wrong grammar counts 0).
+    statistic  "median", "mean", or "rate" of what is either 0 or 1; an answer with the wrong grammar has no
+               error, and counts 0 in a rate.
     unit       of its values; a rate is said in percent.
     """
 

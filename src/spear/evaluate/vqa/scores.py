@@ -22,7 +22,8 @@ from spear.util.files import write_text
 class Asked:
     """A question about a labelled image, number `image` of those that were asked about, and the answer.
 
-    readings   the answer by each way of reading its distributions, if given; `answer` is what is scored.
+    readings   the answer as each way of reading its numbers has it, where the model said what it held
+               possible. `answer` is the one that is scored.
     certainty  how sure it was of its numbers, and whether rightly; None where it did not say, for answers
                without numbers and for those with the wrong grammar.
     """
@@ -46,7 +47,8 @@ class FamilyScore:
 
     n, images   questions, and how many images they are about.
     grammar     fraction of grammatical answers, held to the grammar; free: without.
-    measures    summed up as `MEASURES` says, with 95 % intervals: rates Wilson's, others resample images.
+    measures    summed up as `MEASURES` says, with 95 % intervals: medians and means resample images, rates
+                are Wilson's.
     constant, depth_only  the same of the baselines; empty where there is none.
     """
 

@@ -63,7 +63,8 @@ def run_lengths(text: str) -> list[int]:
 
     Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
     makes it printable: from "P" on. The last group's fifth bit is the sign. From the third on, it is the
-    difference from the run two before. Not by pycocotools, which fills up a string that is cut off.
+    difference from the run two before. Not by pycocotools, which takes a string that is cut off for a mask,
+    filled up with what was in memory.
     """
     rest = re.sub(r"^([P-o]*[0-O])*", "", text)
     if rest:

@@ -1,4 +1,5 @@
-"""How good labels of objects are: scores, which objects are asked about, and errors against true boxes."""
+"""How good labels of objects are: their scores, the one rule that says which objects are asked about, and
+their errors against true boxes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -39,7 +39,8 @@ class Annotation:
     score: float = 1.0
 
     def box_in(self, height: int, width: int) -> Array:
-        """The box [4] float32 in pixels of an image of this size; zeros: empty mask. Raises as `mask_in`."""
+        """The box [4] float32 in pixels of an image of this size, inside it; zeros for an empty mask.
+        `SpearError` as in `mask_in`."""
         if self.box2d is None:
             mask = self.mask_in(height, width)
             return tight_box(mask) if mask is not None else np.zeros(4, np.float32)
@@ -66,7 +67,8 @@ class Annotation:
 
 
 Find = Callable[[str], list[Annotation] | None]
-"""What is annotated in the image of a source; None: not known. `SpearError` where it fits several images."""
+"""What is annotated in the image of a source (see `Frame`); None for one that is not known. `SpearError` for
+a source that fits several images."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Annotations:
     find: Find
 
     def of(self, frame: Frame) -> list[Annotation] | None:
-        """What `find` knows of an image. `SpearError` for one that its EXIF turns: which way is unknown."""
+        """What `find` knows of an image. `SpearError` where it cannot be told whether it was annotated as it
+        is stored or turned by its EXIF."""
         found = self.find(frame.source)
         if found and frame.turned:
             why = f"its EXIF turns it, {self.name} may mean it as it is stored or as it is seen"

@@ -65,7 +65,8 @@ class _OpenVocabulary:
 
 
 class GroundingDinoDetector(_OpenVocabulary):
-    """Finds objects by several prompts, if one is too short; the name is that whose best token fits best."""
+    """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
+    too long for a prompt is asked in several."""
 
     kind, prompt, end, threshold = "grounding-dino", "{}", ".", 0.3
 
@@ -143,7 +144,8 @@ class Owlv2Detector(_OpenVocabulary):
 
 
 def tidy(detections: Sequence[Detection], height: int, width: int, overlap: float) -> list[Detection]:
-    """Those of a pixel or more, with a name and not on a better one, best first, cut at the image's edge."""
+    """Detections, best first, cut at the edge of the image; without those of less than a pixel, without a
+    name, or on a better one (see `suppress`)."""
     if not detections:
         return []
     boxes = clip(np.stack([d.box2d for d in detections]), height, width)

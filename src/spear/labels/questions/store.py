@@ -64,7 +64,8 @@ def write_questions(
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
-    """(source of the image, question) in the order of the labels, if any. `SpearError`: a broken file."""
+    """(source of the image, question) in the order of the labels; nothing when none were written.
+    `SpearError` when the file is broken."""
     path = folder / QUESTIONS
     if not path.is_file():
         return
