@@ -204,7 +204,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     assert len(coco.find("/data/kitchen/1.jpg") or ()) == 2
     assert len(written(tmp_path, content()).find(r"C:\data\kitchen\1.jpg") or ()) == 2
     assert coco.find("2.png") == coco.find("2.png") == []
-    refuses(r"2\.png: .* as \./any/where/2\.png", coco.find, "./any/where/2.png")
+    refuses(r"2\.png and \./any/where/2\.png", coco.find, "./any/where/2.png")
     assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
     refuses(r"1\.jpg: .*annotations\.json", coco.find, "1.jpg")
 
