@@ -286,4 +286,4 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     assert prepare(folder, tmp_path / "out")[0] == 1
     shutil.rmtree(folder)
     write_lerobot([make(1)], folder)  # as many, at the same place
-    refuses("prepared otherwise", prepare, folder, tmp_path / "out")
+    refuses("other episodes", prepare, folder, tmp_path / "out")
