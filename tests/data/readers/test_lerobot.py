@@ -141,7 +141,7 @@ def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:
     for file, old, new in (("tasks.jsonl", "cup", "mug"), ("info.json", '"fps": 5', '"fps": 10')):
         text = (folder / "meta" / file).read_text()
         (folder / "meta" / file).write_text(text.replace(old, new))
-        refuses(r"prepared otherwise \(data is", prepare, folder, tmp_path / "out", "train[:2]")
+        refuses(r"in another way \(data is", prepare, folder, tmp_path / "out", "train[:2]")
         (folder / "meta" / file).write_text(text)
     assert prepare(folder, tmp_path / "out", "train[:2]")[0] == 2
 

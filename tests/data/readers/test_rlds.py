@@ -378,7 +378,7 @@ def test_another_layout_in_the_folder_of_the_version_is_other_data(copy: Path, t
     copy.rename(above / "1.0.0")
     prepare(above, tmp_path / "out", "train[:2]")
     (above / "1.0.0/spear.json").write_text('{"like": "bridge_dataset", "command_range": [1.0, 0.0]}')
-    refuses(r"prepared otherwise \(layout is", prepare, above, tmp_path / "out", "train[:2]")
+    refuses(r"in another way \(layout is", prepare, above, tmp_path / "out", "train[:2]")
 
 
 def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     for other in (words, size):
         shutil.rmtree(same.path)
         shutil.copytree(other.path, same.path)
-        refuses("prepared otherwise", prepare, same.path, tmp_path / "again")
+        refuses("other episodes", prepare, same.path, tmp_path / "again")
     write_lerobot([make(0)], folder := tmp_path / "set")
     assert prepare(folder, tmp_path / "out")[0] == 1
     shutil.rmtree(folder)
