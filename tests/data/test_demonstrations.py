@@ -57,8 +57,8 @@ def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"first_seed": 10_001}, "sim/put_on/10000 is of other settings"),
-        ({"episodes": 1}, "sim/put_on/10001 is of other settings"),
+        ({"first_seed": 10_001}, "other settings .sim/put_on/10000 "),
+        ({"episodes": 1}, "other settings .sim/put_on/10001 "),
         ({"wrist": (32, 32)}, r"wrist: \(48, 48\), not \(32, 32\)"),
         ({"first_seed": 9_999}, "kept for testing"),
     ],

@@ -119,7 +119,7 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
     [
         (lambda at: Image.new("L", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: 8 bits"),
         (lambda at: Image.new("RGB", (96, 64)).save(at / "depth/0.png"), r"0\.png: .* \(64, 96, 3\)"),
-        (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64, not"),
+        (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64 depth"),
         (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
         (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
         # of images of twice the size, as a dataset has them before its images are made smaller

@@ -68,7 +68,7 @@ class Scene:
         depth_camera = self.depth_camera
         if depth_camera is None:
             if not same_view(image.shape[:2], depth.shape):
-                raise SpearError(f"{depth_file}: {columns}×{rows}, not {width}×{height}: register to color")
+                raise SpearError(f"{depth_file}: not like {width}×{height} color: register it to color first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         for camera, size in ((self.camera, (width, height)), (depth_camera, (columns, rows))):
             if not ((camera[:2, 2] > 0) & (camera[:2, 2] < size)).all():

@@ -151,7 +151,7 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
     info = json.loads((folder / "meta/info.json").read_text())
     for change, message in (
         ({"codebase_version": "v1.6"}, "info.json: codebase_version "),
-        ({"total_episodes": 9}, "8 of 9 episodes listed"),
+        ({"total_episodes": 9}, "info.json says 9, 8 are listed"),
         ({"fps": 0}, "unreadable: .*info.json: fps "),
         ({"features": None}, "unreadable: .*info.json: features "),
     ):

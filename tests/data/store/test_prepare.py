@@ -237,7 +237,7 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     assert written == 4 and sorted(found) == ["1", "3"]  # broken, a single step
     written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=Conversion(size=("32x32",)))
     assert written == 4 and len(reasons) == 2
-    said, how = r"no good episode: .*'wirst': made#\d has .*external", Conversion(size=("wirst=32x32",))
+    said, how = r"no good episode: .*'wirst': made#\d: .*external", Conversion(size=("wirst=32x32",))
     refuses(said, prepare, tmp_path / "arm", tmp_path / "no" / "data", how=how)
     write_lerobot([make(0)], tmp_path / "set")
     refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
