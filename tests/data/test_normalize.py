@@ -161,7 +161,7 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
 
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "normalizer.json"
-    refuses("no statistics", Normalizer.load, path)
+    refuses("cannot read normalisation statistics", Normalizer.load, path)
     for text in ("{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"):
         path.write_text(text)
         refuses(r"normalizer\.json", Normalizer.load, path)

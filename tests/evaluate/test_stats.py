@@ -43,7 +43,7 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     ],
 )
 def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
-    with pytest.raises((ValueError, ZeroDivisionError)):
+    with pytest.raises(ValueError):
         function(*nonsense)
 
 

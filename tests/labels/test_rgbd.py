@@ -146,4 +146,4 @@ def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -
     moved[0, 3] = 0.03
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
     refuses("extrinsic_depth", Scene, folder)
-    refuses("no color/ or no depth/", Scene, tmp_path)
+    refuses("no RGB-D scene", Scene, tmp_path)

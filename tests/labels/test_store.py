@@ -61,4 +61,4 @@ def test_broken_shards_and_other_files_are_named(labels: list[LabeledImage], tmp
     refuses("no label shards", count, tmp_path)
     refuses("no label shards", list, read(tmp_path / "absent"))
     pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
-    refuses("not a label shard, lacks", count, tmp_path)
+    refuses("not a label shard, it lacks", count, tmp_path)

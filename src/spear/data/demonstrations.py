@@ -34,7 +34,8 @@ def demonstrate(
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
-    for a folder that holds other files, other demonstrations, or those of another policy or image size.
+    for a folder that holds other files, other demonstrations, those with another policy, or images of another
+    size.
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)
@@ -85,7 +86,8 @@ def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple
     for index in range(len(store)):
         place = places.get(store.source(index), -1)
         if place <= last:
-            raise SpearError(f"{out}: {store.source(index)} is of other settings: choose another folder")
+            why = f"other settings ({store.source(index)} is not the next of these)"
+            raise SpearError(f"{out} holds demonstrations of {why}: give the same ones, or another folder")
         last = place
     for camera, (width, height) in sizes.items():
         image = store.image(0, 0, camera)

@@ -45,8 +45,8 @@ class Mixture:
         self.seed = seed
         for name, store, _ in sources:
             if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
-                where = f"dataset {name!r} ({store.source(index)})"
-                raise SpearError(f"wrong rate: {where}: {store.rates_hz[index]:g} Hz; prepare it")
+                rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
+                raise SpearError(f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it")
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.

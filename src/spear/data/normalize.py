@@ -129,11 +129,13 @@ class Normalizer:
             return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
             why = " ".join(said(error)).strip() if isinstance(error, ValidationError) else error
-            raise SpearError(f"no statistics: {path}: {why}; take the file beside the weights") from error
+            what = "cannot read normalisation statistics"
+            raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations beside its index: it is read once."""
+    """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
+    it all again."""
     with suppress_notices():
         learned = store.demonstrations()
     write_sketches(learned, _sketch(learned))

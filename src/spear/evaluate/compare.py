@@ -79,7 +79,8 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     for one, two in pairs:
         if one.instruction != two.instruction:
             said = f"{one.instruction!r} for {a} and {two.instruction!r} for {b}"
-            raise SpearError(f"results: {one.family} scene {one.seed} is {said}: evaluate one of them again")
+            why = f"results: {one.family} scene {one.seed} is {said}: the simulator changed"
+            raise SpearError(f"{why}: evaluate the older one again")
     if (starts := [r.settings.get("starts", "the official ones") for r in (first, second)])[0] != starts[1]:
         raise SpearError(f"results: starts of {a}: {starts[0]}, of {b}: {starts[1]}: these are other scenes")
     families: dict[str, list[Pair]] = {}

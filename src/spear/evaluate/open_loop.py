@@ -28,7 +28,8 @@ class OpenLoop:
     """One policy's open-loop errors on some episodes.
 
     episodes   of each its errors by name, see `_errors`.
-    predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done (NaN: not known).
+    predicted, truth  per episode [T, 8]: the first action of each chunk, and what was done (NaN where that is
+                      not known).
     """
 
     name: str
@@ -75,8 +76,11 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
 
 
 def mean_action(actions: Array) -> Array:
-    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation (the top
-    eigenvector of Σ q qᵀ, which does not depend on the signs of the quaternions)."""
+    """The one action [8] nearest to many [N, 8]: mean translation and gripper, chordal mean rotation.
+
+    The chordal mean on S³ is the top eigenvector of Σ q qᵀ, which does not depend on the signs of the
+    quaternions.
+    """
     actions = np.asarray(actions, np.float64)
     mean, quats = actions.mean(axis=0), actions[:, 3:7]
     rotation = np.linalg.eigh(quats.T @ quats)[1][:, -1]

@@ -34,7 +34,8 @@ class EpisodeOptions(Options):
     first_seed: Annotated[int, Within(0)] = 0
     """Scenes first-seed, first-seed + 1, … In the embedded simulator those below 10000 are for testing."""
     replan: Annotated[int, Within(1)] = 1
-    """How many of the predicted actions are executed before the policy looks again: fewer react sooner."""
+    """How many of the predicted actions are executed before the policy looks again: fewer react sooner and
+    cost more inferences."""
     films: Annotated[Films, Within(0)] = 0
     """Films of so many successes and failures per family; failures, for a film of every failure; or all."""
     out: Folder = None
@@ -64,7 +65,8 @@ class SimplerOptions(EpisodeOptions):
 
     scenes: Annotated[int, Within(1)] = 384
     """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has 24 or 64
-    starts: each comes up 16 or 6 times, with other noise for the policy; references see each once."""
+    different starts: each comes up 16 or 6 times, with other noise for the policy; references, which have no
+    noise, see each once."""
     tasks: tuple[str, ...] = ()
     """ManiSkill's names; all four when none is given."""
     off_grid: bool = False
@@ -81,7 +83,8 @@ class QuestionOptions(Options):
     per_image: Annotated[int, Within(1)] = 2
     """At most so many questions of each kind about an image."""
     families: tuple[str, ...] = ()
-    """Of box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; default: all."""
+    """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
+    chain_of_thought."""
     decode: Decode = "mode"
     seed: Seed = 0
     view: str = "external"

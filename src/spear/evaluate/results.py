@@ -73,7 +73,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation: who acted, how, every episode's outcome, the wall time, and (of journals) the scenes."""
+    """An evaluation: who acted, how, every episode's outcome, the wall time, and which scenes were to be run,
+    where a journal says it."""
 
     policy: str
     settings: dict[str, Any]
@@ -153,7 +154,8 @@ def terminal_table(
     caption: str = "",
     mean_last: bool = False,
 ) -> Table:
-    """A table for a terminal, numbers right, none of our words folded. mean_last: the last row is set off."""
+    """A table for a terminal, numbers right; 80 characters fold none of our words. mean_last: the last row is
+    set off."""
     lean: Any = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
     table = Table(title="\n" + escape(title), caption=escape(caption), **lean)
     short = all(len(row[0]) <= 16 for row in rows)
@@ -177,8 +179,8 @@ def merge(parts: Sequence[Results]) -> Results:
             raise SpearError(f"results of {part.policy}: {other}: only parts of one evaluation merge")
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
-                which = f"results of {part.policy}: {o.family} scene {o.seed}"
-                raise SpearError(f"{which}: ended differently in two parts: evaluate into a new folder")
+                which = f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts"
+                raise SpearError(f"{which}: policy or simulator changed: evaluate again into a new folder")
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
     wanted = frozenset[tuple[str, int]]().union(*(p.wanted for p in parts))

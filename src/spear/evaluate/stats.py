@@ -95,6 +95,8 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
     the interval leaves out zero: in simulations, for 0.4 to 6 % of pairs of equals, on 5 to 381 scenes.
     Pairing removes the differences between scenes, so that far fewer are needed.
     """
+    if not strata:
+        raise ValueError("paired_difference: no strata")
     values, centres, variance, n = [], [], 0.0, 0
     extra = 1 / len(strata)
     for first, second in strata:
@@ -118,6 +120,8 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
             `FEWEST` there is no interval: its ends are NaN.
     """
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
+    if not units:
+        raise ValueError("bootstrap: no values")
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
@@ -129,7 +133,7 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
 
 def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
     """The mean over strata (task families, each counting the same) of success [seeds, scenes] bool."""
-    tables = [np.asarray(table, bool) for table in strata]
+    tables = _checked(strata)
     independent = wilson_mean([(int(table.sum()), table.size) for table in tables])
     return _wider(_crossed(tables), independent, 0.0)
 
@@ -137,7 +141,7 @@ def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
 def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
     """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`,
     seeds and scenes paired by their order."""
-    a, b = ([np.asarray(table, bool) for table in tables] for tables in (first, second))
+    a, b = _checked(first), _checked(second)
     if [x.shape for x in a] != [y.shape for y in b]:
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
     crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
@@ -150,6 +154,13 @@ def _score_interval(p: float, n: float) -> tuple[float, float]:
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     return float(max(0.0, min(p, centre - half))), float(min(1.0, max(p, centre + half)))
+
+
+def _checked(strata: Sequence[Array]) -> list[Array]:
+    tables = [np.asarray(table, bool) for table in strata]
+    if not tables or any(t.ndim != 2 or not t.size or len(t) != len(tables[0]) for t in tables):
+        raise ValueError(f"seeds and scenes: {[t.shape for t in tables]}")
+    return tables
 
 
 def _crossed(tables: Sequence[Array]) -> tuple[float, float]:

@@ -178,7 +178,8 @@ def _parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise SpearError(f"{path}: not a Parquet file ({first_line(error)}): copy it again") from error
+        reason = first_line(error)
+        raise SpearError(f"{path}: not a Parquet file ({reason}): copy it again, or leave it out") from error
 
 
 def _image_column(schema: pa.Schema, path: str) -> str:

@@ -68,7 +68,8 @@ class Scene:
         depth_camera = self.depth_camera
         if depth_camera is None:
             if not same_view(image.shape[:2], depth.shape):
-                raise SpearError(f"{depth_file}: not like {width}×{height} color: register it to color first")
+                what = f"{columns}×{rows} depth, {width}×{height} color"
+                raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         for camera, size in ((self.camera, (width, height)), (depth_camera, (columns, rows))):
             if not ((camera[:2, 2] > 0) & (camera[:2, 2] < size)).all():
@@ -175,7 +176,8 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
     color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
-        raise SpearError(f"{folder}: no color/ or no depth/: give both and intrinsics.txt, or a ScanNet scan")
+        what = "no RGB-D scene (no color/ or no depth/)"
+        raise SpearError(f"{folder}: {what}: give both and intrinsics.txt, or a ScanNet scan")
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
     images = [path for path in color.iterdir() if path.suffix.lower() in IMAGES]
     pairs = [(path, depths[path.stem]) for path in images if path.stem in depths]

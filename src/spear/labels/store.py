@@ -184,7 +184,8 @@ def _open(path: Path) -> pq.ParquetFile:
     with reading(path):
         file = pq.ParquetFile(path)
     if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
-        raise SpearError(f"{path}: not a label shard, lacks {', '.join(sorted(missing))}: give another")
+        lacks = ", ".join(sorted(missing))
+        raise SpearError(f"{path}: not a label shard, it lacks {lacks}: give another file")
     return file
 
 

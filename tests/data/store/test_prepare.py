@@ -222,7 +222,7 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
     numbers = copy / "episodes-00001.arrow"
     for keep in (0.98, 0.7, 0.0):
         os.truncate(numbers, int(numbers.stat().st_size * keep))
-        refuses(r"corrupt shard: .*episodes-00001\.arrow.*write it again", EpisodeStore, copy)
+        refuses(r"truncated shard: .*episodes-00001\.arrow.*write it again", EpisodeStore, copy)
     numbers.unlink()
     with pytest.warns(Notice, match="1 of its shards"):
         EpisodeStore(copy)

@@ -147,7 +147,8 @@ def numbers(steps: Steps, where: str, source: str) -> Array:
     except (TypeError, ValueError) as error:
         raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
     if (step := first_bad(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))) is not None:
-        raise SpearError(f"not a number: {source} step {step}: {where} is {values[step].tolist()}")
+        there = f"{source} step {step}: {where} is {values[step].tolist()}"
+        raise SpearError(f"not a number: {there}; leave the episode out")
     return values
 
 
@@ -172,7 +173,8 @@ def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], sour
     if (step := first_bad((part < -SLACK) | (part > 1 + SLACK))) is not None:
         wrong = f"{where} is {values[step]:.4g}, but {key} is [{closed:g}, {opened:g}]"
         runs = f"in this episode it runs from {values.min():.4g} to {values.max():.4g}"
-        raise SpearError(f"out of range: {source} step {step}: {wrong}; {runs}: give (closed, open)")
+        cure = "give its readings when closed, then when open"
+        raise SpearError(f"out of range: {source} step {step}: {wrong}; {runs}: {cure}")
     return np.clip(part, 0, 1)
 
 
@@ -224,15 +226,19 @@ def _ended(steps: Steps, where: str, source: str) -> bool | None:
 
 
 def _text(steps: Steps, where: str, source: str) -> str:
-    """What a column of bytes, texts or Unicode code points padded with zeros says in all rows but empty ones.
-    Raises SpearError naming the column for anything else, such as numbers, images or a text that changes."""
+    """What a column says: bytes, texts, or Unicode code points padded with zeros; the same in all rows, but
+    for empty ones.
+
+    Raises SpearError naming the column for anything else, such as numbers, images or a text that changes.
+    """
     try:
         rows = {r.tobytes() if isinstance(r, np.ndarray) else r: r for r in column(steps, where, source)}
         texts = [text for text in dict.fromkeys(map(_words, rows.values())) if text]
     except (TypeError, ValueError, OverflowError) as error:
         raise SpearError(f"no text in column {where!r}: {source}: name another column") from error
     if texts[1:]:
-        raise SpearError(f"text that changes: {source}: {where}: {texts[0]!r}, {texts[1]!r}; cut it there")
+        change = f"{where} is {texts[0]!r} and then {texts[1]!r}"
+        raise SpearError(f"text that changes: {source}: {change}; cut the episode there, or leave it out")
     return "".join(texts)
 
 
@@ -290,7 +296,8 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     tensor = torch.as_tensor(np.asarray(values, np.float64))
     width, convert = FORMS[layout]
     if tensor.ndim != 2 or tensor.shape[1] != width:
-        raise SpearError(f"wrong shape: {source}: rotation is {values.shape}, {layout} has {width} columns")
+        shape = tuple(tensor.shape)
+        raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
     if layout.startswith("matrix4"):
         pose = tensor.unflatten(-1, (4, 4))
         _check_poses(pose.mT if layout == "matrix4_columns" else pose, layout, source)
@@ -303,8 +310,8 @@ def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
     row = (pose[:, 3] - last).abs().amax(1)
     bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
     if bad.any():
-        step = int(bad.int().argmax())
-        raise SpearError(f"not a rotation: {source} step {step}: no pose as {layout}; check the layout")
+        where = f"not a rotation: {source} step {int(bad.int().argmax())}"
+        raise SpearError(f"{where}: the 16 numbers are no pose written as {layout}; check the layout")
 
 
 _DH = (

@@ -111,7 +111,8 @@ class LeRobotFolder:
         """What its columns mean; see `find_spec`. Raises SpearError also where its metadata contradict it."""
         spec = find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
         if spec.rate_hz != self.info.fps:
-            raise SpearError(f"two rates: {self.path}: {self.info.fps} fps: leave rate_hz out of the layout")
+            why = f"rate_hz is {spec.rate_hz}, but its {INFO} says {self.info.fps} fps"
+            raise SpearError(f"two rates: {self.path}: {why}: leave rate_hz out of the layout")
         for key in ("position", "rotation") if spec.rotation_format != "franka_joints" else ():
             if found := self.joints(str(getattr(spec, key))):
                 why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
@@ -149,7 +150,8 @@ class LeRobotFolder:
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError) as error:  # an empty cell, or rows of different lengths
-            raise SpearError(f"bad rows: {self.name}#{index}: {first_line(error)}; leave it out") from error
+            why = first_line(error)
+            raise SpearError(f"broken rows: {self.name}#{index}: {why}; leave the episode out") from error
 
     def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
         rows = _rows(episode, self.name)
@@ -202,7 +204,8 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
     if info.total_episodes not in (None, len(episodes)):
-        raise SpearError(f"{folder}: {len(episodes)} of {info.total_episodes} episodes listed; copy it again")
+        listed = f"{INFO} says {info.total_episodes}, {len(episodes)} are listed"
+        raise SpearError(f"episodes missing: {folder}: {listed}; copy it again")
     return LeRobotFolder(folder, folder.resolve().name, info, _splits(info, len(episodes)), tasks, episodes)
 
 
@@ -284,8 +287,8 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error
     if len(rows) != episode.length:
-        where = f"{name}#{episode.index}: {episode.data}"
-        raise SpearError(f"rows missing: {where} has {len(rows)} of {episode.length}; copy it again")
+        there = f"{episode.data} has {len(rows)} of its {episode.length} rows"
+        raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
     return rows
 
 

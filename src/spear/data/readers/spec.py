@@ -159,7 +159,8 @@ def find_spec(
     elif name in REGISTRY:
         spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
     else:
-        raise SpearError(f"no layout of {name!r}: `spear data describe {folder}` proposes a {SPEC_FILE}")
+        hint = f"`spear data describe {folder}` proposes a {SPEC_FILE}"
+        raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
     check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)

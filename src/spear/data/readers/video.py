@@ -43,8 +43,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
         if height % 2 or width % 2 or min(height, width) < 64:
-            why = "AV1 needs even sides of at least 64: write images, or prepare with --size"
-            raise SpearError(f"no video of {width} x {height} pixels: {why}")
+            why = f"no video of {width} x {height} pixels: AV1 needs even sides of at least 64"
+            raise SpearError(f"{why}: write images, or prepare the data first, with --size")
         av = _av()
         if "libsvtav1" not in av.codecs_available:
             raise SpearError("this PyAV has no AV1 encoder: write images, or pip install --upgrade av")

@@ -143,4 +143,5 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     except FileNotFoundError as error:
         raise SpearError(f"missing file: {error.filename}: copy the folder again") from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-        raise SpearError(f"corrupt shard: {path}: {first_line(error)}; write it again") from error
+        why = first_line(error)
+        raise SpearError(f"corrupt or truncated shard: {path}: {why}; delete it or write it again") from error

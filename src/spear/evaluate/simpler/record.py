@@ -1,5 +1,6 @@
-"""What is learned from the tasks: labelled images, and demonstrations as `Episode`s (the oracle at work from
-starts off the official grid, with disturbances as `spear.sim.record` has them)."""
+"""What is learned from the tasks: demonstrations as `Episode`s (the oracle at work from starts off the
+official grid, with disturbances that it recovers from, as `spear.sim.record` has them), and labelled
+images."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -49,8 +50,9 @@ def demonstrate(
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
 
-    The rest is as in `spear.data.demonstrations.demonstrate`; `SpearError` also where ManiSkill, its assets
-    or a renderer are missing.
+    The same call, or one with more episodes, continues behind the last shard that was written. Raises
+    `SpearError` as `spear.data.demonstrations.demonstrate`, and where ManiSkill, its assets or a renderer are
+    missing.
     """
     check_known("task", TASKS, *tasks)
     check_seed(first_seed)

@@ -94,7 +94,8 @@ def is_official(start: Start, places: Array, turns: Array) -> bool:
 
 @dataclass(frozen=True)
 class Truth:
-    """What only the simulator knows. Poses [7]: position (m) and quaternion (w x y z), robot's base frame.
+    """What only the simulator knows. Poses are [7]: position (m) and quaternion (w x y z), in the robot's
+    base frame.
 
     commanded  pose of the end-effector that the controller is told to reach (our end-effector frame).
     measured   pose of the end-effector.

@@ -58,8 +58,11 @@ def check_assets(folder: Path | None) -> Path:
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
-            get = f"run python -m mani_skill.utils.download_asset {name}"
-            raise SpearError(f"SIMPLER's assets: {root}: has no data/{where}: {get}, or give --assets")
+            raise SpearError(
+                f"SIMPLER's assets: {root}: has no data/{where}: run python -m "
+                f"mani_skill.utils.download_asset {name}, or give the folder that has it (--assets or "
+                "MS_ASSET_DIR)"
+            )
     return root
 
 
@@ -87,7 +90,8 @@ class SimplerWorld:
         self._grid = np.asarray(places, np.float64), np.asarray(turns, np.float64)
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
-        """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: with one."""
+        """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
+        camera is looked through."""
         if not other:
             rebuild(self._env, *self._official, start)
         else:

@@ -39,7 +39,8 @@ def ask(
     """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
 
     family  of the question; without it that of its wording (`understand`), or a free answer.
-    trust   the words then say how sure the numbers are, if known; or what the picture lacks: None.
+    trust   the words then say how sure the numbers are, or that this is not known; or what is not in the
+            picture: no answer (None).
 
     Raises SpearError for an unknown question family or an empty question.
     """
@@ -129,8 +130,8 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     unit = processor.coordinates.unit
     other = next((label for label in labels if label.unit != unit), None)
     if other is not None:
-        units = f"{other.source} is in unit {other.unit!r}, the model answers in {unit!r}"
-        raise SpearError(f"{where}: {units}: label in that unit, or ask another model")
+        units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"
+        raise SpearError(f"{where}: {units}: label with a point map of that unit, or ask another model")
     return labels
 
 

@@ -50,7 +50,8 @@ class Certainty:
 
 @dataclass(frozen=True)
 class Trust:
-    """How far a model's answers can be trusted, measured on known answers, kept beside its weights.
+    """How far a model's answers can be trusted, measured on images with known answers and kept beside its
+    weights.
 
     measured_on   these images, in words.
     factors       family -> what its spread is to be multiplied with: that far from the middle of the

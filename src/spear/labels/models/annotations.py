@@ -61,8 +61,8 @@ class Annotation:
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
         if not same_view((height, width), self.size):
-            sizes = f"{columns}×{rows} pixels annotated, {width}×{height} here"
-            raise SpearError(f"annotation of {self.name!r}: {sizes}: give the image itself")
+            sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
+            raise SpearError(f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized")
         return rows, columns
 
 
@@ -104,7 +104,8 @@ class FileDetector:
         found = [self.annotations.of(frame) for frame in frames]
         unknown = [frame for frame, annotated in zip(frames, found, strict=True) if annotated is None]
         if unknown and self.otherwise is None:
-            raise SpearError(f"{unknown[0].source}: not in {self.annotations.name}: add a detector for it")
+            lacks = f"{unknown[0].source}: not in {self.annotations.name}"
+            raise SpearError(f"{lacks}: name images as that file does, or add a detector for the others")
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
         results = []
         for frame, annotated in zip(frames, found, strict=True):
@@ -128,6 +129,7 @@ class FileSegmenter:
         self.name = _name(annotations, otherwise)
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        """For each frame, masks [n, h, w] bool."""
         results = list(map(self._masks, frames, detections))
         rest = [(f, d, *r) for f, d, r in zip(frames, detections, results, strict=True) if r[1]]
         if rest and self.otherwise is None:
@@ -175,7 +177,8 @@ def open_annotations(path: str | Path) -> Annotations:
         return Annotations(f"ego-exo4d relations {file}", _relations(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise SpearError(f"{path}: give COCO's instances or Ego-Exo4D's relations ({why})") from error
+        kinds = "COCO's JSON of instances nor Ego-Exo4D's relations"
+        raise SpearError(f"{path}: neither {kinds} ({why}): give one of the two") from error
 
 
 def _parts(path: str) -> list[str]:
@@ -216,7 +219,8 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         if len(best) > 1:
             raise SpearError(f"{source}: fits {len(best)} images of coco {file}: name its folder too")
         if best and answered.setdefault(best[0], source) != source:
-            raise SpearError(f"{answered[best[0]]}: coco {file} has it as {source} too: name its folder")
+            other = f"{answered[best[0]]} and {source}"
+            raise SpearError(f"{other}: one image of coco {file} fits both: name its folder too")
         return objects[best[0]] if best else None
 
     return find

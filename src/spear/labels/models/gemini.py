@@ -84,7 +84,8 @@ class GeminiDetector:
         self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         if key is None:
-            raise SpearError(f"Gemini: set {KEYS[0]} (https://aistudio.google.com/apikey), {OTHERWISE}")
+            get = f"set {KEYS[0]} (get one at https://aistudio.google.com/apikey)"
+            raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
         genai = need("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
         self._address = os.environ.get("GOOGLE_GEMINI_BASE_URL", ADDRESS)  # where the client reads it too
@@ -179,7 +180,8 @@ class GeminiDetector:
             if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
                 break
             time.sleep(wait)
-        raise RetryableError(f"{where}: no answer in {attempt + 1} attempts ({reason}): label it again")
+        tried = f"no answer by Gemini in {attempt + 1} attempts"
+        raise RetryableError(f"{where}: {tried} ({reason}): label it again")
 
     def _wait_for_turn(self) -> None:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""

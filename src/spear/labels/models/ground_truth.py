@@ -69,6 +69,7 @@ class GroundTruthPointMap:
     name = GROUND_TRUTH
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
+        """The metric point map of each frame."""
         found = []
         for frame in frames:
             if frame.depth is None or frame.intrinsics is None:

@@ -25,7 +25,8 @@ from spear.types import Array, Frame
 class _OpenVocabulary:
     """What both share: a network that finds the objects of a vocabulary.
 
-    model: on the Hub, or a folder. Raises `SpearError`: no such model, no names, or one too long to prompt.
+    model: name on the Hub, or folder. Raises `SpearError`: an empty vocabulary, a name too long for a prompt,
+    or no such model.
     """
 
     kind: str

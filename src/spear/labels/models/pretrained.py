@@ -57,4 +57,5 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     try:
         return cls.from_pretrained(name, revision=revision or "main", **options)
     except Exception as error:  # names that do not exist and broken files raise errors of many kinds
-        raise SpearError(f"{model}: no {kind} model ({first_line(error)}): give {kind}=FOLDER") from error
+        why = f"cannot load this {kind} model ({first_line(error)})"
+        raise SpearError(f"{model}: {why}: check name and network, or give {kind}=FOLDER") from error

@@ -32,6 +32,7 @@ class Sam2Segmenter:
         self.name = f"sam2 {model} (box prompts)"
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+        """For each frame, masks [n, h, w] bool."""
         pairs = zip(frames, detections, strict=True)
         masks = [np.zeros((len(found), *frame.image.shape[:2]), bool) for frame, found in pairs]
         busy = [i for i, found in enumerate(detections) if found]

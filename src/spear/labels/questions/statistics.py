@@ -25,7 +25,8 @@ SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "c
 
 class TokenUse(NamedTuple):
     """How often each 3D token (bin) occurs in the answers: `counts`; how many bins are `unused`, and how many
-    numbers `outside` all; `evenness`: exp(entropy) / bins, 1 where all are used alike."""
+    numbers `outside` all; `evenness`, 1 where all are used alike, 1 / bins where only one is: exp(entropy) /
+    bins."""
 
     counts: Sequence[int]
     unused: int
@@ -72,7 +73,8 @@ def statistics(labels: Iterable[LabeledImage]) -> Statistics:
     for label in labels:
         found.unit = found.unit or label.unit
         if label.unit != found.unit:
-            raise SpearError(f"{label.source}: in unit {label.unit!r}, not {found.unit!r}: give one unit")
+            which = f"{label.source or 'label'}: in unit {label.unit!r}, not {found.unit!r} as the others"
+            raise SpearError(f"{which}: give labels of one unit")
         found.images += 1
         found.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
         for o, why in zip(label.objects, why_not_asked(label), strict=True):
