@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,23 @@ SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 
 
 def run(
-    source: Path, out: Path, workers: int = 0, detector: tuple[Any, ...] = (), shard: int = 8, **options: Any
+    source: Path,
+    out: Path,
+    workers: int = 0,
+    detector: tuple[Any, ...] = (),
+    shard: int = 8,
+    stop: int | None = None,
+    retry_skipped: bool = False,
 ) -> Progress:
+    """stop: the batches of three images after which the user does."""
+
+    def stopped(batches: Any) -> Any:
+        yield from islice(engine(workers, *detector)(batches), stop)
+        if stop is not None:
+            raise KeyboardInterrupt
+
     work = WorkOptions(shard_size=shard, batch_size=3)
-    return label_folder(listing(source), out, engine(workers, *detector), SETTINGS, work, **options)
+    return label_folder(listing(source), out, stopped, SETTINGS, work, retry_skipped)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,10 +100,7 @@ def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_
     before = contents(out)
     assert run(source, out) == Progress(21, 21, 21, skipped=7, retryable=4)
     assert contents(out) == before  # nothing is tried again unless asked
-    seen: list[Progress] = []
-    still = (0.0, "none", ("00004.png",))
-    done = run(source, out, detector=still, retry_skipped=True, on_progress=seen.append)
-    assert seen[0] == Progress(21, before=0, done=0, skipped=0)
+    done = run(source, out, detector=(0.0, "none", ("00004.png",)), retry_skipped=True)
     assert done == Progress(21, 0, 21, skipped=4, retryable=1)
     assert run(source, out, workers=1, retry_skipped=True) == Progress(21, 13, 21, skipped=3)
     assert contents(out) == contents(whole)
@@ -98,23 +109,16 @@ def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_
 
 def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
-    run(source, tmp_path / "whole", shard=18)
+    run(source, tmp_path / "whole", shard=17)
     out = tmp_path / "labels"
 
-    def stop(after: int) -> Any:
-        def progress(now: Progress) -> None:
-            if now.done > now.before and now.done >= after:
-                raise KeyboardInterrupt
-
-        return progress
-
     with pytest.raises(KeyboardInterrupt):
-        run(source, out, detector=UNREACHED, shard=18, on_progress=stop(19))
+        run(source, out, detector=UNREACHED, shard=17, stop=7)
     first = (out / "labels-00000.parquet").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        run(source, out, shard=18, retry_skipped=True, on_progress=stop(9))
+        run(source, out, shard=17, retry_skipped=True, stop=2)
     assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
-    assert run(source, out, shard=18, retry_skipped=True) == Progress(21, 0, 21, skipped=3)
+    assert run(source, out, shard=17, retry_skipped=True) == Progress(21, 0, 21, skipped=3)
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -206,9 +210,8 @@ def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, sha
 
 
 def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
-    before, seen = contents(whole), []
-    assert run(source, whole, on_progress=seen.append) == Progress(total=21, before=21, done=21, skipped=3)
-    assert len(seen) == 1  # nothing is left to do
+    before = contents(whole)
+    assert run(source, whole) == Progress(total=21, before=21, done=21, skipped=3)
     assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
     assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)

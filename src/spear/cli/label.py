@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.labels.options import LabelOptions, QuestionOptions, changed
+from spear.labels.options import LabelOptions, QuestionOptions
 from spear.util.files import read_json
-from spear.util.options import File, Options, Within
+from spear.util.options import File, Options, Within, changed
 
 if TYPE_CHECKING:
     from spear.labels.models.protocols import PointMapResult
-    from spear.labels.run import Progress
     from spear.types import LabeledImage
 
 
@@ -111,20 +110,12 @@ def _plan(options: LabelOptions) -> None:
 
 def _label_photos(options: LabelOptions) -> None:
     from spear.labels.run import label_photos
-    from spear.util.progress import ProgressBar
 
     bills: list[str] = []
     try:
-        with ProgressBar("labelling", unit="images") as bar:
-
-            def report(now: "Progress") -> None:
-                if bar.total is None:
-                    bar.begin(now.total, now.before)
-                bar.update(now.done, f"{now.skipped:,} skipped")
-
-            done = label_photos(options, report, bills.append)
+        done = label_photos(options, bills.append)
         said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
-        print(", ".join(part for part in (*said, bar.rate()) if part))
+        print(", ".join(part for part in (*said, done.rate) if part))
         if done.retryable:
             print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
     finally:

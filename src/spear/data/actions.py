@@ -144,9 +144,8 @@ def check_episode(episode: Episode) -> Episode:
         raise SpearError(f"no camera: {name}: an episode needs at least one camera's images")
     for camera, images in episode.images.items():
         _check_length(name, f"camera {camera!r}", len(images), steps)
-        for step, image in enumerate(images):
-            if not image:
-                raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave the episode out")
+        if b"" in images:
+            raise SpearError(f"empty image: {name} step {images.index(b'')} camera {camera!r}: leave it out")
     shapes = {"position": (steps, 3), "rotation": (steps, 4), "gripper": (steps,)}
     parts: dict[str, Any]
     parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
@@ -174,13 +173,16 @@ def _check_length(name: str, what: str, length: int, steps: int) -> None:
         raise SpearError(f"lengths differ: {name}: {what} has {length} rows but there are {steps} steps")
 
 
+def first_bad(bad: Any) -> int | None:
+    """The number of the first row that is bad [N] bool; None where none is."""
+    return int(bad.argmax()) if bad.any() else None
+
+
 def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array:
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(f"wrong shape: {name}: {what} is {array.shape}, expected {shape}")
-    bad = ~np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
-    if bad.any():
-        step = int(bad.argmax())
+    if (step := first_bad(~np.isfinite(array.reshape(shape[0], -1)).all(axis=1))) is not None:
         raise SpearError(f"not a number: {name} step {step}: {what} is {array[step].tolist()}")
     return array
 
@@ -188,9 +190,7 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
 def check_norm(quaternion: Array, name: str, what: str) -> Array:
     """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
-    bad = np.abs(norm - 1) > UNIT_TOLERANCE
-    if bad.any():
-        step = int(bad.argmax())
+    if (step := first_bad(np.abs(norm - 1) > UNIT_TOLERANCE)) is not None:
         wrong = f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1"
         raise SpearError(f"{wrong}; check the layout (w x y z) or leave the episode out")
     return norm
@@ -202,8 +202,6 @@ def _unit(name: str, what: str, quaternion: Array) -> Array:
 
 
 def _opening(name: str, what: str, opening: Array) -> Array:
-    bad = (opening < -1e-3) | (opening > 1 + 1e-3)
-    if bad.any():
-        step = int(bad.argmax())
+    if (step := first_bad((opening < -1e-3) | (opening > 1 + 1e-3))) is not None:
         raise SpearError(f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1")
     return np.clip(opening, 0, 1)

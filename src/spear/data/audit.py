@@ -42,6 +42,7 @@ from spear.data.readers.layout import (
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
 from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
 from spear.data.store.episode_store import EpisodeStore
+from spear.data.store.prepare import check_good
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array, Episode
@@ -172,10 +173,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
             skipped(error)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
-    if not recordings:
-        why = skipped.reasons[-1] if skipped.reasons else "the split is empty"
-        raise SpearError(f"no good episode: {path}: {why}")
-    skipped.check(len(recordings), finished=True)
+    check_good(len(recordings), skipped, path, split)
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
     return replace(report, skipped=skipped.reasons, checks=check_gripper(recordings))

@@ -69,8 +69,7 @@ def wilson_mean(counts: Sequence[tuple[int, int]]) -> Estimate:
     proportions that differ vary less than that, never too narrow (our choice). With very unequal n it can be
     a little.
     """
-    rates = [wilson(k, n).value for k, n in counts]
-    mean = float(np.mean(rates))
+    mean = float(np.mean([wilson(k, n).value for k, n in counts]))
     effective = len(counts) ** 2 / sum(1 / n for _, n in counts)
     return Estimate(mean, *_score_interval(mean, effective), sum(n for _, n in counts))
 
@@ -126,8 +125,7 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(units), size=(1000, len(units)))
+    draws = np.random.default_rng(0).integers(len(units), size=(1000, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     low, high = np.percentile(replicas, [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(units))

@@ -1,5 +1,4 @@
-"""The labeller's components by name: `NAME`, `NAME=MODEL` with a Hub name or folder, `NAME:FILE`,
-`FIRST+OTHERWISE`.
+"""The labeller's components by name; MODEL is a Hub name or a folder.
 
     gemini   grounding-dino=IDEA-Research/grounding-dino-tiny   owlv2=my_folder   file:boxes.json
     sam2     file:relations_train.json+sam2                      moge-2           ground-truth
@@ -16,9 +15,10 @@ from typing import Any
 
 from spear.errors import SpearError, check_known
 from spear.labels.engine import Graph
-from spear.labels.options import LabelOptions, changed
+from spear.labels.options import LabelOptions
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
+from spear.util.options import changed
 
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "detector": {
@@ -95,6 +95,5 @@ def graph(options: LabelOptions) -> Graph:
     last = ((kind, split(said.rpartition("+")[2])[0]) for kind, said in described.items())
     taken = {part for kind, name in last for part in KINDS[kind][name]}
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
-        what = f"{min(idle)} says nothing to {', '.join(described.values())}"
-        raise SpearError(f"{what}: leave it out, or choose a component that takes it")
+        raise SpearError(f"{min(idle)} says nothing to {', '.join(described.values())}: leave it out")
     return Graph((detector, segmenter, pointmap), options.size or None)

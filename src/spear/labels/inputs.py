@@ -133,8 +133,7 @@ def find_tar(path: str) -> Iterator[Item]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGES:
-                    place = (member.offset_data, member.size)
-                    yield Item(f"{path}/{member.name}", read_tar, path, place)
+                    yield Item(f"{path}/{member.name}", read_tar, path, (member.offset_data, member.size))
                 tar.members = []  # type: ignore[attr-defined] # the list of what was seen would grow without end
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)

@@ -5,12 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.util.options import Device, Folder, Options, Within, option_name
-
-
-def changed(options: Options, *names: str) -> list[str]:
-    """Those of the options that are not as they are by default, as the command line has them."""
-    return [option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
+from spear.util.options import Device, Folder, Options, Within
 
 
 class WorkOptions(Options):
@@ -92,5 +87,4 @@ class QuestionOptions(Options):
     pairs: Annotated[tuple[int, int], Within(1)] = (1, 4)
     """Fewest and most questions per image."""
     families: tuple[str, ...] = ()
-    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of
-    them when none is given."""
+    """Of box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; default: all."""

@@ -8,8 +8,7 @@ A plain folder. Both images show the same view; the depth image may have fewer p
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
     pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z forward
 
-A ScanNet scan as its own tools export it. The depth image is laid over the colour image along the rays of the
-two cameras, which stand in one place.
+A ScanNet scan as its tools export it. Depth is laid over colour along the rays of the cameras, in one place.
 
     color/N.jpg, depth/N.png    depth in millimetres, 0 unknown
     pose/N.txt                  as above; frames that were lost (-inf) have no extrinsics
@@ -52,9 +51,8 @@ class Scene:
         self.names: dict[int, str] | None = None
         calibration = path / "intrinsic"
         if calibration.is_dir():
-            for name in ("extrinsic_color.txt", "extrinsic_depth.txt"):
-                file = calibration / name
-                if file.is_file() and not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
+            for file in calibration.glob("extrinsic_*.txt"):
+                if not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
                     raise SpearError(f"{file}: not the identity: register depth and colour to one camera")
             self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
             self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")

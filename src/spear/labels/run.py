@@ -6,9 +6,8 @@
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
-that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
-shard can be made again of which images were skipped for a reason that may pass.
+that is there is finished and one that is not is made again, as can be one of which images were skipped for a
+reason that may pass. Its footer (`_Finished`) shows an input that has changed meanwhile.
 """
 
 import dataclasses
@@ -30,13 +29,15 @@ from spear.labels.components import graph, split
 from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
-from spear.labels.options import LabelOptions, WorkOptions, changed
+from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY, settings_for
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
 from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
+from spear.util.options import changed
+from spear.util.progress import ProgressBar
 
 FOOTER = "spear.labels"
 """Key in a shard's footer of a JSON object: what `_Finished` has."""
@@ -48,14 +49,15 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is, in images: `done` of `total`, `before` of them by earlier commands; `skipped`, and of
-    these `retryable` for a reason that may pass."""
+    """How far a run came, in images: `done` of `total`, `before` of them by earlier commands; `skipped`, and
+    of these `retryable` for a reason that may pass. rate: of this command, in words."""
 
     total: int
     before: int
     done: int
     skipped: int
     retryable: int = 0
+    rate: str = dataclasses.field(default="", compare=False)
 
 
 class _Finished(NamedTuple):
@@ -71,11 +73,7 @@ class _Finished(NamedTuple):
 _Shard = tuple[int, _Finished]
 
 
-def label_photos(
-    options: LabelOptions,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_bill: Callable[[str], None] = lambda bill: None,
-) -> Progress:
+def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
     """Label `options.photos`. Returns how far it came.
 
     on_bill: see `run_local` (not with Ray). Raises `SpearError`: an idle option, or as in `label_folder`.
@@ -87,7 +85,7 @@ def label_photos(
     engine: Engine = partial(run_ray, chosen, work)
     if work.engine == "local":
         engine = partial(run_local, chosen, work.workers, on_bill=on_bill)
-    return label_folder(listing, options.out, engine, settings, work, retry, on_progress)
+    return label_folder(listing, options.out, engine, settings, work, retry)
 
 
 def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
@@ -99,14 +97,10 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
         for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
             if not given.startswith(("rgbd:", "sim:")):
                 why = f"--{part} {GROUND_TRUTH}: {given} comes without it"
-                ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{part} out"
-                raise SpearError(f"{why}: {ways}")
-    settings = {
-        "inputs": inputs, "detector": options.detector, "segmenter": options.segmenter,
-        "pointmap": options.pointmap, "vocabulary": options.names, "size": options.size, "rate": options.rate,
-        "per_episode": options.per_episode,
-        "boxes": dataclasses.asdict(settings_for(options.segmenter, options.pointmap)),
-    }  # fmt: skip
+                raise SpearError(f"{why}: give rgbd:FOLDER or sim:SEED, or leave --{part} out")
+    kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
+    settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
+    settings["boxes"] = dataclasses.asdict(settings_for(options.segmenter, options.pointmap))
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
         settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}
@@ -120,14 +114,12 @@ def label_folder(
     settings: Mapping[str, Any],
     work: WorkOptions,
     retry_skipped: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
 
     items     lists the input; called twice, and must list the same both times.
     settings  all that decides what the labels are, JSON-able; kept in run.json.
     work      its `shard_size`, on which memory does not depend, and `batch_size`.
-    on_progress is called at the start and after each batch.
 
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
@@ -149,30 +141,25 @@ def label_folder(
         kept = [known for number, known in finished.items() if number not in again]
         before = sum(known.items for known in kept)
         there = [image for known in kept for image in known.skipped]
-        progress = Progress(total, before, before, len(there), sum(image.retryable for image in there))
-        on_progress(progress)
         bad = Skipped(MOST_BAD, "images", patience=200)
+        bar = ProgressBar("labelling", total, "images", before)
 
         def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
-            nonlocal progress
             for (_, batch), done in results:
-                images, skipped = progress.done + len(batch), progress.skipped + len(done.skipped)
-                retryable = progress.retryable + sum(image.retryable for image in done.skipped)
-                progress = Progress(total, before, images, skipped, retryable)
+                there.extend(done.skipped)
                 for source, reason, _ in done.skipped:
                     if reason != EMPTY:
                         bad(reason if source in reason else f"{source}: {reason}")
-                bad.check(progress.done - before - len(bad.reasons), finished=progress.done == total)
-                on_progress(progress)
+                bar.update(bar.done + len(batch), f"{len(there):,} skipped")
+                bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
                 yield done
 
         ours, theirs = tee(_todo(out, items(), finished, again, work))
-        with closing(engine(batch for _, batch in theirs)) as labelled:
+        with bar, closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
             for (number, about), group in groupby(results, key=lambda result: result[0][0]):
-                path = out / f"labels-{number:05d}.parquet"
-                with ParquetWriter(path, SCHEMA) as writer:
+                with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
                     refused: list[SkippedImage] = []
                     for done in counted(group):
                         writer.write(done.labels)
@@ -184,7 +171,8 @@ def label_folder(
                 writer.write(pa.Table.from_pylist([image._asdict() for image in known.skipped], schema))
             writer.commit()
         write_card(out)
-    return progress
+    retryable = sum(image.retryable for image in there)
+    return Progress(total, before, bar.done, len(there), retryable, bar.rate())
 
 
 def _todo(
@@ -223,5 +211,5 @@ def _finished(out: Path) -> dict[int, _Finished]:
 
 
 def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
-    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")
+    file = f"labels-{number:05d}.parquet ({known.items} images)"
+    return SpearError(f"{out}: the input has changed since {file}: label it into another folder")

@@ -166,10 +166,9 @@ def shards_in(path: str | Path) -> list[Path]:
     return shards
 
 
-def footer(path: Path, key: str) -> str | None:
-    """The text that a shard's footer holds under `key`."""
-    value = (_open(path).metadata.metadata or {}).get(key.encode())
-    return None if value is None else value.decode()
+def footer(path: Path, key: str) -> bytes | None:
+    """What a shard's footer holds under `key`."""
+    return (_open(path).metadata.metadata or {}).get(key.encode())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from spear.data.inspect import inspect, layout_known
 from spear.data.readers.formats import episode_counts, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
+from spear.data.store.prepare import check_good
 from spear.errors import SpearError
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render
@@ -26,6 +27,7 @@ from spear.report.plot import GREY, XYZ, Axis, Line, chart
 from spear.types import Array, Episode
 from spear.util.files import write_text
 from spear.util.images import IMAGE_BEGINS, decode_image
+from spear.util.ledger import Skipped
 
 EPISODES, FRAMES = 4, 8
 """Episodes on the page, and frames in the strip of each camera."""
@@ -42,25 +44,23 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     The episodes shown are the first good ones; those skipped on the way are listed. Raises SpearError when
     there is no good one among the first, and for a file that cannot be written.
     """
-    reasons: list[str] = []
+    skipped = Skipped(limit=1.0)
     counts = episode_counts(path)
     split = next(iter(counts))
     known = layout is not None or layout_known(path)
 
     def episodes() -> Iterator[dict[str, Any]]:
         if known:
-            yield from map(_episode, read_episodes(path, split, layout, lambda e: reasons.append(str(e))))
+            yield from map(_episode, read_episodes(path, split, layout, skipped))
             return
         for source, steps in episode_steps(path, split, None):
             if isinstance(steps, SpearError):
-                reasons.append(str(steps))
+                skipped(steps)
             else:
                 yield _columns(source, steps)
 
     shown = list(itertools.islice(episodes(), EPISODES))
-    if not shown:
-        why = f": {reasons[-1]}" if reasons else " (it is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
+    check_good(len(shown), skipped, path, split)
     html = render(
         "dataset.html",
         title=f"Dataset: {Path(path).resolve().name}",
@@ -68,7 +68,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
         text=inspect(path),
         known=known,
         spec_file=SPEC_FILE,
-        reasons=reasons,
+        reasons=skipped.reasons,
         episodes=shown,
     )
     write_text(out, html)

@@ -54,6 +54,11 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def changed(options: Options, *names: str) -> list[str]:
+    """Those of the options that are not as they are by default, as the command line has them."""
+    return [option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
+
+
 def option_names(options: type) -> list[str]:
     """The options of a dataclass, with those of dataclasses inside it; positional arguments are none.
 

@@ -17,13 +17,13 @@ EVERY = 30.0
 class ProgressBar:
     """Counts what is done of some work, and shows it from `with` on.
 
-    total   how many there are to do; None where that is known later (`begin`).
+    total   how many there are to do.
     unit    what is counted, as a plural.
     before  how many of them an earlier command had done; they count as done, but not for the rate.
     """
 
     def __init__(
-        self, name: str, total: int | None = None, unit: str = "steps", before: int = 0, quiet: bool = False
+        self, name: str, total: int, unit: str = "steps", before: int = 0, quiet: bool = False
     ) -> None:
         console = Console(file=sys.stderr)
         self.name, self.unit, self._info, self._lines = name, unit, "", 0
@@ -35,11 +35,13 @@ class ProgressBar:
             disable=not self._terminal,
             refresh_per_second=2,  # drawing takes time from the work
         )
-        self._row = self._bar.add_task(name)
-        self.begin(total, before)
+        self._row = self._bar.add_task(name, total=total)
+        self.total, self.before, self.done = total, before, before
+        self._begun = self._said = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.begin(self.total, self.before)
+        self._begun = self._said = time.monotonic()
+        self.update(self.before)
         self._bar.start()
         return self
 
@@ -48,17 +50,11 @@ class ProgressBar:
             self._line()  # where it ended
         self._bar.stop()
 
-    def begin(self, total: int | None, before: int = 0) -> None:
-        """The work itself begins only now, and there is so much of it."""
-        self.total, self.before = total, before
-        self._begun = self._said = time.monotonic()
-        self.update(before)
-
     def update(self, done: int, info: str = "") -> None:
         """So many are done. info: what else there is to say."""
         self.done, self._info = done, info
         if self._terminal:
-            self._bar.update(self._row, completed=done, total=self.total, description=self.text())
+            self._bar.update(self._row, completed=done, description=self.text())
         elif not self._quiet and time.monotonic() - self._said > EVERY:
             self._line()
 
@@ -68,12 +64,11 @@ class ProgressBar:
 
     def text(self) -> str:
         """All of it in words."""
-        of = "" if self.total is None else f" of {self.total:,}"
         per_second, left = self._per_second(), ""
-        if self.total is not None and self.done < self.total and per_second:
+        if self.done < self.total and per_second:
             minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
             left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-        parts = [f"{self.name}: {self.done:,}{of} {self.unit}", self.rate(), left, self._info]
+        parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}", self.rate(), left, self._info]
         return ", ".join(part for part in parts if part)
 
     def rate(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions
+from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
@@ -146,9 +146,7 @@ def numbers(steps: Steps, where: str, source: str) -> Array:
         values = np.asarray(column(steps, where, source), np.float64)
     except (TypeError, ValueError) as error:
         raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
-    bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-    if bad.any():
-        step = int(bad.argmax())
+    if (step := first_bad(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))) is not None:
         there = f"{source} step {step}: {where} is {values[step].tolist()}"
         raise SpearError(f"not a number: {there}; leave the episode out")
     return values
@@ -172,9 +170,7 @@ def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], sour
         raise SpearError(f"no column {where!r}: {source}: it has the shape {values.shape}, not one number")
     values, (closed, opened) = values.reshape(-1), span
     part = (values - closed) / (opened - closed)
-    bad = (part < -SLACK) | (part > 1 + SLACK)
-    if bad.any():
-        step = int(bad.argmax())
+    if (step := first_bad((part < -SLACK) | (part > 1 + SLACK))) is not None:
         wrong = f"{where} is {values[step]:.4g}, but {key} is [{closed:g}, {opened:g}]"
         runs = f"in this episode it runs from {values.min():.4g} to {values.max():.4g}"
         cure = "give its readings when closed, then when open"

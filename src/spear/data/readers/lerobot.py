@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
+from spear.data.actions import first_bad
 from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
@@ -161,8 +162,7 @@ class LeRobotFolder:
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")
         apart = np.diff(times) * self.info.fps  # in steps
-        if (wrong := np.abs(apart - 1) > 2 * TIME_TOLERANCE).any():
-            row = int(wrong.argmax())
+        if (row := first_bad(np.abs(apart - 1) > 2 * TIME_TOLERANCE)) is not None:
             raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
         if abs(apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
             raise ValueError(f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong")

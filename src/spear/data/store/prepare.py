@@ -89,8 +89,7 @@ def prepare(
     }
     if (out / REQUEST).is_file():
         if other := difference(read_json(out / REQUEST, "remove that folder"), request):
-            why = f"{out} was prepared from other episodes, or in another way ({other})"
-            raise SpearError(f"{why}: remove that folder, or choose another --out")
+            raise SpearError(f"{out} was prepared otherwise ({other}): remove it, or choose another --out")
         return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
     check_new(out)
     work = out.with_name(f".{out.name}.part")
@@ -99,7 +98,7 @@ def prepare(
         folder.mkdir(exist_ok=True)
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
-        _check_good(good, skipped, path, split)
+        check_good(good, skipped, path, split)
         store = EpisodeStore(folder)
         _notice_units(store, path)
         if store.failed().all():
@@ -169,10 +168,10 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
         count += 1
         skipped.check(count)
         yield episode
-    _check_good(count, skipped, path, split)
+    check_good(count, skipped, path, split)
 
 
-def _check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
+def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
     """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
     skipped.check(good, finished=good > 0)
     if good == 0:
@@ -194,8 +193,7 @@ def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], 
 
 def _ready(episode: Episode, how: Conversion) -> Episode:
     if unknown := set(how.sizes) - {"", *episode.images}:
-        known = ", ".join(sorted(episode.images))
-        raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
+        raise SpearError(f"no camera {min(unknown)!r}: {episode.source} has {', '.join(episode.images)}")
     episode = with_actions(resample(episode, how.rate))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
@@ -241,7 +239,8 @@ def open_store(
     if isinstance(open_dataset(path), EpisodeStore):
         return open_split(path, split), []
     whole = Path(path).resolve()
-    target = Path(work_dir) / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
+    name = f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
+    target = Path(work_dir) / name
     if is_first_process():
         _, reasons = prepare(path, target, split)
         return EpisodeStore(target), reasons

@@ -127,7 +127,6 @@ class QuantileSketch:
         self.mean, self.squares = 0.0, 0.0
         self._levels: list[Array] = [np.zeros(0)]
         self._keep_odd = [False]
-        self._lost = 0
 
     def add(self, values: Array) -> None:
         """Take in numbers [N], in any pieces."""
@@ -152,25 +151,23 @@ class QuantileSketch:
 
     def to_arrays(self) -> dict[str, Array]:
         """All of it, for `from_arrays`."""
-        moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity, self._lost]
+        moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
         levels = {f"level {i}": values for i, values in enumerate(self._levels)}
         return {"moments": np.array(moments, np.float64), "keep_odd": np.array(self._keep_odd), **levels}
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":
         """The sketch that `to_arrays` took apart. Raises KeyError or ValueError when it is none."""
-        count, low, high, mean, squares, capacity, lost = arrays["moments"].tolist()
+        count, low, high, mean, squares, capacity, *_ = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))
         sketch.count, sketch.low, sketch.high = int(count), low, high
-        sketch.mean, sketch.squares, sketch._lost = mean, squares, int(lost)
+        sketch.mean, sketch.squares = mean, squares
         sketch._keep_odd = arrays["keep_odd"].tolist()
         sketch._levels = [arrays[f"level {i}"] for i in range(len(sketch._keep_odd))]
         return sketch
 
     def _compact(self) -> None:
-        level = 0
-        while level < len(self._levels):
-            values = self._levels[level]
+        for level, values in enumerate(self._levels):  # which grow meanwhile
             if len(values) > self.capacity:
                 values = np.sort(values)
                 even = len(values) // 2 * 2
@@ -181,9 +178,6 @@ class QuantileSketch:
                 self._levels[level] = values[even:]
                 self._levels[level + 1] = np.concatenate([self._levels[level + 1], kept])
                 self._keep_odd[level] = not self._keep_odd[level]
-                # Of each pair one is dropped and the other counts twice: between them the rank is off by one.
-                self._lost += 2**level
-            level += 1
 
 
 def weighted_quantile(values: Array, weights: Array, q: float) -> float:

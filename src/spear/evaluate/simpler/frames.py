@@ -44,8 +44,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     """
     rng, begin = np.random.default_rng([seed, 3]), off_grid(task, seed, *official)
     own, behind = list(env.obj_names), list(env.objects_excluded_from_greenscreening)
-    others = [name for name in NAMES if name not in own]
-    places, more = clutter(begin.places, others, rng)
+    places, more = clutter(begin.places, [name for name in NAMES if name not in own], rng)
     turns = [[math.cos(angle), 0, 0, math.sin(angle)] for angle in rng.uniform(0, math.pi, len(more))]
     env.obj_names, env.objects_excluded_from_greenscreening = [*own, *more], [*behind, *more]
     env.model_db = {**{name: {} for name in more}, **env.model_db}  # without a density: that of water

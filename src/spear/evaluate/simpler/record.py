@@ -49,7 +49,6 @@ def demonstrate(
     how many succeeded, and of how many.
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
-    policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` as `spear.data.demonstrations.demonstrate`, and where ManiSkill, its assets or a renderer are
