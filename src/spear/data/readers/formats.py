@@ -11,6 +11,7 @@ from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
 from spear.types import Episode
+from spear.util.ledger import Skipped
 
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
@@ -75,6 +76,14 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     if not chosen:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
     return store if chosen == list(range(len(store))) else store.subset(chosen)
+
+
+def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
+    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
+    skipped.check(good, finished=good > 0)
+    if good == 0:
+        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
 def episode_counts(path: str | Path) -> Mapping[str, int]:
