@@ -151,6 +151,8 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.wait("view.answer")
     settled(tab)
     assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
+    tab.type("#question", "another one")
+    assert "How far away" in tab.run("document.querySelector('#answer-of').textContent")
 
 
 def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
@@ -183,6 +185,12 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
     until(lambda: {p.name for p in tmp_path.iterdir()} & {"put_on-0.mp4", "put_on-0.webm"}, "the film")
+    tab.run("socket.close(); memory.moments.delete(2); seek(2)")
+    assert tab.run("[view.late, view.gripper, view.step]") == [True, None, 2]
+    tab.wait("socket.readyState === 1 && !view.late && !waiting")
+    assert tab.run("[view.step, document.querySelector('#problem').hidden]") == [0, True]
+    tab.run("show({step: 0, images: {...view.images, wrist: view.images.external}})")
+    assert tab.run("document.querySelector('#wrist').src === picture.src")
 
 
 def test_a_phone(

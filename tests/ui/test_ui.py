@@ -157,9 +157,10 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
     names = tab.view["objects"][:1]
     assert tab.ask("boxes", objects=names) is None
     passed = [dict(tab.view)]
-    for _ in range(3):
-        assert tab.ask("step") is None
+    for told in (tab.view["told"], tab.view["told"], "wave"):
+        assert tab.ask("instruct", text=told) is None and tab.ask("step") is None
         passed.append(dict(tab.view))
+    assert tab.ask("instruct", text=passed[0]["told"]) is None
     for step, then in enumerate(passed):
         assert then["step"] == step and tab.ask("look", step=step) is None
         assert all(tab.view[key] == then[key] for key in ("images", "gripper", "things", "arm"))
@@ -172,6 +173,8 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
     assert len(frames) == 4 + 5  # the last stays for a second
     shown = Image.fromarray(picture(passed[1]))
     assert shown.width / shown.height == passed[1]["camera"]["aspect"]
+    bars = [frame[: video.BAR].astype(float) for frame in frames]  # each step's own instruction
+    assert np.abs(bars[2] - bars[0]).mean() < 2 < np.abs(bars[3] - bars[0]).mean()
     large = shown.resize((round(video.HEIGHT * shown.width / shown.height), video.HEIGHT))
     assert np.abs(frames[1][video.BAR :, : large.width].astype(float) - large).mean() < 6
 

@@ -61,7 +61,7 @@ class Scene:
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
         self.delay = delay_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
-        self._steps = [(seen, self._look(seen, {}))]
+        self._steps = [(seen, self._look(seen, {}, self._env.world.spec.instruction))]
 
     def begins(self) -> View:
         """What holds for all steps."""
@@ -75,10 +75,10 @@ class Scene:
             "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
         }
 
-    def execute(self, action: Array) -> None:
-        """One more step of 0.2 s."""
+    def execute(self, action: Array, told: str) -> None:
+        """One more step of 0.2 s, under that instruction."""
         seen, *_, info = self._env.step(action)
-        self._steps.append((seen, self._look(seen, info)))
+        self._steps.append((seen, self._look(seen, info, told)))
         self.newest = self._env.steps
 
     def observation(self, step: int) -> View:
@@ -89,7 +89,7 @@ class Scene:
         """The scene at a step, for the page."""
         return self._steps[step][1]
 
-    def _look(self, seen: View, info: Mapping[str, Any]) -> View:
+    def _look(self, seen: View, info: Mapping[str, Any], told: str) -> View:
         """The scene as it is now."""
         world, sizes, step = self._env.world, self._sizes, self._env.steps
         views = []
@@ -116,6 +116,7 @@ class Scene:
             "step": step,
             "outcome": ended,
             "milestones": said,
+            "told": told if told == (task := world.spec.instruction) else f"{told} (judged by: {task})",
             "gripper": _gripper(seen["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in LINKS],
             "things": things,
@@ -169,6 +170,7 @@ class Recording:
             "camera": {"aspect": image.shape[1] / image.shape[0], "focal": None, "pose": None},
             "step": step,
             "outcome": ended if step == self.newest else None,
+            "told": self.instruction,
             "gripper": _gripper(self.states[step]),
         }
 
