@@ -307,8 +307,6 @@ def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: S
         true = object_boxes(env.world)[index + 1].mean(0)
         answered = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
         assert box["error_mm"] == pytest.approx(1000 * np.linalg.norm(answered - true), abs=0.01)
-    assert tab.ask("question", text=f"How far away is the {names[0]}?") is None
-    assert re.search(r"\d\.\d{3} m", tab.view["answer"]["text"])
 
 
 def test_numbers_without_a_scale_are_no_metres(
@@ -362,9 +360,6 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "explode"}, "explode"),
         ({"do": "reset", "family": "put_onn", "seed": 0}, "put_onn"),
         ({"do": "reset", "family": 7, "seed": 0}, "task family '7'"),
-        ({"do": "reset", "family": "put_on", "seed": -1}, "seed -1"),
-        ({"do": "reset", "family": "put_on", "seed": 0.5}, "seed 0.5"),
-        ({"do": "reset", "family": "put_on", "seed": 10**30}, "seed"),
         ({"do": "reset", "family": "put_on"}, "seed None"),
         ({"do": "boxes", "objects": "mug"}, "objects"),
         ({"do": "boxes", "objects": []}, "objects []"),
