@@ -100,7 +100,7 @@ def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
     opened.socket.close()
 
 
-def test_the_page_is_whole_and_the_policy_is_still_there(server: PolicyServer) -> None:
+def test_the_page_is_whole(server: PolicyServer) -> None:
     status, headers, html = get(server, "/")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'self'" in headers["Content-Security-Policy"]
@@ -114,10 +114,6 @@ def test_the_page_is_whole_and_the_policy_is_still_there(server: PolicyServer) -
     assert get(server, "/nowhere")[0] == 404
     with serving() as plain:  # a server without a page
         assert get(plain, "/")[0] == get(plain, "/ui.js")[0] == 404
-    assert get(server, "/healthz")[2] == "ok\n"
-    robot = RemotePolicy(f"ws://127.0.0.1:{server.port}/")
-    assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
-    robot.close()
 
 
 def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
@@ -346,7 +342,6 @@ def test_a_photo_can_be_asked_about(studio: Studio, tab: Tab, monkeypatch: pytes
     assert np.shape(box["vertices"]) == (8, 3) and box["error_mm"] is None
     assert tab.ask("instruct", text="lift the mug") is None and tab.ask("predict") is None
     assert np.shape(tab.view["chunk"]["positions"]) == (6, 3)
-    assert "photo" in (tab.ask("step") or "")
     tab.ask("start")  # is heard at once; the rollout then says what is wrong
     tab.until(lambda part: "photo" in (part.get("problem") or ""))
 

@@ -56,12 +56,12 @@ class Memory {
   at(step) {
     const own = this.moments.get(step) ?? {}, late = !own.images;
     const last = known => {
-      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return { ...this.moments.get(k), at: k };
-      return {};
+      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return { ...UNSEEN, ...this.moments.get(k), boxes_step: k };
+      return UNSEEN;
     };
-    const boxed = last(m => m.boxes?.length || m.absent?.length);
-    const boxes = { boxes: boxed.boxes ?? [], absent: boxed.absent ?? [], boxes_ms: boxed.boxes_ms ?? 0, boxes_step: boxed.at };
-    return { ...(late ? UNSEEN : NOTHING), ...own, late, ...boxes, answer: last(m => m.answer).answer ?? null, chunk: last(m => m.chunk).chunk ?? null, step };
+    const { boxes, absent, boxes_ms, boxes_step } = last(m => m.boxes?.length || m.absent?.length);
+    const { answer } = last(m => m.answer), { chunk } = last(m => m.chunk);
+    return { ...(late ? UNSEEN : NOTHING), ...own, late, boxes, absent, boxes_ms, boxes_step, answer, chunk, step };
   }
 
   // The step whose pictures to ask for next, null for none.

@@ -52,8 +52,7 @@ class Scene:
     def __init__(
         self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
     ) -> None:
-        self._recorded = again and again[1]
-        settings = again[0] if again else {}
+        settings, self._recorded = again or ({}, None)
         self._policy, self._renderer, self._sizes = policy, renderer, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)

@@ -60,7 +60,7 @@ class Studio:
             "families": list(FAMILIES),
             "edges": [list(e) for e in EDGES],
             "default_fov": FOVY,
-            "measured": self.trust is not None,
+            "measured": self.trust and {"missed": 1 - self.trust.names_present},
             **(self.shelf.about if self.shelf else {}),
         }
 

@@ -187,7 +187,7 @@ function found() {
   $("answers").tBodies[0].replaceChildren(...view.boxes.map(b => {
     const middle = [0, 1, 2].map(k => b.vertices.reduce((sum, v) => sum + v[k], 0) / 8);
     return row([b.name, ...middle.map(number), mm(b.within_mm), mm(b.error_mm)]);
-  }), ...view.absent.map(name => row([name + ": not in the picture"])));
+  }), ...view.absent.map(name => row([name + ": not found"])));
   $("asked").textContent = view.boxes.length
     ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s` : "";
 }
@@ -200,7 +200,8 @@ function belongs() {
   const of = step => view.source === "photo" ? "photo" : `step ${step}${now(step)}`;
   const unsure = view.measured ? "" : "; how sure they are was not measured";
   const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out coordinates are within ±" : unsure;
-  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "");
+  const missed = view.absent.length ? `; of held-out things that are there ${(100 * view.measured.missed).toFixed(0)} % are not found` : "";
+  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "") + missed;
   $("answer-of").textContent = view.answer ? `“${view.answer.question}” · ${of(view.answer.step)} · ${frame}${unsure}` : "";
 }
 
