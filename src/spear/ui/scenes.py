@@ -30,7 +30,7 @@ from spear.types import RATE_HZ, Array
 from spear.util.images import decode_image, encode_jpeg
 
 View = dict[str, Any]
-Again = tuple[Mapping[str, Any], Outcome]
+Again = tuple[Mapping[str, Any], Outcome | None]
 SHOWN_WIDTHS = {"external": 576, "wrist": 224}
 """Pixels, about, of the pictures on the page of the cameras that the policy takes; its own are smaller."""
 LARGEST_SHOWN = (1152, 864)
@@ -50,9 +50,9 @@ class Scene:
     kind, rate_hz = "simulator", RATE_HZ
 
     def __init__(
-        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
+        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again = ({}, None)
     ) -> None:
-        settings, self._recorded = again or ({}, None)
+        settings, self._recorded = again
         self._policy, self._renderer, self._sizes = policy, renderer, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)
