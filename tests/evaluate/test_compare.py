@@ -76,7 +76,7 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
     assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
     assert len(filmed_pairs(c, (a, b), 2)) == 2
     html = comparison_page(c, (a, b))
-    assert html.count("<video") == 9
+    assert html.count("<video") == 9 and "side by side: 5 of 5" in html
     assert html.count("y: failure, not filmed") == 1 and "exact" not in html.replace("exactly", "")
     assert not re.search(r'(src|href)="(?!data:)', html)
 

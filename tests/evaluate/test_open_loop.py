@@ -95,7 +95,7 @@ def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore
     assert summary["translation_mm"].value > 5
     assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
     page = open_loop_page(score("replay", Replay(held_out), held_out), reference)
-    assert page.count("<svg") == 4 * len(held_out) and "held-out" in page
+    assert page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
 
 
 def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeStore, EpisodeStore]) -> None:

@@ -51,7 +51,7 @@ def comparison_page(
 
 def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
     """A self-contained document with `open_loop_charts`."""
-    title = f"{model.name}: predicted actions on held-out episodes"
+    title = f"{model.name}: predicted actions, the first of {len(model.truth)} held-out episodes"
     return render("open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference))
 
 

@@ -1,8 +1,9 @@
 "use strict";
 // What the page knows of each step of an episode: nothing that was seen is asked for twice, all of it is bounded.
 
-const NOTHING = { images: null, boxes: [], absent: [], boxes_ms: 0, answer: null, chunk: null, milestones: [], outcome: null,
-  gripper: null, camera: null, arm: [], things: [] };
+const UNSEEN = { boxes: [], absent: [], boxes_ms: 0, answer: null, chunk: null, milestones: [], outcome: null,
+  gripper: null, arm: [], things: [], told: null };
+const NOTHING = { images: null, camera: null, ...UNSEEN };  // what belongs to a step; UNSEEN: but its picture
 const MOST_PICTURES = 240;
 const AHEAD = 4;  // steps whose pictures are fetched before they are shown
 
@@ -51,16 +52,16 @@ class Memory {
   }
 
   // All of a step. Chunk, boxes and answer are its own, or else the last before it; boxes_step, chunk and answer name theirs.
-  // While its pictures are on their way, those shown stay.
+  // While its pictures are on their way (`late`), those shown stay.
   at(step) {
-    const own = this.moments.get(step) ?? {}, there = own.images ? NOTHING : { boxes: [], absent: [], answer: null, chunk: null };
+    const own = this.moments.get(step) ?? {}, late = !own.images;
     const last = known => {
-      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return { ...this.moments.get(k), at: k };
-      return {};
+      for (let k = step; k >= 0; k--) if (known(this.moments.get(k) ?? {})) return { ...UNSEEN, ...this.moments.get(k), boxes_step: k };
+      return UNSEEN;
     };
-    const boxed = last(m => m.boxes?.length || m.absent?.length);
-    const boxes = { boxes: boxed.boxes ?? [], absent: boxed.absent ?? [], boxes_ms: boxed.boxes_ms ?? 0, boxes_step: boxed.at };
-    return { ...there, ...own, ...boxes, answer: last(m => m.answer).answer ?? null, chunk: last(m => m.chunk).chunk ?? null, step };
+    const { boxes, absent, boxes_ms, boxes_step } = last(m => m.boxes?.length || m.absent?.length);
+    const { answer } = last(m => m.answer), { chunk } = last(m => m.chunk);
+    return { ...(late ? UNSEEN : NOTHING), ...own, late, boxes, absent, boxes_ms, boxes_step, answer, chunk, step };
   }
 
   // The step whose pictures to ask for next, null for none.

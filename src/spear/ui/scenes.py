@@ -30,7 +30,7 @@ from spear.types import RATE_HZ, Array
 from spear.util.images import decode_image, encode_jpeg
 
 View = dict[str, Any]
-Again = tuple[Mapping[str, Any], Outcome]
+Again = tuple[Mapping[str, Any], Outcome | None]
 SHOWN_WIDTHS = {"external": 576, "wrist": 224}
 """Pixels, about, of the pictures on the page of the cameras that the policy takes; its own are smaller."""
 LARGEST_SHOWN = (1152, 864)
@@ -50,10 +50,9 @@ class Scene:
     kind, rate_hz = "simulator", RATE_HZ
 
     def __init__(
-        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again | None = None
+        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again = ({}, None)
     ) -> None:
-        self._recorded = again and again[1]
-        settings = again[0] if again else {}
+        settings, self._recorded = again
         self._policy, self._renderer, self._sizes = policy, renderer, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
         seen, _ = self._env.reset(seed=seed)
@@ -61,7 +60,7 @@ class Scene:
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
         self.delay = delay_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
-        self._steps = [(seen, self._look(seen, {}))]
+        self._steps = [(seen, self._look(seen, {}, self._env.world.spec.instruction))]
 
     def begins(self) -> View:
         """What holds for all steps."""
@@ -75,10 +74,10 @@ class Scene:
             "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
         }
 
-    def execute(self, action: Array) -> None:
-        """One more step of 0.2 s."""
+    def execute(self, action: Array, told: str) -> None:
+        """One more step of 0.2 s, under that instruction."""
         seen, *_, info = self._env.step(action)
-        self._steps.append((seen, self._look(seen, info)))
+        self._steps.append((seen, self._look(seen, info, told)))
         self.newest = self._env.steps
 
     def observation(self, step: int) -> View:
@@ -89,7 +88,7 @@ class Scene:
         """The scene at a step, for the page."""
         return self._steps[step][1]
 
-    def _look(self, seen: View, info: Mapping[str, Any]) -> View:
+    def _look(self, seen: View, info: Mapping[str, Any], told: str) -> View:
         """The scene as it is now."""
         world, sizes, step = self._env.world, self._sizes, self._env.steps
         views = []
@@ -116,6 +115,7 @@ class Scene:
             "step": step,
             "outcome": ended,
             "milestones": said,
+            "told": told if told == (task := world.spec.instruction) else f"{told} (judged by: {task})",
             "gripper": _gripper(seen["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in LINKS],
             "things": things,
@@ -169,6 +169,7 @@ class Recording:
             "camera": {"aspect": image.shape[1] / image.shape[0], "focal": None, "pose": None},
             "step": step,
             "outcome": ended if step == self.newest else None,
+            "told": self.instruction,
             "gripper": _gripper(self.states[step]),
         }
 

@@ -31,8 +31,7 @@ MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
 NEUTRAL = np.array([[*START, 1, 0, 0, 0, 1]], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
-NONE: View = dict.fromkeys(("chunk", "answer", "recorded"))
-NOTHING_YET: View = {**NONE, "boxes": [], "absent": [], "milestones": [], "things": [], "objects": []}
+NOTHING_YET: View = {"chunk": None, "answer": None, "recorded": None, "things": [], "objects": []}
 
 
 class Studio:
@@ -61,7 +60,7 @@ class Studio:
             "families": list(FAMILIES),
             "edges": [list(e) for e in EDGES],
             "default_fov": FOVY,
-            "measured": self.trust is not None,
+            "measured": self.trust and {"missed": 1 - self.trust.names_present},
             **(self.shelf.about if self.shelf else {}),
         }
 
@@ -134,7 +133,7 @@ class Table:
             seen = {**scene.observation(step), **scene.executor.told()}
             actions, view["chunk"] = self._predict(seen, step)
             scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
-        scene.execute(scene.executor.next())
+        scene.execute(scene.executor.next(), self._instruction)
         view |= scene.look(scene.newest)
         if self._following and self._asked:
             view |= self.boxes({"objects": self._asked})
@@ -191,7 +190,7 @@ class Table:
                 data = [base64.b64decode(uri.partition(",")[2]) for uri in look["images"].values() if uri]
                 external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
-                yield video.compose(external, wrist[0] if wrist else None, self._instruction, ended)
+                yield video.compose(external, wrist[0] if wrist else None, look["told"] or "", ended)
 
         data, mime = video.encode(frames(), scene.rate_hz)
         name = f"{scene.name}.{mime.removeprefix('video/')}"

@@ -46,7 +46,6 @@ class Timeline {
     AXES.forEach((hue, i) => line(track.position.map(p => p[i]), metres, hue));
     Object.assign(pen, { fillStyle: color("soft"), font: `${11 * k}px system-ui, "DejaVu Sans", sans-serif`,
       textAlign: "right", textBaseline: "middle", strokeStyle: color("card"), lineWidth: 4 * k });
-    pen.setLineDash([]);
     pen.strokeText("0 m", across(this.limit), metres(0));
     pen.fillText("0 m", across(this.limit), metres(0));
     pen.globalAlpha = 0.16;

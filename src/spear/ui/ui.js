@@ -4,7 +4,7 @@
 const $ = id => document.getElementById(id);
 const view = { ...NOTHING, edges: [] };
 const picture = new Image();
-let socket = null, drawing = false, placedOnce = false, waiting = 0, playing = null;
+let socket = null, drawing = false, placedOnce = false, waiting = 0, playing = null, pictured = null;
 
 const space = new Space($("space"), soon);
 const timeline = new Timeline($("track"), seek);
@@ -18,13 +18,15 @@ function connect() {
   socket = new WebSocket(location.origin.replace(/^http/, "ws") + "/ui");
   socket.onopen = () => {
     link("up", "connected");
+    Object.assign(memory, new Memory());  // the server begins anew
     if ($("follow").checked) follow();
   };
   socket.onmessage = e => show(JSON.parse(e.data));
   socket.onclose = e => {
+    if ($("link").className === "link down")  // still: what the server says to it
+      fetch("/ui").then(async r => r.status === 401 ? location.reload() : r.status === 503 && problem(await r.text()), () => {});
     link("down", "not connected: trying again");
     waiting = 0;
-    memory.asked = null;
     if (e.code === 1009) problem("that was too large for the server");
     view.running = false;
     buttons();
@@ -58,8 +60,6 @@ function show(part) {
   if (part.film) return save(part.film);
   if ("source" in part) play(false);
   Object.assign(view, memory.keep(part));
-  Object.assign(view, memory.at(memory.shown));
-  if ("families" in part) $("family").replaceChildren(...part.families.map(f => new Option(f.replaceAll("_", " "), f)));
   if ("families" in part) offer(part);
   if (part.camera?.pose && !placedOnce) {
     space.lookFrom(part.camera.pose.slice(0, 3).map(row => row[3]));
@@ -70,20 +70,21 @@ function show(part) {
   if (part.instruction) $("instruction").value = part.instruction;
   if ("default_fov" in part) $("fov").value = part.default_fov;
   if ("model" in part) $("model").textContent = part.model;
-  if ("answer" in part && view.answer) $("question").value = view.answer.question;
   shown();
 }
 
 // Everything that depends on the step.
 function shown() {
-  const { images } = view;
-  if (images && picture.src !== images.external) {
-    picture.src = images.external;
-    $("wrist").hidden = !images.wrist;
-    if (images.wrist) $("wrist").src = images.wrist;
+  Object.assign(view, memory.at(memory.shown));
+  if (view.images && view.images !== pictured) {
+    pictured = view.images;
+    picture.src = pictured.external;
+    $("wrist").hidden = !pictured.wrist;
+    if (pictured.wrist) $("wrist").src = pictured.wrist;
     $("camera").parentElement.style.aspectRatio = $("space").parentElement.style.aspectRatio =
       Math.min(2, Math.max(1.1, view.camera.aspect));
   }
+  for (const stage of document.querySelectorAll(".stage")) stage.classList.toggle("late", view.late);
   $("answer").textContent = view.answer ? view.answer.text : "";
   found();
   belongs();
@@ -101,7 +102,6 @@ function shown() {
 
 function seek(step) {
   memory.shown = Math.min(memory.newest, Math.max(0, Math.round(step)));
-  Object.assign(view, memory.at(memory.shown));
   shown();
 }
 
@@ -124,8 +124,9 @@ function save(film) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-// The episodes of `spear serve --episodes`.
-function offer({ episodes, episodes_in_all }) {
+// The scenes, and the episodes of `spear serve --episodes`.
+function offer({ families, episodes, episodes_in_all }) {
+  $("family").replaceChildren(...families.map(f => new Option(f.replaceAll("_", " "), f)));
   $("episodes").hidden = !episodes;
   if (!episodes) return;
   const more = episodes_in_all - episodes.length, last = new Option(`… and ${more} more`);
@@ -158,8 +159,8 @@ const number = v => v.toFixed(3).replace("-", "−");
 
 function status() {
   const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${memory.limit(view.limit)}`, ...view.milestones];
-  if (view.outcome) words.push(view.outcome);
-  if (view.recorded) words.push(view.recorded);
+  const told = view.told !== view.instruction && view.told, late = view.late && "its picture is not here yet";
+  words.push(...[told, late, view.outcome, view.recorded].filter(said => said));
   const g = view.gripper;
   $("readout").textContent = !g ? "" : `${(view.step / view.rate_hz).toFixed(1)} s`
     + ` · x ${number(g.position[0])}, y ${number(g.position[1])}, z ${number(g.position[2])} m · gripper ${(100 * g.opening).toFixed(0)} % open`;
@@ -188,7 +189,7 @@ function found() {
   $("answers").tBodies[0].replaceChildren(...view.boxes.map(b => {
     const middle = [0, 1, 2].map(k => b.vertices.reduce((sum, v) => sum + v[k], 0) / 8);
     return row([b.name, ...middle.map(number), mm(b.within_mm), mm(b.error_mm)]);
-  }), ...view.absent.map(name => row([name + ": not in the picture"])));
+  }), ...view.absent.map(name => row([name + ": not found"])));
   $("asked").textContent = view.boxes.length
     ? `${view.boxes.length} ${view.boxes.length > 1 ? "boxes" : "box"} in ${(view.boxes_ms / 1000).toFixed(1)} s` : "";
 }
@@ -201,8 +202,9 @@ function belongs() {
   const of = step => view.source === "photo" ? "photo" : `step ${step}${now(step)}`;
   const unsure = view.measured ? "" : "; how sure they are was not measured";
   const within = view.boxes.some(b => b.within_mm !== null) ? "; 80 % of held-out coordinates are within ±" : unsure;
-  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "");
-  $("answer-of").textContent = view.answer ? `${of(view.answer.step)} · ${frame}${unsure}` : "";
+  const missed = view.absent.length ? `; of held-out things that are there ${(100 * view.measured.missed).toFixed(0)} % are not found` : "";
+  $("belongs").textContent = of(view.boxes_step) + (view.boxes.length ? " · centres in " + frame + within : "") + missed;
+  $("answer-of").textContent = view.answer ? `“${view.answer.question}” · ${of(view.answer.step)} · ${frame}${unsure}` : "";
 }
 
 function chip(text, kind, objects) {
@@ -246,15 +248,13 @@ function drawCamera() {
   pen.clip();
   if ($("truth").checked)
     for (const t of view.things) wireframe(pen, t.vertices.map(at), color("truth"), 1.4, [5, 4]);
-  for (const b of view.boxes) {
-    pen.globalAlpha = b.step === view.step ? 1 : 0.4;
-    const corners = b.vertices.map(at);
+  const boxes = view.boxes.map(b => ({ ...b, corners: b.vertices.map(at) })), taken = [];
+  for (const { step, corners } of boxes) {
+    pen.globalAlpha = step === view.step ? 1 : 0.4;
     wireframe(pen, corners, "#000a", 4.5, []);
     wireframe(pen, corners, color("answer"), 2.2, []);
   }
-  const taken = [];
-  for (const b of view.boxes) {
-    const corners = b.vertices.map(at);
+  for (const { corners, ...b } of boxes) {
     pen.globalAlpha = b.step === view.step ? 1 : 0.75;  // words have to be read
     if (corners.every(c => c)) label(pen, b.name + (b.within_mm === null ? "" : ` ± ${b.within_mm.toFixed(0)} mm`), corners, canvas, taken);
   }
@@ -350,9 +350,7 @@ $("instruction").onkeydown = e => { if (e.key === "Enter") { instruct(); ask({ d
 $("run").onclick = () => { seek(memory.newest); ask({ do: view.running ? "stop" : "start" }); };
 $("step").onclick = () => { seek(memory.newest); ask({ do: "step" }); };
 $("predict").onclick = () => ask({ do: "predict", step: view.step });
-$("reset").onclick = reset;
-$("family").onchange = reset;
-$("seed").onchange = reset;
+$("reset").onclick = $("family").onchange = $("seed").onchange = reset;
 $("open").onclick = () => $("file").click();
 $("file").onchange = () => { if ($("file").files.length) ask($("file").files[0]); $("file").value = ""; };
 $("truth").onchange = soon;

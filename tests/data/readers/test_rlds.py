@@ -221,6 +221,7 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
     assert inspect(copy).count("not read: ") == len(strange)
     assert describe(copy)["gripper"] and audit(copy).episodes == 25
     write_page(copy, copy / "look.html", None)
+    assert "the first 4 of 25 episodes" in (copy / "look.html").read_text()
     for name in strange:
         for key in ("position", "instruction", "success"):
             (copy / "spear.json").write_text(json.dumps({"like": "bridge_dataset", key: name}))
