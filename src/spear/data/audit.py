@@ -27,7 +27,7 @@ from spear.data.hypotheses import (
     state_quaternions,
     translation_fits,
 )
-from spear.data.readers.formats import episode_counts, open_dataset, open_split
+from spear.data.readers.formats import check_good, episode_counts, open_dataset, open_split
 from spear.data.readers.layout import (
     FASTEST,
     FORMS,
@@ -42,7 +42,6 @@ from spear.data.readers.layout import (
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
 from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.prepare import check_good
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array, Episode

@@ -16,10 +16,9 @@ from PIL import Image
 from spear.data.actions import episode_actions
 from spear.data.audit import episode_steps
 from spear.data.inspect import inspect, layout_known
-from spear.data.readers.formats import episode_counts, read_episodes
+from spear.data.readers.formats import check_good, episode_counts, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
-from spear.data.store.prepare import check_good
 from spear.errors import SpearError
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render

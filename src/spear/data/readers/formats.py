@@ -11,6 +11,7 @@ from spear.data.readers.splits import split_ranges
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
 from spear.types import Episode
+from spear.util.ledger import Skipped
 
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
@@ -65,6 +66,14 @@ def read_episodes(
             on_bad(error)
         else:
             yield episode
+
+
+def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
+    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
+    skipped.check(good, finished=good > 0)
+    if good == 0:
+        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
 def open_split(path: str | Path, split: str = "train") -> EpisodeStore:

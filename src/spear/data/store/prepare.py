@@ -24,7 +24,14 @@ from spear.data.actions import OPEN_ABOVE, resample, with_actions
 from spear.data.audit import doubts
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
-from spear.data.readers.formats import Dataset, episode_counts, open_dataset, open_split, read_episodes
+from spear.data.readers.formats import (
+    Dataset,
+    check_good,
+    episode_counts,
+    open_dataset,
+    open_split,
+    read_episodes,
+)
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import record_sums
@@ -169,14 +176,6 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
         skipped.check(count)
         yield episode
     check_good(count, skipped, path, split)
-
-
-def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
-    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
-    skipped.check(good, finished=good > 0)
-    if good == 0:
-        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
 def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
