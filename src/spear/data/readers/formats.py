@@ -86,14 +86,6 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     return store if chosen == list(range(len(store))) else store.subset(chosen)
 
 
-def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
-    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
-    skipped.check(good, finished=good > 0)
-    if good == 0:
-        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
-
-
 def episode_counts(path: str | Path) -> Mapping[str, int]:
     """Split name -> number of episodes."""
     folder = open_dataset(path)
