@@ -68,14 +68,6 @@ def read_episodes(
             yield episode
 
 
-def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
-    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
-    skipped.check(good, finished=good > 0)
-    if good == 0:
-        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
-
-
 def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     """The episodes of a store that a split names; all of them are "train"."""
     store = EpisodeStore(path)
@@ -84,6 +76,14 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     if not chosen:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
     return store if chosen == list(range(len(store))) else store.subset(chosen)
+
+
+def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
+    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
+    skipped.check(good, finished=good > 0)
+    if good == 0:
+        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
 def episode_counts(path: str | Path) -> Mapping[str, int]:
