@@ -150,24 +150,22 @@ def _motion(
     moves = [window for window in windows if "action" in window.column]
     places = [w for w in windows if w not in moves and not joints(w.name(columns))]
     few = {name: each[:FEW] for name, each in columns.items()}
-    ways: list[tuple[float, Window, Window, Window | None]] = []
+    ways: list[tuple[float, Window, Window, Window | None, Window | None]] = []
     for place, move in itertools.product(places, moves):
         turns: Sequence[Window | None] = _beside(place, columns) or [None]
         fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
-        ways += [(round(equal[0].relative, 2), place, move, turn) for turn, equal in fits if equal]
+        ways += [(round(equal[0].relative, 2) + 1, place, move, turn, None) for turn, equal in fits if equal]
     if not ways:
         facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
         return []
-    whole: list[tuple[float, Window, Window, Window | None, Window | None]] = []
-    for left, place, move, turn in sorted(ways, key=lambda way: way[0])[:WAYS]:
-        whole.append((left + 1, place, move, None, None))
-        for act in _beside(move, columns) if turn is not None else ():
-            if equal := _best("rotation", place, turn, act, few, rate):
-                whole.append((left + equal[0].relative, place, move, turn, act))
-    least = min(left for left, *_ in whole) + MARGIN
-    near = [way for way in whole if way[0] <= least]
-    sure = [way for way in near if way[3] is not None and way[3].end - way[3].first == 4]
-    near = sorted(sure or near, key=lambda way: (way[1].first, way[2].first))
+    for left, place, move, turn, _ in sorted(ways, key=lambda way: way[0])[:WAYS]:
+        for turned in _beside(move, columns) if turn is not None else ():
+            if equal := _best("rotation", place, turn, turned, few, rate):
+                ways.append((left - 1 + equal[0].relative, place, move, turn, turned))
+    least = min(left for left, *_ in ways) + MARGIN
+    near = sorted((way for way in ways if way[0] <= least), key=lambda way: (way[1].first, way[2].first))
+    # Numbers of length 1 are an orientation, which other numbers are only perhaps.
+    near = [way for way in near if way[3] is not None and way[3].end == way[3].first + 4] or near
     _, place, move, turn, act = near[0]
     fit = _best("translation", place, turn, move, columns, rate)[0]
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
@@ -184,17 +182,15 @@ def _motion(
     written, values = equal[0], turn.of(columns)
     form, widest = written.reading.state, np.abs(np.concatenate(values)).max()
     found |= {"rotation": turn.name(columns), "rotation_format": form}
-    found["angle_unit"] = "deg" if form in ANGLES and widest > TURN else "rad"
+    degrees = widest > TURN if form in ANGLES else written.reading.unit.startswith("deg")
+    found["angle_unit"] = "deg" if degrees else "rad"
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)
     if others := turning_otherwise(values, form, sorted({f.reading.state for f in equal})):
         found["rotation_format"] = None
-        told = f"{' or '.join([form, *others])}: no action tells which"
-        facts["rotation_format"] = f"{told}: ask who recorded them"
-    frames = {fit.reading.frame}
-    if written.relative <= UNEXPLAINED:
-        frames.add("ee" if written.reading.frame == "ee" else "base")
-    found["logged_frame"] = frames.pop() if len(frames) == 1 else None
+        facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
+    same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
+    found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None
     if found["logged_frame"] is None:
         facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
     return [place, move, turn, act]
