@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -41,13 +42,20 @@ def _gl_context(width: int, height: int) -> Any:
     return mujoco.GLContext(width, height)
 
 
+_DRAWING = threading.local()
+"""gl: the context that a thread drew with last."""
 _LOST: list[tuple[Any, mujoco.MjrContext]] = []
 """Contexts without a renderer that another thread still has current: only that thread could free them."""
 
 
+def _draw_with(gl: Any) -> None:
+    gl.make_current()
+    _DRAWING.gl = gl
+
+
 def _free(gl: Any, context: mujoco.MjrContext) -> None:
-    """Give a context back. MuJoCo deletes its buffers, by numbers that all contexts share, in whichever is
-    current: another renderer's would draw nothing but its background from then on."""
+    """Give a context back, perhaps while another is drawing. MuJoCo deletes its buffers, by numbers that all
+    contexts share, in whichever is current: another renderer's would draw nothing but its background."""
     try:
         gl.make_current()
     except Exception:  # each driver has its own: it is current in another thread
@@ -55,6 +63,9 @@ def _free(gl: Any, context: mujoco.MjrContext) -> None:
         return
     context.free()
     gl.free()
+    drawing, _DRAWING.gl = getattr(_DRAWING, "gl", gl), None
+    if drawing not in (gl, None):
+        _draw_with(drawing)
 
 
 class Renderer:
@@ -65,7 +76,7 @@ class Renderer:
         self._size = width, height = 560, 420  # of the buffers, which grow with the pictures asked for
         try:
             self._gl = _gl_context(width, height)
-            self._gl.make_current()
+            _draw_with(self._gl)
         except Exception as error:  # the library raises whatever the missing driver made it raise
             cure = "install the Debian packages libegl1 libgl1 libgl1-mesa-dri"
             raise SpearError(f"rendering: no OpenGL through EGL ({error}): {cure}") from error
@@ -132,7 +143,7 @@ class Renderer:
 
     def _layout(self, sizes: Sequence[Size]) -> list[mujoco.MjrRect]:
         width, height = sum(w for w, _ in sizes), max(h for _, h in sizes)
-        self._gl.make_current()
+        _draw_with(self._gl)
         if width > self._size[0] or height > self._size[1]:
             self._size = (max(width, self._size[0]), max(height, self._size[1]))
             mujoco.mjr_resizeOffscreen(*self._size, self._context)

@@ -96,7 +96,8 @@ def prepare(
     }
     if (out / REQUEST).is_file():
         if other := difference(read_json(out / REQUEST, "remove that folder"), request):
-            raise SpearError(f"{out} was prepared otherwise ({other}): remove it, or choose another --out")
+            why = f"{out} was prepared from other episodes, or in another way ({other})"
+            raise SpearError(f"{why}: remove that folder, or choose another --out")
         return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
     check_new(out)
     work = out.with_name(f".{out.name}.part")
@@ -192,7 +193,8 @@ def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], 
 
 def _ready(episode: Episode, how: Conversion) -> Episode:
     if unknown := set(how.sizes) - {"", *episode.images}:
-        raise SpearError(f"no camera {min(unknown)!r}: {episode.source} has {', '.join(episode.images)}")
+        known = ", ".join(sorted(episode.images))
+        raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
     episode = with_actions(resample(episode, how.rate))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
