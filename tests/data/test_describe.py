@@ -78,19 +78,15 @@ def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: P
 
 
 def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(
-        shared / "data/lerobot/v3.0_image", tmp_path / "copy", copy_function=shutil.copyfile
-    )
+    copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
     info = json.loads((copy / "meta/info.json").read_text())
     taken = describe(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
-    file.chmod(0o644)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
     info["features"]["observation.state"]["names"] = {
         "motors": [f"joint_{i}" for i in range(6)] + ["gripper"]
     }
-    (copy / "meta/info.json").chmod(0o644)
     (copy / "meta/info.json").write_text(json.dumps(info))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken

@@ -178,7 +178,11 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
     checks = check_gripper(recordings)
-    if spec.rotation_format not in (*RECORDED_ONLY, "matrix4_columns", "matrix4_rows"):  # which show
+    if spec.rotation_format not in (
+        "franka_joints",
+        "matrix4_columns",
+        "matrix4_rows",
+    ):  # nothing else looks so
         checks += _check_form(report, str(judged.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
 
