@@ -51,6 +51,8 @@ from spear.util.ledger import Skipped
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
+UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
+"""Formats that no other numbers could be."""
 _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
 STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
 EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
@@ -178,11 +180,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
     checks = check_gripper(recordings)
-    if spec.rotation_format not in (
-        "franka_joints",
-        "matrix4_columns",
-        "matrix4_rows",
-    ):  # nothing else looks so
+    if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(judged.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
 
