@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from refusals import refuses
 from spear.cli import main
+from spear.data.audit import audit
 from spear.data.describe import describe
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
@@ -36,37 +38,55 @@ def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, n
         assert found["rate_hz"] is None and "rate_hz" in found["facts"]
 
 
-def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
+def rewritten(shared: Path, folder: Path, change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Path:
+    """A copy of the real sample, whose states and actions, both [T, 7], are what `change` makes of them."""
     whole = shared / "data" / "lerobot" / "v3.0_image"
-    copy = shutil.copytree(whole, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = shutil.copytree(whole, folder / "copy", copy_function=shutil.copyfile)
     (file,) = copy.glob("data/*/*.parquet")
-    table = pq.read_table(file)
-    state = np.array(table["observation.state"].to_pylist(), np.float32)
-    state[13, 2] = np.nan
-    column = pa.FixedSizeListArray.from_arrays(pa.array(state.ravel()), state.shape[1])
-    at = table.column_names.index("observation.state")
+    table, names = pq.read_table(file), ("observation.state", "action")
     file.chmod(0o644)
-    pq.write_table(table.set_column(at, table.schema.field(at), column), file)
-    found, expected = describe(copy), describe(whole)
-    assert {k: v for k, v in found.items() if k != "facts"} == {
-        k: v for k, v in expected.items() if k != "facts"
-    }
+    for name, values in zip(names, change(*(np.array(table[n].to_pylist()) for n in names)), strict=True):
+        column = pa.array(list(values.astype(np.float32)))
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, file)
+    return copy
+
+
+def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
+    copy = rewritten(
+        shared, tmp_path, lambda s, a: (np.where(np.arange(s.size).reshape(s.shape) == 93, np.nan, s), a)
+    )
+    found, expected = describe(copy), describe(shared / "data" / "lerobot" / "v3.0_image")
+    assert {**found, "facts": 0} == {**expected, "facts": 0}
+
+
+def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
+    found = describe(rewritten(shared, tmp_path, lambda s, a: (np.roll(s, 1, 1), np.roll(a, 1, 1))))
+    assert found["position"] == "observation/state[1:4]" and found["logged_translation"] == "action[1:4]"
+    assert found["rotation"] == "observation/state[4:7]" and found["logged_rotation"] == "action[4:7]"
+
+
+def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: Path) -> None:
+    copy = rewritten(shared, tmp_path, lambda s, a: (s, np.roll(s, -1, 0)))
+    found = describe(copy)
+    assert found["rotation_format"] is None and "euler_xyz or" in found["facts"]["rotation_format"]
+    for form in ("euler_xyz", "rotation_vector"):
+        said = {**found, "rotation_format": form, "logged_rotation_format": form, "facts": {}}
+        (copy / "spear.json").write_text(json.dumps(said))
+        report = audit(copy)
+        assert report.outcome == "undecided" and "rotation_format" in [check.name for check in report.checks]
 
 
 def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(
-        shared / "data/lerobot/v3.0_image", tmp_path / "copy", copy_function=shutil.copyfile
-    )
+    copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
     info = json.loads((copy / "meta/info.json").read_text())
     taken = describe(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
-    file.chmod(0o644)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
     info["features"]["observation.state"]["names"] = {
         "motors": [f"joint_{i}" for i in range(6)] + ["gripper"]
     }
-    (copy / "meta/info.json").chmod(0o644)
     (copy / "meta/info.json").write_text(json.dumps(info))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken

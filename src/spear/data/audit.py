@@ -24,8 +24,10 @@ from spear.data.hypotheses import (
     Recording,
     Stretches,
     rotation_fits,
+    state_forms,
     state_quaternions,
     translation_fits,
+    turning_otherwise,
 )
 from spear.data.readers.formats import check_good, episode_counts, open_dataset, open_split
 from spear.data.readers.layout import (
@@ -49,13 +51,15 @@ from spear.util.ledger import Skipped
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
+UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
+"""Formats that no other numbers could be."""
 _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
 STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
 EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
 """How much of a dataset to read, of how many episodes the images, and the share that may be bad."""
 MARGIN = 0.01
 """Part of the motion by which a reading must be worse to be called worse."""
-UNEXPLAINED = 0.5
+UNEXPLAINED = 1 / 3
 """Relative error above which even the best reading explains nothing."""
 NEAREST, FARTHEST = 0.03, 3.0
 """Metres from its base that an arm can be believed to reach: it goes further than the first."""
@@ -175,7 +179,20 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     check_good(len(recordings), skipped, path, split)
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
-    return replace(report, skipped=skipped.reasons, checks=check_gripper(recordings))
+    checks = check_gripper(recordings)
+    if spec.rotation_format not in UNLIKE:
+        checks += _check_form(report, str(judged.rotation_format))
+    return replace(report, skipped=skipped.reasons, checks=checks)
+
+
+def _check_form(report: Report, said: str) -> list[Check]:
+    """Whether the actions tell how orientations are written: targets that are the next states never do."""
+    tied = [f.tied for p in report.parts if not p.note for f in p.findings if f.question == "state"]
+    rotations = [r.rotation for r in report.recordings]
+    forms = set(state_forms(rotations[0])).intersection(*tied) - {said}
+    others = " or ".join(turning_otherwise(rotations, said, sorted(forms)))
+    words = f"by {others} the gripper would turn otherwise, and the actions fit as well"
+    return [Check("rotation_format", "cannot tell", words)] if others else []
 
 
 def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str, list[View | None]]:

@@ -11,8 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data.audit import FARTHEST, UNEXPLAINED
-from spear.data.hypotheses import Fit, Recording, Stretches, rotation_fits, translation_fits
+from spear.data.audit import FARTHEST, MARGIN, UNEXPLAINED
+from spear.data.hypotheses import (
+    Fit,
+    Recording,
+    Stretches,
+    rotation_fits,
+    translation_fits,
+    turning_otherwise,
+)
 from spear.data.readers.formats import episode_counts, open_dataset
 from spear.data.readers.layout import Sources, is_depth, leaves
 from spear.data.readers.lerobot import LeRobotFolder
@@ -23,8 +30,9 @@ from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import IMAGE_BEGINS
 
-EPISODES, VIEWED, WIDEST = 30, 5, 32
-"""Episodes that are read, those whose images are looked at, and numbers that a measurement has at most."""
+EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
+"""Episodes that are read, those in which columns are sought, and whose images are looked at; numbers that a
+measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
 TURN = 2.1 * np.pi
 """Radians beyond which angles are degrees."""
 AT_WRIST = ("wrist", "hand", "gripper", "eye_in")
@@ -137,42 +145,54 @@ def _motion(
 ) -> list[Window]:
     """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
     found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
-    still = [np.tile([1.0, 0, 0, 0], (len(v), 1)) for v in next(iter(columns.values()), [])]
-    fits: list[tuple[float, Window, Window, Fit]] = []
     wide = {name: each[0].shape[1] for name, each in columns.items() if each[0].shape[1] >= 3}
-    moves = [Window(name, 0, 3) for name in wide if "action" in name]
-    places = [Window(n, i, i + 3) for n, width in wide.items() if "action" not in n for i in range(width - 2)]
-    places = [place for place in places if not joints(place.name(columns))]
+    windows = [Window(n, i, i + 3) for n, width in wide.items() for i in range(width - 2)]
+    moves = [window for window in windows if "action" in window.column]
+    places = [w for w in windows if w not in moves and not joints(w.name(columns))]
+    few = {name: each[:FEW] for name, each in columns.items()}
+    ways: list[tuple[float, Window, Window, Window | None, Window | None]] = []
     for place, move in itertools.product(places, moves):
-        fit = _best("translation", place.of(columns), still, move.of(columns), rate)
-        if fit is not None:
-            fits.append((round(fit.relative, 3), place, move, fit))
-    if not fits:
+        turns: Sequence[Window | None] = _beside(place, columns) or [None]
+        fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
+        ways += [(round(equal[0].relative, 2) + 1, place, move, turn, None) for turn, equal in fits if equal]
+    if not ways:
         facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
         return []
-    _, place, move, fit = min(fits, key=lambda each: each[0])
+    for left, place, move, turn, _ in sorted(ways, key=lambda way: way[0])[:WAYS]:
+        for turned in _beside(move, columns) if turn is not None else ():
+            if equal := _best("rotation", place, turn, turned, few, rate):
+                ways.append((left - 1 + equal[0].relative, place, move, turn, turned))
+    least = min(left for left, *_ in ways) + MARGIN
+    near = sorted((way for way in ways if way[0] <= least), key=lambda way: (way[1].first, way[2].first))
+    # Numbers of length 1 are an orientation, which other numbers are only perhaps.
+    near = [way for way in near if way[3] is not None and way[3].end == way[3].first + 4] or near
+    _, place, move, turn, act = near[0]
+    fit = _best("translation", place, turn, move, columns, rate)[0]
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
     found |= {"position": place.name(columns), "logged_translation": move.name(columns)}
     found["length_unit"] = next((u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m")
     found["logged_kind"] = fit.reading.kind
     facts["position"] = _why(move.name(columns), fit)
-    turn, act = _beside(place, columns), _beside(move, columns)
+    if rivals := {other.name(columns) for _, other, *_ in near} - {place.name(columns)}:
+        facts["position"] += f"; others do as well: {' or '.join(sorted(rivals))}: ask which it is"
     if turn is None or act is None:
+        facts["rotation"] = "no numbers beside them lead from one to the next: name them yourself"
         return [place, move]
-    written = _best("rotation", place.of(columns), turn.of(columns), act.of(columns), rate)
-    if written is not None:
-        form, widest = written.reading.state, np.abs(np.concatenate(turn.of(columns))).max()
-        found |= {"rotation": turn.name(columns), "rotation_format": form}
-        found["angle_unit"] = "deg" if form in ANGLES and widest > TURN else "rad"
-        found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
-        facts["rotation"] = _why(act.name(columns), written)
-        step = _best("translation", place.of(columns), turn.of(columns), move.of(columns), rate) or fit
-        frames = {step.reading.frame}
-        if written.relative <= UNEXPLAINED:
-            frames.add("ee" if written.reading.frame == "ee" else "base")
-        found["logged_frame"] = frames.pop() if len(frames) == 1 else None
-        if found["logged_frame"] is None:
-            facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
+    equal = _best("rotation", place, turn, act, columns, rate)
+    written, values = equal[0], turn.of(columns)
+    form, widest = written.reading.state, np.abs(np.concatenate(values)).max()
+    found |= {"rotation": turn.name(columns), "rotation_format": form}
+    degrees = widest > TURN if form in ANGLES else written.reading.unit.startswith("deg")
+    found["angle_unit"] = "deg" if degrees else "rad"
+    found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
+    facts["rotation"] = _why(act.name(columns), written)
+    if others := turning_otherwise(values, form, sorted({f.reading.state for f in equal})):
+        found["rotation_format"] = None
+        facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
+    same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
+    found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None
+    if found["logged_frame"] is None:
+        facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
     return [place, move, turn, act]
 
 
@@ -182,33 +202,37 @@ def _why(name: str, fit: Fit) -> str:
     return f"{name} leads from one to the next but for {fit.relative:.0%} of the motion{unsure} ({how})"
 
 
-def _beside(window: Window, columns: Columns) -> Window | None:
-    """Where orientations are, if positions are there: unit quaternions, or else the next three numbers."""
+def _beside(window: Window, columns: Columns) -> list[Window]:
+    """Where orientations may be, if positions are there: unit quaternions, or else three numbers."""
     ends = {name: each[0].shape[1] for name, each in columns.items()}
     kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
-    spans = [(window.column, window.end), *((name, 0) for name in kind if name != window.column)]
     for size in (4, 3):
-        for name, first in spans:
-            numbers = np.concatenate([values[:, first : first + size] for values in columns[name]])
-            unit = size == 3 or bool((np.abs(np.linalg.norm(numbers, axis=1) - 1) < 1e-2).all())
-            if numbers.shape[1] == size and unit:
-                return Window(name, first, first + size)
-    return None
+        spans = [(window.column, window.end), (window.column, window.first - size)]
+        spans += [(name, 0) for name in kind if name != window.column]
+        found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
+        norms = [np.linalg.norm(np.concatenate(w.of(columns)), axis=1) for w in found]
+        found = [w for w, n in zip(found, norms, strict=True) if size == 3 or (np.abs(n - 1) < 1e-2).all()]
+        if found:
+            return found
+    return []
 
 
 def _best(
-    name: str, where: Sequence[Array], turn: Sequence[Array], logged: Sequence[Array], rate: float
-) -> Fit | None:
-    """The best reading of logged values, of equals the plainest; None where nothing moves for five steps."""
-    parts = zip(where, turn, logged, strict=True)
+    name: str, where: Window, turn: Window | None, logged: Window, columns: Columns, rate: float
+) -> list[Fit]:
+    """The readings of logged values that fit best, of equals the plainest first; none where nothing moves."""
+    places, acts = where.of(columns), logged.of(columns)
+    turns = turn.of(columns) if turn else [np.tile([1.0, 0, 0, 0], (len(p), 1)) for p in places]
+    parts = zip(places, turns, acts, strict=True)
     recordings = [Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts]
     stretches = Stretches(recordings)
     if not stretches.count:
-        return None
+        return []
     fits = (translation_fits if name == "translation" else rotation_fits)(recordings, stretches)
     likely = lambda fit: sum(str(answer) in PLAIN for answer in fit.reading)  # noqa: E731
     best = min(fits, key=lambda fit: (round(fit.relative, 2), -likely(fit)))
-    return best if best.moved.sum() > 0 else None
+    near = [fit for fit in fits if fit is not best and fit.relative <= best.relative + MARGIN]
+    return [best, *near] if best.moved.sum() > 0 else []
 
 
 def _gripper(

@@ -8,7 +8,7 @@ robot moved from there: 0 is perfect, 1 is as bad as predicting that it stands s
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ STRETCH = 20
 """Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
 SIGNS = {"".join(s): np.array([float(f"{sign}1") for sign in s]) for s in itertools.product("+-", repeat=3)}
 """Signs of the x, y and z components -> what they are multiplied by."""
+APART = 0.1
+"""Part of its turns by which a gripper turns otherwise, where orientations are read in two forms."""
 Scale = tuple[str, str, float]
 """Kind, unit, and the factor to metres or radians per step."""
 UNSCALED = "unit quaternion"
@@ -177,6 +179,20 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
         unit = "deg" if np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
     values = _vector(rotation * ANGLE_UNITS.get(unit, 1.0))
     return {name: _quaternions(name, values).numpy() for name in state_forms(rotation)}, unit
+
+
+def turning_otherwise(rotations: Sequence[Array], said: str, forms: Iterable[str]) -> list[str]:
+    """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise."""
+    read, _ = state_quaternions(np.concatenate(rotations))
+    ends = np.cumsum([len(values) for values in rotations])[:-1]
+
+    def turns(form: str) -> Array:
+        at = _vector(read[form])
+        return np.delete(quat_multiply(quat_conjugate(at[:-1]), at[1:]).numpy(), ends - 1, axis=0)
+
+    steps = turns(said)
+    least = APART * _angle(steps[:, 0]).mean() + 1e-6
+    return [form for form in forms if _angle((steps * turns(form)).sum(-1)).mean() > least]
 
 
 def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
