@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import errno
 import os
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -26,6 +24,7 @@ from spear.cli import COMMANDS, load, main, options_of
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import droid
 from spear.labels.store import write_labels
+from spear.util.options import option_names
 
 
 def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
@@ -76,19 +75,14 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("train nano-vla --set lr", "KEY=VALUE"),
         ("train nano-vla --set lr=1 --set ema=0", "--set: given twice"),
         ("plan --gpu big", "'big'"),
-        ("train nano-vla --stesp 3", "did you mean '--steps'?"),
-        ("train nano-vla --set schedule=cosin", "did you mean 'cosine'?"),
         ("train nano-vla --set steps=-1", "key steps"),
-        ("label --preset nanno", "did you mean 'nano'?"),
         ("label --vocabulary mug", "--vocabulary"),
         ("label photos --scenes 3", "--scenes"),
-        ("evaluate vqa nano sim --calibrate --families distance", "--calibrate"),
         ("evaluate vqa nano sim --calibrate --images 1", "--images"),
         ("label nowhere.jpg", "no such file"),
         ("label sim:1 --engine dask", "engine"),
         ("label sim:x", "write a scene as"),
         ("label simpler:10000-10001 photos", "give it alone"),
-        ("label simpler:10000-10001 --plan", "simpler:"),
         ("label show nowhere", "nowhere"),
         ("questions nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
@@ -112,14 +106,11 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device: is for policies"),
         ("evaluate ablations --budget 0", "--budget"),
-        ("evaluate ablations --rows no3d", "'no-3d'"),
         ("evaluate ablations --set steps=3", "--budget"),
         ("evaluate ablations --init nano-vlm-9", "nano-vlm-0"),
         ("evaluate vqa nano /nowhere", "/nowhere"),
         ("evaluate vqa nano sim:x", "write sim:SEED"),
-        ("evaluate vqa nano sim --view wirst", "did you mean 'wrist'?"),
         ("serve", "POLICY"),
-        ("serve nano --embodiment droit", "droid"),
         ("serve nano --embodiment droid --control joints", "joint_"),
         ("serve nano --token schlüssel", "--token"),
         ("serve nano --port 99999", "--port 99999"),
@@ -199,16 +190,9 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 def test_every_option_that_a_text_names_exists() -> None:
     known = {"--help", "--version", "--upgrade", "--nproc-per-node", "--no-python"}  # of pip and torchrun too
 
-    def add(options: Any) -> None:
-        for field, kind in get_type_hints(options).items():
-            known.add(f"--{field.replace('_', '-')}")
-            for part in (kind, *get_args(kind)):
-                if dataclasses.is_dataclass(part):
-                    add(part)
-
     for name in COMMANDS:
         if (options := options_of(load(name))) is not None:
-            add(options)
+            known.update(option_names(options))
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,17 +95,14 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     refuses("joint_0", lambda: next(read_episodes(copy)))
 
 
-def test_a_rate_that_the_metadata_contradict(shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("rate_hz", 30.0), ("position", "observation/state[0;3]")])
+def test_a_layout_that_cannot_be_is_refused(shared: Path, tmp_path: Path, key: str, value: Any) -> None:
     folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
-    layout.write_text(json.dumps({"like": "bridge_dataset", "rate_hz": 30.0, "images": IMAGES}))
-    refuses("rate_hz", lambda: next(read_episodes(folder, dataset=layout)))
-
-
-def test_a_column_that_cannot_be_read_is_named(shared: Path, tmp_path: Path) -> None:
-    folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
-    bad = "observation/state[0;3]"
-    layout.write_text(json.dumps({"like": "bridge_dataset", "position": bad, "images": IMAGES}))
-    refuses(re.escape(bad), lambda: next(read_episodes(folder, dataset=layout)))
+    layout.write_text(json.dumps({"like": "bridge_dataset", key: value, "images": IMAGES}))
+    refuses(
+        re.escape(str(value)) if key == "position" else key,
+        lambda: next(read_episodes(folder, dataset=layout)),
+    )
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,7 @@ from refusals import Command, refuses
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
-from spear.evaluate.open_loop import (
-    mean_action,
-    observations,
-    score,
-    score_last_action,
-    score_mean_action,
-)
+from spear.evaluate.open_loop import mean_action, observations, score, score_last_action, score_mean_action
 from spear.report.comparison import open_loop_page
 from spear.types import Array, Episode
 

@@ -25,8 +25,6 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
     ("kind", "description", "hint"),
     [
         ("detector", "gemni", "did you mean 'gemini'"),
-        ("segmenter", "sam", "did you mean 'sam2'"),
-        ("point map", "mog-2=x", "did you mean 'moge-2'"),
         ("detector", "file:absent.json", "no such file: write file:PATH"),
         ("detector", "file", "no such file"),
         ("detector", "ground-truth+gemini", "only file:"),

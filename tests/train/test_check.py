@@ -44,7 +44,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(
             "--device cuda", "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
         ),
-        ("--device gpu", "'gpu'"),
         ("--shares 1 2", "--shares"),
         ("--init {}/cut", "model.safetensors"),
         ("--init nano-depth", "nano-depth"),
