@@ -1,6 +1,7 @@
 """The whole path at nano: scenes → labels → depth → VLM stages → demonstrations → SPEAR-1 → actions."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,11 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     write_episodes([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
+    other_words = shutil.copytree(tiny, tmp_path / "words")
+    (other_words / "coordinates.json").write_text((tiny / "coordinates.json").read_text() + " ")
     for given, words in (
         ({"store": EpisodeStore(tmp_path / "pull")}, "images or instructions of --episodes"),
+        ({"init": other_words}, "words of --init"),
         ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
         ({"init": final}, "another --init"),
@@ -155,6 +159,8 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     ):
         refuses(words, run_recipe, "nano-post", out, **{"store": store, "init": tiny, **few, **given})
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    finished = run_recipe("nano-post", out, store=store, init=tiny, **{**few, "lr": 1e-5})
+    assert json.loads((finished / "recipe.json").read_text())["earlier"] == [{"until_step": 1, "lr": 3e-4}]
     other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
     changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from spear.train.log import FOLDER, Logger, NotFinite, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
 from spear.util.handover import Handed, Slots
-from spear.util.ledger import alone
+from spear.util.ledger import alone, plain
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,7 @@ def run(
             latest, state = found
             checkpoints.load(latest, state["counts"])
             first, skipped, minutes = state["step"], state["skipped"], state.get("minutes", 0.0)
-            now = json.loads(json.dumps(settings["optimization"]))
-            before = state["settings"]["optimization"]
-            changed = {name: value for name, value in before.items() if now.get(name) != value}
-            earlier = [*state.get("earlier", []), *([{"until_step": first, **changed}] if changed else [])]
+            earlier = history(state, settings["optimization"])
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
             logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
@@ -252,6 +248,13 @@ def state_to_continue(
     if state["step"] > steps:
         raise SpearError(f"{out} holds a run of {state['step']} steps, more than {steps}: use a new --out")
     return found
+
+
+def history(state: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a run of this `state` was set to before it was changed (last to `settings`), until which step."""
+    now, before = plain(settings), state["settings"]["optimization"]
+    changed = {k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v}  # pieces stay
+    return [*state.get("earlier", []), *([{"until_step": state["step"], **changed}] if changed else [])]
 
 
 def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:

@@ -32,8 +32,9 @@ from spear.train.options import Inputs, Recipe
 from spear.util.files import read_json
 from spear.util.ledger import add_files
 
-EPISODES = "--episodes", "images or instructions of --episodes"
-"""What a run is of, besides its recipe: the second is not in checkpoints of earlier versions."""
+EPISODES = "--episodes", "cameras, images or instructions of --episodes"
+TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
+"""What a run is of, besides its recipe and weights; earlier checkpoints have `--episodes` alone."""
 
 
 def train(
@@ -57,16 +58,19 @@ def train(
         keep_freed_memory()
     opt, alone, steps = stage.optimization, parallel.world() == 1, asked.steps
     why = "as it began" if found else "faster on this CPU"
+    changing = {"batch_size": stage.batch_size}
+    earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
     notes = {
         f"training in float32, {why}": opt.precision != asked.precision,
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
+        f"goes on otherwise than before ({earlier[-1:]})": found and earlier != found[1].get("earlier", []),
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
     }
     for words in (w for w, so in notes.items() if so and not how.quiet):
         notice(words)
     model, task, save = build.build(stage, inputs, how.seed)
-    averaged = loop.run(task, opt, out, how, _about(stage, inputs), {"batch_size": stage.batch_size})
+    averaged = loop.run(task, opt, out, how, _about(stage, inputs), changing)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
@@ -82,7 +86,7 @@ def train(
         marks = (mark for _, store, _ in inputs.episodes for mark in store.marks())
         written = {
             "recipe": dataclasses.asdict(stage),
-            "earlier": found[1].get("earlier", []) if found else [],  # what it said before it was changed
+            "earlier": earlier,  # what it said before it was changed
             "seed": how.seed,
             "init": begun_with and {key: said for key, said in begun_with.items() if key != "learned"},
             "simulator_only": _simulator_only(inputs),
@@ -127,12 +131,13 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
     given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
-    marks: dict[str, str | None] = dict.fromkeys(given)
+    marks: dict[str, str | None] = {}
     for name, folders in given.items():
-        digest = hashlib.sha256()
-        for folder in filter(None, folders):
-            add_files(digest, folder, ("*.parquet", "*.safetensors"))
-            marks[name] = digest.hexdigest()[:12]
+        for key, kinds in ((name, ("*.parquet", "*.safetensors")), (f"settings or words of {name}", TEXTS)):
+            digest, marks[key] = hashlib.sha256(), None
+            for folder in filter(None, folders):
+                add_files(digest, folder, kinds)
+                marks[key] = digest.hexdigest()[:12]
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
     return dict(json.loads(json.dumps({**recipe, **opt, **_of_episodes(inputs), **marks})))
 

@@ -277,7 +277,9 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
         write_episodes([make(0, **changes)], tmp_path / name)
     words, size, same = (EpisodeStore(tmp_path / name) for name in ("words", "size", "same"))
     assert words.digest() == size.digest() == same.digest()  # the motions
-    assert len({store.digest(seen=True) for store in (words, size, same)}) == 3
+    write_episodes([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
+    hand = EpisodeStore(tmp_path / "hand")
+    assert len({store.digest(seen=True) for store in (words, size, same, hand)}) == 4
     assert prepare(same.path, tmp_path / "again")[0] == 1
     for other in (words, size):
         shutil.rmtree(same.path)

@@ -164,11 +164,12 @@ class EpisodeStore:
 
     def digest(self, seen: bool = False) -> str:
         """What tells these episodes from others: all sources and lengths, and the numbers of some; or, with
-        `seen`, all instructions, and the lengths of some encoded images."""
+        `seen`, all instructions and cameras, and the lengths of some encoded images."""
         digest = hashlib.sha256(self.lengths.tobytes())
         columns = (shard.words["instruction" if seen else "source"] for shard in self._shards)
         words = [word for column in columns for word in column.to_pylist()]  # faster than one by one
         digest.update("".join(f"{words[number]}\0" for number in self._ids).encode())
+        digest.update("\0".join(self.cameras if seen else ()).encode())
         for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)).tolist():
             shard, row = self._find(index)
             steps = slice(*shard.offsets[row : row + 2])
