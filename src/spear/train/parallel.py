@@ -107,8 +107,9 @@ def wait() -> None:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether an error says that another process is gone."""
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Whether an error says that another process is gone, which may be one that makes batches."""
+    distant = world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return distant or str(error).startswith("DataLoader worker")
 
 
 def shard(model: nn.Module, device: torch.device, lower: bool) -> None:

@@ -60,10 +60,12 @@ def train(
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
+    otherwise = found is not None and earlier != found[1].get("earlier", [])
+    was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
     notes = {
         f"training in float32, {why}": opt.precision != asked.precision,
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
-        f"goes on otherwise than before ({earlier[-1:]})": found and earlier != found[1].get("earlier", []),
+        f"goes on otherwise than before: {was}": otherwise,
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
     }
