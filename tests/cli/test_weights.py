@@ -64,7 +64,9 @@ def test_from_backbones_to_a_policy(tmp_path: Path, done: Command, monkeypatch: 
     assert len(list(policy.glob("*.safetensors"))) > 1
     for path in (vlm, policy):
         processor = Processor.load(path)
-        assert processor.coordinate_start == ROWS and dict(processor.image_sizes) == dict(TINY14.image_sizes)
+        assert processor.coordinate_ids.start == ROWS and dict(processor.image_sizes) == dict(
+            TINY14.image_sizes
+        )
         assert json.loads((path / "recipe.json").read_text())["converted"]
         assert (path / "README.md").read_text().startswith("---\nlicense: gemma\n")
 
