@@ -262,10 +262,7 @@ def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> Sp
     embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
     generator = torch.Generator().manual_seed(seed)
     words = embeddings[: processor.location_start]
-    places = (
-        (processor.location_start, LOCATIONS),
-        (processor.coordinate_ids.start, processor.coordinates.bins),
-    )
+    places = (processor.location_start, LOCATIONS), (config.coordinate_start, config.coordinate_bins)
     with torch.no_grad():
         for first, count in places:
             embeddings[first : first + count] = init_new_embeddings(words, count, generator, smooth=True)

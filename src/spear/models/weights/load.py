@@ -123,9 +123,7 @@ class Shards:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
                         if key in weights:
-                            raise SpearError(
-                                f"{key} is in {weights[key].file} and {file}: remove one of them"
-                            )
+                            raise SpearError(f"{key} is in two files: {weights[key].file} and {file}")
                         part = opened.get_slice(key)
                         weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
