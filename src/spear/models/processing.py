@@ -291,17 +291,14 @@ class Processor:
 
 
 def check_tokenizer(tokenizer: Any) -> int:
-    """The id of a tokenizer's first location token. Raises SpearError for a tokenizer without those, or whose
-    special tokens are not the models'."""
+    """The id of the first location token. Raises SpearError without those, or with other special tokens."""
     ids = tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
     if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
         first = LOCATION_FORMAT.format(0)
         raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
     for name, wanted in TOKEN_IDS.items():
         if (found := getattr(tokenizer, name)) != wanted:
-            raise SpearError(
-                f"tokenizer: its {name} is {found}, not {wanted}: copy tokenizer_config.json too"
-            )
+            raise SpearError(f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too")
     return int(ids[0])
 
 
