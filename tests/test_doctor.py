@@ -29,7 +29,7 @@ def test_a_way_that_differs_or_raises_is_named(
     def broken(model: Any, *rest: Any) -> torch.Tensor:
         if model.dtype == torch.bfloat16:
             raise RuntimeError("no kernel")
-        return real(model, *rest) + 0.01
+        return real(model, *rest) + 3e-4
 
     monkeypatch.setattr(doctor, "fast", broken)
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above

@@ -165,6 +165,9 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     for text in ("{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"):
         path.write_text(text)
         refuses(r"normalizer\.json", Normalizer.load, path)
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        Normalizer("quantile", (0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0, 1.0, scale), 9).save(path)
+        refuses("position_scale", Normalizer.load, path)
     store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
     refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
     masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))

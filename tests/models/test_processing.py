@@ -140,9 +140,9 @@ def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
         ids = processor.tokenizer.encode(text, add_special_tokens=False)
         assert processor.tokenizer.decode(ids) == text
     assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
-    first = processor.coordinate_start
+    first = processor.coordinate_ids.start
     assert processor.tokenizer.convert_tokens_to_ids(["<3d0000>", "<3d1023>"]) == [first, first + 1023]
-    assert processor.vocabulary == first + 1024
+    assert len(processor.tokenizer) == first + 1024
 
 
 def test_ever_new_texts_take_no_memory(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +162,9 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
     (tmp_path / "processor.json").write_text("{")
     refuses("broken processor", Processor.load, tmp_path)
+    processor.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    refuses("pad_token_id", Processor.load, tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
     refuses("broken tokenizer", Processor.load, tmp_path)
 

@@ -55,7 +55,7 @@ def save_policy(folder: Path) -> Path:
     """A random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
     processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
-    vlm = vlm_config(TINY, processor.vocabulary, processor.coordinate_start)
+    vlm = vlm_config(TINY, len(processor.tokenizer), processor.coordinate_ids.start)
     torch.manual_seed(0)
     Spear1ForActionPrediction(spear1_config(TINY, vlm)).save_pretrained(folder)
     processor.save(folder)

@@ -82,7 +82,7 @@ def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path)
 def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:
     """A VLM of a preset's encoders may have another language model: PaliGemma 2's."""
     processor, size = load_vlm("nano").processor, preset("nano")
-    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
     fields = {**config.text_config.to_dict(), **sizes, "num_key_value_heads": 3, "head_dim": 32}
     config.text_config = AutoConfig.for_model("gemma2", **{k: fields[k] for k in fields if k != "model_type"})

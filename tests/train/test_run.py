@@ -114,7 +114,7 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> Non
 
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
     before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
-    first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_start
+    first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
     changed = {n for n in before if n != EMBEDDINGS and not torch.equal(before[n], after[n])}
     assert changed == {n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))}
     assert torch.equal(before[EMBEDDINGS][:first], after[EMBEDDINGS][:first])

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
 from spear.data.readers.spec import said
@@ -28,6 +28,7 @@ from spear.util.files import write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
+Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 SMALLEST_SCALES = (1e-3,) * 3 + (1e-2,) * 3
 """Metres, of translations (in a step of 0.2 s) and positions. An axis that varies less is scaled as if it
 varied by so much: its noise is not blown up, and what is predicted for it stays small (our choice)."""
@@ -47,12 +48,12 @@ class Normalizer:
 
     mode: Mode
     translation_offset: Triple
-    translation_scale: Triple
+    translation_scale: Scale
     position_offset: Triple
-    position_scale: Triple
+    position_scale: Scale
     samples: int
     datasets: "Mapping[str, Normalizer]" = field(default_factory=dict)
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
     def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":

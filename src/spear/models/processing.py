@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spear.errors import SpearError, check_known, first_line, notice
 from spear.models.decode import Worded
-from spear.models.presets import Preset
+from spear.models.presets import TOKEN_IDS, Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
@@ -78,22 +78,20 @@ class Processor:
     coordinates    what the 3D tokens mean.
     image_sizes    view -> (width, height) in pixels.
     prompt_tokens  the longest prompt accepted.
+    coordinate_ids, location_start  the ids of the 3D tokens, and of the first location token.
     """
 
     tokenizer: Any
     coordinates: CoordinateTokenizer
     image_sizes: Mapping[str, tuple[int, int]]
     prompt_tokens: int = 64
-    coordinate_start: int = field(init=False)
+    coordinate_ids: range = field(init=False)
     location_start: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.coordinate_start = extend_tokenizer(self.tokenizer, self.coordinates.bins)
-        ids = self.tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
-        if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
-            first = LOCATION_FORMAT.format(0)
-            raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
-        self.location_start = int(ids[0])
+        first = extend_tokenizer(self.tokenizer, self.coordinates.bins)
+        self.coordinate_ids = range(first, first + self.coordinates.bins)
+        self.location_start = check_tokenizer(self.tokenizer)
         self._cache: dict[str, list[int]] = {}
         self._told: set[tuple[str, tuple[int, int]]] = set()
 
@@ -102,16 +100,6 @@ class Processor:
         """A preset's processor, with a tokenizer trained on `texts`."""
         tokenizer = train_tokenizer(texts, size.vocabulary)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
-
-    @property
-    def coordinate_ids(self) -> range:
-        """The ids of the 3D tokens."""
-        return range(self.coordinate_start, self.coordinate_start + self.coordinates.bins)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens, 3D tokens included."""
-        return len(self.tokenizer)
 
     def image(self, image: Array, view: str) -> Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
@@ -171,8 +159,7 @@ class Processor:
         batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
-        stop = start + torch.tensor([len(a) for a in answers])[:, None]
-        answered = (place >= start) & (place < stop)
+        answered = (place >= start) & batch["attention_mask"].bool()
         labels = batch["input_ids"].masked_fill(~answered, IGNORE)
         return {**batch, "token_type_ids": answered.long(), "labels": labels}
 
@@ -186,7 +173,7 @@ class Processor:
             elif isinstance(segment, str):
                 ids += self._text(segment)
             else:
-                ids.append(self.coordinate_start + int(self.coordinates.encode(np.float64(segment))))
+                ids.append(self.coordinate_ids[int(self.coordinates.encode(np.float64(segment)))])
         return ids
 
     def grammar(self, segments: Segments) -> list[tuple[int, int]]:
@@ -198,7 +185,7 @@ class Processor:
             elif isinstance(segment, str):
                 ranges += [(i, i + 1) for i in self._text(segment)]
             else:
-                ranges.append((self.coordinate_start, self.coordinate_start + self.coordinates.bins))
+                ranges.append((self.coordinate_ids.start, self.coordinate_ids.stop))
         return ranges
 
     def worded(self, count: int) -> Worded:
@@ -226,7 +213,7 @@ class Processor:
             partner = int(ids[position + 1]) - self.location_start if position + 1 < len(ids) else -1
             if here in self.coordinate_ids:
                 close()
-                segments.append(float(self.coordinates.decode(np.array(here - self.coordinate_start))))
+                segments.append(float(self.coordinates.decode(np.array(here - self.coordinate_ids.start))))
             elif 0 <= place < LOCATIONS and 0 <= partner < LOCATIONS:
                 close()
                 segments.append(Pixel((partner + 0.5) / LOCATIONS, (place + 0.5) / LOCATIONS))
@@ -264,15 +251,11 @@ class Processor:
 
     def _check_fits(self, config: SpearVLMConfig, folder: Path) -> None:
         ours, wanted = self.coordinate_ids, config.coordinate_ids
-        both = "take both from the same checkpoint"
         if ours != wanted or ours.stop > config.text_config.vocab_size:
             here = f"its tokenizer's 3D tokens are the ids {ours.start} … {ours.stop - 1}"
             there = f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
-            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: {both}")
-        for view in self.image_sizes:
-            if view not in config.views:
-                apart = f"its processor has {view!r}, its model {', '.join(config.views)}"
-                raise SpearError(f"views do not match: {folder}: {apart}: {both}")
+            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: take both together")
+        check_known(f"view in {folder / 'processor.json'}:", config.views, *self.image_sizes)
 
     def _prompt(self, text: str, cut: bool) -> list[int]:
         words = " ".join(text.split())
@@ -305,6 +288,18 @@ class Processor:
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_tokenizer(tokenizer: Any) -> int:
+    """The id of the first location token. Raises SpearError without those, or with other special tokens."""
+    ids = tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
+    if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
+        first = LOCATION_FORMAT.format(0)
+        raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
+    for name, wanted in TOKEN_IDS.items():
+        if (found := getattr(tokenizer, name)) != wanted:
+            raise SpearError(f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too")
+    return int(ids[0])
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:

@@ -242,7 +242,7 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
     Rows are drawn with the mean and covariance of the words' rows (the paper), without those of the
     location tokens (our choice): nano's were drawn themselves, PaliGemma's stand for places.
     """
-    first, bins = processor.coordinate_start, processor.coordinates.bins
+    first, bins = processor.coordinate_ids.start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
     generator = torch.Generator().manual_seed(seed)
     new = init_new_embeddings(words[: processor.location_start], bins, generator, stage.smooth_tokens)
@@ -255,14 +255,14 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
 
 def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> SpearVLM:
     """A VLM with random weights; location and 3D tokens are alike where their places are alike."""
-    config = vlm_config(size, processor.vocabulary, processor.coordinate_start)
+    config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.bins
     _weigh_numbers(config, stage)
     vlm = SpearVLM(config)
     embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
     generator = torch.Generator().manual_seed(seed)
     words = embeddings[: processor.location_start]
-    places = (processor.location_start, LOCATIONS), (processor.coordinate_start, processor.coordinates.bins)
+    places = (processor.location_start, LOCATIONS), (config.coordinate_start, config.coordinate_bins)
     with torch.no_grad():
         for first, count in places:
             embeddings[first : first + count] = init_new_embeddings(words, count, generator, smooth=True)

@@ -121,6 +121,7 @@ def a_vlm(folder: Path) -> Path:
 
 def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
     theirs = pi0()
+    theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
     published = paligemma()
     published.model.load_state_dict(theirs.model.vlm.state_dict())
     folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
@@ -263,6 +264,26 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
     refuses(r"wrong dtype: .* is I8: use a checkpoint in float32", with_state, **foreign)
 
 
+def test_what_would_be_loaded_and_be_wrong_is_refused(tmp_path: Path) -> None:
+    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", "2025")
+    one, two = sorted(folder.glob("*.safetensors"))
+    state, head = load_file(one), "lm_head.weight"
+    norm = next(name for name in state if "norm" in name)
+    for name, change, dtype in ((head, 1, None), (norm, torch.nan, None), (norm, 1e6, torch.float16)):
+        save_file({**state, name: state[name] + change}, one)
+        refuses(name.removeprefix("model."), plan_backbones(folder, None, "tiny14").run, dtype)
+    save_file({**load_file(two), norm: state[norm]}, two)
+    refuses(norm, plan_backbones, folder, None, "tiny14")
+    save_file(state, folder / "model.safetensors")
+    refuses("/model.safetensors.index.json", plan_backbones, folder, None, "tiny14")
+    vlm = a_vlm(tmp_path / "vlm")
+    state = load_file(vlm / "model.safetensors")
+    save_file(
+        {**state, EMBEDDINGS: state[EMBEDDINGS] * torch.inf}, vlm / "model.safetensors", {"format": "pt"}
+    )
+    refuses(EMBEDDINGS, weights.load, SPEAR_VLM, vlm)
+
+
 def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(rows=ROWS - 40), tmp_path / "short")
     sizes = "tokenizer has 1312 tokens, its embeddings 1272"
@@ -275,6 +296,9 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     edit(folder, text_config=config["text_config"])
     plan.tokenizer.save_pretrained(folder)
     refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
+    words = folder / "tokenizer.json"
+    words.write_text(words.read_text().replace("<loc", "<place"))
+    refuses("<loc0000>", plan_backbones, folder, None, "tiny14")
 
 
 def test_names_on_the_hub_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,8 +100,9 @@ def _expert_names(shards: Shards) -> dict[str, str]:
     return names
 
 
-def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> dict[str, int]:
-    """The sizes of π0's expert, from the shapes of its weights."""
+def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> dict[str, Any]:
+    """The sizes of π0's expert, from the shapes of its weights, and what its config says beside them."""
+    said = shards.config.get("dit_config") or {}
 
     def rows(layer: str) -> int:
         name = f"expert.layers.0.{layer}.weight"
@@ -109,6 +111,7 @@ def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> d
         return shards.weights[names[name]].shape[0]
 
     return {
+        **{name: said[name] for name in ("rms_norm_eps", "rope_parameters", "hidden_act") if name in said},
         "hidden_size": rows("input_layernorm"),
         "intermediate_size": rows("mlp.gate_proj"),
         "num_attention_heads": rows("self_attn.q_proj") // head_dim,
@@ -122,15 +125,13 @@ def _pi0(
     wanted: Mapping[str, Tensor], shards: Shards, names: Mapping[str, str], config: Spear1Config
 ) -> tuple[list[Key], list[Part]]:
     """The keys of π0's expert, and what reads them."""
-    fresh = []  # the ends whose states or actions are not ours, or that predict something else
-    for name in wanted:
-        layer = name.split(".")[0]
-        if layer in _ENDS:
-            axis, ours = _ENDS[layer]
-            stored = names.get(f"{layer}.weight")
-            other = stored is not None and shards.weights[stored].shape[axis] != ours
-            if other or (layer == "action_out_proj" and _is_clean(config)):
-                fresh.append(name)
+    # The ends whose states or actions are not ours, or that predict something else.
+    other = {"action_out_proj"} if _is_clean(config) else set()
+    for layer, (axis, ours) in _ENDS.items():
+        stored = names.get(f"{layer}.weight")
+        if stored is not None and shards.weights[stored].shape[axis] != ours:
+            other.add(layer)
+    fresh = [name for name in wanted if name.split(".")[0] in other]
     keys, found = match({k: v for k, v in wanted.items() if k not in fresh}, shards, names, "π0")
     last = {ours: name for ours, name in found.items() if ours.startswith("action_out_proj.")}
     negated = "negated: π0's velocity points to the noise"

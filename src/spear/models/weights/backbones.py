@@ -21,6 +21,7 @@ from spear.models.moge.checkpoint import (
     read_checkpoint,
 )
 from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
+from spear.models.processing import check_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
@@ -90,7 +91,7 @@ def plan_backbones(
     wanted = model.state_dict()
     plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
     keys, names = match(plain, shards, stored, "PaliGemma")
-    of_vocabulary, grow = _vocabulary(shards, table, start, numbers.bins)
+    of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.bins)
     keys, parts = keys + of_vocabulary, [grow, reading(shards, names)]
     sources = {"PaliGemma": str(paligemma)}
     if encoder is not None and model.moge is not None:
@@ -130,6 +131,7 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None, rows
     tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer)
     mismatch = f"vocabulary mismatch: {folder}: its tokenizer has"
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
@@ -152,8 +154,10 @@ def _vlm_config(
     return vlm_config(size, coordinate_start=start, networks=networks)
 
 
-def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[list[Key], Part]:
-    """The embeddings in their parts, known rows and new 3D tokens, and how they are read."""
+def _vocabulary(
+    shards: Shards, source: str, head: str | None, start: int, bins: int
+) -> tuple[list[Key], Part]:
+    """The embeddings in their parts, known rows and new 3D tokens, and how they are read. head: its copy."""
     rows, width = shards.weights[source].shape
     known, end = min(rows, start), start + bins
     loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
@@ -167,6 +171,10 @@ def _vocabulary(shards: Shards, source: str, start: int, bins: int) -> tuple[lis
     def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
         table = torch.empty(max(rows, end), width, dtype=dtype)
         shards.read_into(source, table[:rows])
+        if head is not None:
+            copied = torch.empty(shards.weights[head].shape, dtype=dtype)
+            if not torch.equal(shards.read_into(head, copied), table[:rows]):
+                raise SpearError(f"{shards.folder}: {head} is not {source}: SPEAR-VLM ties both")
         table[known:end] = init_new_embeddings(table[:known], end - known, generator)
         return {EMBEDDINGS: table}
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spear.errors import SpearError, first_line
 from spear.models.weights.folders import simulator_only
-from spear.models.weights.load import Part, Shards, quiet
+from spear.models.weights.load import Part, Shards, check_finite, quiet
 from spear.util.files import check_new
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -132,7 +132,7 @@ class Conversion(Generic[Model]):
         """The model in evaluation mode, on the CPU. The same seed gives the same new weights.
 
         Beside the weights in `dtype` there is never more in memory than a piece of a file and the covariance
-        of the embeddings. Raises `SpearError` when a weight is missing or refused.
+        of the embeddings. Raises `SpearError` when a weight is missing, refused or not finite.
         """
         self.check()
         dtype = dtype or self.dtype
@@ -147,6 +147,7 @@ class Conversion(Generic[Model]):
         model, info = loaded
         new = {key.name for key in self.report.of("new") if "[" not in key.name}
         assert set(info["missing_keys"]) == new and not info["unexpected_keys"], "the report is wrong"
+        check_finite(model, ", ".join(self.sources.values()))
         return model.eval()
 
     def save(

@@ -1,7 +1,6 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -37,19 +36,24 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     check(cls, folder)
-    how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
+    how: Any = dict.fromkeys(("local_files_only", "ignore_mismatched_sizes"), True)
     try:
         with quiet():
-            loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
+            model = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except Exception as error:  # of its networks too, which wrong numbers break
         raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
-    model, info = loaded
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
-            what = f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
-            raise SpearError(f"checkpoint does not fit its config: {folder}: {what}: save the model again")
+    found = {name: stored.shape for name, stored in Shards.open(folder, "checkpoint").weights.items()}
+    if wrong := difference({name: tuple(w.shape) for name, w in model.state_dict().items()}, found):
+        raise SpearError(f"checkpoint does not fit its config: {folder}: {wrong}: save the model again")
+    check_finite(model, str(folder))
     return model.eval()
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raise SpearError, naming the first, when a weight is NaN or infinite."""
+    for name, weight in model.state_dict().items():
+        if weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
+            raise SpearError(f"{where}: {name} is NaN or infinite: copy it again, or give another dtype")
 
 
 def architecture(folder: Path) -> str:
@@ -118,6 +122,8 @@ class Shards:
             try:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
+                        if key in weights:
+                            raise SpearError(f"{key} is in two files: {weights[key].file} and {file}")
                         part = opened.get_slice(key)
                         weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
@@ -240,11 +246,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({folder / name for name in names})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
+        if files[0].is_file():
+            raise SpearError(f"two checkpoints in one folder: {index} and {files[0].name}: remove the older")
+        named = read_json(index, _WHOLE).get("weight_map")
+        if not isinstance(named, dict):
+            raise SpearError(f"broken checkpoint: {index} has no weight_map: copy it again")
+        files = sorted({folder / str(name) for name in named.values()})
     for file in files:
         if not file.is_file():
             raise SpearError(f"checkpoint incomplete: {file} is missing: copy it again")
