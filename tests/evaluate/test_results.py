@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from refusals import refuses
-from spear.evaluate.results import Journal, Outcome, Results, load, merge, terminal_table
+from spear.evaluate.results import Journal, Outcome, Results, load, merge
 
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
@@ -88,14 +87,3 @@ def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> N
     for nonsense in (b"nonsense\n", b"\xff\n"):
         (tmp_path / "episodes-2-of-2.jsonl").write_bytes(nonsense)
         refuses("episodes-2-of-2", load, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["put_on", "StackGreenCubeOnYellowCubeBakedTexInScene-v1"])
-def test_a_narrow_terminal_folds_long_names_and_leaves_no_number_out(name: str) -> None:
-    row = [name, "24", "91.7%", "54.2%", "+37.5 [+10.9, +58.3]", "< 0.0001", "10 : 1"]
-    headers = ["family", "n", "runs/another", "runs/mine", "difference [95 %]", "p", "won : lost"]
-    console = Console(width=80, record=True)
-    console.print(terminal_table("two", headers, [row]))
-    head, _, body = console.export_text().partition("\u2500\n")
-    assert sorted("".join(body.split())) == sorted("".join("".join(row).split()))
-    assert {word for header in headers for word in header.split()} <= set(head.split())  # none is folded

@@ -105,21 +105,6 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     np.testing.assert_allclose(drawn, expected, atol=6)  # dashed lines may begin with a gap
 
 
-def test_words_do_not_lie_on_each_other(tab: Tab) -> None:
-    """Those of boxes at one place, on the picture and in 3D."""
-    tab.run(
-        "(() => { window.words = {}; const old = CanvasRenderingContext2D.prototype.fillText;"
-        " CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {"
-        " words[this.canvas.id + ' ' + text.slice(0, 3)] = [x, y]; old.call(this, text, x, y); }; })()"
-    )
-    boxes = "['one', 'two', 'six'].map(name => ({...view.things[0], name, step: 0, within_mm: 20}))"
-    tab.run(f"show({{step: 0, boxes: {boxes}, things: {boxes}}})")
-    tab.run(FRAME)
-    for canvas, tall in (("camera", 20), ("space", 14)):
-        heights = sorted(tab.run(f"['one', 'two', 'six'].map(name => words['{canvas} ' + name][1])"))
-        assert np.diff(heights).min() >= tall
-
-
 def test_what_the_buttons_do(tab: Tab) -> None:
     assert painted(tab, "#space", "accent")[0] == 0
     tab.click("#predict")
