@@ -113,7 +113,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
             train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
             if both := len({*marks} & {*train.marks()}):
                 raise SpearError(f"--split {o.split}: {both} of them are also in --train-split {learned[1]}")
-        if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", ())}):
+        if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
             notice(f"{o.policy} was trained on {both} of the {len(marks)} held-out episodes: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
         reference = open_loop.score_mean_action(train, held_out)

@@ -85,14 +85,15 @@ def train(
         part = out / ".part-final"
         shutil.rmtree(part, ignore_errors=True)
         save(part)
-        marks = (mark for _, store, _ in inputs.episodes for mark in store.marks())
+        learned = (begun_with or {}).get("learned", "").split()
+        learned += (mark for _, store, _ in inputs.episodes for mark in store.marks())
         written = {
             "recipe": dataclasses.asdict(stage),
             "earlier": earlier,  # what it said before it was changed
             "seed": how.seed,
             "init": begun_with and {key: said for key, said in begun_with.items() if key != "learned"},
             "simulator_only": _simulator_only(inputs),
-            "learned": [*(begun_with or {}).get("learned", ()), *marks],
+            "learned": " ".join(dict.fromkeys(learned)),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
             "sharded": how.sharded and not alone,
