@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2112, "ablations": 649, "cli": 1571, "data": 4741, "embodiments": 776, "evaluate": 3148,
-    "labels": 4670, "models": 4670, "report": 1166, "serve": 982, "sim": 1597, "train": 2293, "ui": 697,
+    "(top)": 2112, "ablations": 649, "cli": 1577, "data": 4768, "embodiments": 776, "evaluate": 3154,
+    "labels": 4677, "models": 4695, "report": 1166, "serve": 982, "sim": 1597, "train": 2286, "ui": 697,
     "util": 809,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -100,7 +100,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle", "PutCarrotOnPlateInScene-v1"),
         ("evaluate simpler --policy oracle --films x", "--films x: give failures or all or a whole num"),
         ("evaluate simpler --policy expert", "oracle"),
-        ("evaluate simpler --policy oracle --device cuda", "--device: is for policies"),
+        ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --set steps=3", "--budget"),
         ("evaluate ablations --init nano-vlm-9", "nano-vlm-0"),
         ("evaluate vqa nano /nowhere", "/nowhere"),

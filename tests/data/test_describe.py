@@ -1,7 +1,6 @@
 """A proposed spear.json: what the columns say, and what they leave open."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,14 +94,14 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     refuses("joint_0", lambda: next(read_episodes(copy)))
 
 
-@pytest.mark.parametrize(("key", "value"), [("rate_hz", 30.0), ("position", "observation/state[0;3]")])
-def test_a_layout_that_cannot_be_is_refused(shared: Path, tmp_path: Path, key: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("rate_hz", 30.0, "rate_hz"), ("position", "observation/state[0;3]", r"observation/state\[0;3\]")],
+)
+def test_a_layout_that_cannot_be(shared: Path, tmp_path: Path, key: str, value: Any, said: str) -> None:
     folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", key: value, "images": IMAGES}))
-    refuses(
-        re.escape(str(value)) if key == "position" else key,
-        lambda: next(read_episodes(folder, dataset=layout)),
-    )
+    refuses(said, lambda: next(read_episodes(folder, dataset=layout)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,9 +107,7 @@ def test_the_end_of_one_leaves_the_others_as_they_were(
     np.testing.assert_array_equal(_shot(Renderer(), world), before[1])
 
 
-def test_one_that_is_collected_while_another_draws(
-    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_ends_meanwhile(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     world, others, update = World(clutter_scene(0)), [Renderer()], Renderer._update
     before = renderer.layers(world, "external", SIZE)
     monkeypatch.setattr(Renderer, "_update", lambda *given: (update(*given), others.clear()))

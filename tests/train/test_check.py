@@ -99,6 +99,8 @@ def test_evaluation_and_ablations_ask_first(
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
     for words in (["nowhere"], ["nano", "--split", "nowhere"], ["nano", "--train-split", "nowhere"]):
         assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
+    same = "nano", str(given / "mine"), "--split", "train[:1]", "--train-split", "train"
+    assert "--train-split train: " in refused("evaluate", "data", *same)
     monkeypatch.setattr("spear.ablations.plan.obtain", None)
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
     assert "'visoin'" in refused("evaluate", "ablations", *words)

@@ -186,16 +186,18 @@ def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
     print(f"{written} episodes in {folder}, {len(reasons)} skipped")
 
 
-def check_episodes(path: Path, split: str) -> None:
-    """Raises `SpearError` for a folder without a format, a layout or this split; makes nothing."""
+def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
+    """What `split_ranges` finds. Raises `SpearError` for a folder without a format, a layout or this split;
+    makes nothing."""
     from spear.data.readers.formats import Dataset, episode_counts, open_dataset
     from spear.data.readers.splits import split_ranges
 
-    split_ranges(episode_counts(path), split, path)
+    ranges = split_ranges(episode_counts(path), split, path)
     if isinstance(folder := open_dataset(path), Dataset):
         cameras = folder.spec().images
         if not {"external", "wrist"} & set(cameras):
             raise SpearError(f"{path}: no camera external or wrist, but {', '.join(cameras)}: name them so")
+    return ranges
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":

@@ -96,15 +96,19 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
+    from spear.data.readers.splits import shared
     from spear.evaluate import open_loop
+    from spear.models.weights.folders import made_by
     from spear.policy import Spear1Policy, locate
     from spear.report.comparison import open_loop_page
-    from spear.train.run import made_by
 
     o = options
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
-    for folder, split in ((o.data, o.split), learned):
-        check_episodes(folder, split)
+    held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
+    known = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
+    if known and (both := shared(held, trained)):
+        where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
+        raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()

@@ -135,7 +135,7 @@ def check_episode(episode: Episode) -> Episode:
     """
     name, steps = episode.source, len(episode)
     if steps == 0:
-        raise SpearError(f"empty episode: {name}: it has no steps; leave it out")
+        raise no_steps(name)
     if not any(map(str.isalnum, episode.instruction)):
         raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
@@ -151,6 +151,11 @@ def check_episode(episode: Episode) -> Episode:
     parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
     parts["gripper"] = _opening(name, "gripper", parts["gripper"])
     return check_actions(dataclasses.replace(episode, **parts))
+
+
+def no_steps(name: str) -> SpearError:
+    """What is said of an episode without steps."""
+    return SpearError(f"empty episode: {name}: it has no steps; leave it out")
 
 
 def check_actions(episode: Episode) -> Episode:

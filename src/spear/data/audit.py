@@ -17,7 +17,6 @@ import torch
 
 from spear.data.actions import check_norm
 from spear.data.hypotheses import (
-    LENGTH_UNITS,
     UNSCALED,
     Fit,
     Reading,
@@ -25,13 +24,11 @@ from spear.data.hypotheses import (
     Stretches,
     rotation_fits,
     state_forms,
-    state_quaternions,
     translation_fits,
     turning_otherwise,
 )
 from spear.data.readers.formats import check_good, episode_counts, open_dataset, open_split
 from spear.data.readers.layout import (
-    FASTEST,
     FORMS,
     Sources,
     Steps,
@@ -42,11 +39,11 @@ from spear.data.readers.layout import (
     to_quaternion,
 )
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
-from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, look
+from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, doubts, look
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
-from spear.types import Array, Episode
+from spear.types import Array
 from spear.util.ledger import Skipped
 
 BELIEVED = (*RECORDED_ONLY, "euler_zyx")
@@ -61,8 +58,6 @@ MARGIN = 0.01
 """Part of the motion by which a reading must be worse to be called worse."""
 UNEXPLAINED = 1 / 3
 """Relative error above which even the best reading explains nothing."""
-NEAREST, FARTHEST = 0.03, 3.0
-"""Metres from its base that an arm can be believed to reach: it goes further than the first."""
 LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000
@@ -300,26 +295,6 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
         "translation": {**shared, "frame": frames[0], "unit": spec.length_unit + rate, "form": "-"},
         "rotation": {**shared, "frame": frames[1], "unit": unit, "form": form},
     }
-
-
-def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
-    """What is wrong with the recorded states by themselves."""
-    remarks = []
-    far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
-    steps = np.concatenate([np.diff(r.position, axis=0) * r.rate_hz for r in recordings])
-    fast = float(np.quantile(np.linalg.norm(steps, axis=1), 0.99)) if len(steps) else 0.0
-    if far > FARTHEST:
-        unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
-        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
-    elif far < NEAREST:
-        remarks.append(f"positions are at most {far:.2g} m from the base: in another unit (length_unit)")
-    elif fast > FASTEST:
-        remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
-    rotation = np.concatenate([r.rotation for r in recordings])
-    if state_quaternions(rotation)[1] == "deg":
-        most = f"orientations go up to {np.abs(rotation).max():.4g}"
-        remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
-    return remarks
 
 
 def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Part:

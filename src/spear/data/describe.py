@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data.audit import FARTHEST, MARGIN, UNEXPLAINED
+from spear.data.audit import MARGIN, UNEXPLAINED
 from spear.data.hypotheses import (
     Fit,
     Recording,
@@ -24,7 +24,7 @@ from spear.data.readers.formats import episode_counts, open_dataset
 from spear.data.readers.layout import Sources, is_depth, leaves
 from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.spec import ANGLES, LENGTH_UNITS
-from spear.data.senses import FEWEST, FOLLOWS, MOVES, follows, look, sense
+from spear.data.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
@@ -140,6 +140,17 @@ def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str
     return {"external": next(iter(shown))}
 
 
+class _Way(NamedTuple):
+    """Columns that may be positions, rotations, and the actions that lead from one to the next. left: parts
+    of the motions that are not explained, of translations and rotations together; 1 where none are sought."""
+
+    left: float
+    place: Window
+    move: Window
+    turn: Window | None
+    act: Window | None = None
+
+
 def _motion(
     found: dict[str, Any], facts: dict[str, str], columns: Columns, rate: float, joints: Joints
 ) -> list[Window]:
@@ -150,22 +161,22 @@ def _motion(
     moves = [window for window in windows if "action" in window.column]
     places = [w for w in windows if w not in moves and not joints(w.name(columns))]
     few = {name: each[:FEW] for name, each in columns.items()}
-    ways: list[tuple[float, Window, Window, Window | None, Window | None]] = []
+    ways: list[_Way] = []
     for place, move in itertools.product(places, moves):
         turns: Sequence[Window | None] = _beside(place, columns) or [None]
         fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
-        ways += [(round(equal[0].relative, 2) + 1, place, move, turn, None) for turn, equal in fits if equal]
+        ways += [_Way(round(equal[0].relative, 2) + 1, place, move, turn) for turn, equal in fits if equal]
     if not ways:
         facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
         return []
-    for left, place, move, turn, _ in sorted(ways, key=lambda way: way[0])[:WAYS]:
-        for turned in _beside(move, columns) if turn is not None else ():
-            if equal := _best("rotation", place, turn, turned, few, rate):
-                ways.append((left - 1 + equal[0].relative, place, move, turn, turned))
-    least = min(left for left, *_ in ways) + MARGIN
-    near = sorted((way for way in ways if way[0] <= least), key=lambda way: (way[1].first, way[2].first))
+    for way in sorted(ways, key=lambda way: way.left)[:WAYS]:
+        for turned in _beside(way.move, columns) if way.turn is not None else ():
+            if equal := _best("rotation", way.place, way.turn, turned, few, rate):
+                ways.append(way._replace(left=way.left - 1 + equal[0].relative, act=turned))
+    least = min(way.left for way in ways) + MARGIN
+    near = sorted((w for w in ways if w.left <= least), key=lambda w: (w.place.first, w.move.first))
     # Numbers of length 1 are an orientation, which other numbers are only perhaps.
-    near = [way for way in near if way[3] is not None and way[3].end == way[3].first + 4] or near
+    near = [way for way in near if way.turn is not None and way.turn.end == way.turn.first + 4] or near
     _, place, move, turn, act = near[0]
     fit = _best("translation", place, turn, move, columns, rate)[0]
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
@@ -173,7 +184,7 @@ def _motion(
     found["length_unit"] = next((u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m")
     found["logged_kind"] = fit.reading.kind
     facts["position"] = _why(move.name(columns), fit)
-    if rivals := {other.name(columns) for _, other, *_ in near} - {place.name(columns)}:
+    if rivals := {way.place.name(columns) for way in near} - {place.name(columns)}:
         facts["position"] += f"; others do as well: {' or '.join(sorted(rivals))}: ask which it is"
     if turn is None or act is None:
         facts["rotation"] = "no numbers beside them lead from one to the next: name them yourself"

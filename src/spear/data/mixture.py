@@ -35,15 +35,20 @@ class Sample:
 
 
 class Mixture:
-    """Weighted stores to draw single steps from: (name, store, weight) triples; weights are positive and need
-    not sum to one. Raises SpearError for a store without a valid step, or one not at 5 Hz.
+    """Weighted stores to draw single steps from: (name, store, weight) triples; weights need not sum to one.
+
+    Raises SpearError for a weight that is not positive, a store without a valid step, or one not at 5 Hz.
     """
 
     def __init__(self, sources: Sequence[tuple[str, EpisodeStore, float]], seed: int = 0) -> None:
+        if not sources:
+            raise SpearError("empty mixture: give at least one dataset")
         self.names = [name for name, _, _ in sources]
         self.stores = [store for _, store, _ in sources]
         self.seed = seed
-        for name, store, _ in sources:
+        for name, store, weight in sources:
+            if not (np.isfinite(weight) and weight > 0):
+                raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
             if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
                 rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
                 raise SpearError(f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it")

@@ -83,7 +83,8 @@ class Normalizer:
 
         "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
         mean, unit deviation. Every dataset counts with its weight, whatever its size; masked steps do not.
-        One pass over each store in bounded memory (`QuantileSketch`).
+        One pass over each store in bounded memory: percentiles are exact for up to 16,384 steps per dataset,
+        and within 0.1 % in rank beyond (`QuantileSketch`).
         """
         check_known("normalisation", get_args(Mode), mode)
         sketches = [(_sketch(store), weight) for store, weight in stores]

@@ -1,4 +1,4 @@
-"""Do the gripper and the cameras mean what the layout says? Part of the audit; thresholds are our choice.
+"""Do states, gripper and cameras mean what the layout says? Part of the audit; thresholds are our choice.
 
 The gripper's sense shows in two ways. A gripper that closes on objects comes to rest at different openings,
 one that opens always at the same; and demonstrations begin with an open gripper. Only where both speak
@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
-from spear.data.hypotheses import Recording
+from spear.data.hypotheses import LENGTH_UNITS, Recording, state_quaternions
+from spear.data.readers.layout import FASTEST
 from spear.errors import SpearError
-from spear.types import RATE_HZ, Array
+from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image
 
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
@@ -31,6 +32,8 @@ SPREAD, CLEARLY, MOST = 3.0, 1.5, 0.8
 wrist view must change as of an external one, and in which share of the episodes."""
 FAST, CHANGED, SIZE = 0.05, 4, (32, 24)
 """Metres per second at which an arm moves; grey levels by which a pixel of an image so small changes."""
+NEAREST, FARTHEST = 0.03, 3.0
+"""Metres from its base that an arm can be believed to reach: it goes further than the first."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,32 @@ class View:
     change: float
 
 
+def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
+    """What is wrong with the recorded states by themselves."""
+    remarks = []
+    far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
+    steps = np.concatenate([np.diff(r.position, axis=0) * r.rate_hz for r in recordings])
+    fast = float(np.quantile(np.linalg.norm(steps, axis=1), 0.99)) if len(steps) else 0.0
+    if far > FARTHEST:
+        unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
+        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
+    elif far < NEAREST:
+        remarks.append(f"positions are at most {far:.2g} m from the base: in another unit (length_unit)")
+    elif fast > FASTEST:
+        remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
+    rotation = np.concatenate([r.rotation for r in recordings])
+    if state_quaternions(rotation)[1] == "deg":
+        most = f"orientations go up to {np.abs(rotation).max():.4g}"
+        remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
+    return remarks
+
+
 def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     """Whether openings and commands are what the layout says, as far as the gripper moves at all."""
     moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
     if len(moving) < FEWEST:
-        return [Check("gripper", "cannot tell", f"it moves in {len(moving)} of {len(recordings)} episodes")]
+        words = f"the gripper moves in {len(moving)} of {len(recordings)} episodes"
+        return [Check("gripper", "cannot tell", words)]
     verdict, words = sense([np.asarray(r.opening) for r in moving])
     commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
     if not commanded:

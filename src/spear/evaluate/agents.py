@@ -14,7 +14,7 @@ from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
 from spear.errors import SpearError
 from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
-from spear.util.options import changed
+from spear.util.options import option_name
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
@@ -95,19 +95,22 @@ def load_agent(policy: str, **loading: Any) -> Agent:
     device, dtype, dataset, flow_steps (`AgentOptions`) of a policy that is loaded here, and of no other."""
     from spear.policy import Spear1Policy
 
-    name, remote, who = policy, policy.startswith(("ws://", "wss://")), AgentOptions(policy, **loading)
-    if (remote or name in ("expert", "oracle", "nothing")) and (given := changed(who, *loading)):
-        raise SpearError(f"{given[0]}: is for policies loaded here: leave it out for {name}")
-    if name in ("expert", "nothing"):
-        return ExpertAgent() if name == "expert" else IdleAgent()
+    remote, who = policy.startswith(("ws://", "wss://")), AgentOptions(policy, **loading)
+    for field, value in loading.items() if remote or policy in ("expert", "oracle", "nothing") else ():
+        if value != getattr(AgentOptions, field):
+            what = f"{option_name(field)} {value}: is for policies loaded here"
+            raise SpearError(f"{what}: leave it out for {policy}")
+    if policy in ("expert", "nothing"):
+        return ExpertAgent() if policy == "expert" else IdleAgent()
     if remote:
         from spear.serve.client import RemotePolicy
 
-        server = RemotePolicy(name, os.environ.get("SPEAR_TOKEN"))
+        server = RemotePolicy(policy, os.environ.get("SPEAR_TOKEN"))
         robot = server.metadata.get("embodiment", "generic")
         if robot != "generic":
             server.close()
-            raise SpearError(f"{name}: serves robot {robot!r}: start it with `--embodiment generic` for this")
-        return PolicyAgent(server, name, server.metadata.get("weights"))
-    local = Spear1Policy.load(name, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
-    return PolicyAgent(local, name, local.identity)
+            cure = "start it with `--embodiment generic` for this"
+            raise SpearError(f"{policy}: serves robot {robot!r}: {cure}")
+        return PolicyAgent(server, policy, server.metadata.get("weights"))
+    local = Spear1Policy.load(policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
+    return PolicyAgent(local, policy, local.identity)

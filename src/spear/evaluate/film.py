@@ -34,7 +34,8 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     frame.paste(Image.fromarray(views), (0, BAR))
     draw = ImageDraw.Draw(frame)
     badge = "" if outcome is None else ("success" if outcome else "failure")
-    room = frame.width - (120 if badge else 20) - 14
+    badge_width = 120 if badge else 20
+    room = frame.width - badge_width - 14
     font = next((f for f in map(_font, range(24, 10, -1)) if f.getlength(caption) <= room), _font(11))
     draw.text((14, BAR // 2), caption, WHITE, font, anchor="lm")
     if badge:

@@ -1,4 +1,5 @@
-"""The labeller's components by name; MODEL is a Hub name or a folder.
+"""The labeller's components by name: `NAME`, `NAME=MODEL` with a Hub name or folder, `NAME:FILE`,
+`FIRST+OTHERWISE`.
 
     gemini   grounding-dino=IDEA-Research/grounding-dino-tiny   owlv2=my_folder   file:boxes.json
     sam2     file:relations_train.json+sam2                      moge-2           ground-truth
@@ -95,5 +96,6 @@ def graph(options: LabelOptions) -> Graph:
     last = ((kind, split(said.rpartition("+")[2])[0]) for kind, said in described.items())
     taken = {part for kind, name in last for part in KINDS[kind][name]}
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
-        raise SpearError(f"{min(idle)} says nothing to {', '.join(described.values())}: leave it out")
+        what = f"{min(idle)} says nothing to {', '.join(described.values())}"
+        raise SpearError(f"{what}: leave it out, or choose a component that takes it")
     return Graph((detector, segmenter, pointmap), options.size or None)

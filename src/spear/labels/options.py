@@ -87,4 +87,5 @@ class QuestionOptions(Options):
     pairs: Annotated[tuple[int, int], Within(1)] = (1, 4)
     """Fewest and most questions per image."""
     families: tuple[str, ...] = ()
-    """Of box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; default: all."""
+    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of
+    them when none is given."""

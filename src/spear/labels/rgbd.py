@@ -8,7 +8,8 @@ A plain folder. Both images show the same view; the depth image may have fewer p
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
     pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z forward
 
-A ScanNet scan as its tools export it. Depth is laid over colour along the rays of the cameras, in one place.
+A ScanNet scan as its own tools export it. The depth image is laid over the colour image along the rays of the
+two cameras, which stand in one place.
 
     color/N.jpg, depth/N.png    depth in millimetres, 0 unknown
     pose/N.txt                  as above; frames that were lost (-inf) have no extrinsics

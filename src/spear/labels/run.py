@@ -6,8 +6,9 @@
     LABELS/README.md                 dataset card with statistics
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
-that is there is finished and one that is not is made again, as can be one of which images were skipped for a
-reason that may pass. Its footer (`_Finished`) shows an input that has changed meanwhile.
+that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
+hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
+shard can be made again of which images were skipped for a reason that may pass.
 """
 
 import dataclasses
@@ -97,7 +98,8 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
         for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
             if not given.startswith(("rgbd:", "sim:")):
                 why = f"--{part} {GROUND_TRUTH}: {given} comes without it"
-                raise SpearError(f"{why}: give rgbd:FOLDER or sim:SEED, or leave --{part} out")
+                ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{part} out"
+                raise SpearError(f"{why}: {ways}")
     kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
     settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
     settings["boxes"] = dataclasses.asdict(settings_for(options.segmenter, options.pointmap))
@@ -211,5 +213,5 @@ def _finished(out: Path) -> dict[int, _Finished]:
 
 
 def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    file = f"labels-{number:05d}.parquet ({known.items} images)"
-    return SpearError(f"{out}: the input has changed since {file}: label it into another folder")
+    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
+    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")

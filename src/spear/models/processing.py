@@ -251,11 +251,15 @@ class Processor:
 
     def _check_fits(self, config: SpearVLMConfig, folder: Path) -> None:
         ours, wanted = self.coordinate_ids, config.coordinate_ids
+        both = "take both from the same checkpoint"
         if ours != wanted or ours.stop > config.text_config.vocab_size:
             here = f"its tokenizer's 3D tokens are the ids {ours.start} … {ours.stop - 1}"
             there = f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
-            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: take both together")
-        check_known(f"view in {folder / 'processor.json'}:", config.views, *self.image_sizes)
+            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: {both}")
+        for view in self.image_sizes:
+            if view not in config.views:
+                apart = f"its processor has {view!r}, its model {', '.join(config.views)}"
+                raise SpearError(f"views do not match: {folder}: {apart}: {both}")
 
     def _prompt(self, text: str, cut: bool) -> list[int]:
         words = " ".join(text.split())

@@ -24,12 +24,11 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.folders import simulator_only
+from spear.models.weights.folders import made_by, simulator_only
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
-from spear.util.files import read_json
 from spear.util.ledger import add_files
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
@@ -159,12 +158,6 @@ def _simulator_only(inputs: Inputs) -> bool:
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
     before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)
     return before and all(source.startswith(("sim:", "sim/")) for source in sources)
-
-
-def made_by(folder: Path) -> Any:
-    """What a trained folder says about itself; nothing where somebody else saved it."""
-    path = folder / "recipe.json"
-    return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
 
 
 def mixture(

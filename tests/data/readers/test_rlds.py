@@ -139,7 +139,7 @@ def test_broken_records_are_named_or_skipped(copy: Path, tmp_path: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
-    refuses("in another way", prepare, copy, tmp_path / "store", "train[:20]")
+    refuses("prepared from other episodes", prepare, copy, tmp_path / "store", "train[:20]")
 
 
 def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_another_number_in_the_middle_of_a_shard_is_other_data(copy: Path, tmp_p
     size = (copy / SHARD).stat().st_size
     write_records(copy / SHARD, [*records[:3], example.SerializeToString(), *records[4:]])
     assert (copy / SHARD).stat().st_size == size
-    refuses("in another way", prepare, copy, tmp_path / "out")
+    refuses("prepared from other episodes", prepare, copy, tmp_path / "out")
 
 
 def test_a_folder_described_beside_its_data(copy: Path) -> None:

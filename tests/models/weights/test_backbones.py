@@ -278,9 +278,8 @@ def test_what_would_be_loaded_and_be_wrong_is_refused(tmp_path: Path) -> None:
     refuses("/model.safetensors.index.json", plan_backbones, folder, None, "tiny14")
     vlm = a_vlm(tmp_path / "vlm")
     state = load_file(vlm / "model.safetensors")
-    save_file(
-        {**state, EMBEDDINGS: state[EMBEDDINGS] * torch.inf}, vlm / "model.safetensors", {"format": "pt"}
-    )
+    endless = {**state, EMBEDDINGS: state[EMBEDDINGS] * torch.inf}
+    save_file(endless, vlm / "model.safetensors", {"format": "pt"})
     refuses(EMBEDDINGS, weights.load, SPEAR_VLM, vlm)
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 
-from spear.data.actions import first_bad
+from spear.data.actions import first_bad, no_steps
 from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
@@ -147,7 +147,7 @@ class LeRobotFolder:
         """
         wanted = {name for name in self.cameras if images is None or _column(name) in images}
         if not self.episodes[index].length:
-            raise SpearError(f"empty episode: {self.name}#{index}: leave it out")
+            raise no_steps(f"{self.name}#{index}")
         try:
             return self._read(self.episodes[index], wanted)
         except (TypeError, ValueError, AttributeError) as error:  # an empty cell, rows of different lengths

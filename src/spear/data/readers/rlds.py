@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from spear.data.actions import no_steps
 from spear.data.readers.layout import Sources, Steps, leaves, row_count
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
@@ -70,7 +71,7 @@ class RldsFolder:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
             if not (rows := row_count(steps)):
-                return SpearError(f"empty episode: {file} record {index}: leave it out")
+                return no_steps(f"{file} record {index}")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError, zlib.error) as error:

@@ -1,7 +1,7 @@
 """Which episodes: the split syntax of TFDS ("train[:20%]+val"), for every format that has named splits."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from spear.errors import SpearError, check_known
@@ -35,6 +35,12 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
             raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {where}")
         ranges.append((name, first, end))
     return ranges
+
+
+def shared(ranges: Iterable[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]) -> int:
+    """How many episodes are in both, ranges as `split_ranges` gives them."""
+    pairs = ((a, b) for a in ranges for b in others if a[0] == b[0])
+    return sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a, b in pairs)
 
 
 def _place(bound: str | None, otherwise: int, total: int) -> int:

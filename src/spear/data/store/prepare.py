@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.actions import OPEN_ABOVE, resample, with_actions
-from spear.data.audit import doubts
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers.formats import (
@@ -35,7 +34,7 @@ from spear.data.readers.formats import (
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import record_sums
-from spear.data.senses import MOVES
+from spear.data.senses import MOVES, doubts
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice

@@ -49,6 +49,7 @@ def demonstrate(
     how many succeeded, and of how many.
 
     height  of the pictures, pixels; the whole camera image is scaled to it.
+    policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` as `spear.data.demonstrations.demonstrate`, and where ManiSkill, its assets or a renderer are
@@ -123,7 +124,8 @@ def record_episode(
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
     """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
-    returns the images. The rest is as in `spear.labels.scenes.label_jobs`, errors as of `demonstrate`."""
+    returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
+    ManiSkill, its assets or a renderer are missing."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
     settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "assets": assets_hash(assets)}

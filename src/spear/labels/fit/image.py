@@ -1,6 +1,7 @@
 """Geometry in the image: the pinhole camera, and 2D boxes.
 
-Camera frame: x right, y down, z forward; pixel centres at +0.5. 2D boxes: x0, y0, x1, y1 (exclusive), pixels.
+Camera frame: x right, y down, z forward; pixel centres at integer + 0.5. 2D boxes: x0, y0, x1, y1 in pixels,
+the upper ends exclusive.
 """
 
 from functools import lru_cache

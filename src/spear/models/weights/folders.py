@@ -1,6 +1,8 @@
 """Folders of checkpoints: where they are by name, and what they have seen."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from spear.errors import SpearError, notice
 from spear.util.files import read_json
@@ -29,6 +31,11 @@ def locate(name: str | Path) -> Path:
 def simulator_only(folder: Path) -> bool:
     """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
     package, and those whose training says so. Raises `SpearError` for a broken recipe.json."""
-    file = folder / "recipe.json"
-    said = file.is_file() and read_json(file, "copy the folder again").get("simulator_only") is True
+    said = made_by(folder).get("simulator_only") is True
     return said or folder.resolve().is_relative_to(SHIPPED.resolve())
+
+
+def made_by(folder: Path) -> Mapping[str, Any]:
+    """What a trained folder says about itself (recipe.json); nothing where somebody else saved it."""
+    path = folder / "recipe.json"
+    return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}

@@ -1,6 +1,8 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
 import functools
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,15 +38,18 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     check(cls, folder)
-    how: Any = dict.fromkeys(("local_files_only", "ignore_mismatched_sizes"), True)
+    how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
     try:
         with quiet():
-            model = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
+            loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except Exception as error:  # of its networks too, which wrong numbers break
         raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
-    found = {name: stored.shape for name, stored in Shards.open(folder, "checkpoint").weights.items()}
-    if wrong := difference({name: tuple(w.shape) for name, w in model.state_dict().items()}, found):
-        raise SpearError(f"checkpoint does not fit its config: {folder}: {wrong}: save the model again")
+    model, info = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
+            what = f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
+            raise SpearError(f"checkpoint does not fit its config: {folder}: {what}: save the model again")
     check_finite(model, str(folder))
     return model.eval()
 
@@ -153,17 +158,24 @@ class Shards:
             where, why = self.folder / "config.json", first_line(error.__cause__ or error)
             raise SpearError(f"broken config: {where}: {why}: copy it again") from error
 
-    def read_into(self, key: str, out: Tensor) -> Tensor:
-        """A weight into a tensor of its shape, which is returned, in pieces of some rows."""
+    def pieces(self, key: str) -> Iterator[tuple[Any, Tensor]]:
+        """A weight in pieces of some rows, each with its place in the whole; to be used at once."""
         self.dtype(key)
         stored = self.weights[key]
         if not stored.shape:
             with safe_open(stored.file, framework="pt") as opened:
-                return out.copy_(opened.get_tensor(key))
-        rows = max(1, _PIECE // max(1, out[0].numel() * 4))
+                yield ..., opened.get_tensor(key)
+            return
+        rows = max(1, _PIECE // max(1, math.prod(stored.shape[1:]) * 4))
         for first in range(0, stored.shape[0], rows):
+            place = slice(first, first + rows)
             with safe_open(stored.file, framework="pt") as opened:
-                out[first : first + rows].copy_(opened.get_slice(key)[first : first + rows])
+                yield place, opened.get_slice(key)[place]
+
+    def read_into(self, key: str, out: Tensor) -> Tensor:
+        """A weight into a tensor of its shape, which is returned, piece by piece."""
+        for place, piece in self.pieces(key):
+            out[place].copy_(piece)
         return out
 
 
@@ -243,15 +255,16 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
+    index, alone = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [alone]
     if index.is_file():
-        if files[0].is_file():
-            raise SpearError(f"two checkpoints in one folder: {index} and {files[0].name}: remove the older")
-        named = read_json(index, _WHOLE).get("weight_map")
-        if not isinstance(named, dict):
-            raise SpearError(f"broken checkpoint: {index} has no weight_map: copy it again")
-        files = sorted({folder / str(name) for name in named.values()})
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({folder / name for name in names})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
+        if alone.is_file() and alone not in files:
+            raise SpearError(f"two checkpoints in one folder: {index} and {alone.name}: remove the older")
     for file in files:
         if not file.is_file():
             raise SpearError(f"checkpoint incomplete: {file} is missing: copy it again")
