@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.cli import main
@@ -64,6 +65,21 @@ def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
     found = describe(rewritten(shared, tmp_path, lambda s, a: (np.roll(s, 1, 1), np.roll(a, 1, 1))))
     assert found["position"] == "observation/state[1:4]" and found["logged_translation"] == "action[1:4]"
     assert found["rotation"] == "observation/state[4:7]" and found["logged_rotation"] == "action[4:7]"
+
+
+def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
+    def wide(values: np.ndarray) -> np.ndarray:
+        six = Rotation.from_euler("xyz", values[:, 3:6]).as_matrix()[:, :2].reshape(-1, 6)
+        return np.concatenate([values[:, 6:], six, values[:, :3]], axis=1)
+
+    copy = rewritten(shared, tmp_path, lambda s, a: (wide(s), wide(a)))
+    found = describe(copy)
+    assert found["position"] == "observation/state[7:10]" and found["rotation"] == "observation/state[1:7]"
+    assert found["rotation_format"] is None and "6d_rows or 6d_columns" in found["facts"]["rotation_format"]
+    for form, outcome in {"6d_rows": "undecided", "6d_columns": "contradiction"}.items():
+        said = {**found, "rotation_format": form, "logged_rotation_format": form, "logged_frame": "base"}
+        (copy / "spear.json").write_text(json.dumps(said))
+        assert audit(copy).outcome == outcome
 
 
 def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: Path) -> None:

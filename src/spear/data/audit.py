@@ -242,10 +242,11 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = numbers(steps, spec.action_mask, source).reshape(-1) != 0
-    said_of, wide = ("position", "rotation", "logged translation", "logged rotation"), ("3", "3 or 4 or 16")
+    said_of, wide = ("position", "rotation", "logged translation", "logged rotation"), ((3,), (3, 4, 6, 16))
     for what, values, widths in zip(said_of, (position, rotation, *logged), wide * 2, strict=True):
-        if values is not None and values.shape not in [(len(valid), int(n)) for n in widths.split(" or ")]:
-            raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {len(valid)} x {widths}")
+        if values is not None and values.shape not in [(len(valid), width) for width in widths]:
+            need = f"{len(valid)} x {' or '.join(map(str, widths))}"
+            raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {need}")
     quaternions = to_quaternion(rotation, form, source)
     if spec.rotation_format == "franka_joints":  # what is logged is the hand's own frame, O_T_EE
         half_turn = torch.tensor([0, 1, 0, 0], dtype=torch.float64)  # about x, from ours

@@ -176,7 +176,7 @@ def _motion(
     least = min(way.left for way in ways) + MARGIN
     near = sorted((w for w in ways if w.left <= least), key=lambda w: (w.place.first, w.move.first))
     # Numbers of length 1 are an orientation, which other numbers are only perhaps.
-    near = [way for way in near if way.turn is not None and way.turn.end == way.turn.first + 4] or near
+    near = [way for way in near if way.turn is not None and way.turn.end > way.turn.first + 3] or near
     _, place, move, turn, act = near[0]
     fit = _best("translation", place, turn, move, columns, rate)[0]
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
@@ -214,18 +214,23 @@ def _why(name: str, fit: Fit) -> str:
 
 
 def _beside(window: Window, columns: Columns) -> list[Window]:
-    """Where orientations may be, if positions are there: unit quaternions, or else three numbers."""
+    """Where orientations may be, if positions are there: two axes of length 1 that are perpendicular, or
+    else unit quaternions, or else three numbers."""
     ends = {name: each[0].shape[1] for name, each in columns.items()}
     kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
-    for size in (4, 3):
+    for size in (6, 4, 3):
         spans = [(window.column, window.end), (window.column, window.first - size)]
         spans += [(name, 0) for name in kind if name != window.column]
         found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
-        norms = [np.linalg.norm(np.concatenate(w.of(columns)), axis=1) for w in found]
-        found = [w for w, n in zip(found, norms, strict=True) if size == 3 or (np.abs(n - 1) < 1e-2).all()]
-        if found:
+        if found := [w for w in found if size == 3 or _is_unit(np.concatenate(w.of(columns)))]:
             return found
     return []
+
+
+def _is_unit(values: Array) -> bool:
+    """Whether numbers [N, 4] are of length 1, or [N, 6] two perpendicular triples of it."""
+    axes = values.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
+    return bool(np.abs(axes @ axes.swapaxes(1, 2) - np.eye(axes.shape[1])).max() < 1e-2)
 
 
 def _best(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
-from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
+from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, MATRICES, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
 from spear.types import CONTROL, Array, Episode
@@ -279,6 +279,8 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),
     "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
+    "6d_columns": (6, lambda v: matrix_to_quat(_from_6d(v).mT.contiguous())),
+    "6d_rows": (6, lambda v: matrix_to_quat(_from_6d(v))),
     "matrix4_columns": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4)).mT[..., :3, :3].contiguous())),
     "matrix4_rows": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4))[..., :3, :3].contiguous())),
 }
@@ -291,17 +293,27 @@ Quaternions keep the length that was written. Joint angles are no such format: s
 def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Array:
     """Orientations [T, d] in a dataset's layout, angles in rad, to quaternions [T, 4] (w, x, y, z).
 
-    Raises SpearError when d is not what the layout has, and for 16 numbers that are no pose.
+    Raises SpearError when d is not what the layout has, and for 6 or 16 numbers of no rotation.
     """
     tensor = torch.as_tensor(np.asarray(values, np.float64))
     width, convert = FORMS[layout]
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
-    if layout.startswith("matrix4"):
-        pose = tensor.unflatten(-1, (4, 4))
+    if layout in MATRICES:
+        pose = torch.eye(4, dtype=tensor.dtype).repeat(len(tensor), 1, 1)
+        if width == 6:
+            pose[:, :3, :3] = _from_6d(tensor)
+        else:
+            pose = tensor.unflatten(-1, (4, 4))
         _check_poses(pose.mT if layout == "matrix4_columns" else pose, layout, source)
     return convert(tensor).numpy()
+
+
+def _from_6d(values: torch.Tensor) -> torch.Tensor:
+    """[..., 3, 3] whose first two rows are the numbers [..., 6]."""
+    first, second = values.split(3, dim=-1)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], dim=-2)
 
 
 def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
@@ -311,7 +323,7 @@ def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
     bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
     if bad.any():
         where = f"not a rotation: {source} step {int(bad.int().argmax())}"
-        raise SpearError(f"{where}: the 16 numbers are no pose written as {layout}; check the layout")
+        raise SpearError(f"{where}: the numbers are no rotation written as {layout}; check the layout")
 
 
 _DH = (

@@ -25,7 +25,8 @@ from spear.errors import SpearError, check_known, unknown_name
 from spear.util.files import read_json
 
 AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_zyx", "rotation_vector"]
-LoggedFormat = AngleFormat | Literal["quat_wxyz", "quat_xyzw", "matrix4_columns", "matrix4_rows"]
+Matrix = Literal["6d_columns", "6d_rows", "matrix4_columns", "matrix4_rows"]
+LoggedFormat = AngleFormat | Literal["quat_wxyz", "quat_xyzw"] | Matrix
 """How a logged rotation is written down.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
@@ -33,6 +34,7 @@ euler_zyx        yaw, pitch, roll: euler_xyz with its columns the other way roun
 euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
 rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
+6d_columns, 6d_rows   the first two columns, or rows, of the matrix, one after the other.
 matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column after column or row after row.
 """
 RecordedOnly = Literal["euler_zxy", "franka_joints"]
@@ -44,6 +46,7 @@ franka_joints    a Franka's seven joint angles, the column of both positions and
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
+MATRICES: tuple[str, ...] = get_args(Matrix)
 ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
 LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
