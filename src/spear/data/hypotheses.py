@@ -10,6 +10,7 @@ robot moved from there: 0 is perfect, 1 is as bad as predicting that it stands s
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ class Fit:
     steps: int
     factor: float = 1.0
 
-    @property
+    @cached_property
     def relative(self) -> float:
         """Error as part of the motion."""
         return float(self.error.sum() / max(self.moved.sum(), 1e-12))
@@ -340,10 +341,12 @@ def _added(
     """Readings by which logged angles are added to the recorded ones, which is no composition."""
     start = angles[stretches.rows[:, :1]]
     total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
-    for (kind, unit, factor), (signs, flip) in itertools.product(scales, SIGNS.items()):
+    flips = np.stack(list(SIGNS.values()))[:, None, None]
+    for kind, unit, factor in scales:
         if kind == "absolute":
             continue
-        reached = _vector(start + total * (flip * factor))
+        reached = _vector(start + total * (flips * factor))  # [8, n, L, 3]
         for quaternions, state in zip(at, state_forms(angles), strict=True):
             cosine = (_quaternions(state, reached) * quaternions[:, 1:]).sum(-1).numpy()
-            yield Reading(kind, "angles", unit, signs, shift, state, state), stretches.sums(_angle(cosine))
+            for signs, error in zip(SIGNS, stretches.sums(_angle(cosine)), strict=True):
+                yield Reading(kind, "angles", unit, signs, shift, state, state), error
