@@ -2,7 +2,7 @@
 pretend, and of CUDA where PyTorch is built with it. A stray tensor on the CPU is an error there, and so is a
 look at a value.
 
-In processes of their own, since such a backend stays.
+In a process of its own, since such a backend stays.
 """
 
 import os
@@ -84,11 +84,12 @@ def step(stepper: Stepper) -> None:
     assert looks == 2 * [len(found[0])] and "grad_norm" in found[0]
 
 
-def alone(root: Path) -> None:
+def pretended(root: Path) -> None:
     pretend()
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
     check("pretend", root)
+    several()
 
 
 def cuda(root: Path) -> None:
@@ -117,8 +118,7 @@ def check(device: str, root: Path, **changes: Any) -> None:
         assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {device}
 
 
-def several(root: Path) -> None:
-    pretend()
+def several() -> None:
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     # Their own numbers are real.
     meshes = {kind: parallel.init_device_mesh(kind, (WORLD,)) for kind in ("cpu", "pretend")}
@@ -134,7 +134,7 @@ def several(root: Path) -> None:
 built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
 
 
-@pytest.mark.parametrize("work", ["alone", "several", pytest.param("cuda", marks=built)])
+@pytest.mark.parametrize("work", ["pretended", pytest.param("cuda", marks=built)])
 def test_training_keeps_to_its_device(work: str, tmp_path: Path) -> None:
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, work, str(tmp_path)]
