@@ -87,14 +87,8 @@ def order_vertices(vertices: Array) -> Array:
     best = _TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]
     axes = unit[best].T
     order, signs = _camera_like(axes)
-    along = v @ (axes[:, order] * signs)
-    rank = np.argsort(along[:, 1], kind="stable")
-    slots = []
-    for four in (rank[:4], rank[4:]):
-        four = four[np.argsort(along[four, 2], kind="stable")]
-        near, far = (pair[np.argsort(along[pair, 0], kind="stable")] for pair in (four[:2], four[2:]))
-        slots += [near[0], near[1], far[1], far[0]]
-    return v[slots]
+    along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)
+    return v[(along @ SIGNS.T).argmax(axis=0)]
 
 
 def _camera_like(axes: Array) -> tuple[list[int], Array]:
