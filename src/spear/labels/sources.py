@@ -109,9 +109,10 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
     """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
-        episode = _episode(folder, split, index)
-        if isinstance(episode, SpearError):
-            yield episode
+        try:
+            episode = _episode(folder, split, index)
+        except SpearError as error:
+            yield error
             continue
         camera = CAMERA if CAMERA in episode.images else min(episode.images)
         steps = len(episode)
@@ -122,10 +123,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
 
 
 @lru_cache(maxsize=1)
-def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
+def _episode(folder: str, split: str, index: int) -> Episode:
     from spear.data.readers import formats
 
-    try:
-        return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
-    except SpearError as error:
-        return error
+    return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
