@@ -63,10 +63,17 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
 
 def box_from_vertices(vertices: Array) -> Box3D:
     """The `Box3D` of eight vertices [8, 3] in any order."""
-    vertices = order_vertices(vertices)
-    edges = SIGNS.T @ vertices / 4  # one in each row, the mean of its four
-    size = np.linalg.norm(edges, axis=1)
-    return make_box(vertices.mean(axis=0), size, edges.T / np.maximum(size, 1e-12))
+    return nearest_box(order_vertices(vertices))
+
+
+def nearest_box(vertices: Array) -> Box3D:
+    """The box nearest to eight vertices [8, 3] in the order of this module, which need not be one: its axes
+    are the rotation nearest to the mean edges, its size their lengths along them (our choice)."""
+    edges = vertices.T @ SIGNS / 4  # columns: right, down, away
+    left, _, right = np.linalg.svd(edges / np.maximum(np.linalg.norm(edges, axis=0), 1e-12))
+    axes = left @ right
+    size = np.maximum((edges * axes).sum(0), 1e-6)
+    return make_box(vertices.mean(0), size, axes)
 
 
 def order_vertices(vertices: Array) -> Array:
