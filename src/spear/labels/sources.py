@@ -73,7 +73,7 @@ def scene_numbers(argument: str, simulator: str) -> range:
 
 def kept_for_testing(source: str) -> bool:
     """Whether a labelled image of this source shows a held-out scene, of either simulator."""
-    seed = re.match(r"sim(?:pler)?[:/]\D*(\d+)", source)
+    seed = re.match(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)", source)
     return seed is not None and int(seed[1]) < TRAIN_SEED
 
 
