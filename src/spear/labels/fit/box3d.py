@@ -353,9 +353,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
     return candidates[(np.abs(candidates) <= half + tolerance).all(axis=1)] @ axes.T + center
 
 
-_NUMBER = {tuple(side): number for number, side in enumerate(SIGNS.tolist())}
-_WAYS = list(product(permutations(range(3)), product((-1, 1), repeat=3)))
-SYMMETRIES = np.array([[_NUMBER[tuple(side[list(turn)] * flip)] for side in SIGNS] for turn, flip in _WAYS])
+_WAYS = product(permutations(range(3)), product((-1, 1), repeat=3))
+SYMMETRIES = np.array([(SIGNS[:, turn] * flip @ SIGNS.T).argmax(axis=1) for turn, flip in _WAYS])
 """[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 
