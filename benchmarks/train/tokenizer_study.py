@@ -23,8 +23,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from spear.errors import SpearError
-from spear.evaluate.vqa.measures import nearest_box, scales
-from spear.labels.fit.box3d import iou
+from spear.evaluate.vqa.measures import scales
+from spear.labels.fit.box3d import iou, nearest_box
 from spear.labels.questions.statistics import token_use
 from spear.labels.questions.store import ask
 from spear.labels.store import read

@@ -12,7 +12,7 @@ from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.labels.inputs import read
 from spear.labels.scenes import label_frames, label_scenes
-from spear.labels.sources import items
+from spear.labels.sources import items, kept_for_testing
 from spear.labels.store import read as read_labels
 from spear.types import Episode, Frame, LabeledImage
 
@@ -32,6 +32,12 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     values = [work.frame.image[0, 0, 0] for work in works if work.frame is not None]
     assert values == [0, 3, 6, 9, 100, 101]
     assert all("only 2 steps" in str(work.error) for work in works[6:])
+
+
+@pytest.mark.parametrize("kind", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"])
+def test_scenes_that_are_kept_for_testing_are_known_by_their_seed(kind: str) -> None:
+    assert kept_for_testing(f"{kind}9999") and not kept_for_testing(f"{kind}10000")
+    assert not kept_for_testing("photos/sim/7.jpg")
 
 
 def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.Monkey
     assert [list(changes) for changes, _ in memory.plans(STAGE)] == [names[:count] for count in range(5)]
     asking = STAGE.changed(batch_size=48, question_images=3)  # training cannot share 3 images among 6 pieces
     assert [c["accumulate"] for c, _ in memory.plans(asking) if "accumulate" in c] == []
+    assert [c for c, _ in memory.plans(STAGE.changed(batch_size=4))][-1]["accumulate"] == 4
 
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:

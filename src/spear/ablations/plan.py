@@ -202,8 +202,7 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
     changes = key_values(options.set, "--set")
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
-    jobs: dict[str, Training | Scoring] = {}
-    trainings: dict[str, Training] = {}
+    jobs: dict[str, Any] = {}
     chains: dict[tuple[str, int], Sequence[Training]] = {}
     for seed in range(options.seeds):
         for _, rows in tables:
@@ -215,9 +214,8 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
                     moge = depth if stage.moge else None
                     own = seed + 1000 * stage.again  # the same data in another order
                     training = _training(one, own, data, before, moge)
-                    before = trainings.setdefault(training.key, training)
-                    jobs[before.key] = before
-                    chain.append(before)
+                    before = training = jobs.setdefault(training.key, training)
+                    chain.append(training)
                 chains[row.name, seed] = chain
                 scoring = Scoring(chain[-1], options.scenes, families)
                 jobs.setdefault(scoring.key, scoring)

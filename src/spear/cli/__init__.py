@@ -179,7 +179,7 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
         if option in given[:place]:
             raise SpearError(f"{option}: given twice: write all of its values after the first one")
     target: Any = options or (lambda: None)
-    described: dict[str, Any] = {"prog": f"spear {name}", "description": _description(name)}
+    described: dict[str, Any] = {"prog": f"spear {name}", "description": _help(name)}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -220,16 +220,11 @@ def _command(args: Sequence[str]) -> str:
     raise unknown_name("command", " ".join(words) or args[0], COMMANDS)
 
 
-def _description(name: str) -> str:
-    """The command's docstring, and the commands that begin with its name."""
-    own, group = _help(name), _group(name)
-    return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
-
-
 def _help(name: str) -> str:
-    """The docstring of a command."""
+    """The command's docstring, and the commands that begin with its name."""
     module, _, function = COMMANDS[name].partition(":")
-    return _docstrings(module)[function]
+    own, group = _docstrings(module)[function], _group(name)
+    return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
 
 
 @functools.cache

@@ -58,13 +58,13 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
         spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
     """
     from spear.evaluate.agents import load_agent
-    from spear.evaluate.simpler.run import OracleAgent
-    from spear.evaluate.simpler.run import evaluate as run
+    from spear.evaluate.simpler import run
 
     who = options.agent
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    run(OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who)), options.loop)
+    agent = run.OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who))
+    run.evaluate(agent, options.loop)
     _report(who.policy, options.loop.out)
 
 
@@ -163,9 +163,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
         spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate
     """
+    from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
-    from spear.evaluate.vqa.run import evaluate as run
-    from spear.evaluate.vqa.run import measure_trust
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
@@ -176,7 +175,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: {len(labels)} images say too little: take at least 100 (--images)")
-    scores = run(bundle, labels, asked)
+    scores = run.evaluate(bundle, labels, asked)
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
     scores.save(o.out / "scores.json", about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
@@ -184,7 +183,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         show(table)
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        file = measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        file = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
         print(f"calibration: {file}")
 
 

@@ -50,7 +50,13 @@ def label(options: LabelOptions) -> None:
         _plan(options)
         return
     if options.photos and not simpler:
-        _label_photos(options)
+        from spear.labels.run import label_photos
+
+        done = label_photos(options, on_bill=print)
+        said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
+        print(", ".join(part for part in (*said, done.rate) if part))
+        if done.retryable:
+            print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
     else:
         from spear.labels.scenes import label_scenes
         from spear.labels.sources import scene_numbers
@@ -106,20 +112,6 @@ def _plan(options: LabelOptions) -> None:
             f"time on {device}: at least {work / peak:.3g} s per image, {images * work / peak / 3600:.2g} h "
             f"in all ({work / 1e12:.2f} TFLOP; {peak / 1e12:.2f} TFLOP/s, measured in a matrix product)"
         )
-
-
-def _label_photos(options: LabelOptions) -> None:
-    from spear.labels.run import label_photos
-
-    bills: list[str] = []
-    try:
-        done = label_photos(options, bills.append)
-        said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
-        print(", ".join(part for part in (*said, done.rate) if part))
-        if done.retryable:
-            print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
-    finally:
-        print(*bills, sep="\n", end="\n" if bills else "")
 
 
 def ask_about(options: QuestionOptions) -> None:

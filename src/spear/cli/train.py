@@ -87,11 +87,10 @@ def plan(options: PlanOptions) -> None:
             print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
         return
     stage = recipe(options.recipe).changed(**changes)
-    preset(stage.preset)
-    opt = stage.optimization
-    print(f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {opt.accumulate} pieces\n")
     for changes, needed in memory.plans(stage):
         if not changes:
+            pieces = stage.optimization.accumulate
+            print(f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {pieces} pieces\n")
             numbers = f"{needed.parameters / 1e9:.2f} B, {needed.learning / 1e9:.2f} B learn"
             for name, size in {
                 f"weights ({numbers})": needed.weights,

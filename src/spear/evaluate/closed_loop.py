@@ -8,7 +8,7 @@ from typing import Any
 
 import mujoco
 
-from spear.chunks import ChunkExecutor, check_mode
+from spear.chunks import ChunkExecutor
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -28,7 +28,6 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
     for seeds that are not held out, and for a way of executing chunks that the policy has not learned.
     """
-    check_mode(options.execution, agent.committed)
     families = options.families or FAMILIES
     check_known("task family", FAMILIES, *families)
     scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.scenes))

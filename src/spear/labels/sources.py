@@ -73,7 +73,7 @@ def scene_numbers(argument: str, simulator: str) -> range:
 
 def kept_for_testing(source: str) -> bool:
     """Whether a labelled image of this source shows a held-out scene, of either simulator."""
-    seed = re.match(r"sim(?:pler)?[:/]\D*(\d+)", source)
+    seed = re.match(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)", source)
     return seed is not None and int(seed[1]) < TRAIN_SEED
 
 
@@ -109,9 +109,10 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
     """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
-        episode = _episode(folder, split, index)
-        if isinstance(episode, SpearError):
-            yield episode
+        try:
+            episode = _episode(folder, split, index)
+        except SpearError as error:
+            yield error
             continue
         camera = CAMERA if CAMERA in episode.images else min(episode.images)
         steps = len(episode)
@@ -122,10 +123,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
 
 
 @lru_cache(maxsize=1)
-def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
+def _episode(folder: str, split: str, index: int) -> Episode:
     from spear.data.readers import formats
 
-    try:
-        return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
-    except SpearError as error:
-        return error
+    return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))

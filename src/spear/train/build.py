@@ -22,21 +22,9 @@ from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
-from spear.train import optimize, parallel
+from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
 from spear.train.options import Inputs, Recipe, check_inputs
-from spear.train.tasks import (
-    DepthTask,
-    PatchTask,
-    QuestionSamples,
-    VlaTask,
-    VlmTask,
-    fit_coordinates,
-    load_depth,
-    load_labels,
-    patch_targets,
-    view_folders,
-)
 from spear.types import LabeledImage
 
 Built = tuple[torch.nn.Module, Task, Sequence[Callable[[Path], object]]]
@@ -85,7 +73,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
     FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
-        for view in view_folders(folder, list(size.image_sizes)).values():
+        for view in tasks.view_folders(folder, list(size.image_sizes)).values():
             shards_in(view)
     horizon = size.horizon
     config: Any = vlm_config(size)
@@ -132,25 +120,25 @@ def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     if not views:
         where = ", ".join(str(folder / "depth") for folder in inputs.labels)
         raise SpearError(f"no images with depth in {where}: make some with `spear label`")
-    return model, DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
+    return model, tasks.DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
 
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
-    known = load_labels(inputs.labels, list(size.image_sizes))
+    known = tasks.load_labels(inputs.labels, list(size.image_sizes))
     processor = _new_processor(stage, size, inputs.labels, known, seed)
     vlm = _new_vlm(stage, size, processor, seed)
     names = sorted({o.name for label in next(iter(known.values())) for o in label.objects})
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
     patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes
-    views = {v: [patch_targets(one, names, patch, sizes[v]) for one in some] for v, some in known.items()}
-    task = PatchTask(model, processor, views, stage.batch_size, seed)
+    views = {v: [tasks.patch_targets(x, names, patch, sizes[v]) for x in some] for v, some in known.items()}
+    task = tasks.PatchTask(model, processor, views, stage.batch_size, seed)
     return model, task, [vlm.save_pretrained, processor.save]
 
 
 def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     labels = inputs.labels
-    known = load_labels(labels, list(size.image_sizes))
+    known = tasks.load_labels(labels, list(size.image_sizes))
     if inputs.init is None:
         processor = _new_processor(stage, size, labels, known, seed)
         model = _new_vlm(stage, size, processor, seed)
@@ -168,12 +156,13 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model = _with_moge(model, size, inputs.moge)
         _weigh_numbers(model.config, stage)
     samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
-    return model, VlmTask(model, samples, stage.coordinate_rows_only), [model.save_pretrained, processor.save]
+    task = tasks.VlmTask(model, samples, stage.coordinate_rows_only)
+    return model, task, [model.save_pretrained, processor.save]
 
 
 def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     labels, init, episodes = inputs.labels, inputs.init, inputs.episodes
-    known = load_labels(labels, list(size.image_sizes))
+    known = tasks.load_labels(labels, list(size.image_sizes))
     if init is None:
         processor = _new_processor(stage, size, labels, known, seed)
         model = _acting(_new_vlm(stage, size, processor, seed), size)
@@ -198,7 +187,7 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     if stage.question_images:
         questions = _questions(stage, labels, known, processor, stage.question_images, seed)
         _weigh_numbers(model.vlm.config, stage)
-    task = VlaTask(model, processor, normalizer, samples, stage, questions)
+    task = tasks.VlaTask(model, processor, normalizer, samples, stage, questions)
     writers = model.save_pretrained, processor.save, lambda out: normalizer.save(out / "normalizer.json")
     return model, task, writers
 
@@ -212,10 +201,10 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
 
 def _questions(
     stage: Recipe, folders: Sequence[Path], labels: Labels, processor: Processor, images: int, seed: int
-) -> QuestionSamples:
+) -> tasks.QuestionSamples:
     mix = stage.questions
-    depth = load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
-    return QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
+    depth = tasks.load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
+    return tasks.QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
 def _new_processor(
@@ -232,7 +221,7 @@ def _new_processor(
 def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateTokenizer:
     """The recipe's 3D tokens (`usual` many if it does not say), fitted to the labels of the first view."""
     first = next(iter(labels.values()))
-    return fit_coordinates(first, stage.bins or usual, seed, stage.spacing or "quantile")
+    return tasks.fit_coordinates(first, stage.bins or usual, seed, stage.spacing or "quantile")
 
 
 def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed: int) -> None:

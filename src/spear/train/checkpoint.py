@@ -124,16 +124,15 @@ class Checkpoints:
         Raises `SpearError` when it cannot be read or is of another model.
         """
         try:
-            stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+            reader = HuggingFaceStorageReader(str(path))
+            stored = reader.read_metadata().state_dict_metadata
             self._make_moments(counts)
             tensors = self._tensors()
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
                     what = f"checkpoint {path} is of another model or other settings ({key} differs)"
                     raise SpearError(f"{what}: use a new --out folder")
-            reader = HuggingFaceStorageReader(str(path))
-            alone = self._group is None
-            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=alone)
+            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except _FAILED as error:
             raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
 

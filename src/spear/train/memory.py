@@ -182,14 +182,14 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
 
     First no changes, then one more each time, and what costs least comes first.
     """
-    opt, batch = stage.optimization, stage.batch_size
+    opt, batch, asked = stage.optimization, stage.batch_size, stage.question_images
     found: dict[str, Any] = {}
     yield {}, training(stage)
-    whole = lambda pieces: batch % pieces == stage.question_images % pieces == 0  # noqa: E731
+    pieces = [p for p in (batch // 8, batch) if p > opt.accumulate and batch % p == asked % p == 0]
     savers: list[tuple[bool, str, Any]] = [
         (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
         (not opt.gradient_checkpointing, "gradient_checkpointing", True),
-        *((n < batch // opt.accumulate, "accumulate", batch // n) for n in (8, 1) if whole(batch // n)),
+        *((True, "accumulate", p) for p in pieces),
         (opt.ema > 0, "ema", 0),
     ]
     for useful, name, value in savers:

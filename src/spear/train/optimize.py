@@ -213,6 +213,4 @@ class Stepper:
     def result(self) -> dict[str, torch.Tensor]:
         """The averaged weights, or the plain ones when averaging is off, by parameter name."""
         self.model.eval()
-        if self.ema is not None:
-            return self.ema
-        return {n: p.detach().clone() for n, p in self.learning.items()}
+        return self.ema or {n: p.detach().clone() for n, p in self.learning.items()}

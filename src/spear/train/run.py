@@ -50,7 +50,7 @@ def train(
         kept = [(name, store.demonstrations(), share) for name, store, share in inputs.episodes]
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
-    stage, place = check(stage, out, inputs, how, device)
+    stage, place, about = check(stage, out, inputs, how, device)
     begun_with = None if inputs.init is None else made_by(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
@@ -71,7 +71,7 @@ def train(
     for words in (w for w, so in notes.items() if so and not how.quiet):
         notice(words)
     model, task, save = build.build(stage, inputs, how.seed)
-    averaged = loop.run(task, opt, out, how, _about(stage, inputs), changing)
+    averaged = loop.run(task, opt, out, how, about, changing)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for key, value in averaged.items():
@@ -111,21 +111,23 @@ def train(
 
 def check(
     stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
-) -> tuple[Recipe, torch.device]:
+) -> tuple[Recipe, torch.device, dict[str, Any]]:
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
-    recipe as it is `settled`, and its device. Asked before data are made: inputs may lack demonstrations."""
+    recipe as it is `settled`, its device, and what it is of. Asked before data are made: inputs may lack
+    demonstrations."""
     place = choose_device(device)
     parallel.start(place)
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
     build.check(stage, inputs)
     if inputs.init is not None:
         made_by(inputs.init)
-    known = {k: v for k, v in _about(stage, inputs).items() if k not in EPISODES or inputs.episodes}
+    about = _about(stage, inputs)
+    known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
     loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise SpearError(f"{there}: not a folder that can be written to: give another --out")
-    return stage, place
+    return stage, place, about
 
 
 def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     begun = context.Event()
-    executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(begun,))
+    executor = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(begun,))
     try:
         yield executor
     except BrokenProcessPool as error:
@@ -44,13 +44,11 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(begun: Event) -> None:
-    begun.set()
-    follow_parent()
-
-
-def follow_parent() -> None:
-    """A worker leaves interrupts to the process that it works for, and ends when that one does."""
+def follow_parent(begun: Event | None = None) -> None:
+    """A worker leaves interrupts to the process that it works for, and ends when that one does. begun: is
+    set, as a sign that it works."""
+    if begun is not None:
+        begun.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -14,16 +14,9 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
 from spear.evaluate.vqa.calibration import Certainty, calibrate, uncertainty
-from spear.evaluate.vqa.measures import (
-    Segments,
-    closer_named,
-    constant_guess,
-    depth_guess,
-    measure,
-    nearest_box,
-)
+from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
 from spear.evaluate.vqa.scores import Scores
-from spear.labels.fit.box3d import iou, make_box
+from spear.labels.fit.box3d import iou, make_box, nearest_box
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer

@@ -13,15 +13,7 @@ import numpy as np
 import torch
 
 from spear.evaluate.simpler.tasks import TASKS, Task, Truth
-from spear.geometry import (
-    quat_canonical,
-    quat_conjugate,
-    quat_exp,
-    quat_log,
-    quat_multiply,
-    quat_to_euler,
-    quat_to_matrix,
-)
+from spear.geometry import quat_canonical, quat_exp, quat_log, quat_to_euler, quat_to_matrix, step_action
 from spear.types import Array
 
 MAX_STEP = 0.03
@@ -89,13 +81,14 @@ def _carry(t: Truth, grip: Task, rest: Array, aside: float) -> Array:
 
 def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
     """A step of the commanded pose towards a place [3] and a gripper that points down, turned by `yaw`."""
-    move = goal - t.commanded[:3]
-    move = move * min(1.0, MAX_STEP / max(float(np.linalg.norm(move)), 1e-9))
     facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
-    turn = quat_log(quat_multiply(quat_conjugate(torch.from_numpy(t.commanded[3:])), facing))
+    place, rotation = torch.from_numpy(t.commanded).split([3, 4])
+    move, rotation = step_action(place, rotation, torch.from_numpy(goal), facing)
+    turn = quat_log(rotation)
+    move = move * min(1.0, MAX_STEP / max(float(move.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))
-    rotation = quat_canonical(quat_exp(turn)).numpy()
-    return np.concatenate([move, rotation, [float(opened)]]).astype(np.float32)
+    parts = move, quat_canonical(quat_exp(turn)), [float(opened)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _yaw(pose: Array) -> float:

@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 
 from spear.evaluate.stats import Estimate
-from spear.labels.fit.box3d import SIGNS, iou, make_box
+from spear.labels.fit.box3d import iou, nearest_box
 from spear.labels.questions.answers import distance
 from spear.models.readout import with_numbers
-from spear.types import Array, Box3D, LabeledImage, Pixel, Question, Segments
+from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
 
 @dataclass(frozen=True)
@@ -146,17 +146,6 @@ def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
     found = {name: re.search(rf"\b{re.escape(name.casefold())}\b", text) for name in names}
     said = {name: (match.start(), -len(name)) for name, match in found.items() if match}
     return min(said, key=lambda name: said[name]) if said else None
-
-
-def nearest_box(vertices: Array) -> Box3D:
-    """The box nearest to eight vertices [8, 3] in the order of `labels.fit.box3d`, which need not be one: its
-    axes are the rotation nearest to the mean edges, its size their lengths along them (our choice)."""
-    edges = np.stack([SIGNS[:, axis] @ vertices / 4 for axis in range(3)], axis=1)  # right, down, away
-    lengths = np.linalg.norm(edges, axis=0)
-    left, _, right = np.linalg.svd(edges / np.maximum(lengths, 1e-12))
-    axes = left @ right
-    size = np.maximum((edges * axes).sum(0), 1e-6)
-    return make_box(vertices.mean(0), size, axes)
 
 
 def constant_guess(questions: Sequence[Question]) -> list[Segments]:

@@ -63,10 +63,17 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
 
 def box_from_vertices(vertices: Array) -> Box3D:
     """The `Box3D` of eight vertices [8, 3] in any order."""
-    vertices = order_vertices(vertices)
-    edges = SIGNS.T @ vertices / 4  # one in each row, the mean of its four
-    size = np.linalg.norm(edges, axis=1)
-    return make_box(vertices.mean(axis=0), size, edges.T / np.maximum(size, 1e-12))
+    return nearest_box(order_vertices(vertices))
+
+
+def nearest_box(vertices: Array) -> Box3D:
+    """The box nearest to eight vertices [8, 3] in the order of this module, which need not be one: its axes
+    are the rotation nearest to the mean edges, its size their lengths along them (our choice)."""
+    edges = vertices.T @ SIGNS / 4  # columns: right, down, away
+    left, _, right = np.linalg.svd(edges / np.maximum(np.linalg.norm(edges, axis=0), 1e-12))
+    axes = left @ right
+    size = np.maximum((edges * axes).sum(0), 1e-6)
+    return make_box(vertices.mean(0), size, axes)
 
 
 def order_vertices(vertices: Array) -> Array:
@@ -87,14 +94,8 @@ def order_vertices(vertices: Array) -> Array:
     best = _TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]
     axes = unit[best].T
     order, signs = _camera_like(axes)
-    along = v @ (axes[:, order] * signs)
-    rank = np.argsort(along[:, 1], kind="stable")
-    slots = []
-    for four in (rank[:4], rank[4:]):
-        four = four[np.argsort(along[four, 2], kind="stable")]
-        near, far = (pair[np.argsort(along[pair, 0], kind="stable")] for pair in (four[:2], four[2:]))
-        slots += [near[0], near[1], far[1], far[0]]
-    return v[slots]
+    along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)
+    return v[(along @ SIGNS.T).argmax(axis=0)]
 
 
 def _camera_like(axes: Array) -> tuple[list[int], Array]:
@@ -352,9 +353,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
     return candidates[(np.abs(candidates) <= half + tolerance).all(axis=1)] @ axes.T + center
 
 
-_NUMBER = {tuple(side): number for number, side in enumerate(SIGNS.tolist())}
-_WAYS = list(product(permutations(range(3)), product((-1, 1), repeat=3)))
-SYMMETRIES = np.array([[_NUMBER[tuple(side[list(turn)] * flip)] for side in SIGNS] for turn, flip in _WAYS])
+_WAYS = product(permutations(range(3)), product((-1, 1), repeat=3))
+SYMMETRIES = np.array([(SIGNS[:, turn] * flip @ SIGNS.T).argmax(axis=1) for turn, flip in _WAYS])
 """[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 
