@@ -109,10 +109,9 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
     """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
     for split, index, number, count in places:
-        try:
-            episode = _episode(folder, split, index)
-        except SpearError as error:
-            yield error
+        episode = _episode(folder, split, index)
+        if isinstance(episode, SpearError):
+            yield episode
             continue
         camera = CAMERA if CAMERA in episode.images else min(episode.images)
         steps = len(episode)
@@ -123,7 +122,10 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
 
 
 @lru_cache(maxsize=1)
-def _episode(folder: str, split: str, index: int) -> Episode:
+def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
     from spear.data.readers import formats
 
-    return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
+    try:
+        return next(formats.read_episodes(folder, f"{split}[{index}:{index + 1}]"))
+    except SpearError as error:
+        return error
