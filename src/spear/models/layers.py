@@ -48,12 +48,10 @@ class PortableConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the config and of its parts, but for `_name_or_path`."""
-        return _without_folders(super().to_dict())
-
-
-def _without_folders(fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in fields.items() if name != "_name_or_path"}
-    return {name: _without_folders(v) if isinstance(v, dict) else v for name, v in kept.items()}
+        fields = super().to_dict()
+        for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+            part.pop("_name_or_path", None)
+        return fields
 
 
 def grouped_attention(
