@@ -56,18 +56,21 @@ class Window:
     seen: list[list[tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True)
 class Layer:
     """One layer. Norms are their scales, 1 + weight, float32; those after attention and MLP are Gemma 2's."""
 
-    before_attention: Tensor
-    after_attention: Tensor | None
-    before_mlp: Tensor
-    after_mlp: Tensor | None
-    qkv: Fused
-    out: Fused
-    gate_up: Fused
-    down: Fused
+    def __init__(self, layer: Any, packed: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
+        self.before_attention = scale_of(layer.input_layernorm)
+        self.after_attention = scale_of(layer.post_attention_layernorm) if second else None
+        before_mlp = layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm
+        self.before_mlp = scale_of(before_mlp)
+        self.after_mlp = scale_of(layer.post_feedforward_layernorm) if second else None
+        self.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
+        self.out = Fused(attention.o_proj, packed=packed)
+        self.gate_up = Fused(mlp.gate_proj, mlp.up_proj, packed=packed)
+        self.down = Fused(mlp.down_proj, packed=packed)
 
 
 class CudaGraphCache:
@@ -143,7 +146,7 @@ class Stack:
         self.activation: Any = one.mlp.act_fn
         self.rotary = model.rotary_emb
         self.norm = scale_of(model.norm)
-        self.layers = [_layer(layer, packed) for layer in model.layers]
+        self.layers = [Layer(layer, packed) for layer in model.layers]
         self._before: Any = self._project
         self._after: Any = self._finish
         if compiled:
@@ -338,21 +341,6 @@ def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
     bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
     return bias.repeat_interleave(groups, dim=0)[:, None]
-
-
-def _layer(layer: Any, packed: bool) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
-    return Layer(
-        scale_of(layer.input_layernorm),
-        scale_of(layer.post_attention_layernorm) if second else None,
-        scale_of(layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm),
-        scale_of(layer.post_feedforward_layernorm) if second else None,
-        Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed),
-        Fused(attention.o_proj, packed=packed),
-        Fused(mlp.gate_proj, mlp.up_proj, packed=packed),
-        Fused(mlp.down_proj, packed=packed),
-    )
 
 
 def scale_of(norm: nn.Module) -> Tensor:
