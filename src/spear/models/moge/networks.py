@@ -229,6 +229,8 @@ class MogeV2(nn.Module):
     config, most_tokens: as of `MogeV1`.
     """
 
+    unit: Unit = "metre"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
@@ -241,17 +243,10 @@ class MogeV2(nn.Module):
         self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
         for name in ("neck", *HEADS):
             self.add_module(name, ConvStack(name, config[name]))
-        self.scale_head: nn.Sequential | None = None
-        if config.get("scale_head"):
-            layers: list[nn.Module] = []
-            for before, after in pairwise(config["scale_head"]["dims"]):
-                layers += [nn.Linear(before, after), nn.ReLU()]
-            self.scale_head = nn.Sequential(*layers[:-1])
-
-    @property
-    def unit(self) -> Unit:
-        """Of the points: "metre", or "relative" for a network without scale."""
-        return "relative" if self.scale_head is None else "metre"
+        layers: list[nn.Module] = []
+        for before, after in pairwise(config["scale_head"]["dims"]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.scale_head = nn.Sequential(*layers[:-1])
 
     def cut(self, images: Tensor, num_tokens: int) -> Tensor:
         """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
@@ -285,11 +280,11 @@ class MogeV2(nn.Module):
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
         levels = neck(pyramid)
         raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
-        scale = None if self.scale_head is None else self.scale_head(token)
+        scale = self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
             points, mask = exponential_points(raw["points_head"]), raw["mask_head"][:, 0].sigmoid()
-            return MogeOutput(points, mask, None if scale is None else scale.float()[:, 0].exp())
+            return MogeOutput(points, mask, scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
