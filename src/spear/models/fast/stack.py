@@ -134,6 +134,8 @@ class Stack:
     packed: see `Fused`. compiled: what is before and after attention by `torch.compile`, once for all layers.
     """
 
+    kind = StaticKVCache
+
     def __init__(self, model: GemmaModel | Gemma2Model, packed: bool = False, compiled: bool = False) -> None:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -159,7 +161,7 @@ class Stack:
 
     def cache(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> StaticKVCache:
         """Room for the keys and values of so many tokens."""
-        return StaticKVCache(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
+        return self.kind(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
     def take(self, cache: StaticKVCache) -> StaticKVCache:
         """What another stack left in a cache, as this one reads it: itself, or a copy in its precision."""
@@ -328,12 +330,10 @@ def prefill(
     window = cache.window(0, [(length, length)])
     rotations = layers.rotations(where, x.dtype)
     after = where[:, -1] + 1
-    if keys_only:
-        layers(x, rotations, window, bias, keys_only)
-        return Prefilled(cache, valid, padded, after, None)
     # Of all places with as many valid ones before them as the last token, it is the first.
-    hidden = layers(x, rotations, window, bias, wanted=where.argmax(-1))[:, 0]
-    return Prefilled(cache, valid, padded, after, hidden)
+    wanted = None if keys_only else where.argmax(-1)
+    found = layers(x, rotations, window, bias, keys_only, wanted)
+    return Prefilled(cache, valid, padded, after, None if keys_only else found[:, 0])
 
 
 def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
