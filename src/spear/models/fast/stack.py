@@ -201,7 +201,10 @@ class Stack:
                 if keys_only:
                     return x
                 if wanted is not None:
-                    query, x = self._only(wanted, query, x)
+                    batch, length, _ = x.shape
+                    rows = torch.arange(batch, device=x.device)
+                    each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
+                    query, x = each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
                     window = replace(window, queries=[1])
             found = self._attend(query, window.seen[index], window.queries, bias)
             x = self._after(layer, x, found)
@@ -218,13 +221,6 @@ class Stack:
         held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
-
-    def _only(self, wanted: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries, as `_project` gives them, and the embeddings of one token [B] per row."""
-        batch, length, _ = x.shape
-        rows = torch.arange(batch, device=x.device)
-        each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
-        return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
     def _finish(self, layer: Layer, x: Tensor, found: Tensor) -> Tensor:
         """The rest of the layer, after attention found [B · kv heads, S · query heads per kv head, d]."""
