@@ -12,11 +12,9 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, length
+from spear.sim.control import FINGER_TRAVEL, Floats, length
 from spear.sim.scene import SOURCE, TARGET
 from spear.sim.world import World, placed
-
-Floats = NDArray[np.float64]
 
 MAX_TRANSLATION = 0.06
 """Longest step, m."""
