@@ -128,7 +128,6 @@ _FIXED_V1 = {
 }
 HEADS = ("points_head", "mask_head")
 """The heads of a MoGe-2 that are read; some have normals as well."""
-RESAMPLERS = ("conv_transpose", "bilinear")
 _FIXED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
@@ -298,7 +297,7 @@ class ConvStack(nn.Module):
         norms = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}  # when not given
         check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
         widths, kinds = config["dim_res_blocks"], config["resamplers"]
-        check_known(f"{name} resampler", RESAMPLERS, *kinds)
+        check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *kinds)
         self.input_blocks = nn.ModuleList(
             nn.Conv2d(before, width, 1) for before, width in zip(config["dim_in"], widths, strict=True)
         )
