@@ -75,7 +75,6 @@ class Spear1ForActionPrediction(PreTrainedModel):
     """
 
     config: Spear1Config
-    config_class = Spear1Config
     base_model_prefix = "spear1"
     _supports_sdpa = True
 

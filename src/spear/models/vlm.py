@@ -101,7 +101,6 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     """
 
     config: SpearVLMConfig
-    config_class = SpearVLMConfig
     base_model_prefix = "vlm"
     _supports_sdpa = True
 
