@@ -70,11 +70,10 @@ class CoordinateTokenizer:
         for i in range(bins):  # rounding may have closed the narrowest bins
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
         middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
-        representatives = np.where(middle < edges[1:], middle, edges[:-1])
-        members = np.split(flat, np.searchsorted(flat, edges[1:-1]))
-        for i, member in enumerate(members):
-            if len(member):
-                representatives[i] = member[(len(member) - 1) // 2]
+        middle = np.where(middle < edges[1:], middle, edges[:-1])
+        ends = np.searchsorted(flat, [*edges[1:-1], math.inf])  # of each bin's values
+        starts = np.append(0, ends[:-1])
+        representatives = np.where(starts < ends, flat[(starts + ends - 1) // 2], middle)
         return CoordinateTokenizer(edges, representatives, unit)
 
     def encode(self, values: ArrayLike) -> Array:

@@ -11,15 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spear.data import hypotheses
 from spear.data.audit import MARGIN, UNEXPLAINED
-from spear.data.hypotheses import (
-    Fit,
-    Recording,
-    Stretches,
-    rotation_fits,
-    translation_fits,
-    turning_otherwise,
-)
 from spear.data.readers.formats import episode_counts, open_dataset
 from spear.data.readers.layout import Sources, is_depth, leaves
 from spear.data.readers.lerobot import LeRobotFolder
@@ -197,7 +190,7 @@ def _motion(
     found["angle_unit"] = "deg" if degrees else "rad"
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)
-    if others := turning_otherwise(values, form, sorted({f.reading.state for f in equal})):
+    if others := hypotheses.turning_otherwise(values, form, sorted({f.reading.state for f in equal})):
         found["rotation_format"] = None
         facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
     same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
@@ -207,7 +200,7 @@ def _motion(
     return [place, move, turn, act]
 
 
-def _why(name: str, fit: Fit) -> str:
+def _why(name: str, fit: hypotheses.Fit) -> str:
     reading, unsure = fit.reading, ": too much to rely on" if fit.relative > UNEXPLAINED else ""
     how = f"{reading.kind}, {reading.frame} frame, {reading.unit}, {reading.signs}, {reading.shift} late"
     return f"{name} leads from one to the next but for {fit.relative:.0%} of the motion{unsure} ({how})"
@@ -235,16 +228,17 @@ def _is_unit(values: Array) -> bool:
 
 def _best(
     name: str, where: Window, turn: Window | None, logged: Window, columns: Columns, rate: float
-) -> list[Fit]:
+) -> list[hypotheses.Fit]:
     """The readings of logged values that fit best, of equals the plainest first; none where nothing moves."""
     places, acts = where.of(columns), logged.of(columns)
     turns = turn.of(columns) if turn else [np.tile([1.0, 0, 0, 0], (len(p), 1)) for p in places]
     parts = zip(places, turns, acts, strict=True)
-    recordings = [Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts]
-    stretches = Stretches(recordings)
+    recordings = [hypotheses.Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts]
+    stretches = hypotheses.Stretches(recordings)
     if not stretches.count:
         return []
-    fits = (translation_fits if name == "translation" else rotation_fits)(recordings, stretches)
+    fit_all = hypotheses.translation_fits if name == "translation" else hypotheses.rotation_fits
+    fits = fit_all(recordings, stretches)
     likely = lambda fit: sum(str(answer) in PLAIN for answer in fit.reading)  # noqa: E731
     best = min(fits, key=lambda fit: (round(fit.relative, 2), -likely(fit)))
     near = [fit for fit in fits if fit is not best and fit.relative <= best.relative + MARGIN]

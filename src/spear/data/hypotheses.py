@@ -287,9 +287,8 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     readings, forms = _logged_forms(logged, scales)
     fits: list[Fit] = []
 
-    def judge(predicted: torch.Tensor, recorded: torch.Tensor, frame: str, absolute: bool) -> None:
+    def judge(predicted: torch.Tensor, recorded: torch.Tensor, frame: str, chosen: list[int]) -> None:
         """predicted [K, n, L, 4] by form, recorded [S, n, L, 4] by form of the state."""
-        chosen = [i for i, r in enumerate(readings) if (r.kind == "absolute") == absolute]
         cosine = torch.einsum("knlc,snlc->sknl", predicted, recorded).numpy()
         sums = stretches.sums(_angle(cosine))
         for s, state in enumerate(names):
@@ -297,18 +296,18 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
                 reading = readings[index]._replace(frame=frame, shift=shift, state=state)
                 fits.append(Fit(reading, sums[s, k], moved[s], steps))
 
-    changes = forms[[i for i, r in enumerate(readings) if r.kind != "absolute"]]
-    targets = forms[[i for i, r in enumerate(readings) if r.kind == "absolute"]]
+    changes = [i for i, r in enumerate(readings) if r.kind != "absolute"]
+    targets = [i for i, r in enumerate(readings) if r.kind == "absolute"]
     for shift in SHIFTS:
         acted = stretches.acted(shift)
-        delta = changes[:, acted]
+        delta = forms[changes][:, acted]
         inner, outer = [delta[:, :, 0]], [delta[:, :, 0]]
         for k in range(1, STRETCH):
             inner.append(quat_multiply(inner[-1], delta[:, :, k]))
             outer.append(quat_multiply(delta[:, :, k], outer[-1]))
-        judge(torch.stack(inner, 2), seen["ee"], "ee", False)
-        judge(torch.stack(outer, 2), seen["base"], "base", False)
-        judge(targets[:, acted], at[:, :, 1:], "base", True)
+        judge(torch.stack(inner, 2), seen["ee"], "ee", changes)
+        judge(torch.stack(outer, 2), seen["base"], "base", changes)
+        judge(forms[targets][:, acted], at[:, :, 1:], "base", targets)
         if rotation.shape[1] == logged.shape[1] == 3:
             angles = rotation * ANGLE_UNITS[state_unit]
             for reading, error in _added(angles, logged, at, scales, stretches, shift):

@@ -52,15 +52,14 @@ class Mixture:
             if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
                 rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
                 raise SpearError(f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it")
+            if not store.known.any():
+                raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
         self._begin = [np.concatenate([[0], np.cumsum(store.known)]) for store in self.stores]
         read = lambda source, episode: self.stores[source].without_images(episode)  # noqa: E731
         self._episode: Callable[[int, int], Episode] = functools.lru_cache(EPISODES_KEPT)(read)
-        for name, begin in zip(self.names, self._begin, strict=True):
-            if not begin[-1]:
-                raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
 
     def __len__(self) -> int:
         """Number of distinct samples."""

@@ -87,8 +87,7 @@ class Normalizer:
         and within 0.1 % in rank beyond (`QuantileSketch`).
         """
         check_known("normalisation", get_args(Mode), mode)
-        sketches = [(_sketch(store), weight) for store, weight in stores]
-        seen = [(columns, weight) for columns, weight in sketches if columns[0].count]
+        seen = [(columns, weight) for store, weight in stores if (columns := _sketch(store))[0].count]
         if not seen:
             raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
         weights = [weight for _, weight in seen]

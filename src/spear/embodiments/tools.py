@@ -26,7 +26,6 @@ REQUIRED = {
     PROMPT: "the instruction in words",
 }
 """What every observation of `spear.types.Policy` has."""
-KNOWN = (*REQUIRED, WRIST, SEED, COMMITTED)
 IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "wrist": (112, 112)}
 """The cameras of a policy that does not say which it takes: view → (width, height), pixels."""
 
@@ -104,7 +103,7 @@ def check(observation: Observation) -> Checked:
     Quaternions are normalised, gripper readings a little beyond 0 … 1 clipped. Which cameras there are, the
     model knows.
     """
-    _check_keys(observation, REQUIRED, [*KNOWN, *filter(is_camera, observation)])
+    _check_keys(observation, REQUIRED, [WRIST, SEED, COMMITTED, *filter(is_camera, observation)])
     values = numbers(observation, STATE, STATE_DIM)
     for key in observation:
         if is_camera(key):

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 IMPLEMENTATION = "spear"
 """The name under which Transformers knows `grouped_attention`; our configs ask for it by default."""
@@ -48,12 +49,10 @@ class PortableConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the config and of its parts, but for `_name_or_path`."""
-        return _without_folders(super().to_dict())
-
-
-def _without_folders(fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in fields.items() if name != "_name_or_path"}
-    return {name: _without_folders(v) if isinstance(v, dict) else v for name, v in kept.items()}
+        fields = super().to_dict()
+        for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+            part.pop("_name_or_path", None)
+        return fields
 
 
 def grouped_attention(
@@ -205,12 +204,9 @@ def language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Mod
     Every layer of a Gemma 2 sees the whole sequence: its window of 4,096 tokens is longer than any of ours.
     """
     model = Gemma2Model(config) if isinstance(config, Gemma2Config) else GemmaModel(config)
-    width, eps = config.hidden_size, config.rms_norm_eps
-    for layer in model.layers:
-        for name, _ in list(layer.named_children()):
-            if name.endswith("layernorm"):
-                setattr(layer, name, FastRMSNorm(width, eps))
-    model.norm = FastRMSNorm(width, eps)
+    for module in model.modules():
+        if isinstance(module, GemmaRMSNorm | Gemma2RMSNorm):
+            module.__class__ = FastRMSNorm
     return model
 
 

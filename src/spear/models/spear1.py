@@ -15,16 +15,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from spear import flow
 from spear.errors import SpearError
+from spear.models import layers
 from spear.models.fast.linear import use_fast_linear
-from spear.models.layers import (
-    CACHE,
-    PortableConfig,
-    choose_attention,
-    language_model,
-    positions,
-    sinusoids,
-    suffix_mask,
-)
 from spear.models.sampling import sample
 from spear.models.vlm import LossOutput, Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
@@ -38,7 +30,7 @@ SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 
 
 @strict
-class Spear1Config(PortableConfig):
+class Spear1Config(layers.PortableConfig):
     """SPEAR-1's parts.
 
     vlm_config      SPEAR-VLM's.
@@ -83,15 +75,14 @@ class Spear1ForActionPrediction(PreTrainedModel):
     """
 
     config: Spear1Config
-    config_class = Spear1Config
     base_model_prefix = "spear1"
     _supports_sdpa = True
 
     def __init__(self, config: Spear1Config) -> None:
-        super().__init__(choose_attention(config))
+        super().__init__(layers.choose_attention(config))
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
-        self.expert = language_model(config.expert_config)
+        self.expert = layers.language_model(config.expert_config)
         self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
         width = config.expert_config.hidden_size
         self.state_proj = nn.Linear(STATE_FEATURES, width)
@@ -146,13 +137,13 @@ class Spear1ForActionPrediction(PreTrainedModel):
         chunks = vector.reshape(batch, samples, horizon, ACTION_DIM)
         actions = self._embed_actions(chunks, time.reshape(batch, samples, -1))
         embeds = torch.cat([self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1)
-        first = positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
+        first = layers.positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
         output = self.expert(
             inputs_embeds=embeds.to(dtype),  # autocast or not, the residual stream is in full precision
-            attention_mask=suffix_mask(prefix.valid, horizon, samples),
+            attention_mask=layers.suffix_mask(prefix.valid, horizon, samples),
             position_ids=torch.cat([first, first + steps], dim=1),
-            **{CACHE: prefix.cache},
+            **{layers.CACHE: prefix.cache},
             use_cache=False,
         )
         prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
@@ -162,7 +153,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
         tokens = self.action_in_proj(actions)
         # π0 counts time from the data to the noise: its embedding sees 1 − τ.
-        moment = sinusoids(1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period)
+        moment = layers.sinusoids(1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period)
         moment = moment.expand_as(tokens).to(tokens.dtype)
         hidden = self.action_time_mlp_in(torch.cat([tokens, moment], dim=-1))
         return self.action_time_mlp_out(nn.functional.silu(hidden))

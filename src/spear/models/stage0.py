@@ -54,7 +54,6 @@ class MogeForDepth(PreTrainedModel):
     """
 
     config: MogeDepthConfig
-    config_class = MogeDepthConfig
     base_model_prefix = "moge"
     _supports_sdpa = True
 

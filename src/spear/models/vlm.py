@@ -15,25 +15,8 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, check_known
+from spear.models import layers, vision
 from spear.models.fast.linear import linear, use_fast_linear
-from spear.models.layers import (
-    CACHE,
-    KVCache,
-    PortableConfig,
-    choose_attention,
-    language_model,
-    positions,
-    prefix_lm_mask,
-)
-from spear.models.vision import (
-    LAST_LAYERS,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    MogeEncoder,
-    SiglipEncoder,
-    check_pixels,
-    normalize_pixels,
-)
 
 IGNORE = -100
 """The label of a place that is not to be learned."""
@@ -43,7 +26,7 @@ new sizes break the heap into pieces, and every step takes longer (`benchmarks/t
 
 
 @strict
-class SpearVLMConfig(PortableConfig):
+class SpearVLMConfig(layers.PortableConfig):
     """The parts of SPEAR-VLM and how it learns.
 
     vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says.
@@ -105,7 +88,7 @@ class Prefix:
     hidden  [N, L, D] the last layer's output at the text positions.
     """
 
-    cache: KVCache
+    cache: layers.KVCache
     valid: Tensor
     hidden: Tensor
 
@@ -118,27 +101,26 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     """
 
     config: SpearVLMConfig
-    config_class = SpearVLMConfig
     base_model_prefix = "vlm"
     _supports_sdpa = True
 
     def __init__(self, config: SpearVLMConfig) -> None:
-        super().__init__(choose_attention(config))
+        super().__init__(layers.choose_attention(config))
         width = config.text_config.hidden_size
-        self.vision_tower = SiglipEncoder(config.vision_config)
+        self.vision_tower = vision.SiglipEncoder(config.vision_config)
         self.multi_modal_projector = projector(config.vision_config.hidden_size, width)
-        self.moge: MogeEncoder | None = None
+        self.moge: vision.MogeEncoder | None = None
         self.moge_projector: nn.Module | None = None
         if config.moge_config is not None:
-            self.moge = MogeEncoder(config.moge_config)
-            self.moge_projector = projector(LAST_LAYERS * config.moge_config.hidden_size, width)
-        self.language_model = language_model(config.text_config)
+            self.moge = vision.MogeEncoder(config.moge_config)
+            self.moge_projector = projector(vision.LAST_LAYERS * config.moge_config.hidden_size, width)
+        self.language_model = layers.language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
-        x = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
+        x = vision.normalize_pixels(pixels, vision.SIGLIP_MEAN, vision.SIGLIP_STD)
         siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
         features = self.multi_modal_projector(siglip)
         if self.moge is None or self.moge_projector is None:
@@ -156,7 +138,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         check_known("view", self.config.views, *pixel_values, *(view_mask or {}))
         given = [name for name in self.config.views if name in pixel_values]
         for name in given:
-            check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
+            vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
         # Views of one size go through the encoders together.
         by_size: dict[Any, list[str]] = {}
         for name in given:
@@ -191,13 +173,13 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
         causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
-        cache = KVCache()
+        cache = layers.KVCache()
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
-            attention_mask=prefix_lm_mask(valid, causal),
-            position_ids=positions(valid),
+            attention_mask=layers.prefix_lm_mask(valid, causal),
+            position_ids=layers.positions(valid),
             use_cache=False,
-            **{CACHE: cache if keep_cache else None},
+            **{layers.CACHE: cache if keep_cache else None},
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
@@ -306,7 +288,7 @@ def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, in
     if groups <= 1:
         yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
         return
-    lengths = positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
+    lengths = layers.positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
     for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
         longest = -(-int(lengths[rows[-1]]) // LENGTHS) * LENGTHS
         yield rows, min(longest, attention_mask.shape[1])

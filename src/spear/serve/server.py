@@ -40,7 +40,6 @@ LARGEST_MESSAGE = 16 * 2**20
 """Bytes; a larger one ends its connection, 1009 (our choice)."""
 MOST_CLIENTS = 256
 """Connections at a time; further ones get 503 (our choice)."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 30.0
 """How long requests under way may take when the server stops."""
 REFUSED_S, UNAUTHORIZED_S = 0.05, 0.5
@@ -188,7 +187,7 @@ class PolicyServer:
         Raises `SpearError` when the port cannot be had.
         """
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: `stop` is for that
-            for number in SIGNALS:
+            for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         answering = asyncio.create_task(self._batcher.run())
         try:

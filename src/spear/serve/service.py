@@ -5,6 +5,7 @@ in the queue, however fast it sends, so that first come, first served is fair.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -209,23 +210,18 @@ class Batcher:
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
-        deadline = time.perf_counter() + self._wait_s
-        while len(self._queue) < min(self._max_batch, self._active()):
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.perf_counter())):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                while len(self._queue) < min(self._max_batch, self._active()):
+                    self._arrived.clear()
                     await self._arrived.wait()
-            except TimeoutError:
-                break
         batch: list[_Waiting] = []
         while self._queue and len(batch) < self._max_batch:
             waiting = self._queue.popleft()
-            if waiting.result.done():
-                continue
-            if waiting.alive():
-                batch.append(waiting)
-            else:
+            if not (waiting.result.done() or waiting.alive()):
                 waiting.result.set_exception(Gone())
+            if not waiting.result.done():
+                batch.append(waiting)
         return batch
 
     def _active(self) -> int:

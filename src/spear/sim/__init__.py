@@ -2,6 +2,4 @@
 
 import gymnasium
 
-from spear.sim.scene import FAMILIES
-
-gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv", kwargs={"family": FAMILIES[0]})
+gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv")

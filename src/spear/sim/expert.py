@@ -12,11 +12,9 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, length
+from spear.sim.control import FINGER_TRAVEL, Floats, length
 from spear.sim.scene import SOURCE, TARGET
 from spear.sim.world import World, placed
-
-Floats = NDArray[np.float64]
 
 MAX_TRANSLATION = 0.06
 """Longest step, m."""
@@ -160,10 +158,8 @@ def _action(
     step[:2] *= max(0.0, 1.0 - low / 0.04)
     step *= min(1.0, MAX_TRANSLATION / max(length(step), 1e-9))
     upright = np.array([math.cos(goal_yaw / 2), 0, 0, math.sin(goal_yaw / 2)])
-    back, relative, vector, delta = np.empty(4), np.empty(4), np.empty(3), np.empty(4)
-    mujoco.mju_negQuat(back, rotation)
-    mujoco.mju_mulQuat(relative, back, upright)
-    mujoco.mju_quat2Vel(vector, relative, 1.0)
+    vector, delta = np.empty(3), np.empty(4)
+    mujoco.mju_subQuat(vector, upright, rotation)
     angle = length(vector)
     mujoco.mju_axisAngle2Quat(delta, vector / max(angle, 1e-9), min(angle, MAX_ROTATION))
     return np.concatenate([step, delta, [opening]]).astype(np.float32)

@@ -115,32 +115,27 @@ def record_episode(
 class Tape:
     """The steps of an episode as they come; pushed steps are masked."""
 
-    images: dict[str, list[bytes]] = field(default_factory=dict)
-    states: list[Array] = field(default_factory=list)
-    actions: list[Array] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
+    steps: list[tuple[dict[str, bytes], Array, Array, bool]] = field(default_factory=list)
 
     def add(self, images: Mapping[str, Array], state: Array, action: Array, pushed: bool) -> None:
         """A step: what the cameras ([h, w, 3] uint8) and the robot say [8], and what is done [8]."""
-        for camera, image in images.items():
-            self.images.setdefault(camera, []).append(encode_jpeg(image))
-        self.states.append(state)
-        self.actions.append(action)
-        self.mask.append(not pushed)
+        encoded = {camera: encode_jpeg(image) for camera, image in images.items()}
+        self.steps.append((encoded, state, action, not pushed))
 
     def episode(self, instruction: str, rate_hz: float, source: str, success: bool) -> Episode:
         """All of them."""
-        state = np.array(self.states)
+        images, states, actions, mask = zip(*self.steps, strict=True)
+        state = np.array(states)
         return Episode(
-            images=self.images,
+            images={camera: [seen[camera] for seen in images] for camera in images[0]},
             position=state[:, :3],
             rotation=state[:, 3:7],
             gripper=state[:, 7],
             instruction=instruction,
             rate_hz=rate_hz,
             source=source,
-            action=np.array(self.actions, np.float32),
-            action_mask=np.array(self.mask),
+            action=np.array(actions, np.float32),
+            action_mask=np.array(mask),
             success=success,
         )
 

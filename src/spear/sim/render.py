@@ -25,7 +25,6 @@ from spear.types import Frame
 
 Size = tuple[int, int]
 """Width and height, pixels."""
-_MAX_GEOMS = 600
 CAMERAS = ("external", "wrist")
 MIN_PIXELS = 8
 """An object of which fewer pixels are seen is not among a frame's instances."""
@@ -88,7 +87,7 @@ class Renderer:
         self._free.atexit = False  # by then the display is gone, and the process gives everything back
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-        self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        self._scene = mujoco.MjvScene(model, maxgeom=600)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._scene.flags[flag] = 0
         self._option = mujoco.MjvOption()

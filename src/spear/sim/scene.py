@@ -108,7 +108,7 @@ def held_out_seeds(first: int, count: int) -> range:
 def sample_scene(family: str, seed: int) -> SceneSpec:
     """The scene of a task `family` (see `FAMILIES`) and `seed`: one source, one target, 0–3 distractors."""
     check_known("task family", FAMILIES, family)
-    rng = _random(FAMILIES.index(family), seed)
+    rng = np.random.default_rng([FAMILIES.index(family), seed])
     source, target, pool = _cast(family, rng)
     wanted = [target, source, *_choose(rng, pool, int(rng.integers(0, 4)))]
     return SceneSpec(
@@ -128,7 +128,7 @@ def clutter_scene(seed: int) -> SceneSpec:
 
     Its images cover what the policy sees on the way: the gripper over, beside or low between the objects.
     """
-    rng = _random(len(FAMILIES), seed)
+    rng = np.random.default_rng([len(FAMILIES), seed])
     names = _choose(rng, DISTRACTORS, int(rng.integers(2, 6)), repeats=0.15)
     supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
     things = _place([*supports, *names], rng)
@@ -173,12 +173,6 @@ def _look(rng: np.random.Generator) -> Look:
         diffuse=_vec(np.clip([bright + warm, bright, bright - warm], 0, 1)),
         ambient=_vec(np.full(3, rng.uniform(0.38, 0.55))),
     )
-
-
-def _random(stream: int, seed: int) -> np.random.Generator:
-    if seed < 0:
-        raise SpearError(f"seed {seed}: scenes are numbered from 0: give a seed >= 0")
-    return np.random.default_rng([stream, seed])
 
 
 def _cast(family: str, rng: np.random.Generator) -> tuple[str, str, Sequence[str]]:

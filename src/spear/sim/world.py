@@ -13,7 +13,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, Servo, length
+from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, Floats, Servo, length
 from spear.sim.objects import KINDS, Kind
 from spear.sim.scene import FOVY, SOURCE, TARGET, SceneSpec
 
@@ -31,7 +31,6 @@ LIFTED = 0.02
 MOVED = 0.02
 """A bystander counts as moved from this displacement on, m."""
 
-Floats = NDArray[np.float64]
 _SOLIDS = ("box", "cylinder", "capsule", "ellipsoid")
 _SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _SOLIDS}
 

@@ -23,14 +23,7 @@ import numpy as np
 from spear.data.actions import OPEN_ABOVE, resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
-from spear.data.readers.formats import (
-    Dataset,
-    check_good,
-    episode_counts,
-    open_dataset,
-    open_split,
-    read_episodes,
-)
+from spear.data.readers import formats
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import record_sums
@@ -75,12 +68,12 @@ def prepare(
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
-    for name, start, end in split_ranges(episode_counts(path), split, path):
+    for name, start, end in split_ranges(formats.episode_counts(path), split, path):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
             todo.append((f"{name}[{first}:{last}]", last - first))
-    source = open_dataset(path)
-    if isinstance(source, Dataset):
+    source = formats.open_dataset(path)
+    if isinstance(source, formats.Dataset):
         source.spec(how.layout)  # says what is wrong with it before anything is written
     file = how.layout or source.path / SPEC_FILE
     request = {
@@ -105,7 +98,7 @@ def prepare(
         folder.mkdir(exist_ok=True)
         same_settings(work / REQUEST, request, begun=is_store(folder))
         good, skipped = _write_shards(path, folder, todo, how, workers)
-        check_good(good, skipped, path, split)
+        formats.check_good(good, skipped, path, split)
         store = EpisodeStore(folder)
         _notice_units(store, path)
         if store.failed().all():
@@ -171,18 +164,18 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
     Raises SpearError when too many are bad, or nothing good is left.
     """
     count = 0
-    for episode in read_episodes(path, split, layout, skipped):
+    for episode in formats.read_episodes(path, split, layout, skipped):
         count += 1
         skipped.check(count)
         yield episode
-    check_good(count, skipped, path, split)
+    formats.check_good(count, skipped, path, split)
 
 
 def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
     """The good episodes of a split with their canonical actions, and why not the others."""
     good: list[Episode] = []
     reasons: list[str] = []
-    for episode in read_episodes(path, split, how.layout, lambda error: reasons.append(str(error))):
+    for episode in formats.read_episodes(path, split, how.layout, lambda error: reasons.append(str(error))):
         try:
             good.append(_ready(episode, how))
         except SpearError as error:
@@ -218,7 +211,7 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
     return fitted if len(levels) > 1 else ()
 
 
-def _digest(source: Dataset | EpisodeStore) -> str:
+def _digest(source: formats.Dataset | EpisodeStore) -> str:
     """What tells the data of a folder from others."""
     if isinstance(source, EpisodeStore):
         return source.digest() + source.digest(seen=True)
@@ -236,8 +229,8 @@ def open_store(
     A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
     `work_dir` whose name depends on path and split; of several processes by the first, and the others wait.
     """
-    if isinstance(open_dataset(path), EpisodeStore):
-        return open_split(path, split), []
+    if isinstance(formats.open_dataset(path), EpisodeStore):
+        return formats.open_split(path, split), []
     whole = Path(path).resolve()
     name = f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     target = Path(work_dir) / name

@@ -38,6 +38,8 @@ class PairedKVCache(StaticKVCache):
 class SmallStack(Stack):
     """As `Stack`, with a copy of the weights and `PairedKVCache`s, all float32."""
 
+    kind = PairedKVCache
+
     def __init__(self, model: GemmaModel | Gemma2Model) -> None:
         super().__init__(model)
         self._weights = [self._prepare(layer) for layer in model.layers]
@@ -57,11 +59,6 @@ class SmallStack(Stack):
         before, after = (scale_of(norm) * math.sqrt(q.shape[1]) for norm in norms)
         whole = qkv * before, out, torch.cat([gate, up]) * after, down
         return [weight.T.contiguous() for weight in whole]
-
-    def cache(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> StaticKVCache:
-        """As of `Stack`, in pairs."""
-        shape = (batch, self.groups, places, self.width)
-        return PairedKVCache(len(self.layers), shape, torch.float32, device)
 
     def take(self, cache: StaticKVCache) -> StaticKVCache:
         """Itself, or a copy in pairs."""

@@ -56,18 +56,21 @@ class Window:
     seen: list[list[tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True)
 class Layer:
     """One layer. Norms are their scales, 1 + weight, float32; those after attention and MLP are Gemma 2's."""
 
-    before_attention: Tensor
-    after_attention: Tensor | None
-    before_mlp: Tensor
-    after_mlp: Tensor | None
-    qkv: Fused
-    out: Fused
-    gate_up: Fused
-    down: Fused
+    def __init__(self, layer: Any, packed: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
+        self.before_attention = scale_of(layer.input_layernorm)
+        self.after_attention = scale_of(layer.post_attention_layernorm) if second else None
+        before_mlp = layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm
+        self.before_mlp = scale_of(before_mlp)
+        self.after_mlp = scale_of(layer.post_feedforward_layernorm) if second else None
+        self.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
+        self.out = Fused(attention.o_proj, packed=packed)
+        self.gate_up = Fused(mlp.gate_proj, mlp.up_proj, packed=packed)
+        self.down = Fused(mlp.down_proj, packed=packed)
 
 
 class CudaGraphCache:
@@ -131,6 +134,8 @@ class Stack:
     packed: see `Fused`. compiled: what is before and after attention by `torch.compile`, once for all layers.
     """
 
+    kind = StaticKVCache
+
     def __init__(self, model: GemmaModel | Gemma2Model, packed: bool = False, compiled: bool = False) -> None:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -143,7 +148,7 @@ class Stack:
         self.activation: Any = one.mlp.act_fn
         self.rotary = model.rotary_emb
         self.norm = scale_of(model.norm)
-        self.layers = [_layer(layer, packed) for layer in model.layers]
+        self.layers = [Layer(layer, packed) for layer in model.layers]
         self._before: Any = self._project
         self._after: Any = self._finish
         if compiled:
@@ -156,7 +161,7 @@ class Stack:
 
     def cache(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> StaticKVCache:
         """Room for the keys and values of so many tokens."""
-        return StaticKVCache(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
+        return self.kind(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
     def take(self, cache: StaticKVCache) -> StaticKVCache:
         """What another stack left in a cache, as this one reads it: itself, or a copy in its precision."""
@@ -196,7 +201,10 @@ class Stack:
                 if keys_only:
                     return x
                 if wanted is not None:
-                    query, x = self._only(wanted, query, x)
+                    batch, length, _ = x.shape
+                    rows = torch.arange(batch, device=x.device)
+                    each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
+                    query, x = each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
                     window = replace(window, queries=[1])
             found = self._attend(query, window.seen[index], window.queries, bias)
             x = self._after(layer, x, found)
@@ -213,13 +221,6 @@ class Stack:
         held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
-
-    def _only(self, wanted: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries, as `_project` gives them, and the embeddings of one token [B] per row."""
-        batch, length, _ = x.shape
-        rows = torch.arange(batch, device=x.device)
-        each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
-        return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
     def _finish(self, layer: Layer, x: Tensor, found: Tensor) -> Tensor:
         """The rest of the layer, after attention found [B · kv heads, S · query heads per kv head, d]."""
@@ -325,12 +326,10 @@ def prefill(
     window = cache.window(0, [(length, length)])
     rotations = layers.rotations(where, x.dtype)
     after = where[:, -1] + 1
-    if keys_only:
-        layers(x, rotations, window, bias, keys_only)
-        return Prefilled(cache, valid, padded, after, None)
     # Of all places with as many valid ones before them as the last token, it is the first.
-    hidden = layers(x, rotations, window, bias, wanted=where.argmax(-1))[:, 0]
-    return Prefilled(cache, valid, padded, after, hidden)
+    wanted = None if keys_only else where.argmax(-1)
+    found = layers(x, rotations, window, bias, keys_only, wanted)
+    return Prefilled(cache, valid, padded, after, None if keys_only else found[:, 0])
 
 
 def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -338,21 +337,6 @@ def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
     bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
     return bias.repeat_interleave(groups, dim=0)[:, None]
-
-
-def _layer(layer: Any, packed: bool) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
-    return Layer(
-        scale_of(layer.input_layernorm),
-        scale_of(layer.post_attention_layernorm) if second else None,
-        scale_of(layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm),
-        scale_of(layer.post_feedforward_layernorm) if second else None,
-        Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed),
-        Fused(attention.o_proj, packed=packed),
-        Fused(mlp.gate_proj, mlp.up_proj, packed=packed),
-        Fused(mlp.down_proj, packed=packed),
-    )
 
 
 def scale_of(norm: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ their metric scale. The modules are nested so that they carry the names of the p
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -128,7 +128,6 @@ _FIXED_V1 = {
 }
 HEADS = ("points_head", "mask_head")
 """The heads of a MoGe-2 that are read; some have normals as well."""
-RESAMPLERS = ("conv_transpose", "bilinear")
 _FIXED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
@@ -229,12 +228,11 @@ class MogeV2(nn.Module):
     config, most_tokens: as of `MogeV1`.
     """
 
+    unit: Unit = "metre"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
-        for part in ("encoder", "neck", *HEADS):
-            if config.get(part) is None:
-                raise SpearError(f"MoGe config not supported: no {part}: use a published checkpoint")
         encoder = config["encoder"]
         self.most_tokens = int(config.get("num_tokens_range", (1200, 3600))[1])
         self.encoder = MogeEncoder(dinov2_config(encoder["backbone"]))
@@ -244,17 +242,10 @@ class MogeV2(nn.Module):
         self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
         for name in ("neck", *HEADS):
             self.add_module(name, ConvStack(name, config[name]))
-        self.scale_head: nn.Sequential | None = None
-        if config.get("scale_head"):
-            layers: list[nn.Module] = []
-            for before, after in pairwise(config["scale_head"]["dims"]):
-                layers += [nn.Linear(before, after), nn.ReLU()]
-            self.scale_head = nn.Sequential(*layers[:-1])
-
-    @property
-    def unit(self) -> Unit:
-        """Of the points: "metre", or "relative" for a network without scale."""
-        return "relative" if self.scale_head is None else "metre"
+        layers: list[nn.Module] = []
+        for before, after in pairwise(config["scale_head"]["dims"]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.scale_head = nn.Sequential(*layers[:-1])
 
     def cut(self, images: Tensor, num_tokens: int) -> Tensor:
         """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
@@ -288,46 +279,37 @@ class MogeV2(nn.Module):
         pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
         levels = neck(pyramid)
         raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
-        scale = None if self.scale_head is None else self.scale_head(token)
+        scale = self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
             raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
             points, mask = exponential_points(raw["points_head"]), raw["mask_head"][:, 0].sigmoid()
-            return MogeOutput(points, mask, None if scale is None else scale.float()[:, 0].exp())
+            return MogeOutput(points, mask, scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
     """A pyramid from coarse to fine: each level is the upsampled one before, plus its input, refined.
 
-    config: the published fields; a single value stands for all levels. Raises `SpearError`, naming the stack,
-    for what is not supported.
+    config: the published fields. Raises `SpearError`, naming the stack, for what is not supported.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
         norms = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}  # when not given
         check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
-        widths = config["dim_res_blocks"]
-
-        def each(value: Any, levels: int = len(widths)) -> Sequence[Any]:
-            return value if isinstance(value, list | tuple) else [value] * levels
-
-        kinds = each(config["resamplers"], len(widths) - 1)
-        for kind in kinds:
-            if kind not in RESAMPLERS:
-                why = f"{name}.resamplers has {kind!r}"
-                raise SpearError(f"MoGe config not supported: {why}: use a published one")
+        widths, kinds = config["dim_res_blocks"], config["resamplers"]
+        check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *kinds)
         self.input_blocks = nn.ModuleList(
-            nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
+            nn.Conv2d(before, width, 1) for before, width in zip(config["dim_in"], widths, strict=True)
         )
         pairs = zip(kinds, pairwise(widths), strict=True)
         self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
-            for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
+            for width, count in zip(widths, config["num_res_blocks"], strict=True)
         )
         self.output_blocks = nn.ModuleList(
             nn.Conv2d(width, out, 1) if out else nn.Identity()
-            for out, width in zip(each(config.get("dim_out")), widths, strict=True)
+            for out, width in zip(config.get("dim_out") or [None] * len(widths), widths, strict=True)
         )
 
     def forward(self, pyramid: list[Tensor]) -> list[Tensor]:

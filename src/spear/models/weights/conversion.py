@@ -8,19 +8,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from spear.errors import SpearError, first_line
 from spear.models.weights.folders import simulator_only
-from spear.models.weights.load import Part, Shards, check_finite, quiet
+from spear.models.weights.load import Model, Part, Shards, check_finite, quiet
 from spear.util.files import check_new
 
-Model = TypeVar("Model", bound=PreTrainedModel)
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
 _EXPERT = ("expert", "state_proj", "action_")
@@ -60,10 +59,8 @@ class KeyReport:
 
     def check(self, where: str) -> None:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
-        wrong = [(status, keys) for status in PROBLEMS if (keys := self.of(status))]
-        if wrong:
-            first = ((status, len(keys), keys[0]) for status, keys in wrong)
-            said = (f"{n} weights {s}, first {k.name} {list(k.shape)} ({k.note})" for s, n, k in first)
+        if wrong := [(keys[0], len(keys)) for status in PROBLEMS if (keys := self.of(status))]:
+            said = (f"{n} weights {k.status}, first {k.name} {list(k.shape)} ({k.note})" for k, n in wrong)
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
