@@ -6,7 +6,7 @@ their metric scale. The modules are nested so that they carry the names of the p
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -289,27 +289,33 @@ class MogeV2(nn.Module):
 class ConvStack(nn.Module):
     """A pyramid from coarse to fine: each level is the upsampled one before, plus its input, refined.
 
-    config: the published fields. Raises `SpearError`, naming the stack, for what is not supported.
+    config: the published fields; a single value stands for all levels. Raises `SpearError`, naming the stack,
+    for what is not supported.
     """
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
         norms = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}  # when not given
         check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
-        widths, kinds = config["dim_res_blocks"], config["resamplers"]
+        widths = config["dim_res_blocks"]
+
+        def each(value: Any, levels: int = len(widths)) -> Sequence[Any]:
+            return value if isinstance(value, list | tuple) else [value] * levels
+
+        kinds = each(config["resamplers"], len(widths) - 1)
         check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *kinds)
         self.input_blocks = nn.ModuleList(
-            nn.Conv2d(before, width, 1) for before, width in zip(config["dim_in"], widths, strict=True)
+            nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
         )
         pairs = zip(kinds, pairwise(widths), strict=True)
         self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
-            for width, count in zip(widths, config["num_res_blocks"], strict=True)
+            for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
         )
         self.output_blocks = nn.ModuleList(
             nn.Conv2d(width, out, 1) if out else nn.Identity()
-            for out, width in zip(config.get("dim_out") or [None] * len(widths), widths, strict=True)
+            for out, width in zip(each(config.get("dim_out")), widths, strict=True)
         )
 
     def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
