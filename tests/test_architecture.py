@@ -46,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2112, "ablations": 649, "cli": 1577, "data": 4768, "embodiments": 776, "evaluate": 3154,
-    "labels": 4677, "models": 4695, "report": 1166, "serve": 982, "sim": 1597, "train": 2286, "ui": 697,
-    "util": 809,
+    "(top)": 2111, "ablations": 647, "cli": 1562, "data": 4773, "embodiments": 775, "evaluate": 3126,
+    "labels": 4677, "models": 4619, "report": 1166, "serve": 977, "sim": 1578, "train": 2274, "ui": 696,
+    "util": 807,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,6 @@ from spear.data.audit import audit
 from spear.data.describe import describe
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
-
-IMAGES = {"external": "observation/images/image_0"}
 
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
@@ -108,16 +105,6 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken
     (copy / "spear.json").write_text(json.dumps(taken))
     refuses("joint_0", lambda: next(read_episodes(copy)))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [("rate_hz", 30.0, "rate_hz"), ("position", "observation/state[0;3]", r"observation/state\[0;3\]")],
-)
-def test_a_layout_that_cannot_be(shared: Path, tmp_path: Path, key: str, value: Any, said: str) -> None:
-    folder, layout = shared / "data/lerobot/v3.0_image", tmp_path / "layout.json"
-    layout.write_text(json.dumps({"like": "bridge_dataset", key: value, "images": IMAGES}))
-    refuses(said, lambda: next(read_episodes(folder, dataset=layout)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

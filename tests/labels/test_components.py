@@ -26,7 +26,6 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
     [
         ("detector", "gemni", "did you mean 'gemini'"),
         ("detector", "file:absent.json", "no such file: write file:PATH"),
-        ("detector", "file", "no such file"),
         ("detector", "ground-truth+gemini", "only file:"),
         ("segmenter", "ground-truth=foo", "no network"),
     ],

@@ -116,8 +116,6 @@ def test_evaluation_and_ablations_ask_first(
         ("nano-vla", "episodes init", "--labels"),  # for the questions beside
         ("nano-post", "episodes", "--init .*--labels"),  # for the tokenizer of a model from random weights
         ("nano-depth", "labels init", "--init"),
-        ("nano-siglip", "labels init", "--init"),
-        ("nano-post", "episodes init moge", "--moge"),
         ("nano-post", "episodes init labels", "--labels"),
         ("nano-vlm-1", "labels moge", "--moge"),
     ],

@@ -171,6 +171,8 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     wide = lambda t: pa.table({"split": ["a"] * len(t), **{n: t[n] for n in t.column_names}})  # noqa: E731
     change_rows(folder / "meta/tasks.parquet", wide)
     assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
+    (folder / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
+    refuses("rate_hz", lambda: next(read_episodes(folder)))
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

@@ -306,7 +306,6 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"tool_rotation": [0, 0, 0, 0]}, "tool_rotation is .*: give a unit quaternion"),
         ({"gripper_rang": [0, 1]}, "did you mean 'gripper_range'"),
         ({"rotation_format": "euler-xyz"}, "did you mean 'euler_xyz'"),
-        ({"length_unit": "inch"}, r"unknown length_unit .*known: cm, m, mm"),
         ({"logged_rotation_format": "euler_zxy"}, "unknown logged_rotation_format .*'euler_zxy'"),
         ({"like": "bridge_datset"}, "did you mean 'bridge_dataset'"),
         ({"gripper": "observation/state[7]"}, r"no column 'observation/state\[7\]'.*\(10, 7\)"),

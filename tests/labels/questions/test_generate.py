@@ -81,9 +81,7 @@ def test_every_2d_answer_follows_from_the_label(questions: list[tuple[LabeledIma
                 assert got == want
 
 
-def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(
-    labels: list[LabeledImage],
-) -> None:
+def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(labels: list[LabeledImage]) -> None:
     rng = np.random.default_rng(0)
     image = next(x for x in labels if len(askable(x)) >= 2)
     a, b = askable(image)[:2]
