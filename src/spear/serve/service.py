@@ -218,10 +218,12 @@ class Batcher:
         batch: list[_Waiting] = []
         while self._queue and len(batch) < self._max_batch:
             waiting = self._queue.popleft()
-            if not (waiting.result.done() or waiting.alive()):
-                waiting.result.set_exception(Gone())
-            if not waiting.result.done():
+            if waiting.result.done():
+                continue
+            if waiting.alive():
                 batch.append(waiting)
+            else:
+                waiting.result.set_exception(Gone())
         return batch
 
     def _active(self) -> int:
