@@ -3,11 +3,11 @@ official grid, with disturbances that it recovers from, as `spear.sim.record` ha
 images."""
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -81,18 +81,20 @@ def record(
 ) -> Iterator[Episode]:
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
-    processes: list[SimplerProcess] = []
-    own = threading.local()
-
-    def begin() -> None:
-        own.process = SimplerProcess(task, assets)
-        processes.append(own.process)
+    processes = [SimplerProcess(task, assets) for _ in range(min(workers, len(seeds)))]
+    free: SimpleQueue[SimplerProcess] = SimpleQueue()
+    for process in processes:
+        free.put(process)
 
     def one(seed: int) -> Episode:
-        return record_episode(own.process, task, seed, size, policy)
+        process = free.get()
+        try:
+            return record_episode(process, task, seed, size, policy)
+        finally:
+            free.put(process)
 
     try:
-        with ThreadPoolExecutor(workers, initializer=begin) as threads:
+        with ThreadPoolExecutor(max(1, len(processes))) as threads:
             yield from in_order(threads, one, seeds, ahead=2 * workers)
     finally:
         for process in processes:
