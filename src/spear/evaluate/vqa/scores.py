@@ -12,7 +12,7 @@ from rich.table import Table
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
 from spear.evaluate.vqa.calibration import CENTRAL, Calibration, Certainty, by_image, calibrate
-from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, measure
+from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
 from spear.models.readout import DECODES, Decode
 from spear.types import LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
@@ -34,6 +34,11 @@ class Asked:
     answer: Segments
     readings: Mapping[Decode, Segments] = field(default_factory=dict)
     certainty: Certainty | None = None
+
+    @property
+    def grammatical(self) -> bool:
+        """See `evaluate.vqa.measures`."""
+        return grammatical(self.question, self.answer)
 
     @cached_property
     def measures(self) -> dict[str, float]:
@@ -183,7 +188,7 @@ def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
     return FamilyScore(
         n=len(rows),
         images=len({a.image for a in rows}),
-        grammar=wilson(sum("relative" in a.measures for a in rows), len(rows)),
+        grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
         free=wilson(sum(free), len(free)),
         measures={name: _estimate(name, values) for name, values in found.items() if values},
         constant=_guess(rows, constant_guess(questions)),
