@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2111, "ablations": 647, "cli": 1562, "data": 4773, "embodiments": 775, "evaluate": 3126,
+    "(top)": 2111, "ablations": 647, "cli": 1562, "data": 4773, "embodiments": 775, "evaluate": 3135,
     "labels": 4677, "models": 4623, "report": 1166, "serve": 979, "sim": 1578, "train": 2274, "ui": 696,
     "util": 807,
 }  # fmt: skip
