@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from spear import flow
-from spear.models.presets import Preset, _gemma, _layers, _vision, spear1_config, vlm_config
+from spear.models.presets import Preset, _gemma, _moge, _vision, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
@@ -17,7 +17,7 @@ TINY = Preset(
     image_sizes={"external": (48, 32), "wrist": (32, 32)},
     stem="conv",
     vision=_vision(24, 32, 2, 2, patch=16, image=32),
-    moge=_layers(16, 5, 2, patch_size=16, image_size=32, mlp_ratio=2),
+    moge={**_moge(16, 5, 2, patch=16, image=32), "mlp_ratio": 2},
     text=TEXT,
     expert={**TEXT, "hidden_size": 16},
     vocabulary=40,

@@ -58,6 +58,13 @@ def _vision(
     return _layers(width, layers, heads, intermediate_size=mlp, patch_size=patch, image_size=image)
 
 
+def _moge(
+    width: int, layers: int, heads: int, patch: int = 14, image: int = 224, **more: Any
+) -> dict[str, Any]:
+    """Fields of DINOv2's config; patch and image in pixels."""
+    return _layers(width, layers, heads, mlp_ratio=4, patch_size=patch, image_size=image, **more)
+
+
 def _gemma(width: int, mlp: int, layers: int, heads: int, head: int, **more: Any) -> dict[str, Any]:
     """Fields of a Gemma's config; head: the width of an attention head."""
     sizes = {"intermediate_size": mlp, "num_key_value_heads": 1, "head_dim": head}
@@ -71,7 +78,7 @@ _ALL = (
         image_sizes={"external": (192, 128), "wrist": (96, 96)},
         stem="conv",
         vision=_vision(192, 512, 3, 3, patch=32, image=192),
-        moge=_layers(128, 4, 2, patch_size=32, image_size=192, initializer_range=0.08),
+        moge=_moge(128, 4, 2, patch=32, image=192, initializer_range=0.08),
         text=_gemma(192, 576, 5, 3, 64, initializer_range=0.05),
         expert=_gemma(160, 384, 5, 3, 64, initializer_range=0.05),
         vocabulary=2048,
@@ -87,7 +94,7 @@ _ALL = (
         name="small",
         image_sizes=_PAPER_IMAGES,
         vision=_vision(768, 3072, 12, 12),
-        moge=_layers(384, 12, 6, patch_size=14, image_size=224),
+        moge=_moge(384, 12, 6),
         text=_gemma(1024, 4096, 12, 8, 128),
         expert=_gemma(512, 2048, 12, 8, 128),
         vocabulary=32768,
@@ -97,8 +104,7 @@ _ALL = (
         name="spear1",
         image_sizes=_PAPER_IMAGES,
         vision=_vision(1152, 4304, 27, 16),
-        # As MoGe's weights were trained.
-        moge=_layers(1024, 24, 16, patch_size=14, image_size=518, position_offset=0.1),
+        moge=_moge(1024, 24, 16, image=518, position_offset=0.1),  # as MoGe's weights were trained
         text=_gemma(2048, 16384, 18, 8, 256),
         expert=_gemma(1024, 4096, 18, 8, 256),
     ),
