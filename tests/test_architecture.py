@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2111, "ablations": 647, "cli": 1562, "data": 4773, "embodiments": 775, "evaluate": 3135,
-    "labels": 4677, "models": 4623, "report": 1166, "serve": 979, "sim": 1578, "train": 2274, "ui": 696,
+    "labels": 4677, "models": 4629, "report": 1166, "serve": 979, "sim": 1578, "train": 2274, "ui": 696,
     "util": 807,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
