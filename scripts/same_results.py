@@ -46,11 +46,11 @@ TRAININGS = {
     "nano-vlm-1": f"{LABELS} --init nano-vlm-0 --moge nano-depth",
     "nano-vlm-2": f"{LABELS} --init nano-vlm-1/final",
     "nano-vla": f"{LABELS} {ROBOT} --init nano-vlm-2/final",
-    "nano-vla-no-3d": f"{LABELS} {ROBOT} --init nano-vlm-0",
+    "nano-vla-no-3d": f"{ROBOT} --init nano-vlm-0",
     "nano-post": f"{ROBOT} --init nano",
     "vlm-stage1": f"{LABELS} --init nano-vlm-0 --moge nano-depth",
     "vlm-stage2": f"{LABELS} --init vlm-stage1/final",
-    "vla-pretrain": f"{LABELS} {ROBOT} prepared --init vlm-stage2/final",
+    "vla-pretrain": f"{ROBOT} prepared --init vlm-stage2/final",
     "post-train-bridge": f"{DATA} --init vla-pretrain/final",
     "post-train-droid": f"{DATA} --init vla-pretrain/final",
     "finetune-lora": f"{ROBOT} --init nano",
@@ -139,7 +139,7 @@ def compare(args: argparse.Namespace) -> int:
     for name in sorted({*first, *second}):
         ours, theirs = first.get(name, {}), second.get(name, {})
         files = sorted(file for file in {*ours, *theirs} if ours.get(file) != theirs.get(file))
-        different += len(files)
+        different += len(files) or not ours  # what failed is not the same
         print(f"{name}: " + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} results"))
     return int(different > 0)
 

@@ -1,15 +1,17 @@
-"""A training step on a CPU with and without `keep_freed_memory`: time, and pages that the system had to hand
-out.
+"""A training step on a CPU with and without `keep_freed_memory`, and with jemalloc where it is installed:
+time, and pages that the system had to hand out.
 
     python benchmarks/train/allocator.py --episodes runs/episodes --labels runs/labels
 
 Each way in processes of its own, in turn; processor time (the system's for the process included) of
-nano-vla's step on batches that are in memory, one thread.
+nano-vla's step on ever new batches, one thread.
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -27,6 +29,13 @@ from spear.train.optimize import Stepper
 from spear.train.options import Inputs
 from spear.train.recipes import recipe
 
+JEMALLOC = {
+    "LD_PRELOAD": ctypes.util.find_library("jemalloc") or "",
+    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
+}
+WAYS: dict[str, dict[str, str]] = {"given back": {}, "kept": {}, "jemalloc": JEMALLOC}
+"""What becomes of freed memory -> variables of the process."""
+
 
 def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[list[float], float, float]:
     """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
@@ -34,14 +43,12 @@ def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[
     stage = recipe("nano-vla").changed(batch_size=batch_size)
     _, task, _ = build(stage, Inputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
     step = Stepper(task, stage.optimization, seed=0)
-    batches = [task.batch(i) for i in range(3)]
-    for _ in range(2):
-        for batch in batches:
-            step(0, batch)
-    before, times = resource.getrusage(resource.RUSAGE_SELF), []
     for number in range(steps):
-        begun = time.process_time()
-        step(0, batches[number % len(batches)])
+        step(0, task.batch(number))
+    before, times = resource.getrusage(resource.RUSAGE_SELF), []
+    for number in range(steps, 2 * steps):
+        batch, begun = task.batch(number), time.process_time()
+        step(0, batch)
         times.append(1000 * (time.process_time() - begun))
     after = resource.getrusage(resource.RUSAGE_SELF)
     return times, (after.ru_minflt - before.ru_minflt) / steps, after.ru_maxrss / 1024
@@ -51,7 +58,7 @@ def main(
     episodes: Path = Path("runs/episodes"),
     labels: Path = Path("runs/labels"),
     batch_size: int = 32,
-    steps: int = 12,
+    steps: int = 60,
     rounds: int = 3,
     way: str = "",
 ) -> None:
@@ -59,7 +66,8 @@ def main(
 
     Args:
         episodes: folder of demonstrations. labels: folder of labelled images.
-        batch_size: robot steps per training step. steps: per process. rounds: processes of each way.
+        batch_size: robot steps per training step. steps: that are measured in a process, after as many that
+        are not. rounds: processes of each way.
         way: used by the processes that are started.
     """
     if way:
@@ -67,12 +75,15 @@ def main(
             raise SystemExit("no glibc here: there is nothing to compare")
         print(json.dumps(measure(episodes, labels, batch_size, steps)))
         return
-    found: dict[str, list[tuple[list[float], float, float]]] = {"given back": [], "kept": []}
+    ways = {name: own for name, own in WAYS.items() if "" not in own.values()}
+    found: dict[str, list[tuple[list[float], float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, results in found.items():
             options = [f"--episodes={episodes}", f"--labels={labels}", f"--batch-size={batch_size}"]
             command = [sys.executable, __file__, *options, f"--steps={steps}", f"--way={name}"]
-            results.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+            env = {**os.environ, **ways[name]}
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=env)
+            results.append(json.loads(done.stdout))
     print(
         "| freed memory is | ms per step (least–most of the medians) | page faults per step | most memory |"
     )
@@ -83,8 +94,9 @@ def main(
         most = statistics.median(m for _, _, m in some)
         span = f"{statistics.median(each):.0f} ({min(each):.0f}–{max(each):.0f})"
         print(f"| {name} | {span} | {faults:,.0f} | {most:,.0f} MB |")
-    ratios = [a / b for a, b in zip(medians["given back"], medians["kept"], strict=True)]
-    print(f"given back ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
+    for name in [name for name in found if name != "kept"]:
+        ratios = [a / b for a, b in zip(medians[name], medians["kept"], strict=True)]
+        print(f"{name} ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
 
 
 if __name__ == "__main__":

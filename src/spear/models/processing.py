@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from spear.errors import SpearError, check_known, first_line, notice
+from spear.models import vlm
 from spear.models.decode import Worded
 from spear.models.presets import TOKEN_IDS, Preset
 from spear.models.vlm import IGNORE, SpearVLMConfig
@@ -137,9 +138,10 @@ class Processor:
 
         As PaliGemma's: `<bos>`, the text, a newline. Of the names of tokens in a text only places (`Pixel`)
         become tokens. Raises SpearError for an empty or too long text, unless that is to be cut, with a
-        notice: one among a million instructions ends no training.
+        notice, as in training: one among a million instructions does not end it. There lengths are multiples
+        of `vlm.LENGTHS`.
         """
-        return self._pad([self._prompt(text, cut) for text in texts])
+        return self._pad([self._prompt(text, cut) for text in texts], vlm.LENGTHS if cut else 1)
 
     def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
@@ -156,7 +158,7 @@ class Processor:
                 raise SpearError(f"{what}, {cure}")
         prompts = [self._prompt(question.prompt, cut=True) for question in questions]
         answers = [[*self.answer_ids(q.segments), self.tokenizer.eos_token_id] for q in questions]
-        batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)])
+        batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)], vlm.LENGTHS)
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
         answered = (place >= start) & batch["attention_mask"].bool()
@@ -284,8 +286,8 @@ class Processor:
                 self._cache[text] = ids
         return ids
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        length = max(map(len, rows), default=0)
+    def _pad(self, rows: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
+        length = -(-max(map(len, rows), default=0) // multiple) * multiple
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):

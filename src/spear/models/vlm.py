@@ -21,7 +21,7 @@ from spear.models.fast.linear import linear, use_fast_linear
 IGNORE = -100
 """The label of a place that is not to be learned."""
 LENGTHS, TARGETS = 8, 64
-"""With `length_groups`, lengths and counts of targets are filled up to multiples of these: tensors of ever
+"""In training, lengths of texts and counts of targets are filled up to multiples of these: tensors of ever
 new sizes break the heap into pieces, and every step takes longer (`benchmarks/train/sizes.py`)."""
 
 
@@ -239,9 +239,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             hidden.append(state.hidden[:, :-1][wanted])
             targets.append(target[wanted])
         read, target = torch.cat(hidden), torch.cat(targets)
-        if length_groups > 1:
-            more = -len(target) % TARGETS
-            read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE)
+        more = -len(target) % TARGETS
+        read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE)
         loss, parts = self.token_loss(read, target)
         return LossOutput(loss=loss, parts=parts)
 
