@@ -67,11 +67,13 @@ class VlmBundle:
         family  of the questions (one, or one each): answers are then held to its form, with exactly as many
                 numbers or image locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
+        Raises SpearError for a view that the model does not have, and for an empty or too long prompt.
         """
         if len(prompts) == len(images) == 0:
             return []
         families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         device, tokens = self.model.device, self.processor.coordinate_ids
+        pixels = torch.stack([self.processor.image(image, view) for image in images])
         sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
         framed = [self.processor.framed(*both, view) for both in zip(prompts, sizes, strict=True)]
         text = self.processor.prompts(framed)
@@ -79,7 +81,7 @@ class VlmBundle:
         with few_threads(self.model, len(prompts)):
             ids = greedy(
                 self.model,
-                {view: torch.stack([self.processor.image(image, view) for image in images]).to(device)},
+                {view: pixels.to(device)},
                 text["input_ids"].to(device),
                 text["attention_mask"].to(device),
                 max_new_tokens=max_new_tokens,

@@ -23,7 +23,7 @@ from spear.types import Action
 
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far fast sampling may be from the plain network, as `difference` has it: where all is float32, and
-otherwise (our choice; measured: 1e-6 and 1e-2, docs/speed.md)."""
+otherwise (our choice; measured: docs/speed.md)."""
 
 
 class Sampler:
