@@ -50,6 +50,8 @@ BELIEVED = (*RECORDED_ONLY, "euler_zyx")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
 UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
 """Formats that no other numbers could be."""
+WIDTHS = {width for width, _ in FORMS.values()}
+"""How many numbers an orientation may have."""
 _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
 STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
 EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
@@ -242,8 +244,8 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = numbers(steps, spec.action_mask, source).reshape(-1) != 0
-    said_of, wide = ("position", "rotation", "logged translation", "logged rotation"), ((3,), (3, 4, 6, 16))
-    for what, values, widths in zip(said_of, (position, rotation, *logged), wide * 2, strict=True):
+    said_of, written = ("position", "rotation", "logged translation", "logged rotation"), sorted(WIDTHS)
+    for what, values, widths in zip(said_of, (position, rotation, *logged), ([3], written) * 2, strict=True):
         if values is not None and values.shape not in [(len(valid), width) for width in widths]:
             need = f"{len(valid)} x {' or '.join(map(str, widths))}"
             raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {need}")

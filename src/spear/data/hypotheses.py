@@ -298,16 +298,17 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
 
     changes = [i for i, r in enumerate(readings) if r.kind != "absolute"]
     targets = [i for i, r in enumerate(readings) if r.kind == "absolute"]
+    change, target = forms[changes], forms[targets]
     for shift in SHIFTS:
         acted = stretches.acted(shift)
-        delta = forms[changes][:, acted]
+        delta = change[:, acted]
         inner, outer = [delta[:, :, 0]], [delta[:, :, 0]]
         for k in range(1, STRETCH):
             inner.append(quat_multiply(inner[-1], delta[:, :, k]))
             outer.append(quat_multiply(delta[:, :, k], outer[-1]))
         judge(torch.stack(inner, 2), seen["ee"], "ee", changes)
         judge(torch.stack(outer, 2), seen["base"], "base", changes)
-        judge(forms[targets][:, acted], at[:, :, 1:], "base", targets)
+        judge(target[:, acted], at[:, :, 1:], "base", targets)
         if rotation.shape[1] == logged.shape[1] == 3:
             angles = rotation * ANGLE_UNITS[state_unit]
             for reading, error in _added(angles, logged, at, scales, stretches, shift):

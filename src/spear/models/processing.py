@@ -17,7 +17,6 @@ from spear.errors import SpearError, check_known, first_line, notice
 from spear.models import vlm
 from spear.models.decode import Worded
 from spear.models.presets import TOKEN_IDS, Preset
-from spear.models.vlm import IGNORE, SpearVLMConfig
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question, Segments
@@ -162,7 +161,7 @@ class Processor:
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
         answered = (place >= start) & batch["attention_mask"].bool()
-        labels = batch["input_ids"].masked_fill(~answered, IGNORE)
+        labels = batch["input_ids"].masked_fill(~answered, vlm.IGNORE)
         return {**batch, "token_type_ids": answered.long(), "labels": labels}
 
     def answer_ids(self, segments: Segments) -> list[int]:
@@ -236,7 +235,7 @@ class Processor:
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path, config: SpearVLMConfig | None = None) -> "Processor":
+    def load(folder: Path, config: vlm.SpearVLMConfig | None = None) -> "Processor":
         """Read what `save` wrote. config: of the model that it shall fit. Raises SpearError when something is
         missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
@@ -251,7 +250,7 @@ class Processor:
             processor._check_fits(config, folder)
         return processor
 
-    def _check_fits(self, config: SpearVLMConfig, folder: Path) -> None:
+    def _check_fits(self, config: vlm.SpearVLMConfig, folder: Path) -> None:
         ours, wanted = self.coordinate_ids, config.coordinate_ids
         both = "take both from the same checkpoint"
         if ours != wanted or ours.stop > config.text_config.vocab_size:

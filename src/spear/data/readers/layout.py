@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
-from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, MATRICES, DatasetSpec, RotationFormat
+from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
 from spear.types import CONTROL, Array, Episode
@@ -271,6 +271,27 @@ def _turned(rotation: Array) -> Array:
     return 4 * np.arcsin(np.minimum(*apart) / 2)
 
 
+def _from_6d(values: torch.Tensor) -> torch.Tensor:
+    """[..., 4, 4] poses in the origin, whose first two rows are the numbers [..., 6]."""
+    first, second = values.split(3, dim=-1)
+    turn = torch.stack([first, second, torch.linalg.cross(first, second)], dim=-2)
+    pose = torch.nn.functional.pad(turn, (0, 1, 0, 1))
+    pose[..., 3, 3] = 1
+    return pose
+
+
+def _turn(pose: torch.Tensor) -> torch.Tensor:
+    """[..., 4, 4] poses to quaternions [..., 4]."""
+    return matrix_to_quat(pose[..., :3, :3].contiguous())
+
+
+POSES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "6d_columns": lambda v: _from_6d(v).mT,
+    "6d_rows": _from_6d,
+    "matrix4_columns": lambda v: v.unflatten(-1, (4, 4)).mT,
+    "matrix4_rows": lambda v: v.unflatten(-1, (4, 4)),
+}
+"""Format -> [..., numbers] to homogeneous poses [..., 4, 4], if they are any: see `to_quaternion`."""
 FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
     "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
@@ -279,10 +300,10 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),
     "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
-    "6d_columns": (6, lambda v: matrix_to_quat(_from_6d(v).mT.contiguous())),
-    "6d_rows": (6, lambda v: matrix_to_quat(_from_6d(v))),
-    "matrix4_columns": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4)).mT[..., :3, :3].contiguous())),
-    "matrix4_rows": (16, lambda v: matrix_to_quat(v.unflatten(-1, (4, 4))[..., :3, :3].contiguous())),
+    "6d_columns": (6, lambda v: _turn(POSES["6d_columns"](v))),
+    "6d_rows": (6, lambda v: _turn(POSES["6d_rows"](v))),
+    "matrix4_columns": (16, lambda v: _turn(POSES["matrix4_columns"](v))),
+    "matrix4_rows": (16, lambda v: _turn(POSES["matrix4_rows"](v))),
 }
 """Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z).
 
@@ -300,20 +321,9 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
-    if layout in MATRICES:
-        pose = torch.eye(4, dtype=tensor.dtype).repeat(len(tensor), 1, 1)
-        if width == 6:
-            pose[:, :3, :3] = _from_6d(tensor)
-        else:
-            pose = tensor.unflatten(-1, (4, 4))
-        _check_poses(pose.mT if layout == "matrix4_columns" else pose, layout, source)
+    if layout in POSES:
+        _check_poses(POSES[layout](tensor), layout, source)
     return convert(tensor).numpy()
-
-
-def _from_6d(values: torch.Tensor) -> torch.Tensor:
-    """[..., 3, 3] whose first two rows are the numbers [..., 6]."""
-    first, second = values.split(3, dim=-1)
-    return torch.stack([first, second, torch.linalg.cross(first, second)], dim=-2)
 
 
 def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:

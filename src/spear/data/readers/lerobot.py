@@ -214,14 +214,17 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
-    # As info.json has them ("0:8"); those of another form are all episodes, named train.
-    ends = {name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()}
-    found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
-    whole = {"train": (0, len(episodes))}
-    splits = {n: (a, b) for n, (a, b) in found.items() if a <= b <= len(episodes)} or whole
+    splits = _splits(info, len(episodes))
     if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
         notice(f"{folder}: the splits {info.splits} do not have each of {len(episodes)} episodes once")
     return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
+
+
+def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
+    """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
+    ends = {name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()}
+    found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
+    return {n: (a, b) for n, (a, b) in found.items() if a <= b <= count} or {"train": (0, count)}
 
 
 def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:

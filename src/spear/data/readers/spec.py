@@ -25,8 +25,11 @@ from spear.errors import SpearError, check_known, unknown_name
 from spear.util.files import read_json
 
 AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_zyx", "rotation_vector"]
-Matrix = Literal["6d_columns", "6d_rows", "matrix4_columns", "matrix4_rows"]
-LoggedFormat = AngleFormat | Literal["quat_wxyz", "quat_xyzw"] | Matrix
+LoggedFormat = (
+    AngleFormat
+    | Literal["quat_wxyz", "quat_xyzw"]
+    | Literal["6d_columns", "6d_rows", "matrix4_columns", "matrix4_rows"]
+)
 """How a logged rotation is written down.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
@@ -46,7 +49,6 @@ franka_joints    a Franka's seven joint angles, the column of both positions and
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
-MATRICES: tuple[str, ...] = get_args(Matrix)
 ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
 LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}

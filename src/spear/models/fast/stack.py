@@ -201,10 +201,7 @@ class Stack:
                 if keys_only:
                     return x
                 if wanted is not None:
-                    batch, length, _ = x.shape
-                    rows = torch.arange(batch, device=x.device)
-                    each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
-                    query, x = each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
+                    query, x = self._only(wanted, query, x)
                     window = replace(window, queries=[1])
             found = self._attend(query, window.seen[index], window.queries, bias)
             x = self._after(layer, x, found)
@@ -221,6 +218,13 @@ class Stack:
         held = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         return query.reshape(batch * self.groups, -1, self.width), held
+
+    def _only(self, wanted: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries, as `_project` gives them, and the embeddings of one token [B] per row."""
+        batch, length, _ = x.shape
+        rows = torch.arange(batch, device=x.device)
+        each = query.view(batch, self.groups, length, -1, self.width)[rows, :, wanted]
+        return each.reshape(batch * self.groups, -1, self.width), x[rows, wanted][:, None]
 
     def _finish(self, layer: Layer, x: Tensor, found: Tensor) -> Tensor:
         """The rest of the layer, after attention found [B · kv heads, S · query heads per kv head, d]."""
@@ -326,10 +330,12 @@ def prefill(
     window = cache.window(0, [(length, length)])
     rotations = layers.rotations(where, x.dtype)
     after = where[:, -1] + 1
+    if keys_only:
+        layers(x, rotations, window, bias, keys_only)
+        return Prefilled(cache, valid, padded, after, None)
     # Of all places with as many valid ones before them as the last token, it is the first.
-    wanted = None if keys_only else where.argmax(-1)
-    found = layers(x, rotations, window, bias, keys_only, wanted)
-    return Prefilled(cache, valid, padded, after, None if keys_only else found[:, 0])
+    hidden = layers(x, rotations, window, bias, wanted=where.argmax(-1))[:, 0]
+    return Prefilled(cache, valid, padded, after, hidden)
 
 
 def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
