@@ -7,13 +7,14 @@ hand, from the outputs of `spear evaluate vqa` and `spear evaluate`.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from spear.models.weights.folders import SHIPPED, locate
+from spear.models.weights.folders import SHIPPED, contents, locate
 
 LIMIT_MB = 20
 
@@ -29,6 +30,8 @@ def main(trained: str, name: str) -> None:
     save_file(
         {k: v.to(torch.float16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
     )
+    recipe = json.loads((part / "recipe.json").read_text())
+    (part / "recipe.json").write_text(json.dumps({**recipe, "files": contents(part)}, indent=1))
     card = shipped / "README.md"
     if card.is_file():
         shutil.copy(card, part)

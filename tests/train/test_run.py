@@ -174,6 +174,7 @@ def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
     with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
     said = json.loads((final / "recipe.json").read_text())
+    assert said["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
     assert not said["sharded"] and said["learned"].split() == inputs.episodes[0][1].marks()
     more = stage.changed(steps=2, batch_size=2, accumulate=2)
     with pytest.warns(Notice, match="accumulate is 1"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from refusals import refuses
+from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
@@ -75,6 +76,12 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     before, trust = fingerprint(tmp_path), Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
     trust.save(tmp_path)
     assert Trust.load(tmp_path) == trust and fingerprint(tmp_path) == before and simulator_only(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    trust.save(tmp_path)
+    assert Trust.load(tmp_path) == trust
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.warns(Notice, match="config.json"):
+        assert Trust.load(tmp_path) is None
     (tmp_path / FILE).write_text("{}")
     refuses(FILE, Trust.load, tmp_path)
     (tmp_path / "recipe.json").write_text("[]")

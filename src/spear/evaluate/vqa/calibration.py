@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA, Distribution
+from spear.models.weights.folders import changed, contents
 from spear.types import Array
 from spear.util.files import read_json, write_text
 
@@ -67,17 +68,24 @@ class Trust:
 
     @staticmethod
     def load(folder: Path) -> "Trust | None":
-        """Of the model in a folder, where it was measured. Raises SpearError for a broken file."""
+        """Of the model in a folder, where it was measured. Raises SpearError for a broken file; one that was
+        measured with another model is said and left out."""
         path = folder / FILE
+        if not path.is_file():
+            return None
+        said = read_json(path, "remove it")
+        if other := changed(folder, said.pop("files", {})):
+            notice(f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate")
+            return None
         try:
-            return Trust(**read_json(path, "remove it")) if path.is_file() else None
+            return Trust(**said)
         except TypeError as error:
             raise SpearError(f"{path}: cannot be read ({error}): remove it") from error
 
     def save(self, folder: Path) -> Path:
         """Write the file of the model in a folder, and return its path."""
         path = folder / FILE
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps({**asdict(self), "files": contents(folder)}, indent=1) + "\n")
         return path
 
     @property

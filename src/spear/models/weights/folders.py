@@ -1,5 +1,6 @@
-"""Folders of checkpoints: where they are by name, and what they have seen."""
+"""Folders of checkpoints: where they are by name, what they have seen, and what was saved together."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from spear.util.files import read_json
 
 SHIPPED = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
+_PIECE, _PIECES = 2**16, 64
+"""A larger file is known by its size and so many pieces of so many bytes, spread over all of it."""
+_APART = "recipe.json", "README.md", "calibration.json"
+"""Files that are written later, or by hand."""
 
 
 def locate(name: str | Path) -> Path:
@@ -39,3 +44,32 @@ def made_by(folder: Path) -> Mapping[str, Any]:
     """What a trained folder says about itself (recipe.json); nothing where somebody else saved it."""
     path = folder / "recipe.json"
     return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The files that make up the model in a folder: name → a short hash. Written into its recipe.json."""
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _APART):
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(_PIECE, size // _PIECES)):
+                file.seek(place)
+                digest.update(file.read(_PIECE))
+        found[path.name] = digest.hexdigest()[:12]
+    return found
+
+
+def check_together(folder: Path) -> None:
+    """Say on stderr which files of a trained or converted folder are not those that were saved together.
+
+    Weights with the normalizer.json or the words of another training fit by shape, and act wrongly.
+    """
+    if other := changed(folder, made_by(folder).get("files", {})):
+        notice(f"{folder}: {', '.join(other)}: not as saved with the rest: copy the whole folder again")
+
+
+def changed(folder: Path, saved: Mapping[str, str]) -> list[str]:
+    """Which files of a folder are missing, or others than when these were its `contents`."""
+    here = contents(folder) if saved else {}
+    return [name for name in saved if here.get(name) != saved[name]]

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, check_known, first_line
+from spear.models.weights.folders import check_together
 from spear.util.files import read_json
 from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
 
@@ -38,6 +39,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     if dtype is not None and not dtype.is_floating_point:
         raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
     check(cls, folder)
+    check_together(folder)
     how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
     try:
         with quiet():
