@@ -18,7 +18,7 @@ from PIL import Image
 from spear.chunks import REPLAN, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, is_store
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.evaluate import results
 from spear.evaluate.closed_loop import delay_steps
 from spear.evaluate.results import MILESTONES, Outcome
@@ -187,6 +187,8 @@ class Shelf:
         elif results.journals(folder) or (folder / "results.json").is_file():
             found = results.load(folder)
             self._policy, self._settings = found.policy, found.settings
+            if words := found.unfinished():
+                notice(f"--episodes {folder}: {words}")
             self._held = sorted(found.outcomes, key=lambda o: o.success)
             some = self._held[:MOST_LISTED]
             self._titles = [f"{SAID[o.success]}{o.family.replace('_', ' ')} {o.seed}" for o in some]

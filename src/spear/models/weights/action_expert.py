@@ -18,7 +18,7 @@ from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, reading, renamed
+from spear.models.weights.load import Part, Shards, origin, reading, renamed
 from spear.types import ACTION_DIM
 
 _RENAMED = (
@@ -58,8 +58,8 @@ def plan_policy(
 
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
     """
-    sources = {"SPEAR-VLM": str(vlm)}
     stored = Shards.open(vlm, "SPEAR-VLM")
+    sources = {"SPEAR-VLM": origin(vlm, stored.folder)}
     kind = str(stored.config.get("model_type"))
     check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
     inner, dtype = stored.read_config(SpearVLMConfig), stored.precision(stored.weights)
@@ -69,7 +69,7 @@ def plan_policy(
         names = _expert_names(shards)
         fields = _expert_fields(shards, names, inner.text_config.head_dim)
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
-        sources["action expert"] = str(expert)
+        sources["action expert"] = origin(expert, shards.folder)
     config = spear1_config(preset(size), inner, fields)
     for name, value in periods.items():
         setattr(config, name, value)

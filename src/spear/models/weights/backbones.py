@@ -25,7 +25,7 @@ from spear.models.processing import check_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, load_tokenizer, reading, renamed
+from spear.models.weights.load import Part, Shards, load_tokenizer, origin, reading, renamed
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -93,14 +93,14 @@ def plan_backbones(
     keys, names = match(plain, shards, stored, "PaliGemma")
     of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.bins)
     keys, parts = keys + of_vocabulary, [grow, reading(shards, names)]
-    sources = {"PaliGemma": str(paligemma)}
+    sources = {"PaliGemma": origin(paligemma, shards.folder)}
     if encoder is not None and model.moge is not None:
         keys += _moge_keys(model.moge, encoder)
         for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
             name = f"moge_projector.linear.{part}"
             keys.append(Key(name, tuple(wanted[name].shape), "new", how))
         parts.insert(0, _moge_part(config, encoder.path))  # first, while there is room for its float32 copy
-        sources["MoGe"] = str(moge)
+        sources["MoGe"] = origin(moge, encoder.path.parent)
     if head is not None:
         keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}

@@ -255,6 +255,12 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
         raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
 
 
+def origin(name: Path | str, folder: Path) -> str:
+    """What was read, to be found again: a name on the Hub with its revision, which its folder is called."""
+    unsaid = is_hub_name(str(name)) and "@" not in str(name) and folder.parent.name == "snapshots"
+    return f"{name}@{folder.name}" if unsaid else str(name)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors of a checkpoint folder. Raises `SpearError` when one of them is missing."""
     index, alone = folder / "model.safetensors.index.json", folder / "model.safetensors"
