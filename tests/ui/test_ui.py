@@ -24,6 +24,7 @@ from serve_here import get, serving
 from spear.chunks import REPLAN
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
+from spear.errors import Notice
 from spear.evaluate import film as video
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import TabletopOptions
@@ -285,6 +286,10 @@ def test_an_evaluations_failure_is_run_again(
     for step, (state, actions) in evaluated.items():
         np.testing.assert_allclose(again[step]["positions"][0], state[:3], atol=1e-4)
         np.testing.assert_allclose(np.diff(again[step]["positions"], axis=0), actions[:, :3], atol=1e-4)
+    with next(tmp_path.glob("*.jsonl")).open("a") as journal:
+        journal.write('{"scenes": {"stack_cube": [1]}}\n')
+    with pytest.warns(Notice, match="1 scenes have not ended"):
+        Shelf(tmp_path)
 
 
 def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: Spear1Policy) -> None:

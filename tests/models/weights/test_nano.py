@@ -5,18 +5,18 @@ import json
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from spear.errors import Notice
-from spear.evaluate.options import QuestionOptions
+from spear.evaluate import closed_loop
+from spear.evaluate.agents import PolicyAgent
+from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.scenes import label_frames
 from spear.models.weights.folders import SHIPPED, locate
 from spear.policy import Spear1Policy, load_vlm
-from spear.sim.env import TabletopEnv
 from spear.train.recipes import RECIPES
 
 
@@ -52,15 +52,10 @@ def test_the_vlm_sees_where_things_are(name: str, part: float) -> None:
         assert found.grammar.value == 1.0
 
 
-def test_the_policy_moves_towards_something(nano: Spear1Policy) -> None:
-    sizes = nano.processor.image_sizes
-    env = TabletopEnv("put_on", sizes["external"], sizes["wrist"])
-    observation, _ = env.reset(seed=3)
-    actions = nano.infer(observation)["actions"]
-    assert actions.shape == (5, 8) and np.isfinite(actions).all()
-    steps = np.linalg.norm(actions[:, :3], axis=-1)
-    assert 0.005 < steps.sum() < 0.5
-    assert actions[:, 2].sum() < 0  # from its start above the table, the way is down
+def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
+    options = TabletopOptions(scenes=4, families=("put_on",), out=tmp_path)
+    results, _ = closed_loop.evaluate(PolicyAgent(nano, "nano", None), options, quiet=True)
+    assert results.mean().value > 0.4
 
 
 def test_a_folder_named_like_weights_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
