@@ -41,6 +41,7 @@ from spear.sim.scene import FAMILIES
 LATENCIES_MS = (0, 200, 400)
 ROWS: dict[str, tuple[Mode, int]] = {
     "sync/1": ("sync", 1),
+    "sync/3": ("sync", 3),
     "sync/5": ("sync", 5),
     "async/1": ("async", 1),
     "async/3": ("async", 3),

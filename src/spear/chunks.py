@@ -126,7 +126,8 @@ class ChunkExecutor:
 class Pilot:
     """Drives a robot from a policy whose actions are SPEAR-1's own ([H, 8], metres): one call per tick.
 
-    But with mode "sync" inference runs beside the robot: `step` waits for the first chunk only. A step that
+    With mode "sync" `step` waits for each chunk, which is best while that takes a small part of a tick
+    (docs/robots.md); otherwise inference runs beside the robot, and it waits for the first only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
     shorter until they are in time again (our choice). After a pause (`PAUSE`), and with another prompt, it
@@ -134,7 +135,7 @@ class Pilot:
     and for a server of a robot's own commands: poses, for one, look like steps.
     """
 
-    def __init__(self, policy: Policy, mode: Mode = "async", replan: int = REPLAN) -> None:
+    def __init__(self, policy: Policy, mode: Mode = "sync", replan: int = REPLAN) -> None:
         if (about := getattr(policy, "metadata", {})).get("converted"):
             robot = about["embodiment"]
             raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
