@@ -100,7 +100,7 @@ def plan_backbones(
             name = f"moge_projector.linear.{part}"
             keys.append(Key(name, tuple(wanted[name].shape), "new", how))
         parts.insert(0, _moge_part(config, encoder.path))  # first, while there is room for its float32 copy
-        sources["MoGe"] = origin(moge, encoder.path.parent)
+        sources["MoGe"] = origin(str(moge), encoder.path.parent)
     if head is not None:
         keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}
