@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2113, "ablations": 647, "cli": 1562, "data": 4791, "embodiments": 775, "evaluate": 3143,
+    "(top)": 2114, "ablations": 647, "cli": 1562, "data": 4791, "embodiments": 775, "evaluate": 3143,
     "labels": 4677, "models": 4679, "report": 1166, "serve": 979, "sim": 1578, "train": 2275, "ui": 698,
     "util": 807,
 }  # fmt: skip
