@@ -7,14 +7,13 @@ hand, from the outputs of `spear evaluate vqa` and `spear evaluate`.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from spear.models.weights.folders import SHIPPED, contents, locate
+from spear.models.weights.folders import SHIPPED, locate, made_by, save_made_by
 
 LIMIT_MB = 20
 
@@ -30,8 +29,7 @@ def main(trained: str, name: str) -> None:
     save_file(
         {k: v.to(torch.float16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
     )
-    recipe = json.loads((part / "recipe.json").read_text())
-    (part / "recipe.json").write_text(json.dumps({**recipe, "files": contents(part)}, indent=1))
+    save_made_by(part, made_by(part))
     card = shipped / "README.md"
     if card.is_file():
         shutil.copy(card, part)

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2114, "ablations": 647, "cli": 1562, "data": 4791, "embodiments": 775, "evaluate": 3143,
-    "labels": 4677, "models": 4679, "report": 1166, "serve": 979, "sim": 1578, "train": 2275, "ui": 698,
+    "labels": 4677, "models": 4684, "report": 1166, "serve": 979, "sim": 1578, "train": 2274, "ui": 698,
     "util": 807,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

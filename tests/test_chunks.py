@@ -4,7 +4,8 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ def chunk(first: float, horizon: int = 5, turn: Sequence[float] = (0, 0, 0)) -> 
     rows[:, 0] = 0.001 * (first + np.arange(horizon))
     rows[:, 3:7] = Rotation.from_rotvec(turn).as_quat(scalar_first=True)
     return rows.astype(np.float32)
+
+
+def policy(answer: Callable[[Mapping[str, Any]], Array]) -> Any:
+    """One that answers an observation with that chunk."""
+    return SimpleNamespace(infer=lambda observation: {"actions": answer(observation)})
 
 
 def drive(executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any) -> tuple[list[int], list[Array]]:
@@ -175,11 +181,7 @@ def test_bad_settings_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan * chunk(0), chunk(0)[:, :7], chunk(0)[0], 0 * chunk(0)])
 def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
-    class Broken:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            return {"actions": bad}
-
-    pilot = Pilot(Broken())
+    pilot = Pilot(policy(lambda _: bad))
     refuses("actions", pilot.step, {})
     pilot.close()
 
@@ -189,15 +191,14 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     think = threading.Event()
     asked: list[int] = []
 
-    class Thinker:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            asked.append(observation["t"])
-            if len(asked) > 1:
-                assert think.wait(60)
-            return {"actions": chunk(observation["t"])}
+    def answer(observation: Mapping[str, Any]) -> Array:
+        asked.append(observation["t"])
+        if len(asked) > 1:
+            assert think.wait(60)
+        return chunk(observation["t"])
 
-    assert Pilot(Thinker())._executor.replan == REPLAN
-    pilot = Pilot(Thinker(), "async", replan=3)
+    assert Pilot(policy(answer))._executor.replan == REPLAN
+    pilot = Pilot(policy(answer), "async", replan=3)
     actions = [pilot.step({"t": t}) for t in range(7)]
     assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
     think.set()
@@ -213,23 +214,18 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
 
 @pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_stands_and_waits_in_sync() -> None:
-    class Slow:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            time.sleep(0.05)
-            return {"actions": chunk(observation["t"])}
+    def answer(observation: Mapping[str, Any]) -> Array:
+        time.sleep(0.05)
+        return chunk(observation["t"])
 
-    pilot = Pilot(Slow(), "sync", replan=2)
+    pilot = Pilot(policy(answer), "sync", replan=2)
     assert millimetres([pilot.step({"t": t}) for t in range(1, 7)]) == [1, 2, 3, 4, 5, 6]
     pilot.close()
 
 
 @pytest.mark.usefixtures("no_waiting")
 def test_after_a_pause_and_with_another_prompt_the_pilot_looks_again() -> None:
-    class Sure:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            return {"actions": chunk(observation["t"])}
-
-    pilot = Pilot(Sure(), "sync", replan=3)
+    pilot = Pilot(policy(lambda observation: chunk(observation["t"])), "sync", replan=3)
     assert millimetres([pilot.step({"t": t}) for t in (1, 2)]) == [1, 2]
     pilot._stepped -= 2  # seconds pass
     assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
@@ -248,13 +244,9 @@ def test_one_late_step_leaves_no_later_observation_waiting(
         slept.append(seconds)
         clock[0] += seconds
 
-    class Sure:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            return {"actions": chunk(0)}
-
     monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("spear.chunks.time.sleep", sleep)
-    pilot, stepped = Pilot(Sure(), "sync"), list[float]()
+    pilot, stepped = Pilot(policy(lambda _: chunk(0)), "sync"), list[float]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for tick in range(12):
@@ -275,13 +267,12 @@ def test_one_late_step_leaves_no_later_observation_waiting(
 def test_the_pilot_asks_about_what_was_seen_then() -> None:
     camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
 
-    class Late:
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            assert not seen or ready.wait(60)
-            seen.append(float(observation["image"][0]))
-            return {"actions": chunk(0)}
+    def answer(observation: Mapping[str, Any]) -> Array:
+        assert not seen or ready.wait(60)
+        seen.append(float(observation["image"][0]))
+        return chunk(0)
 
-    pilot = Pilot(Late(), "async")
+    pilot = Pilot(policy(answer), "async")
     for tick in range(3):  # a camera that writes each picture over the last
         camera[0] = tick
         pilot.step({"image": camera})

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from spear.evaluate import results
-from spear.policy import Spear1Policy
+from spear.evaluate.agents import Agent, load_agent
 from spear.sim.env import MAX_STEPS, TabletopEnv
 
 LOW = 0.0105
@@ -24,15 +24,14 @@ MANY = 10
 """Steps."""
 
 
-def pressed(policy: Spear1Policy, family: str, seed: int) -> tuple[bool, int]:
+def pressed(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
     """Whether an episode succeeds, and at how many of its steps the fingers were held open."""
-    sizes = policy.image_sizes
+    sizes = agent.image_sizes
     env = TabletopEnv(family, sizes["external"], sizes["wrist"])
     seen, info = env.reset(seed=seed)
     count = 0
     while env.steps < MAX_STEPS and not info["success"]:
-        asked = {**seen, "prompt": env.world.spec.instruction, "seed": 1000 * seed + env.steps}
-        action = policy.infer(asked)["actions"][0]
+        action = agent.act([env], [seen])[0][0]
         low = env.world.servo.pose()[0][2] < LOW
         seen, *_, info = env.step(action)
         count += bool(low and action[7] < 0.5 and env.world.servo.opening() > 0.9)
@@ -41,10 +40,10 @@ def pressed(policy: Spear1Policy, family: str, seed: int) -> tuple[bool, int]:
 
 def main(folders: Positional[tuple[Path, ...]], policy: str = "nano", family: str = "spoon_on_towel") -> None:
     """Prints each failed episode of these evaluations, and how many were held open for long."""
-    acts = Spear1Policy.load(policy)
+    agent = load_agent(policy)
     outcomes = [o for folder in folders for o in results.load(folder).outcomes]
     failed = [o.seed for o in outcomes if o.family == family and not o.success]
-    again = [pressed(acts, family, seed) for seed in failed]
+    again = [pressed(agent, family, seed) for seed in failed]
     for seed, (success, count) in zip(failed, again, strict=True):
         print(f"scene {seed}: {'succeeds' if success else 'fails'}, held open at {count} steps")
     lost = [count for success, count in again if not success]

@@ -76,6 +76,7 @@ BAD: dict[str, Callable[[Tensor], Tensor]] = {
     "branches": lambda x: x + 1 if x.sum() > 0 else -x,
     "grows": lambda x: x[x > 0],
     "finds": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
     "leaves": lambda x: x.cpu(),
     "arrives": lambda x: x + torch.ones(4, device="cpu").to(x.device),
     "a number arrives": lambda x: x + torch.tensor(2.0, device="cpu").to(x.device),

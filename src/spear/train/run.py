@@ -24,7 +24,7 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.folders import contents, made_by, simulator_only
+from spear.models.weights.folders import made_by, save_made_by, simulator_only
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
@@ -101,9 +101,8 @@ def train(
             "machine": platform.machine(),
             "spear": spear.__version__,
             "torch": torch.__version__,
-            "files": contents(part),
         }
-        (part / "recipe.json").write_text(json.dumps(written, indent=1))
+        save_made_by(part, written)
         shutil.rmtree(final, ignore_errors=True)
         part.replace(final)
     parallel.wait()

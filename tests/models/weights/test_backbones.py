@@ -310,6 +310,5 @@ def test_names_on_the_hub_are_read_from_the_cache(tmp_path: Path, monkeypatch: p
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123456789")
     plan = plan_backbones("google/tiny", None, "tiny14")
-    assert (
-        plan.sources == {"PaliGemma": "google/tiny@0123456789"} and plan.report.of("missing", "refused") == []
-    )
+    assert plan.sources == {"PaliGemma": "google/tiny@0123456789"}
+    assert plan.report.of("missing", "refused") == []

@@ -1,6 +1,5 @@
 """A conversion: weights matched by name and shape first, read piece by piece after, and saved as a folder."""
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from spear.errors import SpearError, first_line
-from spear.models.weights.folders import contents, simulator_only
+from spear.models.weights.folders import save_made_by, simulator_only
 from spear.models.weights.load import Model, Part, Shards, check_finite, quiet
 from spear.util.files import check_new
 
@@ -184,9 +183,8 @@ class Conversion(Generic[Model]):
                 "dtype": precision,
                 "seed": seed,
                 "simulator_only": all(simulator_only(Path(source)) for source in self.sources.values()),
-                "files": contents(part),
             }
-            (part / "recipe.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+            save_made_by(part, made)
             (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)

@@ -1,6 +1,7 @@
 """Folders of checkpoints: where they are by name, what they have seen, and what was saved together."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,14 @@ def made_by(folder: Path) -> Mapping[str, Any]:
     return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
 
 
+def save_made_by(folder: Path, said: Mapping[str, Any]) -> None:
+    """Write what a folder says about itself, and of which files it is whole; the last thing that is saved."""
+    text = json.dumps({**said, "files": contents(folder)}, indent=1)
+    (folder / "recipe.json").write_text(text, encoding="utf-8")
+
+
 def contents(folder: Path) -> dict[str, str]:
-    """The files that make up the model in a folder: name → a short hash. Written into its recipe.json."""
+    """The files that make up the model in a folder: name → a short hash."""
     found = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _APART):
         size = path.stat().st_size
