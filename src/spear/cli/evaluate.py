@@ -165,6 +165,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
+    from spear.evaluate.vqa.calibration import Trust
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
@@ -175,7 +176,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: {len(labels)} images say too little: take at least 100 (--images)")
-    scores = run.evaluate(bundle, labels, asked)
+    scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
     scores.save(o.out / "scores.json", about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))

@@ -57,11 +57,9 @@ def test_the_shipped_calibration_holds_on_other_scenes(name: str) -> None:
     assert trust is not None and trust.tells_absent
     families = ("distance", "keypoint", "box_vertices")
     labels = find_images("sim:300", 24, "external", nano.processor)
-    asked = evaluate(nano, labels, QuestionOptions(per_image=1, families=families)).asked
+    found = evaluate(nano, labels, QuestionOptions(per_image=1, families=families), trust).calibration
     for family in families:
-        sure = [a.certainty for a in asked if a.question.family == family and a.certainty is not None]
-        inside = [(c.off <= trust.factors[family] * c.spread).mean() for c in sure]
-        assert 0.6 < np.mean(inside) < 0.95
+        assert 0.6 < found[family].coverage["spear ask, 80%"].value < 0.95
 
 
 def test_the_factor_is_the_smallest_that_holds_so_many() -> None:

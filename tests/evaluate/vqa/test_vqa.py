@@ -13,7 +13,7 @@ from refusals import Command, refuses
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
-from spear.evaluate.vqa.calibration import Certainty, calibrate, uncertainty
+from spear.evaluate.vqa.calibration import Certainty, calibrate, factor, uncertainty
 from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
 from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box, nearest_box
@@ -178,9 +178,10 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
         held = oracle._held(truth + rng.normal(0, sigma, 3))
         c = Certainty.of(held, truth, np.full(3, 0.5))
         answers.append((image, c, float(100 * c.off.mean())))
-    found = calibrate(answers)
+    found = calibrate(answers, factor([c for _, c, _ in answers[:150]]))
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
     assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
+    assert found.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
     assert found.curve[0] == 0 and found.curve[-1] == 1
     assert found.n == sum(b.n for b in found.bands) == 900
     assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
@@ -224,6 +225,7 @@ def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> 
     saved = json.loads((out / "scores.json").read_text())
     assert (saved["images"], saved["model"]) == (2, "nano")
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
+    assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000
 
 

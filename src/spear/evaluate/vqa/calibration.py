@@ -130,7 +130,8 @@ class Band:
 class Calibration:
     """The calibration of one family's numbers.
 
-    coverage  central interval ("50%") → fraction of the truths that lie in it; intervals resample images.
+    coverage  central interval ("50%"), and where the model was measured for it that of `spear ask` → fraction
+              of the truths that lie in it; intervals resample images.
     curve     the same, without intervals, for every level of `LEVELS`.
     bands     in order of the spread.
     surer, less_sure  median error, in percent of the distance, of the half of the answers whose mean spread
@@ -150,8 +151,10 @@ class Calibration:
         return float(np.mean(np.abs(np.subtract(self.curve, LEVELS))))
 
 
-def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
-    """From (image, certainty, relative error in percent) of each of a family's answers."""
+def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | None = None) -> Calibration:
+    """From (image, certainty, relative error in percent) of each of a family's answers.
+
+    scale: what `Trust` multiplies the family's spread with."""
     certain = [c for _, c, _ in answers]
     below = np.concatenate([c.below for c in certain])
     spread, off = (100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off"))
@@ -163,10 +166,12 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]]) -> Calibration:
     errors = np.array([error for _, _, error in answers])[sure]
     half = (len(errors) + 1) // 2
 
-    def inside(level: float) -> list[Array]:
-        return by_image([(image, _inside(c.below, level)) for image, c, _ in answers])
-
-    coverage = {f"{level:.0%}": bootstrap(inside(level), np.mean) for level in CENTRAL}
+    inside = {f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL}
+    if scale is not None:
+        inside[f"spear ask, {TRUSTED:.0%}"] = [c.off <= scale * c.spread for c in certain]
+    images = [image for image, *_ in answers]
+    rows = {name: by_image(list(zip(images, some, strict=True))) for name, some in inside.items()}
+    coverage = {name: bootstrap(some, np.mean) for name, some in rows.items()}
     curve = [float(_inside(below, level).mean()) for level in LEVELS]
     surer, less_sure = float(np.median(errors[:half])), float(np.median(errors[-half:]))
     return Calibration(len(below), coverage, curve, bands, surer, less_sure)

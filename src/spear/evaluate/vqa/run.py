@@ -24,9 +24,12 @@ from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, tracked
 
 
-def evaluate(model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions) -> Scores:
-    """Ask questions of each family about each image, all in the model's unit, and score the answers. Raises
-    SpearError for an unknown family, and where no image allows a question."""
+def evaluate(
+    model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, trust: Trust | None = None
+) -> Scores:
+    """Ask questions of each family about each image, all in the model's unit, and score the answers, and the
+    intervals that `trust` gives them. Raises SpearError for an unknown family, and where no image allows a
+    question."""
     families = tuple(dict.fromkeys(options.families)) or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
     questions = questions_about(labels, families, options.per_image, options.seed)
@@ -47,7 +50,7 @@ def evaluate(model: VlmBundle, labels: Sequence[LabeledImage], options: Question
                 pairs = zip(part, model.answer(images, prompts, None, options.view), strict=True)
                 free.setdefault(family, []).extend(grammatical(q, a.segments) for (_, q), a in pairs)
                 bar.update(bar.done + len(part), family)
-    return summarize(asked, free, labels, options.decode)
+    return summarize(asked, free, labels, options.decode, trust)
 
 
 def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str) -> Trust:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
-from spear.evaluate.vqa.calibration import CENTRAL, Calibration, Certainty, by_image, calibrate
+from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, by_image, calibrate
 from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
 from spear.models.readout import DECODES, Decode
 from spear.types import LabeledImage, Question, Segments, Unit
@@ -154,19 +154,23 @@ class Scores:
 
     def certainty_rows(self) -> tuple[list[str], list[list[str]]]:
         """How often the truth lies in the central intervals, and what the spread tells of the error."""
-        inside = [f"central {level:.0%}" for level in CENTRAL]
-        rows = []
+        rows, inside = [], [*dict.fromkeys(name for c in self.calibration.values() for name in c.coverage)]
         for family, c in self.calibration.items():
-            covered = [e.say(".0%") for e in c.coverage.values()]
+            covered = [c.coverage[n].say(".0%") if n in c.coverage else "–" for n in inside]
             halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
             rows.append([family.replace("_", " "), str(c.n), *covered, f"{100 * c.miss:.0f} points", *halves])
         return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
 
 
 def summarize(
-    asked: Sequence[Asked], free: Mapping[str, Sequence[bool]], labels: Sequence[LabeledImage], decode: Decode
+    asked: Sequence[Asked],
+    free: Mapping[str, Sequence[bool]],
+    labels: Sequence[LabeledImage],
+    decode: Decode,
+    trust: Trust | None = None,
 ) -> Scores:
     """Scores per question family. free: of each, whether its unconstrained answers were grammatical."""
+    factors = trust.factors if trust else {}
     scores, readings, calibration = {}, {}, {}
     for family, freely in free.items():
         rows = [a for a in asked if a.question.family == family]
@@ -174,7 +178,7 @@ def summarize(
         sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
         if sure:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
-            calibration[family] = calibrate(sure)
+            calibration[family] = calibrate(sure, factors.get(family))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)
 
 
