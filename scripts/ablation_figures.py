@@ -1,4 +1,4 @@
-"""Draws docs/figures/ablation_*.svg from the episodes that are kept beside docs/ablations.md, one per question.
+"""Draws docs/figures/ablation_*.svg, one per question, from the episodes kept beside docs/ablations.md.
 
 python scripts/ablation_figures.py
 """
@@ -33,9 +33,8 @@ def tables() -> list[dict[str, list[Array]]]:
         for line in block.splitlines():
             if keys := re.findall(KEY, line):
                 seeds = [load(DOCS / "ablations" / "scores" / key) for key in keys]
-                rows[line.split("|")[1].split("(")[0].replace("`", "").strip()] = successes(
-                    seeds, seeds[0].families
-                )
+                name = line.split("|")[1].split("(")[0].replace("`", "").strip()
+                rows[name] = successes(seeds, seeds[0].families)
         found += [rows] if rows else []
     return found
 
@@ -81,9 +80,8 @@ def parts() -> None:
     paper = Line(THEIRS, [place + 0.12 for place in places], theirs, COLOURS[1], dots=True, joined=False)
     ticks = [(place, name) for place, (name, *_) in zip(places, found, strict=True)]
     across = Axis(ends=(-0.6, len(found) - 0.4), ticks=ticks)
-    write(
-        "parts", [points(places, ours, HERE, COLOURS[0], False), paper], across, Axis("points that it brings")
-    )
+    here = points(places, ours, HERE, COLOURS[0], joined=False)
+    write("parts", [here, paper], across, Axis("points that it brings"))
 
 
 def demonstrations() -> None:
@@ -96,7 +94,9 @@ def demonstrations() -> None:
             rows[name][number] = some[f"{number:,}, {name}"]
     lines = []
     for shift, colour, name in ((-0.012, COLOURS[0], "full method"), (0.012, COLOURS[1], "no-3d")):
-        title = {"full method": "with 3D", "no-3d": "without; small dots: single trainings"}[name]
+        title = {"full method": "with 3D", "no-3d": "without (dots beside the intervals: single trainings)"}[
+            name
+        ]
         sizes = sorted(rows[name])
         trainings = {n: 100 * np.mean(rows[name][n], axis=(0, 2)) for n in sizes}
         places = [log10(n) + 2 * shift for n, some in trainings.items() for _ in some]
@@ -118,13 +118,10 @@ def images() -> None:
     rows = tables()[-1]
     names = {0: "no-images", 816: "images-16th", 3264: "images-4th", 13056: "full method"}
     x = [log10(max(n, 260)) for n in names]
-    line = points(
-        x, [mean_over_seeds(rows[name]) for name in names.values()], "one training each", COLOURS[0]
-    )
+    found = [mean_over_seeds(rows[name]) for name in names.values()]
     ticks = [(place, f"{n:,}") for place, n in zip(x, names, strict=True)]
-    write(
-        "images", [line], Axis("3D-labelled images", (2.3, 4.3), ticks), Axis("success", (30, 90), unit=" %")
-    )
+    across, up = Axis("3D-labelled images", (2.3, 4.3), ticks), Axis("success", (30, 90), unit=" %")
+    write("images", [points(x, found, "one training each", COLOURS[0])], across, up)
 
 
 def error_by_time() -> None:
