@@ -1,5 +1,8 @@
 """The embedded simulator: an arm at a table with everyday things, on MuJoCo, registered with Gymnasium."""
 
-import gymnasium
+from importlib.util import find_spec
 
-gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv")
+if find_spec("gymnasium"):  # which what others take from here needs no more than MuJoCo
+    import gymnasium
+
+    gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv")
