@@ -83,6 +83,11 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
         (tmp_path / "b" / name).touch()
     with pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts"):
         assert list(find(str(tmp_path))) == items
+    for name in ("run.json", "seen/labels-00000.parquet"):
+        (tmp_path / "b" / "old" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "b" / "old" / name).touch()
+    with pytest.warns(Notice, match="b/old: left out"):
+        assert list(find(str(tmp_path))) == items
     (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
     with pytest.warns(Notice):
         assert [i.key for i in find(str(tmp_path))][-1] == str(tmp_path / "z.MPO")

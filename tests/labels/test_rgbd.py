@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,17 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Fram
     with pytest.warns(Notice, match="1 color"):
         left = items([f"rgbd:{folder.rename(tmp_path / 't')}"])
         assert [Path(item.key).name for item in left] == ["0.png", "2.png"]
+
+
+def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path: Path) -> None:
+    folder = write_scannet(tmp_path / "s", truth)
+    for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
+        sizes = [item.size for item in items([f"rgbd:{folder}"])]
+        shutil.copy(folder / name.replace("1", "2"), folder / name)
+        now = [item.size for item in items([f"rgbd:{folder}"])]
+        assert [a == b for a, b in zip(sizes, now, strict=True)] == [True, False, True], name
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([200, 200, 1.0]))
+    assert all(Scene(folder).size(i) != size for i, size in enumerate(now))
 
 
 def test_align_depth_looks_along_the_same_ray() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from labels_stand_ins import engine, listing, photos
 from refusals import refuses
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.run import Progress, label_folder, prepare
 from spear.labels.store import count, read
@@ -224,7 +224,7 @@ def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_p
     assert "holds other files" in refused(source, Path(__file__).parent)
 
 
-@pytest.mark.parametrize("change", ["added", "removed", "renamed", "replaced"])
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
 def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> None:
     folder = photos(tmp_path / "photos", 10, bad=False)
     run(folder, tmp_path / "labels")
@@ -234,11 +234,20 @@ def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: str) -> 
     elif change == "removed":
         for number in (8, 9):
             (folder / f"{number:05d}.png").unlink()
-    elif change == "renamed":
-        last.rename(folder / "10000.png")
     else:
-        last.write_bytes(last.read_bytes() + b"more")
+        last.rename(folder / "10000.png")
     assert "the input has changed since labels-00001.parquet" in refused(folder, tmp_path / "labels")
+
+
+def test_an_image_that_was_replaced_is_labelled_again_with_those_beside_it(tmp_path: Path) -> None:
+    folder, out = photos(tmp_path / "photos", 10, bad=False), tmp_path / "labels"
+    run(folder, out)
+    (out / "questions.parquet").touch()  # about what is no longer there
+    (folder / "00009.png").write_bytes((folder / "00000.png").read_bytes() + bytes(99))
+    with pytest.warns(Notice, match="1 images have changed"):
+        assert run(folder, out) == Progress(10, 8, 10, 0)
+    run(folder, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
 
 
 def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:

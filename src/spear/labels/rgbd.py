@@ -18,6 +18,8 @@ two cameras, which stand in one place.
     *.aggregation.json          with it: what the instances are called
 """
 
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,15 @@ class Scene:
         else:
             file = path / "intrinsics.json"
             self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
+
+    def size(self, index: int) -> int:
+        """The sizes of a frame's files and a checksum of its camera, in one number that shows a change."""
+        stem, pose = self._pairs[index][0].stem, b""
+        with suppress(FileNotFoundError):
+            pose = (self.folder / "pose" / f"{stem}.txt").read_bytes()
+        files = (*self._pairs[index], self.folder / "instance-filt" / f"{stem}.png")
+        camera = zlib.crc32(repr((self.camera, self.depth_camera, self.names)).encode() + pose)
+        return camera + sum(file.stat().st_size for file in files if file.is_file())
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]

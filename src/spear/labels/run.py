@@ -7,8 +7,8 @@
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
 that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
-shard can be made again of which images were skipped for a reason that may pass.
+hash of the keys of its items, by which another input is refused, and their sizes: a shard of which an image
+has another size by now is made again. So can one be of which images were skipped for a reason that may pass.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 import spear
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.components import graph, split
 from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
@@ -34,7 +34,7 @@ from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY, settings_for
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
-from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep
+from spear.labels.store import QUESTIONS, SCHEMA, SKIPPED, ParquetWriter, footer, sweep
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.options import changed
@@ -63,15 +63,12 @@ class Progress:
 
 class _Finished(NamedTuple):
     """How many items a shard has, a hash of their keys, [source, reason, whether that may pass] for each
-    skipped image, and the bytes of each item's file (None where there is none)."""
+    skipped image, and the size of each item."""
 
     items: int
     keys: str
     skipped: list[SkippedImage]
     sizes: Sequence[int | None] = ()
-
-
-_Shard = tuple[int, _Finished]
 
 
 def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
@@ -126,8 +123,8 @@ def label_folder(
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
-    total = sum(1 for _ in items())
-    if not total:
+    shards = [_shard(members) for members in _chunks(items(), work.shard_size)]
+    if not shards:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
     with alone(out, "labelling into", SETTINGS):
@@ -135,18 +132,13 @@ def label_folder(
         whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
         same_settings(out / SETTINGS, whole, begun)
         sweep(out)
-        finished = _finished(out)
-        for number, known in finished.items():
-            if number * work.shard_size >= total:
-                raise _changed(out, number, known)
-        again = {n for n, s in finished.items() if retry_skipped and any(i.retryable for i in s.skipped)}
-        kept = [known for number, known in finished.items() if number not in again]
-        before = sum(known.items for known in kept)
-        there = [image for known in kept for image in known.skipped]
+        kept = _kept(out, shards, retry_skipped)
+        total, before = (sum(shard.items for shard in some) for some in (shards, kept.values()))
+        there = [image for known in kept.values() for image in known.skipped]
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
 
-        def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
+        def counted(results: Iterable[tuple[tuple[int, list[Item]], Done]]) -> Iterator[Done]:
             for (_, batch), done in results:
                 there.extend(done.skipped)
                 for source, reason, _ in done.skipped:
@@ -156,17 +148,18 @@ def label_folder(
                 bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
                 yield done
 
-        ours, theirs = tee(_todo(out, items(), finished, again, work))
+        todo = (pair for pair in enumerate(_chunks(items(), work.shard_size)) if pair[0] not in kept)
+        ours, theirs = tee((n, batch) for n, members in todo for batch in _chunks(members, work.batch_size))
         with bar, closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
-            for (number, about), group in groupby(results, key=lambda result: result[0][0]):
+            for number, group in groupby(results, key=lambda result: result[0][0]):
                 with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
                     refused: list[SkippedImage] = []
                     for done in counted(group):
                         writer.write(done.labels)
                         refused += done.skipped
-                    writer.commit({FOOTER: json.dumps(about._replace(skipped=refused)._asdict())})
+                    writer.commit({FOOTER: json.dumps(shards[number]._replace(skipped=refused)._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
             for known in _finished(out).values():
@@ -177,21 +170,28 @@ def label_folder(
     return Progress(total, before, bar.done, len(there), retryable, bar.rate())
 
 
-def _todo(
-    out: Path, items: Iterable[Item], finished: Mapping[int, _Finished], again: set[int], work: WorkOptions
-) -> Iterator[tuple[_Shard, list[Item]]]:
-    """The batches of shards that are unfinished or to be made again, in order, each with its shard: its
-    number, and what its footer will say."""
-    for number, members in enumerate(_chunks(items, work.shard_size)):
-        known = finished.get(number)
-        keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
-        sizes = [os.path.getsize(i.path) if os.path.isfile(i.path) else None for i in members]
-        pairs = zip(known.sizes if known else (), sizes, strict=False)
-        if known is None or (number in again and known.keys == keys):
-            for batch in _chunks(members, work.batch_size):
-                yield (number, _Finished(len(members), keys, [], sizes)), batch
-        elif known.keys != keys or any(a != b for a, b in pairs if None not in (a, b)):
-            raise _changed(out, number, known)
+def _shard(members: Sequence[Item]) -> _Finished:
+    """What the footer of a shard of these items says, but for what was skipped."""
+    keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
+    return _Finished(len(members), keys, [], [item.size for item in members])
+
+
+def _kept(out: Path, shards: Sequence[_Finished], retry_skipped: bool) -> dict[int, _Finished]:
+    """The finished shards that stay, by number. Questions about images that have changed are removed."""
+    kept, changed = {}, 0
+    for number, known in _finished(out).items():
+        if number >= len(shards) or known.keys != shards[number].keys:
+            since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
+            raise SpearError(f"{out}: the input has changed since {since}: label it into another folder")
+        pairs = zip(known.sizes, shards[number].sizes, strict=False)
+        others = sum(None not in pair and pair[0] != pair[1] for pair in pairs)
+        if not others and not (retry_skipped and any(image.retryable for image in known.skipped)):
+            kept[number] = known
+        changed += others
+    if changed:
+        (out / QUESTIONS).unlink(missing_ok=True)
+        notice(f"{out}: {changed:,} images have changed since: their files of labels are made again")
+    return kept
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -210,8 +210,3 @@ def _finished(out: Path) -> dict[int, _Finished]:
         known["skipped"] = [SkippedImage(*image) for image in known["skipped"]]
         found[int(number)] = _Finished(**known)
     return found
-
-
-def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
-    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")
