@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.models.pretrained import refuse_nan
 from spear.labels.models.protocols import PointMapResult
 from spear.models.devices import choose_device
 from spear.models.moge.checkpoint import load_moge
@@ -29,14 +28,13 @@ class MogePointMap:
         # mixed precision, as MoGe does
         self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32
         self.model = model.to(chosen).eval()
-        self.model.register_forward_hook(refuse_nan)
         self.name = f"{'moge-v1' if isinstance(model, MogeV1) else 'moge-2'} {name}"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The point map of each frame. Points that are not known are 0.
 
-        Raises `SpearError` for an image that the network cannot take, to which it says NaN, of which it knows
-        no point, or to which no camera fits.
+        Raises `SpearError` for an image that the network cannot take, or to which no camera fits, as when
+        it knows no point (its weights may be broken).
         """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
@@ -52,7 +50,8 @@ class MogePointMap:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
-            raise SpearError(f"{source or 'image'}: no camera fits the predicted points: leave it out")
+            what = f"no camera fits the {int(mask.sum()):,} points that are known"
+            raise SpearError(f"{source or 'image'}: {what}: leave it out, or give other weights")
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 
