@@ -19,7 +19,6 @@ two cameras, which stand in one place.
 """
 
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +65,11 @@ class Scene:
 
     def size(self, index: int) -> int:
         """The sizes of a frame's files and a checksum of its camera, in one number that shows a change."""
-        stem, pose = self._pairs[index][0].stem, b""
-        with suppress(FileNotFoundError):
-            pose = (self.folder / "pose" / f"{stem}.txt").read_bytes()
+        stem = self._pairs[index][0].stem
+        pose = self.folder / "pose" / f"{stem}.txt"
+        camera = self.camera, self.depth_camera, self.names, pose.read_bytes() if pose.is_file() else None
         files = (*self._pairs[index], self.folder / "instance-filt" / f"{stem}.png")
-        camera = zlib.crc32(repr((self.camera, self.depth_camera, self.names)).encode() + pose)
-        return camera + sum(file.stat().st_size for file in files if file.is_file())
+        return zlib.crc32(repr(camera).encode()) + sum(f.stat().st_size for f in files if f.is_file())
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]

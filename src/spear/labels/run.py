@@ -159,15 +159,15 @@ def label_folder(
                     for done in counted(group):
                         writer.write(done.labels)
                         refused += done.skipped
-                    writer.commit({FOOTER: json.dumps(shards[number]._replace(skipped=refused)._asdict())})
+                    kept[number] = shards[number]._replace(skipped=refused)
+                    writer.commit({FOOTER: json.dumps(kept[number]._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
-            for known in _finished(out).values():
-                writer.write(pa.Table.from_pylist([image._asdict() for image in known.skipped], schema))
+            aside = [image for number in sorted(kept) for image in kept[number].skipped]
+            writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
         write_card(out)
-    retryable = sum(image.retryable for image in there)
-    return Progress(total, before, bar.done, len(there), retryable, bar.rate())
+    return Progress(total, before, bar.done, len(aside), sum(i.retryable for i in aside), bar.rate())
 
 
 def _shard(members: Sequence[Item]) -> _Finished:
@@ -179,9 +179,14 @@ def _shard(members: Sequence[Item]) -> _Finished:
 def _kept(out: Path, shards: Sequence[_Finished], retry_skipped: bool) -> dict[int, _Finished]:
     """The finished shards that stay, by number. Questions about images that have changed are removed."""
     kept, changed = {}, 0
-    for number, known in _finished(out).items():
+    for path in sorted(out.glob("labels-*.parquet")):
+        said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
+        if "skipped" not in said or not digits.isdecimal():
+            raise SpearError(f"{path}: not of this run: move it elsewhere")
+        known = _Finished(**said | {"skipped": [SkippedImage(*image) for image in said["skipped"]]})
+        number = int(digits)
         if number >= len(shards) or known.keys != shards[number].keys:
-            since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
+            since = f"{path.name} was made from {known.items} of its images"
             raise SpearError(f"{out}: the input has changed since {since}: label it into another folder")
         pairs = zip(known.sizes, shards[number].sizes, strict=False)
         others = sum(None not in pair and pair[0] != pair[1] for pair in pairs)
@@ -198,15 +203,3 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk
-
-
-def _finished(out: Path) -> dict[int, _Finished]:
-    """The shards that are there, by number."""
-    found = {}
-    for path in sorted(out.glob("labels-*.parquet")):
-        known, number = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
-        if "skipped" not in known or not number.isdecimal():
-            raise SpearError(f"{path}: not of this run: move it elsewhere")
-        known["skipped"] = [SkippedImage(*image) for image in known["skipped"]]
-        found[int(number)] = _Finished(**known)
-    return found

@@ -13,6 +13,7 @@ from PIL import Image
 
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
+from spear.labels.components import component
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.inputs import find, read
 from spear.labels.models.annotations import (
@@ -24,6 +25,7 @@ from spear.labels.models.annotations import (
     open_annotations,
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
+from spear.labels.options import LabelOptions
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -126,6 +128,16 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     assert (masks[0] == disc(40, 60, 22, 20, 8)).all()
     assert (masks[1] == disc(40, 60, 20, 20, 8)).all()
     assert masks[2].sum() == 256
+
+
+def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    alone = component("detector", f"file:{path}", LabelOptions())()
+    both = component("detector", f"file:{path}+ground-truth", LabelOptions())()
+    assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
+    segmenter = component("segmenter", f"file:{path}+ground-truth", LabelOptions())()
+    assert "ground-truth" in segmenter.name
 
 
 def compressed(mask: Array) -> str:
