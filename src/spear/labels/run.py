@@ -27,7 +27,7 @@ import pyarrow as pa
 import spear
 from spear.errors import SpearError, notice
 from spear.labels.components import graph, split
-from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
+from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
@@ -134,20 +134,9 @@ def label_folder(
         sweep(out)
         kept = _kept(out, shards, retry_skipped)
         total, before = (sum(shard.items for shard in some) for some in (shards, kept.values()))
-        there = [image for known in kept.values() for image in known.skipped]
+        skipped = sum(len(known.skipped) for known in kept.values())
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
-
-        def counted(results: Iterable[tuple[tuple[int, list[Item]], Done]]) -> Iterator[Done]:
-            for (_, batch), done in results:
-                there.extend(done.skipped)
-                for source, reason, _ in done.skipped:
-                    if reason != EMPTY:
-                        bad(reason if source in reason else f"{source}: {reason}")
-                bar.update(bar.done + len(batch), f"{len(there):,} skipped")
-                bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
-                yield done
-
         todo = (pair for pair in enumerate(_chunks(items(), work.shard_size)) if pair[0] not in kept)
         ours, theirs = tee((n, batch) for n, members in todo for batch in _chunks(members, work.batch_size))
         with bar, closing(engine(batch for _, batch in theirs)) as labelled:
@@ -156,9 +145,15 @@ def label_folder(
             for number, group in groupby(results, key=lambda result: result[0][0]):
                 with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
                     refused: list[SkippedImage] = []
-                    for done in counted(group):
+                    for (_, batch), done in group:
                         writer.write(done.labels)
                         refused += done.skipped
+                        skipped += len(done.skipped)
+                        for source, why, _ in done.skipped:
+                            if why != EMPTY:
+                                bad(why if source in why else f"{source}: {why}")
+                        bar.update(bar.done + len(batch), f"{skipped:,} skipped")
+                        bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
                     kept[number] = shards[number]._replace(skipped=refused)
                     writer.commit({FOOTER: json.dumps(kept[number]._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
@@ -167,7 +162,7 @@ def label_folder(
             writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
         write_card(out)
-    return Progress(total, before, bar.done, len(aside), sum(i.retryable for i in aside), bar.rate())
+    return Progress(total, before, bar.done, skipped, sum(i.retryable for i in aside), bar.rate())
 
 
 def _shard(members: Sequence[Item]) -> _Finished:
@@ -186,10 +181,8 @@ def _kept(out: Path, shards: Sequence[_Finished], retry_skipped: bool) -> dict[i
         known = _Finished(**said | {"skipped": [SkippedImage(*image) for image in said["skipped"]]})
         number = int(digits)
         if number >= len(shards) or known.keys != shards[number].keys:
-            since = f"{path.name} was made from {known.items} of its images"
-            raise SpearError(f"{out}: the input has changed since {since}: label it into another folder")
-        pairs = zip(known.sizes, shards[number].sizes, strict=False)
-        others = sum(None not in pair and pair[0] != pair[1] for pair in pairs)
+            raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
+        others = sum(a != b for a, b in zip(known.sizes, shards[number].sizes, strict=False))
         if not others and not (retry_skipped and any(image.retryable for image in known.skipped)):
             kept[number] = known
         changed += others

@@ -50,8 +50,9 @@ class MogePointMap:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
-            what = f"no camera fits the {int(mask.sum()):,} points that are known"
-            raise SpearError(f"{source or 'image'}: {what}: leave it out, or give other weights")
+            raise SpearError(
+                f"{source or 'image'}: no camera fits its {mask.sum()} known points: leave it out"
+            )
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 

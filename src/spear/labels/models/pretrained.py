@@ -21,8 +21,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     device  see `choose_device`.
     also    other kinds of which this network is a part.
 
-    Raises `SpearError`: there is no such model or no network, it is of another kind, or weights are missing;
-    later, when it says NaN.
+    Raises `SpearError`: there is no such model or no network, it is of another kind, or weights are missing.
     """
     from transformers import AutoConfig
 
