@@ -50,7 +50,7 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     asked = generate(replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES)
     assert asked and {question.unit for question in asked} == {"relative"}
     for part, said in (
-        (pointmap.model, " 0 known points"),
+        (pointmap.model, "its 0 points"),
         (segmenter._network, "Sam2"),
         (detector._network, "Dino"),
     ):

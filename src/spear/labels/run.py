@@ -91,12 +91,11 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = graph(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
-    for part in ("detector", "segmenter", "pointmap"):
-        for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
-            if not given.startswith(("rgbd:", "sim:")):
-                why = f"--{part} {GROUND_TRUTH}: {given} comes without it"
-                ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{part} out"
-                raise SpearError(f"{why}: {ways}")
+    true = next((p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH), "")
+    bare = next((given for given in inputs if not given.startswith(("rgbd:", "sim:"))), "")
+    if true and bare:
+        ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{true} out"
+        raise SpearError(f"--{true} {GROUND_TRUTH}: {bare} comes without it: {ways}")
     kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
     settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
     settings["boxes"] = dataclasses.asdict(settings_for(options.segmenter, options.pointmap))

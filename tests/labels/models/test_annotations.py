@@ -229,6 +229,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
         (content(images=[{"id": 7, "file_name": "1.jpg"}]), "'height'"),  # of a photo that may be shrunk
         (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
+        (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, np.nan]}]), "ValueError"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),
         ({"annotations": {"uid": {"take_name": "a"}}}, "'object_masks'"),
     ],

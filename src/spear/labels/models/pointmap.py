@@ -50,9 +50,7 @@ class MogePointMap:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
-            raise SpearError(
-                f"{source or 'image'}: no camera fits its {mask.sum()} known points: leave it out"
-            )
+            raise SpearError(f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out")
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 
