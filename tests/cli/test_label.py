@@ -73,6 +73,10 @@ def test_scenes_are_labelled_asked_and_shown(
         ("photos --detector owlv2 --vocabulary mug --per-minute 9", "--per-minute"),
         ("--scenes 2 --engine ray", "--engine"),
         ("simpler:10000 --detector owlv2", "--detector"),
+        ("photos --detector gemni", "did you mean 'gemini'"),
+        ("photos --detector file:absent.json", "no such file: write file:PATH"),
+        ("photos --detector ground-truth+gemini", "only file:"),
+        ("photos --segmenter ground-truth=foo", "no network"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
@@ -132,9 +136,11 @@ def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
     folder, out = write_scannet(tmp_path / "scan", frames), tmp_path / "labels"
     depth = folder / "depth" / "0.png"
     depth.write_bytes(depth.read_bytes()[:100])
-    said = done("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *TRUTH)
-    assert "2 labelled images" in said
+    command = ("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *TRUTH)
+    assert "2 labelled images" in done(*command)
     (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert aside["source"] == str(folder / "color" / "0.png")
     assert [label.source for label in read(out)] == [str(folder / f"color/{i}.png") for i in (1, 2)]
     assert compare(read(out), [replace(f, names=frames[2].names) for f in frames[1:]]).center < 0.005
+    depth.write_bytes((folder / "depth" / "1.png").read_bytes())
+    assert "3 labelled images" in done(*command)

@@ -79,9 +79,11 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     assert list(find(f"{tmp_path}/**")) == items  # the pattern names a folder and each file in it
     assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [items[0].key, items[-1].key]
     (tmp_path / "b" / "back").symlink_to(tmp_path)
-    for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS"):
+    (tmp_path / "b" / "old").mkdir()
+    for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS", "old/run.json", "old/labels-00000.parquet"):
         (tmp_path / "b" / name).touch()
-    with pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts"):
+    aside = pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts")
+    with aside, pytest.warns(Notice, match="b/old: left out"):
         assert list(find(str(tmp_path))) == items
     (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
     with pytest.warns(Notice):

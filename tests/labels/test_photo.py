@@ -1,5 +1,6 @@
 """A real photograph through every component with a network in it: random weights, real code, real files."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from labels_tiny import WORDS, save_grounding_dino, save_sam2
 from moge_reference import random_v1
+from refusals import refuses
 from spear.labels.models.open_vocabulary import GroundingDinoDetector
 from spear.labels.models.pointmap import MogePointMap
 from spear.labels.models.sam2 import Sam2Segmenter
@@ -29,7 +31,7 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
-    pointmap = MogePointMap(random_v1(), device="cpu")
+    pointmap = MogePointMap(deepcopy(random_v1()), device="cpu")
     monkeypatch.setattr(pointmap.model, "most_tokens", 60)
     settings = BoxSettings(min_points=4)
     write_labels(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels.parquet")
@@ -47,3 +49,11 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
     asked = generate(replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES)
     assert asked and {question.unit for question in asked} == {"relative"}
+    for part, said in (
+        (pointmap.model, "its 0 points"),
+        (segmenter._network, "Sam2"),
+        (detector._network, "Dino"),
+    ):
+        for weights in part.parameters():
+            weights.data.fill_(np.nan)  # in each before those that are broken already
+        refuses(said, list, label([photo], detector, segmenter, pointmap, settings))

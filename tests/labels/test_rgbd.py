@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Fram
         assert [Path(item.key).name for item in left] == ["0.png", "2.png"]
 
 
+def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path: Path) -> None:
+    scene = Scene(folder := write_scannet(tmp_path / "s", truth))
+    for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
+        before = [scene.size(i) for i in range(3)]
+        shutil.copy(folder / name.replace("1", "2"), folder / name)
+        assert [scene.size(i) == size for i, size in enumerate(before)] == [True, False, True], name
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([200, 200, 1.0]))
+    assert Scene(folder).size(0) != scene.size(0)
+
+
 def test_align_depth_looks_along_the_same_ray() -> None:
     wide = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])
     close = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])
@@ -146,4 +157,3 @@ def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -
     moved[0, 3] = 0.03
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
     refuses("extrinsic_depth", Scene, folder)
-    refuses("no RGB-D scene", Scene, tmp_path)

@@ -5,7 +5,7 @@ import numpy as np
 from spear.labels.fit.box3d import SIGNS
 from spear.labels.fit.image import unproject
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
-from spear.types import Array, Frame
+from spear.types import Array, Box3D, Frame
 
 TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
@@ -76,6 +76,22 @@ def random_frame(
             boxes.append((center, extent, rng.uniform(0, np.pi)))
     chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
     return render(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)
+
+
+def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
+    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along rays."""
+    sides = []
+    for axis in range(3):
+        middle = float(box.center @ box.rotation[:, axis])
+        if abs(middle) > box.size[axis] / 2:
+            local = rng.uniform(-0.5, 0.5, (4000, 3))
+            local[:, axis] = -np.sign(middle) / 2
+            points = box.center + (local * box.size) @ box.rotation.T
+            slope = abs(box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T)
+            area = np.prod(np.delete(box.size, axis)) / 0.01
+            sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
+    points = np.concatenate(sides)
+    return points * (1 + noise * rng.normal(size=(len(points), 1)))
 
 
 def _slab(origin: Array, rays: Array, half: Array) -> tuple[Array, Array]:

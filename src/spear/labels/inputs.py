@@ -50,20 +50,22 @@ class Item(NamedTuple):
     reader  reads it, together with the items next to it of the same path.
     path    the file or folder that it is in.
     place   where in there; None for a file of its own.
+    size    of what it is read from, in bytes, by which a change is noticed; None where there is no telling.
     """
 
     key: str
     reader: Reader
     path: str
     place: Any = None
+    size: int | None = None
 
 
 def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
     argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
-    files and files with other endings are passed over; an EgoExo4D take gives the frames of its cameras), or
-    a glob of all that. rate: frames per second of video.
+    files, other endings and folders of labels are passed over; an EgoExo4D take gives the frames of its
+    cameras), or a glob of all that. rate: frames per second of video.
 
     Raises `SpearError`: nothing there, no image in there, or an archive that cannot be listed.
     """
@@ -104,6 +106,9 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
         if (real := os.path.realpath(path)) in entered:
             return
         entered.add(real)
+        if os.path.isfile(os.path.join(path, "run.json")) and any(Path(path).rglob("labels-*.parquet")):
+            notice(f"{path}: left out, it holds labels: for its images, give its labels-*.parquet")
+            return
     if os.path.isdir(os.path.join(path, TAKE)):
         for video in _take_videos(os.path.join(path, TAKE)):
             yield from find_video(video, rate)
@@ -112,7 +117,7 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
             if not name.startswith("."):
                 yield from _listing(os.path.join(path, name), rate, entered, unread)
     elif ending in IMAGES:
-        yield Item(path, read_file, path)
+        yield Item(path, read_file, path, size=os.path.getsize(path) if os.path.isfile(path) else None)
     elif ending == ".tar":
         yield from find_tar(path)
     elif ending == ".parquet":
@@ -133,7 +138,8 @@ def find_tar(path: str) -> Iterator[Item]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGES:
-                    yield Item(f"{path}/{member.name}", read_tar, path, (member.offset_data, member.size))
+                    place = member.offset_data, member.size
+                    yield Item(f"{path}/{member.name}", read_tar, path, place, member.size)
                 tar.members = []  # type: ignore[attr-defined] # the list of what was seen would grow without end
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
@@ -155,10 +161,10 @@ def find_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
     file = _parquet(path)
     column = _image_column(file.schema_arrow, path)
-    number = count()
+    number, size = count(), os.path.getsize(path)
     for group in range(file.num_row_groups):
         for place in range(file.metadata.row_group(group).num_rows):
-            yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place))
+            yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place), size)
 
 
 def read_parquet(path: str, places: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
@@ -218,7 +224,7 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
     for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
         if index >= frames:
             return
-        yield Item(f"{path}#{index}", read_frames, path, index / per_second)
+        yield Item(f"{path}#{index}", read_frames, path, index / per_second, os.path.getsize(path))
 
 
 def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:

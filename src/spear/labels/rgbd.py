@@ -18,6 +18,7 @@ two cameras, which stand in one place.
     *.aggregation.json          with it: what the instances are called
 """
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,14 @@ class Scene:
         else:
             file = path / "intrinsics.json"
             self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
+
+    def size(self, index: int) -> int:
+        """The sizes of a frame's files and a checksum of its camera, in one number that shows a change."""
+        stem = self._pairs[index][0].stem
+        pose = self.folder / "pose" / f"{stem}.txt"
+        camera = self.camera, self.depth_camera, self.names, pose.read_bytes() if pose.is_file() else None
+        files = (*self._pairs[index], self.folder / "instance-filt" / f"{stem}.png")
+        return zlib.crc32(repr(camera).encode()) + sum(f.stat().st_size for f in files if f.is_file())
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]

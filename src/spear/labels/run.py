@@ -7,8 +7,8 @@
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
 that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items and the sizes of their files, which show an input that has changed meanwhile. A
-shard can be made again of which images were skipped for a reason that may pass.
+hash of the keys of its items, by which another input is refused, and their sizes: a shard of which an image
+has another size by now is made again. So can one be of which images were skipped for a reason that may pass.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 import spear
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.components import graph, split
-from spear.labels.engine import Done, Engine, Graph, SkippedImage, run_local, run_ray
+from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY, settings_for
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
-from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, footer, sweep
+from spear.labels.store import QUESTIONS, SCHEMA, SKIPPED, ParquetWriter, footer, sweep
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.options import changed
@@ -63,15 +63,12 @@ class Progress:
 
 class _Finished(NamedTuple):
     """How many items a shard has, a hash of their keys, [source, reason, whether that may pass] for each
-    skipped image, and the bytes of each item's file (None where there is none)."""
+    skipped image, and the size of each item."""
 
     items: int
     keys: str
     skipped: list[SkippedImage]
     sizes: Sequence[int | None] = ()
-
-
-_Shard = tuple[int, _Finished]
 
 
 def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
@@ -94,12 +91,11 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = graph(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
-    for part in ("detector", "segmenter", "pointmap"):
-        for given in inputs if getattr(options, part) == GROUND_TRUTH else ():
-            if not given.startswith(("rgbd:", "sim:")):
-                why = f"--{part} {GROUND_TRUTH}: {given} comes without it"
-                ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{part} out"
-                raise SpearError(f"{why}: {ways}")
+    true = next((p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH), "")
+    bare = next((given for given in inputs if not given.startswith(("rgbd:", "sim:"))), "")
+    if true and bare:
+        ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{true} out"
+        raise SpearError(f"--{true} {GROUND_TRUTH}: {bare} comes without it: {ways}")
     kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
     settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
     settings["boxes"] = dataclasses.asdict(settings_for(options.segmenter, options.pointmap))
@@ -126,8 +122,8 @@ def label_folder(
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
-    total = sum(1 for _ in items())
-    if not total:
+    shards = [_shard(members) for members in _chunks(items(), work.shard_size)]
+    if not shards:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
     with alone(out, "labelling into", SETTINGS):
@@ -135,83 +131,67 @@ def label_folder(
         whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
         same_settings(out / SETTINGS, whole, begun)
         sweep(out)
-        finished = _finished(out)
-        for number, known in finished.items():
-            if number * work.shard_size >= total:
-                raise _changed(out, number, known)
-        again = {n for n, s in finished.items() if retry_skipped and any(i.retryable for i in s.skipped)}
-        kept = [known for number, known in finished.items() if number not in again]
-        before = sum(known.items for known in kept)
-        there = [image for known in kept for image in known.skipped]
+        kept = _kept(out, shards, retry_skipped)
+        total, before = (sum(shard.items for shard in some) for some in (shards, kept.values()))
+        skipped = sum(len(known.skipped) for known in kept.values())
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
-
-        def counted(results: Iterable[tuple[tuple[_Shard, list[Item]], Done]]) -> Iterator[Done]:
-            for (_, batch), done in results:
-                there.extend(done.skipped)
-                for source, reason, _ in done.skipped:
-                    if reason != EMPTY:
-                        bad(reason if source in reason else f"{source}: {reason}")
-                bar.update(bar.done + len(batch), f"{len(there):,} skipped")
-                bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
-                yield done
-
-        ours, theirs = tee(_todo(out, items(), finished, again, work))
+        todo = (pair for pair in enumerate(_chunks(items(), work.shard_size)) if pair[0] not in kept)
+        ours, theirs = tee((n, batch) for n, members in todo for batch in _chunks(members, work.batch_size))
         with bar, closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
-            for (number, about), group in groupby(results, key=lambda result: result[0][0]):
+            for number, group in groupby(results, key=lambda result: result[0][0]):
                 with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
                     refused: list[SkippedImage] = []
-                    for done in counted(group):
+                    for (_, batch), done in group:
                         writer.write(done.labels)
                         refused += done.skipped
-                    writer.commit({FOOTER: json.dumps(about._replace(skipped=refused)._asdict())})
+                        skipped += len(done.skipped)
+                        for source, why, _ in done.skipped:
+                            if why != EMPTY:
+                                bad(why if source in why else f"{source}: {why}")
+                        bar.update(bar.done + len(batch), f"{skipped:,} skipped")
+                        bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
+                    kept[number] = shards[number]._replace(skipped=refused)
+                    writer.commit({FOOTER: json.dumps(kept[number]._asdict())})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
-            for known in _finished(out).values():
-                writer.write(pa.Table.from_pylist([image._asdict() for image in known.skipped], schema))
+            aside = [image for number in sorted(kept) for image in kept[number].skipped]
+            writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
         write_card(out)
-    retryable = sum(image.retryable for image in there)
-    return Progress(total, before, bar.done, len(there), retryable, bar.rate())
+    return Progress(total, before, bar.done, skipped, sum(i.retryable for i in aside), bar.rate())
 
 
-def _todo(
-    out: Path, items: Iterable[Item], finished: Mapping[int, _Finished], again: set[int], work: WorkOptions
-) -> Iterator[tuple[_Shard, list[Item]]]:
-    """The batches of shards that are unfinished or to be made again, in order, each with its shard: its
-    number, and what its footer will say."""
-    for number, members in enumerate(_chunks(items, work.shard_size)):
-        known = finished.get(number)
-        keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
-        sizes = [os.path.getsize(i.path) if os.path.isfile(i.path) else None for i in members]
-        pairs = zip(known.sizes if known else (), sizes, strict=False)
-        if known is None or (number in again and known.keys == keys):
-            for batch in _chunks(members, work.batch_size):
-                yield (number, _Finished(len(members), keys, [], sizes)), batch
-        elif known.keys != keys or any(a != b for a, b in pairs if None not in (a, b)):
-            raise _changed(out, number, known)
+def _shard(members: Sequence[Item]) -> _Finished:
+    """What the footer of a shard of these items says, but for what was skipped."""
+    keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
+    return _Finished(len(members), keys, [], [item.size for item in members])
+
+
+def _kept(out: Path, shards: Sequence[_Finished], retry_skipped: bool) -> dict[int, _Finished]:
+    """The finished shards that stay, by number. Questions about images that have changed are removed."""
+    kept, changed = {}, 0
+    for path in sorted(out.glob("labels-*.parquet")):
+        said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
+        if "skipped" not in said or not digits.isdecimal():
+            raise SpearError(f"{path}: not of this run: move it elsewhere")
+        known = _Finished(**said | {"skipped": [SkippedImage(*image) for image in said["skipped"]]})
+        number = int(digits)
+        if number >= len(shards) or known.keys != shards[number].keys:
+            raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
+        others = sum(a != b for a, b in zip(known.sizes, shards[number].sizes, strict=False))
+        if not others and not (retry_skipped and any(image.retryable for image in known.skipped)):
+            kept[number] = known
+        changed += others
+    if changed:
+        (out / QUESTIONS).unlink(missing_ok=True)
+        notice(f"{out}: {changed:,} images have changed since: their files of labels are made again")
+    return kept
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(islice(source, size)):
         yield chunk
-
-
-def _finished(out: Path) -> dict[int, _Finished]:
-    """The shards that are there, by number."""
-    found = {}
-    for path in sorted(out.glob("labels-*.parquet")):
-        known, number = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
-        if "skipped" not in known or not number.isdecimal():
-            raise SpearError(f"{path}: not of this run: move it elsewhere")
-        known["skipped"] = [SkippedImage(*image) for image in known["skipped"]]
-        found[int(number)] = _Finished(**known)
-    return found
-
-
-def _changed(out: Path, number: int, known: _Finished) -> SpearError:
-    since = f"labels-{number:05d}.parquet was made from {known.items} of its images"
-    return SpearError(f"{out}: the input has changed since {since}: label it into another folder")

@@ -55,7 +55,7 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
             notice(f"{folder}: {scene.alone} color images are left out: none in depth/ has their name")
-        return (Item(source, read_rgbd, folder, i) for i, source in enumerate(scene.sources))
+        return (Item(source, read_rgbd, folder, i, scene.size(i)) for i, source in enumerate(scene.sources))
     photos = find_format(argument) is None
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 

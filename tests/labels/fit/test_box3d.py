@@ -4,7 +4,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from labels_scenes import camera, rotation
+from labels_scenes import camera, rotation, seen_sides
 from spear.labels.fit.box3d import (
     SIGNS,
     box_from_vertices,
@@ -113,23 +113,13 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
     assert vertex_error(box.vertices + shift, box.vertices) == pytest.approx(np.linalg.norm(shift), rel=1e-2)
 
 
-def surface(box: Box3D, rng: np.random.Generator, n: int = 400) -> Array:
-    """Points on the faces of a box that the camera sees."""
-    local = rng.uniform(-0.5, 0.5, (n, 3))
-    offset = box.center @ box.rotation
-    seen = np.flatnonzero(np.abs(offset) > box.size / 2)
-    axis = rng.choice(seen, n)
-    local[np.arange(n), axis] = -np.sign(offset[axis]) / 2
-    return box.center + (local * box.size) @ box.rotation.T
-
-
 @given(seeds, st.floats(0, np.pi))
 @example(seed=33554431, yaw=3.0)  # a face that is hardly seen
 def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
     true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
     up = -true.rotation[:, 1]
-    points = surface(true, rng, 2000)
+    points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
     assert iou(fit_box(upper, up, support=height), true) > 0.85

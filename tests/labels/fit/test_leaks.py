@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from labels_scenes import camera, render
+from labels_scenes import camera, render, seen_sides
 from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
 from spear.labels.fit.quality import compare, failings
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
@@ -54,22 +54,6 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     for pixels, why in ((0, ()), (3, ("compact",))):
         (image,) = label([frame], truth[0], Leaks(pixels), truth[1], BoxSettings())  # takes masks as they are
         assert failings(image.objects[0].scores) == why
-
-
-def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
-    """Points on the sides of a box that the camera sees, as densely as it sees them; noise along rays."""
-    sides = []
-    for axis in range(3):
-        middle = float(box.center @ box.rotation[:, axis])
-        if abs(middle) > box.size[axis] / 2:
-            local = rng.uniform(-0.5, 0.5, (4000, 3))
-            local[:, axis] = -np.sign(middle) / 2
-            points = box.center + (local * box.size) @ box.rotation.T
-            slope = abs(box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T)
-            area = np.prod(np.delete(box.size, axis)) / 0.01
-            sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
-    points = np.concatenate(sides)
-    return points * (1 + noise * rng.normal(size=(len(points), 1)))
 
 
 def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:

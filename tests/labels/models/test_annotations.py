@@ -13,6 +13,7 @@ from PIL import Image
 
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
+from spear.labels.components import component
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.inputs import find, read
 from spear.labels.models.annotations import (
@@ -24,6 +25,7 @@ from spear.labels.models.annotations import (
     open_annotations,
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
+from spear.labels.options import LabelOptions
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -128,6 +130,16 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     assert masks[2].sum() == 256
 
 
+def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    alone = component("detector", f"file:{path}", LabelOptions())()
+    both = component("detector", f"file:{path}+ground-truth", LabelOptions())()
+    assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
+    segmenter = component("segmenter", f"file:{path}+ground-truth", LabelOptions())()
+    assert "ground-truth" in segmenter.name
+
+
 def compressed(mask: Array) -> str:
     text: bytes = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
     return text.decode()
@@ -217,6 +229,7 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
         (content(images=[{"id": 7, "file_name": "1.jpg"}]), "'height'"),  # of a photo that may be shrunk
         (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
+        (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, np.nan]}]), "ValueError"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),
         ({"annotations": {"uid": {"take_name": "a"}}}, "'object_masks'"),
     ],

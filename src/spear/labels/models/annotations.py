@@ -230,7 +230,7 @@ def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int]) -> 
     outline = _outline(a["segmentation"]) if a.get("segmentation") else None
     box = None
     if "bbox" in a:
-        x, y, w, h = (float(v) for v in a["bbox"])
+        x, y, w, h = np.asarray_chkfinite(a["bbox"], float)
         box = np.array([x, y, x + w, y + h])
     elif outline is None:
         raise ValueError(f"annotation {a.get('id')} has neither a box nor a mask")

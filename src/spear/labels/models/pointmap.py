@@ -33,7 +33,8 @@ class MogePointMap:
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """The point map of each frame. Points that are not known are 0.
 
-        Raises `SpearError` for an image that the network cannot take, or to which no camera fits.
+        Raises `SpearError` for an image that the network cannot take, or to which no camera fits, as when
+        it knows no point (its weights may be broken).
         """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
@@ -48,8 +49,8 @@ class MogePointMap:
     def _result(self, found: Geometry, row: int, source: str) -> PointMapResult:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
-        if not (np.isfinite(camera).all() and camera[0, 0] > 0):
-            raise SpearError(f"{source or 'image'}: no camera fits the predicted points: leave it out")
+        if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
+            raise SpearError(f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out")
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 

@@ -34,7 +34,15 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
         raise SpearError(f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give it whole")
+    network.register_forward_hook(refuse_nan)
     return network.to(where).eval()
+
+
+def refuse_nan(network: Any, given: Any, said: Any) -> None:
+    """A forward hook: `SpearError` for NaN in what a network says, which would pass for an empty image."""
+    for name, value in vars(said).items():
+        if isinstance(value, torch.Tensor) and value.isnan().any():
+            raise SpearError(f"{type(network).__name__}: says NaN ({name}): give other weights")
 
 
 @contextmanager

@@ -85,8 +85,7 @@ def generate(
     questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(4 * wanted):
         family = pick(families, rng)
-        answer = MAKERS[family](scene, rng)
-        if answer is None:
+        if (answer := MAKERS[family](scene, rng)) is None:
             continue
         words, segments, objects = answer
         key = (family, objects, tuple(segments))

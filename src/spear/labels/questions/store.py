@@ -48,19 +48,17 @@ def write_questions(
     """
     check_known("question family about labels", (*FAMILIES, *FAMILIES_2D), *families)
     counts: Counter[str] = Counter()
-    images = 0
     bar = ProgressBar("asking", count(folder), "images")
     with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
         labels = read(folder, pixels="what_at" in families)  # it is about what a mask covers
         while some := list(islice(labels, 256)):
-            images += len(some)
             asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
             counts.update(question.family for _, question in asked)
             writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))
-            bar.update(images)
+            bar.update(bar.done + len(some))
         writer.commit()
     write_card(folder)
-    return images, counts
+    return bar.done, counts
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
@@ -82,9 +80,5 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
-    words = {
-        "source": source,
-        "answer": spoken(question.segments, question.unit),
-        "segments": json.dumps(segments),
-    }
-    return vars(question) | words | {"objects": list(question.objects)}
+    words = {"source": source, "answer": spoken(question.segments, question.unit)}
+    return vars(question) | words | {"segments": json.dumps(segments), "objects": list(question.objects)}
