@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from spear.data.readers.formats import dataset_name, episode_counts
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import open_store
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.evaluate import closed_loop, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
@@ -56,8 +56,9 @@ def make(out: Path, data: Path | None = None) -> Path:
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
     log, started = Console(stderr=True), time.perf_counter()
+    need("av", "report", "a film")  # what is wrong is said before minutes of other work
     if data is not None:
-        _split(data, out)  # what is wrong with it is said before minutes of other work
+        _split(data, out)
     vlm, policy = load_vlm("nano-vlm"), Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
