@@ -197,16 +197,18 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
-    """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte, and so do
-    all where no size is wanted. Of a camera that is blank throughout none: datasets have that where it was
-    absent. Raises SpearError for a broken one."""
+    """A camera's images as JPEG, as large as the size wanted has room for; one that is so already stays, byte
+    for byte, and so do all where no size is wanted. Training adds the bars, as acting does: there a model of
+    another aspect has none of these, and they stay black in jittered images. Of a camera that is blank
+    throughout none: datasets have that where it was absent. Raises SpearError for a broken one."""
     size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
         if len(levels) < 2:
             levels |= {int(image.min()), int(image.max())}
-        if size is not None and (image.shape[1::-1] != size or encoded[:2] != b"\xff\xd8"):
-            encoded = encode_jpeg(fit_image(image, size[1], size[0]), how.quality)
+        small = image if size is None else fit_image(image, size[1], size[0], bars=False)
+        if small.shape != image.shape or (size is not None and encoded[:2] != b"\xff\xd8"):
+            encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
     return fitted if len(levels) > 1 else ()
 
