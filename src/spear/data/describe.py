@@ -213,8 +213,7 @@ def _beside(window: Window, columns: Columns) -> list[Window]:
     ends = {name: each[0].shape[1] for name, each in columns.items()}
     kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
     for size in (16, 6, 4, 3):
-        inside = [window.end - 15] if size == 16 else []  # of a pose whose last column the position is
-        spans = [(window.column, first) for first in (window.end, window.first - size, *inside)]
+        spans = [(window.column, first) for first in (window.end, window.first - size, window.end - 15)]
         spans += [(name, 0) for name in kind if name != window.column]
         found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
         if found := [w for w in found if size == 3 or _is_unit(np.concatenate(w.of(columns)))]:

@@ -98,9 +98,8 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
 def _span(moving: Sequence[Recording]) -> Check | None:
     """What is wrong where a gripper that moves is never open, or in our binary commands always."""
     commands = [r.command for r in moving if r.command is not None]
-    told = seen = np.concatenate([np.asarray(r.opening) for r in moving])
-    if commands and seen.max() > OPEN_ABOVE:
-        told = np.concatenate(commands)
+    seen = np.concatenate([np.asarray(r.opening) for r in moving])
+    told = np.concatenate(commands) if commands and seen.max() > OPEN_ABOVE else seen
     if np.ptp(told) == 0 or (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
         return None
     name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")

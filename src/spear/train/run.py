@@ -165,10 +165,9 @@ def _simulator_only(inputs: Inputs) -> bool:
 def mixture(
     folders: Sequence[Path], stores: Sequence[EpisodeStore], shares: Sequence[float]
 ) -> list[tuple[str, EpisodeStore, float]]:
-    """Datasets with their names and shares of each batch, as `Inputs.episodes`.
+    """Datasets with their names and shares of each batch, as `Inputs.episodes`; several are told on stderr.
 
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
-    Several datasets and their shares are said on stderr; episodes that are in more than one, in a notice.
     """
     sources = [store.source(0).partition("/")[0] for store in stores]
     known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]

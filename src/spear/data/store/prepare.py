@@ -197,10 +197,9 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
-    """A camera's images as JPEG, as large as the size wanted has room for; one that is so already stays, byte
-    for byte, and so do all where no size is wanted. Training adds the bars, as acting does: there a model of
-    another aspect has none of these, and they stay black in jittered images. Of a camera that is blank
-    throughout none: datasets have that where it was absent. Raises SpearError for a broken one."""
+    """A camera's images as JPEG in the size wanted, without bars: training adds its model's own, as acting
+    does, and jitters none. One that is so already stays as it is, and so do all where no size is wanted.
+    Of a blank camera none: datasets have that where it was absent. Raises SpearError for a broken image."""
     size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
@@ -219,7 +218,7 @@ def _digest(source: formats.Dataset | EpisodeStore) -> str:
         return source.digest() + source.digest(seen=True)
     records = map(record_sums, sorted(source.path.glob("*.tfrecord*")))
     digest = hashlib.sha256(b"".join(records))  # the ends of these files are but images
-    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "meta/info.json", "meta/*.jsonl"))
+    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"))
     return digest.hexdigest()
 
 
@@ -236,9 +235,7 @@ def open_store(
     whole = Path(path).resolve()
     name = f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     target = Path(work_dir) / name
-    if is_first_process():
-        _, reasons = prepare(path, target, split)
-        return EpisodeStore(target), reasons
+    reasons = prepare(path, target, split)[1] if is_first_process() else []
     while not target.is_dir():
         time.sleep(0.5)
-    return EpisodeStore(target), []
+    return EpisodeStore(target), reasons
