@@ -244,6 +244,7 @@ def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
         ({"command": "action[5]"}, "gripper command", "another column"),
         ({"command_range": [0, 8]}, "gripper command", "command_range"),  # metres, or millimetres
         ({"gripper_range": [0, 4], "command": None}, "gripper", "gripper_range"),
+        ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
         ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
         ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
         ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),

@@ -58,12 +58,6 @@ def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     assert {**found, "facts": 0} == {**expected, "facts": 0}
 
 
-def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
-    found = describe(rewritten(shared, tmp_path, lambda s, a: (np.roll(s, 1, 1), np.roll(a, 1, 1))))
-    assert found["position"] == "observation/state[1:4]" and found["logged_translation"] == "action[1:4]"
-    assert found["rotation"] == "observation/state[4:7]" and found["logged_rotation"] == "action[4:7]"
-
-
 def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
     def wide(values: np.ndarray) -> np.ndarray:
         six = Rotation.from_euler("xyz", values[:, 3:6]).as_matrix()[:, :2].reshape(-1, 6)
@@ -77,6 +71,31 @@ def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
         said = {**found, "rotation_format": form, "logged_rotation_format": form, "logged_frame": "base"}
         (copy / "spear.json").write_text(json.dumps(said))
         assert audit(copy).outcome == outcome
+
+
+def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
+    def pose(s: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        columns = np.tile(np.eye(4), (len(s), 1, 1))
+        columns[:, :3, :3] = Rotation.from_euler("xyz", s[:, 3:6]).inv().as_matrix()
+        columns[:, 3, :3] = s[:, :3]
+        return np.concatenate([columns.reshape(-1, 16), s[:, 6:]], axis=1), a
+
+    found = describe(rewritten(shared, tmp_path, pose))
+    assert found["position"] == "observation/state[12:15]" and found["rotation"] == "observation/state[0:16]"
+    assert found["rotation_format"] in (None, "matrix4_columns")
+
+
+def test_columns_are_found_in_any_order_and_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
+    def yaw_first(s: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        turns = Rotation.from_euler("xyz", s[:, 3:6])
+        steps = (turns[[*range(1, len(s)), 0]] * turns.inv()).as_euler("xyz")
+        parts = (s, s[:, 3:6]), (a, steps)
+        return tuple(np.concatenate([x[:, 6:], x[:, :3], r[:, ::-1]], axis=1) for x, r in parts)
+
+    found = describe(rewritten(shared, tmp_path, yaw_first))
+    assert found["position"] == "observation/state[1:4]" and found["logged_translation"] == "action[1:4]"
+    assert found["rotation"] == "observation/state[4:7]" and found["logged_rotation"] == "action[4:7]"
+    assert found["rotation_format"] is None and "euler_zyx" in found["facts"]["rotation_format"]
 
 
 def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: Path) -> None:

@@ -195,8 +195,8 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
 
 def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = {}
-    for name in ("bridge_dataset", "droid", "mine"):
-        write_episodes([make(0, 2, source=f"{name}/train#0")], tmp_path / name)
+    for number, name in enumerate(("bridge_dataset", "droid", "mine")):
+        write_episodes([make(number, 2, source=f"{name}/train#0")], tmp_path / name)
         stores[name] = EpisodeStore(tmp_path / name)
 
     def shares(names: tuple[str, ...], given: tuple[float, ...] = ()) -> list[float]:
@@ -211,6 +211,8 @@ def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3]
     assert "mine 75.0%" in capsys.readouterr().err
     assert shares(("mine",)) == [1] and not capsys.readouterr().err
+    with pytest.warns(Notice, match="1 of the episodes"):
+        assert shares(("mine", "droid", "mine")) == [1, 1, 1]
 
 
 def test_failed_and_unseen_episodes_are_not_learned(

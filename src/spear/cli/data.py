@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
 from spear.errors import SpearError, Undecided, check_known
@@ -180,10 +180,10 @@ def datasets() -> None:
         print(f"{weight}  {name:<62} {spec.robot or '':<16} {rate:<8} {note}")
 
 
-def _report(written: int, folder: Path, reasons: Sequence[str]) -> None:
+def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None) -> None:
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
-    print(f"{written} episodes in {folder}, {len(reasons)} skipped")
+    print(f"{written} episode{'s' * (written != 1)} in {folder}, {len(reasons)} skipped", file=file)
 
 
 def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
@@ -205,8 +205,6 @@ def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore"
     from spear.data.store.prepare import open_store
 
     store, reasons = open_store(path, out, split)
-    for reason in reasons[:5]:
-        print(f"skipped: {reason}", file=sys.stderr)
     if reasons:
-        print(f"{path}: {len(store)} episodes, {len(reasons)} skipped", file=sys.stderr)
+        _report(len(store), path, reasons, sys.stderr)
     return store

@@ -190,10 +190,11 @@ def _motion(
     found["angle_unit"] = "deg" if degrees else "rad"
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)
-    if others := hypotheses.turning_otherwise(values, form, sorted({f.reading.state for f in equal})):
+    same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
+    others = hypotheses.turning_otherwise(values, form, sorted({f.reading.state for f in equal}))
+    if others := [*others, *(["euler_zyx"] if form == "euler_xyz" and not same else [])]:  # see state_forms
         found["rotation_format"] = None
         facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
-    same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
     found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None
     if found["logged_frame"] is None:
         facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
@@ -207,12 +208,12 @@ def _why(name: str, fit: hypotheses.Fit) -> str:
 
 
 def _beside(window: Window, columns: Columns) -> list[Window]:
-    """Where orientations may be, if positions are there: two axes of length 1 that are perpendicular, or
-    else unit quaternions, or else three numbers."""
+    """Where orientations may be, if positions are there, perhaps in the pose: axes of length 1 that are
+    perpendicular, or else unit quaternions, or else three numbers."""
     ends = {name: each[0].shape[1] for name, each in columns.items()}
     kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
-    for size in (6, 4, 3):
-        spans = [(window.column, window.end), (window.column, window.first - size)]
+    for size in (16, 6, 4, 3):
+        spans = [(window.column, first) for first in (window.end, window.first - size, window.end - 15)]
         spans += [(name, 0) for name in kind if name != window.column]
         found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
         if found := [w for w in found if size == 3 or _is_unit(np.concatenate(w.of(columns)))]:
@@ -221,8 +222,9 @@ def _beside(window: Window, columns: Columns) -> list[Window]:
 
 
 def _is_unit(values: Array) -> bool:
-    """Whether numbers [N, 4] are of length 1, or [N, 6] two perpendicular triples of it."""
-    axes = values.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
+    """Whether numbers [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of it."""
+    poses = values.reshape(-1, 4, 4)[:, :3, :3] if values.shape[1] == 16 else values
+    axes = poses.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
     return bool(np.abs(axes @ axes.swapaxes(1, 2) - np.eye(axes.shape[1])).max() < 1e-2)
 
 
@@ -268,7 +270,7 @@ def _gripper(
     flipped = verdict == "wrong"
     found |= {"gripper": state.name(columns), "gripper_range": ends[::-1] if flipped else ends}
     told = {"agrees": "", "wrong": "; so the ends are exchanged"}.get(verdict, ": check which end is open")
-    facts["gripper_range"] = f"{words.partition(': exchange')[0]}{told}"
+    facts["gripper_range"] = f"as far as it went: {words.partition(': exchange')[0]}{told}"
     facts["gripper"] = f"of the free numbers it follows {act.name(columns)} best, correlation {strength:.2f}"
     if abs(strength) >= FOLLOWS:
         command = _ends(values[act])

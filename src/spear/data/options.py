@@ -33,7 +33,7 @@ class Conversion(Options):
 
     size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all cameras
-    or CAMERA=WIDTHxHEIGHT for one. Bars are added, nothing is stretched. Without it they stay as they are."""
+    or CAMERA=WIDTHxHEIGHT for one; not stretched: training adds bars. Without it they stay as they are."""
     rate: Annotated[float, Within(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Within(1, 100)] = 95

@@ -96,12 +96,13 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
 
 
 def _span(moving: Sequence[Recording]) -> Check | None:
-    """What is wrong where a gripper that moves is always open, or always closed, in our binary commands."""
+    """What is wrong where a gripper that moves is never open, or in our binary commands always."""
     commands = [r.command for r in moving if r.command is not None]
-    told = np.concatenate(commands or [np.asarray(r.opening) for r in moving])
+    seen = np.concatenate([np.asarray(r.opening) for r in moving])
+    told = np.concatenate(commands) if commands and seen.max() > OPEN_ABOVE else seen
     if np.ptp(told) == 0 or (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
         return None
-    name, key = ("gripper command", "command_range") if commands else ("gripper", "gripper_range")
+    name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
     words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
     return Check(name, "wrong", words)
 

@@ -178,10 +178,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         model.config.committed = stage.committed
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [(name, store.seen_by(views), share) for name, store, share in episodes]
-    if stage.normalize_each:
-        normalizer = Normalizer.fit_each(episodes, stage.normalization)
-    else:
-        normalizer = Normalizer.fit([(store, share) for _, store, share in episodes], stage.normalization)
+    each, mode = [(store, share) for _, store, share in episodes], stage.normalization
+    normalizer = Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:

@@ -165,10 +165,9 @@ def _simulator_only(inputs: Inputs) -> bool:
 def mixture(
     folders: Sequence[Path], stores: Sequence[EpisodeStore], shares: Sequence[float]
 ) -> list[tuple[str, EpisodeStore, float]]:
-    """Datasets with their names and shares of each batch, as `Inputs.episodes`.
+    """Datasets with their names and shares of each batch, as `Inputs.episodes`; several are told on stderr.
 
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
-    Several datasets and their shares are said on stderr.
     """
     sources = [store.source(0).partition("/")[0] for store in stores]
     known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
@@ -176,4 +175,7 @@ def mixture(
     if len(stores) > 1 and is_first_process():
         parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
+        marks = [mark for store in stores for mark in {*store.marks()}]
+        if twice := len(marks) - len({*marks}):
+            notice(f"{twice} of the episodes are in more than one dataset, and count in each: give them once")
     return list(zip(map(dataset_name, folders), stores, chosen, strict=True))

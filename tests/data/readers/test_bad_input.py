@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import make
+from data_tiny import make, png
+from refusals import refuses
 from spear.data.readers.formats import read_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
@@ -86,3 +87,11 @@ def test_a_bad_episode_is_skipped_by_name(
     assert len(reasons) == 1 and words in reasons[0] and "\n" not in reasons[0], reasons
     written, aside = prepare(three, tmp_path / "store")
     assert written == 2 and aside == reasons
+
+
+def test_an_image_file_that_came_is_other_data(three: Path, tmp_path: Path) -> None:
+    set_cells(three, IMAGES, {4: {"bytes": None, "path": "images/4.png"}})
+    assert prepare(three, tmp_path / "store")[0] == 2
+    (three / "images").mkdir()
+    (three / "images/4.png").write_bytes(png(9))
+    refuses("data is", prepare, three, tmp_path / "store")

@@ -197,16 +197,17 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
-    """A camera's images as JPEG in the size wanted; one that is so already stays, byte for byte, and so do
-    all where no size is wanted. Of a camera that is blank throughout none: datasets have that where it was
-    absent. Raises SpearError for a broken one."""
+    """A camera's images as JPEG in the size wanted, without bars: training adds its model's own, as acting
+    does, and jitters none. One that is so already stays as it is, and so do all where no size is wanted.
+    Of a blank camera none: datasets have that where it was absent. Raises SpearError for a broken image."""
     size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
         if len(levels) < 2:
             levels |= {int(image.min()), int(image.max())}
-        if size is not None and (image.shape[1::-1] != size or encoded[:2] != b"\xff\xd8"):
-            encoded = encode_jpeg(fit_image(image, size[1], size[0]), how.quality)
+        small = image if size is None else fit_image(image, size[1], size[0], bars=False)
+        if small.shape != image.shape or (size is not None and encoded[:2] != b"\xff\xd8"):
+            encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
     return fitted if len(levels) > 1 else ()
 
@@ -217,7 +218,7 @@ def _digest(source: formats.Dataset | EpisodeStore) -> str:
         return source.digest() + source.digest(seen=True)
     records = map(record_sums, sorted(source.path.glob("*.tfrecord*")))
     digest = hashlib.sha256(b"".join(records))  # the ends of these files are but images
-    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "meta/info.json", "meta/*.jsonl"))
+    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"))
     return digest.hexdigest()
 
 
@@ -234,9 +235,7 @@ def open_store(
     whole = Path(path).resolve()
     name = f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     target = Path(work_dir) / name
-    if is_first_process():
-        _, reasons = prepare(path, target, split)
-        return EpisodeStore(target), reasons
+    reasons = prepare(path, target, split)[1] if is_first_process() else []
     while not target.is_dir():
         time.sleep(0.5)
-    return EpisodeStore(target), []
+    return EpisodeStore(target), reasons

@@ -104,7 +104,7 @@ def check_size(size: tuple[int, ...], first: tuple[int, int], where: str) -> Non
     if size != first:
         (h, w), (h0, w0) = size, first
         apart = f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}"
-        raise SpearError(f"{apart}: leave the episode out, or bring all to one size (prepare --size)")
+        raise SpearError(f"{apart}: leave the episode out; of one aspect, prepare --size")
 
 
 CAPACITY = 16384
