@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data_tiny import make, png
+from spear.data.store.episode_store import write_episodes
+
 SOURCE = Path(__file__).parents[1] / "src" / "spear"
 FILES = {
     ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -46,15 +49,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2114, "ablations": 647, "cli": 1562, "data": 4791, "embodiments": 775, "evaluate": 3143,
-    "labels": 4677, "models": 4684, "report": 1166, "serve": 979, "sim": 1578, "train": 2274, "ui": 698,
+    "(top)": 2115, "ablations": 647, "cli": 1561, "data": 4791, "embodiments": 775, "evaluate": 3155,
+    "labels": 4674, "models": 4684, "report": 1166, "serve": 979, "sim": 1581, "train": 2274, "ui": 698,
     "util": 807,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 
 HEAVY = (
     "mujoco", "gymnasium", "mani_skill", "sapien", "open3d", "av", "matplotlib", "ray", "tensorboard",
-    "crc32c", "google.genai", "websockets", "msgpack", "peft",
+    "crc32c", "google.genai", "websockets", "msgpack", "peft", "rerun", "vla_eval", "pycocotools",
 )  # fmt: skip
 
 
@@ -103,8 +106,17 @@ def test_folders_are_small_and_rooms_below_their_ceilings() -> None:
     assert not crowded
 
 
-def test_importing_pulls_in_no_heavy_extra() -> None:
-    modules = ("spear", *(f"spear.{name}" for name in ("types", "geometry", "flow", "tokens", "models")))
-    code = f"import sys, {', '.join(modules)}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+@pytest.mark.parametrize(
+    "command",
+    [
+        "label {}/photo.png --plan",
+        "train nano-post --init nano --episodes {} --steps 1 --set batch_size=2 --out {}/out",
+    ],
+)
+def test_what_needs_no_extra_runs_without_any(command: str, tmp_path: Path) -> None:
+    """Nor what docs/label.md and docs/finetune.md do not name."""
+    write_episodes([make(0)], tmp_path)
+    (tmp_path / "photo.png").write_bytes(png(0))
+    code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); from spear.cli import main"
+    code += "; sys.exit(main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, *command.replace("{}", str(tmp_path)).split()], check=True)

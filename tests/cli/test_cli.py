@@ -12,7 +12,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import spear
@@ -25,7 +24,6 @@ from spear.cli import COMMANDS, load, main, options_of
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import droid
 from spear.labels.store import write_labels
-from spear.util.images import encode_picture
 from spear.util.options import option_names
 
 
@@ -132,24 +130,6 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused
     for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate.closed"))]:
         monkeypatch.delitem(sys.modules, name)
     assert "pip install 'spear-vla[sim]'" in refused("evaluate", "--policy", "expert", "--scenes", "1")
-
-
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        ("label {}/photo.png --out {}/labels", "GEMINI_API_KEY"),
-        ("train nano-post --init nano --episodes {} --steps 1 --set batch_size=2 --out {}/out", "{}/out/final"),
-    ],
-)
-def test_what_a_page_says_to_install_is_enough(command: str, says: str, tmp_path: Path) -> None:
-    """Without the extras that docs/label.md and docs/finetune.md do not name."""
-    write_episodes([make(0)], tmp_path)
-    (tmp_path / "photo.png").write_bytes(encode_picture(np.zeros((8, 8, 3), np.uint8), "photo.png"))
-    others = "mujoco gymnasium mani_skill ray peft tensorboard open3d rerun vla_eval".split()
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import spear.cli as c; c.main(sys.argv[1:])"
-    argv = [sys.executable, "-c", code, *command.replace("{}", str(tmp_path)).split()]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert says.replace("{}", str(tmp_path)) in done.stdout + done.stderr
 
 
 def test_interrupted_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
