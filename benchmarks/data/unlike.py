@@ -59,11 +59,8 @@ def main(policy: str, data: str, split: str = "train") -> None:
         for episode in store:
             for step, encoded in enumerate(episode.images["external"]):
                 parts = episode.position[step], episode.rotation[step], episode.gripper[step : step + 1]
-                state, image, count = (
-                    np.concatenate(parts).astype(np.float64),
-                    decode_image(encoded),
-                    count + 1,
-                )
+                state, image = np.concatenate(parts).astype(np.float64), decode_image(encoded)
+                count += 1
                 for name, change in CHANGES.items():
                     where, shown = change(state, image)
                     pixels = fit_image(np.ascontiguousarray(shown), height, width).transpose(2, 0, 1)
