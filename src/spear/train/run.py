@@ -29,7 +29,7 @@ from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
-from spear.util.ledger import add_files
+from spear.util.ledger import add_files, alone
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
 TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
@@ -55,7 +55,7 @@ def train(
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    opt, alone, steps = stage.optimization, parallel.world() == 1, asked.steps
+    opt, single, steps = stage.optimization, parallel.world() == 1, asked.steps
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
@@ -66,7 +66,7 @@ def train(
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"goes on otherwise than before: {was}": otherwise,
         f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
-        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and alone,
+        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
     }
     for words in (w for w, so in notes.items() if so and not how.quiet):
         notice(words)
@@ -81,9 +81,6 @@ def train(
     final, found = out / "final", newest(out / "checkpoints")
     if parallel.rank() == 0:
         torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
-        part = out / ".part-final"
-        shutil.rmtree(part, ignore_errors=True)
-        save(part)
         learned = (begun_with or {}).get("learned", "").split()
         learned += (mark for _, store, _ in inputs.episodes for mark in store.marks())
         written = {
@@ -95,16 +92,20 @@ def train(
             "learned": " ".join(dict.fromkeys(learned)),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
             "processes": parallel.world(),
-            "sharded": how.sharded and not alone,
+            "sharded": how.sharded and not single,
             "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "spear": spear.__version__,
             "torch": torch.__version__,
         }
-        save_made_by(part, written)
-        shutil.rmtree(final, ignore_errors=True)
-        part.replace(final)
+        with alone(out, "training into"):
+            part = out / ".part-final"
+            shutil.rmtree(part, ignore_errors=True)
+            save(part)
+            save_made_by(part, written)
+            shutil.rmtree(final, ignore_errors=True)
+            part.replace(final)
     parallel.wait()
     return final
 
