@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from refusals import refuses
+from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
@@ -145,13 +144,11 @@ def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> Non
 def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:
     policy = Spear1Policy.load()
     both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
-    with warnings.catch_warnings(), suppress_notices():
-        warnings.simplefilter("error")
+    with no_warning(), suppress_notices():
         policy.infer(both[0])
     with pytest.warns(Notice, match="observation/wrist_image"):
         alone = [policy.infer(one)["actions"] for one in both]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once
+    with no_warning():  # once
         policy.infer(both[0])
     for one, result in zip(alone, policy.infer_batch(both), strict=True):
         np.testing.assert_allclose(one, result["actions"], atol=1e-5)
@@ -160,13 +157,11 @@ def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_els
 
 def test_another_aspect_is_said_once_and_never_stretched(nano: Spear1Policy) -> None:
     tall = np.zeros((300, 200, 3), np.uint8)
-    with warnings.catch_warnings(), suppress_notices():
-        warnings.simplefilter("error")
+    with no_warning(), suppress_notices():
         nano.infer(observation(image=tall))  # an example of ours, of which users need not hear
     with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
         nano.infer(observation(image=tall))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         nano.infer(observation(image=tall))
 
 
