@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
+from data_tiny import make, stored
 from refusals import no_warning, refuses
+from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
+from spear.data.seen import Seen
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -186,3 +191,38 @@ def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path)
     refuses(r"views do not match: .*wrist", load_vlm, views)
     load_vlm("nano").model.save_pretrained(tmp_path / "vlm")
     refuses("SPEAR-VLM", Spear1Policy.load, tmp_path / "vlm")
+
+
+def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Path) -> None:
+    mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
+    made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
+    steps = [make(i).position[:-1] for i in range(3)]
+    np.testing.assert_allclose(
+        [made.low, made.high], [np.min(steps, (0, 1)), np.max(steps, (0, 1))], atol=1e-6
+    )
+    turns = Rotation.from_quat(np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True)
+    apart = (turns.mean().inv() * turns).magnitude()
+    assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn
+    assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
+    made.save(tmp_path / "seen.json")
+    assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
+    (tmp_path / "seen.json").write_text("{}")
+    refuses("seen.json", Seen.load, tmp_path / "seen.json")
+
+    facing, colour = (0.0, 1.0, 0.0, 0.0), {"external": (20.0, 2.0)}
+    known = Seen((0.3, -0.1, 0.1), (0.6, 0.1, 0.3), facing, 0.5, colour)
+    image = np.tile(np.array([[90, 80, 70], [150, 140, 130]], np.uint8), (210, 140, 1))
+    for changes, said in (
+        ({}, ""),
+        ({"image": image[..., ::-1]}, "'external': red and blue"),
+        ({"image": 0 * image}, "'external' shows nothing"),
+        ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
+        ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
+    ):
+        again = dataclasses.replace(nano, known=known)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                again.inputs([observation(**({"image": image} | changes))])
+        found = [str(w.message) for w in caught if "unlike" in str(w.message)]
+        assert len(found) == bool(said) and said in "".join(found)

@@ -11,6 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
+from spear.data.seen import Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
@@ -25,6 +26,9 @@ from spear.models.weights.folders import locate
 from spear.models.weights.load import Model
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
+
+LOOKED_AT = 64
+"""So many observations at the beginning are compared with those of training (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ class Spear1Policy:
     seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
            many observations came before it; never on what else is in the batch.
     folder where it was loaded from; dataset: whose units were asked for.
+    known  what it saw in training; what its first observations have otherwise is noted.
     """
 
     model: Spear1ForActionPrediction
@@ -158,6 +163,7 @@ class Spear1Policy:
     seed: int = 0
     folder: Path | None = None
     dataset: str | None = None
+    known: Seen | None = None
     _seen: int = field(default=0, init=False, repr=False)
     _missed: set[str] = field(default_factory=set, init=False, repr=False)
 
@@ -184,7 +190,8 @@ class Spear1Policy:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
         processor = Processor.load(folder, model.config.vlm_config)
         steps = model.flow.steps if steps is None else steps
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder, dataset)
+        known = Seen.load(folder / "seen.json")
+        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder, dataset, known)
 
     @property
     def identity(self) -> str | None:
@@ -261,6 +268,11 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
+        if self.known and self._seen < LOOKED_AT:
+            shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
+            for key, words in self.known.unlike(states.numpy(), shown):
+                if key not in self._missed and notice(f"observations unlike those of training: {words}"):
+                    self._missed.add(key)
         text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import time
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import spear
-from spear.errors import Notice, SpearError, check_known, needs, unknown_name
+from spear.errors import Notice, SpearError, check_known, is_first_process, needs, unknown_name
 from spear.util.files import FULL, FULL_DISK
 
 COMMANDS: dict[str, str] = {
@@ -108,6 +109,8 @@ def _run(args: list[str]) -> int:
         line = _one_line(error)
         if line is None:
             raise
+        if not is_first_process():
+            time.sleep(5)  # of what all meet, the first one speaks: then torchrun ends the others
         print(f"error: {line}", file=sys.stderr)
         return getattr(error, "code", 2)
 

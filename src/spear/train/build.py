@@ -9,6 +9,7 @@ import torch
 
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
+from spear.data.seen import Seen
 from spear.errors import SpearError, check_known
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
@@ -186,8 +187,12 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
         questions = _questions(stage, labels, known, processor, stage.question_images, seed)
         _weigh_numbers(model.vlm.config, stage)
     task = tasks.VlaTask(model, processor, normalizer, samples, stage, questions)
-    writers = model.save_pretrained, processor.save, lambda out: normalizer.save(out / "normalizer.json")
-    return model, task, writers
+
+    def save(out: Path) -> None:
+        normalizer.save(out / "normalizer.json")
+        Seen.of(samples, stage.batch_size).save(out / "seen.json")
+
+    return model, task, (model.save_pretrained, processor.save, save)
 
 
 def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:

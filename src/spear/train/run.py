@@ -1,7 +1,7 @@
 """From a recipe to a trained folder: builds the model, its data and its task, and runs the loop.
 
 The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D
-tokens), for policies `normalizer.json`, and `recipe.json` (what was trained, how, for how long, on what).
+tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what was trained, how, on what).
 """
 
 import dataclasses

@@ -1,0 +1,105 @@
+"""What a policy saw of its robot in training, by which it notices a robot that sends something else.
+
+Exchanged colours, another frame, or a quaternion in another order make a valid observation, and a robot that
+moves smoothly to the wrong place. All thresholds are our choice.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from spear.data.mixture import TrainingSamples
+from spear.errors import SpearError
+from spear.types import Array
+from spear.util.files import write_text
+
+SAMPLES = 512
+"""Steps that are looked at, as training draws them."""
+BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
+"""So far beyond what was seen is noted: of positions, further than the seen range is wide and this; of
+orientations, this."""
+LEVELS = 3.0
+"""The least spread of colours that counts, of 255."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of the steps that training drew.
+
+    low, high  the least and the largest position, m, base frame.
+    facing     the mean orientation, unit quaternion; turned: the largest angle from it, rad.
+    redder     camera → mean and standard deviation, over images, of the mean of red minus blue (0 … 255).
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    facing: tuple[float, ...]
+    turned: float
+    redder: Mapping[str, tuple[float, float]]
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @staticmethod
+    def of(samples: TrainingSamples, batch_size: int) -> "Seen":
+        """From the first batches of a training: what was read there can be read again."""
+        plain = replace(samples, augment=0.0)
+        batches = [plain.batch(step, batch_size) for step in range(-(-SAMPLES // batch_size))]
+        position, rotation = (np.concatenate([b[name] for b in batches]) for name in ("position", "rotation"))
+        # The mean of orientations, whatever the signs of their quaternions (Markley et al. 2007).
+        facing = np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
+        redder = {}
+        for view in plain.views:
+            images = np.concatenate([b["images"][view][b["views"][view]] for b in batches])
+            if len(images):
+                found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
+                redder[view] = (float(found.mean()), float(found.std()))
+        low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
+        turned = float(_angles(rotation, facing).max())
+        return Seen(low, high, tuple(map(float, facing)), turned, redder)
+
+    def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+        """What of observations is unlike training, as (key, words).
+
+        states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them.
+        """
+        ends, where = np.array([self.low, self.high]), states[:, :3]
+        room = ends[1] - ends[0] + BEYOND_M
+        for axis in np.flatnonzero(((where < ends[0] - room) | (where > ends[1] + room)).any(0)):
+            seen = f"training had {ends[0, axis]:.2f} … {ends[1, axis]:.2f}"
+            yield (
+                f"state {axis}",
+                f"{'xyz'[axis]} is {where[0, axis]:.2f} m, {seen}: another base frame or unit?",
+            )
+        angle = float(_angles(states[:, 3:7], np.array(self.facing)).max())
+        if angle > self.turned + TURNED_RAD:
+            here, there = np.degrees([angle, self.turned])
+            seen = f"turned by {here:.0f}° from the mean orientation, in training by {there:.0f}° at most"
+            yield "rotation", f"{seen}: another order of the quaternion, or another frame?"
+        for view, pixels in images.items():
+            mean, spread = self.redder.get(view, (0.0, 0.0))
+            red, blue = (pixels[:, channel].mean(dtype=np.float64) for channel in (0, 2))
+            spread = max(spread, LEVELS)
+            if abs(red - blue - mean) > 4 * spread and abs(blue - red - mean) < 2 * spread:
+                yield view, f"camera {view!r}: red and blue are as if exchanged: send RGB, not BGR"
+            if np.ptp(pixels) < LEVELS:
+                yield view, f"camera {view!r} shows nothing: is it covered, or off?"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; complete or not at all."""
+        write_text(path, TypeAdapter(Seen).dump_json(self, indent=1).decode())
+
+    @staticmethod
+    def load(path: Path) -> "Seen | None":
+        """What `save` wrote; None where there is no such file. Raises `SpearError` for another one."""
+        try:
+            return TypeAdapter(Seen).validate_json(path.read_bytes()) if path.is_file() else None
+        except ValidationError as error:
+            raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
+
+
+def _angles(rotation: Array, facing: Array) -> Array:
+    """Angles [B], rad, between orientations [B, 4] and one [4]."""
+    found: Array = 2 * np.arccos(np.clip(np.abs(rotation @ facing), 0, 1))
+    return found
