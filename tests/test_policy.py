@@ -197,9 +197,8 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
     made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
     steps = [make(i).position[:-1] for i in range(3)]
-    np.testing.assert_allclose(
-        [made.low, made.high], [np.min(steps, (0, 1)), np.max(steps, (0, 1))], atol=1e-6
-    )
+    ends = np.min(steps, (0, 1)), np.max(steps, (0, 1))
+    np.testing.assert_allclose([made.low, made.high], ends, atol=1e-6)
     turns = Rotation.from_quat(np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True)
     apart = (turns.mean().inv() * turns).magnitude()
     assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn

@@ -116,9 +116,8 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
-    info["features"]["observation.state"]["names"] = {
-        "motors": [f"joint_{i}" for i in range(6)] + ["gripper"]
-    }
+    motors = [*(f"joint_{i}" for i in range(6)), "gripper"]
+    info["features"]["observation.state"]["names"] = {"motors": motors}
     (copy / "meta/info.json").write_text(json.dumps(info))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken

@@ -128,11 +128,8 @@ def test_the_order_depends_on_seed_and_step_alone(
         seen = [getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")]
         np.testing.assert_array_equal(state, np.hstack(seen))
         assert mask[0] and action.shape == (5, 8)
-    assert len(mixture) == sum(
-        int(episode_actions(store.without_images(e))[1].sum())
-        for _, store, _ in sources
-        for e in range(len(store))
-    )
+    whole = [store.without_images(e) for _, store, _ in sources for e in range(len(store))]
+    assert len(mixture) == sum(int(episode_actions(episode)[1].sum()) for episode in whole)
 
     workers = data.draw(st.integers(1, 4))
     found = {}
