@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from browser import chromium
+from browser import Tab, chromium
 from serve_here import serving
 from spear.policy import Spear1Policy
 from spear.ui.page import Page
@@ -31,7 +31,7 @@ def main(out: Path = PICTURE) -> None:
         chromium(Path(profile)) as browser,
         serving(policy, page=Page(policy, "nano", None, 2**20)) as server,
     ):
-        tab = browser.tab()
+        tab = Tab(browser)
         tab.open(f"http://127.0.0.1:{server.port}/", WIDTH, 1200)
         tab.wait(READY)
         tab.click("#run")

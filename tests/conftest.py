@@ -65,6 +65,14 @@ def nano(loaded_nano: Any) -> Any:
     return loaded_nano
 
 
+@pytest.fixture
+def known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets and an encoder as small as the checkpoints of `published_checkpoints`."""
+    from published_checkpoints import know_tiny
+
+    know_tiny(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def renderer() -> Any:
     """The simulator's `Renderer`; skips where there is none."""

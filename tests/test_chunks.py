@@ -3,7 +3,6 @@
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from refusals import refuses
+from refusals import no_warning, refuses
 from spear.chunks import REPLAN, ChunkExecutor, Pilot
 from spear.errors import Notice
 from spear.types import Array
@@ -247,8 +246,7 @@ def test_one_late_step_leaves_no_later_observation_waiting(
     monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("spear.chunks.time.sleep", sleep)
     pilot, stepped = Pilot(policy(lambda _: chunk(0)), "sync"), list[float]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         for tick in range(12):
             clock[0] = max(clock[0], 100 + 0.2 * tick + 0.08 * (tick == late))
             pilot.step({})

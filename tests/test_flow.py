@@ -19,12 +19,8 @@ from spear.models.presets import preset
 from spear.types import Action
 
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
-ALL = [
-    FlowConfig(rotation=rotation, rotation_loss=kind, prediction=prediction)  # type: ignore[arg-type]
-    for rotation, kind, prediction in itertools.product(
-        ("s3", "linear"), ("cosine", "mse"), ("velocity", "clean")
-    )
-]
+CHOICES = itertools.product(("s3", "linear"), ("cosine", "mse"), ("velocity", "clean"))
+ALL = [FlowConfig(rotation=where, rotation_loss=kind, prediction=what) for where, kind, what in CHOICES]
 
 
 def name(config: FlowConfig) -> str:

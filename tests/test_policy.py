@@ -13,12 +13,11 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make
-from refusals import refuses
+from data_tiny import make, stored
+from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.data.seen import Seen
-from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -26,11 +25,6 @@ from spear.train.tasks import robot_inputs
 from spear.util.images import fit_image
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
-
-
-@pytest.fixture(scope="module")
-def policy() -> Spear1Policy:
-    return Spear1Policy.load("nano")
 
 
 def observation(**changes: Any) -> dict[str, Any]:
@@ -72,11 +66,11 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )
-def test_bad_observations_are_refused_by_key(policy: Spear1Policy, changes: dict[str, Any], key: str) -> None:
-    refuses(key, policy.infer, observation(**changes))
+def test_bad_observations_are_refused_by_key(nano: Spear1Policy, changes: dict[str, Any], key: str) -> None:
+    refuses(key, nano.infer, observation(**changes))
 
 
-def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tmp_path: Path) -> None:
+def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "each"
     shutil.copytree(locate("nano"), folder)
     whole = Normalizer.load(folder / "normalizer.json")
@@ -91,32 +85,32 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(policy: Spear1Policy, tm
     refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
 
 
-def test_an_answer_begins_with_what_is_decided(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.model.config, "committed", 2)
-    free = policy.infer(observation())["actions"]
+def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano.model.config, "committed", 2)
+    free = nano.infer(observation())["actions"]
     rows = np.array([[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32)
     both = [observation(), observation(committed=rows), observation(committed=rows[:1])]
-    none, two, one = (result["actions"] for result in policy.infer_batch(both))
+    none, two, one = (result["actions"] for result in nano.infer_batch(both))
     np.testing.assert_allclose(none, free, atol=1e-5)
     np.testing.assert_allclose(two[:2], rows, atol=1e-6)
     np.testing.assert_allclose(one[:1], rows[:1], atol=1e-6)
     assert np.abs(one[1:] - two[1:]).max() > 1e-4 < np.abs(one[1:] - free[1:]).max()
-    refuses("committed", policy.infer, observation(committed=two[:3]))
+    refuses("committed", nano.infer, observation(committed=two[:3]))
 
 
-def test_the_gripper_stays_in_its_range(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = policy.model.action_out_proj.bias
+def test_the_gripper_stays_in_its_range(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = nano.model.action_out_proj.bias
     before = bias.data.clone()
     for far, opening in ((9.0, 1), (-9.0, 0)):
         monkeypatch.setattr(bias, "data", before + far * torch.eye(8)[7])
-        assert (policy.infer(observation())["actions"][:, 7] == opening).all()
+        assert (nano.infer(observation())["actions"][:, 7] == opening).all()
 
 
-def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(policy: Spear1Policy) -> None:
-    assert policy.steps == policy.model.flow.steps == 5
-    inputs = policy.inputs([observation()])
-    own, two = policy.model.sample_actions(**inputs), policy.model.sample_actions(**inputs, steps=2)
-    assert torch.equal(own.to_vector(), policy.predict(inputs).to_vector())
+def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(nano: Spear1Policy) -> None:
+    assert nano.steps == nano.model.flow.steps == 5
+    inputs = nano.inputs([observation()])
+    own, two = nano.model.sample_actions(**inputs), nano.model.sample_actions(**inputs, steps=2)
+    assert torch.equal(own.to_vector(), nano.predict(inputs).to_vector())
     again = Spear1Policy.load("nano", steps=2)
     assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
     assert load_agent("nano", flow_steps=2).weights != load_agent("nano").weights  # results never mix
@@ -130,54 +124,50 @@ def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> N
         refuses(f"--{option.replace('_', '-')} {value}", load_agent, name, **{option: value})
 
 
-def test_of_nothing_there_are_no_actions_and_no_answers(policy: Spear1Policy) -> None:
-    assert policy.infer_batch([]) == load_vlm().answer([], []) == []
+def test_of_nothing_there_are_no_actions_and_no_answers(nano: Spear1Policy) -> None:
+    assert nano.infer_batch([]) == load_vlm().answer([], []) == []
 
 
-def test_acting_reads_an_observation_as_training_reads_a_step(policy: Spear1Policy) -> None:
+def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy) -> None:
     state = np.array([0.45, 0.1, 0.2, 0.8, 0.36, -0.48, 0, 0.25], np.float32)
     seen = observation(state=state)
     keys = {"external": "observation/image", "wrist": "observation/wrist_image"}
-    images = {v: fit_image(seen[k], *policy.image_sizes[v][::-1])[None] for v, k in keys.items()}
+    images = {v: fit_image(seen[k], *nano.image_sizes[v][::-1])[None] for v, k in keys.items()}
     raw = {"images": images, "views": {}, "action": np.zeros((1, 5, 8), np.float32)}
     raw |= {"position": state[None, :3], "rotation": state[None, 3:7], "gripper": state[7:]}
     raw |= {"action_mask": np.ones((1, 5), bool), "instruction": [seen["prompt"]]}
-    learned, acted = robot_inputs(policy.processor, policy.normalizer, raw), policy.inputs([seen])
+    learned, acted = robot_inputs(nano.processor, nano.normalizer, raw), nano.inputs([seen])
     for name in ("state", "input_ids", "pixel_values"):
         torch.testing.assert_close(acted[name], learned[name])
 
 
-def test_how_the_instruction_is_typed_changes_nothing(policy: Spear1Policy) -> None:
-    typed = policy.infer(observation(prompt="Put the carrot on the plate."))
-    np.testing.assert_array_equal(typed["actions"], policy.infer(observation())["actions"])
+def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> None:
+    typed = nano.infer(observation(prompt="Put the carrot on the plate."))
+    np.testing.assert_array_equal(typed["actions"], nano.infer(observation())["actions"])
 
 
 def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:
     policy = Spear1Policy.load()
     both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
-    with warnings.catch_warnings(), suppress_notices():
-        warnings.simplefilter("error")
+    with no_warning(), suppress_notices():
         policy.infer(both[0])
     with pytest.warns(Notice, match="observation/wrist_image"):
         alone = [policy.infer(one)["actions"] for one in both]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once
+    with no_warning():  # once
         policy.infer(both[0])
     for one, result in zip(alone, policy.infer_batch(both), strict=True):
         np.testing.assert_allclose(one, result["actions"], atol=1e-5)
     assert not np.allclose(alone[0], policy.infer(observation())["actions"])
 
 
-def test_another_aspect_is_said_once_and_never_stretched(policy: Spear1Policy) -> None:
+def test_another_aspect_is_said_once_and_never_stretched(nano: Spear1Policy) -> None:
     tall = np.zeros((300, 200, 3), np.uint8)
-    with warnings.catch_warnings(), suppress_notices():
-        warnings.simplefilter("error")
-        policy.infer(observation(image=tall))  # an example of ours, of which users need not hear
+    with no_warning(), suppress_notices():
+        nano.infer(observation(image=tall))  # an example of ours, of which users need not hear
     with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
-        policy.infer(observation(image=tall))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        policy.infer(observation(image=tall))
+        nano.infer(observation(image=tall))
+    with no_warning():
+        nano.infer(observation(image=tall))
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:
@@ -203,14 +193,12 @@ def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path)
     refuses("SPEAR-VLM", Spear1Policy.load, tmp_path / "vlm")
 
 
-def test_what_training_never_had_is_noted_once(policy: Spear1Policy, tmp_path: Path) -> None:
-    write_episodes([make(i) for i in range(3)], tmp_path)
-    mixture = Mixture([("it", EpisodeStore(tmp_path), 1.0)])
+def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Path) -> None:
+    mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
     made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
     steps = [make(i).position[:-1] for i in range(3)]
-    np.testing.assert_allclose(
-        [made.low, made.high], [np.min(steps, (0, 1)), np.max(steps, (0, 1))], atol=1e-6
-    )
+    ends = np.min(steps, (0, 1)), np.max(steps, (0, 1))
+    np.testing.assert_allclose([made.low, made.high], ends, atol=1e-6)
     turns = Rotation.from_quat(np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True)
     apart = (turns.mean().inv() * turns).magnitude()
     assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn
@@ -230,7 +218,7 @@ def test_what_training_never_had_is_noted_once(policy: Spear1Policy, tmp_path: P
         ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
         ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
     ):
-        again = dataclasses.replace(policy, known=known)
+        again = dataclasses.replace(nano, known=known)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):

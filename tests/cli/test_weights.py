@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from published_checkpoints import (
-    ROWS,
-    TINY14,
-    know_tiny,
-    paligemma,
-    pi0,
-    publish_moge,
-    publish_paligemma,
-    publish_pi0,
-)
+from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
 from refusals import Command
 from spear.cli import main
 from spear.models.processing import Processor
@@ -28,12 +19,8 @@ from spear.models.weights import conversion
 from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
+pytestmark = pytest.mark.usefixtures("known_sizes")
 BACKBONES = ("convert", "backbones")
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    know_tiny(monkeypatch)
 
 
 def coordinates(path: Path, bins: int = TINY14.bins) -> str:
@@ -80,12 +67,11 @@ def test_what_does_not_fit_is_one_line(
     assert "'--dry-run'" in refused(*BACKBONES, bare, "none", "--dryrun")
     into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
     assert "cannot write" in refused(*BACKBONES, bare, "none", *into)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     into = ("--out", str(tmp_path / "full"), "--preset", "tiny14")
-    assert "no room for" in refused(*BACKBONES, bare, "none", *into)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+        assert "no room for" in refused(*BACKBONES, bare, "none", *into)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
-    monkeypatch.undo()
-    know_tiny(monkeypatch)
     into = ("--out", str(tmp_path / "out"), "--preset", "tiny14")
     assert "without a processor" in done(*BACKBONES, bare, "none", *into)
     for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare)):

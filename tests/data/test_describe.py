@@ -23,9 +23,8 @@ from spear.data.readers.spec import REGISTRY
 def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, name: str) -> None:
     folder, known = shared / "data" / name, REGISTRY["bridge_dataset"]
     found = describe(folder)
-    for key in ("position", "rotation", "gripper", "command", "logged_translation", "logged_rotation"):
-        assert found[key] == getattr(known, key), key
-    for key in ("rotation_format", "logged_kind", "logged_frame"):
+    columns = ("position", "rotation", "gripper", "command", "logged_translation", "logged_rotation")
+    for key in (*columns, "rotation_format", "logged_kind", "logged_frame"):
         assert found[key] == getattr(known, key), key
     assert found["images"]["external"].startswith("observation/image") and "wrist" not in found["images"]
     closed, opened = found["gripper_range"]
@@ -116,9 +115,8 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
-    info["features"]["observation.state"]["names"] = {
-        "motors": [f"joint_{i}" for i in range(6)] + ["gripper"]
-    }
+    motors = [*(f"joint_{i}" for i in range(6)), "gripper"]
+    info["features"]["observation.state"]["names"] = {"motors": motors}
     (copy / "meta/info.json").write_text(json.dumps(info))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken

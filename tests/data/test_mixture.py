@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from data_tiny import make as tiny
-from data_tiny import png
+from data_tiny import png, stored
 from refusals import refuses
 from spear.data.actions import episode_actions
 from spear.data.mixture import Mixture, TrainingSamples, jitter
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.types import Episode
 
@@ -35,8 +35,7 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
         parts |= {"action_mask": np.arange(steps) != 2, "instruction": f"task {e}", "source": f"{name} {e}"}
         return tiny(e, steps, **parts)
 
-    write_episodes([make(e) for e in range(episodes)], folder, shard_size=2)
-    return EpisodeStore(folder)
+    return stored([make(e) for e in range(episodes)], folder, shard_size=2)
 
 
 @pytest.fixture
@@ -116,9 +115,8 @@ def test_the_order_depends_on_seed_and_step_alone(
             action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
             made.append(tiny(e, steps, action=action, action_mask=mask))
         made.append(tiny(len(episodes), 2))  # with a valid step
-        write_episodes(made, folder / str(number), shard_size=2)
-        weight = data.draw(st.floats(0.01, 100))
-        sources.append((f"set {number}", EpisodeStore(folder / str(number)), weight))
+        store = stored(made, folder / str(number), shard_size=2)
+        sources.append((f"set {number}", store, data.draw(st.floats(0.01, 100))))
 
     mixture = Mixture(sources, seed)
     steps = list(range(first, first + 6))
@@ -130,11 +128,8 @@ def test_the_order_depends_on_seed_and_step_alone(
         seen = [getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")]
         np.testing.assert_array_equal(state, np.hstack(seen))
         assert mask[0] and action.shape == (5, 8)
-    assert len(mixture) == sum(
-        int(episode_actions(store.without_images(e))[1].sum())
-        for _, store, _ in sources
-        for e in range(len(store))
-    )
+    whole = [store.without_images(e) for _, store, _ in sources for e in range(len(store))]
+    assert len(mixture) == sum(int(episode_actions(episode)[1].sum()) for episode in whole)
 
     workers = data.draw(st.integers(1, 4))
     found = {}

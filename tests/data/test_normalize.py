@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make
+from data_tiny import make, stored
 from refusals import refuses
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch
 from spear.train.tasks import robot_inputs
 from spear.types import Action
@@ -31,8 +31,7 @@ def make_store(folder: Path, seed: int, spread: tuple[float, float, float], step
     action[~valid, :3] = 1000
     position = rng.uniform(0, 1, (steps, 3)) * spread
     parts = {"images": {"external": [b"x"] * steps}, "position": position, "gripper": np.ones(steps)}
-    write_episodes([make(seed, steps, action=action, action_mask=valid, **parts)], folder)
-    return EpisodeStore(folder)
+    return stored([make(seed, steps, action=action, action_mask=valid, **parts)], folder)
 
 
 def test_statistics_mean_what_they_say(tmp_path: Path) -> None:
@@ -171,8 +170,7 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
     refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
     masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
-    write_episodes([masked], tmp_path / "b")
-    refuses("nothing to fit", Normalizer.fit, [(EpisodeStore(tmp_path / "b"), 1.0)])
+    refuses("nothing to fit", Normalizer.fit, [(stored([masked], tmp_path / "b"), 1.0)])
 
 
 def worst_rank(sketch: QuantileSketch, values: np.ndarray) -> float:

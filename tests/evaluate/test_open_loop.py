@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make
+from data_tiny import make, stored
 from refusals import Command, refuses
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -57,8 +57,7 @@ class Replay:
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    write_episodes([episode(i) for i in range(8)], tmp_path)
-    store = EpisodeStore(tmp_path)
+    store = stored([episode(i) for i in range(8)], tmp_path)
     return store.subset(range(6)), store.subset([6, 7])
 
 
@@ -110,8 +109,7 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
 @pytest.mark.parametrize("views", [("external",), ("external", "left")])
 def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[str, ...]) -> None:
     three = dict.fromkeys(("external", "wrist", "left"), make(0, 6).images["external"])
-    write_episodes([make(0, 6, images=three)], tmp_path)
-    store, seen = EpisodeStore(tmp_path), set[str]()
+    store, seen = stored([make(0, 6, images=three)], tmp_path), set[str]()
 
     class Asked(Replay):
         image_sizes = dict.fromkeys(views, (32, 32))

@@ -49,11 +49,8 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
     asked = generate(replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES)
     assert asked and {question.unit for question in asked} == {"relative"}
-    for part, said in (
-        (pointmap.model, "its 0 points"),
-        (segmenter._network, "Sam2"),
-        (detector._network, "Dino"),
-    ):
+    parts = {"its 0 points": pointmap.model, "Sam2": segmenter._network, "Dino": detector._network}
+    for said, part in parts.items():
         for weights in part.parameters():
             weights.data.fill_(np.nan)  # in each before those that are broken already
         refuses(said, list, label([photo], detector, segmenter, pointmap, settings))

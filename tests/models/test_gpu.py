@@ -1,11 +1,10 @@
 """The fast paths on a GPU: CUDA graphs and compiled layers give what the plain network gives there."""
 
-import warnings
-
 import pytest
 import torch
 
 from models_tiny import START, TINY, actions, pixels, reference, spear1, text, vlm
+from refusals import no_warning
 from spear import flow
 from spear.models.decode import STACK, greedy
 from spear.models.fast.stack import can_compile
@@ -18,8 +17,7 @@ H = TINY.horizon
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
     model = spear1().to("cuda", dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a graph that cannot be recorded is said by a warning
+    with no_warning():  # a graph that cannot be recorded is said by a warning
         for batch, padded in ((1, False), (3, True), (1, False), (3, True)):
             ids, mask = (x.cuda() for x in text(batch, 6))
             images = {view: image.cuda() for view, image in pixels(batch).items()}
@@ -45,8 +43,7 @@ def test_answers_from_graphs() -> None:
     on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammars=grammars)
     model.cuda()
     moved = {view: image.cuda() for view, image in images.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         for _ in range(2):
             found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammars=grammars)
             assert torch.equal(found.cpu(), on_cpu)

@@ -1,5 +1,6 @@
 """SPEAR-1: block-causal information flow, flow samples, sampling, checkpoints."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,12 @@ def activations(
     """Every layer's output, of the VLM [B, S, D] and of the expert [B, 1 + H, D]."""
     images, ids, mask, _ = inputs()
     kept: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda m, a, out, name=name: kept.__setitem__(name, out.detach().clone())
-        )
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
-    ]
-    with torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if type(module).__name__ in ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"):
+                keep = lambda m, a, out, name=name: kept.update({name: out.detach().clone()})  # noqa: E731
+                hooks.enter_context(module.register_forward_hook(keep))
         model.predict(model.prefix(images, ids, mask), state, noisy, torch.full((B,), 0.3))
-    for hook in hooks:
-        hook.remove()
     return kept
 
 

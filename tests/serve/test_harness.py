@@ -106,9 +106,8 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
     moves = np.random.default_rng(1).normal(size=(5, 3)) / 100
     chunk = np.concatenate([moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1)
-    for row in ROBOT.controls["maniskill2_rotation_vector"].convert(
-        chunk.astype(np.float32), ours["observation/state"], seen
-    ):
+    control = ROBOT.controls["maniskill2_rotation_vector"]
+    for row in control.convert(chunk.astype(np.float32), ours["observation/state"], seen):
         benchmark.step({"actions": row})
     link = Rotation.from_quat(seen["states"][3:7], scalar_first=True)
     ee = Rotation.from_quat(ours["observation/state"][3:7], scalar_first=True)

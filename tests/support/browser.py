@@ -27,9 +27,12 @@ def until(true: Any, what: str, patience: float = PATIENCE) -> None:
 
 
 class Tab:
-    """One page. Notes the errors that its scripts make."""
+    """One page, in the browser whose tools listen at this port. Notes the errors that its scripts make."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, port: int) -> None:
+        new = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
+        with urllib.request.urlopen(new, timeout=PATIENCE) as reply:
+            address = json.load(reply)["webSocketDebuggerUrl"]
         self._socket = connect(address, max_size=None, compression=None, proxy=None)
         self._count = 0
         self.errors: list[str] = []
@@ -102,19 +105,9 @@ class Tab:
         self.key("Enter", windowsVirtualKeyCode=13, text="\r")
 
 
-class Browser:
-    def __init__(self, port: int) -> None:
-        self._port = port
-
-    def tab(self) -> Tab:
-        address = f"http://127.0.0.1:{self._port}/json/new?about:blank"
-        with urllib.request.urlopen(urllib.request.Request(address, method="PUT"), timeout=PATIENCE) as reply:
-            return Tab(json.load(reply)["webSocketDebuggerUrl"])
-
-
 @contextmanager
-def chromium(folder: Path) -> Iterator[Browser]:
-    """Chromium with an empty profile in `folder`; SPEAR_CHROMIUM names another program than those usual."""
+def chromium(folder: Path) -> Iterator[int]:
+    """Chromium with an empty profile in `folder`: the port of its tools. SPEAR_CHROMIUM: another program."""
     program = os.environ.get("SPEAR_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("no Chromium found (set SPEAR_CHROMIUM)")
@@ -128,7 +121,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
         until(lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text()), program)
         if process.poll() is not None:
             pytest.skip(f"{program} does not start here (exit code {process.returncode})")
-        yield Browser(int(ready.read_text().splitlines()[0]))
+        yield int(ready.read_text().splitlines()[0])
     finally:
         process.terminate()
         process.wait(60)

@@ -2,12 +2,14 @@
 
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
+from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.types import Episode
 from spear.util.images import encode_jpeg, encode_picture
 
@@ -58,6 +60,11 @@ def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: 
         "source": f"made#{index}",
     }
     return Episode(**{**fields, **parts})
+
+
+def stored(episodes: Iterable[Episode], folder: Path, **how: int) -> EpisodeStore:
+    write_episodes(episodes, folder, **how)
+    return EpisodeStore(folder)
 
 
 def assert_same(a: Episode, b: Episode, atol: float = 0.0) -> None:

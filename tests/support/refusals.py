@@ -1,6 +1,8 @@
-"""What is wrong is said in one line, by everything that refuses."""
+"""What is wrong is said in one line, by everything that refuses; what is right is not warned of."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,3 +20,10 @@ def refuses(words: str, call: Callable[..., Any], *given: Any, **named: Any) -> 
         call(*given, **named)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@contextmanager
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

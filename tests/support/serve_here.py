@@ -48,15 +48,6 @@ def homing(state: np.ndarray) -> np.ndarray:
     return np.tile([*(-0.1 * np.float64(state[:3])), 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
 
 
-LOOPS: dict[PolicyServer, asyncio.AbstractEventLoop] = {}
-
-
-def stop(server: PolicyServer) -> None:
-    """Stop a server that runs in another thread, as SIGTERM would."""
-    if not LOOPS[server].is_closed():
-        LOOPS[server].call_soon_threadsafe(server.stop)
-
-
 SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
 """The code of `spear`, whose words follow it."""
 
@@ -114,8 +105,7 @@ def serving(
 
     async def main() -> None:
         server = PolicyServer(service, ServeOptions("test", **{"port": 0, **options}), page)
-        held["server"] = server
-        LOOPS[server] = asyncio.get_running_loop()
+        held.update(server=server, loop=asyncio.get_running_loop())
         await server.run(lambda _: started.set())
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
@@ -125,6 +115,7 @@ def serving(
         try:
             yield held["server"]
         finally:
-            stop(held["server"])
+            if not held["loop"].is_closed():
+                held["loop"].call_soon_threadsafe(held["server"].stop)  # as SIGTERM would
             thread.join(120)
             assert not thread.is_alive(), "the server did not stop"

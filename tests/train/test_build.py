@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from data_tiny import make
+from data_tiny import make, stored
 from labels_boxes import labelled
 from refusals import refuses
-from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
@@ -88,8 +87,7 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Input
     config.text_config = AutoConfig.for_model("gemma2", **{k: fields[k] for k in fields if k != "model_type"})
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
-    write_episodes([make(0)], tmp_path / "mine")
-    mine = [("it", EpisodeStore(tmp_path / "mine"), 1.0)]
+    mine = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
     model, task, _ = build(recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm"))
     made = model.get_submodule("expert").config
     assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
@@ -101,9 +99,8 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Input
 def test_what_does_not_fit_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     episode = make(0)
     front = dataclasses.replace(episode, images={"front": episode.images["external"]})
-    for name, one in (("front", front), ("mine", episode)):
-        write_episodes([one], tmp_path / name)
-    front_only, mine = ([("it", EpisodeStore(tmp_path / name), 1.0)] for name in ("front", "mine"))
+    both = stored([front], tmp_path / "front"), stored([episode], tmp_path / "mine")
+    front_only, mine = ([("it", store, 1.0)] for store in both)
     nano, post = locate("nano"), recipe("nano-post")
     for stage, given, named in (
         (post, Inputs(episodes=front_only, init=nano), "front"),
@@ -127,8 +124,7 @@ def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
 
 
 def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
-    write_episodes([make(0)], tmp_path / "mine")
-    given = Inputs(episodes=[("it", EpisodeStore(tmp_path / "mine"), 1.0)], init=locate("nano"))
+    given = Inputs(episodes=[("it", stored([make(0)], tmp_path / "mine"), 1.0)], init=locate("nano"))
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
         model, _, save = build(recipe("nano-post").changed(committed=committed), given)
         assert model.config.committed == expected

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_tiny import make
+from data_tiny import make, stored
 from spear import embodiments
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, locate
@@ -34,9 +34,7 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    folder = tmp_path_factory.mktemp("episodes") / "made"
-    write_episodes([make(0), make(1)], folder)
-    return EpisodeStore(folder)
+    return stored([make(0), make(1)], tmp_path_factory.mktemp("episodes") / "made")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_tiny import make
+from data_tiny import make, stored
 from models_tiny import TINY
 from refusals import refuses
 from spear import embodiments
 from spear.data.readers.formats import dataset_name
 from spear.data.readers.spec import REGISTRY
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import Notice
@@ -59,8 +59,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
     recorded = record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
-    write_episodes(recorded, root / "episodes")
-    store = EpisodeStore(root / "episodes")
+    store = stored(recorded, root / "episodes")
     made = {name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")}
     zero = made["nano-vlm-0"] = run_recipe("nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW)
     join: dict[str, Any] = {"init": zero, "moge": made["nano-depth"]}
@@ -136,8 +135,7 @@ def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: 
 
 def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) -> None:
     """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
-    write_episodes([make(0), make(1), make(2)], tmp_path / "store")
-    whole, out = EpisodeStore(tmp_path / "store"), tmp_path / "run"
+    whole, out = stored([make(0), make(1), make(2)], tmp_path / "store"), tmp_path / "run"
     store = whole.subset([0, 1])
     few = {**SHORT, "steps": 1, "batch_size": 2}
     final = run_recipe("nano-post", out, store=store, init=tiny, **few)
@@ -145,11 +143,11 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     about = json.loads(state.read_text())["settings"]["about"]
     assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    write_episodes([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
+    pull = stored([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
     other_words = shutil.copytree(tiny, tmp_path / "words")
     (other_words / "coordinates.json").write_text((tiny / "coordinates.json").read_text() + " ")
     for given, words in (
-        ({"store": EpisodeStore(tmp_path / "pull")}, "images or instructions of --episodes"),
+        ({"store": pull}, "images or instructions of --episodes"),
         ({"init": other_words}, "words of --init"),
         ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
@@ -168,8 +166,7 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
 
 
 def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
-    write_episodes([make(0)], tmp_path / "store")
-    inputs = Inputs((), [("made", EpisodeStore(tmp_path / "store"), 1.0)], tiny)
+    inputs = Inputs((), [("made", stored([make(0)], tmp_path / "store"), 1.0)], tiny)
     stage = recipe("nano-post").changed(preset="tiny", steps=1, batch_size=1)
     with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
@@ -196,8 +193,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
 def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = {}
     for number, name in enumerate(("bridge_dataset", "droid", "mine")):
-        write_episodes([make(number, 2, source=f"{name}/train#0")], tmp_path / name)
-        stores[name] = EpisodeStore(tmp_path / name)
+        stores[name] = stored([make(number, 2, source=f"{name}/train#0")], tmp_path / name)
 
     def shares(names: tuple[str, ...], given: tuple[float, ...] = ()) -> list[float]:
         made = mixture([tmp_path / name for name in names], [stores[name] for name in names], given)
@@ -224,10 +220,8 @@ def test_failed_and_unseen_episodes_are_not_learned(
     bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
     blind = [make(5, images={"side": good[0].images["external"]})]
     every = [good[0], bad[0], *good[1:], bad[1], *blind]
-    stores = {}
-    for name, some in {"good": good, "every": every, "bad": bad, "blind": blind}.items():
-        write_episodes(some, tmp_path / name)
-        stores[name] = EpisodeStore(tmp_path / name)
+    some = {"good": good, "every": every, "bad": bad, "blind": blind}
+    stores = {name: stored(episodes, tmp_path / name) for name, episodes in some.items()}
 
     def learned(out: str, store: str, steps: int = 2) -> dict[str, bytes]:
         few = {**SHORT, "batch_size": 4, "schedule": "constant", "steps": steps}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from browser import Browser, Tab, chromium, until
+from browser import Tab, chromium, until
 from data_tiny import make
 from serve_here import serving
 from spear.data.store.episode_store import write_episodes
@@ -40,13 +40,13 @@ PAINTED = """((canvas, name) => {
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with chromium(tmp_path_factory.mktemp("chromium")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def server(browser: Browser, renderer: Any) -> Iterator[PolicyServer]:
+def server(browser: int, renderer: Any) -> Iterator[PolicyServer]:
     """`renderer`: skips where nothing can be rendered."""
     policy = Spear1Policy.load("nano", steps=2)
     page = Page(policy, "nano", None, 2**20)
@@ -55,8 +55,8 @@ def server(browser: Browser, renderer: Any) -> Iterator[PolicyServer]:
 
 
 @pytest.fixture
-def tab(browser: Browser, server: PolicyServer) -> Iterator[Tab]:
-    opened = browser.tab()
+def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
+    opened = Tab(browser)
     opened.open(f"http://127.0.0.1:{server.port}/")
     settled(opened)
     yield opened
@@ -181,12 +181,10 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     tab.errors.clear()
 
 
-def test_a_phone(
-    browser: Browser, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_phone(browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
     monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
-    tab = browser.tab()
+    tab = Tab(browser)
     tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)
     settled(tab)
     tab.run("document.querySelector('#replay').click()")

@@ -69,9 +69,8 @@ class MogeForDepth(PreTrainedModel):
         pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
         unknown: the target of a cell is the mean log depth of its known pixels, if it has any.
         """
-        patch = self.config.moge_config.patch_size
+        patch, cells = self.config.moge_config.patch_size, self.config.cells
         check_pixels("pixels", pixels, patch)
-        cells = self.config.cells
         rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
         grid = self.head(self.moge(pixels)).float()
         grid = grid.view(-1, rows, columns, cells, cells).transpose(2, 3)

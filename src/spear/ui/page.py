@@ -129,18 +129,16 @@ def _equal(sent: str, right: str) -> bool:
 
 def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plain") -> Response:
     data = body.encode() if isinstance(body, str) else body
-    headers = Headers(
-        {
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(data)),
-            "Connection": "close",
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-    )
-    return Response(status.value, status.phrase, headers, data)
+    headers = {
+        "Content-Type": f"{kind}; charset=utf-8",
+        "Content-Length": str(len(data)),
+        "Connection": "close",
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(status.value, status.phrase, Headers(headers), data)
 
 
 class Session:

@@ -80,10 +80,9 @@ def test_statistics_of_episodes_are_put_together(lerobot: Path, tmp_path: Path) 
         np.testing.assert_allclose(parts[name], whole[name], atol=1e-6, err_msg=name)
     folder = copied(lerobot / "v2.1_video", tmp_path / "set", LAYOUT)
     stats = folder / "meta/episodes_stats.jsonl"
-    stats.write_text(stats.read_text()[:-100])
-    refuses(r"unreadable: .*episodes_stats\.jsonl: ", read_ends, folder)
-    stats.write_text("")
-    refuses(r"unreadable: .*episodes_stats\.jsonl: ", read_ends, folder)
+    for broken in (stats.read_text()[:-100], ""):
+        stats.write_text(broken)
+        refuses(r"unreadable: .*episodes_stats\.jsonl: ", read_ends, folder)
     stats.unlink()
     assert read_ends(folder) == {}
 

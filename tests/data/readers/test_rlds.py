@@ -56,6 +56,21 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content))
 
 
+def columns(features: dict[str, Any]) -> dict[str, Any]:
+    """What a `features.json` says of each column of a step."""
+    return features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+
+
+def edit_records(shard: Path, change: Callable[[Any], None], which: range = range(25)) -> None:
+    """Change the features of some of a shard's records."""
+    records = [bytes(record) for _, record in read_records(shard, 0, 25)]
+    for number in which:
+        example = example_class().FromString(records[number])
+        change(example.features.feature)
+        records[number] = example.SerializeToString()
+    write_records(shard, records)
+
+
 def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> None:
     """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders."""
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
@@ -163,12 +178,12 @@ def test_records_that_the_description_does_not_know_of_are_named(copy: Path, tmp
 
 
 def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
-    records = [bytes(record) for _, record in read_records(copy / SHARD, 0, 25)]
-    empty = example_class().FromString(records[0])
-    for name, feature in empty.features.feature.items():
-        if name.startswith("steps/"):
-            getattr(feature, feature.WhichOneof("kind")).ClearField("value")
-    write_records(copy / SHARD, [empty.SerializeToString(), *records[1:]])
+    def empty(features: Any) -> None:
+        for name, feature in features.items():
+            if name.startswith("steps/"):
+                getattr(feature, feature.WhichOneof("kind")).ClearField("value")
+
+    edit_records(copy / SHARD, empty, range(1))
     reasons: list[SpearError] = []
     assert len(list(read_episodes(copy, on_bad=reasons.append))) == 24 and "empty" in str(reasons[0])
     assert "looked at     24 episodes" in inspect(copy) and audit(copy).episodes == 24
@@ -191,31 +206,23 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
     }
     alike = {"list": {"sequence": {"feature": tensor("float32"), "length": "7"}}, "text": strange["texts"]}
 
-    def add(features: dict[str, Any]) -> None:
-        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]
-        steps["features"] |= strange | alike
-
-    records = []
-    for _, record in read_records(copy / SHARD, 0, 25):
-        example = example_class().FromString(record)
-        features = example.features.feature
+    def add(features: Any) -> None:
         state = features["steps/observation/state"].float_list.value
         lengths = {"ragged": [0, 2] * 5, "texts": [2] * 10, "list": [7] * 10, "text": [1] * 10}
         for name, rows in lengths.items():
             features[f"steps/{name}/ragged_row_lengths_0"].int64_list.value.extend(rows)
         said = list(features["steps/language_instruction"].bytes_list.value)
         for name in ("texts/ragged_flat_values", "words", "text/ragged_flat_values"):
-            features[f"steps/{name}"].bytes_list.value.extend(
-                said * (1 + (name != "text/ragged_flat_values"))
-            )
+            twice = 1 + (name != "text/ragged_flat_values")
+            features[f"steps/{name}"].bytes_list.value.extend(said * twice)
         for name, values in {"ragged": state[:10], "list": state}.items():
             features[f"steps/{name}/ragged_flat_values"].float_list.value.extend(values)
         for name in ("nothing", "brain", "sound", "cloud"):
             features[f"steps/{name}"].float_list.value.extend(state[: 10 * (name != "nothing")])
-        records.append(example.SerializeToString())
+
     plain = list(read_episodes(copy))
-    edit(copy / "features.json", add)
-    write_records(copy / SHARD, records)
+    edit(copy / "features.json", lambda features: columns(features).update(strange | alike))
+    edit_records(copy / SHARD, add)
     for ours, theirs in zip(read_episodes(copy), plain, strict=True):
         assert_same(ours, theirs)
     assert inspect(copy).count("not read: ") == len(strange)
@@ -236,17 +243,9 @@ def test_depth_is_no_camera(copy: Path) -> None:
     depth = io.BytesIO()
     Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
 
-    def add(features: dict[str, Any]) -> None:
-        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]
-        steps["features"]["depth"] = {"image": {}}
-
-    edit(copy / "features.json", add)
-    records = []
-    for _, record in read_records(copy / SHARD, 0, 25):
-        example = example_class().FromString(record)
-        example.features.feature["steps/depth"].bytes_list.value.extend([depth.getvalue()] * 10)
-        records.append(example.SerializeToString())
-    write_records(copy / SHARD, records)
+    edit(copy / "features.json", lambda features: columns(features).update(depth={"image": {}}))
+    shown = [depth.getvalue()] * 10
+    edit_records(copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown))
     assert "depth" not in describe(copy)["images"].values() and "20 x 15 pixels" in inspect(copy)
     own = {"like": "bridge_dataset", "images": {"external": "depth"}}
     (copy / "spear.json").write_text(json.dumps(own))
@@ -254,13 +253,13 @@ def test_depth_is_no_camera(copy: Path) -> None:
 
 
 def test_another_number_in_the_middle_of_a_shard_is_other_data(copy: Path, tmp_path: Path) -> None:
+    def turn(features: Any) -> None:
+        command = features["steps/action"].float_list.value
+        command[6::7] = [1 - value for value in command[6::7]]
+
     prepare(copy, tmp_path / "out")
-    records = [bytes(record) for _, record in read_records(copy / SHARD, 0, 25)]
-    example = example_class().FromString(records[3])
-    command = example.features.feature["steps/action"].float_list.value
-    command[6::7] = [1 - value for value in command[6::7]]
     size = (copy / SHARD).stat().st_size
-    write_records(copy / SHARD, [*records[:3], example.SerializeToString(), *records[4:]])
+    edit_records(copy / SHARD, turn, range(3, 4))
     assert (copy / SHARD).stat().st_size == size
     refuses("prepared from other episodes", prepare, copy, tmp_path / "out")
 
@@ -382,11 +381,8 @@ def test_another_layout_in_the_folder_of_the_version_is_other_data(copy: Path, t
 
 
 def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path) -> None:
-    def wrong_shape(features: dict[str, Any]) -> None:
-        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
-        steps["featuresDict"]["features"]["action"]["tensor"]["shape"]["dimensions"] = ["9"]
-
-    edit(copy / "features.json", wrong_shape)
+    wrong = {"dimensions": ["9"]}
+    edit(copy / "features.json", lambda features: columns(features)["action"]["tensor"].update(shape=wrong))
     _, error = next(open_rlds(copy).steps("train"))
     assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(error))
     edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))

@@ -126,12 +126,8 @@ def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
     monkeypatch.setattr(lerobot_schema, "CHUNK_FILES", 2)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
-    episodes = [
-        make(0, success=True),
-        make(1, 5, action=action, success=False),
-        make(2, 1),
-        make(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool)),
-    ]
+    episodes = [make(0, success=True), make(1, 5, action=action, success=False), make(2, 1)]
+    episodes += [make(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool))]
     for kind in ("image", "video"):
         folder = tmp_path / kind
         assert write_lerobot(episodes, folder, kind) == 4

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import assert_same, make, png
+from data_tiny import assert_same, make, png, stored
 from refusals import refuses
 from spear.data.actions import episode_actions, resample
 from spear.data.normalize import SKETCHES, Normalizer
@@ -274,12 +274,10 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     store = EpisodeStore(recorded)
     assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
     assert store.subset(range(COUNT)).digest() == store.digest()
-    for name, changes in (("words", {"instruction": "push"}), ("size", {"size": (48, 48)}), ("same", {})):
-        write_episodes([make(0, **changes)], tmp_path / name)
-    words, size, same = (EpisodeStore(tmp_path / name) for name in ("words", "size", "same"))
+    kinds: dict[str, Any] = {"words": {"instruction": "push"}, "size": {"size": (48, 48)}, "same": {}}
+    words, size, same = (stored([make(0, **changes)], tmp_path / name) for name, changes in kinds.items())
     assert words.digest() == size.digest() == same.digest()  # the motions
-    write_episodes([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
-    hand = EpisodeStore(tmp_path / "hand")
+    hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
     assert len({store.digest(seen=True) for store in (words, size, same, hand)}) == 4
     assert prepare(same.path, tmp_path / "again")[0] == 1
     for other in (words, size):

@@ -148,9 +148,8 @@ def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
 
 def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
-    server.replies = [
-        overloaded, Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops."), boxes(CUP)
-    ]  # fmt: skip
+    others = Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops.")
+    server.replies = [overloaded, *others, boxes(CUP)]
     gemini = detector()
     assert [d.name for d in gemini.detect([noise(0)])[0]] == ["red cup"]
     assert gemini.usage["requests"] == len(server.requests) == 4

@@ -18,7 +18,6 @@ from published_checkpoints import (
     LAYOUTS,
     ROWS,
     TINY14,
-    know_tiny,
     paligemma,
     pi0,
     publish_moge,
@@ -39,11 +38,7 @@ from spear.types import Action
 
 B, H = 2, TINY.horizon
 SPEAR_VLM = SpearVLMForConditionalGeneration
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    know_tiny(monkeypatch)
+pytestmark = pytest.mark.usefixtures("known_sizes")
 
 
 @pytest.mark.parametrize("text", ["gemma", "gemma2"])

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from refusals import no_warning
 from spear.errors import Notice
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import PolicyAgent
@@ -63,8 +63,7 @@ def test_a_folder_named_like_weights_is_said(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "nano").mkdir()
     with pytest.warns(Notice, match="nano"):
         assert locate("nano") == Path("nano")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         assert locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
         assert locate("nano-vlm") == SHIPPED / "nano-vlm"
 
@@ -73,6 +72,5 @@ def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("spear.policy.bfloat16_is_fast", lambda _: False)
     with pytest.warns(Notice, match="bfloat16"):
         load_vlm("nano", dtype=torch.bfloat16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         load_vlm("nano")

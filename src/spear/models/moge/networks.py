@@ -304,9 +304,8 @@ class ConvStack(nn.Module):
 
         kinds = each(config["resamplers"], len(widths) - 1)
         check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *kinds)
-        self.input_blocks = nn.ModuleList(
-            nn.Conv2d(before, width, 1) for before, width in zip(each(config["dim_in"]), widths, strict=True)
-        )
+        sizes = zip(each(config["dim_in"]), widths, strict=True)
+        self.input_blocks = nn.ModuleList(nn.Conv2d(before, width, 1) for before, width in sizes)
         pairs = zip(kinds, pairwise(widths), strict=True)
         self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
