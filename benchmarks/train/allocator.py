@@ -31,7 +31,7 @@ from spear.train.recipes import recipe
 
 JEMALLOC = {
     "LD_PRELOAD": ctypes.util.find_library("jemalloc") or "",
-    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
+    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:16",
 }
 WAYS: dict[str, dict[str, str]] = {"given back": {}, "kept": {}, "jemalloc": JEMALLOC}
 """What becomes of freed memory -> variables of the process."""
