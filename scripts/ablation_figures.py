@@ -1,18 +1,20 @@
 """Draws docs/figures/ablation_*.svg, one per question, from the episodes kept beside docs/ablations.md.
 
-python scripts/ablation_figures.py
+    python scripts/ablation_figures.py
+
+The paper's numbers are those that `spear evaluate reference` shows.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from math import log10
 from pathlib import Path
 
 import numpy as np
 
 from spear.ablations.table import successes
+from spear.evaluate.compare import references
 from spear.evaluate.results import load
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.report.plot import COLOURS, Axis, Line, chart
@@ -22,11 +24,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 KEY = r"\(ablations/scores/([0-9a-f]{12})\)"
 STYLE = """<style>text{font:12px sans-serif;fill:#444}.grid-line{stroke:#e3e6ea;fill:none}
 .zero-line{stroke:#555;fill:none}.whisker-line{stroke:#333;stroke-width:1.4;fill:none}</style>"""
-HERE, THEIRS = "here, with its 95 % interval", "paper"
+Rows = dict[str, list[Array]]
+"""Row of a table → success [seeds, scenes] of each task family."""
 
 
-def tables() -> list[dict[str, list[Array]]]:
-    """Of each table of the page: row → success [seeds, scenes] of each task family."""
+def tables() -> list[Rows]:
+    """Of each table of the page that names its episodes."""
     found = []
     for block in (DOCS / "ablations.md").read_text().split("\n\n"):
         rows = {}
@@ -61,64 +64,63 @@ def write(name: str, lines: list[Line], x: Axis, y: Axis) -> None:
     (DOCS / "figures" / f"ablation_{name}.svg").write_text(re.sub(r"\n\s*", "\n", text))
 
 
-def parts() -> None:
+def parts(three: Rows, long: Rows) -> None:
     """What each choice of the paper brings over the other, here and there."""
-    three, long, *_ = tables()
-    full, longer = three["full method"], long["full method"]
+
+    def published(table: str, choice: str, other: str) -> float:
+        means = references()[table].means
+        return means[choice] - means[other]
+
+    full = three["full method"]
+    brings_3d = published("ablations", "full", "no 3D")
     found = [
-        ("3D, 1,500 steps", full, three["no-3d"], 14.6),
-        ("3D, 3,500 steps", longer, long["no-3d"], 14.6),
-        ("objects, no pixels", full, three["points"], 14.6),
-        ("MoGe's encoder", full, three["no-moge"], 9.4),
-        ("S³ and cosine", full, three["linear-mse"], 9.4),
-        ("quantiles", three["quantile"], full, 12.5),
-        ("velocities", three["velocity"], full, None),
+        ("3D, 1,500 steps", full, three["no-3d"], brings_3d),
+        ("3D, 3,500 steps", long["full method"], long["no-3d"], brings_3d),
+        (
+            "objects, no pixels",
+            full,
+            three["points"],
+            published("ablations", "full", "points but no objects"),
+        ),
+        ("MoGe's encoder", full, three["no-moge"], published("ablations", "full", "no MoGe")),
+        ("S³ and cosine", full, three["linear-mse"], published("rotation", "S³, cosine", "linear, MSE")),
+        ("quantiles", three["quantile"], full, published("normalisation", "1–99 % quantile", "mean-std")),
+        ("velocities", three["velocity"], full, np.nan),
     ]
-    places = list(map(float, range(len(found))))
+    places = [float(place) for place in range(len(found))]
     ours = [difference_over_seeds(with_it, without) for _, with_it, without, _ in found]
-    theirs = [np.nan if there is None else there for *_, there in found]
-    paper = Line(THEIRS, [place + 0.12 for place in places], theirs, COLOURS[1], dots=True, joined=False)
+    here = points(places, ours, "here, with its 95 % interval", COLOURS[0], joined=False)
+    beside, theirs = [place + 0.12 for place in places], [there for *_, there in found]
+    paper = Line("paper", beside, theirs, COLOURS[1], dots=True, joined=False)
     ticks = [(place, name) for place, (name, *_) in zip(places, found, strict=True)]
     across = Axis(ends=(-0.6, len(found) - 0.4), ticks=ticks)
-    here = points(places, ours, HERE, COLOURS[0], joined=False)
     write("parts", [here, paper], across, Axis("points that it brings"))
 
 
-def demonstrations() -> None:
+def demonstrations(long: Rows, some: Rows) -> None:
     """Success over demonstrations, with and without 3D, and every training."""
-    _, long, some, _ = tables()
-    rows: dict[str, dict[int, list[Array]]] = defaultdict(dict)
-    for name in ("full method", "no-3d"):
-        rows[name][500] = long[name]
-        for number in (250, 2000):
-            rows[name][number] = some[f"{number:,}, {name}"]
     lines = []
-    for shift, colour, name in ((-0.012, COLOURS[0], "full method"), (0.012, COLOURS[1], "no-3d")):
-        title = {"full method": "with 3D", "no-3d": "without (dots beside the intervals: single trainings)"}[
-            name
-        ]
-        sizes = sorted(rows[name])
-        trainings = {n: 100 * np.mean(rows[name][n], axis=(0, 2)) for n in sizes}
-        places = [log10(n) + 2 * shift for n, some in trainings.items() for _ in some]
-        x = [log10(n) + shift for n in sizes]
-        lines.append(points(x, [mean_over_seeds(rows[name][n]) for n in sizes], title, colour))
+    for name, title, shift, colour in (
+        ("full method", "with 3D", -0.012, COLOURS[0]),
+        ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, COLOURS[1]),
+    ):
+        rows = {250: some[f"250, {name}"], 500: long[name], 2000: some[f"2,000, {name}"]}
+        x = [log10(n) + shift for n in rows]
+        lines.append(points(x, [mean_over_seeds(row) for row in rows.values()], title, colour))
+        trainings = {n: 100 * np.mean(row, axis=(0, 2)) for n, row in rows.items()}
+        places = [log10(n) + 2 * shift for n, each in trainings.items() for _ in each]
         each = np.concatenate([*trainings.values()])
         lines.append(Line("", places, each, colour, dots=True, joined=False))
     ticks = [(log10(n), f"{n:,}") for n in (250, 500, 2000)]
-    write(
-        "demonstrations",
-        lines,
-        Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks),
-        Axis("success", (50, 100), unit=" %"),
-    )
+    across = Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks)
+    write("demonstrations", lines, across, Axis("success", (50, 100), unit=" %"))
 
 
-def images() -> None:
+def images(single: Rows) -> None:
     """Success over 3D-labelled images: one training each."""
-    rows = tables()[-1]
     names = {0: "no-images", 816: "images-16th", 3264: "images-4th", 13056: "full method"}
     x = [log10(max(n, 260)) for n in names]
-    found = [mean_over_seeds(rows[name]) for name in names.values()]
+    found = [mean_over_seeds(single[name]) for name in names.values()]
     ticks = [(place, f"{n:,}") for place, n in zip(x, names, strict=True)]
     across, up = Axis("3D-labelled images", (2.3, 4.3), ticks), Axis("success", (30, 90), unit=" %")
     write("images", [points(x, found, "one training each", COLOURS[0])], across, up)
@@ -130,14 +132,17 @@ def error_by_time() -> None:
     found = [np.array(re.findall(r"^\| (0[.\d]*) \| ([\d.]+) ", text, re.M), float) for text in blocks[2::2]]
     kinds = {"velocity (the paper's loss)": found[:3], "clean action": found[3:6]}
     lines = [
-        Line(name if not i else "", table[:, 0], table[:, 1], COLOURS[k])
-        for k, (name, tables) in enumerate(kinds.items())
-        for i, table in enumerate(tables)
+        Line("" if seed else name, table[:, 0], table[:, 1], colour)
+        for (name, seeds), colour in zip(kinds.items(), COLOURS, strict=False)
+        for seed, table in enumerate(seeds)
     ]
     error = Axis("error, mm", (0, 21))
     write("error_by_time", lines, Axis("flow time τ (0: noise, 1: action)", (0, 1)), error)
 
 
 if __name__ == "__main__":
-    for draw in (parts, demonstrations, images, error_by_time):
-        draw()
+    three, long, some, single = tables()
+    parts(three, long)
+    demonstrations(long, some)
+    images(single)
+    error_by_time()

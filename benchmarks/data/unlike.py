@@ -19,11 +19,11 @@ import torch
 
 from spear.data.seen import Seen
 from spear.data.store.prepare import open_store
+from spear.evaluate.open_loop import observations
 from spear.geometry import quat_multiply
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.types import Array
-from spear.util.images import decode_image, fit_image
 
 HALF = np.sqrt(0.5)
 Change = Callable[[Array, Array], tuple[Array, Array]]
@@ -49,22 +49,19 @@ CHANGES: dict[str, Change] = {
 
 def main(policy: str, data: str, split: str = "train") -> None:
     """Print the table."""
-    known = Seen.load(locate(policy) / "seen.json")
+    folder = locate(policy)
+    known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)
     assert known is not None, f"{policy}: has no seen.json"
-    width, height = Processor.load(locate(policy)).image_sizes["external"]
     noted: Counter[str] = Counter()
     count = 0
     with TemporaryDirectory() as scratch:
         store, _ = open_store(Path(data), Path(scratch), split)
-        for episode in store:
-            for step, encoded in enumerate(episode.images["external"]):
-                parts = episode.position[step], episode.rotation[step], episode.gripper[step : step + 1]
-                state, image = np.concatenate(parts).astype(np.float64), decode_image(encoded)
-                count += 1
-                for name, change in CHANGES.items():
-                    where, shown = change(state, image)
-                    pixels = fit_image(np.ascontiguousarray(shown), height, width).transpose(2, 0, 1)
-                    noted[name] += any(known.unlike(where[None], {"external": pixels[None]}))
+        for step in (step for episode in store for step in observations(episode, ["external"])):
+            count += 1
+            for name, change in CHANGES.items():
+                state, image = change(step["observation/state"].astype(np.float64), step["observation/image"])
+                pixels = processor.image(np.ascontiguousarray(image), "external")[None].numpy()
+                noted[name] += any(known.unlike(state[None], {"external": pixels}))
     for name in CHANGES:
         print(f"{name:<42} noted in {noted[name]} of {count} steps")
 

@@ -164,7 +164,7 @@ class Spear1Policy:
     folder: Path | None = None
     dataset: str | None = None
     known: Seen | None = None
-    _seen: int = field(default=0, init=False, repr=False)
+    _observed: int = field(default=0, init=False, repr=False)
     _missed: set[str] = field(default_factory=set, init=False, repr=False)
 
     @staticmethod
@@ -217,7 +217,7 @@ class Spear1Policy:
 
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
-        self._seen = 0
+        self._observed = 0
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -268,7 +268,7 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        if self.known and self._seen < LOOKED_AT:
+        if self.known and self._observed < LOOKED_AT:
             shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
             for key, words in self.known.unlike(states.numpy(), shown):
                 if key not in self._missed and notice(f"observations unlike those of training: {words}"):
@@ -299,7 +299,7 @@ class Spear1Policy:
 
     def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
         """The noise [1, H, ·] that an observation's actions flow from."""
-        draw = int(observation.get("seed", self._seen))
-        self._seen += 1
+        draw = int(observation.get("seed", self._observed))
+        self._observed += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
         return flow.sample_noise((1, self.model.config.horizon), self.model.flow, generator).to_vector()

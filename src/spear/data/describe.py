@@ -192,7 +192,9 @@ def _motion(
     facts["rotation"] = _why(act.name(columns), written)
     same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
     others = hypotheses.turning_otherwise(values, form, sorted({f.reading.state for f in equal}))
-    if others := [*others, *(["euler_zyx"] if form == "euler_xyz" and not same else [])]:  # see state_forms
+    if form == "euler_xyz" and not same:
+        others.append("euler_zyx")  # its mirror image: see `hypotheses.state_forms`
+    if others:
         found["rotation_format"] = None
         facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
     found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None

@@ -144,7 +144,9 @@ class TrainingSamples:
             return False
         source = self.mixture.episode(sample).source
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
-        out[...] = fit_image(image, *out.shape[:2])
+        fitted = fit_image(image, *out.shape[:2])
+        if fitted is not out:
+            out[...] = fitted
         if self.augment:
             _, left, top, across, down = placed(image.shape[1::-1], out.shape[1::-1])
             seen = out[top : top + down, left : left + across]  # what pads it stays black, as in acting

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spear.data.mixture import TrainingSamples
 from spear.errors import SpearError
+from spear.geometry import quat_distance
 from spear.types import Array
 from spear.util.files import write_text
 
@@ -56,7 +58,7 @@ class Seen:
                 found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
                 redder[view] = (float(found.mean()), float(found.std()))
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
-        turned = float(_angles(rotation, facing).max())
+        turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
         return Seen(low, high, tuple(map(float, facing)), turned, redder)
 
     def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
@@ -64,15 +66,13 @@ class Seen:
 
         states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them.
         """
-        ends, where = np.array([self.low, self.high]), states[:, :3]
-        room = ends[1] - ends[0] + BEYOND_M
-        for axis in np.flatnonzero(((where < ends[0] - room) | (where > ends[1] + room)).any(0)):
-            seen = f"training had {ends[0, axis]:.2f} … {ends[1, axis]:.2f}"
-            yield (
-                f"state {axis}",
-                f"{'xyz'[axis]} is {where[0, axis]:.2f} m, {seen}: another base frame or unit?",
-            )
-        angle = float(_angles(states[:, 3:7], np.array(self.facing)).max())
+        ends = np.array([self.low, self.high])
+        apart = np.abs(states[:, :3] - ends.mean(0))
+        for axis in np.flatnonzero(apart.max(0) > 1.5 * np.ptp(ends, 0) + BEYOND_M):
+            found = f"{'xyz'[axis]} is {states[apart[:, axis].argmax(), axis]:.2f} m"
+            words = f"{found}, training had {ends[0, axis]:.2f} … {ends[1, axis]:.2f}"
+            yield f"state {axis}", f"{words}: another base frame or unit?"
+        angle = float(quat_distance(torch.from_numpy(states[:, 3:7]), torch.tensor(self.facing)).max())
         if angle > self.turned + TURNED_RAD:
             here, there = np.degrees([angle, self.turned])
             seen = f"turned by {here:.0f}° from the mean orientation, in training by {there:.0f}° at most"
@@ -97,9 +97,3 @@ class Seen:
             return TypeAdapter(Seen).validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
-
-
-def _angles(rotation: Array, facing: Array) -> Array:
-    """Angles [B], rad, between orientations [B, 4] and one [4]."""
-    found: Array = 2 * np.arccos(np.clip(np.abs(rotation @ facing), 0, 1))
-    return found

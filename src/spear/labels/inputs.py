@@ -220,11 +220,11 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
         else:
             raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
         per_second = float(stream.average_rate or stream.guessed_rate or rate)
-    frames = stream.frames or round(seconds * per_second)
+    frames, size = stream.frames or round(seconds * per_second), os.path.getsize(path)
     for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
         if index >= frames:
             return
-        yield Item(f"{path}#{index}", read_frames, path, index / per_second, os.path.getsize(path))
+        yield Item(f"{path}#{index}", read_frames, path, index / per_second, size)
 
 
 def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-if find_spec("gymnasium"):  # which what others take from here needs no more than MuJoCo
+if find_spec("gymnasium"):  # labelling and training take constants from here, and need no simulator
     import gymnasium
 
     gymnasium.register("spear/Tabletop-v0", "spear.sim.env:TabletopEnv")
