@@ -17,7 +17,7 @@ from data_tiny import make, stored
 from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.data.seen import Seen
+from spear.data.seen import GripperCheck, Seen
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -203,6 +203,7 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     apart = (turns.mean().inv() * turns).magnitude()
     assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn
     assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
+    assert made.opposite == 1  # it is opened and closed in turn
     made.save(tmp_path / "seen.json")
     assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
     (tmp_path / "seen.json").write_text("{}")
@@ -225,3 +226,16 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
                 again.inputs([observation(**({"image": image} | changes))])
         found = [str(w.message) for w in caught if "unlike" in str(w.message)]
         assert len(found) == bool(said) and said in "".join(found)
+
+
+def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
+    told = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s
+    slow = np.convolve(np.concatenate([np.ones(7), told]), np.ones(8) / 8, "valid")  # within 1.6 s
+    rows = np.zeros((5, 8), np.float32)
+    for reads, last, inverted in ((slow, 0, 0), (1 - slow, 0, 1), (0.5 + 0 * slow, 0, 0), (1 - slow, 2, 0)):
+        check, found = GripperCheck(), 0
+        for opening, command in zip(reads, told, strict=True):
+            found += check.inverted(opening)
+            rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
+            check.told(rows)
+        assert found == inverted

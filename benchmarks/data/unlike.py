@@ -2,8 +2,10 @@
 
     spear train nano-post --init nano --episodes bridge_v2_sample --split "train[:19]" --out runs/bridge
     python benchmarks/data/unlike.py runs/bridge bridge_v2_sample "train[19:]"
+    python benchmarks/data/unlike.py nano
 
-Each step is shown alone: as it is, and changed as mistakes in a robot's program change it.
+Each step is shown alone: as it is, and changed as mistakes in a robot's program change it. Without data, the
+policy acts in the embedded simulator with an inverted gripper: how often is that noted in 64 observations?
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from spear.data.seen import Seen
+from spear.data.seen import LOOKED_AT, GripperCheck, Seen
 from spear.data.store.prepare import open_store
+from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.open_loop import observations
 from spear.geometry import quat_multiply
 from spear.models.processing import Processor
-from spear.policy import locate
+from spear.policy import Spear1Policy, locate
+from spear.sim.env import MAX_STEPS, TabletopEnv
+from spear.sim.render import Renderer
+from spear.sim.scene import FAMILIES
 from spear.types import Array
 
 HALF = np.sqrt(0.5)
@@ -47,8 +53,42 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def main(policy: str, data: str, split: str = "train") -> None:
+def noted_by_acting(policy: Spear1Policy, seeds: range, reads: bool, told: bool) -> bool:
+    """Whether 64 steps in held-out scenes note a gripper whose reading, or whose command, is inverted."""
+    agent, check, seen = PolicyAgent(policy, "policy"), GripperCheck(), 0
+    sizes, renderer = (agent.image_sizes["external"], agent.image_sizes["wrist"]), Renderer()
+    for seed in seeds:
+        env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes, renderer=renderer)
+        observation, info = env.reset(seed=seed)
+        while not info["success"] and env.steps < MAX_STEPS:
+            state = observation["observation/state"].copy()
+            state[7] = 1 - state[7] if reads else state[7]
+            if check.inverted(state[7]):
+                return True
+            if (seen := seen + 1) > LOOKED_AT:
+                return False
+            chunk = agent.act([env], [{**observation, "observation/state": state}])[0]
+            check.told(chunk)
+            action = chunk[0].copy()
+            action[7] = 1 - action[7] if told else action[7]
+            observation, _, _, _, info = env.step(action)
+    raise AssertionError("more seeds than these are needed")
+
+
+def main(policy: str, data: str | None = None, split: str = "train") -> None:
     """Print the table."""
+    if data is None:
+        acting = Spear1Policy.load(policy)
+        for name, inverted in {
+            "as it is": (0, 0),
+            "reading inverted": (1, 0),
+            "command inverted": (0, 1),
+        }.items():
+            found = sum(
+                noted_by_acting(acting, range(i, i + 16), *map(bool, inverted)) for i in range(700, 940, 16)
+            )
+            print(f"{name:<42} noted in {found} of 15 starts", flush=True)
+        return
     folder = locate(policy)
     known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)
     assert known is not None, f"{policy}: has no seen.json"

@@ -1,7 +1,7 @@
 """What a policy saw of its robot in training, by which it notices a robot that sends something else.
 
-Exchanged colours, another frame, or a quaternion in another order make a valid observation, and a robot that
-moves smoothly to the wrong place. All thresholds are our choice.
+Exchanged colours, another frame, a quaternion in another order or an inverted gripper make valid
+observations, and a robot that moves smoothly to the wrong place. All thresholds are our choice.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +25,10 @@ BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
 orientations, this."""
 LEVELS = 3.0
 """The least spread of colours that counts, of 255."""
+LOOKED_AT = 64
+"""So many observations at the beginning are compared with those of training."""
+OPPOSITE, MOSTLY = 0.75, 0.5
+"""A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Seen:
     low, high  the least and the largest position, m, base frame.
     facing     the mean orientation, unit quaternion; turned: the largest angle from it, rad.
     redder     camera → mean and standard deviation, over images, of the mean of red minus blue (0 … 255).
+    opposite   the share of steps in which the gripper is the opposite of what it is told.
     """
 
     low: tuple[float, ...]
@@ -41,6 +46,7 @@ class Seen:
     facing: tuple[float, ...]
     turned: float
     redder: Mapping[str, tuple[float, float]]
+    opposite: float = 0.0
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
@@ -59,7 +65,8 @@ class Seen:
                 redder[view] = (float(found.mean()), float(found.std()))
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
         turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
-        return Seen(low, high, tuple(map(float, facing)), turned, redder)
+        opposite = [np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches]
+        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(np.mean(opposite)))
 
     def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
         """What of observations is unlike training, as (key, words).
@@ -97,3 +104,24 @@ class Seen:
             return TypeAdapter(Seen).validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
+
+
+class GripperCheck:
+    """Whether a robot's gripper does what it is told: what follows shows an inverted command or reading."""
+
+    def __init__(self) -> None:
+        self._told: float | None = None
+        self._opposite: list[bool] = []
+
+    def told(self, chunk: Array | None) -> None:
+        """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
+        told = None if chunk is None else chunk[:, 7]
+        same = told is not None and np.ptp(told) < 0.5  # so that it does not matter which of them it executes
+        self._told = float(told.mean()) if same else None
+
+    def inverted(self, opening: float) -> bool:
+        """Whether, with this reading, it is known that the robot mostly does the opposite."""
+        if self._told is None or len(self._opposite) >= LOOKED_AT:
+            return False
+        self._opposite.append(abs(self._told - opening) > OPPOSITE)
+        return len(self._opposite) == LOOKED_AT and np.mean(self._opposite) > MOSTLY

@@ -76,7 +76,7 @@ class Table:
         self._studio = studio
         self._scene: Scene | Recording | None = None
         self._asked: list[str] = []
-        self._instruction, self._following = "", False
+        self._instruction, self._told, self._following = "", "", False
 
     @property
     def moves(self) -> bool:
@@ -132,7 +132,8 @@ class Table:
             seen = {**scene.observation(step), **scene.executor.told()}
             actions, view["chunk"] = self._predict(seen, step)
             scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
-        scene.execute(scene.executor.next(), self._instruction)
+            self._told = self._instruction
+        scene.execute(scene.executor.next(), self._told)
         view |= scene.look(scene.newest)
         if self._following and self._asked:
             view |= self.boxes({"objects": self._asked})
