@@ -256,7 +256,8 @@ class Spear1Policy:
         for key, view in keys.items():
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
-            if not all(there) and key not in self._missed:
+            learned = self.known is None or view in self.known.redder  # training had that camera
+            if not all(there) and learned and key not in self._missed:
                 unless = "send it, unless the policy was trained without that camera"
                 if notice(f"observations without {key}: {unless}"):
                     self._missed.add(key)
