@@ -106,7 +106,7 @@ def cell(
         guided = Guided(**own, delay=latency_ms // 200)
         agent = PolicyAgent(guided, agent.name, agent.weights)
     try:
-        return closed_loop.evaluate(agent, options, quiet=True)[0]
+        return closed_loop.evaluate(agent, options)[0]
     finally:
         if folder.is_dir():
             with (folder / SEAMS).open("a") as file:

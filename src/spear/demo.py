@@ -100,7 +100,7 @@ def answers(vlm: VlmBundle) -> Values:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
     labels = list(label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])))
     scores = vqa.evaluate(vlm, labels, QuestionOptions())
-    boxes = [a for a in scores.asked if a.question.family == "box_vertices" and a.grammatical]
+    boxes = [a for a in scores.asked if a.question.family == "box_vertices" and "error" in a.measures]
     first = {a.image: a for a in reversed(boxes)}
     box = scores.families["box_vertices"]
     error, guess = box.measures["error"].value, box.constant["error"]

@@ -278,7 +278,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    work = {"target": run, "args": (plan, tmp_path, data, 0, True, die)}
+    work = {"target": run, "args": (plan, tmp_path, data, 0, die)}
     child = multiprocessing.get_context("spawn").Process(**work)
     child.start()
     child.join()
@@ -286,7 +286,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     made = {job.key: done(tmp_path, job) for job in plan.trainings}
     assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
-    assert run(plan, tmp_path, data, 0, True, said.append) == []
+    assert run(plan, tmp_path, data, 0, said.append) == []
     assert {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]} == kept
     assert all(done(tmp_path, job) for job in plan.jobs)
     assert len(said) == len(plan.jobs) - len(kept)
@@ -298,7 +298,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     assert all(line.split()[1:3] == ["1", "1"] for line in lines)
     shutil.rmtree(tmp_path / "stages")
     again: list[str] = []
-    assert run(plan, tmp_path, data, 0, True, again.append) == [] and again == []  # all policies are scored
+    assert run(plan, tmp_path, data, 0, again.append) == [] and again == []  # all policies are scored
 
 
 def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +307,6 @@ def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path, monkeypatch
     bad = short("scratch", data=data, changes=(*TINY, "lr=1e30", "warmup=0", "max_skipped=0"))
     scratch = bad.scoring("scratch", 0)
     jobs = [scratch.before, scratch, good.before, good]
-    failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, True, lambda _: None)
+    failed = run(replace(bad, jobs=jobs), tmp_path, data, 0, lambda _: None)
     assert len(failed) == 1 and "not finite" in failed[0] and scratch.before.key in failed[0]
     assert [done(tmp_path, job) for job in jobs] == [False, False, True, True]

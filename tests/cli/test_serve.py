@@ -48,7 +48,7 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
             port, agent = server.port, load_agent(f"ws://127.0.0.1:{server.port}")
             assert agent.weights == weights
             with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
-                evaluate(agent, replace(options, scenes=scenes), quiet=True)
+                evaluate(agent, replace(options, scenes=scenes))
     assert len(load(tmp_path).outcomes) == 2
     assert Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
     assert loaded.identity == load_agent("nano").weights != load_agent("nano", flow_steps=3).weights
@@ -77,9 +77,9 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
 
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
-    here, _ = evaluate(PolicyAgent(Homing(), "here"), options, quiet=True)
+    here, _ = evaluate(PolicyAgent(Homing(), "here"), options)
     with serving() as server:
         remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
-        there, _ = evaluate(PolicyAgent(remote, "there"), options, quiet=True)
+        there, _ = evaluate(PolicyAgent(remote, "there"), options)
         remote.close()
     assert here.outcomes == there.outcomes

@@ -22,7 +22,7 @@ SMALL = {"external": (48, 32), "wrist": (24, 24)}
 
 def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
     made = TabletopOptions(scenes, families=families or ("put_on",), **options)
-    return evaluate(agent, made, quiet=True)[0]
+    return evaluate(agent, made)[0]
 
 
 class Half(ExpertAgent):
@@ -81,16 +81,16 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
 def test_films_are_made_in_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "HEIGHT", 60)
     one = TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
-    results, films = evaluate(Half(), one, quiet=True)
+    results, films = evaluate(Half(), one)
     assert [o.success for o in results.outcomes] == [True, False]
     assert [f.outcome for f in films] == results.outcomes
     for film in films:
         with av.open(io.BytesIO(film.data)) as container:
             assert sum(1 for _ in container.decode(video=0)) == film.outcome.steps + 1 + 5
     (tmp_path / "put_on-success-0.mp4").unlink()
-    again, films = evaluate(Half(), one, quiet=True)
+    again, films = evaluate(Half(), one)
     assert again.outcomes == results.outcomes and [f.outcome.seed for f in films] == [0]
-    assert evaluate(Half(), one, quiet=True)[1] == []
+    assert evaluate(Half(), one)[1] == []
 
 
 def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:

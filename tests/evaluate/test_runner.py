@@ -69,7 +69,7 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
 ) -> None:
     simulator = Parity()
     options = EpisodeOptions(films=films, out=tmp_path)
-    results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options, quiet=True)
+    results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
     assert simulator.ran == ran and simulator.most <= 3
     assert results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
@@ -92,7 +92,7 @@ def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     def run(simulator: Parity, scenes: int, shard: str) -> str:
         options = EpisodeOptions(out=tmp_path, shard=shard)
         with suppress(KeyboardInterrupt):
-            run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options, quiet=True)
+            run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
         return load(tmp_path).unfinished()
 
     assert run(Stopped(), 8, "1/1").startswith("4 scenes") and "UNFINISHED: 4" in load(tmp_path).width()
@@ -115,5 +115,5 @@ def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> No
             raise SpearError("no renderer")
 
     with pytest.raises(SpearError, match="no renderer"):
-        run_evaluation(Broken(), IDLE, {"a": range(2)}, {}, EpisodeOptions(out=tmp_path / "new"), quiet=True)
+        run_evaluation(Broken(), IDLE, {"a": range(2)}, {}, EpisodeOptions(out=tmp_path / "new"))
     assert not list(tmp_path.iterdir())

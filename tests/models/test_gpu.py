@@ -28,10 +28,8 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
             given = {"pixel_values": images, "input_ids": ids, "attention_mask": masks, "state": state}
             how = {"steps": 4, "noise": noise, "committed": begun}
             found = model.sample_actions(**given, **how).to_vector()
-            direct = model.sample_actions(**given, **how, graphs=False).to_vector()
             plain = reference(model, given, **how)
-            for other in (direct, plain):
-                assert float((found - other).abs().max() / plain.abs().max()) < most
+            assert float((found - plain).abs().max() / plain.abs().max()) < most
 
 
 def test_answers_from_graphs() -> None:

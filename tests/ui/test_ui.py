@@ -270,7 +270,7 @@ def test_an_evaluations_failure_is_run_again(
 
     monkeypatch.setattr(agent, "act", act)
     options = TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, replan=2)
-    closed_loop.evaluate(agent, replace(options, execution="async", latency_ms=200.0), quiet=True)
+    closed_loop.evaluate(agent, replace(options, execution="async", latency_ms=200.0))
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(policy, "steps", 3)

@@ -61,7 +61,6 @@ def run(
     out: Path,
     data: Data,
     workers: int = 1,
-    quiet: bool = False,
     say: Callable[[str], None] = print,
     on_score: Callable[[], object] = lambda: None,
 ) -> list[str]:
@@ -89,10 +88,10 @@ def run(
                     continue
                 try:
                     if isinstance(job, Scoring):
-                        _score(job, out, quiet, say)
+                        _score(job, out, say)
                         on_score()
                     else:
-                        _train(job, out, data, workers, quiet, say)
+                        _train(job, out, data, workers, say)
                 except SpearError as error:
                     failed[job.key] = f"{job.key}: {error}"
             break
@@ -100,7 +99,7 @@ def run(
             time.sleep(5)  # until another process has finished something
 
 
-def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> None:
+def _score(job: Scoring, out: Path, say: Callable[[str], None]) -> None:
     from spear.evaluate.agents import load_agent  # here: a plan does without PyTorch
     from spear.evaluate.closed_loop import evaluate
 
@@ -109,12 +108,10 @@ def _score(job: Scoring, out: Path, quiet: bool, say: Callable[[str], None]) -> 
     agent = load_agent(str(final(out, policy)), device="cpu")
     agent.name = policy.folder  # the folder may be moved
     journal, families = out / "scores" / policy.key, tuple(job.families)
-    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families), quiet)
+    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families))
 
 
-def _train(
-    job: Training, out: Path, data: Data, workers: int, quiet: bool, say: Callable[[str], None]
-) -> None:
+def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[str], None]) -> None:
     from spear.train.loop import RunOptions
     from spear.train.run import train
 
@@ -126,5 +123,5 @@ def _train(
     asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
     inputs = Inputs([data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None)
     folder = out / "stages" / job.folder
-    train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0, quiet=quiet))
+    train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

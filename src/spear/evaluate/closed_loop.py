@@ -22,7 +22,7 @@ from spear.sim.world import World
 from spear.types import RATE_HZ, Array
 
 
-def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tuple[Results, list[Film]]:
+def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family; the films made now.
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
@@ -39,7 +39,7 @@ def evaluate(agent: Agent, options: TabletopOptions, quiet: bool = False) -> tup
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
     }
-    return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options, quiet)
+    return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
 
 @dataclass

@@ -52,7 +52,6 @@ def run_evaluation(
     scenes: Scenes,
     settings: dict[str, Any],
     options: EpisodeOptions,
-    quiet: bool = False,
 ) -> tuple[Results, list[Film]]:
     """Runs an evaluation, and gives its results and the films made now.
 
@@ -102,7 +101,7 @@ def run_evaluation(
         for family, seeds in part.items():
             done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
             todo = [s for s in seeds if s not in done]
-            with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done), quiet) as bar:
+            with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done)) as bar:
                 last, tracks = time.perf_counter(), dict[int, Track]()
                 for outcome, seconds, track in simulator.run(agent, family, todo, filming):
                     done[outcome.seed] = outcome

@@ -120,8 +120,6 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
             `FEWEST` there is no interval: its ends are NaN.
     """
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
-    if not units:
-        raise ValueError("bootstrap: no values")
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))

@@ -73,30 +73,29 @@ SAMPLER = Prepared(Sampler)
 """`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample(model: Any, inputs: Inputs, steps: int, graphs: bool = True) -> Tensor:
+def sample(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """Actions [B, H, 8], normalised units, rotations unit and canonical.
 
     model   a `Spear1ForActionPrediction`.
     inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
             "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8];
             "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.Committed`).
-    graphs  on a GPU: record all of it as a CUDA graph per set of shapes, and replay that.
 
     The first inputs of each kind go through `plain` too. Where that differs, or the fast way raises, a notice
     says so, and inputs of that kind go through `plain` from then on.
     """
     autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     sampler = SAMPLER(model, not autocast)  # autocast cannot cast packed weights
-    kind = _kind(inputs, graphs, autocast)
+    kind = _kind(inputs, autocast)
     if kind not in sampler.agrees and not isinstance(inputs["noise"], FakeTensor):
-        return _first(model, sampler, kind, inputs, steps, graphs)
+        return _first(model, sampler, kind, inputs, steps)
     if sampler.agrees.get(kind, True):
-        return fast(model, sampler, inputs, steps, graphs)
+        return fast(model, sampler, inputs, steps)
     return plain(model, inputs, steps)
 
 
 def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True) -> Tensor:
-    """`sample` without proof."""
+    """`sample` without proof. graphs: on a GPU all of it is a CUDA graph, recorded per set of shapes."""
     with torch.inference_mode():
         if graphs and inputs["noise"].device.type == "cuda":
             sampler.moments(steps)  # made before a graph is recorded
@@ -128,18 +127,18 @@ def difference(found: Tensor, truth: Tensor) -> float:
     return float(apart.abs().max() / truth.float().abs().max())
 
 
-def _kind(inputs: Inputs, graphs: bool, autocast: bool) -> Hashable:
+def _kind(inputs: Inputs, autocast: bool) -> Hashable:
     """What decides which code runs. On a GPU the shapes do too: each has a graph of its own."""
     on_gpu = inputs["noise"].device.type == "cuda"
     given = [(name, t.dtype, tuple(t.shape) if on_gpu else None) for name, t in inputs.items()]
-    return (tuple(given), graphs, autocast)
+    return (tuple(given), autocast)
 
 
-def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int, graphs: bool) -> Tensor:
+def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int) -> Tensor:
     """The first actions of a kind, both ways; keeps whether they agree, with a notice where not."""
     slow = plain(model, inputs, steps)
     try:
-        found = fast(model, sampler, inputs, steps, graphs)
+        found = fast(model, sampler, inputs, steps)
         apart = difference(found, slow)
         exact = {weight.dtype for weight in model.parameters()} == {torch.float32}
         exact = exact and not torch.is_autocast_enabled(slow.device.type)

@@ -216,23 +216,17 @@ class Spear1ForActionPrediction(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         state: Tensor,
+        noise: Action,
         steps: int | None = None,
-        noise: Action | None = None,
         view_mask: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        graphs: bool = True,
         committed: flow.Committed | None = None,
     ) -> Action:
-        """Actions [B, H, ·] by `steps` Euler steps from noise (None: the flow's own): normalised units,
-        unit canonical rotations.
+        """Actions [B, H, ·] by `steps` Euler steps (None: the flow's own) from noise [B, H, ·]
+        (`spear.flow.sample_noise`): normalised units, unit canonical rotations.
 
-        Arguments as in `forward`; noise [B, H, ·] overrides the drawing.
-        attention_mask=None and view_mask=None spare the masks. graphs: see `spear.models.sampling.sample`.
+        Other arguments as in `forward`; attention_mask=None and view_mask=None spare the masks.
         committed: actions that come back as they are, and that the others go on from.
         """
-        if noise is None:
-            shape = (input_ids.shape[0], self.config.horizon)
-            noise = flow.sample_noise(shape, self.flow, generator, device=input_ids.device)
         inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
         inputs |= {f"present/{view}": present for view, present in (view_mask or {}).items()}
         inputs |= {"input_ids": input_ids, "state": state, "noise": noise.to_vector()}
@@ -240,7 +234,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs["attention_mask"] = attention_mask
         if committed is not None:
             inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
-        return Action.from_vector(sample(self, inputs, self.flow.steps if steps is None else steps, graphs))
+        return Action.from_vector(sample(self, inputs, self.flow.steps if steps is None else steps))
 
 
 def load_inner_vlm(folder: Path, dtype: torch.dtype | None = None) -> SpearVLMForConditionalGeneration:

@@ -5,7 +5,6 @@ All of it is our choice.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import ModelOutput
 
 from spear.models.layers import PortableConfig, choose_attention
 from spear.models.vision import LAST_LAYERS, MogeEncoder, check_pixels
@@ -35,17 +33,6 @@ class MogeDepthConfig(PortableConfig):
     initializer_range: float | int = 0.02
 
 
-@dataclass
-class DepthOutput(ModelOutput):
-    """loss: mean absolute error of log depth up to one scale per image, plus that of the scale's logarithm.
-
-    log_depth  [B, rows·cells, columns·cells].
-    """
-
-    loss: Tensor | None = None
-    log_depth: Tensor | None = None
-
-
 class MogeForDepth(PreTrainedModel):
     """Metric depth from one image, to pretrain a small `MogeEncoder` for which no MoGe weights exist.
 
@@ -63,8 +50,9 @@ class MogeForDepth(PreTrainedModel):
         self.head = nn.Linear(LAST_LAYERS * config.moge_config.hidden_size, config.cells**2)
         self.post_init()
 
-    def forward(self, pixels: Tensor, depth: Tensor | None = None) -> DepthOutput:
-        """Predict the logarithm of depth on a grid of `cells` × `cells` cells per patch.
+    def forward(self, pixels: Tensor, depth: Tensor) -> LossOutput:
+        """The loss of the predicted logarithm of depth, on a grid of `cells` × `cells` cells per patch: mean
+        absolute error up to one scale per image, plus that of the scale's logarithm.
 
         pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
         unknown: the target of a cell is the mean log depth of its known pixels, if it has any.
@@ -75,19 +63,16 @@ class MogeForDepth(PreTrainedModel):
         grid = self.head(self.moge(pixels)).float()
         grid = grid.view(-1, rows, columns, cells, cells).transpose(2, 3)
         log_depth = grid.reshape(-1, rows * cells, columns * cells)
-        loss = None
-        if depth is not None:
-            known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
-            logs = torch.where(known > 0, depth[:, None].float(), torch.ones_like(known)).log()
-            size = log_depth.shape[1:]
-            count = nn.functional.adaptive_avg_pool2d(known, size)[:, 0]
-            target = nn.functional.adaptive_avg_pool2d(logs * known, size)[:, 0] / count.clamp_min(1e-6)
-            seen = (count > 0).float()
-            error = log_depth - target
-            shift = (error * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
-            shape = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
-            loss = shape + shift.abs().mean()
-        return DepthOutput(loss=loss, log_depth=log_depth)
+        known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
+        logs = torch.where(known > 0, depth[:, None].float(), torch.ones_like(known)).log()
+        size = log_depth.shape[1:]
+        count = nn.functional.adaptive_avg_pool2d(known, size)[:, 0]
+        target = nn.functional.adaptive_avg_pool2d(logs * known, size)[:, 0] / count.clamp_min(1e-6)
+        seen = (count > 0).float()
+        error = log_depth - target
+        shift = (error * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+        shape = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
+        return LossOutput(loss=shape + shift.abs().mean())
 
 
 class PatchClassification(nn.Module):

@@ -137,14 +137,8 @@ class Checkpoints:
             raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors themselves: parameters and buffers (tied ones once), averaged weights, moments."""
-        seen: set[int] = set()
-        out: dict[str, torch.Tensor] = {}
-        for key, tensor in self.stepper.model.state_dict().items():
-            place = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-            if place not in seen or tensor.numel() == 0 or place == 0:
-                out[f"model.{key}"] = tensor
-            seen.add(place)
+        """The tensors themselves: parameters and buffers, averaged weights, moments."""
+        out = {f"model.{key}": tensor for key, tensor in self.stepper.model.state_dict().items()}
         out |= {f"ema.{key}": tensor for key, tensor in (self.stepper.ema or {}).items()}
         for parameter, name in self._names.items():
             moments = self.stepper.optimizer.state.get(parameter, {})

@@ -90,7 +90,7 @@ class NotFinite(Exception):
     values: dict[str, float]
 
 
-def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> Path:
+def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> None:
     """Write a piece's batch, tensors in dicts, under `out`, by paths such as "questions/input_ids".
 
     number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
@@ -100,7 +100,6 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
     about = {"step": step, "number": number, "seed": seed}
     write_bytes(path, save(tensors, {"batch": json.dumps(about)}))
-    return path
 
 
 def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

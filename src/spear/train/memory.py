@@ -112,7 +112,8 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
         with FakeTensorMode(), Meter() as meter, torch.no_grad():
             give_storage(model)
             weights = meter.live
-            model.sample_actions(**_observation(size, batch), steps=2)
+            noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
+            model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
     finally:
         torch.backends.mkldnn.set_flags(_enabled=before)
     return Memory(weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0)

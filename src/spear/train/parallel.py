@@ -159,14 +159,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def unshard(model: nn.Module) -> None:
     """Make a plain model again, on the CPU, in place: whole on process 0, without contents on the others."""
-    done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in done:
-                value = full(parameter.detach())
-                value = value.cpu() if rank() == 0 else value.to("meta")
-                done[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            module.register_parameter(name, done[id(parameter)])
+            value = full(parameter.detach())
+            value = value.cpu() if rank() == 0 else value.to("meta")
+            module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         if isinstance(module, FSDPModule):
             kind: Any = type(module)
             module.__class__ = kind.__bases__[1]  # FSDP had put a class of its own before it

@@ -110,7 +110,7 @@ def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> Non
 @pytest.mark.parametrize(("task", "start"), [("PutEggplantInBasketScene-v1", 59), (TASK, 0)])
 def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
     """Also where the gripper comes to rest on the rim of the sink, and trembles there."""
-    results, _ = run_evaluation(simpler, OracleAgent(), {task: [start]}, {}, EpisodeOptions(), quiet=True)
+    results, _ = run_evaluation(simpler, OracleAgent(), {task: [start]}, {}, EpisodeOptions())
     (outcome,) = results.outcomes
     assert outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
     assert outcome.unreachable == 0 and outcome.steps < TASKS[task].steps
@@ -184,7 +184,7 @@ def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
     agent = load_agent("nano")
     options = EpisodeOptions(films=1, out=tmp_path)
-    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, options, quiet=True)
+    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, options)
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

@@ -54,7 +54,7 @@ def test_the_vlm_sees_where_things_are(name: str, part: float) -> None:
 
 def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     options = TabletopOptions(scenes=4, families=("put_on",), out=tmp_path)
-    results, _ = closed_loop.evaluate(PolicyAgent(nano, "nano", None), options, quiet=True)
+    results, _ = closed_loop.evaluate(PolicyAgent(nano, "nano", None), options)
     assert results.mean().value > 0.4
 
 

@@ -35,14 +35,9 @@ class Asked:
     readings: Mapping[Decode, Segments] = field(default_factory=dict)
     certainty: Certainty | None = None
 
-    @property
-    def grammatical(self) -> bool:
-        """See `evaluate.vqa.measures`."""
-        return grammatical(self.question, self.answer)
-
     @cached_property
     def measures(self) -> dict[str, float]:
-        """See `evaluate.measures`."""
+        """See `evaluate.vqa.measures`."""
         return measure(self.question, self.answer, self.label)
 
 
@@ -192,7 +187,7 @@ def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
     return FamilyScore(
         n=len(rows),
         images=len({a.image for a in rows}),
-        grammar=wilson(sum(a.grammatical for a in rows), len(rows)),
+        grammar=wilson(sum(grammatical(a.question, a.answer) for a in rows), len(rows)),
         free=wilson(sum(free), len(free)),
         measures={name: _estimate(name, values) for name, values in found.items() if values},
         constant=_guess(rows, constant_guess(questions)),
