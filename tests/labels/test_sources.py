@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from data_tiny import make, png
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
-from spear.labels.inputs import read
+from spear.labels.inputs import digests, read
 from spear.labels.scenes import label_frames, label_scenes
 from spear.labels.sources import items, kept_for_testing
 from spear.labels.store import read as read_labels
@@ -32,6 +33,12 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     values = [work.frame.image[0, 0, 0] for work in works if work.frame is not None]
     assert values == [0, 3, 6, 9, 100, 101]
     assert all("only 2 steps" in str(work.error) for work in works[6:])
+    before = list(digests(found))
+    shutil.rmtree(tmp_path / "robot")
+    write_episodes([episode(10, "external", 0), episode(3, "front", 100)], tmp_path / "robot")
+    again = list(items([str(tmp_path / "robot")], per_episode=4))
+    assert all(now.stamp != then.stamp for now, then in zip(again, found, strict=True))
+    assert [now == then for now, then in zip(digests(again), before, strict=True)] == [True] * 6 + [False] * 2
 
 
 @pytest.mark.parametrize("kind", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"])

@@ -106,4 +106,4 @@ def photos(folder: Path, count: int, bad: bool = True) -> Path:
 
 
 def listing(folder: Path) -> Any:
-    return partial(find, str(folder))
+    return find(str(folder))

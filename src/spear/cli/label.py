@@ -90,7 +90,7 @@ def _plan(options: LabelOptions) -> None:
     if not options.photos:
         raise SpearError("--plan: name the PHOTOS that shall be labelled")
     device, (_, listing, settings) = choose_device(options.device), prepare(options)
-    images, words = sum(1 for _ in listing()), settings["vocabulary"]
+    images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
     print(f"{images:,} images, {batch} at a time, {longest} pixels wide; computed in float32:")
     found = []

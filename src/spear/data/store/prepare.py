@@ -26,7 +26,6 @@ from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
-from spear.data.readers.tfrecord import record_sums
 from spear.data.senses import MOVES, doubts
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
@@ -35,7 +34,7 @@ from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
 from spear.util.images import decode_image, encode_jpeg, fit_image
-from spear.util.ledger import Skipped, add_files, alone, difference, same_settings
+from spear.util.ledger import Skipped, alone, difference, same_settings
 from spear.util.progress import ProgressBar
 
 BLOCK = 16
@@ -78,7 +77,7 @@ def prepare(
     file = how.layout or source.path / SPEC_FILE
     request = {
         "path": str(path.resolve()),
-        "data": _digest(source),
+        "data": formats.digest(path),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
         "size": dict(sorted(how.sizes.items())),
@@ -210,16 +209,6 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
             encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
     return fitted if len(levels) > 1 else ()
-
-
-def _digest(source: formats.Dataset | EpisodeStore) -> str:
-    """What tells the data of a folder from others."""
-    if isinstance(source, EpisodeStore):
-        return source.digest() + source.digest(seen=True)
-    records = map(record_sums, sorted(source.path.glob("*.tfrecord*")))
-    digest = hashlib.sha256(b"".join(records))  # the ends of these files are but images
-    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"))
-    return digest.hexdigest()
 
 
 def open_store(
