@@ -1,6 +1,5 @@
 """Robot demonstrations in a folder of any format: which format it is, and its episodes."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from spear.data.readers.tfrecord import record_sums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.ledger import Skipped, add_files
+from spear.util.ledger import Skipped, hash_ends
 
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
@@ -99,10 +98,9 @@ def digest(path: str | Path) -> str:
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         return folder.digest() + folder.digest(seen=True)
-    records = map(record_sums, sorted(folder.path.glob("*.tfrecord*")))
-    found = hashlib.sha256(b"".join(records))  # the ends of these files are but images
-    add_files(found, folder.path, ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"))
-    return found.hexdigest()
+    records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images
+    kinds = "*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"
+    return hash_ends([folder.path], kinds, records)
 
 
 def cameras(path: str | Path, layout: Path | None = None) -> list[str]:
