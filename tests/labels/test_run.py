@@ -241,7 +241,7 @@ def test_an_image_that_was_replaced_is_labelled_again_with_those_beside_it(tmp_p
     run(folder, out)
     (out / "questions.parquet").touch()  # about what is no longer there
     last.write_bytes(first.read_bytes().ljust(9999, b"\0"))
-    with pytest.warns(Notice, match="1 images have changed"):
+    with pytest.warns(Notice, match="1 image changed"):
         assert run(folder, out) == Progress(10, 8, 10, 0)
     run(folder, tmp_path / "anew", workers=2)  # which change nothing
     assert contents(out) == contents(tmp_path / "anew")

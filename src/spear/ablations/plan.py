@@ -14,7 +14,7 @@ from typing import Any
 
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, counted
 from spear.labels.store import count
 from spear.models.presets import preset
 from spear.models.weights.folders import locate
@@ -260,4 +260,4 @@ def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
         span = f"{min(sizes):,}" + (f" … {max(sizes):,}" if min(sizes) < max(sizes) else "")
         lines.append(f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}")
     rows = sum(len(members) for _, members in plan.tables)
-    return "\n".join([*lines, f"{rows} rows, {plan.seeds} seeds"])
+    return "\n".join([*lines, f"{counted(rows, 'rows')}, {counted(plan.seeds, 'seeds')}"])

@@ -191,8 +191,8 @@ def _check_form(report: Report, said: str) -> list[Check]:
     rotations = [r.rotation for r in report.recordings]
     forms = set(state_forms(rotations[0])).intersection(*tied)
     best = {name: part.best.reading for name, part in known.items()}
-    frame = best["translation"].frame if "translation" in best else None
-    others = " or ".join(turning_otherwise(rotations, said, forms, best.get("rotation"), frame))
+    found = turning_otherwise(rotations, said, forms, best.get("translation"), best.get("rotation"))
+    others = " or ".join(found)
     words = f"by {others} the gripper would turn otherwise, and the actions fit as well"
     return [Check("rotation_format", "cannot tell", words)] if others else []
 

@@ -192,7 +192,7 @@ def _motion(
     facts["rotation"] = _why(act.name(columns), written)
     same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
     forms = {f.reading.state for f in equal}
-    if others := hypotheses.turning_otherwise(values, form, forms, written.reading, fit.reading.frame):
+    if others := hypotheses.turning_otherwise(values, form, forms, fit.reading, written.reading):
         found["rotation_format"] = None
         facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
     found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None

@@ -184,18 +184,17 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
 
 
 def turning_otherwise(
-    rotations: Sequence[Array], said: str, forms: Iterable[str], turned: Reading | None, frame: str | None
+    rotations: Sequence[Array], said: str, forms: Iterable[str], moved: Reading | None, turned: Reading | None
 ) -> list[str]:
     """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise.
 
-    forms          fit as well as the one that is said.
-    turned, frame  the best reading of rotations, and the frame of the best one of translations, where these
-                   tell anything. Yaw, pitch, roll fit as well as roll, pitch, yaw where actions are targets,
-                   and unless they would have translations and rotations in two frames.
+    forms fit as well as the one that is said; moved, turned: the best readings of translations and rotations,
+    None where they tell nothing. Yaw, pitch, roll fit as well as roll, pitch, yaw where actions are targets,
+    and unless translations and rotations would be in two frames.
     """
     others = sorted({*forms} - {said})
-    mirrored = turned is None or frame is None or (turned.frame == "ee") != (frame == "ee")
-    if "euler_xyz" in {said, *others} and (mirrored or turned.kind == "absolute"):
+    told = moved and turned and turned.kind != "absolute" and (moved.frame == "ee") == (turned.frame == "ee")
+    if "euler_xyz" in {said, *others} and not told:
         others.append("euler_zyx")
     read, _ = state_quaternions(np.concatenate(rotations))
     ends = np.cumsum([len(values) for values in rotations])[:-1]

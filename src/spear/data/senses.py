@@ -16,7 +16,7 @@ from PIL import Image
 from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
 from spear.data.hypotheses import LENGTH_UNITS, Recording, angle, state_quaternions
 from spear.data.readers.layout import FASTEST
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image
 
@@ -97,14 +97,14 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     """Whether openings and commands are what the layout says, as far as the gripper moves at all."""
     moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
     if len(moving) < FEWEST:
-        words = f"the gripper moves in {len(moving)} of {len(recordings)} episodes"
+        words = f"the gripper moves in {len(moving)} of {counted(len(recordings), 'episodes')}"
         return [Check("gripper", "cannot tell", words)]
     verdict, words = sense([np.asarray(r.opening) for r in moving])
     commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
     if not commanded:
         return [_span(moving) or Check("gripper", verdict, words)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
-    said = f"the correlation of command and opening, {late} steps later, is {strength:.2f}"
+    said = f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
     if strength >= FOLLOWS:
         checks = [Check("gripper", verdict, words), _span(moving) or Check("gripper command", "agrees", said)]
         if (least := min(float(np.min(opening)) for opening, _, _ in commanded)) >= 0.5:
@@ -165,7 +165,7 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m). Raises SpearError,
     which begins with `where`, for a broken image, and for another number of images."""
     if len(images) != len(position):
-        raise SpearError(f"{where}: it has {len(images)} images, but there are {len(position)} steps")
+        raise SpearError(f"{where}: not one for each step (images: {len(images)}, steps: {len(position)})")
     decoded = (decode_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images))
     small = (Image.fromarray(p).convert("L").resize(SIZE, Image.Resampling.BOX) for p in decoded)
     frames = np.array([np.asarray(each, np.float32) for each in small])
@@ -182,7 +182,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
         absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
         if absent + blank == len(each):
             why = "its column is absent, or holds no images," if absent else "its images are blank"
-            words = f"{why} in all of {len(each)} episodes: name another one in images"
+            words = f"{why} in all of {counted(len(each), 'episodes')}: name another one in images"
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([
         (a.change, b.change)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 import spear
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.components import graph, split
 from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item, digests
@@ -192,7 +192,7 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
         changed += others
     if changed:
         (out / QUESTIONS).unlink(missing_ok=True)
-        notice(f"{out}: {changed:,} images have changed since: their files of labels are made again")
+        notice(f"{out}: {counted(changed, 'images')} changed since: their files of labels are made again")
     return kept
 
 

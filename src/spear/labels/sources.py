@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.inputs import Content, Item, find
 from spear.labels.rgbd import Scene
 from spear.sim.scene import TRAIN_SEED
@@ -54,7 +54,7 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     if argument.startswith("rgbd:"):
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
-            notice(f"{folder}: {scene.alone} color images are left out: none in depth/ has their name")
+            notice(f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name")
         return (Item(source, read_rgbd, folder, i, scene.stamp(i)) for i, source in enumerate(scene.sources))
     photos = find_format(argument) is None
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
@@ -119,7 +119,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
         if number < steps:  # frame `number` of `count` that are spread evenly
             yield bytes(episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)])
         else:
-            yield SpearError(f"the episode has only {steps} steps: take fewer frames of each")
+            yield SpearError(f"the episode has only {counted(steps, 'steps')}: take fewer frames of each")
 
 
 @lru_cache(maxsize=1)

@@ -64,7 +64,7 @@ def train(
         f"training in float32, {why}": opt.precision != asked.precision,
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"goes on otherwise than before: {was}": otherwise,
-        f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
+        f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
     }
     for words in (w for w, so in notes.items() if so and not how.quiet):
@@ -175,5 +175,5 @@ def mixture(
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
         marks = [mark for store in stores for mark in {*store.marks()}]
         if twice := len(marks) - len({*marks}):
-            notice(f"{twice} of the episodes are in more than one dataset, and count in each: give them once")
+            notice(f"more than one dataset has {twice} of the episodes, which count in each: give them once")
     return list(zip(map(dataset_name, folders), stores, chosen, strict=True))

@@ -101,7 +101,7 @@ def prepare(
         store = EpisodeStore(folder)
         _notice_units(store, path)
         if store.failed().all():
-            notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
+            notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
         else:
             save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
