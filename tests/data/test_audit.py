@@ -247,6 +247,7 @@ def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
         ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
         ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
         ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
+        ({"rate_hz": 200.0}, "rate_hz", "m/s"),
         ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
         ({"images": {**FIRST, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
     ],
@@ -296,6 +297,9 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     assert report.outcome == "contradiction" and "length_unit" in conclusion(report)
     swapped = {"position": f"{BRIDGE}[3:6]", "rotation": f"{BRIDGE}[0:3]"}
     assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
+    for key, value in {"gripper_range": [-1, 1], "rate_hz": 60.0}.items():
+        checks = {check.name: check.verdict for check in bridge(shared, tmp_path, **{key: value}).checks}
+        assert checks[key] == "cannot tell"
     folder = str(shared / "data" / "bridge_v2_sample")
     assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
     refuses(r"gripper_range is \[0, 0\.08\]; .* to 1", bridge, shared, tmp_path, gripper_range=[0, 0.08])

@@ -177,8 +177,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
     checks = check_gripper(recordings)
-    if not report.states:
-        checks += check_rate(recordings, str(judged.rotation_format))
+    checks += [] if report.states else check_rate(recordings)
     if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(judged.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)

@@ -204,8 +204,8 @@ def turning_otherwise(
         return np.delete(quat_multiply(quat_conjugate(at[:-1]), at[1:]).numpy(), ends - 1, axis=0)
 
     steps = turns(said)
-    least = APART * angle(steps[:, 0]).mean() + 1e-6
-    return [form for form in others if angle((steps * turns(form)).sum(-1)).mean() > least]
+    least = APART * _angle(steps[:, 0]).mean() + 1e-6
+    return [form for form in others if _angle((steps * turns(form)).sum(-1)).mean() > least]
 
 
 def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
@@ -287,10 +287,10 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
         "ee": quat_multiply(first, at[:, :, 1:]),
         "base": quat_multiply(at[:, :, 1:], first),
     }
-    moved = stretches.sums(angle(seen["ee"][..., 0].numpy()))
+    moved = stretches.sums(_angle(seen["ee"][..., 0].numpy()))
     one = quat_multiply(quat_conjugate(at[:, :, :-1]), at[:, :, 1:])[..., 0].numpy()
     # Where forms disagree on how far the robot turned, the smallest is the smoothest.
-    turned = float(min(np.sqrt((angle(w)[inside] ** 2).mean()) for w in one))
+    turned = float(min(np.sqrt((_angle(w)[inside] ** 2).mean()) for w in one))
     if logged.shape[1] == 3:
         used = logged[stretches.acted(0)][inside]
         scales = _scales(used, turned, ANGLE_UNITS, 1 / recordings[0].rate_hz)
@@ -303,7 +303,7 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     def judge(predicted: torch.Tensor, recorded: torch.Tensor, frame: str, chosen: list[int]) -> None:
         """predicted [K, n, L, 4] by form, recorded [S, n, L, 4] by form of the state."""
         cosine = torch.einsum("knlc,snlc->sknl", predicted, recorded).numpy()
-        sums = stretches.sums(angle(cosine))
+        sums = stretches.sums(_angle(cosine))
         for s, state in enumerate(names):
             for k, index in enumerate(chosen):
                 reading = readings[index]._replace(frame=frame, shift=shift, state=state)
@@ -329,7 +329,7 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     return fits
 
 
-def angle(cosine: Array) -> Array:
+def _angle(cosine: Array) -> Array:
     """Angle between two orientations, rad, of the scalar product of their quaternions."""
     return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
 
@@ -361,5 +361,5 @@ def _added(
         reached = _vector(start + total * (flips * factor))  # [8, n, L, 3]
         for quaternions, state in zip(at, state_forms(angles), strict=True):
             cosine = (_quaternions(state, reached) * quaternions[:, 1:]).sum(-1).numpy()
-            for signs, error in zip(SIGNS, stretches.sums(angle(cosine)), strict=True):
+            for signs, error in zip(SIGNS, stretches.sums(_angle(cosine)), strict=True):
                 yield Reading(kind, "angles", unit, signs, shift, state, state), error

@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import hashlib
 import os
+import pickle
 import re
 import tarfile
 from collections import Counter
@@ -284,11 +285,8 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
-    works: list[Work] = []
-    for item, content in zip(items, _contents(items), strict=True):
-        works.append(_work(item.key, content, longest))
-        works[-1].digest = _digest(content)
-    return works
+    pairs = zip(items, _contents(items), strict=True)
+    return [_work(item.key, content, longest) for item, content in pairs]
 
 
 def digests(items: Sequence[Item]) -> Iterator[str]:
@@ -297,11 +295,7 @@ def digests(items: Sequence[Item]) -> Iterator[str]:
 
 
 def _digest(content: Content) -> str:
-    digest = hashlib.sha256()
-    for part in vars(content).values() if isinstance(content, Frame) else [content]:
-        part = part.tobytes() if isinstance(part, np.ndarray) else part
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(pickle.dumps(content, protocol=5)).hexdigest()[:16]
 
 
 def _contents(items: Sequence[Item]) -> Iterator[Content]:
@@ -324,14 +318,16 @@ def _contents(items: Sequence[Item]) -> Iterator[Content]:
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
+    digest = _digest(content)
     try:
         if isinstance(content, SpearError):
             raise content
         content, turned = load_oriented(content, key) if isinstance(content, bytes) else (content, False)
     except SpearError as error:
-        return Work(key, None, error)
+        return Work(key, None, error, digest=digest)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
     work = admit(dataclasses.replace(frame, source=key))
+    work.digest = digest
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work

@@ -19,9 +19,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby, islice, tee
+from itertools import groupby, tee
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -42,11 +42,11 @@ from spear.util.options import changed
 from spear.util.progress import ProgressBar
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object: what `_Finished` has."""
+"""Key in a shard's footer of a JSON object: a hash of the `keys` of its items, `skipped`, a `SkippedImage`
+for each skipped image, and `stamps` and `digests` (`Work.digest`) of all items."""
 SETTINGS = "run.json"
 MOST_BAD = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +60,6 @@ class Progress:
     skipped: int
     retryable: int = 0
     rate: str = dataclasses.field(default="", compare=False)
-
-
-class _Finished(NamedTuple):
-    """How many items a shard has, a hash of their keys, [source, reason, whether that may pass] for each
-    skipped image, and stamp and `Work.digest` of each item."""
-
-    items: int
-    keys: str
-    skipped: list[SkippedImage]
-    stamps: Sequence[str | None]
-    digests: Sequence[str]
 
 
 def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
@@ -124,7 +113,7 @@ def label_folder(
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
-    shards = list(_chunks(items, work.shard_size))
+    shards = _chunks(list(items), work.shard_size)
     if not shards:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
@@ -134,8 +123,8 @@ def label_folder(
         same_settings(out / SETTINGS, whole, begun)
         sweep(out)
         kept = _kept(out, shards, retry_skipped)
-        total, before = sum(map(len, shards)), sum(shard.items for shard in kept.values())
-        skipped = sum(len(known.skipped) for known in kept.values())
+        total, before = sum(map(len, shards)), sum(len(shards[number]) for number in kept)
+        skipped = sum(map(len, kept.values()))
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
         todo = (pair for pair in enumerate(shards) if pair[0] not in kept)
@@ -156,12 +145,12 @@ def label_folder(
                                 bad(why if source in why else f"{source}: {why}")
                         bar.update(bar.done + len(batch), f"{skipped:,} skipped")
                         bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
-                    stamps = [item.stamp for item in shards[number]]
-                    kept[number] = _Finished(len(stamps), _keys(shards[number]), refused, stamps, hashes)
-                    writer.commit({FOOTER: json.dumps(kept[number]._asdict())})
+                    kept[number], stamps = refused, [item.stamp for item in shards[number]]
+                    said = {"keys": _keys(shards[number]), "skipped": refused}
+                    writer.commit({FOOTER: json.dumps({**said, "stamps": stamps, "digests": hashes})})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
-            aside = [image for number in sorted(kept) for image in kept[number].skipped]
+            aside = [image for number in sorted(kept) for image in kept[number]]
             writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
         write_card(out)
@@ -172,23 +161,23 @@ def _keys(members: Sequence[Item]) -> str:
     return hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
 
 
-def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> dict[int, _Finished]:
-    """The finished shards that stay, by number. Questions about images that have changed are removed."""
+def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> dict[int, list[SkippedImage]]:
+    """What was skipped of the finished shards that stay, by number. Questions about images that have changed
+    are removed."""
     kept, changed = {}, 0
     for path in sorted(out.glob("labels-*.parquet")):
         said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
         if "digests" not in said or not digits.isdecimal():
             raise SpearError(f"{path}: not of this run: move it elsewhere")
-        known = _Finished(**said | {"skipped": [SkippedImage(*image) for image in said["skipped"]]})
-        number = int(digits)
-        if number >= len(shards) or known.keys != _keys(shards[number]):
+        number, skipped = int(digits), [SkippedImage(*image) for image in said["skipped"]]
+        if number >= len(shards) or said["keys"] != _keys(shards[number]):
             raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
-        parts = zip(shards[number], known.stamps, known.digests, strict=True)
+        parts = zip(shards[number], said["stamps"], said["digests"], strict=True)
         doubtful = [(item, then) for item, stamp, then in parts if item.stamp != stamp]
         found = digests([item for item, _ in doubtful])
         others = sum(now != then for now, (_, then) in zip(found, doubtful, strict=True))
-        if not others and not (retry_skipped and any(image.retryable for image in known.skipped)):
-            kept[number] = known
+        if not others and not (retry_skipped and any(image.retryable for image in skipped)):
+            kept[number] = skipped
         changed += others
     if changed:
         (out / QUESTIONS).unlink(missing_ok=True)
@@ -196,7 +185,5 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
     return kept
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    source = iter(items)
-    while chunk := list(islice(source, size)):
-        yield chunk
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from spear.errors import counted
 from spear.types import Array
 from spear.util.images import encode_jpeg
 
@@ -42,5 +41,5 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"spaced": spaced, "data_uri": data_uri, "counted": counted}
+_TEMPLATES.filters |= {"spaced": spaced, "data_uri": data_uri}
 _TEMPLATES.globals["part"] = _TEMPLATES.get_template("parts.html.j2").module

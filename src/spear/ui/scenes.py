@@ -18,7 +18,7 @@ from PIL import Image
 from spear.chunks import REPLAN, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, is_store
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, notice
 from spear.evaluate import results
 from spear.evaluate.closed_loop import delay_steps
 from spear.evaluate.results import MILESTONES, Outcome
@@ -65,14 +65,13 @@ class Scene:
     def begins(self) -> View:
         """What holds for all steps."""
         world, was = self._env.world, self._recorded
-        steps = was and counted(was.steps, "steps")
         return {
             "family": self._env.family,
             "seed": self._env.seed,
             "instruction": world.spec.instruction,
             "objects": [body.kind.name for body in world.bodies],
             "limit": MAX_STEPS,
-            "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {steps}",
+            "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
         }
 
     def execute(self, action: Array, told: str) -> None:

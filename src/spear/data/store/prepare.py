@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import OPEN_ABOVE, resample, with_actions
+from spear.data.actions import resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
-from spear.data.senses import MOVES, doubts
+from spear.data.senses import MOVES, doubts, span
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -143,18 +143,14 @@ def _write_shards(
 
 
 def _notice_units(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' positions are hardly metres, and where their gripper moves, but is
-    never open, or is commanded one thing only."""
+    """Says so where the first episodes' positions are hardly metres, and what their gripper's `span` says."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
     for remark in doubts(first):
         notice(f"{path}: {remark}")
-    seen = np.concatenate([e.gripper for e in first])
-    told = np.concatenate([np.asarray(e.action)[:, 7] for e in first])
-    wrong = seen.max() <= OPEN_ABOVE or np.ptp(told) == 0
-    if wrong and any(np.ptp(e.gripper) > MOVES * seen.max() for e in first):
-        spans = [f"{values.min():.2g} … {values.max():.2g}" for values in (seen, told)]
-        words = f"its openings are {spans[0]}, its commands {spans[1]} of 0 (closed) … 1 (open)"
-        notice(f"{path}: the gripper moves, but {words}: check gripper_range, command_range")
+    seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
+    moving = max(map(np.ptp, seen)) > MOVES * max(map(np.max, seen))
+    if moving and (check := span(seen, told)):
+        notice(f"{path}: {check.name}: {check.words}")
 
 
 def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:

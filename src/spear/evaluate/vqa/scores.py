@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from spear.errors import counted
 from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap, wilson
 from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, by_image, calibrate
@@ -113,7 +112,7 @@ class Scores:
 
     def tables(self) -> list[Table]:
         """The scores for a terminal."""
-        title = f"SPEAR-VLM: {counted(len(self.asked), 'questions')} about {counted(self.images, 'images')}"
+        title = f"SPEAR-VLM in 3D (questions: {len(self.asked)}, images: {self.images})"
         found = [(title, self.rows()), ("More about them", self.detail_rows())]
         if self.readings:
             found.append(("Numbers read off their probabilities", self.reading_rows()))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError
 from spear.labels.models.protocols import PointMapResult
 from spear.models.devices import choose_device
 from spear.models.moge.checkpoint import load_moge
@@ -50,8 +50,7 @@ class MogePointMap:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
-            seen = counted(int(mask.sum()), "points")
-            raise SpearError(f"{source or 'image'}: no camera fits its {seen}: leave it out")
+            raise SpearError(f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out")
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 
