@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2127, "ablations": 647, "cli": 1564, "data": 4896, "embodiments": 775, "evaluate": 3155,
-    "labels": 4674, "models": 4682, "report": 1166, "serve": 979, "sim": 1581, "train": 2280, "ui": 696,
-    "util": 807,
+    "(top)": 2132, "ablations": 644, "cli": 1565, "data": 4919, "embodiments": 775, "evaluate": 3152,
+    "labels": 4686, "models": 4682, "report": 1167, "serve": 979, "sim": 1581, "train": 2276, "ui": 696,
+    "util": 816,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -175,8 +175,7 @@ def check_actions(episode: Episode) -> Episode:
 
 def _check_length(name: str, what: str, length: int, steps: int) -> None:
     if length != steps:
-        rows = counted(length, "rows")
-        raise SpearError(f"lengths differ: {name}: {what} has {rows} but there are {steps} steps")
+        raise SpearError(f"lengths: {name}: {what} has {counted(length, 'rows')} but there are {steps} steps")
 
 
 def first_bad(bad: Any) -> int | None:

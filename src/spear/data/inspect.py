@@ -83,13 +83,12 @@ def _describe_rlds(folder: RldsFolder) -> str:
         rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
     except SpearError:
         rate, instruction = "not known", DatasetSpec.instruction
-    spread = _spread(np.array([*map(row_count, steps)]))
     lines = [
         f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {counted(len(steps), 'episodes')} ({spread} steps each)",
+        f"looked at     {counted(len(steps), 'episodes')} ({_spread([*map(row_count, steps)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
@@ -177,8 +176,8 @@ def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
             yield name, f"not read: {values}" if isinstance(values, str) else "text"
 
 
-def _spread(lengths: np.ndarray) -> str:
-    low, high = int(lengths.min()), int(lengths.max())
+def _spread(lengths: np.ndarray | list[int]) -> str:
+    low, high = int(np.min(lengths)), int(np.max(lengths))
     return f"{low}" if low == high else f"{low} … {int(np.median(lengths))} … {high}"
 
 

@@ -63,7 +63,7 @@ class Item(NamedTuple):
 
 
 def stamp_of(*paths: str | Path) -> str:
-    """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see `digests`."""
+    """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see `digest`."""
     return " ".join(f"{said.st_size}:{said.st_mtime_ns}" for said in map(os.stat, paths))
 
 
@@ -285,20 +285,16 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
-    pairs = zip(items, _contents(items), strict=True)
+    pairs = zip(items, contents(items), strict=True)
     return [_work(item.key, content, longest) for item, content in pairs]
 
 
-def digests(items: Sequence[Item]) -> Iterator[str]:
-    """`Work.digest` of each image, without the work."""
-    return map(_digest, _contents(items))
-
-
-def _digest(content: Content) -> str:
+def digest(content: Content) -> str:
+    """A short hash of what a reader gives."""
     return hashlib.sha256(pickle.dumps(content, protocol=5)).hexdigest()[:16]
 
 
-def _contents(items: Sequence[Item]) -> Iterator[Content]:
+def contents(items: Sequence[Item]) -> Iterator[Content]:
     """What the readers give; when one breaks down, that is the reason for all that it did not give."""
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         places = [item.place for item in group]
@@ -318,16 +314,16 @@ def _contents(items: Sequence[Item]) -> Iterator[Content]:
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
-    digest = _digest(content)
+    hashed = digest(content)
     try:
         if isinstance(content, SpearError):
             raise content
         content, turned = load_oriented(content, key) if isinstance(content, bytes) else (content, False)
     except SpearError as error:
-        return Work(key, None, error, digest=digest)
+        return Work(key, None, error, digest=hashed)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
     work = admit(dataclasses.replace(frame, source=key))
-    work.digest = digest
+    work.digest = hashed
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work

@@ -29,7 +29,7 @@ import spear
 from spear.errors import SpearError, counted, notice
 from spear.labels.components import graph, split
 from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
-from spear.labels.inputs import Item, digests
+from spear.labels.inputs import Item, contents, digest
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY, settings_for
@@ -174,8 +174,8 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
             raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
         parts = zip(shards[number], said["stamps"], said["digests"], strict=True)
         doubtful = [(item, then) for item, stamp, then in parts if item.stamp != stamp]
-        found = digests([item for item, _ in doubtful])
-        others = sum(now != then for now, (_, then) in zip(found, doubtful, strict=True))
+        found = contents([item for item, _ in doubtful])
+        others = sum(digest(now) != then for now, (_, then) in zip(found, doubtful, strict=True))
         if not others and not (retry_skipped and any(image.retryable for image in skipped)):
             kept[number] = skipped
         changed += others

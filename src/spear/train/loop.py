@@ -246,8 +246,7 @@ def state_to_continue(
             other = f"another {name} ({there[name]}, not {here[name]})"
             raise SpearError(f"{out} holds a run with {other}: use the same, or a new --out")
     if state["step"] > steps:
-        done = counted(state["step"], "steps")
-        raise SpearError(f"{out} holds a run of {done}, more than {steps}: use a new --out")
+        raise SpearError(f"{out} holds {counted(state['step'], 'steps')}, more than {steps}: use a new --out")
     return found
 
 

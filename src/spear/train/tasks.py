@@ -161,7 +161,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     sources = [one.source for labels in found.values() for one in labels]
     if tests := sum(map(kept_for_testing, sources)):
-        notice(f"scenes kept for testing are in {tests:,} of {counted(len(sources), 'labelled images')}")
+        notice(f"{tests:,} of {counted(len(sources), 'labelled images')} from scenes kept for testing")
     return {view: found[view] for view in views if view in found}
 
 

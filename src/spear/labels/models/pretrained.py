@@ -51,8 +51,7 @@ def enough_memory(images: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        batch = counted(images, "images")
-        raise SpearError(f"memory is full with {batch} at a time: give a smaller batch") from error
+        raise SpearError(f"memory is full with {counted(images, 'images')} at a time: give fewer") from error
 
 
 def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
