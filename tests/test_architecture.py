@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2132, "ablations": 644, "cli": 1565, "data": 4919, "embodiments": 775, "evaluate": 3152,
-    "labels": 4686, "models": 4682, "report": 1167, "serve": 979, "sim": 1581, "train": 2276, "ui": 696,
+    "labels": 4686, "models": 4682, "report": 1168, "serve": 979, "sim": 1581, "train": 2276, "ui": 696,
     "util": 816,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
