@@ -181,7 +181,7 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
         changed += others
     if changed:
         (out / QUESTIONS).unlink(missing_ok=True)
-        notice(f"{out}: {counted(changed, 'images')} changed since: their files of labels are made again")
+        notice(f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files")
     return kept
 
 

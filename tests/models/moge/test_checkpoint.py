@@ -47,7 +47,7 @@ def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
         more = changed(published, **{extra: torch.zeros(3)})
         refuses(rf"weights unknown: 1, first {extra} \[3\]: ", build_moge, more)
     other = changed(v1, **{"head.projects.0.bias": torch.zeros(5)})
-    refuses(r"wrong shape, first head\.projects\.0\.bias \[5\], not \[512\]", build_moge, other)
+    refuses(r"wrong shape: 1, first head\.projects\.0\.bias \[5\], not \[512\]", build_moge, other)
     grey = changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5))
     refuses(r"image_mean is not ImageNet's", build_moge, grey)
 
