@@ -141,7 +141,7 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
     said = capsys.readouterr().out
     assert "(5, 8)" in said and "WRONG" not in said and "trained: " in said
     assert len(list(tmp_path.glob("label-*.png"))) == 2
-    header, *rows = said.partition("1 held-out episodes")[2].splitlines()
+    header, *rows = said.partition("1 held-out episode")[2].splitlines()
     assert header.endswith("last action")
     assert len(rows) == 4 and all(row.count("(n = 1)") == 3 for row in rows)  # one episode gives no interval
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")

@@ -80,7 +80,7 @@ def high_water(pid: int) -> float:
 def run(folder: Path, workers: int) -> None:
     """Label, in this process."""
     label_folder(
-        lambda: find(str(folder / "photos")),
+        find(str(folder / "photos")),
         folder / "labels",
         partial(run_local, Graph((StandIn, StandIn, StandIn)), workers),
         {},

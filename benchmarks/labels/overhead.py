@@ -80,7 +80,7 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
     model = StandIn(seconds)
     graph = Graph((lambda: model, lambda: model, lambda: model))
     engine = partial(run_local, graph, workers)
-    done = label_folder(lambda: find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
+    done = label_folder(find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
     assert model.begun is not None
     return (time.perf_counter() - model.begun) / done.done
 

@@ -90,7 +90,7 @@ def labelled_scenes() -> Values:
     frames = list(held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
     labels = list(label_frames(iter(frames)))
     pictures = [
-        (picture(draw_label(label, scale=4)), f"scene {LABEL_SEED + i}: {len(label.objects)} objects")
+        (picture(draw_label(label, scale=4)), f"scene {LABEL_SEED + i}, objects: {len(label.objects)}")
         for i, label in enumerate(labels[:4])
     ]
     return {"pictures": pictures, "accuracy": compare(labels, frames), "scenes": LABEL_SCENES}

@@ -122,7 +122,7 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     name = next((x.partition(":")[2].strip() for x in lines if x[:10] == "model name"), platform.machine())
-    found.append(("processor", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
+    found.append(("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}"))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"

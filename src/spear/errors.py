@@ -63,6 +63,11 @@ def first_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def counted(number: int, things: str) -> str:
+    """A number and what it counts, a plural in -s: "1 image", "1,000 images"."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 class Notice(UserWarning):
     """What was done with an input that could be better, in one line. The CLI shows it as "note: …"."""
 

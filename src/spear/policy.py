@@ -294,7 +294,7 @@ class Spear1Policy:
         if not (most := max(map(len, rows))):
             return None
         if most > self.committed:
-            raise SpearError(f"committed: {most} actions: the policy has learned to take {self.committed}")
+            raise SpearError(f"committed: {most} of them: the policy has learned to take {self.committed}")
         vectors = torch.zeros(len(rows), self.model.config.horizon, ACTION_DIM)
         held = torch.arange(vectors.shape[1]) < torch.tensor([[len(row)] for row in rows])
         vectors[held] = torch.cat([torch.as_tensor(row) for row in rows if len(row)])

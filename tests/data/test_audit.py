@@ -50,8 +50,7 @@ def recordings(**planted: Any) -> list[Recording]:
     rng = np.random.default_rng(1)
     found = []
     for number, (position, rotation) in enumerate(motions(still=planted.get("still", False))):
-        step = np.zeros_like(position)
-        turn = np.zeros_like(position)
+        step, turn = np.zeros_like(position), np.zeros_like(position)
         step[:-1] = np.diff(position, axis=0)
         inverse = rotation[:-1].inv()
         delta = inverse * rotation[1:]
@@ -161,22 +160,22 @@ def canonical(tmp_path: Path) -> Path:
         gripper = np.float32(np.arange(len(turn)) < 12)
         action = derive_actions(position, turn, np.append(gripper[1:], gripper[-1]))
         mask = np.arange(len(turn)) < len(turn) - 1
-        parts = {"position": position, "rotation": turn, "action": action, "action_mask": mask}
-        parts["gripper"] = gripper
-        episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, **parts))
+        parts = {"position": position, "rotation": turn, "gripper": gripper, "action": action}
+        episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, action_mask=mask, **parts))
     write_episodes(episodes, tmp_path / "store")
     return tmp_path / "store"
 
 
 def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
-    """A fast camera's first would make the steps of the others look like 4 m/s."""
+    """A fast camera's first would make the steps of the others look like 3.6 m/s."""
     episodes = []
     for number, rate in enumerate((30.0, 5.0, 5.0, 5.0)):
         time = np.arange(24) / rate
         position = np.stack([0.4 + 0.4 * np.sin(1.5 * time), 0 * time, 0.3 + 0 * time], axis=1)
         episodes.append(make(number, 24, (8, 8), position=position, rate_hz=rate))
     write_episodes(episodes, tmp_path / "store")
-    assert audit(tmp_path / "store").states == []
+    report = audit(tmp_path / "store")
+    assert report.states == [] and "rate_hz" not in [check.name for check in report.checks]
 
 
 def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
@@ -247,6 +246,7 @@ def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
         ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
         ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
         ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
+        ({"rate_hz": 200.0}, "rate_hz", "m/s"),
         ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
         ({"images": {**FIRST, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
     ],
@@ -296,6 +296,9 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     assert report.outcome == "contradiction" and "length_unit" in conclusion(report)
     swapped = {"position": f"{BRIDGE}[3:6]", "rotation": f"{BRIDGE}[0:3]"}
     assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
+    for key, value in {"gripper_range": [-1, 1], "rate_hz": 60.0}.items():
+        checks = {check.name: check.verdict for check in bridge(shared, tmp_path, **{key: value}).checks}
+        assert checks[key] == "cannot tell"
     folder = str(shared / "data" / "bridge_v2_sample")
     assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
     refuses(r"gripper_range is \[0, 0\.08\]; .* to 1", bridge, shared, tmp_path, gripper_range=[0, 0.08])

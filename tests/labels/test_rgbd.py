@@ -92,11 +92,11 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Fram
 def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path: Path) -> None:
     scene = Scene(folder := write_scannet(tmp_path / "s", truth))
     for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
-        before = [scene.size(i) for i in range(3)]
+        before = [scene.stamp(i) for i in range(3)]
         shutil.copy(folder / name.replace("1", "2"), folder / name)
-        assert [scene.size(i) == size for i, size in enumerate(before)] == [True, False, True], name
+        assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], name
     np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([200, 200, 1.0]))
-    assert Scene(folder).size(0) != scene.size(0)
+    assert Scene(folder).stamp(0) != scene.stamp(0)
 
 
 def test_align_depth_looks_along_the_same_ray() -> None:

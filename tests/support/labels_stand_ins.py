@@ -12,7 +12,6 @@ from PIL import Image
 from spear.errors import RetryableError, SpearError
 from spear.labels.engine import Graph, run_local
 from spear.labels.fit.image import unproject
-from spear.labels.inputs import find
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
@@ -103,7 +102,3 @@ def photos(folder: Path, count: int, bad: bool = True) -> Path:
         if bad and i == 3:
             path.write_bytes(path.read_bytes()[:70])
     return folder
-
-
-def listing(folder: Path) -> Any:
-    return partial(find, str(folder))

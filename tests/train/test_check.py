@@ -60,7 +60,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--episodes {}/mine {}/missing", "missing"),
         ("--out {}/file/run", "file"),
         ("--out {}/of-seed-5", "seed"),
-        ("--out {}/of-2-pieces --steps 0", "1 steps"),
+        ("--out {}/of-2-pieces --steps 0", "1 step,"),
     ],
 )
 def test_mistakes_are_found_before_data_are_made(

@@ -288,7 +288,7 @@ def test_an_evaluations_failure_is_run_again(
         np.testing.assert_allclose(np.diff(again[step]["positions"], axis=0), actions[:, :3], atol=1e-4)
     with next(tmp_path.glob("*.jsonl")).open("a") as journal:
         journal.write('{"scenes": {"stack_cube": [1]}}\n')
-    with pytest.warns(Notice, match="1 scenes have not ended"):
+    with pytest.warns(Notice, match="1 scene left"):
         Shelf(tmp_path)
 
 

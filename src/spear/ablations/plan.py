@@ -14,7 +14,7 @@ from typing import Any
 
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, counted
 from spear.labels.store import count
 from spear.models.presets import preset
 from spear.models.weights.folders import locate
@@ -22,7 +22,7 @@ from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, recipe
 from spear.types import FlowConfig
-from spear.util.ledger import add_files, fingerprint, lock
+from spear.util.ledger import fingerprint, hash_ends, lock
 from spear.util.options import key_values
 
 SCENES = 13_056
@@ -55,11 +55,8 @@ def look_at(labels: Path, episodes: Path, recorded: bool = True) -> Data:
         EpisodeStore(episodes)
     view = labels / "external"
     images = count(view if view.is_dir() else labels)
-    digest = hashlib.sha256()
-    keys = []
-    for folder in (labels, episodes):
-        add_files(digest, folder, ("*.parquet", "*.arrow", "*.txt"))
-        keys.append(digest.hexdigest()[:12])
+    kinds = "*.parquet", "*.arrow", "*.txt"
+    keys = [hash_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
     return Data(labels, episodes, images, keys[1] if recorded else "", keys[0])
 
 
@@ -263,4 +260,4 @@ def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
         span = f"{min(sizes):,}" + (f" … {max(sizes):,}" if min(sizes) < max(sizes) else "")
         lines.append(f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}")
     rows = sum(len(members) for _, members in plan.tables)
-    return "\n".join([*lines, f"{rows} rows, {plan.seeds} seeds"])
+    return "\n".join([*lines, f"{counted(rows, 'rows')}, {counted(plan.seeds, 'seeds')}"])

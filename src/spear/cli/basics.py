@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import notice
+from spear.errors import counted, notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
@@ -107,7 +107,7 @@ def record(options: RecordOptions) -> None:
     o, sizes = options, find_preset(options.preset).image_sizes
     how = o.first_seed, sizes, o.workers
     written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=_turns(o.policy))
-    print(f"{written} of {tried} demonstrations succeeded and are in {o.out}")
+    print(f"{written} of {counted(tried, 'demonstrations')} succeeded: {o.out}")
 
 
 class RecordSimplerOptions(DemonstrationOptions):
@@ -135,7 +135,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     how = o.first_seed, height, o.workers, o.assets
     done = demonstrate(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
     for task, (written, tried) in done.items():
-        print(f"{written} of {tried} demonstrations succeeded and are in {o.out / task}")
+        print(f"{written} of {counted(tried, 'demonstrations')} succeeded: {o.out / task}")
 
 
 def _turns(policy: str | None) -> "Acts | None":

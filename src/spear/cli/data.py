@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
-from spear.errors import SpearError, Undecided, check_known
+from spear.errors import SpearError, Undecided, check_known, counted
 from spear.util.files import write_text
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def datasets() -> None:
 def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None) -> None:
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
-    print(f"{written} episode{'s' * (written != 1)} in {folder}, {len(reasons)} skipped", file=file)
+    print(f"{counted(written, 'episodes')} in {folder}, {len(reasons)} skipped", file=file)
 
 
 def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
@@ -107,7 +107,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
     known = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
     if known and (both := shared(held, trained)):
-        where = f"--split {o.split}: {both} of its episodes are also in --train-split {learned[1]}"
+        where = f"--split {o.split}: has {both} of its episodes in --train-split {learned[1]} too"
         raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
@@ -116,14 +116,14 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if o.train or o.train_split:
             train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
             if both := len({*marks} & {*train.marks()}):
-                raise SpearError(f"--split {o.split}: {both} of them are also in --train-split {learned[1]}")
+                raise SpearError(f"--split {o.split}: has {both} of them in --train-split {learned[1]} too")
         if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
-            notice(f"{o.policy} was trained on {both} of the {len(marks)} held-out episodes: hold others out")
+            notice(f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
         reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
     names = "".join(f"{s.name[-26:]:<28}" for s in scores)
-    print(f"{len(held_out)} held-out episodes".ljust(24) + names.rstrip())
+    print(counted(len(held_out), "held-out episodes").ljust(24) + names.rstrip())
     summaries = [score.summary() for score in scores]
     for name in summaries[0]:
         cells = (s[name].say(".3f") for s in summaries)
@@ -175,7 +175,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
-        raise SpearError(f"--calibrate: {len(labels)} images say too little: take at least 100 (--images)")
+        raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
     scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
     scores.save(o.out / "scores.json", about)
@@ -224,7 +224,7 @@ def compare(options: CompareOptions) -> None:
     for setting in comparison.settings:
         print(f"run differently: {setting}")
     if comparison.unshared:
-        print(f"left out: {comparison.unshared} episodes whose scene only one of the two saw")
+        print(f"left out: {counted(comparison.unshared, 'episodes')} whose scene only one of the two saw")
     ours = list(zip((comparison.first, comparison.second), results, strict=True))
     published = beside(results[0])
     for table in published:

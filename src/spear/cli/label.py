@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.labels.options import LabelOptions, QuestionOptions
 from spear.util.files import read_json
 from spear.util.options import File, Options, Within, changed
@@ -53,8 +53,9 @@ def label(options: LabelOptions) -> None:
         from spear.labels.run import label_photos
 
         done = label_photos(options, on_bill=print)
-        said = (f"{done.done - done.skipped:,} labelled images in {options.out}", f"{done.skipped:,} skipped")
-        print(", ".join(part for part in (*said, done.rate) if part))
+        labelled = counted(done.done - done.skipped, "labelled images")
+        said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
+        print(", ".join(filter(None, said)))
         if done.retryable:
             print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
     else:
@@ -70,7 +71,7 @@ def label(options: LabelOptions) -> None:
             images = label_tasks(out, scene_numbers(options.photos[0], "simpler"), sizes["external"], workers)
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
-        print(f"{images} labelled images in {out}; to look at them: spear label show {out}")
+        print(f"{counted(images, 'labelled images')} in {out}; to look at them: spear label show {out}")
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))
 
@@ -90,9 +91,9 @@ def _plan(options: LabelOptions) -> None:
     if not options.photos:
         raise SpearError("--plan: name the PHOTOS that shall be labelled")
     device, (_, listing, settings) = choose_device(options.device), prepare(options)
-    images, words = sum(1 for _ in listing()), settings["vocabulary"]
+    images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
-    print(f"{images:,} images, {batch} at a time, {longest} pixels wide; computed in float32:")
+    print(f"{counted(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:")
     found = []
     for part in ("detector", "segmenter", "pointmap"):
         name, model = split(getattr(options, part).rpartition("+")[2])
@@ -128,7 +129,7 @@ def ask_about(options: QuestionOptions) -> None:
     folder, families = _shards(options.labels), options.families or FAMILIES
     images, counts = write_questions(folder, options.seed, options.pairs, families)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
-    print(f"{counts.total():,} questions about {images:,} images: {kinds or 'none could be asked'}")
+    print(f"{counted(counts.total(), 'questions')} about {counted(images, 'images')}: {kinds or 'none'}")
 
 
 class ShowOptions(Options):

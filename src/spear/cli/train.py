@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, is_first_process
+from spear.errors import SpearError, counted, is_first_process
 from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
 from spear.util.options import key_values
 
@@ -90,7 +90,7 @@ def plan(options: PlanOptions) -> None:
     for changes, needed in memory.plans(stage):
         if not changes:
             pieces = stage.optimization.accumulate
-            print(f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {pieces} pieces\n")
+            print(f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {counted(pieces, 'pieces')}\n")
             numbers = f"{needed.parameters / 1e9:.2f} B, {needed.learning / 1e9:.2f} B learn"
             for name, size in {
                 f"weights ({numbers})": needed.weights,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.geometry import UNIT_TOLERANCE, quat_canonical, quat_normalize, quat_slerp, step_action
 from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
@@ -175,7 +175,7 @@ def check_actions(episode: Episode) -> Episode:
 
 def _check_length(name: str, what: str, length: int, steps: int) -> None:
     if length != steps:
-        raise SpearError(f"lengths differ: {name}: {what} has {length} rows but there are {steps} steps")
+        raise SpearError(f"lengths: {name}: {what} has {counted(length, 'rows')} but there are {steps} steps")
 
 
 def first_bad(bad: Any) -> int | None:

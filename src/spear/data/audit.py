@@ -39,7 +39,7 @@ from spear.data.readers.layout import (
     to_quaternion,
 )
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
-from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, doubts, look
+from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, check_rate, doubts, look
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
@@ -177,6 +177,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
     checks = check_gripper(recordings)
+    checks += [] if report.states else check_rate(recordings)
     if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(judged.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
@@ -184,10 +185,13 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
 
 def _check_form(report: Report, said: str) -> list[Check]:
     """Whether the actions tell how orientations are written: targets that are the next states never do."""
-    tied = [f.tied for p in report.parts if not p.note for f in p.findings if f.question == "state"]
+    known = {part.name: part for part in report.parts if not part.note}
+    tied = [f.tied for part in known.values() for f in part.findings if f.question == "state"]
     rotations = [r.rotation for r in report.recordings]
-    forms = set(state_forms(rotations[0])).intersection(*tied) - {said}
-    others = " or ".join(turning_otherwise(rotations, said, sorted(forms)))
+    forms = set(state_forms(rotations[0])).intersection(*tied)
+    best = {name: part.best.reading for name, part in known.items()}
+    found = turning_otherwise(rotations, said, forms, best.get("translation"), best.get("rotation"))
+    others = " or ".join(found)
     words = f"by {others} the gripper would turn otherwise, and the actions fit as well"
     return [Check("rotation_format", "cannot tell", words)] if others else []
 

@@ -191,10 +191,8 @@ def _motion(
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)
     same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
-    others = hypotheses.turning_otherwise(values, form, sorted({f.reading.state for f in equal}))
-    if form == "euler_xyz" and not same:
-        others.append("euler_zyx")  # its mirror image: see `hypotheses.state_forms`
-    if others:
+    forms = {f.reading.state for f in equal}
+    if others := hypotheses.turning_otherwise(values, form, forms, fit.reading, written.reading):
         found["rotation_format"] = None
         facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
     found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None

@@ -165,13 +165,14 @@ def state_forms(values: Array) -> list[str]:
     """The ways in which recorded numbers [N, d] may be meant as orientations.
 
     Not yaw, pitch, roll: states and actions written so, with frames exchanged, are the mirror image of roll,
-    pitch, yaw. Rotations alone cannot tell the two; where only one is written so, it is said of the actions.
+    pitch, yaw. Rotations alone cannot tell the two (see `turning_otherwise`); where only one is written so,
+    it is said of the actions.
     """
     return [name for name in _forms(values) if name != "euler_zyx"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
-    """Form -> quaternions [N, 4] of recorded orientations, and the unit of their angles.
+    """Form -> quaternions [N, 4] of recorded orientations, by all formats, and the unit of their angles.
 
     Angles beyond a whole turn are degrees, others radians: changes alone could not tell.
     """
@@ -179,11 +180,22 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     if rotation.shape[1] == 3:
         unit = "deg" if np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
     values = _vector(rotation * ANGLE_UNITS.get(unit, 1.0))
-    return {name: _quaternions(name, values).numpy() for name in state_forms(rotation)}, unit
+    return {name: _quaternions(name, values).numpy() for name in _forms(rotation)}, unit
 
 
-def turning_otherwise(rotations: Sequence[Array], said: str, forms: Iterable[str]) -> list[str]:
-    """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise."""
+def turning_otherwise(
+    rotations: Sequence[Array], said: str, forms: Iterable[str], moved: Reading | None, turned: Reading | None
+) -> list[str]:
+    """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise.
+
+    forms fit as well as the one that is said; moved, turned: the best readings of translations and rotations,
+    None where they tell nothing. Yaw, pitch, roll fit as well as roll, pitch, yaw where actions are targets,
+    and unless translations and rotations would be in two frames.
+    """
+    others = sorted({*forms} - {said})
+    told = moved and turned and turned.kind != "absolute" and (moved.frame == "ee") == (turned.frame == "ee")
+    if "euler_xyz" in {said, *others} and not told:
+        others.append("euler_zyx")
     read, _ = state_quaternions(np.concatenate(rotations))
     ends = np.cumsum([len(values) for values in rotations])[:-1]
 
@@ -193,7 +205,7 @@ def turning_otherwise(rotations: Sequence[Array], said: str, forms: Iterable[str
 
     steps = turns(said)
     least = APART * _angle(steps[:, 0]).mean() + 1e-6
-    return [form for form in forms if _angle((steps * turns(form)).sum(-1)).mean() > least]
+    return [form for form in others if _angle((steps * turns(form)).sum(-1)).mean() > least]
 
 
 def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
@@ -214,7 +226,8 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
     """The fit of every reading of the logged translations."""
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(float)
-    turns, _ = state_quaternions(np.concatenate([r.rotation for r in recordings]))
+    rotation = np.concatenate([r.rotation for r in recordings])
+    turns, _ = state_quaternions(rotation)
     rows, inside = stretches.rows, stretches.inside
     start = position[rows[:, :1]]
     recorded = position[rows[:, 1:]] - start
@@ -237,8 +250,8 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
         diagonal = acted[..., None] * np.eye(3)
         judge(diagonal.cumsum(1), np.zeros(3), scales, "base", "-")
         judge(diagonal, start, [("absolute", u, f) for u, f in LENGTH_UNITS.items()], "base", "-")
-        for state, quaternions in turns.items():
-            axes = quat_rotate(_vector(quaternions[rows[:, :-1], None]), _vector(diagonal)).numpy()
+        for state in state_forms(rotation):
+            axes = quat_rotate(_vector(turns[state][rows[:, :-1], None]), _vector(diagonal)).numpy()
             judge(axes.swapaxes(-1, -2).cumsum(1), np.zeros(3), scales, "ee", state)
     return fits
 
@@ -267,7 +280,7 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
     states, state_unit = state_quaternions(rotation)
     rows, inside, steps = stretches.rows, stretches.inside, int(stretches.inside.sum())
-    names = list(states)
+    names = state_forms(rotation)
     at = torch.stack([_vector(states[name][rows]) for name in names])  # [S, n, L + 1, 4]
     first = quat_conjugate(at[:, :, :1])
     seen = {  # the motion since the start of the stretch, about the axes of either frame

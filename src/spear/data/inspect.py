@@ -14,7 +14,7 @@ from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.util.images import IMAGE_BEGINS, decode_image
 
 SHOWN = 5
@@ -41,8 +41,8 @@ def _describe_store(store: EpisodeStore) -> str:
     rates = Counter(f"{rate:g} Hz" for rate in store.rates_hz)
     lines = [
         f"{store.path}: a store of episodes",
-        f"episodes      {len(store)}, {lengths.sum()} steps ({_spread(lengths)} each)",
-        f"rate          {', '.join(f'{rate} ({n} episodes)' for rate, n in rates.most_common())}",
+        f"episodes      {len(store)}, {counted(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
+        f"rate          {', '.join(f'{rate} (episodes: {n})' for rate, n in rates.most_common())}",
         f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
     ]
     if len(store) > LOOKED_AT:
@@ -64,10 +64,10 @@ def _describe_store(store: EpisodeStore) -> str:
 def _store_camera(store: EpisodeStore, camera: str) -> str:
     have = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
     if not have:
-        return f"in none of {len(store)} episodes"
+        return f"in none of {counted(len(store), 'episodes')}"
     encoded = store.image(have[0], 0, camera) or b""
     height, width = decode_image(encoded, f"{store.source(have[0])} step 0 camera {camera!r}").shape[:2]
-    return f"{width} x {height} pixels, in {len(have)} of {len(store)} episodes"
+    return f"{width} x {height} pixels, in {len(have)} of {counted(len(store), 'episodes')}"
 
 
 def _describe_rlds(folder: RldsFolder) -> str:
@@ -88,7 +88,7 @@ def _describe_rlds(folder: RldsFolder) -> str:
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {len(steps)} episodes ({_spread(np.array([*map(row_count, steps)]))} steps each)",
+        f"looked at     {counted(len(steps), 'episodes')} ({_spread([*map(row_count, steps)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
@@ -112,9 +112,9 @@ def _describe_lerobot(folder: LeRobotFolder) -> str:
         f"robot         {info.robot_type or 'not named'}",
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}, "
-        f"{lengths.sum()} steps ({_spread(lengths)} each)",
+        f"{counted(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
         f"rate          {info.fps:g} Hz",
-        f"looked at     {len(looked)} episodes, {much}",
+        f"looked at     {counted(len(looked), 'episodes')}, {much}",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     ends = read_ends(folder.path)
@@ -176,8 +176,8 @@ def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
             yield name, f"not read: {values}" if isinstance(values, str) else "text"
 
 
-def _spread(lengths: np.ndarray) -> str:
-    low, high = int(lengths.min()), int(lengths.max())
+def _spread(lengths: np.ndarray | list[int]) -> str:
+    low, high = int(np.min(lengths)), int(np.max(lengths))
     return f"{low}" if low == high else f"{low} … {int(np.median(lengths))} … {high}"
 
 

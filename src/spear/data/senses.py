@@ -16,7 +16,7 @@ from PIL import Image
 from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
 from spear.data.hypotheses import LENGTH_UNITS, Recording, state_quaternions
 from spear.data.readers.layout import FASTEST
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image
 
@@ -34,6 +34,8 @@ FAST, CHANGED, SIZE = 0.05, 4, (32, 24)
 """Metres per second at which an arm moves; grey levels by which a pixel of an image so small changes."""
 NEAREST, FARTHEST = 0.03, 3.0
 """Metres from its base that an arm can be believed to reach: it goes further than the first."""
+SLOW, QUICK = 0.03, 1.0
+"""Metres per second between which the quickest hundredth of demonstrated motions begins."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,11 @@ def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
     """What is wrong with the recorded states by themselves."""
     remarks = []
     far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
-    steps = np.concatenate([np.diff(r.position, axis=0) * r.rate_hz for r in recordings])
-    fast = float(np.quantile(np.linalg.norm(steps, axis=1), 0.99)) if len(steps) else 0.0
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
     elif far < NEAREST:
         remarks.append(f"positions are at most {far:.2g} m from the base: in another unit (length_unit)")
-    elif fast > FASTEST:
-        remarks.append(f"positions change by {fast:.3g} a second: too fast for metres")
     rotation = np.concatenate([r.rotation for r in recordings])
     if state_quaternions(rotation)[1] == "deg":
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
@@ -74,20 +72,37 @@ def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
     return remarks
 
 
+def check_rate(recordings: Sequence[Recording]) -> list[Check]:
+    """Whether the arm moves about as fast as arms do: a rate that is only a few times off shows nowhere."""
+    steps = np.concatenate([np.diff(r.position, axis=0) * r.rate_hz for r in recordings])
+    fast = float(np.quantile(np.linalg.norm(steps, axis=1), 0.99))
+    if SLOW <= fast <= QUICK:
+        return []
+    words = f"by it the arm moves at {fast:.2g} m/s when it is quickest, as few arms do"
+    return [Check("rate_hz", "wrong" if fast > FASTEST else "cannot tell", words)]
+
+
 def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     """Whether openings and commands are what the layout says, as far as the gripper moves at all."""
     moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
+    openings = [np.asarray(r.opening) for r in moving]
     if len(moving) < FEWEST:
-        words = f"the gripper moves in {len(moving)} of {len(recordings)} episodes"
+        words = f"the gripper moves in {len(moving)} of {counted(len(recordings), 'episodes')}"
         return [Check("gripper", "cannot tell", words)]
-    verdict, words = sense([np.asarray(r.opening) for r in moving])
-    commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
-    if not commanded:
-        return [_span(moving) or Check("gripper", verdict, words)]
+    verdict, words = sense(openings)
+    commands = [r.command for r in moving if r.command is not None]
+    wrong = span(openings, commands)
+    if not commands:
+        return [wrong or Check("gripper", verdict, words)]
+    commanded = [(o, c, r.rate_hz) for o, c, r in zip(openings, commands, moving, strict=True)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
-    said = f"the correlation of command and opening, {late} steps later, is {strength:.2f}"
+    said = f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
     if strength >= FOLLOWS:
-        return [Check("gripper", verdict, words), _span(moving) or Check("gripper command", "agrees", said)]
+        checks = [Check("gripper", verdict, words), wrong or Check("gripper command", "agrees", said)]
+        if (least := min(map(np.min, openings))) >= 0.5:
+            words = f"it never closes further than to {least:.2f}: around large objects, or it is wrong"
+            checks.append(Check("gripper_range", "cannot tell", words))
+        return checks
     if strength <= -FOLLOWS:
         keys = {"wrong": "gripper_range", "agrees": "command_range"}
         key = keys.get(verdict, "command_range, or in gripper_range")
@@ -95,12 +110,11 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     return [Check("gripper command", "wrong", f"{said} at best: command names another column")]
 
 
-def _span(moving: Sequence[Recording]) -> Check | None:
-    """What is wrong where a gripper that moves is never open, or in our binary commands always."""
-    commands = [r.command for r in moving if r.command is not None]
-    seen = np.concatenate([np.asarray(r.opening) for r in moving])
+def span(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
+    """What is wrong where a gripper that moves is never open, or never told to open and to close."""
+    seen = np.concatenate(openings)
     told = np.concatenate(commands) if commands and seen.max() > OPEN_ABOVE else seen
-    if np.ptp(told) == 0 or (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
+    if told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE:
         return None
     name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
     words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
@@ -142,7 +156,7 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m). Raises SpearError,
     which begins with `where`, for a broken image, and for another number of images."""
     if len(images) != len(position):
-        raise SpearError(f"{where}: it has {len(images)} images, but there are {len(position)} steps")
+        raise SpearError(f"{where}: not one for each step (images: {len(images)}, steps: {len(position)})")
     decoded = (decode_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images))
     small = (Image.fromarray(p).convert("L").resize(SIZE, Image.Resampling.BOX) for p in decoded)
     frames = np.array([np.asarray(each, np.float32) for each in small])
@@ -159,7 +173,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
         absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
         if absent + blank == len(each):
             why = "its column is absent, or holds no images," if absent else "its images are blank"
-            words = f"{why} in all of {len(each)} episodes: name another one in images"
+            words = f"{why} in all of {counted(len(each), 'episodes')}: name another one in images"
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([
         (a.change, b.change)

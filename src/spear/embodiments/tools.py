@@ -165,10 +165,10 @@ def numbers(observation: Observation, key: str, count: int) -> Array:
     """[count] float64, finite; one number may come without a shape. Raises `SpearError` naming the key."""
     value = observation[key]
     if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
-        raise SpearError(f"{key}: a list of other things: send {count} numbers")  # texts could take GiB here
+        raise SpearError(f"{key}: a list of other things: send numbers: {count}")  # texts could take GiB here
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.size != count or array.ndim > 1:
-        raise SpearError(f"{key}: {_what(array)}: send {count} numbers")
+        raise SpearError(f"{key}: {_what(array)}: send numbers: {count}")
     if not np.isfinite(array).all():
         raise SpearError(f"{key}: not finite: {array.tolist()}: check the robot's state")
     return array.astype(np.float64).reshape(count)

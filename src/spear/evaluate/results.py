@@ -18,7 +18,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
 from spear.util.files import read_json, write_text, writing
 from spear.util.ledger import difference, plain
@@ -85,7 +85,7 @@ class Results:
     def unfinished(self) -> str:
         """What to know, in words, where not all scenes have ended; "" where they have."""
         left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
-        return f"{left} scenes have not ended: rates may be too high, as successes end first" if left else ""
+        return f"{counted(left, 'scenes')} left: rates may be too high; successes end first" if left else ""
 
     @property
     def families(self) -> list[str]:
@@ -141,7 +141,7 @@ class Results:
             rows.append([family, s.success.say(".0%"), *rates, *steps])
         mean = self.mean()
         rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5])
-        title = f"{self.policy}: closed loop, {len(self.outcomes)} episodes, {self.seconds:.0f} s"
+        title = f"{self.policy}: closed loop, {counted(len(self.outcomes), 'episodes')}, {self.seconds:.0f} s"
         headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
         headers += ["steps out of reach", "steps to success"]
         return terminal_table(title, headers, rows, self.width(), mean_last=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from spear.errors import SpearError, need
+from spear.errors import SpearError, counted, need
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
@@ -63,7 +63,7 @@ def run_evaluation(
     index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
     if most < index:
-        raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {most} parts")
+        raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}")
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
         need("av", "report", "a film")

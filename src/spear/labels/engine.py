@@ -47,10 +47,11 @@ class SkippedImage(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A labelled batch: its labels as rows of `store.SCHEMA`, and what was skipped."""
+    """A labelled batch: its labels as rows of `store.SCHEMA`, what was skipped, and `Work.digest` of all."""
 
     labels: pa.Table
     skipped: list[SkippedImage]
+    digests: list[str]
 
 
 Engine = Callable[[Iterable[Sequence[Item]]], Generator[Done, None, None]]
@@ -88,7 +89,7 @@ def finish(works: Sequence[Work]) -> Done:
         except Exception as error:
             reason = f"fitting boxes: {type(error).__name__}: {error}"
             skipped.append(SkippedImage(work.source, reason, False))
-    return Done(to_table(labels), skipped)
+    return Done(to_table(labels), skipped, [work.digest for work in works])
 
 
 Stage = Callable[[list[Work], Any], None]

@@ -7,7 +7,9 @@ episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 
 import dataclasses
 import glob
+import hashlib
 import os
+import pickle
 import re
 import tarfile
 from collections import Counter
@@ -50,14 +52,19 @@ class Item(NamedTuple):
     reader  reads it, together with the items next to it of the same path.
     path    the file or folder that it is in.
     place   where in there; None for a file of its own.
-    size    of what it is read from, in bytes, by which a change is noticed; None where there is no telling.
+    stamp   of what it is read from: while it is the same, so is the image. None where nothing can change.
     """
 
     key: str
     reader: Reader
     path: str
     place: Any = None
-    size: int | None = None
+    stamp: str | None = None
+
+
+def stamp_of(*paths: str | Path) -> str:
+    """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see `digest`."""
+    return " ".join(f"{said.st_size}:{said.st_mtime_ns}" for said in map(os.stat, paths))
 
 
 def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
@@ -117,7 +124,7 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
             if not name.startswith("."):
                 yield from _listing(os.path.join(path, name), rate, entered, unread)
     elif ending in IMAGES:
-        yield Item(path, read_file, path, size=os.path.getsize(path) if os.path.isfile(path) else None)
+        yield Item(path, read_file, path, stamp=stamp_of(path) if os.path.isfile(path) else None)
     elif ending == ".tar":
         yield from find_tar(path)
     elif ending == ".parquet":
@@ -136,10 +143,11 @@ def find_tar(path: str) -> Iterator[Item]:
     """The images in an uncompressed tar file (a WebDataset shard, for instance)."""
     try:
         with tarfile.open(path, "r:") as tar:
+            stamp = stamp_of(path)
             for member in tar:
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGES:
                     place = member.offset_data, member.size
-                    yield Item(f"{path}/{member.name}", read_tar, path, place, member.size)
+                    yield Item(f"{path}/{member.name}", read_tar, path, place, stamp)
                 tar.members = []  # type: ignore[attr-defined] # the list of what was seen would grow without end
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
@@ -161,10 +169,10 @@ def find_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
     file = _parquet(path)
     column = _image_column(file.schema_arrow, path)
-    number, size = count(), os.path.getsize(path)
+    number, stamp = count(), stamp_of(path)
     for group in range(file.num_row_groups):
         for place in range(file.metadata.row_group(group).num_rows):
-            yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place), size)
+            yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place), stamp)
 
 
 def read_parquet(path: str, places: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
@@ -220,11 +228,11 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
         else:
             raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
         per_second = float(stream.average_rate or stream.guessed_rate or rate)
-    frames, size = stream.frames or round(seconds * per_second), os.path.getsize(path)
+    frames, stamp = stream.frames or round(seconds * per_second), stamp_of(path)
     for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
         if index >= frames:
             return
-        yield Item(f"{path}#{index}", read_frames, path, index / per_second, size)
+        yield Item(f"{path}#{index}", read_frames, path, index / per_second, stamp)
 
 
 def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
@@ -277,38 +285,45 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
-    works: list[Work] = []
+    pairs = zip(items, contents(items), strict=True)
+    return [_work(item.key, content, longest) for item, content in pairs]
+
+
+def digest(content: Content) -> str:
+    """A short hash of what a reader gives."""
+    return hashlib.sha256(pickle.dumps(content, protocol=5)).hexdigest()[:16]
+
+
+def contents(items: Sequence[Item]) -> Iterator[Content]:
+    """What the readers give; when one breaks down, that is the reason for all that it did not give."""
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
-        members = list(group)
-        contents = _contents(reader, path, [item.place for item in members])
-        works += [_work(item.key, content, longest) for item, content in zip(members, contents, strict=True)]
-    return works
-
-
-def _contents(reader: Reader, path: str, places: Sequence[Any]) -> list[Content]:
-    """What a reader gives; when it breaks down, that is the reason for all that it did not give."""
-    contents: list[Content] = []
-    reason = SpearError("the file ends before this image: copy it again")
-    try:
-        contents.extend(reader(path, places))
-    except SpearError as error:
-        reason = error
-    except OSError as error:
-        reason = RetryableError(f"cannot be read: {error.strerror or error}")
-    except pa.ArrowException as error:
-        reason = SpearError(f"cannot be read: {error}")
-    return contents + [reason] * (len(places) - len(contents))
+        places = [item.place for item in group]
+        missing = len(places)
+        reason = SpearError("the file ends before this image: copy it again")
+        try:
+            for content in reader(path, places):
+                missing -= 1
+                yield content
+        except SpearError as error:
+            reason = error
+        except OSError as error:
+            reason = RetryableError(f"cannot be read: {error.strerror or error}")
+        except pa.ArrowException as error:
+            reason = SpearError(f"cannot be read: {error}")
+        yield from [reason] * missing
 
 
 def _work(key: str, content: Content, longest: int | None) -> Work:
+    hashed = digest(content)
     try:
         if isinstance(content, SpearError):
             raise content
         content, turned = load_oriented(content, key) if isinstance(content, bytes) else (content, False)
     except SpearError as error:
-        return Work(key, None, error)
+        return Work(key, None, error, digest=hashed)
     frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
     work = admit(dataclasses.replace(frame, source=key))
+    work.digest = hashed
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work

@@ -38,6 +38,7 @@ class Work:
     masks       [n, h, w] bool, of `segment`.
     geometry    of `locate`.
     provenance  names of the models so far, as in `LabeledImage`.
+    digest      a short hash of what was read; empty for other images.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Work:
     masks: Array | None = None
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 def label(

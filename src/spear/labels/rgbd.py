@@ -26,7 +26,7 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.labels.fit.image import same_view
-from spear.labels.inputs import IMAGES
+from spear.labels.inputs import IMAGES, stamp_of
 from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.images import load_oriented
@@ -63,13 +63,12 @@ class Scene:
             file = path / "intrinsics.json"
             self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
 
-    def size(self, index: int) -> int:
-        """The sizes of a frame's files and a checksum of its camera, in one number that shows a change."""
+    def stamp(self, index: int) -> str:
+        """The stamp of a frame's files and a checksum of its camera and of the names of objects."""
         stem = self._pairs[index][0].stem
-        pose = self.folder / "pose" / f"{stem}.txt"
-        camera = self.camera, self.depth_camera, self.names, pose.read_bytes() if pose.is_file() else None
-        files = (*self._pairs[index], self.folder / "instance-filt" / f"{stem}.png")
-        return zlib.crc32(repr(camera).encode()) + sum(f.stat().st_size for f in files if f.is_file())
+        others = self.folder / "pose" / f"{stem}.txt", self.folder / "instance-filt" / f"{stem}.png"
+        files = (*self._pairs[index], *filter(Path.is_file, others))
+        return f"{zlib.crc32(repr((self.camera, self.depth_camera, self.names)).encode())} {stamp_of(*files)}"
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]

@@ -7,8 +7,9 @@
 
 Shard n is made from items n · shard_size … of the input, no matter how often the run was stopped, so a shard
 that is there is finished and one that is not is made again. Its footer names the skipped images, and holds a
-hash of the keys of its items, by which another input is refused, and their sizes: a shard of which an image
-has another size by now is made again. So can one be of which images were skipped for a reason that may pass.
+hash of the keys of its items, by which another input is refused, and their stamps and digests. A shard of
+which an image is another one by now is made again; to see that, images are read where stamps have changed.
+So can a shard be of which images were skipped for a reason that may pass.
 """
 
 import dataclasses
@@ -18,17 +19,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby, islice, tee
+from itertools import groupby, tee
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 import spear
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.components import graph, split
 from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
-from spear.labels.inputs import Item
+from spear.labels.inputs import Item, contents, digest
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY, settings_for
@@ -41,11 +42,11 @@ from spear.util.options import changed
 from spear.util.progress import ProgressBar
 
 FOOTER = "spear.labels"
-"""Key in a shard's footer of a JSON object: what `_Finished` has."""
+"""Key in a shard's footer of a JSON object: a hash of the `keys` of its items, `skipped`, a `SkippedImage`
+for each skipped image, and `stamps` and `digests` (`Work.digest`) of all items."""
 SETTINGS = "run.json"
 MOST_BAD = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +60,6 @@ class Progress:
     skipped: int
     retryable: int = 0
     rate: str = dataclasses.field(default="", compare=False)
-
-
-class _Finished(NamedTuple):
-    """How many items a shard has, a hash of their keys, [source, reason, whether that may pass] for each
-    skipped image, and the size of each item."""
-
-    items: int
-    keys: str
-    skipped: list[SkippedImage]
-    sizes: Sequence[int | None] = ()
 
 
 def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
@@ -86,8 +77,8 @@ def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda 
     return label_folder(listing, options.out, engine, settings, work, retry)
 
 
-def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]], dict[str, Any]]:
-    """What is done with the images of `options.photos`, what lists them, and the settings; nothing is loaded.
+def prepare(options: LabelOptions) -> tuple[Graph, Iterator[Item], dict[str, Any]]:
+    """What is done with the images of `options.photos`, their listing, and the settings; nothing is loaded.
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = graph(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
@@ -102,11 +93,11 @@ def prepare(options: LabelOptions) -> tuple[Graph, Callable[[], Iterable[Item]],
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
         settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}
-    return chosen, partial(find_items, inputs, options.rate, options.per_episode, options.out), settings
+    return chosen, find_items(inputs, options.rate, options.per_episode, options.out), settings
 
 
 def label_folder(
-    items: Callable[[], Iterable[Item]],
+    items: Iterable[Item],
     out: Path,
     engine: Engine,
     settings: Mapping[str, Any],
@@ -115,14 +106,14 @@ def label_folder(
 ) -> Progress:
     """Label items into a folder, or finish what was begun there.
 
-    items     lists the input; called twice, and must list the same both times.
+    items     the input; all of it is kept in memory, half a kilobyte for each image.
     settings  all that decides what the labels are, JSON-able; kept in run.json.
     work      its `shard_size`, on which memory does not depend, and `batch_size`.
 
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
-    shards = [_shard(members) for members in _chunks(items(), work.shard_size)]
+    shards = _chunks(list(items), work.shard_size)
     if not shards:
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
@@ -132,66 +123,67 @@ def label_folder(
         same_settings(out / SETTINGS, whole, begun)
         sweep(out)
         kept = _kept(out, shards, retry_skipped)
-        total, before = (sum(shard.items for shard in some) for some in (shards, kept.values()))
-        skipped = sum(len(known.skipped) for known in kept.values())
+        total, before = sum(map(len, shards)), sum(len(shards[number]) for number in kept)
+        skipped = sum(map(len, kept.values()))
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
-        todo = (pair for pair in enumerate(_chunks(items(), work.shard_size)) if pair[0] not in kept)
+        todo = (pair for pair in enumerate(shards) if pair[0] not in kept)
         ours, theirs = tee((n, batch) for n, members in todo for batch in _chunks(members, work.batch_size))
         with bar, closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
             for number, group in groupby(results, key=lambda result: result[0][0]):
                 with ParquetWriter(out / f"labels-{number:05d}.parquet", SCHEMA) as writer:
-                    refused: list[SkippedImage] = []
+                    refused, hashes = list[SkippedImage](), list[str]()
                     for (_, batch), done in group:
                         writer.write(done.labels)
                         refused += done.skipped
+                        hashes += done.digests
                         skipped += len(done.skipped)
                         for source, why, _ in done.skipped:
                             if why != EMPTY:
                                 bad(why if source in why else f"{source}: {why}")
                         bar.update(bar.done + len(batch), f"{skipped:,} skipped")
                         bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
-                    kept[number] = shards[number]._replace(skipped=refused)
-                    writer.commit({FOOTER: json.dumps(kept[number]._asdict())})
+                    kept[number], stamps = refused, [item.stamp for item in shards[number]]
+                    said = {"keys": _keys(shards[number]), "skipped": refused}
+                    writer.commit({FOOTER: json.dumps({**said, "stamps": stamps, "digests": hashes})})
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
-            aside = [image for number in sorted(kept) for image in kept[number].skipped]
+            aside = [image for number in sorted(kept) for image in kept[number]]
             writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
         write_card(out)
     return Progress(total, before, bar.done, skipped, sum(i.retryable for i in aside), bar.rate())
 
 
-def _shard(members: Sequence[Item]) -> _Finished:
-    """What the footer of a shard of these items says, but for what was skipped."""
-    keys = hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
-    return _Finished(len(members), keys, [], [item.size for item in members])
+def _keys(members: Sequence[Item]) -> str:
+    return hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
 
 
-def _kept(out: Path, shards: Sequence[_Finished], retry_skipped: bool) -> dict[int, _Finished]:
-    """The finished shards that stay, by number. Questions about images that have changed are removed."""
+def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> dict[int, list[SkippedImage]]:
+    """What was skipped of the finished shards that stay, by number. Questions about images that have changed
+    are removed."""
     kept, changed = {}, 0
     for path in sorted(out.glob("labels-*.parquet")):
         said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
-        if "skipped" not in said or not digits.isdecimal():
+        if "digests" not in said or not digits.isdecimal():
             raise SpearError(f"{path}: not of this run: move it elsewhere")
-        known = _Finished(**said | {"skipped": [SkippedImage(*image) for image in said["skipped"]]})
-        number = int(digits)
-        if number >= len(shards) or known.keys != shards[number].keys:
+        number, skipped = int(digits), [SkippedImage(*image) for image in said["skipped"]]
+        if number >= len(shards) or said["keys"] != _keys(shards[number]):
             raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
-        others = sum(a != b for a, b in zip(known.sizes, shards[number].sizes, strict=False))
-        if not others and not (retry_skipped and any(image.retryable for image in known.skipped)):
-            kept[number] = known
+        parts = zip(shards[number], said["stamps"], said["digests"], strict=True)
+        doubtful = [(item, then) for item, stamp, then in parts if item.stamp != stamp]
+        found = contents([item for item, _ in doubtful])
+        others = sum(digest(now) != then for now, (_, then) in zip(found, doubtful, strict=True))
+        if not others and not (retry_skipped and any(image.retryable for image in skipped)):
+            kept[number] = skipped
         changed += others
     if changed:
         (out / QUESTIONS).unlink(missing_ok=True)
-        notice(f"{out}: {changed:,} images have changed since: their files of labels are made again")
+        notice(f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files")
     return kept
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    source = iter(items)
-    while chunk := list(islice(source, size)):
-        yield chunk
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.inputs import Content, Item, find
 from spear.labels.rgbd import Scene
 from spear.sim.scene import TRAIN_SEED
@@ -54,8 +54,8 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     if argument.startswith("rgbd:"):
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
-            notice(f"{folder}: {scene.alone} color images are left out: none in depth/ has their name")
-        return (Item(source, read_rgbd, folder, i, scene.size(i)) for i, source in enumerate(scene.sources))
+            notice(f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name")
+        return (Item(source, read_rgbd, folder, i, scene.stamp(i)) for i, source in enumerate(scene.sources))
     photos = find_format(argument) is None
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
@@ -95,15 +95,16 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
 
 
 def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
-    from spear.data.readers.formats import episode_counts, find_format
+    from spear.data.readers.formats import digest, episode_counts, find_format
 
-    ours = find_format(folder) == "store"
+    ours, stamp = find_format(folder) == "store", digest(folder)
     for split, count in episode_counts(folder).items():
         name = folder if ours else f"{folder}/{split}"
         for index in range(count):
             for number in range(per_episode):
                 place = (split, index, number, per_episode)
-                yield Item(f"{name}#{index}/{number + 1}-of-{per_episode}", read_episodes, folder, place)
+                key = f"{name}#{index}/{number + 1}-of-{per_episode}"
+                yield Item(key, read_episodes, folder, place, stamp)
 
 
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
@@ -118,7 +119,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
         if number < steps:  # frame `number` of `count` that are spread evenly
             yield bytes(episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)])
         else:
-            yield SpearError(f"the episode has only {steps} steps: take fewer frames of each")
+            yield SpearError(f"the episode has only {counted(steps, 'steps')}: take fewer frames of each")
 
 
 @lru_cache(maxsize=1)

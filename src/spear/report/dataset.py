@@ -19,7 +19,7 @@ from spear.data.inspect import inspect, layout_known
 from spear.data.readers.formats import check_good, episode_counts, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render
 from spear.report.plot import GREY, XYZ, Axis, Line, chart
@@ -81,7 +81,7 @@ def _episode(episode: Episode) -> dict[str, Any]:
     measured = Line("measured", seconds, episode.gripper, GREY)
     gripper = [measured, Line("commanded", seconds, known[:, 7], dashed=True)]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
-    source, steps = episode.source, f"{len(episode)} steps at {episode.rate_hz:g} Hz"
+    source, steps = episode.source, f"{counted(len(episode), 'steps')} at {episode.rate_hz:g} Hz"
     cameras = episode.images.items()
     return {
         "title": episode.instruction or "(no instruction)",

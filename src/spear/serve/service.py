@@ -20,7 +20,7 @@ import spear
 from spear.chunks import check_chunk
 from spear.embodiments import Control, Embodiment
 from spear.embodiments.tools import COMMITTED, shown_to
-from spear.errors import SpearError, suppress_notices
+from spear.errors import SpearError, counted, suppress_notices
 from spear.types import Policy
 
 LOG = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Batcher:
         alive  whether somebody still wants the result: asked just before it is computed; False raises `Gone`.
         """
         if len(self._queue) >= self._capacity:
-            raise Busy(f"busy: {self._capacity} requests wait already: try again in a moment")
+            raise Busy(f"busy: {counted(self._capacity, 'requests')} waiting already: try again in a moment")
         waiting = _Waiting(client, request, alive, asyncio.get_running_loop().create_future())
         self._seen[client] = time.perf_counter()
         self._queue.append(waiting)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spear.errors import SpearError, silence
+from spear.errors import SpearError, counted, silence
 from spear.models.devices import bfloat16_is_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, newest
@@ -143,7 +143,7 @@ def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
     pieces = before["pieces"]
     if pieces % parallel.world():
         fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
-        has = f"{out} holds a run whose batches have {pieces} piece{'s' if pieces > 1 else ''}"
+        has = f"{out} holds a run whose batches have {counted(pieces, 'pieces')}"
         which = f"which {parallel.world()} processes cannot share"
         raise SpearError(f"{has}, {which}: use {fitting}, or a new --out")
     return dataclasses.replace(opt, accumulate=pieces // parallel.world())
@@ -218,7 +218,7 @@ def run(
                     if stopped:
                         checkpoints.wait()
                         if log is not None:
-                            log.bar.say(f"stopped: {step + 1} steps are saved; the same command continues")
+                            log.bar.say(f"stopped, saved at step {step + 1}; the same command continues")
                         raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
         except RuntimeError as error:
             if not parallel.lost(error):
@@ -246,7 +246,7 @@ def state_to_continue(
             other = f"another {name} ({there[name]}, not {here[name]})"
             raise SpearError(f"{out} holds a run with {other}: use the same, or a new --out")
     if state["step"] > steps:
-        raise SpearError(f"{out} holds a run of {state['step']} steps, more than {steps}: use a new --out")
+        raise SpearError(f"{out} holds {counted(state['step'], 'steps')}, more than {steps}: use a new --out")
     return found
 
 
@@ -267,4 +267,4 @@ def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, l
     if log is None:
         raise SystemExit(2)  # process 0 says why
     cure = f"look at their batches in {out / FOLDER}, lower the learning rate, or allow more (max_skipped)"
-    raise SpearError(f"{where}, and {most} steps were skipped before: {cure}")
+    raise SpearError(f"{where}, and {counted(most, 'steps')} skipped before: {cure}")

@@ -289,7 +289,7 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.shares and len(self.shares) != len(self.episodes):
             count, folders = len(self.shares), len(self.episodes)
-            raise SpearError(f"--shares: {count} for {folders} folders of --episodes: give one for each")
+            raise SpearError(f"--shares: {count}, folders of --episodes: {folders}: give one for each")
 
 
 class PlanOptions(Options):

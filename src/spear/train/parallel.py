@@ -47,8 +47,7 @@ def world() -> int:
 def share(total: int, what: str, accumulate: int = 1) -> int:
     """A piece's part of a batch, for `accumulate` pieces per process. Raises `SpearError` if it is uneven."""
     if total % (world() * accumulate):
-        pieces = f" in {accumulate} pieces each (accumulate)" if accumulate > 1 else ""
-        among = f"{world()} processes{pieces}"
+        among = f"{world() * accumulate} pieces (processes × accumulate)"
         raise SpearError(f"{what} {total} cannot be divided among {among}: use a multiple")
     return total // (world() * accumulate)
 

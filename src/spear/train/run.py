@@ -5,7 +5,6 @@ tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
-from spear.util.ledger import add_files, alone
+from spear.util.ledger import alone, hash_ends
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
 TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
@@ -65,7 +64,7 @@ def train(
         f"training in float32, {why}": opt.precision != asked.precision,
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"goes on otherwise than before: {was}": otherwise,
-        f"lr is not reached: warmup takes {asked.warmup} of {steps} steps": 0 < steps < asked.warmup,
+        f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
     }
     for words in (w for w, so in notes.items() if so and not how.quiet):
@@ -139,10 +138,8 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     marks: dict[str, str | None] = {}
     for name, folders in given.items():
         for key, kinds in ((name, ("*.parquet", "*.safetensors")), (f"settings or words of {name}", TEXTS)):
-            digest, marks[key] = hashlib.sha256(), None
-            for folder in filter(None, folders):
-                add_files(digest, folder, kinds)
-                marks[key] = digest.hexdigest()[:12]
+            there = [folder for folder in folders if folder is not None]
+            marks[key] = hash_ends(there, kinds)[:12] if there else None
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
     return dict(json.loads(json.dumps({**recipe, **opt, **_of_episodes(inputs), **marks})))
 
@@ -178,5 +175,5 @@ def mixture(
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
         marks = [mark for store in stores for mark in {*store.marks()}]
         if twice := len(marks) - len({*marks}):
-            notice(f"{twice} of the episodes are in more than one dataset, and count in each: give them once")
+            notice(f"more than one dataset has {twice} of the episodes, which count in each: give them once")
     return list(zip(map(dataset_name, folders), stores, chosen, strict=True))

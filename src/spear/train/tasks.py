@@ -17,7 +17,7 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.questions.generate import generate
 from spear.labels.questions.templates import FAMILIES
@@ -161,7 +161,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     sources = [one.source for labels in found.values() for one in labels]
     if tests := sum(map(kept_for_testing, sources)):
-        notice(f"{tests:,} of {len(sources):,} labelled images show scenes that are kept for testing")
+        notice(f"{tests:,} of {counted(len(sources), 'labelled images')} from scenes kept for testing")
     return {view: found[view] for view in views if view in found}
 
 

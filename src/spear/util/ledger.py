@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from spear.errors import SpearError
 from spear.util.files import read_json, write_text, writing
 
 END, MOST_READ = 65536, 1000
-"""Bytes at the end of a file that `add_files` reads, where Parquet, Arrow and growing files change; of about
+"""Bytes at the end of a file that `hash_ends` reads, where Parquet, Arrow and growing files change; of about
 how many files at most."""
 
 _held: set[IO[str]] = set()
@@ -125,24 +125,31 @@ class Skipped:
             raise SpearError(f"{what}; the last one: {self.reasons[-1]}: mend the input, or leave them out")
 
 
-def add_files(digest: "hashlib._Hash", folder: Path, kinds: Sequence[str]) -> None:
-    """Adds names, sizes and ends of all files of these kinds ("*.parquet") in a folder and below to a hash.
+def hash_ends(folders: Iterable[Path], kinds: Sequence[str], before: bytes = b"") -> str:
+    """A hash of `before`, and of names, sizes and ends of all files of these kinds ("*.parquet") in folders
+    and below: large files are not read whole, and of very many in a folder only some, spread over all."""
+    digest = hashlib.sha256(before)
+    for folder in folders:
+        paths = sorted(p for kind in kinds for p in folder.rglob(kind))
+        for number, path in enumerate(paths):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+            if number % (1 + len(paths) // MOST_READ) == 0:
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - END))
+                    digest.update(file.read())
+    return digest.hexdigest()
 
-    Large files are not read whole, and of very many files only some, spread over all.
-    """
-    paths = sorted(p for kind in kinds for p in folder.rglob(kind))
-    for number, path in enumerate(paths):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-        if number % (1 + len(paths) // MOST_READ) == 0:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - END))
-                digest.update(file.read())
+
+def hash_files(files: Iterable[tuple[str, Path]]) -> str:
+    """A short hash of named files, read whole, by which results of others never mix with theirs."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        with path.open("rb") as file:
+            digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's configuration and weights: results of other weights never mix."""
-    digest, files = hashlib.sha256(), [*folder.glob("*.json"), *folder.glob("*.safetensors")]
-    for path in sorted(set(files) - {folder / "calibration.json"}):  # which changes no action
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """`hash_files` of a checkpoint's configuration and weights."""
+    files = {*folder.glob("*.json"), *folder.glob("*.safetensors")} - {folder / "calibration.json"}
+    return hash_files((path.name, path) for path in sorted(files))  # without what changes no action

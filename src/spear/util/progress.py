@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from spear.errors import counted
+
 T = TypeVar("T")
 EVERY = 30.0
 """Seconds between the lines in a log (our choice)."""
@@ -68,8 +70,8 @@ class ProgressBar:
         if self.done < self.total and per_second:
             minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
             left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-        parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}", self.rate(), left, self._info]
-        return ", ".join(part for part in parts if part)
+        done = f"{self.name}: {self.done:,} of {counted(self.total, self.unit)}"
+        return ", ".join(filter(None, [done, self.rate(), left, self._info]))
 
     def rate(self) -> str:
         """How fast this command does it, in words; nothing as long as nothing was done."""

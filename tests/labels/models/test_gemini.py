@@ -223,7 +223,7 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     assert len(server.requests) == 1 and again.usage == {"cached": 1}
     again.detect([noise(0), noise(1)])
     assert again.usage == {"requests": 1, "cached": 2, "input": 1200, "output": 100}
-    assert all(number in again.bill() for number in ("1 requests", "2 answers", "1200", "100"))
+    assert all(number in again.bill() for number in ("1 request,", "2 answers", "1200", "100"))
     for other in ({"vocabulary": ["cup"]}, {"model": "other"}):
         detector(cache=tmp_path, **other).detect([noise(0)])
     assert len(server.requests) == 4

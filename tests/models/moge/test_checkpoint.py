@@ -38,16 +38,16 @@ def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Che
 )
 def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> None:
     lacking = changed(checkpoint(shared, version), drop=name)
-    refuses(rf"1 weights missing, first {name} \[[\d, ]+\]: ", build_moge, lacking)
+    refuses(rf"weights missing: 1, first {name} \[[\d, ]+\]: ", build_moge, lacking)
 
 
 def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
     v1, v2 = checkpoint(shared, 1), checkpoint(shared, 2)
     for published, extra in ((v1, "backbone.register_tokens"), (v2, "edge_head.bias"), (v2, "image_mean")):
         more = changed(published, **{extra: torch.zeros(3)})
-        refuses(rf"1 weights unknown, first {extra} \[3\]: ", build_moge, more)
+        refuses(rf"weights unknown: 1, first {extra} \[3\]: ", build_moge, more)
     other = changed(v1, **{"head.projects.0.bias": torch.zeros(5)})
-    refuses(r"wrong shape, first head\.projects\.0\.bias \[5\], not \[512\]", build_moge, other)
+    refuses(r"wrong shape: 1, first head\.projects\.0\.bias \[5\], not \[512\]", build_moge, other)
     grey = changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5))
     refuses(r"image_mean is not ImageNet's", build_moge, grey)
 

@@ -8,10 +8,11 @@ from spear.data.readers.layout import episode_from
 from spear.data.readers.lerobot import LeRobotFolder, is_lerobot, open_lerobot
 from spear.data.readers.rlds import RldsFolder, is_rlds, open_rlds
 from spear.data.readers.splits import split_ranges
+from spear.data.readers.tfrecord import record_sums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.ledger import Skipped
+from spear.util.ledger import Skipped, hash_ends
 
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
@@ -90,6 +91,16 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
     """Split name -> number of episodes."""
     folder = open_dataset(path)
     return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
+
+
+def digest(path: str | Path) -> str:
+    """What tells the data of a folder from others; the larger part of them is not read."""
+    folder = open_dataset(path)
+    if isinstance(folder, EpisodeStore):
+        return folder.digest() + folder.digest(seen=True)
+    records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images
+    kinds = "*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"
+    return hash_ends([folder.path], kinds, records)
 
 
 def cameras(path: str | Path, layout: Path | None = None) -> list[str]:

@@ -262,7 +262,7 @@ def _check_jumps(episode: Episode) -> None:
         if change.max(initial=0) * episode.rate_hz > fastest:
             step = int(change.argmax())
             jump = f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])}"
-            raise SpearError(f"{jump} in one step; leave the episode out, or check the column and {check}")
+            raise SpearError(f"{jump} in one step; leave it out, or check rate_hz, the column and {check}")
 
 
 def _turned(rotation: Array) -> Array:

@@ -28,7 +28,7 @@ from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
-from spear.errors import SpearError, first_line, notice
+from spear.errors import SpearError, counted, first_line, notice
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
@@ -216,7 +216,7 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
     splits = _splits(info, len(episodes))
     if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
-        notice(f"{folder}: the splits {info.splits} do not have each of {len(episodes)} episodes once")
+        notice(f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})")
     return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
 
 
@@ -296,7 +296,7 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error
     if len(rows) != episode.length:
-        there = f"{episode.data} has {len(rows)} of its {episode.length} rows"
+        there = f"{episode.data} has {len(rows)} of its {counted(episode.length, 'rows')}"
         raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
     return rows
 
@@ -329,7 +329,7 @@ def _frames(file: Path, first: float, end: float, times: Any, step: float, sourc
     """The frames of an episode as JPEG. Raises SpearError unless there is exactly one for each row."""
     slack = TIME_TOLERANCE * step
     found = list(read_frames(file, first - slack, end - slack))
-    why = f"it has {len(found)} frames, but there are {len(times)} rows"
+    why = f"it has {counted(len(found), 'frames')} for {counted(len(times), 'rows')}"
     if len(found) == len(times):
         late = np.abs(np.array([time for time, _ in found]) - first - times)
         why = f"the frame of row {late.argmax()} is {late.max():.3f} s off" if (late > slack).any() else ""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, counted
 
 _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
@@ -32,7 +32,7 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
         total = lengths[name]
         first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
         if not (0 <= first <= total and 0 <= end <= total):
-            raise SpearError(f"split {split!r} reaches beyond the {total} episodes of {where}")
+            raise SpearError(f"split {split!r} reaches beyond the {counted(total, 'episodes')} of {where}")
         ranges.append((name, first, end))
     return ranges
 

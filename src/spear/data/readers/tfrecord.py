@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.types import Array
 
 Feature = list[bytes] | Array
@@ -72,7 +72,7 @@ def _broken_length(header: bytes, left: int) -> str:
     length, crc = struct.unpack("<QI", header)
     if _masked_crc(header[:8]) != crc:
         return "the checksum of its length does not match"
-    return f"the file ends {length + 4 - left} bytes too early" if length + 4 > left else ""
+    return f"the file ends {counted(length + 4 - left, 'bytes')} too early" if length + 4 > left else ""
 
 
 def _masked_crc(data: bytes) -> int:

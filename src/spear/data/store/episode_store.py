@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.store.shard import Shard, open_shard, write_shard
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, counted, notice
 from spear.types import Array, Episode
 from spear.util.files import writing
 
@@ -86,7 +86,7 @@ class EpisodeStore:
         if not files:
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
         if missing := int(files[-1].stem.rpartition("-")[2]) + 1 - len(files):
-            notice(f"{path}: {missing} of its shards are missing (numbers are left out): copy it again")
+            notice(f"{path}: lacks {missing} of its shards (numbers are left out): copy it again")
         self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
@@ -112,16 +112,16 @@ class EpisodeStore:
         none = [np.zeros(len(shard), bool) for shard in self._shards]
         lengths = [[s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards]
         seen = np.concatenate([sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)])
-        lacks = f"have no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
+        lacks = f"with no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
         return self._without(~seen[self._ids], lacks, "name them so in its spear.json")
 
     def _without(self, lost: Array, why: str, wish: str) -> "EpisodeStore":
-        words = f"{self.path}: {lost.sum()} of {len(self)} episodes {why}"
+        words = f"{self.path}: {lost.sum()} of {counted(len(self), 'episodes')} {why}"
         if lost.all():
             raise SpearError(f"{words}: nothing to learn from: {wish}")
         if not lost.any():
             return self
-        notice(f"{words}: they are left out")
+        notice(f"{words}: left out")
         store = self.subset(np.flatnonzero(~lost).tolist())
         store.whole = self.whole
         return store

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import OPEN_ABOVE, resample, with_actions
+from spear.data.actions import resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
-from spear.data.readers.tfrecord import record_sums
-from spear.data.senses import MOVES, doubts
+from spear.data.senses import MOVES, doubts, span
 from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -35,7 +34,7 @@ from spear.types import Episode
 from spear.util import processes
 from spear.util.files import check_new, read_json, write_text
 from spear.util.images import decode_image, encode_jpeg, fit_image
-from spear.util.ledger import Skipped, add_files, alone, difference, same_settings
+from spear.util.ledger import Skipped, alone, difference, same_settings
 from spear.util.progress import ProgressBar
 
 BLOCK = 16
@@ -78,7 +77,7 @@ def prepare(
     file = how.layout or source.path / SPEC_FILE
     request = {
         "path": str(path.resolve()),
-        "data": _digest(source),
+        "data": formats.digest(path),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
         "size": dict(sorted(how.sizes.items())),
@@ -102,7 +101,7 @@ def prepare(
         store = EpisodeStore(folder)
         _notice_units(store, path)
         if store.failed().all():
-            notice(f"{path}: all {good} episodes failed: {out} is to look at, nothing learns from it")
+            notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
         else:
             save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
@@ -144,18 +143,14 @@ def _write_shards(
 
 
 def _notice_units(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' positions are hardly metres, and where their gripper moves, but is
-    never open, or is commanded one thing only."""
+    """Says so where the first episodes' positions are hardly metres, and what their gripper's `span` says."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
     for remark in doubts(first):
         notice(f"{path}: {remark}")
-    seen = np.concatenate([e.gripper for e in first])
-    told = np.concatenate([np.asarray(e.action)[:, 7] for e in first])
-    wrong = seen.max() <= OPEN_ABOVE or np.ptp(told) == 0
-    if wrong and any(np.ptp(e.gripper) > MOVES * seen.max() for e in first):
-        spans = [f"{values.min():.2g} … {values.max():.2g}" for values in (seen, told)]
-        words = f"its openings are {spans[0]}, its commands {spans[1]} of 0 (closed) … 1 (open)"
-        notice(f"{path}: the gripper moves, but {words}: check gripper_range, command_range")
+    seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
+    moving = max(map(np.ptp, seen)) > MOVES * max(map(np.max, seen))
+    if moving and (check := span(seen, told)):
+        notice(f"{path}: {check.name}: {check.words}")
 
 
 def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:
@@ -210,16 +205,6 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
             encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
     return fitted if len(levels) > 1 else ()
-
-
-def _digest(source: formats.Dataset | EpisodeStore) -> str:
-    """What tells the data of a folder from others."""
-    if isinstance(source, EpisodeStore):
-        return source.digest() + source.digest(seen=True)
-    records = map(record_sums, sorted(source.path.glob("*.tfrecord*")))
-    digest = hashlib.sha256(b"".join(records))  # the ends of these files are but images
-    add_files(digest, source.path, ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"))
-    return digest.hexdigest()
 
 
 def open_store(

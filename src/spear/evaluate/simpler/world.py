@@ -9,7 +9,6 @@ process of its own, and they run side by side.
 """
 
 import functools
-import hashlib
 import logging
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from spear.evaluate.simpler.frames import fitted, look, rebuild
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
+from spear.util.ledger import hash_files
 from spear.util.processes import follow_parent
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
@@ -67,15 +67,12 @@ def check_assets(folder: Path | None) -> Path:
 
 
 def assets_hash(root: Path) -> str:
-    """A short hash of the files that the tasks need: results with other models or photographs never mix."""
-    digest = hashlib.sha256()
+    """`hash_files` of the models and photographs that the tasks need."""
+    data, found = root / "data", list[tuple[str, Path]]()
     for where in ASSETS.values():
-        folder = root / "data" / where
-        for name in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()):
-            if not any(part.startswith(".") for part in name.split("/")):  # what downloading left behind
-                with (folder / name).open("rb") as file:
-                    digest.update(f"{where}/{name}".encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+        files = (path for path in (data / where).rglob("*") if path.is_file())
+        found += sorted((path.relative_to(data).as_posix(), path) for path in files)
+    return hash_files(file for file in found if "/." not in file[0])  # without what downloading left behind
 
 
 class SimplerWorld:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, counted
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
@@ -34,7 +34,7 @@ def evaluate(
     check_known("family of 3D questions", FAMILIES, *families)
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
-        raise SpearError(f"no questions: no object to ask about in {len(labels)} images: `spear label show`")
+        raise SpearError("no questions: no object in these labels can be asked about: see spear label show")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
     asked: list[Asked] = []
@@ -68,7 +68,7 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
     sure = {f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration}
     factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
     rates = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
-    return Trust(f"{len(labels)} images of {where}", factors, *rates)
+    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, *rates)
 
 
 def questions_about(

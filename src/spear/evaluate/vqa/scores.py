@@ -107,7 +107,7 @@ class Scores:
 
     def tables(self) -> list[Table]:
         """The scores for a terminal."""
-        title = f"SPEAR-VLM in 3D: {len(self.asked)} questions about {self.images} images"
+        title = f"SPEAR-VLM in 3D (questions: {len(self.asked)}, images: {self.images})"
         found = [(title, self.rows()), ("More about them", self.detail_rows())]
         if self.readings:
             found.append(("Numbers read off their probabilities", self.reading_rows()))

@@ -52,7 +52,7 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
     for polygon in polygons:
         corners = np.asarray(polygon, np.float64)
         if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
-            raise SpearError(f"polygon of {corners.size} numbers: give x, y of three points or more, finite")
+            raise SpearError(f"polygon of size {corners.size}: give x, y of three points or more, finite")
     coco = need("pycocotools.mask", "label", "a COCO polygon")
     mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
     return mask.astype(bool)

@@ -22,7 +22,7 @@ import numpy as np
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
-from spear.errors import RetryableError, SpearError, first_line, need
+from spear.errors import RetryableError, SpearError, counted, first_line, need
 from spear.labels.fit.image import iou2d
 from spear.labels.inputs import shrink
 from spear.labels.models.protocols import Detection
@@ -120,7 +120,7 @@ class GeminiDetector:
     def bill(self) -> str:
         """What was asked so far, or "": requests that reached the service, tokens (out: thinking as well)."""
         used = self.usage
-        asked = f"{used['requests']} requests, {used['cached']} answers from the cache"
+        asked = f"{counted(used['requests'], 'requests')}, {counted(used['cached'], 'answers')} from cache"
         tokens = f"{used['input']} tokens in, {used['output']} out"
         return f"{self.model}: {asked}, {tokens}" if used else ""
 
@@ -180,7 +180,7 @@ class GeminiDetector:
             if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
                 break
             time.sleep(wait)
-        tried = f"no answer by Gemini in {attempt + 1} attempts"
+        tried = f"no answer by Gemini in {counted(attempt + 1, 'attempts')}"
         raise RetryableError(f"{where}: {tried} ({reason}): label it again")
 
     def _wait_for_turn(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, counted, first_line
 from spear.models.devices import choose_device
 from spear.util.network import hub_unreachable, is_hub_name
 
@@ -33,7 +33,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     network, info = load_processor(cls, kind, model, **how)
     lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lacking:
-        raise SpearError(f"{model}: {len(lacking)} weights are missing (first {lacking[0]}): give it whole")
+        raise SpearError(f"{model}: weights are missing ({len(lacking)}, first {lacking[0]}): give it whole")
     network.register_forward_hook(refuse_nan)
     return network.to(where).eval()
 
@@ -51,7 +51,7 @@ def enough_memory(images: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise SpearError(f"memory is full with {images} images at a time: give a smaller batch") from error
+        raise SpearError(f"memory is full with {counted(images, 'images')} at a time: give fewer") from error
 
 
 def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.labels.questions.generate import why_not_asked
 from spear.labels.store import QUESTIONS, SKIPPED, read, reading
 from spear.types import LabeledImage, Unit
@@ -113,7 +113,9 @@ def write_card(folder: Path) -> None:
     skipped = skip_reasons(folder).total()
     files = {"questions": (folder / QUESTIONS).is_file() and QUESTIONS, "skipped": skipped and SKIPPED}
     more = "".join(f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file)
-    words = f"{skipped:,} images were skipped (`{SKIPPED}`)." if skipped else "No image was skipped."
+    were = "image was" if skipped == 1 else "images were"
+    words = f"{skipped:,} {were} skipped (`{SKIPPED}`)." if skipped else "No image was skipped."
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     found = statistics(read(folder, pixels=False))
-    write_text(folder / "README.md", template.format(found=found, more=more, skipped=words))
+    counts = {"images": counted(found.images, "images"), "objects": counted(found.objects, "objects")}
+    write_text(folder / "README.md", template.format(found=found, more=more, skipped=words, **counts))

@@ -59,7 +59,7 @@ class KeyReport:
     def check(self, where: str) -> None:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
         if wrong := [(keys[0], len(keys)) for status in PROBLEMS if (keys := self.of(status))]:
-            said = (f"{n} weights {k.status}, first {k.name} {list(k.shape)} ({k.note})" for k, n in wrong)
+            said = (f"weights {k.status}: {n}, first {k.name} {list(k.shape)} ({k.note})" for k, n in wrong)
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 

@@ -222,7 +222,7 @@ def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
         ("unknown", [f"{name} {list(found[name])}" for name in found if name not in expected]),
         ("of the wrong shape", [f"{n} {list(found[n])}, not {list(expected[n])}" for n in other]),
     )
-    return "; ".join(f"{len(names)} weights {what}, first {min(names)}" for what, names in wrong if names)
+    return "; ".join(f"weights {what}: {len(names)}, first {min(names)}" for what, names in wrong if names)
 
 
 def find(name: Path | str, what: str) -> Path:
