@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2127, "ablations": 644, "cli": 1564, "data": 4896, "embodiments": 775, "evaluate": 3147,
-    "labels": 4674, "models": 4660, "report": 1166, "serve": 979, "sim": 1581, "train": 2271, "ui": 696,
+    "(top)": 2122, "ablations": 644, "cli": 1564, "data": 4896, "embodiments": 775, "evaluate": 3147,
+    "labels": 4674, "models": 4612, "report": 1166, "serve": 979, "sim": 1581, "train": 2271, "ui": 696,
     "util": 807,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
