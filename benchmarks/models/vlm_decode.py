@@ -93,7 +93,7 @@ def main(
                     "max_new_tokens": NUMBERS,
                     "do_sample": False,
                 }
-                grammar = [[(first, last)] * NUMBERS] * batch
+                grammar = [(first, last)] * NUMBERS
 
                 def answer() -> torch.Tensor:
                     return greedy(
@@ -101,7 +101,7 @@ def main(
                         {"external": image},  # noqa: B023
                         ids,  # noqa: B023
                         max_new_tokens=NUMBERS + 1,
-                        grammars=grammar,  # noqa: B023
+                        grammar=grammar,  # noqa: B023
                     )
 
                 # Random weights may end early when free: the same work for both, an answer of full length.

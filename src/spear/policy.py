@@ -58,21 +58,20 @@ class VlmBundle:
         self,
         images: Sequence[Array],
         prompts: Sequence[str],
-        family: str | Sequence[str | None] | None = None,
+        family: str | None = None,
         view: str = "external",
         max_new_tokens: int = 64,
         distributions: bool = False,
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
-        family  of the questions (one, or one each): answers are then held to its form, with exactly as many
-                numbers or image locations as it has. None: the model answers freely.
+        family  of the questions: answers are then held to its form, with exactly as many numbers or image
+                locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
         Raises SpearError for a view that the model does not have, and for an empty or too long prompt.
         """
         if len(prompts) == len(images) == 0:
             return []
-        families = [family] * len(prompts) if family is None or isinstance(family, str) else list(family)
         device, tokens = self.model.device, self.processor.coordinate_ids
         pixels = torch.stack([self.processor.image(image, view) for image in images])
         sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
@@ -86,7 +85,7 @@ class VlmBundle:
                 text["input_ids"].to(device),
                 text["attention_mask"].to(device),
                 max_new_tokens=max_new_tokens,
-                grammars=[self._grammar(f) for f in families],
+                grammar=self._grammar(family),
                 watched=watched,
             )
         unit = self.processor.coordinates.unit
@@ -100,16 +99,12 @@ class VlmBundle:
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
                 held = Distribution(of_numbers, self.processor.coordinates)
-            answers.append(Answer(places, unit, held, families[index]))
+            answers.append(Answer(places, unit, held, family))
         return answers
 
     def _grammar(self, family: str | None) -> Any:
-        if family is None:
-            return None
-        if family in NUMBERS:
-            return self.processor.grammar([0.0] * NUMBERS[family])
-        if family in PIXELS:
-            return self.processor.grammar([Pixel(0.0, 0.0)] * PIXELS[family])
+        if family is not None and (family in NUMBERS or family in PIXELS):
+            return self.processor.grammar(NUMBERS.get(family, 0), PIXELS.get(family, 0))
         in_words = {"chain_of_thought": 2, "what_at": 0}  # with so many numbers between the words
         return self.processor.worded(in_words[family]) if family in in_words else None
 

@@ -147,11 +147,9 @@ def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) ->
 def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
     size, model = empty
     layers = decode.STACK(model.vlm.language_model, True, False)
-    rows: list[Any] = [[(size.vocabulary, size.vocabulary + size.bins)] * 3, [(5, 6), (3, 9)]]
-    spans = decode._spans(rows, 8, model.config.vlm_config.text_config)
+    spans = [(5, 6), (size.vocabulary, size.vocabulary + size.bins), (1, 2)]
     given = observation(size, 2, full=False, device=model.device.type)
-    inputs = {"bounds": torch.zeros(len(spans), 2, 2, dtype=torch.long, device=model.device)}
-    inputs |= {name: given[name] for name in ("pixels/external", "input_ids")}
+    inputs = {name: given[name] for name in ("pixels/external", "input_ids")}
     with torch.no_grad(), Watch(model.device.type) as watch:
         decode._decode(model.vlm, layers, inputs, spans)
     assert watch.count > 100 and not watch.wrong

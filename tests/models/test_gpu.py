@@ -37,13 +37,13 @@ def test_answers_from_graphs() -> None:
     number = (START, START + TINY.bins)
     ids, mask = text(3, 6)
     images = pixels(3, views=("external",))
-    grammars = [[number] * 5, [(7, 8), number], [number]]
-    on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammars=grammars)
+    grammar = [number, (7, 8), number]
+    on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
     model.cuda()
     moved = {view: image.cuda() for view, image in images.items()}
     with no_warning():
         for _ in range(2):
-            found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammars=grammars)
+            found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammar=grammar)
             assert torch.equal(found.cpu(), on_cpu)
     free = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12)
     assert free.shape[1] <= 12

@@ -177,17 +177,11 @@ class Processor:
                 ids.append(self.coordinate_ids[int(self.coordinates.encode(np.float64(segment)))])
         return ids
 
-    def grammar(self, segments: Segments) -> list[tuple[int, int]]:
-        """The grammar of every answer that has the same text, and numbers and pixels in the same places."""
-        ranges = []
-        for segment in segments:
-            if isinstance(segment, Pixel):
-                ranges += [(self.location_start, self.location_start + LOCATIONS)] * 2
-            elif isinstance(segment, str):
-                ranges += [(i, i + 1) for i in self._text(segment)]
-            else:
-                ranges.append((self.coordinate_ids.start, self.coordinate_ids.stop))
-        return ranges
+    def grammar(self, numbers: int, pixels: int) -> list[tuple[int, int]]:
+        """The grammar of answers of so many numbers, then so many pixels, and nothing else."""
+        of_numbers = self.coordinate_ids.start, self.coordinate_ids.stop
+        of_pixels = self.location_start, self.location_start + LOCATIONS
+        return [of_numbers] * numbers + [of_pixels] * (2 * pixels)
 
     def worded(self, count: int) -> Worded:
         """The grammar of answers in words with exactly `count` numbers."""
