@@ -107,7 +107,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
     known = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
     if known and (both := shared(held, trained)):
-        where = f"--split {o.split}: has {both} of its episodes in --train-split {learned[1]} too"
+        where = f"--split {o.split}: {both} of its episodes also in --train-split {learned[1]}"
         raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     with TemporaryDirectory() as scratch:
@@ -116,7 +116,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if o.train or o.train_split:
             train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
             if both := len({*marks} & {*train.marks()}):
-                raise SpearError(f"--split {o.split}: has {both} of them in --train-split {learned[1]} too")
+                raise SpearError(f"--split {o.split}: {both} of them also in --train-split {learned[1]}")
         if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
             notice(f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out")
         ours = open_loop.score(o.policy, model, held_out)

@@ -252,7 +252,7 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
     plan = with_state(**{name: torch.zeros(0)})
     assert [key.status for key in plan.report.keys].count("missing") == 1
     refuses("weights missing: 1, first ", plan.run)
-    refuses("weights refused, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
+    refuses("weights refused: 1, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
     foreign = with_state(**{"tail.weight": torch.ones(2)})
     refuses("weights refused: 1, first tail.weight .*no such", foreign.run)
     foreign = {name: state[name].to(torch.int8)}
