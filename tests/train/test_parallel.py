@@ -178,7 +178,7 @@ def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Two) -> None:
     assert losses[3] is None and None not in losses[:3] + losses[4:]
     kept = [path.name for path in (two.root / "skipped" / "not-finite").iterdir()]
     assert kept == ["step-00000004-piece-00000007.safetensors"]
-    assert "step 1;" in (two.root / "stopped-0").read_text()
+    assert "1 step skipped" in (two.root / "stopped-0").read_text()
     assert (two.root / "stopped-1").read_text() == "2"
 
 

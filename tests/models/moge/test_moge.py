@@ -113,7 +113,7 @@ def test_an_encoder_of_another_kind_is_refused(shared: Path) -> None:
         encoder = MogeEncoder(plain)
         smaller = MogeEncoder(dinov2_config("dinov2_vitb14"))
     refuses(r"position_offset is 0\.0: MoGe needs 0\.1", fill_encoder, encoder, checkpoint(shared, 1))
-    first = r"wrong shape, first backbone\.blocks\.0\.attn\.proj\.bias"
+    first = r"wrong shape: 174, first backbone\.blocks\.0\.attn\.proj\.bias"
     refuses(first, fill_encoder, smaller, checkpoint(shared, 1))
 
 
