@@ -115,8 +115,8 @@ class GripperCheck:
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        told = None if chunk is None else chunk[:, 7]
-        same = told is not None and np.ptp(told) < 0.5  # so that it does not matter which of them it executes
+        told = np.array([0.0, 1.0]) if chunk is None else chunk[:, 7]
+        same = np.ptp(told) < 0.5  # so that it does not matter which of them it executes
         self._told = float(told.mean()) if same else None
 
     def inverted(self, opening: float) -> bool:
@@ -124,4 +124,4 @@ class GripperCheck:
         if self._told is None or len(self._opposite) >= LOOKED_AT:
             return False
         self._opposite.append(abs(self._told - opening) > OPPOSITE)
-        return len(self._opposite) == LOOKED_AT and np.mean(self._opposite) > MOSTLY
+        return len(self._opposite) == LOOKED_AT and sum(self._opposite) > MOSTLY * LOOKED_AT
