@@ -79,14 +79,10 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
     """Print the table."""
     if data is None:
         acting = Spear1Policy.load(policy)
-        for name, inverted in {
-            "as it is": (0, 0),
-            "reading inverted": (1, 0),
-            "command inverted": (0, 1),
-        }.items():
-            found = sum(
-                noted_by_acting(acting, range(i, i + 16), *map(bool, inverted)) for i in range(700, 940, 16)
-            )
+        for name in ("as it is", "reading inverted", "command inverted"):
+            inverted = name.startswith("reading"), name.startswith("command")
+            starts = (range(first, first + 16) for first in range(700, 940, 16))
+            found = sum(noted_by_acting(acting, seeds, *inverted) for seeds in starts)
             print(f"{name:<42} noted in {found} of 15 starts", flush=True)
         return
     folder = locate(policy)

@@ -115,9 +115,9 @@ class GripperCheck:
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        told = np.array([0.0, 1.0]) if chunk is None else chunk[:, 7]
-        same = np.ptp(told) < 0.5  # so that it does not matter which of them it executes
-        self._told = float(told.mean()) if same else None
+        self._told = None
+        if chunk is not None and np.ptp(chunk[:, 7]) < 0.5:  # it does not matter which of them it executes
+            self._told = float(chunk[:, 7].mean())
 
     def inverted(self, opening: float) -> bool:
         """Whether, with this reading, it is known that the robot mostly does the opposite."""

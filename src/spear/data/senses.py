@@ -90,11 +90,10 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
         words = f"the gripper moves in {len(moving)} of {counted(len(recordings), 'episodes')}"
         return [Check("gripper", "cannot tell", words)]
     verdict, words = sense(openings)
-    commands = [r.command for r in moving if r.command is not None]
-    wrong = span(openings, commands)
-    if not commands:
+    commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
+    wrong = span(openings, [command for _, command, _ in commanded])
+    if not commanded:
         return [wrong or Check("gripper", verdict, words)]
-    commanded = [(o, c, r.rate_hz) for o, c, r in zip(openings, commands, moving, strict=True)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
     said = f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
     if strength >= FOLLOWS:

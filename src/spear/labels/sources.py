@@ -95,9 +95,9 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
 
 
 def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
-    from spear.data.readers.formats import digest, episode_counts, find_format
+    from spear.data.readers.formats import digest, episode_counts, find_format, open_dataset
 
-    ours, stamp = find_format(folder) == "store", digest(folder)
+    ours, stamp = find_format(folder) == "store", digest(open_dataset(folder))
     for split, count in episode_counts(folder).items():
         name = folder if ours else f"{folder}/{split}"
         for index in range(count):

@@ -93,9 +93,8 @@ def episode_counts(path: str | Path) -> Mapping[str, int]:
     return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
 
 
-def digest(path: str | Path) -> str:
+def digest(folder: Dataset | EpisodeStore) -> str:
     """What tells the data of a folder from others; the larger part of them is not read."""
-    folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         return folder.digest() + folder.digest(seen=True)
     records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images

@@ -77,7 +77,7 @@ def prepare(
     file = how.layout or source.path / SPEC_FILE
     request = {
         "path": str(path.resolve()),
-        "data": formats.digest(path),
+        "data": formats.digest(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
         "size": dict(sorted(how.sizes.items())),
