@@ -203,14 +203,14 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     apart = (turns.mean().inv() * turns).magnitude()
     assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn
     assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
-    assert made.opposite == 1  # it is opened and closed in turn
+    assert made.opposite == 1 and made.begins == make(0).gripper[0]  # it is opened and closed in turn
     made.save(tmp_path / "seen.json")
     assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
     (tmp_path / "seen.json").write_text("{}")
     refuses("seen.json", Seen.load, tmp_path / "seen.json")
 
     facing, colour = (0.0, 1.0, 0.0, 0.0), {"external": (20.0, 2.0)}
-    known = Seen((0.3, -0.1, 0.1), (0.6, 0.1, 0.3), facing, 0.5, colour)
+    known = Seen((0.3, -0.1, 0.1), (0.6, 0.1, 0.3), facing, 0.5, colour, begins=0.9)
     image = np.tile(np.array([[90, 80, 70], [150, 140, 130]], np.uint8), (210, 140, 1))
     for changes, said in (
         ({}, ""),
@@ -218,6 +218,7 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
         ({"image": 0 * image}, "'external' shows nothing"),
         ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
         ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
+        ({"state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}, "gripper begins at 0.00"),
     ):
         again = dataclasses.replace(nano, known=known)
         with warnings.catch_warnings(record=True) as caught:

@@ -5,7 +5,8 @@
     python benchmarks/data/unlike.py nano
 
 Each step is shown alone: as it is, and changed as mistakes in a robot's program change it. Without data, the
-policy acts in the embedded simulator, 15 times, with an inverted gripper: is that noted within 256 steps?
+policy acts in the embedded simulator, 15 times, with an inverted gripper: is that noted at the first
+observation, and is it by what follows, within 256?
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def noted_by_acting(policy: Spear1Policy, seeds: range, reads: bool, told: bool) -> bool:
-    """Whether 256 steps in held-out scenes note a gripper whose reading, or whose command, is inverted."""
-    agent, check, seen = PolicyAgent(policy, "policy"), GripperCheck(), 0
+def noted_by_acting(policy: Spear1Policy, seeds: range, reads: bool, told: bool) -> tuple[bool, bool]:
+    """Whether a gripper whose reading, or whose command, is inverted is noted at the first observation in
+    held-out scenes, and whether it is by what follows, within 256."""
+    agent, check, seen, known = PolicyAgent(policy, "policy"), GripperCheck(), 0, policy.known
+    assert known is not None, "the policy has no seen.json"
     sizes, renderer = (agent.image_sizes["external"], agent.image_sizes["wrist"]), Renderer()
     for seed in seeds:
         env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes, renderer=renderer)
@@ -63,10 +66,12 @@ def noted_by_acting(policy: Spear1Policy, seeds: range, reads: bool, told: bool)
         while not info["success"] and env.steps < MAX_STEPS:
             state = observation["observation/state"].copy()
             state[7] = 1 - state[7] if reads else state[7]
-            if check.inverted(state[7]):
-                return True
+            if not seen:
+                at_once = any(known.unlike(state[None], {}, first=True))
+            if found := check.inverted(state[7]):
+                return at_once, found
             if (seen := seen + 1) > 4 * LOOKED_AT:  # not every chunk tells
-                return False
+                return at_once, False
             chunk = agent.act([env], [{**observation, "observation/state": state}])[0]
             check.told(chunk)
             action = chunk[0].copy()
@@ -79,11 +84,11 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
     """Print the table."""
     if data is None:
         acting = Spear1Policy.load(policy)
-        for name in ("as it is", "reading inverted", "command inverted"):
-            inverted = name.startswith("reading"), name.startswith("command")
+        for name in ("as it is", "reading inverted", "command inverted", "reading and command inverted"):
+            inverted = "reading" in name, "command" in name
             starts = (range(first, first + 16) for first in range(700, 940, 16))
-            found = sum(noted_by_acting(acting, seeds, *inverted) for seeds in starts)
-            print(f"{name:<42} noted in {found} of 15 starts", flush=True)
+            first, later = np.sum([noted_by_acting(acting, seeds, *inverted) for seeds in starts], axis=0)
+            print(f"{name:<42} noted at once in {first}, later in {later} of 15 starts", flush=True)
         return
     folder = locate(policy)
     known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)

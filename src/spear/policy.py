@@ -269,7 +269,7 @@ class Spear1Policy:
             notice("the gripper does the opposite of what it is told: 1 is open, 0 closed, told and read")
         if self.known and self._observed < LOOKED_AT:
             shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
-            for key, words in self.known.unlike(states.numpy(), shown):
+            for key, words in self.known.unlike(states.numpy(), shown, self._observed == 0):
                 if key not in self._missed and notice(f"observations unlike those of training: {words}"):
                     self._missed.add(key)
         text = self.processor.instructions([o["prompt"] for o in observations])

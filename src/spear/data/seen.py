@@ -28,7 +28,8 @@ LEVELS = 3.0
 LOOKED_AT = 64
 """So many observations at the beginning are compared with those of training."""
 OPPOSITE, MOSTLY = 0.75, 0.5
-"""A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them."""
+"""A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them; or,
+at the first, so far from where training's episodes begin."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Seen:
     facing     the mean orientation, unit quaternion; turned: the largest angle from it, rad.
     redder     camera → mean and standard deviation, over images, of the mean of red minus blue (0 … 255).
     opposite   the share of steps in which the gripper is the opposite of what it is told.
+    begins     the mean opening with which the episodes of these steps begin.
     """
 
     low: tuple[float, ...]
@@ -47,13 +49,17 @@ class Seen:
     turned: float
     redder: Mapping[str, tuple[float, float]]
     opposite: float = 0.0
+    begins: float = 0.5
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
     def of(samples: TrainingSamples, batch_size: int) -> "Seen":
         """From the first batches of a training: what was read there can be read again."""
         plain = replace(samples, augment=0.0)
-        batches = [plain.batch(step, batch_size) for step in range(-(-SAMPLES // batch_size))]
+        numbers = range(-(-SAMPLES // batch_size))
+        batches = [plain.batch(number, batch_size) for number in numbers]
+        drawn = [sample for number in numbers for sample in plain.mixture.draw(number, batch_size)]
+        begins = float(np.mean([plain.mixture.episode(sample).gripper[0] for sample in drawn]))
         position, rotation = (np.concatenate([b[name] for b in batches]) for name in ("position", "rotation"))
         # The mean of orientations, whatever the signs of their quaternions (Markley et al. 2007).
         facing = np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
@@ -66,12 +72,15 @@ class Seen:
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
         turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
         opposite = [np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches]
-        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(np.mean(opposite)))
+        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(np.mean(opposite)), begins)
 
-    def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+    def unlike(
+        self, states: Array, images: Mapping[str, Array], first: bool = False
+    ) -> Iterator[tuple[str, str]]:
         """What of observations is unlike training, as (key, words).
 
-        states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them.
+        states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them;
+        first whether an episode begins with the first of them.
         """
         ends = np.array([self.low, self.high])
         apart = np.abs(states[:, :3] - ends.mean(0))
@@ -84,6 +93,9 @@ class Seen:
             here, there = np.degrees([angle, self.turned])
             seen = f"turned by {here:.0f}° from the mean orientation, in training by {there:.0f}° at most"
             yield "rotation", f"{seen}: another order of the quaternion, or another frame?"
+        if first and abs(states[0, 7] - self.begins) > OPPOSITE:
+            words = f"the gripper begins at {states[0, 7]:.2f}, in training at {self.begins:.2f} in the mean"
+            yield "gripper", f"{words}: inverted? 1 is open, 0 closed"
         for view, pixels in images.items():
             mean, spread = self.redder.get(view, (0.0, 0.0))
             red, blue = (pixels[:, channel].mean(dtype=np.float64) for channel in (0, 2))
