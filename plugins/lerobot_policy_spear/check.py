@@ -59,6 +59,8 @@ def compare(saved: Path, data: Path) -> None:
     theirs = get_policy_class("spear1").from_pretrained(saved, config=config)
     before, after = make_pre_post_processors(config, str(saved))
     ours, worst = Spear1Policy.load(saved / "spear"), 0.0
+    assert ours.known, "no seen.json"
+    print(f"seen.json: cameras {', '.join(ours.known.redder)}; episodes begin at {ours.known.begins:g}")
     rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
     frames = LeRobotDataset(f"local/{data.name}", root=data)
     places = range(0, len(rows), 4)

@@ -4,9 +4,10 @@ Exchanged colours, another frame, a quaternion in another order or an inverted g
 observations, and a robot that moves smoothly to the wrong place. All thresholds are our choice.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,22 +58,26 @@ class Seen:
         """From the first batches of a training: what was read there can be read again."""
         plain = replace(samples, augment=0.0)
         numbers = range(-(-SAMPLES // batch_size))
-        batches = [plain.batch(number, batch_size) for number in numbers]
         drawn = [sample for number in numbers for sample in plain.mixture.draw(number, batch_size)]
         begins = float(np.mean([plain.mixture.episode(sample).gripper[0] for sample in drawn]))
+        return Seen.of_batches([plain.batch(number, batch_size) for number in numbers], begins)
+
+    @staticmethod
+    def of_batches(batches: Sequence[Mapping[str, Any]], begins: float) -> "Seen":
+        """From batches as `TrainingSamples` makes them."""
         position, rotation = (np.concatenate([b[name] for b in batches]) for name in ("position", "rotation"))
         # The mean of orientations, whatever the signs of their quaternions (Markley et al. 2007).
         facing = np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
         redder = {}
-        for view in plain.views:
+        for view in batches[0]["images"]:
             images = np.concatenate([b["images"][view][b["views"][view]] for b in batches])
             if len(images):
                 found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
                 redder[view] = (float(found.mean()), float(found.std()))
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
         turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
-        opposite = [np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches]
-        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(np.mean(opposite)), begins)
+        opposite = np.concatenate([np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches])
+        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(opposite.mean()), begins)
 
     def unlike(
         self, states: Array, images: Mapping[str, Array], first: bool = False

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spear import policy as spear
 from spear.data.normalize import SMALLEST_SCALES, Normalizer
+from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import IMAGE
 from spear.errors import SpearError
 from spear.train.optimize import apply_freeze, make_optimizer
@@ -57,10 +58,14 @@ class Spear1Policy(PreTrainedPolicy):
             folder or config.checkpoint, steps=config.steps, seed=config.seed
         )
         self.model, self.mask = self.spear.model, None
+        self._begins: float | None = None  # known, while batches of a training are kept
+        self._batches: list[dict[str, Any]] = []
         if dataset_meta is not None:
             self.mask = counting(dataset_meta, self.robot)
             if folder is None:
-                self.spear.normalizer = fit(Path(dataset_meta.root), self.robot, config, self.mask)
+                root = Path(dataset_meta.root)
+                self.spear.normalizer, self._begins = fit(root, self.robot, config, self.mask)
+                self.spear.known = None
         apply_freeze(self.model, config.optimization)
         self.reset()
 
@@ -88,6 +93,14 @@ class Spear1Policy(PreTrainedPolicy):
         self.model.save_pretrained(folder)
         self.spear.processor.save(folder)
         self.spear.normalizer.save(folder / "normalizer.json")
+        if known := self._known():
+            known.save(folder / "seen.json")
+
+    def _known(self) -> Seen | None:
+        """What it saw in training, as far as that has come."""
+        if self._begins is None or not self._batches:
+            return self.spear.known
+        return Seen.of_batches(self._batches, self._begins)
 
     def get_optim_params(self) -> list[dict[str, Any]]:
         """The recipe's groups."""
@@ -121,6 +134,10 @@ class Spear1Policy(PreTrainedPolicy):
             "instruction": batch["task"],
             "dataset": np.zeros(len(states), int),
         }
+        if self._begins is not None:
+            self._batches.append(raw)
+            if len(self._batches) * len(states) >= SAMPLES:
+                self.spear.known, self._begins, self._batches = self._known(), None, []
         inputs = robot_inputs(self.spear.processor, self.spear.normalizer, raw)
         put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)
         put["actions"] = Action.from_vector(put["actions"])
@@ -154,17 +171,18 @@ class Spear1Policy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
 
-def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normalizer:
-    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes; mask: of
-    these frames [frames]."""
+def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> tuple[Normalizer, float]:
+    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes, and the
+    mean opening with which these begin; mask: of these frames [frames]."""
     state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")
     doubt_units(robot, state)
     counts = mask[index]
     ahead = np.array(config.action_delta_indices)
-    moves, places = [], []
+    moves, places, begins = [], [], []
     for number in np.unique(episode):
         states, commands = (x[episode == number].astype(np.float32) for x in (state, action))
         count = counts[episode == number]
+        begins.append(robot.state(states[0])[7])
         for at in range(0, len(states), config.stride):
             here, when = robot.state(states[at]), at + ahead
             rows = commands[np.minimum(when, len(states) - 1)]
@@ -177,7 +195,8 @@ def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> Normaliz
     low, high = np.quantile(np.hstack([moves, places]).astype(np.float64), (0.01, 0.99), axis=0)
     offset = tuple(((high + low) / 2).tolist())
     scale = tuple(np.maximum((high - low) / 2, SMALLEST_SCALES).tolist())
-    return Normalizer("quantile", offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
+    normalizer = Normalizer("quantile", offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
+    return normalizer, float(np.mean(begins))
 
 
 def _numpy(values: Tensor) -> Array:
