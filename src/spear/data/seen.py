@@ -1,16 +1,18 @@
 """What a policy saw of its robot in training, by which it notices a robot that sends something else.
 
-Exchanged colours, another frame, a quaternion in another order or an inverted gripper make valid
-observations, and a robot that moves smoothly to the wrong place. All thresholds are our choice.
+Exchanged colours or cameras, a picture upside down, another frame, a quaternion in another order or an
+inverted gripper make valid observations, and a robot that moves smoothly to the wrong place. All thresholds
+are our choice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spear.data.mixture import TrainingSamples
@@ -26,6 +28,11 @@ BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
 orientations, this."""
 LEVELS = 3.0
 """The least spread of colours that counts, of 255."""
+GRID, LIKE, CLEARLY = 8, 0.6, 0.2
+"""Pictures are compared by their brightness in so many rows and columns. One is shown otherwise that, turned
+back, correlates so much with the mean picture, and gains so much more by it than any picture of training."""
+TURNS = {"turned by 180°": (-1, -1), "flipped left to right": (1, -1), "flipped upside down": (-1, 1)}
+"""How a picture may be shown otherwise: steps through its rows and columns."""
 LOOKED_AT = 64
 """So many observations at the beginning are compared with those of training."""
 OPPOSITE, MOSTLY = 0.75, 0.5
@@ -40,6 +47,8 @@ class Seen:
     low, high  the least and the largest position, m, base frame.
     facing     the mean orientation, unit quaternion; turned: the largest angle from it, rad.
     redder     camera → mean and standard deviation, over images, of the mean of red minus blue (0 … 255).
+    looks      camera → the mean picture, coarse [8, 8].
+    mistaken   camera → how it may be shown otherwise → the most by which a picture is more like that.
     opposite   the share of steps in which the gripper is the opposite of what it is told.
     begins     the mean opening with which the episodes of these steps begin.
     """
@@ -51,6 +60,8 @@ class Seen:
     redder: Mapping[str, tuple[float, float]]
     opposite: float = 0.0
     begins: float = 0.5
+    looks: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    mistaken: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
@@ -68,16 +79,26 @@ class Seen:
         position, rotation = (np.concatenate([b[name] for b in batches]) for name in ("position", "rotation"))
         # The mean of orientations, whatever the signs of their quaternions (Markley et al. 2007).
         facing = np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
+        shown = {
+            view: np.concatenate([b["images"][view][b["views"][view]] for b in batches])
+            for view in batches[0]["images"]
+        }
+        shown = {view: images for view, images in shown.items() if len(images)}
         redder = {}
-        for view in batches[0]["images"]:
-            images = np.concatenate([b["images"][view][b["views"][view]] for b in batches])
-            if len(images):
-                found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
-                redder[view] = (float(found.mean()), float(found.std()))
+        for view, images in shown.items():
+            found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
+            redder[view] = (float(found.mean()), float(found.std()))
+        coarse = {view: _coarse(images) for view, images in shown.items()}
+        looks = {view: small.mean(0).round(3) for view, small in coarse.items()}
+        mistaken = {
+            view: {words: float((like - own).max()) for words, like, own in _otherwise(small, view, looks)}
+            for view, small in coarse.items()
+        }
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
         turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
         opposite = np.concatenate([np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches])
-        return Seen(low, high, tuple(map(float, facing)), turned, redder, float(opposite.mean()), begins)
+        told = float(opposite.mean()), begins, {view: look.tolist() for view, look in looks.items()}, mistaken
+        return Seen(low, high, tuple(map(float, facing)), turned, redder, *told)
 
     def unlike(
         self, states: Array, images: Mapping[str, Array], first: bool = False
@@ -109,6 +130,12 @@ class Seen:
                 yield view, f"camera {view!r}: red and blue are as if exchanged: send RGB, not BGR"
             if np.ptp(pixels) < LEVELS:
                 yield view, f"camera {view!r} shows nothing: is it covered, or off?"
+            elif view in self.looks:
+                small = _coarse(pixels.transpose(0, 2, 3, 1))
+                for words, like, own in _otherwise(small, view, self.looks):
+                    more = (like - own).mean() - self.mistaken[view].get(words, 2.0)
+                    if more > CLEARLY and like.mean() > LIKE:
+                        yield view, f"camera {view!r} is as if {words}"
 
     def save(self, path: Path) -> None:
         """Write as JSON; complete or not at all."""
@@ -121,6 +148,28 @@ class Seen:
             return TypeAdapter(Seen).validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
+
+
+def _coarse(images: Array) -> Array:
+    """Images' brightness [B, h, w, 3] → [B, 8, 8], each with mean 0 and length 1."""
+    brightness = torch.from_numpy(images.mean(-1, dtype=np.float32))
+    small = F.adaptive_avg_pool2d(brightness[:, None], GRID)[:, 0]
+    small = small - small.mean((1, 2), keepdim=True)
+    return F.normalize(small.flatten(1)).view_as(small).numpy()
+
+
+def _otherwise(small: Array, view: str, looks: Mapping[str, Any]) -> Iterator[tuple[str, Array, Array]]:
+    """How a camera's coarse pictures [B, 8, 8] may be shown otherwise: in words, their correlation [B] with
+    the mean picture then, and as they are."""
+    own = _like(small, looks[view])
+    for words, (down, across) in TURNS.items():
+        yield words, _like(small[:, ::down, ::across], looks[view]), own
+    for other in looks.keys() - {view}:
+        yield f"exchanged with camera {other!r}", _like(small, looks[other]), own
+
+
+def _like(small: Array, look: Any) -> Array:
+    return np.einsum("bij,ij->b", small, look / max(np.linalg.norm(look), 1e-6))
 
 
 class GripperCheck:
