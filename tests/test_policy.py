@@ -209,12 +209,18 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     (tmp_path / "seen.json").write_text("{}")
     refuses("seen.json", Seen.load, tmp_path / "seen.json")
 
-    facing, colour = (0.0, 1.0, 0.0, 0.0), {"external": (20.0, 2.0)}
-    known = Seen((0.3, -0.1, 0.1), (0.6, 0.1, 0.3), facing, 0.5, colour, begins=0.9)
-    image = np.tile(np.array([[90, 80, 70], [150, 140, 130]], np.uint8), (210, 140, 1))
+    down, across = np.mgrid[:70:210j, :140:280j]
+    image = (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)
+    batch = {
+        **{"position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]), "rotation": np.eye(4)[[1, 1]]},
+        **{"gripper": np.ones(2), "action": np.ones((2, 5, 8))},
+        **{"images": {"external": image[None].repeat(2, 0)}, "views": {"external": np.ones(2, bool)}},
+    }
+    known = Seen.of_batches([batch], 0.9)
     for changes, said in (
         ({}, ""),
         ({"image": image[..., ::-1]}, "'external': red and blue"),
+        ({"image": image[:, ::-1]}, "'external' is as if flipped left to right"),
         ({"image": 0 * image}, "'external' shows nothing"),
         ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
         ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
@@ -227,6 +233,10 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
                 again.inputs([observation(**({"image": image, "wrist": None} | changes))])
         found = [m for m in (str(w.message) for w in caught) if "unlike" in m or "wrist" in m]
         assert len(found) == bool(said) and said in "".join(found)
+    other = image[:, ::-1].transpose(1, 0, 2)[None].repeat(2, 0)
+    batch["images"]["wrist"], batch["views"]["wrist"] = other, batch["views"]["external"]
+    shown = Seen.of_batches([batch], 1.0).unlike(STATE[None], {"external": other.transpose(0, 3, 1, 2)})
+    assert any("exchanged with camera 'wrist'" in words for _, words in shown)
 
 
 def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:

@@ -89,7 +89,7 @@ class Seen:
             found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
             redder[view] = (float(found.mean()), float(found.std()))
         coarse = {view: _coarse(images) for view, images in shown.items()}
-        looks = {view: small.mean(0).round(3) for view, small in coarse.items()}
+        looks = {view: small.mean(0, dtype=np.float64).round(3) for view, small in coarse.items()}
         mistaken = {
             view: {words: float((like - own).max()) for words, like, own in _otherwise(small, view, looks)}
             for view, small in coarse.items()
@@ -132,10 +132,13 @@ class Seen:
                 yield view, f"camera {view!r} shows nothing: is it covered, or off?"
             elif view in self.looks:
                 small = _coarse(pixels.transpose(0, 2, 3, 1))
-                for words, like, own in _otherwise(small, view, self.looks):
-                    more = (like - own).mean() - self.mistaken[view].get(words, 2.0)
-                    if more > CLEARLY and like.mean() > LIKE:
-                        yield view, f"camera {view!r} is as if {words}"
+                found = [
+                    (like.mean(), words)
+                    for words, like, own in _otherwise(small, view, self.looks)
+                    if (like - own).mean() > self.mistaken[view].get(words, 2.0) + CLEARLY
+                ]
+                if found and max(found)[0] > LIKE:
+                    yield view, f"camera {view!r} is as if {max(found)[1]}"
 
     def save(self, path: Path) -> None:
         """Write as JSON; complete or not at all."""
