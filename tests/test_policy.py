@@ -17,7 +17,7 @@ from data_tiny import make, stored
 from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.data.seen import GripperCheck, Seen
+from spear.data.seen import RobotCheck, Seen
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
@@ -244,9 +244,24 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
     slow = np.convolve(np.concatenate([np.ones(7), told]), np.ones(8) / 8, "valid")  # within 1.6 s
     rows = np.zeros((5, 8), np.float32)
     for reads, last, inverted in ((slow, 0, 0), (1 - slow, 0, 1), (0.5 + 0 * slow, 0, 0), (1 - slow, 2, 0)):
-        check, found = GripperCheck(), 0
+        check, found = RobotCheck(), 0
         for opening, command in zip(reads, told, strict=True):
-            found += check.inverted(opening)
+            found += len([*check.otherwise(np.append(np.zeros(7), opening))])
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
             check.told(rows)
         assert found == inverted
+
+
+@pytest.mark.parametrize(
+    ("goes", "axes", "signs"),
+    [("", [0, 1, 2], 1), ("-x -y z", [0, 1, 2], [-1, -1, 1]), ("y -z x", [2, 0, 1], [1, -1, 1])],
+)
+def test_an_arm_that_goes_along_other_axes_is_noted(goes: str, axes: list[int], signs: Any) -> None:
+    check, rng, state, found = RobotCheck(), np.random.default_rng(0), STATE.copy(), []
+    for step in range(80):
+        found += check.otherwise(state)
+        chunk = np.ones((5, 8))
+        chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
+        check.told(chunk)
+        state[:3] += (chunk[: 1 + step % 3, :3].sum(0) * signs)[axes] + rng.normal(0, 0.004, 3)
+    assert [f"along {goes}:" in words for _, words in found] == [True] * bool(goes)

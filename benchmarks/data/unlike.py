@@ -5,8 +5,8 @@
     python benchmarks/data/unlike.py nano
 
 Each step is shown alone: as it is, and changed as mistakes in a robot's program change it. Without data, the
-policy acts in the embedded simulator, 15 times, with an inverted gripper: is that noted at the first
-observation, and is it by what follows, within 256?
+policy acts in the embedded simulator, from 10 starts, with an inverted gripper or other axes: is that noted
+at the first observation, and is it by what follows, within 256?
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from spear.data.seen import LOOKED_AT, GripperCheck, Seen
+from spear.data.seen import LOOKED_AT, RobotCheck, Seen
 from spear.data.store.prepare import open_store
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.open_loop import observations
@@ -57,29 +57,51 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def noted_by_acting(policy: Spear1Policy, seeds: range, reads: bool, told: bool) -> tuple[bool, bool]:
-    """Whether a gripper whose reading, or whose command, is inverted is noted at the first observation in
-    held-out scenes, and whether it is by what follows, within 256."""
-    agent, check, seen, known = PolicyAgent(policy, "policy"), GripperCheck(), 0, policy.known
+def opposite(vector: Array) -> Array:
+    """A state or an action with its gripper inverted."""
+    return np.append(vector[:7], 1 - vector[7])
+
+
+ACTING: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "as it is": (lambda state: state, lambda action: action),
+    "gripper read inverted": (opposite, lambda action: action),
+    "gripper told inverted": (lambda state: state, opposite),
+    "gripper read and told inverted": (opposite, opposite),
+    "x and y of translations exchanged": (
+        lambda state: state,
+        lambda action: action[[1, 0, 2, 3, 4, 5, 6, 7]],
+    ),
+    "x and y of translations inverted": (
+        lambda state: state,
+        lambda action: action * [-1, -1, 1, 1, 1, 1, 1, 1],
+    ),
+    "z of translations inverted": (lambda state: state, lambda action: action * [1, 1, -1, 1, 1, 1, 1, 1]),
+}
+"""Mistakes that only acting shows: what becomes of the state that is read, and of the action that is told."""
+
+
+def noted_by_acting(policy: Spear1Policy, seeds: range, mistake: str) -> tuple[bool, bool]:
+    """Whether a mistake is noted at the first observation in held-out scenes, and whether it is by what
+    follows, within 256."""
+    agent, check, seen, known = PolicyAgent(policy, "policy"), RobotCheck(), 0, policy.known
     assert known is not None, "the policy has no seen.json"
+    read, told = ACTING[mistake]
     sizes, renderer = (agent.image_sizes["external"], agent.image_sizes["wrist"]), Renderer()
     for seed in seeds:
         env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes, renderer=renderer)
         observation, info = env.reset(seed=seed)
+        check.told(None)
         while not info["success"] and env.steps < MAX_STEPS:
-            state = observation["observation/state"].copy()
-            state[7] = 1 - state[7] if reads else state[7]
+            state = read(observation["observation/state"])
             if not seen:
                 at_once = any(known.unlike(state[None], {}, first=True))
-            if found := check.inverted(state[7]):
-                return at_once, found
+            if any(check.otherwise(state)):
+                return at_once, True
             if (seen := seen + 1) > 4 * LOOKED_AT:  # not every chunk tells
                 return at_once, False
             chunk = agent.act([env], [{**observation, "observation/state": state}])[0]
             check.told(chunk)
-            action = chunk[0].copy()
-            action[7] = 1 - action[7] if told else action[7]
-            observation, _, _, _, info = env.step(action)
+            observation, _, _, _, info = env.step(told(chunk[0]).astype(np.float32))
     raise AssertionError("more seeds than these are needed")
 
 
@@ -87,11 +109,10 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
     """Print the table."""
     if data is None:
         acting = Spear1Policy.load(policy)
-        for name in ("as it is", "reading inverted", "command inverted", "reading and command inverted"):
-            inverted = "reading" in name, "command" in name
-            starts = (range(first, first + 16) for first in range(700, 940, 16))
-            first, later = np.sum([noted_by_acting(acting, seeds, *inverted) for seeds in starts], axis=0)
-            print(f"{name:<42} noted at once in {first}, later in {later} of 15 starts", flush=True)
+        for mistake in ACTING:
+            starts = (range(first, first + 16) for first in range(700, 860, 16))
+            first, later = np.sum([noted_by_acting(acting, seeds, mistake) for seeds in starts], axis=0)
+            print(f"{mistake:<42} noted at once in {first}, later in {later} of 10 starts", flush=True)
         return
     folder = locate(policy)
     known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)

@@ -11,7 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
-from spear.data.seen import LOOKED_AT, MOSTLY, GripperCheck, Seen
+from spear.data.seen import LOOKED_AT, MOSTLY, RobotCheck, Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
@@ -158,7 +158,7 @@ class Spear1Policy:
     known: Seen | None = None
     _observed: int = field(default=0, init=False, repr=False)
     _missed: set[str] = field(default_factory=set, init=False, repr=False)
-    _gripper: GripperCheck = field(default_factory=GripperCheck, init=False, repr=False)
+    _robot: RobotCheck = field(default_factory=RobotCheck, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -211,7 +211,7 @@ class Spear1Policy:
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._observed = 0
-        self._gripper.told(None)
+        self._robot.told(None)
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -226,7 +226,7 @@ class Spear1Policy:
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
-        self._gripper.told(chunks[0] if len(chunks) == 1 else None)
+        self._robot.told(chunks[0] if len(chunks) == 1 else None)
         return [{"actions": chunk} for chunk in chunks]
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
@@ -265,8 +265,9 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        if self._gripper.inverted(states[0, 7].item()) and self.known and self.known.opposite < MOSTLY / 2:
-            notice("the gripper does the opposite of what it is told: 1 is open, 0 closed, told and read")
+        for key, words in self._robot.otherwise(states[0].numpy()):
+            if key != "gripper" or (self.known and self.known.opposite < MOSTLY / 2):
+                notice(words)
         if self.known and self._observed < LOOKED_AT:
             shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
             for key, words in self.known.unlike(states.numpy(), shown, self._observed == 0):

@@ -38,6 +38,9 @@ LOOKED_AT = 64
 OPPOSITE, MOSTLY = 0.75, 0.5
 """A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them; or,
 at the first, so far from where training's episodes begin."""
+MOVED_M, OTHER_AXES = 0.003, 0.4
+"""An arm that moved so far goes along other axes where turned or mirrored ones explain its directions so much
+better (mean cosine)."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +178,45 @@ def _like(small: Array, look: Any) -> Array:
     return np.einsum("bij,ij->b", small, look / max(np.linalg.norm(look), 1e-6))
 
 
-class GripperCheck:
-    """Whether a robot's gripper does what it is told: what follows shows an inverted command or reading."""
+class RobotCheck:
+    """Whether a robot does what it is told: what follows shows an inverted gripper, or an arm that goes along
+    other axes."""
 
     def __init__(self) -> None:
-        self._told: float | None = None
+        self._chunk: Array | None = None
+        self._position = np.zeros(3)
         self._opposite: list[bool] = []
+        self._ways: list[Array] = []
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        self._told = None
-        if chunk is not None and np.ptp(chunk[:, 7]) < 0.5:  # it does not matter which of them it executes
-            self._told = float(chunk[:, 7].mean())
+        self._chunk = chunk
 
-    def inverted(self, opening: float) -> bool:
-        """Whether, with this reading, it is known that the robot mostly does the opposite."""
-        if self._told is None or len(self._opposite) >= LOOKED_AT:
-            return False
-        self._opposite.append(abs(self._told - opening) > OPPOSITE)
-        return len(self._opposite) == LOOKED_AT and sum(self._opposite) > MOSTLY * LOOKED_AT
+    def otherwise(self, state: Array) -> Iterator[tuple[str, str]]:
+        """What a robot that is at `state` [8] now mostly does otherwise, once that is known: (key, words)."""
+        chunk, came = self._chunk, state[:3] - self._position
+        self._chunk, self._position = None, state[:3].copy()
+        if chunk is None:
+            return
+        one = np.ptp(chunk[:, 7]) < 0.5  # it does not matter which of them it executes
+        if one and len(self._opposite) < LOOKED_AT:
+            self._opposite.append(abs(chunk[:, 7].mean() - state[7]) > OPPOSITE)
+            if len(self._opposite) == LOOKED_AT and sum(self._opposite) > MOSTLY * LOOKED_AT:
+                yield "gripper", "the gripper does the opposite of what it is told: 1 is open, 0 closed"
+        ways, length = chunk[:, :3].cumsum(0, np.float64), np.linalg.norm(came)
+        lengths = np.linalg.norm(ways, axis=1)
+        nearest = np.abs(lengths - length).argmin()  # of how many actions it may have executed
+        if min(length, lengths[nearest]) > MOVED_M and len(self._ways) < LOOKED_AT:
+            self._ways.append(np.outer(came / length, ways[nearest] / lengths[nearest]))
+            if len(self._ways) == LOOKED_AT:
+                mean = np.mean(self._ways, axis=0)
+                left, gains, right = np.linalg.svd(mean)  # the best turn or mirroring: orthogonal Procrustes
+                if gains.sum() - np.trace(mean) > OTHER_AXES:
+                    best = left @ right
+                    axes = [
+                        ("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in enumerate(abs(best).argmax(0))
+                    ]
+                    yield (
+                        "arm",
+                        f"told to go along x y z, the arm goes along {' '.join(axes)}: another frame?",
+                    )
