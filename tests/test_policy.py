@@ -223,6 +223,7 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
         ({"image": image[..., ::-1]}, "'external': red and blue"),
         ({"image": image[:, ::-1]}, "'external' is as if flipped left to right"),
         ({"image": 0 * image}, "'external' shows nothing"),
+        ({"wrist": image[:, :210]}, "with observation/wrist_image"),
         ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
         ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
         ({"state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}, "gripper begins at 0.00"),

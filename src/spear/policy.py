@@ -252,10 +252,12 @@ class Spear1Policy:
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
             learned = self.known is None or view in self.known.redder  # training had that camera
-            if not all(there) and learned and key not in self._missed:
-                unless = "send it, unless the policy was trained without that camera"
-                if notice(f"observations without {key}: {unless}"):
-                    self._missed.add(key)
+            words = f"without {key}: send it, unless the policy was trained without that camera"
+            if not learned:
+                words = f"with {key}: the policy was trained without that camera: leave it out"
+            unlike = not all(there) if learned else any(there)
+            if unlike and key not in self._missed and notice(f"observations {words}"):
+                self._missed.add(key)
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = sizes[view]

@@ -54,6 +54,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('--set frozen=["vlm.moeg"]', "'vlm.moeg'"),
         ('--set frozen=["vlm"] trained=["vlm"]', "nothing learns"),
         ('--set flow={"rotatoin":1}', "'rotation'"),
+        ('--set flow={"rotation":"linear"}', "recipe key flow"),
+        ('--set flow={"time_alpha":-1}', "time_alpha"),
+        ("--set committed=5", "committed"),
+        ("--set bins=9", "bins"),
+        ("--set moge=false", "MoGe"),
         ("--set precision=fp32 frozen_precision=bf16", "frozen_precision"),
         ("--split trian", "trian"),
         ("--split train[5:]", "train[5:]"),
@@ -91,6 +96,8 @@ def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, re
     write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
     for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
         assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
+    twice = "nano-vlm-2", "--init", "nano", "--labels", str(tmp_path), "--moge", "nano-depth"
+    assert "--moge" in refused("train", *twice)
 
 
 def test_evaluation_and_ablations_ask_first(

@@ -92,10 +92,13 @@ def save_adapters(adapters: Any, folder: Path) -> None:
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     """Convert the weights, in place: float32, but for frozen matrices as `opt.frozen_precision` says.
 
-    Only linear layers and token embeddings are kept in bfloat16: all other weights are small.
+    Only linear layers and token embeddings are kept in bfloat16: all other weights are small. Gemma's scale
+    of embeddings, which is not saved, is rounded where a checkpoint is in bfloat16: it is made exact again.
     """
     lower = opt.frozen_precision == "bf16"
     for module in model.modules():
+        if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
+            module.embed_scale = module.embed_scale.new_tensor(scale, dtype=torch.float32)
         large = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
             half = lower and large and name == "weight" and not parameter.requires_grad

@@ -79,6 +79,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     spec = REGISTRY[name]
     position, rotation, layout, gripper = spec.position, spec.rotation, spec.rotation_format, spec.gripper
     closed, opened = spec.gripper_range
+    same = spec.command == gripper  # nothing was measured
     joints = layout == "franka_joints"
     where, turn = WHERE, TURN
     if joints:
@@ -97,8 +98,8 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
 
     put(rotation, JOINTS if joints else WRITTEN[layout](turn))
     put(position, JOINTS if joints else where)
-    put(gripper, np.full((4, 1), closed + 0.75 * (opened - closed)))
-    if spec.command is not None and spec.command != gripper:
+    put(gripper, closed + np.array([[1.0], [0.0]] * 2 if same else 4 * [[0.75]]) * (opened - closed))
+    if spec.command is not None:
         put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
     for path in spec.images.values():
         steps[path] = [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 4
@@ -111,8 +112,8 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     tool = Rotation.from_quat(spec.tool_rotation, scalar_first=True)
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
     assert ((turn * tool).inv() * got).magnitude().max() < 1e-5
-    np.testing.assert_allclose(episode.gripper, 0.75, atol=1e-6)
-    if spec.command is not None and spec.command != gripper:
+    np.testing.assert_allclose(episode.gripper, [1, 1, 0, 1] if same else 4 * [0.75], atol=1e-6)
+    if spec.command is not None:
         np.testing.assert_array_equal(episode.action[:, 7], [1, 0, 1, 0])
 
 
@@ -165,6 +166,8 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
         refuses(rf"{key}.*external|{key}'.*images", find_spec, "mine", tmp_path, layout)
     layout.write_text(json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]}))
     refuses("command_range", read_spec, layout, "mine")
+    layout.write_text(json.dumps({"like": "taco_play", "action": "act"}))
+    assert read_spec(layout, "mine").tool_rotation == (1, 0, 0, 0) != REGISTRY["taco_play"].tool_rotation
     for named, key, value in (
         ({}, "action_mask", "valid"),
         ({"action": "act"}, "tool_rotation", [0.0, 1.0, 0.0, 0.0]),  # would turn the states alone

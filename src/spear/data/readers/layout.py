@@ -155,13 +155,16 @@ def numbers(steps: Steps, where: str, source: str) -> Array:
 def openings(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array | None]:
     """Measured and commanded openings [T] of the gripper, 0 closed … 1 open; None where none are commanded.
 
-    Raises SpearError for a reading that is outside its declared range by more than `SLACK` of it.
+    Where both are the same, nothing was measured: a step then finds what the one before was told. Else the
+    state would give its action away, and a policy learn to keep its gripper as it is. Raises SpearError for a
+    reading that is outside its declared range by more than `SLACK` of it.
     """
     assert spec.gripper is not None and spec.gripper_range is not None
     found = _opening(steps, spec.gripper, "gripper_range", spec.gripper_range, source)
     if spec.command is None:
         return found, None
-    return found, _opening(steps, spec.command, "command_range", spec.command_range, source)
+    told = _opening(steps, spec.command, "command_range", spec.command_range, source)
+    return np.append(found[:1], found[:-1]) if np.array_equal(found, told) else found, told
 
 
 def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], source: str) -> Array:

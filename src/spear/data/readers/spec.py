@@ -141,6 +141,7 @@ class DatasetSpec:
 
 
 OF_ITS_COLUMNS = {"images": ("image_aspect",), "gripper": ("command", "command_range")}
+OF_ITS_COLUMNS["action"] = ("command", "command_range", "tool_rotation", "drop_idle")
 _NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 
 

@@ -108,12 +108,18 @@ class EpisodeStore:
         return self._without(self.failed(), "failed", "give others")
 
     def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":
-        """Without the episodes that none of these cameras has seen; otherwise as `demonstrations`."""
+        """Without the episodes that none of these cameras has seen; otherwise as `demonstrations`. A notice
+        says so where there are others instead of one of them."""
         none = [np.zeros(len(shard), bool) for shard in self._shards]
         lengths = [[s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards]
         seen = np.concatenate([sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)])
         lacks = f"with no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
-        return self._without(~seen[self._ids], lacks, "name them so in its spear.json")
+        store = self._without(~seen[self._ids], lacks, "name them so in its spear.json")
+        absent, unused = sorted({*cameras} - {*self.cameras}), sorted({*self.cameras} - {*cameras})
+        if absent and unused:
+            what = f"no camera {' or '.join(absent)}, but {', '.join(unused)}, which is not learned from"
+            notice(f"{self.path}: has {what}: if it is the same, name it so in its spear.json")
+        return store
 
     def _without(self, lost: Array, why: str, wish: str) -> "EpisodeStore":
         words = f"{self.path}: {lost.sum()} of {counted(len(self), 'episodes')} {why}"
