@@ -250,16 +250,14 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
         assert found == inverted
 
 
-@pytest.mark.parametrize(
-    ("goes", "axes", "signs"),
-    [("", [0, 1, 2], 1), ("-x -y z", [0, 1, 2], [-1, -1, 1]), ("y -z x", [2, 0, 1], [1, -1, 1])],
-)
-def test_an_arm_that_goes_along_other_axes_is_noted(goes: str, axes: list[int], signs: Any) -> None:
-    check, rng, state, found = RobotCheck(), np.random.default_rng(0), STATE.copy(), []
-    for step in range(80):
-        found += check.otherwise(state)
-        chunk = np.ones((5, 8))
-        chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
-        check.told(chunk)
-        state[:3] += (chunk[: 1 + step % 3, :3].sum(0) * signs)[axes] + rng.normal(0, 0.004, 3)
-    assert [f"along {goes}:" in words for _, words in found] == [True] * bool(goes)
+def test_an_arm_that_goes_along_other_axes_is_noted() -> None:
+    rng, state = np.random.default_rng(0), STATE.copy()
+    told: list[tuple[str, Any, Any]] = [("", [0, 1, 2], 1), ("-x -y z", [0, 1, 2], [-1, -1, 1])]
+    for goes, axes, signs in [*told, ("y -z x", [2, 0, 1], [1, -1, 1])]:
+        check, found, chunk = RobotCheck(), [], np.ones((5, 8))
+        for step in range(80):
+            found += check.otherwise(state)
+            chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
+            check.told(chunk)
+            state[:3] += (chunk[: 1 + step % 3, :3].sum(0) * signs)[axes] + rng.normal(0, 0.004, 3)
+        assert [f"along {goes}:" in words for _, words in found] == [True] * bool(goes)
