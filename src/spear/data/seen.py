@@ -135,13 +135,13 @@ class Seen:
                 yield view, f"camera {view!r} shows nothing: is it covered, or off?"
             elif view in self.looks:
                 small = _coarse(pixels.transpose(0, 2, 3, 1))
-                found = [
-                    (like.mean(), words)
+                otherwise = [
+                    (float(like.mean()), words)
                     for words, like, own in _otherwise(small, view, self.looks)
                     if (like - own).mean() > self.mistaken[view].get(words, 2.0) + CLEARLY
                 ]
-                if found and max(found)[0] > LIKE:
-                    yield view, f"camera {view!r} is as if {max(found)[1]}"
+                if otherwise and max(otherwise)[0] > LIKE:
+                    yield view, f"camera {view!r} is as if {max(otherwise)[1]}"
 
     def save(self, path: Path) -> None:
         """Write as JSON; complete or not at all."""
