@@ -99,7 +99,7 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     module: Any
     for module in model.modules():
         if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
-            module.embed_scale = module.embed_scale.new_tensor(scale, dtype=torch.float32)
+            module.embed_scale = torch.tensor(scale, device=next(module.parameters()).device)
         large = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
             half = lower and large and name == "weight" and not parameter.requires_grad
