@@ -96,7 +96,6 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     of embeddings, which is not saved, is rounded where a checkpoint is in bfloat16: it is made exact again.
     """
     lower = opt.frozen_precision == "bf16"
-    module: Any
     for module in model.modules():
         if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
             module.embed_scale = torch.tensor(scale, device=next(module.parameters()).device)
