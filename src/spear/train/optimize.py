@@ -96,9 +96,10 @@ def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
     of embeddings, which is not saved, is rounded where a checkpoint is in bfloat16: it is made exact again.
     """
     lower = opt.frozen_precision == "bf16"
+    module: Any
     for module in model.modules():
         if (scale := getattr(module, "scalar_embed_scale", None)) is not None:
-            module.embed_scale = torch.tensor(scale, device=next(module.parameters()).device)
+            module.embed_scale = torch.full_like(module.embed_scale, scale, dtype=torch.float32)
         large = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
             half = lower and large and name == "weight" and not parameter.requires_grad
