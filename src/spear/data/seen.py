@@ -175,7 +175,7 @@ def _otherwise(small: Array, view: str, looks: Mapping[str, Any]) -> Iterator[tu
 
 
 def _like(small: Array, look: Any) -> Array:
-    return np.einsum("bij,ij->b", small, look / max(np.linalg.norm(look), 1e-6))
+    return np.einsum("bij,ij->b", small, np.divide(look, max(np.linalg.norm(look), 1e-6)))
 
 
 class RobotCheck:
@@ -213,10 +213,6 @@ class RobotCheck:
                 left, gains, right = np.linalg.svd(mean)  # the best turn or mirroring: orthogonal Procrustes
                 if gains.sum() - np.trace(mean) > OTHER_AXES:
                     best = left @ right
-                    axes = [
-                        ("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in enumerate(abs(best).argmax(0))
-                    ]
-                    yield (
-                        "arm",
-                        f"told to go along x y z, the arm goes along {' '.join(axes)}: another frame?",
-                    )
+                    where = enumerate(abs(best).argmax(0))
+                    goes = " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in where)
+                    yield "arm", f"told to go along x y z, the arm goes along {goes}: another frame?"
