@@ -175,7 +175,8 @@ def _otherwise(small: Array, view: str, looks: Mapping[str, Any]) -> Iterator[tu
 
 
 def _like(small: Array, look: Any) -> Array:
-    return np.einsum("bij,ij->b", small, np.divide(look, max(np.linalg.norm(look), 1e-6)))
+    mean = np.asarray(look, np.float64)
+    return np.einsum("bij,ij->b", small, mean / max(float(np.linalg.norm(mean)), 1e-6))
 
 
 class RobotCheck:
