@@ -240,9 +240,8 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
 def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
     told = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s
     slow = np.convolve(np.concatenate([np.ones(7), told]), np.ones(8) / 8, "valid")  # within 1.6 s
-    rows = np.zeros((5, 8), np.float32)
     for reads, last, inverted in ((slow, 0, 0), (1 - slow, 0, 1), (0.5 + 0 * slow, 0, 0), (1 - slow, 2, 0)):
-        check, found = RobotCheck(), 0
+        check, found, rows = RobotCheck(), 0, np.zeros((5, 8), np.float32)
         for opening, command in zip(reads, told, strict=True):
             found += len([*check.otherwise(np.append(np.zeros(7), opening))])
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
@@ -252,8 +251,11 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
 
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:
     rng, state = np.random.default_rng(0), STATE.copy()
-    told: list[tuple[str, Any, Any]] = [("", [0, 1, 2], 1), ("-x -y z", [0, 1, 2], [-1, -1, 1])]
-    for goes, axes, signs in [*told, ("y -z x", [2, 0, 1], [1, -1, 1])]:
+    for goes, axes, signs in (
+        ("", [0, 1, 2], [1, 1, 1]),
+        ("-x -y z", [0, 1, 2], [-1, -1, 1]),
+        ("y -z x", [2, 0, 1], [1, -1, 1]),
+    ):
         check, found, chunk = RobotCheck(), [], np.ones((5, 8))
         for step in range(80):
             found += check.otherwise(state)

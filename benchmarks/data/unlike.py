@@ -62,20 +62,19 @@ def opposite(vector: Array) -> Array:
     return np.append(vector[:7], 1 - vector[7])
 
 
+def same(vector: Array) -> Array:
+    """As it is."""
+    return vector
+
+
 ACTING: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "as it is": (lambda state: state, lambda action: action),
-    "gripper read inverted": (opposite, lambda action: action),
-    "gripper told inverted": (lambda state: state, opposite),
+    "as it is": (same, same),
+    "gripper read inverted": (opposite, same),
+    "gripper told inverted": (same, opposite),
     "gripper read and told inverted": (opposite, opposite),
-    "x and y of translations exchanged": (
-        lambda state: state,
-        lambda action: action[[1, 0, 2, 3, 4, 5, 6, 7]],
-    ),
-    "x and y of translations inverted": (
-        lambda state: state,
-        lambda action: action * [-1, -1, 1, 1, 1, 1, 1, 1],
-    ),
-    "z of translations inverted": (lambda state: state, lambda action: action * [1, 1, -1, 1, 1, 1, 1, 1]),
+    "x and y of translations exchanged": (same, lambda action: action[[1, 0, 2, 3, 4, 5, 6, 7]]),
+    "x and y of translations inverted": (same, lambda action: action * [-1, -1, 1, 1, 1, 1, 1, 1]),
+    "z of translations inverted": (same, lambda action: action * [1, 1, -1, 1, 1, 1, 1, 1]),
 }
 """Mistakes that only acting shows: what becomes of the state that is read, and of the action that is told."""
 

@@ -157,7 +157,7 @@ class Spear1Policy:
     dataset: str | None = None
     known: Seen | None = None
     _observed: int = field(default=0, init=False, repr=False)
-    _missed: set[str] = field(default_factory=set, init=False, repr=False)
+    _noted: set[str] = field(default_factory=set, init=False, repr=False)
     _robot: RobotCheck = field(default_factory=RobotCheck, init=False, repr=False)
 
     @staticmethod
@@ -252,12 +252,12 @@ class Spear1Policy:
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
             learned = self.known is None or view in self.known.redder  # training had that camera
-            words = f"without {key}: send it, unless the policy was trained without that camera"
-            if not learned:
-                words = f"with {key}: the policy was trained without that camera: leave it out"
-            unlike = not all(there) if learned else any(there)
-            if unlike and key not in self._missed and notice(f"observations {words}"):
-                self._missed.add(key)
+            if learned and not all(there):
+                unless = "send it, unless the policy was trained without that camera"
+                self._note(key, f"observations without {key}: {unless}")
+            elif not learned and any(there):
+                why = "the policy was trained without that camera"
+                self._note(key, f"observations with {key}: {why}: leave it out")
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = sizes[view]
@@ -273,8 +273,7 @@ class Spear1Policy:
         if self.known and self._observed < LOOKED_AT:
             shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
             for key, words in self.known.unlike(states.numpy(), shown, self._observed == 0):
-                if key not in self._missed and notice(f"observations unlike those of training: {words}"):
-                    self._missed.add(key)
+                self._note(key, f"observations unlike those of training: {words}")
         text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
@@ -286,6 +285,11 @@ class Spear1Policy:
             "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(device),
             "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
+
+    def _note(self, key: str, words: str) -> None:
+        """Say it, unless something was said of that key before."""
+        if key not in self._noted and notice(words):
+            self._noted.add(key)
 
     def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:
         """Each observation's actions [d, 8] that are decided already; None where there are none."""

@@ -152,20 +152,6 @@ def test_what_cannot_be_told_is_said() -> None:
     refuses("no episode has five known steps", judge, short, RIGHT)
 
 
-@pytest.fixture
-def canonical(tmp_path: Path) -> Path:
-    episodes = []
-    for number, (position, rotation) in enumerate(motions(3)):
-        turn = rotation.as_quat(scalar_first=True)
-        gripper = np.float32(np.arange(len(turn)) < 12)
-        action = derive_actions(position, turn, np.append(gripper[1:], gripper[-1]))
-        mask = np.arange(len(turn)) < len(turn) - 1
-        parts = {"position": position, "rotation": turn, "gripper": gripper, "action": action}
-        episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, action_mask=mask, **parts))
-    write_episodes(episodes, tmp_path / "store")
-    return tmp_path / "store"
-
-
 def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
     """A fast camera's first would make the steps of the others look like 3.6 m/s."""
     episodes = []
@@ -179,14 +165,18 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
 
 
 def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
-    canonical: Path,
-    tmp_path: Path,
-    done: Command,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
-    page = tmp_path / "audit.html"
+    episodes, canonical, page = [], tmp_path / "store", tmp_path / "audit.html"
+    for number, (position, rotation) in enumerate(motions(3)):
+        turn = rotation.as_quat(scalar_first=True)
+        gripper = np.float32(np.arange(len(turn)) < 12)
+        action = derive_actions(position, turn, np.append(gripper[1:], gripper[-1]))
+        mask = np.arange(len(turn)) < len(turn) - 1
+        parts = {"position": position, "rotation": turn, "gripper": gripper, "action": action}
+        episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, action_mask=mask, **parts))
+    write_episodes(episodes, canonical)
     shown = done("data", "audit", str(canonical), "--out", str(page))
     assert shown.splitlines()[-1].startswith("consistent: ") and "WRONG" not in shown
     assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9

@@ -1,32 +1,24 @@
 """What long work says while it runs: lines in a log, a bar in a terminal, nothing when quiet."""
 
-from collections.abc import Callable
-
 import pytest
 
 from spear.util import progress
 from spear.util.progress import ProgressBar, tracked
 
 
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets so many seconds pass."""
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: sum(now))
-    return now.append
-
-
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
-    later: Callable[[float], None], capsys: pytest.CaptureFixture[str]
-) -> None:
     assert list(tracked("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
     with ProgressBar("reading", 2, quiet=True) as bar:
-        later(1000)
+        now.append(1000)
         bar.update(1)
     assert capsys.readouterr().err == ""  # short work, and quiet work
     with ProgressBar("recording", 7300, "episodes", before=100) as bar:
         for done in range(101, 150):
-            later(1)
+            now.append(1)
             bar.update(done, "3 failed")
     assert capsys.readouterr().err.splitlines() == [
         "recording: 131 of 7,300 episodes, 1.0 episodes/s, 1:59:29 left, 3 failed",

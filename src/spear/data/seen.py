@@ -1,4 +1,4 @@
-"""What a policy saw of its robot in training, by which it notices a robot that sends something else.
+"""What a policy saw of its robot in training, by which it notices a robot that sends or does something else.
 
 Exchanged colours or cameras, a picture upside down, another frame, a quaternion in another order or an
 inverted gripper make valid observations, and a robot that moves smoothly to the wrong place. All thresholds
@@ -91,7 +91,7 @@ class Seen:
         for view, images in shown.items():
             found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
             redder[view] = (float(found.mean()), float(found.std()))
-        coarse = {view: _coarse(images) for view, images in shown.items()}
+        coarse = {view: _coarse(images.mean(-1, dtype=np.float32)) for view, images in shown.items()}
         looks = {view: small.mean(0, dtype=np.float64).round(3) for view, small in coarse.items()}
         mistaken = {
             view: {words: float((like - own).max()) for words, like, own in _otherwise(small, view, looks)}
@@ -134,7 +134,7 @@ class Seen:
             if np.ptp(pixels) < LEVELS:
                 yield view, f"camera {view!r} shows nothing: is it covered, or off?"
             elif view in self.looks:
-                small = _coarse(pixels.transpose(0, 2, 3, 1))
+                small = _coarse(pixels.mean(1, dtype=np.float32))
                 otherwise = [
                     (float(like.mean()), words)
                     for words, like, own in _otherwise(small, view, self.looks)
@@ -156,10 +156,9 @@ class Seen:
             raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
 
 
-def _coarse(images: Array) -> Array:
-    """Images' brightness [B, h, w, 3] → [B, 8, 8], each with mean 0 and length 1."""
-    brightness = torch.from_numpy(images.mean(-1, dtype=np.float32))
-    small = F.adaptive_avg_pool2d(brightness[:, None], GRID)[:, 0]
+def _coarse(brightness: Array) -> Array:
+    """Images' brightness [B, h, w] → [B, 8, 8], each with mean 0 and length 1."""
+    small = F.adaptive_avg_pool2d(torch.from_numpy(brightness)[:, None], GRID)[:, 0]
     small = small - small.mean((1, 2), keepdim=True)
     return F.normalize(small.flatten(1)).view_as(small).numpy()
 
@@ -203,17 +202,31 @@ class RobotCheck:
         if one and len(self._opposite) < LOOKED_AT:
             self._opposite.append(abs(chunk[:, 7].mean() - state[7]) > OPPOSITE)
             if len(self._opposite) == LOOKED_AT and sum(self._opposite) > MOSTLY * LOOKED_AT:
-                yield "gripper", "the gripper does the opposite of what it is told: 1 is open, 0 closed"
-        ways, length = chunk[:, :3].cumsum(0, np.float64), np.linalg.norm(came)
-        lengths = np.linalg.norm(ways, axis=1)
-        nearest = np.abs(lengths - length).argmin()  # of how many actions it may have executed
-        if min(length, lengths[nearest]) > MOVED_M and len(self._ways) < LOOKED_AT:
-            self._ways.append(np.outer(came / length, ways[nearest] / lengths[nearest]))
-            if len(self._ways) == LOOKED_AT:
-                mean = np.mean(self._ways, axis=0)
-                left, gains, right = np.linalg.svd(mean)  # the best turn or mirroring: orthogonal Procrustes
-                if gains.sum() - np.trace(mean) > OTHER_AXES:
-                    best = left @ right
-                    where = enumerate(abs(best).argmax(0))
-                    goes = " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in where)
-                    yield "arm", f"told to go along x y z, the arm goes along {goes}: another frame?"
+                words = "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and read"
+                yield "gripper", words
+        if len(self._ways) < LOOKED_AT and (way := _way(chunk, came)) is not None:
+            self._ways.append(way)
+            if len(self._ways) == LOOKED_AT and (goes := _other_axes(np.mean(self._ways, axis=0))):
+                yield "arm", f"told to go along x y z, the arm goes along {goes}: another frame?"
+
+
+def _way(chunk: Array, came: Array) -> Array | None:
+    """The direction in which an arm came times the one in which it was told to go, [3, 3]; None where it
+    hardly moved. Of how many of the actions [H, 8] it executed, the length of its way tells."""
+    ways, length = chunk[:, :3].cumsum(0, np.float64), np.linalg.norm(came)
+    lengths = np.linalg.norm(ways, axis=1)
+    nearest = np.abs(lengths - length).argmin()
+    if min(length, lengths[nearest]) <= MOVED_M:
+        return None
+    return np.outer(came / length, ways[nearest] / lengths[nearest])
+
+
+def _other_axes(mean: Array) -> str | None:
+    """Along which axes an arm goes that is told to go along x, y and z, from the mean of its `_way`s; None
+    where it does as it is told, or nothing else explains it."""
+    left, gains, right = np.linalg.svd(mean)  # the best turn or mirroring: orthogonal Procrustes
+    if gains.sum() - np.trace(mean) <= OTHER_AXES:
+        return None
+    best = left @ right
+    where = enumerate(abs(best).argmax(0))
+    return " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in where)

@@ -140,8 +140,11 @@ class DatasetSpec:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-OF_ITS_COLUMNS = {"images": ("image_aspect",), "gripper": ("command", "command_range")}
-OF_ITS_COLUMNS["action"] = ("command", "command_range", "tool_rotation", "drop_idle")
+OF_ITS_COLUMNS = {
+    "images": ("image_aspect",),
+    "gripper": ("command", "command_range"),
+    "action": ("command", "command_range", "tool_rotation", "drop_idle"),
+}
 _NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
 
 
@@ -189,7 +192,7 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     needs = {"command_range": "command", "action_mask": "action", "source": "action"}
     for key in (key for key in needs if key in fields and getattr(spec, needs[key]) is None):
         raise SpearError(f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out")
-    for key in ("command", "tool_rotation", "drop_idle") if spec.action is not None else ():
+    for key in OF_ITS_COLUMNS["action"] if spec.action is not None else ():
         if key in fields:
             raise SpearError(f"{key} (in {path}): actions are taken as they are: leave it, or action, out")
     return spec
