@@ -59,7 +59,7 @@ def visual_tokens(model: VlmBundle, labels: Sequence[LabeledImage]) -> torch.Ten
     for start in range(0, len(labels), 64):
         images = (decode_image(label.image) for label in labels[start : start + 64])
         pixels = torch.stack([model.processor.image(image, "external") for image in images])
-        found.append(model.model.image_features(pixels))
+        found.append(model.model.image_features(pixels)[0])
     return torch.cat(found)
 
 

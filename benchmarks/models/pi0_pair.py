@@ -63,7 +63,8 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
     torch.manual_seed(0)
     # In the wanted precision before π0 is made: at full size there is no room for both in float32.
-    ours = Spear1ForActionPrediction(spear1_config(size)).eval().to(device, dtype)
+    with torch.device(device):  # a GPU draws three billion random numbers in no time
+        ours = Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
     text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
     vlm = PaliGemmaConfig(
         vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
@@ -80,13 +81,14 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         max_state_dim=STATE_FEATURES,
         max_action_dim=ACTION_DIM,
     )
-    theirs = Pi0(config).eval()
+    with torch.device(device):
+        theirs = Pi0(config).eval()
     theirs.model.vlm.load_state_dict(ours.vlm.state_dict())
     theirs.model.dit.load_state_dict(ours.expert.state_dict(), strict=False)
     for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
         getattr(theirs.embed_action_time, name).load_state_dict(getattr(ours, name).state_dict())
     theirs.action_out_proj.load_state_dict({k: -v for k, v in ours.action_out_proj.state_dict().items()})
-    return ours, theirs.to(device, dtype)
+    return ours, theirs.to(dtype)
 
 
 def observation(

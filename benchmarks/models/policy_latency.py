@@ -95,7 +95,8 @@ def whole(
 ) -> tuple[Spear1ForActionPrediction, Any, list[int]]:
     """SPEAR-1 as the preset has it, an observation of all its views, and their tokens."""
     size = dataclasses.replace(SIZES[name], vocabulary=2048)
-    model = Spear1ForActionPrediction(spear1_config(size)).eval().to(device, dtype)
+    with torch.device(device):
+        model = Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
     patch = size.vision["patch_size"]
     given = {
         "pixel_values": {

@@ -34,7 +34,8 @@ def pair(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tupl
     """SPEAR-VLM without MoGe and Transformers' PaliGemma with the same random weights."""
     size = dataclasses.replace(reduced(name, layers), vocabulary=SIZES[name].vocabulary)
     torch.manual_seed(0)
-    ours = SpearVLMForConditionalGeneration(vlm_config(size)).eval()
+    with torch.device(device):
+        ours = SpearVLMForConditionalGeneration(vlm_config(size)).eval()
     rows = size.vocabulary + size.bins
     config = PaliGemmaConfig(
         vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
@@ -44,10 +45,11 @@ def pair(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tupl
         image_token_index=3,
         vocab_size=rows,
     )
-    theirs = PaliGemmaForConditionalGeneration(config).eval()
+    with torch.device(device):
+        theirs = PaliGemmaForConditionalGeneration(config).eval()
     theirs.model.load_state_dict(ours.state_dict())
     theirs.tie_weights()
-    return ours.to(device, dtype), theirs.to(device, dtype)
+    return ours.to(dtype), theirs.to(dtype)
 
 
 def main(

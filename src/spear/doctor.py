@@ -166,14 +166,14 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
             try:
                 found, held = _held(run, device)
                 times = [1000 * seconds(run, device.type) for _ in range(repeats)]
-            except RuntimeError as error:
+            except Exception as error:  # whatever a compiler may raise
                 yield Way(name, word, problem=first_line(error))
                 continue
             truth = found if truth is None else truth
             apart = difference(found, truth)
             problem = "" if apart <= AGREES[dtype] else f"more than {AGREES[dtype]:g} from the plain network"
             yield Way(name, word, statistics.median(times), least, apart, held, planned[dtype], problem)
-        del model, sampler, ways
+        del model, sampler, ways, run  # else the next type's memory has this one's in it
 
 
 def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:

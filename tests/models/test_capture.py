@@ -57,7 +57,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(func), kwargs or {}
-        tags = VALUES & set(func.tags)
+        # Attention draws for dropout, of which we have none.
+        tags = set() if "scaled_dot_product" in name else VALUES & set(func.tags)
         if "aten.index.Tensor" in name:  # by numbers, it is as large as these
             tags = {tag for tag in tags for part in args[1] if part is not None and part.dtype == torch.bool}
         if tags or torch.device(kwargs.get("device") or self.device).type != self.device:

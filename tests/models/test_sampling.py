@@ -1,6 +1,7 @@
 """Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import pytest
@@ -221,9 +222,8 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
 
     torch._dynamo.reset()
     plain, compiled = Stack(model.vlm.language_model), Stack(model.vlm.language_model)
-    for name in ("_project", "_finish"):
-        function = torch.compile(getattr(compiled, name), backend=backend, fullgraph=True)
-        setattr(compiled, {"_project": "_before", "_finish": "_after"}[name], function)
+    for name, place in (("_project", "_before"), ("_finish", "_after")):
+        setattr(compiled, place, torch.compile(getattr(Stack, name), backend=backend, fullgraph=True))
     with torch.inference_mode():
         x = torch.randn(2, 7, TEXT["hidden_size"])
         places = torch.arange(7).expand(2, 7)
@@ -236,3 +236,6 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])
     assert len(graphs) == 2
+    gone = weakref.ref(compiled)
+    del compiled, layers
+    assert gone() is None  # at once: its weights and graphs fill a GPU

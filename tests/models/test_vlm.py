@@ -30,13 +30,13 @@ def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
     image = pixels(3)["external"]
     siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
     parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
-    fused = model.image_features(image)
+    (fused,) = model.image_features(image)
     assert fused.shape == (3, 6, 32)
     torch.testing.assert_close(fused, (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)
     plain = vlm(moge=None)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("moge")})
-    torch.testing.assert_close(plain.image_features(image), parts[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(fused, 0.5 * (plain.image_features(image) + parts[1]))
+    torch.testing.assert_close(plain.image_features(image)[0], parts[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(fused, 0.5 * (plain.image_features(image)[0] + parts[1]))
 
 
 def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:

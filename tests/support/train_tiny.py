@@ -147,12 +147,10 @@ class Acting:
 
 
 def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:
-    """Call `function(root)` in so many processes that know of each other; what they say is in `root`.
-
-    As in the command, a `SpearError` is one line and exit code 2.
-    """
+    """Call `function(root)` in so many processes that know of each other; what they say is in `root`. As in
+    the command, a `SpearError` is one line and exit code 2."""
     # A process whose autograd has used a GPU cannot be forked.
-    context: Any = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context("forkserver" if torch.backends.cuda.is_built() else "fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -77,11 +77,12 @@ def test_threads_that_wait_soon_sleep_unless_told_otherwise(own: str | None) -> 
 
 def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert choose_device("cpu").type == "cpu" and not taken
-    assert choose_device("auto") == choose_device("cuda") == CUDA
+    two = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}
+    for name, function in two.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert choose_device("cpu").type == "cpu" and not taken and torch.backends.cudnn.allow_tf32
+    assert choose_device("auto") == choose_device("cuda") == CUDA and not torch.backends.cudnn.allow_tf32
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     unknown = {name: f"'{name}'" for name in ("gpu", "cuda:x", "cpu:1")}
     for name, hint in {"cuda:2": "cuda:2.* 2 GPUs", **unknown}.items():

@@ -57,10 +57,8 @@ class Acting:
 
 
 def allocated(stage: Recipe) -> tuple[Stepper, int]:
-    """A stepper, and most bytes that the allocator held in a step: given out in it, or held before.
-
-    Read from the allocator's own running total; a mark says where it stood before.
-    """
+    """A stepper, and most bytes that the allocator held in a step, of its own running total: given out in it,
+    or held before, which a mark says."""
     task = Acting()
     stepper = Stepper(task, stage.optimization, seed=0)
     batch = task.batch(0)

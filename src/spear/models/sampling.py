@@ -144,7 +144,7 @@ def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: 
         exact = exact and not torch.is_autocast_enabled(slow.device.type)
         far = not apart <= AGREES[torch.float32 if exact else torch.bfloat16]  # what is no number is far
         reason = f"{apart:.2g} from the plain network" if far else ""
-    except RuntimeError as error:
+    except Exception as error:  # whatever a compiler may raise
         reason = first_line(error)
     sampler.agrees[kind] = not reason
     if not reason:

@@ -106,7 +106,7 @@ class PatchClassification(nn.Module):
         centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
         largest  [B, P] bool: there is such an object.
         """
-        tokens = self.vlm.image_features(pixels)
+        tokens = self.vlm.image_features(pixels)[0]
         embed = self.vlm.get_input_embeddings()
         names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
         directions = nn.functional.normalize(tokens.float(), dim=-1)

@@ -1,15 +1,17 @@
 """The two visual encoders, SigLIP's and MoGe's: pixels in, the stem, the transformers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from spear.errors import SpearError
 
@@ -110,46 +112,81 @@ def position_waves(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
 
 
+def resample(table: Tensor, rows: int, columns: int, offset: float = 0.0) -> Tensor:
+    """Position embeddings [side², D], row by row, read off at rows × columns places: [rows · columns, D].
+
+    Bicubic, as Transformers and MoGe do it. offset: see `DinoEmbeddings`. It is done by products with
+    constants: for 1,024 channels PyTorch's kernel for images takes 1.8 ms on an H200. They are float64, which
+    autocast leaves alone.
+    """
+    side = math.isqrt(len(table))
+    if rows == columns == side:
+        return table
+    down, across = (_axis(side, count, offset, table) for count in (rows, columns))
+    grid = (down @ table.double().view(side, -1)).view(rows, side, -1)
+    return (across @ grid).flatten(0, 1).to(table.dtype)
+
+
+_AXES: dict[Hashable, Tensor] = {}
+
+
+def _axis(side: int, count: int, offset: float, like: Tensor) -> Tensor:
+    """[count, side]: what each of `side` places adds to each of `count` that are read off; kept."""
+    key, fake = (side, count, offset, like.device), isinstance(like, FakeTensor)
+    if fake or key not in _AXES:
+        how: Any = {"scale_factor": ((count + offset) / side, 1.0)} if offset else {"size": (count, 1)}
+        with torch.inference_mode(False), torch.no_grad():
+            each = torch.eye(side, dtype=torch.float64, device=like.device)[None, ..., None]
+            found = nn.functional.interpolate(each, mode="bicubic", align_corners=False, **how)
+            weights = found[0, :, :, 0].T.contiguous()
+        if fake:
+            return weights
+        _AXES[key] = weights
+    return _AXES[key]
+
+
+class SiglipEmbeddings(SiglipVisionEmbeddings):
+    """SigLIP's embeddings, with `resample`d positions."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """[1, patches, width] for an image of height × width pixels."""
+        patch = self.patch_size
+        assert isinstance(patch, int)
+        return resample(self.position_embedding.weight, height // patch, width // patch)[None]
+
+
 class SiglipEncoder(_InitializesStem, SiglipVisionModel):
     """SigLIP's vision transformer, with a `ConvStem` where `config.stem` is "conv"."""
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__(config)
+        self.embeddings.__class__ = SiglipEmbeddings
         self._add_stem(self.embeddings, "patch_embedding", self.embeddings.position_embedding.weight)
 
 
-class OffsetEmbeddings(Dinov2Embeddings):
-    """DINOv2's embeddings, with position embeddings resampled as DINOv2's own code does it, and so MoGe's.
+class DinoEmbeddings(Dinov2Embeddings):
+    """DINOv2's embeddings, with `resample`d positions.
 
-    A grid of n patches is read off the learned one of m with the scale (n + `config.position_offset`) / m,
-    not n / m as Transformers does: the positions differ by up to a patch, and trained weights notice.
+    With `config.position_offset` (DINOv2's own code, and so MoGe's, has 0.1) a grid of n patches is read off
+    the learned one of m with the scale (n + offset) / m, not n / m as Transformers does: the positions differ
+    by up to a patch, and trained weights notice.
     """
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """[1, 1 + patches, width] for an image of height × width pixels, the class token's first."""
-        table = self.position_embeddings
-        side, patch = math.isqrt(table.shape[1] - 1), self.patch_size
+        table, patch = self.position_embeddings[0], self.patch_size
         assert isinstance(patch, int)
-        rows, columns = height // patch, width // patch
-        if rows == columns == side:
-            return table
-        offset = self.config.position_offset
-        grid = table[:, 1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
-        scale = ((rows + offset) / side, (columns + offset) / side)
-        grid = nn.functional.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False)
-        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+        offset = getattr(self.config, "position_offset", 0.0)
+        return torch.cat([table[:1], resample(table[1:], height // patch, width // patch, offset)])[None]
 
 
 class DinoEncoder(_InitializesStem, Dinov2Model):
-    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv" and `OffsetEmbeddings`
-    where `config.position_offset` is not zero (DINOv2's own code has 0.1)."""
+    """DINOv2's vision transformer, with a `ConvStem` where `config.stem` is "conv"."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
-        if getattr(config, "position_offset", 0.0):
-            self.embeddings = OffsetEmbeddings(config)
-            self.post_init()
         own = self.embeddings
+        own.__class__ = DinoEmbeddings
         self._add_stem(own.patch_embeddings, "projection", own.position_embeddings)
 
 

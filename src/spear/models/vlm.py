@@ -1,8 +1,9 @@
 """SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, check_known
 from spear.models import layers, vision
-from spear.models.fast.linear import linear, use_fast_linear
+from spear.models.fast.linear import linear, side_by_side, use_fast_linear
 
 IGNORE = -100
 """The label of a place that is not to be learned."""
@@ -118,14 +119,19 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         use_fast_linear(self)
         self.post_init()
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Visual tokens of one view. [B, 3, h, w] uint8 -> [B, patches, width], patches row by row."""
-        x = vision.normalize_pixels(pixels, vision.SIGLIP_MEAN, vision.SIGLIP_STD)
-        siglip = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
-        features = self.multi_modal_projector(siglip)
-        if self.moge is None or self.moge_projector is None:
-            return features
-        return 0.5 * (features + self.moge_projector(self.moge(pixels)))
+    def image_features(self, *views: Tensor) -> list[Tensor]:
+        """Visual tokens of views: [B, 3, h, w] uint8 -> [B, patches, width] each, patches row by row."""
+
+        def siglip(pixels: Tensor) -> Tensor:
+            x = vision.normalize_pixels(pixels, vision.SIGLIP_MEAN, vision.SIGLIP_STD)
+            hidden = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
+            return self.multi_modal_projector(hidden)
+
+        encoders: list[Callable[[Tensor], Tensor]] = [siglip]
+        if self.moge is not None and self.moge_projector is not None:
+            encoders.append(nn.Sequential(self.moge, self.moge_projector))
+        found = iter(side_by_side([partial(encoder, view) for view in views for encoder in encoders]))
+        return [next(found) if len(encoders) == 1 else 0.5 * (next(found) + next(found)) for _ in views]
 
     def encode_images(
         self, pixel_values: Mapping[str, Tensor], view_mask: Mapping[str, Tensor] | None = None
@@ -143,10 +149,10 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         by_size: dict[Any, list[str]] = {}
         for name in given:
             by_size.setdefault(pixel_values[name].shape, []).append(name)
+        together = (torch.cat([pixel_values[name] for name in names]) for names in by_size.values())
         encoded: dict[str, Tensor] = {}
-        for names in by_size.values():
-            together = self.image_features(torch.cat([pixel_values[name] for name in names]))
-            encoded.update(zip(names, together.chunk(len(names)), strict=True))
+        for names, features in zip(by_size.values(), self.image_features(*together), strict=True):
+            encoded.update(zip(names, features.chunk(len(names)), strict=True))
         if not given:
             raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
         features = torch.cat([encoded[name] for name in given], dim=1)

@@ -32,8 +32,7 @@ COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.4, 0.5, 
 class Oracle:
     """Knows every question's answer and adds an offset (m) to all 3D points and distances.
 
-    sigma  if not 0, it also says what it holds possible: normals of this standard deviation about what it
-           says.
+    sigma  if not 0, it also says what it holds possible: normals of this standard deviation about that.
     """
 
     def __init__(self, offset: float = 0.0, drop_last: bool = False, sigma: float = 0.0) -> None:

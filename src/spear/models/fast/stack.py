@@ -96,7 +96,7 @@ class CudaGraphCache:
             if key not in self._graphs:
                 try:
                     self._graphs[key] = _record(function, inputs)
-                except RuntimeError as error:
+                except Exception as error:  # whatever a compiler may raise
                     self._works = False
                     notice(f"no CUDA graphs ({first_line(error)}): slower, same results")
                     return function(inputs)
@@ -149,11 +149,12 @@ class Stack:
         self.rotary = model.rotary_emb
         self.norm = scale_of(model.norm)
         self.layers = [Layer(layer, packed) for layer in model.layers]
-        self._before: Any = self._project
-        self._after: Any = self._finish
+        # Not bound: a stack that refers to itself keeps its weights and graphs when nobody has it any more.
+        self._before: Any = type(self)._project
+        self._after: Any = type(self)._finish
         if compiled:
             # With few rows, small kernels take most of the time on a GPU; compiled, they become one.
-            self._before, self._after = torch.compile(self._project), torch.compile(self._finish)
+            self._before, self._after = torch.compile(self._before), torch.compile(self._after)
             # One length, then any; the VLM and the expert; prompts and single tokens: more variants than 8.
             limits: Any = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 32)
@@ -195,7 +196,7 @@ class Stack:
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
         for index, layer in enumerate(self.layers):
-            query, held = self._before(layer, x, *rotations)
+            query, held = self._before(self, layer, x, *rotations)
             window.places[index].copy_(held)
             if index + 1 == len(self.layers):
                 if keys_only:
@@ -204,7 +205,7 @@ class Stack:
                     query, x = self._only(wanted, query, x)
                     window = replace(window, queries=[1])
             found = self._attend(query, window.seen[index], window.queries, bias)
-            x = self._after(layer, x, found)
+            x = self._after(self, layer, x, found)
         return self._norm(x, self.norm)
 
     def _project(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
