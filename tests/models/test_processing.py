@@ -43,10 +43,11 @@ def test_padding_keeps_the_whole_image_and_is_said() -> None:
     assert padded.any(axis=(1, 2)).tolist() == [False] * 25 + [True] * 50 + [False] * 25
     assert fit_image(white, 100, 200) is white
     assert window((200, 100), (100, 100)) == (0, -50, 200, 200)
-    assert fitting((560, 420), (280, 210)) is None and fitting((561, 420), (280, 210)) is None
+    assert not any(fitting(size, (280, 210)) for size in ((560, 420), (561, 420), (240, 180)))
     said = "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
     assert fitting((256, 256), (280, 210)) == said
     assert "above and below, 25%" in str(fitting((1280, 720), (280, 210)))
+    assert "enlarged 1.5 times" in str(fitting((192, 128), (280, 210)))
 
 
 def test_images_may_be_mirrored_views_but_not_empty(processor: Processor) -> None:

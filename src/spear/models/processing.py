@@ -58,16 +58,16 @@ def moved(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel
 
 
 def fitting(source: Size, target: Size) -> str | None:
-    """What padding does to an image of another aspect than the target's, in words; None where they differ by
-    less than a hundredth (our choice). Sizes are (width, height)."""
+    """What an image loses in the target's size, in words: by padding, where the aspects differ by a hundredth
+    or more, and by being enlarged by a quarter or more (our choice); else None. Sizes are (width, height)."""
     (w, h), (tw, th) = source, target
     _, _, width, height = window(source, target)
     across, down = 1 - w / width, 1 - h / height
-    bars = max(across, down)
-    if bars < 0.01:
-        return None
+    bars, scale = max(across, down), tw / width
     where = "left and right" if across > down else "above and below"
-    return f"{w}×{h} shown in {tw}×{th} with black bars {where}, {bars:.0%} of it, nothing stretched"
+    said = [f"with black bars {where}, {bars:.0%} of it, nothing stretched"] if bars >= 0.01 else []
+    said += [f"enlarged {scale:.1f} times: small ones show less"] if scale >= 1.25 else []
+    return f"{w}×{h} shown in {tw}×{th} {', '.join(said)}" if said else None
 
 
 @dataclass
@@ -104,16 +104,16 @@ class Processor:
     def image(self, image: Array, view: str) -> Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Gives a `Notice`, once per view and size, when that takes black bars (for `SIZES_TOLD` sizes at most).
+        Gives a `Notice`, once per view and size, of what `fitting` says (for `SIZES_TOLD` sizes at most).
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
         fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements=["C", "W"]))
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
-            bars = fitting(size, (width, height))
-            advice = "give images of that aspect to use all of it"
-            if bars is None or notice(f"images of view {view!r}: {bars}: {advice}"):
+            loss = fitting(size, (width, height))
+            advice = "give images of that aspect and size to use all of it"
+            if loss is None or notice(f"images of view {view!r}: {loss}: {advice}"):
                 self._told.add((view, size))
         return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 

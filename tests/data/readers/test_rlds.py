@@ -247,8 +247,7 @@ def test_depth_is_no_camera(copy: Path) -> None:
     shown = [depth.getvalue()] * 10
     edit_records(copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown))
     assert "depth" not in describe(copy)["images"].values() and "20 x 15 pixels" in inspect(copy)
-    own = {"like": "bridge_dataset", "images": {"external": "depth"}}
-    (copy / "spear.json").write_text(json.dumps(own))
+    (copy / "spear.json").write_text('{"like": "bridge_dataset", "images": {"external": "depth"}}')
     refuses("no images in column 'depth'", next, read_episodes(copy))
 
 

@@ -80,8 +80,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     position, rotation, layout, gripper = spec.position, spec.rotation, spec.rotation_format, spec.gripper
     closed, opened = spec.gripper_range
     same = spec.command == gripper  # nothing was measured
-    joints = layout == "franka_joints"
-    where, turn = WHERE, TURN
+    where, turn, joints = WHERE, TURN, layout == "franka_joints"
     if joints:
         where, quaternions = franka_pose(JOINTS)
         turn = Rotation.from_quat(quaternions, scalar_first=True)
@@ -114,7 +113,8 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     assert ((turn * tool).inv() * got).magnitude().max() < 1e-5
     np.testing.assert_allclose(episode.gripper, [1, 1, 0, 1] if same else 4 * [0.75], atol=1e-6)
     if spec.command is not None:
-        np.testing.assert_array_equal(episode.action[:, 7], [1, 0, 1, 0])
+        for way in (spec, dataclasses.replace(spec, command=None))[: 1 + same]:
+            np.testing.assert_array_equal(episode_from(steps, way, name).action[:, 7], [1, 0, 1, 0])
 
 
 def test_a_pose_written_row_after_row_is_refused() -> None:

@@ -161,9 +161,12 @@ def openings(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array
     """
     assert spec.gripper is not None and spec.gripper_range is not None
     found = _opening(steps, spec.gripper, "gripper_range", spec.gripper_range, source)
-    if spec.command is None:
+    if spec.command is not None:
+        told = _opening(steps, spec.command, "command_range", spec.command_range, source)
+    elif spec.gripper.startswith("action"):
+        told = found
+    else:
         return found, None
-    told = _opening(steps, spec.command, "command_range", spec.command_range, source)
     return np.append(found[:1], found[:-1]) if np.array_equal(found, told) else found, told
 
 

@@ -93,7 +93,8 @@ class DatasetSpec:
                      from the right. Ours is parallel to the base frame when the gripper points straight down
                      and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
-    command          column of the absolute gripper command, or None; `command_range` likewise.
+    command          column of the absolute gripper command, or None; `command_range` likewise. A `gripper`
+                     column that is part of an action is one.
     rate_hz          steps per second.
     logged_translation, logged_rotation   columns of the logged arm actions (for the audit alone: motions are
                      derived from the states).
