@@ -99,8 +99,7 @@ def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: 
 
 
 def test_the_gripper_stays_in_its_range(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    bias = nano.model.action_out_proj.bias
-    before = bias.data.clone()
+    before = (bias := nano.model.action_out_proj.bias).data.clone()
     for far, opening in ((9.0, 1), (-9.0, 0)):
         monkeypatch.setattr(bias, "data", before + far * torch.eye(8)[7])
         assert (nano.infer(observation())["actions"][:, 7] == opening).all()
@@ -197,11 +196,10 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
     made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
     steps = [make(i).position[:-1] for i in range(3)]
-    ends = np.min(steps, (0, 1)), np.max(steps, (0, 1))
-    np.testing.assert_allclose([made.low, made.high], ends, atol=1e-6)
+    np.testing.assert_allclose([made.low, made.high], [f(steps, (0, 1)) for f in (np.min, np.max)], atol=1e-6)
     turns = Rotation.from_quat(np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True)
-    apart = (turns.mean().inv() * turns).magnitude()
-    assert made.turned == pytest.approx(apart.max(), abs=0.05)  # the mean is of steps as they were drawn
+    most = (turns.mean().inv() * turns).magnitude().max()  # the mean is of steps as they were drawn
+    assert made.turned == pytest.approx(most, abs=0.05)
     assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
     assert made.opposite == 1 and made.begins == make(0).gripper[0]  # it is opened and closed in turn
     made.save(tmp_path / "seen.json")
@@ -216,7 +214,7 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     batch["images"] = {"e": image[None].repeat(2, 0), "w": 255 - image[None].repeat(2, 0)}
     exchanged = Seen.of_batches([batch], 0.9).unlike(STATE[None], {"e": 255 - image.transpose(2, 0, 1)[None]})
     assert any("exchanged with camera 'w'" in words for _, words in exchanged)
-    batch["images"], batch["views"] = {"external": batch["images"]["e"]}, {"external": [True] * 2}
+    batch |= {"images": {"external": batch["images"]["e"]}, "views": {"external": [True] * 2}}
     known = Seen.of_batches([batch], 0.9)
     for changes, said in (
         ({}, ""),
@@ -240,10 +238,12 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
 def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
     told = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s
     slow = np.convolve(np.concatenate([np.ones(7), told]), np.ones(8) / 8, "valid")  # within 1.6 s
-    for reads, last, inverted in ((slow, 0, 0), (1 - slow, 0, 1), (0.5 + 0 * slow, 0, 0), (1 - slow, 2, 0)):
+    other, half = 1 - slow, 0.5 + 0 * slow
+    ways = (slow, 0, 0, 0), (other, 0, 0, 1), (half, 0, 0, 0), (other, 2, 0, 0), (other, 0, 0.3, 0)
+    for reads, last, apart, inverted in ways:  # the last: two arms, 0.3 m apart, in turn
         check, found, rows = RobotCheck(), 0, np.zeros((5, 8), np.float32)
-        for opening, command in zip(reads, told, strict=True):
-            found += len([*check.otherwise(np.append(np.zeros(7), opening))])
+        for step, (opening, command) in enumerate(zip(reads, told, strict=True)):
+            found += len([*check.otherwise(np.array([step % 2 * apart, *np.zeros(6), opening]))])
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
             check.told(rows)
         assert found == inverted

@@ -38,6 +38,8 @@ LOOKED_AT = 64
 OPPOSITE, MOSTLY = 0.75, 0.5
 """A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them; or,
 at the first, so far from where training's episodes begin."""
+FURTHER, REST_M = 1.5, 0.02
+"""Who is so much further from where it was than it was told to go, and this, is another robot."""
 MOVED_M, OTHER_AXES = 0.003, 0.4
 """An arm that moved so far goes along other axes where turned or mirrored ones explain its directions so much
 better (mean cosine)."""
@@ -197,6 +199,9 @@ class RobotCheck:
         chunk, came = self._chunk, state[:3] - self._position
         self._chunk, self._position = None, state[:3].copy()
         if chunk is None:
+            return
+        told = np.linalg.norm(chunk[:, :3].cumsum(0, np.float64), axis=1).max()
+        if np.linalg.norm(came) > FURTHER * told + REST_M:
             return
         one = np.ptp(chunk[:, 7]) < 0.5  # it does not matter which of them it executes
         if one and len(self._opposite) < LOOKED_AT:
