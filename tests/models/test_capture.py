@@ -8,6 +8,7 @@ built with CUDA, all of it runs on fake tensors of a GPU, too, which need none.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,11 @@ def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch:
     for name, fake in (("Stream", Stream), ("current_stream", Stream), ("graph", graph)):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext(made.append(s.device)))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: made.append(0)))
     _, places, result = stack._record(lambda given: given["x"] + 1, {"x": x})
     assert set(made) == {x.device} and torch.equal(result, places["x"] + 1)
+    cache, record = stack.CudaGraphCache(), stack._record
+    monkeypatch.setattr(stack, "_record", lambda f, given: record(f, given) if len(given["x"]) < 3 else 1 / 0)
+    for each in (torch.ones(3), x, torch.ones(3)):  # one that cannot be recorded leaves the others theirs
+        assert torch.equal(cache(lambda given: given["x"] + 1, {"x": each}), each + 1)
+    assert made.count(0) == 1  # replays

@@ -225,8 +225,7 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
     for name, place in (("_project", "_before"), ("_finish", "_after")):
         setattr(compiled, place, torch.compile(getattr(Stack, name), backend=backend, fullgraph=True))
     with torch.inference_mode():
-        x = torch.randn(2, 7, TEXT["hidden_size"])
-        places = torch.arange(7).expand(2, 7)
+        x, places = torch.randn(2, 7, TEXT["hidden_size"]), torch.arange(7).expand(2, 7)
         results = []
         for layers in (plain, compiled):
             cache = layers.cache(2, 7, x.dtype, x.device)

@@ -63,9 +63,10 @@ def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
     assert opened.errors == []
 
 
-def settled(tab: Tab) -> None:
-    """Everything that was asked for is there and drawn."""
-    tab.wait("typeof view === 'object' && view.images && picture.complete && !waiting && !view.running")
+def settled(tab: Tab, what: str = "true") -> None:
+    """Everything that was asked for is there and drawn, and `what` holds."""
+    drawn = "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
+    tab.wait(f"{drawn} && {what}")
     tab.run(FRAME)
 
 
@@ -78,8 +79,7 @@ def painted(tab: Tab, canvas: str, name: str) -> list[int]:
 def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     assert painted(tab, "#camera", "answer")[0] == 0
     tab.click("#objects button.all")
-    tab.wait("view.boxes.length > 1")
-    settled(tab)
+    settled(tab, "view.boxes.length > 1")
     assert painted(tab, "#camera", "answer")[0] > 300
     rows = tab.run("document.querySelectorAll('#answers tbody tr').length")
     assert rows == tab.run("view.boxes.length + view.absent.length")
@@ -108,8 +108,7 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
 def test_what_the_buttons_do(tab: Tab) -> None:
     assert painted(tab, "#space", "accent")[0] == 0
     tab.click("#predict")
-    tab.wait("view.chunk")
-    settled(tab)
+    settled(tab, "view.chunk")
     assert painted(tab, "#space", "accent")[0] > 100
     assert tab.run("document.querySelector('#chunk').textContent").startswith("from step 0 · 5 actions")
     tab.click("#run")
@@ -122,8 +121,7 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     assert not tab.run("document.querySelector('#step').disabled")
     tab.type("#seed", "4")
     tab.click("#reset")
-    tab.wait("view.seed === 4 && view.step === 0")
-    settled(tab)
+    settled(tab, "view.seed === 4 && view.step === 0")
     assert tab.run("view.chunk") is None
     tab.type("#object", tab.run("view.objects[0]"))
     tab.enter()
@@ -134,8 +132,7 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.wait("view.step === 1 && view.boxes[0].step === 1")
     tab.type("#question", "How far away is the " + tab.run("view.objects[0]") + "?")
     tab.enter()
-    tab.wait("view.answer")
-    settled(tab)
+    settled(tab, "view.answer")
     assert tab.run("document.querySelector('#answer').textContent") == tab.run("view.answer.text")
     tab.type("#question", "another one")
     assert "How far away" in tab.run("document.querySelector('#answer-of').textContent")
@@ -145,8 +142,7 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     pictures = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
-        tab.wait(f"view.step === {step}")
-        settled(tab)
+        settled(tab, f"view.step === {step}")
         pictures.append(tab.run("picture.src"))
     tab.key("ArrowLeft")
     tab.key("ArrowLeft")
@@ -156,8 +152,7 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
     assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have where the gripper is
     tab.click("#objects button.all")
-    tab.wait("view.boxes.length && view.boxes[0].step === 1")
-    settled(tab)
+    settled(tab, "view.boxes.length && view.boxes[0].step === 1")
     belongs = "document.querySelector('#belongs').textContent"
     assert tab.run(belongs).startswith("step 1 · centres in metres in the camera’s frame")
     assert tab.run("memory.marks()") == [1]

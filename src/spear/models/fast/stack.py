@@ -3,6 +3,7 @@ prefill of those buffers with images and text. The same numbers as the model's o
 CUDA graphs: a computation recorded once per set of shapes, then launched as a whole."""
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from spear.models.fast.linear import Fused, Prepared
 from spear.models.layers import positions
 
 Inputs = Mapping[str, Tensor]
+Recorded = tuple[torch.cuda.CUDAGraph, Inputs, Tensor]
+"""A graph, where it reads, and where it leaves its result."""
 MOST = 8
 """Graphs kept (our choice): each holds the memory of its results. The least recently used one goes."""
 _WARM_UPS, _RECORDING = 3, threading.Lock()
@@ -80,39 +83,37 @@ class CudaGraphCache:
     """
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Recorded | None] = OrderedDict()
         self._lock = threading.Lock()
-        self._works = True
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def __call__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable) -> Tensor:
-        """function(inputs). There is a graph per options, and per names, shapes and types of the inputs."""
-        if not self._works:
-            return function(inputs)
+        """function(inputs). There is a graph per options, and per names, shapes and types of the inputs. One
+        that cannot be recorded, perhaps for want of memory, is said by a notice, and the others have theirs.
+        """
         key = (options, tuple((name, tuple(t.shape), t.dtype) for name, t in inputs.items()))
         with self._lock:
             if key not in self._graphs:
                 try:
                     self._graphs[key] = _record(function, inputs)
                 except Exception as error:  # whatever a compiler may raise
-                    self._works = False
-                    notice(f"no CUDA graphs ({first_line(error)}): slower, same results")
-                    return function(inputs)
+                    self._graphs[key] = None
+                    notice(f"no CUDA graph ({first_line(error)}): slower, same results")
             self._graphs.move_to_end(key)
             while len(self._graphs) > MOST:
                 self._graphs.popitem(last=False)
-            graph, places, result = self._graphs[key]
+            if (recorded := self._graphs[key]) is None:
+                return function(inputs)
+            graph, places, result = recorded
             for name, tensor in inputs.items():
                 places[name].copy_(tensor)
             graph.replay()
             return result.clone()
 
 
-def _record(
-    function: Callable[[Inputs], Tensor], inputs: Inputs
-) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
+def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Recorded:
     places = {name: tensor.clone() for name, tensor in inputs.items()}
     device = next(iter(places.values())).device  # of a thread's current GPU the graph would be empty
     aside, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -153,6 +154,7 @@ class Stack:
         self._before: Any = type(self)._project
         self._after: Any = type(self)._finish
         if compiled:
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # which float32 does without here
             # With few rows, small kernels take most of the time on a GPU; compiled, they become one.
             self._before, self._after = torch.compile(self._before), torch.compile(self._after)
             # One length, then any; the VLM and the expert; prompts and single tokens: more variants than 8.
