@@ -81,12 +81,16 @@ class Service:
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
     def warm_up(self) -> int:
-        """Answer the robot's example once, so that the first client does not wait; returns how many rows the
-        answer has. Raises what it raises."""
+        """Answer the robot's example, so that the first client does not wait; returns how many rows the answer
+        has. Raises what it raises."""
+        example = self.embodiment.example()
         with suppress_notices():  # what the example's images lack is not the robot's fault
-            result = self.answer([self.embodiment.example()])[0]
-        if isinstance(result, SpearError):
-            raise result
+            result = self.answer([example])[0]
+            if isinstance(result, SpearError):
+                raise result
+            # PyTorch compiles for a GPU again when it meets an instruction of another length: then for any.
+            ours = shown_to(self.policy, self.embodiment.read(example))
+            self.policy.infer_batch([{**ours, "prompt": f"{ours['prompt']} again"}])
         return len(result["actions"])
 
     def _command(
