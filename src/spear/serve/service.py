@@ -81,8 +81,8 @@ class Service:
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
 
     def warm_up(self) -> int:
-        """Answer the robot's example, so that the first client does not wait; returns how many rows the answer
-        has. Raises what it raises."""
+        """Answer the robot's example, so that the first client does not wait; returns how many rows it has.
+        Raises what it raises."""
         example = self.embodiment.example()
         with suppress_notices():  # what the example's images lack is not the robot's fault
             result = self.answer([example])[0]
