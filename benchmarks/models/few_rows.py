@@ -24,10 +24,12 @@ import tyro
 from torch import Tensor
 from transformers import GemmaConfig
 
-from spear import doctor
+from pi0_pair import relative
+from spear.doctor import machine
 from spear.models.fast.stack import CudaGraphCache, Stack
 from spear.models.layers import language_model
 from spear.models.presets import PRESETS, TOKEN_IDS
+from timing import race
 
 COLUMNS, PIECE, KEYS = 16, 128, 64
 """What one of a kernel's programs does: outputs, inputs at a time, keys that it sees (our choice)."""
@@ -334,21 +336,17 @@ def main(
         ways = {name: partial(graphs[name], way) for name, way in ways.items()}
     with torch.inference_mode():
         truth, found = (way({"x": x}) for way in ways.values())
-        most = float(truth.abs().max())
-        apart = float((caches[0].whole.float() - caches[1].whole.float()).abs().max())
-        far = float((found - truth).abs().max()) / most
-        print(f"difference: {far:.1e} of the largest value; in the cache {apart:.1e}")
+        kept = relative(caches[1].whole, caches[0].whole)
+        print(f"difference: {relative(found, truth):.1e} of the largest value; in the cache {kept:.1e}")
         if device == "cpu":
             return
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, way in ways.items():
-                times[name].append(1000 * doctor.seconds(partial(way, {"x": x}), device))
+        ten = {name: lambda w=way: [w({"x": x}) for _ in range(10)] for name, way in ways.items()}
+        times = race(ten, device, repeats)
     weights = sum(p.numel() * p.element_size() for p in model.layers.parameters())
-    least = 1000 * weights / doctor.machine(device, kind).bandwidth
     for name, taken in times.items():
-        print(f"{name}: {sorted(taken)[repeats // 2]:.3f} ms a flow step ({min(taken):.3f}–{max(taken):.3f})")
-    print(f"roofline: {least:.3f} ms; {torch.cuda.get_device_name()}")
+        print(f"{name}: {taken} ms for ten flow steps")
+    least = 1000 * machine(device, kind).least(*[(0, weights)] * 10)
+    print(f"roofline: {least:.1f} ms; {torch.cuda.get_device_name()}")
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ class RobotCheck:
         self._chunk, self._position = None, state[:3].copy()
         if chunk is None:
             return
-        told = np.linalg.norm(chunk[:, :3].cumsum(0, np.float64), axis=1).max()
-        if np.linalg.norm(came) > FURTHER * told + REST_M:
+        ways = chunk[:, :3].cumsum(0, np.float64)  # of how many of the actions is unknown
+        lengths = np.linalg.norm(ways, axis=1)
+        if np.linalg.norm(came) > FURTHER * lengths.max() + REST_M:
             return
         one = np.ptp(chunk[:, 7]) < 0.5  # it does not matter which of them it executes
         if one and len(self._opposite) < LOOKED_AT:
@@ -209,17 +210,16 @@ class RobotCheck:
             if len(self._opposite) == LOOKED_AT and sum(self._opposite) > MOSTLY * LOOKED_AT:
                 words = "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and read"
                 yield "gripper", words
-        if len(self._ways) < LOOKED_AT and (way := _way(chunk, came)) is not None:
+        if len(self._ways) < LOOKED_AT and (way := _way(ways, lengths, came)) is not None:
             self._ways.append(way)
             if len(self._ways) == LOOKED_AT and (goes := _other_axes(np.mean(self._ways, axis=0))):
                 yield "arm", f"told to go along x y z, the arm goes along {goes}: another frame?"
 
 
-def _way(chunk: Array, came: Array) -> Array | None:
+def _way(ways: Array, lengths: Array, came: Array) -> Array | None:
     """The direction in which an arm came times the one in which it was told to go, [3, 3]; None where it
-    hardly moved. Of how many of the actions [H, 8] it executed, the length of its way tells."""
-    ways, length = chunk[:, :3].cumsum(0, np.float64), np.linalg.norm(came)
-    lengths = np.linalg.norm(ways, axis=1)
+    hardly moved. Which of the ways [H, 3] it executed, the length of its own tells."""
+    length = np.linalg.norm(came)
     nearest = np.abs(lengths - length).argmin()
     if min(length, lengths[nearest]) <= MOVED_M:
         return None

@@ -133,16 +133,16 @@ _AXES: dict[Hashable, Tensor] = {}
 def _axis(side: int, count: int, offset: float, like: Tensor) -> Tensor:
     """[count, side]: what each of `side` places adds to each of `count` that are read off; kept."""
     key, fake = (side, count, offset, like.device), isinstance(like, FakeTensor)
-    if fake or key not in _AXES:
-        how: Any = {"scale_factor": ((count + offset) / side, 1.0)} if offset else {"size": (count, 1)}
-        with torch.inference_mode(False), torch.no_grad():
-            each = torch.eye(side, dtype=torch.float64, device=like.device)[None, ..., None]
-            found = nn.functional.interpolate(each, mode="bicubic", align_corners=False, **how)
-            weights = found[0, :, :, 0].T.contiguous()
-        if fake:
-            return weights
+    if key in _AXES and not fake:
+        return _AXES[key]
+    how: Any = {"scale_factor": ((count + offset) / side, 1.0)} if offset else {"size": (count, 1)}
+    with torch.inference_mode(False), torch.no_grad():
+        each = torch.eye(side, dtype=torch.float64, device=like.device)[None, ..., None]
+        found = nn.functional.interpolate(each, mode="bicubic", align_corners=False, **how)
+        weights = found[0, :, :, 0].T.contiguous()
+    if not fake:
         _AXES[key] = weights
-    return _AXES[key]
+    return weights
 
 
 class SiglipEmbeddings(SiglipVisionEmbeddings):
