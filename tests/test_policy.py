@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from data_tiny import make, stored
 from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.data.seen import RobotCheck, Seen
+from spear.data.seen import LOOKED_AT, RobotCheck, Seen
+from spear.embodiments import load
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
+from spear.serve.service import Service
 from spear.train.tasks import robot_inputs
+from spear.types import Action
 from spear.util.images import fit_image
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
@@ -247,6 +250,22 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
             check.told(rows)
         assert found == inverted
+
+
+@pytest.mark.parametrize("robots", [("a", "b"), ()])
+def test_robots_that_are_answered_together_are_checked_one_by_one(
+    nano: Spear1Policy, robots: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, open_one = dataclasses.replace(nano), Action(*(torch.ones(2, 5, n) for n in (3, 4, 1)))
+    monkeypatch.setattr(policy, "predict", lambda inputs: open_one)
+    service, plain = Service(policy, load("generic")), {k: v for k, v in observation().items() if k != "seed"}
+    both = [plain, {**plain, "observation/state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(LOOKED_AT + 1):
+            service.answer(both, robots)
+    said = [words for w in caught if "gripper" in (words := str(w.message))]
+    assert ["begins" in words for words in said] == [True, False][: len(robots)]
 
 
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:

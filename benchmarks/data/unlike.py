@@ -93,7 +93,7 @@ def noted_by_acting(policy: Spear1Policy, seeds: range, mistake: str) -> tuple[b
         while not info["success"] and env.steps < MAX_STEPS:
             state = read(observation["observation/state"])
             if not seen:
-                at_once = any(known.unlike(state[None], {}, first=True))
+                at_once = bool(known.unlike_at_first(state)) or any(known.unlike(state[None], {}))
             if any(check.otherwise(state)):
                 return at_once, True
             if (seen := seen + 1) > 4 * LOOKED_AT:  # not every chunk tells

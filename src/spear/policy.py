@@ -1,7 +1,7 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from spear.models.weights.folders import locate
 from spear.models.weights.load import Model
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
+
+MOST_ROBOTS = 1024
+"""Robots that are kept apart: of more, the one not heard for longest is met anew (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Spear1Policy:
     known: Seen | None = None
     _observed: int = field(default=0, init=False, repr=False)
     _noted: set[str] = field(default_factory=set, init=False, repr=False)
-    _robot: RobotCheck = field(default_factory=RobotCheck, init=False, repr=False)
+    _robots: dict[Hashable, RobotCheck] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -211,7 +214,8 @@ class Spear1Policy:
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._observed = 0
-        self._robot.told(None)
+        for robot in self._robots.values():
+            robot.told(None)
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -226,7 +230,10 @@ class Spear1Policy:
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
-        self._robot.told(chunks[0] if len(chunks) == 1 else None)
+        robots = _robots(observations)
+        for robot, chunk in zip(robots, chunks, strict=True):
+            if met := self._robots.get(robot):
+                met.told(chunk if robots.count(robot) == 1 else None)  # else who does what is unknown
         return [{"actions": chunk} for chunk in chunks]
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
@@ -267,12 +274,11 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        for key, words in self._robot.otherwise(states[0].numpy()):
-            if key != "gripper" or (self.known and self.known.opposite < MOSTLY / 2):
-                notice(words)
+        for robot, state in zip(_robots(observations), states.numpy(), strict=True):
+            self._meet(robot, state)
         if self.known and self._observed < LOOKED_AT:
             shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
-            for key, words in self.known.unlike(states.numpy(), shown, self._observed == 0):
+            for key, words in self.known.unlike(states.numpy(), shown):
                 self._note(key, f"observations unlike those of training: {words}")
         text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
@@ -285,6 +291,19 @@ class Spear1Policy:
             "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(device),
             "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
+
+    def _meet(self, robot: Hashable, state: Array) -> None:
+        """Note what is unlike training in a robot's first state [8], and what it does otherwise than it was
+        told."""
+        met, known = self._robots.pop(robot, None), self.known
+        if met is None and known and (words := known.unlike_at_first(state)):
+            self._note("gripper", f"observations unlike those of training: {words}")
+        if len(self._robots) == MOST_ROBOTS:
+            del self._robots[next(iter(self._robots))]
+        self._robots[robot] = met = met or RobotCheck()
+        for key, words in met.otherwise(state):
+            if key != "gripper" or (known and known.opposite < MOSTLY / 2):
+                notice(words)
 
     def _note(self, key: str, words: str) -> None:
         """Say it, unless something was said of that key before."""
@@ -309,3 +328,8 @@ class Spear1Policy:
         self._observed += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
         return flow.sample_noise((1, self.model.config.horizon), self.model.flow, generator).to_vector()
+
+
+def _robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """Who sent each observation; None where nobody says."""
+    return [getattr(observation, "robot", None) for observation in observations]

@@ -121,13 +121,14 @@ class Placed(TorchFunctionMode):
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}])
 def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]) -> None:
-    """Robot steps and questions: to the device, forward, backward, clip, update, average."""
+    """Robot steps and questions: to the device, forward, backward, clip, update, average. Batches are made on
+    the CPU; what PyTorch's own checkpointing makes (2.11) is not ours."""
     task = Acting()
     stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
     with Placed() as placed:
         for step in range(2):
             stepper(step, task.batch(step))
-    inside = {place for place in placed.adrift if "tests/" not in place}  # the batch is made on the CPU
+    inside = {p for p in placed.adrift if "tests/" not in p and "torch/utils/checkpoint" not in p}
     assert placed.made > 20 and not inside
 
 

@@ -105,13 +105,17 @@ class Seen:
         told = float(opposite.mean()), begins, {view: look.tolist() for view, look in looks.items()}, mistaken
         return Seen(low, high, tuple(map(float, facing)), turned, redder, *told)
 
-    def unlike(
-        self, states: Array, images: Mapping[str, Array], first: bool = False
-    ) -> Iterator[tuple[str, str]]:
+    def unlike_at_first(self, state: Array) -> str | None:
+        """What of a robot's first state [8] is unlike the first ones of training's episodes, in words."""
+        if abs(state[7] - self.begins) <= OPPOSITE:
+            return None
+        words = f"the gripper begins at {state[7]:.2f}, in training at {self.begins:.2f} in the mean"
+        return f"{words}: inverted? 1 is open, 0 closed"
+
+    def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
         """What of observations is unlike training, as (key, words).
 
-        states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them;
-        first whether an episode begins with the first of them.
+        states [B, 8] as `spear.types.Policy` has them; images camera → [B, 3, h, w] as the model sees them.
         """
         ends = np.array([self.low, self.high])
         apart = np.abs(states[:, :3] - ends.mean(0))
@@ -124,9 +128,6 @@ class Seen:
             here, there = np.degrees([angle, self.turned])
             seen = f"turned by {here:.0f}° from the mean orientation, in training by {there:.0f}° at most"
             yield "rotation", f"{seen}: another order of the quaternion, or another frame?"
-        if first and abs(states[0, 7] - self.begins) > OPPOSITE:
-            words = f"the gripper begins at {states[0, 7]:.2f}, in training at {self.begins:.2f} in the mean"
-            yield "gripper", f"{words}: inverted? 1 is open, 0 closed"
         for view, pixels in images.items():
             mean, spread = self.redder.get(view, (0.0, 0.0))
             red, blue = (pixels[:, channel].mean(dtype=np.float64) for channel in (0, 2))

@@ -6,7 +6,7 @@ not looked at again on its way to the network.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,12 @@ LONGEST_PROMPT = 1000
 
 
 class Checked(dict[str, Any]):
-    """An observation of `spear.types.Policy` whose values have all been checked."""
+    """An observation of `spear.types.Policy` whose values have all been checked.
+
+    robot  who sent it, where several are answered: a policy checks each by itself.
+    """
+
+    robot: Hashable = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -171,11 +171,11 @@ class PolicyServer:
     def _clients(self) -> int:
         return sum(peer.state is State.OPEN for peer in self._peers)
 
-    def _compute(self, requests: Sequence[Any]) -> Sequence[Result]:
+    def _compute(self, requests: Sequence[Any], robots: Sequence[Hashable]) -> Sequence[Result]:
         """A batch, counted."""
         self._metrics.size.observe(len(requests))
         with self._metrics.inference.time():
-            return self._service.answer(requests)
+            return self._service.answer(requests, robots)
 
     def stop(self) -> None:
         """Take no more requests, answer those that were taken, then end `run`. Call it in the event loop."""
@@ -252,7 +252,7 @@ class PolicyServer:
         except ConnectionClosed:
             pass
         finally:
-            self._batcher.forget(connection)
+            self._batcher.forget(connection.id)
 
     async def _reply(
         self, connection: ServerConnection, message: str | bytes, arrived: float, previous: float | None
@@ -268,7 +268,9 @@ class PolicyServer:
             if said := self._direct_reply(request):
                 outcome = "ok"
                 return said
-            result = await self._batcher.submit(connection, request, lambda: connection.state is State.OPEN)
+            result = await self._batcher.submit(
+                connection.id, request, lambda: connection.state is State.OPEN
+            )
             timing = {"infer_ms": 1000 * (time.perf_counter() - arrived)}
             if previous is not None:
                 timing["prev_total_ms"] = 1000 * previous

@@ -19,7 +19,7 @@ import numpy as np
 import spear
 from spear.chunks import check_chunk
 from spear.embodiments import Control, Embodiment
-from spear.embodiments.tools import COMMITTED, shown_to
+from spear.embodiments.tools import COMMITTED, Checked, shown_to
 from spear.errors import SpearError, counted, suppress_notices
 from spear.types import Policy
 
@@ -62,14 +62,19 @@ class Service:
         }
         self.greeting = embodiment.greeting(control) if embodiment.greeting else self.metadata
 
-    def answer(self, observations: Sequence[Any]) -> list[Result]:
+    def answer(self, observations: Sequence[Any], robots: Sequence[Hashable] = ()) -> list[Result]:
         """One result {"actions", "policy_timing"} or `SpearError` per observation, in order.
 
-        A bad observation spoils its own answer only. policy_timing: milliseconds, of the whole batch.
+        A bad observation spoils its own answer only. robots: who sent each. policy_timing: milliseconds, of
+        the whole batch.
         """
         started = time.perf_counter()
         results = [_attempt(self.embodiment.read, o) for o in observations]
-        good = {i: shown_to(self.policy, r) for i, r in enumerate(results) if not isinstance(r, SpearError)}
+        good = {}
+        for i, result in enumerate(results):
+            if not isinstance(result, SpearError):
+                good[i] = Checked(shown_to(self.policy, result))
+                good[i].robot = robots[i] if robots else None
         read = time.perf_counter()
         predicted = self._infer(list(good.values())) if good else []
         inferred = time.perf_counter()
@@ -143,7 +148,8 @@ class _Waiting:
 class Batcher:
     """Collects requests and has them answered in one thread, batch after batch.
 
-    answer     requests → one result each, in order; a result that is an exception is raised for its client.
+    answer     requests and their clients → one result each, in order; one that is an exception is raised for
+               its client.
     max_batch  the most requests in a batch.
     wait_s     the longest that a batch waits for more requests once the last batch is done. It starts at once
                when it is full, or when every client that was active within the last second is in it.
@@ -151,7 +157,11 @@ class Batcher:
     """
 
     def __init__(
-        self, answer: Callable[[Sequence[Any]], Sequence[Any]], max_batch: int, wait_s: float, capacity: int
+        self,
+        answer: Callable[[Sequence[Any], Sequence[Hashable]], Sequence[Any]],
+        max_batch: int,
+        wait_s: float,
+        capacity: int,
     ) -> None:
         self._answer, self._max_batch, self._wait_s, self._capacity = answer, max_batch, wait_s, capacity
         self._queue: deque[_Waiting] = deque()
@@ -190,8 +200,8 @@ class Batcher:
                 if not batch:  # everyone who asked has left
                     continue
                 try:
-                    requests = [waiting.request for waiting in batch]
-                    results = await loop.run_in_executor(self._thread, self._answer, requests)
+                    requests, clients = [w.request for w in batch], [w.client for w in batch]
+                    results = await loop.run_in_executor(self._thread, self._answer, requests, clients)
                 except Exception as error:
                     LOG.exception("inference failed")
                     results = [error] * len(batch)
