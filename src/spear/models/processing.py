@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -68,6 +69,17 @@ def fitting(source: Size, target: Size) -> str | None:
     said = [f"with black bars {where}, {bars:.0%} of it, nothing stretched"] if bars >= 0.01 else []
     said += [f"enlarged {scale:.1f} times: small ones show less"] if scale >= 1.25 else []
     return f"{w}×{h} shown in {tw}×{th} {', '.join(said)}" if said else None
+
+
+Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is in processor.json: (view, width, height) for each view, and as in `Processor`."""
+
+    image_sizes: list[tuple[str, Count, Count]]
+    prompt_tokens: Count
 
 
 @dataclass
@@ -235,10 +247,10 @@ class Processor:
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)
         try:
-            content = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
-            sizes = {name: (int(w), int(h)) for name, w, h in content["image_sizes"]}
-            processor = Processor(tokenizer, coordinates, sizes, int(content["prompt_tokens"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            saved = TypeAdapter(_Saved).validate_json((folder / "processor.json").read_bytes())
+            sizes = {view: (width, height) for view, width, height in saved.image_sizes}
+            processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
+        except (OSError, ValueError) as error:
             raise SpearError(f"broken processor: {folder}: {first_line(error)}: save it again") from error
         if config is not None:
             processor._check_fits(config, folder)
