@@ -207,6 +207,8 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     assert made.opposite == 1 and made.begins == make(0).gripper[0]  # it is opened and closed in turn
     made.save(tmp_path / "seen.json")
     assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
+    dataclasses.replace(made, facing=made.facing[:3]).save(tmp_path / "seen.json")
+    refuses("seen.json", Seen.load, tmp_path / "seen.json")
     (tmp_path / "seen.json").write_text("{}")
     refuses("seen.json", Seen.load, tmp_path / "seen.json")
 

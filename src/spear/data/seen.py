@@ -8,12 +8,12 @@ are our choice.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from spear.data.mixture import TrainingSamples
 from spear.errors import SpearError
@@ -44,6 +44,11 @@ MOVED_M, OTHER_AXES = 0.003, 0.4
 """An arm that moved so far goes along other axes where turned or mirrored ones explain its directions so much
 better (mean cosine)."""
 
+_Triple = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
+_Four = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]
+_Row = Annotated[list[float], Field(min_length=GRID, max_length=GRID)]
+_Look = Annotated[list[_Row], Field(min_length=GRID, max_length=GRID)]
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -58,14 +63,14 @@ class Seen:
     begins     the mean opening with which the episodes of these steps begin.
     """
 
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    facing: tuple[float, ...]
+    low: _Triple
+    high: _Triple
+    facing: _Four
     turned: float
     redder: Mapping[str, tuple[float, float]]
     opposite: float = 0.0
     begins: float = 0.5
-    looks: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    looks: Mapping[str, _Look] = field(default_factory=dict)
     mistaken: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
