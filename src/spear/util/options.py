@@ -23,7 +23,7 @@ class Within:
     """The range that a number, or each number of a tuple, must lie in. None and words are always allowed."""
 
     least: float
-    most: float = float("inf")
+    most: float = 1e15
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -44,9 +44,8 @@ class Options:
             for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within)):
                 for number in value if isinstance(value, tuple) else (value,):
                     if isinstance(number, int | float) and not mark.least <= number <= mark.most:
-                        most = f" and at most {mark.most:g}" if mark.most < float("inf") else ""
-                        least = f"give at least {mark.least:g}{most}"
-                        raise SpearError(f"{option_name(name)} {number:g}: {least}")
+                        bound = f"least {mark.least:g}" if number < mark.least else f"most {mark.most:g}"
+                        raise SpearError(f"{option_name(name)} {number:g}: give at {bound}")
 
 
 def option_name(field: str) -> str:
