@@ -24,7 +24,7 @@ import spear
 from spear.errors import SpearError, first_line
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import bfloat16_is_fast
-from spear.models.fast.linear import linear
+from spear.models.fast.linear import HAS_BFLOAT16, linear
 from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, spear1_config
 from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
@@ -95,7 +95,8 @@ def seconds(run: Callable[[], object], device: str, processor: bool = False) -> 
 @torch.no_grad()
 def machine(device: str, dtype: torch.dtype, processor: bool = False) -> Machine:
     """Measure it: the best of some runs of a large matrix product and of a copy far larger than any cache."""
-    side, count = (8192, 2**29) if device == "cuda" else (1536, 2**25)
+    slow = dtype == torch.bfloat16 and not HAS_BFLOAT16  # larger products would take seconds each
+    side, count = (8192, 2**29) if device == "cuda" else (512 if slow else 1536, 2**25)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.ones(count, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
@@ -152,15 +153,14 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     truth: torch.Tensor | None = None
     for dtype in fits:
         model = _model(size, dtype, device)
-        steps = model.flow.steps
         least = 1000 * machine(device.type, dtype).least(*_phases(model, inputs))
         sampler = SAMPLER(model, True)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "plain network": partial(plain, model, inputs, steps),
-            "fast": partial(fast, model, sampler, inputs, steps, False),
+            "plain network": partial(plain, model, inputs, model.flow.steps),
+            "fast": partial(fast, model, sampler, inputs, model.flow.steps, False),
         }
         if device.type == "cuda":
-            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, steps, True)
+            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, model.flow.steps, True)
         for name, run in ways.items():
             word = str(dtype).removeprefix("torch.")
             try:

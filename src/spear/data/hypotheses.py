@@ -27,6 +27,7 @@ STRETCH = 20
 """Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
 SIGNS = {"".join(s): np.array([float(f"{sign}1") for sign in s]) for s in itertools.product("+-", repeat=3)}
 """Signs of the x, y and z components -> what they are multiplied by."""
+FLIPS = np.stack(list(SIGNS.values()))  # [8, 3]
 APART = 0.1
 """Part of its turns by which a gripper turns otherwise, where orientations are read in two forms."""
 Scale = tuple[str, str, float]
@@ -128,6 +129,7 @@ class Stretches:
         self.inside = np.array(inside, bool).reshape(-1, STRETCH)
         enough = len(set(episode)) >= 8
         self.unit = np.unique(episode, return_inverse=True)[1] if enough else np.arange(self.count)
+        self._members = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
 
     def acted(self, shift: int) -> Array:
         """[n, L] the row of the action that is thought to lead to each next state."""
@@ -135,8 +137,7 @@ class Stretches:
 
     def sums(self, distances: Array) -> Array:
         """[..., n, L] distances, real steps only, summed per unit: [..., U]."""
-        per_stretch = np.where(self.inside, distances, 0).sum(-1)
-        return per_stretch @ (self.unit[:, None] == np.arange(int(self.unit.max()) + 1))
+        return np.where(self.inside, distances, 0).sum(-1) @ self._members
 
 
 def _runs(valid: Array) -> Iterator[tuple[int, int]]:
@@ -239,11 +240,11 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
 
     def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
         """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
-        for kind, unit, factor in names:
-            for signs, flip in SIGNS.items():
-                distance = np.linalg.norm(parts @ (flip * factor) - offset - recorded, axis=-1)
-                reading = Reading(kind, frame, unit, signs, shift, state, "-")
-                fits.append(Fit(reading, stretches.sums(distance), moved, steps, factor))
+        by = np.concatenate([FLIPS * factor for _, _, factor in names])
+        distances = np.linalg.norm(parts @ by.T - (offset + recorded)[..., None], axis=-2)  # [n, L, K · 8]
+        errors = stretches.sums(np.moveaxis(distances, -1, 0))
+        for ((kind, unit, scale), signs), error in zip(itertools.product(names, SIGNS), errors, strict=True):
+            fits.append(Fit(Reading(kind, frame, unit, signs, shift, state, "-"), error, moved, steps, scale))
 
     for shift in SHIFTS:
         acted = logged[stretches.acted(shift)] * inside[..., None]
@@ -338,14 +339,13 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
     """Every way to read logged rotations, [K], and the quaternions [K, N, 4] that it gives."""
     readings, quaternions = [], []
     for (kind, unit, factor), form in itertools.product(scales, _forms(logged)):
-        for signs, flip in SIGNS.items():
-            if logged.shape[1] == 3:
-                turn = _quaternions(form, _vector(logged * flip * factor))
-            else:
-                turn = _quaternions(form, _vector(logged)) * _vector(np.concatenate([[1], flip]))
-            readings.append(Reading(kind, "base", unit, signs, 0, "-", form))
-            quaternions.append(turn)
-    return readings, torch.stack(quaternions)
+        if logged.shape[1] == 3:
+            turns = _quaternions(form, _vector(logged * factor * FLIPS[:, None]))
+        else:
+            turns = _quaternions(form, _vector(logged)) * _vector(np.insert(FLIPS, 0, 1, axis=1)[:, None])
+        readings += [Reading(kind, "base", unit, signs, 0, "-", form) for signs in SIGNS]
+        quaternions.append(turns)
+    return readings, torch.cat(quaternions)
 
 
 def _added(
@@ -354,12 +354,12 @@ def _added(
     """Readings by which logged angles are added to the recorded ones, which is no composition."""
     start = angles[stretches.rows[:, :1]]
     total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
-    flips = np.stack(list(SIGNS.values()))[:, None, None]
-    for kind, unit, factor in scales:
-        if kind == "absolute":
-            continue
-        reached = _vector(start + total * (flips * factor))  # [8, n, L, 3]
-        for quaternions, state in zip(at, state_forms(angles), strict=True):
-            cosine = (_quaternions(state, reached) * quaternions[:, 1:]).sum(-1).numpy()
-            for signs, error in zip(SIGNS, stretches.sums(_angle(cosine)), strict=True):
-                yield Reading(kind, "angles", unit, signs, shift, state, state), error
+    tried = [scale for scale in scales if scale[0] != "absolute"]
+    by = FLIPS * np.array([factor for _, _, factor in tried])[:, None, None]  # [K, 8, 3]
+    reached = _vector(start + total * by[:, :, None, None])  # [K, 8, n, L, 3]
+    names = state_forms(angles)
+    cosines = [(_quaternions(name, reached) * q[:, 1:]).sum(-1) for name, q in zip(names, at, strict=True)]
+    errors = stretches.sums(_angle(torch.stack(cosines, 1).flatten(end_dim=2).numpy()))  # [K · S · 8, U]
+    read = itertools.product(tried, names, SIGNS)
+    for ((kind, unit, _), state, signs), error in zip(read, errors, strict=True):
+        yield Reading(kind, "angles", unit, signs, shift, state, state), error
