@@ -52,7 +52,7 @@ def build(
     def save(folder: Path) -> None:
         """A plain model, with the LoRA merged in, which is also in `adapter`."""
         if adapters is not None:
-            optimize.save_adapters(adapters, folder / "adapter")
+            adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
             adapters.merge_and_unload()
         for write in writers:
             write(folder)

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
 from spear.errors import SpearError, need
@@ -72,21 +70,10 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     """Put LoRA matrices beside the layers in `TARGETS`, in place; at first they change nothing.
 
     A weight W [out, in] acts as W + alpha / rank · B A, with A [rank, in] random and B [out, rank] zero.
-    Returns PEFT's view of the model. Raises `SpearError` when PEFT is missing.
+    Returns PEFT's view of the model, a `PeftModel`. Raises `SpearError` when PEFT is missing.
     """
     peft: Any = need("peft", "lora", "LoRA")
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
-    return peft.LoraModel(model, config, "default")
-
-
-def save_adapters(adapters: Any, folder: Path) -> None:
-    """Write LoRA matrices as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
-    from peft import get_peft_model_state_dict
-
-    adapters.peft_config["default"].save_pretrained(str(folder))
-    found = get_peft_model_state_dict(adapters, save_embedding_layers=False)
-    tensors = {f"base_model.{name}": tensor.contiguous() for name, tensor in found.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return peft.PeftModel(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
 
 
 def store_weights(model: torch.nn.Module, opt: Optimization) -> None:
