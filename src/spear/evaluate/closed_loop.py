@@ -91,20 +91,18 @@ class _Tabletop:
                     running.append(slot)
             slots = running
 
-    def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
+    def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
         assert self._renderer is not None
         world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), self._sizes["external"]
         across = round(video.HEIGHT * width / height)
         views = [("external", (across, video.HEIGHT)), ("wrist", (video.HEIGHT, video.HEIGHT))]
-        frames = []
         for step, pose in enumerate(track):
             world.data.qpos[:] = pose
             mujoco.mj_forward(world.model, world.data)
             ended = outcome.success if step == len(track) - 1 else None
             external, wrist = self._renderer.images(world, views)
-            frames.append(video.compose(external, wrist, outcome.instruction, ended))
-        return Film(outcome, *video.encode(frames, RATE_HZ))
+            yield video.compose(external, wrist, outcome.instruction, ended)
 
 
 def delay_steps(latency_ms: float) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import Journal, Outcome, Results, Scenes, parse_shard
+from spear.types import RATE_HZ, Array
 from spear.util.files import write_bytes
 from spear.util.ledger import alone
 from spear.util.progress import ProgressBar
@@ -42,8 +43,8 @@ class Simulator(Protocol[Track]):
         """The outcome of each episode as it ends, the seconds that it ran (beside others), and its track:
         what a film is made of, which may be empty unless `filming`."""
 
-    def film(self, outcome: Outcome, track: Track) -> Film:
-        """The film of an episode."""
+    def film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
+        """The pictures of an episode's film, one a step."""
 
 
 def run_evaluation(
@@ -84,7 +85,8 @@ def run_evaluation(
             if outcome.seed not in tracks:
                 again.append(outcome.seed)
                 continue
-            films[name] = film = simulator.film(outcome, tracks[outcome.seed])
+            pictures = simulator.film(outcome, tracks[outcome.seed])
+            films[name] = film = Film(outcome, *video.encode(pictures, RATE_HZ))
             if options.out:
                 write_bytes(options.out / f"{name}.{film.mime.removeprefix('video/')}", film.data)
         return again

@@ -28,7 +28,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
 from spear.sim.scene import held_out_seeds
-from spear.types import RATE_HZ, Array
+from spear.types import Array
 
 ROBOT = "simpler_widowx"
 UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
@@ -125,10 +125,9 @@ class Simpler:
                         free.append(scene.process)
                 scenes = [s for s, over in zip(scenes, ended, strict=True) if not over]
 
-    def film(self, outcome: Outcome, track: Sequence[Array]) -> Film:
-        frames = [video.compose(picture, None, outcome.instruction) for picture in track[:-1]]
-        frames.append(video.compose(track[-1], None, outcome.instruction, outcome.success))
-        return Film(outcome, *video.encode(frames, RATE_HZ))
+    def film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
+        ended = [*[None] * (len(track) - 1), outcome.success]
+        return [video.compose(p, None, outcome.instruction, e) for p, e in zip(track, ended, strict=True)]
 
     def close(self) -> None:
         for process in self._processes:
