@@ -28,7 +28,6 @@ from spear.geometry import quat_multiply
 from spear.models.processing import Processor
 from spear.policy import Spear1Policy, locate
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES
 from spear.types import Array
 
@@ -85,9 +84,9 @@ def noted_by_acting(policy: Spear1Policy, seeds: range, mistake: str) -> tuple[b
     agent, check, seen, known = PolicyAgent(policy, "policy"), RobotCheck(), 0, policy.known
     assert known is not None, "the policy has no seen.json"
     read, told = ACTING[mistake]
-    sizes, renderer = (agent.image_sizes["external"], agent.image_sizes["wrist"]), Renderer()
+    sizes = agent.image_sizes["external"], agent.image_sizes["wrist"]
     for seed in seeds:
-        env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes, renderer=renderer)
+        env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes)
         observation, info = env.reset(seed=seed)
         check.told(None)
         while not info["success"] and env.steps < MAX_STEPS:

@@ -28,7 +28,7 @@ from spear.labels.models.protocols import Detection
 from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.labels.scenes import label_frames
-from spear.sim.render import Renderer, frame_of
+from spear.sim.render import frame_of
 from spear.sim.scene import clutter_scene
 from spear.sim.world import GRIPPER, World
 from spear.types import Array, Box3D, Frame
@@ -174,11 +174,10 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
         views: print the first table.
         open3d: print the second.
     """
-    renderer = Renderer()
     worlds = [World(clutter_scene(seed)) for seed in range(first_seed, first_seed + scenes)]
 
     def frames_of(camera: str, size: tuple[int, int]) -> list[Frame]:
-        frames = [frame_of(world, camera, size, renderer) for world in worlds]
+        frames = [frame_of(world, camera, size) for world in worlds]
         return [
             dataclasses.replace(f, names={i: name for i, name in f.names.items() if name != GRIPPER})
             for f in frames

@@ -40,7 +40,7 @@ from spear.labels.pipeline import label
 from spear.labels.scenes import Labelled, label_frames, label_scenes
 from spear.labels.store import read
 from spear.models.presets import preset
-from spear.sim.render import Renderer, clutter_frame
+from spear.sim.render import clutter_frame
 from spear.types import Array, Frame, LabeledImage
 
 MISSED, OFF = 0.05, 1.0
@@ -132,11 +132,10 @@ def make(
     ways: tuple[Labelled, ...] = (label_frames, partial(estimated, most_scale=scale))
     for arm, how in zip(ARMS, ways, strict=True):
         label_scenes(out / arm, scenes, sizes, first_seed, workers, labelled=how)
-    renderer = Renderer()
     checked = range(first_seed, first_seed + min(check, scenes))
     print("| labels | view | boxes | centre | vertex | IoU | not found |\n|---|---|---|---|---|---|---|")
     for view, size in sizes.items():
-        frames = [clutter_frame(seed, view, size, renderer) for seed in checked]
+        frames = [clutter_frame(seed, view, size) for seed in checked]
         for arm in ARMS:
             a = compare(islice(read(out / arm / view), len(frames)), frames, VISIBLE)
             print(

@@ -21,7 +21,6 @@ import numpy as np
 from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
 from spear.sim.record import record
-from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, base_spec
 
@@ -94,11 +93,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     size, wrist = (args.width, args.height), (args.wrist, args.wrist)
-    renderer = Renderer()
     ours, bare, blind = [], [], []
     for i in range(args.scenes):
         family = FAMILIES[i % len(FAMILIES)]
-        env = TabletopEnv(family, size, wrist, renderer)
+        env = TabletopEnv(family, size, wrist)
         env.reset(seed=i)
         reference = Bare(World(sample_scene(family, i)), size, args.wrist)
         unseen = TabletopEnv(family, images=False)

@@ -22,7 +22,7 @@ STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 @pytest.mark.filterwarnings("ignore")
 def test_keeps_gymnasiums_contract(renderer: Renderer) -> None:
-    check_env(TabletopEnv("put_on", (64, 48), (32, 32), renderer), skip_render_check=True)
+    check_env(TabletopEnv("put_on", (64, 48), (32, 32)), skip_render_check=True)
     assert gymnasium.spec("spear/Tabletop-v0").entry_point == "spear.sim.env:TabletopEnv"
     made = gymnasium.make("spear/Tabletop-v0", family="stack_cube", images=False)
     observation, info = made.reset(seed=1)
@@ -35,12 +35,12 @@ def test_keeps_gymnasiums_contract(renderer: Renderer) -> None:
 
 def test_the_same_seed_gives_the_same_pixels_whatever_else_is_rendered(renderer: Renderer) -> None:
     def run() -> list[np.ndarray]:
-        env = TabletopEnv("stack_cube", (96, 72), (48, 48), renderer)
+        env = TabletopEnv("stack_cube", (96, 72), (48, 48))
         seen = [env.reset(seed=11)[0]]
         seen += [env.step(expert.act(env.world))[0] for _ in range(4)]
         return [o[key] for o in seen for key in sorted(o) if key != "prompt"]
 
-    envs = [TabletopEnv(family, (96, 72), (48, 48), renderer) for family in FAMILIES]
+    envs = [TabletopEnv(family, (96, 72), (48, 48)) for family in FAMILIES]
     alone = [env.reset(seed=2)[0]["observation/image"] for env in envs]
     for one, other in zip(run(), run(), strict=True):
         np.testing.assert_array_equal(one, other)

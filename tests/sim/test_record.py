@@ -21,7 +21,7 @@ NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
     still = Disturbance(start=0)
-    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, renderer, *SIZES, still)
+    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, still)
     assert episode.success and episode.rate_hz == 5
     for name, size in zip(("external", "wrist"), SIZES, strict=True):
         assert len(episode.images[name]) == len(episode)
@@ -40,7 +40,7 @@ def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
 def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> None:
     disturbance = Disturbance(start=0.15)
     tasks = [(family, TRAIN_SEED + seed) for family in FAMILIES for seed in range(2)]
-    episodes = [record_episode(*task, renderer, *SIZES, disturbance) for task in tasks]
+    episodes = [record_episode(*task, *SIZES, disturbance) for task in tasks]
     masks = np.concatenate([episode.action_mask for episode in episodes])
     assert 0.03 < (~masks).mean() < 0.4
     assert sum(bool(episode.success) for episode in episodes) >= len(episodes) - 1
@@ -58,7 +58,7 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
     one = list(record(tasks, *SIZES, workers=1))
     two = list(record(tasks, *SIZES, workers=2))
     assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
-    again = record_episode("stack_cube", TRAIN_SEED, renderer, *SIZES)
+    again = record_episode("stack_cube", TRAIN_SEED, *SIZES)
     for a, b in zip([*one, again], [*two, one[0]], strict=True):
         assert_same(a, b)
 
@@ -73,9 +73,9 @@ def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
         return NOTHING
 
     policy = Acts(Path("weights"), stay)
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES, policy=policy)
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=policy)
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9
     assert len(set(seeds)) == stayed.sum()
-    assert episode.source != record_episode("stack_cube", TRAIN_SEED + 2, renderer, *SIZES).source
+    assert episode.source != record_episode("stack_cube", TRAIN_SEED + 2, *SIZES).source

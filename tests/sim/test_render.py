@@ -1,16 +1,14 @@
 """Pictures: depth, masks, boxes and cameras tell one story; rendering contexts leave each other alone."""
 
-import gc
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from refusals import refuses
 from spear.labels.fit.image import unproject
-from spear.sim.render import Renderer, clutter_frame, frame_of
-from spear.sim.scene import clutter_scene, sample_scene
+from spear.sim.render import Renderer, clutter_frame, frame_of, own_renderer
+from spear.sim.scene import sample_scene
 from spear.sim.world import GRIPPER, World
 from spear.types import Frame
 
@@ -33,7 +31,7 @@ def in_box(points: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.nda
 def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Renderer, camera: str) -> None:
     checked = 0
     for seed in range(6):
-        frame = clutter_frame(seed, camera, SIZE, renderer)
+        frame = clutter_frame(seed, camera, SIZE)
         points = points_of(frame)
         for index, name in frame.names.items():
             inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
@@ -47,7 +45,7 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Render
 def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
     spreads = []
     for seed in range(4):
-        frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE, renderer)
+        frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE)
         inside, _ = in_box(points_of(frame)[frame.instances == 1], frame.boxes[1])
         spreads.append(np.ptp(inside, axis=0))
     assert np.median(spreads, axis=0).min() > 0.85
@@ -55,7 +53,7 @@ def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
 
 def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
-    frame = frame_of(world, "external", SIZE, renderer)
+    frame = frame_of(world, "external", SIZE)
     points = points_of(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
     geoms = renderer.layers(world, "external", SIZE)[2].ravel()
     heights = points[geoms == world.model.geom("table").id, 2]
@@ -64,52 +62,23 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
 
 
 def test_labels_and_pictures_show_the_same(renderer: Renderer) -> None:
-    assert GRIPPER in clutter_frame(2, "wrist", (112, 112), renderer).names.values()
+    assert GRIPPER in clutter_frame(2, "wrist", (112, 112)).names.values()
     world = World(sample_scene("put_on", 6))
     for large in (SIZE, (700, 525)):  # the buffer grows
         image, wrist = renderer.images(world, [("external", large), ("wrist", (60, 90))])
-        np.testing.assert_array_equal(image, frame_of(world, "external", large, renderer).image)
+        np.testing.assert_array_equal(image, frame_of(world, "external", large).image)
         assert image[-100:].std() > 3 and wrist.shape == (90, 60, 3) and wrist.std() > 5
-    refuses("wrst", frame_of, world, "wrst", SIZE, renderer)
+    refuses("wrst", frame_of, world, "wrst", SIZE)
 
 
-def _shot(renderer: Renderer, world: World) -> np.ndarray:
-    return renderer.images(world, [("external", (96, 72))])[0]
+def test_threads_have_contexts_of_their_own(renderer: Renderer) -> None:
+    def shot() -> tuple[Renderer, bytes]:
+        return own_renderer(), clutter_frame(0, "external", (96, 72)).image.tobytes()
 
-
-def _drop_in_a_thread(renderers: list[Renderer]) -> None:
-    def drop() -> None:
-        del renderers[-1]
-        gc.collect()
-
-    thread = threading.Thread(target=drop)
-    thread.start()
-    thread.join()
-
-
-def _close(renderers: list[Renderer]) -> None:
-    last = renderers.pop()
-    last.close()
-    last.close()
-
-
-@pytest.mark.parametrize(("end", "used_last"), [(_drop_in_a_thread, 0), (_close, 1)])
-def test_the_end_of_one_leaves_the_others_as_they_were(
-    renderer: Renderer, end: Callable[[list[Renderer]], None], used_last: int
-) -> None:
-    world = World(clutter_scene(0))
-    renderers = [renderer, Renderer()]
-    before = [_shot(r, world) for r in renderers]
-    assert before[0].std() > 10
-    _shot(renderers[used_last], world)
-    end(renderers)
-    np.testing.assert_array_equal(_shot(renderer, world), before[0])
-    np.testing.assert_array_equal(_shot(Renderer(), world), before[1])
-
-
-def test_one_that_ends_meanwhile(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, others, update = World(clutter_scene(0)), [Renderer()], Renderer._update
-    before = renderer.layers(world, "external", SIZE)
-    monkeypatch.setattr(Renderer, "_update", lambda *given: (update(*given), others.clear()))
-    for now, then in zip(renderer.layers(world, "external", SIZE), before, strict=True):
-        np.testing.assert_array_equal(now, then)
+    found = [shot()]
+    for _ in range(2):  # one after the other: the first one's context outlives it
+        with ThreadPoolExecutor(1) as thread:
+            found.append(thread.submit(shot).result())
+    found.append(shot())
+    assert len({seen for _, seen in found}) == 1
+    assert found[0][0] is found[-1][0] is renderer and len({id(own) for own, _ in found}) == 3

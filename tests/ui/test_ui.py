@@ -251,7 +251,7 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     assert tab.ask("open", episode=0) is None and tab.ask("predict") is None
     assert seen == [{"observation/image"}] * 2 and tab.view["images"]["wrist"] is None
     sizes["left"] = (96, 96)
-    other = Shelf(tmp_path).open(0, policy, studio.renderer).observation(1)
+    other = Shelf(tmp_path).open(0, policy).observation(1)
     assert {key for key in other if "image" in key} == {"observation/image", "observation/left_image"}
 
 

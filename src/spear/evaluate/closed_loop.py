@@ -16,7 +16,7 @@ from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import Renderer
+from spear.sim.render import own_renderer
 from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
 from spear.sim.world import World
 from spear.types import RATE_HZ, Array
@@ -62,16 +62,17 @@ class _Tabletop:
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
         self._options, self._sizes = options, agent.image_sizes
         self._delay = delay_steps(options.latency_ms)
-        self._renderer = Renderer() if agent.needs_images or options.films else None
+        if agent.needs_images or options.films:
+            own_renderer()  # where there is none, this is said first
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """All seeds through a few environments, which share a renderer; one that ends takes the next seed."""
+        """All seeds through a few environments; one that ends takes the next seed."""
         waiting, slots = list(seeds)[::-1], list[_Slot]()
         sizes = self._sizes["external"], self._sizes["wrist"]
         free = [
-            TabletopEnv(family, *sizes, self._renderer, images=agent.needs_images)
+            TabletopEnv(family, *sizes, images=agent.needs_images)
             for _ in range(min(self._options.batch, len(seeds)))
         ]
         while waiting or slots:
@@ -93,7 +94,6 @@ class _Tabletop:
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
-        assert self._renderer is not None
         world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), self._sizes["external"]
         across = round(video.HEIGHT * width / height)
         views = [("external", (across, video.HEIGHT)), ("wrist", (video.HEIGHT, video.HEIGHT))]
@@ -101,7 +101,7 @@ class _Tabletop:
             world.data.qpos[:] = pose
             mujoco.mj_forward(world.model, world.data)
             ended = outcome.success if step == len(track) - 1 else None
-            external, wrist = self._renderer.images(world, views)
+            external, wrist = own_renderer().images(world, views)
             yield video.compose(external, wrist, outcome.instruction, ended)
 
 

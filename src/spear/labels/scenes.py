@@ -122,12 +122,10 @@ def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -
 
 def _clutter(sizes: Mapping[str, Size], job: Job) -> Iterator[tuple[str, list[Frame]]]:
     """The frames of clutter scenes of the embedded simulator."""
-    from spear.sim.render import Renderer, frame_of
+    from spear.sim.render import frame_of
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
-    renderer = Renderer()
     worlds = [World(clutter_scene(seed)) for seed in job[1]]
     for view, size in sizes.items():
-        yield view, [frame_of(world, view, size, renderer) for world in worlds]
-    renderer.close()
+        yield view, [frame_of(world, view, size) for world in worlds]

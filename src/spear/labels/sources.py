@@ -79,10 +79,10 @@ def kept_for_testing(source: str) -> bool:
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
     """Clutter scenes of the simulator, seen by its external camera."""
-    from spear.sim.render import clutter_frame, shared_renderer
+    from spear.sim.render import clutter_frame
 
     for seed in seeds:
-        yield clutter_frame(seed, "external", SIM_SIZE, shared_renderer())
+        yield clutter_frame(seed, "external", SIM_SIZE)
 
 
 def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:

@@ -67,7 +67,7 @@ class Page(Protocol):
     def owns(self, request: Request) -> bool: ...
     def request(self, request: Request) -> Response | None: ...
     async def talk(self, connection: ServerConnection) -> None: ...
-    async def close(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Metrics:
@@ -201,7 +201,7 @@ class PolicyServer:
         finally:
             answering.cancel()
             if self.page:
-                await self.page.close()
+                self.page.close()
 
     async def _listen(self) -> Server:
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim.control import check_action
-from spear.sim.render import Renderer, Size
+from spear.sim.render import Size, own_renderer
 from spear.sim.scene import TRAIN_SEED, sample_scene
 from spear.sim.world import SUBSTEPS, World, milestones
 from spear.types import RATE_HZ
@@ -39,7 +39,6 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     Parameters
         family       one of `spear.sim.scene.FAMILIES`.
         image_size   (width, height) of the external camera, pixels; wrist_size the same of the wrist camera.
-        renderer     a `Renderer` to share between environments of one thread; made on first use when None.
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
@@ -54,14 +53,12 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         family: str = "put_on",
         image_size: Size = (280, 210),
         wrist_size: Size = (112, 112),
-        renderer: Renderer | None = None,
         images: bool = True,
         render_mode: str | None = "rgb_array",
     ) -> None:
         sample_scene(family, 0)  # refuses unknown families
         self.family, self.images, self.render_mode = family, images, render_mode
         self.image_size, self.wrist_size = image_size, wrist_size
-        self._renderer = renderer
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
             "prompt": gymnasium.spaces.Text(200, min_length=0, charset=f"{string.ascii_lowercase} "),
@@ -108,7 +105,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         result: Observation = {"observation/state": state, "prompt": self.world.spec.instruction}
         if self.images:
             views = [("external", self.image_size), ("wrist", self.wrist_size)]
-            image, wrist = self.renderer.images(self.world, views)
+            image, wrist = own_renderer().images(self.world, views)
             result["observation/image"], result["observation/wrist_image"] = image, wrist
         return result
 
@@ -117,15 +114,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         """Of the scene that is running."""
         return self.world.spec.seed
 
-    @property
-    def renderer(self) -> Renderer:
-        """The rendering context in use."""
-        self._renderer = self._renderer or Renderer()
-        return self._renderer
-
     def render(self) -> NDArray[np.uint8]:
         """The external camera's image."""
-        return self.renderer.images(self.world, [("external", self.image_size)])[0]
+        return own_renderer().images(self.world, [("external", self.image_size)])[0]
 
     def _info(self, unreachable: bool) -> dict[str, Any]:
         now = milestones(self.world)

@@ -18,7 +18,7 @@ import numpy as np
 from spear.sim import expert
 from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import Renderer, Size, shared_renderer
+from spear.sim.render import Size
 from spear.types import RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
@@ -90,14 +90,13 @@ def record(
 def record_episode(
     family: str,
     seed: int,
-    renderer: Renderer,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
     disturbance: Disturbance = DISTURBANCE,
     policy: Acts | None = None,
 ) -> Episode:
     """The expert's demonstration of one scene, disturbed, or by turns with a policy."""
-    env = TabletopEnv(family, image_size, wrist_size, renderer)
+    env = TabletopEnv(family, image_size, wrist_size)
     observation, info = env.reset(seed=seed)
     push = Pushes(disturbance, np.random.default_rng([seed, 1]), policy)
     tape = Tape()
@@ -146,7 +145,7 @@ def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> st
 
 
 def _job(external: Size, wrist: Size, policy: Acts | None, task: tuple[str, int]) -> Episode:
-    return record_episode(*task, shared_renderer(), external, wrist, policy=policy)
+    return record_episode(*task, external, wrist, policy=policy)
 
 
 @dataclass

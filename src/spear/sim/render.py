@@ -3,13 +3,11 @@
 Shadows, reflections and multisampling are off: they cost up to 90 times the rest on a software renderer.
 """
 
-import functools
 import itertools
 import math
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,41 +39,21 @@ def _gl_context(width: int, height: int) -> Any:
     return mujoco.GLContext(width, height)
 
 
-_DRAWING = threading.local()
-"""gl: the context that a thread drew with last."""
-_LOST: list[tuple[Any, mujoco.MjrContext]] = []
-"""Contexts without a renderer that another thread still has current: only that thread could free them."""
-
-
-def _draw_with(gl: Any) -> None:
-    gl.make_current()
-    _DRAWING.gl = gl
-
-
-def _free(gl: Any, context: mujoco.MjrContext) -> None:
-    """Give a context back, perhaps while another is drawing. MuJoCo deletes its buffers, by numbers that all
-    contexts share, in whichever is current: another renderer's would draw nothing but its background."""
-    try:
-        gl.make_current()
-    except Exception:  # each driver has its own: it is current in another thread
-        _LOST.append((gl, context))
-        return
-    context.free()
-    gl.free()
-    drawing, _DRAWING.gl = getattr(_DRAWING, "gl", gl), None
-    if drawing not in (gl, None):
-        _draw_with(drawing)
+_KEPT: list["Renderer"] = []
+"""All of them: MuJoCo deletes a context's buffers, by numbers that all contexts share, in whichever is
+current, and another renderer would then draw nothing but its background."""
+_OWN = threading.local()
 
 
 class Renderer:
-    """A rendering context that any number of worlds share. It belongs to the thread that made it, and is
-    given back by `close` or with the last reference."""
+    """A rendering context that any number of worlds share, until the process ends. It belongs to the thread
+    that made it; see `own_renderer`."""
 
     def __init__(self) -> None:
         self._size = width, height = 560, 420  # of the buffers, which grow with the pictures asked for
         try:
             self._gl = _gl_context(width, height)
-            _draw_with(self._gl)
+            self._gl.make_current()
         except Exception as error:  # the library raises whatever the missing driver made it raise
             cure = "install the Debian packages libegl1 libgl1 libgl1-mesa-dri"
             raise SpearError(f"rendering: no OpenGL through EGL ({error}): {cure}") from error
@@ -83,8 +61,7 @@ class Renderer:
         spec.visual.global_.offwidth, spec.visual.global_.offheight = width, height
         model = spec.compile()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        self._free = weakref.finalize(self, _free, self._gl, self._context)
-        self._free.atexit = False  # by then the display is gone, and the process gives everything back
+        _KEPT.append(self)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=600)
@@ -136,13 +113,9 @@ class Renderer:
         metres = (near * far / (near + depth[::-1] * (far - near))).astype(np.float32)
         return np.ascontiguousarray(image[::-1]), metres, self._geom_ids(codes[::-1])
 
-    def close(self) -> None:
-        """Give the context back; nothing can be rendered after it."""
-        self._free()
-
     def _layout(self, sizes: Sequence[Size]) -> list[mujoco.MjrRect]:
         width, height = sum(w for w, _ in sizes), max(h for _, h in sizes)
-        _draw_with(self._gl)
+        self._gl.make_current()
         if width > self._size[0] or height > self._size[1]:
             self._size = (max(width, self._size[0]), max(height, self._size[1]))
             mujoco.mjr_resizeOffscreen(*self._size, self._context)
@@ -165,14 +138,17 @@ class Renderer:
         return lookup[np.minimum(numbers, len(lookup) - 1)]
 
 
-shared_renderer = functools.cache(Renderer)
-"""The one rendering context of this process for whoever works in one thread."""
+def own_renderer() -> Renderer:
+    """This thread's. Raises `SpearError` where nothing can be rendered."""
+    if not hasattr(_OWN, "renderer"):
+        _OWN.renderer = Renderer()
+    return _OWN.renderer
 
 
-def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame:
+def frame_of(world: World, camera: str, size: Size) -> Frame:
     """What `camera` ("external" or "wrist") of `world` sees at `size` (width, height)."""
     check_known("camera", CAMERAS, camera)
-    image, depth, geoms = renderer.layers(world, camera, size)
+    image, depth, geoms = own_renderer().layers(world, camera, size)
     instances = world.instance_of_geom[geoms]
     ids, counts = np.unique(instances, return_counts=True)
     seen = [int(i) for i, n in zip(ids, counts, strict=True) if i > 0 and n >= MIN_PIXELS]
@@ -191,9 +167,9 @@ def frame_of(world: World, camera: str, size: Size, renderer: Renderer) -> Frame
     )
 
 
-def clutter_frame(seed: int, camera: str, size: Size, renderer: Renderer) -> Frame:
+def clutter_frame(seed: int, camera: str, size: Size) -> Frame:
     """A labelled picture of the scene without a task that `seed` stands for."""
-    return frame_of(World(clutter_scene(seed)), camera, size, renderer)
+    return frame_of(World(clutter_scene(seed)), camera, size)
 
 
 def intrinsics(world: World, camera: str, size: Size) -> NDArray[np.float64]:

@@ -92,11 +92,8 @@ class Page:
         finally:
             self._tabs -= 1
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """When the server stops and all tabs are gone."""
-        with contextlib.suppress(TimeoutError):  # of a tab that asked for much
-            async with asyncio.timeout(1):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._studio.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _known(self, request: Request) -> bool:

@@ -25,7 +25,7 @@ from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import Renderer, camera_pose, intrinsics, object_boxes
+from spear.sim.render import camera_pose, intrinsics, object_boxes, own_renderer
 from spear.types import RATE_HZ, Array
 from spear.util.images import decode_image, encode_jpeg
 
@@ -49,12 +49,10 @@ class Scene:
 
     kind, rate_hz = "simulator", RATE_HZ
 
-    def __init__(
-        self, family: str, seed: int, policy: Spear1Policy, renderer: Renderer, again: Again = ({}, None)
-    ) -> None:
+    def __init__(self, family: str, seed: int, policy: Spear1Policy, again: Again = ({}, None)) -> None:
         settings, self._recorded = again
-        self._policy, self._renderer, self._sizes = policy, renderer, rendered_sizes(policy)
-        self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"], renderer)
+        self._policy, self._sizes = policy, rendered_sizes(policy)
+        self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"])
         seen, _ = self._env.reset(seed=seed)
         how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
@@ -95,7 +93,7 @@ class Scene:
         for camera in (c for c in SHOWN_WIDTHS if c in cameras(self._policy)):
             scale = max(1, round(SHOWN_WIDTHS[camera] / sizes[camera][0]))  # whole multiples of what it sees
             views.append((camera, (sizes[camera][0] * scale, sizes[camera][1] * scale)))
-        external, *wrist = map(_jpeg, self._renderer.images(world, views))
+        external, *wrist = map(_jpeg, own_renderer().images(world, views))
         width, height = views[0][1]
         focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
         pose, corners = camera_pose(world, "external"), object_boxes(world)
@@ -197,7 +195,7 @@ class Shelf:
             raise SpearError(f"--episodes {folder}: holds neither {what}")
         self.about = {"episodes": self._titles, "episodes_in_all": len(self._held)}
 
-    def open(self, index: object, policy: Spear1Policy, renderer: Renderer) -> Scene | Recording:
+    def open(self, index: object, policy: Spear1Policy) -> Scene | Recording:
         """An episode, to be looked at. Raises `SpearError` for one that cannot be."""
         number, held = whole("episode", index, len(self._titles) - 1), self._held
         if isinstance(held, EpisodeStore):
@@ -209,7 +207,7 @@ class Shelf:
                 f"{outcome.film_name}: only with the policy that made it can it be run again: serve "
                 f"{self._policy}, with its --dtype, --dataset and --flow-steps (SIMPLER: see its films)"
             )
-        return Scene(outcome.family, outcome.seed, policy, renderer, (self._settings, outcome))
+        return Scene(outcome.family, outcome.seed, policy, (self._settings, outcome))
 
 
 def whole(what: str, value: object, most: int) -> int:

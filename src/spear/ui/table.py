@@ -1,11 +1,10 @@
 """What one tab of the page works with: something to look at, step by step, and a model that looks at it.
 
-Everything here blocks and belongs to one thread, as `spear.sim.render.Renderer` does. Results are parts of
+Everything here blocks and belongs to one thread, as a `spear.sim.render.Renderer` does. Results are parts of
 the page's view, as plain JSON, which the page keeps by step.
 """
 
 import base64
-import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,6 @@ from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import EDGES
 from spear.policy import Spear1Policy, VlmBundle
-from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.types import Array
 from spear.ui.scenes import Recording, Scene, Shelf, View, whole
@@ -35,22 +33,12 @@ NOTHING_YET: View = {"chunk": None, "answer": None, "recorded": None, "things": 
 
 
 class Studio:
-    """The model and the rendering context that all tabs share."""
+    """The model that all tabs share."""
 
     def __init__(self, policy: Spear1Policy, name: str, shelf: Shelf | None = None) -> None:
         self.policy, self.name, self.shelf = policy, name, shelf
         self.vlm = VlmBundle(policy.model.vlm, policy.processor)
         self.trust = Trust.load(policy.folder) if policy.folder else None
-
-    @functools.cached_property
-    def renderer(self) -> Renderer:
-        """Made by the thread that first uses it. Raises `SpearError` where rendering is impossible."""
-        return Renderer()
-
-    def close(self) -> None:
-        """Give the rendering context back, in the thread that used it."""
-        if "renderer" in self.__dict__:
-            self.renderer.close()
 
     def about(self) -> View:
         """What does not change: the model, its numbers' unit, the task families, the edges of a box."""
@@ -87,14 +75,13 @@ class Table:
     def reset(self, request: Request) -> View:
         """The start of a scene, by its family and seed."""
         family, seed = str(request.get("family"))[:40], whole("seed", request.get("seed"), LARGEST_SEED)
-        return self._begin(Scene(family, seed, self._studio.policy, self._studio.renderer))
+        return self._begin(Scene(family, seed, self._studio.policy))
 
     def open(self, request: Request) -> View:
         """An episode of `spear serve --episodes`, by its number."""
         if self._studio.shelf is None:
             raise SpearError("there are no episodes: start the server with --episodes FOLDER")
-        policy, renderer = self._studio.policy, self._studio.renderer
-        return self._begin(self._studio.shelf.open(request.get("episode"), policy, renderer))
+        return self._begin(self._studio.shelf.open(request.get("episode"), self._studio.policy))
 
     def photo(self, request: Request) -> View:
         """A photo, as the data of its file."""
