@@ -5,6 +5,7 @@ these, so that what was trained under a key stays valid whatever else is asked f
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -102,26 +103,22 @@ def _folders(options: AblationOptions) -> tuple[Path, Path]:
     return options.labels or options.out / "labels", options.episodes or options.out / made
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights that a plan begins with: their folder, and a hash of them."""
-
-    folder: Path
-    key: str
+weights_key = functools.cache(fingerprint)
+"""A hash of the weights in a folder that a plan begins with."""
 
 
 @dataclass(frozen=True)
 class Training:
     """One stage to train: a recipe as it will run, its seed, and what it begins with.
 
-    init  another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
+    init  another training, the folder of pretrained weights, or nothing. moge: that of an encoder that joins.
     """
 
     key: str
     recipe: Recipe
     seed: int
-    init: "Training | Weights | None" = None
-    moge: Weights | None = None
+    init: "Training | Path | None" = None
+    moge: Path | None = None
 
     @property
     def before(self) -> "Training | None":
@@ -183,19 +180,13 @@ class Plan:
         return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
 
 
-def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weights, Weights]:
-    """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders. Raises
-    `SpearError` where there are none."""
-    one, two = locate(vlm), locate(depth)
-    return Weights(one, fingerprint(one)), Weights(two, fingerprint(two))
-
-
-def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weights]) -> Plan:
+def make_plan(options: AblationOptions, data: Data) -> Plan:
     """All trainings and scorings that some rows need.
 
-    Raises `SpearError` for an unknown row, family or change.
+    Raises `SpearError` for an unknown row, family or change, and where there are no weights to begin with.
     """
-    (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
+    vlm, depth = locate(options.init), locate(options.moge)
+    tables, families = choose(options.rows), settle(options.families)
     changes = key_values(options.set, "--set")
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
@@ -205,7 +196,7 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
         for _, rows in tables:
             for row in rows:
                 chain: list[Training] = []
-                before: Training | Weights | None = vlm if row.pretrained else None
+                before: Training | Path | None = vlm if row.pretrained else None
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
                     moge = depth if stage.moge else None
@@ -235,7 +226,7 @@ def _recipe(
 
 
 def _training(
-    one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
+    one: Recipe, seed: int, data: Data, init: Training | Path | None, moge: Path | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
     # rate_hz was a field of presets: the keys of scores that are kept have it.
@@ -244,7 +235,7 @@ def _training(
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     del size["flow"]["steps"]  # of acting
     learned_from = data.key if one.kind == "vla" else data.labels_key
-    begins = [None if part is None else part.key for part in (init, moge)]
+    begins = [p.key if isinstance(p, Training) else p and weights_key(p) for p in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
 
