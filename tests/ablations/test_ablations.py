@@ -16,15 +16,16 @@ import pytest
 import torch
 
 from spear import flow
-from spear.ablations import plan as plans
 from spear.ablations.plan import (
     Data,
     Plan,
     Scoring,
+    Weights,
     describe,
     expected,
     look_at,
     make_plan,
+    pretrained,
 )
 from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
@@ -45,16 +46,12 @@ from spear.types import Action
 
 DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
 ROTATIONS = next(table.rows for table in TABLES if table.name == "rotation")
-START = {"init": "vlm", "moge": "depth"}
+START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
 TINY = ("batch_size=2", "question_images=1", "flow_samples=1")
 
 
-def planned(*names: str, data: Data = DATA, **given: Any) -> Plan:
-    """Begins with folders that need not be there, and are known by their names."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "locate", Path)
-        patch.setattr(plans, "weights_key", lambda folder: folder.name)
-        return make_plan(AblationOptions(rows=names, **{"scenes": 2, **START, **given}), data)
+def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **given: Any) -> Plan:
+    return make_plan(AblationOptions(rows=names, **{"scenes": 2, **given}), data, start)
 
 
 def flow_of(row: str) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def flow_of(row: str) -> dict[str, Any]:
 
 def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
     few: dict[str, Any] = {"seeds": 1, "scenes": 1, "budget": 1, "pretraining": 1e-9, "set": changes}
-    return make_plan(AblationOptions(rows=names, **few, **given), data)
+    return planned(*names, data=data, start=pretrained(), **few, **given)
 
 
 def test_every_row_has_its_published_number_and_something_to_compare_with() -> None:
@@ -162,10 +159,11 @@ def test_keys_follow_what_decides_the_result() -> None:
     assert key == "0364d014e594"  # else scores that are kept count no more
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
-    changes = [{"moge": "vlm"}, {"init": "depth"}, {"budget": 7}, {"set": ("lr=1e-5",)}]
+    changes = [{"start": (one, one)} for one in START] + [{"budget": 7}, {"set": ("lr=1e-5",)}]
     others = [more, *(planned("full", seeds=1, **change) for change in changes)]
     assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 6
-    assert planned("full", init="elsewhere/vlm", seeds=1).scoring("full", 0).before.key == key
+    moved = (replace(START[0], folder=Path("elsewhere")), START[1])
+    assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
     # What sees no demonstrations is shared, whatever they are.
     ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more))
     assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]

@@ -5,7 +5,6 @@ these, so that what was trained under a key stays valid whatever else is asked f
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -103,22 +102,26 @@ def _folders(options: AblationOptions) -> tuple[Path, Path]:
     return options.labels or options.out / "labels", options.episodes or options.out / made
 
 
-weights_key = functools.cache(fingerprint)
-"""A hash of the weights in a folder that a plan begins with."""
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights that a plan begins with: their folder, and a hash of them."""
+
+    folder: Path
+    key: str
 
 
 @dataclass(frozen=True)
 class Training:
     """One stage to train: a recipe as it will run, its seed, and what it begins with.
 
-    init  another training, the folder of pretrained weights, or nothing. moge: that of an encoder that joins.
+    init  another training, pretrained weights, or nothing. moge: a pretrained encoder that joins.
     """
 
     key: str
     recipe: Recipe
     seed: int
-    init: "Training | Path | None" = None
-    moge: Path | None = None
+    init: "Training | Weights | None" = None
+    moge: Weights | None = None
 
     @property
     def before(self) -> "Training | None":
@@ -180,13 +183,19 @@ class Plan:
         return Scoring(self.chains[row, seed][-1], self.scenes, self.families)
 
 
-def make_plan(options: AblationOptions, data: Data) -> Plan:
+def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weights, Weights]:
+    """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders. Raises
+    `SpearError` where there are none."""
+    one, two = locate(vlm), locate(depth)
+    return Weights(one, fingerprint(one)), Weights(two, fingerprint(two))
+
+
+def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weights]) -> Plan:
     """All trainings and scorings that some rows need.
 
-    Raises `SpearError` for an unknown row, family or change, and where there are no weights to begin with.
+    Raises `SpearError` for an unknown row, family or change.
     """
-    vlm, depth = locate(options.init), locate(options.moge)
-    tables, families = choose(options.rows), settle(options.families)
+    (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
     changes = key_values(options.set, "--set")
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
@@ -196,7 +205,7 @@ def make_plan(options: AblationOptions, data: Data) -> Plan:
         for _, rows in tables:
             for row in rows:
                 chain: list[Training] = []
-                before: Training | Path | None = vlm if row.pretrained else None
+                before: Training | Weights | None = vlm if row.pretrained else None
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
                     moge = depth if stage.moge else None
@@ -226,7 +235,7 @@ def _recipe(
 
 
 def _training(
-    one: Recipe, seed: int, data: Data, init: Training | Path | None, moge: Path | None
+    one: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
     # rate_hz was a field of presets: the keys of scores that are kept have it.
@@ -235,7 +244,7 @@ def _training(
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     del size["flow"]["steps"]  # of acting
     learned_from = data.key if one.kind == "vla" else data.labels_key
-    begins = [p.key if isinstance(p, Training) else p and weights_key(p) for p in (init, moge)]
+    begins = [None if part is None else part.key for part in (init, moge)]
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
 

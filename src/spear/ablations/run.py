@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from spear.ablations.plan import Data, Plan, Scoring, Training
+from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, counted
 from spear.evaluate.options import TabletopOptions
@@ -116,10 +116,12 @@ def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[st
     from spear.train.run import train
 
     say(f"training {job.folder}, seed {job.seed}, {counted(job.steps, 'steps')}")
-    init = final(out, job.init) if isinstance(job.init, Training) else job.init
+    init = job.init.folder if isinstance(job.init, Weights) else None
+    if job.before is not None:
+        init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
-    inputs = Inputs([data.labels] if asks else [], robots, init, job.moge)
+    inputs = Inputs([data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None)
     folder = out / "stages" / job.folder
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

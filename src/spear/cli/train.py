@@ -127,10 +127,11 @@ def ablations(options: AblationOptions) -> None:
         spear evaluate ablations --rows siglip --families put_on put_in_basket --scenes 100
         spear evaluate ablations --rows no-3d images --labels runs/labels --episodes runs/episodes
     """
-    from spear.ablations.plan import describe, expected, make_plan, obtain
+    from spear.ablations.plan import Weights, describe, expected, make_plan, obtain, pretrained
     from spear.ablations.run import done, run
 
-    out, planned = options.out, make_plan(options, expected(options))  # mistakes first, before data are made
+    out, start = options.out, pretrained(options.init, options.moge)
+    planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
     if options.plan:
         print(describe(planned, [job for job in planned.jobs if done(out, job)]))
         return
@@ -144,10 +145,10 @@ def ablations(options: AblationOptions) -> None:
     disable_progress_bar()
     say = functools.partial(print, file=sys.stderr, flush=True)
     for job in {repr(job.recipe): job for job in planned.trainings}.values():
-        init = job.init if isinstance(job.init, Path) else None
-        check(job.recipe, Inputs([options.labels] if options.labels else (), (), init, job.moge))
+        init, moge = (part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge))
+        check(job.recipe, Inputs([options.labels] if options.labels else (), (), init, moge))
     data = obtain(options, say)
-    todo = make_plan(options, data)
+    todo = make_plan(options, data, start)
     pages = lambda: write(todo, fill(todo, out, data), out)  # noqa: E731
     failed = run(todo, out, data, options.workers, say=say, on_score=pages)
     for path in pages():
