@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.errors import RetryableError, SpearError, first_line, need, notice
+from spear.data.readers.video import opened
+from spear.errors import RetryableError, SpearError, first_line, notice
 from spear.labels.pipeline import Work, admit
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_oriented
@@ -219,8 +220,7 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
 
     Raises `SpearError`: not a video, or one that does not say how long it is.
     """
-    with _video(path) as container:
-        stream = container.streams.video[0]
+    with opened(path) as (container, stream):
         if stream.duration and stream.time_base:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration:
@@ -240,42 +240,24 @@ def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
 
     Raises `SpearError` at a time after the last frame that is there, and where the video breaks.
     """
-    import av
-
     wanted = list(times)
-    with _video(path) as container:
-        stream = container.streams.video[0]
+    with opened(path) as (container, stream):
         start = float((stream.start_time or 0) * stream.time_base)
         half = 0.5 / float(stream.average_rate or 1000)
-        try:
-            container.seek(int((start + wanted[0]) / stream.time_base), stream=stream)
-            # The frame shown at a time is the last that does not come after it.
-            for shown, following in pairwise(chain(container.decode(stream), [None])):
-                end = shown.time + 3 * half if following is None else following.time - half
-                while wanted and wanted[0] < end - start:
-                    # Turned as the camera (a phone held upright, say) has noted.
-                    quarters = round(getattr(shown, "rotation", 0) / 90)
-                    wide = round(shown.width * (stream.sample_aspect_ratio or 1))  # in square pixels
-                    pixels = shown.to_ndarray(format="rgb24", width=wide)
-                    yield np.ascontiguousarray(np.rot90(pixels, quarters))
-                    wanted.pop(0)
-                if not wanted:
-                    return
-        except av.FFmpegError as error:
-            raise SpearError(f"{path}: broken video ({error.strerror}): copy it again") from error
+        container.seek(int((start + wanted[0]) / stream.time_base), stream=stream)
+        # The frame shown at a time is the last that does not come after it.
+        for shown, following in pairwise(chain(container.decode(stream), [None])):
+            end = shown.time + 3 * half if following is None else following.time - half
+            while wanted and wanted[0] < end - start:
+                # Turned as the camera (a phone held upright, say) has noted.
+                quarters = round(getattr(shown, "rotation", 0) / 90)
+                wide = round(shown.width * (stream.sample_aspect_ratio or 1))  # in square pixels
+                pixels = shown.to_ndarray(format="rgb24", width=wide)
+                yield np.ascontiguousarray(np.rot90(pixels, quarters))
+                wanted.pop(0)
+            if not wanted:
+                return
     raise SpearError(f"{path}: the video ends before {wanted[0]:.2f} s: copy it again")
-
-
-def _video(path: str) -> Any:
-    av = need("av", "label", f"{path}: a video")
-    try:
-        container = av.open(path)
-    except (av.FFmpegError, OSError) as error:
-        raise SpearError(f"{path}: not a video ({error.strerror}): copy it again, or leave it out") from error
-    if not container.streams.video:
-        container.close()
-        raise SpearError(f"{path}: no picture in this video: leave it out")
-    return container
 
 
 def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:

@@ -1,4 +1,4 @@
-"""Frames of a stretch of a video file, by PyAV, and a video file of frames: for LeRobot."""
+"""Videos, by PyAV: opened; and for LeRobot the frames of a stretch of one, and one made of frames."""
 
 import os
 from collections.abc import Iterator
@@ -9,30 +9,38 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, need
 from spear.types import Array
 
 
-def read_frames(path: Path, first: float = 0.0, end: float = np.inf) -> Iterator[tuple[float, Array]]:
-    """(time in s, frame [h, w, 3] uint8 RGB) of all frames of a video with first <= time < end.
-
-    Raises SpearError for a missing file, one that is no video, and one that breaks off.
-    """
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and stream of a video. Raises SpearError for a missing file, one that is no video, and
+    inside of it where the video breaks off."""
     av = _av()
-    if not path.is_file():
-        raise SpearError(f"missing video: {path}: copy the dataset again, or leave the episode out")
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if first > 0:
-                container.seek(int(first / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                if frame.time is None or frame.time >= end:
-                    return
-                if frame.time >= first:
-                    yield frame.time, frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise SpearError(f"broken video: {path}: {error}; copy it again, or leave the episode out") from error
+            if not container.streams.video:
+                raise SpearError(f"{path}: no picture in this video: leave it out")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        why = f"not a whole video ({error.strerror})"
+        raise SpearError(f"{path}: {why}: copy it again, or leave it out") from error
+
+
+def read_frames(path: Path, first: float, end: float) -> Iterator[tuple[float, Array]]:
+    """(time in s, frame [h, w, 3] uint8 RGB) of all frames of a video with first <= time < end.
+
+    Raises SpearError as `opened` does.
+    """
+    with opened(path) as (container, stream):
+        if first > 0:
+            container.seek(int(first / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time is None or frame.time >= end:
+                return
+            if frame.time >= first:
+                yield frame.time, frame.to_ndarray(format="rgb24")
 
 
 class VideoWriter:
@@ -95,8 +103,6 @@ def _as_urgent_as_before() -> Iterator[None]:
 
 
 def _av() -> Any:
-    import av
-    import av.logging
-
+    av = need("av", "data", "a video")
     av.logging.set_level(av.logging.ERROR)
     return av
