@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -27,7 +28,7 @@ from spear.data.hypotheses import (
     translation_fits,
     turning_otherwise,
 )
-from spear.data.readers.formats import check_good, episode_counts, open_dataset, open_split
+from spear.data.readers.formats import check_good, episode_counts, made, open_dataset, open_split
 from spear.data.readers.layout import (
     FORMS,
     Sources,
@@ -164,13 +165,8 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     """The audit of the numbers."""
     skipped = Skipped(MOST_SKIPPED)
     recordings: list[Recording] = []
-    for source, steps in episode_steps(path, split, ()):
-        try:
-            if isinstance(steps, SpearError):
-                raise steps
-            recordings.append(make_recording(steps, spec, source))
-        except SpearError as error:
-            skipped(error)
+    for recording in made(episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped):
+        recordings.append(recording)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
     check_good(len(recordings), skipped, path, split)

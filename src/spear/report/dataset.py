@@ -16,10 +16,10 @@ from PIL import Image
 from spear.data.actions import episode_actions
 from spear.data.audit import episode_steps
 from spear.data.inspect import inspect, layout_known
-from spear.data.readers.formats import check_good, episode_counts, read_episodes
+from spear.data.readers.formats import check_good, episode_counts, made, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
-from spear.errors import SpearError, counted
+from spear.errors import counted
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import picture, render
 from spear.report.plot import GREY, XYZ, Axis, Line, chart
@@ -47,18 +47,11 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     counts = episode_counts(path)
     split = next(iter(counts))
     known = layout is not None or layout_known(path)
-
-    def episodes() -> Iterator[dict[str, Any]]:
-        if known:
-            yield from map(_episode, read_episodes(path, split, layout, skipped))
-            return
-        for source, steps in episode_steps(path, split, None):
-            if isinstance(steps, SpearError):
-                skipped(steps)
-            else:
-                yield _columns(source, steps)
-
-    shown = list(itertools.islice(episodes(), EPISODES))
+    if known:
+        episodes = map(_episode, read_episodes(path, split, layout, skipped))
+    else:
+        episodes = made(episode_steps(path, split, None), _columns, skipped)
+    shown = list(itertools.islice(episodes, EPISODES))
     check_good(len(shown), skipped, path, split)
     html = render(
         "dataset.html",
@@ -118,7 +111,7 @@ def _path(episode: Episode, across: int, up: int, title: str, axis: Axis, up_tit
     return chart(lines, axis, Axis(up_title), title, (360, 260), equal=True)
 
 
-def _columns(source: str, steps: Steps) -> dict[str, Any]:
+def _columns(steps: Steps, source: str) -> dict[str, Any]:
     """An episode by its columns: images, charts of the numbers that change, words about all else."""
     strips, quiet = [], []
     charts: list[str] = []

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from spear.data.readers.layout import episode_from
+from spear.data.readers.layout import Sources, episode_from
 from spear.data.readers.lerobot import LeRobotFolder, is_lerobot, open_lerobot
 from spear.data.readers.rlds import RldsFolder, is_rlds, open_rlds
 from spear.data.readers.splits import split_ranges
@@ -14,6 +16,7 @@ from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped, hash_ends
 
+T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
@@ -56,17 +59,21 @@ def read_episodes(
         yield from open_split(path, split)
         return
     spec = folder.spec(dataset)
-    for source, steps in folder.steps(split, list(spec.images.values())):
+    read = folder.steps(split, list(spec.images.values()))
+    yield from made(read, partial(episode_from, spec=spec), on_bad)
+
+
+def made(read: Sources, make: Callable[..., T], on_bad: OnBad | None) -> Iterator[T]:
+    """What `make` makes of each episode's steps and `source`; what is wrong is as in `read_episodes`."""
+    for source, steps in read:
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            episode = episode_from(steps, spec, source)
+            yield make(steps, source=source)
         except SpearError as error:
             if on_bad is None:
                 raise
             on_bad(error)
-        else:
-            yield episode
 
 
 def open_split(path: str | Path, split: str = "train") -> EpisodeStore:

@@ -154,13 +154,7 @@ class _Writer:
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
-            # Images are compressed already: as they are, they can be read by memory mapping.
-            numbers = [field for field in self.schema if not pa.types.is_struct(field.type)]
-            nested = [".list.element" * pa.types.is_fixed_size_list(field.type) for field in numbers]
-            packed = [field.name + below for field, below in zip(numbers, nested, strict=True)]
-            snappy = dict.fromkeys(packed, "snappy")
-            how: Any = {"compression": snappy, "use_dictionary": packed}
-            self._data = pq.ParquetWriter(self._data_path, self.schema, **how)
+            self._data = pq.ParquetWriter(self._data_path, self.schema)
         arrays = []
         for field in self.schema:
             if pa.types.is_struct(field.type):

@@ -79,26 +79,13 @@ def make_schema(features: Mapping[str, Any]) -> pa.Schema:
 
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
-    """The tasks as pandas would write them, with the task as the index of the table."""
-    index, names = "__index_level_0__", ("name", "field_name", "pandas_type", "numpy_type", "metadata")
-    columns = (
-        (None, None, "unicode", "object", {"encoding": "UTF-8"}),
-        ("task_index", "task_index", "int64", "int64", None),
-        (None, index, "unicode", "object", None),
-    )
-    labels, *described = [dict(zip(names, column, strict=True)) for column in columns]
-    pandas = {
-        "index_columns": [index],
-        "column_indexes": [labels],
-        "columns": described,
-        "attributes": {},
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.2.0",
-    }
-    fields = [pa.field("task_index", pa.int64()), pa.field(index, pa.large_string())]
-    schema = pa.schema(fields, {"pandas": json.dumps(pandas)})
-    numbers = pa.array(range(len(tasks)), pa.int64())
-    pq.write_table(pa.Table.from_arrays([numbers, pa.array(tasks, pa.large_string())], schema=schema), path)
+    """The tasks, as the index of the table for whoever reads it with pandas."""
+    index = "__index_level_0__"
+    column = {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"}
+    note = {"index_columns": [index], "columns": [{**column, "metadata": None}], "column_indexes": []}
+    numbers, texts = pa.array(range(len(tasks)), pa.int64()), pa.array(tasks, pa.large_string())
+    table = pa.table({"task_index": numbers, index: texts})
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), path)
 
 
 def feature_name(camera: str) -> str:
