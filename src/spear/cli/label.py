@@ -52,7 +52,7 @@ def label(options: LabelOptions) -> None:
     if options.photos and not simpler:
         from spear.labels.run import label_photos
 
-        done = label_photos(options, on_bill=print)
+        done = label_photos(options)
         labelled = counted(done.done - done.skipped, "labelled images")
         said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
         print(", ".join(filter(None, said)))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import RetryableError, need
+from spear.errors import RetryableError, need, notice
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.options import WorkOptions
@@ -97,17 +97,12 @@ STAGES: Sequence[Stage] = (partial(detect, need_objects=True), segment, locate_a
 """What is done with a batch by each of the three components, in order."""
 
 
-def run_local(
-    graph: Graph,
-    workers: int,
-    batches: Iterable[Sequence[Item]],
-    on_bill: Callable[[str], None] = lambda bill: None,
-) -> Generator[Done, None, None]:
+def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Generator[Done, None, None]:
     """Label batches on this computer. The components of `graph` are made here, before a worker begins.
+    However the work ends, a notice says what a component has to be paid for.
 
     workers  processes that read images, fit boxes and encode; 0 does all that in this process.
     batches  items that go through the networks together.
-    on_bill  called with the bill of a component that has one, however the work ends.
 
     Raises `SpearError`: a component cannot be made, or a worker was killed.
     """
@@ -123,7 +118,7 @@ def run_local(
     finally:
         for component in components:
             if hasattr(component, "bill") and (bill := component.bill()):
-                on_bill(bill)
+                notice(bill)
 
 
 def _through(stage: Stage, component: Any, works: list[Work]) -> list[Work]:

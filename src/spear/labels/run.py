@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import groupby, tee
@@ -62,19 +62,15 @@ class Progress:
     rate: str = dataclasses.field(default="", compare=False)
 
 
-def label_photos(options: LabelOptions, on_bill: Callable[[str], None] = lambda bill: None) -> Progress:
-    """Label `options.photos`. Returns how far it came.
-
-    on_bill: see `run_local` (not with Ray). Raises `SpearError`: an idle option, or as in `label_folder`.
-    """
+def label_photos(options: LabelOptions) -> Progress:
+    """Label `options.photos`; how far it came. `SpearError`: an idle option, or as in `label_folder`."""
     chosen, listing, settings = prepare(options)
-    work, retry = options.work, options.retry_skipped
+    work = options.work
     if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
         raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
-    engine: Engine = partial(run_ray, chosen, work)
-    if work.engine == "local":
-        engine = partial(run_local, chosen, work.workers, on_bill=on_bill)
-    return label_folder(listing, options.out, engine, settings, work, retry)
+    local, ray = partial(run_local, chosen, work.workers), partial(run_ray, chosen, work)
+    engine: Engine = local if work.engine == "local" else ray
+    return label_folder(listing, options.out, engine, settings, work, options.retry_skipped)
 
 
 def prepare(options: LabelOptions) -> tuple[Graph, Iterator[Item], dict[str, Any]]:
