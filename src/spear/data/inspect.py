@@ -1,15 +1,16 @@
 """What a folder of robot data is, in a few lines of text: for `spear data inspect PATH`."""
 
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from spear.data.readers.formats import open_dataset
+from spear.data.readers.formats import Dataset, open_dataset
 from spear.data.readers.layout import Steps, leaves, row_count
-from spear.data.readers.lerobot import LeRobotFolder, read_ends
+from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
 from spear.data.readers.video import read_frames
@@ -20,7 +21,7 @@ from spear.util.images import IMAGE_BEGINS, decode_image
 SHOWN = 5
 """How many instructions to show; the most frequent first."""
 MOST_AXES = 16
-"""Numbers of a feature that are shown one by one."""
+"""Numbers of a column that are shown one by one."""
 LOOKED_AT = 50
 """How many episodes of a dataset to read: all of a real one would take hours."""
 
@@ -31,9 +32,7 @@ def inspect(path: str | Path) -> str:
     Raises SpearError when it is in none, or is broken.
     """
     folder = open_dataset(path)
-    if isinstance(folder, EpisodeStore):
-        return _describe_store(folder)
-    return _describe_rlds(folder) if isinstance(folder, RldsFolder) else _describe_lerobot(folder)
+    return _describe_store(folder) if isinstance(folder, EpisodeStore) else _describe_dataset(folder)
 
 
 def _describe_store(store: EpisodeStore) -> str:
@@ -70,80 +69,66 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
     return f"{width} x {height} pixels, in {len(have)} of {counted(len(store), 'episodes')}"
 
 
-def _describe_rlds(folder: RldsFolder) -> str:
-    first = next(iter(folder.splits))
-    # A broken record in the middle of a file does not hide the good ones behind it.
-    found = [steps for _, steps in itertools.islice(folder.steps(first), LOOKED_AT)]
+def _describe_dataset(folder: Dataset) -> str:
+    found = _some_episodes(folder)
     reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
-    steps = [steps for steps in found if not isinstance(steps, SpearError)]
-    if not steps:
-        raise SpearError(f"no episodes: {folder.path}: {reasons[-1] if reasons else f'{first!r} is empty'}")
-    try:  # RLDS does not hold the rate: the layout does
-        spec = folder.spec()
-        rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
-    except SpearError:
-        rate, instruction = "not known", DatasetSpec.instruction
+    read = [dict(leaves(steps)) for steps in found if not isinstance(steps, SpearError)]
+    if not read:
+        raise SpearError(f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}")
+    cameras, axes = list[str](), dict[str, list[str]]()
+    if isinstance(folder, LeRobotFolder):
+        info, steps = folder.info, counted(sum(episode.length for episode in folder.episodes), "steps")
+        what = f"a LeRobot dataset, {info.codebase_version}, {steps}, robot {info.robot_type or 'not named'}"
+        rate, texts = f"{info.fps:g} Hz", [task for episode in folder.episodes for task in episode.tasks]
+        for name, feature in info.features.items():
+            axes[name.replace(".", "/")] = feature.axes
+            if name in folder.cameras:
+                size = " x ".join(map(str, feature.shape))
+                cameras.append(f"  {name.replace('.', '/'):<34} {feature.dtype}, {size}")
+    else:
+        what, rate, instruction = (
+            f"an RLDS dataset, {folder.name} {folder.version}",
+            "not known",
+            DatasetSpec.instruction,
+        )
+        with contextlib.suppress(SpearError):  # RLDS does not hold the rate: the layout does
+            spec = folder.spec()
+            rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
+        words = [each.get(instruction) for each in read]
+        texts = [w[0].decode("utf-8", "replace") for w in words if isinstance(w, list)]
     lines = [
-        f"{folder.path}: an RLDS dataset, {folder.name} {folder.version}".rstrip(),
+        f"{folder.path}: {what}",
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
-        f"looked at     {counted(len(steps), 'episodes')} ({_spread([*map(row_count, steps)])} steps each)",
+        f"looked at     {counted(len(read), 'episodes')} ({_spread([*map(row_count, read)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
-    lines += [f"  {name:<34} {what}" for name, what in _columns(steps[0])]
-    words = [dict(leaves(s)).get(instruction) for s in steps]
-    texts = (w[0].decode("utf-8", "replace") for w in words if isinstance(w, list))
-    return "\n".join([*lines, *_instructions(texts)])
+    return "\n".join([*lines, *cameras, *_columns(read, axes), *_instructions(texts)])
 
 
-def _describe_lerobot(folder: LeRobotFolder) -> str:
-    info = folder.info
-    lengths = np.array([episode.length for episode in folder.episodes])
-    if not len(lengths):
-        raise SpearError(f"no episodes: {folder.path}: its metadata list none")
-    looked = np.unique(np.linspace(0, len(lengths) - 1, min(len(lengths), LOOKED_AT)).round().astype(int))
-    reasons = [reason for i in looked if (reason := _why_unreadable(folder, int(i)))]
-    if len(reasons) == len(looked):
-        raise SpearError(f"no good episode: {folder.path}: {reasons[-1]}")
-    much = "of videos the last frames" if info.videos else "without their images"
-    lines = [
-        f"{folder.path}: a LeRobot dataset, {info.codebase_version}",
-        f"robot         {info.robot_type or 'not named'}",
-        f"layout        {_layout_of(folder.name, folder.path)}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}, "
-        f"{counted(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
-        f"rate          {info.fps:g} Hz",
-        f"looked at     {counted(len(looked), 'episodes')}, {much}",
-        *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
-    ]
-    ends = read_ends(folder.path)
-    for name, feature in info.features.items():
-        if name in folder.cameras:
-            kind = "images in video" if feature.dtype == "video" else "images"
-            lines.append(f"  {name.replace('.', '/'):<34} {kind}, {' x '.join(map(str, feature.shape))}")
-            continue
-        axes = ", ".join(feature.axes)
-        lines.append(f"  {name.replace('.', '/'):<34} {feature.dtype} {feature.shape}{axes and f': {axes}'}")
-        # What a layout's ranges are read from.
-        for word, values in zip(("from", "to"), ends.get(name, ()), strict=False):
-            if 1 < len(values) <= MOST_AXES:
-                lines.append(f"  {'':<34}   {word:<5}" + "".join(f" {value:>9.4g}" for value in values))
-    return "\n".join([*lines, *_instructions(task for e in folder.episodes for task in e.tasks)])
+def _some_episodes(folder: Dataset) -> list[Steps | SpearError]:
+    """Of an RLDS dataset the first, of a LeRobot one some spread over all, without their images."""
+    if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
+        first = next(iter(folder.splits))
+        return [steps for _, steps in itertools.islice(folder.steps(first), LOOKED_AT)]
+    count = len(folder.episodes)
+    numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
+    return [_rows(folder, number) for number in numbers.tolist()]
 
 
-def _why_unreadable(folder: LeRobotFolder, index: int) -> str:
-    """What is wrong with the rows of an episode, or the last frames of its videos; "" if nothing is."""
+def _rows(folder: LeRobotFolder, index: int) -> Steps | SpearError:
+    """The rows of an episode, or what is wrong with them or with the last frames of its videos."""
     episode = folder.episodes[index]
     try:
-        folder.read(index, images=())
+        steps = folder.read(index, images=())
         for file, first, end in episode.videos.values():
             last = max(first + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last, end), None) is None:
-                return f"broken video: {file}: it ends before {last:.4g} s; copy it again"
+                return SpearError(f"broken video: {file}: it ends before {last:.4g} s; copy it again")
+        return steps
     except SpearError as error:
-        return str(error)
-    return ""
+        return error
 
 
 def layout_known(path: str | Path) -> bool:
@@ -162,18 +147,29 @@ def _layout_of(name: str, folder: Path) -> str:
     return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
 
 
-def _columns(steps: Steps) -> Iterator[tuple[str, str]]:
-    for name, values in leaves(steps):
-        if isinstance(values, np.ndarray):
-            low, high = (f"{float(x):.4g}" for x in (values.min(), values.max()))
+def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The columns of some episodes, with the range of their numbers, from which a layout's ranges are read.
+
+    axes: what the numbers of a column are called, where the dataset says it.
+    """
+    for name, values in read[0].items():
+        if isinstance(values, np.ndarray) and values.size:
+            found = [v for each in read if isinstance(v := each.get(name), np.ndarray)]
+            rows = [v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]]
+            low = np.min([v.min(0) for v in rows], axis=0).astype(float)
+            high = np.max([v.max(0) for v in rows], axis=0).astype(float)
+            few, named = 1 < len(low) <= MOST_AXES, ", ".join(axes.get(name, ()))
+            span = "" if few else f", {low.min():.4g} … {high.max():.4g}"
             shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
-            yield name, f"{values.dtype}{shape}, {low} … {high} in the first episode"
+            yield f"  {name:<34} {values.dtype}{shape}{named and f': {named}'}{span}"
+            for word, ends in (("from", low), ("to", high)) if few else ():
+                yield f"  {'':<34}   {word:<5}" + "".join(f" {number:>9.4g}" for number in ends)
         elif isinstance(values, list) and values and values[0].startswith(IMAGE_BEGINS):
             pixels = decode_image(values[0], name)
             blank = ", blank" if pixels.max() == pixels.min() else ""
-            yield name, f"image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
+            yield f"  {name:<34} image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
         else:
-            yield name, f"not read: {values}" if isinstance(values, str) else "text"
+            yield f"  {name:<34} {f'not read: {values}' if isinstance(values, str) else 'text'}"
 
 
 def _spread(lengths: np.ndarray | list[int]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import RetryableError, need, notice
+from spear.errors import RetryableError, need
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.options import WorkOptions
@@ -99,7 +99,7 @@ STAGES: Sequence[Stage] = (partial(detect, need_objects=True), segment, locate_a
 
 def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Generator[Done, None, None]:
     """Label batches on this computer. The components of `graph` are made here, before a worker begins.
-    However the work ends, a notice says what a component has to be paid for.
+    However the work ends, what a component has to be paid for is printed.
 
     workers  processes that read images, fit boxes and encode; 0 does all that in this process.
     batches  items that go through the networks together.
@@ -118,7 +118,7 @@ def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> 
     finally:
         for component in components:
             if hasattr(component, "bill") and (bill := component.bill()):
-                notice(bill)
+                print(bill, flush=True)
 
 
 def _through(stage: Stage, component: Any, works: list[Work]) -> list[Work]:

@@ -269,23 +269,6 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
     return tasks, sorted(episodes, key=lambda episode: episode.index)
 
 
-def read_ends(folder: Path) -> dict[str, list[Any]]:
-    """feature -> its smallest and largest values, as far as a LeRobot dataset has statistics (v2.1: of each
-    episode). Raises SpearError, naming the file, for one that is not in order."""
-    file = folder / "meta/stats.json"
-    try:
-        if file.is_file():
-            parts = [json.loads(file.read_text())]
-        elif (file := folder / "meta/episodes_stats.jsonl").is_file():
-            parts = [row["stats"] for row in _json_lines(file)]
-        else:
-            return {}
-        ends = ("min", np.min), ("max", np.max)
-        return {n: [np.ravel(end([p[n][key] for p in parts], axis=0)) for key, end in ends] for n in parts[0]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SpearError(f"unreadable: {file}: {first_line(error)}; copy the dataset again") from error
-
-
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
