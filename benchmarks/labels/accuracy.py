@@ -25,7 +25,6 @@ from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.quality import box_errors, compare, failings, instance_of
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
-from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.labels.scenes import label_frames
 from spear.sim.render import frame_of
@@ -99,12 +98,10 @@ class Comparison:
     asked: list[Array]
 
 
-def measure(
-    frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, settings: BoxSettings
-) -> Comparison:
+def measure(frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, exact: bool) -> Comparison:
     """Label what is `seen`, and compare with the truth of `frames`."""
     result = Comparison([], [], [])
-    labels = label(seen, GroundTruthDetector(), segmenter, GroundTruthPointMap(), settings)
+    labels = label(seen, GroundTruthDetector(), segmenter, GroundTruthPointMap(), exact)
     for image, frame, given in zip(labels, frames, seen, strict=True):
         assert frame.depth is not None and given.depth is not None and frame.boxes is not None
         (geometry,) = GroundTruthPointMap().predict([given])
@@ -201,14 +198,14 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
         print(
             "| mask, depth | boxes | objects | centre | vertex | IoU |\n|---|---|---|---|---|---|", flush=True
         )
-        for name, seen, segmenter, settings in (
-            ("true, true, known to be", unaided, true, BoxSettings()),
-            ("true, true", unaided, true, ESTIMATED),
-            ("eroded by 1 px, true", unaided, WrongMasks(-1), ESTIMATED),
-            ("dilated by 1 px, true", unaided, WrongMasks(1), ESTIMATED),
-            ("true, wrong", noisy, true, ESTIMATED),
+        for name, seen, segmenter, exact in (
+            ("true, true, known to be", unaided, true, True),
+            ("true, true", unaided, true, False),
+            ("eroded by 1 px, true", unaided, WrongMasks(-1), False),
+            ("dilated by 1 px, true", unaided, WrongMasks(1), False),
+            ("true, wrong", noisy, true, False),
         ):
-            print(*table(name, measure(frames, seen, segmenter, settings)), sep="\n", flush=True)
+            print(*table(name, measure(frames, seen, segmenter, exact)), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

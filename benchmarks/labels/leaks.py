@@ -37,7 +37,6 @@ from spear.labels.fit.image import unproject
 from spear.labels.fit.points import subsample
 from spear.labels.fit.quality import failings
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
-from spear.labels.objects import ESTIMATED
 from spear.labels.pipeline import label
 from spear.types import Array, Box3D, Frame
 from spear.util import processes
@@ -197,7 +196,7 @@ def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
     truth = GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()
     found: list[list[tuple[float, float]]] = []
     asked = far = 0
-    for image, frame, boxes in zip(label(frames, *truth, ESTIMATED), frames, truths, strict=True):
+    for image, frame, boxes in zip(label(frames, *truth, exact=False), frames, truths, strict=True):
         (thing,) = image.objects
         if thing.box3d is None:
             continue
@@ -219,7 +218,7 @@ def flips(scene: str, count: int) -> int:
     """Of how many objects the vertices come in another order with 2 mm of noise than without: in order they
     are more than three times as far apart as they would be, relabelled."""
     truth = GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()
-    pair = [label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, ESTIMATED) for noise in (0, 2)]
+    pair = [label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False) for noise in (0, 2)]
     found = 0
     for a, b in zip(*pair, strict=True):
         one, two = (image.objects[0].box3d for image in (a, b))

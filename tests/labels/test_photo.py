@@ -13,7 +13,6 @@ from refusals import refuses
 from spear.labels.models.open_vocabulary import GroundingDinoDetector
 from spear.labels.models.pointmap import MogePointMap
 from spear.labels.models.sam2 import Sam2Segmenter
-from spear.labels.objects import BoxSettings
 from spear.labels.pipeline import label
 from spear.labels.questions.generate import FAMILIES, generate
 from spear.labels.store import read, write_labels
@@ -33,8 +32,8 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMap(deepcopy(random_v1()), device="cpu")
     monkeypatch.setattr(pointmap.model, "most_tokens", 60)
-    settings = BoxSettings(min_points=4)
-    write_labels(label([photo], detector, segmenter, pointmap, settings), tmp_path / "labels.parquet")
+    monkeypatch.setattr("spear.labels.objects.LEAST_POINTS", 8)
+    write_labels(label([photo], detector, segmenter, pointmap, True), tmp_path / "labels.parquet")
     (seen,) = read(tmp_path / "labels.parquet")
 
     assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
@@ -53,4 +52,4 @@ def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: 
     for said, part in parts.items():
         for weights in part.parameters():
             weights.data.fill_(np.nan)  # in each before those that are broken already
-        refuses(said, list, label([photo], detector, segmenter, pointmap, settings))
+        refuses(said, list, label([photo], detector, segmenter, pointmap, True))

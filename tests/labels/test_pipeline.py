@@ -9,7 +9,6 @@ from labels_scenes import TRUTH, random_frame, render
 from refusals import refuses
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare
-from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.types import Frame
 
@@ -24,7 +23,7 @@ def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
     result = compare(label(frames, *TRUTH), frames)
     assert result.n == 100 and result.missed == 0
     assert result.center < 0.002 and result.vertex < 0.005 and result.iou > 0.85
-    eroded = compare(label(frames[:6], *TRUTH, settings=BoxSettings(erosion=1)), frames[:6])
+    eroded = compare(label(frames[:6], *TRUTH, exact=False), frames[:6])
     assert eroded.iou > 0.75  # the boxes do not shrink
 
 
@@ -92,5 +91,5 @@ def test_boxes_of_the_simulators_things(renderer: Any, aided: bool, vertex: floa
     frames = [clutter_frame(seed, "external", (192, 128)) for seed in range(3000, 3012)]
     frames = [replace(f, names={i: n for i, n in f.names.items() if "gripper" not in n}) for f in frames]
     seen = frames if aided else [replace(frame, extrinsics=None) for frame in frames]
-    result = compare(label(seen, *TRUTH, settings=None if aided else ESTIMATED), frames)
+    result = compare(label(seen, *TRUTH, exact=None if aided else False), frames)
     assert result.vertex < vertex and result.iou > iou, result

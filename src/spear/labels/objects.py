@@ -1,6 +1,5 @@
 """One object, from its mask and the image's point map to a `LabeledObject` with a box and quality scores."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,35 +15,13 @@ from spear.types import Array, LabeledObject
 MARGIN = 0.3
 """Pixels that an object is taken to reach beyond the centres of its outermost ones: less than half of one,
 since the outermost of many is near the edge. Our choice, measured."""
-
-
-@dataclass(frozen=True)
-class BoxSettings:
-    """How boxes are fitted (all our choice; the paper says only "outlier removal, oriented box").
-
-    band        how many pixels an estimated mask's outline may be off: pixels that near to it are decided
-                anew by where they are in 3D (`masks.snap`). 0 for true masks.
-    erosion     how many pixels along the outline take their depth from further inside where they fly,
-                because estimated depth smears over the outline (`masks.clean_points`). 0 for exact depth.
-                Both are pixels of an image of up to `EDGE`; in larger ones they grow in proportion.
-    min_points  objects with fewer clean points (or fewer than 8) get no box.
-    max_points  points kept per object, up to half of them from its outline.
-    """
-
-    band: int = 0
-    erosion: int = 0
-    min_points: int = 12
-    max_points: int = 600
-
-
+LEAST_POINTS, MOST_POINTS = 12, 600
+"""Objects with fewer clean points get no box; so many are kept of each, up to half from its outline."""
 LINKED = 0.04
 """Pixels of a mask belong together when their depths differ by less than this fraction (our choice)."""
-
-ESTIMATED = BoxSettings(band=1, erosion=1)
-"""For masks and depth from networks."""
-
 EDGE = 256
-"""The longer side of images, pixels, in which `BoxSettings` counts pixels as they are."""
+"""Estimated masks and depth are taken to be off by one pixel, of an image whose longer side is so long; in
+larger ones by more in proportion. (Our choice; the paper says only "outlier removal, oriented box".)"""
 
 
 def label_object(
@@ -52,7 +29,7 @@ def label_object(
     mask: Array,
     pointmap: PointMapResult,
     plane: Plane | None,
-    settings: BoxSettings,
+    exact: bool,
     taken: Array,
     noise: float,
 ) -> LabeledObject | None:
@@ -60,6 +37,9 @@ def label_object(
 
     mask   [h, w] bool, its pixels; taken: [h, w] bool, those of all objects; pointmap: of the whole image.
     plane  the support plane of the image, None when none was found.
+    exact  whether mask and depth are true. Otherwise pixels near the outline are decided anew by where they
+           are in 3D (`masks.snap`), and those that fly take their depth from further inside, since estimated
+           depth smears over the outline (`masks.clean_points`).
     noise  of the depth, see `points.noise_level`.
 
     Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
@@ -71,8 +51,7 @@ def label_object(
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     if x1 == 0:
         return None
-    scale = max(1.0, max(mask.shape) / EDGE)
-    band, erosion = (round(scale * count) for count in (settings.band, settings.erosion))
+    band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
@@ -85,10 +64,10 @@ def label_object(
         snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
-    cloud = _cloud(inside & known, points, erosion, noise, settings.max_points)
+    cloud = _cloud(inside & known, points, band, noise)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     box, points3d = None, {}
-    if len(cloud) >= max(settings.min_points, 8):
+    if len(cloud) >= LEAST_POINTS:
         distance = float(np.median(cloud[:, 2]))
         margin = MARGIN * distance / focal
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
@@ -103,12 +82,12 @@ def label_object(
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, points3d, scores)
 
 
-def _cloud(inside: Array, points: Array, erosion: int, noise: float, most: int) -> Array:
-    """At most so many clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3]. Its outline, which
-    bounds the box, is kept more densely."""
+def _cloud(inside: Array, points: Array, erosion: int, noise: float) -> Array:
+    """At most `MOST_POINTS` clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3]. Its outline,
+    which bounds the box, is kept more densely."""
     inner = erode(inside, 1)
-    outline = subsample(np.argwhere(inside & ~inner), most // 2)
-    pixels = np.concatenate([outline, subsample(np.argwhere(inner), most - len(outline))])
+    outline = subsample(np.argwhere(inside & ~inner), MOST_POINTS // 2)
+    pixels = np.concatenate([outline, subsample(np.argwhere(inner), MOST_POINTS - len(outline))])
     cloud = clean_points(inside, points, pixels, erosion, noise).astype(np.float64)
     return cloud[inliers(cloud)]
 

@@ -15,7 +15,7 @@ from spear.errors import SpearError
 from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
-from spear.labels.objects import ESTIMATED, BoxSettings, label_object
+from spear.labels.objects import label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
 
@@ -57,12 +57,12 @@ def label(
     detector: Detector,
     segmenter: Segmenter,
     pointmap: PointMap,
-    settings: BoxSettings | None = None,
+    exact: bool | None = None,
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come, one label each; without any detection it has no objects.
 
     frames    images, with ground truth where the models read it; these get eight at a time.
-    settings  how boxes are fitted; None for those of `settings_for` the models.
+    exact     whether masks and depth are true; None: where they are ground truth.
 
     Raises `SpearError` for the first image that is bad or that a model refuses.
     """
@@ -74,7 +74,7 @@ def label(
         for work in works:
             if work.error is not None:
                 raise work.error
-            yield lift(work, settings)
+            yield lift(work, exact)
 
 
 def admit(frame: Frame) -> Work:
@@ -129,27 +129,22 @@ def _answers(
         return []
 
 
-def settings_for(segmenter: str, pointmap: str) -> BoxSettings:
-    """How boxes are fitted to these models' answers: exactly to the truth, else allowing for errors."""
-    return BoxSettings() if segmenter == pointmap == GROUND_TRUTH else ESTIMATED
-
-
-def lift(work: Work, settings: BoxSettings | None = None) -> LabeledImage:
-    """Fit the boxes of an image that has gone through all models; `settings`: None for those of
-    `settings_for` them. Points that are NaN, infinite or behind the camera count as unknown."""
+def lift(work: Work, exact: bool | None = None) -> LabeledImage:
+    """Fit the boxes of an image that has gone through all models; `exact` as in `label`. Points that are NaN,
+    infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, work.geometry
     known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
     geometry = replace(geometry, mask=known)
-    if settings is None:
-        settings = settings_for(work.provenance["segmenter"], work.provenance["pointmap"])
+    if exact is None:
+        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
     background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
     plane = support_plane(geometry.points[tuple(background.T)], up)
     noise = noise_level(geometry.points, geometry.mask)
     pairs = zip(work.detections, work.masks, strict=True)
-    lifted = (label_object(found, mask, geometry, plane, settings, taken, noise) for found, mask in pairs)
+    lifted = (label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs)
     height, width = frame.image.shape[:2]
     return LabeledImage(
         image=work.encoded or encode_jpeg(frame.image),

@@ -32,7 +32,7 @@ from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item, contents, digest
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
-from spear.labels.pipeline import EMPTY, settings_for
+from spear.labels.pipeline import EMPTY
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
 from spear.labels.store import QUESTIONS, SCHEMA, SKIPPED, ParquetWriter, footer, sweep
@@ -85,7 +85,6 @@ def prepare(options: LabelOptions) -> tuple[Graph, Iterator[Item], dict[str, Any
         raise SpearError(f"--{true} {GROUND_TRUTH}: {bare} comes without it: {ways}")
     kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
     settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
-    settings["boxes"] = dataclasses.asdict(settings_for(options.segmenter, options.pointmap))
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
         settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}

@@ -17,7 +17,6 @@ from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
 from spear.labels.fit.quality import compare, failings
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.models.protocols import Detection
-from spear.labels.objects import ESTIMATED, BoxSettings
 from spear.labels.pipeline import label
 from spear.types import Array, Box3D, Frame
 
@@ -43,7 +42,7 @@ class Leaks:
 @pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
 def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
     frame = replace(render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None)
-    seen = label([frame], GroundTruthDetector(), Leaks(pixels), GroundTruthPointMap(), ESTIMATED)
+    seen = label([frame], GroundTruthDetector(), Leaks(pixels), GroundTruthPointMap(), exact=False)
     result = compare(seen, [frame])
     assert result.center < 0.012 and result.iou > 0.7
 
@@ -52,7 +51,7 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
     truth = GroundTruthDetector(), GroundTruthPointMap()
     for pixels, why in ((0, ()), (3, ("compact",))):
-        (image,) = label([frame], truth[0], Leaks(pixels), truth[1], BoxSettings())  # takes masks as they are
+        (image,) = label([frame], truth[0], Leaks(pixels), truth[1], exact=True)  # takes masks as they are
         assert failings(image.objects[0].scores) == why
 
 
