@@ -77,8 +77,9 @@ def _describe_dataset(folder: Dataset) -> str:
         raise SpearError(f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}")
     cameras, axes = list[str](), dict[str, list[str]]()
     if isinstance(folder, LeRobotFolder):
-        info, steps = folder.info, counted(sum(episode.length for episode in folder.episodes), "steps")
-        what = f"a LeRobot dataset, {info.codebase_version}, {steps}, robot {info.robot_type or 'not named'}"
+        info, lengths = folder.info, [episode.length for episode in folder.episodes]
+        what = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
+        steps = f", {counted(sum(lengths), 'steps')} ({_spread(lengths)} each)"
         rate, texts = f"{info.fps:g} Hz", [task for episode in folder.episodes for task in episode.tasks]
         for name, feature in info.features.items():
             axes[name.replace(".", "/")] = feature.axes
@@ -86,11 +87,8 @@ def _describe_dataset(folder: Dataset) -> str:
                 size = " x ".join(map(str, feature.shape))
                 cameras.append(f"  {name.replace('.', '/'):<34} {feature.dtype}, {size}")
     else:
-        what, rate, instruction = (
-            f"an RLDS dataset, {folder.name} {folder.version}",
-            "not known",
-            DatasetSpec.instruction,
-        )
+        what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""
+        rate, instruction = "not known", DatasetSpec.instruction
         with contextlib.suppress(SpearError):  # RLDS does not hold the rate: the layout does
             spec = folder.spec()
             rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
@@ -100,7 +98,7 @@ def _describe_dataset(folder: Dataset) -> str:
         f"{folder.path}: {what}",
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}",
+        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}{steps}",
         f"looked at     {counted(len(read), 'episodes')} ({_spread([*map(row_count, read)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
