@@ -221,14 +221,11 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
     Raises `SpearError`: not a video, or one that does not say how long it is.
     """
     with opened(path) as (container, stream):
-        if stream.duration and stream.time_base:
-            seconds = float(stream.duration * stream.time_base)
-        elif container.duration:
-            seconds = container.duration / 1e6
-        else:
-            raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
         per_second = float(stream.average_rate or stream.guessed_rate or rate)
-    frames, stamp = stream.frames or round(seconds * per_second), stamp_of(path)
+        frames = stream.frames or round((container.duration or 0) / 1e6 * per_second)
+    if not frames:
+        raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
+    stamp = stamp_of(path)
     for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
         if index >= frames:
             return
