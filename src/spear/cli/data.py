@@ -189,14 +189,12 @@ def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | N
 def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
     """What `split_ranges` finds. Raises `SpearError` for a folder without a format, a layout or this split;
     makes nothing."""
-    from spear.data.readers.formats import Dataset, episode_counts, open_dataset
+    from spear.data.readers.formats import cameras, episode_counts
     from spear.data.readers.splits import split_ranges
 
-    ranges = split_ranges(episode_counts(path), split, path)
-    if isinstance(folder := open_dataset(path), Dataset):
-        cameras = folder.spec().images
-        if not {"external", "wrist"} & set(cameras):
-            raise SpearError(f"{path}: no camera external or wrist, but {', '.join(cameras)}: name them so")
+    ranges, there = split_ranges(episode_counts(path), split, path), cameras(path)
+    if not {"external", "wrist"} & {*there}:
+        raise SpearError(f"{path}: no camera external or wrist, but {', '.join(there)}: name them so")
     return ranges
 
 
