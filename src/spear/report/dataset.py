@@ -47,6 +47,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     counts = episode_counts(path)
     split = next(iter(counts))
     known = layout is not None or layout_known(path)
+    episodes: Iterator[dict[str, Any]]
     if known:
         episodes = map(_episode, read_episodes(path, split, layout, skipped))
     else:
