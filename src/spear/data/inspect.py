@@ -84,8 +84,9 @@ def _describe_dataset(folder: Dataset) -> str:
         for name, feature in info.features.items():
             axes[name.replace(".", "/")] = feature.axes
             if name in folder.cameras:
+                kind = "images in video" if feature.dtype == "video" else "images"
                 size = " x ".join(map(str, feature.shape))
-                cameras.append(f"  {name.replace('.', '/'):<34} {feature.dtype}, {size}")
+                cameras.append(f"  {name.replace('.', '/'):<34} {kind}, {size}")
     else:
         what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""
         rate, instruction = "not known", DatasetSpec.instruction
