@@ -156,6 +156,11 @@ def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPat
         assert "the disk is full: free some space" in refused("data", "datasets")
 
 
+def test_a_path_that_is_a_loop_of_links_is_one_line(refused: Command, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert str(tmp_path / "loop") in refused("data", "prepare", str(tmp_path / "loop"), "--out", "never")
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "list"]])
 def test_output_that_cannot_be_written_is_noticed(argv: list[str]) -> None:
     """Also what Python holds back until its end."""

@@ -150,6 +150,8 @@ def _one_line(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
         return FULL_DISK if full else f"weights: {error}: check the file and the disk"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Python's before 3.13
+        return f"{error}: check the path"
     if not isinstance(error, OSError):
         return None
     if error.errno in FULL:

@@ -24,7 +24,7 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise SpearError(f"{path}: no picture in this video: leave it out")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        why = f"not a whole video ({error.strerror})"
+        why = "no such video" if isinstance(error, FileNotFoundError) else f"broken video ({error.strerror})"
         raise SpearError(f"{path}: {why}: copy it again, or leave it out") from error
 
 
