@@ -44,7 +44,7 @@ class Options:
             for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within)):
                 for number in value if isinstance(value, tuple) else (value,):
                     if isinstance(number, int | float) and not mark.least <= number <= mark.most:
-                        bound = f"least {mark.least:g}" if number < mark.least else f"most {mark.most:g}"
+                        bound = f"most {mark.most:g}" if number > mark.most else f"least {mark.least:g}"
                         raise SpearError(f"{option_name(name)} {number:g}: give at {bound}")
 
 
