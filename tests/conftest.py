@@ -1,5 +1,6 @@
 """Fixtures and settings that all tests share."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,12 @@ from spear.cli import main
 settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("spear")
 torch.set_num_threads(1)
+gc.disable()  # nothing of what is imported is garbage: a tenth of the time went into looking
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,19 @@ What the columns mean is told by the `spear.json` in the folder, as for RLDS (ou
 LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from spear.data.actions import first_bad, no_steps
 from spear.data.readers.layout import Sources, split_column
@@ -65,7 +66,7 @@ class Info(BaseModel):
     features: Annotated[dict[str, Feature], Field(min_length=1)]
     data_path: str
     video_path: str | None = None
-    chunks_size: int = 1000
+    chunks_size: PositiveInt = 1000
     robot_type: Any = None
     total_episodes: int | None = None
     splits: dict[str, Any] | None = None
@@ -80,11 +81,11 @@ class Info(BaseModel):
 class LeRobotEpisode:
     """Where one episode is; videos: feature -> (file, first time, end time) in s."""
 
-    index: int
-    length: int
-    tasks: Sequence[str]
+    index: NonNegativeInt
+    length: NonNegativeInt
+    tasks: list[str]
     data: Path
-    videos: Mapping[str, tuple[Path, float, float]]
+    videos: dict[str, tuple[Path, float, float]]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class LeRobotFolder:
     path: Path
     name: str
     info: Info
-    splits: Mapping[str, tuple[int, int]]
-    tasks: Mapping[int, str]
-    episodes: Sequence[LeRobotEpisode]
+    splits: dict[str, tuple[int, int]]
+    tasks: dict[int, str]
+    episodes: list[LeRobotEpisode]
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -208,16 +209,17 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
             raise ValueError("one task_index or episode_index is there twice")
         if info.total_episodes not in (None, len(episodes)):
             raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
+        splits = _splits(info, len(episodes))
+        found = LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
     except ValidationError as error:
         key, why = said(error)
         hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
         raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
         raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
-    splits = _splits(info, len(episodes))
     if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
         notice(f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})")
-    return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
+    return found
 
 
 def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
@@ -285,7 +287,7 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
 
 
 def _values(column: pa.ChunkedArray, folder: Path) -> Any:
-    """A column as an array with the steps first, or as a list of bytes for images and texts."""
+    """A column as an array with the steps first, a list of bytes for images and texts, or why neither."""
     kind = column.type
     if pa.types.is_struct(kind):
         return [_image(row or {}, folder) for row in column.to_pylist()]
@@ -295,7 +297,11 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     flat = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
     if flat and not values.null_count:
         return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), kind.list_size)
-    return np.array(column.to_pylist())
+    found = np.array(column.to_pylist())
+    if found.dtype == object:  # of numbers, some are missing: NaN
+        with contextlib.suppress(TypeError):
+            found = found.astype(float)
+    return found if found.dtype.kind in "biuf" else f"it holds {kind}"
 
 
 def _image(cell: Mapping[str, Any], folder: Path) -> bytes:

@@ -74,8 +74,8 @@ class RldsFolder:
                 return no_steps(f"{file} record {index}")
             once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
-        except (ValueError, KeyError, zlib.error) as error:
-            return SpearError(f"broken record: {file} record {index}: {error}; copy the file again")
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            return SpearError(f"broken record: {file} record {index}: {error}; copy the dataset again")
 
 
 def _in_rows(value: Any, rows: int) -> Any:
@@ -109,10 +109,10 @@ def open_rlds(path: str | Path) -> RldsFolder:
     try:
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise SpearError(f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord")
-        splits = {split["name"]: _shards(folder, info["name"], split) for split in info["splits"]}
+        splits = {str(split["name"]): _shards(folder, info["name"], split) for split in info["splits"]}
         if not splits:
             raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
-        return RldsFolder(folder, info["name"], info.get("version", ""), splits, features)
+        return RldsFolder(folder, str(info["name"]), str(info.get("version", "")), splits, features)
     except (KeyError, TypeError, ValueError) as error:
         raise SpearError(f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again") from error
 
