@@ -5,6 +5,7 @@ What no column can say (where the gripper's own axes point, the rate of RLDS) is
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     episodes = [dict(leaves(steps)) for _, steps in read if not isinstance(steps, SpearError)]
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
+    has = [frozenset((n, type(v), np.shape(v)[1:]) for n, v in each.items()) for each in episodes]
+    usual = Counter(has).most_common(1)[0][0]
+    episodes = [each for each, columns in zip(episodes, has, strict=True) if columns == usual]
     facts = {"tool_rotation": "no column can say it: see docs/data.md"}
     rate = folder.info.fps if isinstance(folder, LeRobotFolder) else 5.0
     found: dict[str, Any] = {"images": _cameras(folder.steps(split), facts, rate)}

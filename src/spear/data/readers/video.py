@@ -17,7 +17,7 @@ from spear.types import Array
 def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and stream of a video. Raises SpearError for a missing file, one that is no video, and
     inside of it where the video breaks off."""
-    av = _av()
+    av = need("av", "data", "a video")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -53,7 +53,7 @@ class VideoWriter:
         if height % 2 or width % 2 or min(height, width) < 64:
             why = f"no video of {width} x {height} pixels: AV1 needs even sides of at least 64"
             raise SpearError(f"{why}: write images, or prepare the data first, with --size")
-        av = _av()
+        av = need("av", "data", "a video")
         if "libsvtav1" not in av.codecs_available:
             raise SpearError("this PyAV has no AV1 encoder: write images, or pip install --upgrade av")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,8 @@ class VideoWriter:
 
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
-        frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        av = need("av", "data", "a video")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         with nullcontext() if self.frames else _as_urgent_as_before():  # the first frame starts the encoder
             self._mux(self._stream.encode(frame))
         self.frames += 1
@@ -100,9 +101,3 @@ def _as_urgent_as_before() -> Iterator[None]:
         for thread in map(int, os.listdir("/proc/self/task")):
             with suppress(OSError):  # it has ended
                 os.sched_setscheduler(thread, policy, urgency)
-
-
-def _av() -> Any:
-    av = need("av", "data", "a video")
-    av.logging.set_level(av.logging.ERROR)
-    return av
