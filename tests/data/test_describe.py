@@ -1,7 +1,6 @@
 """A proposed spear.json: what the columns say, and what they leave open."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.spatial.transform import Rotation
 
+from data_tiny import copied
 from refusals import refuses
 from spear.cli import main
 from spear.data.audit import audit
@@ -40,11 +40,9 @@ def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, n
 
 def rewritten(shared: Path, folder: Path, change: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Path:
     """A copy of the real sample, whose states and actions, both [T, 7], are what `change` makes of them."""
-    whole = shared / "data" / "lerobot" / "v3.0_image"
-    copy = shutil.copytree(whole, folder / "copy", copy_function=shutil.copyfile)
+    copy = copied(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
     (file,) = copy.glob("data/*/*.parquet")
     table, names = pq.read_table(file), ("observation.state", "action")
-    file.chmod(0o644)
     for name, values in zip(names, change(*(np.array(table[n].to_pylist()) for n in names)), strict=True):
         column = pa.array(list(values.astype(np.float32)))
         table = table.set_column(table.column_names.index(name), name, column)
@@ -132,7 +130,7 @@ def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["data", "describe", str(shared / "data" / "bridge_v2_sample")]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["facts"] and "1.0.0/spear.json is to be this" in said.err  # where it is found
-    copy = shutil.copytree(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy")
+    copy = copied(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy", None)
     layout = copy / "spear.json"  # not there before
     codes = [main(["data", "describe", str(copy), "--out", str(layout)]) for _ in range(2)]
     assert codes == [0, 2] and json.loads(layout.read_text())["facts"]

@@ -10,7 +10,7 @@ import pytest
 from labels_scenes import TRUTH, random_frame
 from refusals import refuses
 from spear.labels.pipeline import label
-from spear.labels.store import choose, count, read, write_labels
+from spear.labels.store import SCHEMA, choose, count, read, write_labels
 from spear.types import LabeledImage
 
 
@@ -57,6 +57,10 @@ def test_broken_shards_and_other_files_are_named(labels: list[LabeledImage], tmp
     refuses(r"labels-00000\.parquet: broken.*label it again", count, tmp_path)
     path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
     refuses(r"labels-00000\.parquet: broken", list, read(path))
+    for change in ({"width": None}, {"unit": "inch"}, {"provenance": ""}, {"intrinsics": [np.nan] * 9}):
+        (first, *rest) = pq.read_table(pa.BufferReader(whole)).to_pylist()
+        pq.write_table(pa.Table.from_pylist([first | change, *rest], SCHEMA), path)
+        refuses(r"labels-00000\.parquet: broken", list, read(path, pixels=False))
     path.unlink()
     refuses("no label shards", count, tmp_path)
     refuses("no label shards", list, read(tmp_path / "absent"))

@@ -1,5 +1,7 @@
 """Small robot episodes and pictures for tests."""
 
+import json
+import shutil
 import struct
 import zlib
 from collections.abc import Iterable
@@ -12,6 +14,19 @@ from crc32c import crc32c
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.types import Episode
 from spear.util.images import encode_jpeg, encode_picture
+
+LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
+"""Of the real samples in LeRobot's format."""
+
+
+def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
+    """A copy that can be written to."""
+    shutil.copytree(folder, target)
+    for path in [target, *target.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if layout is not None:
+        (target / "spear.json").write_text(json.dumps(layout))
+    return target
 
 
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:

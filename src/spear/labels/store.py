@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError, first_line
-from spear.types import Array, Box3D, LabeledImage, LabeledObject
+from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import writing
 
 SKIPPED = "skipped.parquet"
@@ -134,7 +134,7 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     for shard in shards_in(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
-            yield from map(_from_row, _read_group(file, group, shard, pixels).to_pylist())
+            yield from _labels(_read_group(file, group, shard, pixels), shard)
 
 
 def count(path: str | Path) -> int:
@@ -144,7 +144,7 @@ def count(path: str | Path) -> int:
 
 def choose(path: str | Path, images: int) -> list[LabeledImage]:
     """At most `images` labels, spread evenly over a shard or folder; only their row groups are read."""
-    total, first, found = count(path), 0, list[dict[str, Any]]()
+    total, first, found = count(path), 0, list[LabeledImage]()
     shown = min(images, total)
     wanted = [i * total // shown for i in range(shown)]
     for shard in shards_in(path):
@@ -152,9 +152,9 @@ def choose(path: str | Path, images: int) -> list[LabeledImage]:
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
             if rows := [row - first for row in wanted if first <= row < end]:
-                found += _read_group(file, group, shard).take(rows).to_pylist()
+                found += _labels(_read_group(file, group, shard).take(rows), shard)
             first = end
-    return [_from_row(row) for row in found]
+    return found
 
 
 def shards_in(path: str | Path) -> list[Path]:
@@ -176,7 +176,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turns the errors of reading a Parquet file into one line that says what to do."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SpearError(f"{path}: broken ({first_line(error)}): delete it and label it again") from error
 
 
@@ -195,8 +195,16 @@ def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = Tru
         return file.read_row_group(group, columns=columns, use_threads=False)
 
 
+def _labels(rows: pa.Table, path: Path) -> list[LabeledImage]:
+    with reading(path):
+        return [_from_row(row) for row in rows.to_pylist()]
+
+
 def _floats(values: Any, *shape: int) -> Array:
-    return np.array(values, np.float32).reshape(shape or -1)
+    found = np.array(values, np.float32).reshape(shape or -1)
+    if shape and not np.isfinite(found).all():  # what is read
+        raise ValueError("a number is missing")
+    return found
 
 
 def _to_row(label: LabeledImage) -> dict[str, Any]:
@@ -222,11 +230,16 @@ def _object_to_row(o: LabeledObject) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> LabeledImage:
     made = {
         "image": row["image"]["bytes"] if "image" in row else b"",
-        "intrinsics": np.array(row["intrinsics"]).reshape(3, 3),
+        "intrinsics": np.array(row["intrinsics"], np.float64).reshape(3, 3),
         "objects": [_object_from_row(o) for o in row["objects"]],
         "provenance": json.loads(row["provenance"]),
     }
-    return LabeledImage(**row | made)
+    label = LabeledImage(**row | made)
+    given = None not in (label.image, label.source, *(o.name for o in label.objects))
+    positive = min(label.width, label.height, *label.intrinsics.diagonal()) > 0
+    if not (given and positive and np.isfinite(label.intrinsics).all() and label.unit in get_args(Unit)):
+        raise ValueError(f"image, source, name, size, intrinsics or unit of {label.source}")
+    return label
 
 
 def _object_from_row(row: dict[str, Any]) -> LabeledObject:
@@ -266,5 +279,5 @@ def read_depth(folder: Path) -> DepthImages:
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
     with reading(folder):
         rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
-    shaped = (np.frombuffer(row["depth"], np.float16).reshape(row["height"], row["width"]) for row in rows)
-    return [(row["image"], depth) for row, depth in zip(rows, shaped, strict=True)]
+        depths = (np.frombuffer(r["depth"], np.float16).reshape(r["height"], r["width"]) for r in rows)
+        return [(row["image"], depth) for row, depth in zip(rows, depths, strict=True)]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import make
+from data_tiny import LAYOUT, copied, make
 from refusals import refuses
 from spear.data.describe import describe
 from spear.data.inspect import inspect
@@ -24,7 +24,6 @@ from spear.errors import Notice, SpearError
 from spear.util.images import decode_image
 
 VERSIONS = ("v2.1_video", "v3.0_image", "v3.0_video")
-LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +35,6 @@ def lerobot(shared: Path) -> Path:
 def raw(shared: Path) -> list[Any]:
     """The same episodes as the RLDS folder has them."""
     return [steps for _, steps in open_rlds(shared / "data/bridge_v2_sample").steps("train[:8]")]
-
-
-def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
-    shutil.copytree(folder, target)
-    for path in [target, *target.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    if layout is not None:
-        (target / "spear.json").write_text(json.dumps(layout))
-    return target
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -84,7 +74,6 @@ def change_rows(file: Path, change: Any) -> None:
 
 
 def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
-    """What can only go wrong with files of one episode each; the rest is in test_bad_input.py."""
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
     change_rows(data / "episode_000002.parquet", lambda t: t.slice(0, 9))

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from data_tiny import assert_same, write_records
+from data_tiny import assert_same, copied, write_records
 from refusals import refuses
 from spear.data.audit import audit
 from spear.data.describe import describe
@@ -43,11 +42,7 @@ def bridge(shared: Path) -> Path:
 
 @pytest.fixture
 def copy(bridge: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "rlds"
-    folder.mkdir()
-    for file in (bridge / "1.0.0").iterdir():
-        shutil.copyfile(file, folder / file.name)
-    return folder
+    return copied(bridge / "1.0.0", tmp_path / "rlds", None)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -47,8 +47,12 @@ class Shard:
     def __init__(self, batch: pa.RecordBatch, images: Path) -> None:
         batch.validate(full=True)
         columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
+        if any(column.null_count for name, column in columns.items() if name != "success"):
+            raise ValueError("a cell is empty")
         self.words = {name: columns[name] for name in ("instruction", "source", "success")}
         self.rates_hz = columns["rate_hz"].to_numpy()
+        if not 0 < self.rates_hz.min() <= self.rates_hz.max() < np.inf:
+            raise ValueError("a rate_hz is none")
         self.offsets = columns["gripper"].offsets.to_numpy()
         steps = int(self.offsets[-1])
         self.position = flat_rows(columns["position"], 3, steps)
