@@ -16,7 +16,6 @@ from spear.types import Episode
 from spear.util.images import encode_jpeg, encode_picture
 
 LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
-"""Of the real samples in LeRobot's format."""
 
 
 def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:

@@ -170,13 +170,14 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     other = Regression()
     other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     refuses(r"model\.0\.weight", go, other, SMALL, tmp_path)
-    found = newest(tmp_path / "checkpoints")
-    latest, _ = found
+    latest, _ = newest(tmp_path / "checkpoints")
     (weights,) = latest.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
     refuses("step-00000004", go, Regression(), SMALL, tmp_path)
-    (latest / "state.json").write_text('{"step": 4, "settings": {"seed": 0}}')
-    refuses("pieces", go, Regression(), SMALL, tmp_path)
+    state = json.loads((latest / "state.json").read_text())
+    for change, key in (({"settings": {"seed": 0}}, "pieces"), ({"counts": {"0.bias": None}}, "counts")):
+        (latest / "state.json").write_text(json.dumps({**state, **change}))
+        refuses(key, go, Regression(), SMALL, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -224,11 +225,10 @@ def test_ended_by_a_signal_and_the_same_again(
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code
-    found = newest(ended / "checkpoints")
-    done = losses(ended)[-1][0]
-    assert found is not None and 12 <= done < SMALL.steps
-    kept = found[1]["step"]
+    done, kept = losses(ended)[-1][0], newest(ended / "checkpoints")[1]["step"]
+    assert 12 <= done < SMALL.steps
     assert kept == done if number != signal.SIGKILL else 0 < kept <= done
+    (log := ended / "log.jsonl").write_bytes(log.read_bytes() + b"{\xff\n")  # a disk's mistake
     go(Regression(), SMALL, ended, seed=3)
     assert json.dumps(losses(whole)) == json.dumps(losses(ended))
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from spear.data.readers.spec import said
 from spear.errors import SpearError
 from spear.train import parallel
 from spear.train.optimize import Stepper
@@ -34,6 +36,26 @@ _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Checkpo
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
 
 
+class Settings(BaseModel):
+    """What of a run's settings is asked for when it continues."""
+
+    seed: int
+    pieces: PositiveInt
+    about: dict[str, Any]
+    optimization: dict[str, Any]
+
+
+class State(BaseModel):
+    """What is asked for of `state.json`; counts: parameter → steps that it has taken."""
+
+    settings: Settings
+    step: NonNegativeInt
+    skipped: NonNegativeInt
+    counts: dict[str, float]
+    minutes: float = 0.0
+    earlier: list[dict[str, Any]] = []
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint with the highest step in `folder` and its `state.json` (what `Checkpoints.save` was
     given, and "step"), or None. Raises `SpearError` for one that cannot be read."""
@@ -41,9 +63,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if path is None:
         return None
     state = read_json(path, INSTEAD)
-    known = {*state, *state.get("settings", ())}
-    if missing := {"step", "skipped", "counts", "seed", "pieces", "about"} - known:
-        raise SpearError(f"checkpoint {path} lacks {', '.join(sorted(missing))}: {INSTEAD}")
+    try:
+        State.model_validate(state)
+    except ValidationError as error:
+        raise SpearError(f"checkpoint {path}: {' '.join(said(error))}: {INSTEAD}") from error
     return path.parent, state
 
 
@@ -130,7 +153,7 @@ class Checkpoints:
             tensors = self._tensors()
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
-                    what = f"checkpoint {path} is of another model or other settings ({key} differs)"
+                    what = f"checkpoint {path} is of another model or other settings, or lacks a file ({key})"
                     raise SpearError(f"{what}: use a new --out folder")
             dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except _FAILED as error:
@@ -152,7 +175,7 @@ class Checkpoints:
             state.pop(parameter, None)
             if (count := counts.get(self._names[parameter])) is not None:
                 made = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
-                step = torch.full((), count, device=parameter.device)
+                step = torch.full((), float(count), device=parameter.device)
                 state[parameter] = {"step": step, **made}
 
 

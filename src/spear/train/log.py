@@ -31,9 +31,8 @@ class Logger:
         self.started, self.first = time.perf_counter(), first_step
         self.waited, self.written = 0.0, self.started
         path = out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        whole = (line for line in lines if line.endswith("\n"))  # the last one may be cut off
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+        write_text(path, "".join(line for line in lines if _step(line) <= first_step))
         self.file = path.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -114,3 +113,11 @@ def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
                 place = place.setdefault(folder, {})
             place[name] = file.get_tensor(key)
     return batch, about
+
+
+def _step(line: str) -> float:
+    """Of which step a line of the log is; infinite for one that is broken, as the last may be cut off."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
