@@ -19,7 +19,6 @@ LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/i
 
 
 def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
-    """A copy that can be written to."""
     shutil.copytree(folder, target)
     for path in [target, *target.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -9,11 +9,13 @@ are to be run. Only whole lines count.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeInt
+from pydantic.dataclasses import dataclass
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -43,14 +45,14 @@ class Outcome:
     """
 
     family: str
-    seed: int
+    seed: NonNegativeInt
     instruction: str
     success: bool
     reached: bool
     grasped: bool
     wrong_object_moved: bool
-    unreachable: int
-    steps: int
+    unreachable: NonNegativeInt
+    steps: NonNegativeInt
 
     @property
     def film_name(self) -> str:

@@ -174,7 +174,6 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
     for broken in (file, folder / "data/chunk-000/file-000.parquet"):
         broken.write_bytes(broken.read_bytes()[:-2000])
         refuses(rf"no good episode.*{broken}", inspect, folder)
-
     folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
     change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
     refuses(r"file-000\.parquet: .*episode_index", next, read_episodes(folder))
