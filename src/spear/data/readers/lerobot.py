@@ -291,13 +291,15 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     kind = column.type
     if pa.types.is_struct(kind):
         return [_image(row or {}, folder) for row in column.to_pylist()]
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return [(text or "").encode() for text in column.to_pylist()]
     values = column.combine_chunks()
     flat = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
     if flat and not values.null_count:
         return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), kind.list_size)
-    found = np.array(column.to_pylist())
+    cells = column.to_pylist()
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if texts or any(isinstance(cell, str | bytes) for cell in cells):
+        return [(cell.encode() if isinstance(cell, str) else cell) or b"" for cell in cells]
+    found = np.array(cells)
     if found.dtype == object:  # of numbers, some are missing: NaN
         with contextlib.suppress(TypeError):
             found = found.astype(float)
