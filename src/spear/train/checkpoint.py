@@ -42,7 +42,7 @@ class Settings(BaseModel):
     seed: int
     pieces: PositiveInt
     about: dict[str, Any]
-    optimization: dict[str, Any]
+    optimization: dict[str, Any] = {}
 
 
 class State(BaseModel):

@@ -252,7 +252,7 @@ def state_to_continue(
 
 def history(state: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a run of this `state` was set to before it was changed (last to `settings`), until which step."""
-    now, before = plain(settings), state["settings"]["optimization"]
+    now, before = plain(settings), state["settings"].get("optimization", {})
     changed = {k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v}  # pieces stay
     return [*state.get("earlier", []), *([{"until_step": state["step"], **changed}] if changed else [])]
 
