@@ -74,7 +74,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     episodes = [dict(leaves(steps)) for _, steps in read if not isinstance(steps, SpearError)]
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
-    has = [frozenset((n, type(v), np.shape(v)[1:]) for n, v in each.items()) for each in episodes]
+    has = [frozenset((n, type(v), getattr(v, "shape", ())[1:]) for n, v in each.items()) for each in episodes]
     usual = Counter(has).most_common(1)[0][0]
     episodes = [each for each, columns in zip(episodes, has, strict=True) if columns == usual]
     facts = {"tool_rotation": "no column can say it: see docs/data.md"}

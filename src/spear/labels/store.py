@@ -172,12 +172,12 @@ def footer(path: Path, key: str) -> bytes | None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, advice: str = "delete it and label it again") -> Iterator[None]:
     """Turns the errors of reading a Parquet file into one line that says what to do."""
     try:
         yield
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SpearError(f"{path}: broken ({first_line(error)}): delete it and label it again") from error
+        raise SpearError(f"{path}: broken ({first_line(error)}): {advice}") from error
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -200,9 +200,13 @@ def _labels(rows: pa.Table, path: Path) -> list[LabeledImage]:
         return [_from_row(row) for row in rows.to_pylist()]
 
 
+def _flat(values: Any) -> Array:
+    return np.array(values, np.float32).ravel()
+
+
 def _floats(values: Any, *shape: int) -> Array:
-    found = np.array(values, np.float32).reshape(shape or -1)
-    if shape and not np.isfinite(found).all():  # what is read
+    found = np.array(values, np.float32).reshape(shape)
+    if not np.isfinite(found).all():
         raise ValueError("a number is missing")
     return found
 
@@ -219,10 +223,10 @@ def _to_row(label: LabeledImage) -> dict[str, Any]:
 def _object_to_row(o: LabeledObject) -> dict[str, Any]:
     box = o.box3d
     return vars(o) | {
-        "box2d": _floats(o.box2d),
+        "box2d": _flat(o.box2d),
         "mask": list(o.mask),
-        "box3d": box and {name: _floats(getattr(box, name)) for name in _SHAPES},
-        "keypoints": {k: _floats(v) for k, v in o.keypoints.items()} or None,
+        "box3d": box and {name: _flat(getattr(box, name)) for name in _SHAPES},
+        "keypoints": {k: _flat(v) for k, v in o.keypoints.items()} or None,
         "scores": json.dumps(dict(o.scores), sort_keys=True),
     }
 

@@ -36,7 +36,7 @@ _FAILED = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, Checkpo
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, extra="allow"):
     """What of a run's settings is asked for when it continues."""
 
     seed: int
@@ -45,7 +45,7 @@ class Settings(BaseModel):
     optimization: dict[str, Any] = {}
 
 
-class State(BaseModel):
+class State(BaseModel, extra="allow"):
     """What is asked for of `state.json`; counts: parameter → steps that it has taken."""
 
     settings: Settings
@@ -57,17 +57,17 @@ class State(BaseModel):
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint with the highest step in `folder` and its `state.json` (what `Checkpoints.save` was
-    given, and "step"), or None. Raises `SpearError` for one that cannot be read."""
+    """The checkpoint with the highest step in `folder` and its `State`, as a dict, or None.
+
+    Raises `SpearError` for one that cannot be read.
+    """
     path = max(folder.glob(f"{_NAME}/state.json"), default=None)
     if path is None:
         return None
-    state = read_json(path, INSTEAD)
     try:
-        State.model_validate(state)
+        return path.parent, State.model_validate(read_json(path, INSTEAD)).model_dump()
     except ValidationError as error:
         raise SpearError(f"checkpoint {path}: {' '.join(said(error))}: {INSTEAD}") from error
-    return path.parent, state
 
 
 class Checkpoints:
@@ -175,7 +175,7 @@ class Checkpoints:
             state.pop(parameter, None)
             if (count := counts.get(self._names[parameter])) is not None:
                 made = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
-                step = torch.full((), float(count), device=parameter.device)
+                step = torch.full((), count, device=parameter.device)
                 state[parameter] = {"step": step, **made}
 
 

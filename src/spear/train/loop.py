@@ -138,7 +138,7 @@ def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
     if found is None:
         return opt if bfloat16_is_fast(device) else dataclasses.replace(opt, **full)
     before = found[1]["settings"]
-    if before.get("optimization", {}).get("precision") == "fp32":
+    if before["optimization"].get("precision") == "fp32":
         opt = dataclasses.replace(opt, **full)
     pieces = before["pieces"]
     if pieces % parallel.world():
@@ -183,7 +183,7 @@ def run(
         if found is not None:
             latest, state = found
             checkpoints.load(latest, state["counts"])
-            first, skipped, minutes = state["step"], state["skipped"], state.get("minutes", 0.0)
+            first, skipped, minutes = state["step"], state["skipped"], state["minutes"]
             earlier = history(state, settings["optimization"])
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
@@ -252,9 +252,9 @@ def state_to_continue(
 
 def history(state: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a run of this `state` was set to before it was changed (last to `settings`), until which step."""
-    now, before = plain(settings), state["settings"].get("optimization", {})
+    now, before = plain(settings), state["settings"]["optimization"]
     changed = {k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v}  # pieces stay
-    return [*state.get("earlier", []), *([{"until_step": state["step"], **changed}] if changed else [])]
+    return [*state["earlier"], *([{"until_step": state["step"], **changed}] if changed else [])]
 
 
 def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:

@@ -58,7 +58,7 @@ def train(
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
-    otherwise = found is not None and earlier != found[1].get("earlier", [])
+    otherwise = found is not None and earlier != found[1]["earlier"]
     was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
     notes = {
         f"training in float32, {why}": opt.precision != asked.precision,

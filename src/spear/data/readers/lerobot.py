@@ -297,7 +297,7 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
         return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), kind.list_size)
     cells = column.to_pylist()
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if texts or any(isinstance(cell, str | bytes) for cell in cells):
+    if texts or isinstance(next((cell for cell in cells if cell is not None), None), str | bytes):
         return [(cell.encode() if isinstance(cell, str) else cell) or b"" for cell in cells]
     found = np.array(cells)
     if found.dtype == object:  # of numbers, some are missing: NaN

@@ -64,12 +64,11 @@ class VideoWriter:
         options = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
         stream: Any = self._container.add_stream("libsvtav1", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        self._stream = stream
+        self._stream, self._frame = stream, av.VideoFrame.from_ndarray
 
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
-        av = need("av", "data", "a video")
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = self._frame(np.ascontiguousarray(image), format="rgb24")
         with nullcontext() if self.frames else _as_urgent_as_before():  # the first frame starts the encoder
             self._mux(self._stream.encode(frame))
         self.frames += 1

@@ -52,7 +52,7 @@ class Shard:
         self.words = {name: columns[name] for name in ("instruction", "source", "success")}
         self.rates_hz = columns["rate_hz"].to_numpy()
         if not 0 < self.rates_hz.min() <= self.rates_hz.max() < np.inf:
-            raise ValueError("a rate_hz is none")
+            raise ValueError("a rate_hz is not above 0")
         self.offsets = columns["gripper"].offsets.to_numpy()
         steps = int(self.offsets[-1])
         self.position = flat_rows(columns["position"], 3, steps)

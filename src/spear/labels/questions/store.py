@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError, check_known
+from spear.errors import check_known
 from spear.labels.questions.generate import generate, spoken
 from spear.labels.questions.statistics import write_card
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
-from spear.labels.store import QUESTIONS, ParquetWriter, count, read
+from spear.labels.store import QUESTIONS, ParquetWriter, count, read, reading
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
@@ -67,15 +67,13 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     path = folder / QUESTIONS
     if not path.is_file():
         return
-    try:
+    with reading(path, "write it again with `spear questions`"):
         for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
             for row in batch.to_pylist():
                 said = json.loads(row["segments"])
                 segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in said]
                 objects = tuple(row["objects"])
                 yield row["source"], Question(row["family"], row["prompt"], segments, objects, row["unit"])
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise SpearError(f"{path}: broken ({error}): write it again with `spear questions`") from error
 
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
