@@ -59,12 +59,17 @@ def reduced(name: str, layers: int | None = None, side: int | None = None) -> Pr
     )
 
 
+def one(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """SPEAR-1 with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):  # a GPU draws three billion random numbers in no time
+        return Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
+
+
 def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
-    torch.manual_seed(0)
     # In the wanted precision before π0 is made: at full size there is no room for both in float32.
-    with torch.device(device):  # a GPU draws three billion random numbers in no time
-        ours = Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
+    ours = one(size, dtype, device)
     text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
     vlm = PaliGemmaConfig(
         vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},

@@ -2,7 +2,7 @@
 parts.
 
     python benchmarks/models/train_step.py --presets nano small
-    python benchmarks/models/train_step.py --device cuda --presets spear1 --dtype bfloat16 --batch-size 16
+    python benchmarks/models/train_step.py --device cuda --presets spear1 --batch-size 16 --alone
 
 Forward, backward and a fused AdamW step on one batch in memory, in bfloat16 by autocast or in float32, runs
 in turn. One flow sample per observation on both sides. MFU: 6 operations per learning weight and token (4
@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from pi0_pair import observation, pair, reduced
+from pi0_pair import observation, one, pair, reduced
 from spear.doctor import machine
 from spear.types import Action
 from timing import Times, race
@@ -72,6 +72,7 @@ def main(
     repeats: int = 5,
     threads: int | None = None,
     processor_time: bool = False,
+    alone: bool = False,
 ) -> None:
     """Measure, and print a table.
 
@@ -80,6 +81,7 @@ def main(
         dtype: bfloat16 is float32 weights under autocast. layers: at most so many per network.
         repeats: of either side. threads: of PyTorch on a CPU.
         processor_time: processor time instead of the clock's, for a busy machine (CPU).
+        alone: without π0: both at full size need more memory than a GPU has.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -95,7 +97,7 @@ def main(
         size = reduced(name, layers)
         tokens = (size.vision["image_size"] // size.vision["patch_size"]) ** 2
         for what in frozen:
-            ours, theirs = pair(size, device=device)
+            ours, theirs = (one(size, device=device), None) if alone else pair(size, device=device)
             mine, given = observation(size, views, batch_size, TEXT, torch.float32, device)
             noise = mine.pop("noise").to_vector()
             time = torch.rand(batch_size, 1, device=device)
@@ -110,14 +112,14 @@ def main(
                         time=time,  # noqa: B023
                     ).loss
                 ),
-                "π0": lambda: theirs(  # noqa: B023
+                "π0": lambda: theirs(  # type: ignore[misc]  # noqa: B023
                     **given,  # noqa: B023
                     actions=target,  # noqa: B023
                     timestep=1 - time[:, 0],  # noqa: B023
                 ).loss.mean(),
             }
             runs = {}
-            for side, model in (("ours", ours), ("π0", theirs)):
+            for side, model in (("ours", ours), *([] if theirs is None else [("π0", theirs)])):
                 freeze(model.vlm if side == "ours" else model.model.vlm, what)
                 learning = [p for p in model.train().parameters() if p.requires_grad]
                 optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=True)
@@ -132,7 +134,7 @@ def main(
                 runs[side] = step
             found = race(runs, device, repeats, processor_time, warm_ups=1)
             flops = operations(ours, tokens, views, batch_size)
-            a, b = found["ours"], found["π0"]
+            a, b = found["ours"], found.get("π0", "–")
             both = isinstance(a, Times) and isinstance(b, Times)
             ratio = f"{b.median / a.median:.2f}" if both else "–"  # type: ignore[union-attr]
             use = [

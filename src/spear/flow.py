@@ -229,12 +229,26 @@ def loss(
     return total, parts
 
 
+def euler(state: Action, prediction: Action, time: Tensor, k: int, steps: int, config: FlowConfig) -> Action:
+    """Step k of `integrate`: from the state at its time to the next."""
+    if config.prediction == "clean":
+        return _towards(state, prediction, 1 / (steps - k), config)
+    velocity = prediction_to_velocity(prediction, state, time, config)
+    rotation = _advance(state.rotation, velocity.rotation, 1 / steps, config)
+    if config.rotation == "s3":
+        # Rounding alone would drift off the sphere over many steps.
+        rotation = quat_canonical(quat_normalize(rotation))
+    translation = state.translation + velocity.translation / steps
+    return Action(translation, rotation, state.gripper + velocity.gripper / steps)
+
+
 def integrate(
     predict: Callable[[Action, Tensor], Action],
     noise: Action,
     steps: int,
     config: FlowConfig,
     committed: Committed | None = None,
+    advance: Callable[..., Action] = euler,
 ) -> Action:
     """From noise [..., H, ·] to an action in `steps` equal Euler steps; rotations end unit and canonical.
 
@@ -242,6 +256,7 @@ def integrate(
     step is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
 
     What is committed stays as it is, at time 1, as in training with `sample_held`: predict gets [..., H].
+    advance: `euler`, or what computes the same.
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")
@@ -251,17 +266,7 @@ def integrate(
         time = torch.full_like(noise.translation[..., 0, 0], k / steps)
         if committed is not None:
             time = torch.where(committed.held, 1.0, time[..., None])
-        prediction = predict(state, time)
-        if config.prediction == "clean":
-            state = keep(_towards(state, prediction, 1 / (steps - k), config))
-            continue
-        velocity = prediction_to_velocity(prediction, state, time, config)
-        rotation = _advance(state.rotation, velocity.rotation, 1 / steps, config)
-        if config.rotation == "s3":
-            # Rounding alone would drift off the sphere over many steps.
-            rotation = quat_canonical(quat_normalize(rotation))
-        translation = state.translation + velocity.translation / steps
-        state = keep(Action(translation, rotation, state.gripper + velocity.gripper / steps))
+        state = keep(advance(state, predict(state, time), time, k, steps, config))
     return keep(Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper))
 
 

@@ -102,7 +102,7 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
     calls: list[int] = []
     model.sample_actions(**given, noise=noise)  # the first goes through the plain network too
-    model.vlm.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    model.vlm.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
     exact = model.sample_actions(**given, noise=noise).to_vector()
     assert len(calls) == 1
     assert relative(exact, reference(model, given, noise, 10)) < 1e-5

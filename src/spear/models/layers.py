@@ -55,12 +55,16 @@ class PortableConfig(PreTrainedConfig):
         return fields
 
 
+class Apart(list[int]):
+    """In place of a mask: lengths of sequences that lie side by side, none of which sees another."""
+
+
 def grouped_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Apart | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -73,6 +77,10 @@ def grouped_attention(
     key-value head: seven times faster, forward and backward. On other devices, and for the encoders when they
     do not learn, this is Transformers' SDPA, where that can do it.
     """
+    if isinstance(attention_mask, Apart):
+        parts = zip(*(t.split(attention_mask, dim=2) for t in (query, key, value)), strict=True)
+        found = [grouped_attention(module, q, k, v, None, scaling, softcap, **kwargs)[0] for q, k, v in parts]
+        return torch.cat(found, dim=1), None
     each = query.shape[1] == key.shape[1] and not torch.is_grad_enabled()
     if softcap is None and (each or query.device.type != "cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -46,6 +46,8 @@ class Sampler:
         self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
         self._onward = Fused(model.action_time_mlp_out, packed=packed)
         self._periods = model.config.min_period, model.config.max_period
+        # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
+        self.advance: Any = torch.compile(flow.euler) if compiled else flow.euler
         self._moments: dict[int, Tensor] = {}
         self.arrived = self._hidden(torch.ones(1, device=inner.weight.device))  # what is at time 1
         self.agrees: dict[Hashable, bool] = {}  # kinds of inputs that were tried, see `_kind`
@@ -201,4 +203,5 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
             hidden = expert(tokens, turns_after, actions_only, bias)
         return Action.from_vector(model.action_out_proj(hidden.to(sampler.dtype)).to(noise.dtype))
 
-    return flow.integrate(predict, Action.from_vector(noise), steps, model.flow, committed).to_vector()
+    noisy = Action.from_vector(noise)
+    return flow.integrate(predict, noisy, steps, model.flow, committed, sampler.advance).to_vector()

@@ -1,7 +1,7 @@
 """The two visual encoders, SigLIP's and MoGe's: pixels in, the stem, the transformers."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from spear.errors import SpearError
+from spear.models.layers import Apart
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -163,6 +164,12 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
         self.embeddings.__class__ = SiglipEmbeddings
         self._add_stem(self.embeddings, "patch_embedding", self.embeddings.position_embedding.weight)
 
+    def features(self, views: Sequence[Tensor]) -> Tensor:
+        """Features of uint8 images [B, 3, h, w], view by view, patches row by row: [B, T, width]."""
+        normal = (normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD) for view in views)
+        embedded = [self.embeddings(images, interpolate_pos_encoding=True) for images in normal]
+        return self.post_layernorm(list(run_layers(self.encoder.layers, embedded))[-1])
+
 
 class DinoEmbeddings(Dinov2Embeddings):
     """DINOv2's embeddings, with `resample`d positions.
@@ -191,35 +198,45 @@ class DinoEncoder(_InitializesStem, Dinov2Model):
 
 
 class MogeEncoder(nn.Module):
-    """MoGe's image encoder: [B, 3, h, w] uint8 -> [B, patches, 4·width].
+    """MoGe's image encoder: uint8 views [B, 3, h, w] -> [B, patches of all, 4·width].
 
     The patch features of the last four DINOv2 layers, each after the backbone's final LayerNorm, side by
-    side, earliest layer first. Patches run row by row.
+    side, earliest layer first. Patches run view by view, row by row.
     """
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
         self.backbone = DinoEncoder(config)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, *views: Tensor) -> Tensor:
         """Features of uint8 images, normalised here with ImageNet's statistics."""
-        images = normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
+        normal = (normalize_pixels(view, IMAGENET_MEAN, IMAGENET_STD) for view in views)
+        embedded = [self.backbone.embeddings(images) for images in normal]
         count = len(self.backbone.encoder.layer)
-        tokens = self.layers(images, range(count - LAST_LAYERS, count))
-        return torch.cat([layer[:, 1:] for layer in tokens], dim=-1)
+        read = torch.cat(self._read(embedded, range(count - LAST_LAYERS, count)), dim=-1)
+        parts = read.split([each.shape[1] for each in embedded], dim=1)
+        return torch.cat([part[:, 1:] for part in parts], dim=1)
 
     def layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The outputs of the layers of these indices (from 0, rising), each after the final LayerNorm.
 
         images [B, 3, h, w] normalised. Each result is [B, 1 + patches, width], the class token first.
         """
-        hidden = self.backbone.embeddings(images)
-        found = []
-        for index, layer in enumerate(self.backbone.encoder.layer):
-            hidden = layer(hidden)
-            if index in indices:
-                found.append(self.backbone.layernorm(hidden))
-        return found
+        return self._read([self.backbone.embeddings(images)], indices)
+
+    def _read(self, embedded: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        outputs = enumerate(run_layers(self.backbone.encoder.layer, embedded))
+        return [self.backbone.layernorm(hidden) for index, hidden in outputs if index in indices]
+
+
+def run_layers(layers: Iterable[nn.Module], sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What each layer makes of sequences [B, S, D] that lie side by side and do not see each other: one
+    after the other would be twice as many products, half as large."""
+    hidden = sequences[0] if len(sequences) == 1 else torch.cat(list(sequences), dim=1)
+    apart = None if len(sequences) == 1 else Apart([each.shape[1] for each in sequences])
+    for layer in layers:
+        hidden = layer(hidden, apart)
+        yield hidden
 
 
 def check_pixels(name: str, pixels: Any, patch: int) -> None:

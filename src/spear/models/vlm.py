@@ -1,9 +1,8 @@
 """SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -121,17 +120,14 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def image_features(self, *views: Tensor) -> list[Tensor]:
         """Visual tokens of views: [B, 3, h, w] uint8 -> [B, patches, width] each, patches row by row."""
-
-        def siglip(pixels: Tensor) -> Tensor:
-            x = vision.normalize_pixels(pixels, vision.SIGLIP_MEAN, vision.SIGLIP_STD)
-            hidden = self.vision_tower(x, interpolate_pos_encoding=True).last_hidden_state
-            return self.multi_modal_projector(hidden)
-
-        encoders: list[Callable[[Tensor], Tensor]] = [siglip]
-        if self.moge is not None and self.moge_projector is not None:
-            encoders.append(nn.Sequential(self.moge, self.moge_projector))
-        found = iter(side_by_side([partial(encoder, view) for view in views for encoder in encoders]))
-        return [next(found) if len(encoders) == 1 else 0.5 * (next(found) + next(found)) for _ in views]
+        patch = self.config.vision_config.patch_size
+        encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
+        if (moge := self.moge) is not None and (onto := self.moge_projector) is not None:
+            encoders.append(lambda: onto(moge(*views)))
+        found = side_by_side(encoders)
+        whole = found[0] if len(found) == 1 else 0.5 * (found[0] + found[1])
+        counts = [view.shape[2] // patch * (view.shape[3] // patch) for view in views]
+        return list(whole.split(counts, dim=1))
 
     def encode_images(
         self, pixel_values: Mapping[str, Tensor], view_mask: Mapping[str, Tensor] | None = None
@@ -145,19 +141,12 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         given = [name for name in self.config.views if name in pixel_values]
         for name in given:
             vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
-        # Views of one size go through the encoders together.
-        by_size: dict[Any, list[str]] = {}
-        for name in given:
-            by_size.setdefault(pixel_values[name].shape, []).append(name)
-        together = (torch.cat([pixel_values[name] for name in names]) for names in by_size.values())
-        encoded: dict[str, Tensor] = {}
-        for names, features in zip(by_size.values(), self.image_features(*together), strict=True):
-            encoded.update(zip(names, features.chunk(len(names)), strict=True))
         if not given:
             raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
-        features = torch.cat([encoded[name] for name in given], dim=1)
+        found = self.image_features(*(pixel_values[name] for name in given))
+        features = torch.cat(found, dim=1)
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        for name, part in zip(given, valid.split([encoded[n].shape[1] for n in given], dim=1), strict=True):
+        for name, part in zip(given, valid.split([view.shape[1] for view in found], dim=1), strict=True):
             if view_mask is not None and name in view_mask:
                 part.copy_(view_mask[name][:, None])
         return features, valid

@@ -150,6 +150,12 @@ class Stack:
         self.rotary = model.rotary_emb
         self.norm = scale_of(model.norm)
         self.layers = [Layer(layer, packed) for layer in model.layers]
+        self.few: Any = None
+        if compiled:
+            from spear.models.fast.few_rows import FewRows  # here: it needs Triton
+
+            if FewRows.can_do(self.layers, self.heads, self.width, self.groups):
+                self.few = FewRows(self.layers, self.heads, self.width, self.eps, self.scale)
         # Not bound: a stack that refers to itself keeps its weights and graphs when nobody has it any more.
         self._before: Any = type(self)._project
         self._after: Any = type(self)._finish
@@ -197,6 +203,8 @@ class Stack:
         keys_only  the last layer stops at its keys and values, and the result is its input.
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
+        if self.few is not None and wanted is None and not keys_only and self.few.can_run(x, window):
+            return self._norm(self.few(x, rotations, window, bias), self.norm)
         for index, layer in enumerate(self.layers):
             query, held = self._before(self, layer, x, *rotations)
             window.places[index].copy_(held)
