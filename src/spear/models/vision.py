@@ -14,7 +14,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from spear.errors import SpearError
-from spear.models.layers import Apart
+from spear.models.layers import IMPLEMENTATION, Apart
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -229,14 +229,17 @@ class MogeEncoder(nn.Module):
         return [self.backbone.layernorm(hidden) for index, hidden in outputs if index in indices]
 
 
-def run_layers(layers: Iterable[nn.Module], sequences: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What each layer makes of sequences [B, S, D] that lie side by side and do not see each other: one
-    after the other would be twice as many products, half as large."""
-    hidden = sequences[0] if len(sequences) == 1 else torch.cat(list(sequences), dim=1)
-    apart = None if len(sequences) == 1 else Apart([each.shape[1] for each in sequences])
+def run_layers(layers: nn.ModuleList, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What each layer makes of sequences [B, S, D] that do not see each other, side by side. They go through
+    it as one: one after the other would be more products, and smaller ones. (Where the user asked for another
+    attention than ours, they go one after the other.)"""
+    config = next(module.config for module in layers.modules() if hasattr(module, "config"))
+    one = len(sequences) > 1 and config._attn_implementation == IMPLEMENTATION
+    apart = Apart([each.shape[1] for each in sequences]) if one else None
+    hidden = [torch.cat(list(sequences), dim=1)] if one else list(sequences)
     for layer in layers:
-        hidden = layer(hidden, apart)
-        yield hidden
+        hidden = [layer(each, apart) for each in hidden]
+        yield hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
 
 
 def check_pixels(name: str, pixels: Any, patch: int) -> None:

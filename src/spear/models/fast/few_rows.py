@@ -17,15 +17,15 @@ from torch import Tensor
 
 ROWS = 16
 """Tokens of all rows of a batch together, at most: the height of a product of these kernels."""
-KEYS = 64
-"""Keys that one program of the attention sees (our choice)."""
 TILES: dict[str, dict[str, int]] = {
-    "qkv": {"COLUMNS": 16, "PIECE": 256, "num_stages": 3},
-    "out": {"COLUMNS": 8, "PIECE": 512, "num_stages": 4},
-    "gate_up": {"COLUMNS": 32, "PIECE": 128, "num_stages": 4},
-    "down": {"COLUMNS": 8, "PIECE": 512, "num_stages": 4},
+    "qkv": {"COLUMNS": 16, "PIECE": 256, "SHARES": 4, "num_stages": 3, "num_warps": 4},
+    "out": {"COLUMNS": 8, "PIECE": 512, "SHARES": 8, "num_stages": 4, "num_warps": 8},
+    "gate_up": {"COLUMNS": 16, "PIECE": 256, "SHARES": 4, "num_stages": 3, "num_warps": 4},
+    "down": {"COLUMNS": 8, "PIECE": 512, "SHARES": 8, "num_stages": 4, "num_warps": 8},
+    "attend": {"KEYS": 32, "num_warps": 4},
 }
-"""Of each product: outputs of a program, inputs taken at a time, how far it reads ahead (our choice)."""
+"""Of each kernel: outputs of a program; inputs taken at a time, in how many shares, each a warp's; how far
+it reads ahead; keys that a program of the attention sees (our choice: the quickest tried on an H200)."""
 SIZES = 512
 """What the sizes of layers are multiples of."""
 
@@ -54,7 +54,10 @@ class FewRows:
         (batch, length, depth), (cos, sin) = x.shape, turns
         heads, width, rows = self.heads, self.width, batch * length
         first, ends = window.queries[0], [keys.shape[1] for keys, _ in window.seen[0]]
-        chunks, each = triton.cdiv(ends[-1], KEYS), max(16, triton.next_power_of_2(length * heads))
+        chunks, each = (
+            triton.cdiv(ends[-1], TILES["attend"]["KEYS"]),
+            max(16, triton.next_power_of_2(length * heads)),
+        )
         x = x.reshape(rows, depth).contiguous()
         query, found = x.new_empty(2, rows, heads * width).unbind(0)
         parts = x.new_empty(batch, chunks, each, width, dtype=torch.float32)
@@ -68,20 +71,26 @@ class FewRows:
             keys, values = seen[-1]
             own = rows, length, depth, self.eps, *turned, place.stride(0), place.stride(1), heads, width
             norm = before_attention, qkv, cos, sin
-            _qkv[heads + 2, halves](x, *norm, query, place, *own, **TILES["qkv"])
+            _qkv[heads + 2, halves](x, *norm, query, place, *own, **_tile("qkv", depth))
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
-            how = heads, width, each, KEYS, bias is not None
-            _attend[chunks, batch](query, keys, values, hidden, parts, peaks, masses, *seeing, *how)
+            how = heads, width, each, bias is not None
+            _attend[chunks, batch](
+                query, keys, values, hidden, parts, peaks, masses, *seeing, *how, **TILES["attend"]
+            )
             _combine[both, batch](parts, peaks, masses, found, chunks, both, each, width, most)
-            tile = TILES["out"]
+            tile = _tile("out", heads * width)
             _add[depth // tile["COLUMNS"],](found, out, x, between, rows, heads * width, depth, **tile)
-            tile = TILES["gate_up"]
+            tile = _tile("gate_up", depth)
             norm = between, before_mlp, gate_up, middle
             _gate_up[inner // tile["COLUMNS"],](*norm, rows, depth, inner, self.eps, **tile)
-            tile, x = TILES["down"], torch.empty_like(x)
+            tile, x = _tile("down", inner), torch.empty_like(x)
             _add[depth // tile["COLUMNS"],](middle, down, between, x, rows, inner, depth, **tile)
         return x.view(batch, length, depth)
+
+
+def _tile(name: str, depth: int) -> dict[str, int]:
+    return {**TILES[name], "PIECE": min(TILES[name]["PIECE"], depth)}
 
 
 def _products(layer: Any) -> tuple[Any, ...]:
@@ -101,18 +110,56 @@ def _weights(fused: Any) -> Tensor:
 
 
 @triton.jit
-def _piece(x, scale, begin, rows, depth, PIECE: tl.constexpr):
-    """Some of the rows' inputs times the norm's scale, [16, PIECE], and the sums of their squares."""
-    row, at = tl.arange(0, 16)[:, None], begin + tl.arange(0, PIECE)
-    part = tl.load(x + row * depth + at[None, :], mask=row < rows, other=0.0).to(tl.float32)
-    scaled = part * tl.load(scale + at)[None, :]
-    return scaled.to(x.dtype.element_ty), tl.sum(part * part, 1)
+def _inputs(x, begin, rows, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
+    """Some inputs of the rows, [SHARES, 16, PIECE / SHARES]: each warp multiplies its share."""
+    each: tl.constexpr = PIECE // SHARES
+    share, row = tl.arange(0, SHARES)[:, None, None], tl.arange(0, 16)[None, :, None]
+    at = begin + share * each + tl.arange(0, each)[None, None, :]
+    return tl.load(x + row * depth + at, mask=row < rows, other=0.0)
 
 
 @triton.jit
-def _times(part, weight, begin, PIECE: tl.constexpr):
-    """A piece of rows · a piece of weights, whose rows start at the pointers [N, 1]: [16, N]."""
-    return tl.dot(part, tl.trans(tl.load(weight + begin + tl.arange(0, PIECE)[None, :])))
+def _normed(x, scale, begin, rows, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
+    """Some inputs of the rows times the norm's scale, and their squares."""
+    each: tl.constexpr = PIECE // SHARES
+    part = _inputs(x, begin, rows, depth, PIECE, SHARES).to(tl.float32)
+    at = begin + tl.arange(0, SHARES)[:, None, None] * each + tl.arange(0, each)[None, None, :]
+    return (part * tl.load(scale + at)).to(x.dtype.element_ty), part * part
+
+
+@triton.jit
+def _of(weight, column, begin, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
+    """Some inputs' weights of outputs, [SHARES, PIECE / SHARES, N]."""
+    each: tl.constexpr = PIECE // SHARES
+    at = begin + tl.arange(0, SHARES)[:, None, None] * each + tl.arange(0, each)[None, :, None]
+    return tl.load(weight + column[None, None, :] * depth + at)
+
+
+@triton.jit
+def _two(
+    x,
+    scale,
+    first,
+    second,
+    column,
+    rows,
+    depth,
+    eps,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """Products of the rows after their norm with two lots of weights, [16, N] each."""
+    a = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
+    b = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
+    squares = tl.zeros([SHARES, 16, PIECE // SHARES], tl.float32)
+    for begin in range(0, depth, PIECE):
+        part, more = _normed(x, scale, begin, rows, depth, PIECE, SHARES)
+        squares += more
+        a += tl.dot(part, _of(first, column, begin, depth, PIECE, SHARES))
+        b += tl.dot(part, _of(second, column, begin, depth, PIECE, SHARES))
+    inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / depth + eps)[:, None]
+    return tl.sum(a, 0) * inverse, tl.sum(b, 0) * inverse
 
 
 @triton.jit
@@ -136,22 +183,15 @@ def _qkv(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     """Queries [rows, HEADS · WIDTH], turned; keys, turned, and values into the cache. A program makes columns
     of one head in its first half and those that they are turned with in its second."""
     head, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     half = WIDTH // 2
-    first = weight + (head * WIDTH + column)[:, None] * depth
+    first = weight + head * WIDTH * depth
     second = first + half * depth
-    a, b = tl.zeros([16, COLUMNS], tl.float32), tl.zeros([16, COLUMNS], tl.float32)
-    squares = tl.zeros([16], tl.float32)
-    for begin in range(0, depth, PIECE):
-        part, more = _piece(x, scale, begin, rows, depth, PIECE)
-        squares += more
-        a += _times(part, first, begin, PIECE)
-        b += _times(part, second, begin, PIECE)
-    inverse = tl.rsqrt(squares / depth + eps)[:, None]
-    a, b = a * inverse, b * inverse
+    a, b = _two(x, scale, first, second, column, rows, depth, eps, COLUMNS, PIECE, SHARES)
     row = tl.arange(0, 16)[:, None]
     there, turns = row < rows, head <= HEADS
     at = row // length * turn_batch + row % length * turn_token + column[None, :]
@@ -187,8 +227,8 @@ def _attend(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """What all heads of a batch's tokens find among some keys: sums of values, and the largest score and the
     sum of the weights by which `_combine` puts them together. The `first` tokens see less than the others."""
@@ -248,14 +288,15 @@ def _add(
     width,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     """out = onto + x · weightᵀ."""
     row, column = tl.arange(0, 16)[:, None], tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    weights = weight + column[:, None] * depth
-    total = tl.zeros([16, COLUMNS], tl.float32)
+    sums = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
     for begin in range(0, depth, PIECE):
-        at = row * depth + begin + tl.arange(0, PIECE)[None, :]
-        total += _times(tl.load(x + at, mask=row < rows, other=0.0), weights, begin, PIECE)
+        part = _inputs(x, begin, rows, depth, PIECE, SHARES)
+        sums += tl.dot(part, _of(weight, column, begin, depth, PIECE, SHARES))
+    total = tl.sum(sums, 0)
     at = row * width + column[None, :]
     total += tl.load(onto + at, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=row < rows)
@@ -273,20 +314,12 @@ def _gate_up(
     eps,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     """GELU of the gate, by its tanh approximation, x σ(2u), times up: [rows, inner]."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    first = weight + column[:, None] * depth
-    second = first + inner * depth
-    gate, up = tl.zeros([16, COLUMNS], tl.float32), tl.zeros([16, COLUMNS], tl.float32)
-    squares = tl.zeros([16], tl.float32)
-    for begin in range(0, depth, PIECE):
-        part, more = _piece(x, scale, begin, rows, depth, PIECE)
-        squares += more
-        gate += _times(part, first, begin, PIECE)
-        up += _times(part, second, begin, PIECE)
-    inverse = tl.rsqrt(squares / depth + eps)[:, None]
-    gate, up = gate * inverse, up * inverse
+    second = weight + inner * depth
+    gate, up = _two(x, scale, weight, second, column, rows, depth, eps, COLUMNS, PIECE, SHARES)
     row = tl.arange(0, 16)[:, None]
     grown = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     tl.store(out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows)
