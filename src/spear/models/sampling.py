@@ -19,6 +19,7 @@ from spear.models.fast.linear import Fused, Prepared, linear
 from spear.models.fast.small import if_small
 from spear.models.fast.stack import Inputs, Stack, can_compile, prefill
 from spear.models.layers import sinusoids
+from spear.models.vision import one_product
 from spear.types import Action
 
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -33,6 +34,8 @@ class Sampler:
     def __init__(self, model: Any, packed: bool) -> None:
         inner, hidden = model.action_in_proj, model.action_time_mlp_in
         compiled = can_compile(inner.weight.device)
+        if inner.weight.device.type != "cpu":
+            one_product(model.vlm)
         # The expert reads all its weights at every flow step, for a few rows.
         small = if_small(model.expert) if packed else None
         self.expert = small or Stack(model.expert, packed, compiled)

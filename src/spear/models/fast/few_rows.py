@@ -3,7 +3,7 @@
 Such a pass, a flow step or one token of answers, is the reading of weights, once each. PyTorch launches some
 fifteen kernels per layer for it, most of which wait for memory. These are six. Sums are float32.
 `benchmarks/models/few_rows.py` compares and times. (Launching each while the one before it still runs, to
-bring its weights into the L2 cache, made it slower on an H200: 15.7 instead of 8.9 ms for ten flow steps.)
+bring its weights into the L2 cache, made them slower on an H200.)
 """
 # mypy: disallow-untyped-defs=False
 
@@ -17,15 +17,13 @@ from torch import Tensor
 
 ROWS = 16
 """Tokens of all rows of a batch together, at most: the height of a product of these kernels."""
-TILES: dict[str, dict[str, int]] = {
-    "qkv": {"COLUMNS": 16, "PIECE": 256, "SHARES": 4, "num_stages": 3, "num_warps": 4},
-    "out": {"COLUMNS": 8, "PIECE": 512, "SHARES": 8, "num_stages": 4, "num_warps": 8},
-    "gate_up": {"COLUMNS": 16, "PIECE": 256, "SHARES": 4, "num_stages": 3, "num_warps": 4},
-    "down": {"COLUMNS": 8, "PIECE": 512, "SHARES": 8, "num_stages": 4, "num_warps": 8},
-    "attend": {"KEYS": 32, "num_warps": 4},
-}
-"""Of each kernel: outputs of a program; inputs taken at a time, in how many shares, each a warp's; how far
-it reads ahead; keys that a program of the attention sees (our choice: the quickest tried on an H200)."""
+ONE, TWO, KEYS = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
+"""What a program does: outputs of one product, or of each of two; keys that it sees (our choice, as what
+follows: the quickest of those tried on an H200)."""
+PIECE, SHARES = tl.constexpr(256), tl.constexpr(4)
+"""Inputs taken at a time, and in how many shares: each of a program's warps multiplies one."""
+AHEAD = {"qkv": 4, "gate_up": 3, "add": 6}
+"""How many pieces of weights are on their way at once."""
 SIZES = 512
 """What the sizes of layers are multiples of."""
 
@@ -52,45 +50,41 @@ class FewRows:
     def __call__(self, x: Tensor, turns: tuple[Tensor, ...], window: Any, bias: Tensor | None) -> Tensor:
         """As of `Stack`, before the last norm."""
         (batch, length, depth), (cos, sin) = x.shape, turns
-        heads, width, rows = self.heads, self.width, batch * length
+        heads, width, rows, both = self.heads, self.width, batch * length, length * self.heads
+        inner, height = self.layers[0][-1].shape[1], 8 if rows <= 8 else ROWS
         first, ends = window.queries[0], [keys.shape[1] for keys, _ in window.seen[0]]
-        chunks, each = (
-            triton.cdiv(ends[-1], TILES["attend"]["KEYS"]),
-            max(16, triton.next_power_of_2(length * heads)),
-        )
-        x = x.reshape(rows, depth).contiguous()
+        chunks, each = triton.cdiv(ends[-1], KEYS.value), max(16, triton.next_power_of_2(both))
         query, found = x.new_empty(2, rows, heads * width).unbind(0)
         parts = x.new_empty(batch, chunks, each, width, dtype=torch.float32)
         peaks, masses = x.new_empty(2, batch, chunks, each, dtype=torch.float32).unbind(0)
-        inner = self.layers[0][-1].shape[1]
-        middle, between = x.new_empty(rows, inner), torch.empty_like(x)
-        turned, halves = (cos.stride(0), cos.stride(1)), width // 2 // TILES["qkv"]["COLUMNS"]
-        both, most = length * heads, triton.next_power_of_2(chunks)
-        for weights, place, seen in zip(self.layers, window.places, window.seen, strict=True):
-            before_attention, before_mlp, qkv, out, gate_up, down = weights
+        x, middle = x.reshape(rows, depth).contiguous(), x.new_empty(rows, inner)
+        strides = cos.stride(0), cos.stride(1), window.places[0].stride(0), window.places[0].stride(1)
+        # What a norm needs the kernel before it leaves: rows times its scale, and their squares in parts.
+        count = depth // ONE.value
+        normed = torch.empty_like(x), x.new_empty(count, height, dtype=torch.float32)
+        norm = rows, depth, self.eps, count, triton.next_power_of_2(count), height
+        _start[count,](x, self.layers[0][0], *normed, rows, depth, height)
+        after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
+        for weights, scale, place, seen in zip(self.layers, after, window.places, window.seen, strict=True):
+            _, before_mlp, qkv, out, gate_up, down = weights
             keys, values = seen[-1]
-            own = rows, length, depth, self.eps, *turned, place.stride(0), place.stride(1), heads, width
-            norm = before_attention, qkv, cos, sin
-            _qkv[heads + 2, halves](x, *norm, query, place, *own, **_tile("qkv", depth))
+            sizes = length, *strides, heads, width, *norm
+            halves = width // 2 // TWO.value
+            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *sizes, num_stages=AHEAD["qkv"])
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
-            how = heads, width, each, bias is not None
-            _attend[chunks, batch](
-                query, keys, values, hidden, parts, peaks, masses, *seeing, *how, **TILES["attend"]
-            )
-            _combine[both, batch](parts, peaks, masses, found, chunks, both, each, width, most)
-            tile = _tile("out", heads * width)
-            _add[depth // tile["COLUMNS"],](found, out, x, between, rows, heads * width, depth, **tile)
-            tile = _tile("gate_up", depth)
-            norm = between, before_mlp, gate_up, middle
-            _gate_up[inner // tile["COLUMNS"],](*norm, rows, depth, inner, self.eps, **tile)
-            tile, x = _tile("down", inner), torch.empty_like(x)
-            _add[depth // tile["COLUMNS"],](middle, down, between, x, rows, inner, depth, **tile)
+            sums, how = (parts, peaks, masses), (heads, width, each, bias is not None)
+            _attend[chunks, batch](query, keys, values, hidden, *sums, *seeing, *how)
+            most = triton.next_power_of_2(chunks)
+            _combine[both, batch](*sums, found, chunks, both, each, width, most)
+            into, ahead = torch.empty_like(x), AHEAD["add"]
+            attended = rows, heads * width, depth, height
+            _add[count,](found, out, x, before_mlp, into, *normed, *attended, num_stages=ahead)
+            grid = (inner // TWO.value,)
+            _gate_up[grid](*normed, gate_up, middle, inner, *norm, num_stages=AHEAD["gate_up"])
+            x, grown = torch.empty_like(x), (rows, inner, depth, height)
+            _add[count,](middle, down, into, scale, x, *normed, *grown, num_stages=ahead)
         return x.view(batch, length, depth)
-
-
-def _tile(name: str, depth: int) -> dict[str, int]:
-    return {**TILES[name], "PIECE": min(TILES[name]["PIECE"], depth)}
 
 
 def _products(layer: Any) -> tuple[Any, ...]:
@@ -110,25 +104,16 @@ def _weights(fused: Any) -> Tensor:
 
 
 @triton.jit
-def _inputs(x, begin, rows, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
-    """Some inputs of the rows, [SHARES, 16, PIECE / SHARES]: each warp multiplies its share."""
+def _inputs(x, begin, rows, depth, ROWS: tl.constexpr):
+    """Some inputs of the rows, [SHARES, ROWS, PIECE / SHARES]: each warp multiplies its share."""
     each: tl.constexpr = PIECE // SHARES
-    share, row = tl.arange(0, SHARES)[:, None, None], tl.arange(0, 16)[None, :, None]
+    share, row = tl.arange(0, SHARES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
     at = begin + share * each + tl.arange(0, each)[None, None, :]
     return tl.load(x + row * depth + at, mask=row < rows, other=0.0)
 
 
 @triton.jit
-def _normed(x, scale, begin, rows, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
-    """Some inputs of the rows times the norm's scale, and their squares."""
-    each: tl.constexpr = PIECE // SHARES
-    part = _inputs(x, begin, rows, depth, PIECE, SHARES).to(tl.float32)
-    at = begin + tl.arange(0, SHARES)[:, None, None] * each + tl.arange(0, each)[None, None, :]
-    return (part * tl.load(scale + at)).to(x.dtype.element_ty), part * part
-
-
-@triton.jit
-def _of(weight, column, begin, depth, PIECE: tl.constexpr, SHARES: tl.constexpr):
+def _of(weight, column, begin, depth):
     """Some inputs' weights of outputs, [SHARES, PIECE / SHARES, N]."""
     each: tl.constexpr = PIECE // SHARES
     at = begin + tl.arange(0, SHARES)[:, None, None] * each + tl.arange(0, each)[None, :, None]
@@ -136,67 +121,59 @@ def _of(weight, column, begin, depth, PIECE: tl.constexpr, SHARES: tl.constexpr)
 
 
 @triton.jit
+def _leave(x, scale, column, scaled, squares, rows, depth, ROWS: tl.constexpr):
+    """What the next norm needs of columns of the rows, [ROWS, N], see `_two`."""
+    row = tl.arange(0, ROWS)
+    at = row[:, None] * depth + column[None, :]
+    product = x * tl.load(scale + column)[None, :]
+    tl.store(scaled + at, product.to(scaled.dtype.element_ty), row[:, None] < rows)
+    tl.store(squares + tl.program_id(0) * ROWS + row, tl.sum(x * x, 1))
+
+
+@triton.jit
+def _start(x, scale, scaled, squares, rows, depth, ROWS: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
+    part = tl.load(x + row * depth + column[None, :], row < rows, other=0.0).to(tl.float32)
+    _leave(part, scale, column, scaled, squares, rows, depth, ROWS)
+
+
+@triton.jit
 def _two(
-    x,
-    scale,
-    first,
-    second,
-    column,
-    rows,
-    depth,
-    eps,
-    COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    """Products of the rows after their norm with two lots of weights, [16, N] each."""
-    a = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
-    b = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
-    squares = tl.zeros([SHARES, 16, PIECE // SHARES], tl.float32)
+    scaled, squares, first, second, column, rows, depth, eps, count,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Products of the rows after their norm with two lots of weights, [ROWS, N] each. Of the rows there are
+    `scaled`, without 1 / rms, and the sums of their squares in `count` parts."""
+    part = tl.arange(0, PARTS)[:, None]
+    sums = tl.load(squares + part * ROWS + tl.arange(0, ROWS)[None, :], mask=part < count, other=0.0)
+    a = tl.zeros([SHARES, ROWS, TWO], tl.float32)
+    b = tl.zeros([SHARES, ROWS, TWO], tl.float32)
     for begin in range(0, depth, PIECE):
-        part, more = _normed(x, scale, begin, rows, depth, PIECE, SHARES)
-        squares += more
-        a += tl.dot(part, _of(first, column, begin, depth, PIECE, SHARES))
-        b += tl.dot(part, _of(second, column, begin, depth, PIECE, SHARES))
-    inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / depth + eps)[:, None]
+        inputs = _inputs(scaled, begin, rows, depth, ROWS)
+        a += tl.dot(inputs, _of(first, column, begin, depth))
+        b += tl.dot(inputs, _of(second, column, begin, depth))
+    inverse = tl.rsqrt(tl.sum(sums, 0) / depth + eps)[:, None]
     return tl.sum(a, 0) * inverse, tl.sum(b, 0) * inverse
 
 
 @triton.jit
 def _qkv(
-    x,
-    scale,
-    weight,
-    cos,
-    sin,
-    query,
-    place,
-    rows,
-    length,
-    depth,
-    eps,
-    turn_batch,
-    turn_token,
-    place_kind,
-    place_batch,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
-    SHARES: tl.constexpr,
-):
+    scaled, squares, weight, cos, sin, query, place,
+    length, turn_batch, turn_token, place_kind, place_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Queries [rows, HEADS · WIDTH], turned; keys, turned, and values into the cache. A program makes columns
     of one head in its first half and those that they are turned with in its second."""
-    head, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    half = WIDTH // 2
+    head, column = tl.program_id(0), tl.program_id(1) * TWO + tl.arange(0, TWO)
+    half: tl.constexpr = WIDTH // 2
     first = weight + head * WIDTH * depth
     second = first + half * depth
-    a, b = _two(x, scale, first, second, column, rows, depth, eps, COLUMNS, PIECE, SHARES)
-    row = tl.arange(0, 16)[:, None]
+    a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS)
+    row = tl.arange(0, ROWS)[:, None]
     there, turns = row < rows, head <= HEADS
     at = row // length * turn_batch + row % length * turn_token + column[None, :]
     mask = there & turns
-    kind = x.dtype.element_ty
+    kind = query.dtype.element_ty
     turned_a = a * tl.load(cos + at, mask, 1.0) + b * tl.load(sin + at, mask, 0.0)
     turned_b = b * tl.load(cos + at + half, mask, 1.0) + a * tl.load(sin + at + half, mask, 0.0)
     turned_a, turned_b = turned_a.to(kind), turned_b.to(kind)
@@ -210,26 +187,9 @@ def _qkv(
 
 @triton.jit
 def _attend(
-    query,
-    keys,
-    values,
-    bias,
-    parts,
-    peaks,
-    masses,
-    length,
-    first,
-    first_end,
-    end,
-    batch_stride,
-    bias_stride,
-    scale,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    query, keys, values, bias, parts, peaks, masses, length, first, first_end, end, batch_stride, bias_stride,
+    scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
     """What all heads of a batch's tokens find among some keys: sums of values, and the largest score and the
     sum of the weights by which `_combine` puts them together. The `first` tokens see less than the others."""
     chunk, batch = tl.program_id(0), tl.program_id(1)
@@ -254,16 +214,9 @@ def _attend(
 
 @triton.jit
 def _combine(
-    parts,
-    peaks,
-    masses,
-    out,
-    chunks,
-    rows,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    parts, peaks, masses, out, chunks, rows,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """One row of what `_attend` found, of all keys."""
     row, batch = tl.program_id(0), tl.program_id(1)
     chunk, at = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
@@ -279,47 +232,30 @@ def _combine(
 
 @triton.jit
 def _add(
-    x,
-    weight,
-    onto,
-    out,
-    rows,
-    depth,
-    width,
-    COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    """out = onto + x · weightᵀ."""
-    row, column = tl.arange(0, 16)[:, None], tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    sums = tl.zeros([SHARES, 16, COLUMNS], tl.float32)
-    for begin in range(0, depth, PIECE):
-        part = _inputs(x, begin, rows, depth, PIECE, SHARES)
-        sums += tl.dot(part, _of(weight, column, begin, depth, PIECE, SHARES))
-    total = tl.sum(sums, 0)
+    x, weight, onto, scale, out, scaled, squares, rows, depth, width, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out = onto + x · weightᵀ, and what the norm after it needs."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
     at = row * width + column[None, :]
-    total += tl.load(onto + at, mask=row < rows, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=row < rows)
+    before = tl.load(onto + at, mask=row < rows, other=0.0)
+    sums = tl.zeros([SHARES, ROWS, ONE], tl.float32)
+    for begin in range(0, depth, PIECE):
+        part = _inputs(x, begin, rows, depth, ROWS)
+        sums += tl.dot(part, _of(weight, column, begin, depth))
+    total = (tl.sum(sums, 0) + before.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + at, total, mask=row < rows)
+    _leave(total.to(tl.float32), scale, column, scaled, squares, rows, width, ROWS)
 
 
 @triton.jit
 def _gate_up(
-    x,
-    scale,
-    weight,
-    out,
-    rows,
-    depth,
-    inner,
-    eps,
-    COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
-    SHARES: tl.constexpr,
-):
+    scaled, squares, weight, out, inner,
+    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """GELU of the gate, by its tanh approximation, x σ(2u), times up: [rows, inner]."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * TWO + tl.arange(0, TWO)
     second = weight + inner * depth
-    gate, up = _two(x, scale, weight, second, column, rows, depth, eps, COLUMNS, PIECE, SHARES)
-    row = tl.arange(0, 16)[:, None]
+    gate, up = _two(scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS)
+    row = tl.arange(0, ROWS)[:, None]
     grown = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     tl.store(out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows)

@@ -112,13 +112,13 @@ class Fused:
             return
         if first.device.type != "cpu":
             self.weight = _share_storage(weights)
+            self.bias = None if plain[0].bias is None else _share_storage([m.bias for m in plain])
         elif packed and _ONEDNN and first.dtype in _DTYPES:
             whole = torch.cat(weights) if len(weights) > 1 else first.contiguous()
             self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            self.bias = None if plain[0].bias is None else torch.cat([m.bias for m in plain])
         else:
             return
-        if plain[0].bias is not None:
-            self.bias = torch.cat([m.bias for m in plain])
         self.sizes = [m.out_features for m in plain]
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -135,7 +135,7 @@ class Fused:
 
 
 def _share_storage(weights: Sequence[Tensor]) -> Tensor:
-    """All weights [out, in] in one tensor, which they become parts of (unless they are already)."""
+    """All weights [out, in], or biases [out], in one tensor, of which they become parts (if not already)."""
     first, place = weights[0], weights[0].data_ptr()
     apart = False
     for weight in weights:
@@ -144,7 +144,7 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
         place += weight.numel() * weight.element_size()
     rows = sum(weight.shape[0] for weight in weights)
     if not apart:
-        return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     whole = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
         weight.data = part
