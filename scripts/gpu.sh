@@ -20,7 +20,7 @@ spear='import sys; from spear.cli import main; sys.exit(main(sys.argv[1:]))'
 
 run few-rows 60 benchmarks/models/few_rows.py
 lines=8 run doctor-spear1 90 -c "$spear" doctor --device cuda --preset spear1 --out "$folder/spear1.html"
-run steps 90 benchmarks/models/train_step.py --device cuda --presets spear1 --batch-size 16 --frozen none vlm
+run steps 60 benchmarks/models/train_step.py --device cuda --presets spear1 --batch-size 16 --frozen none vlm --alone
 run answers 60 benchmarks/models/vlm_decode.py --device cuda --presets spear1 --dtypes bfloat16
 run actions 180 benchmarks/models/policy_latency.py --device cuda --presets spear1 --dtypes bfloat16 --views 2 \
     --moge --compiled
