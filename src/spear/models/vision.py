@@ -85,10 +85,8 @@ class PatchConv(nn.Conv2d):
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch embeddings of normalised pixels."""
         down, across = self.kernel_size
-        cut = pixels.unflatten(3, (-1, across)).unflatten(
-            2, (-1, down)
-        )  # [B, 3, rows, down, columns, across]
-        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        cut = pixels.unflatten(3, (-1, across)).unflatten(2, (-1, down))
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, rows, columns, 3 · down · across]
         return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
@@ -222,7 +220,9 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
         """Features of uint8 images [B, 3, h, w], view by view, patches row by row: [B, T, width]."""
         normal = (normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD) for view in views)
         embedded = [self.embeddings(images, interpolate_pos_encoding=True) for images in normal]
-        return self.post_layernorm(list(run_layers(self.encoder.layers, embedded))[-1])
+        for hidden in run_layers(self.encoder.layers, embedded):
+            last = hidden  # and no longer the one before
+        return self.post_layernorm(last)
 
 
 class DinoEmbeddings(Dinov2Embeddings):

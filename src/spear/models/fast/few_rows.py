@@ -20,8 +20,8 @@ ROWS = 16
 ONE, TWO, KEYS = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 """What a program does: outputs of one product, or of each of two; keys that it sees (our choice, as what
 follows: the quickest of those tried on an H200)."""
-PIECE, SHARES = tl.constexpr(256), tl.constexpr(4)
-"""Inputs taken at a time, and in how many shares: each of a program's warps multiplies one."""
+PIECE, SHARES, EACH = tl.constexpr(256), tl.constexpr(4), tl.constexpr(64)
+"""Inputs taken at a time, in how many shares, and how many a share has, which one warp multiplies."""
 AHEAD = {"qkv": 4, "gate_up": 3, "add": 6}
 """How many pieces of weights are on their way at once."""
 SIZES = 512
@@ -105,18 +105,16 @@ def _weights(fused: Any) -> Tensor:
 
 @triton.jit
 def _inputs(x, begin, rows, depth, ROWS: tl.constexpr):
-    """Some inputs of the rows, [SHARES, ROWS, PIECE / SHARES]: each warp multiplies its share."""
-    each: tl.constexpr = PIECE // SHARES
+    """Some inputs of the rows, [SHARES, ROWS, EACH]: each warp multiplies its share."""
     share, row = tl.arange(0, SHARES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-    at = begin + share * each + tl.arange(0, each)[None, None, :]
+    at = begin + share * EACH + tl.arange(0, EACH)[None, None, :]
     return tl.load(x + row * depth + at, mask=row < rows, other=0.0)
 
 
 @triton.jit
 def _of(weight, column, begin, depth):
-    """Some inputs' weights of outputs, [SHARES, PIECE / SHARES, N]."""
-    each: tl.constexpr = PIECE // SHARES
-    at = begin + tl.arange(0, SHARES)[:, None, None] * each + tl.arange(0, each)[None, :, None]
+    """Some inputs' weights of outputs, [SHARES, EACH, N]."""
+    at = begin + tl.arange(0, SHARES)[:, None, None] * EACH + tl.arange(0, EACH)[None, :, None]
     return tl.load(weight + column[None, None, :] * depth + at)
 
 
@@ -165,7 +163,7 @@ def _qkv(
     """Queries [rows, HEADS · WIDTH], turned; keys, turned, and values into the cache. A program makes columns
     of one head in its first half and those that they are turned with in its second."""
     head, column = tl.program_id(0), tl.program_id(1) * TWO + tl.arange(0, TWO)
-    half: tl.constexpr = WIDTH // 2
+    half = WIDTH // 2
     first = weight + head * WIDTH * depth
     second = first + half * depth
     a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS)
