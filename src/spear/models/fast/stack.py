@@ -204,7 +204,8 @@ class Stack:
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
         if self.few is not None and wanted is None and not keys_only and self.few.can_run(x, window):
-            return self._norm(self.few(x, rotations, window, bias), self.norm)
+            with torch.cuda.device_of(x):  # Triton launches on a thread's current GPU
+                return self._norm(self.few(x, rotations, window, bias), self.norm)
         for index, layer in enumerate(self.layers):
             query, held = self._before(self, layer, x, *rotations)
             window.places[index].copy_(held)
