@@ -185,11 +185,6 @@ def _column(feature: str) -> str:
     return feature.replace(".", "/")
 
 
-def is_lerobot(path: str | Path) -> bool:
-    """Whether `path` is the folder of a LeRobot dataset."""
-    return (Path(path) / INFO).is_file()
-
-
 def open_lerobot(path: str | Path) -> LeRobotFolder:
     """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
     return _open(Path(path), (Path(path) / INFO).stat().st_mtime_ns)
