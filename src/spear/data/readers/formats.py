@@ -20,8 +20,7 @@ T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
-_Opened = Callable[[str | Path], Dataset | EpisodeStore]
-FORMATS: Mapping[str, tuple[str, Sequence[str], _Opened]] = {
+FORMATS: Mapping[str, tuple[str, Sequence[str], Callable[[str | Path], Dataset | EpisodeStore]]] = {
     "store": (f"a store of episodes ({SHARD_GLOB})", [SHARD_GLOB], EpisodeStore),
     "rlds": ("an RLDS dataset (features.json)", ["features.json", "*/features.json"], open_rlds),
     "lerobot": (f"a LeRobot dataset ({INFO})", [INFO], open_lerobot),
