@@ -59,7 +59,14 @@ def needs(what: str, module: str, extra: str) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of an error's message; its type when it has none."""
+    """The first line of an error's message; its type when it has none. Of pydantic's errors the first key
+    ("features.state.dtype") and what is wrong with it, in a few words."""
+    from pydantic_core import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        return f"{'.'.join(map(str, first['loc']))} {words}".strip()
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -13,8 +13,7 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make
 from refusals import refuses
 from spear.data.actions import with_actions
-from spear.data.store.lerobot_write import write_lerobot
-from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
+from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES, write_lerobot
 from spear.types import Array
 
 FOLDER = Path(__file__).parents[2] / "plugins" / "lerobot_policy_spear" / "src" / "lerobot_policy_spear"

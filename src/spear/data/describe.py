@@ -27,8 +27,6 @@ from spear.util.images import IMAGE_BEGINS
 EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
 """Episodes that are read, those in which columns are sought, and whose images are looked at; numbers that a
 measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
-TURN = 2.1 * np.pi
-"""Radians beyond which angles are degrees."""
 AT_WRIST = ("wrist", "hand", "gripper", "eye_in")
 """Parts of the names of cameras at the wrist."""
 TWICE = 2.0
@@ -188,10 +186,10 @@ def _motion(
         return [place, move]
     equal = _best("rotation", place, turn, act, columns, rate)
     written, values = equal[0], turn.of(columns)
-    form, widest = written.reading.state, np.abs(np.concatenate(values)).max()
+    form, (_, unit) = written.reading.state, hypotheses.state_quaternions(np.concatenate(values))
     found |= {"rotation": turn.name(columns), "rotation_format": form}
-    degrees = widest > TURN if form in ANGLES else written.reading.unit.startswith("deg")
-    found["angle_unit"] = "deg" if degrees else "rad"
+    read = unit if form in ANGLES else written.reading.unit
+    found["angle_unit"] = "deg" if read.startswith("deg") else "rad"
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)
     same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")

@@ -18,10 +18,9 @@ import torch
 from pydantic import ConfigDict, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
-from spear.data.readers.spec import said
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
-from spear.errors import SpearError, check_known, suppress_notices
+from spear.errors import SpearError, check_known, first_line, suppress_notices
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
 from spear.util.files import write_bytes, write_text
@@ -129,9 +128,8 @@ class Normalizer:
         try:
             return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
-            why = " ".join(said(error)).strip() if isinstance(error, ValidationError) else error
-            what = "cannot read normalisation statistics"
-            raise SpearError(f"{what}: {path}: {why}; take the file beside the weights") from error
+            what = f"cannot read normalisation statistics: {path}"
+            raise SpearError(f"{what}: {first_line(error)}; take the file beside the weights") from error
 
 
 def save_sketches(store: EpisodeStore) -> None:

@@ -23,8 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from spear.data.readers.spec import said
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
 from spear.train import parallel
 from spear.train.optimize import Stepper
 from spear.util.files import read_json
@@ -67,7 +66,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     try:
         return path.parent, State.model_validate(read_json(path, INSTEAD)).model_dump()
     except ValidationError as error:
-        raise SpearError(f"checkpoint {path}: {' '.join(said(error))}: {INSTEAD}") from error
+        raise SpearError(f"checkpoint {path}: {first_line(error)}: {INSTEAD}") from error
 
 
 class Checkpoints:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, check_known, unknown_name
+from spear.errors import SpearError, check_known, first_line, unknown_name
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within
 
@@ -190,8 +190,7 @@ def _check(part: type, key: str, value: Any) -> None:
         words = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
         if words:
             raise unknown_name(key, str(value), words) from error
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise SpearError(f"recipe key {key} is {value!r}: {why}") from error
+        raise SpearError(f"recipe key {key} is {value!r}: {first_line(error)}") from error
     if key == "pairs" and value[0] > value[1]:
         raise SpearError(f"recipe key {key} is {value}: the fewest come first")
     if key == "families":

@@ -5,7 +5,6 @@ tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -28,7 +27,7 @@ from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
-from spear.util.ledger import alone, hash_ends
+from spear.util.ledger import alone, hash_ends, plain
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
 TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
@@ -141,7 +140,7 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
             there = [folder for folder in folders if folder is not None]
             marks[key] = hash_ends(there, kinds)[:12] if there else None
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
-    return dict(json.loads(json.dumps({**recipe, **opt, **_of_episodes(inputs), **marks})))
+    return plain({**recipe, **opt, **_of_episodes(inputs), **marks})
 
 
 def _of_episodes(inputs: Inputs) -> dict[str, Any]:

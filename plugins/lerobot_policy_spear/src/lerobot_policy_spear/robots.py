@@ -17,7 +17,7 @@ import pyarrow.dataset
 import torch
 
 from spear.data.actions import HORIZON, derive_actions
-from spear.data.store.schema import ACTION_NAMES, STATE_NAMES
+from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES
 from spear.embodiments import tools
 from spear.errors import SpearError, notice
 from spear.geometry import matrix_to_quat, quat_canonical, quat_exp, quat_log, quat_slerp, quat_to_matrix

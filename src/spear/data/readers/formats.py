@@ -1,17 +1,17 @@
 """Robot demonstrations in a folder of any format: which format it is, and its episodes."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from spear.data.readers.layout import Sources, episode_from
-from spear.data.readers.lerobot import LeRobotFolder, is_lerobot, open_lerobot
-from spear.data.readers.rlds import RldsFolder, is_rlds, open_rlds
+from spear.data.readers.lerobot import INFO, LeRobotFolder, open_lerobot
+from spear.data.readers.rlds import RldsFolder, open_rlds
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import record_sums
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped, hash_ends
@@ -20,18 +20,20 @@ T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
-_Opened = Callable[[str | Path], Dataset | EpisodeStore]
-FORMATS: Mapping[str, tuple[str, Callable[[str | Path], bool], _Opened]] = {
-    "store": (f"a store of episodes ({SHARD_GLOB})", is_store, EpisodeStore),
-    "rlds": ("an RLDS dataset (features.json)", is_rlds, open_rlds),
-    "lerobot": ("a LeRobot dataset (meta/info.json)", is_lerobot, open_lerobot),
+FORMATS: Mapping[str, tuple[str, Sequence[str], Callable[[str | Path], Dataset | EpisodeStore]]] = {
+    "store": (f"a store of episodes ({SHARD_GLOB})", [SHARD_GLOB], EpisodeStore),
+    "rlds": ("an RLDS dataset (features.json)", ["features.json", "*/features.json"], open_rlds),
+    "lerobot": (f"a LeRobot dataset ({INFO})", [INFO], open_lerobot),
 }
-"""Name -> what it is called and known by, whether a path is in it, and how it is opened."""
+"""Name -> what it is called and known by, patterns of files that tell it, and how it is opened."""
 
 
 def find_format(path: str | Path) -> str | None:
     """The name of the format that a path is in, or None."""
-    return next((name for name, (_, is_one, _) in FORMATS.items() if is_one(path)), None)
+    for name, (_, patterns, _) in FORMATS.items():
+        if any(any(Path(path).glob(pattern)) for pattern in patterns):
+            return name
+    return None
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:

@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from spear.data.actions import first_bad, no_steps
 from spear.data.readers.layout import Sources, split_column
-from spear.data.readers.spec import DatasetSpec, Positive, find_spec, said
+from spear.data.readers.spec import DatasetSpec, Positive, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, counted, first_line, notice
@@ -185,11 +185,6 @@ def _column(feature: str) -> str:
     return feature.replace(".", "/")
 
 
-def is_lerobot(path: str | Path) -> bool:
-    """Whether `path` is the folder of a LeRobot dataset."""
-    return (Path(path) / INFO).is_file()
-
-
 def open_lerobot(path: str | Path) -> LeRobotFolder:
     """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
     return _open(Path(path), (Path(path) / INFO).stat().st_mtime_ns)
@@ -211,12 +206,11 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
             raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
         splits = _splits(info, len(episodes))
         found = LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
-    except ValidationError as error:
-        key, why = said(error)
-        hint = "; convert it to v2.1 or v3.0" if key == "codebase_version" else "; copy the dataset again"
-        raise SpearError(f"unreadable: {where}: {key} {why}{hint}") from error
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
-        raise SpearError(f"unreadable: {where}: {first_line(error)}; copy the dataset again") from error
+        why = first_line(error)
+        old = why.startswith("codebase_version")
+        cure = "convert it to v2.1 or v3.0" if old else "copy the dataset again"
+        raise SpearError(f"unreadable: {where}: {why}; {cure}") from error
     if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
         notice(f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})")
     return found

@@ -87,20 +87,10 @@ def _parts(version: str) -> list[int]:
     return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
-def is_rlds(path: str | Path) -> bool:
-    """Whether `path` is an RLDS folder, or holds one version folder that is."""
-    return bool(_version_folders(Path(path)))
-
-
-def _version_folders(path: Path) -> list[Path]:
-    if (path / "features.json").is_file():
-        return [path]
-    return sorted(p.parent for p in path.glob("*/features.json")) if path.is_dir() else []
-
-
 def open_rlds(path: str | Path) -> RldsFolder:
     """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
-    found = _version_folders(Path(path))
+    whole = Path(path) / "features.json"
+    found = [Path(path)] if whole.is_file() else sorted(p.parent for p in Path(path).glob("*/features.json"))
     if len(found) != 1:
         names = f"choose one of {', '.join(p.name for p in found)}" if found else "it has no features.json"
         raise SpearError(f"not an RLDS folder: {path}: {names}")

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from spear.errors import SpearError, check_known, unknown_name
+from spear.errors import SpearError, check_known, first_line, unknown_name
 from spear.util.files import read_json
 
 AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_zyx", "rotation_vector"]
@@ -205,20 +205,13 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
     try:
         return DatasetSpec(**values)
     except ValidationError as error:
-        path_of, why = said(error)
-        key = path_of.partition(".")[0]
+        key = str(error.errors()[0]["loc"][0])
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):
             known = re.findall(r"'(\w+)'", " ".join(choices))
             raise unknown_name(f"{key} (in {path})", fields[key], known) from error
+        why = first_line(error).removeprefix(f"{key} ")
         raise SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}") from error
-
-
-def said(error: ValidationError) -> tuple[str, str]:
-    """The key of the first bad value ("features.state.dtype"), and what is wrong with it, in a few words."""
-    first = error.errors()[0]
-    words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return ".".join(map(str, first["loc"])), words
 
 
 def _load() -> dict[str, DatasetSpec]:

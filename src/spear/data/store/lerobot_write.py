@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from spear.data.actions import check_episode, with_actions
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.video import VideoWriter
-from spear.data.store import schema as lerobot
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
@@ -28,6 +27,17 @@ from spear.util.files import check_new, write_text, writing
 from spear.util.images import decode_image
 from spear.util.ledger import alone
 
+CHUNK_FILES, DATA_MB, VIDEO_MB = 1000, 100, 200
+"""Files in a folder, and the sizes at which the next file begins: LeRobot's."""
+STATE_NAMES = ["x", "y", "z", "qw", "qx", "qy", "qz", "gripper"]
+ACTION_NAMES = ["dx", "dy", "dz", "dqw", "dqx", "dqy", "dqz", "gripper"]
+_OURS = {"action_mask": "bool", "success": "int64", "source": "string"}
+_INDEX = {"timestamp": "float32"}
+_INDEX |= dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
+_ARROW = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PER_FILE = 10_000
 """Rows of one file of `meta/episodes` (our choice)."""
 
@@ -76,8 +86,8 @@ class _Writer:
     def __init__(self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str) -> None:
         self.folder, self.images, self.rate_hz = folder, images, rate_hz
         self.sizes = {camera: samples[camera].size for camera in sorted(samples)}
-        self.features = lerobot.make_features(self.sizes, images, self.rate_hz)
-        self.schema = lerobot.make_schema(self.features)
+        self.features = make_features(self.sizes, images, self.rate_hz)
+        self.schema = make_schema(self.features)
         self.tasks: dict[str, int] = {}
         numbers = [n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")]
         self.rows = {name: RowStats() for name in numbers}
@@ -99,7 +109,7 @@ class _Writer:
         if episode.rate_hz != self.rate_hz:
             rates = f"{name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}"
             raise SpearError(f"rates differ: {rates}: resample (see `spear data prepare`)")
-        if self._data is not None and os.path.getsize(self._data_path) > lerobot.DATA_MB << 20:
+        if self._data is not None and os.path.getsize(self._data_path) > DATA_MB << 20:
             self._end_file()
         length, columns = len(episode), self._columns(episode)
         row: dict[str, Any] = {
@@ -115,12 +125,12 @@ class _Writer:
         for camera in self.sizes:
             if self.images == "video":
                 row |= self._write_video(camera, episode)
-            stats[lerobot.feature_name(camera)] = samples[camera].stats()
-            self.pictures[camera] = self.pictures[camera].plus(samples[camera])
+            stats[feature_name(camera)] = samples[camera].stats()
+            self.pictures[camera].histogram[...] += samples[camera].histogram
         for name in self.features:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
-        self.waiting.append(row | lerobot.place_of("meta/episodes", self.meta_files))
+        self.waiting.append(row | place_of("meta/episodes", self.meta_files))
         for name, values in rows.items():
             self.rows[name].add(values)
         self.episodes += 1
@@ -149,7 +159,7 @@ class _Writer:
 
     @property
     def _data_path(self) -> Path:
-        return self.folder / lerobot.place(lerobot.DATA_PATH, self.data_files)
+        return self.folder / place(DATA_PATH, self.data_files)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         if self._data is None:
@@ -168,18 +178,18 @@ class _Writer:
             else:
                 arrays.append(pa.array(columns[field.name], field.type))
         self._data.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
-        return lerobot.place_of("data", self.data_files)
+        return place_of("data", self.data_files)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the frames of an episode; returns where they are."""
-        name = lerobot.feature_name(camera)
+        name = feature_name(camera)
         video = self._videos.get(camera)
-        if video is not None and video.bytes / 2**20 > lerobot.VIDEO_MB:
+        if video is not None and video.bytes / 2**20 > VIDEO_MB:
             self._videos.pop(camera).close()
             self.video_files[camera] += 1
             video = None
         if video is None:
-            path = lerobot.place(lerobot.VIDEO_PATH, self.video_files[camera], video_key=name)
+            path = place(VIDEO_PATH, self.video_files[camera], video_key=name)
             video = self._videos[camera] = VideoWriter(self.folder / path, *self.sizes[camera], self.rate_hz)
         first = video.frames
         for step, encoded in enumerate(episode.images[camera]):
@@ -188,7 +198,7 @@ class _Writer:
             check_size(image.shape[:2], self.sizes[camera], where)
             video.write(image)
         return {
-            **lerobot.place_of(f"videos/{name}", self.video_files[camera]),
+            **place_of(f"videos/{name}", self.video_files[camera]),
             f"videos/{name}/from_timestamp": first / self.rate_hz,
             f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
         }
@@ -202,7 +212,7 @@ class _Writer:
 
     def _write_episodes(self) -> None:
         """Write a file of `meta/episodes` from what is waiting for it."""
-        path = self.folder / lerobot.place(lerobot.EPISODES_PATH, self.meta_files)
+        path = self.folder / place(EPISODES_PATH, self.meta_files)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.waiting), path)
         self.waiting, self.meta_files = [], self.meta_files + 1
@@ -220,7 +230,7 @@ class _Writer:
         if self.waiting:
             self._write_episodes()
         stats = {name: rows.total() for name, rows in self.rows.items()}
-        stats |= {lerobot.feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
+        stats |= {feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
         lists = {n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats}
         info = {
             "codebase_version": "v3.0",
@@ -228,16 +238,101 @@ class _Writer:
             "total_episodes": self.episodes,
             "total_frames": self.frames,
             "total_tasks": len(self.tasks),
-            "chunks_size": lerobot.CHUNK_FILES,
-            "data_files_size_in_mb": lerobot.DATA_MB,
-            "video_files_size_in_mb": lerobot.VIDEO_MB,
-            "fps": lerobot.whole(self.rate_hz),
+            "chunks_size": CHUNK_FILES,
+            "data_files_size_in_mb": DATA_MB,
+            "video_files_size_in_mb": VIDEO_MB,
+            "fps": whole(self.rate_hz),
             "splits": {"train": f"0:{self.episodes}"},
-            "data_path": lerobot.DATA_PATH,
-            "video_path": lerobot.VIDEO_PATH if self.images == "video" else None,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
-        layout = lerobot.our_layout(self.sizes)
+        layout = our_layout(self.sizes)
         for name, content in {"meta/stats.json": lists, "meta/info.json": info, SPEC_FILE: layout}.items():
             write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
-        lerobot.write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+        write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+
+
+def our_layout(cameras: Iterable[str]) -> dict[str, Any]:
+    """What `spear.json` says of the columns."""
+    return {
+        "images": {camera: f"observation/images/{camera}" for camera in cameras},
+        "position": "observation/state[0:3]",
+        "rotation": "observation/state[3:7]",
+        "rotation_format": "quat_wxyz",
+        "gripper": "observation/state[7]",
+        "gripper_range": [0.0, 1.0],
+        "action": "action",
+        **{name: name for name in _OURS},
+    }
+
+
+def make_features(sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float) -> dict[str, Any]:
+    """The "features" of info.json, in the order of the columns."""
+    features: dict[str, Any] = {}
+    for camera, (height, width) in sizes.items():
+        names = ["height", "width", "channels"]
+        features[feature_name(camera)] = {"dtype": images, "shape": [height, width, 3], "names": names}
+        if images == "video":
+            features[feature_name(camera)]["info"] = {
+                "video.height": height,
+                "video.width": width,
+                "video.codec": "av1",
+                "video.pix_fmt": "yuv420p",
+                "video.is_depth_map": False,
+                "video.fps": whole(rate_hz),
+                "video.channels": 3,
+                "has_audio": False,
+            }
+    features["observation.state"] = {"dtype": "float32", "shape": [8], "names": STATE_NAMES}
+    features["action"] = {"dtype": "float32", "shape": [8], "names": ACTION_NAMES}
+    for name, dtype in {**_OURS, **_INDEX}.items():
+        features[name] = {"dtype": dtype, "shape": [1], "names": None}
+    return features
+
+
+def make_schema(features: Mapping[str, Any]) -> pa.Schema:
+    """The schema of the rows, with the note that lets the `datasets` library restore its types."""
+    fields: list[pa.Field] = []
+    note: dict[str, Any] = {}
+    for name, feature in features.items():
+        dtype, length = feature["dtype"], feature["shape"][0]
+        value = {"dtype": dtype, "_type": "Value"}
+        if dtype == "image":
+            fields.append(pa.field(name, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+            note[name] = {"_type": "Image"}
+        elif dtype != "video" and length == 1:
+            fields.append(pa.field(name, _ARROW[dtype]))
+            note[name] = value
+        elif dtype != "video":
+            fields.append(pa.field(name, pa.list_(pa.field("element", _ARROW[dtype]), length)))
+            note[name] = {"feature": value, "length": length, "_type": "List"}
+    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": note}})})
+
+
+def write_tasks(path: Path, tasks: list[str]) -> None:
+    """The tasks, as the index of the table for whoever reads it with pandas."""
+    index = "__index_level_0__"
+    column = {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"}
+    note = {"index_columns": [index], "columns": [{**column, "metadata": None}], "column_indexes": []}
+    numbers, texts = pa.array(range(len(tasks)), pa.int64()), pa.array(tasks, pa.large_string())
+    table = pa.table({"task_index": numbers, index: texts})
+    pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), path)
+
+
+def feature_name(camera: str) -> str:
+    return f"observation.images.{camera}"
+
+
+def place(template: str, number: int, **names: str) -> str:
+    """The path of file `number` of one kind below the folder of the dataset."""
+    return template.format(chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names)
+
+
+def place_of(prefix: str, number: int) -> dict[str, int]:
+    return {f"{prefix}/chunk_index": number // CHUNK_FILES, f"{prefix}/file_index": number % CHUNK_FILES}
+
+
+def whole(rate_hz: float) -> int | float:
+    """LeRobot's rates are whole numbers where they can be."""
+    return int(rate_hz) if rate_hz == int(rate_hz) else rate_hz

@@ -4,6 +4,7 @@ Those of an image are per channel, of pixel values in 0 … 1, over some frames 
 quantiles of a dataset are averages over its episodes; ours are the quantiles of the rows themselves.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -50,16 +51,12 @@ class RowStats:
 class ImageSample:
     """What some of a camera's images look like.
 
-    size (height, width) in pixels; histogram [3, 256] of the values of each channel in so many frames.
+    size (height, width) in pixels; histogram [3, 256] of the values of each channel, to which others of the
+    same size can be added.
     """
 
     size: tuple[int, int]
     histogram: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
-    frames: int = 0
-
-    def plus(self, other: "ImageSample") -> "ImageSample":
-        """These images and others of the same size."""
-        return ImageSample(self.size, self.histogram + other.histogram, self.frames + other.frames)
 
     def stats(self) -> Stats:
         """[3, 1, 1] statistics of each channel."""
@@ -72,7 +69,7 @@ class ImageSample:
             "max": level[255 - (self.histogram[:, ::-1] > 0).argmax(1)],
             "mean": mean,
             "std": np.sqrt(np.maximum(share @ level**2 - mean**2, 0)),
-            "count": np.array([self.frames]),
+            "count": self.histogram[:1].sum(1) // math.prod(self.size),
         }
         for name, q in QUANTILES.items():
             found[name] = level[np.minimum((below < q - 1e-12).sum(1), 255)]
@@ -92,7 +89,7 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
             image = decode_image(images[step], where)
             size = image.shape[0], image.shape[1]
             if number == 0:
-                samples[camera] = ImageSample(size, frames=len(steps))
+                samples[camera] = ImageSample(size)
             check_size(size, samples[camera].size, where)
             histogram = [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
             samples[camera].histogram[...] += histogram

@@ -268,8 +268,7 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     try:
         items = _OBJECTS.validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise Unusable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from error
+        raise Unusable(first_line(error)) from error
     found: list[Detection] = []
     for item in items:
         label = " ".join(item.label.lower().split())
