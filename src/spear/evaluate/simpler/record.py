@@ -3,11 +3,12 @@ official grid, with disturbances that it recovers from, as `spear.sim.record` ha
 images."""
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 
@@ -81,24 +82,17 @@ def record(
 ) -> Iterator[Episode]:
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
-    processes = [SimplerProcess(task, assets) for _ in range(min(workers, len(seeds)))]
-    free: SimpleQueue[SimplerProcess] = SimpleQueue()
-    for process in processes:
-        free.put(process)
+    own = threading.local()
+    with ExitStack() as processes:
 
-    def one(seed: int) -> Episode:
-        process = free.get()
-        try:
-            return record_episode(process, task, seed, size, policy)
-        finally:
-            free.put(process)
+        def begin() -> None:
+            own.process = processes.enter_context(closing(SimplerProcess(task, assets)))
 
-    try:
-        with ThreadPoolExecutor(max(1, len(processes))) as threads:
+        def one(seed: int) -> Episode:
+            return record_episode(own.process, task, seed, size, policy)
+
+        with ThreadPoolExecutor(max(1, min(workers, len(seeds))), initializer=begin) as threads:
             yield from in_order(threads, one, seeds, ahead=2 * workers)
-    finally:
-        for process in processes:
-            process.close()
 
 
 def record_episode(
@@ -135,8 +129,5 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
 
 def _frames(size: tuple[int, int], assets: Path, job: Job) -> Iterator[tuple[str, list[Frame]]]:
     task, seeds = job
-    process = SimplerProcess(task, assets)
-    try:
+    with closing(SimplerProcess(task, assets)) as process:
         yield VIEW, [process.look(seed, size) for seed in seeds]
-    finally:
-        process.close()
