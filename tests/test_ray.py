@@ -15,7 +15,7 @@ from labels_stand_ins import BoxSegmenter, SlopePointMap, engine, graph, photos
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
-from spear.labels.engine import Graph, run_ray
+from spear.labels.engine import run_ray
 from spear.labels.inputs import find
 from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
@@ -46,7 +46,7 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     source = photos(tmp_path / "photos", 21)
     label_folder(find(str(source)), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
-    broken = partial(run_ray, Graph((no_key, BoxSegmenter, SlopePointMap)), WORK)
+    broken = partial(run_ray, (no_key, BoxSegmenter, SlopePointMap), WORK)
     refuses("set ONE", label_folder, find(str(source)), tmp_path / "none", broken, {}, WORK)
     assert not (tmp_path / "none").exists()
     for number in (0, 2):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from spear.labels.engine import Graph, run_local
+from spear.labels.engine import run_local
 from spear.labels.inputs import find
 from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
@@ -82,7 +82,7 @@ def run(folder: Path, workers: int) -> None:
     label_folder(
         find(str(folder / "photos")),
         folder / "labels",
-        partial(run_local, Graph((StandIn, StandIn, StandIn)), workers),
+        partial(run_local, (StandIn, StandIn, StandIn), workers),
         {},
         WorkOptions(),
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from spear.labels.engine import Graph, run_local
+from spear.labels.engine import run_local
 from spear.labels.inputs import find, read
 from spear.labels.options import WorkOptions
 from spear.labels.pipeline import detect, locate, segment
@@ -78,8 +78,8 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
     """Seconds per image of labelling the folder, from the first call of a network until all is on the
     disk."""
     model = StandIn(seconds)
-    graph = Graph((lambda: model, lambda: model, lambda: model))
-    engine = partial(run_local, graph, workers)
+    makers = (lambda: model, lambda: model, lambda: model)
+    engine = partial(run_local, makers, workers)
     done = label_folder(find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
     assert model.begun is not None
     return (time.perf_counter() - model.begun) / done.done

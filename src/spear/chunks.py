@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, get_args
@@ -38,6 +39,15 @@ REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """actions [H, 8], predicted from the observation of tick `observed`, usable from tick `arrives` on."""
+
+    actions: Array
+    observed: int
+    arrives: int
+
+
 class ChunkExecutor:
     """Chooses the action of each tick from the chunks that it is given. Each robot, or scene, has its own.
 
@@ -47,19 +57,15 @@ class ChunkExecutor:
             execute(executor.next())
 
     replan   k, the actions of a chunk that are executed before the next look.
-    most     rtc: the most actions that the policy may be told of (its `committed`). Raises `SpearError` for a
-             policy that has not learned it, and for an unknown mode.
+    most     rtc: the most actions that the policy may be told of (its `committed`).
     """
 
     def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0) -> None:
-        check_known("way of executing chunks", get_args(Mode), mode)
-        if mode == "rtc" and not most:
-            cure = "async, or train with --set committed=2"
-            raise SpearError(f"--execution rtc: not learned by the policy: {cure}")
+        check_mode(mode, most)
         check_replan(replan)
         self.mode, self.replan, self.most = mode, replan, most
         self._gripper = 1.0
-        self._waiting: list[tuple[Array, int, int]] = []  # what `give` got, until it arrives
+        self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
         self.tick = self._delay = self._horizon = 0
@@ -90,7 +96,7 @@ class ChunkExecutor:
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        self._waiting.append((actions, observed, arrives))
+        self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
         self._delay = arrives - observed
 
@@ -106,16 +112,15 @@ class ChunkExecutor:
         return action.copy()
 
     def _take_up(self) -> None:
-        arrived = [given for given in self._waiting if given[2] <= self.tick]
-        self._waiting = [given for given in self._waiting if given[2] > self.tick]
-        for actions, observed, _ in arrived:
+        for chunk in (c for c in self._waiting if c.arrives <= self.tick):
             # What was made since the look; in ticks that have no action there was no motion.
-            recent = list(self._executed)[max(0, len(self._executed) - (self.tick - observed)) :]
+            recent = list(self._executed)[max(0, len(self._executed) - (self.tick - chunk.observed)) :]
             made = [action for action in recent if action is not None]
             # In rtc there is nothing to join, but where inference took longer than the policy was told.
-            rows = actions[: self.replan] if self.mode == "sync" else _joined(actions, made)
-            self._horizon = len(actions)
+            rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
+            self._horizon = len(chunk.actions)
             self._left = list(rows)
+        self._waiting = [c for c in self._waiting if c.arrives > self.tick]
 
 
 class Pilot:
@@ -167,6 +172,14 @@ class Pilot:
         if self._asked is not None and (wait or self._asked[1].done()):
             (tick, future), self._asked = self._asked, None
             self._executor.give(future.result()["actions"], observed=tick)
+
+
+def check_mode(mode: str, committed: int) -> None:
+    """Raises `SpearError` for an unknown way of executing chunks, and for one that a policy which may be told
+    of so many actions has not learned."""
+    check_known("way of executing chunks", get_args(Mode), mode)
+    if mode == "rtc" and not committed:
+        raise SpearError("--execution rtc: not learned by the policy: async, or train with --set committed=2")
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:

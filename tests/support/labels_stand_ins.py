@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import RetryableError, SpearError
-from spear.labels.engine import Graph, run_local
+from spear.labels.engine import Makers, run_local
 from spear.labels.fit.image import unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
@@ -81,8 +81,8 @@ def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
     return Frame(image, source=f"{seed}.jpg")
 
 
-def graph(*detector: Any) -> Graph:
-    return Graph((partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap))
+def graph(*detector: Any) -> Makers:
+    return partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap
 
 
 def engine(workers: int = 0, *detector: Any) -> Any:

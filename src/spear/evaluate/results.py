@@ -245,10 +245,9 @@ def read_journal(path: Path) -> Results:
         lines = path.read_text("utf-8").rpartition("\n")[0].split("\n")
         head, *others = [json.loads(line) for line in lines]
         plans, episodes = ([e for e in others if ("scenes" in e) is plan] for plan in (True, False))
-        wanted = {(f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds}
+        wanted = frozenset((f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds)
         seconds = sum(e.pop("wall", e.pop("seconds")) for e in episodes)  # once, seconds was what wall is
-        outcomes = [Outcome(**e) for e in episodes]
-        return Results(head["policy"], head["settings"], outcomes, seconds, frozenset(wanted))
+        return Results(head["policy"], head["settings"], episodes, seconds, wanted)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
 
@@ -264,8 +263,7 @@ def load(path: Path) -> Results:
     file = path / "results.json" if path.is_dir() else path
     raw = read_json(file, "give what `spear evaluate --out` wrote")
     try:
-        outcomes = [Outcome(**o) for o in raw["outcomes"]]
-        wanted = frozenset((family, seed) for family, seed in raw.get("wanted", ()))
-        return Results(raw["policy"], raw["settings"], outcomes, raw["seconds"], wanted)
+        wanted = raw.get("wanted", frozenset())
+        return Results(raw["policy"], raw["settings"], raw["outcomes"], raw["seconds"], wanted)
     except (KeyError, TypeError, ValueError):
         raise SpearError(f"results: {file}: not a file that `spear evaluate --out` wrote") from None

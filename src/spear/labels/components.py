@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError, check_known
-from spear.labels.engine import Graph
+from spear.labels.engine import Makers
 from spear.labels.options import LabelOptions
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
@@ -89,8 +89,8 @@ def split(description: str) -> tuple[str, str | None]:
     return name, argument[0] if argument else None
 
 
-def graph(options: LabelOptions) -> Graph:
-    """What is done with an image; nothing is loaded yet. `SpearError`: an unknown name, an idle option."""
+def makers(options: LabelOptions) -> Makers:
+    """What makes the components; nothing is loaded yet. `SpearError`: an unknown name, an idle option."""
     described = dict(zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True))
     detector, segmenter, pointmap = (component(kind, said, options) for kind, said in described.items())
     last = ((kind, split(said.rpartition("+")[2])[0]) for kind, said in described.items())
@@ -98,4 +98,4 @@ def graph(options: LabelOptions) -> Graph:
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
         what = f"{min(idle)} says nothing to {', '.join(described.values())}"
         raise SpearError(f"{what}: leave it out, or choose a component that takes it")
-    return Graph((detector, segmenter, pointmap), options.size or None)
+    return detector, segmenter, pointmap

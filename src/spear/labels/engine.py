@@ -3,13 +3,13 @@
 The local one runs the networks in this process, and all else in worker processes; only a few batches are on
 their way at any time. The other is Ray's, on one machine or a cluster: the networks are actors that keep
 their component, reading and finishing are tasks, and inputs must be at the same paths on every node. Batches
-come out in the order in which they went in.
+come out in the order in which they went in; images in which nothing is found are skipped.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -25,17 +25,8 @@ from spear.labels.pipeline import Work, detect, lift, locate, segment
 from spear.labels.store import to_table
 from spear.util import processes
 
-
-@dataclass(frozen=True)
-class Graph:
-    """What is done with an image. Images in which nothing is found are skipped.
-
-    makers   of detector, segmenter and point map: each makes its component; can be sent to another process.
-    longest  photos are made smaller until their longer side has so many pixels (the paper: 840), or None.
-    """
-
-    makers: tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]
-    longest: int | None = 840
+Makers = tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]
+"""Of detector, segmenter and point map: each makes its component, and can be sent to another process."""
 
 
 class SkippedImage(NamedTuple):
@@ -97,20 +88,23 @@ STAGES: Sequence[Stage] = (partial(detect, need_objects=True), segment, locate_a
 """What is done with a batch by each of the three components, in order."""
 
 
-def run_local(graph: Graph, workers: int, batches: Iterable[Sequence[Item]]) -> Generator[Done, None, None]:
-    """Label batches on this computer. The components of `graph` are made here, before a worker begins.
-    However the work ends, what a component has to be paid for is printed.
+def run_local(
+    makers: Makers, workers: int, batches: Iterable[Sequence[Item]], longest: int | None = 840
+) -> Generator[Done, None, None]:
+    """Label batches on this computer. The components are made here, before a worker begins. However the work
+    ends, what a component has to be paid for is printed.
 
     workers  processes that read images, fit boxes and encode; 0 does all that in this process.
     batches  items that go through the networks together.
+    longest  as for `read` (the paper: 840 pixels).
 
     Raises `SpearError`: a component cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
-    components = [make() for make in graph.makers]
+    components = [make() for make in makers]
     try:
         with processes.pool(workers, __name__, advice) as pool:
-            reader = partial(read, longest=graph.longest)
+            reader = partial(read, longest=longest)
             works = processes.in_order(pool, reader, batches, workers + 1)
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
@@ -139,12 +133,12 @@ class _Network:
 
 
 def run_ray(
-    graph: Graph, work: WorkOptions, batches: Iterable[Sequence[Item]]
+    makers: Makers, work: WorkOptions, batches: Iterable[Sequence[Item]], longest: int | None = 840
 ) -> Generator[Done, None, None]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
-    work: its `copies` and `gpus`, of detector, segmenter and point map, count. Raises `SpearError`: Ray is
-    not installed, or a component cannot be made.
+    work: its `copies` and `gpus`, of detector, segmenter and point map, count. longest: as for `read`. Raises
+    `SpearError`: Ray is not installed, or a component cannot be made.
     """
     ray = need("ray", "ray", "the ray engine")
     begun = not ray.is_initialized()
@@ -152,7 +146,7 @@ def run_ray(
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
         networks = []
-        for make, stage, copies, gpus in zip(graph.makers, STAGES, work.copies, work.gpus, strict=True):
+        for make, stage, copies, gpus in zip(makers, STAGES, work.copies, work.gpus, strict=True):
             # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
             actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Network)
             networks.append(cycle([actor.remote(make, stage) for _ in range(copies)]))
@@ -160,7 +154,7 @@ def run_ray(
         ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
         waiting: deque[Any] = deque()
         for batch in batches:
-            works = reader.remote(list(batch), graph.longest)
+            works = reader.remote(list(batch), longest)
             for network in networks:
                 works = next(network).call.remote(works)
             waiting.append(finisher.remote(works))

@@ -27,8 +27,8 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError, counted, notice
-from spear.labels.components import graph, split
-from spear.labels.engine import Engine, Graph, SkippedImage, run_local, run_ray
+from spear.labels.components import makers, split
+from spear.labels.engine import Engine, Makers, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item, contents, digest
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
@@ -69,14 +69,14 @@ def label_photos(options: LabelOptions) -> Progress:
     if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
         raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
     local, ray = partial(run_local, chosen, work.workers), partial(run_ray, chosen, work)
-    engine: Engine = local if work.engine == "local" else ray
+    engine: Engine = partial(local if work.engine == "local" else ray, longest=options.size or None)
     return label_folder(listing, options.out, engine, settings, work, options.retry_skipped)
 
 
-def prepare(options: LabelOptions) -> tuple[Graph, Iterator[Item], dict[str, Any]]:
-    """What is done with the images of `options.photos`, their listing, and the settings; nothing is loaded.
+def prepare(options: LabelOptions) -> tuple[Makers, Iterator[Item], dict[str, Any]]:
+    """What makes the components, the listing of `options.photos`, and the settings; nothing is loaded.
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
-    chosen = graph(options)
+    chosen = makers(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
     true = next((p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH), "")
     bare = next((given for given in inputs if not given.startswith(("rgbd:", "sim:"))), "")

@@ -65,7 +65,6 @@ class Disturbance:
     miss: float = 0.3
 
 
-DISTURBANCE = Disturbance()
 POLICY_STARTS, POLICY_STEPS = 0.25, 8
 """Of a policy's turns: the chance per step of the expert's that one begins, and its longest, steps."""
 
@@ -92,7 +91,7 @@ def record_episode(
     seed: int,
     image_size: Size = (280, 210),
     wrist_size: Size = (112, 112),
-    disturbance: Disturbance = DISTURBANCE,
+    disturbance: Disturbance = Disturbance(),
     policy: Acts | None = None,
 ) -> Episode:
     """The expert's demonstration of one scene, disturbed, or by turns with a policy."""
