@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2174, "ablations": 641, "cli": 1565, "data": 5013, "embodiments": 780, "evaluate": 3142,
-    "labels": 4635, "models": 5041, "report": 1162, "serve": 995, "sim": 1546, "train": 2285, "ui": 679,
+    "labels": 4635, "models": 5042, "report": 1162, "serve": 995, "sim": 1546, "train": 2285, "ui": 679,
     "util": 815,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -39,8 +39,9 @@ class FewRows:
 
     @staticmethod
     def can_do(layers: Sequence[Any], heads: int, width: int, groups: int) -> bool:
-        """Whether all layers are Gemma's (not Gemma 2's), plain, in bfloat16, with one key-value head."""
-        return groups == 1 and width % 32 == 0 and all(map(_is_plain, layers))
+        """Whether this GPU has bfloat16, and all layers are Gemma's (not Gemma 2's), plain, with one kv head."""
+        fits = groups == 1 and width % 32 == 0 and all(map(_is_plain, layers))
+        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
 
     @staticmethod
     def can_run(x: Tensor, window: Any) -> bool:
