@@ -39,7 +39,7 @@ class FewRows:
 
     @staticmethod
     def can_do(layers: Sequence[Any], heads: int, width: int, groups: int) -> bool:
-        """Whether this GPU has bfloat16, and all layers are Gemma's (not Gemma 2's), plain, with one kv head."""
+        """Whether the GPU has bfloat16 and all layers are plain, in it, Gemma's (not 2's), of one kv head."""
         fits = groups == 1 and width % 32 == 0 and all(map(_is_plain, layers))
         return fits and torch.cuda.is_bf16_supported(including_emulation=False)
 
