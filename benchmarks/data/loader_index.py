@@ -79,10 +79,7 @@ def start(root: Path) -> dict[str, float]:
     for sample in mixture.draw(0, 2048):
         mixture.arrays(sample, 5)
     marks.append((time.perf_counter(), time.process_time()))
-    found: dict[str, float] = {
-        "valid steps": sum(s.known.sum() for s in mixture.stores),
-        "episodes": sum(len(s) for _, s, _ in sources),
-    }
+    found: dict[str, float] = {"valid steps": len(mixture), "episodes": sum(len(s) for _, s, _ in sources)}
     for name, before, after in zip(
         ("open", "mixture", "normalisation", "first batch"), marks, marks[1:], strict=False
     ):

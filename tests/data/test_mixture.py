@@ -73,7 +73,7 @@ def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     drawn = [s for step in range(40) for s in mixture.draw(step, 100)]
     assert np.mean([s.source == 0 for s in drawn]) == pytest.approx(0.75, abs=0.027)  # 4 deviations
     seen = {(s.source, s.episode, s.step) for s in drawn}
-    assert len(seen) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
+    assert len(seen) == len(mixture) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
     assert all(step != 2 for _, _, step in seen)
     counts = Counter((s.episode, s.step) for s in drawn if s.source == 0)
     assert chisquare([*counts.values()]).pvalue > 0.001
@@ -128,6 +128,8 @@ def test_the_order_depends_on_seed_and_step_alone(
         seen = [getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")]
         np.testing.assert_array_equal(state, np.hstack(seen))
         assert mask[0] and action.shape == (5, 8)
+    whole = [store.without_images(e) for _, store, _ in sources for e in range(len(store))]
+    assert len(mixture) == sum(int(episode_actions(episode)[1].sum()) for episode in whole)
 
     workers = data.draw(st.integers(1, 4))
     found = {}

@@ -7,10 +7,16 @@ built with CUDA, all of it runs on fake tensors of a GPU, too, which need none.
 
 import contextlib
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -187,3 +193,18 @@ def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch:
     for each in (torch.ones(3), x, torch.ones(3)):  # one that cannot be recorded leaves the others theirs
         assert torch.equal(cache(lambda given: given["x"] + 1, {"x": each}), each + 1)
     assert made.count(0) == 1  # replays
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_few_rows_are_what_the_stack_gives(batch: str) -> None:
+    """Triton's kernels: on a GPU as they act, else in Triton's interpreter, which needs NumPy before 2.4."""
+    pytest.importorskip("triton")
+    gpu, script = torch.cuda.is_available(), Path(__file__).parents[2] / "benchmarks/models/few_rows.py"
+    if not gpu and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton's interpreter needs NumPy before 2.4")
+    way = ["--device", "cuda" if gpu else "cpu", "--batch", batch, "--repeats", "1"]
+    env = os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"})
+    said = subprocess.run([sys.executable, str(script), *way], env=env, capture_output=True, text=True)
+    found = re.search(r"difference: (\S+) .* (\S+)$", said.stdout, re.MULTILINE)
+    assert found, said.stderr
+    assert max(map(float, found.groups())) < (0.05 if gpu else 1e-5)

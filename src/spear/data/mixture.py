@@ -61,6 +61,10 @@ class Mixture:
         read = lambda source, episode: self.stores[source].without_images(episode)  # noqa: E731
         self._episode: Callable[[int, int], Episode] = functools.lru_cache(EPISODES_KEPT)(read)
 
+    def __len__(self) -> int:
+        """Number of distinct samples."""
+        return sum(int(begin[-1]) for begin in self._begin)
+
     def draw(self, step: int, batch_size: int) -> list[Sample]:
         """The samples of training step `step`."""
         # Philox is counter based: the step is the counter, so no step depends on another.

@@ -220,7 +220,7 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
         """Features of uint8 images [B, 3, h, w], view by view, patches row by row: [B, T, width]."""
         normal = (normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD) for view in views)
         embedded = [self.embeddings(images, interpolate_pos_encoding=True) for images in normal]
-        for hidden in run_layers(self.encoder.layers, embedded):
+        for hidden in run_layers(self.config, self.encoder.layers, embedded):
             last = hidden  # and no longer the one before
         return self.post_layernorm(last)
 
@@ -281,15 +281,14 @@ class MogeEncoder(nn.Module):
         return self._read([self.backbone.embeddings(images)], indices)
 
     def _read(self, embedded: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        outputs = enumerate(run_layers(self.backbone.encoder.layer, embedded))
+        outputs = enumerate(run_layers(self.backbone.config, self.backbone.encoder.layer, embedded))
         return [self.backbone.layernorm(hidden) for index, hidden in outputs if index in indices]
 
 
-def run_layers(layers: nn.ModuleList, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+def run_layers(config: Any, layers: nn.ModuleList, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
     """What each layer makes of sequences [B, S, D] that do not see each other, side by side. They go through
     it as one: one after the other would be more products, and smaller ones. (Where the user asked for another
     attention than ours, they go one after the other.)"""
-    config: Any = next(module.config for module in layers.modules() if hasattr(module, "config"))
     one = len(sequences) > 1 and config._attn_implementation == IMPLEMENTATION
     apart = Apart([each.shape[1] for each in sequences]) if one else None
     hidden = [torch.cat(list(sequences), dim=1)] if one else list(sequences)

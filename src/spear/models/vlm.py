@@ -1,7 +1,7 @@
 """SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -120,14 +120,18 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def image_features(self, *views: Tensor) -> list[Tensor]:
         """Visual tokens of views: [B, 3, h, w] uint8 -> [B, patches, width] each, patches row by row."""
-        patch = self.config.vision_config.patch_size
+        features, counts = self._encode(views)
+        return list(features.split(counts, dim=1))
+
+    def _encode(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Visual tokens of all views side by side, [B, T, width], and how many each has."""
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
         if (moge := self.moge) is not None and (onto := self.moge_projector) is not None:
             encoders.append(lambda: onto(moge(*views)))
         found = side_by_side(encoders)
-        whole = found[0] if len(found) == 1 else 0.5 * (found[0] + found[1])
+        patch = self.config.vision_config.patch_size
         counts = [view.shape[2] // patch * (view.shape[3] // patch) for view in views]
-        return list(whole.split(counts, dim=1))
+        return found[0] if len(found) == 1 else 0.5 * (found[0] + found[1]), counts
 
     def encode_images(
         self, pixel_values: Mapping[str, Tensor], view_mask: Mapping[str, Tensor] | None = None
@@ -143,10 +147,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
         if not given:
             raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
-        found = self.image_features(*(pixel_values[name] for name in given))
-        features = torch.cat(found, dim=1)
+        features, counts = self._encode([pixel_values[name] for name in given])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        for name, part in zip(given, valid.split([view.shape[1] for view in found], dim=1), strict=True):
+        for name, part in zip(given, valid.split(counts, dim=1), strict=True):
             if view_mask is not None and name in view_mask:
                 part.copy_(view_mask[name][:, None])
         return features, valid

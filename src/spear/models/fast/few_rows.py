@@ -65,25 +65,24 @@ class FewRows:
         normed = torch.empty_like(x), x.new_empty(count, height, dtype=torch.float32)
         norm = rows, depth, self.eps, count, triton.next_power_of_2(count), height
         _start[count,](x, self.layers[0][0], *normed, rows, depth, height)
+        turned = length, *strides, heads, width, *norm
+        attended, grown = (rows, heads * width, depth, height), (rows, inner, depth, height)
+        halves, columns, most = width // 2 // TWO.value, inner // TWO.value, triton.next_power_of_2(chunks)
+        sums, ahead = (parts, peaks, masses), AHEAD["add"]
         after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
         for weights, scale, place, seen in zip(self.layers, after, window.places, window.seen, strict=True):
             _, before_mlp, qkv, out, gate_up, down = weights
             keys, values = seen[-1]
-            sizes = length, *strides, heads, width, *norm
-            halves = width // 2 // TWO.value
-            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *sizes, num_stages=AHEAD["qkv"])
+            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, num_stages=AHEAD["qkv"])
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
-            sums, how = (parts, peaks, masses), (heads, width, each, bias is not None)
+            how = heads, width, each, bias is not None
             _attend[chunks, batch](query, keys, values, hidden, *sums, *seeing, *how)
-            most = triton.next_power_of_2(chunks)
             _combine[both, batch](*sums, found, chunks, both, each, width, most)
-            into, ahead = torch.empty_like(x), AHEAD["add"]
-            attended = rows, heads * width, depth, height
+            into = torch.empty_like(x)
             _add[count,](found, out, x, before_mlp, into, *normed, *attended, num_stages=ahead)
-            grid = (inner // TWO.value,)
-            _gate_up[grid](*normed, gate_up, middle, inner, *norm, num_stages=AHEAD["gate_up"])
-            x, grown = torch.empty_like(x), (rows, inner, depth, height)
+            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, num_stages=AHEAD["gate_up"])
+            x = torch.empty_like(x)
             _add[count,](middle, down, into, scale, x, *normed, *grown, num_stages=ahead)
         return x.view(batch, length, depth)
 
@@ -131,6 +130,7 @@ def _leave(x, scale, column, scaled, squares, rows, depth, ROWS: tl.constexpr):
 
 @triton.jit
 def _start(x, scale, scaled, squares, rows, depth, ROWS: tl.constexpr):
+    """What the first norm needs, of tokens that no kernel of these has made."""
     row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
     part = tl.load(x + row * depth + column[None, :], row < rows, other=0.0).to(tl.float32)
     _leave(part, scale, column, scaled, squares, rows, depth, ROWS)
@@ -169,9 +169,9 @@ def _qkv(
     second = first + half * depth
     a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS)
     row = tl.arange(0, ROWS)[:, None]
-    there, turns = row < rows, head <= HEADS
+    there = row < rows
     at = row // length * turn_batch + row % length * turn_token + column[None, :]
-    mask = there & turns
+    mask = there & (head <= HEADS)
     kind = query.dtype.element_ty
     turned_a = a * tl.load(cos + at, mask, 1.0) + b * tl.load(sin + at, mask, 0.0)
     turned_b = b * tl.load(cos + at + half, mask, 1.0) + a * tl.load(sin + at + half, mask, 0.0)
