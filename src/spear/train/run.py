@@ -166,13 +166,13 @@ def mixture(
 
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
     """
-    sources = [store.source(0).partition("/")[0] for store in stores]
+    names, sources = [*map(dataset_name, folders)], [store.source(0).partition("/")[0] for store in stores]
     known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
     chosen = list(shares) or (known if all(known) else [1.0] * len(stores))
     if len(stores) > 1 and is_first_process():
-        parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(sources, chosen, strict=True))
+        parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(names, chosen, strict=True))
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
         marks = [mark for store in stores for mark in {*store.marks()}]
         if twice := len(marks) - len({*marks}):
             notice(f"more than one dataset has {twice} of the episodes, which count in each: give them once")
-    return list(zip(map(dataset_name, folders), stores, chosen, strict=True))
+    return list(zip(names, stores, chosen, strict=True))
