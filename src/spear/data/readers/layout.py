@@ -185,15 +185,20 @@ def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], sour
 
 
 def _without_idle(episode: Episode, command: Array | None) -> tuple[Episode, Array | None]:
-    """Without the steps at which neither arm nor gripper moves, and the command stays as it was."""
-    moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1) * episode.rate_hz > STILL
-    moved |= _turned(episode.rotation) * episode.rate_hz > STILL_TURN
-    moved |= np.abs(np.diff(episode.gripper)) > STILL_GRIPPER
-    if command is not None:
-        moved |= np.diff(command, prepend=command[:1])[:-1] != 0
-    keep = np.flatnonzero(np.append(moved, True))
+    """Without the steps at which neither arm nor gripper moves, and the command stays as it was. They are
+    measured from where the last step that stays leads: what creeps would add up to a leap of that step."""
+    told = np.zeros(len(episode)) if command is None else np.diff(command, prepend=command[:1])
+    keep, reached = list[int](), 0
+    for step in range(len(episode) - 1):
+        ends = [reached, step + 1]
+        moved = np.linalg.norm(np.diff(episode.position[ends], axis=0)) * episode.rate_hz > STILL
+        moved |= _turned(episode.rotation[ends])[0] * episode.rate_hz > STILL_TURN
+        if moved or np.ptp(episode.gripper[ends]) > STILL_GRIPPER or told[step]:
+            keep.append(step)
+            reached = step + 1
+    keep.append(len(episode) - 1)
     parts: dict[str, Any] = {n: getattr(episode, n)[keep] for n in ("position", "rotation", "gripper")}
-    images = {camera: [images[i] for i in keep.tolist()] for camera, images in episode.images.items()}
+    images = {camera: [images[i] for i in keep] for camera, images in episode.images.items()}
     return dataclasses.replace(episode, images=images, **parts), None if command is None else command[keep]
 
 
