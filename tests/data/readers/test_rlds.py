@@ -26,6 +26,7 @@ from spear.data.readers.rlds import open_rlds
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import example_class, read_records
+from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.report.dataset import write_page
@@ -121,6 +122,7 @@ def test_bridge_episodes_are_canonical(bridge: Path) -> None:
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
     episodes = list(read_episodes(bridge))
     raw = [steps for _, steps in open_rlds(bridge).steps("train")]
+    assert len(episodes) == 25
     for episode, steps in zip(episodes, raw, strict=True):
         state = steps["observation"]["state"]
         np.testing.assert_array_equal(episode.position, state[:, :3])
@@ -143,6 +145,7 @@ def test_broken_records_are_named_or_skipped(copy: Path, tmp_path: Path) -> None
     assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", inspect(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
+    assert len(EpisodeStore(tmp_path / "store")) == 24
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
@@ -264,6 +267,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     refuses(r"'my_arm'.*data describe .*spear\.json", next, read_episodes(copy))
     mine = {
         "images": {"external": "observation/image_1"},
+        "instruction": "language_instruction",
         "position": "observation/state[0:3]",
         "rotation": "observation/state[3:6]",
         "rotation_format": "euler_xyz",
