@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError
 from spear.train import parallel
 from spear.train.optimize import Stepper
-from spear.util.files import read_json
+from spear.util.files import read_as
 
 INSTEAD = "delete that folder to continue from the one before"
 _NAME = "step-" + 8 * "[0-9]"
@@ -61,12 +61,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises `SpearError` for one that cannot be read.
     """
     path = max(folder.glob(f"{_NAME}/state.json"), default=None)
-    if path is None:
-        return None
-    try:
-        return path.parent, State.model_validate(read_json(path, INSTEAD)).model_dump()
-    except ValidationError as error:
-        raise SpearError(f"checkpoint {path}: {first_line(error)}: {INSTEAD}") from error
+    return None if path is None else (path.parent, read_as(State, path, INSTEAD).model_dump())
 
 
 class Checkpoints:
