@@ -28,18 +28,22 @@ Rows = dict[str, list[Array]]
 """Row of a table → success [seeds, scenes] of each task family."""
 
 
-def tables() -> list[Rows]:
-    """Of each table of the page that names its episodes."""
-    found = []
-    for block in (DOCS / "ablations.md").read_text().split("\n\n"):
-        rows = {}
-        for line in block.splitlines():
-            if keys := re.findall(KEY, line):
-                seeds = [load(DOCS / "ablations" / "scores" / key) for key in keys]
-                name = line.split("|")[1].split("(")[0].replace("`", "").strip()
-                rows[name] = successes(seeds, seeds[0].families)
-        found += [rows] if rows else []
-    return found
+def tables() -> list[list[str]]:
+    """Of each table of the page the lines that name their episodes; tables without such are left out."""
+    blocks = (DOCS / "ablations.md").read_text().split("\n\n")
+    lines = ([line for line in block.splitlines() if re.search(KEY, line)] for block in blocks)
+    return [table for table in lines if table]
+
+
+def successes_of(line: str) -> list[Array]:
+    """Success [seeds, scenes] of each task family behind a line of a table."""
+    seeds = [load(DOCS / "ablations" / "scores" / key) for key in re.findall(KEY, line)]
+    return successes(seeds, seeds[0].families)
+
+
+def rows(table: list[str]) -> Rows:
+    """Of each line of a table, by its name."""
+    return {line.split("|")[1].split("(")[0].replace("`", "").strip(): successes_of(line) for line in table}
 
 
 def points(x: list[float], found: list[Estimate], name: str, colour: str, joined: bool = True) -> Line:
@@ -141,7 +145,7 @@ def error_by_time() -> None:
 
 
 if __name__ == "__main__":
-    three, long, some, single = tables()
+    three, long, some, single = map(rows, tables())
     parts(three, long)
     demonstrations(long, some)
     images(single)

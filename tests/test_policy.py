@@ -208,9 +208,9 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     made.save(tmp_path / "seen.json")
     assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
     dataclasses.replace(made, facing=made.facing[:3]).save(tmp_path / "seen.json")
-    refuses("seen.json", Seen.load, tmp_path / "seen.json")
+    refuses("seen.json.*facing", Seen.load, tmp_path / "seen.json")
     (tmp_path / "seen.json").write_text("{}")
-    refuses("seen.json", Seen.load, tmp_path / "seen.json")
+    refuses("seen.json.*low", Seen.load, tmp_path / "seen.json")
 
     down, across = np.mgrid[:70:210j, :140:280j]
     image = (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)

@@ -25,23 +25,12 @@ from spear.labels.store import read
 TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command that must fail; returns its last line, the only one that is no progress."""
-    assert main(argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    return lines[-1]
-
-
-def test_scenes_are_labelled_asked_and_shown(
-    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, done: Command, refused: Command) -> None:
     pytest.importorskip("mujoco")
     pytest.importorskip("rerun")
     out = tmp_path / "labels"
     options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
-    assert main(["label", "sim:3-4", *options]) == 0
-    said = capsys.readouterr().out
+    said = done("label", "sim:3-4", *options)
     assert all(words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about"))
     labels = list(read(out))
     assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
@@ -49,7 +38,7 @@ def test_scenes_are_labelled_asked_and_shown(
     run = json.loads((out / "run.json").read_text())
     assert run["inputs"] == ["sim:3-4"] and run["pointmap"] == "ground-truth"
     assert "2 labelled images" in done("label", "sim:3-4", *options)
-    assert "inputs" in fails(capsys, "label", "sim:3-5", *options)
+    assert "inputs" in refused("label", "sim:3-5", *options)
     rrd = tmp_path / "x.rrd"
     done("label", "show", str(out), "--rerun", str(rrd))
     assert rrd.stat().st_size > 500_000  # the clouds are in it
@@ -80,7 +69,7 @@ def test_scenes_are_labelled_asked_and_shown(
     ],
 )
 def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
-    given: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    given: str, key: str, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
@@ -89,7 +78,7 @@ def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
     photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
     there = set(tmp_path.iterdir())
-    assert key in fails(capsys, "label", *given.split(), "--workers", "0")
+    assert key in refused("label", *given.split(), "--workers", "0")
     assert set(tmp_path.iterdir()) == there
 
 

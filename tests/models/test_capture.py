@@ -23,13 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models_tiny import START
-from spear.flow import FlowConfig, sample_noise
 from spear.models import decode, sampling
 from spear.models.fast import stack
 from spear.models.meter import give_storage
 from spear.models.presets import PRESETS, Preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.types import ACTION_DIM
 
 Tensor = torch.Tensor
 VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -101,20 +100,14 @@ def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
 
 def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
     """Arguments of `sampling.sample`; full: with padding, missing views and committed actions."""
-    draw = torch.Generator().manual_seed(0)
-    given = {
-        f"pixels/{view}": torch.randint(0, 256, (batch, 3, high, wide), generator=draw, dtype=torch.uint8)
-        for view, (wide, high) in size.image_sizes.items()
-    }
-    given["input_ids"] = torch.randint(3, START, (batch, 6), generator=draw)
-    given["state"] = torch.randn(batch, STATE_FEATURES, generator=draw)
-    given["noise"] = sample_noise((batch, size.horizon), FlowConfig(**size.flow), draw).to_vector()
+    actions = torch.float32, (size.horizon, ACTION_DIM)
+    sizes = size.image_sizes.items()
+    given = {f"pixels/{view}": (torch.uint8, (3, high, wide)) for view, (wide, high) in sizes}
+    given |= {"input_ids": (torch.long, (6,)), "state": (torch.float32, (STATE_FEATURES,)), "noise": actions}
     if full:
-        given["attention_mask"] = (torch.arange(6) < 5 - torch.arange(batch)[:, None] % 2).long()
-        given["present/wrist"] = torch.arange(batch) % 2 == 0
-        given["committed"] = given["noise"].flip(0)
-        given["held"] = torch.arange(size.horizon).expand(batch, -1) < 1
-    return {name: torch.empty_like(tensor, device=device) for name, tensor in given.items()}
+        given |= {"attention_mask": (torch.long, (6,)), "present/wrist": (torch.bool, ())}
+        given |= {"committed": actions, "held": (torch.bool, (size.horizon,))}
+    return {n: torch.empty(batch, *shape, dtype=kind, device=device) for n, (kind, shape) in given.items()}
 
 
 def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:

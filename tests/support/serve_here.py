@@ -5,10 +5,9 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import IO, Any
 from unittest.mock import patch
@@ -76,18 +75,10 @@ def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
 
 def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
     """Status, headers and body, redirects as they are."""
-
-    class Still(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *args: Any) -> None:
-            return None
-
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
-    try:
-        reply = urllib.request.build_opener(Still).open(request, timeout=240)
-    except urllib.error.HTTPError as error:
-        reply = error
-    with reply:
-        return reply.status, dict(reply.headers), reply.read().decode()
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=240)) as connection:
+        connection.request("GET", path, headers=headers)
+        reply = connection.getresponse()
+        return reply.status, dict(reply.getheaders()), reply.read().decode()
 
 
 @contextmanager

@@ -174,6 +174,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (weights,) = latest.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-8])
     refuses("step-00000004", go, Regression(), SMALL, tmp_path)
+    weights.unlink()
+    refuses(weights.name, go, Regression(), SMALL, tmp_path)
     empty = {**json.loads((latest / "state.json").read_text()), "counts": {"0.bias": None}}
     for state, key in (({"step": 4, "settings": {"seed": 0}}, "pieces"), (empty, "counts")):
         (latest / "state.json").write_text(json.dumps(state))

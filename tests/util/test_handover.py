@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from spear.train import loop
 from spear.util.handover import SIZE, Handed, Slots
@@ -36,25 +37,20 @@ def forked(work: Callable[[], object]) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def equal(a: Any, b: Any) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            equal(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        assert a == b
-
-
 def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
     slots, there = Slots(2, 1), Slots(2, 1)
     handed = there.put(BATCH, 1)  # where things lie is the same in every process
     assert isinstance(handed, Handed)
     forked(lambda: slots.put(BATCH, 1))
     found = slots.take(handed)
-    equal(found, BATCH)
+    (ours, like), (given, likewise) = tree_flatten(found), tree_flatten(BATCH)
+    assert like == likewise  # the same kinds, with keys in the same order
+    for a, b in zip(ours, given, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        else:
+            assert a == b
     assert found["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
 
 

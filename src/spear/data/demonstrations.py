@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, is_store, sweep, write_episodes
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, shard_files, sweep, write_episodes
 from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
@@ -70,9 +70,9 @@ def collect(
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into", SETTINGS):
         sweep(out)
-        kept, first = _look(out, sources, sizes) if is_store(out) else (0, 0)
+        kept, first = _look(out, sources, sizes) if shard_files(out) else (0, 0)
         if policy is not None:  # its weights are told by no episode
-            same_settings(out / SETTINGS, {"policy": [fingerprint(policy.folder)]}, is_store(out))
+            same_settings(out / SETTINGS, {"policy": [fingerprint(policy.folder)]}, bool(shard_files(out)))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

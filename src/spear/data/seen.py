@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from spear.data.mixture import TrainingSamples
-from spear.errors import SpearError
 from spear.geometry import quat_distance
 from spear.types import Array
-from spear.util.files import write_text
+from spear.util.files import read_as, write_text
 
 SAMPLES = 512
 """Steps that are looked at, as training draws them."""
@@ -158,10 +157,7 @@ class Seen:
     @staticmethod
     def load(path: Path) -> "Seen | None":
         """What `save` wrote; None where there is no such file. Raises `SpearError` for another one."""
-        try:
-            return TypeAdapter(Seen).validate_json(path.read_bytes()) if path.is_file() else None
-        except ValidationError as error:
-            raise SpearError(f"{path}: cannot be read: copy the folder again, or remove it") from error
+        return read_as(Seen, path, "copy the folder again, or remove it") if path.is_file() else None
 
 
 def _coarse(brightness: Array) -> Array:

@@ -8,7 +8,7 @@ not looked at again on its way to the network.
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_mult
 from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array, Policy
 
 Observation = Mapping[str, Any]
+Shown = TypeVar("Shown", bound=dict[str, Any])
 IMAGE, STATE, PROMPT, SEED = "observation/image", "observation/state", "prompt", "seed"
 WRIST, COMMITTED = "observation/wrist_image", "committed"
 REQUIRED = {
@@ -147,11 +148,10 @@ def rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
     return {**IMAGE_SIZES, **cameras(policy)}
 
 
-def shown_to(policy: Policy, observation: Observation) -> dict[str, Any]:
+def shown_to(policy: Policy, observation: Shown) -> Shown:
     """An observation without the cameras that the policy does not take; one that does not say sees all."""
     own = {*map(camera_key, getattr(policy, "image_sizes", ()))} or observation
-    kept = {key: value for key, value in observation.items() if not is_camera(key) or key in own}
-    return Checked(kept) if isinstance(observation, Checked) else kept
+    return type(observation)(item for item in observation.items() if not is_camera(item[0]) or item[0] in own)
 
 
 def image(observation: Observation, key: str) -> Array:

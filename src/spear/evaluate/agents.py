@@ -52,9 +52,9 @@ class PolicyAgent(Agent):
         self.committed = getattr(policy, "committed", 0)
 
     def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        seen = [shown_to(self.policy, observation) for observation in observations]
-        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, seen, strict=True)]
-        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(seeded)]
+        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)]
+        shown = [shown_to(self.policy, observation) for observation in seeded]
+        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(shown)]
 
 
 @functools.cache

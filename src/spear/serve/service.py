@@ -72,8 +72,8 @@ class Service:
         results = [_attempt(self.embodiment.read, o) for o in observations]
         good = {}
         for i, result in enumerate(results):
-            if not isinstance(result, SpearError):
-                good[i] = Checked(shown_to(self.policy, result))
+            if isinstance(result, Checked):
+                good[i] = shown_to(self.policy, result)
                 good[i].robot = robots[i] if robots else None
         read = time.perf_counter()
         predicted = self._infer(list(good.values())) if good else []

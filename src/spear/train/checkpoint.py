@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError
 from spear.train import parallel
 from spear.train.optimize import Stepper
-from spear.util.files import read_json
+from spear.util.files import read_as
 
 INSTEAD = "delete that folder to continue from the one before"
 _NAME = "step-" + 8 * "[0-9]"
@@ -45,12 +45,13 @@ class Settings(BaseModel, extra="allow"):
 
 
 class State(BaseModel, extra="allow"):
-    """What is asked for of `state.json`; counts: parameter → steps that it has taken."""
+    """What is asked for of `state.json`; counts: parameter → steps that it took; files: those beside it."""
 
     settings: Settings
     step: NonNegativeInt
     skipped: NonNegativeInt
     counts: dict[str, float]
+    files: list[str] = []
     minutes: float = 0.0
     earlier: list[dict[str, Any]] = []
 
@@ -63,10 +64,11 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     path = max(folder.glob(f"{_NAME}/state.json"), default=None)
     if path is None:
         return None
-    try:
-        return path.parent, State.model_validate(read_json(path, INSTEAD)).model_dump()
-    except ValidationError as error:
-        raise SpearError(f"checkpoint {path}: {first_line(error)}: {INSTEAD}") from error
+    state = read_as(State, path, INSTEAD)
+    for name in state.files:
+        if not (path.parent / name).is_file():
+            raise SpearError(f"{path.parent / name}: is missing: copy the folder again, or {INSTEAD}")
+    return path.parent, state.model_dump()
 
 
 class Checkpoints:
@@ -107,8 +109,8 @@ class Checkpoints:
             for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
             if isinstance(tensor, DTensor) or place % parallel.world() == parallel.rank()
         }
-        text = json.dumps({**state, "step": step, "counts": counts}, indent=1)
-        self._pending = self._writer.submit(self._write, step, copies, text)
+        state = {**state, "step": step, "counts": counts}
+        self._pending = self._writer.submit(self._write, step, copies, state)
 
     def wait(self) -> None:
         """Until what was begun is written. Raises `SpearError` when it could not be."""
@@ -121,7 +123,7 @@ class Checkpoints:
             cure = "make room there; the same command continues from the one before"
             raise SpearError(f"{what}: {cure}") from error
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: str) -> None:
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         final = self.folder / f"step-{step:08d}"
         part = self.folder / f".part-{final.name}"
         main = parallel.rank() == 0
@@ -134,7 +136,8 @@ class Checkpoints:
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if main:  # which hears of it when every process is done
-            (part / "state.json").write_text(state)
+            files = sorted(path.name for path in part.iterdir())
+            (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for old in sorted(self.folder.glob(_NAME))[:-2]:
@@ -152,7 +155,7 @@ class Checkpoints:
             tensors = self._tensors()
             for key, tensor in tensors.items():
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
-                    what = f"checkpoint {path} is of another model or other settings, or lacks a file ({key})"
+                    what = f"checkpoint {path} is of another model or other settings ({key})"
                     raise SpearError(f"{what}: use a new --out folder")
             dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except _FAILED as error:

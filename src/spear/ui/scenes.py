@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from spear.chunks import REPLAN, ChunkExecutor
-from spear.data.store.episode_store import EpisodeStore, is_store
+from spear.data.store.episode_store import EpisodeStore, shard_files
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
 from spear.errors import SpearError, notice
 from spear.evaluate import results
@@ -178,7 +178,7 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self._held: EpisodeStore | Sequence[results.Outcome]
         self._settings: dict[str, Any] = {}
-        if is_store(folder):
+        if shard_files(folder):
             self._held = store = EpisodeStore(folder)
             first = [store.without_images(i) for i in range(min(len(store), MOST_LISTED))]
             self._titles = [f"{i} · {SAID[e.success]}{e.instruction[:80]}" for i, e in enumerate(first)]

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from spear.errors import SpearError
+from spear.errors import SpearError, first_line
+
+T = TypeVar("T")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The numbers of the errors that mean a full disk."""
@@ -56,6 +58,17 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SpearError(f"{path}: no JSON object can be read ({reason}): {advice}") from error
+
+
+def read_as(kind: type[T], path: Path, advice: str) -> T:
+    """What the JSON in a file says, as a pydantic type. Raises `SpearError`, which names the file and the key
+    that is wrong, and ends in the advice."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise SpearError(f"{path}: {first_line(error)}: {advice}") from error
 
 
 def check_new(folder: Path) -> None:

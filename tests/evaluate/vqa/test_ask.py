@@ -1,6 +1,7 @@
 """One question about one image: what is understood, how sure the answer is, what is not in the picture."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,5 +81,8 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
         assert Trust.load(tmp_path) is None
     (tmp_path / FILE).write_text("{}")
     refuses(FILE, Trust.load, tmp_path)
+    for key, bad in (("names_present", "often"), ("factors", {"distance": -1}), ("files", 3)):
+        (tmp_path / FILE).write_text(json.dumps(asdict(trust) | {key: bad}))
+        refuses(f"{FILE}.*{key}", Trust.load, tmp_path)
     (tmp_path / "recipe.json").write_text("[]")
     refuses("recipe.json", simulator_only, tmp_path)

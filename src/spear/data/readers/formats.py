@@ -1,17 +1,17 @@
 """Robot demonstrations in a folder of any format: which format it is, and its episodes."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from spear.data.readers.layout import Sources, episode_from
 from spear.data.readers.lerobot import INFO, LeRobotFolder, open_lerobot
-from spear.data.readers.rlds import RldsFolder, open_rlds
+from spear.data.readers.rlds import RldsFolder, open_rlds, rlds_folders
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import record_sums
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, shard_files
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.ledger import Skipped, hash_ends
@@ -20,20 +20,17 @@ T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
-FORMATS: Mapping[str, tuple[str, Sequence[str], Callable[[str | Path], Dataset | EpisodeStore]]] = {
-    "store": (f"a store of episodes ({SHARD_GLOB})", [SHARD_GLOB], EpisodeStore),
-    "rlds": ("an RLDS dataset (features.json)", ["features.json", "*/features.json"], open_rlds),
-    "lerobot": (f"a LeRobot dataset ({INFO})", [INFO], open_lerobot),
+FORMATS: Mapping[str, tuple[str, Callable[[Path], object], Callable[[Path], Dataset | EpisodeStore]]] = {
+    "store": (f"a store of episodes ({SHARD_GLOB})", shard_files, EpisodeStore),
+    "rlds": ("an RLDS dataset (features.json)", rlds_folders, open_rlds),
+    "lerobot": (f"a LeRobot dataset ({INFO})", lambda path: (path / INFO).is_file(), open_lerobot),
 }
-"""Name -> what it is called and known by, patterns of files that tell it, and how it is opened."""
+"""Name -> what it is called and known by, whether a folder holds it, and how it is opened."""
 
 
 def find_format(path: str | Path) -> str | None:
     """The name of the format that a path is in, or None."""
-    for name, (_, patterns, _) in FORMATS.items():
-        if any(any(Path(path).glob(pattern)) for pattern in patterns):
-            return name
-    return None
+    return next((name for name, (_, holds, _) in FORMATS.items() if holds(Path(path))), None)
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
@@ -44,7 +41,7 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     if found is None:
         known = "; ".join(title for title, _, _ in FORMATS.values())
         raise SpearError(f"no robot data: {path}: none of: {known}")
-    return FORMATS[found][2](path)
+    return FORMATS[found][2](Path(path))
 
 
 def read_episodes(

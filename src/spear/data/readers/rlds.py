@@ -87,10 +87,15 @@ def _parts(version: str) -> list[int]:
     return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
+def rlds_folders(path: Path) -> list[Path]:
+    """A folder itself if it is an RLDS dataset, else those in it: the versions of one."""
+    whole = path / "features.json"
+    return [path] if whole.is_file() else sorted(p.parent for p in path.glob("*/features.json"))
+
+
 def open_rlds(path: str | Path) -> RldsFolder:
     """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
-    whole = Path(path) / "features.json"
-    found = [Path(path)] if whole.is_file() else sorted(p.parent for p in Path(path).glob("*/features.json"))
+    found = rlds_folders(Path(path))
     if len(found) != 1:
         names = f"choose one of {', '.join(p.name for p in found)}" if found else "it has no features.json"
         raise SpearError(f"not an RLDS folder: {path}: {names}")

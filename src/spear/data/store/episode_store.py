@@ -195,8 +195,3 @@ class EpisodeStore:
         """Episode `index` with its states and actions only (`images` is empty): cheap."""
         shard, row = self._find(index)
         return shard.episode(row, with_images=False)
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether `path` is a folder that `EpisodeStore` opens."""
-    return any(Path(path).glob(SHARD_GLOB))

@@ -27,7 +27,7 @@ from spear.data.readers import formats
 from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.senses import MOVES, doubts, span
-from spear.data.store.episode_store import EpisodeStore, add_shard, is_store, shard_files, sweep
+from spear.data.store.episode_store import EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
@@ -95,7 +95,7 @@ def prepare(
     folder = work / "dataset"
     with alone(work, "preparing data in", REQUEST):
         folder.mkdir(exist_ok=True)
-        same_settings(work / REQUEST, request, begun=is_store(folder))
+        same_settings(work / REQUEST, request, begun=bool(shard_files(folder)))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         formats.check_good(good, skipped, path, split)
         store = EpisodeStore(folder)

@@ -6,18 +6,19 @@ calibrated model's truths fall into them as often, an overconfident model's less
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import ConfigDict, NonNegativeFloat
 
-from spear.errors import SpearError, notice
+from spear.errors import notice
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA, Distribution
 from spear.models.weights.folders import changed, contents
 from spear.types import Array
-from spear.util.files import read_json, write_text
+from spear.util.files import read_as, write_text
 
 CENTRAL = (0.5, 0.8, 0.95)
 """The central intervals that tables report."""
@@ -59,12 +60,15 @@ class Trust:
                   distribution (its median) lie at most `TRUSTED` of the truths.
     names_present, names_absent  how often the model names an object as it should, asked for what is where it
                   points for it: one that is in the image, and one that is not.
+    files         as `contents` of the folder says, of the model that was measured.
     """
 
     measured_on: str
-    factors: Mapping[str, float]
+    factors: Mapping[str, NonNegativeFloat]
     names_present: float
     names_absent: float
+    files: Mapping[str, str] = field(default_factory=dict, compare=False)
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
     def load(folder: Path) -> "Trust | None":
@@ -73,14 +77,11 @@ class Trust:
         path = folder / FILE
         if not path.is_file():
             return None
-        said = read_json(path, "remove it")
-        if other := changed(folder, said.pop("files", {})):
+        said = read_as(Trust, path, "remove it")
+        if other := changed(folder, said.files):
             notice(f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate")
             return None
-        try:
-            return Trust(**said)
-        except TypeError as error:
-            raise SpearError(f"{path}: cannot be read ({error}): remove it") from error
+        return said
 
     def save(self, folder: Path) -> Path:
         """Write the file of the model in a folder, and return its path."""

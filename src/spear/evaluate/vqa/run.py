@@ -67,8 +67,8 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
             found[there] += [name not in lacking for name in asked]
     sure = {f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration}
     factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
-    rates = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
-    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, *rates)
+    present, absent = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
+    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, present, absent)
 
 
 def questions_about(
