@@ -1,7 +1,6 @@
 """Files that appear whole or not at all; folders that hold one thing."""
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -49,15 +48,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `SpearError`, which ends in the advice, where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it is a {type(found).__name__}, not an object")
-        return found
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpearError(f"{path}: no JSON object can be read ({reason}): {advice}") from error
+    """The JSON object in a file; `SpearError`, as of `read_as`, where there is none."""
+    return read_as(dict[str, Any], path, advice)
 
 
 def read_as(kind: type[T], path: Path, advice: str) -> T:
@@ -68,7 +60,8 @@ def read_as(kind: type[T], path: Path, advice: str) -> T:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise SpearError(f"{path}: {first_line(error)}: {advice}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise SpearError(f"{path}: {reason}: {advice}") from error
 
 
 def check_new(folder: Path) -> None:
