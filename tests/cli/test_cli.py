@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import io
 import os
 import re
 import shlex
@@ -173,6 +174,14 @@ def test_output_that_cannot_be_written_is_noticed(argv: list[str]) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         done = run(stdout=full, env=environment)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("stdout", [None, io.TextIOWrapper(io.BytesIO(), "ascii")])
+def test_a_stdout_that_is_closed_or_lacks_our_characters_will_do(
+    stdout: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["evaluate", "reference"]) == 0
 
 
 def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(

@@ -1,5 +1,6 @@
 """Worker processes of scripts."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,18 +8,34 @@ from pathlib import Path
 import pytest
 
 
+def run(folder: Path, *lines: str) -> str:
+    """What a script with a module `loaded` beside it says on stderr."""
+    head = "import os, time", "from spear.util.processes import pool"
+    (folder / "script.py").write_text("\n".join((*head, *lines)))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    command, how = [sys.executable, str(folder / "script.py")], {"env": env, "start_new_session": True}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **how).stderr
+
+
 @pytest.mark.parametrize(
     ("guard", "said"), [("if True:", "__main__"), ('if __name__ == "__main__":', "out of memory")]
 )
 def test_a_script_that_its_workers_would_run_again_is_told_so(guard: str, said: str, tmp_path: Path) -> None:
-    lines = (
-        "import os",
-        "from spear.util.processes import pool",
-        guard,
-        "    with pool(1, 'spear.errors', 'give fewer') as made:",
-        "        made.submit(os._exit, 1).result()",
-    )
-    (tmp_path / "script.py").write_text("\n".join(lines))
-    command = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert said in done.stderr.splitlines()[-1]
+    work = guard, "    with pool(1, 'spear.errors', 'fewer') as made:", "        made.submit(os._exit, 1).result()"
+    assert said in run(tmp_path, *work).splitlines()[-1]
+
+
+LOADED = """import os, signal, time
+parent = os.getppid()
+os.killpg(0, signal.SIGINT)
+while os.getppid() == parent:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("loaded", [LOADED, ""])
+def test_an_interrupt_is_for_one_process_alone_and_waits_for_no_worker(loaded: str, tmp_path: Path) -> None:
+    (tmp_path / "loaded.py").write_text(loaded)
+    begin = 'if __name__ == "__main__":', "    with pool(1, 'loaded', '') as made:"
+    work = "        made.submit(time.sleep, 600)", "        raise KeyboardInterrupt"
+    assert run(tmp_path, *begin, *work).count("Traceback") == 1

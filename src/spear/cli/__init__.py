@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     or a file that cannot be read or written (one line on stderr, as of a `Notice`), 3 for a question that
     the data cannot answer, 130 when interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal or a log without our characters
+        sys.stdout.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
         warnings.showwarning = functools.partial(_show, set(), warnings.showwarning)
@@ -133,7 +135,8 @@ def _do(args: list[str]) -> None:
 def _flush() -> None:
     """What cannot be written is noticed here: when Python ends, nobody could say so in one line."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where stdout is closed
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise

@@ -10,6 +10,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.forkserver import _forkserver, ensure_running
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
@@ -31,7 +32,10 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    begun = context.Event()
+    begun = context.Event()  # before the mask: it starts multiprocessing's tracker, which lifts it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    ensure_running()  # the server, which keeps the mask: Ctrl-C is for this process alone
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     executor = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(begun,))
     try:
         yield executor
@@ -40,6 +44,11 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
             cure = 'in a script, work goes below `if __name__ == "__main__":`'
             raise SpearError(f"no worker process began, which imports the script: {cure}") from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
+    except BaseException:  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
+        os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        for worker in [*executor._processes.values()]:
+            worker.terminate()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
