@@ -178,10 +178,10 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
     scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
-    for table in scores.tables():
-        show(table)
     scores.save(o.out / "scores.json", about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
+    for table in scores.tables():
+        show(table)
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
         file = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
