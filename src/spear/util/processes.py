@@ -46,6 +46,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
     except BaseException:  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
         os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        _forkserver._stop()  # type: ignore[attr-defined]  # until it is gone: the next pool has another
         for worker in [*executor._processes.values()]:
             worker.terminate()
         raise
