@@ -129,6 +129,7 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
     ("spoil", "message"),
     [
         (lambda at: Image.new("L", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: 8 bits"),
+        (lambda at: Image.new("I;16", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: .*: metres\?"),
         (lambda at: Image.new("RGB", (96, 64)).save(at / "depth/0.png"), r"0\.png: .* \(64, 96, 3\)"),
         (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64 depth"),
         (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
@@ -141,6 +142,7 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
         (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json: .* in pixels"),
         (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
+        (lambda at: Image.new("I;16", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: .*: metres\?"),
         (lambda at: Image.new("RGB", (96, 64)).save(at / "color/0.jpg"), r"0\.(jpg|png): 0\.(jpg|png)"),
         (lambda at: (at / "color").rename(at / "pictures"), "no color/ or no depth/"),
     ],

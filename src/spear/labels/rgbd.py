@@ -36,6 +36,8 @@ STRUCTURE = frozenset({"wall", "floor", "ceiling"})
 """Parts of the room that are no objects: they keep their instance numbers but get no name (our choice)."""
 UNIT = 0.001
 """Metres per step of the depth images."""
+NEAREST = 0.05
+"""Metres that every scene reaches beyond: depth that does not is in another unit (our choice)."""
 
 
 class Scene:
@@ -124,7 +126,10 @@ def read_depth(path: Path) -> Array:
     steps = _read_png(path)
     if steps.dtype == np.uint8:
         raise SpearError(f"{path}: 8 bits are no depth: give a 16-bit PNG")
-    return np.where(steps < 0xFFFF, steps, 0).astype(np.float32) * np.float32(UNIT)
+    steps = np.where(steps < 0xFFFF, steps, 0)
+    if 0 < steps.max() * UNIT < NEAREST:
+        raise SpearError(f"{path}: nothing is farther than {steps.max()} mm: metres? give millimetres")
+    return steps.astype(np.float32) * np.float32(UNIT)
 
 
 def read_matrix(path: Path) -> Array:

@@ -1,6 +1,7 @@
 """How weights move: the freeze schedule, LoRA (by PEFT), the optimiser, and one training step."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -73,6 +74,7 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     Returns PEFT's view of the model, a `PeftModel`. Raises `SpearError` when PEFT is missing.
     """
     peft: Any = need("peft", "lora", "LoRA")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     return peft.PeftModel(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
 
 
