@@ -49,19 +49,19 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
     """The JSON object in a file; `SpearError`, as of `read_as`, where there is none."""
-    return read_as(dict[str, Any], path, advice)
+    return read_as(dict[str, Any], path, advice, "no JSON object can be read")
 
 
-def read_as(kind: type[T], path: Path, advice: str) -> T:
-    """What the JSON in a file says, as a pydantic type. Raises `SpearError`, which names the file and the key
-    that is wrong, and ends in the advice."""
+def read_as(kind: type[T], path: Path, advice: str, what: str = "cannot be read") -> T:
+    """What the JSON in a file says, as a pydantic type. Raises `SpearError`, which names the file, says what
+    is wrong and of which key, and ends in the advice."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise SpearError(f"{path}: {reason}: {advice}") from error
+        raise SpearError(f"{path}: {what} ({reason}): {advice}") from error
 
 
 def check_new(folder: Path) -> None:
