@@ -21,8 +21,8 @@ def run(folder: Path, *lines: str) -> str:
     ("guard", "said"), [("if True:", "__main__"), ('if __name__ == "__main__":', "out of memory")]
 )
 def test_a_script_that_its_workers_would_run_again_is_told_so(guard: str, said: str, tmp_path: Path) -> None:
-    work = guard, "    with pool(1, 'spear.errors', 'fewer') as made:", "        made.submit(os._exit, 1).result()"
-    assert said in run(tmp_path, *work).splitlines()[-1]
+    begin = guard, "    with pool(1, 'spear.errors', 'fewer') as made:"
+    assert said in run(tmp_path, *begin, "        made.submit(os._exit, 1).result()").splitlines()[-1]
 
 
 LOADED = """import os, signal, time
