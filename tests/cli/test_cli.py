@@ -27,6 +27,8 @@ from spear.embodiments import droid
 from spear.labels.store import write_labels
 from spear.util.options import option_names
 
+NANO = Path(spear.__file__).parent / "weights/nano"
+
 
 def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
     """Nor do the list of recipes and what ablations would run, with the data that it would run on."""
@@ -95,6 +97,8 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --families put_in --policy expert", "did you mean 'put_"),
         ("evaluate --policy expert --first-seed 9999", "held-out seeds"),
         ("evaluate --policy expert --scenes 1 --shard 2/2", "2/2"),
+        (f"evaluate --policy expert --scenes 1 --out {NANO}", "holds other files"),
+        (f"train nano-post --init nano --episodes x --out {NANO}", "holds other files"),
         ("evaluate --scenes x", "--scenes x: give a whole number: see `spear evaluate --help`"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from spear.data.readers.formats import check_no_input
 from spear.errors import SpearError, counted, need
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -96,6 +97,7 @@ def run_evaluation(
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         if options.out:
+            check_no_input(options.out, "evaluate")
             doing, name = f"running part {index}/{of} in", f".episodes-{index}-of-{of}.lock"
             stack.enter_context(alone(options.out, doing, name=name))
             journal = Journal(options.out, agent.name, settings, (index, of), part)

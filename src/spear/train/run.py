@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 import spear
-from spear.data.readers.formats import dataset_name
+from spear.data.readers.formats import check_no_input, dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, is_first_process, notice
@@ -115,6 +115,7 @@ def check(
     recipe as it is `settled`, its device, and what it is of. Asked before data are made: inputs may lack
     demonstrations."""
     place = choose_device(device)
+    check_no_input(out, "train")
     parallel.start(place)
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
     build.check(stage, inputs)

@@ -33,6 +33,12 @@ def find_format(path: str | Path) -> str | None:
     return next((name for name, (_, holds, _) in FORMATS.items() if holds(Path(path))), None)
 
 
+def check_no_input(out: Path, action: str) -> None:
+    """Raises SpearError for a folder to `action` into that holds robot data or a model: they would change."""
+    if find_format(out) is not None or (out / "config.json").is_file():
+        raise SpearError(f"{out}: holds other files: {action} into a folder of its own")
+
+
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
     if not Path(path).exists():
