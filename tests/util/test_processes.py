@@ -10,7 +10,7 @@ import pytest
 
 def run(folder: Path, *lines: str) -> str:
     """What a script with a module `loaded` beside it says on stderr."""
-    head = "import os, time", "from spear.util.processes import pool"
+    head = "import os, signal, time", "from spear.util.processes import pool"
     (folder / "script.py").write_text("\n".join((*head, *lines)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     command, how = [sys.executable, str(folder / "script.py")], {"env": env, "start_new_session": True}
@@ -36,6 +36,7 @@ while os.getppid() == parent:
 @pytest.mark.parametrize("loaded", [LOADED, ""])
 def test_an_interrupt_is_for_one_process_alone_and_waits_for_no_worker(loaded: str, tmp_path: Path) -> None:
     (tmp_path / "loaded.py").write_text(loaded)
-    begin = 'if __name__ == "__main__":', "    with pool(1, 'loaded', '') as made:"
+    heard = "    signal.signal(signal.SIGINT, signal.default_int_handler)"  # where it is ignored too
+    begin = 'if __name__ == "__main__":', heard, "    with pool(1, 'loaded', '') as made:"
     work = "        made.submit(time.sleep, 600)", "        raise KeyboardInterrupt"
     assert run(tmp_path, *begin, *work).count("Traceback") == 1
