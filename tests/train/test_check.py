@@ -46,6 +46,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("--shares 1 2", "--shares"),
         ("--init {}/cut", "model.safetensors"),
+        ("--init {}/of-seed-5", "not finished"),
         ("--init nano-depth", "nano-depth"),
         ("--init nano --preset small", "small"),
         ("--moge {}/cut", "--moge"),

@@ -20,13 +20,17 @@ _APART = "recipe.json", "README.md", "calibration.json"
 def locate(name: str | Path) -> Path:
     """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
 
-    Raises `SpearError` when there is none.
+    Raises `SpearError` when there is none, or none yet.
     """
     path, shipped = Path(name), SHIPPED / str(name)
     if path.is_dir():
         if path != shipped and (shipped / "config.json").is_file():
             notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
-        return path / "final" if (path / "final" / "config.json").is_file() else path
+        if (path / "final" / "config.json").is_file():
+            return path / "final"
+        if (path / "checkpoints").is_dir():
+            raise SpearError(f"{path}: its training is not finished: give the same command again")
+        return path
     if (shipped / "config.json").is_file():
         return shipped
     names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
