@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2174, "ablations": 641, "cli": 1568, "data": 5022, "embodiments": 780, "evaluate": 3145,
-    "labels": 4640, "models": 5044, "report": 1162, "serve": 995, "sim": 1546, "train": 2291, "ui": 679,
+    "labels": 4640, "models": 5048, "report": 1162, "serve": 995, "sim": 1546, "train": 2291, "ui": 679,
     "util": 831,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

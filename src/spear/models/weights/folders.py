@@ -28,7 +28,7 @@ def locate(name: str | Path) -> Path:
             notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
         if (path / "final" / "config.json").is_file():
             return path / "final"
-        if (path / "checkpoints").is_dir():
+        if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
             raise SpearError(f"{path}: its training is not finished: give the same command again")
         return path
     if (shipped / "config.json").is_file():
