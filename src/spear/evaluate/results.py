@@ -162,7 +162,7 @@ def terminal_table(
     table = Table(title="\n" + escape(title), caption=escape(caption), **lean)
     short = all(len(row[0]) <= 16 for row in rows)
     for index, header in enumerate(headers):
-        kept = header.startswith("success [") if index else short  # so is what the table is for
+        kept = header.startswith("success [") if index else short  # what the table is for
         table.add_column(escape(header), justify="right" if index else "left", no_wrap=kept, overflow="fold")
     for row in rows:
         if mean_last and row is rows[-1]:
