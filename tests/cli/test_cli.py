@@ -25,9 +25,8 @@ from spear.cli import COMMANDS, load, main, options_of
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import droid
 from spear.labels.store import write_labels
+from spear.models.weights.folders import SHIPPED
 from spear.util.options import option_names
-
-NANO = Path(spear.__file__).parent / "weights/nano"
 
 
 def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
@@ -97,8 +96,8 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --families put_in --policy expert", "did you mean 'put_"),
         ("evaluate --policy expert --first-seed 9999", "held-out seeds"),
         ("evaluate --policy expert --scenes 1 --shard 2/2", "2/2"),
-        (f"evaluate --policy expert --scenes 1 --out {NANO}", "holds other files"),
-        (f"train nano-post --init nano --episodes x --out {NANO}", "holds other files"),
+        (f"evaluate --policy expert --scenes 1 --out {SHIPPED / 'nano'}", "holds other files"),
+        (f"train nano-post --init nano --episodes x --out {SHIPPED / 'nano'}", "holds other files"),
         ("evaluate --scenes x", "--scenes x: give a whole number: see `spear evaluate --help`"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),

@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveFloat
 from torch import Tensor
 
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
-from spear.errors import SpearError, check_known, first_line, suppress_notices
+from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
-from spear.util.files import write_bytes, write_text
+from spear.util.files import read_as, write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
@@ -125,11 +125,8 @@ class Normalizer:
     @staticmethod
     def load(path: str | Path) -> "Normalizer":
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
-        try:
-            return TypeAdapter(Normalizer).validate_json(Path(path).read_bytes())
-        except (OSError, ValidationError) as error:
-            what = f"cannot read normalisation statistics: {path}"
-            raise SpearError(f"{what}: {first_line(error)}; take the file beside the weights") from error
+        advice = "take the file beside the weights"
+        return read_as(Normalizer, Path(path), advice, "cannot read normalisation statistics")
 
 
 def save_sketches(store: EpisodeStore) -> None:
