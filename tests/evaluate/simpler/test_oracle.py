@@ -45,6 +45,7 @@ class Table:
             opening=1.0 if self.open else width,
             open=self.open,
             still=not self.changed,
+            closing=self.changed and not self.open,
             source=np.concatenate([self.source, self.turn.as_quat(scalar_first=True)]),
             source_size=self.sizes[0],
             goal=np.concatenate([self.goal, [1, 0, 0, 0]]),

@@ -179,6 +179,7 @@ class SimplerWorld:
             opening=opened,
             open=self._steps == 0 or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
             still=self._before is None or at_rest(self._before, measured, opened),
+            closing=self._before is not None and opened < self._before.opening - STILL[2],
             source=in_base(base, _pose(env.objs[source].pose)),
             source_size=_size(env.model_db[source]),
             goal=in_base(base, _pose(env.objs[goal].pose)),
