@@ -65,7 +65,7 @@ class RemotePolicy:
             if not isinstance(error, ConnectionClosed):
                 raise
             if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
-                raise SpearError("observation: larger than the server takes: send smaller pictures") from error
+                raise SpearError("observation: larger than the server takes: send smaller ones") from error
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
