@@ -182,8 +182,8 @@ def test_clients_and_messages_are_bounded() -> None:
                 raw.recv()
             other.send(wire.encode(seen()))
             assert isinstance(other.recv(), bytes)
-        remote = RemotePolicy(url(server))
-        refuses("observation", remote.infer, seen() | {"observation/image": np.zeros((400, 400, 3), np.uint8)})
+        remote, large = RemotePolicy(url(server)), np.zeros((400, 400, 3), np.uint8)
+        refuses("observation", remote.infer, {**seen(), "observation/image": large})
         remote.infer(seen())
 
 
