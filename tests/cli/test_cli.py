@@ -91,6 +91,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("ask sim:10000 'how far?'", "held-out seeds"),
         ("ask absent.png 'how far?'", "No such file"),
         (f"ask {__file__} 'how far?'", "not a readable image"),
+        ("data prepare /nowhere", "missing: --out PATH"),
         ("data prepare /nowhere --out x", "no such folder: /nowhere"),
         ("demo --data /nowhere", "/nowhere"),
         ("evaluate --families put_in --policy expert", "did you mean 'put_"),

@@ -182,6 +182,9 @@ def test_clients_and_messages_are_bounded() -> None:
                 raw.recv()
             other.send(wire.encode(seen()))
             assert isinstance(other.recv(), bytes)
+        remote, large = RemotePolicy(url(server)), np.zeros((400, 400, 3), np.uint8)
+        refuses("observation", remote.infer, {**seen(), "observation/image": large})
+        remote.infer(seen())
 
 
 def test_the_token_is_asked_for() -> None:

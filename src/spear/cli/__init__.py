@@ -196,10 +196,12 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [line.strip(" │╭╮╰╯─|+-") for line in complaint.getvalue().splitlines()]
+    lines = [line.strip(" │╭╮╰╯─|+") for line in complaint.getvalue().splitlines()]
     more = f"spear {name} --help"
-    said = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", more)))
+    left_out = "For full helptext", more, "---"
+    said = " ".join(line for line in lines[1:] if line and not line.startswith(left_out))
     reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
+    reason = reason.replace(f"Missing from spear {name}", "missing")
     raise SpearError(f"{_plainly(reason, args)}: see `{more}`")
 
 

@@ -23,7 +23,8 @@ class AskOptions(Options):
     family: Name = None
     """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
     back_projection or chain_of_thought. Without it the model answers freely."""
-    decode: Decode = "mode"
+    decode: Decode = "median"
+    """How numbers are read off the model's probabilities; the interval is around the median."""
     draw: File = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""
     device: Device = "auto"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
 from spear.errors import SpearError, first_line
@@ -63,6 +64,8 @@ class RemotePolicy:
             self.close()
             if not isinstance(error, ConnectionClosed):
                 raise
+            if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
+                raise SpearError("observation: larger than the server takes: send smaller ones") from error
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])

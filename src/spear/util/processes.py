@@ -33,9 +33,8 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     begun = context.Event()  # before the mask: it starts multiprocessing's tracker, which lifts it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    ensure_running()  # the server, which keeps the mask: Ctrl-C is for this process alone
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with uninterrupted():
+        ensure_running()  # the server
     executor = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(begun,))
     try:
         yield executor
@@ -52,6 +51,16 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What this thread starts meanwhile keeps the mask: Ctrl-C is for this process alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def follow_parent(begun: Event | None = None) -> None:

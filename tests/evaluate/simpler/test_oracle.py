@@ -30,7 +30,7 @@ class Table:
         self.task, self.sizes = task, [np.array(s) for s in SIZES[task]]
         self.position = np.array([0.29, 0.0, 0.13])
         self.link = Rotation.from_euler("y", 3, degrees=True) * DOWN
-        self.open, self.changed = True, False
+        self.open, self.changed, self.waits = True, False, [False]
         self.source, self.turn = np.array([*at, self.sizes[0][2] / 2]), Rotation.from_euler("z", yaw)
         self.goal = np.array([0.32, -0.08, self.sizes[1][2] / 2])
         self.held: Array | None = None
@@ -44,7 +44,8 @@ class Table:
             measured=pose,
             opening=1.0 if self.open else width,
             open=self.open,
-            still=not self.changed,
+            still=self.waits[-1],
+            closing=self.changed and not self.open,
             source=np.concatenate([self.source, self.turn.as_quat(scalar_first=True)]),
             source_size=self.sizes[0],
             goal=np.concatenate([self.goal, [1, 0, 0, 0]]),
@@ -68,6 +69,7 @@ class Table:
         self.position = self.position + row[:3]
         self.link = Rotation.from_euler("XYZ", row[3:6]) * self.link
         self.changed, self.open = (row[6] > 0) != self.open, bool(row[6] > 0)
+        self.waits.append(not self.changed and np.abs(row[:6]).max() < 1e-4)
         offset = self.source - self.position
         if not self.open and self.changed and np.linalg.norm(offset) < 0.035:
             self.held = offset
@@ -89,6 +91,9 @@ def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: f
     for _ in range(TASKS[task].steps):
         table.act()
     assert table.open
+    while table.waits[-1]:  # at the end
+        table.waits.pop()
+    assert sum(table.waits) == 1  # while its fingers close
     assert np.linalg.norm(table.source[:2] - table.goal[:2]) < 0.006
     assert table.position[2] > table.source[2] + 0.08
     across = table.taken_across

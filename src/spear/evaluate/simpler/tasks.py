@@ -101,6 +101,7 @@ class Truth:
     measured   pose of the end-effector.
     opening    of the gripper, 0 … 1, as it is; `open` as it was commanded.
     still      whether the arm and the fingers hardly moved in the last step.
+    closing    whether the fingers closed further in the last step.
     source     pose of the object to move; source_size [3] the sides of its box (m), along its own axes.
     goal       pose of the object, or place, to put it on; goal_size [3].
     """
@@ -110,6 +111,7 @@ class Truth:
     opening: float
     open: bool
     still: bool
+    closing: bool
     source: Array
     source_size: Array
     goal: Array

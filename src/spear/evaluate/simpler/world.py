@@ -29,7 +29,7 @@ from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Tr
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
 from spear.util.ledger import hash_files
-from spear.util.processes import follow_parent
+from spear.util.processes import follow_parent, uninterrupted
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
@@ -179,6 +179,7 @@ class SimplerWorld:
             opening=opened,
             open=self._steps == 0 or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
             still=self._before is None or at_rest(self._before, measured, opened),
+            closing=self._before is not None and opened < self._before.opening - STILL[2],
             source=in_base(base, _pose(env.objs[source].pose)),
             source_size=_size(env.model_db[source]),
             goal=in_base(base, _pose(env.objs[goal].pose)),
@@ -261,7 +262,9 @@ class SimplerProcess:
 
     def _ask(self, *call: Any) -> Any:
         try:
-            return self._worker.submit(_answer, *self._of, *call).result()
+            with uninterrupted():
+                answer = self._worker.submit(_answer, *self._of, *call)
+            return answer.result()
         except BrokenProcessPool:
             raise NoRenderer("its process crashed") from None
 

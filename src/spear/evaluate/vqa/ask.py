@@ -33,7 +33,7 @@ def ask(
     image: Array,
     question: str,
     family: str | None = None,
-    decode: Decode = "mode",
+    decode: Decode = "median",
     trust: Trust | None = None,
 ) -> tuple[Answer | None, str]:
     """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
