@@ -1,8 +1,9 @@
 """A task of your own in ManiSkill, as one file: scene, instruction, success, demonstrations, evaluation.
 
+    spear label simpler:10000-10255 --out runs/simpler-labels
     python examples/simpler_task.py record 100 runs/mine
-    spear train nano-simpler --init nano --episodes runs/mine/* --out runs/my_policy
-    python examples/simpler_task.py evaluate 24 runs/my_policy
+    spear train nano-simpler --init nano --episodes runs/mine/* --labels runs/simpler-labels --out runs/vla
+    python examples/simpler_task.py evaluate 24 runs/vla
 
 Its scene is made of SIMPLER's own models, on its own table. docs/simpler.md says what to change for others.
 """
