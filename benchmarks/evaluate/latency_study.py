@@ -102,7 +102,7 @@ def cell(
     Recorder.tells_all = row == "guided/1"
     if Recorder.tells_all:
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
-        own = {field.name: getattr(agent.policy, field.name) for field in fields(Spear1Policy)}
+        own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
         guided = Guided(**own, delay=latency_ms // 200)
         agent = PolicyAgent(guided, agent.name, agent.weights)
     try:
