@@ -64,7 +64,7 @@ def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
         remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
     elif far < NEAREST:
-        remarks.append(f"positions reach only {far:.2g} m from the base: steps, or another unit (length_unit)")
+        remarks.append(f"positions are up to {far:.2g} m from the base: steps, or another unit (length_unit)")
     rotation = np.concatenate([r.rotation for r in recordings])
     if state_quaternions(rotation)[1] == "deg":
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
