@@ -4,12 +4,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
 from refusals import no_warning, refuses
 from spear.chunks import REPLAN, ChunkExecutor, Pilot
@@ -50,6 +51,11 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
 
 
+@pytest.fixture
+def full_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spear.chunks.SLOWER", 0)
+
+
 def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> None:
     looked, actions = drive(ChunkExecutor("sync", replan=3), 7)
     assert looked == [0, 3, 6]
@@ -67,6 +73,7 @@ def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> Non
     assert executor.next()[7] == 0.25
 
 
+@pytest.mark.usefixtures("full_speed")
 def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
     for delay in (1, 2):
         looked, actions = drive(ChunkExecutor("async", replan=5), 14, delay=delay)
@@ -83,6 +90,7 @@ def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
         np.testing.assert_array_equal(one[1], two[1])
 
 
+@pytest.mark.usefixtures("full_speed")
 def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     executor = ChunkExecutor("async", replan=3)
     old, new = chunk(10, turn=(0, 0, 0.1)), chunk(0, turn=(0.2, 0, 0))
@@ -105,6 +113,7 @@ def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     np.testing.assert_allclose(gaps, gaps[0], atol=1e-7)
 
 
+@pytest.mark.usefixtures("full_speed")
 def test_async_gives_a_turn_back_in_equal_parts() -> None:
     """The new chunk turned about x while the arm turned about z, and goes straight from there."""
     executor, new = ChunkExecutor("async", replan=3), chunk(0)
@@ -117,6 +126,23 @@ def test_async_gives_a_turn_back_in_equal_parts() -> None:
     after = [executor.next()[3:7] for _ in range(3)]
     np.testing.assert_allclose(after[1:], after[:2], atol=1e-6)
     assert after[0][0] < 0.99
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_async_goes_the_same_way_the_slower_the_later_a_chunk_is(late: int) -> None:
+    executor, given = ChunkExecutor("async", replan=5), chunk(7, turn=(0.1, -0.2, 0.3))
+    given[:, 7] = [1, 1, 1, 0, 0]
+    executor.give(given, arrives=late)
+    done = [executor.next() for _ in range(late + 5 + 5 * late // 3)][late:]  # late: it stood still
+    ends = np.concatenate([np.zeros((1, 3)), given[:, :3].cumsum(0)])
+    turns = Rotation.from_rotvec(np.arange(6)[:, None] * [0.1, -0.2, 0.3])
+    at = np.arange(len(done) + 1) / (1 + late / 3)  # of an action
+    way = np.stack([np.interp(at, range(6), ends[:, axis]) for axis in range(3)], axis=1)
+    np.testing.assert_allclose([a[:3] for a in done], np.diff(way, axis=0), atol=1e-7)
+    turned = Slerp(range(6), turns)(at)
+    found = Rotation.from_quat([a[3:7] for a in done], scalar_first=True)
+    assert ((turned[:-1].inv() * turned[1:]).inv() * found).magnitude().max() < 1e-6
+    assert [a[7] for a in done] == [float((a + b) / 2 < 3) for a, b in pairwise(at)]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -139,6 +165,7 @@ def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
         np.testing.assert_allclose(now, actions[: len(now)], atol=1e-6)
 
 
+@pytest.mark.usefixtures("full_speed")
 def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> None:
     executor, late = ChunkExecutor("rtc", most=1), ChunkExecutor("async", replan=1)
     for one in (executor, late):
@@ -185,7 +212,7 @@ def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
     pilot.close()
 
 
-@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.usefixtures("no_waiting", "full_speed")
 def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
     think = threading.Event()
     asked: list[int] = []
