@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spear.models import decode, sampling
-from spear.models.fast import stack
+from spear.models.fast import linear, stack
 from spear.models.meter import give_storage
 from spear.models.presets import PRESETS, Preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
@@ -186,6 +186,27 @@ def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch:
     for each in (torch.ones(3), x, torch.ones(3)):  # one that cannot be recorded leaves the others theirs
         assert torch.equal(cache(lambda given: given["x"] + 1, {"x": each}), each + 1)
     assert made.count(0) == 1  # replays
+
+
+def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[Any] = []
+    stream = SimpleNamespace(
+        device="", wait_event=said.append, wait_stream=lambda _: said.append("joined"),
+        record_event=lambda: said.append("layer") or said.count("layer") - 1,
+    )  # fmt: skip
+    model = Spear1ForActionPrediction._from_config(spear1_config(SIZES["nano"])).eval()
+    given = {n: torch.ones_like(t) for n, t in observation(SIZES["nano"], 1, False, "cpu").items()}
+    sampler = sampling.SAMPLER(model, False)
+    with torch.no_grad():
+        alone = sampling._sample(model, sampler, given, 2)
+        monkeypatch.setattr(sampling, "is_recording", lambda: True)
+        monkeypatch.setattr(linear, "_branches", lambda device, count: [stream])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        assert torch.equal(sampling._sample(model, sampler, given, 2), alone)
+    assert said == ["layer", "layer", 0, 0, 1, "joined"]
 
 
 @pytest.mark.parametrize("batch", ["1", "2"])

@@ -7,6 +7,7 @@ the first observation of each kind goes through both.
 """
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
 from spear.errors import first_line, notice
-from spear.models.fast.linear import Fused, Prepared, linear
+from spear.models.fast.linear import Events, Fused, Prepared, branch, is_recording, linear
 from spear.models.fast.small import if_small
-from spear.models.fast.stack import Inputs, Stack, can_compile, prefill
+from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill
 from spear.models.layers import sinusoids
 from spear.models.vision import one_product
 from spear.types import Action
@@ -174,12 +175,21 @@ def _committed(inputs: Inputs) -> flow.Committed | None:
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     pixels, present = _views(inputs)
-    noise, expert = inputs["noise"], sampler.expert
-    horizon = noise.shape[1]
+    horizon = inputs["noise"].shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
     text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
     mask = inputs.get("attention_mask")
-    prefix = prefill(sampler.vlm, features, text, valid, mask, room=1 + horizon, keys_only=True)
+    wrote: Events = [] if is_recording() else None
+    prefix = prefill(sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote)
+    with branch(wrote):  # the first flow step's layers run while later ones of the prefix do
+        return _flow(model, sampler, inputs, steps, prefix, wrote)
+
+
+def _flow(
+    model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Prefilled, wrote: Events
+) -> Tensor:
+    noise, expert = inputs["noise"], sampler.expert
+    horizon = noise.shape[1]
     cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
     end = start + 1 + horizon
     bias = prefix.bias(1 + horizon, expert.groups, dtype)
@@ -187,7 +197,7 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     turns = expert.rotations(prefix.places[:, None] + ahead, dtype)
     turns_after = tuple(turn[:, 1:] for turn in turns)
     # The first step runs the state and the actions, later steps the actions alone.
-    with_state = cache.window(start, [(1, start + 1), (horizon, end)])
+    with_state = replace(cache.window(start, [(1, start + 1), (horizon, end)]), awaited=wrote)
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
     state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]

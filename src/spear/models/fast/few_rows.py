@@ -1,9 +1,9 @@
 """A few tokens through a Gemma's layers on a GPU, in bfloat16: Triton kernels of ours.
 
 Such a pass, a flow step or one token of answers, is the reading of weights, once each. PyTorch launches some
-fifteen kernels per layer for it, most of which wait for memory. These are six. Sums are float32.
-`benchmarks/models/few_rows.py` compares and times. (Launching each while the one before it still runs, to
-bring its weights into the L2 cache, made them slower on an H200.)
+fifteen kernels per layer for it, most of which wait for memory. These are six. Sums are float32. From Hopper
+on each is launched while the one before it still runs, for which it waits; bringing its weights along before
+that was no faster on an H200. `benchmarks/models/few_rows.py` compares and times.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = 16
 """Tokens of all rows of a batch together, at most: the height of a product of these kernels."""
@@ -36,6 +37,9 @@ class FewRows:
             (each.before_attention, each.before_mlp, *map(_weights, _products(each))) for each in layers
         ]
         self.heads, self.width, self.eps, self.scale = heads, width, eps, scale
+        place = self.layers[0][0].device
+        early = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (9, 0)
+        self.how = {"EARLY": early, "launch_pdl": early}
 
     @staticmethod
     def can_do(layers: Sequence[Any], heads: int, width: int, groups: int) -> bool:
@@ -68,22 +72,24 @@ class FewRows:
         turned = length, *strides, heads, width, *norm
         attended, grown = (rows, heads * width, depth, height), (rows, inner, depth, height)
         halves, columns, most = width // 2 // TWO.value, inner // TWO.value, triton.next_power_of_2(chunks)
-        sums, ahead = (parts, peaks, masses), AHEAD["add"]
+        sums, add = (parts, peaks, masses), {"num_stages": AHEAD["add"], **self.how}
         after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
-        for weights, scale, place, seen in zip(self.layers, after, window.places, window.seen, strict=True):
+        qkv_how, gate_up_how = ({"num_stages": AHEAD[name], **self.how} for name in ("qkv", "gate_up"))
+        for index, (weights, scale) in enumerate(zip(self.layers, after, strict=True)):
             _, before_mlp, qkv, out, gate_up, down = weights
-            keys, values = seen[-1]
-            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, num_stages=AHEAD["qkv"])
+            place, (keys, values) = window.places[index], window.seen[index][-1]
+            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, **qkv_how)
+            window.wait(index)
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
-            how = heads, width, each, bias is not None
-            _attend[chunks, batch](query, keys, values, hidden, *sums, *seeing, *how)
-            _combine[both, batch](*sums, found, chunks, both, each, width, most)
+            sizes = heads, width, each, bias is not None
+            _attend[chunks, batch](query, keys, values, hidden, *sums, *seeing, *sizes, **self.how)
+            _combine[both, batch](*sums, found, chunks, both, each, width, most, **self.how)
             into = torch.empty_like(x)
-            _add[count,](found, out, x, before_mlp, into, *normed, *attended, num_stages=ahead)
-            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, num_stages=AHEAD["gate_up"])
+            _add[count,](found, out, x, before_mlp, into, *normed, *attended, **add)
+            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, **gate_up_how)
             x = torch.empty_like(x)
-            _add[count,](middle, down, into, scale, x, *normed, *grown, num_stages=ahead)
+            _add[count,](middle, down, into, scale, x, *normed, *grown, **add)
         return x.view(batch, length, depth)
 
 
@@ -101,6 +107,14 @@ def _is_plain(layer: Any) -> bool:
 def _weights(fused: Any) -> Tensor:
     """The weights of linear layers that read the same input, [out, in]."""
     return torch.cat([layer.weight for layer in fused.layers]) if fused.weight is None else fused.weight
+
+
+@triton.jit
+def _take_over(EARLY: tl.constexpr):
+    """Waits for what the kernel before leaves, and lets the one after begin."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -139,10 +153,11 @@ def _start(x, scale, scaled, squares, rows, depth, ROWS: tl.constexpr):
 @triton.jit
 def _two(
     scaled, squares, first, second, column, rows, depth, eps, count,
-    PARTS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Products of the rows after their norm with two lots of weights, [ROWS, N] each. Of the rows there are
     `scaled`, without 1 / rms, and the sums of their squares in `count` parts."""
+    _take_over(EARLY)
     part = tl.arange(0, PARTS)[:, None]
     sums = tl.load(squares + part * ROWS + tl.arange(0, ROWS)[None, :], mask=part < count, other=0.0)
     a = tl.zeros([SHARES, ROWS, TWO], tl.float32)
@@ -159,7 +174,7 @@ def _two(
 def _qkv(
     scaled, squares, weight, cos, sin, query, place,
     length, turn_batch, turn_token, place_kind, place_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries [rows, HEADS · WIDTH], turned; keys, turned, and values into the cache. A program makes columns
     of one head in its first half and those that they are turned with in its second."""
@@ -167,7 +182,7 @@ def _qkv(
     half = WIDTH // 2
     first = weight + head * WIDTH * depth
     second = first + half * depth
-    a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS)
+    a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY)
     row = tl.arange(0, ROWS)[:, None]
     there = row < rows
     at = row // length * turn_batch + row % length * turn_token + column[None, :]
@@ -188,9 +203,11 @@ def _qkv(
 def _attend(
     query, keys, values, bias, parts, peaks, masses, length, first, first_end, end, batch_stride, bias_stride,
     scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HIDDEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """What all heads of a batch's tokens find among some keys: sums of values, and the largest score and the
     sum of the weights by which `_combine` puts them together. The `first` tokens see less than the others."""
+    _take_over(EARLY)
     chunk, batch = tl.program_id(0), tl.program_id(1)
     row, place, at = tl.arange(0, ROWS), chunk * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDTH)[None, :]
     known = row < length * HEADS
@@ -214,9 +231,10 @@ def _attend(
 @triton.jit
 def _combine(
     parts, peaks, masses, out, chunks, rows,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of what `_attend` found, of all keys."""
+    _take_over(EARLY)
     row, batch = tl.program_id(0), tl.program_id(1)
     chunk, at = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     where = (batch * chunks + chunk) * ROWS + row
@@ -231,11 +249,12 @@ def _combine(
 
 @triton.jit
 def _add(
-    x, weight, onto, scale, out, scaled, squares, rows, depth, width, ROWS: tl.constexpr,
+    x, weight, onto, scale, out, scaled, squares, rows, depth, width, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out = onto + x · weightᵀ, and what the norm after it needs."""
     row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
     at = row * width + column[None, :]
+    _take_over(EARLY)
     before = tl.load(onto + at, mask=row < rows, other=0.0)
     sums = tl.zeros([SHARES, ROWS, ONE], tl.float32)
     for begin in range(0, depth, PIECE):
@@ -249,12 +268,12 @@ def _add(
 @triton.jit
 def _gate_up(
     scaled, squares, weight, out, inner,
-    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """GELU of the gate, by its tanh approximation, x σ(2u), times up: [rows, inner]."""
     column = tl.program_id(0) * TWO + tl.arange(0, TWO)
     second = weight + inner * depth
-    gate, up = _two(scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS)
+    gate, up = _two(scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY)
     row = tl.arange(0, ROWS)[:, None]
     grown = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     tl.store(out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows)

@@ -4,7 +4,8 @@ What is worked out of a network's weights is kept by `Prepared` until they chang
 """
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 Value = TypeVar("Value")
 Places = list[tuple[dict[str, Any], str]]
+Events = list[torch.Event] | None
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -57,20 +59,46 @@ _BRANCHES: dict[torch.device, list[torch.cuda.Stream]] = {}
 def side_by_side(works: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
     """Results of works none of which needs another's. A CUDA graph that is being recorded runs them at once:
     one image's layers leave most of a GPU idle."""
-    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+    if not is_recording():
         return [work() for work in works]
     here = torch.cuda.current_stream()
-    streams = _BRANCHES.setdefault(here.device, [])  # always the same: cuBLAS keeps room for each
-    streams += [torch.cuda.Stream(here.device) for _ in works[len(streams) + 1 :]]
+    streams = _branches(here.device, len(works) - 1)
     results = []
-    for work, stream in zip(works[1:], streams, strict=False):
+    for work, stream in zip(works[1:], streams, strict=True):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             results.append(work())
     results.insert(0, works[0]())
-    for stream in streams[: len(works) - 1]:
+    for stream in streams:
         here.wait_stream(stream)
     return results
+
+
+@contextmanager
+def branch(events: Events) -> Iterator[None]:
+    """In a CUDA graph that is being recorded, what is done here runs beside what this stream was given after
+    the first of some events; then the stream waits for it. With None it is done as ever."""
+    if events is None:
+        yield
+        return
+    here = torch.cuda.current_stream()
+    (stream,) = _branches(here.device, 1)
+    stream.wait_event(events[0])
+    with torch.cuda.stream(stream):
+        yield
+    here.wait_stream(stream)
+
+
+def is_recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _branches(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """Always the same: cuBLAS keeps room for each."""
+    streams = _BRANCHES.setdefault(device, [])
+    streams += [torch.cuda.Stream(device) for _ in range(count - len(streams))]
+    return streams[:count]
 
 
 class FastLinear(nn.Linear):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 
 from spear.errors import first_line, notice
-from spear.models.fast.linear import Fused, Prepared
+from spear.models.fast.linear import Events, Fused, Prepared
 from spear.models.layers import positions
 
 Inputs = Mapping[str, Tensor]
@@ -52,11 +52,26 @@ class Window:
     places   per layer: where the new tokens' keys and values go.
     queries  tokens per block.
     seen     per layer and block: keys and values, [B · kv heads, places seen, head_dim].
+    wrote    for `branch`: takes an event per layer, when its keys and values are there; None: nobody waits.
+    awaited  those of the places before these, which another stream fills.
     """
 
     places: list[Tensor]
     queries: list[int]
     seen: list[list[tuple[Tensor, Tensor]]]
+    wrote: Events = None
+    awaited: Events = None
+
+    def write(self, layer: int, held: Tensor) -> None:
+        """Puts a layer's new keys and values [2, B, kv heads, S, d] in their places."""
+        self.places[layer].copy_(held)
+        if self.wrote is not None:
+            self.wrote.append(torch.cuda.current_stream().record_event())
+
+    def wait(self, layer: int) -> None:
+        """Before a layer's keys and values are read."""
+        if self.awaited:
+            torch.cuda.current_stream().wait_event(self.awaited[layer])
 
 
 class Layer:
@@ -208,7 +223,8 @@ class Stack:
                 return self._norm(self.few(x, rotations, window, bias), self.norm)
         for index, layer in enumerate(self.layers):
             query, held = self._before(self, layer, x, *rotations)
-            window.places[index].copy_(held)
+            window.write(index, held)
+            window.wait(index)
             if index + 1 == len(self.layers):
                 if keys_only:
                     return x
@@ -319,11 +335,12 @@ def prefill(
     text_valid: Tensor | None,
     room: int,
     keys_only: bool = False,
+    wrote: Events = None,
 ) -> Prefilled:
     """Visual tokens [B, T, D] and text embeddings [B, L, D], which see each other, through the layers.
 
     image_valid [B, T] bool, text_valid [B, L]: None where all are valid, which saves masks.
-    room: tokens that are to follow. keys_only: see `Stack`.
+    room: tokens that are to follow. keys_only: see `Stack`. wrote: see `Window`.
     """
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
@@ -339,7 +356,7 @@ def prefill(
     cache = layers.cache(batch, length + room, x.dtype, x.device)
     where = positions(valid)
     bias = hidden_places(valid, layers.groups, x.dtype) if padded else None
-    window = cache.window(0, [(length, length)])
+    window = replace(cache.window(0, [(length, length)]), wrote=wrote)
     rotations = layers.rotations(where, x.dtype)
     after = where[:, -1] + 1
     if keys_only:
