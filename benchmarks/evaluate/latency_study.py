@@ -50,8 +50,8 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "guided/1": ("rtc", 1),
 }
 """The way of executing chunks, and after how many actions the next look is due; full and guided never slow
-down. The first is `spear evaluate`'s default, the second the whole chunk; with async a look never waits longer than that, and comes as
-early as the last inference allows."""
+down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits longer
+than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
