@@ -145,26 +145,6 @@ def test_async_goes_the_same_way_the_slower_the_later_a_chunk_is(late: int) -> N
     assert [a[7] for a in done] == [float((a + b) / 2 < 3 - 1e-9) for a, b in pairwise(at)]
 
 
-@pytest.mark.parametrize(("late", "most"), [(1, 1), (2, 1), (3, 2), (5, 2)])
-def test_rtc_tells_whole_actions_of_an_arm_that_goes_slowly(late: int, most: int) -> None:
-    executor, told, done = ChunkExecutor("rtc", most=most), list[Array](), []
-    steady = chunk(4, turn=(0, 0, 0.1))[[0] * 5]
-    for tick in range(40):
-        if executor.wants():
-            told.append(executor.told().get("committed", chunk(0, 0)))
-            executor.give(
-                np.concatenate([told[-1], chunk(4, turn=(0, 0, 0.1))[[0] * 5]])[:5], arrives=tick + late
-            )
-        done.append(executor.next())
-    pace = 1 / (1 + late / 2)
-    moved, turned = np.array(done)[late:, 0], np.array(done)[late:, 6]
-    np.testing.assert_allclose(moved, 0.004 * pace, atol=1e-7)
-    np.testing.assert_allclose(turned, np.sin(0.05 * pace), atol=1e-6)
-    assert {len(each) for each in told[1:]} == {math.ceil(late * pace - 1e-9)}
-    np.testing.assert_allclose(told[-1], steady[: len(told[-1])], atol=1e-6)
-
-
-@pytest.mark.usefixtures("full_speed")
 @pytest.mark.parametrize("delay", [0, 1, 2])
 def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
     executor = ChunkExecutor("rtc", most=2)

@@ -29,7 +29,8 @@ import tyro
 from tyro.conf import Positional
 
 from guidance import Guided
-from spear.chunks import ChunkExecutor, Mode
+from spear import chunks
+from spear.chunks import SLOWER, ChunkExecutor, Mode
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
@@ -49,7 +50,7 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due; full and guided never slow
+"""The way of executing chunks, and after how many actions the next look is due; full is async that never slows
 down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits longer
 than that, and comes as early as the last inference allows."""
 
@@ -59,7 +60,6 @@ class Recorder(ChunkExecutor):
 
     seams: ClassVar[list[float]] = []
     tells_all = False  # of the last chunk, whatever is left
-    full_speed = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -75,9 +75,6 @@ class Recorder(ChunkExecutor):
         if self._before is not None or speaks is not None:  # the first motion has nothing before it
             self._before, self._speaks = action[:3], speaks
         return action
-
-    def _pace(self, late: int) -> float:
-        return 1.0 if self.full_speed else super()._pace(late)
 
     def told(self) -> dict[str, Any]:
         """As it is, or with all that is left."""
@@ -104,7 +101,8 @@ def cell(
         scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
     )
     Recorder.seams.clear()
-    Recorder.tells_all, Recorder.full_speed = row == "guided/1", row in ("full/1", "guided/1")
+    Recorder.tells_all = row == "guided/1"
+    chunks.SLOWER = 0.0 if row == "full/1" else SLOWER
     if Recorder.tells_all:
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}

@@ -43,7 +43,7 @@ REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
 SLOWER = 0.5
-"""async, rtc: how much longer an action takes, per tick that chunks are late (our choice: docs/robots.md)."""
+"""async: by how much longer an action takes, per tick that chunks are late (our choice: docs/robots.md)."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
@@ -93,12 +93,9 @@ class ChunkExecutor:
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
-        is there, if inference takes as long as the last time; whole ones, at full speed."""
-        pace = self._pace(self._delay)
-        count = min(math.ceil(self._delay * pace - 1e-9), self.most)
-        rows = self._left[: math.ceil(count / pace - 1e-9)]
-        whole = _at_pace(np.stack(rows), 1 / pace) if self.mode == "rtc" and rows else ()
-        return {"committed": whole} if len(whole) else {}
+        is there, if inference takes as long as the last time."""
+        rows = self._left[: min(self._delay, self.most)]
+        return {"committed": np.stack(rows)} if self.mode == "rtc" and rows else {}
 
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
         """Take a chunk [H, 8] from the observation of tick `observed`, usable from tick `arrives` on.
@@ -110,7 +107,8 @@ class ChunkExecutor:
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        actions = _at_pace(actions, self._pace(arrives - observed))
+        if self.mode == "async" and SLOWER * (late := arrives - observed) > 0:
+            actions = _at_pace(actions, 1 / (1 + SLOWER * late))
         self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
         self._delay = arrives - observed
@@ -125,10 +123,6 @@ class ChunkExecutor:
             return np.array([0, 0, 0, 1, 0, 0, 0, self._gripper], np.float32)
         self._gripper = float(action[7])
         return action.copy()
-
-    def _pace(self, late: int) -> float:
-        """The part of its speed at which the arm goes while chunks are so many ticks late."""
-        return 1.0 if self.mode == "sync" else 1 / (1 + SLOWER * late)
 
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
@@ -239,9 +233,7 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
 
 
 def _at_pace(actions: Array, speed: float) -> Array:
-    """The path of actions at another speed, [H, 8] -> [H / speed, 8]: the same way in other steps."""
-    if speed == 1:
-        return actions
+    """A chunk at part of its speed, [H, 8] -> [H / speed, 8]: the same way in shorter steps."""
     where, turned = _path(np.asarray(actions, np.float64))
     where, turned = torch.cat([where[:1] * 0, where]), torch.cat([quat_exp(where[:1] * 0), turned])
     at = torch.arange(int(len(actions) / speed + 1e-9) + 1, dtype=torch.float64) * speed
