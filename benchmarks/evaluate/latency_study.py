@@ -50,9 +50,9 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due; full is async that never slows
-down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits longer
-than that, and comes as early as the last inference allows."""
+"""The way of executing chunks, and after how many actions the next look is due; full is async that never
+slows down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits
+longer than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
