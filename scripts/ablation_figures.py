@@ -120,14 +120,18 @@ def demonstrations(long: Rows, some: Rows) -> None:
     write("demonstrations", lines, across, Axis("success", (50, 100), unit=" %"))
 
 
-def images(single: Rows) -> None:
-    """Success over 3D-labelled images: one training each."""
-    names = {0: "no-images", 816: "images-16th", 3264: "images-4th", 13056: "full method"}
-    x = [log10(max(n, 260)) for n in names]
-    found = [mean_over_seeds(single[name]) for name in names.values()]
-    ticks = [(place, f"{n:,}") for place, n in zip(x, names, strict=True)]
-    across, up = Axis("3D-labelled images", (2.3, 4.3), ticks), Axis("success", (30, 90), unit=" %")
-    write("images", [points(x, found, "one training each", COLOURS[0])], across, up)
+def images(curve: Rows) -> None:
+    """Success over 3D-labelled images, and every training."""
+    numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
+    x = [log10(max(n, 16)) for n in numbers]
+    found = [mean_over_seeds(row) for row in curve.values()]
+    trainings = [100 * np.mean(row, axis=(0, 2)) for row in curve.values()]
+    places = [place + 0.03 for place, each in zip(x, trainings, strict=True) for _ in each]
+    lines = [points(x, found, "three trainings each (dots beside the intervals)", COLOURS[0])]
+    lines.append(Line("", places, np.concatenate(trainings), COLOURS[0], dots=True, joined=False))
+    ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
+    across, up = Axis("3D-labelled images", (1, 3.7), ticks), Axis("success", (30, 90), unit=" %")
+    write("images", lines, across, up)
 
 
 def error_by_time() -> None:
@@ -145,8 +149,8 @@ def error_by_time() -> None:
 
 
 if __name__ == "__main__":
-    three, long, some, single = map(rows, tables())
+    three, long, some, curve, _ = map(rows, tables())
     parts(three, long)
     demonstrations(long, some)
-    images(single)
+    images(curve)
     error_by_time()

@@ -133,16 +133,16 @@ def test_async_goes_the_same_way_the_slower_the_later_a_chunk_is(late: int) -> N
     executor, given = ChunkExecutor("async", replan=5), chunk(7, turn=(0.1, -0.2, 0.3))
     given[:, 7] = [1, 1, 1, 0, 0]
     executor.give(given, arrives=late)
-    done = [executor.next() for _ in range(late + 5 + 5 * late // 3)][late:]  # late: it stood still
+    done = [executor.next() for _ in range(late + 5 + 5 * late // 2)][late:]  # late: it stood still
     ends = np.concatenate([np.zeros((1, 3)), given[:, :3].cumsum(0)])
     turns = Rotation.from_rotvec(np.arange(6)[:, None] * [0.1, -0.2, 0.3])
-    at = np.arange(len(done) + 1) / (1 + late / 3)  # of an action
+    at = np.arange(len(done) + 1) / (1 + late / 2)  # of an action
     way = np.stack([np.interp(at, range(6), ends[:, axis]) for axis in range(3)], axis=1)
     np.testing.assert_allclose([a[:3] for a in done], np.diff(way, axis=0), atol=1e-7)
     turned = Slerp(range(6), turns)(at)
     found = Rotation.from_quat([a[3:7] for a in done], scalar_first=True)
     assert ((turned[:-1].inv() * turned[1:]).inv() * found).magnitude().max() < 1e-6
-    assert [a[7] for a in done] == [float((a + b) / 2 < 3) for a, b in pairwise(at)]
+    assert [a[7] for a in done] == [float((a + b) / 2 < 3 - 1e-9) for a, b in pairwise(at)]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -29,7 +29,8 @@ import tyro
 from tyro.conf import Positional
 
 from guidance import Guided
-from spear.chunks import ChunkExecutor, Mode
+from spear import chunks
+from spear.chunks import SLOWER, ChunkExecutor, Mode
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
@@ -45,12 +46,13 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "sync/5": ("sync", 5),
     "async/1": ("async", 1),
     "async/3": ("async", 3),
+    "full/1": ("async", 1),
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due. The first is `spear
-evaluate`'s default, the second the whole chunk; with async a look never waits longer than that, and comes as
-early as the last inference allows."""
+"""The way of executing chunks, and after how many actions the next look is due; full is async that never
+slows down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits
+longer than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
@@ -100,6 +102,7 @@ def cell(
     )
     Recorder.seams.clear()
     Recorder.tells_all = row == "guided/1"
+    chunks.SLOWER = 0.0 if row == "full/1" else SLOWER
     if Recorder.tells_all:
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}

@@ -7,7 +7,7 @@ sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
           there is no jump at the seam and the arm ends where the new chunk wants it (our choice). The later
-          a chunk is, the slower the arm goes (`SLOWER`).
+          chunks are, the slower the arm goes (`SLOWER`).
 rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
 """
@@ -42,8 +42,8 @@ Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
-SLOWER = 1 / 3
-"""async: by how much longer an action takes, per tick that its chunk came late (our choice: docs/robots.md)."""
+SLOWER = 0.5
+"""async: by how much longer an action takes, per tick that chunks are late (our choice: docs/robots.md)."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
@@ -107,12 +107,11 @@ class ChunkExecutor:
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        late = arrives - observed
-        if self.mode == "async" and SLOWER * late > 0:
-            actions = _slower(actions, 1 / (1 + SLOWER * late))
+        if self.mode == "async" and SLOWER * (late := arrives - observed) > 0:
+            actions = _at_pace(actions, 1 / (1 + SLOWER * late))
         self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
-        self._delay = late
+        self._delay = arrives - observed
 
     def next(self) -> Array:
         """The action [8] of this tick, which ends. With none left: no motion, gripper as last told (open)."""
@@ -233,8 +232,8 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
     return np.concatenate([moves.numpy(), steps.numpy(), actions[n:, 7:]], axis=1).astype(np.float32)
 
 
-def _slower(actions: Array, speed: float) -> Array:
-    """A chunk's path at part of its speed, [H, 8] -> [H / speed, 8]: the same way in shorter steps."""
+def _at_pace(actions: Array, speed: float) -> Array:
+    """A chunk at part of its speed, [H, 8] -> [H / speed, 8]: the same way in shorter steps."""
     where, turned = _path(np.asarray(actions, np.float64))
     where, turned = torch.cat([where[:1] * 0, where]), torch.cat([quat_exp(where[:1] * 0), turned])
     at = torch.arange(int(len(actions) / speed + 1e-9) + 1, dtype=torch.float64) * speed
@@ -242,7 +241,7 @@ def _slower(actions: Array, speed: float) -> Array:
     position = torch.lerp(where[before], where[before + 1], (at - before)[:, None])
     rotation = quat_slerp(turned[before], turned[before + 1], at - before)
     moves, steps = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
-    gripper = actions[(at[:-1] + speed / 2).long().numpy(), 7:]
+    gripper = actions[(at[:-1] + speed / 2 + 1e-9).long().numpy(), 7:]
     return np.concatenate([moves.numpy(), steps.numpy(), gripper], axis=1).astype(np.float32)
 
 
