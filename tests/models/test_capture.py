@@ -206,6 +206,8 @@ def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         assert torch.equal(sampling._sample(model, sampler, given, 2), alone)
+        model.expert.bfloat16()
+        sampling._sample(model, sampling.SAMPLER(model, False), given, 2)  # all in turn
     assert said == ["layer", "layer", 0, 0, 1, "joined"]
 
 

@@ -179,7 +179,8 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     features, image_valid = model.vlm.encode_images(pixels, present)
     text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
     mask = inputs.get("attention_mask")
-    wrote: Events = [] if is_recording() else None
+    # Keys and values that the expert reads in another precision are copied, once all are there.
+    wrote: Events = [] if is_recording() and text.dtype == sampler.expert.dtype else None
     prefix = prefill(sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote)
     with branch(wrote):  # the first flow step's layers run while later ones of the prefix do
         return _flow(model, sampler, inputs, steps, prefix, wrote)
