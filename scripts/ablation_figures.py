@@ -52,6 +52,13 @@ def points(x: list[float], found: list[Estimate], name: str, colour: str, joined
     return Line(name, x, mean, colour, low=low, high=high, dots=True, joined=joined)
 
 
+def trainings(x: list[float], found: list[list[Array]], colour: str) -> Line:
+    """Every training behind rows, in percent, at their x."""
+    each = [100 * np.mean(row, axis=(0, 2)) for row in found]
+    places = [place for place, row in zip(x, each, strict=True) for _ in row]
+    return Line("", places, np.concatenate(each), colour, dots=True, joined=False)
+
+
 def write(name: str, lines: list[Line], x: Axis, y: Axis) -> None:
     """A chart as a file of its own, its legend above it, on white."""
     size = (760, 320)
@@ -111,10 +118,7 @@ def demonstrations(long: Rows, some: Rows) -> None:
         rows = {250: some[f"250, {name}"], 500: long[name], 2000: some[f"2,000, {name}"]}
         x = [log10(n) + shift for n in rows]
         lines.append(points(x, [mean_over_seeds(row) for row in rows.values()], title, colour))
-        trainings = {n: 100 * np.mean(row, axis=(0, 2)) for n, row in rows.items()}
-        places = [log10(n) + 2 * shift for n, each in trainings.items() for _ in each]
-        each = np.concatenate([*trainings.values()])
-        lines.append(Line("", places, each, colour, dots=True, joined=False))
+        lines.append(trainings([place + shift for place in x], [*rows.values()], colour))
     ticks = [(log10(n), f"{n:,}") for n in (250, 500, 2000)]
     across = Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks)
     write("demonstrations", lines, across, Axis("success", (50, 100), unit=" %"))
@@ -125,10 +129,8 @@ def images(curve: Rows) -> None:
     numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
     x = [log10(max(n, 16)) for n in numbers]
     found = [mean_over_seeds(row) for row in curve.values()]
-    trainings = [100 * np.mean(row, axis=(0, 2)) for row in curve.values()]
-    places = [place + 0.03 for place, each in zip(x, trainings, strict=True) for _ in each]
     lines = [points(x, found, "three trainings each (dots beside the intervals)", COLOURS[0])]
-    lines.append(Line("", places, np.concatenate(trainings), COLOURS[0], dots=True, joined=False))
+    lines.append(trainings([place + 0.03 for place in x], [*curve.values()], COLOURS[0]))
     ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
     across, up = Axis("3D-labelled images", (1, 3.7), ticks), Axis("success", (30, 90), unit=" %")
     write("images", lines, across, up)

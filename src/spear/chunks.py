@@ -228,8 +228,7 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
     fade = 1 - torch.arange(1, horizon - n + 1, dtype=torch.float64) / (horizon - n)
     position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
     rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * quat_log(turn)))])
-    moves, steps = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
-    return np.concatenate([moves.numpy(), steps.numpy(), actions[n:, 7:]], axis=1).astype(np.float32)
+    return _steps(position, rotation, actions[n:, 7:])
 
 
 def _at_pace(actions: Array, speed: float) -> Array:
@@ -240,12 +239,16 @@ def _at_pace(actions: Array, speed: float) -> Array:
     before = at.long().clamp(max=len(actions) - 1)
     position = torch.lerp(where[before], where[before + 1], (at - before)[:, None])
     rotation = quat_slerp(turned[before], turned[before + 1], at - before)
-    moves, steps = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
-    gripper = actions[(at[:-1] + speed / 2 + 1e-9).long().numpy(), 7:]
-    return np.concatenate([moves.numpy(), steps.numpy(), gripper], axis=1).astype(np.float32)
+    return _steps(position, rotation, actions[(at[:-1] + speed / 2 + 1e-9).long().numpy(), 7:])
 
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Displacement [n, 3] and turn [n, 4] after each of n actions, from where they start."""
     turns = list(accumulate(torch.from_numpy(actions[:, 3:7]), quat_multiply))
     return torch.from_numpy(np.cumsum(actions[:, :3], axis=0)), quat_normalize(torch.stack(turns))
+
+
+def _steps(position: torch.Tensor, rotation: torch.Tensor, gripper: Array) -> Array:
+    """Actions [n, 8] from each of n + 1 poses, [n + 1, 3] and [n + 1, 4], to the next; gripper [n, 1]."""
+    moves, turns = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
+    return np.concatenate([moves.numpy(), turns.numpy(), gripper], axis=1).astype(np.float32)

@@ -40,6 +40,7 @@ class FewRows:
         place = self.layers[0][0].device
         early = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (9, 0)
         self.how = {"EARLY": early, "launch_pdl": early}
+        self.pipelined = {name: {"num_stages": ahead, **self.how} for name, ahead in AHEAD.items()}
 
     @staticmethod
     def can_do(layers: Sequence[Any], heads: int, width: int, groups: int) -> bool:
@@ -72,13 +73,13 @@ class FewRows:
         turned = length, *strides, heads, width, *norm
         attended, grown = (rows, heads * width, depth, height), (rows, inner, depth, height)
         halves, columns, most = width // 2 // TWO.value, inner // TWO.value, triton.next_power_of_2(chunks)
-        sums, add = (parts, peaks, masses), {"num_stages": AHEAD["add"], **self.how}
+        sums, add = (parts, peaks, masses), self.pipelined["add"]
         after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
-        qkv_how, gate_up_how = ({"num_stages": AHEAD[name], **self.how} for name in ("qkv", "gate_up"))
-        for index, (weights, scale) in enumerate(zip(self.layers, after, strict=True)):
+        each_layer = zip(self.layers, after, window.places, window.seen, strict=True)
+        for index, (weights, scale, place, seen) in enumerate(each_layer):
             _, before_mlp, qkv, out, gate_up, down = weights
-            place, (keys, values) = window.places[index], window.seen[index][-1]
-            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, **qkv_how)
+            keys, values = seen[-1]
+            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, **self.pipelined["qkv"])
             window.wait(index)
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
@@ -87,7 +88,7 @@ class FewRows:
             _combine[both, batch](*sums, found, chunks, both, each, width, most, **self.how)
             into = torch.empty_like(x)
             _add[count,](found, out, x, before_mlp, into, *normed, *attended, **add)
-            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, **gate_up_how)
+            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, **self.pipelined["gate_up"])
             x = torch.empty_like(x)
             _add[count,](middle, down, into, scale, x, *normed, *grown, **add)
         return x.view(batch, length, depth)
