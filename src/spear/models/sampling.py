@@ -182,13 +182,11 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     # Keys and values that the expert reads in another precision are copied, once all are there.
     wrote: Events = [] if is_recording() and text.dtype == sampler.expert.dtype else None
     prefix = prefill(sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote)
-    with branch(wrote):  # the first flow step's layers run while later ones of the prefix do
-        return _flow(model, sampler, inputs, steps, prefix, wrote)
+    with branch(prefix.wrote):  # the first flow step's layers run while later ones of the prefix do
+        return _flow(model, sampler, inputs, steps, prefix)
 
 
-def _flow(
-    model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Prefilled, wrote: Events
-) -> Tensor:
+def _flow(model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Prefilled) -> Tensor:
     noise, expert = inputs["noise"], sampler.expert
     horizon = noise.shape[1]
     cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
@@ -198,7 +196,7 @@ def _flow(
     turns = expert.rotations(prefix.places[:, None] + ahead, dtype)
     turns_after = tuple(turn[:, 1:] for turn in turns)
     # The first step runs the state and the actions, later steps the actions alone.
-    with_state = replace(cache.window(start, [(1, start + 1), (horizon, end)]), awaited=wrote)
+    with_state = replace(cache.window(start, [(1, start + 1), (horizon, end)]), awaited=prefix.wrote)
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
     state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]

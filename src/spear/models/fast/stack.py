@@ -311,6 +311,7 @@ class Prefilled:
     valid   [B, S] bool, False for padding and missing images; padded: whether any is False.
     places  [B] the position after the last valid token.
     hidden  [B, D] the last layer's output at the last valid token; None where the cache alone was wanted.
+    wrote   as `prefill` was given it; see `Window`.
     """
 
     cache: StaticKVCache
@@ -318,6 +319,7 @@ class Prefilled:
     padded: bool
     places: Tensor
     hidden: Tensor | None
+    wrote: Events
 
     def bias(self, room: int, groups: int, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores of tokens that see the prefix and `room` places after it; or None."""
@@ -358,13 +360,10 @@ def prefill(
     bias = hidden_places(valid, layers.groups, x.dtype) if padded else None
     window = replace(cache.window(0, [(length, length)]), wrote=wrote)
     rotations = layers.rotations(where, x.dtype)
-    after = where[:, -1] + 1
-    if keys_only:
-        layers(x, rotations, window, bias, keys_only)
-        return Prefilled(cache, valid, padded, after, None)
     # Of all places with as many valid ones before them as the last token, it is the first.
-    hidden = layers(x, rotations, window, bias, wanted=where.argmax(-1))[:, 0]
-    return Prefilled(cache, valid, padded, after, hidden)
+    wanted = None if keys_only else where.argmax(-1)
+    found = layers(x, rotations, window, bias, keys_only, wanted)
+    return Prefilled(cache, valid, padded, where[:, -1] + 1, None if keys_only else found[:, 0], wrote)
 
 
 def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
