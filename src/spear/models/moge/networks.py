@@ -126,8 +126,6 @@ _FIXED_V1 = {
     "last_conv_size": 1,
     "mask_threshold": 0.5,
 }
-HEADS = ("points_head", "mask_head")
-"""The heads of a MoGe-2 that are read; some have normals as well."""
 _FIXED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
@@ -151,8 +149,9 @@ class MogeV1(nn.Module):
         self.most_tokens = int(config.get("num_tokens_range", (1200, 2500))[1])
         if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
             self.most_tokens = int(config["trained_area_range"][1]) // PATCH**2
-        self.layers = config.get("intermediate_layers", 4)
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
+        read, depth = config.get("intermediate_layers", 4), self.encoder.backbone.config.num_hidden_layers
+        self.layers = range(depth - read, depth)
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
     def cut(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
@@ -175,8 +174,7 @@ class MogeV1(nn.Module):
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
         patches, size = self.cut(images, num_tokens)
-        count = len(self.encoder.backbone.encoder.layer)
-        tokens = self.encoder.layers(patches, range(count - self.layers, count))
+        tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
         height, width = images.shape[2:]
@@ -240,8 +238,8 @@ class MogeV2(nn.Module):
         self.layers = range(depth - read, depth) if isinstance(read, int) else read
         width, project = self.encoder.backbone.config.hidden_size, encoder["dim_out"]
         self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
-        for name in ("neck", *HEADS):
-            self.add_module(name, ConvStack(name, config[name]))
+        names = "neck", "points_head", "mask_head"  # some have normals as well
+        self.neck, self.points_head, self.mask_head = (ConvStack(name, config[name]) for name in names)
         layers: list[nn.Module] = []
         for before, after in pairwise(config["scale_head"]["dims"]):
             layers += [nn.Linear(before, after), nn.ReLU()]
@@ -273,17 +271,14 @@ class MogeV2(nn.Module):
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
-        neck: Any = self.get_submodule("neck")
-        sizes = ((columns << level, rows << level) for level in range(len(neck.input_blocks)))
-        pyramid = [uv_channels(batch, *size, width / height, features) for size in sizes]
-        pyramid[0] = torch.cat([features, pyramid[0]], dim=1)
-        levels = neck(pyramid)
-        raw = {name: self.get_submodule(name)(levels)[-1] for name in HEADS}
+        sizes = ((columns << level, rows << level) for level in range(1, len(self.neck.input_blocks)))
+        finer = [uv_channels(batch, *size, width / height, features) for size in sizes]
+        levels = self.neck([with_uv(features, width / height), *finer])
+        raw = [head(levels)[-1] for head in (self.points_head, self.mask_head)]
         scale = self.scale_head(token)
         with torch.autocast(images.device.type, enabled=False):
-            raw = {name: resize(x.float(), height, width) for name, x in raw.items()}
-            points, mask = exponential_points(raw["points_head"]), raw["mask_head"][:, 0].sigmoid()
-            return MogeOutput(points, mask, scale.float()[:, 0].exp())
+            points, mask = (resize(x.float(), height, width) for x in raw)
+            return MogeOutput(exponential_points(points), mask[:, 0].sigmoid(), scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
