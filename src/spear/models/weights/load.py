@@ -160,14 +160,10 @@ class Shards:
             where, why = self.folder / "config.json", first_line(error.__cause__ or error)
             raise SpearError(f"broken config: {where}: {why}: copy it again") from error
 
-    def pieces(self, key: str) -> Iterator[tuple[Any, Tensor]]:
-        """A weight in pieces of some rows, each with its place in the whole; to be used at once."""
+    def pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
+        """A weight [rows, …] in pieces of some rows, each with its place in the whole; to be used at once."""
         self.dtype(key)
         stored = self.weights[key]
-        if not stored.shape:
-            with safe_open(stored.file, framework="pt") as opened:
-                yield ..., opened.get_tensor(key)
-            return
         rows = max(1, _PIECE // max(1, math.prod(stored.shape[1:]) * 4))
         for first in range(0, stored.shape[0], rows):
             place = slice(first, first + rows)
