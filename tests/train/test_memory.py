@@ -138,6 +138,7 @@ def test_the_command_says_what_fits_and_what_would_make_it_fit(
     for wrong, named in (
         *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
         (("--gpu", "-3GB"), "-3GB"),
+        (("--recipe", "inference", "--batch-size", "0"), "--batch-size 0"),
         (("--batch-size", "64", "--set", "batch_size=8"), "batch_size=8"),
     ):
         assert named in refused("plan", "--preset", "lean", *wrong)

@@ -104,13 +104,21 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     if inputs.moge is not None:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
-        with torch.device("meta"):
-            model = Spear1ForActionPrediction(spear1_config(size, config)) if acts else SpearVLM(config)
-            if stage.lora_rank:
-                optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
-        optimize.apply_freeze(model, stage.optimization)
-        optimize.store_weights(model, stage.optimization)
+        empty_model(stage, spear1_config(size, config) if acts else config)
     return stage.changed(**shares), size
+
+
+def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
+    """The model that a recipe trains, on the meta device, with its LoRA, its freeze schedule and its types of
+    weights. Raises `SpearError` where these do not fit."""
+    with torch.device("meta"):
+        acts = isinstance(config, Spear1Config)
+        model = Spear1ForActionPrediction(config) if acts else SpearVLM(config)
+        if stage.lora_rank:
+            optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    optimize.apply_freeze(model, stage.optimization)
+    optimize.store_weights(model, stage.optimization)
+    return model
 
 
 def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
@@ -126,9 +134,8 @@ def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
 
 def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     known = tasks.load_labels(inputs.labels, list(size.image_sizes))
-    processor = _new_processor(stage, size, inputs.labels, known, seed)
-    vlm = _new_vlm(stage, size, processor, seed)
-    names = sorted({o.name for label in next(iter(known.values())) for o in label.objects})
+    processor, vlm = _new_vlm(stage, size, inputs.labels, known, seed)
+    names = _names(known)
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
     patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes
@@ -141,8 +148,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     labels = inputs.labels
     known = tasks.load_labels(labels, list(size.image_sizes))
     if inputs.init is None:
-        processor = _new_processor(stage, size, labels, known, seed)
-        model = _new_vlm(stage, size, processor, seed)
+        processor, model = _new_vlm(stage, size, labels, known, seed)
     else:
         processor = Processor.load(inputs.init)
         model = load_inner_vlm(inputs.init)
@@ -165,8 +171,8 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     labels, init, episodes = inputs.labels, inputs.init, inputs.episodes
     known = tasks.load_labels(labels, list(size.image_sizes))
     if init is None:
-        processor = _new_processor(stage, size, labels, known, seed)
-        model = _acting(_new_vlm(stage, size, processor, seed), size)
+        processor, vlm = _new_vlm(stage, size, labels, known, seed)
+        model = _acting(vlm, size)
     else:
         processor = Processor.load(init)
         if weights.architecture(init) == Spear1Config.model_type:
@@ -210,15 +216,9 @@ def _questions(
     return tasks.QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
-def _new_processor(
-    stage: Recipe, size: Preset, folders: Sequence[Path], labels: Labels, seed: int
-) -> Processor:
-    """A tokenizer for our questions' wording and the texts in each `wording.txt`, and fitted 3D tokens."""
-    names = sorted({o.name for label in next(iter(labels.values())) for o in label.objects})
-    texts = list(all_texts(names))
-    for wording in (folder / "wording.txt" for folder in folders):
-        texts += wording.read_text().splitlines() if wording.is_file() else []
-    return Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
+def _names(labels: Labels) -> list[str]:
+    """What the objects of the first view are called, once each."""
+    return sorted({o.name for label in next(iter(labels.values())) for o in label.objects})
 
 
 def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateTokenizer:
@@ -245,8 +245,15 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
     vlm.config.text_config.vocab_size = len(rows)
 
 
-def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> SpearVLM:
-    """A VLM with random weights; location and 3D tokens are alike where their places are alike."""
+def _new_vlm(
+    stage: Recipe, size: Preset, folders: Sequence[Path], labels: Labels, seed: int
+) -> tuple[Processor, SpearVLM]:
+    """A tokenizer for our questions' wording and the texts in each `wording.txt`, with fitted 3D tokens; and
+    a VLM with random weights, in which location and 3D tokens are alike where their places are alike."""
+    texts = list(all_texts(_names(labels)))
+    for wording in (folder / "wording.txt" for folder in folders):
+        texts += wording.read_text().splitlines() if wording.is_file() else []
+    processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
     config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.bins
     _weigh_numbers(config, stage)
@@ -258,7 +265,7 @@ def _new_vlm(stage: Recipe, size: Preset, processor: Processor, seed: int) -> Sp
     with torch.no_grad():
         for first, count in places:
             embeddings[first : first + count] = init_new_embeddings(words, count, generator, smooth=True)
-    return vlm
+    return processor, vlm
 
 
 def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:

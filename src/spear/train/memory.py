@@ -19,12 +19,12 @@ from spear.errors import SpearError
 from spear.models.layers import FastRMSNorm, recompute_layers
 from spear.models.meter import Meter, give_storage
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
-from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.models.spear1 import STATE_FEATURES
 from spear.train import parallel
-from spear.train.optimize import add_adapters, apply_freeze, store_weights
+from spear.train.build import empty_model
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
+from spear.util.progress import ProgressBar, tracked
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB
@@ -80,8 +80,6 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     size, opt = preset(stage.preset), stage.optimization
     pieces = parallel.share(stage.batch_size, "batch_size", opt.accumulate)
     model = _empty_model(stage, size, as_on_gpu)
-    apply_freeze(model, opt)
-    store_weights(model, opt)
     recompute_layers(model, opt.gradient_checkpointing)
     with FakeTensorMode(), Meter() as meter:
         give_storage(model.train())
@@ -120,18 +118,14 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
 
 
 def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
-    """The recipe's model without contents, with its LoRA."""
+    """`build.empty_model`, with the attention and norms of a GPU or those for CPUs."""
     inner = vlm_config(size)
     if not stage.moge:
         inner.moge_config = None
-    config = inner if stage.kind == "vlm" else spear1_config(size, inner)
+    config: Any = inner if stage.kind == "vlm" else spear1_config(size, inner)
     if as_on_gpu:
         config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        kind: Any = SpearVLMForConditionalGeneration if stage.kind == "vlm" else Spear1ForActionPrediction
-        model: torch.nn.Module = kind(config)
-        if stage.lora_rank:
-            add_adapters(model, stage.lora_rank, stage.lora_alpha)
+    model = empty_model(stage, config)
     if as_on_gpu:
         for module in model.modules():
             if isinstance(module, FastRMSNorm):
@@ -184,8 +178,6 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
     First no changes, then one more each time, and what costs least comes first.
     """
     opt, batch, asked = stage.optimization, stage.batch_size, stage.question_images
-    found: dict[str, Any] = {}
-    yield {}, training(stage)
     pieces = [p for p in (batch // 8, batch) if p > opt.accumulate and batch % p == asked % p == 0]
     savers: list[tuple[bool, str, Any]] = [
         (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
@@ -193,10 +185,11 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
         *((True, "accumulate", p) for p in pieces),
         (opt.ema > 0, "ema", 0),
     ]
-    for useful, name, value in savers:
-        if useful:
-            found[name] = value
-            yield dict(found), training(stage.changed(**found))
+    useful = [(name, value) for useful, name, value in savers if useful]
+    counts = range(len(useful) + 1)
+    for count in tracked(counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")):
+        changes = dict(useful[:count])
+        yield changes, training(stage.changed(**changes))
 
 
 def flags(changes: Mapping[str, Any]) -> str:

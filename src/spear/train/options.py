@@ -298,6 +298,6 @@ class PlanOptions(Options):
     """Model size, when it shall not be the recipe's: nano, small or spear1."""
     gpu: str = "24GB"
     """Memory of the GPU as it is sold, such as 24GB."""
-    batch_size: Number = None
+    batch_size: Annotated[Number, Within(1)] = None
     """Examples per training step (per observation for inference), when not the recipe's."""
     set: Changes = ()
