@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusals import no_warning
+from refusals import no_warning, refuses
 from spear.errors import Notice
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import PolicyAgent
@@ -16,7 +16,7 @@ from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.scenes import label_frames
 from spear.models.presets import PRESETS
-from spear.models.weights.folders import SHIPPED, locate
+from spear.models.weights.folders import SHIPPED, locate, made_by
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.recipes import RECIPES
 
@@ -65,6 +65,12 @@ def test_a_folder_named_like_weights_is_said(tmp_path: Path, monkeypatch: pytest
     with no_warning():
         assert locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
         assert locate("nano-vlm") == SHIPPED / "nano-vlm"
+
+
+@pytest.mark.parametrize("key", ["files", "learned", "simulator_only"])
+def test_what_a_folder_says_of_itself_in_another_type_is_refused(key: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"seed": 0, key: ["model.safetensors"]}))
+    refuses(rf"recipe\.json.*{key}", made_by, tmp_path)
 
 
 def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, StrictBool
+
 from spear.errors import SpearError, notice
-from spear.util.files import read_json
+from spear.util.files import read_as
 
 SHIPPED = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
@@ -41,14 +43,25 @@ def locate(name: str | Path) -> Path:
 def simulator_only(folder: Path) -> bool:
     """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
     package, and those whose training says so. Raises `SpearError` for a broken recipe.json."""
-    said = made_by(folder).get("simulator_only") is True
+    said = made_by(folder).get("simulator_only", False)
     return said or folder.resolve().is_relative_to(SHIPPED.resolve())
+
+
+class MadeBy(BaseModel, extra="allow"):
+    """What of a recipe.json is asked for; files: as of `contents`, learned: the marks of its episodes."""
+
+    files: dict[str, str] = {}
+    learned: str = ""
+    simulator_only: StrictBool = False
 
 
 def made_by(folder: Path) -> Mapping[str, Any]:
     """What a trained folder says about itself (recipe.json); nothing where somebody else saved it."""
     path = folder / "recipe.json"
-    return read_json(path, "copy the folder again, or remove this file") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    said = read_as(MadeBy, path, "copy the folder again, or remove this file")
+    return said.model_dump(exclude_unset=True)
 
 
 def save_made_by(folder: Path, said: Mapping[str, Any]) -> None:
