@@ -134,6 +134,8 @@ def test_what_does_not_fit_is_refused() -> None:
     model = random_v1()
     image = torch.zeros(1, 3, 40, 60)
     refuses(r"wrong image type: torch\.float32 \(40, 60, 3\)", infer, model, torch.zeros(40, 60, 3))
+    for value in (255.0, -1.0, torch.nan):
+        refuses("floats outside of 0 … 1", infer, model, image + value)
     refuses("num_tokens is 0: give a positive number", infer, model, image, num_tokens=0)
     refuses("image of 400×2 is too thin for 24 MoGe tokens", infer, model, torch.zeros(1, 3, 2, 400))
     refuses(r"unknown MoGe encoder 'dinov2_vitg14': did you mean", dinov2_config, "dinov2_vitg14")

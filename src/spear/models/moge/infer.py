@@ -48,13 +48,15 @@ def infer(
     Raises `SpearError` for images or tokens that do not fit.
     """
     device = next(model.parameters()).device
-    plain = images.dtype == torch.uint8 or images.is_floating_point()
-    if images.dim() != 4 or images.shape[1] != 3 or not plain:
+    whole = images.dtype == torch.uint8
+    if images.dim() != 4 or images.shape[1] != 3 or not (whole or images.is_floating_point()):
         what = f"{images.dtype} {tuple(images.shape)}"
         raise SpearError(f"wrong image type: {what}: pass uint8 or float tensors [B, 3, h, w]")
+    if not whole and not bool(((images > -0.01) & (images < 1.01)).all()):  # also refuses NaN
+        raise SpearError("wrong image type: floats outside of 0 … 1: divide them by 255, or pass uint8")
     if num_tokens is not None and num_tokens < 1:
         raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
-    images = images.to(device) / 255 if images.dtype == torch.uint8 else images.to(device, torch.float32)
+    images = images.to(device) / 255 if whole else images.to(device, torch.float32)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, num_tokens or model.most_tokens)
     mask = output.mask > 0.5
