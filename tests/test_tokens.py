@@ -124,6 +124,9 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
         json.dumps(good | {"representatives": good["representatives"][1:]}),
         json.dumps(good | {"unit": "inch"}),
         json.dumps(good | {"edges": [math.nan] * (BINS + 1)}),
+        json.dumps(good | {"edges": [*good["edges"][:-1], math.inf]}),
+        json.dumps(good | {"edges": [0.0], "representatives": []}),
+        json.dumps(good | {"edges": [good["edges"]], "representatives": [[]]}),
     ]
     for text in bad:
         path.write_text(text)

@@ -113,7 +113,9 @@ class CoordinateTokenizer:
             if unit not in get_args(Unit):
                 raise ValueError(f"unknown unit {unit!r}")
             low, value, high = edges[:-1], representatives, edges[1:]
-            if low.shape != value.shape or not ((low <= value) & (value <= high) & (low < high)).all():
+            if low.ndim != 1 or low.shape != value.shape or not (len(low) and np.isfinite(edges).all()):
+                raise ValueError("it has no bins, or edges and values that are no lists of finite numbers")
+            if not ((low <= value) & (value <= high) & (low < high)).all():
                 raise ValueError("edges must increase, with one value between each two")
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
