@@ -187,6 +187,8 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "
 def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path) -> None:
     for name in ("nanno", "nowhere/at/all"):
         refuses(name, load_vlm, name)
+    image = np.zeros((128, 192, 3), np.uint8)
+    refuses("'distence': did you mean 'distance'", load_vlm().answer, [image], ["How far?"], "distence")
     start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
     refuses(r"vocabulary mismatch: .* 1000 … 2023 of 2786", Spear1Policy.load, start)
     views = changed(tmp_path / "views", lambda c: c["vlm_config"].update(views=["external"]))

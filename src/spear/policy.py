@@ -13,8 +13,9 @@ from spear import flow
 from spear.data.normalize import Normalizer
 from spear.data.seen import LOOKED_AT, MOSTLY, RobotCheck, Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
-from spear.errors import SpearError, notice
+from spear.errors import SpearError, check_known, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
+from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.decode import Watched, greedy
 from spear.models.devices import bfloat16_is_fast, choose_device, few_threads, keep_freed_memory
 from spear.models.processing import Processor, moved
@@ -71,7 +72,8 @@ class VlmBundle:
         family  of the questions: answers are then held to its form, with exactly as many numbers or image
                 locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for a view that the model does not have, and for an empty or too long prompt.
+        Raises SpearError for a view that the model does not have, an unknown family, and an empty or too long
+        prompt.
         """
         if len(prompts) == len(images) == 0:
             return []
@@ -106,7 +108,10 @@ class VlmBundle:
         return answers
 
     def _grammar(self, family: str | None) -> Any:
-        if family is not None and (family in NUMBERS or family in PIXELS):
+        if family is None:
+            return None
+        check_known("question family", (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL), family)
+        if family in NUMBERS or family in PIXELS:
             return self.processor.grammar(NUMBERS.get(family, 0), PIXELS.get(family, 0))
         in_words = {"chain_of_thought": 2, "what_at": 0}  # with so many numbers between the words
         return self.processor.worded(in_words[family]) if family in in_words else None
