@@ -1,5 +1,6 @@
 """Between people and tensors: images to pixels, words to tokens, answers back to words and numbers."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,30 +206,21 @@ class Processor:
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
         """Token ids of an answer -> text, numbers (representatives of bins) and pixels, up to its end; the
         inverse of `answer_ids`. A location token without a partner stays text."""
-        segments: list[str | float | Pixel] = []
-        text: list[int] = []
-
-        def close() -> None:
-            if text:
-                segments.append(self.tokenizer.decode(text))
-                text.clear()
-
-        position = 0
-        while position < len(ids) and ids[position] != self.tokenizer.eos_token_id:
-            here = int(ids[position])
-            place = here - self.location_start
-            partner = int(ids[position + 1]) - self.location_start if position + 1 < len(ids) else -1
-            if here in self.coordinate_ids:
-                close()
-                segments.append(float(self.coordinates.decode(np.array(here - self.coordinate_ids.start))))
-            elif 0 <= place < LOCATIONS and 0 <= partner < LOCATIONS:
-                close()
-                segments.append(Pixel((partner + 0.5) / LOCATIONS, (place + 0.5) / LOCATIONS))
-                position += 1
+        locations = range(self.location_start, self.location_start + LOCATIONS)
+        pieces: list[int | float | Pixel] = []  # whole numbers are tokens of text
+        for token in itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids)):
+            before = pieces[-1] if pieces else None
+            if token in self.coordinate_ids:
+                pieces.append(float(self.coordinates.decode(token - self.coordinate_ids.start)))
+            elif token in locations and isinstance(before, int) and before in locations:
+                y, x = ((step - locations.start + 0.5) / LOCATIONS for step in (before, token))
+                pieces[-1] = Pixel(x, y)
             else:
-                text.append(here)
-            position += 1
-        close()
+                pieces.append(token)
+        segments: list[str | float | Pixel] = []
+        for text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, int)):
+            own = list(group)
+            segments += [self.tokenizer.decode(own)] if text else own
         return segments
 
     def save(self, folder: Path) -> None:
