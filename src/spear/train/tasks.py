@@ -159,9 +159,12 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     for folder in folders:
         for view, path in view_folders(folder, views).items():
             found.setdefault(view, []).extend(compact(one) for one in read(path))
-    sources = [one.source for labels in found.values() for one in labels]
-    if tests := sum(map(kept_for_testing, sources)):
-        notice(f"{tests:,} of {counted(len(sources), 'labelled images')} from scenes kept for testing")
+    every = [one for labels in found.values() for one in labels]
+    if tests := sum(kept_for_testing(one.source) for one in every):
+        notice(f"{tests:,} of {counted(len(every), 'labelled images')} from scenes kept for testing")
+    if twice := len(every) - len({(one.source, one.image) for one in every}):
+        again = f"{twice:,} of {counted(len(every), 'labelled images')} are the same as others"
+        notice(f"{again}, which count twice: give each folder once")
     return {view: found[view] for view in views if view in found}
 
 
