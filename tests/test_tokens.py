@@ -65,6 +65,7 @@ def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
     refuses("NaN", tokenizer.encode, np.array([0.1, math.nan]))
     for bad in (math.nan, math.inf):
         refuses("NaN or infinite", CoordinateTokenizer.fit, [0.0, 1.0, bad])
+    refuses("'unifrom': did you mean 'uniform'", CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom")
     for few in ([], [2.0], [2.0, 2.0, 2.0]):
         refuses("at least 2", CoordinateTokenizer.fit, few)
     for ids in ([-1], [0, BINS]):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spear.errors import SpearError
+from spear.errors import SpearError, check_known
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
@@ -54,8 +54,10 @@ class CoordinateTokenizer:
         """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
-        Raises `SpearError` for values that are not finite or not at least two different ones.
+        Raises `SpearError` for values that are not finite or not at least two different ones, and for another
+        spacing.
         """
+        check_known("spacing", get_args(Spacing), spacing)
         flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(flat).all():
             raise SpearError("coordinates to fit 3D tokens on: some are NaN or infinite: leave those out")
