@@ -109,6 +109,9 @@ def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
     after = go(task, replace(SMALL, weight_decay=0.5), tmp_path)[name]
     same = (before == after).all(dim=1)
     assert not same[2:5].any() and same[:2].all() and same[5:].all()
+    vars(task)["learning_rows"] = {"0.wieght": (2, 5)}  # else all of them would learn
+    with pytest.raises(AttributeError, match="wieght"):
+        optimize.Stepper(task, SMALL, seed=0)
 
 
 def test_gradients_of_what_learns_are_cut_to_a_length() -> None:

@@ -149,7 +149,7 @@ class Stepper:
         self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
         self.masks: dict[str, torch.Tensor] = {}  # [rows, 1]: 1 for the rows that learn, 0 for others
         for name, (first, last) in rows.items():
-            if name in self.learning:
+            if self.model.get_parameter(name).requires_grad:
                 mask = torch.zeros(len(self.learning[name]), 1)
                 mask[first:last] = 1
                 self.masks[name] = parallel.distribute(mask, self.learning[name])
