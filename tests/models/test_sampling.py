@@ -20,6 +20,7 @@ from spear.models.fast.stack import Stack
 from spear.models.presets import Preset, spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.types import Action
 
 H = TINY.horizon
 GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -45,6 +46,15 @@ def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0)
     return given
 
 
+def acted(
+    model: Any, given: dict[str, Any], noise: Action, steps: int, committed: flow.Committed | None = None
+) -> torch.Tensor:
+    """The actions [B, H, 8], which must be those of the plain network."""
+    found = model.sample_actions(**given, steps=steps, noise=noise, committed=committed).to_vector()
+    assert relative(found, reference(model, given, noise, steps, committed)) < 1e-5
+    return found
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
@@ -53,8 +63,7 @@ def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0)
 def test_actions_of_the_plain_network(shape: str, padded: bool, batch: int, views: tuple[str, ...]) -> None:
     model, given, noise = spear1(**SHAPES[shape]), observation(batch, views, padded), actions(batch, H)
     for steps in (1, 4):
-        found = model.sample_actions(**given, steps=steps, noise=noise).to_vector()
-        assert relative(found, reference(model, given, noise, steps)) < 1e-5
+        found = acted(model, given, noise, steps)
         assert not found.is_inference() and found.dtype == torch.float32
 
 
@@ -65,10 +74,8 @@ def test_committed_actions_come_back(shape: str, padded: bool) -> None:
     given, decided = observation(3, ("external", "wrist"), padded), actions(3, H, seed=5)
     free = model.sample_actions(**given, steps=4, noise=noise).to_vector()
     held = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
-    committed = flow.Committed(decided, held)
-    found = model.sample_actions(**given, steps=4, noise=noise, committed=committed).to_vector()
+    found = acted(model, given, noise, 4, flow.Committed(decided, held))
     assert torch.equal(found[held], decided.to_vector()[held])
-    assert relative(found, reference(model, given, noise, 4, committed)) < 1e-5
     # Where nothing is committed it is as without, whatever stands there; elsewhere the others notice.
     assert relative(found[0], free[0]) < 1e-5
     assert relative(found[1, 1:], free[1, 1:]) > 1e-3
@@ -126,34 +133,28 @@ def test_gemma2_layers_too() -> None:
     inner.text_config = Gemma2Config(**config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     model = Spear1ForActionPrediction(spear1_config(size, inner)).eval()
     for padded in (False, True):
-        given, noise = observation(2, ("external",), padded), actions(2, H)
-        found = model.sample_actions(**given, steps=3, noise=noise).to_vector()
-        assert relative(found, reference(model, given, noise, 3)) < 1e-5
+        acted(model, observation(2, ("external",), padded), actions(2, H), 3)
 
 
 def test_changed_weights_are_noticed() -> None:
     model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
-
-    def same() -> bool:
-        found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
-        return relative(found, reference(model, given, noise, 2)) < 1e-5
-
-    assert same()
+    acted(model, given, noise, 2)
     kept = SAMPLER(model, True)
     assert SAMPLER(model, True) is kept
     with torch.no_grad():  # as an optimiser does it
         for parameter in model.expert.parameters():
             parameter.mul_(1.3)
-    assert same() and SAMPLER(model, True) is not kept
+    acted(model, given, noise, 2)
+    assert SAMPLER(model, True) is not kept
     model.load_state_dict(spear1(seed=3).state_dict())
-    assert same()
+    acted(model, given, noise, 2)
     model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
-    assert same()
+    acted(model, given, noise, 2)
     model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
-    assert same()
+    acted(model, given, noise, 2)
     for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
         parameter.data.copy_(other.data)  # as averages of weights are put in place
-    assert same()
+    acted(model, given, noise, 2)
     for part in (model.vlm.vision_tower, model.vlm.moge, model.state_proj, model.action_out_proj):
         kept, weight = SAMPLER(model, True), next(part.parameters())
         weight.data = weight.clone()  # a graph would go on reading where it was
@@ -165,8 +166,7 @@ def test_a_network_that_inference_mode_made_acts_and_its_changes_are_noticed() -
     with torch.inference_mode():
         model = spear1()
         for _ in range(2):
-            found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
-            assert relative(found, reference(model, given, noise, 2)) < 1e-5
+            acted(model, given, noise, 2)
             model.action_in_proj.weight.mul_(1.3)
 
 
@@ -181,9 +181,7 @@ def test_lora_is_part_of_the_fast_path() -> None:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_()
-    found = model.sample_actions(**given, steps=2, noise=noise).to_vector()
-    assert relative(found, before) > 1e-3
-    assert relative(found, reference(model, given, noise, 2)) < 1e-5
+    assert relative(acted(model, given, noise, 2), before) > 1e-3
 
 
 def test_sampling_leaves_weights_and_training_alone() -> None:
