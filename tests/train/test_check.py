@@ -99,6 +99,10 @@ def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, re
         assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
     twice = "nano-vlm-2", "--init", "nano", "--labels", str(tmp_path), "--moge", "nano-depth"
     assert "--moge" in refused("train", *twice)
+    depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
+    (depth / "recipe.json").write_text('{"learned": 3}')  # read again at the end
+    broken = "nano-vlm-1", "--init", "nano-vlm-0", "--labels", str(tmp_path), "--moge", str(depth)
+    assert "recipe.json" in refused("train", *broken)
 
 
 def test_evaluation_and_ablations_ask_first(

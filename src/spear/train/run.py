@@ -119,8 +119,8 @@ def check(
     parallel.start(place)
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
     build.check(stage, inputs)
-    if inputs.init is not None:
-        made_by(inputs.init)
+    for begun_with in filter(None, (inputs.init, inputs.moge)):
+        made_by(begun_with)  # what they say is a part of the result
     about = _about(stage, inputs)
     known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
     loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
