@@ -24,7 +24,7 @@ import spear
 from spear.errors import SpearError, first_line
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import bfloat16_is_fast
-from spear.models.fast.linear import HAS_BFLOAT16, linear
+from spear.models.fast.linear import CPU, HAS_BFLOAT16, linear
 from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, spear1_config
 from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
@@ -120,9 +120,8 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     """What runs here: (what, which)."""
     packages = [f"spear {spear.__version__}", *(f"{n} {version(n)}" for n in ("torch", "transformers"))]
     found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    name = next((x.partition(":")[2].strip() for x in lines if x[:10] == "model name"), platform.machine())
+    named = re.search(r"^model name\s*: *(.+)", CPU, re.MULTILINE)
+    name = named[1].strip() if named else platform.machine()
     found.append(("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}"))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
@@ -146,9 +145,8 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
-        needed = planned[torch.bfloat16] / GIB
-        has = f"{device} has {free / GIB:.1f}"
-        raise SpearError(f"preset {size.name} needs {needed:.1f} GiB, {has}: give another")
+        apart = f"{planned[torch.bfloat16] / GIB:.1f} GiB, {device} has {free / GIB:.1f}"
+        raise SpearError(f"preset {size.name} needs {apart}: give another")
     inputs = _observation(size, device)
     truth: torch.Tensor | None = None
     for dtype in fits:

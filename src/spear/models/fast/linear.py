@@ -26,9 +26,10 @@ CACHED = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""
 _BITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _INFO = Path("/proc/cpuinfo")
-_INTEL = _INFO.is_file() and "GenuineIntel" in _INFO.read_text(encoding="utf-8")
+CPU = _INFO.read_text(encoding="utf-8") if _INFO.is_file() else ""
+"""What Linux says about the processor."""
 # PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
-_MKL_IS_FAST = torch.backends.mkl.is_available() and _INTEL
+_MKL_IS_FAST = torch.backends.mkl.is_available() and "GenuineIntel" in CPU
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
