@@ -109,11 +109,9 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
 
 
 def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
-    """The model that a recipe trains, on the meta device, with its LoRA, its freeze schedule and its types of
-    weights. Raises `SpearError` where these do not fit."""
+    """A recipe's model without contents, with its LoRA, frozen and stored. `SpearError`: these do not fit."""
     with torch.device("meta"):
-        acts = isinstance(config, Spear1Config)
-        model = Spear1ForActionPrediction(config) if acts else SpearVLM(config)
+        model = Spear1ForActionPrediction(config) if isinstance(config, Spear1Config) else SpearVLM(config)
         if stage.lora_rank:
             optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
     optimize.apply_freeze(model, stage.optimization)

@@ -160,11 +160,11 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
         for view, path in view_folders(folder, views).items():
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     every = [one for labels in found.values() for one in labels]
+    of_all = f"of {counted(len(every), 'labelled images')}"
     if tests := sum(kept_for_testing(one.source) for one in every):
-        notice(f"{tests:,} of {counted(len(every), 'labelled images')} from scenes kept for testing")
+        notice(f"{tests:,} {of_all} from scenes kept for testing")
     if twice := len(every) - len({(one.source, one.image) for one in every}):
-        again = f"{twice:,} of {counted(len(every), 'labelled images')} are the same as others"
-        notice(f"{again}, which count twice: give each folder once")
+        notice(f"{twice:,} {of_all} are the same as others, and count twice: give each folder once")
     return {view: found[view] for view in views if view in found}
 
 
@@ -272,9 +272,8 @@ class VlmTask:
         self.model, self.batch = model, samples.batch
         self.learning_rows: dict[str, tuple[int, int]] = {}
         if coordinate_rows_only:
-            first = model.config.coordinate_start
-            last = first + model.config.coordinate_bins
-            self.learning_rows = {"language_model.embed_tokens.weight": (first, last)}
+            ids = model.config.coordinate_ids
+            self.learning_rows = {"language_model.embed_tokens.weight": (ids.start, ids.stop)}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """λ-weighted cross-entropy and its parts."""
