@@ -174,8 +174,6 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
     cut = count - max(1, round(HELD_OUT * count))
     if cut < 1:
         raise SpearError(f"too few episodes: {source}: its split {name!r} has {count}: give at least 2")
-    learned, held_out = (
-        open_store(source, out, split)[0].demonstrations()
-        for split in (f"{name}[:{cut}]", f"{name}[{cut}:{count}]")
-    )
+    splits = f"{name}[:{cut}]", f"{name}[{cut}:{count}]"
+    learned, held_out = (open_store(source, out, split)[0].demonstrations() for split in splits)
     return learned, held_out

@@ -231,8 +231,7 @@ def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
 
 def quat_to_6d(q: Tensor) -> Tensor:
     """Unit quaternion [..., 4] to the first two columns of its matrix, one after the other, [..., 6]."""
-    matrix = quat_to_matrix(q)
-    return torch.cat([matrix[..., :, 0], matrix[..., :, 1]], dim=-1)
+    return quat_to_matrix(q)[..., :2].mT.flatten(-2)
 
 
 # Poses: a position [..., 3] in metres and a rotation [..., 4].

@@ -72,8 +72,7 @@ class VlmBundle:
         family  of the questions: answers are then held to its form, with exactly as many numbers or image
                 locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for a view that the model does not have, an unknown family, and an empty or too long
-        prompt.
+        Raises SpearError for an unknown family or view, and for an empty or too long prompt.
         """
         if len(prompts) == len(images) == 0:
             return []
@@ -264,12 +263,11 @@ class Spear1Policy:
             images = [o.get(key) for o in observations]
             there = [image is not None for image in images]
             learned = self.known is None or view in self.known.redder  # training had that camera
+            without = "the policy was trained without that camera"
             if learned and not all(there):
-                unless = "send it, unless the policy was trained without that camera"
-                self._note(key, f"observations without {key}: {unless}")
+                self._note(key, f"observations without {key}: send it, unless {without}")
             elif not learned and any(there):
-                why = "the policy was trained without that camera"
-                self._note(key, f"observations with {key}: {why}: leave it out")
+                self._note(key, f"observations with {key}: {without}: leave it out")
             if not any(there):
                 continue  # a view that nobody has costs nothing
             width, height = sizes[view]

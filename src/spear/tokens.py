@@ -54,8 +54,7 @@ class CoordinateTokenizer:
         """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
-        Raises `SpearError` for values that are not finite or not at least two different ones, and for another
-        spacing.
+        Raises `SpearError` for another spacing, values that are not finite, and fewer than two different.
         """
         check_known("spacing", get_args(Spacing), spacing)
         flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
@@ -109,19 +108,18 @@ class CoordinateTokenizer:
         """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            edges = np.asarray(content["edges"], dtype=np.float64)
-            representatives = np.asarray(content["representatives"], dtype=np.float64)
+            names = "edges", "representatives"
+            edges, value = (np.asarray(content[name], dtype=np.float64) for name in names)
             unit = content["unit"]
             if unit not in get_args(Unit):
                 raise ValueError(f"unknown unit {unit!r}")
-            low, value, high = edges[:-1], representatives, edges[1:]
-            if low.ndim != 1 or low.shape != value.shape or not (len(low) and np.isfinite(edges).all()):
-                raise ValueError("it has no bins, or edges and values that are no lists of finite numbers")
-            if not ((low <= value) & (value <= high) & (low < high)).all():
-                raise ValueError("edges must increase, with one value between each two")
+            low, high = edges[:-1], edges[1:]
+            rising = (low <= value) & (value <= high) & (low < high) & np.isfinite(high - low)
+            if low.ndim != 1 or low.shape != value.shape or not (len(low) and rising.all()):
+                raise ValueError("finite edges must increase, with one value between each two")
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
-        return CoordinateTokenizer(edges, representatives, unit)
+        return CoordinateTokenizer(edges, value, unit)
 
 
 def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
