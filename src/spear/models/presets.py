@@ -47,28 +47,13 @@ TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
 
 
-def _layers(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def _sizes(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """Fields of a network's config, SigLIP's, DINOv2's or Gemma's; patches and images in pixels a side."""
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
 
 
-def _vision(
-    width: int, mlp: int, layers: int, heads: int, patch: int = 14, image: int = 224
-) -> dict[str, Any]:
-    """Fields of SigLIP's config; patch and image in pixels."""
-    return _layers(width, layers, heads, intermediate_size=mlp, patch_size=patch, image_size=image)
-
-
-def _moge(
-    width: int, layers: int, heads: int, patch: int = 14, image: int = 224, **more: Any
-) -> dict[str, Any]:
-    """Fields of DINOv2's config; patch and image in pixels."""
-    return _layers(width, layers, heads, mlp_ratio=4, patch_size=patch, image_size=image, **more)
-
-
-def _gemma(width: int, mlp: int, layers: int, heads: int, head: int, **more: Any) -> dict[str, Any]:
-    """Fields of a Gemma's config; head: the width of an attention head."""
-    sizes = {"intermediate_size": mlp, "num_key_value_heads": 1, "head_dim": head}
-    return _layers(width, layers, heads, **sizes, **more)
+def _gemma(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return _sizes(width, layers, heads, num_key_value_heads=1, **more)
 
 
 _ALL = (
@@ -77,10 +62,10 @@ _ALL = (
         name="nano",
         image_sizes={"external": (192, 128), "wrist": (96, 96)},
         stem="conv",
-        vision=_vision(192, 512, 3, 3, patch=32, image=192),
-        moge=_moge(128, 4, 2, patch=32, image=192, initializer_range=0.08),
-        text=_gemma(192, 576, 5, 3, 64, initializer_range=0.05),
-        expert=_gemma(160, 384, 5, 3, 64, initializer_range=0.05),
+        vision=_sizes(192, 3, 3, intermediate_size=512, patch_size=32, image_size=192),
+        moge=_sizes(128, 4, 2, mlp_ratio=4, patch_size=32, image_size=192, initializer_range=0.08),
+        text=_gemma(192, 5, 3, intermediate_size=576, head_dim=64, initializer_range=0.05),
+        expert=_gemma(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
         vocabulary=2048,
         coordinate_smoothing=2.0,
         # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
@@ -93,20 +78,21 @@ _ALL = (
         # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
         name="small",
         image_sizes=_PAPER_IMAGES,
-        vision=_vision(768, 3072, 12, 12),
-        moge=_moge(384, 12, 6),
-        text=_gemma(1024, 4096, 12, 8, 128),
-        expert=_gemma(512, 2048, 12, 8, 128),
+        vision=_sizes(768, 12, 12, intermediate_size=3072, patch_size=14, image_size=224),
+        moge=_sizes(384, 12, 6, mlp_ratio=4, patch_size=14, image_size=224),
+        text=_gemma(1024, 12, 8, intermediate_size=4096, head_dim=128),
+        expert=_gemma(512, 12, 8, intermediate_size=2048, head_dim=128),
         vocabulary=32768,
     ),
     Preset(
         # The paper: PaliGemma-3B + MoGe ViT-L/14 + π0's 300M action expert.
         name="spear1",
         image_sizes=_PAPER_IMAGES,
-        vision=_vision(1152, 4304, 27, 16),
-        moge=_moge(1024, 24, 16, image=518, position_offset=0.1),  # as MoGe's weights were trained
-        text=_gemma(2048, 16384, 18, 8, 256),
-        expert=_gemma(1024, 4096, 18, 8, 256),
+        vision=_sizes(1152, 27, 16, intermediate_size=4304, patch_size=14, image_size=224),
+        # As MoGe's weights were trained.
+        moge=_sizes(1024, 24, 16, mlp_ratio=4, patch_size=14, image_size=518, position_offset=0.1),
+        text=_gemma(2048, 18, 8, intermediate_size=16384, head_dim=256),
+        expert=_gemma(1024, 18, 8, intermediate_size=4096, head_dim=256),
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
