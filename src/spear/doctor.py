@@ -145,8 +145,8 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
-        apart = f"{planned[torch.bfloat16] / GIB:.1f} GiB, {device} has {free / GIB:.1f}"
-        raise SpearError(f"preset {size.name} needs {apart}: give another")
+        needs = f"{planned[torch.bfloat16] / GIB:.1f} GiB, {device} has {free / GIB:.1f}"
+        raise SpearError(f"preset {size.name} needs {needs}: give another")
     inputs = _observation(size, device)
     truth: torch.Tensor | None = None
     for dtype in fits:
