@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from spear import flow
-from spear.models.presets import Preset, _gemma, _moge, _vision, spear1_config, vlm_config
+from spear.models.presets import Preset, _gemma, _sizes, spear1_config, vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
 
-TEXT = _gemma(32, 48, 2, 4, 8, initializer_range=0.2)
+TEXT = _gemma(32, 2, 4, intermediate_size=48, head_dim=8, initializer_range=0.2)
 TINY = Preset(
     name="tiny",
     image_sizes={"external": (48, 32), "wrist": (32, 32)},
     stem="conv",
-    vision=_vision(24, 32, 2, 2, patch=16, image=32),
-    moge={**_moge(16, 5, 2, patch=16, image=32), "mlp_ratio": 2},
+    vision=_sizes(24, 2, 2, intermediate_size=32, patch_size=16, image_size=32),
+    moge=_sizes(16, 5, 2, mlp_ratio=2, patch_size=16, image_size=32),
     text=TEXT,
     expert={**TEXT, "hidden_size": 16},
     vocabulary=40,
