@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from data_tiny import make, stored
 from labels_boxes import labelled
+from refusals import no_warning
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
@@ -23,7 +24,7 @@ from spear.train.build import build
 from spear.train.optimize import store_weights
 from spear.train.options import Inputs
 from spear.train.recipes import recipe
-from spear.train.tasks import DepthTask
+from spear.train.tasks import DepthTask, load_labels
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,13 @@ def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path)
         with warnings.catch_warnings(record=True) as said:
             build(recipe("nano-vlm-2").changed(batch_size=2, **changes), given)
         assert not [one for one in said if "3D tokens" in str(one.message)]
+
+
+def test_labels_that_are_given_twice_are_said(inputs: Inputs) -> None:
+    with no_warning():
+        load_labels(inputs.labels, ["external"])
+    with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
+        load_labels([*inputs.labels] * 2, ["external"])
 
 
 def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:

@@ -1,21 +1,17 @@
 """What the stages learn: what each patch shows, which image each question is about, how losses add up."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from labels_boxes import labelled
-from refusals import no_warning
 from spear.labels.fit.masks import decode_mask, encode_mask
-from spear.labels.store import write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.train.options import QuestionMix
 from spear.train.recipes import recipe
-from spear.train.tasks import QuestionSamples, VlaTask, load_labels, patch_targets
+from spear.train.tasks import QuestionSamples, VlaTask, patch_targets
 from spear.types import Action, LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
 from train_tiny import Acting
@@ -103,14 +99,6 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
                 height, width = image.shape[1:]
                 assert image[1, int(answer.y * height), int(answer.x * width)] > 150
     assert 3 <= views.count("wrist") <= 17  # a quarter of 40: 2.5 standard deviations
-
-
-def test_labels_that_are_given_twice_are_said(tmp_path: Path) -> None:
-    write_labels(map(labelled, range(3)), tmp_path / "external/labels-00000.parquet")
-    with no_warning():
-        load_labels([tmp_path], ["external"])
-    with pytest.warns(match=r"^3 of 6 .* twice: give each folder once"):
-        load_labels([tmp_path, tmp_path / "external"], ["external"])
 
 
 def test_questions_beside_the_actions_count_by_their_weight() -> None:
