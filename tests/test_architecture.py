@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2203, "ablations": 641, "cli": 1571, "data": 5019, "embodiments": 780, "evaluate": 3152,
-    "labels": 4640, "models": 5124, "report": 1162, "serve": 998, "sim": 1546, "train": 2291, "ui": 679,
+    "labels": 4640, "models": 5105, "report": 1162, "serve": 998, "sim": 1546, "train": 2291, "ui": 679,
     "util": 840,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -60,8 +60,7 @@ def made_by(folder: Path) -> Mapping[str, Any]:
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    said = read_as(MadeBy, path, "copy the folder again, or remove this file")
-    return said.model_dump(exclude_unset=True)
+    return read_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(exclude_unset=True)
 
 
 def save_made_by(folder: Path, said: Mapping[str, Any]) -> None:
