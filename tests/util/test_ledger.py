@@ -11,7 +11,7 @@ import pytest
 from refusals import refuses
 from spear.errors import SpearError
 from spear.util import ledger
-from spear.util.ledger import Skipped, alone, lock
+from spear.util.ledger import Skipped, alone, lock, same_settings
 
 
 def _hold(path: Path, ready: object, end: object) -> None:
@@ -65,6 +65,17 @@ def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> No
             raise KeyError
         assert {path.name for path in folder.glob("[!.]*")} == set(left)
     assert {path.name for path in tmp_path.iterdir()} == {"old", "done"}
+
+
+def test_settings_differ_in_words_and_are_not_made_up(tmp_path: Path) -> None:
+    path, settings = tmp_path / "run.json", {"size": [4, 3], "data": 2 * "0123456789abcdef", "layout": "{\n}"}
+    refuses(r"run\.json", same_settings, path, settings, begun=True)  # it is lost: nobody knows
+    assert not path.exists()
+    same_settings(path, settings, begun=False)
+    same_settings(path, {**settings, "size": (4, 3)}, begun=True)
+    changed = {"size": [4, 4], "data": 2 * "fedcba9876543210", "layout": "None{\n}", "path": "/here"}
+    what = r'data is not what it was; layout is not what it was; path is null there, "/here" here; size is'
+    refuses(what, same_settings, path, changed, begun=True)
 
 
 def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:
