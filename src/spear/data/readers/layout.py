@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
+from spear.data.actions import (
+    binarize_gripper,
+    check_actions,
+    check_episode,
+    check_instruction,
+    derive_actions,
+    first_bad,
+)
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
@@ -51,10 +58,10 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             position=position,
             rotation=to_quaternion(rotation, form, source),
             gripper=gripper,
-            instruction=_text(steps, spec.instruction, source),
+            instruction=instruction(steps, spec, source),
             rate_hz=spec.rate_hz,
             source=source,
-            success=None if spec.success is None else _ended(steps, spec.success, source),
+            success=success(steps, spec, source),
         )
     )
     _check_jumps(episode)
@@ -227,8 +234,15 @@ def is_depth(encoded: bytes) -> bool:
     return encoded[1:4] + encoded[24:26] == b"PNG\x10\x00"
 
 
-def _ended(steps: Steps, where: str, source: str) -> bool | None:
+def instruction(steps: Steps, spec: DatasetSpec, source: str) -> str:
+    """What the robot was asked to do. Raises SpearError where no text says it."""
+    return check_instruction(_text(steps, spec.instruction, source), source)
+
+
+def success(steps: Steps, spec: DatasetSpec, source: str) -> bool | None:
     """What the last row of a column says of how the episode ended; see `DatasetSpec.success`."""
+    if (where := spec.success) is None:
+        return None
     if isinstance(column(steps, where, source), list):
         folders = {*_text(steps, where, source).split("/")} & {"success", "failure"}
         return folders == {"success"} if folders else None
