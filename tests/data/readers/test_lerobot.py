@@ -137,6 +137,12 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
     refuses(r"unreadable: .*meta: .*tasks\.parquet", open_lerobot, folder)
 
 
+def test_episodes_are_found_whatever_their_order(lerobot: Path, tmp_path: Path) -> None:
+    file = copied(lerobot / "v2.1_video", tmp_path / "set") / "meta/episodes.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[::-1]))
+    assert [episode.index for episode in open_lerobot(tmp_path / "set").episodes] == [*range(8)]
+
+
 def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice

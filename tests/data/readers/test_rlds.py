@@ -113,6 +113,8 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
     for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2]", ""):
         refuses("unreadable split", split_ranges, folder.lengths, bad, copy)
     refuses("did you mean 'train'", split_ranges, folder.lengths, "trian[:5]", copy)
+    for twice in ("train+train", "train[:60%]+val+train[40%:]", "all+val[:1]"):
+        refuses("twice", split_ranges, folder.lengths, twice, copy)
     for far in ("train[:26]", "train[-26:]", "train[:101%]"):
         refuses("beyond the 25 episodes", split_ranges, folder.lengths, far, copy)
 
