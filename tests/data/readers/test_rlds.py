@@ -294,6 +294,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
         ({"images": "observation/image_0"}, "images is .*dictionary"),
+        ({"images": dict.fromkeys(("external", "wrist"), "observation/image_0")}, "the same column"),
         ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
         ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
         *(({"image_aspect": {"external": bad}}, "image_aspect is ") for bad in (0, 1e9)),
