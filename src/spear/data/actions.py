@@ -136,7 +136,8 @@ def check_episode(episode: Episode) -> Episode:
     name, steps = episode.source, len(episode)
     if steps == 0:
         raise no_steps(name)
-    check_instruction(episode.instruction, name)
+    if not any(map(str.isalnum, episode.instruction)):
+        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
     if not episode.images:
@@ -150,13 +151,6 @@ def check_episode(episode: Episode) -> Episode:
     parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
     parts["gripper"] = _opening(name, "gripper", parts["gripper"])
     return check_actions(dataclasses.replace(episode, **parts))
-
-
-def check_instruction(words: str, name: str) -> str:
-    """The same words. Raises SpearError, naming the episode, where there are none."""
-    if not any(map(str.isalnum, words)):
-        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
-    return words
 
 
 def no_steps(name: str) -> SpearError:

@@ -221,7 +221,8 @@ def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
     first = [(steps, source) for source, steps in read if not isinstance(steps, SpearError)]
     for (steps, source), what in itertools.product(first, (instruction, success)):
         try:
-            what(steps, spec, source)
+            if what(steps, spec, source) == "":
+                raise SpearError(f"empty instruction: {source}")
         except SpearError as error:
             reasons.setdefault(what.__name__, []).append(str(error))
     return [Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)]

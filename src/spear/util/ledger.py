@@ -84,13 +84,10 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """In what two settings differ, in words: "size is 840 there, 560 here"; of hashes and long texts that
     they do: "data is not what it was". Empty when they are the same."""
     theirs, ours = plain(theirs), plain(ours)
-    words = []
-    for key in sorted({*theirs, *ours}):
-        if (pair := (theirs.get(key), ours.get(key)))[0] != pair[1]:
-            there, here = map(json.dumps, pair)
-            hidden = _UNREADABLE.search(there + here)
-            words.append(f"{key} is " + ("not what it was" if hidden else f"{there} there, {here} here"))
-    return "; ".join(words)
+    pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
+    apart = {key: f"{json.dumps(a)} there, {json.dumps(b)} here" for key, (a, b) in pairs.items() if a != b}
+    readable = {k: "not what it was" if _UNREADABLE.search(words) else words for k, words in apart.items()}
+    return "; ".join(f"{key} is {words}" for key, words in readable.items())
 
 
 def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
