@@ -239,6 +239,8 @@ def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
         ({"rate_hz": 200.0}, "rate_hz", "m/s"),
         ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
         ({"images": {**FIRST, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
+        ({"instruction": "words"}, "instruction", "no column 'words'"),
+        ({"success": "ended"}, "success", "no column 'ended'"),
     ],
     ids=str,
 )

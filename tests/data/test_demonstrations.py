@@ -16,7 +16,7 @@ from spear.sim.record import Acts
 from spear.util.ledger import lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}
-FAMILIES = "put_on", "spoon_on_towel"
+FAMILIES = "put_on", "spoon_on_towel", "put_on"  # twice, which changes nothing
 
 
 def record(

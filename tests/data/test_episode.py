@@ -41,8 +41,9 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
     assert [some.source(i) for i in range(2)] == ["test 6", "test 1"]
     assert some.image(0, 8, "external") == episodes[6].images["external"][8]
     assert not some.without_images(1).images
-    with pytest.raises(IndexError):
-        store[7]
+    for beyond in (lambda: store[7], lambda: store.image(2, 6, "external")):  # not the next episode's
+        with pytest.raises(IndexError):
+            beyond()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from refusals import refuses
 from spear.errors import SpearError
 from spear.util import ledger
-from spear.util.ledger import Skipped, alone, lock
+from spear.util.ledger import Skipped, alone, lock, same_settings
 
 
 def _hold(path: Path, ready: object, end: object) -> None:
@@ -65,6 +65,15 @@ def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> No
             raise KeyError
         assert {path.name for path in folder.glob("[!.]*")} == set(left)
     assert {path.name for path in tmp_path.iterdir()} == {"old", "done"}
+
+
+def test_settings_differ_in_words_and_are_not_made_up(tmp_path: Path) -> None:
+    path, settings = tmp_path / "run.json", {"size": [4, 3], "data": 32 * "0", "layout": "{\n}"}
+    refuses(r"run\.json", same_settings, path, settings, begun=True)  # it is lost: nobody knows
+    same_settings(path, settings, begun=False)
+    same_settings(path, {**settings, "size": (4, 3)}, begun=True)
+    what = r"data is not what it was; layout is not what it was; size is \[4, 3\] there, \[4\] here"
+    refuses(what, same_settings, path, {"size": [4], "data": 32 * "1", "layout": "None"}, begun=True)
 
 
 def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:

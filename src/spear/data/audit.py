@@ -34,9 +34,11 @@ from spear.data.readers.layout import (
     Sources,
     Steps,
     column,
+    instruction,
     numbers,
     openings,
     recorded_pose,
+    success,
     to_quaternion,
 )
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
@@ -158,7 +160,7 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
                 if not other.states and not {part.verdict for part in other.parts} & _OPEN:
                     forms.append(form)
     cameras = check_cameras(look_at_cameras(path, split, spec))
-    return replace(report, forms=forms, checks=[*report.checks, *cameras])
+    return replace(report, forms=forms, checks=[*report.checks, *cameras, *check_words(path, split, spec)])
 
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
@@ -207,6 +209,23 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
                         seen = look(images, position, rate_of(steps, spec), f"{source} camera {camera!r}")
                 views[camera].append(seen)
     return {camera: found for camera, found in views.items() if found}
+
+
+def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
+    """What is wrong where instruction or success can be read of none of the first episodes: preparing skips
+    all of these."""
+    folder, reasons = open_dataset(path), dict[str, list[str]]()
+    if isinstance(folder, EpisodeStore):  # which refuses them when it is written
+        return []
+    read = itertools.islice(folder.steps(split, ()), VIEWED)
+    first = [(steps, source) for source, steps in read if not isinstance(steps, SpearError)]
+    for (steps, source), what in itertools.product(first, (instruction, success)):
+        try:
+            if what(steps, spec, source) == "":
+                raise SpearError(f"empty instruction: {source}")
+        except SpearError as error:
+            reasons.setdefault(what.__name__, []).append(str(error))
+    return [Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)]
 
 
 def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> Sources:

@@ -39,7 +39,8 @@ def demonstrate(
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)
-    tasks = [(family, first_seed + i) for i in range(episodes) for family in families or FAMILIES]
+    each = dict.fromkeys(families or FAMILIES)  # once
+    tasks = [(family, first_seed + i) for i in range(episodes) for family in each]
     sources = [source_of(*task, policy is not None) for task in tasks]
 
     def make(first: int) -> Iterator[Episode]:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from spear.errors import SpearError, counted
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
-from spear.util.files import read_json, write_text, writing
+from spear.util.files import read_as, write_text, writing
 from spear.util.ledger import difference, plain
 
 HALF_WIDTH = 0.05
@@ -261,9 +261,4 @@ def load(path: Path) -> Results:
             raise SpearError(f"results: {path}: no episode has ended there: run `spear evaluate` again")
         return results
     file = path / "results.json" if path.is_dir() else path
-    raw = read_json(file, "give what `spear evaluate --out` wrote")
-    try:
-        wanted = raw.get("wanted", frozenset())
-        return Results(raw["policy"], raw["settings"], raw["outcomes"], raw["seconds"], wanted)
-    except (KeyError, TypeError, ValueError):
-        raise SpearError(f"results: {file}: not a file that `spear evaluate --out` wrote") from None
+    return read_as(Results, file, "give what `spear evaluate --out` wrote", "cannot read results")

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import IO, Any
 from spear.errors import SpearError
 from spear.util.files import read_json, write_text, writing
 
+_UNREADABLE = re.compile(r"[0-9a-f]{32}|\\n")
+"""What hashes and texts of several lines have in them as JSON: to be shown both tells nobody anything."""
 END, MOST_READ = 65536, 1000
 """Bytes at the end of a file that `hash_ends` reads, where Parquet, Arrow and growing files change; of about
 how many files at most."""
@@ -78,20 +81,22 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """In what two settings differ, in words: "size is 840 there, 560 here". Empty when they are the same."""
+    """In what two settings differ, in words: "size is 840 there, 560 here"; of hashes and long texts that
+    they do: "data is not what it was". Empty when they are the same."""
     theirs, ours = plain(theirs), plain(ours)
     pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
-    apart = ((key, *map(json.dumps, pair)) for key, pair in pairs.items() if pair[0] != pair[1])
-    return "; ".join(f"{key} is {there} there, {here} here" for key, there, here in apart)
+    apart = {key: f"{json.dumps(a)} there, {json.dumps(b)} here" for key, (a, b) in pairs.items() if a != b}
+    readable = {k: "not what it was" if _UNREADABLE.search(words) else words for k, words in apart.items()}
+    return "; ".join(f"{key} is {words}" for key, words in readable.items())
 
 
 def same_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> None:
     """Keeps the settings of new work in the file `path`; refuses to continue work of other settings.
 
     begun: whether there is work to continue; if not, an earlier file of settings is replaced. Raises
-    `SpearError`, naming what differs.
+    `SpearError`, naming what differs, and where nobody knows, as the file is missing.
     """
-    if not begun or not path.is_file():
+    if not begun:
         write_text(path, json.dumps(plain(settings), indent=2) + "\n")
         return
     if words := difference(read_json(path, "choose another folder"), settings):

@@ -27,7 +27,7 @@ def unreachable(url: str) -> str | None:
         except urllib.error.HTTPError as error:
             found.append(str(error) if error.code in (502, 503, 504) else "")
         except (OSError, ValueError) as error:
-            found.append(first_line(error) or "no answer")
+            found.append(first_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up a name can take longer than the time-out
     thread.start()

@@ -76,6 +76,8 @@ def change_rows(file: Path, change: Any) -> None:
 def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
+    listed = folder / "meta/episodes.jsonl"
+    listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))  # in whatever order
     change_rows(data / "episode_000002.parquet", lambda t: t.slice(0, 9))
     (data / "episode_000003.parquet").write_bytes((data / "episode_000003.parquet").read_bytes()[:900])
     (videos / "episode_000004.mp4").unlink()

@@ -113,6 +113,8 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
     for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2]", ""):
         refuses("unreadable split", split_ranges, folder.lengths, bad, copy)
     refuses("did you mean 'train'", split_ranges, folder.lengths, "trian[:5]", copy)
+    for twice in ("train+train", "train[:60%]+val+train[40%:]", "all+val[:1]"):
+        refuses("twice", split_ranges, folder.lengths, twice, copy)
     for far in ("train[:26]", "train[-26:]", "train[:101%]"):
         refuses("beyond the 25 episodes", split_ranges, folder.lengths, far, copy)
 
@@ -292,6 +294,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
         ({"images": "observation/image_0"}, "images is .*dictionary"),
+        ({"images": dict.fromkeys(("external", "wrist"), "observation/image_0")}, "the same column"),
         ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
         ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
         *(({"image_aspect": {"external": bad}}, "image_aspect is ") for bad in (0, 1e9)),

@@ -13,7 +13,7 @@ from PIL import Image
 from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
-from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply
+from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
 from spear.types import CONTROL, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
@@ -51,10 +51,10 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
             position=position,
             rotation=to_quaternion(rotation, form, source),
             gripper=gripper,
-            instruction=_text(steps, spec.instruction, source),
+            instruction=instruction(steps, spec, source),
             rate_hz=spec.rate_hz,
             source=source,
-            success=None if spec.success is None else _ended(steps, spec.success, source),
+            success=success(steps, spec, source),
         )
     )
     _check_jumps(episode)
@@ -227,8 +227,15 @@ def is_depth(encoded: bytes) -> bool:
     return encoded[1:4] + encoded[24:26] == b"PNG\x10\x00"
 
 
-def _ended(steps: Steps, where: str, source: str) -> bool | None:
+def instruction(steps: Steps, spec: DatasetSpec, source: str) -> str:
+    """What the robot was asked to do, "" where the text is empty."""
+    return _text(steps, spec.instruction, source)
+
+
+def success(steps: Steps, spec: DatasetSpec, source: str) -> bool | None:
     """What the last row of a column says of how the episode ended; see `DatasetSpec.success`."""
+    if (where := spec.success) is None:
+        return None
     if isinstance(column(steps, where, source), list):
         folders = {*_text(steps, where, source).split("/")} & {"success", "failure"}
         return folders == {"success"} if folders else None
@@ -355,10 +362,12 @@ _DH = (
     (-0.0825, 0.384, -math.pi / 2),
     (0.0, 0.0, math.pi / 2),
     (0.088, 0.0, math.pi / 2),
+    (0.0, 0.107 + 0.1034, 0.0),
 )
-"""Franka's published parameters (Craig's convention) of each joint: a m, d m, α rad."""
-_FINGERTIPS = 0.107 + 0.1034
-"""From joint 7 to the flange, and on to the point between the tips of Franka's own fingers, m."""
+"""Franka's published parameters (Craig's convention) of each joint: a m, d m, α rad. The last, which does not
+move: from joint 7 to the flange, and on to the point between the tips of Franka's own fingers."""
+_HAND = -math.pi / 4
+"""By how much the hand is turned on the flange, rad."""
 
 
 def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
@@ -371,21 +380,12 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
         raise SpearError(f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7")
     if len(joints) and np.abs(joints).max() > 2 * math.pi:
         raise SpearError(f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected")
-    pose = np.tile(np.eye(4), (len(joints), 1, 1))
-    for (a, d, alpha), angle in zip(_DH, joints.T, strict=True):
-        pose = pose @ _link(a, d, alpha, angle)
-    pose[:, :3, 3] += _FINGERTIPS * pose[:, :3, 2]
-    # The hand is turned by -45° on the flange; half a turn about x makes its axes ours.
-    hand = _link(0, 0, 0, np.array([-math.pi / 4]))[0, :3, :3] @ np.diag([1.0, -1.0, -1.0])
-    return pose[:, :3, 3], matrix_to_quat(torch.from_numpy(pose[:, :3, :3] @ hand)).numpy()
-
-
-def _link(a: float, d: float, alpha: float, angle: Array) -> Array:
-    """[T, 4, 4] transforms over one joint."""
-    c, s, ca, sa = np.cos(angle), np.sin(angle), math.cos(alpha), math.sin(alpha)
-    link = np.zeros((len(angle), 4, 4))
-    link[:, 0] = np.stack([c, -s, 0 * c, a + 0 * c], axis=1)
-    link[:, 1] = np.stack([s * ca, c * ca, -sa + 0 * c, -d * sa + 0 * c], axis=1)
-    link[:, 2] = np.stack([s * sa, c * sa, ca + 0 * c, d * ca + 0 * c], axis=1)
-    link[:, 3, 3] = 1
-    return link
+    angles = torch.from_numpy(np.insert(joints.astype(np.float64), 7, _HAND, axis=1))
+    position, rotation = angles.new_zeros(3), angles.new_tensor([1, 0, 0, 0])
+    x, _, z = torch.eye(3, dtype=torch.float64)
+    for (a, d, alpha), angle in zip(_DH, angles.T, strict=True):
+        turn = quat_multiply(quat_exp(alpha * x), quat_exp(angle[:, None] * z))
+        step = angles.new_tensor([a, -d * math.sin(alpha), d * math.cos(alpha)])
+        position, rotation = position + quat_rotate(rotation, step), quat_multiply(rotation, turn)
+    half_turn = angles.new_tensor([0, 1, 0, 0])  # about x, which makes the hand's axes ours
+    return position.numpy(), quat_canonical(quat_multiply(rotation, half_turn)).numpy()

@@ -199,7 +199,8 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         info = Info.model_validate_json(where.read_text())
         where = folder / "meta"
         old = info.codebase_version.lstrip("v").startswith("2.")
-        tasks, episodes = _read_v2(folder, info) if old else _read_v3(folder, info)
+        tasks, listed = _read_v2(folder, info) if old else _read_v3(folder, info)
+        episodes = sorted(listed, key=lambda episode: episode.index)
         numbers = [number for number, _ in tasks], [episode.index for episode in episodes]
         if any(len({*each}) < len(each) for each in numbers):
             raise ValueError("one task_index or episode_index is there twice")
@@ -263,7 +264,7 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
                 videos[name] = place(str(info.video_path), row, f"videos/{name}", name), first, end
             data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
             episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
-    return tasks, sorted(episodes, key=lambda episode: episode.index)
+    return tasks, episodes
 
 
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:

@@ -161,7 +161,8 @@ def find_spec(
 
     defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
               before the registry and after `spear.json`.
-    Raises SpearError for an unknown dataset, for one of which too little is known, and for a bad file.
+    Raises SpearError for an unknown dataset, for one of which too little is known, for a column that two
+    cameras share, and for a bad file.
     """
     path = given or folder / SPEC_FILE
     if path.is_file() or given is not None:
@@ -172,6 +173,8 @@ def find_spec(
         hint = f"`spear data describe {folder}` proposes a {SPEC_FILE}"
         raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
     check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
+    if len({*spec.images.values()}) < len(spec.images):
+        raise SpearError(f"images (in {path}): two cameras are the same column: leave one of them out")
     if unknown := missing(spec):
         why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
         raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")

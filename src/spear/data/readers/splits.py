@@ -16,7 +16,7 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
     "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]", "all".
 
     lengths  split name -> number of episodes; where is the dataset, for messages. Raises SpearError for what
-    is not such a text, an unknown split, and a range beyond the episodes.
+    is not such a text, an unknown split, a range beyond the episodes, and ranges that overlap.
     """
     ranges = []
     for part in re.split(r"\s*\+\s*", split.strip()):
@@ -34,6 +34,8 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
         if not (0 <= first <= total and 0 <= end <= total):
             raise SpearError(f"split {split!r} reaches beyond the {counted(total, 'episodes')} of {where}")
         ranges.append((name, first, end))
+    if any(shared([one], ranges[:number]) for number, one in enumerate(ranges)):
+        raise SpearError(f"split {split!r} has episodes of {where} twice: name each of them once")
     return ranges
 
 

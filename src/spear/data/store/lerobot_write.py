@@ -165,19 +165,13 @@ class _Writer:
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(self._data_path, self.schema)
-        arrays = []
-        for field in self.schema:
-            if pa.types.is_struct(field.type):
-                images = episode.images[field.name.removeprefix("observation.images.")]
-                end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
-                rows = [{"bytes": image, "path": f"frame-{t:06d}.{end}"} for t, image in enumerate(images)]
-                arrays.append(pa.array(rows, field.type))
-            elif pa.types.is_fixed_size_list(field.type):
-                flat = pa.array(columns[field.name].reshape(-1))
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-            else:
-                arrays.append(pa.array(columns[field.name], field.type))
-        self._data.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
+        for camera, images in episode.images.items() if self.images == "image" else ():
+            end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
+            paths = (f"frame-{step:06d}.{end}" for step in range(len(images)))
+            pairs = zip(images, paths, strict=True)
+            rows[feature_name(camera)] = [{"bytes": image, "path": path} for image, path in pairs]
+        self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
         return place_of("data", self.data_files)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Shard:
         """The encoded image of one step, or None when the episode has no such camera."""
         if camera not in self.places:
             return None
-        first, length = self.places[camera][int(self.offsets[row]) + step].tolist()
+        first, length = self.places[camera][slice(*self.offsets[row : row + 2])][step].tolist()
         return bytes(self._encoded[first : first + length]) or None
 
     def episode(self, row: int, with_images: bool) -> Episode:

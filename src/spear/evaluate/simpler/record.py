@@ -2,6 +2,7 @@
 official grid, with disturbances that it recovers from, as `spear.sim.record` has them), and labelled
 images."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,10 +82,8 @@ def record(
 ) -> Iterator[Episode]:
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
-    processes = [SimplerProcess(task, assets) for _ in range(min(workers, len(seeds)))]
     free: SimpleQueue[SimplerProcess] = SimpleQueue()
-    for process in processes:
-        free.put(process)
+    count = min(workers, len(seeds))
 
     def one(seed: int) -> Episode:
         process = free.get()
@@ -93,12 +92,11 @@ def record(
         finally:
             free.put(process)
 
-    try:
-        with ThreadPoolExecutor(max(1, len(processes))) as threads:
-            yield from in_order(threads, one, seeds, ahead=2 * workers)
-    finally:
-        for process in processes:
-            process.close()
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            free.put(stack.enter_context(contextlib.closing(SimplerProcess(task, assets))))
+        threads = stack.enter_context(ThreadPoolExecutor(max(1, count)))
+        yield from in_order(threads, one, seeds, ahead=2 * workers)
 
 
 def record_episode(
@@ -135,8 +133,5 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
 
 def _frames(size: tuple[int, int], assets: Path, job: Job) -> Iterator[tuple[str, list[Frame]]]:
     task, seeds = job
-    process = SimplerProcess(task, assets)
-    try:
+    with contextlib.closing(SimplerProcess(task, assets)) as process:
         yield VIEW, [process.look(seed, size) for seed in seeds]
-    finally:
-        process.close()
