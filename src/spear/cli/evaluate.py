@@ -13,7 +13,8 @@ from spear.errors import SpearError, counted, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
-from spear.util.files import write_text
+from spear.util.files import read_json, write_text
+from spear.util.ledger import difference
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
 
@@ -144,7 +145,7 @@ class EvaluateVqaOptions(Options):
     device: Device = "auto"
     dtype: Dtype = "float32"
     out: Path = Path("runs/evaluate-vqa")
-    """Folder for the results."""
+    """Folder for the results of this model and these questions."""
     calibrate: bool = False
     """Also write calibration.json beside the model's weights, from which `spear ask` says how sure an answer
     is, and what is not in the picture. Evaluate on other images than those."""
@@ -161,7 +162,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     Examples:
         spear evaluate vqa nano-vlm sim --images 100
         spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
-        spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate
+        spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate --out runs/calibrated
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
@@ -172,20 +173,24 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     o, asked = options, options.asked
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
+    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
+    file = o.out / "scores.json"
+    there = read_json(file, "remove it, or give another --out") if file.is_file() else about
+    if others := difference({key: there.get(key) for key in about}, about):
+        raise SpearError(f"{file}: these are other scores: {others}: give another --out")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
     scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
-    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
-    scores.save(o.out / "scores.json", about)
+    scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
     for table in scores.tables():
         show(table)
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        file = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {file}")
+        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {kept}")
 
 
 class CompareOptions(Options):

@@ -216,7 +216,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     assert all(t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"))
 
 
-def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> None:
+def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command, refused: Command) -> None:
     write_labels((labelled(i) for i in range(4)), tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
@@ -226,6 +226,8 @@ def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> 
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000
+    for other, what in ((["nano-vlm", command[3]], "model"), (["nano", "sim"], "questions")):
+        assert f"{what} is" in refused(*command[:2], *other, "--out", str(out))
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) -> None:
