@@ -13,7 +13,7 @@ from spear.errors import SpearError, counted, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
-from spear.util.files import read_json, write_text
+from spear.util.files import check_own, read_json, write_text
 from spear.util.ledger import difference
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
@@ -173,6 +173,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     o, asked = options, options.asked
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
+    check_own(o.out, "scores.json", "evaluate")
     about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
     file = o.out / "scores.json"
     there = read_json(file, "remove it, or give another --out") if file.is_file() else about

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from labels_boxes import labelled
 from refusals import Command, refuses
+from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
@@ -116,6 +118,9 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
     headers, rows = scores.rows()
     assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
     assert rows[0][headers.index("free")] == "0.0%"
+    lonely = replace(labels[0], objects=labels[0].objects[:1])
+    with pytest.warns(Notice, match="offset, chain_of_thought"):
+        assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
     question = scores.asked[0].question
     assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, check_known, counted
+from spear.errors import SpearError, check_known, counted, notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
@@ -35,6 +35,8 @@ def evaluate(
     questions = questions_about(labels, families, options.per_image, options.seed)
     if not any(questions.values()):
         raise SpearError("no questions: no object in these labels can be asked about: see spear label show")
+    if absent := [family for family, some in questions.items() if not some]:
+        notice(f"left out, since no object in these labels can be asked so: {', '.join(absent)}")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
     asked: list[Asked] = []
