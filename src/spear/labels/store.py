@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, notice
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import writing
 
@@ -111,6 +111,13 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files that killed writers have left in a folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def drop_questions(folder: Path) -> None:
+    """Remove the questions of a folder to which labels are about to come that they do not ask about."""
+    if (folder / QUESTIONS).is_file():
+        (folder / QUESTIONS).unlink()
+        notice(f"{folder / QUESTIONS}: removed, it lacks what is labelled now: `spear questions` asks again")
 
 
 def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
