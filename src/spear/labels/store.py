@@ -6,7 +6,7 @@ marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -141,7 +141,7 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     for shard in shards_in(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
-            yield from _labels(_read_group(file, group, shard, pixels), shard)
+            yield from _labels(shard, file, group, pixels=pixels)
 
 
 def count(path: str | Path) -> int:
@@ -159,7 +159,7 @@ def choose(path: str | Path, images: int) -> list[LabeledImage]:
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
             if rows := [row - first for row in wanted if first <= row < end]:
-                found += _labels(_read_group(file, group, shard).take(rows), shard)
+                found += _labels(shard, file, group, rows)
             first = end
     return found
 
@@ -196,15 +196,14 @@ def _open(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = True) -> pa.Table:
-    with reading(path):
+def _labels(
+    shard: Path, file: pq.ParquetFile, group: int, rows: Sequence[int] | None = None, pixels: bool = True
+) -> list[LabeledImage]:
+    """The labels of a row group, or some of them by their places in it."""
+    with reading(shard):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
-        return file.read_row_group(group, columns=columns, use_threads=False)
-
-
-def _labels(rows: pa.Table, path: Path) -> list[LabeledImage]:
-    with reading(path):
-        return [_from_row(row) for row in rows.to_pylist()]
+        table = file.read_row_group(group, columns=columns, use_threads=False)
+        return [_from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
 
 
 def _flat(values: Any) -> Array:
