@@ -60,8 +60,8 @@ def ask(
     said = words(answer, image)
     if not trust or not held:
         return answer, said
-    if family is None:
-        form = PROMPTS["distance"][0].format(x=with_article("mug", True))
+    if meant is None or family != meant:  # intervals were measured with known wordings
+        form = PROMPTS[family or "distance"][0].format(x="the mug", y="the bowl", p=POINTS["closest"][0])
         said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
     elif family not in trust.factors:
         said += "\n  how sure this is, was not measured for this kind of question"
