@@ -123,12 +123,11 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         ours = open_loop.score(o.policy, model, held_out)
         reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
-    names = "".join(f"{s.name[-26:]:<28}" for s in scores)
-    print(counted(len(held_out), "held-out episodes").ljust(24) + names.rstrip())
     summaries = [score.summary() for score in scores]
-    for name in summaries[0]:
-        cells = (s[name].say(".3f") for s in summaries)
-        print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+    rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
+    rows += [[name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]]
+    for head, *cells in rows:
+        print(f"{head:<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
         write_text(o.plot, open_loop_page(ours, reference))
         print(f"page: {o.plot}")
@@ -186,8 +185,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
     scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
-    for table in scores.tables():
-        show(table)
+    show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
         kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
@@ -221,7 +219,8 @@ def compare(options: CompareOptions) -> None:
 
     first, second = options.first, options.second
     results = load(first), load(second)
-    if _folder(first).resolve() == _folder(second).resolve():
+    one, other = (given if given.is_dir() else given.parent for given in (first, second))
+    if one.resolve() == other.resolve():
         raise SpearError(f"{first} and {second}: are the same results: name two that differ")
     same = results[0].policy == results[1].policy
     comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
@@ -236,8 +235,7 @@ def compare(options: CompareOptions) -> None:
     for table in published:
         show(table.table(ours))
     if options.out:
-        folders = (_folder(first), _folder(second))
-        write_text(options.out, comparison_page(comparison, folders, options.films, published, ours))
+        write_text(options.out, comparison_page(comparison, (one, other), options.films, published, ours))
         print(f"page: {options.out}")
 
 
@@ -251,11 +249,6 @@ def reference() -> None:
     """
     for table in references().values():
         show(table.table())
-
-
-def _folder(results: Path) -> Path:
-    """The folder of results that are given as a folder or as the file in it."""
-    return results if results.is_dir() else results.parent
 
 
 def _report(name: str, out: Path | None) -> None:

@@ -100,8 +100,7 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
 def _take_videos(folder: str) -> list[str]:
     """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
     for place in (folder, os.path.join(folder, "downscaled", "448")):
-        names = sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n))
-        if names:
+        if names := sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n)):
             return [os.path.join(place, name) for name in names]
     return []
 

@@ -199,7 +199,6 @@ def _open(path: Path) -> pq.ParquetFile:
 def _labels(
     shard: Path, file: pq.ParquetFile, group: int, rows: Sequence[int] | None = None, pixels: bool = True
 ) -> list[LabeledImage]:
-    """The labels of a row group, or some of them by their places in it."""
     with reading(shard):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
         table = file.read_row_group(group, columns=columns, use_threads=False)

@@ -50,8 +50,7 @@ def ask(
         raise SpearError("empty question: ask something about the image, in words")
     meant, names = understand(question) or (None, [])
     family = family or meant
-    lacking = missing(model, image, names) if trust and trust.tells_absent and names else {}
-    if lacking:
+    if trust and trust.tells_absent and names and (lacking := missing(model, image, names)):
         seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, distributions=True)[0]
