@@ -27,13 +27,14 @@ class RetryableError(SpearError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
-    """A `SpearError` for a name that does not exist, suggesting the nearest one that does.
+    """A `SpearError` for a name that does not exist, suggesting the nearest one that does, or its initials.
 
     >>> unknown_name("preset", "nanno", ["nano", "small"]).args[0]
     "unknown preset 'nanno': did you mean 'nano'? known: nano, small"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    initials = "".join(part[:1] for part in name.split("_"))  # of learning_rate: lr
+    near = [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return SpearError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
 

@@ -73,6 +73,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("train nano-post --init nano --episodes a --shares 0", "--shares 0"),
         ("train nano-vlm2", "'nano-vlm-2'"),
         ("train nano-vla --set batchsize=3", "'batch_size'"),
+        ("train nano-vla --set learning_rate=3", "did you mean 'lr'"),
         ("train nano-vla --set 'families=[\"keypont\"]'", "'keypoint'"),
         ("train nano-vla --set lr", "KEY=VALUE"),
         ("train nano-vla --set lr=1 --set ema=0", "--set: given twice"),

@@ -62,6 +62,8 @@ def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, done: Command, refu
         ("photos --detector owlv2 --vocabulary mug --per-minute 9", "--per-minute"),
         ("--scenes 2 --engine ray", "--engine"),
         ("simpler:10000 --detector owlv2", "--detector"),
+        ("--scenes 2 --retry-skipped", "--retry-skipped"),
+        ("photos --seed 3", "--questions"),
         ("photos --detector gemni", "did you mean 'gemini'"),
         ("photos --detector file:absent.json", "no such file: write file:PATH"),
         ("photos --detector ground-truth+gemini", "only file:"),

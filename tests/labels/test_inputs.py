@@ -3,7 +3,7 @@
 import io
 import pickle
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,6 +29,14 @@ def grey(items: Sequence[Item], **options: int) -> list[int | str]:
     ]
 
 
+def tarred(path: Path, files: Mapping[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Fraction = Fraction(1)) -> None:
     """A video whose frame i is grey of value 5 i, of pixels so many times as wide as high."""
     av = pytest.importorskip("av")
@@ -52,8 +60,7 @@ def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path
     lying[:, :16] = 250
     file = tmp_path / "photo.jpg"
     Image.fromarray(lying).save(file, quality=95, exif=exif)
-    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-        tar.add(file, "photo.jpg")
+    tarred(tmp_path / "photos.tar", {"photo.jpg": file.read_bytes()})
     pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
     works = read(list(find(str(tmp_path))))
     seen = [work.frame.image for work in works if work.frame] + [decode_image(w.encoded) for w in works]
@@ -91,11 +98,7 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name, data in (("x/0.png", png(40)), ("x/0.json", b"{}"), ("x/1.jpg", png(50)[:60])):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    tarred(tmp_path / "shard.tar", {"x/0.png": png(40), "x/0.json": b"{}", "x/1.jpg": png(50)[:60]})
     rows = [{"bytes": png(60 + i), "path": None} for i in range(5)] + [None]
     table = pa.table({"image": rows, "label": list(range(6))})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
@@ -184,11 +187,7 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
 def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("words")
-    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
-        for n in range(2):
-            member = tarfile.TarInfo(f"{n}.png")
-            member.size = 5000
-            tar.addfile(member, io.BytesIO(bytes(5000)))
+    tarred(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
     (tmp_path / "bad.parquet").write_bytes(b"words")
     (tmp_path / "bad.mp4").write_bytes(b"words")

@@ -14,6 +14,7 @@ from rgbd_folders import millimetres, write_plain, write_scannet
 from spear.errors import Notice
 from spear.labels.fit.image import unproject
 from spear.labels.fit.quality import compare
+from spear.labels.inputs import contents
 from spear.labels.pipeline import label
 from spear.labels.rgbd import Scene, align_depth, read_matrix
 from spear.labels.sources import items
@@ -95,8 +96,11 @@ def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path:
         before = [scene.stamp(i) for i in range(3)]
         shutil.copy(folder / name.replace("1", "2"), folder / name)
         assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], name
+    (old,) = contents([next(items([f"rgbd:{folder}"]))])
     np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([200, 200, 1.0]))
     assert Scene(folder).stamp(0) != scene.stamp(0)
+    (new,) = contents([next(items([f"rgbd:{folder}"]))])
+    assert old.intrinsics[0, 0] != new.intrinsics[0, 0] == 200  # in one process, as in a notebook
 
 
 def test_align_depth_looks_along_the_same_ray() -> None:

@@ -110,6 +110,7 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(source, out, detector=UNREACHED, shard=17, stop=7)
+    (out / "questions.parquet").touch()  # about the labels so far
     first = (out / "labels-00000.parquet").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         run(source, out, shard=17, retry_skipped=True, stop=2)

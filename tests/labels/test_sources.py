@@ -10,6 +10,7 @@ import pytest
 from data_tiny import make, png
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
+from spear.errors import Notice
 from spear.labels.inputs import contents, read
 from spear.labels.scenes import label_frames, label_scenes
 from spear.labels.sources import items, kept_for_testing
@@ -80,6 +81,11 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
         assert (tmp_path / "depth" / view / "depth-00000.parquet").is_file()
     assert "carrot" in (tmp_path / "wording.txt").read_text()
     assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=never) == 4
+    (tmp_path / "wrist/labels-00000.parquet").unlink()
+    (tmp_path / "external/questions.parquet").touch()
+    with pytest.warns(Notice, match="spear questions"):
+        label_scenes(tmp_path, 2, sizes, 10_000, workers=1)
+    assert not (tmp_path / "external/questions.parquet").exists()
     for key, value in {"scenes": 3, "first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
         wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, key: value}
         refuses(f"other settings: {key} is", label_scenes, tmp_path, **wanted, workers=1, labelled=never)

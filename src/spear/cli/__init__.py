@@ -222,12 +222,12 @@ def _plainly(reason: str, args: Sequence[str]) -> str:
 
 
 def _command(args: Sequence[str]) -> str:
-    """The longest command name that the arguments start with."""
+    """The longest command name that the arguments start with, the first of which is no option."""
     words = [w for w in args[:2] if not w.startswith("-")]
-    for name in (" ".join(words), words[0] if words else args[0]):
+    for name in (" ".join(words), words[0]):
         if name in COMMANDS:
             return name
-    raise unknown_name("command", " ".join(words) or args[0], COMMANDS)
+    raise unknown_name("command", " ".join(words), COMMANDS)
 
 
 def _help(name: str) -> str:

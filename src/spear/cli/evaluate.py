@@ -13,7 +13,8 @@ from spear.errors import SpearError, counted, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
-from spear.util.files import write_text
+from spear.util.files import check_own, read_json, write_text
+from spear.util.ledger import difference
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
 
@@ -122,12 +123,11 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         ours = open_loop.score(o.policy, model, held_out)
         reference = open_loop.score_mean_action(train, held_out)
         scores = (ours, reference, open_loop.score_last_action(held_out))
-    names = "".join(f"{s.name[-26:]:<28}" for s in scores)
-    print(counted(len(held_out), "held-out episodes").ljust(24) + names.rstrip())
     summaries = [score.summary() for score in scores]
-    for name in summaries[0]:
-        cells = (s[name].say(".3f") for s in summaries)
-        print(f"{name.replace('_', ' '):<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+    rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
+    rows += [[name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]]
+    for head, *cells in rows:
+        print(f"{head:<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
         write_text(o.plot, open_loop_page(ours, reference))
         print(f"page: {o.plot}")
@@ -144,7 +144,7 @@ class EvaluateVqaOptions(Options):
     device: Device = "auto"
     dtype: Dtype = "float32"
     out: Path = Path("runs/evaluate-vqa")
-    """Folder for the results."""
+    """Folder for the results of this model and these questions."""
     calibrate: bool = False
     """Also write calibration.json beside the model's weights, from which `spear ask` says how sure an answer
     is, and what is not in the picture. Evaluate on other images than those."""
@@ -161,7 +161,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     Examples:
         spear evaluate vqa nano-vlm sim --images 100
         spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
-        spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate
+        spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate --out runs/calibrated
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
@@ -172,20 +172,24 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     o, asked = options, options.asked
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
+    check_own(o.out, "scores.json", "evaluate")
+    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
+    file = o.out / "scores.json"
+    there = read_json(file, "remove it, or give another --out") if file.is_file() else about
+    if others := difference({key: there.get(key) for key in about}, about):
+        raise SpearError(f"{file}: these are other scores: {others}: give another --out")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
     scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
-    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
-    scores.save(o.out / "scores.json", about)
+    scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
-    for table in scores.tables():
-        show(table)
+    show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        file = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {file}")
+        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {kept}")
 
 
 class CompareOptions(Options):
@@ -215,7 +219,8 @@ def compare(options: CompareOptions) -> None:
 
     first, second = options.first, options.second
     results = load(first), load(second)
-    if _folder(first).resolve() == _folder(second).resolve():
+    one, other = (given if given.is_dir() else given.parent for given in (first, second))
+    if one.resolve() == other.resolve():
         raise SpearError(f"{first} and {second}: are the same results: name two that differ")
     same = results[0].policy == results[1].policy
     comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
@@ -230,8 +235,7 @@ def compare(options: CompareOptions) -> None:
     for table in published:
         show(table.table(ours))
     if options.out:
-        folders = (_folder(first), _folder(second))
-        write_text(options.out, comparison_page(comparison, folders, options.films, published, ours))
+        write_text(options.out, comparison_page(comparison, (one, other), options.films, published, ours))
         print(f"page: {options.out}")
 
 
@@ -245,11 +249,6 @@ def reference() -> None:
     """
     for table in references().values():
         show(table.table())
-
-
-def _folder(results: Path) -> Path:
-    """The folder of results that are given as a folder or as the file in it."""
-    return results if results.is_dir() else results.parent
 
 
 def _report(name: str, out: Path | None) -> None:

@@ -41,11 +41,13 @@ def label(options: LabelOptions) -> None:
     idle = changed(options.scene, *of_scenes) if options.photos else []
     if simpler or not options.photos:
         idle += changed(options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute")
-        idle += changed(options, "size", "rate", "per_episode")
+        idle += changed(options, "size", "rate", "per_episode", "retry_skipped", "device")
         idle += changed(options.work, "engine", "batch_size", "shard_size", "copies", "gpus")
     if idle:
         where = "beside PHOTOS" if options.photos else "without PHOTOS to label"
         raise SpearError(f"{idle[0]} says nothing {where}: leave it out, or name others")
+    if changed(options, "seed") and not options.questions:
+        raise SpearError("--seed says nothing without --questions: leave it out, or ask for them")
     if options.plan:
         _plan(options)
         return

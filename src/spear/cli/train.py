@@ -44,8 +44,7 @@ def train(options: TrainOptions) -> None:
 
     init, moge = (locate(name) if name else None for name in (options.init, options.moge))
     disable_progress_bar()
-    sharded = options.parallel == "fsdp"
-    how = RunOptions(options.seed, options.workers, options.save_every, sharded=sharded)
+    how = RunOptions(options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp")
     run.check(stage, out, Inputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)

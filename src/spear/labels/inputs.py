@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spear.data.readers.video import opened
-from spear.errors import RetryableError, SpearError, first_line, notice
+from spear.errors import RetryableError, SpearError, notice
 from spear.labels.pipeline import Work, admit
+from spear.labels.store import reading
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_oriented
 
@@ -99,8 +100,7 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
 def _take_videos(folder: str) -> list[str]:
     """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
     for place in (folder, os.path.join(folder, "downscaled", "448")):
-        names = sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n))
-        if names:
+        if names := sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n)):
             return [os.path.join(place, name) for name in names]
     return []
 
@@ -168,7 +168,8 @@ def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
 
 def find_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
-    file = _parquet(path)
+    with reading(Path(path), "copy it again, or leave it out"):
+        file = pq.ParquetFile(path)
     column = _image_column(file.schema_arrow, path)
     number, stamp = count(), stamp_of(path)
     for group in range(file.num_row_groups):
@@ -179,22 +180,14 @@ def find_parquet(path: str) -> Iterator[Item]:
 def read_parquet(path: str, places: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
     """Images in a Parquet file, by (column, row group, row in it)."""
     for column, group, row in places:
-        value = _row_group(path, column, group)[row].as_py()
+        value = row_group(path, column, group)[row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         yield value if isinstance(value, bytes) else SpearError("this row has no image: fill it in")
 
 
 @lru_cache(maxsize=1)
-def _row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
-    return _parquet(path).read_row_group(group, columns=[column], use_threads=False)[column]
-
-
-def _parquet(path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = first_line(error)
-        raise SpearError(f"{path}: not a Parquet file ({reason}): copy it again, or leave it out") from error
+def row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
+    return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
 def _image_column(schema: pa.Schema, path: str) -> str:
@@ -264,8 +257,7 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
-    pairs = zip(items, contents(items), strict=True)
-    return [_work(item.key, content, longest) for item, content in pairs]
+    return [_work(item.key, content, longest) for item, content in zip(items, contents(items), strict=True)]
 
 
 def digest(content: Content) -> str:

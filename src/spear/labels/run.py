@@ -35,7 +35,7 @@ from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY
 from spear.labels.questions.statistics import write_card
 from spear.labels.sources import items as find_items
-from spear.labels.store import QUESTIONS, SCHEMA, SKIPPED, ParquetWriter, footer, sweep
+from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, drop_questions, footer, sweep
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.options import changed
@@ -118,6 +118,8 @@ def label_folder(
         same_settings(out / SETTINGS, whole, begun)
         sweep(out)
         kept = _kept(out, shards, retry_skipped)
+        if len(kept) < len(shards):
+            drop_questions(out)
         total, before = sum(map(len, shards)), sum(len(shards[number]) for number in kept)
         skipped = sum(map(len, kept.values()))
         bad = Skipped(MOST_BAD, "images", patience=200)
@@ -157,8 +159,7 @@ def _keys(members: Sequence[Item]) -> str:
 
 
 def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> dict[int, list[SkippedImage]]:
-    """What was skipped of the finished shards that stay, by number. Questions about images that have changed
-    are removed."""
+    """What was skipped of the finished shards that stay, by number."""
     kept, changed = {}, 0
     for path in sorted(out.glob("labels-*.parquet")):
         said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
@@ -175,7 +176,6 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
             kept[number] = skipped
         changed += others
     if changed:
-        (out / QUESTIONS).unlink(missing_ok=True)
         notice(f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files")
     return kept
 

@@ -14,7 +14,7 @@ import numpy as np
 import spear
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.store import sweep, write_depth, write_labels
+from spear.labels.store import drop_questions, sweep, write_depth, write_labels
 from spear.types import Frame, LabeledImage
 from spear.util import processes
 from spear.util.files import check_own, write_text
@@ -89,6 +89,8 @@ def label_jobs(
             sweep(out / view)
             sweep(out / "depth" / view)
         todo = [job for job in enumerate(jobs) if not all(_shard(out, v, job[0]).is_file() for v in views)]
+        for view in views if todo else ():
+            drop_questions(out / view)
         before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
         bar = ProgressBar("labelling", scenes, "scenes", before)
         with bar, processes.pool(workers if workers > 1 else 0, __name__, advice) as pool:

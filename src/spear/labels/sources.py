@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from spear.errors import SpearError, counted, notice
-from spear.labels.inputs import Content, Item, find
+from spear.labels.inputs import Content, Item, find, row_group
 from spear.labels.rgbd import Scene
 from spear.sim.scene import TRAIN_SEED
 from spear.types import Episode
@@ -35,6 +35,8 @@ def items(
     per_episode  frames of each robot episode, spread evenly from its first to its last.
     Raises `SpearError`: an argument with nothing to label in it.
     """
+    for kept in (_scene, _episode, row_group):
+        kept.cache_clear()  # by an earlier listing in this process: files may have changed since
     seen: set[str] = set()
     for argument in arguments:
         for item in _items(os.path.normpath(argument), rate, per_episode, besides):

@@ -6,7 +6,7 @@ marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, notice
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import writing
 
@@ -113,6 +113,13 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def drop_questions(folder: Path) -> None:
+    """Remove the questions of a folder to which labels are about to come that they do not ask about."""
+    if (folder / QUESTIONS).is_file():
+        (folder / QUESTIONS).unlink()
+        notice(f"{folder / QUESTIONS}: removed, it lacks what is labelled now: `spear questions` asks again")
+
+
 def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
     """Write labels to one shard, such as FOLDER/labels-00000.parquet; nothing stays when `labels` raises."""
     with ParquetWriter(path, SCHEMA) as writer:
@@ -134,7 +141,7 @@ def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     for shard in shards_in(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
-            yield from _labels(_read_group(file, group, shard, pixels), shard)
+            yield from _labels(shard, file, group, pixels=pixels)
 
 
 def count(path: str | Path) -> int:
@@ -152,7 +159,7 @@ def choose(path: str | Path, images: int) -> list[LabeledImage]:
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
             if rows := [row - first for row in wanted if first <= row < end]:
-                found += _labels(_read_group(file, group, shard).take(rows), shard)
+                found += _labels(shard, file, group, rows)
             first = end
     return found
 
@@ -189,15 +196,13 @@ def _open(path: Path) -> pq.ParquetFile:
     return file
 
 
-def _read_group(file: pq.ParquetFile, group: int, path: Path, pixels: bool = True) -> pa.Table:
-    with reading(path):
+def _labels(
+    shard: Path, file: pq.ParquetFile, group: int, rows: Sequence[int] | None = None, pixels: bool = True
+) -> list[LabeledImage]:
+    with reading(shard):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
-        return file.read_row_group(group, columns=columns, use_threads=False)
-
-
-def _labels(rows: pa.Table, path: Path) -> list[LabeledImage]:
-    with reading(path):
-        return [_from_row(row) for row in rows.to_pylist()]
+        table = file.read_row_group(group, columns=columns, use_threads=False)
+        return [_from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
 
 
 def _flat(values: Any) -> Array:

@@ -47,7 +47,9 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
     for name in ("zebra", "carrot"):
         answer, said = ask(nano, picture.image, f"How far away is the {name}?", trust=trust)
         assert answer is None and said.startswith(f"not in the picture: {name}")
-    assert "not known" in ask(nano, picture.image, "What is the weather?", trust=trust)[1]
+    far = "How far away is the plate?"
+    for question, family in (("What is the weather?", None), ("Plate?", "distance"), (far, "keypoint")):
+        assert "not known" in ask(nano, picture.image, question, family, trust=trust)[1]
     few = replace(trust, factors={})
     assert "not measured" in ask(nano, picture.image, "How far away is the plate?", trust=few)[1]
     assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from labels_boxes import labelled
 from refusals import Command, refuses
+from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
@@ -116,6 +118,9 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
     headers, rows = scores.rows()
     assert [row[0] for row in rows] == [f.replace("_", " ") for f in scores.families]
     assert rows[0][headers.index("free")] == "0.0%"
+    lonely = replace(labels[0], objects=labels[0].objects[:1])
+    with pytest.warns(Notice, match="offset, chain_of_thought"):
+        assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
     question = scores.asked[0].question
     assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
 
@@ -216,7 +221,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     assert all(t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"))
 
 
-def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> None:
+def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command, refused: Command) -> None:
     write_labels((labelled(i) for i in range(4)), tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
@@ -226,6 +231,8 @@ def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command) -> 
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000
+    for other, what in ((["nano-vlm", command[3]], "model"), (["nano", "sim"], "questions")):
+        assert f"{what} is" in refused(*command[:2], *other, "--out", str(out))
 
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) -> None:

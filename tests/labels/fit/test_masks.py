@@ -40,11 +40,8 @@ def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float)
     plane = support_plane(points[known & (instances == 0)])
     for number in (1, 2):
         true = instances == number
-        mask = true
-        if pixels > 0:
-            mask = ndimage.binary_dilation(true, iterations=pixels)
-        elif pixels < 0:
-            mask = ndimage.binary_erosion(true, iterations=-pixels)
+        moved = ndimage.binary_dilation if pixels > 0 else ndimage.binary_erosion
+        mask = moved(true, iterations=abs(pixels)) if pixels else true
         found = snap(mask, points, known, (instances > 0) & ~mask, plane, max(abs(pixels), 1), 0.0)
         assert overlap(found, true) > (0.93 if blur == 0 else 0.86)
         if pixels:

@@ -50,8 +50,7 @@ def ask(
         raise SpearError("empty question: ask something about the image, in words")
     meant, names = understand(question) or (None, [])
     family = family or meant
-    lacking = missing(model, image, names) if trust and trust.tells_absent and names else {}
-    if lacking:
+    if trust and trust.tells_absent and names and (lacking := missing(model, image, names)):
         seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, distributions=True)[0]
@@ -60,8 +59,8 @@ def ask(
     said = words(answer, image)
     if not trust or not held:
         return answer, said
-    if family is None:
-        form = PROMPTS["distance"][0].format(x=with_article("mug", True))
+    if meant is None or family != meant:  # intervals were measured with known wordings
+        form = PROMPTS[family or "distance"][0].format(x="the mug", y="the bowl", p=POINTS["closest"][0])
         said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
     elif family not in trust.factors:
         said += "\n  how sure this is, was not measured for this kind of question"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, check_known, counted
+from spear.errors import SpearError, check_known, counted, notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
@@ -33,22 +33,24 @@ def evaluate(
     families = tuple(dict.fromkeys(options.families)) or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
     questions = questions_about(labels, families, options.per_image, options.seed)
-    if not any(questions.values()):
+    free: dict[str, list[bool]] = {family: [] for family, some in questions.items() if some}
+    if not free:
         raise SpearError("no questions: no object in these labels can be asked about: see spear label show")
+    if absent := ", ".join(family for family in families if family not in free):
+        notice(f"left out, since no object in these labels can be asked so: {absent}")
     pictures = [decode_image(label.image, label.source) for label in labels]
 
     asked: list[Asked] = []
-    free: dict[str, list[bool]] = {}
     with ProgressBar("asking", sum(map(len, questions.values())), "questions") as bar:
         for family, some in questions.items():
             for start in range(0, len(some), options.batch):
                 part = some[start : start + options.batch]
                 images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
                 held = model.answer(images, prompts, family, options.view, distributions=True)
-                pairs = zip(part, held, strict=True)
-                asked += [_asked(i, labels[i], q, a, options.decode) for (i, q), a in pairs]
-                pairs = zip(part, model.answer(images, prompts, None, options.view), strict=True)
-                free.setdefault(family, []).extend(grammatical(q, a.segments) for (_, q), a in pairs)
+                freely = model.answer(images, prompts, None, options.view)
+                for (i, question), answer, other in zip(part, held, freely, strict=True):
+                    asked.append(_asked(i, labels[i], question, answer, options.decode))
+                    free[family].append(grammatical(question, other.segments))
                 bar.update(bar.done + len(part), family)
     return summarize(asked, free, labels, options.decode, trust)
 

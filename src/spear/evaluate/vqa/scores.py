@@ -170,8 +170,7 @@ def summarize(
     for family, freely in free.items():
         rows = [a for a in asked if a.question.family == family]
         scores[family] = _score(rows, freely)
-        sure = [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]
-        if sure:
+        if sure := [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
             calibration[family] = calibrate(sure, factors.get(family))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)

@@ -148,8 +148,7 @@ def _pixel(x: float, y: float, label: LabeledImage) -> Pixel:
 
 
 def _corners(o: LabeledObject, label: LabeledImage) -> Segments:
-    x0, y0, x1, y1 = o.box2d.tolist()
-    return [_pixel(x0, y0, label), _pixel(x1, y1, label)]
+    return [_pixel(x, y, label) for x, y in o.box2d.reshape(2, 2).tolist()]
 
 
 def _middle(o: LabeledObject, label: LabeledImage) -> Pixel:
