@@ -372,13 +372,24 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     assert crept.action is not None and 0.01 <= crept.action[:, 0].max() < 0.013
 
 
-def test_another_layout_in_the_folder_of_the_version_is_other_data(copy: Path, tmp_path: Path) -> None:
+def test_another_layout_or_description_is_other_data(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     above = tmp_path / "above"
     above.mkdir()
-    copy.rename(above / "1.0.0")
-    prepare(above, tmp_path / "out", "train[:2]")
-    (above / "1.0.0/spear.json").write_text('{"like": "bridge_dataset", "command_range": [1.0, 0.0]}')
+    copy = copy.rename(above / "1.0.0")
+    made = prepare(above, tmp_path / "out", "train[:2]")
+    (copy / "spear.json").write_text('{"like": "bridge_dataset"}')
+    assert prepare(above, tmp_path / "out", "train[:2]") == made  # the same meaning in other words
+    (copy / "spear.json").write_text('{"like": "bridge_dataset", "command_range": [1.0, 0.0]}')
     refuses(r"in another way \(layout is", prepare, above, tmp_path / "out", "train[:2]")
+    (copy / "spear.json").unlink()
+    corrected = dataclasses.replace(REGISTRY["bridge_dataset"], drop_idle=True)
+    with monkeypatch.context() as later:  # a release that knows the dataset better
+        later.setitem(REGISTRY, "bridge_dataset", corrected)
+        refuses(r"in another way \(layout is", prepare, above, tmp_path / "out", "train[:2]")
+    (copy / "features.json").write_text((copy / "features.json").read_text() + "\n")
+    refuses(r"in another way \(data is", prepare, above, tmp_path / "out", "train[:2]")
 
 
 def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path) -> None:

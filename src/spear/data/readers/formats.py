@@ -110,7 +110,8 @@ def digest(folder: Dataset | EpisodeStore) -> str:
     if isinstance(folder, EpisodeStore):
         return folder.digest() + folder.digest(seen=True)
     records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images
-    kinds = "*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", "info.json", "*.jsonl"
+    told = "info.json", "*.jsonl", "features.json", "dataset_info.json"
+    kinds = "*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told
     return hash_ends([folder.path], kinds, records)
 
 

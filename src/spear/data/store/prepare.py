@@ -24,7 +24,6 @@ from spear.data.actions import resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
-from spear.data.readers.spec import SPEC_FILE
 from spear.data.readers.splits import split_ranges
 from spear.data.senses import MOVES, doubts, span
 from spear.data.store.episode_store import EpisodeStore, add_shard, shard_files, sweep
@@ -72,14 +71,14 @@ def prepare(
             last = min(first + BLOCK, end)
             todo.append((f"{name}[{first}:{last}]", last - first))
     source = formats.open_dataset(path)
-    if isinstance(source, formats.Dataset):
-        source.spec(how.layout)  # says what is wrong with it before anything is written
-    file = how.layout or source.path / SPEC_FILE
+    # what its columns mean; and says what is wrong with that before anything is written
+    layout = source.spec(how.layout) if isinstance(source, formats.Dataset) else None
+    meant = repr(layout and dataclasses.replace(layout, facts={}, weight=None))
     request = {
         "path": str(path.resolve()),
         "data": formats.digest(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
-        "layout": repr(how.layout) + (file.read_text() if file.is_file() else ""),  # what columns mean
+        "layout": hashlib.sha256(meant.encode()).hexdigest(),
         "size": dict(sorted(how.sizes.items())),
         "rate": how.rate,
         "quality": how.quality,
