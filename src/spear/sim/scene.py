@@ -101,7 +101,7 @@ def held_out_seeds(first: int, count: int) -> range:
     if count < 1 or first < 0 or first + count > TRAIN_SEED:
         which = f"scenes {first} … {first + count - 1}" if count > 0 else f"{count} scenes"
         known = f"held-out seeds are 0 … {TRAIN_SEED - 1}"
-        raise SpearError(f"{which}: {known}: choose --scenes and --first-seed within them")
+        raise SpearError(f"{which}: {known}: choose scenes among them")
     return range(first, first + count)
 
 
