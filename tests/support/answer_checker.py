@@ -71,8 +71,7 @@ def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
     """The objects that the prompt names, in the order of their mention; longer names first."""
     mentions: dict[int, LabeledObject] = {}
     for o in sorted(label.objects, key=lambda o: -len(o.name)):
-        pattern = rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)"
-        for match in re.finditer(pattern, prompt):
+        for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
             if not any(s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()):
                 mentions[match.start()] = o
     return [mentions[s] for s in sorted(mentions)]

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,34 +194,24 @@ def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) ->
     assert said == "broken image: step 3: leave it out"
 
 
-def saves_by_steps(root: Path) -> None:
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1, save_every=5)
-
-
-def saves_by_time(root: Path) -> None:
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, save_minutes=1e-6)
-
-
-def saves_when_told(root: Path) -> None:
+def slow_run(root: Path, saves: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1)
+    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, **saves)
 
 
 @pytest.mark.parametrize(
-    ("run", "number", "code"),
+    ("saves", "number", "code"),
     [
-        (saves_by_steps, signal.SIGKILL, -9),
-        (saves_by_time, signal.SIGKILL, -9),
-        (saves_when_told, signal.SIGTERM, 143),
-        (saves_when_told, signal.SIGINT, 1),  # as any process whose function is interrupted
+        ({"workers": 1, "save_every": 5}, signal.SIGKILL, -9),
+        ({"save_minutes": 1e-6}, signal.SIGKILL, -9),
+        ({"workers": 1}, signal.SIGTERM, 143),  # when told
+        ({"workers": 1}, signal.SIGINT, 1),  # as any process whose function is interrupted
     ],
 )
-def test_ended_by_a_signal_and_the_same_again(
-    run: Callable[[Path], None], number: int, code: int, tmp_path: Path
-) -> None:
+def test_ended_by_a_signal_and_the_same_again(saves: Any, number: int, code: int, tmp_path: Path) -> None:
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     go(Regression(), SMALL, whole, seed=3)
-    (process,) = start(run, tmp_path, 1)
+    (process,) = start(slow_run, tmp_path, 1, saves)
     deadline = time.monotonic() + 300
     while not (ended / "log.jsonl").is_file() or len(losses(ended)) < 12:
         assert process.is_alive() and time.monotonic() < deadline
