@@ -203,7 +203,6 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 def test_every_option_that_a_text_names_exists() -> None:
     known = {"--help", "--version", "--upgrade", "--nproc-per-node", "--no-python"}  # of pip and torchrun too
-
     for name in COMMANDS:
         if (options := options_of(load(name))) is not None:
             known.update(option_names(options))

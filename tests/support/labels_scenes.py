@@ -31,12 +31,14 @@ def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: in
     k, pose = camera(pitch=pitch, **size)
     width, height = size.get("width", 192), size.get("height", 128)
     rays = unproject(np.ones((height, width)), k).astype(float) @ pose[:3, :3].T
-    origin, true = pose[:3, 3], {}
+    origin = pose[:3, 3]
+    true = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
-            turn, half = rotation(yaw), np.asarray(extent) / 2
+            turn = rotation(yaw)
+            half = np.asarray(extent) / 2
             near, far = _slab((origin - center) @ turn, rays @ turn, half)
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)
