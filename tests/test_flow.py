@@ -364,13 +364,10 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     data, held = robot_data(shape), flow.sample_held(shape, 3, generator(5))
     wrong = flow.with_mistakes(data, held, generator(6))
     assert torch.equal(wrong.gripper, data.gripper)
-    poses = [(torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())) for _ in range(2)]
+    x, q = other_x, other_q = torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())
     for i in range(shape[1]):
-        poses = [
-            apply_step(*pose, chunk.translation[:, i], chunk.rotation[:, i])
-            for pose, chunk in zip(poses, (data, wrong), strict=True)
-        ]
-        (x, q), (other_x, other_q) = poses
+        x, q = apply_step(x, q, data.translation[:, i], data.rotation[:, i])
+        other_x, other_q = apply_step(other_x, other_q, wrong.translation[:, i], wrong.rotation[:, i])
         assert torch.equal((x - other_x).norm(dim=-1) > 1e-6, held[:, i])
         torch.testing.assert_close(x[~held[:, i]], other_x[~held[:, i]], rtol=0, atol=1e-9)
         torch.testing.assert_close(q[~held[:, i]], other_q[~held[:, i]], rtol=0, atol=1e-9)
@@ -414,11 +411,8 @@ def test_error_falls_as_one_over_steps() -> None:
         right = quat_multiply(state.rotation, torch.cat([zero, b]))
         return Action(state.translation, (left + right) / 2, -state.gripper)
 
-    end = Action(
-        noise.translation * math.e,
-        quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b)),
-        noise.gripper / math.e,
-    )
+    rotation = quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b))
+    end = Action(noise.translation * math.e, rotation, noise.gripper / math.e)
     results = {n: flow.integrate(predict, noise, n, S3) for n in (50, 100, 200)}
     for n in (50, 100):
         for part in ("translation", "gripper"):

@@ -107,7 +107,6 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
     run(source, tmp_path / "whole", shard=17)
     out = tmp_path / "labels"
-
     with pytest.raises(KeyboardInterrupt):
         run(source, out, detector=UNREACHED, shard=17, stop=7)
     (out / "questions.parquet").touch()  # about the labels so far

@@ -17,7 +17,7 @@ from spear.errors import Notice
 from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
 from spear.models.fast.stack import Stack
-from spear.models.presets import Preset, spear1_config, vlm_config
+from spear.models.presets import spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.types import Action
@@ -34,13 +34,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
     ids, mask = text(batch, 6, seed)
-    generator = torch.Generator().manual_seed(seed)
-    given = {
-        "pixel_values": pixels(batch, seed, views),
-        "input_ids": ids,
-        "attention_mask": mask if padded else None,
-        "state": torch.randn(batch, 10, generator=generator),
-    }
+    state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
+    given = {"pixel_values": pixels(batch, seed, views), "input_ids": ids, "state": state}
+    given["attention_mask"] = mask if padded else None
     if padded and "wrist" in views:
         given["view_mask"] = {"wrist": torch.arange(batch) != 1}
     return given
@@ -128,10 +124,9 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
 def test_gemma2_layers_too() -> None:
     config = {**TEXT, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "sliding_window": 4096}
     torch.manual_seed(0)
-    size: Preset = TINY
-    inner = vlm_config(size)
+    inner = vlm_config(TINY)
     inner.text_config = Gemma2Config(**config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    model = Spear1ForActionPrediction(spear1_config(size, inner)).eval()
+    model = Spear1ForActionPrediction(spear1_config(TINY, inner)).eval()
     for padded in (False, True):
         acted(model, observation(2, ("external",), padded), actions(2, H), 3)
 

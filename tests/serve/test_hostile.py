@@ -153,9 +153,8 @@ def test_pages_of_others_get_nothing(path: str) -> None:
         for right in ({"Origin": f"http://127.0.0.1:{port}"}, *({"Host": host} for host in hosts)):
             assert get(running, path, **right)[0] == found
         for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
-            options: dict[str, Any] = headers
             with pytest.raises(InvalidStatus, match=r"40[03]"):
-                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **options)
+                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **headers)
 
 
 def test_an_address_for_others_is_one_that_answers() -> None:

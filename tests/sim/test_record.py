@@ -20,16 +20,14 @@ NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
-    still = Disturbance(start=0)
-    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, still)
+    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, Disturbance(start=0))
     assert episode.success and episode.rate_hz == 5
     for name, size in zip(("external", "wrist"), SIZES, strict=True):
         assert len(episode.images[name]) == len(episode)
         assert Image.open(io.BytesIO(episode.images[name][-1])).size == size
     assert episode.action is not None and episode.action.shape == (len(episode), 8)
     assert episode.action_mask is not None and episode.action_mask.all()
-    moved = np.diff(episode.position, axis=0)
-    error = np.linalg.norm(moved - episode.action[:-1, :3], axis=1)
+    error = np.linalg.norm(np.diff(episode.position, axis=0) - episode.action[:-1, :3], axis=1)
     assert np.median(error) < 1e-3 and np.quantile(error, 0.9) < 5e-3
     poses = Rotation.from_quat(episode.rotation, scalar_first=True)
     turned = poses[:-1].inv() * poses[1:]

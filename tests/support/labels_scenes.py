@@ -65,10 +65,8 @@ def random_frame(
     while len(boxes) < objects:
         extent = rng.uniform(0.03, 0.12, 3)
         center = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25), extent[2] / 2])
-        if all(
-            np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + np.hypot(*extent[:2])) / 2
-            for c, e, _ in boxes
-        ):
+        reach = np.hypot(*extent[:2])
+        if all(np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + reach) / 2 for c, e, _ in boxes):
             boxes.append((center, extent, rng.uniform(0, np.pi)))
     chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
     return render(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)

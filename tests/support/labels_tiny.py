@@ -91,9 +91,8 @@ def save_owlv2(folder: Path) -> Path:
     for parameter in network.box_head.parameters():
         parameter.data *= 0.1  # so that boxes stay near their patches
     network.save_pretrained(folder)
-    tokenizer = hf.CLIPTokenizer(
-        vocab=vocabulary, merges=[("c", "u"), ("cu", "p</w>")], pad_token="!", model_max_length=32
-    )
+    merges = [("c", "u"), ("cu", "p</w>")]
+    tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!", model_max_length=32)
     processor = hf.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})
     hf.Owlv2Processor(processor, tokenizer).save_pretrained(folder)
     return folder

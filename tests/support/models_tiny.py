@@ -68,11 +68,7 @@ def actions(*shape: int, seed: int = 0) -> Action:
 
 
 def reference(
-    model: Spear1ForActionPrediction,
-    given: dict[str, Any],
-    noise: Action,
-    steps: int,
-    committed: flow.Committed | None = None,
+    model: Any, given: dict[str, Any], noise: Action, steps: int, committed: flow.Committed | None = None
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
     with torch.no_grad():

@@ -352,7 +352,7 @@ def test_a_photo_can_be_asked_about(studio: Studio, tab: Tab, monkeypatch: pytes
 
 
 def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> None:
-    bad: list[tuple[Any, str]] = [
+    for request, said in (
         ("nonsense", "nonsense"),
         ("[" * 5000, "[["),
         ("[" + 300_000 * "[]," + "[]]", "[[],[]"),
@@ -371,8 +371,7 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         (png(120, 300, 200)[:200], "the image"),
         (png(120, 300, 8), "the image: 300 x 8"),
         (bare_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
-    ]
-    for request, said in bad:
+    ):
         problem = tab.send(request)
         assert problem is not None and said in problem and "\n" not in problem, (request, problem)
     assert tab.ask("instruct", text="") is None

@@ -17,7 +17,6 @@ from parity import logits, relative
 from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
 from refusals import refuses
 from spear.models.presets import vlm_config
-from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
@@ -104,7 +103,8 @@ def a_vlm(folder: Path) -> Path:
     return folder
 
 
-def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
+@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
+def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
     theirs = pi0()
     theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
     published = paligemma()
@@ -112,24 +112,16 @@ def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
     folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
     plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
     expert = publish_pi0(theirs, tmp_path / "pi0", layout)
-    return plan_policy(tmp_path / "vlm", expert, "linear14").run(), theirs
-
-
-@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
-def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
-    ours, theirs = pair(tmp_path, layout)
+    ours = plan_policy(tmp_path / "vlm", expert, "linear14").run()
     if layout == "transformers":
-        theirs = Pi0.from_pretrained(tmp_path / "pi0").eval()
+        theirs = Pi0.from_pretrained(expert).eval()
     images = torch.randint(0, 256, (B, 2, 3, 224, 224), dtype=torch.uint8)
     ids, state = torch.randint(3, 40, (B, 6)), torch.randn(B, 10)
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     before = torch.ones(B, 2 * 256, dtype=torch.long)
-    mine: dict[str, Any] = {
-        "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
-        "input_ids": ids,
-        "attention_mask": mask,
-    }
+    views = {"external": images[:, 0], "wrist": images[:, 1]}
+    mine: dict[str, Any] = {"pixel_values": views, "input_ids": ids, "attention_mask": mask}
     reference = {
         "pixel_values": images / 127.5 - 1,
         "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
