@@ -19,6 +19,7 @@ from spear.models.presets import preset
 from spear.types import Action
 
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
+ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
 CHOICES = itertools.product(("s3", "linear"), ("cosine", "mse"), ("velocity", "clean"))
 ALL = [FlowConfig(rotation=where, rotation_loss=kind, prediction=what) for where, kind, what in CHOICES]
 
@@ -113,17 +114,12 @@ def pairs_at_angle(theta: float) -> tuple[Action, Action]:
     return Action(ones.expand(1, 1, 3), a[None], ones), Action(-ones.expand(1, 1, 3), b[None], -ones)
 
 
-ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
-
-
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> None:
-    cases = [pair(config)[:2], *(pairs_at_angle(theta) for theta in ANGLES)]
     h = 1e-5
-    for noise, data in cases:
-        batch = len(noise.translation)
+    for noise, data in [pair(config)[:2], *(pairs_at_angle(theta) for theta in ANGLES)]:
         for tau in np.linspace(0.01, 0.99, 15):
-            time = torch.full((batch,), float(tau), dtype=torch.float64)
+            time = torch.full((len(noise.translation),), float(tau), dtype=torch.float64)
             _, velocity = flow.interpolate(noise, data, time, config)
             after, _ = flow.interpolate(noise, data, time + h, config)
             before, _ = flow.interpolate(noise, data, time - h, config)
@@ -426,7 +422,6 @@ def test_error_falls_as_one_over_steps() -> None:
 def test_bad_configuration_is_one_line_with_a_suggestion() -> None:
     for field in ("rotation", "rotation_loss", "prediction"):
         refuses(f"{field} 'wrong'", FlowConfig, **{field: "wrong"})
-    noise = flow.sample_noise((1, 1), S3)
     for steps in (0, 2.5):
         refuses("flow steps", FlowConfig, steps=steps)
-    refuses("at least 1", flow.integrate, lambda state, _: state, noise, 0, S3)
+    refuses("at least 1", flow.integrate, lambda state, _: state, flow.sample_noise((1, 1), S3), 0, S3)

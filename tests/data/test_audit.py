@@ -23,6 +23,7 @@ from spear.report.audit import conclusion, text
 from spear.util.images import encode_jpeg
 
 RATE = 10.0
+BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
 _BOTH: dict[str, str | None] = {"kind": "delta", "signs": "+++", "shift": "0", "state": "euler_xyz"}
 RIGHT = {
     "translation": {**_BOTH, "frame": "base", "unit": "m", "form": "-"},
@@ -208,9 +209,6 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
     assert verdicts(report, "rotation")["shift"] == ("0", "agrees")
     assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
-
-
-BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
 
 
 def bridge(shared: Path, folder: Path, **changes: Any) -> Report:

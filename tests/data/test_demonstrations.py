@@ -22,8 +22,7 @@ FAMILIES = "put_on", "spoon_on_towel", "put_on"  # twice, which changes nothing
 def record(
     out: Path, episodes: int = 2, first_seed: int = 10_000, policy: Acts | None = None, **changed: object
 ) -> tuple[int, int]:
-    sizes: Any = {**SIZES, **changed}
-    return demonstrate(out, FAMILIES, episodes, first_seed, sizes, workers=0, policy=policy)
+    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, policy=policy)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.types import Episode
 
+VIEWS = {"external": (12, 16), "wrist": (6, 6)}
+
 
 def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
     """Episode e, step t: image value 10 e + t, x = e + t / 100, action x = t; step 2 is masked."""
@@ -43,9 +45,6 @@ def mixture(tmp_path: Path) -> Mixture:
     a = make_store(tmp_path / "a", "a", 5, wrist=True)
     b = make_store(tmp_path / "b", "b", 2, wrist=False)
     return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
-
-
-VIEWS = {"external": (12, 16), "wrist": (6, 6)}
 
 
 def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:

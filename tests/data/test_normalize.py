@@ -197,9 +197,8 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 @given(st.sampled_from(list(STREAMS)), st.integers(1, 6000), st.lists(st.floats(0, 1), max_size=5))
 def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]) -> None:
     values = STREAMS[kind](np.random.default_rng(0), count)
-    pieces = np.split(values, sorted(int(c * count) for c in cuts))
     sketch = QuantileSketch(256)
-    for piece in pieces:
+    for piece in np.split(values, sorted(int(c * count) for c in cuts)):
         sketch.add(piece)
     assert sketch.count == count and sketch.weighted()[1].sum() == count
     assert worst_rank(sketch, values) <= (6 / 256 if count > 256 else 0) + 1e-12

@@ -70,8 +70,7 @@ def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
         seeds.append((seed, step))
         return NOTHING
 
-    policy = Acts(Path("weights"), stay)
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=policy)
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay))
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9

@@ -54,8 +54,7 @@ SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
 @contextmanager
 def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str]]:
     """Code in a process of its own, whose output can be read."""
-    command = [sys.executable, "-c", code, *words]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **how)
+    running = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, **how)
     try:
         yield running
     finally:

@@ -93,8 +93,7 @@ class Broken(Regression):
         self.bad, self.gradient = bad, gradient
 
     def batch(self, step: int) -> dict[str, Any]:
-        broken = torch.tensor(float(step in self.bad))
-        return {**super().batch(step), "more": {"broken": broken}}
+        return {**super().batch(step), "more": {"broken": torch.tensor(float(step in self.bad))}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         loss, parts = super().loss(batch, generator)

@@ -27,6 +27,7 @@ from spear.train.options import Optimization
 from train_tiny import Acting
 
 WORLD, FAKE = 4, FakeTensorMode()
+built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
 looks: list[int] = []
 tasks: list[Any] = []
 
@@ -121,9 +122,6 @@ def several() -> None:
     whole = sum(p.numel() for p in Robot().model.parameters())
     assert whole <= WORLD * sum(map(torch.numel, parts)) < 1.02 * whole
     step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks
-
-
-built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
 
 
 @pytest.mark.parametrize("work", ["pretended", pytest.param("cuda", marks=built)])

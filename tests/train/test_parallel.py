@@ -6,9 +6,9 @@ for the rest.
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,8 +70,7 @@ def runs(root: Path) -> None:
     (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
 
 
-@dataclass
-class Two:
+class Two(NamedTuple):
     root: Path
     survivor: str
     survived: int

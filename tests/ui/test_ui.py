@@ -238,9 +238,8 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     seen: list[set[str]] = []
     infer = policy.infer
     monkeypatch.setattr(policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1])
-    three = make(0, steps=4)
-    three = replace(three, images=dict.fromkeys(("external", "wrist", "left"), three.images["external"]))
-    write_episodes([three], tmp_path)
+    three = dict.fromkeys(("external", "wrist", "left"), make(0, steps=4).images["external"])
+    write_episodes([make(0, steps=4, images=three)], tmp_path)
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))

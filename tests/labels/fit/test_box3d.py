@@ -120,11 +120,10 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
 
 @pytest.mark.parametrize("radius", [0.02, 0.05])
 def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
-    rng = np.random.default_rng(0)
     _, pose = camera()
     up = pose[:3, :3].T @ [0, 0, 1]
     center = (np.array([0, 0, radius]) - pose[:3, 3]) @ pose[:3, :3]
-    normals = rng.normal(size=(2000, 3))
+    normals = np.random.default_rng(0).normal(size=(2000, 3))
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     points = center + radius * normals
     seen = points[np.einsum("ij,ij->i", normals, points) < -0.3 * np.linalg.norm(points, axis=1)]

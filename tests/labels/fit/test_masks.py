@@ -93,9 +93,8 @@ def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
 
 def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
     points, _, instances = parts(frame)
-    rng = np.random.default_rng(0)
     mask = instances == 1
-    noisy = points * (1 + 0.003 * rng.normal(size=mask.shape))[..., None]
+    noisy = points * (1 + 0.003 * np.random.default_rng(0).normal(size=mask.shape))[..., None]
     smooth = cleaned(mask, noisy, 0, 0.003)
     before, after = ((np.linalg.norm(p - points, axis=-1)[mask]) for p in (noisy, smooth))
     assert after.mean() < 0.65 * before.mean()

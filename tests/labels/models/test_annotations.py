@@ -135,8 +135,7 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
 
 
 def compressed(mask: Array) -> str:
-    text: bytes = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
-    return text.decode()
+    return coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))
@@ -232,13 +231,11 @@ def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any
     refuses(rf"annotations\.json: .*{named}", written, tmp_path, data)
 
 
-UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
-
-
 def compress(text: str) -> str:
     return str(pytest.importorskip("lzstring").LZString().compressToEncodedURIComponent(text))
 
 
+UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
 FIRST, SECOND, THIRD = disc(48, 48, 20, 25, 8), disc(36, 64, 40, 20, 5), disc(48, 48, 40, 30, 6)
 
 

@@ -53,9 +53,8 @@ def found(detections: Any) -> list[tuple[str, list[float]]]:
 
 def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SIDE", 200)
-    gemini = detector(model="gemini-x", vocabulary=["cup", "fork"])
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
-    gemini.detect([Frame(smooth)])
+    detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(smooth)])
     (request,) = server.requests
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
     assert server.headers[0]["x-goog-api-key"] == "secret-key"

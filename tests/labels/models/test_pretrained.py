@@ -12,8 +12,7 @@ from spear.models.weights.load import download
 
 
 def load(model: str | Path, **changes: Any) -> Any:
-    options: dict[str, Any] = {"kind": "sam2", "device": "cpu", **changes}
-    return load_model(Sam2Model, model=str(model), **options)
+    return load_model(Sam2Model, model=str(model), **{"kind": "sam2", "device": "cpu", **changes})
 
 
 @pytest.fixture
