@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,13 +147,9 @@ def test_the_order_depends_on_seed_and_step_alone(
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     """The batches of the training loop, made by none, one or two processes, and from the middle on."""
     samples = TrainingSamples(mixture, VIEWS, augment=1.0)
-
-    class Drawn:
-        def batch(self, step: int) -> dict[str, Any]:
-            return samples.batch(step, 3)
-
-    runs = [list(loop.batches(Drawn(), 2, 7, workers)) for workers in (0, 1, 2)]
-    runs.append(list(loop.batches(Drawn(), 2, 4, 2)) + list(loop.batches(Drawn(), 4, 7, 1)))
+    task = SimpleNamespace(batch=lambda step: samples.batch(step, 3))
+    runs = [list(loop.batches(task, 2, 7, workers)) for workers in (0, 1, 2)]
+    runs.append(list(loop.batches(task, 2, 4, 2)) + list(loop.batches(task, 4, 7, 1)))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             np.testing.assert_equal(a, b)

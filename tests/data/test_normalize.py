@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -104,11 +105,7 @@ def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
 def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
     both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
-
-    class Words:
-        def instructions(self, texts: list[str], cut: bool) -> dict[str, torch.Tensor]:
-            return {"input_ids": torch.zeros(len(texts), 1)}
-
+    words = SimpleNamespace(instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)})
     image = np.zeros((3, 2, 4, 3), np.uint8)
     image[:, 1, 3, 0] = 9
     raw = {
@@ -122,7 +119,7 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
         "instruction": ["go"] * 3,
         "dataset": np.array([1, 0, 1]),
     }
-    batch = robot_inputs(Words(), both, raw)  # type: ignore[arg-type]
+    batch = robot_inputs(words, both, raw)
     assert batch["pixel_values"]["external"].shape == (3, 3, 2, 4)
     assert (batch["pixel_values"]["external"][:, 0, 1, 3] == 9).all()
     np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])

@@ -186,11 +186,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
-    class Unreadable(Regression):
-        def batch(self, step: int) -> dict[str, Any]:
-            raise SpearError("broken image: step 3: leave it out")
-
-    said = refuses("", go, Unreadable(), FOUR, tmp_path, workers=workers)
+    task = Regression()
+    vars(task)["batch"] = Mock(side_effect=SpearError("broken image: step 3: leave it out"))
+    said = refuses("", go, task, FOUR, tmp_path, workers=workers)
     assert said == "broken image: step 3: leave it out"
 
 

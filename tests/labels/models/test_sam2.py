@@ -1,6 +1,7 @@
 import ast
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -108,10 +109,7 @@ def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
 
 def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter = Sam2Segmenter(folder)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
     frames = [frame(0), frame(1)]
     refuses("memory is full with 2 images at a time", segmenter.segment, frames, [asked(BOXES)] * 2)
