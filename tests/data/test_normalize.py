@@ -79,10 +79,9 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
         "minmax": np.stack([rows.min(0), rows.max(0)]),
         "meanstd": middle + np.sqrt(share @ (rows - middle) ** 2) * [[-1], [1]],
     }[mode]
-    found = [
-        np.concatenate([getattr(normalizer, f"{what}_{part}") for what in ("translation", "position")])
-        for part in ("offset", "scale")
-    ]
+    offset = [*normalizer.translation_offset, *normalizer.position_offset]
+    scale = [*normalizer.translation_scale, *normalizer.position_scale]
+    found = [offset, scale]
     atol = 2e-3 if mode == "quantile" else 1e-6  # NumPy has weights for quantiles that are not interpolated
     np.testing.assert_allclose(found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol)
 

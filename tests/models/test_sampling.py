@@ -1,6 +1,5 @@
 """Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
 
-import dataclasses
 import weakref
 from typing import Any
 
@@ -98,9 +97,7 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
 
 
 def test_three_views_of_one_size_and_bfloat16() -> None:
-    size = dataclasses.replace(TINY, image_sizes={name: (32, 32) for name in ("a", "b", "c")})
-    torch.manual_seed(0)
-    model = Spear1ForActionPrediction(spear1_config(size)).eval()
+    model = spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
     given, noise = observation(2, (), True), actions(2, H)
     given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
     calls: list[int] = []

@@ -146,7 +146,6 @@ def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
     x, y, z = point
     if z <= 0:
         return -1.0, -1.0
-    return (
-        (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width,
-        (float(k[1][1]) * y / z + float(k[1][2])) / label.height,
-    )
+    u = (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width
+    v = (float(k[1][1]) * y / z + float(k[1][2])) / label.height
+    return u, v

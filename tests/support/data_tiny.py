@@ -4,7 +4,7 @@ import json
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -
     if layout is not None:
         (target / "spear.json").write_text(json.dumps(layout))
     return target
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a JSON file holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:

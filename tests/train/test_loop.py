@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from data_tiny import edit
 from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
@@ -247,7 +248,6 @@ def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
         go(Regression(), FOUR, tmp_path)
     assert minutes() == 0.0
     go(Regression(), FOUR, tmp_path)
-    state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"minutes": 7.0}))
+    edit(tmp_path / "checkpoints/step-00000004/state.json", lambda said: said.update(minutes=7.0))
     go(Regression(), replace(FOUR, steps=6), tmp_path)
     assert 7.0 < minutes() < 8.0

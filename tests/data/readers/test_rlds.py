@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from data_tiny import assert_same, copied, write_records
+from data_tiny import assert_same, copied, edit, write_records
 from refusals import refuses
 from spear.data.audit import audit
 from spear.data.describe import describe
@@ -43,12 +43,6 @@ def bridge(shared: Path) -> Path:
 @pytest.fixture
 def copy(bridge: Path, tmp_path: Path) -> Path:
     return copied(bridge / "1.0.0", tmp_path / "rlds", None)
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def columns(features: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
 
 import published_checkpoints
+from data_tiny import edit
 from models_tiny import TINY
 from parity import logits, relative
 from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
@@ -189,11 +189,6 @@ def test_one_weight_in_bfloat16_does_not_round_the_others(tmp_path: Path) -> Non
     refuses("holds no weights", plan_policy, folder, None, "tiny14")
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
     vlm = a_vlm(tmp_path / "vlm")
@@ -201,9 +196,9 @@ def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> 
     refuses("'paligemma'.*spear_vlm", plan_policy, folder)
     refuses("holds no action expert", plan_policy, vlm, folder, "tiny14")
     refuses("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
-    edit(folder, tie_word_embeddings=False)
+    edit(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
     refuses("not tied", plan_backbones, folder, None, "tiny14")
-    edit(folder, model_type="llava")
+    edit(folder / "config.json", lambda config: config.update(model_type="llava"))
     refuses("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
     (folder / "config.json").write_text("{")
     refuses("config.json", plan_backbones, folder, None, "tiny14")
@@ -266,10 +261,9 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     refuses(f"vocabulary mismatch: .*{sizes}", plan_backbones, folder, None)
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
-    config = json.loads((folder / "config.json").read_text())
-    edit(folder, text_config={**config["text_config"], "vocab_size": 7})
+    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
     refuses("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
-    edit(folder, text_config=config["text_config"])
+    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=ROWS))
     plan.tokenizer.save_pretrained(folder)
     refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
     words = folder / "tokenizer.json"
