@@ -11,7 +11,6 @@ from data_tiny import assert_same
 from refusals import refuses
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
-from spear.errors import SpearError
 from spear.sim.record import Acts
 from spear.util.ledger import lock
 
@@ -69,8 +68,8 @@ def test_a_folder_with_others_stays(whole: Path, changed: dict[str, object], wor
 
 
 def test_one_recording_at_a_time(whole: Path) -> None:
-    with lock(whole / ".lock"), pytest.raises(SpearError, match="another process is recording"):
-        record(whole, episodes=3)
+    with lock(whole / ".lock"):
+        refuses("another process is recording", record, whole, episodes=3)
     assert len(EpisodeStore(whole)) == 4
 
 

@@ -53,9 +53,8 @@ def told_run(root: Path) -> None:
 def runs(root: Path) -> None:
     parallel.start()
     assert parallel.world() == 2
-    go(Line(), OPT, root / "line")
-    go(Line(), OPT, root / "killed")
-    go(Line(), OPT, root / "told")
+    for name in ("line", "killed", "told"):
+        go(Line(), OPT, root / name)
     go(Acting(), WHOLE, root / "ddp")
     task = Acting()
     go(task, WHOLE, root / "fsdp", sharded=True)
