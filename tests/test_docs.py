@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +111,6 @@ def test_the_python_of_the_readme_runs() -> None:
     assert names["actions"].shape == (5, 8)
 
 
-@contextmanager
-def served(*words: str) -> Iterator[str]:
-    """The address of `spear serve`, run as a user runs it."""
-    with started(SPEAR, "serve", *words, "--port", "0") as server:
-        said = server.stdout.readline()
-        found = re.search(r"ws://\S+", said)
-        assert found, said
-        yield found[0]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-
-
 def test_the_tutorial_runs_and_what_it_trains_can_be_served(
     renderer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,9 +131,14 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
     assert header.endswith("last action")
     assert len(rows) == 4 and all(row.count("(n = 1)") == 3 for row in rows)  # one episode gives no interval
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
-    with served(str(tmp_path / "mine")) as address:
-        policy = RemotePolicy(address)
+    with started(SPEAR, "serve", str(tmp_path / "mine"), "--port", "0") as server:
+        said = server.stdout.readline()
+        found = re.search(r"ws://\S+", said)
+        assert found, said
+        policy = RemotePolicy(found[0])
         actions = policy.infer(observations(episode)[0])["actions"]
         policy.close()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
     assert actions.shape == (5, 8) and np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from refusals import Command
+from refusals import Command, refuses
 from spear import doctor
 from spear.cli import main
 from spear.models.presets import preset
@@ -48,5 +48,4 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))
     monkeypatch.setattr(doctor, "inference", lambda *_: Memory(2**25, 0, 0, 0, 0, 1, 0))
     assert examined(2**30) == "float32"  # memory that holds copies of files is there to be had
-    with pytest.raises(doctor.SpearError, match="nano"):
-        examined(9)
+    refuses("nano", examined, 9)

@@ -19,6 +19,7 @@ from spear.models.presets import preset
 from spear.types import Action
 
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
+ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
 CHOICES = itertools.product(("s3", "linear"), ("cosine", "mse"), ("velocity", "clean"))
 ALL = [FlowConfig(rotation=where, rotation_loss=kind, prediction=what) for where, kind, what in CHOICES]
 
@@ -113,17 +114,12 @@ def pairs_at_angle(theta: float) -> tuple[Action, Action]:
     return Action(ones.expand(1, 1, 3), a[None], ones), Action(-ones.expand(1, 1, 3), b[None], -ones)
 
 
-ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
-
-
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
 def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> None:
-    cases = [pair(config)[:2], *(pairs_at_angle(theta) for theta in ANGLES)]
     h = 1e-5
-    for noise, data in cases:
-        batch = len(noise.translation)
+    for noise, data in [pair(config)[:2], *(pairs_at_angle(theta) for theta in ANGLES)]:
         for tau in np.linspace(0.01, 0.99, 15):
-            time = torch.full((batch,), float(tau), dtype=torch.float64)
+            time = torch.full((len(noise.translation),), float(tau), dtype=torch.float64)
             _, velocity = flow.interpolate(noise, data, time, config)
             after, _ = flow.interpolate(noise, data, time + h, config)
             before, _ = flow.interpolate(noise, data, time - h, config)
@@ -364,13 +360,10 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     data, held = robot_data(shape), flow.sample_held(shape, 3, generator(5))
     wrong = flow.with_mistakes(data, held, generator(6))
     assert torch.equal(wrong.gripper, data.gripper)
-    poses = [(torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())) for _ in range(2)]
+    x, q = other_x, other_q = torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())
     for i in range(shape[1]):
-        poses = [
-            apply_step(*pose, chunk.translation[:, i], chunk.rotation[:, i])
-            for pose, chunk in zip(poses, (data, wrong), strict=True)
-        ]
-        (x, q), (other_x, other_q) = poses
+        x, q = apply_step(x, q, data.translation[:, i], data.rotation[:, i])
+        other_x, other_q = apply_step(other_x, other_q, wrong.translation[:, i], wrong.rotation[:, i])
         assert torch.equal((x - other_x).norm(dim=-1) > 1e-6, held[:, i])
         torch.testing.assert_close(x[~held[:, i]], other_x[~held[:, i]], rtol=0, atol=1e-9)
         torch.testing.assert_close(q[~held[:, i]], other_q[~held[:, i]], rtol=0, atol=1e-9)
@@ -389,12 +382,7 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(confi
     taught = float(flow.loss(longer, noise, data, time, config)[0]) > 1e-6
     assert taught == (config.rotation == "linear" and config.rotation_loss == "mse")
     states: list[Action] = []
-
-    def predict(state: Action, time: Tensor) -> Action:
-        states.append(state)
-        return longer
-
-    flow.integrate(predict, noise, 4, config)
+    flow.integrate(lambda state, _: states.append(state) or longer, noise, 4, config)
     for k, state in enumerate(states):
         expected = flow.interpolate(noise, data, torch.full((64,), k / 4, dtype=torch.float64), config)[0]
         same = torch.allclose(state.rotation, expected.rotation, atol=1e-9)
@@ -414,11 +402,8 @@ def test_error_falls_as_one_over_steps() -> None:
         right = quat_multiply(state.rotation, torch.cat([zero, b]))
         return Action(state.translation, (left + right) / 2, -state.gripper)
 
-    end = Action(
-        noise.translation * math.e,
-        quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b)),
-        noise.gripper / math.e,
-    )
+    rotation = quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b))
+    end = Action(noise.translation * math.e, rotation, noise.gripper / math.e)
     results = {n: flow.integrate(predict, noise, n, S3) for n in (50, 100, 200)}
     for n in (50, 100):
         for part in ("translation", "gripper"):
@@ -432,7 +417,6 @@ def test_error_falls_as_one_over_steps() -> None:
 def test_bad_configuration_is_one_line_with_a_suggestion() -> None:
     for field in ("rotation", "rotation_loss", "prediction"):
         refuses(f"{field} 'wrong'", FlowConfig, **{field: "wrong"})
-    noise = flow.sample_noise((1, 1), S3)
     for steps in (0, 2.5):
         refuses("flow steps", FlowConfig, steps=steps)
-    refuses("at least 1", flow.integrate, lambda state, _: state, noise, 0, S3)
+    refuses("at least 1", flow.integrate, lambda state, _: state, flow.sample_noise((1, 1), S3), 0, S3)

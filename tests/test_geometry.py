@@ -124,8 +124,7 @@ def test_euler_agrees_with_scipy(convention: geo.Euler) -> None:
 @pytest.mark.parametrize("convention", ["xyz", "XYZ"])
 def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.Euler) -> None:
     for pitch in [math.pi / 2 - t for t in TINY] + [-math.pi / 2 + t for t in TINY]:
-        angles = torch.tensor([0.7, pitch, -1.9], dtype=torch.float64)
-        q = geo.euler_to_quat(angles, convention)
+        q = geo.euler_to_quat(torch.tensor([0.7, pitch, -1.9], dtype=torch.float64), convention)
         measured = geo.quat_to_euler(q, convention)
         assert float(geo.quat_distance(q, geo.euler_to_quat(measured, convention))) < 1e-14
         if abs(pitch) == math.pi / 2:

@@ -93,8 +93,7 @@ def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: in
 
 def test_repeated_values_count_as_often_as_they_occur() -> None:
     values = np.random.default_rng(0).normal(size=20_000).round(1)
-    fitted = CoordinateTokenizer.fit(values, bins=64)
-    for i, edge in enumerate(fitted.edges[1:-1], start=1):
+    for i, edge in enumerate(CoordinateTokenizer.fit(values, bins=64).edges[1:-1], start=1):
         # The tick that the edge was spread below holds the i-th share of the values.
         tick = np.ceil(edge * 10 - 1e-9) / 10
         assert (values < tick - 0.01).mean() - 0.01 <= i / 64 <= (values < tick + 0.01).mean() + 0.01
@@ -117,7 +116,7 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
     refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
     tokenizer.save(path)
     good = json.loads(path.read_text())
-    bad = [
+    for text in (
         "{",
         "[]",
         json.dumps({k: v for k, v in good.items() if k != "edges"}),
@@ -128,8 +127,7 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
         json.dumps(good | {"edges": [*good["edges"][:-1], math.inf]}),
         json.dumps(good | {"edges": [0.0], "representatives": []}),
         json.dumps(good | {"edges": [good["edges"]], "representatives": [[]]}),
-    ]
-    for text in bad:
+    ):
         path.write_text(text)
         refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
 
@@ -184,8 +182,7 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     assert new.dtype == torch.bfloat16
     assert new.shape == (8, 16)
     assert bool(torch.isfinite(new).all())
-    centred = (few - few.mean(0)).float()
-    basis = torch.linalg.svd(centred).Vh[:2]
+    basis = torch.linalg.svd((few - few.mean(0)).float()).Vh[:2]
     offset = new.float() - few.float().mean(0)
     assert float((offset - offset @ basis.T @ basis).abs().max()) < 0.02
     constant = torch.full((10, 4), 0.5)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -139,10 +140,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused
 
 
 def test_interrupted_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("spear.data.inspect.inspect", interrupted)
+    monkeypatch.setattr("spear.data.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
     assert main(["data", "inspect", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -203,7 +201,6 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 def test_every_option_that_a_text_names_exists() -> None:
     known = {"--help", "--version", "--upgrade", "--nproc-per-node", "--no-python"}  # of pip and torchrun too
-
     for name in COMMANDS:
         if (options := options_of(load(name))) is not None:
             known.update(option_names(options))

@@ -24,8 +24,7 @@ BACKBONES = ("convert", "backbones")
 
 
 def coordinates(path: Path, bins: int = TINY14.bins) -> str:
-    values = np.random.default_rng(0).normal(size=1000)
-    CoordinateTokenizer.fit(values, bins, "metre").save(path)
+    CoordinateTokenizer.fit(np.random.default_rng(0).normal(size=1000), bins, "metre").save(path)
     return str(path)
 
 

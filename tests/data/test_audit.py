@@ -23,6 +23,7 @@ from spear.report.audit import conclusion, text
 from spear.util.images import encode_jpeg
 
 RATE = 10.0
+BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
 _BOTH: dict[str, str | None] = {"kind": "delta", "signs": "+++", "shift": "0", "state": "euler_xyz"}
 RIGHT = {
     "translation": {**_BOTH, "frame": "base", "unit": "m", "form": "-"},
@@ -40,8 +41,7 @@ def motions(episodes: int = 6, steps: int = 24, still: bool = False) -> list[tup
         waves = [draw(-1, 1) * np.sin(w * time + draw(0, 6)) for w in (1.5, 4.0, 2.0, 3.0)]
         position = [0.4, 0.0, 0.2] + (0 if still else 0.05) * (waves[0] + 0.5 * waves[1])
         turns = Rotation.from_rotvec(0.7 * (waves[2] + waves[3]))
-        rotation = Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3)) * turns
-        found.append((position, rotation))
+        found.append((position, Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3)) * turns))
     return found
 
 
@@ -74,9 +74,10 @@ def recordings(**planted: Any) -> list[Recording]:
     return found
 
 
-def only(part: str, recording: Recording) -> Recording:
-    """Without the logged values of the other part, which saves time."""
-    return dataclasses.replace(recording, **{"turn" if part == "translation" else "translation": None})
+def only(part: str, **planted: Any) -> list[Recording]:
+    """Recordings without the logged values of the other part, which saves time."""
+    other = "turn" if part == "translation" else "translation"
+    return [dataclasses.replace(recording, **{other: None}) for recording in recordings(**planted)]
 
 
 def verdicts(report: Report, part: str) -> dict[str, tuple[str, str]]:
@@ -111,7 +112,7 @@ def test_a_right_dataset_is_found_right() -> None:
     ids=str,
 )
 def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, question: str, truth: str) -> None:
-    made = [only(part, r) for r in recordings(**planted)]
+    made = only(part, **planted)
     report = judge(made, RIGHT)
     assert verdicts(report, part)[question] == (truth, "wrong")
     assert report.outcome == "contradiction" and "WRONG" in text(report)
@@ -123,29 +124,24 @@ def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, quest
 
 def test_units_are_measured_and_named() -> None:
     # As of simulators whose actions are -1 … 1.
-    made = [only("translation", r) for r in recordings(step_scale=1 / 0.05)]
-    found = verdicts(judge(made, RIGHT), "translation")
+    found = verdicts(judge(only("translation", step_scale=1 / 0.05), RIGHT), "translation")
     best, verdict = found["unit"]
     assert verdict == "wrong" and float(best.split()[0]) == pytest.approx(0.05, rel=0.1)
     assert found["frame"] == ("base", "agrees")
-    made = [only("translation", r) for r in recordings(position_scale=1000, step_scale=1000)]
+    made = only("translation", position_scale=1000, step_scale=1000)
     assert "not metres, but mm" in conclusion(judge(made, RIGHT))
     report = judge(recordings(state_scale=180 / np.pi, turn_scale=180 / np.pi), RIGHT)
     assert any("degrees, where the layout has radians" in remark for remark in report.states)
 
 
 def test_what_cannot_be_told_is_said() -> None:
-    still, noise, flat = (
-        [only("translation", r) for r in recordings(**planted)]
-        for planted in ({"still": True}, {"noise": 1.0}, {})
-    )
-    (part,) = judge(still, RIGHT).parts
+    (part,) = judge(only("translation", still=True), RIGHT).parts
     assert part.verdict == "cannot tell" and "hardly moves" in part.note
-    (noise,) = judge(noise, RIGHT).parts
+    (noise,) = judge(only("translation", noise=1.0), RIGHT).parts
     assert noise.verdict == "cannot tell" and "no reading explains" in noise.note
     assert {f.verdict for f in noise.findings} == {"cannot tell"}
     # An arm that never tilts: its own frame is the base frame.
-    flat = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in flat]
+    flat = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in only("translation")]
     frame = next(f for f in judge(flat, RIGHT).parts[0].findings if f.question == "frame")
     assert frame.verdict == "cannot tell" and set(frame.tied) == {"base", "ee"}
     short = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings()]
@@ -215,9 +211,6 @@ def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
 
 
-BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
-
-
 def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
     """The audit of the real sample with another layout; without its rotations, which saves time."""
     layout = folder / "layout.json"
@@ -253,19 +246,15 @@ def test_grippers_and_cameras_that_are_something_else(
 
 
 def test_two_cameras_that_are_exchanged() -> None:
-    rng = np.random.default_rng(0)
-    still = rng.integers(0, 255, (60, 80, 3))
+    still = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
     beside, hand = [], []
     for step in range(8):
         beside.append(still.copy())
         beside[-1][10:20, 5 * step : 5 * step + 20] = 0  # the arm, before the same background
         hand.append(np.roll(still, 9 * step, axis=1))
     position = np.arange(24.0).reshape(8, 3) / 100
-    external, wrist = (
-        look([encode_jpeg(image.astype(np.uint8)) for image in images], position, 5.0, "it")
-        for images in (beside, hand)
-    )
-    refuses("images", look, [encode_jpeg(still.astype(np.uint8))] * 7, position, 5.0, "it")
+    external, wrist = (look([*map(encode_jpeg, shown)], position, 5.0, "it") for shown in (beside, hand))
+    refuses("images", look, [encode_jpeg(still)] * 7, position, 5.0, "it")
     assert external.change < 0.2 < wrist.change and not external.blank
     for views, verdict in (((external, wrist), "agrees"), ((wrist, external), "wrong")):
         (check,) = check_cameras({"external": [views[0]] * 6, "wrist": [views[1]] * 6})
@@ -273,8 +262,7 @@ def test_two_cameras_that_are_exchanged() -> None:
 
 
 def test_a_camera_slower_than_the_steps_is_not_called_exchanged() -> None:
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
     images = [encode_jpeg(pictures[step // 6]) for step in range(60)]
     position = np.arange(180.0).reshape(60, 3) / 1000
     view = look(images, position, 30.0, "it")

@@ -11,7 +11,6 @@ from data_tiny import assert_same
 from refusals import refuses
 from spear.data.demonstrations import demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
-from spear.errors import SpearError
 from spear.sim.record import Acts
 from spear.util.ledger import lock
 
@@ -22,8 +21,7 @@ FAMILIES = "put_on", "spoon_on_towel", "put_on"  # twice, which changes nothing
 def record(
     out: Path, episodes: int = 2, first_seed: int = 10_000, policy: Acts | None = None, **changed: object
 ) -> tuple[int, int]:
-    sizes: Any = {**SIZES, **changed}
-    return demonstrate(out, FAMILIES, episodes, first_seed, sizes, workers=0, policy=policy)
+    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, policy=policy)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +68,8 @@ def test_a_folder_with_others_stays(whole: Path, changed: dict[str, object], wor
 
 
 def test_one_recording_at_a_time(whole: Path) -> None:
-    with lock(whole / ".lock"), pytest.raises(SpearError, match="another process is recording"):
-        record(whole, episodes=3)
+    with lock(whole / ".lock"):
+        refuses("another process is recording", record, whole, episodes=3)
     assert len(EpisodeStore(whole)) == 4
 
 

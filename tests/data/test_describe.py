@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import copied
+from data_tiny import copied, edit
 from refusals import refuses
 from spear.cli import main
 from spear.data.audit import audit
@@ -112,14 +112,13 @@ def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: P
 
 def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
     copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
-    info = json.loads((copy / "meta/info.json").read_text())
     taken = describe(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
     motors = [*(f"joint_{i}" for i in range(6)), "gripper"]
-    info["features"]["observation.state"]["names"] = {"motors": motors}
-    (copy / "meta/info.json").write_text(json.dumps(info))
+    state = {"names": {"motors": motors}}
+    edit(copy / "meta/info.json", lambda info: info["features"]["observation.state"].update(state))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken
     (copy / "spear.json").write_text(json.dumps(taken))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,8 @@ from spear.data.mixture import Mixture, TrainingSamples, jitter
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.types import Episode
+
+VIEWS = {"external": (12, 16), "wrist": (6, 6)}
 
 
 def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
@@ -43,9 +45,6 @@ def mixture(tmp_path: Path) -> Mixture:
     a = make_store(tmp_path / "a", "a", 5, wrist=True)
     b = make_store(tmp_path / "b", "b", 2, wrist=False)
     return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
-
-
-VIEWS = {"external": (12, 16), "wrist": (6, 6)}
 
 
 def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
@@ -148,13 +147,9 @@ def test_the_order_depends_on_seed_and_step_alone(
 def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     """The batches of the training loop, made by none, one or two processes, and from the middle on."""
     samples = TrainingSamples(mixture, VIEWS, augment=1.0)
-
-    class Drawn:
-        def batch(self, step: int) -> dict[str, Any]:
-            return samples.batch(step, 3)
-
-    runs = [list(loop.batches(Drawn(), 2, 7, workers)) for workers in (0, 1, 2)]
-    runs.append(list(loop.batches(Drawn(), 2, 4, 2)) + list(loop.batches(Drawn(), 4, 7, 1)))
+    task = SimpleNamespace(batch=lambda step: samples.batch(step, 3))
+    runs = [list(loop.batches(task, 2, 7, workers)) for workers in (0, 1, 2)]
+    runs.append(list(loop.batches(task, 2, 4, 2)) + list(loop.batches(task, 4, 7, 1)))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             np.testing.assert_equal(a, b)

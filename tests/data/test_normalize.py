@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -78,10 +79,9 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
         "minmax": np.stack([rows.min(0), rows.max(0)]),
         "meanstd": middle + np.sqrt(share @ (rows - middle) ** 2) * [[-1], [1]],
     }[mode]
-    found = [
-        np.concatenate([getattr(normalizer, f"{what}_{part}") for what in ("translation", "position")])
-        for part in ("offset", "scale")
-    ]
+    offset = [*normalizer.translation_offset, *normalizer.position_offset]
+    scale = [*normalizer.translation_scale, *normalizer.position_scale]
+    found = [offset, scale]
     atol = 2e-3 if mode == "quantile" else 1e-6  # NumPy has weights for quantiles that are not interpolated
     np.testing.assert_allclose(found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol)
 
@@ -104,11 +104,7 @@ def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
 def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
     both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
-
-    class Words:
-        def instructions(self, texts: list[str], cut: bool) -> dict[str, torch.Tensor]:
-            return {"input_ids": torch.zeros(len(texts), 1)}
-
+    words = SimpleNamespace(instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)})
     image = np.zeros((3, 2, 4, 3), np.uint8)
     image[:, 1, 3, 0] = 9
     raw = {
@@ -122,7 +118,7 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
         "instruction": ["go"] * 3,
         "dataset": np.array([1, 0, 1]),
     }
-    batch = robot_inputs(Words(), both, raw)  # type: ignore[arg-type]
+    batch = robot_inputs(words, both, raw)
     assert batch["pixel_values"]["external"].shape == (3, 3, 2, 4)
     assert (batch["pixel_values"]["external"][:, 0, 1, 3] == 9).all()
     np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
@@ -197,9 +193,8 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 @given(st.sampled_from(list(STREAMS)), st.integers(1, 6000), st.lists(st.floats(0, 1), max_size=5))
 def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]) -> None:
     values = STREAMS[kind](np.random.default_rng(0), count)
-    pieces = np.split(values, sorted(int(c * count) for c in cuts))
     sketch = QuantileSketch(256)
-    for piece in pieces:
+    for piece in np.split(values, sorted(int(c * count) for c in cuts)):
         sketch.add(piece)
     assert sketch.count == count and sketch.weighted()[1].sum() == count
     assert worst_rank(sketch, values) <= (6 / 256 if count > 256 else 0) + 1e-12

@@ -51,8 +51,7 @@ def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
 @pytest.mark.parametrize("name", embodiments.names())
 def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
     robot = embodiments.load(name)
-    ours = robot.read(robot.example())
-    state = ours["observation/state"]
+    state = robot.read(robot.example())["observation/state"]
     assert state.shape == (8,) and state.dtype == np.float32
     assert np.linalg.norm(state[3:7]) == pytest.approx(1) and 0 <= state[7] <= 1
     for control in robot.controls.values():

@@ -47,8 +47,7 @@ def test_poses_become_actions_and_lead_back() -> None:
     actions, known = robot.chunk(state, commands, np.array([0, 0, 0, 0, 1, 1], bool))
     assert known.tolist() == [True] * 4 + [False]
     np.testing.assert_allclose(actions[:, 7], [1, 1, 0.4, 0, 0], atol=1e-6)
-    before = [here, *commands[:4]]
-    for action, a, b in zip(actions, before, commands[:5], strict=True):
+    for action, a, b in zip(actions, [here, *commands[:4]], commands[:5], strict=True):
         np.testing.assert_allclose(action[:3], b[:3] - a[:3], atol=1e-6)
         turn = Rotation.from_rotvec(a[3:6]).inv() * Rotation.from_rotvec(b[3:6])
         assert (Rotation.from_quat(action[3:7], scalar_first=True).inv() * turn).magnitude() < 1e-5
@@ -101,8 +100,7 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
 
 def test_frames_of_episodes_that_failed_do_not_count(tmp_path: Path) -> None:
     """As in `spear train`; but columns of these names in others' datasets mean what they mean there."""
-    ends = enumerate((True, False, None))
-    episodes = [with_actions(make(i, success=success)) for i, success in ends]
+    episodes = [with_actions(make(i, success=success)) for i, success in enumerate((True, False, None))]
     write_lerobot(iter(episodes), tmp_path / "exported", "image")
     info = json.loads((tmp_path / "exported" / "meta" / "info.json").read_text())
     meta = SimpleNamespace(root=tmp_path / "exported", total_frames=18, features=info["features"])

@@ -21,8 +21,7 @@ SMALL = {"external": (48, 32), "wrist": (24, 24)}
 
 
 def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
-    made = TabletopOptions(scenes, families=families or ("put_on",), **options)
-    return evaluate(agent, made)[0]
+    return evaluate(agent, TabletopOptions(scenes, families=families or ("put_on",), **options))[0]
 
 
 class Half(ExpertAgent):
@@ -64,8 +63,7 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
     runs: list[Sequence[Outcome]] = []
     for batch in (1, 3):
         policy = Wander()
-        agent = PolicyAgent(policy, "x")
-        runs.append(run(agent, 3, first_seed=20, batch=batch, replan=5).outcomes)
+        runs.append(run(PolicyAgent(policy, "x"), 3, first_seed=20, batch=batch, replan=5).outcomes)
         assert policy.shapes == {(32, 48, 3), (24, 24, 3)}
     assert runs[0] == runs[1]
 

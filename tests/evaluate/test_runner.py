@@ -46,10 +46,9 @@ class Parity:
             self.ran.append((seed, filming))
             self.most = max(self.most, len(self.tracks))
             success = filming if self.fickle else seed % 2 == 0
-            ended = Outcome(family, seed, "go", success, True, True, False, 0, 9)
             track = Track(f"{family} {seed}" if filming else "")
             self.tracks.add(track)
-            yield ended, 2.5, track
+            yield Outcome(family, seed, "go", success, True, True, False, 0, 9), 2.5, track
             del track
 
     def film(self, outcome: Outcome, track: str) -> str:

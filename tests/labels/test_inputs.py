@@ -45,8 +45,7 @@ def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Frac
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", gop
         stream.bit_rate, stream.codec_context.sample_aspect_ratio = 8_000_000, aspect
         for i in range(frames):
-            image = np.full((48, 64, 3), 5 * i, np.uint8)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * i, np.uint8), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -158,9 +157,8 @@ def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
-    (tmp_path / "good.png").write_bytes(png(7))
-    (tmp_path / "tiny.png").write_bytes(png(7, 1, 1))
-    (tmp_path / "zero.png").write_bytes(b"")
+    for name, data in {"good": png(7), "tiny": png(7, 1, 1), "zero": b""}.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
     items = list(find(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
     kinds = [type(work.error) for work in read([*items, gone])]
@@ -186,11 +184,10 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
 )
 def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("words")
+    for file in ("notes.txt", "bad.parquet", "bad.mp4"):
+        (tmp_path / file).write_text("words")
     tarred(tmp_path / "whole.tar", dict.fromkeys(("0.png", "1.png"), bytes(5000)))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
-    (tmp_path / "bad.parquet").write_bytes(b"words")
-    (tmp_path / "bad.mp4").write_bytes(b"words")
     pq.write_table(pa.table({"x": ["y"]}), tmp_path / "words.parquet")
     pq.write_table(pa.table({"a": [b"y"], "b": [b"y"]}), tmp_path / "two.parquet")
     said = refuses("", list, find(str(tmp_path / name)))

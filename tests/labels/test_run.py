@@ -23,6 +23,8 @@ from spear.labels.run import Progress, label_folder, prepare
 from spear.labels.store import count, read
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
+UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
+"""A detector to which four images do not get through."""
 
 
 def run(
@@ -84,10 +86,6 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
     assert json.loads((whole / "run.json").read_text())["detector"] == "bright"
 
 
-UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
-"""A detector to which four images do not get through."""
-
-
 def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, skipped=7, retryable=4)
@@ -107,7 +105,6 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     """In one large shard, whose rows are stored in several groups; and with an unfinished shard after it."""
     run(source, tmp_path / "whole", shard=17)
     out = tmp_path / "labels"
-
     with pytest.raises(KeyboardInterrupt):
         run(source, out, detector=UNREACHED, shard=17, stop=7)
     (out / "questions.parquet").touch()  # about the labels so far
@@ -156,10 +153,9 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
     chance = random.Random(0)
     deaths = shards = 0
     while deaths < 6 or not shards:  # on a slow computer, all may die young: then give them more time
-        args = (str(source), str(out), deaths == 2)
         # A forked process has no workers: it would take its parent's fork server for its own.
         context: Any = multiprocessing.get_context("forkserver" if deaths == 2 else "fork")
-        process = context.Process(target=_labels_in_a_process, args=args)
+        process = context.Process(target=_labels_in_a_process, args=(str(source), str(out), deaths == 2))
         process.start()
         while not (out / "run.json").is_file():
             time.sleep(0.01)

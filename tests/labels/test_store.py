@@ -17,8 +17,7 @@ from spear.types import LabeledImage
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(3)
-    frames = [random_frame(rng, objects=n % 4) for n in range(23)]
-    return list(label(frames, *TRUTH))
+    return list(label([random_frame(rng, objects=n % 4) for n in range(23)], *TRUTH))
 
 
 def write(labels: Sequence[LabeledImage], folder: Path, size: int = 18) -> list[Path]:

@@ -15,6 +15,7 @@ from spear.tokens import CoordinateTokenizer
 
 NUMBER = (START, START + TINY.bins)
 END, PAD = 1, 0
+COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
 def allowed(grammar: decode.Grammar | None, said: list[int], left: int) -> set[int]:
@@ -88,9 +89,6 @@ def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: in
     ids, _ = text(1, 6)
     images = pixels(1, views=("external",))
     refuses(f"{needs} tokens", decode.greedy, vlm(), images, ids, None, needs - 1, grammar)
-
-
-COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
 def test_a_certain_answer_reads_the_same_every_way() -> None:

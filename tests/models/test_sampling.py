@@ -1,6 +1,5 @@
 """Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
 
-import dataclasses
 import weakref
 from typing import Any
 
@@ -17,7 +16,7 @@ from spear.errors import Notice
 from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
 from spear.models.fast.stack import Stack
-from spear.models.presets import Preset, spear1_config, vlm_config
+from spear.models.presets import spear1_config, vlm_config
 from spear.models.sampling import SAMPLER
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.types import Action
@@ -34,13 +33,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
     ids, mask = text(batch, 6, seed)
-    generator = torch.Generator().manual_seed(seed)
-    given = {
-        "pixel_values": pixels(batch, seed, views),
-        "input_ids": ids,
-        "attention_mask": mask if padded else None,
-        "state": torch.randn(batch, 10, generator=generator),
-    }
+    state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
+    given = {"pixel_values": pixels(batch, seed, views), "input_ids": ids, "state": state}
+    given["attention_mask"] = mask if padded else None
     if padded and "wrist" in views:
         given["view_mask"] = {"wrist": torch.arange(batch) != 1}
     return given
@@ -102,9 +97,7 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
 
 
 def test_three_views_of_one_size_and_bfloat16() -> None:
-    size = dataclasses.replace(TINY, image_sizes={name: (32, 32) for name in ("a", "b", "c")})
-    torch.manual_seed(0)
-    model = Spear1ForActionPrediction(spear1_config(size)).eval()
+    model = spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
     given, noise = observation(2, (), True), actions(2, H)
     given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
     calls: list[int] = []
@@ -128,10 +121,9 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
 def test_gemma2_layers_too() -> None:
     config = {**TEXT, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "sliding_window": 4096}
     torch.manual_seed(0)
-    size: Preset = TINY
-    inner = vlm_config(size)
+    inner = vlm_config(TINY)
     inner.text_config = Gemma2Config(**config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    model = Spear1ForActionPrediction(spear1_config(size, inner)).eval()
+    model = Spear1ForActionPrediction(spear1_config(TINY, inner)).eval()
     for padded in (False, True):
         acted(model, observation(2, ("external",), padded), actions(2, H), 3)
 

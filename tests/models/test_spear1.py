@@ -119,8 +119,7 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     wanted = flow.with_mistakes(demonstrated, held, same).to_vector()
     torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
     loss.backward()
-    gradient = said[0].grad
-    taught = gradient.reshape(B, 8, H, 8).abs().sum(-1) > 0
+    taught = said[0].grad.reshape(B, 8, H, 8).abs().sum(-1) > 0
     assert torch.equal(taught, ~held & counts[:, None])
     # One action after another, each a chunk of its own at its own time.
     each = [said[0].detach().reshape(B, 8, H, 8), noise.to_vector(), wanted]
@@ -131,8 +130,7 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
 
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
     model = spear1().train()
-    images, ids, mask, state = inputs()
-    model(images, ids, mask, state, actions(B, H), flow_samples=2).loss.backward()
+    model(*inputs(), actions(B, H), flow_samples=2).loss.backward()
     lacking = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # Of the VLM's last layer only the keys and values are read; nothing after them can learn.
     last = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
@@ -147,9 +145,8 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
     first = Action.from_vector(model.action_out_proj.bias.detach())  # of a clean action: not to turn
     assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
-    images, ids, mask, state = inputs()
     noise = (flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    sampled = [model.sample_actions(images, ids, mask, state, drawn, steps=7) for drawn in noise]
+    sampled = [model.sample_actions(*inputs(), drawn, steps=7) for drawn in noise]
     assert sampled[0].to_vector().shape == (B, H, 8)
     assert torch.equal(sampled[0].to_vector(), sampled[1].to_vector())
     assert not torch.equal(sampled[0].to_vector(), sampled[2].to_vector())
@@ -168,9 +165,8 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
         assert again.flow == model.flow
         assert again.config.vlm_config.views == model.config.vlm_config.views
         if dtype == torch.float32:
-            images, ids, mask, proprio = inputs()
             noise = actions(B, H)
-            same = [m.sample_actions(images, ids, mask, proprio, noise=noise) for m in (model, again)]
+            same = [m.sample_actions(*inputs(), noise=noise) for m in (model, again)]
             assert torch.equal(same[0].to_vector(), same[1].to_vector())
     saved = json.loads((tmp_path / "config.json").read_text())
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()

@@ -17,12 +17,8 @@ from spear.models.vlm import IGNORE, token_loss
 def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
     ids, mask = text(rows, length, last=START + TINY.bins)
     answer = (torch.arange(length) >= prompt) & mask.bool()
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "token_type_ids": answer.long(),
-        "labels": ids.masked_fill(~answer, IGNORE),
-    }
+    labels = ids.masked_fill(~answer, IGNORE)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": answer.long(), "labels": labels}
 
 
 def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
@@ -111,8 +107,7 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
 
 def test_the_depth_model_ignores_unknown_pixels() -> None:
     torch.manual_seed(0)
-    config = MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4)
-    model = MogeForDepth(config)
+    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4))
     image = pixels(4)["external"]
     depth = 0.5 + image[:, 0].float() / 255
     depth[:, :4, :8] = math.inf

@@ -20,6 +20,11 @@ from spear.serve.client import RemotePolicy
 
 GENERIC = load("generic")
 MANY = 2**20
+HELLO = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+PING = b"\x89\xfdmask" + bytes(125)
 
 
 @pytest.mark.parametrize(
@@ -52,21 +57,12 @@ def test_messages_of_every_shape_are_refused_or_understood() -> None:
     assert min(counts.values()) > 300
 
 
-HELLO = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-
-
 def deaf(port: int) -> socket.socket:
     """A client that is welcome and reads nothing more."""
     made = socket.create_connection(("127.0.0.1", port), 60)
     made.sendall(HELLO)
     assert b" 101 " in made.recv(20)
     return made
-
-
-PING = b"\x89\xfdmask" + bytes(125)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +149,8 @@ def test_pages_of_others_get_nothing(path: str) -> None:
         for right in ({"Origin": f"http://127.0.0.1:{port}"}, *({"Host": host} for host in hosts)):
             assert get(running, path, **right)[0] == found
         for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
-            options: dict[str, Any] = headers
             with pytest.raises(InvalidStatus, match=r"40[03]"):
-                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **options)
+                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **headers)
 
 
 def test_an_address_for_others_is_one_that_answers() -> None:

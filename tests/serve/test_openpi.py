@@ -93,8 +93,7 @@ def test_the_real_client_drives_droid(openpi_python: Path, nano: Spear1Policy, t
     assert said["timing"][0]["infer_ms"] > 0 and said["timing"][1]["prev_total_ms"] > 0
     got = np.load(tmp_path / "out.npz")
     sent = {key: got[key] for key in got.files if key.startswith("observation/")}
-    here = Service(nano, robot, "nano", "droid")
-    expected = here.answer([{**sent, "prompt": seen["prompt"]}])[0]
+    expected = Service(nano, robot, "nano", "droid").answer([{**sent, "prompt": seen["prompt"]}])[0]
     assert got["actions"].shape == (15, 8)
     np.testing.assert_allclose(got["actions"], expected["actions"], atol=1e-5)
     assert got["again"].shape == (15, 8) and np.isfinite(got["again"]).all()

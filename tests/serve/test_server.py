@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -238,14 +239,11 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with serving() as server:
         policy = RemotePolicy(url(server))
         for batch in ([seen(0.1)], [seen(0.1), seen(0.2)]):
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr(ClientConnection, "recv", interrupted)
+                patched.setattr(ClientConnection, "recv", Mock(side_effect=KeyboardInterrupt))
                 policy.infer_batch(batch)
             np.testing.assert_allclose(policy.infer(seen(0.3))["actions"][0, 0], -0.03, rtol=1e-5)
             policy.infer_batch([seen(), seen()])

@@ -26,8 +26,7 @@ def as_rotation(quat: np.ndarray) -> Rotation:
 
 
 def test_forward_kinematics_equal_the_published_parameters() -> None:
-    rng = np.random.default_rng(0)
-    joints = rng.uniform(control.JOINT_LOWER, control.JOINT_UPPER, (50, 7))
+    joints = np.random.default_rng(0).uniform(control.JOINT_LOWER, control.JOINT_UPPER, (50, 7))
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = control.pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)

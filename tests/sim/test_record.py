@@ -20,16 +20,14 @@ NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
-    still = Disturbance(start=0)
-    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, still)
+    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, Disturbance(start=0))
     assert episode.success and episode.rate_hz == 5
     for name, size in zip(("external", "wrist"), SIZES, strict=True):
         assert len(episode.images[name]) == len(episode)
         assert Image.open(io.BytesIO(episode.images[name][-1])).size == size
     assert episode.action is not None and episode.action.shape == (len(episode), 8)
     assert episode.action_mask is not None and episode.action_mask.all()
-    moved = np.diff(episode.position, axis=0)
-    error = np.linalg.norm(moved - episode.action[:-1, :3], axis=1)
+    error = np.linalg.norm(np.diff(episode.position, axis=0) - episode.action[:-1, :3], axis=1)
     assert np.median(error) < 1e-3 and np.quantile(error, 0.9) < 5e-3
     poses = Rotation.from_quat(episode.rotation, scalar_first=True)
     turned = poses[:-1].inv() * poses[1:]
@@ -72,8 +70,7 @@ def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
         seeds.append((seed, step))
         return NOTHING
 
-    policy = Acts(Path("weights"), stay)
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=policy)
+    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay))
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9

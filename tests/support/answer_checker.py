@@ -71,8 +71,7 @@ def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
     """The objects that the prompt names, in the order of their mention; longer names first."""
     mentions: dict[int, LabeledObject] = {}
     for o in sorted(label.objects, key=lambda o: -len(o.name)):
-        pattern = rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)"
-        for match in re.finditer(pattern, prompt):
+        for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
             if not any(s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()):
                 mentions[match.start()] = o
     return [mentions[s] for s in sorted(mentions)]
@@ -147,7 +146,6 @@ def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
     x, y, z = point
     if z <= 0:
         return -1.0, -1.0
-    return (
-        (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width,
-        (float(k[1][1]) * y / z + float(k[1][2])) / label.height,
-    )
+    u = (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width
+    v = (float(k[1][1]) * y / z + float(k[1][2])) / label.height
+    return u, v

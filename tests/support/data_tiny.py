@@ -4,7 +4,7 @@ import json
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -
     if layout is not None:
         (target / "spear.json").write_text(json.dumps(layout))
     return target
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a JSON file holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:
@@ -59,14 +66,12 @@ def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: 
     """A smooth episode whose images can be told apart."""
     t = np.arange(steps, dtype=np.float32)
     angle = 0.1 * t + index
-    position = np.stack([0.3 + 0.01 * t, 0.02 * np.sin(angle), 0.2 + 0 * t], axis=1)
-    rotation = np.stack([np.cos(angle / 9), 0 * t, 0 * t, np.sin(angle / 9)], axis=1)
     shown = 0 if "images" in parts else steps
     images = [np.full((*size, 3), (30 * k + 20, 40 * index, 90), np.uint8) for k in range(shown)]
     fields: dict[str, Any] = {
         "images": {"external": [encode_jpeg(image) for image in images]},
-        "position": position,
-        "rotation": rotation,
+        "position": np.stack([0.3 + 0.01 * t, 0.02 * np.sin(angle), 0.2 + 0 * t], axis=1),
+        "rotation": np.stack([np.cos(angle / 9), 0 * t, 0 * t, np.sin(angle / 9)], axis=1),
         "gripper": (t % 2).astype(np.float32),
         "instruction": f"push the block {index % 2}",
         "rate_hz": 5.0,

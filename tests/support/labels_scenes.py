@@ -9,12 +9,12 @@ from spear.types import Array, Box3D, Frame
 
 TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
+Block = tuple[Array, Array, float]
+"""Centre [3], size [3], yaw of a box; base frame, m."""
 
 
-def camera(
-    width: int = 192, height: int = 128, pitch: float = 40.0, distance: float = 0.8
-) -> tuple[Array, Array]:
-    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin."""
+def camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
+    """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m away."""
     focal = 0.9 * width
     k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
     p = np.radians(pitch)
@@ -22,32 +22,28 @@ def camera(
     right = np.array([0.0, -1.0, 0.0])
     pose = np.eye(4)
     pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    pose[:3, 3] = -distance * forward
+    pose[:3, 3] = -0.8 * forward
     return k, pose
 
 
-def render(
-    boxes: list[tuple[Array, Array, float]], names: list[str], pitch: float = 40.0, **size: int
-) -> Frame:
-    """Boxes (centre [3], size [3], yaw; base frame, m) on the table z = 0."""
+def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: int) -> Frame:
+    """Boxes on the table z = 0."""
     k, pose = camera(pitch=pitch, **size)
     width, height = size.get("width", 192), size.get("height", 128)
     rays = unproject(np.ones((height, width)), k).astype(float) @ pose[:3, :3].T
     origin = pose[:3, 3]
+    true = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
             turn = rotation(yaw)
-            near, far = _slab((origin - center) @ turn, rays @ turn, np.asarray(extent) / 2)
+            half = np.asarray(extent) / 2
+            near, far = _slab((origin - center) @ turn, rays @ turn, half)
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)
             instances[hit] = number
-    to_camera = pose[:3, :3]
-    true = {
-        number: (np.asarray(center) + SIGNS * np.asarray(extent) / 2 @ rotation(yaw).T - origin) @ to_camera
-        for number, (center, extent, yaw) in enumerate(boxes, start=1)
-    }
+            true[number] = (np.asarray(center) + SIGNS * half @ turn.T - origin) @ pose[:3, :3]
     image = np.full((height, width, 3), 90, np.uint8)
     for number in true:
         image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)
@@ -65,14 +61,12 @@ def random_frame(
     rng: np.random.Generator, objects: int = 5, names: tuple[str, ...] = NAMES, **size: int
 ) -> Frame:
     """Boxes of random size, place and yaw on the table, apart from each other."""
-    boxes: list[tuple[Array, Array, float]] = []
+    boxes: list[Block] = []
     while len(boxes) < objects:
         extent = rng.uniform(0.03, 0.12, 3)
         center = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25), extent[2] / 2])
-        if all(
-            np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + np.hypot(*extent[:2])) / 2
-            for c, e, _ in boxes
-        ):
+        reach = np.hypot(*extent[:2])
+        if all(np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + reach) / 2 for c, e, _ in boxes):
             boxes.append((center, extent, rng.uniform(0, np.pi)))
     chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
     return render(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)

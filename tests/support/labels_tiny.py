@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
+import transformers as hf
 
 WORDS = ("red", "cup", "fork", "plate", "a", "on", "photo", "of", "the", "##s", "steel", "bowl")
 
 
 def save_sam2(folder: Path, video: bool = False) -> Path:
     """SAM 2 for squares of 64 pixels; with its memory of earlier frames, as it is published, when `video`."""
-    import transformers as hf
-
     backbone = hf.Sam2HieraDetConfig(
         hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],
@@ -46,8 +45,6 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
 
 def save_grounding_dino(folder: Path) -> Path:
     """Grounding DINO with ten queries and prompts of 16 tokens; marks have BERT's numbers."""
-    import transformers as hf
-
     special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     taken = set(special.values())
     vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in taken} | special
@@ -73,8 +70,6 @@ def save_grounding_dino(folder: Path) -> Path:
 
 def save_owlv2(folder: Path) -> Path:
     """OWLv2 for squares of 32 pixels and queries of 32 letters or words."""
-    import transformers as hf
-
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = ["!", *letters, *(f"{letter}</w>" for letter in letters), "cu", "cup</w>"]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
@@ -91,9 +86,8 @@ def save_owlv2(folder: Path) -> Path:
     for parameter in network.box_head.parameters():
         parameter.data *= 0.1  # so that boxes stay near their patches
     network.save_pretrained(folder)
-    tokenizer = hf.CLIPTokenizer(
-        vocab=vocabulary, merges=[("c", "u"), ("cu", "p</w>")], pad_token="!", model_max_length=32
-    )
+    merges = [("c", "u"), ("cu", "p</w>")]
+    tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!", model_max_length=32)
     processor = hf.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})
     hf.Owlv2Processor(processor, tokenizer).save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """A preset of a few thousand parameters, and random inputs for it, for tests of the models."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +42,8 @@ def pixels(
     batch: int, seed: int = 0, views: tuple[str, ...] = ("external", "wrist")
 ) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    sizes = {view: TINY.image_sizes[view] for view in views}
-    return {
-        v: torch.randint(0, 256, (batch, 3, h, w), generator=g, dtype=torch.uint8)
-        for v, (w, h) in sizes.items()
-    }
+    shapes = {view: (batch, 3, *TINY.image_sizes[view][::-1]) for view in views}
+    return {v: torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for v, s in shapes.items()}
 
 
 def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,17 +68,10 @@ def actions(*shape: int, seed: int = 0) -> Action:
 
 
 def reference(
-    model: Spear1ForActionPrediction,
-    given: dict[str, Any],
-    noise: Action,
-    steps: int,
-    committed: flow.Committed | None = None,
+    model: Any, given: dict[str, Any], noise: Action, steps: int, committed: flow.Committed | None = None
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
-    state = given["state"]
-    inputs = {k: v for k, v in given.items() if k != "state"}
     with torch.no_grad():
-        prefix = model.prefix(**inputs)
-        return flow.integrate(
-            lambda noisy, time: model.predict(prefix, state, noisy, time), noise, steps, model.flow, committed
-        ).to_vector()
+        prefix = model.prefix(**{k: v for k, v in given.items() if k != "state"})
+        predict = partial(model.predict, prefix, given["state"])
+        return flow.integrate(predict, noise, steps, model.flow, committed).to_vector()

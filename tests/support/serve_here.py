@@ -54,8 +54,7 @@ SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
 @contextmanager
 def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str]]:
     """Code in a process of its own, whose output can be read."""
-    command = [sys.executable, "-c", code, *words]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **how)
+    running = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, **how)
     try:
         yield running
     finally:
@@ -83,24 +82,20 @@ def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str,
 
 @contextmanager
 def serving(
-    policy: Any = None,
-    robot: str = "generic",
-    page: Any = None,
-    bounds: Mapping[str, float] | None = None,
-    **options: Any,
+    policy: Any = None, robot: str = "generic", page: Any = None, bounds: Mapping[str, float] = {}, **how: Any
 ) -> Iterator[PolicyServer]:
     """A server on a free port of this machine, stopped at the end. bounds: other constants of its module."""
-    service = Service(policy or Homing(), embodiments.load(robot), "test", robot, options.get("control"))
+    service = Service(policy or Homing(), embodiments.load(robot), "test", robot, how.get("control"))
     started = threading.Event()
     held: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, ServeOptions("test", **{"port": 0, **options}), page)
+        server = PolicyServer(service, ServeOptions("test", **{"port": 0, **how}), page)
         held.update(server=server, loop=asyncio.get_running_loop())
         await server.run(lambda _: started.set())
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    with patch.dict("spear.serve.server.__dict__", bounds or {}):
+    with patch.dict("spear.serve.server.__dict__", bounds):
         thread.start()
         assert started.wait(120), "the server did not start"
         try:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,7 @@ class Regression:
     def batch(self, step: int) -> dict[str, Any]:
         return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         time.sleep(self.pause)
         x = batch["x"]
         noise = 0.1 * torch.randn(8, 1, generator=generator)
@@ -95,8 +93,7 @@ class Broken(Regression):
         self.bad, self.gradient = bad, gradient
 
     def batch(self, step: int) -> dict[str, Any]:
-        broken = torch.tensor(float(step in self.bad))
-        return {**super().batch(step), "more": {"broken": broken}}
+        return {**super().batch(step), "more": {"broken": torch.tensor(float(step in self.bad))}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         loss, parts = super().loss(batch, generator)
@@ -138,43 +135,38 @@ class Acting:
             },
         }
 
-    def loss(
-        self, batch: dict[str, Any], generator: torch.Generator | None
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
         asks, unused = batch.get("questions"), [None] * 3  # it looks only at the batch
-        task = VlaTask(self.model, *unused, self.stage, asks)  # type: ignore[arg-type]
-        return task.loss(batch, generator)  # type: ignore[arg-type]
+        return VlaTask(self.model, *unused, self.stage, asks).loss(batch, generator)  # type: ignore[arg-type]
 
 
-def start(function: Callable[[Path], None], root: Path, processes: int = 2) -> list[Any]:
-    """Call `function(root)` in so many processes that know of each other; what they say is in `root`. As in
-    the command, a `SpearError` is one line and exit code 2."""
+def start(function: Callable[..., None], root: Path, processes: int = 2, *given: Any) -> list[Any]:
+    """Call `function(root, *given)` in so many processes that know of each other; what they say is in `root`.
+    As in the command, a `SpearError` is one line and exit code 2."""
     # A process whose autograd has used a GPU cannot be forked.
     context: Any = multiprocessing.get_context("forkserver" if torch.backends.cuda.is_built() else "fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    made = [
-        context.Process(target=_work, args=(function, root, rank, processes, port))
-        for rank in range(processes)
-    ]
-    for process in made:
-        process.start()
+    made = []
+    for rank in range(processes):
+        made.append(context.Process(target=_work, args=(function, root, rank, processes, port, *given)))
+        made[-1].start()
     return made
 
 
-def said(function: Callable[[Path], None], root: Path, rank: int) -> str:
+def said(function: Callable[..., None], root: Path, rank: int) -> str:
     """What a process that `start` started wrote on stderr."""
     return (root / f"{function.__name__}-{rank}.txt").read_text()
 
 
-def _work(function: Callable[[Path], None], root: Path, rank: int, world: int, port: str) -> None:
+def _work(function: Callable[..., None], root: Path, rank: int, world: int, port: str, *given: Any) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(place, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
     sys.stderr = (root / f"{function.__name__}-{rank}.txt").open("w", buffering=1)
     torch.set_num_threads(1)
     try:
-        function(root)
+        function(root, *given)
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

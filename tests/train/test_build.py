@@ -42,8 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path) -> None:
     begun = load_vlm(inputs.init)
     before = begun.model.get_parameter("language_model.embed_tokens.weight")
-    stage = recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2)
-    model, task, save = build(stage, inputs)
+    model, task, save = build(recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2), inputs)
     assert isinstance(model, SpearVLMForConditionalGeneration)
     first = model.config.coordinate_start
     rows = model.get_parameter("language_model.embed_tokens.weight")
@@ -107,8 +106,7 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Input
 def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
     write_labels((labelled(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
     _, naming, _ = build(recipe("nano-siglip").changed(batch_size=1), Inputs([tmp_path]))
-    model: Any = torch.nn.Identity()
-    depth = DepthTask(model, {"wrist": [(labelled(0).image, np.ones((4, 4)))]}, 1, 0)
+    depth = DepthTask(torch.nn.Identity(), {"wrist": [(labelled(0).image, np.ones((4, 4)))]}, 1, 0)
     for step in range(8):
         assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
 

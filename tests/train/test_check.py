@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -72,10 +73,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mistakes_are_found_before_data_are_made(
     words: str, named: str, given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(*_: object) -> None:
-        raise AssertionError("too late")
-
-    monkeypatch.setattr("spear.data.store.prepare.prepare", prepare)
+    monkeypatch.setattr("spear.data.store.prepare.prepare", Mock(side_effect=AssertionError("too late")))
     told = words.replace("{}", str(given)).split()
     usual = {"--init": "nano", "--episodes": str(given / "mine"), "--out": str(tmp_path / "run")}
     more = [word for pair in usual.items() if pair[0] not in told for word in pair]

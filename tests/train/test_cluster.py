@@ -10,6 +10,7 @@ from refusals import Command
 
 CLUSTER = Path(__file__).parents[2] / "examples" / "cluster"
 TRAIN = ["spear", "train", "nano-post", "--set", "lr=1e-4"]
+SLURM = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
 
 
 def programs(folder: Path, **bodies: str) -> dict[str, str]:
@@ -29,22 +30,20 @@ def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )
-    command = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    done = subprocess.run(SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
     assert done.stdout.splitlines() == [
         *("--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:20123"),
         *("--rdzv-id=40123", "--max-restarts=3", "--no-python", *TRAIN),
     ]
     (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nexit 3\n")
-    failed = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, check=False)
+    failed = subprocess.run(SLURM, capture_output=True, env=environment, cwd=tmp_path, check=False)
     assert failed.returncode == 3
 
 
 def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
     out_of_time = "kill -USR1 $PPID; exec sleep 0.2"
     environment = programs(tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true")
-    command = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.stdout.splitlines()[-1] == "requeue 40123"
 
 

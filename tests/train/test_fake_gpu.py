@@ -27,6 +27,7 @@ from spear.train.options import Optimization
 from train_tiny import Acting
 
 WORLD, FAKE = 4, FakeTensorMode()
+built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
 looks: list[int] = []
 tasks: list[Any] = []
 
@@ -39,14 +40,8 @@ class Robot(Acting):
         return acted + 0 * self.model.vlm.language_model.norm.weight.sum(), parts
 
 
-def pretend() -> None:
-    """From now on there is a device "pretend", and looks at values are counted."""
-    _setup_privateuseone_for_python_backend("pretend")
-    torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
-    count_looks()
-
-
 def count_looks() -> None:
+    """From now on looks at values are counted."""
     # PyTorch 2.11 cannot fake it.
     torch._standard_gamma = lambda shape, generator=None: torch.empty_like(shape)  # type: ignore
     optimize.step_generator = lambda *_: None  # type: ignore[assignment]
@@ -61,7 +56,7 @@ def prepared(device: str, sharded: bool = False, **changes: Any) -> Stepper:
         return Stepper(task, opt, seed=0, sharded=sharded)
 
 
-def pretend_cuda() -> None:
+def cuda(root: Path) -> None:
     """Autocast and autograd ask for a driver: the one is told that there is one, the other left out."""
 
     def backward(loss: torch.Tensor) -> None:
@@ -73,6 +68,7 @@ def pretend_cuda() -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.Tensor.backward = backward  # type: ignore[method-assign, assignment]
     count_looks()
+    check("cuda", root, precision="bf16", frozen_precision="bf16")
 
 
 def step(stepper: Stepper) -> None:
@@ -85,16 +81,13 @@ def step(stepper: Stepper) -> None:
 
 
 def pretended(root: Path) -> None:
-    pretend()
+    _setup_privateuseone_for_python_backend("pretend")
+    torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
+    count_looks()
     with FAKE, pytest.raises(RuntimeError):
         torch.ones(3, device="pretend") + torch.ones(3)
     check("pretend", root)
     several()
-
-
-def cuda(root: Path) -> None:
-    pretend_cuda()
-    check("cuda", root, precision="bf16", frozen_precision="bf16")
 
 
 def check(device: str, root: Path, **changes: Any) -> None:
@@ -129,9 +122,6 @@ def several() -> None:
     whole = sum(p.numel() for p in Robot().model.parameters())
     assert whole <= WORLD * sum(map(torch.numel, parts)) < 1.02 * whole
     step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks
-
-
-built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
 
 
 @pytest.mark.parametrize("work", ["pretended", pytest.param("cuda", marks=built)])

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from data_tiny import edit
 from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
@@ -187,42 +187,30 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
-    class Unreadable(Regression):
-        def batch(self, step: int) -> dict[str, Any]:
-            raise SpearError("broken image: step 3: leave it out")
-
-    said = refuses("", go, Unreadable(), FOUR, tmp_path, workers=workers)
+    task = Regression()
+    vars(task)["batch"] = Mock(side_effect=SpearError("broken image: step 3: leave it out"))
+    said = refuses("", go, task, FOUR, tmp_path, workers=workers)
     assert said == "broken image: step 3: leave it out"
 
 
-def saves_by_steps(root: Path) -> None:
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1, save_every=5)
-
-
-def saves_by_time(root: Path) -> None:
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, save_minutes=1e-6)
-
-
-def saves_when_told(root: Path) -> None:
+def slow_run(root: Path, saves: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, workers=1)
+    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, **saves)
 
 
 @pytest.mark.parametrize(
-    ("run", "number", "code"),
+    ("saves", "number", "code"),
     [
-        (saves_by_steps, signal.SIGKILL, -9),
-        (saves_by_time, signal.SIGKILL, -9),
-        (saves_when_told, signal.SIGTERM, 143),
-        (saves_when_told, signal.SIGINT, 1),  # as any process whose function is interrupted
+        ({"workers": 1, "save_every": 5}, signal.SIGKILL, -9),
+        ({"save_minutes": 1e-6}, signal.SIGKILL, -9),
+        ({"workers": 1}, signal.SIGTERM, 143),  # when told
+        ({"workers": 1}, signal.SIGINT, 1),  # as any process whose function is interrupted
     ],
 )
-def test_ended_by_a_signal_and_the_same_again(
-    run: Callable[[Path], None], number: int, code: int, tmp_path: Path
-) -> None:
+def test_ended_by_a_signal_and_the_same_again(saves: Any, number: int, code: int, tmp_path: Path) -> None:
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     go(Regression(), SMALL, whole, seed=3)
-    (process,) = start(run, tmp_path, 1)
+    (process,) = start(slow_run, tmp_path, 1, saves)
     deadline = time.monotonic() + 300
     while not (ended / "log.jsonl").is_file() or len(losses(ended)) < 12:
         assert process.is_alive() and time.monotonic() < deadline
@@ -260,7 +248,6 @@ def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
         go(Regression(), FOUR, tmp_path)
     assert minutes() == 0.0
     go(Regression(), FOUR, tmp_path)
-    state = tmp_path / "checkpoints" / "step-00000004" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"minutes": 7.0}))
+    edit(tmp_path / "checkpoints/step-00000004/state.json", lambda said: said.update(minutes=7.0))
     go(Regression(), replace(FOUR, steps=6), tmp_path)
     assert 7.0 < minutes() < 8.0

@@ -111,8 +111,7 @@ def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.Monkey
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     pytest.importorskip("peft")
-    frozen = ("vlm.language_model", "vlm.vision_tower")
-    lora = memory.training(STAGE.changed(lora_rank=4, frozen=frozen))
+    lora = memory.training(STAGE.changed(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower")))
     assert lora.learning < whole.learning <= whole.parameters < lora.parameters
     assert lora.weights > whole.weights
     asked = memory.training(STAGE.changed(question_images=4))

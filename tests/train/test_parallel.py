@@ -6,9 +6,9 @@ for the rest.
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,9 +53,8 @@ def told_run(root: Path) -> None:
 def runs(root: Path) -> None:
     parallel.start()
     assert parallel.world() == 2
-    go(Line(), OPT, root / "line")
-    go(Line(), OPT, root / "killed")
-    go(Line(), OPT, root / "told")
+    for name in ("line", "killed", "told"):
+        go(Line(), OPT, root / name)
     go(Acting(), WHOLE, root / "ddp")
     task = Acting()
     go(task, WHOLE, root / "fsdp", sharded=True)
@@ -70,8 +69,7 @@ def runs(root: Path) -> None:
     (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
 
 
-@dataclass
-class Two:
+class Two(NamedTuple):
     root: Path
     survivor: str
     survived: int

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -37,14 +36,11 @@ FEW = {"steps": 2, "batch_size": 2, "warmup": 1}
 ACT = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
 ACT |= {"schedule": "constant"}
 EMBEDDINGS = "language_model.embed_tokens.weight"
-
-
 SHORT = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
 """Of the recipe nano-post, for the policy `tiny`."""
 
 
-@dataclass
-class Walk:
+class Walk(NamedTuple):
     labels: Path
     episodes: EpisodeStore
     folders: dict[str, Path]

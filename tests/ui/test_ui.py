@@ -238,9 +238,8 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     seen: list[set[str]] = []
     infer = policy.infer
     monkeypatch.setattr(policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1])
-    three = make(0, steps=4)
-    three = replace(three, images=dict.fromkeys(("external", "wrist", "left"), three.images["external"]))
-    write_episodes([three], tmp_path)
+    three = dict.fromkeys(("external", "wrist", "left"), make(0, steps=4).images["external"])
+    write_episodes([make(0, steps=4, images=three)], tmp_path)
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
@@ -352,7 +351,7 @@ def test_a_photo_can_be_asked_about(studio: Studio, tab: Tab, monkeypatch: pytes
 
 
 def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> None:
-    bad: list[tuple[Any, str]] = [
+    for request, said in (
         ("nonsense", "nonsense"),
         ("[" * 5000, "[["),
         ("[" + 300_000 * "[]," + "[]]", "[[],[]"),
@@ -371,8 +370,7 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         (png(120, 300, 200)[:200], "the image"),
         (png(120, 300, 8), "the image: 300 x 8"),
         (bare_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
-    ]
-    for request, said in bad:
+    ):
         problem = tab.send(request)
         assert problem is not None and said in problem and "\n" not in problem, (request, problem)
     assert tab.ask("instruct", text="") is None

@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,13 +91,9 @@ def test_without_memory_for_slots_batches_come_as_they_are() -> None:
 @pytest.mark.parametrize("held", [0, 1, 100])
 def test_batches_stay_as_they_are_while_they_are_held(held: int) -> None:
     """However many the one who trains keeps, more than there are slots included."""
-
-    class Numbered:
-        def batch(self, step: int) -> dict[str, Any]:
-            return {"deep": {"step": torch.full((100, 100), step)}}
-
+    task = SimpleNamespace(batch=lambda step: {"deep": {"step": torch.full((100, 100), step)}})
     kept: list[torch.Tensor] = []
-    for step, batch in enumerate(loop.batches(Numbered(), 0, 60, workers=2)):  # type: ignore[arg-type]
+    for step, batch in enumerate(loop.batches(task, 0, 60, workers=2)):
         kept = [*kept, batch["deep"]["step"]][-1 - held :]
         for age, one in enumerate(reversed(kept)):
             assert (one == step - age).all()

@@ -30,9 +30,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def png16(values: Array) -> bytes:
     """A PNG of 16 bits per channel, grey [h, w] or RGB [h, w, 3]: Pillow writes no RGB ones."""
     height, width = values.shape[:2]
-    colour = 2 if values.ndim == 3 else 0
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return bare_png((width, height, 16, colour), zlib.compress(rows))
+    return bare_png((width, height, 16, 2 if values.ndim == 3 else 0), zlib.compress(rows))
 
 
 def quarters(image: Array) -> Array:

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 import pytest
 
 from refusals import refuses
-from spear.errors import SpearError
 from spear.util import ledger
 from spear.util.ledger import Skipped, alone, lock, same_settings
 
@@ -28,8 +27,7 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     assert ready.wait(60)
     with lock(tmp_path / ".lock") as ours:
         assert not ours
-    with pytest.raises(SpearError, match=tmp_path.name), alone(tmp_path, "labelling into"):
-        pass
+    refuses(tmp_path.name, alone(tmp_path, "labelling into").__enter__)
     other.kill()
     with lock(tmp_path / ".lock", wait=True) as ours:
         assert ours

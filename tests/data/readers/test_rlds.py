@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from data_tiny import assert_same, copied, write_records
+from data_tiny import assert_same, copied, edit, write_records
 from refusals import refuses
 from spear.data.audit import audit
 from spear.data.describe import describe
@@ -43,12 +43,6 @@ def bridge(shared: Path) -> Path:
 @pytest.fixture
 def copy(bridge: Path, tmp_path: Path) -> Path:
     return copied(bridge / "1.0.0", tmp_path / "rlds", None)
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def columns(features: dict[str, Any]) -> dict[str, Any]:
@@ -209,9 +203,8 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
         for name, rows in lengths.items():
             features[f"steps/{name}/ragged_row_lengths_0"].int64_list.value.extend(rows)
         said = list(features["steps/language_instruction"].bytes_list.value)
-        for name in ("texts/ragged_flat_values", "words", "text/ragged_flat_values"):
-            twice = 1 + (name != "text/ragged_flat_values")
-            features[f"steps/{name}"].bytes_list.value.extend(said * twice)
+        for name, times in {"texts/ragged_flat_values": 2, "words": 2, "text/ragged_flat_values": 1}.items():
+            features[f"steps/{name}"].bytes_list.value.extend(said * times)
         for name, values in {"ragged": state[:10], "list": state}.items():
             features[f"steps/{name}/ragged_flat_values"].float_list.value.extend(values)
         for name in ("nothing", "brain", "sound", "cloud"):
@@ -239,7 +232,6 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
 def test_depth_is_no_camera(copy: Path) -> None:
     depth = io.BytesIO()
     Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
-
     edit(copy / "features.json", lambda features: columns(features).update(depth={"image": {}}))
     shown = [depth.getvalue()] * 10
     edit_records(copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown))

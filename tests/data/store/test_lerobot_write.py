@@ -120,10 +120,8 @@ def test_what_is_written_is_read_back(rewritten: tuple[Path, Path, Path], tmp_pa
 
 
 def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lerobot_write, "DATA_MB", 0)
-    monkeypatch.setattr(lerobot_write, "VIDEO_MB", -1)
-    monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
-    monkeypatch.setattr(lerobot_write, "CHUNK_FILES", 2)
+    for name, value in {"DATA_MB": 0, "VIDEO_MB": -1, "EPISODES_PER_FILE": 2, "CHUNK_FILES": 2}.items():
+        monkeypatch.setattr(lerobot_write, name, value)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
     episodes = [make(0, success=True), make(1, 5, action=action, success=False), make(2, 1)]
     episodes += [make(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool))]

@@ -39,11 +39,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
     episodes = []
     for i in range(COUNT):
-        own = {"action": action, "success": i % 2 == 0}
-        changes: dict[str, Any] = {"rate_hz": 20.0} if i % 3 == 0 else own
+        changes: dict[str, Any] = {"action": action, "success": i % 2 == 0} if i % 3 else {"rate_hz": 20.0}
         episode = make(i, 9, size=(60, 90), **changes)
-        episodes.append(dataclasses.replace(episode, images={**episode.images, **wrist}))
-    episodes[4] = dataclasses.replace(episodes[4], images=make(4, 9, size=(60, 90)).images)
+        episodes.append(dataclasses.replace(episode, images=episode.images | (wrist if i != 4 else {})))
     write_episodes(episodes, folder)
     return folder
 

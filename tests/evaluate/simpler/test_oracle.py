@@ -54,12 +54,8 @@ class Table:
 
     def act(self) -> None:
         truth = self.truth()
-        link = self.link.as_quat(scalar_first=True)
-        seen = {
-            "observation/image": np.zeros((48, 64, 3), np.uint8),
-            POSE: np.concatenate([self.position, link, [truth.opening]]),
-            "prompt": "go",
-        }
+        pose = np.concatenate([self.position, self.link.as_quat(scalar_first=True), [truth.opening]])
+        seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
         state = self.robot.read(seen)["observation/state"]
         action = oracle.act(self.task, truth)
         self.command(self.robot.control(None)[1].convert(action[None], state, seen)[0])

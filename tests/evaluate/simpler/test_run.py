@@ -90,8 +90,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
     assert float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3
     assert not after.open
-    still = np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32)
-    settled = process.run(still, False).truth
+    settled = process.run(np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32), False).truth
     np.testing.assert_allclose(settled.measured[:3], position.numpy(), atol=3e-3)
     assert float(quat_distance(torch.from_numpy(settled.measured[3:]), rotation)) < 0.02
     assert settled.opening < 0.02 and moment.truth.opening > 0.98
@@ -145,9 +144,7 @@ def test_labels_of_the_scenes_are_true(simpler: Simpler, shared: Path, tmp_path:
     assert len(cubes) >= 6
     sides = np.array([np.sort(o.box3d.size) for o, _ in cubes])
     np.testing.assert_allclose(np.median(sides, axis=0), 0.03, atol=0.004)
-    heights = []
-    for one, frame in cubes:
-        heights.append(frame.extrinsics[2, :3] @ one.box3d.center + frame.extrinsics[2, 3])
+    heights = [f.extrinsics[2, :3] @ one.box3d.center + f.extrinsics[2, 3] for one, f in cubes]
     np.testing.assert_allclose(np.median(heights), 0.8695 + 0.015, atol=0.006)  # on the table
 
 
@@ -182,9 +179,8 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
 
 def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
-    agent = load_agent("nano")
     options = EpisodeOptions(films=1, out=tmp_path)
-    run_evaluation(simpler, agent, {TASK: range(30, 31)}, {}, options)
+    run_evaluation(simpler, load_agent("nano"), {TASK: range(30, 31)}, {}, options)
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

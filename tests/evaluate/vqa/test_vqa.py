@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,20 +43,14 @@ class Oracle:
         self.known: dict[str, Segments] = {}
 
     def answer(
-        self,
-        images: Sequence[Array],
-        prompts: Sequence[str],
-        family: str | None = None,
-        view: str = "external",
-        *,
-        distributions: bool = False,
+        self, images: Sequence[Array], prompts: Sequence[str], family: str | None = None, *_: str, **how: Any
     ) -> list[Answer]:
         said = []
         for image, prompt in zip(images, prompts, strict=True):
             assert image.dtype == np.uint8
             segments = [s + self.offset if isinstance(s, float) else s for s in self.known[prompt]]
             values = [s for s in segments if isinstance(s, float)]
-            held = self._held(np.array(values)) if self.sigma and distributions else None
+            held = self._held(np.array(values)) if self.sigma and how.get("distributions") else None
             kept = segments[:-1] if self.drop_last and family is None else segments
             said.append(Answer(kept, "metre", held))
         return said
@@ -179,8 +174,7 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
         sigma = 0.02 if image % 2 else 0.1
         truth = rng.normal(0.4, 0.1, 3)
         oracle.sigma = sigma / too_sure
-        held = oracle._held(truth + rng.normal(0, sigma, 3))
-        c = Certainty.of(held, truth, np.full(3, 0.5))
+        c = Certainty.of(oracle._held(truth + rng.normal(0, sigma, 3)), truth, np.full(3, 0.5))
         answers.append((image, c, float(100 * c.off.mean())))
     found = calibrate(answers, factor([c for _, c, _ in answers[:150]]))
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)

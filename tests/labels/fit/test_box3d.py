@@ -5,16 +5,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from labels_scenes import camera, rotation, seen_sides
-from spear.labels.fit.box3d import (
-    SIGNS,
-    box_from_vertices,
-    fit_box,
-    iou,
-    keypoints,
-    make_box,
-    order_vertices,
-    vertex_error,
-)
+from spear.labels.fit import box3d
+from spear.labels.fit.box3d import SIGNS, fit_box, iou, keypoints, make_box, order_vertices, vertex_error
 from spear.types import Array, Box3D
 
 seeds = st.integers(0, 2**32 - 1)
@@ -39,7 +31,7 @@ def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
     expected = order_vertices(box.vertices)
     np.testing.assert_array_equal(order_vertices(mixed), expected)
     np.testing.assert_array_equal(order_vertices(expected), expected)
-    again = box_from_vertices(mixed)
+    again = box3d.box_from_vertices(mixed)
     np.testing.assert_allclose(again.vertices, box.vertices, atol=1e-5)
     np.testing.assert_allclose(again.size, box.size, atol=1e-5)
     assert np.linalg.det(box.rotation) == pytest.approx(1, abs=1e-5)
@@ -117,7 +109,7 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
 @example(seed=33554431, yaw=3.0)  # a face that is hardly seen
 def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
-    true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
+    true = box3d.box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
     up = -true.rotation[:, 1]
     points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()
@@ -128,11 +120,10 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
 
 @pytest.mark.parametrize("radius", [0.02, 0.05])
 def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
-    rng = np.random.default_rng(0)
     _, pose = camera()
     up = pose[:3, :3].T @ [0, 0, 1]
     center = (np.array([0, 0, radius]) - pose[:3, 3]) @ pose[:3, :3]
-    normals = rng.normal(size=(2000, 3))
+    normals = np.random.default_rng(0).normal(size=(2000, 3))
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     points = center + radius * normals
     seen = points[np.einsum("ij,ij->i", normals, points) < -0.3 * np.linalg.norm(points, axis=1)]

@@ -49,8 +49,7 @@ def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float)
 
 
 def test_points_far_from_all_others_are_left_out() -> None:
-    rng = np.random.default_rng(0)
-    points = rng.uniform((-0.05, -0.05, 0.95), (0.05, 0.05, 1.05), (400, 3))
+    points = np.random.default_rng(0).uniform((-0.05, -0.05, 0.95), (0.05, 0.05, 1.05), (400, 3))
     lonely = points[:4] + np.array([[0.3, 0, 0], [0, 0.3, 0], [0, 0, 0.3], [0, 0, -0.3]])
     assert inliers(np.concatenate([points, lonely])).tolist() == [True] * 400 + [False] * 4
     assert inliers(np.concatenate([points[:12], lonely])).all()  # too few to tell
@@ -94,9 +93,8 @@ def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
 
 def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
     points, _, instances = parts(frame)
-    rng = np.random.default_rng(0)
     mask = instances == 1
-    noisy = points * (1 + 0.003 * rng.normal(size=mask.shape))[..., None]
+    noisy = points * (1 + 0.003 * np.random.default_rng(0).normal(size=mask.shape))[..., None]
     smooth = cleaned(mask, noisy, 0, 0.003)
     before, after = ((np.linalg.norm(p - points, axis=-1)[mask]) for p in (noisy, smooth))
     assert after.mean() < 0.65 * before.mean()
@@ -107,8 +105,7 @@ def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.005])
 def test_noise_is_measured(frame: Frame, noise: float) -> None:
     points, known, _ = parts(frame)
-    rng = np.random.default_rng(0)
-    noisy = points * (1 + noise * rng.normal(size=known.shape))[..., None]
+    noisy = points * (1 + noise * np.random.default_rng(0).normal(size=known.shape))[..., None]
     assert noise_level(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
     assert noise_level(noisy, np.zeros_like(known)) == 0.0
 

@@ -14,8 +14,7 @@ from spear.labels.questions.generate import askable, generate, why_not_asked
 
 
 def test_planarity_of_a_sheet_a_ball_and_a_line() -> None:
-    rng = np.random.default_rng(0)
-    cube = rng.uniform(-1, 1, (4000, 3))
+    cube = np.random.default_rng(0).uniform(-1, 1, (4000, 3))
     assert planarity(cube * [1, 1, 0]) == pytest.approx(1, abs=0.05)
     assert planarity(cube) == pytest.approx(0, abs=0.05)
     assert planarity(cube * [1, 0.01, 0.01]) < 0.02

@@ -16,14 +16,8 @@ from refusals import refuses
 from spear.labels.components import component
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.inputs import find, read
-from spear.labels.models.annotations import (
-    Annotation,
-    Annotations,
-    FileDetector,
-    FileSegmenter,
-    decompress,
-    open_annotations,
-)  # fmt: skip
+from spear.labels.models import annotations
+from spear.labels.models.annotations import Annotation, Annotations, FileDetector, FileSegmenter, decompress
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
 from spear.types import Array, Frame
@@ -141,8 +135,7 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
 
 
 def compressed(mask: Array) -> str:
-    text: bytes = coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
-    return text.decode()
+    return coco_tools.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))
@@ -195,7 +188,7 @@ def content(**changes: Any) -> dict[str, Any]:
 def written(folder: Path, data: Any) -> Annotations:
     path = folder / "annotations.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return open_annotations(path)
+    return annotations.open_annotations(path)
 
 
 def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
@@ -238,13 +231,11 @@ def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any
     refuses(rf"annotations\.json: .*{named}", written, tmp_path, data)
 
 
-UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
-
-
 def compress(text: str) -> str:
     return str(pytest.importorskip("lzstring").LZString().compressToEncodedURIComponent(text))
 
 
+UID = "44d647ce-72d2-4312-b80c-99faea2d017d"
 FIRST, SECOND, THIRD = disc(48, 48, 20, 25, 8), disc(36, 64, 40, 20, 5), disc(48, 48, 40, 30, 6)
 
 

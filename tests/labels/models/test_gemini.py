@@ -53,9 +53,8 @@ def found(detections: Any) -> list[tuple[str, list[float]]]:
 
 def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SIDE", 200)
-    gemini = detector(model="gemini-x", vocabulary=["cup", "fork"])
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
-    gemini.detect([Frame(smooth)])
+    detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(smooth)])
     (request,) = server.requests
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
     assert server.headers[0]["x-goog-api-key"] == "secret-key"
@@ -133,8 +132,7 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "CONCURRENCY", 1)
-    gemini = detector(per_minute=20)
-    gemini.detect([noise(i) for i in range(4)])
+    detector(per_minute=20).detect([noise(i) for i in range(4)])
     assert clock.now == pytest.approx(9.0) and len(server.requests) == 4
 
 
@@ -236,8 +234,7 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
 
 def test_in_the_pipeline_nothing_is_asked_twice(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONCURRENCY", 1)
-    blocked = Reply(body={"promptFeedback": {"blockReason": "SAFETY"}})
-    server.replies = [blocked, boxes(CUP)]
+    server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes(CUP)]
     gemini, works = detector(), [admit(noise(i)) for i in range(4)]
     detect(works, gemini)
     assert [w.source for w in works if w.error is None and w.detections] == ["1.jpg", "2.jpg", "3.jpg"]

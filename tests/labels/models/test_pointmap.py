@@ -17,8 +17,7 @@ from spear.models.moge.infer import infer
 def test_images_of_all_sizes_come_back_in_order() -> None:
     frames = [noise(0), noise(1, 56, 42), noise(2)]
     pointmap = MogePointMap(random_v1(), device="cpu")
-    together = pointmap.predict(frames)
-    for one, result in zip(frames, together, strict=True):
+    for one, result in zip(frames, pointmap.predict(frames), strict=True):
         assert result.points.shape == one.image.shape and result.points.dtype == np.float32
         assert result.mask.shape == one.image.shape[:2] and result.mask.dtype == bool and result.mask.all()
         assert result.unit == "relative"

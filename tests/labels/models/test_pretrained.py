@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import Sam2Model
 
 from labels_tiny import save_sam2
@@ -12,8 +13,7 @@ from spear.models.weights.load import download
 
 
 def load(model: str | Path, **changes: Any) -> Any:
-    options: dict[str, Any] = {"kind": "sam2", "device": "cpu", **changes}
-    return load_model(Sam2Model, model=str(model), **options)
+    return load_model(Sam2Model, model=str(model), **{"kind": "sam2", "device": "cpu", **changes})
 
 
 @pytest.fixture
@@ -37,8 +37,6 @@ def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_weights_are_not_made_up(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     weights = load_file(path)
     name = next(key for key in weights if key.startswith("mask_decoder"))

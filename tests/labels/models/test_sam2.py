@@ -1,6 +1,7 @@
 import ast
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -69,12 +70,10 @@ def test_box_prompts_and_postprocessing_are_those_of_transformers() -> None:
 def test_masks_are_those_of_the_plain_model(folder: str) -> None:
     network = Sam2Model.from_pretrained(folder).eval()
     image = frame(0)
+    pixels = preprocess(image.image, 64)[None]
+    boxes = scale_boxes(BOXES, 40, 60, 64)[None]
     with torch.inference_mode():
-        said = network(
-            pixel_values=preprocess(image.image, 64)[None],
-            input_boxes=scale_boxes(BOXES, 40, 60, 64)[None],
-            multimask_output=False,
-        )
+        said = network(pixel_values=pixels, input_boxes=boxes, multimask_output=False)
     expected = postprocess(said.pred_masks[0][:, 0], 40, 60).numpy()
     (masks,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
     assert masks.dtype == bool and (masks == expected).mean() > 0.999
@@ -110,10 +109,7 @@ def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
 
 def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     segmenter = Sam2Segmenter(folder)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
     frames = [frame(0), frame(1)]
     refuses("memory is full with 2 images at a time", segmenter.segment, frames, [asked(BOXES)] * 2)

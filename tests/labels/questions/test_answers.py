@@ -26,11 +26,9 @@ def made_up(rng: np.random.Generator) -> LabeledImage:
     """A label of up to six objects with made-up boxes, names and scores, some of them unfit for questions."""
     objects = []
     for _ in range(rng.integers(0, 7)):
-        box = make_box(
-            np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)]),
-            rng.uniform(0.02, 0.2, 3),
-            Rotation.from_quat(rng.normal(size=4)).as_matrix(),
-        )
+        center = np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)])
+        size = rng.uniform(0.02, 0.2, 3)
+        box = make_box(center, size, Rotation.from_quat(rng.normal(size=4)).as_matrix())
         scores = {"visible": rng.choice([0.65, 0.8, 1]), "edge": rng.choice([0, 0, 0, 0.1])}
         scores |= {"points": rng.choice([20, 40, 300, 300]), "stability": rng.choice([0.5, 0.7, 0.9])}
         points = {"closest": box.center * 0.9, "furthest": box.center * 1.1, "centre": box.center}

@@ -18,8 +18,7 @@ from spear.types import LabeledImage
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(1)
-    frames = [random_frame(rng, objects=n) for n in (2, 3, 5, 7, 0)]
-    found = list(label(frames, *TRUTH))
+    found = list(label([random_frame(rng, objects=n) for n in (2, 3, 5, 7, 0)], *TRUTH))
     unboxed = replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})])
     return [*found, unboxed]
 

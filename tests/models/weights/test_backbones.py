@@ -1,6 +1,5 @@
 """Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
 
+import published_checkpoints
+from data_tiny import edit
 from models_tiny import TINY
 from parity import logits, relative
-from published_checkpoints import (
-    IMAGE_TOKEN,
-    LAYOUTS,
-    ROWS,
-    TINY14,
-    paligemma,
-    pi0,
-    publish_moge,
-    publish_paligemma,
-    publish_pi0,
-)
+from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
 from refusals import refuses
 from spear.models.presets import vlm_config
-from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
@@ -42,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("known_sizes")
 
 
 @pytest.mark.parametrize("text", ["gemma", "gemma2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", published_checkpoints.LAYOUTS)
 def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, layout: str, text: str) -> None:
     folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
@@ -78,8 +68,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
 def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -> None:
     published = paligemma(rows=rows)
-    folder = publish_paligemma(published, tmp_path / "paligemma")
-    plan = plan_backbones(folder, None, "tiny14")
+    plan = plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
     model = plan.run()
     table = model.language_model.embed_tokens.weight
     assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
@@ -114,7 +103,8 @@ def a_vlm(folder: Path) -> Path:
     return folder
 
 
-def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
+@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
+def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
     theirs = pi0()
     theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
     published = paligemma()
@@ -122,28 +112,20 @@ def pair(tmp_path: Path, layout: str) -> tuple[Spear1ForActionPrediction, Pi0]:
     folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
     plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
     expert = publish_pi0(theirs, tmp_path / "pi0", layout)
-    return plan_policy(tmp_path / "vlm", expert, "linear14").run(), theirs
-
-
-@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
-def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
-    ours, theirs = pair(tmp_path, layout)
+    ours = plan_policy(tmp_path / "vlm", expert, "linear14").run()
     if layout == "transformers":
-        theirs = Pi0.from_pretrained(tmp_path / "pi0").eval()
+        theirs = Pi0.from_pretrained(expert).eval()
     images = torch.randint(0, 256, (B, 2, 3, 224, 224), dtype=torch.uint8)
     ids, state = torch.randint(3, 40, (B, 6)), torch.randn(B, 10)
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     before = torch.ones(B, 2 * 256, dtype=torch.long)
-    mine: dict[str, Any] = {
-        "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
-        "input_ids": ids,
-        "attention_mask": mask,
-    }
+    views = {"external": images[:, 0], "wrist": images[:, 1]}
+    mine: dict[str, Any] = {"pixel_values": views, "input_ids": ids, "attention_mask": mask}
     reference = {
         "pixel_values": images / 127.5 - 1,
         "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
-        "input_ids": torch.cat([before * IMAGE_TOKEN, ids], dim=1),
+        "input_ids": torch.cat([before * published_checkpoints.IMAGE_TOKEN, ids], dim=1),
         "attention_mask": torch.cat([before, mask], dim=1),
     }
     noisy, time = torch.randn(B, H, 8), torch.tensor([0.2, 0.9])
@@ -207,11 +189,6 @@ def test_one_weight_in_bfloat16_does_not_round_the_others(tmp_path: Path) -> Non
     refuses("holds no weights", plan_policy, folder, None, "tiny14")
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
     vlm = a_vlm(tmp_path / "vlm")
@@ -219,9 +196,9 @@ def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> 
     refuses("'paligemma'.*spear_vlm", plan_policy, folder)
     refuses("holds no action expert", plan_policy, vlm, folder, "tiny14")
     refuses("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
-    edit(folder, tie_word_embeddings=False)
+    edit(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
     refuses("not tied", plan_backbones, folder, None, "tiny14")
-    edit(folder, model_type="llava")
+    edit(folder / "config.json", lambda config: config.update(model_type="llava"))
     refuses("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
     (folder / "config.json").write_text("{")
     refuses("config.json", plan_backbones, folder, None, "tiny14")
@@ -284,10 +261,9 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     refuses(f"vocabulary mismatch: .*{sizes}", plan_backbones, folder, None)
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
-    config = json.loads((folder / "config.json").read_text())
-    edit(folder, text_config={**config["text_config"], "vocab_size": 7})
+    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
     refuses("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
-    edit(folder, text_config=config["text_config"])
+    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=ROWS))
     plan.tokenizer.save_pretrained(folder)
     refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
     words = folder / "tokenizer.json"
