@@ -16,8 +16,17 @@ import pytest
 import torch
 
 from spear import flow
-from spear.ablations import plan as plans
-from spear.ablations.plan import Data, Plan, Scoring, Weights, expected, look_at, make_plan, pretrained
+from spear.ablations.plan import (
+    Data,
+    Plan,
+    Scoring,
+    Weights,
+    describe,
+    expected,
+    look_at,
+    make_plan,
+    pretrained,
+)
 from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
@@ -46,7 +55,8 @@ def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = STA
 
 
 def flow_of(row: str) -> dict[str, Any]:
-    return {**PRESETS["nano"].flow, **planned(row, seeds=1).chains[row, 0][-1].recipe.flow}
+    own = planned(row, seeds=1).chains[row, 0][-1].recipe.flow
+    return {**PRESETS["nano"].flow, **own}
 
 
 def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
@@ -187,7 +197,9 @@ def test_a_budget_is_the_same_for_every_row() -> None:
         (None, 4.1, 0, "not run yet"),
     ],
 )
-def test_verdicts(ours: tuple[float, ...] | None, theirs: float | None, seeds: int, said: str) -> None:
+def test_verdicts(
+    ours: tuple[float, float, float] | None, theirs: float | None, seeds: int, said: str
+) -> None:
     assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
 
 
@@ -266,7 +278,8 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    child = multiprocessing.get_context("spawn").Process(target=run, args=(plan, tmp_path, data, 0, die))
+    work = {"target": run, "args": (plan, tmp_path, data, 0, die)}
+    child = multiprocessing.get_context("spawn").Process(**work)
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -280,7 +293,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     assert not list(tmp_path.glob("stages/*/checkpoints"))
     table = fill(plan, tmp_path, data)[0]
     assert all(line.success is not None for line in table.lines)
-    lines = plans.describe(plan, plan.jobs).splitlines()[1:-1]
+    lines = describe(plan, plan.jobs).splitlines()[1:-1]
     assert [line.split()[0] for line in lines] == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
     assert all(line.split()[1:3] == ["1", "1"] for line in lines)
     shutil.rmtree(tmp_path / "stages")

@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from spear.evaluate import stats
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.stats import bootstrap, mean_over_seeds, paired_difference, wilson, wilson_mean
+from spear.evaluate.stats import (
+    bootstrap,
+    difference_over_seeds,
+    mean_over_seeds,
+    paired_difference,
+    samples_for,
+    wilson,
+    wilson_mean,
+)
 from spear.types import Array
 
 
@@ -32,7 +39,7 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
         (paired_difference, ([],)),
         (bootstrap, ([np.array([])],)),
         *((mean_over_seeds, (t,)) for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])),
-        (stats.difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
+        (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )
 def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
@@ -91,8 +98,8 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_samples_for_is_the_smallest_number(rate: float) -> None:
-    n = stats.samples_for(0.05, rate)
-    assert stats.samples_for(0.05) == 381 == TabletopOptions().scenes
+    n = samples_for(0.05, rate)
+    assert samples_for(0.05) == 381 == TabletopOptions().scenes
     enough, few = (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
     assert enough.high - enough.low < 0.1 < few.high - few.low
 
@@ -124,7 +131,7 @@ def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> 
     for _ in range(runs):
         hard = [1.5 * rng.standard_normal(50) for _ in range(2)]
         own = [spread * rng.standard_normal(seeds) for _ in range(2)]
-        d = stats.difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
+        d = difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
         assert d.low <= d.value <= d.high
         covered += d.low <= 0 <= d.high
         widths.append(d.half_width)
@@ -149,6 +156,6 @@ def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
 def test_at_the_edges_seeds_give_the_interval_of_independent_episodes() -> None:
     none = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
     assert mean_over_seeds(none) == wilson_mean([(0, 60), (0, 60)])
-    same = stats.difference_over_seeds(none, none)
+    same = difference_over_seeds(none, none)
     assert same.value == 0 and same.low < 0 < same.high
     assert mean_over_seeds([np.array([[True, False, True]])]).n == 3

@@ -11,9 +11,17 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.data.hypotheses import JUDGED
-from spear.data.readers import spec as specs
 from spear.data.readers.layout import FORMS, column, episode_from, franka_pose, recorded_pose, to_quaternion
-from spear.data.readers.spec import ANGLES, REGISTRY, RotationFormat, find_spec, missing, read_spec
+from spear.data.readers.spec import (
+    ANGLES,
+    RECORDED_ONLY,
+    REGISTRY,
+    DatasetSpec,
+    RotationFormat,
+    find_spec,
+    missing,
+    read_spec,
+)
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}
@@ -126,13 +134,14 @@ def test_what_the_audit_may_find_a_layout_can_say() -> None:
     named = {name for part in get_args(RotationFormat) for name in get_args(part)}
     assert named == set(WRITTEN) | {"franka_joints"} and set(FORMS) == set(WRITTEN)
     assert set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
-    assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(specs.RECORDED_ONLY)
+    assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(RECORDED_ONLY)
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat) -> None:
     turn = Rotation.random(50, random_state=0)
-    got = Rotation.from_quat(to_quaternion(WRITTEN[layout](turn), layout), scalar_first=True)
+    numbers = WRITTEN[layout](turn)
+    got = Rotation.from_quat(to_quaternion(numbers, layout), scalar_first=True)
     assert (turn.inv() * got).magnitude().max() < 1e-6
 
 
@@ -141,7 +150,7 @@ def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat
     """The same poses in other units, where a format has any; joint angles have no length."""
     joints = layout == "franka_joints"
     numbers = JOINTS if joints else WRITTEN[layout](TURN)
-    spec = specs.DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
+    spec = DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
     first = recorded_pose({"at": JOINTS if joints else WHERE, "turn": numbers}, spec, "mine")
     other = dataclasses.replace(spec, length_unit="mm", angle_unit="deg")
     degrees = np.degrees(numbers) if layout in ANGLES else numbers

@@ -5,8 +5,16 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from labels_scenes import camera, rotation, seen_sides
-from spear.labels.fit import box3d
-from spear.labels.fit.box3d import SIGNS, fit_box, iou, keypoints, make_box, order_vertices, vertex_error
+from spear.labels.fit.box3d import (
+    SIGNS,
+    box_from_vertices,
+    fit_box,
+    iou,
+    keypoints,
+    make_box,
+    order_vertices,
+    vertex_error,
+)
 from spear.types import Array, Box3D
 
 seeds = st.integers(0, 2**32 - 1)
@@ -31,7 +39,7 @@ def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
     expected = order_vertices(box.vertices)
     np.testing.assert_array_equal(order_vertices(mixed), expected)
     np.testing.assert_array_equal(order_vertices(expected), expected)
-    again = box3d.box_from_vertices(mixed)
+    again = box_from_vertices(mixed)
     np.testing.assert_allclose(again.vertices, box.vertices, atol=1e-5)
     np.testing.assert_allclose(again.size, box.size, atol=1e-5)
     assert np.linalg.det(box.rotation) == pytest.approx(1, abs=1e-5)
@@ -109,7 +117,7 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
 @example(seed=33554431, yaw=3.0)  # a face that is hardly seen
 def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
-    true = box3d.box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
+    true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
     up = -true.rotation[:, 1]
     points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()

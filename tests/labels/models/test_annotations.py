@@ -16,8 +16,14 @@ from refusals import refuses
 from spear.labels.components import component
 from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
 from spear.labels.inputs import find, read
-from spear.labels.models import annotations
-from spear.labels.models.annotations import Annotation, Annotations, FileDetector, FileSegmenter, decompress
+from spear.labels.models.annotations import (
+    Annotation,
+    Annotations,
+    FileDetector,
+    FileSegmenter,
+    decompress,
+    open_annotations,
+)  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
 from spear.types import Array, Frame
@@ -188,7 +194,7 @@ def content(**changes: Any) -> dict[str, Any]:
 def written(folder: Path, data: Any) -> Annotations:
     path = folder / "annotations.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return annotations.open_annotations(path)
+    return open_annotations(path)
 
 
 def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:

@@ -10,11 +10,20 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
 
-import published_checkpoints
 from data_tiny import edit
 from models_tiny import TINY
 from parity import logits, relative
-from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
+from published_checkpoints import (
+    IMAGE_TOKEN,
+    LAYOUTS,
+    ROWS,
+    TINY14,
+    paligemma,
+    pi0,
+    publish_moge,
+    publish_paligemma,
+    publish_pi0,
+)
 from refusals import refuses
 from spear.models.presets import vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -32,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("known_sizes")
 
 
 @pytest.mark.parametrize("text", ["gemma", "gemma2"])
-@pytest.mark.parametrize("layout", published_checkpoints.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, layout: str, text: str) -> None:
     folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
@@ -68,7 +77,8 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
 def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -> None:
     published = paligemma(rows=rows)
-    plan = plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
+    folder = publish_paligemma(published, tmp_path / "paligemma")
+    plan = plan_backbones(folder, None, "tiny14")
     model = plan.run()
     table = model.language_model.embed_tokens.weight
     assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
@@ -125,7 +135,7 @@ def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, 
     reference = {
         "pixel_values": images / 127.5 - 1,
         "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
-        "input_ids": torch.cat([before * published_checkpoints.IMAGE_TOKEN, ids], dim=1),
+        "input_ids": torch.cat([before * IMAGE_TOKEN, ids], dim=1),
         "attention_mask": torch.cat([before, mask], dim=1),
     }
     noisy, time = torch.randn(B, H, 8), torch.tensor([0.2, 0.9])
