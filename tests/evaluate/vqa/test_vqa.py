@@ -231,7 +231,8 @@ def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command, ref
 
 def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) -> None:
     write_labels([labelled(0, unit="relative")], tmp_path / "labels-00000.parquet")
-    assert "the model answers in 'metre'" in refused("evaluate", "vqa", "nano", str(tmp_path))
+    command = ("evaluate", "vqa", "nano", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "the model answers in 'metre'" in refused(*command)
 
 
 @pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])
