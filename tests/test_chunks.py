@@ -240,7 +240,11 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
 
 @pytest.mark.usefixtures("no_waiting")
 def test_the_pilot_stands_and_waits_in_sync() -> None:
-    pilot = Pilot(policy(lambda seen: time.sleep(0.05) or chunk(seen["t"])), "sync", replan=2)
+    def answer(observation: Mapping[str, Any]) -> Array:
+        time.sleep(0.05)
+        return chunk(observation["t"])
+
+    pilot = Pilot(policy(answer), "sync", replan=2)
     assert millimetres([pilot.step({"t": t}) for t in range(1, 7)]) == [1, 2, 3, 4, 5, 6]
     pilot.close()
 

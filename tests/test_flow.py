@@ -382,7 +382,12 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(confi
     taught = float(flow.loss(longer, noise, data, time, config)[0]) > 1e-6
     assert taught == (config.rotation == "linear" and config.rotation_loss == "mse")
     states: list[Action] = []
-    flow.integrate(lambda state, _: states.append(state) or longer, noise, 4, config)
+
+    def predict(state: Action, time: Tensor) -> Action:
+        states.append(state)
+        return longer
+
+    flow.integrate(predict, noise, 4, config)
     for k, state in enumerate(states):
         expected = flow.interpolate(noise, data, torch.full((64,), k / 4, dtype=torch.float64), config)[0]
         same = torch.allclose(state.rotation, expected.rotation, atol=1e-9)

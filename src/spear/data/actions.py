@@ -136,8 +136,7 @@ def check_episode(episode: Episode) -> Episode:
     name, steps = episode.source, len(episode)
     if steps == 0:
         raise no_steps(name)
-    if not any(map(str.isalnum, episode.instruction)):
-        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
+    check_instruction(episode.instruction, name)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
     if not episode.images:
@@ -151,6 +150,12 @@ def check_episode(episode: Episode) -> Episode:
     parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
     parts["gripper"] = _opening(name, "gripper", parts["gripper"])
     return check_actions(dataclasses.replace(episode, **parts))
+
+
+def check_instruction(text: str, name: str) -> None:
+    """Raises SpearError, naming the episode, for an instruction without words."""
+    if not any(map(str.isalnum, text)):
+        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
 
 
 def no_steps(name: str) -> SpearError:

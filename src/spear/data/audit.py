@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 
-from spear.data.actions import check_norm
+from spear.data.actions import check_instruction, check_norm
 from spear.data.hypotheses import (
     UNSCALED,
     Fit,
@@ -221,8 +221,8 @@ def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
     first = [(steps, source) for source, steps in read if not isinstance(steps, SpearError)]
     for (steps, source), what in itertools.product(first, (instruction, success)):
         try:
-            if what(steps, spec, source) == "":
-                raise SpearError(f"empty instruction: {source}")
+            if isinstance(said := what(steps, spec, source), str):
+                check_instruction(said, source)
         except SpearError as error:
             reasons.setdefault(what.__name__, []).append(str(error))
     return [Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)]

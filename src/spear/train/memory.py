@@ -185,10 +185,10 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
         *((True, "accumulate", p) for p in pieces),
         (opt.ema > 0, "ema", 0),
     ]
-    useful = [(name, value) for useful, name, value in savers if useful]
-    counts = range(len(useful) + 1)
+    choices = [(name, value) for useful, name, value in savers if useful]
+    counts = range(len(choices) + 1)
     for count in tracked(counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")):
-        changes = dict(useful[:count])
+        changes = dict(choices[:count])
         yield changes, training(stage.changed(**changes))
 
 

@@ -62,7 +62,7 @@ def demonstrate(
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
     written = {}
-    for task in tasks or TASKS:
+    for task in dict.fromkeys(tasks or TASKS):
 
         def make(first: int, task: str = task) -> Iterator[Episode]:
             return record(task, seeds[first:], size, workers, assets, policy)
