@@ -57,7 +57,8 @@ def test_the_mean_weighs_families_equally_and_the_verdict_follows_its_interval()
 def test_other_settings_are_named_and_other_scenes_refused() -> None:
     first, second = results("x", {"a": "x."}), results("y", {"a": "xx"})
     settings = {"replan": 2, "scenes": 9, "new": 1}
-    assert compare(first, replace(second, settings=settings)).settings == ["replan: 5 and 2"]
+    found = compare(first, replace(second, settings=settings)).settings
+    assert found == ["replan: 5 and 2", "new: not said and 1"]
     for pair in ((first, second), (second, first)):
         refuses("starts", compare, pair[0], replace(pair[1], settings={"starts": "off the grid"}))
     refuses("x and z", compare, first, results("z", {"a": "x"}, first_seed=7))

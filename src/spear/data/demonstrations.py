@@ -15,7 +15,7 @@ from spear.util.ledger import alone, fingerprint, same_settings
 from spear.util.progress import ProgressBar, tracked
 
 SETTINGS = ".recorded.json"
-"""What demonstrations with a policy depend on."""
+"""What the demonstrations depend on that no episode tells."""
 
 
 def demonstrate(
@@ -62,18 +62,22 @@ def collect(
     sizes: Mapping[str, Size],
     policy: Acts | None,
     shard_size: int = 256,
+    assets: str = "",
 ) -> tuple[int, int]:
     """Write the successful ones of these episodes; the rest is as in `demonstrate`.
 
     sources     the episodes' names, in order; make(i) makes them from number i on.
     shard_size  how many are written at once: fewer are lost when it is killed.
+    assets      a hash of what the simulator shows, where it may change.
     """
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into", SETTINGS):
         sweep(out)
         kept, first = _look(out, sources, sizes) if shard_files(out) else (0, 0)
-        if policy is not None:  # its weights are told by no episode
-            same_settings(out / SETTINGS, {"policy": [fingerprint(policy.folder)]}, bool(shard_files(out)))
+        told: dict[str, object] = {"assets": assets} if assets else {}
+        told |= {"policy": [fingerprint(policy.folder)]} if policy else {}
+        if told:
+            same_settings(out / SETTINGS, told, bool(shard_files(out)))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

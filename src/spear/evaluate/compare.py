@@ -90,7 +90,8 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     rows.append(_row("mean of families", list(families.values())))
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
     same = ("scenes", "first_seed", "weights")  # which scenes were run is no difference, nor by which weights
-    both = [(k, one, second.settings.get(k, one)) for k, one in first.settings.items() if k not in same]
+    keys = [k for k in {**first.settings, **second.settings} if k not in same]
+    both = [(k, *(r.settings.get(k, "not said") for r in (first, second))) for k in keys]
     settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
     settings += [f"{n}: {words}" for n, r in ((a, first), (b, second)) if (words := r.unfinished())]
     return Comparison(a, b, rows, pairs, unshared, settings)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.fit.image import same_view
+from spear.labels.fit.image import nearest, same_view
 from spear.labels.inputs import IMAGES, stamp_of
 from spear.types import Array, Frame
 from spear.util.files import read_json
@@ -91,8 +91,7 @@ class Scene:
             instances = _read_png(path)
             if not same_view(image.shape[:2], instances.shape):
                 raise SpearError(f"{path}: {instances.shape}, not of the {width}×{height} image: replace it")
-            pixels = (np.arange(n) * m // n for n, m in zip((height, width), instances.shape, strict=True))
-            instances = instances[np.ix_(*pixels)].astype(np.int32)
+            instances = nearest(instances, height, width).astype(np.int32)
         return Frame(
             image=image,
             depth=align_depth(depth, depth_camera, self.camera, height, width),

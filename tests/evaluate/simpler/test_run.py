@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from refusals import refuses
 from spear import embodiments
+from spear.data.demonstrations import SETTINGS
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
 from spear.evaluate.compare import beside
@@ -155,6 +157,8 @@ def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path
     store = EpisodeStore(tmp_path / TASK)
     assert [store.source(i) for i in range(2)] == [f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
+    (tmp_path / TASK / SETTINGS).write_text('{"assets": "of before"}')
+    refuses("assets", demonstrate, tmp_path, [TASK], 2, *how)
 
 
 @pytest.mark.parametrize("what", [("record", "1"), ("evaluate", "1")])

@@ -58,7 +58,7 @@ def demonstrate(
     """
     check_known("task", TASKS, *tasks)
     check_seed(first_seed)
-    check_assets(assets)
+    shown = assets_hash(check_assets(assets))
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
     written = {}
@@ -68,7 +68,7 @@ def demonstrate(
             return record(task, seeds[first:], size, workers, assets, policy)
 
         sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
-        written[task] = collect(out / task, sources, make, {"external": size}, policy, SHARD_SIZE)
+        written[task] = collect(out / task, sources, make, {"external": size}, policy, SHARD_SIZE, shown)
     return written
 
 

@@ -35,6 +35,12 @@ def same_view(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(other)
 
 
+def nearest(image: Array, height: int, width: int) -> Array:
+    """An image [h, w] at another size: each pixel the one of `image` in which its centre lies."""
+    sizes = zip((height, width), image.shape, strict=True)
+    return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in sizes))]
+
+
 def iou2d(a: Array, b: Array) -> Array:
     """Intersection over union of boxes [..., 4] with boxes [..., 4]: [...], 0 where both are empty."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

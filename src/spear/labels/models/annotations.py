@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.fit.image import clip, iou2d, same_view, tight_box
+from spear.labels.fit.image import clip, iou2d, nearest, same_view, tight_box
 from spear.labels.fit.masks import decode_mask, polygon_mask, run_lengths
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
@@ -53,10 +53,7 @@ class Annotation:
         if self.outline is None:
             return None
         rows, columns = self._annotated_size(height, width)
-        mask = self.outline(rows, columns)
-        row = ((np.arange(height) + 0.5) * rows / height).astype(np.intp)
-        column = ((np.arange(width) + 0.5) * columns / width).astype(np.intp)
-        return mask[np.ix_(row, column)]
+        return nearest(self.outline(rows, columns), height, width)
 
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size

@@ -18,7 +18,7 @@ from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, origin, reading, renamed
+from spear.models.weights.load import Part, Shards, origin, reading
 from spear.types import ACTION_DIM
 
 _RENAMED = (
@@ -91,7 +91,7 @@ def plan_policy(
 
 def _expert_names(shards: Shards) -> dict[str, str]:
     """Our names -> π0's, of all its weights. Raises `SpearError` when it is not a π0."""
-    names = {renamed(name, _RENAMED): name for name in shards.weights}
+    names = shards.names(_RENAMED)
     other = f"another architecture: {shards.folder}"
     if any(".dense." in name or name.startswith("time_mlp_") for name in names):
         raise SpearError(f"{other} is a π0.5, whose norms depend on time: give a π0 (lerobot/pi0_base)")

@@ -25,7 +25,7 @@ from spear.models.processing import check_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, load_tokenizer, origin, reading, renamed
+from spear.models.weights.load import Part, Shards, load_tokenizer, origin, reading
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -66,7 +66,7 @@ def plan_backbones(
     numbers = preset(size)
     shards = Shards.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
-    stored = {renamed(name, _RENAMED): name for name in shards.weights}
+    stored = shards.names(_RENAMED)
     head = stored.pop("lm_head.weight", None)
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None

@@ -177,10 +177,9 @@ class Conversion(Generic[Model]):
                 self.tokenizer.save_pretrained(part)
             if also is not None:
                 also(part)
-            precision = str(model.dtype).removeprefix("torch.")
             made = {
                 "converted": dict(self.sources),
-                "dtype": precision,
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": seed,
                 "simulator_only": all(simulator_only(Path(source)) for source in self.sources.values()),
             }

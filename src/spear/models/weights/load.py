@@ -148,6 +148,14 @@ class Shards:
             raise SpearError(f"wrong dtype: {key} in {stored.file} is {stored.dtype}: {cure}")
         return _FLOATS[stored.dtype]
 
+    def names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """The weights' names as `renamed` by these rules -> stored. `SpearError` where two become one."""
+        names = {renamed(stored, rules): stored for stored in self.weights}
+        if lost := self.weights.keys() - names.values():
+            both = f"{min(lost)} and {names[renamed(min(lost), rules)]}"
+            raise SpearError(f"{self.folder}: {both} are one weight under two names: remove one of them")
+        return names
+
     def precision(self, keys: Iterable[str]) -> torch.dtype:
         """The dtype that holds these weights, of which there are some. Raises as `dtype` does."""
         return functools.reduce(torch.promote_types, map(self.dtype, keys))
