@@ -1,10 +1,10 @@
 """Flow matching on R³ × S³ × R: from noise to actions (the paper's section on the policy's flow head).
 
-Time τ runs from 0 (noise) to 1 (data). Translation and gripper flow in straight lines, rotations along
-great circles of S³, where q and -q are different points. Noise and data are kept in the half-space w ≥ 0,
-which is geodesically convex, so every state between them is in it too: a departure of ours, since the paper
-draws noise from U(S³), from half of which the way would lead through rotations that the network also knows
-under the other sign. Everything works on `Action`s in the model's normalised units; a velocity is an `Action`
+Time τ runs from 0 (noise) to 1 (data). Translation and gripper flow in straight lines, rotations along great
+circles of S³, where q and -q are different points. The paper draws noise from U(S³) and keeps every
+quaternion in the half-space w > 0; we keep noise there too (our reading). It is geodesically convex, so every
+state on the way is in it; from the other half the way would lead through rotations that the network also
+knows under the other sign. Everything works on `Action`s in the model's normalised units; a velocity is one
 too: d/dτ of each part, rotations tangent to the sphere.
 
 The network predicts either the velocity (the paper) or the clean action (our addition, better at small
@@ -70,8 +70,8 @@ class Committed:
 def sample_noise(
     shape: Sequence[int], config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
 ) -> Action:
-    """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on the half of S³ with
-    w ≥ 0 (ours; the paper: all of S³)."""
+    """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on S³ and made canonical,
+    that is, uniform on the half with w ≥ 0 (our reading of the paper, see above)."""
     translation, rotation, gripper = (
         torch.randn(*shape, size, generator=generator, device=device) for size in (3, 4, 1)
     )

@@ -253,7 +253,7 @@ def pose_inverse(position: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
 def step_action(
     position: Tensor, rotation: Tensor, next_position: Tensor, next_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The action between two poses as SPEAR-1 has it (the paper, section on the action space).
+    """The action between two poses, in the paper's frames; that these are one step apart is our reading.
 
     Returns the translation [..., 3] in the base frame (m) and the rotation [..., 4] in the end-effector frame
     (canonical): x' = x + translation, R' = R · R(rotation).

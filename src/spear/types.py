@@ -71,11 +71,11 @@ class FlowConfig:
     rotation          "s3" (great circles) or "linear" (straight lines in R⁴).
     rotation_loss     "cosine" or "mse".
     prediction        what the network gives: "velocity" or "clean".
-    geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1 is our choice).
+    geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1: the paper adds it).
     geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
                       it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
                       benchmarks/train/flow_losses.py, see docs/train.md).
-    *_weight          of the parts in the total (1 is our choice).
+    *_weight          of the parts in the total (1: the paper adds them; the gripper's is our choice).
     steps             Euler steps from noise to an action, when acting (10: π0's; the paper does not say). How
                       many are best depends on the model (docs/nano.md).
     time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper

@@ -246,7 +246,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 def token_loss(
     logits: Tensor, labels: Tensor, coordinates: range, weight: float, smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, with w = λ on 3D tokens and 1 elsewhere.
+    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ (our choice), w = λ on 3D tokens (the paper), else 1.
 
     logits [M, vocabulary], labels [M], `IGNORE` where there is none. coordinates: the ids of the 3D tokens;
     weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that a 3D token's target is spread
