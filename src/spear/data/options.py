@@ -81,5 +81,5 @@ class AuditOptions(Options):
     out: File = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None
-    """Which episodes, of which the first 50 are read: train, val, train[:90%] … Default: the first split."""
+    """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the first."""
     layout: Layout = None
