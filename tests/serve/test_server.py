@@ -238,12 +238,17 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
             pilot.close()
 
 
-def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["an answer", "a greeting", "hanging up"])
+def test_an_interrupted_call_leaves_no_answer_to_the_next(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server:
         policy = RemotePolicy(url(server))
-        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)]):
+        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)], [seen(0.1)] * 3):
+            if at == "a greeting":
+                policy.close()
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
                 patched.setattr(ClientConnection, "recv", Mock(side_effect=KeyboardInterrupt))
+                if at == "hanging up":  # a second Ctrl-C
+                    patched.setattr(ClientConnection, "close", Mock(side_effect=KeyboardInterrupt))
                 policy.infer_batch(batch)
             np.testing.assert_allclose(policy.infer(seen(0.3))["actions"][0, 0], -0.03, rtol=1e-5)
             policy.infer_batch([seen(), seen()])
