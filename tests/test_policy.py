@@ -272,6 +272,22 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     assert ["begins" in words for words in said] == [True, False][: len(robots)]
 
 
+def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_were(
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(2, 5, 8))
+    monkeypatch.setattr(policy, "predict", lambda inputs: still)
+    service, plain = Service(policy, load("generic")), load("generic").example()
+    far = {**plain, "observation/state": plain["observation/state"] + np.eye(8)[1] - np.eye(8)[7]}
+    for robot, sent in [("first", plain)] * (LOOKED_AT // 4 + 1) + [("second", far), ("third", far)]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                service.answer([plain, sent], ["first", robot])
+        said = " ".join(str(w.message) for w in caught)
+        assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [robot != "first"] * 2
+
+
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:
     rng, state = np.random.default_rng(0), STATE.copy()
     for goes, axes, signs in (
