@@ -253,6 +253,7 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
             found += len([*check.otherwise(np.array([step % 2 * apart, *np.zeros(6), opening]))])
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
             check.told(rows)
+            rows[:, 7] = 1 - rows[:, 7]  # as a program for the other convention does in place
         assert found == inverted
 
 

@@ -196,7 +196,7 @@ class RobotCheck:
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        self._chunk = chunk
+        self._chunk = None if chunk is None else chunk.copy()  # whose program may turn its gripper round
 
     def otherwise(self, state: Array) -> Iterator[tuple[str, str]]:
         """What a robot that is at `state` [8] now mostly does otherwise, once that is known: (key, words)."""
