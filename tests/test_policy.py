@@ -253,6 +253,7 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
             found += len([*check.otherwise(np.array([step % 2 * apart, *np.zeros(6), opening]))])
             rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
             check.told(rows)
+            rows[:, 7] = 1 - rows[:, 7]  # as a program for the other convention does in place
         assert found == inverted
 
 
@@ -270,6 +271,22 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
             service.answer(both, robots)
     said = [words for w in caught if "gripper" in (words := str(w.message))]
     assert ["begins" in words for words in said] == [True, False][: len(robots)]
+
+
+def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_were(
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(2, 5, 8))
+    monkeypatch.setattr(policy, "predict", lambda inputs: still)
+    service, plain = Service(policy, load("generic")), load("generic").example()
+    far = {**plain, "observation/state": plain["observation/state"] + np.eye(8)[1] - np.eye(8)[7]}
+    for robot, sent in [("first", plain)] * (LOOKED_AT // 4 + 1) + [("second", far), ("third", far)]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                service.answer([plain, sent], ["first", robot])
+        said = " ".join(str(w.message) for w in caught)
+        assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [robot != "first"] * 2
 
 
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:

@@ -220,6 +220,7 @@ class Spear1Policy:
         self._observed = 0
         for robot in self._robots.values():
             robot.told(None)
+            robot.looked = 0
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -277,12 +278,16 @@ class Spear1Policy:
             ).to(device)
             if not all(there):
                 present[view] = torch.tensor(there, device=device)
-        for robot, state in zip(_robots(observations), states.numpy(), strict=True):
-            self._meet(robot, state)
-        if self.known and self._observed < LOOKED_AT:
-            shown = {view: image.cpu().numpy() for view, image in pixels.items() if view not in present}
-            for key, words in self.known.unlike(states.numpy(), shown):
-                self._note(key, f"observations unlike those of training: {words}")
+        robots = _robots(observations)
+        met = {robot: self._meet(robot, state) for robot, state in zip(robots, states.numpy(), strict=True)}
+        for robot, one in met.items():
+            if (known := self.known) and one.looked < LOOKED_AT:
+                rows = [i for i, other in enumerate(robots) if other == robot]
+                seen = (view for view in pixels if view not in present or bool(present[view][rows].all()))
+                shown = {view: pixels[view][rows].cpu().numpy() for view in seen}
+                for key, words in known.unlike(states.numpy()[rows], shown):
+                    self._note(key, f"observations unlike those of training: {words}", one)
+                one.looked += len(rows)
         text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
@@ -295,23 +300,25 @@ class Spear1Policy:
             "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
 
-    def _meet(self, robot: Hashable, state: Array) -> None:
+    def _meet(self, robot: Hashable, state: Array) -> RobotCheck:
         """Note what is unlike training in a robot's first state [8], and what it does otherwise than it was
         told."""
-        met, known = self._robots.pop(robot, None), self.known
-        if met is None and known and (words := known.unlike_at_first(state)):
-            self._note("gripper", f"observations unlike those of training: {words}")
-        if len(self._robots) == MOST_ROBOTS:
+        known, new = self.known, robot not in self._robots
+        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck()
+        if new and known and (words := known.unlike_at_first(state)):
+            self._note("gripper", f"observations unlike those of training: {words}", met)
+        if len(self._robots) > MOST_ROBOTS:
             del self._robots[next(iter(self._robots))]
-        self._robots[robot] = met = met or RobotCheck()
         for key, words in met.otherwise(state):
             if key != "gripper" or (known and known.opposite < MOSTLY / 2):
                 notice(words)
+        return met
 
-    def _note(self, key: str, words: str) -> None:
-        """Say it, unless something was said of that key before."""
-        if key not in self._noted and notice(words):
-            self._noted.add(key)
+    def _note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
+        """Say it, unless something was said of that key, or of that robot's, before."""
+        noted = self._noted if robot is None else robot.noted
+        if key not in noted and notice(words):
+            noted.add(key)
 
     def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:
         """Each observation's actions [d, 8] that are decided already; None where there are none."""

@@ -16,11 +16,11 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Conne
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
-from refusals import refuses
+from refusals import no_warning, refuses
 from serve_here import Homing, get, homing, process, serving
 from spear.chunks import Pilot
 from spear.embodiments import Control, load
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer
@@ -224,6 +224,15 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rate_hz", "rows_of_one"), [(15.0, 3), (5.0, 1), (15.0, 1), (5.0, 3)])
+def test_rows_that_move_an_arm_at_another_pace_are_said(rate_hz: float, rows_of_one: int) -> None:
+    control = Control("", rate_hz, lambda actions, *_: np.repeat(actions, rows_of_one, axis=0))
+    service = Service(Homing(), dataclasses.replace(GENERIC, controls={"mine": control}))
+    wrong = rows_of_one * 5 != rate_hz
+    with pytest.warns(Notice, match="rate_hz") if wrong else no_warning():
+        assert service.warm_up() == 5 * rows_of_one
+
+
 def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
     with serving(Homing(seconds=0.02)) as server:
@@ -238,12 +247,17 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
             pilot.close()
 
 
-def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["an answer", "a greeting", "hanging up"])
+def test_an_interrupted_call_leaves_no_answer_to_the_next(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server:
         policy = RemotePolicy(url(server))
-        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)]):
+        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)], [seen(0.1)] * 3):
+            if at == "a greeting":
+                policy.close()
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
                 patched.setattr(ClientConnection, "recv", Mock(side_effect=KeyboardInterrupt))
+                if at == "hanging up":  # a second Ctrl-C
+                    patched.setattr(ClientConnection, "close", Mock(side_effect=KeyboardInterrupt))
                 policy.infer_batch(batch)
             np.testing.assert_allclose(policy.infer(seen(0.3))["actions"][0, 0], -0.03, rtol=1e-5)
             policy.infer_batch([seen(), seen()])

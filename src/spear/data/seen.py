@@ -184,9 +184,11 @@ def _like(small: Array, look: Any) -> Array:
 
 class RobotCheck:
     """Whether a robot does what it is told: what follows shows an inverted gripper, or an arm that goes along
-    other axes."""
+    other axes. looked: how many of its observations were compared with training; noted: what was said of it.
+    """
 
     def __init__(self) -> None:
+        self.looked, self.noted = 0, set[str]()
         self._chunk: Array | None = None
         self._position = np.zeros(3)
         self._opposite: list[bool] = []
@@ -194,7 +196,7 @@ class RobotCheck:
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        self._chunk = chunk
+        self._chunk = None if chunk is None else chunk.copy()  # whose program may turn its gripper round
 
     def otherwise(self, state: Array) -> Iterator[tuple[str, str]]:
         """What a robot that is at `state` [8] now mostly does otherwise, once that is known: (key, words)."""

@@ -45,10 +45,10 @@ class RemotePolicy:
             return self._exchange(messages)
 
     def _exchange(self, messages: Sequence[bytes]) -> list[dict[str, Any]]:
-        self._open(len(messages))
-        sent = list(zip(self._connections, messages, strict=False))
         deadline = time.monotonic() + PATIENCE
         try:
+            self._open(len(messages))
+            sent = list(zip(self._connections, messages, strict=False))
             for connection, message in sent:
                 connection.send(message)
             # every answer is read, so that a refused one leaves nothing behind for the next call
@@ -60,7 +60,7 @@ class RemotePolicy:
                     time.sleep(PAUSE)
                     connection.send(message)
                     replies[index] = connection.recv()
-        except BaseException as error:  # Ctrl-C too: an unread answer would be taken for the next call's
+        except BaseException as error:  # Ctrl-C too: what is unread would be taken for the next call's answer
             self.close()
             if not isinstance(error, ConnectionClosed):
                 raise
@@ -76,8 +76,9 @@ class RemotePolicy:
 
     def close(self) -> None:
         """Hang up; the next call connects again."""
-        while self._connections:
-            self._connections.pop().close()
+        left, self._connections = self._connections, []
+        for connection in left:
+            connection.close()
 
     def _open(self, count: int) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None

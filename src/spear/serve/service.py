@@ -7,6 +7,7 @@ in the queue, however fast it sends, so that first come, first served is fair.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,8 +21,8 @@ import spear
 from spear.chunks import check_chunk
 from spear.embodiments import Control, Embodiment
 from spear.embodiments.tools import COMMITTED, Checked, shown_to
-from spear.errors import SpearError, counted, suppress_notices
-from spear.types import Policy
+from spear.errors import SpearError, counted, notice, suppress_notices
+from spear.types import RATE_HZ, Policy
 
 LOG = logging.getLogger(__name__)
 RECENT = 1.0
@@ -87,7 +88,7 @@ class Service:
 
     def warm_up(self) -> int:
         """Answer the robot's example, so that the first client does not wait; returns how many rows it has.
-        Raises what it raises."""
+        Raises what it raises; notes rows that take another time than their actions."""
         example = self.embodiment.example()
         with suppress_notices():  # what the example's images lack is not the robot's fault
             result = self.answer([example])[0]
@@ -95,8 +96,12 @@ class Service:
                 raise result
             # PyTorch compiles for a GPU again when it meets an instruction of another length: then for any.
             ours = shown_to(self.policy, self.embodiment.read(example))
-            self.policy.infer_batch([{**ours, "prompt": "go"}])
-        return len(result["actions"])
+            actions = len(self.policy.infer_batch([{**ours, "prompt": "go"}])[0]["actions"])
+        rows, rate_hz = len(result["actions"]), self.control.rate_hz
+        if not math.isclose(rows * RATE_HZ, actions * rate_hz):
+            apart = f"{rows} rows at rate_hz {rate_hz:g}, for {counted(actions, 'actions')} at {RATE_HZ:g} Hz"
+            notice(f"the robot's file: {apart}: the arm goes too fast or slow, or stops early")
+        return rows
 
     def _command(
         self, result: Mapping[str, Any], ours: Mapping[str, Any], observation: Mapping[str, Any]
