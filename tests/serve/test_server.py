@@ -109,6 +109,7 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
         (wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})), "observation/image"),
         (wire.encode(seen(prompt="explode")), "explode"),
         (wire.encode(seen(prompt="bug")), "ZeroDivisionError"),
+        (wire.encode(seen(prompt="stop")), "RuntimeError"),
     ]
     bad += [(rng.bytes(int(n)), "message") for n in rng.integers(0, 400, 20)]
     for place in rng.integers(0, 700, 40):

@@ -40,6 +40,8 @@ class Homing:
             raise SpearError("prompt: 'explode': say something else")
         if any(o["prompt"] == "bug" for o in observations):
             raise ZeroDivisionError("a mistake of ours")
+        if any(o["prompt"] == "stop" for o in observations):
+            raise StopIteration
         return [{"actions": homing(o["observation/state"])} for o in observations]
 
 

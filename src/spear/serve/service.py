@@ -204,12 +204,8 @@ class Batcher:
                 batch = await self._collect()
                 if not batch:  # everyone who asked has left
                     continue
-                try:
-                    requests, clients = [w.request for w in batch], [w.client for w in batch]
-                    results = await loop.run_in_executor(self._thread, self._answer, requests, clients)
-                except Exception as error:
-                    LOG.exception("inference failed")
-                    results = [error] * len(batch)
+                requests, clients = [w.request for w in batch], [w.client for w in batch]
+                results = await loop.run_in_executor(self._thread, self._try, requests, clients)
                 for waiting, result in zip(batch, results, strict=True):
                     if waiting.client in self._seen:
                         self._seen[waiting.client] = time.perf_counter()
@@ -224,6 +220,15 @@ class Batcher:
             for waiting in (*batch, *self._queue):
                 if not waiting.result.done():
                     waiting.result.set_exception(Gone())
+
+    def _try(self, requests: Sequence[Any], clients: Sequence[Hashable]) -> Sequence[Any]:
+        """`answer`, whatever it raises: in the thread, as no `StopIteration` finds its way out of one."""
+        try:
+            return self._answer(requests, clients)
+        except Exception as error:
+            LOG.exception("inference failed")
+            lost = isinstance(error, StopIteration)
+            return [RuntimeError(repr(error)) if lost else error] * len(requests)
 
     async def _collect(self) -> list[_Waiting]:
         while not self._queue:
