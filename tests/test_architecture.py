@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": MIDDLE - {"sim"} | {"embodiments"},
     "chunks": BASIC,
     "embodiments": BASIC | {"sim"},
-    "serve": 1009BASIC | {"chunks", "embodiments"},
+    "serve": BASIC | {"chunks", "embodiments"},
     "train": MIDDLE - {"sim"},
     "evaluate": MIDDLE | {"policy", "chunks", "embodiments", "serve"},
     "ablations": HIGH,
