@@ -165,7 +165,6 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
-    from spear.evaluate.vqa.calibration import Trust
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
@@ -182,7 +181,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
-    scores = run.evaluate(bundle, labels, asked, None if o.calibrate else Trust.load(locate(o.model)))
+    trust = None if o.calibrate else run.trust_for(locate(o.model), len(labels), o.questions)
+    scores = run.evaluate(bundle, labels, asked, trust)
     scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
     show(*scores.tables())

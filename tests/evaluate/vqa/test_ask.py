@@ -13,7 +13,7 @@ from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
-from spear.evaluate.vqa.run import evaluate
+from spear.evaluate.vqa.run import evaluate, trust_for
 from spear.labels.questions.templates import FAMILIES, PROMPTS
 from spear.models.weights.folders import SHIPPED, simulator_only
 from spear.policy import VlmBundle, load_vlm
@@ -64,6 +64,17 @@ def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
         found = evaluate(vlm, labels, options, trust).calibration
         for family in options.families:
             assert 0.6 < found[family].coverage["spear ask, 80%"].value < 0.95, (name, family)
+
+
+def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(tmp_path: Path) -> None:
+    trust = Trust.load(NANO)  # measured on sim:1000, 200 images
+    assert trust is not None
+    replace(trust, measured_on=f"1,000 images of {tmp_path}").save(tmp_path)
+    for folder, images, where in ((NANO, 1, "sim:1199"), (NANO, 1001, "sim"), (tmp_path, 1, f"{tmp_path}/.")):
+        with pytest.warns(Notice, match="calibrated on"):
+            assert trust_for(folder, images, where) is None
+    for images, where in ((1000, "sim"), (9, "sim:1200"), (300, "runs/labels")):
+        assert trust_for(NANO, images, where) == trust
 
 
 def test_the_factor_is_the_smallest_that_holds_so_many() -> None:

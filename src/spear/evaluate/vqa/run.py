@@ -5,13 +5,15 @@ shows how often the grammar would have been right by itself. Each number is read
 bins in three ways (`models.readout`): those of one way are scored, the others are compared with it.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from spear.errors import SpearError, check_known, counted, notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import missing
+from spear.evaluate.vqa.ask import missing, sim_seed
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
 from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
@@ -71,6 +73,24 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
     factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
     present, absent = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
     return Trust(f"{counted(len(labels), 'images')} of {where}", factors, present, absent)
+
+
+def trust_for(folder: Path, images: int, where: str) -> Trust | None:
+    """How far the model in a folder can be trusted (`Trust.load`), to be judged by so many images of `where`.
+    Where they are some of those that it was measured on, its intervals hold by making: said and left out."""
+    trust = Trust.load(folder)
+    known = trust and re.fullmatch(r"([\d,]+) images of (.+)", trust.measured_on)
+    if not known:
+        return trust
+    places = (known[2], int(known[1].replace(",", ""))), (where, images)
+    if all(re.fullmatch(r"sim(:\d+)?", place) for place, _ in places):
+        theirs, ours = (range(first := sim_seed(place), first + count) for place, count in places)
+        same = theirs.start < ours.stop and ours.start < theirs.stop
+    else:
+        same = Path(known[2]).resolve() == Path(where).resolve()
+    if same:
+        notice(f"{folder}: calibrated on some of these images: its intervals are not judged: take other ones")
+    return None if same else trust
 
 
 def questions_about(
