@@ -20,6 +20,7 @@ scene of one family; its numbers say nothing.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import Results
+from spear.evaluate.results import Outcome, Results
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 
@@ -56,13 +57,14 @@ longer than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
-    """Notes the steps of velocity at seams, mm per tick."""
+    """Notes the steps of velocity at seams, mm per tick; file: where they go once their episode has ended."""
 
-    seams: ClassVar[list[float]] = []
+    file: ClassVar[Path]
     tells_all = False  # of the last chunk, whatever is left
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.seams: list[float] = []
         self._before: np.ndarray | None = None
         self._speaks: list[Any] | None = None  # the rows of the chunk that chose the last motion
 
@@ -81,7 +83,15 @@ class Recorder(ChunkExecutor):
         return {"committed": np.stack(self._left)} if self.tells_all and self._left else super().told()
 
 
+def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._outcome) -> Outcome:
+    """An episode's outcome, its seams kept: those of one that is stopped come when it is run again."""
+    with Recorder.file.open("a") as file:
+        file.writelines(f"{seam:.3f}\n" for seam in slot.chunks.seams)
+    return outcome(slot)
+
+
 setattr(closed_loop, "ChunkExecutor", Recorder)  # noqa: B010
+setattr(closed_loop, "_outcome", _ended)  # noqa: B010
 
 SEAMS = "seams.txt"
 
@@ -100,7 +110,7 @@ def cell(
     options = TabletopOptions(
         scenes, replan=replan, out=folder, families=families, execution=mode, latency_ms=latency_ms
     )
-    Recorder.seams.clear()
+    Recorder.file = folder / SEAMS
     Recorder.tells_all = row == "guided/1"
     chunks.SLOWER = 0.0 if row == "full/1" else SLOWER
     if Recorder.tells_all:
@@ -108,17 +118,13 @@ def cell(
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
         guided = Guided(**own, delay=latency_ms // 200)
         agent = PolicyAgent(guided, agent.name, agent.weights)
-    try:
-        return closed_loop.evaluate(agent, options)[0]
-    finally:
-        if folder.is_dir():
-            with (folder / SEAMS).open("a") as file:
-                file.writelines(f"{seam:.3f}\n" for seam in Recorder.seams)
+    return closed_loop.evaluate(agent, options)[0]
 
 
 def smoothness(out: Path, row: str, latency_ms: int) -> str:
     """The median and the 95th percentile of a cell's steps of velocity at seams, as text."""
-    steps = np.array((place(out, row, latency_ms) / SEAMS).read_text().split(), float)
+    file = place(out, row, latency_ms) / SEAMS
+    steps = np.array(file.read_text().split() if file.is_file() else [], float)
     return " / ".join(f"{q:.1f}" for q in np.percentile(steps, [50, 95])) if steps.size else "–"
 
 

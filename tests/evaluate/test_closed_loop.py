@@ -1,5 +1,7 @@
 """The closed loop: fair references, outcomes that do not depend on batching, films of both outcomes."""
 
+import contextlib
+import importlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from refusals import refuses
+from spear.evaluate import closed_loop
 from spear.evaluate import film as video
 from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.closed_loop import evaluate
@@ -134,3 +137,18 @@ def test_rtc_is_for_policies_that_have_learned_it() -> None:
     assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
     assert len(policy.told) == late.outcomes[0].steps / 2
     refuses("--execution rtc", run, ExpertAgent(), 1, execution="rtc")
+
+
+def test_seams_of_an_episode_that_is_run_again_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ChunkExecutor", "_outcome"):  # which the study replaces
+        monkeypatch.setattr(closed_loop, name, getattr(closed_loop, name))
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/evaluate")
+    study, seams = importlib.import_module("latency_study"), []
+    for ends in ([99], [30, 99]):  # at one go; stopped while one of two scenes runs
+        for most in ends:
+            with contextlib.suppress(KeyboardInterrupt):
+                study.cell(Half(most), "sync/1", 0, 2, tmp_path / str(len(ends)), ("put_on",))
+        seams.append(sorted(next((tmp_path / str(len(ends))).rglob("seams.txt")).read_text().split()))
+    assert seams[0] == seams[1] and len(seams[0]) > 60
