@@ -63,6 +63,8 @@ def runs(root: Path) -> None:
         task.model.save_pretrained(root / "plain")
     go(Acting(), HALF, root / "from-two", sharded=True)
     go(Acting(), WHOLE, root / "from-one", sharded=True)
+    other = replace(OPT, lr=1e-2 * (1 + parallel.rank()))
+    refuses("process 1 .*lr.*seed", go, Line(), other, root, seed=parallel.rank())
     go(Broken({7}), OPT, root / "skipped")
     with pytest.raises(SpearError if parallel.rank() == 0 else SystemExit) as stop:
         go(Broken({7, 8}), replace(OPT, max_skipped=1), root / "stopped")

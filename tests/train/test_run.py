@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_tiny import make, stored
 from models_tiny import TINY
@@ -142,9 +143,14 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     pull = stored([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
     other_words = shutil.copytree(tiny, tmp_path / "words")
     (other_words / "coordinates.json").write_text((tiny / "coordinates.json").read_text() + " ")
+    other_weights = shutil.copytree(tiny, tmp_path / "weights")
+    made = load_file(other_weights / "model.safetensors")
+    made["vlm.multi_modal_projector.linear.weight"] += 1  # as stage 1 does, and ends as the file did
+    save_file(made, other_weights / "model.safetensors", {"format": "pt"})
     for given, words in (
         ({"store": pull}, "images or instructions of --episodes"),
         ({"init": other_words}, "words of --init"),
+        ({"init": other_weights}, "weights of --init"),
         ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
         ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
         ({"init": final}, "another --init"),

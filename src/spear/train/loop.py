@@ -180,6 +180,9 @@ def run(
     with own, Checkpoints(out / "checkpoints", stepper) as checkpoints:
         first, skipped, minutes, began, earlier = 0, 0, 0.0, time.monotonic(), []
         found = state_to_continue(out, how.seed, settings["about"], opt.steps)
+        every = {"begins at step": found[1]["step"] if found else 0, "save_every": how.save_every}
+        every |= {"sharded": how.sharded, "seed": how.seed, "pieces": settings["pieces"]}
+        parallel.check_alike({**every, **settings["optimization"], **settings["about"]})
         if found is not None:
             latest, state = found
             checkpoints.load(latest, state["counts"])

@@ -7,7 +7,7 @@ each, one after the other, so every N that divides P learns the same. The proces
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spear.errors import SpearError
+from spear.util.ledger import difference, plain
 
 BUCKET = 2**25
 """Numbers per message when gradients are averaged: 128 MiB of additional memory in float32."""
@@ -76,6 +77,19 @@ def most(*numbers: int) -> list[int]:
     all_of = torch.tensor(numbers)  # on the CPU: no GPU has to be waited for
     dist.all_reduce(all_of, dist.ReduceOp.MAX)
     return [int(number) for number in all_of.tolist()]
+
+
+def check_alike(given: Mapping[str, Any]) -> None:
+    """Raises `SpearError`, on all processes, where one was given something else than process 0: they would
+    average the gradients of different models."""
+    if world() == 1:
+        return
+    all_of: list[Any] = [{}] * world()
+    dist.all_gather_object(all_of, plain(given))
+    for number, own in enumerate(all_of):
+        if apart := difference(all_of[0], own):
+            which = f"process {number} (here) is of another run than process 0 (there)"
+            raise SpearError(f"{which}: {apart}: give all the same command, data and checkpoints")
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

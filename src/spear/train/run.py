@@ -23,6 +23,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.folders import made_by, save_made_by, simulator_only
+from spear.models.weights.load import Shards
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
@@ -140,6 +141,8 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
         for key, kinds in ((name, ("*.parquet", "*.safetensors")), (f"settings or words of {name}", TEXTS)):
             there = [folder for folder in folders if folder is not None]
             marks[key] = hash_ends(there, kinds)[:12] if there else None
+    for name, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
+        marks[f"weights of {name}"] = Shards.open(folder, name).digest()[:12] if folder else None
     opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
     return plain({**recipe, **opt, **_of_episodes(inputs), **marks})
 

@@ -1,6 +1,7 @@
 """Checkpoints: folders with a config and safetensors, local or on the Hub, checked before they are loaded."""
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _WHOLE = "give the folder of a whole checkpoint"
 _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
+_END = 4096
+"""Bytes at the end of each weight that `Shards.digest` reads: in embeddings, where the 3D tokens are."""
 
 
 def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
@@ -159,6 +162,21 @@ class Shards:
     def precision(self, keys: Iterable[str]) -> torch.dtype:
         """The dtype that holds these weights, of which there are some. Raises as `dtype` does."""
         return functools.reduce(torch.promote_types, map(self.dtype, keys))
+
+    def digest(self) -> str:
+        """A hash of all weights' names, shapes and ends: a training may change few of them."""
+        digest = hashlib.sha256()
+        for path in sorted({stored.file for stored in self.weights.values()}):
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                for key in sorted(header.keys() & self.weights.keys()):
+                    digest.update(f"{key} {header[key]}".encode())
+                    first, last = header[key]["data_offsets"]
+                    begin = max(first, last - _END)
+                    file.seek(8 + size + begin)
+                    digest.update(file.read(last - begin))
+        return digest.hexdigest()
 
     def read_config(self, kind: Any) -> Any:
         """The config, of this class. Raises `SpearError` where its fields are not such a config's."""
