@@ -281,11 +281,11 @@ class Spear1Policy:
         robots = _robots(observations)
         met = {robot: self._meet(robot, state) for robot, state in zip(robots, states.numpy(), strict=True)}
         for robot, one in met.items():
-            if (known := self.known) and one.looked < LOOKED_AT:
+            if self.known and one.looked < LOOKED_AT:
                 rows = [i for i, other in enumerate(robots) if other == robot]
                 seen = (view for view in pixels if view not in present or bool(present[view][rows].all()))
                 shown = {view: pixels[view][rows].cpu().numpy() for view in seen}
-                for key, words in known.unlike(states.numpy()[rows], shown):
+                for key, words in self.known.unlike(states.numpy()[rows], shown):
                     self._note(key, f"observations unlike those of training: {words}", one)
                 one.looked += len(rows)
         text = self.processor.instructions([o["prompt"] for o in observations])

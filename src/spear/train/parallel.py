@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spear.errors import SpearError
-from spear.util.ledger import difference, plain
+from spear.util.ledger import difference
 
 BUCKET = 2**25
 """Numbers per message when gradients are averaged: 128 MiB of additional memory in float32."""
@@ -85,7 +85,7 @@ def check_alike(given: Mapping[str, Any]) -> None:
     if world() == 1:
         return
     all_of: list[Any] = [{}] * world()
-    dist.all_gather_object(all_of, plain(given))
+    dist.all_gather_object(all_of, dict(given))
     for number, own in enumerate(all_of):
         if apart := difference(all_of[0], own):
             which = f"process {number} (here) is of another run than process 0 (there)"

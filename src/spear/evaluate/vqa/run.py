@@ -82,12 +82,12 @@ def trust_for(folder: Path, images: int, where: str) -> Trust | None:
     known = trust and re.fullmatch(r"([\d,]+) images of (.+)", trust.measured_on)
     if not known:
         return trust
-    places = (known[2], int(known[1].replace(",", ""))), (where, images)
-    if all(re.fullmatch(r"sim(:\d+)?", place) for place, _ in places):
-        theirs, ours = (range(first := sim_seed(place), first + count) for place, count in places)
-        same = theirs.start < ours.stop and ours.start < theirs.stop
+    count, place = int(known[1].replace(",", "")), known[2]
+    if all(re.fullmatch(r"sim(:\d+)?", each) for each in (place, where)):
+        theirs, ours = sim_seed(place), sim_seed(where)
+        same = theirs < ours + images and ours < theirs + count
     else:
-        same = Path(known[2]).resolve() == Path(where).resolve()
+        same = Path(place).resolve() == Path(where).resolve()
     if same:
         notice(f"{folder}: calibrated on some of these images: its intervals are not judged: take other ones")
     return None if same else trust
