@@ -28,17 +28,17 @@ _BITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32,
 _INFO = Path("/proc/cpuinfo")
 CPU = _INFO.read_text(encoding="utf-8") if _INFO.is_file() else ""
 """What Linux says about the processor."""
-# PyTorch gives float32 products on a CPU to MKL, which does not use all of AMD's vector units.
-_MKL_IS_FAST = torch.backends.mkl.is_available() and "GenuineIntel" in CPU
+# PyTorch gives float32 products on a CPU to MKL, which does not use AMD's AVX-512.
+_MKL_IS_FAST = torch.backends.mkl.is_available() and ("GenuineIntel" in CPU or "avx512f" not in CPU)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, on a CPU by oneDNN where no gradients are wanted.
 
-    [..., in] -> [..., out]. weight: [out, in], or that in oneDNN's own layout. Measured on AMD, one thread,
-    against PyTorch's own: 2.1 times as fast for 560 rows and 2,048 × 2,048; for 5 rows and 1,024 × 4,096 1.6
-    times, packed 5 times (bfloat16: 1.2, 2.3). On Intel MKL is faster, except for packed weights that no
-    cache holds: `benchmarks/models/products.py`.
+    [..., in] -> [..., out]. weight: [out, in], or that in oneDNN's own layout. Measured on AMD with AVX-512,
+    one thread, against PyTorch's own: 2.1 times as fast for 560 rows and 2,048 × 2,048; for 5 rows and
+    1,024 × 4,096 1.6 times, packed 5 times (bfloat16: 1.2, 2.3). On Intel, and on AMD without AVX-512, MKL is
+    faster, except for packed weights that no cache holds: `benchmarks/models/products.py`.
     """
     if (
         not _ONEDNN
