@@ -79,17 +79,20 @@ def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
         assert left.wait(60)
 
 
-@pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}])
-def test_an_answer_without_actions_is_refused(answer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}, None])
+def test_an_answer_without_actions_or_none_is_refused(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(client: ServerConnection) -> None:
         client.send(wire.encode({}))
         for _ in client:
-            client.send(wire.encode(answer))
+            if answer is not None:
+                client.send(wire.encode(answer))
 
     with serve(other, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
-        refuses("without actions", policy.infer, seen())
+        if answer is None:
+            monkeypatch.setattr("spear.serve.client.STUCK", 0.1)
+        refuses("has gone" if answer is None else "without actions", policy.infer, seen())
         policy.close()
 
 

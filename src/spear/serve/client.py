@@ -16,8 +16,8 @@ from websockets.sync.client import ClientConnection, connect
 from spear.errors import SpearError, first_line
 from spear.serve import wire
 
-PAUSE, PATIENCE = 0.05, 30.0
-"""Seconds before a busy server is asked again, and for how long it is asked (our choice)."""
+PAUSE, PATIENCE, STUCK = 0.05, 30.0, 600.0
+"""Seconds before a busy server is asked again, for how long, and until a silent one has gone (our choice)."""
 
 
 class RemotePolicy:
@@ -52,19 +52,19 @@ class RemotePolicy:
             for connection, message in sent:
                 connection.send(message)
             # every answer is read, so that a refused one leaves nothing behind for the next call
-            replies = [connection.recv() for connection, _ in sent]
+            replies = [connection.recv(timeout=STUCK) for connection, _ in sent]
             for index, (connection, message) in enumerate(sent):
                 while isinstance(said := replies[index], str) and said.startswith("busy: "):
                     if time.monotonic() > deadline:
                         break
                     time.sleep(PAUSE)
                     connection.send(message)
-                    replies[index] = connection.recv()
+                    replies[index] = connection.recv(timeout=STUCK)
         except BaseException as error:  # Ctrl-C too: what is unread would be taken for the next call's answer
             self.close()
-            if not isinstance(error, ConnectionClosed):
+            if not isinstance(error, ConnectionClosed | TimeoutError):
                 raise
-            if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
+            if (last := getattr(error, "rcvd", None)) and last.code == CloseCode.MESSAGE_TOO_BIG:
                 raise SpearError("observation: larger than the server takes: send smaller ones") from error
             raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
         if refused := [reply for reply in replies if isinstance(reply, str)]:
