@@ -74,8 +74,7 @@ def test_bad_observations_are_refused_by_key(nano: Spear1Policy, changes: dict[s
 
 
 def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
-    folder = tmp_path / "each"
-    shutil.copytree(locate("nano"), folder)
+    folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
     whole = Normalizer.load(folder / "normalizer.json")
     twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
     dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(folder / "normalizer.json")

@@ -32,8 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    write_episodes([EpisodeStore(whole)[i] for i in range(3)], out)
+    write_episodes([EpisodeStore(whole)[i] for i in range(3)], out := tmp_path / "stopped")
     before = {path: path.stat().st_mtime_ns for path in out.glob(SHARD_GLOB)}
     (out / "episodes-00001.images").touch()  # stopped between the two files of a shard
     assert record(out) == (4, 4) and (out / "episodes-00001.arrow").is_file()
@@ -47,8 +46,7 @@ def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_pa
 
 def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) -> None:
     """It is not in the folder, and what comes after it shows that it had its turn."""
-    out = tmp_path / "failed"
-    write_episodes([EpisodeStore(whole)[i] for i in (0, 2, 3)], out)
+    write_episodes([EpisodeStore(whole)[i] for i in (0, 2, 3)], out := tmp_path / "failed")
     assert record(out) == (3, 4)
 
 

@@ -80,8 +80,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
 def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage], tmp_path: Path) -> None:
     pytest.importorskip("rerun")
     clouds = [*GroundTruthPointMap().predict(frames[:2]), None]
-    path = tmp_path / "labels.rrd"
-    write_rerun(labels[:3], clouds, path)
+    write_rerun(labels[:3], clouds, path := tmp_path / "labels.rrd")
     assert path.stat().st_size > 100_000
     show = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
     told = subprocess.run(show, capture_output=True, text=True, check=True).stdout

@@ -18,8 +18,7 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
         path.touch()
         raise OSError(number, os.strerror(number))
 
-    path = tmp_path / "picture.png"
-    write_bytes(path, b"old")
+    write_bytes(path := tmp_path / "picture.png", b"old")
     monkeypatch.setattr(Path, "write_bytes", stop)
     refuses(rf"picture\.png: .*{words}", write_bytes, path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("picture.png", b"old")]

@@ -165,8 +165,7 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     """The audit of the numbers."""
-    skipped = Skipped(MOST_SKIPPED)
-    recordings: list[Recording] = []
+    skipped, recordings = Skipped(MOST_SKIPPED), list[Recording]()
     for recording in made(episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped):
         recordings.append(recording)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
@@ -174,8 +173,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     check_good(len(recordings), skipped, path, split)
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
-    checks = check_gripper(recordings)
-    checks += [] if report.states else check_rate(recordings)
+    checks = check_gripper(recordings) + ([] if report.states else check_rate(recordings))
     if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(judged.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)

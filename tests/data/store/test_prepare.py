@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import assert_same, make, png, stored
+from data_tiny import assert_same, edit, make, png, stored
 from refusals import refuses
 from spear.data.actions import episode_actions, resample
 from spear.data.normalize import SKETCHES, Normalizer
@@ -210,8 +210,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
 
 
 def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     assert open_store(copy, tmp_path / "unused")[0].path == copy and not (tmp_path / "unused").exists()
     images = copy / "episodes-00001.images"
     os.truncate(images, images.stat().st_size - 1)
@@ -222,9 +221,13 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
     for keep in (0.98, 0.7, 0.0):
         os.truncate(numbers, int(numbers.stat().st_size * keep))
         refuses(r"truncated shard: .*episodes-00001\.arrow.*write it again", EpisodeStore, copy)
-    numbers.unlink()
+    for lost, left, lacks in ((numbers, 8, 1), (copy / "episodes-00005.arrow", 7, 2)):  # the last, too
+        lost.unlink()
+        with pytest.warns(Notice, match=f"{lacks} of its shards"):
+            assert len(EpisodeStore(copy)) == run(recorded, copy)[0] == left
+    edit(copy / "request.json", lambda told: told.pop("shards"))  # as before these were counted
     with pytest.warns(Notice, match="1 of its shards"):
-        EpisodeStore(copy)
+        assert run(recorded, copy)[0] == 7
 
 
 def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 from spear.data.store.shard import Shard, open_shard, write_shard
 from spear.errors import SpearError, counted, notice
 from spear.types import Array, Episode
-from spear.util.files import writing
+from spear.util.files import read_json, writing
 
 SHARD_GLOB = "episodes-*.arrow"
+REQUEST = "request.json"  # of a prepared folder: what it was made of, and how many shards it has
 DIGESTED = 1000
 """Episodes whose numbers `EpisodeStore.digest` reads (our choice)."""
 
@@ -85,8 +86,9 @@ class EpisodeStore:
         files = shard_files(self.path)
         if not files:
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
-        if missing := int(files[-1].stem.rpartition("-")[2]) + 1 - len(files):
-            notice(f"{path}: lacks {missing} of its shards (numbers are left out): copy it again")
+        made = read_json(self.path / REQUEST, "copy it again") if (self.path / REQUEST).is_file() else {}
+        if missing := max(int(files[-1].stem.rpartition("-")[2]) + 1, made.get("shards", 0)) - len(files):
+            notice(f"{path}: lacks {missing} of its shards: copy it again")
         self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store

@@ -141,20 +141,18 @@ class _Writer:
     def _columns(self, episode: Episode) -> dict[str, Any]:
         """Everything but images, as arrays [T] or [T, d]."""
         length = len(episode)
-        task = self.tasks.setdefault(episode.instruction, len(self.tasks))
-        success = -1 if episode.success is None else int(episode.success)
         state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1)
         return {
             "observation.state": state.astype(np.float32),
             "action": np.asarray(episode.action, np.float32),
             "action_mask": np.asarray(episode.action_mask),
-            "success": np.full(length, success, np.int64),
+            "success": np.full(length, -1 if episode.success is None else episode.success, np.int64),
             "source": [episode.source] * length,
             "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),
             "frame_index": np.arange(length),
             "episode_index": np.full(length, self.episodes),
             "index": self.frames + np.arange(length),
-            "task_index": np.full(length, task),
+            "task_index": np.full(length, self.tasks.setdefault(episode.instruction, len(self.tasks))),
         }
 
     @property
@@ -168,23 +166,21 @@ class _Writer:
         rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
         for camera, images in episode.images.items() if self.images == "image" else ():
             end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
-            paths = (f"frame-{step:06d}.{end}" for step in range(len(images)))
-            pairs = zip(images, paths, strict=True)
-            rows[feature_name(camera)] = [{"bytes": image, "path": path} for image, path in pairs]
+            cells = [{"bytes": image, "path": f"frame-{step:06d}.{end}"} for step, image in enumerate(images)]
+            rows[feature_name(camera)] = cells
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
         return place_of("data", self.data_files)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the frames of an episode; returns where they are."""
         name = feature_name(camera)
-        video = self._videos.get(camera)
-        if video is not None and video.bytes / 2**20 > VIDEO_MB:
+        if camera in self._videos and self._videos[camera].bytes > VIDEO_MB << 20:
             self._videos.pop(camera).close()
             self.video_files[camera] += 1
-            video = None
-        if video is None:
-            path = place(VIDEO_PATH, self.video_files[camera], video_key=name)
-            video = self._videos[camera] = VideoWriter(self.folder / path, *self.sizes[camera], self.rate_hz)
+        if camera not in self._videos:
+            path = self.folder / place(VIDEO_PATH, self.video_files[camera], video_key=name)
+            self._videos[camera] = VideoWriter(path, *self.sizes[camera], self.rate_hz)
+        video = self._videos[camera]
         first = video.frames
         for step, encoded in enumerate(episode.images[camera]):
             where = f"{episode.source} step {step} camera {camera!r}"
@@ -214,9 +210,8 @@ class _Writer:
     def close(self) -> None:
         """Close what is open."""
         self._end_file()
-        for video in self._videos.values():
-            video.close()
-        self._videos = {}
+        while self._videos:
+            self._videos.popitem()[1].close()
 
     def finish(self) -> None:
         """Complete all files, and write those that sum up the dataset."""

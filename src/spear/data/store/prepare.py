@@ -26,7 +26,7 @@ from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.splits import split_ranges
 from spear.data.senses import MOVES, doubts, span
-from spear.data.store.episode_store import EpisodeStore, add_shard, shard_files, sweep
+from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
@@ -42,7 +42,7 @@ SHARD_MB = 100
 """Images in a shard, about (our choice)."""
 MOST_BAD = 0.5
 """The share of bad episodes above which preparing is given up (our choice)."""
-REQUEST, SKIPPED = "request.json", "skipped.json"
+SKIPPED = "skipped.json"
 
 
 def prepare(
@@ -85,7 +85,8 @@ def prepare(
         "shard_mb": SHARD_MB,
     }
     if (out / REQUEST).is_file():
-        if other := difference(read_json(out / REQUEST, "remove that folder"), request):
+        made = read_json(out / REQUEST, "remove that folder") | {"shards": None}  # no part of the request
+        if other := difference(made, request):
             why = f"{out} was prepared from other episodes, or in another way ({other})"
             raise SpearError(f"{why}: remove that folder, or choose another --out")
         return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
@@ -104,7 +105,7 @@ def prepare(
         else:
             save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
-        shutil.copyfile(work / REQUEST, folder / REQUEST)
+        write_text(folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2))
         folder.replace(out)
         shutil.rmtree(work, ignore_errors=True)
     return good, skipped.reasons
@@ -167,8 +168,7 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
 
 def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
     """The good episodes of a split with their canonical actions, and why not the others."""
-    good: list[Episode] = []
-    reasons: list[str] = []
+    good, reasons = list[Episode](), list[str]()
     for episode in formats.read_episodes(path, split, how.layout, lambda error: reasons.append(str(error))):
         try:
             good.append(_ready(episode, how))

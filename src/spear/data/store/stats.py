@@ -84,15 +84,14 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
     samples: dict[str, ImageSample] = {}
     for camera, images in episode.images.items():
         steps = np.unique(np.linspace(0, len(images) - 1, min(len(images), MOST_FRAMES)).round().astype(int))
-        for number, step in enumerate(steps.tolist()):
+        for step in steps.tolist():
             where = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(images[step], where)
             size = image.shape[0], image.shape[1]
-            if number == 0:
-                samples[camera] = ImageSample(size)
-            check_size(size, samples[camera].size, where)
+            sample = samples.setdefault(camera, ImageSample(size))
+            check_size(size, sample.size, where)
             histogram = [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
-            samples[camera].histogram[...] += histogram
+            sample.histogram[...] += histogram
     return samples
 
 
