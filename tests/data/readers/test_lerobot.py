@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import LAYOUT, copied, make
+from data_tiny import LAYOUT, copied, edit, make
 from refusals import refuses
 from spear.data.describe import describe
 from spear.data.inspect import inspect
@@ -156,6 +156,9 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
     (folder / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
     refuses("rate_hz", lambda: next(read_episodes(folder)))
+    write_lerobot([make(0)], folder := tmp_path / "quaternions")
+    edit(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
+    refuses("rotation_format", lambda: next(read_episodes(folder)))
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

@@ -272,10 +272,9 @@ def _words(row: Any) -> str:
 def _check_jumps(episode: Episode) -> None:
     """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
-    turned = _turned(episode.rotation)
     for change, fastest, what, check in (
         (moved, FASTEST, "moved by {:.3g} m", "its unit (length_unit)"),
-        (turned, FASTEST_TURN, "turned by {:.3g} rad", "how its rotations are written"),
+        (_turned(episode.rotation), FASTEST_TURN, "turned by {:.3g} rad", "how its rotations are written"),
     ):
         if change.max(initial=0) * episode.rate_hz > fastest:
             step = int(change.argmax())

@@ -119,13 +119,21 @@ class LeRobotFolder:
             if found := self.joints(str(getattr(spec, key))):
                 why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
                 raise SpearError(f"joints are no pose: {self.path}: {why}: name columns of the end-effector")
+        order = "".join(name[-1:].lower() for name in self.axes(str(spec.rotation)))
+        if order in ("wxyz", "xyzw") and spec.rotation_format != f"quat_{order}":
+            why = f"rotation_format is {spec.rotation_format}, but its {INFO} names them {' '.join(order)}"
+            raise SpearError(f"two orders: {self.path}: {why}: correct the one that is wrong")
         return spec
 
     def joints(self, where: str) -> list[str]:
         """Those components of a column that are joints by their names."""
+        return [name for name in self.axes(where) if JOINT.search(name)]
+
+    def axes(self, where: str) -> list[str]:
+        """The names of a column's components."""
         path, span = split_column(where)
         axes = next((f.axes for name, f in self.info.features.items() if _column(name) == path), [])
-        return [name for name in axes[span or slice(None)] if JOINT.search(name)]
+        return axes[span or slice(None)]
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
         """The step arrays of each episode of a split, in order.
@@ -270,9 +278,8 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
 def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
     """The rows of one episode. Only the row groups that may hold it are read."""
     try:
-        rows = pq.read_table(
-            episode.data, filters=[("episode_index", "==", episode.index)], partitioning=None
-        )
+        wanted = [("episode_index", "==", episode.index)]
+        rows = pq.read_table(episode.data, filters=wanted, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error
