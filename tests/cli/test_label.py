@@ -113,8 +113,7 @@ def test_the_bill_comes_however_the_work_ends(
     folder = photos(tmp_path / "photos", 3, bad=False)
     made: dict[str, Any] = {"sam2:Sam2Segmenter": BoxSegmenter, "pointmap:load_pointmap": SlopePointMap}
     monkeypatch.setattr(components, "_make", lambda place, *_: made[place]())
-    boxes = tmp_path / "boxes.json"
-    boxes.write_text('{"images": [], "annotations": [], "categories": []}')
+    (boxes := tmp_path / "boxes.json").write_text('{"images": [], "annotations": [], "categories": []}')
     for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
         made["gemini:GeminiDetector"] = partial(Paid, unreached=(unreached,))
         words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]

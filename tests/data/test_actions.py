@@ -72,8 +72,10 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
     np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
     np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
-    episode = dataclasses.replace(smooth_episode(0, 4), gripper=np.array([1, 1, 0.1, 0.1], np.float32))
-    np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], [1, 0, 0, 0])
+    slow = [1, 1, 0.9, 0.6, 0.3, 0.3, 0.6, 1], [1, 0, 0, 0, 0, 1, 1, 1]  # told before it began to move
+    for opening, told in (([1, 1, 0.1, 0.1], [1, 0, 0, 0]), slow):
+        episode = dataclasses.replace(smooth_episode(0, len(told)), gripper=np.array(opening, np.float32))
+        np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], told)
 
 
 @given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))

@@ -57,8 +57,7 @@ def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path
     exif[0x0112] = 6  # stored lying on its left side: the top is at the left
     lying = np.zeros((32, 64, 3), np.uint8)
     lying[:, :16] = 250
-    file = tmp_path / "photo.jpg"
-    Image.fromarray(lying).save(file, quality=95, exif=exif)
+    Image.fromarray(lying).save(file := tmp_path / "photo.jpg", quality=95, exif=exif)
     tarred(tmp_path / "photos.tar", {"photo.jpg": file.read_bytes()})
     pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
     works = read(list(find(str(tmp_path))))

@@ -18,8 +18,8 @@ from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
-CLOSED_BELOW, OPEN_ABOVE = 0.4, 0.6
-"""Hysteresis of the gripper, openings in 0 … 1 (our choice)."""
+CLOSED_BELOW, OPEN_ABOVE, MOVES_BY = 0.4, 0.6, 0.1
+"""Hysteresis of the gripper, openings in 0 … 1; and the change per second that is a motion (our choice)."""
 
 
 def binarize_gripper(opening: Array) -> Array:
@@ -54,12 +54,17 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 def episode_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
-    Without logged ones the gripper command is the next opening, made binary, and the last is not known.
+    Without logged ones the gripper command is the next opening, made binary, in all steps of the motion to
+    there: the gripper was told so before it began. The last is not known.
     """
     known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
     if episode.action is not None:
         return episode.action, known
-    command = binarize_gripper(np.append(episode.gripper[1:], episode.gripper[-1]))
+    opening = np.append(episode.gripper, episode.gripper[-1])
+    command, speed = binarize_gripper(opening[1:]), np.diff(opening) * episode.rate_hz
+    for step in reversed(range(len(episode) - 1)):
+        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
+            command[step] = command[step + 1]
     known = known & (np.arange(len(episode)) < len(episode) - 1)
     return derive_actions(episode.position, episode.rotation, command), known
 
@@ -96,8 +101,7 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
         return episode
     steps = len(episode)
     count = int(np.floor((steps - 1) * rate_hz / episode.rate_hz + 1e-6)) + 1
-    when = np.arange(count + 1) * episode.rate_hz / rate_hz  # in source steps, to one beyond the end
-    when = np.minimum(when, steps - 1)
+    when = np.minimum(np.arange(count + 1) * episode.rate_hz / rate_hz, steps - 1)  # in steps of the source
     low = np.floor(when[:-1]).astype(int)
     high = np.minimum(low + 1, steps - 1)
     part = (when[:-1] - low)[:, None]
@@ -106,12 +110,11 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
     position = (1 - part) * episode.position[low] + part * episode.position[high]
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()
     covered_to = np.maximum(np.ceil(when[1:] - 1e-6).astype(int) - 1, low)  # last source step of each new one
-    action, mask = None, None
-    if episode.action_mask is not None:
-        mask = np.array([episode.action_mask[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
+    known = np.ones(steps, bool) if episode.action_mask is None else episode.action_mask
+    mask = np.array([known[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
+    action = None
     if episode.action is not None:
         action = derive_actions(position, quaternion, episode.action[covered_to, 7])
-        mask = np.ones(count, bool) if mask is None else mask
         mask[-1] = False
     seen = np.floor(when[:-1] + 1e-6).astype(int)
     return dataclasses.replace(

@@ -59,8 +59,7 @@ def write_lerobot(
         writer: _Writer | None = None
         shutil.rmtree(part / "dataset", ignore_errors=True)
         try:
-            for episode in episodes:
-                episode = with_actions(check_episode(episode))
+            for episode in map(with_actions, map(check_episode, episodes)):
                 samples = sample_images(episode)
                 writer = writer or _Writer(part / "dataset", samples, episode.rate_hz, images)
                 writer.add(episode, samples)

@@ -159,8 +159,7 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
     Raises SpearError when too many are bad, or nothing good is left.
     """
     count = 0
-    for episode in formats.read_episodes(path, split, layout, skipped):
-        count += 1
+    for count, episode in enumerate(formats.read_episodes(path, split, layout, skipped), 1):
         skipped.check(count)
         yield episode
     formats.check_good(count, skipped, path, split)
@@ -217,8 +216,7 @@ def open_store(
     if isinstance(formats.open_dataset(path), EpisodeStore):
         return formats.open_split(path, split), []
     whole = Path(path).resolve()
-    name = f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
-    target = Path(work_dir) / name
+    target = Path(work_dir) / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
     reasons = prepare(path, target, split)[1] if is_first_process() else []
     while not target.is_dir():
         time.sleep(0.5)
