@@ -101,6 +101,7 @@ class Scene:
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
             turned=turned,
+            measured=True,
         )
 
 
