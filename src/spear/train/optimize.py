@@ -56,9 +56,8 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
         if not any(matches(n, prefix) for n in names):
-            tops = sorted({n.rsplit(".", 1)[0] for n in names})[:6]
-            there = f"there are {', '.join(tops)}, …"
-            raise SpearError(f"freeze schedule names {prefix!r}: no such module ({there})")
+            tops = ", ".join(sorted({n.rsplit(".", 1)[0] for n in names})[:6])
+            raise SpearError(f"freeze schedule names {prefix!r}: no such module (there are {tops}, …)")
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(matches(name, p) for p in opt.trained)
         learns = learns and not any(matches(name, p) for p in opt.frozen)
