@@ -88,7 +88,7 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Fram
     (folder / "color" / "0.json").write_text("{}")
     assert len(list(items([f"rgbd:{folder}"]))) == 3
     with pytest.warns(Notice, match="rgbd:"):
-        assert len(list(items([str(folder)]))) == 6  # its depth as photos
+        assert len([*items([str(folder)])]) == 6  # its depth as photos
     (folder / "depth" / "1.png").rename(folder / "depth" / "01.png")
     with pytest.warns(Notice, match="1 color"):
         left = items([f"rgbd:{folder.rename(tmp_path / 't')}"])

@@ -163,8 +163,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, opt)
         self.optimizer.zero_grad(set_to_none=True)
-        said: list[torch.Tensor] = []
-        keys: list[str] = []
+        said, keys = list[torch.Tensor](), list[str]()
         # Autocast's cache would keep a bfloat16 copy of every weight until the end of the forward pass.
         lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):

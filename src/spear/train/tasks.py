@@ -84,8 +84,7 @@ class PatchTask:
         jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
         pixels = torch.stack([self.processor.image(image, view) for image in jittered])
         columns = (torch.from_numpy(np.stack(column)) for column in targets)
-        named = zip(("shown", "cells", "centre", "largest"), columns, strict=True)
-        return {"pixels": pixels, **dict(named)}
+        return {"pixels": pixels, **dict(zip(("shown", "cells", "centre", "largest"), columns, strict=True))}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Names and centres."""
