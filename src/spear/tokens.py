@@ -99,17 +99,15 @@ class CoordinateTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it exactly (floats with all their digits), whole or not at all."""
-        edges, representatives = self.edges.tolist(), self.representatives.tolist()
-        content = {"unit": self.unit, "edges": edges, "representatives": representatives}
-        write_text(Path(path), json.dumps(content))
+        content = {"edges": self.edges.tolist(), "representatives": self.representatives.tolist()}
+        write_text(Path(path), json.dumps({"unit": self.unit, **content}))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "CoordinateTokenizer":
         """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            names = "edges", "representatives"
-            edges, value = (np.asarray(content[name], dtype=np.float64) for name in names)
+            edges, value = (np.asarray(content[name], np.float64) for name in ("edges", "representatives"))
             unit = content["unit"]
             if unit not in get_args(Unit):
                 raise ValueError(f"unknown unit {unit!r}")

@@ -154,6 +154,7 @@ class Frame:
     boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
     source      where it came from.
     turned      whether its EXIF turns or mirrors it in a way that its size does not show.
+    measured    whether depth and instances are from sensors: near to the truth, not it.
     """
 
     image: Array
@@ -165,6 +166,7 @@ class Frame:
     boxes: Mapping[int, Array] | None = None
     source: str = ""
     turned: bool = False
+    measured: bool = False
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,12 @@ def test_a_plain_folder_gives_its_frames_back_also_with_json(tmp_path: Path, tru
     np.testing.assert_allclose(Scene(folder)[0].intrinsics, k)
 
 
-def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame]) -> None:
+@pytest.mark.parametrize("off", [0, 1])
+def test_labels_of_a_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame], off: int) -> None:
+    """Also where its outlines are off by a pixel, as those of a scan are."""
     frames = [replace(frame, names=truth[0].names) for frame in truth]
-    scene = Scene(write_scannet(tmp_path / "s", frames))
+    seen = [replace(frame, instances=np.roll(frame.instances, off, axis=1)) for frame in frames]
+    scene = Scene(write_scannet(tmp_path / "s", seen))
     read = [scene[i] for i in range(len(scene.sources))]
     assert read[0].names == truth[0].names  # the wall is no object
     file = scene.folder / "instance-filt" / "0.png"
@@ -56,7 +59,7 @@ def test_labels_from_a_scannet_scan_agree_with_the_true_boxes(tmp_path: Path, tr
     result = compare(label(read, *TRUTH), frames)
     exact = compare(label(frames, *TRUTH), frames)
     assert result.n == exact.n >= 14
-    assert result.center < exact.center + 0.001 and result.vertex < exact.vertex + 0.002
+    assert result.center - exact.center < 0.001 * (1 + off) > (result.vertex - exact.vertex) / 2
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -84,6 +87,8 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Fram
     folder = write_plain(tmp_path / "s", truth)
     (folder / "color" / "0.json").write_text("{}")
     assert len(list(items([f"rgbd:{folder}"]))) == 3
+    with pytest.warns(Notice, match="rgbd:"):
+        assert len([*items([str(folder)])]) == 6  # its depth as photos
     (folder / "depth" / "1.png").rename(folder / "depth" / "01.png")
     with pytest.warns(Notice, match="1 color"):
         left = items([f"rgbd:{folder.rename(tmp_path / 't')}"])
@@ -158,7 +163,5 @@ def test_what_is_wrong_is_said(tmp_path: Path, truth: list[Frame], spoil: Any, m
 
 def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -> None:
     folder = write_scannet(tmp_path / "s", truth[:1])
-    moved = np.eye(4)
-    moved[0, 3] = 0.03
-    np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", moved)
+    np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", np.eye(4) + 0.03 * np.eye(4, k=3))
     refuses("extrinsic_depth", Scene, folder)

@@ -34,8 +34,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in (("of-seed-5", {}), ("of-2-pieces", {"seed": 0, "pieces": 2})):
         begun = root / name / "checkpoints" / "step-00000001"
         begun.mkdir(parents=True)
-        new = {**state, "settings": {**state["settings"], **settings}}
-        (begun / "state.json").write_text(json.dumps(new))
+        (begun / "state.json").write_text(json.dumps(state | {"settings": state["settings"] | settings}))
     return root
 
 
@@ -52,6 +51,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--init nano --preset small", "small"),
         ("--moge {}/cut", "--moge"),
         ("--labels {}/empty --set question_images=4", "empty"),
+        ("--labels {}/file --set question_images=4", "--labels"),
         ("--set accumulate=3", "batch_size 32"),
         ('--set frozen=["vlm.moeg"]', "'vlm.moeg'"),
         ('--set frozen=["vlm"] trained=["vlm"]', "nothing learns"),

@@ -20,7 +20,9 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import Notice
+from spear.labels.inputs import digest
 from spear.labels.scenes import label_scenes
+from spear.labels.store import read
 from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -92,6 +94,9 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
     config = policy.model.vlm.config  # also where questions are asked beside the actions
     assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
+    learned = json.loads((walked.folders["nano-vla"] / "recipe.json").read_text())["learned"].split()
+    asked = [digest(one.image) for view in ("external", "wrist") for one in read(walked.labels / view)]
+    assert sorted(learned) == sorted(asked + walked.episodes.marks())
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> None:

@@ -35,23 +35,17 @@ def test_targets_say_what_is_where() -> None:
     assert not shown[:, 1].any()
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
     np.testing.assert_array_equal(largest, [True, True, False, True])
-    # cells are 8 pixels wide: of patch 0 (columns 0, 8, 16, 24) the cup covers the right half of the third
-    # column
+    # cells are 8 pixels wide: of patch 0 (columns 0, 8, 16, 24) the cup covers the third one's right half
     first = cells[0].reshape(4, 4, 3)[..., 0]
-    np.testing.assert_array_equal(first[0], [0, 0, 64, 128])
-    np.testing.assert_array_equal(first[1], [0, 0, 128, 255])
+    np.testing.assert_array_equal(first[:2], [[0, 0, 64, 128], [0, 0, 128, 255]])
     np.testing.assert_array_equal(cells[3].reshape(4, 4, 3)[2:, 2:, 2], [[96, 32], [0, 0]])
     # the cup's centre is pixel (30, 14): seen from the middle of patch 0 (16, 16) and of patch 1 (48, 16)
-    np.testing.assert_allclose(centre[0], [14 / 32, -2 / 32])
-    np.testing.assert_allclose(centre[1], [-18 / 32, -2 / 32])
-    np.testing.assert_allclose(centre[3], [6 / 32, 4 / 32])
+    np.testing.assert_allclose(centre[[0, 1, 3]], np.array([[14, -2], [-18, -2], [6, 4]]) / 32)
 
 
 def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     """Three times as large, and with what becomes bars above and below cut off: the same targets."""
-    small = a_label()
-    bar = 16
-    objects = []
+    small, bar, objects = a_label(), 16, []
     for o in small.objects:
         mask = np.kron(decode_mask(o.mask, 64, 64)[bar : 64 - bar], np.ones((3, 3), bool))
         box = (np.asarray(o.box2d) - [0, bar, 0, bar]) * 3

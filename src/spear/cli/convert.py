@@ -65,8 +65,7 @@ def convert_backbones(options: BackbonesOptions) -> None:
     processor = None
     if options.coordinates is not None:
         if plan.tokenizer is None:
-            where = options.paligemma
-            raise SpearError(f"--coordinates needs a tokenizer: {where} has none: copy tokenizer.json there")
+            raise SpearError(f"--coordinates: {options.paligemma} has no tokenizer: add tokenizer.json there")
         meaning = _coordinates(options.coordinates, size.bins, options.seed)
         processor = Processor(plan.tokenizer, meaning, dict(size.image_sizes), size.prompt_tokens)
     _finish(plan, processor, options)

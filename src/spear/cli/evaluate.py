@@ -165,6 +165,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
+    from spear.labels.inputs import digest
+    from spear.models.weights.folders import made_by
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
@@ -181,6 +183,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
+    learned = {*made_by(locate(o.model)).get("learned", "").split()}
+    if both := sum(digest(label.image) in learned for label in labels):
+        notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
     trust = None if o.calibrate else run.trust_for(locate(o.model), len(labels), o.questions)
     scores = run.evaluate(bundle, labels, asked, trust)
     scores.save(file, about)
@@ -188,8 +193,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {kept}")
+        print(f"calibration: {run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))}")
 
 
 class CompareOptions(Options):
@@ -256,7 +260,5 @@ def _report(name: str, out: Path | None) -> None:
     assert out is not None
     results = load(out)
     results.save(out / "results.json")
-    show(results.table())
-    for table in beside(results):
-        show(table.table([(name, results)]))
+    show(results.table(), *(table.table([(name, results)]) for table in beside(results)))
     print(f"results in {out}")

@@ -111,10 +111,9 @@ def _plan(options: LabelOptions) -> None:
         most = sum(n.weights for n in found) + max(n.activations for n in found)
         work, peak = sum(n.flops for n in found), machine(device.type, torch.float32).peak
         print(f"memory: at least {most / 2**30:.2f} GiB; a smaller --batch-size needs less")
-        print(
-            f"time on {device}: at least {work / peak:.3g} s per image, {images * work / peak / 3600:.2g} h "
-            f"in all ({work / 1e12:.2f} TFLOP; {peak / 1e12:.2f} TFLOP/s, measured in a matrix product)"
-        )
+        time = f"{work / peak:.3g} s per image, {images * work / peak / 3600:.2g} h in all"
+        speed = f"{work / 1e12:.2f} TFLOP; {peak / 1e12:.2f} TFLOP/s, measured in a matrix product"
+        print(f"time on {device}: at least {time} ({speed})")
 
 
 def ask_about(options: QuestionOptions) -> None:

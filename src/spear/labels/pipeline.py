@@ -62,7 +62,7 @@ def label(
     """Label images with 3D boxes, as they come, one label each; without any detection it has no objects.
 
     frames    images, with ground truth where the models read it; these get eight at a time.
-    exact     whether masks and depth are true; None: where they are ground truth.
+    exact     whether masks and depth are true; None: where they are ground truth, not measured.
 
     Raises `SpearError` for the first image that is bad or that a model refuses.
     """
@@ -137,7 +137,8 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
     known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
     geometry = replace(geometry, mask=known)
     if exact is None:
-        exact = work.provenance["segmenter"] == work.provenance["pointmap"] == GROUND_TRUTH
+        said = work.provenance
+        exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
     background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)

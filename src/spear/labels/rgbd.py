@@ -3,7 +3,7 @@
 A plain folder. Both images show the same view; the depth image may have fewer pixels.
 
     color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`; as stored, whatever its EXIF says
-    depth/NAME.png    16 bits, millimetres; 0 and 65535 are unknown
+    depth/NAME.png    16 bits, millimetres along z; 0 and 65535 are unknown
     intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image, the first pixel's centre at 0 (as in
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
     pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z forward
@@ -101,6 +101,7 @@ class Scene:
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
             turned=turned,
+            measured=True,
         )
 
 

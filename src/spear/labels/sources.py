@@ -59,6 +59,8 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
             notice(f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name")
         return (Item(source, read_rgbd, folder, i, scene.stamp(i)) for i, source in enumerate(scene.sources))
     photos = find_format(argument) is None
+    if photos and any(Path(argument).glob("depth/*.png")):
+        notice(f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth")
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
 
@@ -104,9 +106,8 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
         name = folder if ours else f"{folder}/{split}"
         for index in range(count):
             for number in range(per_episode):
-                place = (split, index, number, per_episode)
                 key = f"{name}#{index}/{number + 1}-of-{per_episode}"
-                yield Item(key, read_episodes, folder, place, stamp)
+                yield Item(key, read_episodes, folder, (split, index, number, per_episode), stamp)
 
 
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:

@@ -75,6 +75,8 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
         for view in tasks.view_folders(folder, list(size.image_sizes)).values():
+            if view.is_file():  # what a run says of its labels, and compares, it looks for in folders
+                raise SpearError(f"--labels {folder}: a file: give the folder that it is in")
             shards_in(view)
     horizon = size.horizon
     config: Any = vlm_config(size)

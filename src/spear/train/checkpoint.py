@@ -76,8 +76,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stepper: Stepper) -> None:
         self.folder, self.stepper = folder, stepper
-        names = stepper.model.named_parameters()
-        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in names}
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in stepper.model.named_parameters()}
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None

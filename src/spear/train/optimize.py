@@ -56,9 +56,8 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
         if not any(matches(n, prefix) for n in names):
-            tops = sorted({n.rsplit(".", 1)[0] for n in names})[:6]
-            there = f"there are {', '.join(tops)}, …"
-            raise SpearError(f"freeze schedule names {prefix!r}: no such module ({there})")
+            tops = ", ".join(sorted({n.rsplit(".", 1)[0] for n in names})[:6])
+            raise SpearError(f"freeze schedule names {prefix!r}: no such module (there are {tops}, …)")
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(matches(name, p) for p in opt.trained)
         learns = learns and not any(matches(name, p) for p in opt.frozen)
@@ -164,8 +163,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, opt)
         self.optimizer.zero_grad(set_to_none=True)
-        said: list[torch.Tensor] = []
-        keys: list[str] = []
+        said, keys = list[torch.Tensor](), list[str]()
         # Autocast's cache would keep a bfloat16 copy of every weight until the end of the forward pass.
         lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):

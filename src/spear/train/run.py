@@ -82,6 +82,7 @@ def train(
         torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
         learned = (begun_with or {}).get("learned", "").split()
         learned += (mark for _, store, _ in inputs.episodes for mark in store.marks())
+        learned += samples.marks() if (samples := getattr(task, "questions", None)) else ()
         written = {
             "recipe": dataclasses.asdict(stage),
             "earlier": earlier,  # what it said before it was changed

@@ -19,6 +19,7 @@ from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.errors import SpearError, counted, notice
 from spear.labels.fit.masks import decode_mask
+from spear.labels.inputs import digest
 from spear.labels.questions.generate import generate
 from spear.labels.questions.templates import FAMILIES
 from spear.labels.sources import kept_for_testing
@@ -83,8 +84,7 @@ class PatchTask:
         jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
         pixels = torch.stack([self.processor.image(image, view) for image in jittered])
         columns = (torch.from_numpy(np.stack(column)) for column in targets)
-        named = zip(("shown", "cells", "centre", "largest"), columns, strict=True)
-        return {"pixels": pixels, **dict(named)}
+        return {"pixels": pixels, **dict(zip(("shown", "cells", "centre", "largest"), columns, strict=True))}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Names and centres."""
@@ -219,10 +219,7 @@ class QuestionSamples:
         wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
         view = "wrist" if wrist else next(iter(self.labels))
         labels = self.labels[view][: self.mix.most_images or None]
-        pixels: list[torch.Tensor] = []
-        questions: list[Question] = []
-        owners: list[int] = []
-        tries = 0
+        pixels, questions, owners, tries = list[torch.Tensor](), list[Question](), list[int](), 0
         while len(pixels) < self.images:
             if (tries := tries + 1) > TRIES * (self.images + len(owners)):
                 kinds = ", ".join(dict.fromkeys(self.mix.families))
@@ -238,10 +235,14 @@ class QuestionSamples:
                 image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
             owners += [len(pixels)] * len(asked)
             pixels.append(self.processor.image(image, view))
-            size = (image.shape[1], image.shape[0])
-            questions += [self.processor.framed_question(one, size, view) for one in asked]
+            questions += [self.processor.framed_question(one, image.shape[1::-1], view) for one in asked]
         images = {"pixel_values": {view: torch.stack(pixels)}, "image_index": torch.tensor(owners)}
         return {**images, **self.processor.questions(questions)}
+
+    def marks(self) -> list[str]:
+        """What tells each image that batches are drawn from from others, wherever it lies."""
+        drawn = [*self.labels.values()][: 2 if self.mix.wrist else 1]
+        return [digest(one.image) for some in drawn for one in some[: self.mix.most_images or None]]
 
 
 def fit_coordinates(
@@ -269,11 +270,10 @@ class VlmTask:
     def __init__(
         self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
     ) -> None:
-        self.model, self.batch = model, samples.batch
-        self.learning_rows: dict[str, tuple[int, int]] = {}
-        if coordinate_rows_only:
-            ids = model.config.coordinate_ids
-            self.learning_rows = {"language_model.embed_tokens.weight": (ids.start, ids.stop)}
+        self.model, self.questions, self.batch = model, samples, samples.batch
+        ids = model.config.coordinate_ids
+        rows = {"language_model.embed_tokens.weight": (ids.start, ids.stop)}
+        self.learning_rows = rows if coordinate_rows_only else {}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """λ-weighted cross-entropy and its parts."""

@@ -20,6 +20,7 @@ from spear.evaluate.vqa.calibration import Certainty, calibrate, factor, uncerta
 from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
 from spear.evaluate.vqa.scores import Scores
 from spear.labels.fit.box3d import iou, make_box, nearest_box
+from spear.labels.inputs import digest
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
@@ -141,8 +142,7 @@ def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
 def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
     truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
     found = measure(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
-    pixels = np.hypot(0.3 * 140, 0.4 * 105) / 2
-    assert found == {"pixels": pytest.approx(pixels), "relative": pytest.approx(25)}
+    assert found == pytest.approx({"pixels": np.hypot(0.3 * 140, 0.4 * 105) / 2, "relative": 25})
     for closing, named in (
         (" so the mug is closer", "mug"),
         (" so the Red Cube is  closer than the mug", "red cube"),
@@ -168,8 +168,7 @@ def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> Non
 def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
     """Truths drawn about what was said; a model that knows how far, or is three times as sure."""
     rng = np.random.default_rng(1)
-    answers = []
-    oracle = Oracle(sigma=0.1)
+    answers, oracle = [], Oracle(sigma=0.1)
     for image in range(300):
         sigma = 0.02 if image % 2 else 0.1
         truth = rng.normal(0.4, 0.1, 3)
@@ -215,13 +214,17 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     assert all(t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"))
 
 
-def test_the_command_writes_scores_and_a_page(tmp_path: Path, done: Command, refused: Command) -> None:
-    write_labels((labelled(i) for i in range(4)), tmp_path / "labels/external/labels-00000.parquet")
+def test_the_command_writes_a_page(tmp_path: Path, done: Command, refused: Command, monkeypatch: Any) -> None:
+    labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
+    said, learned = list[str](), {"learned": digest(labels[2].image)}
+    monkeypatch.setattr("spear.cli.evaluate.notice", said.append)
+    monkeypatch.setattr("spear.models.weights.folders.made_by", lambda folder: learned)
+    write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
     assert "Calibration" in done(*command, "--families", "keypoint", "distance", "--out", str(out))
     saved = json.loads((out / "scores.json").read_text())
-    assert (saved["images"], saved["model"]) == (2, "nano")
+    assert (saved["images"], saved["model"]) == (2, "nano") and "1 of 2" in said[0]
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000

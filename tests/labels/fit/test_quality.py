@@ -24,8 +24,7 @@ def test_planarity_of_a_sheet_a_ball_and_a_line() -> None:
 
 def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
     rng = np.random.default_rng(0)
-    up = np.array([0.0, -1.0, 0.0])
-    fit = partial(fit_box, up=up, support=-0.1)
+    fit = partial(fit_box, up=np.array([0.0, -1.0, 0.0]), support=-0.1)
     corner = np.array([0.0, 0, 1.0])
     dense = corner + rng.uniform(-0.1, 0.1, (2000, 3))
     sparse = corner + rng.uniform(-0.1, 0.1, (10, 3))

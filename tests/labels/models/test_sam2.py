@@ -71,9 +71,8 @@ def test_masks_are_those_of_the_plain_model(folder: str) -> None:
     network = Sam2Model.from_pretrained(folder).eval()
     image = frame(0)
     pixels = preprocess(image.image, 64)[None]
-    boxes = scale_boxes(BOXES, 40, 60, 64)[None]
     with torch.inference_mode():
-        said = network(pixel_values=pixels, input_boxes=boxes, multimask_output=False)
+        said = network(pixels, input_boxes=scale_boxes(BOXES, 40, 60, 64)[None], multimask_output=False)
     expected = postprocess(said.pred_masks[0][:, 0], 40, 60).numpy()
     (masks,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
     assert masks.dtype == bool and (masks == expected).mean() > 0.999

@@ -36,8 +36,7 @@ def one(image: LabeledImage, name: str) -> LabeledObject:
 
 
 def middle(image: LabeledImage, name: str) -> float:
-    box = one(image, name).box2d
-    return float(box[0] + box[2]) / 2 / image.width
+    return float(one(image, name).box2d[::2].mean()) / image.width
 
 
 def derived(image: LabeledImage, q: Question) -> list:
@@ -79,6 +78,13 @@ def test_every_2d_answer_follows_from_the_label(questions: list[tuple[LabeledIma
                 assert 0 <= got.x < 1 and 0 <= got.y < 1
             else:
                 assert got == want
+
+
+def test_what_a_name_speaks_of_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
+    image = replace(labels[0], objects=[replace(labels[0].objects[0], name="bowl_of apples")])
+    asked = [generate(image, np.random.default_rng(s), (1, 1), ["exists"]) for s in range(400)]
+    absent = {q.objects[0] for some in asked for q in some} & set(EVERYDAY)
+    assert "banana" in absent and not absent & {"apple", "bowl"}
 
 
 def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(labels: list[LabeledImage]) -> None:

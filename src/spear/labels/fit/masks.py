@@ -54,8 +54,7 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
         if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
             raise SpearError(f"polygon of size {corners.size}: give x, y of three points or more, finite")
     coco = need("pycocotools.mask", "label", "a COCO polygon")
-    mask: Array = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
-    return mask.astype(bool)
+    return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
 
 def run_lengths(text: str) -> list[int]:

@@ -147,9 +147,7 @@ class GeminiDetector:
 
     def _digest(self, image: Array) -> str:
         asked = [self.model, self.prompt, SCHEMA, THINKING, None, MAX_SIDE, image.shape]
-        hashed = hashlib.sha256(json.dumps(asked).encode())
-        hashed.update(np.ascontiguousarray(image).tobytes())
-        return hashed.hexdigest()
+        return hashlib.sha256(json.dumps(asked).encode() + image.tobytes()).hexdigest()
 
     def _ask(self, frame: Frame) -> tuple[str, list[Detection]]:
         """The text of a usable answer, and what is in it."""

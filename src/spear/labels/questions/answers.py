@@ -177,7 +177,7 @@ def _exists(scene: Scene, rng: Random) -> Draft | None:
         name, answer = pick(shown, rng), "yes"
     else:
         name, answer = pick(EVERYDAY, rng), "no"
-        if any(is_a(other, name) for other in shown):
+        if any(is_a(part, name) for other in shown for part in (other, *other.replace("_", " ").split())):
             return None
     return {"x": with_article(name, definite=False)}, [answer], (name,)
 

@@ -48,7 +48,7 @@ def simulator_only(folder: Path) -> bool:
 
 
 class MadeBy(BaseModel, extra="allow"):
-    """What of a recipe.json is asked for; files: as of `contents`, learned: the marks of its episodes."""
+    """What of a recipe.json is asked for; files: as of `contents`, learned: marks of episodes and images."""
 
     files: dict[str, str] = {}
     learned: str = ""
