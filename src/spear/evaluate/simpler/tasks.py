@@ -44,7 +44,7 @@ TASKS: dict[str, Task] = {
     "PutCarrotOnPlateInScene-v1": Task(24, 60, 2),
     "PutEggplantInBasketScene-v1": Task(64, 120, 2, -0.005, 0.03, (0.02, 0.03), 0.0),
     "PutSpoonOnTableClothInScene-v1": Task(24, 60, 2, 0.03),
-    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002, apart=0.065),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002, (0.12, 0.12), 0.065),
 }
 """ManiSkill's names, in the order of the paper's table."""
 
