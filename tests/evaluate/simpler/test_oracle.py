@@ -135,8 +135,7 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all() and turned <= np.pi / 4 + 1e-9
         near = dataclasses.replace(start, places=places[3] + 0.5 * MARGIN[0], turns=turns[1])
         assert is_official(near, places, turns)
-    again = off_grid(task, 7, places, turns)
-    np.testing.assert_array_equal(again.places, starts[7].places)
+    np.testing.assert_array_equal(off_grid(task, 7, places, turns).places, starts[7].places)
     assert len({start.places.tobytes() for start in starts}) == 300
     fixed = off_grid(task, 0, np.stack([corners, corners[[2] * 4]], axis=1), turns)
     np.testing.assert_array_equal(fixed.places[1], corners[2])

@@ -124,6 +124,7 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     assert 0 < (~first.action_mask).sum() < len(first) / 2
     np.testing.assert_array_equal(first.position, again.position)
     official = [process.reset(start, False).truth for start in range(TASKS[TASK].starts)]
+    assert (np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MARGIN[0] < TASKS[TASK].around).all()
     begun = process.reset(10_001, False, other=True).truth
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
     assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2

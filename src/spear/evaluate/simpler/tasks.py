@@ -28,7 +28,7 @@ class Task:
             full turn (4 for a cube, 2 for a long object, along its x axis), at a place along its x axis (m
             from its origin); and how high above its place it lets go of it (m).
     around, apart  starts off the grid: objects lie up to so far, along x and y, from the middle of the grid,
-            and so far from each other (m; our choice).
+            beyond its corners, and so far from each other (m; our choice).
     """
 
     starts: int
