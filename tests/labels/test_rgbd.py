@@ -45,8 +45,8 @@ def test_a_plain_folder_gives_its_frames_back_also_with_json(tmp_path: Path, tru
     np.testing.assert_allclose(Scene(folder)[0].intrinsics, k)
 
 
-@pytest.mark.parametrize("off", [0, 1])
-def test_labels_of_a_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[Frame], off: int) -> None:
+@pytest.mark.parametrize(("off", "slack"), [(0, 0.001), (1, 0.002)])
+def test_a_scan_gives_the_true_boxes(tmp_path: Path, truth: list[Frame], off: int, slack: float) -> None:
     """Also where its outlines are off by a pixel, as those of a scan are."""
     frames = [replace(frame, names=truth[0].names) for frame in truth]
     seen = [replace(frame, instances=np.roll(frame.instances, off, axis=1)) for frame in frames]
@@ -59,7 +59,7 @@ def test_labels_of_a_scan_agree_with_the_true_boxes(tmp_path: Path, truth: list[
     result = compare(label(read, *TRUTH), frames)
     exact = compare(label(frames, *TRUTH), frames)
     assert result.n == exact.n >= 14
-    assert result.center - exact.center < 0.001 * (1 + off) > (result.vertex - exact.vertex) / 2
+    assert result.center < exact.center + slack and result.vertex < exact.vertex + 2 * slack
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])

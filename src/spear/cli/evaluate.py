@@ -193,7 +193,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        print(f"calibration: {run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))}")
+        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {kept}")
 
 
 class CompareOptions(Options):
@@ -251,8 +252,7 @@ def reference() -> None:
     Example:
         spear evaluate reference
     """
-    for table in references().values():
-        show(table.table())
+    show(*(table.table() for table in references().values()))
 
 
 def _report(name: str, out: Path | None) -> None:

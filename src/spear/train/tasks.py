@@ -240,7 +240,7 @@ class QuestionSamples:
         return {**images, **self.processor.questions(questions)}
 
     def marks(self) -> list[str]:
-        """What tells each image that batches are drawn from from others, wherever it lies."""
+        """What tells each image that is asked about from others, wherever it lies."""
         drawn = [*self.labels.values()][: 2 if self.mix.wrist else 1]
         return [digest(one.image) for some in drawn for one in some[: self.mix.most_images or None]]
 
