@@ -5,6 +5,7 @@ So every tensor that a training step makes must say where; a mode of PyTorch's s
 """
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -33,14 +34,17 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    for has, tiles in ((True, True), (True, False), (False, True)):
+    for has, tiles, pairs, maker in itertools.product(*[(True, False)] * 3, ("AuthenticAMD", "GenuineIntel")):
         monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
+        monkeypatch.setattr(devices, "CPU", f"vendor_id\t: {maker}\n")
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        assert bfloat16_is_fast(CUDA) and bfloat16_is_fast(CPU) == (has and tiles)
-    monkeypatch.setattr(devices, "HAS_BFLOAT16", True)
-    for limit in ("AVX2", "AVX512_CORE", "avx512_core_bf16"):
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert not bfloat16_is_fast(CPU)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pairs=pairs: pairs)
+        amd = pairs and maker == "AuthenticAMD"
+        assert bfloat16_is_fast(CUDA) and bfloat16_is_fast(CPU) == (has and (tiles or amd))
+        for limit in ("AVX2", "AVX512_CORE", "avx512_core_bf16"):
+            with monkeypatch.context() as patch:
+                patch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+                assert bfloat16_is_fast(CPU) == (has and amd and "bf16" in limit)
 
     asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
     plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")
