@@ -58,7 +58,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper().replace("DEFAULT", "ALL")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().replace("DEFAULT", "") or "ALL"
     tiles = torch.cpu._is_amx_tile_supported() and any(word in limit for word in ("ALL", "AMX"))
     pairs = "AuthenticAMD" in CPU and any(word in limit for word in ("ALL", "AMX", "FP16", "BF16"))
     return HAS_BFLOAT16 and (tiles or (pairs and torch.cpu._is_avx512_bf16_supported()))
