@@ -102,7 +102,7 @@ def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path:
         shutil.copy(folder / name.replace("1", "2"), folder / name)
         assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], name
     (old,) = contents([next(items([f"rgbd:{folder}"]))])
-    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", np.diag([200, 200, 1.0]))
+    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", [[200, 0, 48], [0, 200, 32], [0, 0, 1]])
     assert Scene(folder).stamp(0) != scene.stamp(0)
     (new,) = contents([next(items([f"rgbd:{folder}"]))])
     assert old.intrinsics[0, 0] != new.intrinsics[0, 0] == 200  # in one process, as in a notebook
@@ -130,7 +130,7 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(tmp_path: Path, tru
     assert frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
 
 
-DOUBLE = np.diag([2.05, 2.05, 1.0])
+DOUBLE, HALF = np.diag([2.05, 2.05, 1.0]), np.diag([0.5, 0.5, 1.0])
 ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
 
 
@@ -143,8 +143,8 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64 depth"),
         (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
         (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
-        # of images of twice the size, as a dataset has them before its images are made smaller
         (lambda at: np.savetxt(at / "intrinsics.txt", DOUBLE @ read_matrix(at / "intrinsics.txt")), "centre"),
+        (lambda at: np.savetxt(at / "intrinsics.txt", HALF @ read_matrix(at / "intrinsics.txt")), "centre"),
         (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),

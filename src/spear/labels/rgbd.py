@@ -83,7 +83,7 @@ class Scene:
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         for camera, size in ((self.camera, (width, height)), (depth_camera, (columns, rows))):
-            if not ((camera[:2, 2] > 0) & (camera[:2, 2] < size)).all():
+            if not (0 < min(at := camera[:2, 2] / size) < 0.65 and 0.35 < max(at) < 1):  # half-size: 0.25
                 what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {camera[:2, 2].round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None

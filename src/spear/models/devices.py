@@ -52,16 +52,14 @@ def choose_device(name: str = "auto") -> torch.device:
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's AVX-512.
 
-    Intel's AVX-512 takes longer in it, since everything beside the matrix products has to convert. AMD's
-    multiplies four times as fast as MKL in float32 there: on Zen 5 a step of nano takes 0.39 of the time
-    (`benchmarks/train/step.py`; Zen 4 was not measured).
+    With Intel's AVX-512 it takes longer, since everything beside the matrix products has to convert. On AMD's
+    Zen 5 a step of nano takes 0.39 of the time (`benchmarks/train/step.py`; Zen 4 was not measured).
     """
-    if device.type != "cpu":
-        return True
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().replace("DEFAULT", "") or "ALL"
     tiles = torch.cpu._is_amx_tile_supported() and any(word in limit for word in ("ALL", "AMX"))
     pairs = "AuthenticAMD" in CPU and any(word in limit for word in ("ALL", "AMX", "FP16", "BF16"))
-    return HAS_BFLOAT16 and (tiles or (pairs and torch.cpu._is_avx512_bf16_supported()))
+    fast = tiles or (pairs and torch.cpu._is_avx512_bf16_supported())
+    return device.type != "cpu" or (HAS_BFLOAT16 and fast)
 
 
 @contextmanager
