@@ -53,7 +53,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's AVX-512.
 
     With Intel's AVX-512 it takes longer, since everything beside the matrix products has to convert. On AMD's
-    Zen 5 a step of nano takes 0.39 of the time (`benchmarks/train/step.py`; Zen 4 was not measured).
+    Zen 5 a step of nano takes 0.4 to 0.5 of it (`benchmarks/train/step.py`; Zen 4 was not measured).
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().replace("DEFAULT", "") or "ALL"
     tiles = torch.cpu._is_amx_tile_supported() and any(word in limit for word in ("ALL", "AMX"))
