@@ -82,9 +82,9 @@ class Scene:
                 what = f"{columns}×{rows} depth, {width}×{height} color"
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
-        for camera, size in ((self.camera, (width, height)), (depth_camera, (columns, rows))):
-            if not (0 < min(at := camera[:2, 2] / size) < 0.65 and 0.35 < max(at) < 1):  # half-size: 0.25
-                what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {camera[:2, 2].round()}"
+        for centre, size in ((self.camera[:2, 2], (width, height)), (depth_camera[:2, 2], (columns, rows))):
+            if not (0 < min(centre / size) < 0.65 and 0.35 < max(centre / size) < 1):  # half the size: 0.25
+                what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {centre.round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None
         if self.names is not None and path.is_file():

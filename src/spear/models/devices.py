@@ -53,13 +53,13 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's AVX-512.
 
     With Intel's AVX-512 it takes longer, since everything beside the matrix products has to convert. On AMD's
-    Zen 5 a step of nano takes 0.4 to 0.5 of it (`benchmarks/train/step.py`; Zen 4 was not measured).
+    Zen 5 a nano step takes 0.4 to 0.5 of float32's time (`benchmarks/train/step.py`; Zen 4 was not measured).
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().replace("DEFAULT", "") or "ALL"
-    tiles = torch.cpu._is_amx_tile_supported() and any(word in limit for word in ("ALL", "AMX"))
-    pairs = "AuthenticAMD" in CPU and any(word in limit for word in ("ALL", "AMX", "FP16", "BF16"))
-    fast = tiles or (pairs and torch.cpu._is_avx512_bf16_supported())
-    return device.type != "cpu" or (HAS_BFLOAT16 and fast)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limit = "AMX" if limit in ("", "ALL", "DEFAULT") else limit  # none: the most that there is
+    tiles = "AMX" in limit and torch.cpu._is_amx_tile_supported()
+    pairs = any(part in limit for part in ("AMX", "FP16", "BF16")) and torch.cpu._is_avx512_bf16_supported()
+    return device.type != "cpu" or (HAS_BFLOAT16 and (tiles or (pairs and "AuthenticAMD" in CPU)))
 
 
 @contextmanager
