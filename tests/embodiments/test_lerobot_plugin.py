@@ -1,6 +1,7 @@
 """The plugin for LeRobot: what a dataset's numbers mean, against scipy. Its check.py runs LeRobot itself."""
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,21 @@ def test_units_that_are_hardly_right_are_said(recwarn: pytest.WarningsRecorder) 
     for robot, values, said in ((arm, frames, 0), (robots.Exported(), frames / 99, 0), (arm, frames / 99, 2)):
         robots.doubt_units(robot, values)
         assert len(recwarn) == said
+
+
+@pytest.mark.parametrize(("asks", "takes"), [(30, 5), (5, 5), (3, 3)])
+def test_rows_for_a_robot_come_no_faster_than_they_are_made_for(
+    asks: float, takes: float, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    pace, now, rng = robots.Pace(5), [100.0], np.random.default_rng(0)
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
+    monkeypatch.setattr(robots, "time", clock)
+    for before, late in itertools.pairwise(rng.uniform(0, 0.08, 101)):  # s: a loop is not quite even
+        begun = now[0]
+        pace.wait()
+        now[0] = max(now[0], begun + 1 / asks + late - before)
+    assert 100 / (now[0] - 100) == pytest.approx(takes, rel=0.02)
+    assert bool(len(recwarn)) is (asks == 30)
 
 
 def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:

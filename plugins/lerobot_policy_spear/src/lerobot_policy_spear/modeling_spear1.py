@@ -28,7 +28,7 @@ from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
-from .robots import Robot, columns, counting, demonstrated, doubt_units
+from .robots import Pace, Robot, columns, counting, demonstrated, doubt_units
 
 FOLDER = "spear"
 """Beside LeRobot's own file."""
@@ -110,6 +110,7 @@ class Spear1Policy(PreTrainedPolicy):
     def reset(self) -> None:
         """A new episode: no actions wait, and the noise begins anew."""
         self._action_queue: deque[Tensor] = deque()
+        self._pace = Pace(self.config.fps)
         self.spear.reset()
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
@@ -164,7 +165,10 @@ class Spear1Policy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """[B, d]: the next row; looks when those of `replan` actions are used up."""
+        """[B, d]: the next row; looks when those of `replan` actions are used up. One robot's come no faster
+        than `fps`; several are a simulator's."""
+        if len(batch[OBS_STATE]) == 1:
+            self._pace.wait()
         if not self._action_queue:
             rows = self.predict_action_chunk(batch)[:, : self.config.replan * self.config.stride]
             self._action_queue.extend(rows.transpose(0, 1))

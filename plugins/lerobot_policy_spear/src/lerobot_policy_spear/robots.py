@@ -8,6 +8,8 @@ through LeRobot's kinematics of the arm. Anything else is refused. Needs no LeRo
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,23 @@ ROUNDS = 5
 """LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
 MISS = 0.01
 """Metres from where a row should lead: beyond, the arm stands still (these two are our choice)."""
+
+
+class Pace:
+    """Lets rows come no faster than a robot is to execute them, `fps` in a second: LeRobot's loop has a rate
+    of its own, `--fps`, 30 without it. A row may come half of its time early (our choice)."""
+
+    def __init__(self, fps: int) -> None:
+        self.period, self._due = 1 / fps, -math.inf
+
+    def wait(self) -> None:
+        """Until the next row is due. Says so where they are asked for a quarter too fast."""
+        if (early := self._due - time.monotonic()) > 0:
+            if early > 0.2 * self.period:
+                told = f"--policy.fps={1 / self.period:g}"
+                notice(f"more rows are asked for than {told}: each is made to wait: give it as --fps, too")
+            time.sleep(early)
+        self._due = max(self._due + self.period, time.monotonic() + self.period / 2)
 
 
 class Robot(Protocol):
