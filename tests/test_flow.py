@@ -66,11 +66,9 @@ def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: Flow
 def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
     noise = flow.sample_noise((20_000, 5), S3, generator())
     for part in (noise.translation, noise.gripper):
-        assert abs(float(part.mean())) < 0.01
-        assert abs(float(part.std()) - 1) < 0.01
+        assert abs(float(part.mean())) < 0.01 and abs(float(part.std()) - 1) < 0.01
     q = noise.rotation
-    assert q.shape == (20_000, 5, 4)
-    assert float(q[..., 0].min()) >= 0
+    assert q.shape == (20_000, 5, 4) and float(q[..., 0].min()) >= 0
     torch.testing.assert_close(q.norm(dim=-1), torch.ones(20_000, 5))
     # On S³ each coordinate has mean square 1/4 and |w| the mean 4 / (3π).
     torch.testing.assert_close(q.square().mean((0, 1)), torch.full((4,), 0.25), atol=0.005, rtol=0)
@@ -86,8 +84,7 @@ def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
     tau = flow.sample_time(20_000, config, generator())
     assert tau.dtype == torch.float32
-    assert float(tau.min()) >= 0
-    assert float(tau.max()) <= 0.999
+    assert float(tau.min()) >= 0 and float(tau.max()) <= 0.999
     u = (0.999 - tau.double().numpy()) / 0.999
     assert kstest(u, beta_distribution(alpha, beta).cdf).pvalue > 0.01
     assert torch.equal(tau, flow.sample_time(20_000, config, generator()))
@@ -134,8 +131,7 @@ def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed(
         state, velocity = flow.interpolate(noise, data, time, S3)
         q, u = state.rotation, velocity.rotation
         assert float((q.norm(dim=-1) - 1).abs().max()) < 1e-14
-        assert float(q[..., 0].min()) > 0
-        assert float((q * u).sum(-1).abs().max()) < 1e-14
+        assert float(q[..., 0].min()) > 0 and float((q * u).sum(-1).abs().max()) < 1e-14
         apart, opposite = ((noise.rotation + sign * data.rotation).norm(dim=-1) for sign in (-1, 1))
         torch.testing.assert_close(u.norm(dim=-1), 2 * torch.atan2(apart, opposite), atol=1e-9, rtol=0)
 

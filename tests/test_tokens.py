@@ -34,8 +34,7 @@ def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -
     expected = len(held_out) / BINS
     # Both the edges and the counts are samples of n values: the variance of a count is twice Poisson's.
     deviation = (counts - expected) / math.sqrt(2 * expected)
-    assert abs(float(deviation.std()) - 1) < 0.1
-    assert float(np.abs(deviation).max()) < 5
+    assert abs(float(deviation.std()) - 1) < 0.1 and float(np.abs(deviation).max()) < 5
     assert tokenizer.bins == BINS
 
 
@@ -45,8 +44,7 @@ def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
     decoded = tokenizer.decode(ids)
     assert (tokenizer.edges[ids] <= decoded).all()
     assert (decoded < tokenizer.edges[ids + 1]).all()
-    assert (tokenizer.edges[ids] <= x).all()
-    assert (x <= tokenizer.edges[ids + 1]).all()
+    assert (tokenizer.edges[ids] <= x).all() and (x <= tokenizer.edges[ids + 1]).all()
     assert (tokenizer.encode(decoded) == ids).all()
     assert (tokenizer.encode(tokenizer.decode(np.arange(BINS))) == np.arange(BINS)).all()
 
@@ -106,8 +104,7 @@ def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: P
     loaded = CoordinateTokenizer.load(path)
     assert loaded.edges.tobytes() == fitted.edges.tobytes()
     assert loaded.representatives.tobytes() == fitted.representatives.tobytes()
-    assert loaded.unit == "relative"
-    assert tokenizer.unit == "metre"
+    assert loaded.unit == "relative" and tokenizer.unit == "metre"
     assert [p.name for p in tmp_path.iterdir()] == ["coordinates.json"]
 
 
@@ -179,8 +176,7 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     g = torch.Generator().manual_seed(0)
     few = torch.randn(3, 16, generator=g).bfloat16()  # three rows span a plane around their mean
     new = init_new_embeddings(few, 8, g)
-    assert new.dtype == torch.bfloat16
-    assert new.shape == (8, 16)
+    assert new.dtype == torch.bfloat16 and new.shape == (8, 16)
     assert bool(torch.isfinite(new).all())
     basis = torch.linalg.svd((few - few.mean(0)).float()).Vh[:2]
     offset = new.float() - few.float().mean(0)
@@ -204,5 +200,4 @@ def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> 
         centred = (tables - existing.mean(0)) / scale
         return float((centred[:, :-gap] * centred[:, gap:]).mean())
 
-    assert likeness(1) > 0.95
-    assert likeness(1) > likeness(16) > likeness(200)
+    assert likeness(1) > 0.95 and likeness(1) > likeness(16) > likeness(200)

@@ -19,8 +19,7 @@ def results(families: tuple[str, ...]) -> Results:
 @pytest.mark.parametrize("name", references())
 def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
     table = references()[name]
-    assert "arXiv" in table.source
-    assert len(table.columns) == len(table.families)
+    assert "arXiv" in table.source and len(table.columns) == len(table.families)
     assert set(table.rows) <= set(table.means)
     for method, row in table.rows.items():
         assert len(row) == len(table.columns)

@@ -75,8 +75,7 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
     simulator = Parity()
     options = EpisodeOptions(films=films, out=tmp_path)
     results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
-    assert simulator.ran == ran and simulator.most <= 3
-    assert results.mean().value == 0.5
+    assert simulator.ran == ran and simulator.most <= 3 and results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
     lines = [json.loads(line) for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]]
     assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it

@@ -25,11 +25,8 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
     both = {"vision_config": vision, "initializer_range": 0.3}
     torch.manual_seed(0)
     if not video:
-        config = hf.Sam2Config(
-            prompt_encoder_config=hf.Sam2PromptEncoderConfig(**prompt),
-            mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder),
-            **both,
-        )
+        parts = {"prompt_encoder_config": hf.Sam2PromptEncoderConfig(**prompt), **both}
+        config = hf.Sam2Config(mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder), **parts)
         hf.Sam2Model(config).save_pretrained(folder)
         return folder
     memory = hf.Sam2VideoConfig(
@@ -52,12 +49,10 @@ def save_grounding_dino(folder: Path) -> Path:
     config = hf.GroundingDinoConfig(
         backbone_config=hf.SwinConfig(
             image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-            out_features=["stage2", "stage3", "stage4"],
-        ),
+            out_features=["stage2", "stage3", "stage4"]),
         text_config=hf.BertConfig(
             vocab_size=1060, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-            max_position_embeddings=32,
-        ),
+            max_position_embeddings=32),
         num_queries=10, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,
         decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, max_text_len=16,
     )  # fmt: skip

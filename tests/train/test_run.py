@@ -27,6 +27,7 @@ from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
+from spear.models.weights.folders import locate
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs
@@ -170,6 +171,14 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
+    (changed / "README.md").write_text("mine")
+    run_recipe("nano-post", out, store=store, init=tiny, **other)
+    assert (changed / "README.md").read_text() == "mine"
+    shutil.copytree(state.parent, state.parent.with_name("step-00000003"))  # as stopped after more steps
+    with pytest.warns(Notice, match="step 2"):
+        assert locate(out) == changed
+    shutil.rmtree(out / "checkpoints")
+    refuses("checkpoints", run_recipe, "nano-post", out, store=store, init=tiny, **other)
 
 
 def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:

@@ -374,8 +374,7 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         problem = tab.send(request)
         assert problem is not None and said in problem and "\n" not in problem, (request, problem)
     assert tab.ask("instruct", text="") is None
-    assert "prompt" in (tab.ask("predict") or "")
-    assert tab.view["source"] == "simulator"
+    assert "prompt" in (tab.ask("predict") or "") and tab.view["source"] == "simulator"
 
 
 def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:

@@ -66,8 +66,7 @@ def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
     del found
     assert slots.put(BATCH, 0) is BATCH  # none is free: it comes as it is
     del view
-    assert slots.put(BATCH, 0) is BATCH
-    assert torch.equal(kept, before)
+    assert slots.put(BATCH, 0) is BATCH and torch.equal(kept, before)
     del kept
     gc.collect()
     assert isinstance(slots.put(BATCH, 0), Handed)

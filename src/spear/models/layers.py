@@ -142,8 +142,7 @@ def suffix_mask(valid: Tensor, horizon: int, samples: int) -> Tensor:
 
 
 def sinusoids(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
-    """π0's embedding of the flow time, [...] -> [..., width] float32: sines, then cosines, of geometrically
-    spaced periods."""
+    """π0's embedding of the flow time, [...] -> [..., width] float32: sines, cosines; geometric periods."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
     # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
     frequency = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi

@@ -150,8 +150,7 @@ class Processor:
 
         As PaliGemma's: `<bos>`, the text, a newline. Of the names of tokens in a text only places (`Pixel`)
         become tokens. Raises SpearError for an empty or too long text, unless that is to be cut, with a
-        notice, as in training: one among a million instructions does not end it. There lengths are multiples
-        of `vlm.LENGTHS`.
+        notice, as in training, which one instruction does not end. There lengths are as `vlm.LENGTHS` says.
         """
         return self._pad([self._prompt(text, cut) for text in texts], vlm.LENGTHS if cut else 1)
 

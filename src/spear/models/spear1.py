@@ -124,8 +124,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return prefix
 
     def predict(self, prefix: Prefix, state: Tensor, noisy: Action, time: Tensor) -> Action:
-        """What the expert says about noisy actions: a velocity or a clean action, as the flow config says,
-        its rotation not normalised.
+        """What the expert says about noisy actions: a velocity or a clean action; rotations not normalised.
 
         state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
         Each action may have a time of its own: [B, H], or [B, K, H].

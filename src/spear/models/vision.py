@@ -131,9 +131,8 @@ def position_waves(side: int, width: int) -> Tensor:
 def resample(table: Tensor, rows: int, columns: int, offset: float = 0.0) -> Tensor:
     """Position embeddings [side², D], row by row, read off at rows × columns places: [rows · columns, D].
 
-    Bicubic, as Transformers and MoGe do it. offset: see `DinoEmbeddings`. It is done by products with
-    constants: for 1,024 channels PyTorch's kernel for images takes 1.8 ms on an H200. They are float64, which
-    autocast leaves alone.
+    Bicubic, as Transformers and MoGe do it. offset: see `DinoEmbeddings`. Done by products with constants:
+    PyTorch's kernel takes 1.8 ms for 1,024 channels on an H200. In float64, which autocast leaves alone.
     """
     side = math.isqrt(len(table))
     if rows == columns == side:

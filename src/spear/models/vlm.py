@@ -249,8 +249,7 @@ def token_loss(
     """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ (our choice), w = λ on 3D tokens (the paper), else 1.
 
     logits [M, vocabulary], labels [M], `IGNORE` where there is none. coordinates: the ids of the 3D tokens;
-    weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that a 3D token's target is spread
-    over.
+    weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that is a 3D token's target.
     Returns the loss and the plain means over "text" and "coordinates".
     """
     log_p, known = logits.float().log_softmax(-1), labels != IGNORE

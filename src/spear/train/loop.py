@@ -97,8 +97,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def _serve(worker: int) -> None:
-    """A signal that reaches all processes ends the work when the step is done, not before. The first worker
-    gives the notices."""
+    """A signal to all processes ends the work when the step is done. The first worker gives the notices."""
     if worker > 0:
         silence()
     for number in _STOPPING:
@@ -240,6 +239,8 @@ def state_to_continue(
     has this seed, what is known `about` it is the same, and it is at no later a step."""
     found = newest(out / "checkpoints")
     if found is None:
+        if (out / "final" / "recipe.json").is_file():
+            raise SpearError(f"{out} holds a result without checkpoints: use a new --out, or move it away")
         return None
     _, state = found
     there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}

@@ -41,8 +41,7 @@ class Optimization:
     schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
     weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
     ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts the forward pass where that is fast (`models.devices`), else as "fp32";
-                      the weights that learn stay float32.
+    precision         "bf16" autocasts forward passes where that is fast (`models.devices`); not the weights.
     frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
     accumulate        pieces in which a process works through its batch; their gradients are averaged. A run
                       that is continued keeps its pieces (`spear.train.parallel`).
@@ -106,11 +105,9 @@ class Recipe:
                   None: those of `--init`; without one, the preset's number, at quantiles (the paper).
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
-    question_images  images with 3D questions trained alongside each action batch (our choice; 0 is none).
-    question_weight  weight of their loss.
+    question_images, question_weight  images with 3D questions beside each batch, their loss's weight (ours).
     augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper), "minmax" or "meanstd" (its ablation); positions
-                  in the state follow it (our choice).
+    normalization  of translations: "quantile" (the paper), "minmax" or "meanstd"; also of positions (ours).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's, or those of `--init`.
     committed     the longest delay to learn to act under: so many actions at a chunk's beginning may be given

@@ -22,7 +22,7 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.folders import made_by, save_made_by, simulator_only
+from spear.models.weights.folders import contents, made_by, save_made_by, simulator_only
 from spear.models.weights.load import Shards
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
@@ -104,8 +104,12 @@ def train(
             shutil.rmtree(part, ignore_errors=True)
             save(part)
             save_made_by(part, written)
-            shutil.rmtree(final, ignore_errors=True)
-            part.replace(final)
+            if final.is_dir() and contents(part) == contents(final):  # a card and a calibration stay
+                (part / "recipe.json").replace(final / "recipe.json")
+            else:
+                shutil.rmtree(final, ignore_errors=True)
+                part.replace(final)
+            shutil.rmtree(part, ignore_errors=True)
     parallel.wait()
     return final
 
@@ -114,8 +118,7 @@ def check(
     stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
 ) -> tuple[Recipe, torch.device, dict[str, Any]]:
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
-    recipe as it is `settled`, its device, and what it is of. Asked before data are made: inputs may lack
-    demonstrations."""
+    recipe as it is `settled`, its device, and what it is of. Demonstrations may be still to make."""
     place = choose_device(device)
     check_no_input(out, "train")
     parallel.start(place)

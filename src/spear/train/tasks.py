@@ -1,8 +1,7 @@
 """What the stages train on and how wrong a model is there: their batches and losses (`Task`).
 
-Stage 0, nano only: depth from single images, standing in for MoGe's pretraining, and what each patch shows
-(`spear.models.stage0`), standing in for SigLIP's. Then questions about labelled images for
-SPEAR-VLM, and demonstrations for SPEAR-1, with 3D questions alongside so that the VLM keeps what it knows.
+Stage 0, nano only: depth from single images, standing in for MoGe's pretraining, and what each patch shows,
+for SigLIP's. Then questions about labelled images, and demonstrations with 3D questions alongside.
 """
 
 import dataclasses

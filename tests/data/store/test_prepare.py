@@ -187,8 +187,7 @@ def test_a_full_disk_leaves_nothing_half_written(recorded: Path, whole: Path, tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert not out.exists()
-    assert not list(tmp_path.rglob(".episodes-*"))
+    assert not out.exists() and not list(tmp_path.rglob(".episodes-*"))
     assert run(recorded, out)[0] == COUNT - 1
     assert files(out) == files(whole)
 

@@ -30,8 +30,7 @@ def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
     sparse = corner + rng.uniform(-0.1, 0.1, (10, 3))
     stray = np.concatenate([dense[:200], corner[None] + np.array([0.5, 0, 0.3])])
     values = [stability(p, fit(p), fit) for p in (dense, stray, sparse)]
-    assert values[0] > 0.97 > values[0] - 0.1 > max(values[1:])
-    assert min(values) >= 0
+    assert values[0] > 0.97 > values[0] - 0.1 > max(values[1:]) and min(values) >= 0
     assert values == [stability(p, fit(p), fit) for p in (dense, stray, sparse)]
 
 

@@ -126,8 +126,7 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     far = Detection("cup", np.array([40, 12, 56, 28], np.float32))
     (masks,) = FileSegmenter(known, FullBoxes()).segment([frame("a")], [[near, second, far]])
     assert (masks[0] == disc(40, 60, 22, 20, 8)).all()
-    assert (masks[1] == disc(40, 60, 20, 20, 8)).all()
-    assert masks[2].sum() == 256
+    assert (masks[1] == disc(40, 60, 20, 20, 8)).all() and masks[2].sum() == 256
 
 
 def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:

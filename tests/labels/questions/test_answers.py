@@ -65,22 +65,17 @@ def test_answers_about_made_up_labels(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "also", "not_also"),
-    [
+    ("kind", "also", "not_also"), [
         ("cube", "cube #1, Cube 2, red cube, cube (left), cubes, small cube on the tray", "ice cube tray"),
         ("red cube", "big red cube, cube (red), red cubes", "cube, blue cube, red tray"),
         ("cup", "mug, white cup on table, cups of tea, red_mug", "cup holder, teacup"),
         ("bowl of rice", "rice bowl, big bowl of rice", "bowl, rice, bowl of soup"),
         ("hand (left)", "left hand, left hand of the cook", "hand, hand (right)"),
-        ("knives", "knife, bread knife", "knave"),
-        ("boxes", "box, tin box", "ox"),
+        ("knives", "knife, bread knife", "knave"), ("boxes", "box, tin box", "ox"),
         ("scissors", "pair of scissors, kitchen scissors 2", "hair"),
         ("person", "woman, old man with hat, people", "hat"),
-        ("woman", "young woman", "man"),
-        ("tub", "bath tubs", "tubes"),
-        ("7", "7", "8"),
-    ],
-)  # fmt: skip
+        ("woman", "young woman", "man"), ("tub", "bath tubs", "tubes"), ("7", "7", "8"),
+])  # fmt: skip
 def test_names_that_could_mean_another_are_ambiguous(kind: str, also: str, not_also: str) -> None:
     assert [name for name in f"{kind}, {also}".split(", ") if not is_a(name, kind)] == []
     assert [name for name in not_also.split(", ") if is_a(name, kind)] == []

@@ -52,8 +52,7 @@ def plan_policy(
     expert  None: a new one of the preset's width, as deep as the VLM. Else a π0 in safetensors: a folder, or
             a name on the Hub. Of its layers that take states and give actions those are loaded that have our
             sizes (state 10, action 8); the others are new, since their numbers mean other things. π0's
-            velocity points from the data to the noise, so its last layer is negated; it is new where the flow
-            predicts clean actions.
+            velocity points to the noise, so its last layer is negated; new where clean actions are predicted.
     size    the preset of the horizon, the flow and a new expert.
 
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.

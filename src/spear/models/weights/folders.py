@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def locate(name: str | Path) -> Path:
     if path.is_dir():
         if path != shipped and (shipped / "config.json").is_file():
             notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
-        if (path / "final" / "config.json").is_file():
-            return path / "final"
+        if ((final := path / "final") / "config.json").is_file():
+            steps = made_by(final).get("recipe", {}).get("optimization", {}).get("steps", math.inf)
+            if any(int(saved.name[5:]) > steps for saved in path.glob("checkpoints/step-[0-9]*")):
+                notice(f"{path}: weights of step {steps:,}, newer are not finished: give its command again")
+            return final
         if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
             raise SpearError(f"{path}: its training is not finished: give the same command again")
         return path
@@ -50,6 +54,7 @@ def simulator_only(folder: Path) -> bool:
 class MadeBy(BaseModel, extra="allow"):
     """What of a recipe.json is asked for; files: as of `contents`, learned: marks of episodes and images."""
 
+    recipe: dict[str, Any] = {}
     files: dict[str, str] = {}
     learned: str = ""
     simulator_only: StrictBool = False
