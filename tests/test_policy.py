@@ -17,7 +17,7 @@ from data_tiny import make, stored
 from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.data.seen import LOOKED_AT, RobotCheck, Seen
+from spear.data.seen import LATER, LOOKED_AT, RobotCheck, Seen
 from spear.embodiments import load
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
@@ -286,6 +286,21 @@ def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_wer
                 service.answer([plain, sent], ["first", robot])
         said = " ".join(str(w.message) for w in caught)
         assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [robot != "first"] * 2
+
+
+@pytest.mark.parametrize("fails", ["frozen", "shows nothing", ""])
+def test_a_camera_that_fails_later_is_noted(
+    nano: Spear1Policy, fails: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(1, 5, 8))
+    monkeypatch.setattr(policy, "predict", lambda inputs: still)
+    sent = {**load("generic").example(), "seed": 0}
+    for step in range(LOOKED_AT + LATER + 1):
+        sent["observation/state"][0] += 0.002 * (fails == "frozen")
+        sent["observation/image"] = sent["observation/image"] * (fails != "shows nothing" or step < LOOKED_AT)
+        policy.infer(sent)
+    found = [words for w in recwarn if "camera 'external'" in (words := str(w.message))]
+    assert len(found) == bool(fails) and fails in "".join(found)
 
 
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:

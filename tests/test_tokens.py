@@ -140,8 +140,7 @@ def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
     words = word_tokenizer()
     before = len(words)
     first = extend_tokenizer(words)
-    assert first == before
-    assert len(words) == before + BINS
+    assert first == before and len(words) == before + BINS
     names = [TOKEN_FORMAT.format(i) for i in range(BINS)]
     assert names[7] == "<3d0007>"
     text = f"the mug is at {names[0]}{names[1023]} {names[512]} and"
@@ -153,8 +152,7 @@ def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
 
     words.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert extend_tokenizer(again) == first
-    assert again(text)["input_ids"] == ids
+    assert extend_tokenizer(again) == first and again(text)["input_ids"] == ids
     scattered = word_tokenizer()
     scattered.add_tokens(["<3d0001>"])
     refuses("3D tokens", extend_tokenizer, scattered)

@@ -104,8 +104,7 @@ def is_first_process() -> bool:
 
 
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from where the caller was called, once for all processes of a run. Returns
-    whether it was said."""
+    """Warn with a `Notice`, as if from where the caller was called, once for all processes. Whether so."""
     said = _SAYING.get() and is_first_process()
     if said:
         warnings.warn(message, Notice, stacklevel=3)

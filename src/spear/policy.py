@@ -11,7 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
-from spear.data.seen import LOOKED_AT, MOSTLY, RobotCheck, Seen
+from spear.data.seen import LATER, LOOKED_AT, MOSTLY, RobotCheck, Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice
 from spear.labels.questions.generate import NUMBERS, PIXELS
@@ -275,24 +275,26 @@ class Spear1Policy:
             blank = torch.zeros(3, height, width, dtype=torch.uint8)
             pixels[view] = torch.stack(
                 [blank if image is None else self.processor.image(image, view) for image in images]
-            ).to(device)
+            )
             if not all(there):
-                present[view] = torch.tensor(there, device=device)
+                present[view] = torch.tensor(there)
         robots = _robots(observations)
         met = {robot: self._meet(robot, state) for robot, state in zip(robots, states.numpy(), strict=True)}
         for robot, one in met.items():
-            if self.known and one.looked < LOOKED_AT:
-                rows = [i for i, other in enumerate(robots) if other == robot]
-                seen = (view for view in pixels if view not in present or bool(present[view][rows].all()))
-                shown = {view: pixels[view][rows].cpu().numpy() for view in seen}
+            rows = [i for i, other in enumerate(robots) if other == robot]
+            seen = (view for view in pixels if view not in present or bool(present[view][rows].all()))
+            shown = {view: pixels[view][rows].numpy() for view in seen}
+            for key, words in one.frozen(states[rows[0]].numpy(), shown) if len(rows) == 1 else ():
+                self._note(key, words, one)
+            one.looked += len(rows)
+            if self.known and (one.looked <= LOOKED_AT or one.looked % LATER < len(rows)):
                 for key, words in self.known.unlike(states.numpy()[rows], shown):
                     self._note(key, f"observations unlike those of training: {words}", one)
-                one.looked += len(rows)
         text = self.processor.instructions([o["prompt"] for o in observations])
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
-            "pixel_values": pixels,
-            "view_mask": present,
+            "pixel_values": {view: images.to(device) for view, images in pixels.items()},
+            "view_mask": {view: there.to(device) for view, there in present.items()},
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device) if padded else None,
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
@@ -301,8 +303,7 @@ class Spear1Policy:
         }
 
     def _meet(self, robot: Hashable, state: Array) -> RobotCheck:
-        """Note what is unlike training in a robot's first state [8], and what it does otherwise than it was
-        told."""
+        """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
         known, new = self.known, robot not in self._robots
         self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck()
         if new and known and (words := known.unlike_at_first(state)):

@@ -155,8 +155,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
     Prints, per kind of question, how far off the answers are, beside a constant guess and one that knows only
     how far away the scene is; how well boxes overlap; which way of reading numbers off the model's
-    probabilities is best; and how well these probabilities are calibrated. Writes OUT/scores.json and a page
-    with drawn boxes, OUT/index.html.
+    probabilities is best; and how well these are calibrated. Writes OUT/scores.json and a page, index.html.
 
     Examples:
         spear evaluate vqa nano-vlm sim --images 100
@@ -174,7 +173,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     check_own(o.out, "scores.json", "evaluate")
-    about = {"model": o.model, "questions": o.questions, "seed": asked.seed, "view": asked.view}
+    about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
+    about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     file = o.out / "scores.json"
     there = read_json(file, "remove it, or give another --out") if file.is_file() else about
     if others := difference({key: there.get(key) for key in about}, about):

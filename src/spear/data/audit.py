@@ -210,8 +210,7 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
 
 
 def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
-    """What is wrong where instruction or success can be read of none of the first episodes: preparing skips
-    all of these."""
+    """What is wrong where instruction or success can be read of none of the first episodes."""
     folder, reasons = open_dataset(path), dict[str, list[str]]()
     if isinstance(folder, EpisodeStore):  # which refuses them when it is written
         return []

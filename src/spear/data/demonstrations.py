@@ -34,8 +34,7 @@ def demonstrate(
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
     `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
-    for a folder that holds other files, other demonstrations, those with another policy, or images of another
-    size.
+    for a folder that holds other files, other demonstrations, those with another policy, or other images.
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)

@@ -130,8 +130,7 @@ class Normalizer:
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations beside its index, so that nobody has to read
-    it all again."""
+    """Write the sketches of a prepared dataset's demonstrations beside its index: none reads it all again."""
     with suppress_notices():
         learned = store.demonstrations()
     write_sketches(learned, _sketch(learned))

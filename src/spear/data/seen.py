@@ -1,10 +1,10 @@
 """What a policy saw of its robot in training, by which it notices a robot that sends or does something else.
 
-Exchanged colours or cameras, a picture upside down, another frame, a quaternion in another order or an
-inverted gripper make valid observations, and a robot that moves smoothly to the wrong place. All thresholds
-are our choice.
+Exchanged colours or cameras, a picture upside down, another frame, another quaternion or an inverted gripper
+make valid observations, and a robot that moves smoothly to the wrong place. All thresholds are our choice.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,7 @@ from spear.util.files import read_as, write_text
 SAMPLES = 512
 """Steps that are looked at, as training draws them."""
 BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
-"""So far beyond what was seen is noted: of positions, further than the seen range is wide and this; of
-orientations, this."""
+"""So far beyond what was seen is noted: of positions, beyond the seen range's width, too."""
 LEVELS = 3.0
 """The least spread of colours that counts, of 255."""
 GRID, LIKE, CLEARLY = 8, 0.6, 0.2
@@ -32,16 +31,16 @@ GRID, LIKE, CLEARLY = 8, 0.6, 0.2
 back, correlates so much with the mean picture, and gains so much more by it than any picture of training."""
 TURNS = {"turned by 180°": (-1, -1), "flipped left to right": (1, -1), "flipped upside down": (-1, 1)}
 """How a picture may be shown otherwise: steps through its rows and columns."""
-LOOKED_AT = 64
-"""So many observations at the beginning are compared with those of training."""
+LOOKED_AT, LATER = 64, 16
+"""So many observations at the beginning are compared with those of training, then one of so many."""
 OPPOSITE, MOSTLY = 0.75, 0.5
 """A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them; or,
 at the first, so far from where training's episodes begin."""
-FURTHER, REST_M = 1.5, 0.02
-"""Who is so much further from where it was than it was told to go, and this, is another robot."""
+FURTHER, REST_M, FROZEN_M = 1.5, 0.02, 0.05
+"""Who is so much further from where it was than it was told to go, and this, is another robot. A camera is
+frozen whose picture stays the very same while the arm goes so far."""
 MOVED_M, OTHER_AXES = 0.003, 0.4
-"""An arm that moved so far goes along other axes where turned or mirrored ones explain its directions so much
-better (mean cosine)."""
+"""An arm that moved so far goes along other axes where these explain so much more of it (mean cosine)."""
 
 _Triple = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 _Four = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]
@@ -193,6 +192,17 @@ class RobotCheck:
         self._position = np.zeros(3)
         self._opposite: list[bool] = []
         self._ways: list[Array] = []
+        self._shown: dict[str, tuple[int, Array]] = {}
+
+    def frozen(self, state: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
+        """Which cameras show a robot at `state` [8] what they showed elsewhere: (key, words)."""
+        for view, pixels in images.items():
+            picture = zlib.crc32(pixels.data)
+            was, at = self._shown.get(view, (None, state))
+            if picture != was:
+                self._shown[view] = picture, state.copy()
+            elif (went := float(np.linalg.norm(state[:3] - at[:3]))) > FROZEN_M:
+                yield f"frozen {view}", f"camera {view!r}: the very same picture {went:.2f} m later: frozen?"
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""

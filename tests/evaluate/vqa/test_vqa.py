@@ -228,7 +228,8 @@ def test_the_command_writes_a_page(tmp_path: Path, done: Command, refused: Comma
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
     assert "spear ask, 80%" in saved["calibration"]["keypoint"]["coverage"]
     assert (out / "index.html").stat().st_size > 5000
-    for other, what in ((["nano-vlm", command[3]], "model"), (["nano", "sim"], "questions")):
+    cases = ["nano-vlm", command[3]], ["nano", "sim"], [*command[2:], "--families", "offset"]
+    for other, what in zip(cases, ("model", "questions", "--families"), strict=True):
         assert f"{what} is" in refused(*command[:2], *other, "--out", str(out))
 
 

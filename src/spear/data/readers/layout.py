@@ -244,8 +244,7 @@ def success(steps: Steps, spec: DatasetSpec, source: str) -> bool | None:
 
 
 def _text(steps: Steps, where: str, source: str) -> str:
-    """What a column says: bytes, texts, or Unicode code points padded with zeros; the same in all rows, but
-    for empty ones.
+    """What a column says: bytes, texts, or Unicode code points padded with zeros; rows are the same or empty.
 
     Raises SpearError naming the column for anything else, such as numbers, images or a text that changes.
     """

@@ -87,17 +87,14 @@ class DatasetSpec:
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
     length_unit      of positions and of logged translations; see `LENGTH_UNITS`.
-    angle_unit       of the numbers in `rotation` and `logged_rotation` where these are angles; see
-                     `ANGLE_UNITS`.
-    tool_rotation    quaternion (w, x, y, z) that turns the dataset's end-effector frame into ours, multiplied
-                     from the right. Ours is parallel to the base frame when the gripper points straight down
-                     and its fingers close along y.
+    angle_unit       of the numbers in `rotation` and `logged_rotation` where angles; see `ANGLE_UNITS`.
+    tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame to ours:
+                     parallel to the base frame when the gripper points down and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
     command          column of the absolute gripper command, or None; `command_range` likewise. A `gripper`
                      column that is part of an action is one.
     rate_hz          steps per second.
-    logged_translation, logged_rotation   columns of the logged arm actions (for the audit alone: motions are
-                     derived from the states).
+    logged_translation, logged_rotation   columns of the logged arm actions, which only the audit uses.
     logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
                      in the base or the end-effector frame.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
@@ -161,8 +158,7 @@ def find_spec(
 
     defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
               before the registry and after `spear.json`.
-    Raises SpearError for an unknown dataset, for one of which too little is known, for a column that two
-    cameras share, and for a bad file.
+    Raises SpearError for a dataset of which too little is known, a column of two cameras, and a bad file.
     """
     path = given or folder / SPEC_FILE
     if path.is_file() or given is not None:

@@ -48,9 +48,8 @@ def write_lerobot(
     """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
 
     images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
-    The folder appears when everything is in it. Raises SpearError when it exists already with something in
-    it, or another process writes it, for a bad episode, when no episode comes, and when episodes differ in
-    cameras, image size or rate.
+    The folder appears when everything is in it. Raises SpearError when it holds something, or another process
+    writes it, for a bad episode or none, and when episodes differ in cameras, image size or rate.
     """
     target = Path(folder)
     check_new(target)

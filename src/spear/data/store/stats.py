@@ -51,8 +51,7 @@ class RowStats:
 class ImageSample:
     """What some of a camera's images look like.
 
-    size (height, width) in pixels; histogram [3, 256] of the values of each channel, to which others of the
-    same size can be added.
+    size (height, width) in pixels; histogram [3, 256] of the values of each channel, which can be added up.
     """
 
     size: tuple[int, int]
