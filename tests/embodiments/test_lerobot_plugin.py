@@ -79,7 +79,8 @@ def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> No
 
 def test_units_that_are_hardly_right_are_said(recwarn: pytest.WarningsRecorder) -> None:
     arm, frames = robots.Joints(2, Gantry(), 4), np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]]
-    for robot, values, said in ((arm, frames, 0), (robots.Exported(), frames / 99, 0), (arm, frames / 99, 2)):
+    others = (robots.Exported(), frames / 99, 0), (arm, frames / 99, 2), (arm, frames * 10 / 9, 3)
+    for robot, values, said in ((arm, frames, 0), *others):
         robots.doubt_units(robot, values)
         assert len(recwarn) == said
 

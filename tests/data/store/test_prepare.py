@@ -171,8 +171,7 @@ def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path,
         patch.setattr(preparing, "make_ready", lambda *given: (read.append(given), real(*given))[1])
         written, reasons = run(recorded, out)
     assert len(read) == 6 - finished  # nothing is done twice
-    assert written == COUNT - 1 and len(reasons) == 1
-    assert files(out) == files(whole)
+    assert written == COUNT - 1 and len(reasons) == 1 and files(out) == files(whole)
     assert [p.name for p in tmp_path.iterdir()] == ["arm"]
 
 

@@ -26,8 +26,8 @@ from spear.geometry import matrix_to_quat, quat_canonical, quat_exp, quat_log, q
 from spear.types import Array
 
 POSE_NAMES = [f"ee.{part}" for part in ("x", "y", "z", "wx", "wy", "wz", "gripper_pos")]
-OPEN = 100.0
-"""LeRobot's value of an open gripper."""
+OPEN = FULL = 100.0
+"""LeRobot's value of an open gripper, and of a joint at its end where it gives no degrees (-100 … 100)."""
 ROUNDS = 5
 """LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
 MISS = 0.01
@@ -145,8 +145,8 @@ class Joints(Poses):
 def doubt_units(robot: Robot, state: Array) -> None:
     """Says so where a dataset's numbers [frames, d] are hardly degrees, or percent of an open gripper."""
     widest = np.abs(state).max(axis=0)
-    if isinstance(robot, Joints) and 0 < widest[:-1].max() < 2 * np.pi:
-        notice(f"joint angles are at most {widest[:-1].max():.3g}: are they degrees?")
+    if isinstance(robot, Joints) and (0 < (top := widest[:-1].max()) < 2 * np.pi or top == FULL):
+        notice(f"joint angles are at most {top:.3g}: are they degrees, recorded with use_degrees=true?")
     if isinstance(robot, Poses) and 0 < widest[-1] <= OPEN / 50:
         notice(f"the gripper reads at most {widest[-1]:.3g}: is it 0 (closed) … {OPEN:g} (open)?")
 
