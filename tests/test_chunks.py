@@ -58,12 +58,10 @@ def full_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> None:
     looked, actions = drive(ChunkExecutor("sync", replan=3), 7)
-    assert looked == [0, 3, 6]
-    assert millimetres(actions) == [0, 1, 2, 3, 4, 5, 6]
+    assert looked == [0, 3, 6] and millimetres(actions) == [0, 1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(actions[3], chunk(3)[0])
     looked, actions = drive(ChunkExecutor("sync", replan=2), 8, delay=2)
-    assert looked == [0, 4]
-    assert millimetres(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
+    assert looked == [0, 4] and millimetres(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
     assert actions[0][3] == 1 and actions[0][7] == 1
     executor = ChunkExecutor("sync")
     closing = chunk(0, 1)

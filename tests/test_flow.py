@@ -83,8 +83,7 @@ def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
 def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
     tau = flow.sample_time(20_000, config, generator())
-    assert tau.dtype == torch.float32
-    assert float(tau.min()) >= 0 and float(tau.max()) <= 0.999
+    assert tau.dtype == torch.float32 and float(tau.min()) >= 0 and float(tau.max()) <= 0.999
     u = (0.999 - tau.double().numpy()) / 0.999
     assert kstest(u, beta_distribution(alpha, beta).cdf).pvalue > 0.01
     assert torch.equal(tau, flow.sample_time(20_000, config, generator()))

@@ -87,6 +87,13 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
     refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
 
 
+@pytest.mark.parametrize(("column", "wrong"), [(0, 99.0), (2, np.nan), (5, np.nan), (7, np.nan)])
+def test_no_action_is_nonsense(nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any) -> None:
+    chunk = torch.eye(8)[3].index_fill(0, torch.tensor(column), wrong)
+    monkeypatch.setattr(nano, "predict", lambda inputs: Action.from_vector(chunk.expand(1, 5, 8)))
+    refuses("do not move", nano.infer, observation())
+
+
 def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nano.model.config, "committed", 2)
     free = nano.infer(observation())["actions"]

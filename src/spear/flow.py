@@ -294,8 +294,7 @@ def _towards(state: Action, clean: Action, part: float, config: FlowConfig) -> A
 
 
 def _meant(clean: Tensor, config: FlowConfig) -> Tensor:
-    """The quaternion that a clean prediction means: of unit length, unless the loss teaches it that by
-    itself."""
+    """The quaternion that a clean prediction means: of unit length, unless the loss itself teaches that."""
     free = config.rotation == "linear" and config.rotation_loss == "mse"
     return clean if free else quat_normalize(clean)
 
@@ -314,8 +313,7 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """‖v - u‖² / 4, or 1 - cos(v, u) [...]; that is 0 where u has no direction, with a bounded gradient where
-    v has none."""
+    """‖v - u‖² / 4, or 1 - cos(v, u) [...], 0 where u has no direction; bounded gradient where v has none."""
     if config.rotation_loss == "mse":
         return _squared(v, u)
     v_norm = torch.linalg.vector_norm(v, dim=-1)

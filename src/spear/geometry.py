@@ -30,8 +30,7 @@ _SERIES = 1e-4
 """Squared angle below which Taylor series replace quotients; their error there is below float64 rounding."""
 
 UNIT_TOLERANCE = 1e-3
-"""How far from 1 the norm of a quaternion from outside may be: then it is normalised, else refused (our
-choice)."""
+"""How far from 1 the norm of a quaternion from outside may be (ours): then it is normalised, else refused."""
 
 
 def quat_multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -200,8 +199,7 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
 
 
 def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
-    """Angles about x, y, z [..., 3], rad, to canonical unit quaternion [..., 4]; see `Euler`. "zxy": R = Ry
-    Rx Rz."""
+    """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `Euler`. zxy: R = Ry Rx Rz"""
     x, y, z = (quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device))
     orders = {"xyz": (z, y, x), "XYZ": (x, y, z), "zxy": (y, x, z)}
     check_known("Euler convention", orders, convention)

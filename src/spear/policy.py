@@ -30,6 +30,8 @@ from spear.util.ledger import fingerprint
 
 MOST_ROBOTS = 1024
 """Robots that are kept apart: of more, the one not heard for longest is met anew (our choice)."""
+FARTHEST_M = 1.01
+"""No arm goes so far in a step of 0.2 s (our choice); other numbers of an action are smaller, too."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,7 @@ class Spear1Policy:
         """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
 
         device   as in `choose_device`.
-        dataset  whose units to use, where the datasets of the mixture were normalised each by itself, and
-                 only there.
+        dataset  whose units to use, where (and only there) each dataset of the mixture had its own.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
         read = functools.partial(weights.load, Spear1ForActionPrediction)
@@ -235,6 +236,9 @@ class Spear1Policy:
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
+        if not (np.abs(chunks) < FARTHEST_M).all():  # as nan is not, either
+            far = f"{np.abs(chunks[..., :3]).max():.2g} m in 0.2 s"
+            raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
         robots = _robots(observations)
         for robot, chunk in zip(robots, chunks, strict=True):
             if met := self._robots.get(robot):

@@ -293,8 +293,7 @@ def test_an_evaluations_failure_is_run_again(
 
 def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: Spear1Policy) -> None:
     names = tab.view["objects"]
-    assert len(names) >= 2
-    assert tab.ask("boxes", objects=names[:2]) is None
+    assert len(names) >= 2 and tab.ask("boxes", objects=names[:2]) is None
     env = TabletopEnv("put_on", *policy.processor.image_sizes.values())
     env.reset(seed=0)
     prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names[:2]]
