@@ -31,7 +31,7 @@ def locate(name: str | Path) -> Path:
             notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
         if ((final := path / "final") / "config.json").is_file():
             steps = made_by(final).get("recipe", {}).get("optimization", {}).get("steps", math.inf)
-            if any(int(saved.name[5:]) > steps for saved in path.glob("checkpoints/step-[0-9]*")):
+            if any(int(saved.name[5:]) > steps for saved in path.glob("checkpoints/step-" + 8 * "[0-9]")):
                 notice(f"{path}: weights of step {steps:,}, newer are not finished: give its command again")
             return final
         if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
