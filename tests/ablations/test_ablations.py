@@ -103,10 +103,8 @@ def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
     target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
     guess = quat_multiply(target, quat_exp(turn)[None, None])
     data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
-    costs = []
-    for row in ROTATIONS[:4]:
-        config = flow.FlowConfig(**flow_of(row.name))
-        costs.append(float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]))
+    configs = [flow.FlowConfig(**flow_of(row.name)) for row in ROTATIONS[:4]]
+    costs = [float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]) for config in configs]
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
     assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
 
@@ -137,8 +135,7 @@ def test_what_rows_share_is_trained_once() -> None:
     }
     assert sum(isinstance(job, Scoring) for job in plan.jobs) == 21
     full = plan.chains["full", 1]
-    assert [t.recipe.name for t in full] == ["nano-vlm-1", "nano-vlm-2", "nano-vla"]
-    assert [t.seed for t in full] == [1, 1, 1]
+    assert [(t.recipe.name, t.seed) for t in full] == [("nano-vlm-1", 1), ("nano-vlm-2", 1), ("nano-vla", 1)]
     assert full[0].init == START[0] and [t.moge for t in full] == [START[1], None, None]
     assert all(t.init == before for before, t in pairwise(full))
     assert planned("scratch").chains["scratch", 0][0].init is None
@@ -179,8 +176,7 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
-    asked = [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]]
-    assert asked == [204, 204, 204]
+    assert [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]] == [204, 204, 204]
 
 
 @pytest.mark.parametrize(
@@ -200,12 +196,12 @@ def test_verdicts(
     assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
 
 
-def scores(plan: Plan, out: Path, rates: dict[str, float]) -> None:
+def scores(plan: Plan, out: Path, rates: dict[str, float], **how: Any) -> None:
     """Journals as scoring writes them, with so many successes."""
     for (row, seed), chain in plan.chains.items():
         if row in rates:
             folder = out / "scores" / plan.scoring(row, seed).before.key
-            journal = Journal(folder, chain[-1].folder, {}, (1, 1), {})
+            journal = Journal(folder, chain[-1].folder, {"weights": row, **how}, (1, 1), {})
             rng = np.random.default_rng(seed)
             for family in FAMILIES:
                 for scene in range(plan.scenes + 1):  # one more than is asked for
@@ -229,6 +225,9 @@ def test_tables_say_what_is_so(tmp_path: Path) -> None:
     assert "not run yet" in markdown and "arXiv 2511.17411" in markdown
     assert page.count("(theirs)</div>") == 6 and "<svg" in page
     assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
+    scores(plan, tmp_path, {"points": 0.5}, replan=5)
+    markdown_now, *_ = (path.read_text() for path in write(plan, fill(plan, tmp_path, DATA), tmp_path))
+    assert "alike: replan is null there, 5 here." in markdown_now and "alike" not in markdown
 
 
 def test_other_families_are_left_out(tmp_path: Path) -> None:
@@ -275,8 +274,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    work = {"target": run, "args": (plan, tmp_path, data, 0, die)}
-    child = multiprocessing.get_context("spawn").Process(**work)
+    child = multiprocessing.get_context("spawn").Process(target=run, args=(plan, tmp_path, data, 0, die))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -96,8 +96,7 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
     reference = score_last_action(held_out)
     for index, e in enumerate(held_out):
         actions, _ = episode_actions(e)
-        np.testing.assert_array_equal(reference.predicted[index][1:], actions[:-1])
-        np.testing.assert_array_equal(reference.predicted[index][0], [0, 0, 0, 1, 0, 0, 0, 1])
+        np.testing.assert_array_equal(reference.predicted[index], [[0, 0, 0, 1, 0, 0, 0, 1], *actions[:-1]])
     # By hand, of the second episode: the errors of its last known step, whose chunk is one action long.
     actions, _ = episode_actions(held_out[1])
     last = reference.episodes[1]

@@ -33,8 +33,7 @@ def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
     assert beside(one) == [SIMPLER]
     assert beside(replace(one, settings={"starts": "off the grid"})) == []
     *theirs, ours = SIMPLER.cells([("mine", one)])
-    assert theirs == SIMPLER.cells()
-    assert all("(published)" in line[0] for line in theirs)
+    assert theirs == SIMPLER.cells() and all("(published)" in line[0] for line in theirs)
     mean_alone = replace(SIMPLER, rows={}).cells()  # a published mean without its tasks stays in its column
     assert all(line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone)
     assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]

@@ -8,6 +8,8 @@ import pytest
 from refusals import refuses
 from spear.evaluate.results import Journal, Outcome, Results, load, merge
 
+HOW = {"replan": 5, "weights": "x"}
+
 
 def outcome(seed: int, success: bool = True, family: str = "a") -> Outcome:
     return Outcome(family, seed, "put it there", success, True, success, False, 0, 10 + seed)
@@ -19,7 +21,7 @@ def results(wins: dict[str, list[bool]]) -> Results:
 
 
 def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Journal:
-    written = Journal(folder, "me", {"replan": 5, "weights": "x"}, shard, {"a": seeds})
+    written = Journal(folder, "me", HOW, shard, {"a": seeds})
     for seed in seeds:
         written.add(outcome(seed, success=seed < 3), 9.0, 1.5)
     return written
@@ -27,10 +29,9 @@ def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Jour
 
 def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> None:
     r = results({"a": [True, False, True, True], "b": [False, False]})
-    assert r.families == ["a", "b"]
     assert r.summary("a").success.value == r.summary("a").grasped.value == 0.75
     assert r.summary("a").steps == pytest.approx((10 + 12 + 13) / 3)
-    assert r.summary("b").steps is None and r.summary("b").reached.value == 1
+    assert r.families == ["a", "b"] and r.summary("b").steps is None and r.summary("b").reached.value == 1
     assert r.summary().success.n == 6 and r.mean().value == pytest.approx(0.375)
 
 
@@ -44,6 +45,8 @@ def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path)
         refuses(r"r\.json", load, path)
     path.unlink()
     refuses(r"r\.json", load, path)
+    r.save(tmp_path / "results.json")  # nor is one replaced by what begins anew
+    refuses("without journals", journal, tmp_path, range(1))
 
 
 def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -> None:
@@ -66,11 +69,7 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("policy", "settings", "named"),
-    [
-        ("you", {"replan": 5, "weights": "x"}, "policy"),
-        ("me", {"replan": 5, "weights": "y"}, "weights"),
-        ("me", {"weights": "x"}, "replan"),
-    ],
+    [("you", HOW, "policy"), ("me", {**HOW, "weights": "y"}, "weights"), ("me", {"weights": "x"}, "replan")],
 )
 def test_results_of_another_policy_or_settings_do_not_mix(
     policy: str, settings: dict[str, object], named: str, tmp_path: Path

@@ -208,9 +208,8 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
                 before: Training | Weights | None = vlm if row.pretrained else None
                 for stage in row.stages:
                     one = _recipe(stage, row, options, changes, data)
-                    moge = depth if stage.moge else None
                     own = seed + 1000 * stage.again  # the same data in another order
-                    training = _training(one, own, data, before, moge)
+                    training = _training(one, own, data, before, depth if stage.moge else None)
                     before = training = jobs.setdefault(training.key, training)
                     chain.append(training)
                 chains[row.name, seed] = chain

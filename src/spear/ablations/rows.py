@@ -119,7 +119,6 @@ def choose(names: Sequence[str]) -> list[tuple[Table, list[Row]]]:
     check_known("ablation", known, *names)
     chosen = []
     for table in TABLES:
-        wanted = [r for r in table.rows if not names or table.name in names or r.name in names]
-        if wanted:
+        if wanted := [r for r in table.rows if not names or table.name in names or r.name in names]:
             chosen.append((table, [r for r in table.rows if r in wanted or r.name == table.against]))
     return chosen

@@ -28,8 +28,7 @@ def final(out: Path, training: Training) -> Path:
 
 def scored(out: Path, scoring: Scoring) -> Results | None:
     """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
-    found = journals(out / "scores" / scoring.before.key)
-    if not found:
+    if not (found := journals(out / "scores" / scoring.before.key)):
         return None
     whole = merge([read_journal(path) for path in found])
     outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families]

@@ -1,7 +1,7 @@
 """What the finished trainings say: numbers with intervals beside the published, and whether they agree."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from spear.evaluate.compare import references
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.types import Array
+from spear.util.ledger import difference
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
 _Results = dict[str, dict[int, Results]]
@@ -28,8 +29,7 @@ class Line:
     by_seed     the same for each training.
     against     success minus that of the row it is compared with, over the seeds that both have.
     published   the paper's number, %, and its distance, points, from the paper's counterpart of that row.
-    verdict     whether the sign of `against` is the paper's; "–" where the paper has no number to compare
-                with.
+    verdict     whether the sign of `against` is the paper's; "–" where there is none to compare with.
     steps       of the policy's training. images: 3D-labelled images that questions were asked about.
     """
 
@@ -61,6 +61,9 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
         means = dict(reference.means) if reference else {}
         found = {r.name: {s: scored(out, plan.scoring(r.name, s)) for s in range(plan.seeds)} for r in rows}
         results = {n: {s: one for s, one in each.items() if one is not None} for n, each in found.items()}
+        how = [{**one.settings, "weights": ""} for each in results.values() for one in each.values()]
+        if others := "; ".join(sorted({words for one in how if (words := difference(how[0], one))})):
+            table = replace(table, note=f"Not all were scored alike: {others}. {table.note}".strip())
         first = next(row for row in rows if row.name == table.against)
         lines = [_line(plan, data, row, first, results, means) for row in rows]
         filled.append(Filled(table, lines, f"{reference.title}. {reference.source}" if reference else ""))

@@ -109,8 +109,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
         robot = server.metadata.get("embodiment", "generic")
         if robot != "generic":
             server.close()
-            cure = "start it with `--embodiment generic` for this"
-            raise SpearError(f"{policy}: serves robot {robot!r}: {cure}")
+            raise SpearError(f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`")
         return PolicyAgent(server, policy, server.metadata.get("weights"))
     local = Spear1Policy.load(policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
     return PolicyAgent(local, policy, local.identity)

@@ -28,10 +28,10 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
     for seeds that are not held out, and for a way of executing chunks that the policy has not learned.
     """
-    families = options.families or FAMILIES
-    check_known("task family", FAMILIES, *families)
-    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.scenes))
+    check_known("task family", FAMILIES, *options.families)
+    scenes = dict.fromkeys(options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes))
     settings = {
+        "simulator": f"MuJoCo {mujoco.__version__}",  # another one is another physics
         "replan": options.replan,
         "image_size": list(agent.image_sizes["external"]),
         "wrist_size": list(agent.image_sizes["wrist"]),

@@ -179,6 +179,5 @@ def references() -> dict[str, Reference]:
 
 def beside(results: Results) -> list[Reference]:
     """The published tables that hold a task of these results, and these starts."""
-    if "starts" in results.settings:
-        return []
-    return [r for r in references().values() if set(r.families) & set(results.families)]
+    own = set() if "starts" in results.settings else set(results.families)
+    return [r for r in references().values() if own & set(r.families)]

@@ -208,7 +208,9 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.done: dict[tuple[str, int], Outcome] = {}
         wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
-        for path in journals(folder):
+        if not (found := journals(folder)) and (folder / "results.json").is_file():
+            raise SpearError(f"{folder}: holds results.json without journals: give another --out, or move it")
+        for path in found:
             earlier = read_journal(path)
             heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
             if other := difference(*heads):
