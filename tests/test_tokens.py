@@ -42,8 +42,7 @@ def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
     x = coordinates(10_000, seed=2).clip(tokenizer.edges[0], tokenizer.edges[-1])
     ids = tokenizer.encode(x)
     decoded = tokenizer.decode(ids)
-    assert (tokenizer.edges[ids] <= decoded).all()
-    assert (decoded < tokenizer.edges[ids + 1]).all()
+    assert (tokenizer.edges[ids] <= decoded).all() and (decoded < tokenizer.edges[ids + 1]).all()
     assert (tokenizer.edges[ids] <= x).all() and (x <= tokenizer.edges[ids + 1]).all()
     assert (tokenizer.encode(decoded) == ids).all()
     assert (tokenizer.encode(tokenizer.decode(np.arange(BINS))) == np.arange(BINS)).all()
@@ -51,8 +50,7 @@ def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
 
 def test_a_representative_is_the_median_of_its_bin_and_values_out_of_range_clamp() -> None:
     fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
-    assert fitted.edges.tolist() == [0, 6.5, 40]
-    assert fitted.representatives.tolist() == [1.5, 20]
+    assert fitted.edges.tolist() == [0, 6.5, 40] and fitted.representatives.tolist() == [1.5, 20]
     fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
     assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, BINS - 1]
     assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
 from data_tiny import make
+from spear.data import actions as rules
 from spear.data.actions import binarize_gripper, check_episode, chunk, episode_actions, resample
 from spear.geometry import apply_step, quat_distance
 from spear.types import Episode
@@ -76,6 +77,10 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     for opening, told in (([1, 1, 0.1, 0.1], [1, 0, 0, 0]), slow):
         episode = dataclasses.replace(smooth_episode(0, len(told)), gripper=np.array(opening, np.float32))
         np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], told)
+    trigger = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
+    np.testing.assert_array_equal(rules.told_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
+    pulses = np.array([1, 0, 1, 0, 0, 1])
+    np.testing.assert_array_equal(rules.told_commands(pulses, 30.0), pulses)
 
 
 @given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))

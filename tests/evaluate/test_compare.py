@@ -34,8 +34,7 @@ def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
     assert [r.name for r in c.rows[:-1]] == ["a"]
     row = c.rows[0]
     assert (row.only_first, row.only_second, row.difference.n, c.unshared) == (2, 0, 4, 5)
-    assert row.difference.value == pytest.approx(0.5)
-    assert row.p > 0.05 and row.difference.low < 0
+    assert row.difference.value == pytest.approx(0.5) and row.p > 0.05 and row.difference.low < 0
     few = compare(results("x", {"a": "x" * 6 + "." * 6}), results("y", {"a": "." * 6 + "x" + "." * 5}))
     assert few.mean.p > 0.05 and few.mean.difference.low < 0  # 6 : 1 of 12 is no difference yet
 

@@ -71,8 +71,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     assert "scene &amp; 4" in html and "<b>12</b>" in html
     question = next(q for source, q in read_questions(folder) if source == "scene & 4")
     assert question.prompt.split("{")[0] in html
-    assert "numbers;" in html and "box vertices" in html
-    assert not list(tmp_path.glob(".*"))
+    assert "numbers;" in html and "box vertices" in html and not list(tmp_path.glob(".*"))
     (folder / "skipped.parquet").write_bytes(b"PAR1")
     refuses(r"skipped\.parquet: broken", label_page, folder, shown, out)
 

@@ -59,8 +59,7 @@ def quarters(image: Array) -> Array:
 )
 def test_colours_survive_every_format(make: Callable[[Image.Image], bytes], tolerance: int) -> None:
     image = load_image(make(Image.fromarray(PICTURE)))
-    assert image.shape == PICTURE.shape and image.dtype == np.uint8
-    assert image.flags.writeable
+    assert image.shape == PICTURE.shape and image.dtype == np.uint8 and image.flags.writeable
     assert np.abs(quarters(image) - QUARTERS).max() <= tolerance
 
 
@@ -83,8 +82,7 @@ def test_what_is_transparent_lies_on_white() -> None:
     assert np.abs(seen[1, 0] - (QUARTERS[1, 0] / 2 + 127.5)).max() <= 1
     assert (seen[1, 1] == QUARTERS[1, 1]).all()
     grey = Image.fromarray(np.dstack([PICTURE[..., 0], pixels[..., 3]]))
-    assert grey.mode == "LA"
-    assert (quarters(load_image(encoded(grey)))[0] == 255).all()
+    assert grey.mode == "LA" and (quarters(load_image(encoded(grey)))[0] == 255).all()
 
 
 # What must be done to the stored pixels so that the picture stands upright, by EXIF orientation.

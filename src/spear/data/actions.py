@@ -36,6 +36,24 @@ def binarize_gripper(opening: Array) -> Array:
     return state[last]
 
 
+def gripper_commands(opening: Array, speed: Array) -> Array:
+    """[T] openings that change by `speed` [T] per second to commands 0 or 1, in all steps of the motion to
+    there: else no open gripper would be told to close."""
+    command = binarize_gripper(opening)
+    for step in reversed(range(len(command) - 1)):
+        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
+            command[step] = command[step + 1]
+    return command
+
+
+def told_commands(told: Array, rate_hz: float) -> Array:
+    """[T] commands 0 or 1 from openings [T] that were told: many on the way of a trigger or a leader's hand.
+    That is a motion from its second step on, by what it did in 0.2 s, a step at 5 Hz."""
+    steps, at = max(1, round(rate_hz / RATE_HZ)), np.arange(len(told))
+    now, before = (told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1))
+    return gripper_commands(told, (now * before > 0) * now * rate_hz / steps)
+
+
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
     """[T, 8] actions from poses [T, 3] (m) and [T, 4], and gripper commands [T].
 
@@ -54,17 +72,13 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 def episode_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
-    Without logged ones the gripper command is the next opening, made binary, in all steps of the motion to
-    there: the gripper was told so before it began. The last is not known.
+    Without logged ones the gripper command is that of the next opening. The last is not known.
     """
     known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
     if episode.action is not None:
         return episode.action, known
     opening = np.append(episode.gripper, episode.gripper[-1])
-    command, speed = binarize_gripper(opening[1:]), np.diff(opening) * episode.rate_hz
-    for step in reversed(range(len(episode) - 1)):
-        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
-            command[step] = command[step + 1]
+    command = gripper_commands(opening[1:], np.diff(opening) * episode.rate_hz)
     known = known & (np.arange(len(episode)) < len(episode) - 1)
     return derive_actions(episode.position, episode.rotation, command), known
 
@@ -78,8 +92,7 @@ def with_actions(episode: Episode) -> Episode:
 def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tuple[Array, Array]:
     """The chunk that starts at `step`: actions [H, 8] float32 and which of them are targets [H] bool.
 
-    Beyond the end of the episode, and from the first invalid action on, the chunk stays where it is (no
-    motion, the gripper as last commanded) and is masked.
+    From the episode's end or the first invalid action on it stays (no motion, the gripper as it was), masked.
     """
     known = valid[step : step + horizon]
     count = len(known) if known.all() else int(known.argmin())
@@ -91,8 +104,7 @@ def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tu
 
 
 def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
-    """The episode at another rate: positions and openings linearly, rotations by slerp, images the last that
-    there was: a later one shows the action.
+    """The episode at another rate: positions and openings linearly, rotations by slerp, images from before.
 
     Motions are derived from the resampled states, gripper commands are those in force at the end of each new
     step; a new step is masked when any step it covers is. An episode at this rate is returned as it is.

@@ -33,8 +33,7 @@ def demonstrate(
     policy takes turns with the expert; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError` for an unknown family, for scenes that are kept for testing, and, before anything is written,
-    for a folder that holds other files, other demonstrations, those with another policy, or other images.
+    `SpearError`, before it writes, for an unknown family, scenes kept for testing, and a folder of others.
     """
     check_known("task family", FAMILIES, *families)
     check_seed(first_seed)

@@ -98,8 +98,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _finite(columns: Columns) -> Columns:
-    """The columns that hold numbers alone in most episodes, of the episodes where all of these do: a single
-    NaN would decide which reading is the best."""
+    """The columns that are all numbers in most episodes, of episodes where they are: a NaN would decide."""
     finite = {name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()}
     kept = [name for name in columns if finite[name].mean() > 0.5]
     good = np.logical_and.reduce([finite[name] for name in kept])

@@ -83,8 +83,7 @@ class Reading(NamedTuple):
 class Fit:
     """A reading's summed errors and the distances moved, one entry per unit of resampling (see `Stretches`).
 
-    Metres for translations and radians for rotations; `steps` is how many states were compared; `factor`
-    turns logged translations into metres per step.
+    Metres and radians; `steps`: how many states were compared; `factor`: from logged translations to metres.
     """
 
     reading: Reading

@@ -61,8 +61,7 @@ def _describe_store(store: EpisodeStore) -> str:
 
 
 def _store_camera(store: EpisodeStore, camera: str) -> str:
-    have = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
-    if not have:
+    if not (have := [i for i in range(len(store)) if store.image(i, 0, camera) is not None]):
         return f"in none of {counted(len(store), 'episodes')}"
     encoded = store.image(have[0], 0, camera) or b""
     height, width = decode_image(encoded, f"{store.source(have[0])} step 0 camera {camera!r}").shape[:2]
@@ -72,8 +71,7 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
 def _describe_dataset(folder: Dataset) -> str:
     found = _some_episodes(folder)
     reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
-    read = [dict(leaves(steps)) for steps in found if not isinstance(steps, SpearError)]
-    if not read:
+    if not (read := [dict(leaves(steps)) for steps in found if not isinstance(steps, SpearError)]):
         raise SpearError(f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}")
     cameras, axes = list[str](), dict[str, list[str]]()
     if isinstance(folder, LeRobotFolder):

@@ -241,8 +241,7 @@ def _way(ways: Array, lengths: Array, came: Array) -> Array | None:
 
 
 def _other_axes(mean: Array) -> str | None:
-    """Along which axes an arm goes that is told to go along x, y and z, from the mean of its `_way`s; None
-    where it does as it is told, or nothing else explains it."""
+    """Along which other axes an arm goes that is told x, y and z, by the mean of its `_way`s, if it does."""
     left, gains, right = np.linalg.svd(mean)  # the best turn or mirroring: orthogonal Procrustes
     if gains.sum() - np.trace(mean) <= OTHER_AXES:
         return None

@@ -2,8 +2,7 @@
 
 The gripper's sense shows in two ways. A gripper that closes on objects comes to rest at different openings,
 one that opens always at the same; and demonstrations begin with an open gripper. Only where both speak
-against the layout is it called wrong. A wrist camera sees almost everything change when the arm moves, one
-that stands beside it sees little more than the arm.
+against the layout is it called wrong. A wrist camera sees almost all change with the arm, others little.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE
+from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE, told_commands
 from spear.data.hypotheses import LENGTH_UNITS, Recording, state_quaternions
 from spear.data.readers.layout import FASTEST
 from spear.errors import SpearError, counted
@@ -97,6 +96,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
     said = f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
     if strength >= FOLLOWS:
+        wrong = wrong or comes_late([(seen, told_commands(told, rate)) for seen, told, rate in commanded])
         checks = [Check("gripper", verdict, words), wrong or Check("gripper command", "agrees", said)]
         if (least := min(map(np.min, openings))) >= 0.5:
             words = f"it never closes further than to {least:.2f}: around large objects, or it is wrong"
@@ -118,6 +118,16 @@ def span(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
     name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
     words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
     return Check(name, "wrong", words)
+
+
+def comes_late(told: Sequence[tuple[Array, Array]]) -> Check | None:
+    """What is wrong where openings [T] are mostly there already when their commands [T], 0 or 1, change."""
+    changes = [np.abs(opening - command)[1:][np.diff(command) != 0] for opening, command in told]
+    there = np.concatenate(changes) < 0.5
+    if len(there) < FEWEST or there.mean() < MOST:
+        return None
+    words = f"{there.mean():.0%} of {counted(len(there), 'changes')} come when the gripper has moved already"
+    return Check("gripper command", "wrong", f"{words}: leave command out, the opening tells it better")
 
 
 def follows(episodes: Sequence[tuple[Array, Array, float]]) -> list[tuple[int, float]]:

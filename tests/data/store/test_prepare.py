@@ -17,7 +17,7 @@ import pytest
 
 from data_tiny import assert_same, edit, make, png, stored
 from refusals import refuses
-from spear.data.actions import episode_actions, resample
+from spear.data.actions import derive_actions, episode_actions, resample
 from spear.data.normalize import SKETCHES, Normalizer
 from spear.data.options import Conversion
 from spear.data.readers.formats import find_format, read_episodes
@@ -251,6 +251,14 @@ def test_a_gripper_that_never_opens_is_noticed(opening: list[float], part: float
     episode = make(0, gripper=part * np.array(opening))
     write_episodes([dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm")
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
+        prepare(tmp_path / "arm", tmp_path / "out")
+
+
+def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None:
+    """A policy that sees the gripper closed before it is told to close never closes it."""
+    action = derive_actions(make(0).position, make(0).rotation, make(0).gripper)
+    write_episodes([make(0, action=action)], tmp_path / "arm")
+    with pytest.warns(Notice, match="gripper command: 100%.*leave command out"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 

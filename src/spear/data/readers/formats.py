@@ -43,8 +43,7 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
     """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
     if not Path(path).exists():
         raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
-    found = find_format(path)
-    if found is None:
+    if (found := find_format(path)) is None:
         known = "; ".join(title for title, _, _ in FORMATS.values())
         raise SpearError(f"no robot data: {path}: none of: {known}")
     return FORMATS[found][2](Path(path))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import binarize_gripper, check_actions, check_episode, derive_actions, first_bad
+from spear.data.actions import check_actions, check_episode, derive_actions, first_bad, told_commands
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
@@ -68,7 +68,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
         if spec.source is not None:
             own["source"] = _text(steps, spec.source, source)
         return check_actions(dataclasses.replace(episode, **own))
-    command = None if command is None else binarize_gripper(command)
+    command = None if command is None else told_commands(command, episode.rate_hz)
     if spec.drop_idle:
         episode, command = _without_idle(episode, command)
     if command is None:
@@ -79,16 +79,14 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
 
 
 def column(steps: Steps, where: str, source: str) -> Any:
-    """The rows of a column: "observation/state[0:3]" -> [T, 3], "action[6]" -> [T]. Raises SpearError naming
-    the column and what there is instead."""
+    """The rows of a column: "state[0:3]" -> [T, 3], "action[6]" -> [T]. SpearError says what there is."""
     path, span = split_column(where)
     node: Any = steps
     parts = path.split("/")
     while parts:
         # A name may have slashes in it itself: the longest that is there is meant.
         names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        name = next((n for n in names if isinstance(node, Mapping) and n in node), None)
-        if name is None:
+        if (name := next((n for n in names if isinstance(node, Mapping) and n in node), None)) is None:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
             raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
         node, parts = node[name], parts[name.count("/") + 1 :]
@@ -104,8 +102,7 @@ def column(steps: Steps, where: str, source: str) -> Any:
 
 def split_column(where: str) -> tuple[str, slice | None]:
     """The path of a column, and which of its components are meant; None: all. Raises SpearError."""
-    match = _COLUMN.match(where)
-    if not match:
+    if not (match := _COLUMN.match(where)):
         raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
     if match["first"] is None:
         return match["path"], None

@@ -36,8 +36,7 @@ INFO = "meta/info.json"
 TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE, DRIFT = 0.25, 0.05
-"""How far a row, or its frame, may be from its place in time, and by how much a mean step may be longer or
-shorter, as part of a step (our choice)."""
+"""How far a row or a frame may be from its place in time, and how wrong a mean step, in steps (ours)."""
 JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
 """What names of joints have in them."""
 
@@ -254,8 +253,7 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
     # The task is the index of a pandas table: its column has whatever name pandas gave it.
     likely = (n for n in ("task", "__index_level_0__", *table) if n in table and n != "task_index")
     tasks = list(zip(table["task_index"], table[next(likely)], strict=True))
-    files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
-    if not files:
+    if not (files := sorted((folder / "meta/episodes").glob("*/*.parquet"))):
         raise ValueError("no meta/episodes/*/*.parquet")
 
     def place(template: str, row: Mapping[str, Any], prefix: str, video: str = "") -> Path:

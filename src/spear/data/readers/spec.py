@@ -91,12 +91,10 @@ class DatasetSpec:
     tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame to ours:
                      parallel to the base frame when the gripper points down and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
-    command          column of the absolute gripper command, or None; `command_range` likewise. A `gripper`
-                     column that is part of an action is one.
+    command          column of the absolute gripper command (also of actions); `command_range` likewise.
     rate_hz          steps per second.
     logged_translation, logged_rotation   columns of the logged arm actions, which only the audit uses.
-    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
-                     in the base or the end-effector frame.
+    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step …, base or ee.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is in order, where later ones are not.
     success          column whose last row says how the episode ended: a number (0 failed, below 0 not known),
@@ -156,8 +154,7 @@ def find_spec(
 ) -> DatasetSpec:
     """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
 
-    defaults  what the format of the dataset says itself (its rate, its column of instructions): it comes
-              before the registry and after `spear.json`.
+    defaults  what the dataset's format says itself (its rate …), before the registry and after `spear.json`.
     Raises SpearError for a dataset of which too little is known, a column of two cameras, and a bad file.
     """
     path = given or folder / SPEC_FILE

@@ -25,9 +25,8 @@ def read_records(
     """(index, bytes) of records `start` to `stop` of a file, checked; those before are passed over unread.
     Behind the `last` that it should have comes a SpearError in the place of all that follow.
 
-    In the place of a record whose bytes do not match its checksum comes the SpearError that names file and
-    record; also for all behind a broken length, or the file's end, since they cannot be found. Raises
-    SpearError for a file that cannot be opened.
+    In the place of a record whose checksum is wrong comes the SpearError that names file and record, as for
+    all behind a broken length or the file's end. Raises SpearError for a file that cannot be opened.
     """
 
     def broken(index: int, why: str) -> SpearError:

@@ -15,8 +15,7 @@ from spear.types import Array
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and stream of a video. Raises SpearError for a missing file, one that is no video, and
-    inside of it where the video breaks off."""
+    """PyAV's container and stream of a video. Raises SpearError for a bad file, and where it breaks off."""
     av = need("av", "data", "a video")
     try:
         with av.open(str(path)) as container:

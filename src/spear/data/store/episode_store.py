@@ -83,8 +83,7 @@ class EpisodeStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.whole = True
-        files = shard_files(self.path)
-        if not files:
+        if not (files := shard_files(self.path)):
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
         made = read_json(self.path / REQUEST, "copy it again") if (self.path / REQUEST).is_file() else {}
         if missing := max(int(files[-1].stem.rpartition("-")[2]) + 1, made.get("shards", 0)) - len(files):
@@ -105,13 +104,11 @@ class EpisodeStore:
         return store
 
     def demonstrations(self) -> "EpisodeStore":
-        """Without the episodes that are known to have failed; a notice says how many. `whole` as before.
-        Raises SpearError where none is left."""
+        """Without the episodes that are known to have failed (a notice). SpearError where none is left."""
         return self._without(self.failed(), "failed", "give others")
 
     def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":
-        """Without the episodes that none of these cameras has seen; otherwise as `demonstrations`. A notice
-        says so where there are others instead of one of them."""
+        """Without the episodes that none of these cameras has seen; a notice names others that have."""
         none = [np.zeros(len(shard), bool) for shard in self._shards]
         lengths = [[s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards]
         seen = np.concatenate([sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)])

@@ -25,7 +25,7 @@ from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.splits import split_ranges
-from spear.data.senses import MOVES, doubts, span
+from spear.data.senses import MOVES, comes_late, doubts, span
 from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -58,11 +58,9 @@ def prepare(
     how        what is made of them; by default at 5 Hz, images as they are.
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
-    A broken or lost record, an episode that `check_episode` refuses (much of BridgeData has no instruction),
-    one without a known action, one that shows nothing, and one that lacks a camera that `how` names is
-    skipped. `out_dir` appears when everything is in it; the same call then finds it there, and does nothing.
-    Raises SpearError when more than half are bad, or nothing good is left; when `out_dir` holds something
-    else (also other episodes); and for a full disk: then, as after any interruption, the same call continues.
+    Bad episodes are skipped (docs/data.md). `out_dir` appears when everything is in it; the same call then
+    finds it there. Raises SpearError when more than half are bad, or nothing good is left; when `out_dir`
+    holds something else; and for a full disk: then, as after any interruption, the same call continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
@@ -143,13 +141,13 @@ def _write_shards(
 
 
 def _notice_units(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' positions are hardly metres, and what their gripper's `span` says."""
+    """Says so where the first episodes' positions are hardly metres, and what is wrong with their gripper."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
     for remark in doubts(first):
         notice(f"{path}: {remark}")
     seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
     moving = max(map(np.ptp, seen)) > MOVES * max(map(np.max, seen))
-    if moving and (check := span(seen, told)):
+    if moving and (check := span(seen, told) or comes_late([*zip(seen, told, strict=True)])):
         notice(f"{path}: {check.name}: {check.words}")
 
 
