@@ -14,9 +14,9 @@ import tyro
 
 from spear.ablations.table import successes
 from spear.errors import SpearError
+from spear.evaluate.compare import compare
 from spear.evaluate.results import load
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
-from spear.util import ledger
 
 
 def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
@@ -30,9 +30,9 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     scenes = [{(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds]
     if any(seen != scenes[0] for seen in scenes):
         raise SpearError("the folders hold different scenes: evaluate all on the same")
-    how = [{**results.settings, "weights": ""} for seeds in found for results in seeds]
-    for others in sorted({words for one in how if (words := ledger.difference(how[0], one))}):
-        print(f"run differently: {others}")
+    every = [results for seeds in found for results in seeds]
+    for words in sorted({words for one in every for words in compare(every[0], one).settings}):
+        print(f"run differently: {words}")
     tables = [successes(seeds, families) for seeds in found]
     for folders, table in zip((first, second), tables, strict=False):
         print(", ".join(map(str, folders)))

@@ -104,7 +104,7 @@ def is_first_process() -> bool:
 
 
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from where the caller was called, once for all processes. Whether so."""
+    """Warn with a `Notice`, as if from the caller's caller, in the first process; returns whether it did."""
     said = _SAYING.get() and is_first_process()
     if said:
         warnings.warn(message, Notice, stacklevel=3)

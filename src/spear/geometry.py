@@ -199,7 +199,7 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
 
 
 def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
-    """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `Euler`. zxy: R = Ry Rx Rz"""
+    """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `Euler`. zxy: Ry Rx Rz."""
     x, y, z = (quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device))
     orders = {"xyz": (z, y, x), "XYZ": (x, y, z), "zxy": (y, x, z)}
     check_known("Euler convention", orders, convention)

@@ -104,7 +104,7 @@ def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tu
 
 
 def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
-    """The episode at another rate: positions and openings linearly, rotations by slerp, images from before.
+    """At another rate: positions and openings linear, rotations by slerp, images the last that there was.
 
     Motions are derived from the resampled states, gripper commands are those in force at the end of each new
     step; a new step is masked when any step it covers is. An episode at this rate is returned as it is.

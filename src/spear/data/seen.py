@@ -23,7 +23,7 @@ from spear.util.files import read_as, write_text
 SAMPLES = 512
 """Steps that are looked at, as training draws them."""
 BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
-"""So far beyond what was seen is noted: of positions, beyond the seen range's width, too."""
+"""So far beyond what was seen is noted; of positions, this further than the seen range is wide."""
 LEVELS = 3.0
 """The least spread of colours that counts, of 255."""
 GRID, LIKE, CLEARLY = 8, 0.6, 0.2

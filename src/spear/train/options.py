@@ -105,7 +105,7 @@ class Recipe:
                   None: those of `--init`; without one, the preset's number, at quantiles (the paper).
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
     flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
-    question_images, question_weight  images with 3D questions beside each batch, their loss's weight (ours).
+    question_images, question_weight  images with 3D questions beside a batch (0: none), their weight (ours).
     augment       strength of photometric augmentation, 0 to 1.
     normalization  of translations: "quantile" (the paper), "minmax" or "meanstd"; also of positions (ours).
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).

@@ -80,7 +80,7 @@ Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_unit_n
 class DatasetSpec:
     """One dataset's layout and conventions. None is "not known"; `facts` says what is behind a value.
 
-    robot            the arm.
+    robot, rate_hz   the arm, and steps per second.
     images           our camera name -> column of encoded images.
     image_aspect     our camera name -> true width / height, where the stored images were squeezed.
     instruction      column of the instruction, the same in all steps.
@@ -91,18 +91,18 @@ class DatasetSpec:
     tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame to ours:
                      parallel to the base frame when the gripper points down and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
-    command          column of the absolute gripper command (also of actions); `command_range` likewise.
-    rate_hz          steps per second.
+    command          column of the absolute gripper command, or None; `command_range` likewise. A `gripper`
+                     column that is part of an action is one.
     logged_translation, logged_rotation   columns of the logged arm actions, which only the audit uses.
-    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step …, base or ee.
+    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
+                     in the base or the end-effector frame.
     drop_idle        leave out the steps at which neither arm nor gripper moves.
     newest           the last version of the dataset that is in order, where later ones are not.
     success          column whose last row says how the episode ended: a number (0 failed, below 0 not known),
                      or a path with a folder "success" or "failure"; neither: not known.
     action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
                      `action_mask` and `source` are columns of the same parts of an `Episode`.
-    weight           share of the training mixture, %.
-    facts            field -> where we know it from.
+    weight, facts    share of the training mixture, %; field -> where we know it from.
     """
 
     name: str

@@ -58,9 +58,9 @@ def prepare(
     how        what is made of them; by default at 5 Hz, images as they are.
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
-    Bad episodes are skipped (docs/data.md). `out_dir` appears when everything is in it; the same call then
-    finds it there. Raises SpearError when more than half are bad, or nothing good is left; when `out_dir`
-    holds something else; and for a full disk: then, as after any interruption, the same call continues.
+    Skipped are broken records, what `check_episode` refuses, and what has no known action, picture or camera
+    that `how` names. `out_dir` appears when all is in it; the same call then finds it. Raises SpearError when
+    most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
