@@ -46,8 +46,7 @@ def test_ask_answers_in_metres_and_draws(tmp_path: Path, capsys: pytest.CaptureF
     notes = said.err.splitlines()  # the size, that nothing was measured, that photos are new to it
     assert len(notes) == 3 and "80×60" in notes[0] and all(note.startswith("note: ") for note in notes)
     assert Image.open(drawing).size == (240, 180)
-    below = photo / "d.png"
-    assert main([*ask, str(photo), *question, "--draw", str(below)]) == 2
+    assert main([*ask, str(photo), *question, "--draw", str(photo / "d.png")]) == 2
     *notes, said = capsys.readouterr().err.splitlines()
     assert said.startswith(f"error: {photo}: ") and all(line.startswith("note: ") for line in notes)
 

@@ -152,8 +152,7 @@ def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowCo
 def test_loss_is_zero_at_the_truth_and_only_there(config: FlowConfig) -> None:
     noise, data, time = pair(config)
     right = truth(noise, data, time, config)
-    result = flow.loss(right, noise, data, time, config)
-    assert abs(float(result[0])) < 1e-7
+    assert abs(float(flow.loss(right, noise, data, time, config)[0])) < 1e-7
     for column, part in ((1, "translation"), (5, "rotation"), (5, "geodesic"), (7, "gripper")):
         wrong = right.to_vector().clone()
         wrong[..., column] += 0.1
@@ -283,8 +282,7 @@ def test_weights_and_mask() -> None:
     chosen = flow.loss(*map(Action.from_vector, flat), time[:, None].expand(64, 5)[mask], S3)[1]
     for part in masked:
         torch.testing.assert_close(masked[part], chosen[part])
-    nothing = flow.loss(guess, noise, data, time, S3, torch.zeros_like(mask))
-    assert float(nothing[0]) == 0
+    assert float(flow.loss(guess, noise, data, time, S3, torch.zeros_like(mask))[0]) == 0
 
 
 @pytest.mark.parametrize("config", ALL, ids=name)

@@ -70,5 +70,4 @@ def test_the_example_trains_with_two_workers(tmp_path: Path, monkeypatch: pytest
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert [row["step"] for row in rows(tmp_path / "run")] == [2]
     assert Spear1Policy.load(tmp_path / "run").model is not None
-    written = (tmp_path / "run" / "final" / "recipe.json").read_text()
-    assert '"processes": 2' in written
+    assert '"processes": 2' in (tmp_path / "run" / "final" / "recipe.json").read_text()

@@ -55,8 +55,7 @@ def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = STA
 
 
 def flow_of(row: str) -> dict[str, Any]:
-    own = planned(row, seeds=1).chains[row, 0][-1].recipe.flow
-    return {**PRESETS["nano"].flow, **own}
+    return {**PRESETS["nano"].flow, **planned(row, seeds=1).chains[row, 0][-1].recipe.flow}
 
 
 def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
@@ -286,8 +285,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     assert all(done(tmp_path, job) for job in plan.jobs)
     assert len(said) == len(plan.jobs) - len(kept)
     assert not list(tmp_path.glob("stages/*/checkpoints"))
-    table = fill(plan, tmp_path, data)[0]
-    assert all(line.success is not None for line in table.lines)
+    assert all(line.success is not None for line in fill(plan, tmp_path, data)[0].lines)
     lines = describe(plan, plan.jobs).splitlines()[1:-1]
     assert [line.split()[0] for line in lines] == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
     assert all(line.split()[1:3] == ["1", "1"] for line in lines)

@@ -81,6 +81,7 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     np.testing.assert_array_equal(rules.told_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
     pulses = np.array([1, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(rules.told_commands(pulses, 30.0), pulses)
+    assert rules.RULES == 2  # whoever changes what is expected here, or of resampling, raises it
 
 
 @given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import assert_same
+from data_tiny import assert_same, edit
 from refusals import refuses
-from spear.data.demonstrations import demonstrate
+from spear.data.demonstrations import SETTINGS, demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.sim.record import Acts
 from spear.util.ledger import lock
@@ -33,6 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_path: Path) -> None:
     write_episodes([EpisodeStore(whole)[i] for i in range(3)], out := tmp_path / "stopped")
+    shutil.copy(whole / SETTINGS, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob(SHARD_GLOB)}
     (out / "episodes-00001.images").touch()  # stopped between the two files of a shard
     assert record(out) == (4, 4) and (out / "episodes-00001.arrow").is_file()
@@ -42,11 +43,14 @@ def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_pa
     assert record(out) == (4, 4)  # everything is there
     assert record(out, episodes=3) == (6, 6)  # more of the same
     assert [EpisodeStore(out).source(i) for i in (4, 5)] == ["sim/put_on/10002", "sim/spoon_on_towel/10002"]
+    edit(out / SETTINGS, lambda told: told.update(simulator="MuJoCo 3.7.0"))
+    refuses("simulator is", record, out, episodes=4)
 
 
 def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) -> None:
     """It is not in the folder, and what comes after it shows that it had its turn."""
     write_episodes([EpisodeStore(whole)[i] for i in (0, 2, 3)], out := tmp_path / "failed")
+    shutil.copy(whole / SETTINGS, out)
     assert record(out) == (3, 4)
 
 

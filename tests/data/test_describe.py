@@ -116,8 +116,7 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
-    motors = [*(f"joint_{i}" for i in range(6)), "gripper"]
-    state = {"names": {"motors": motors}}
+    state = {"names": {"motors": [*(f"joint_{i}" for i in range(6)), "gripper"]}}
     edit(copy / "meta/info.json", lambda info: info["features"]["observation.state"].update(state))
     found = describe(copy)
     assert found["position"] is None and found["success"] == "next/success" and "success" not in taken

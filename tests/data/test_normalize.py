@@ -80,8 +80,7 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
         "meanstd": middle + np.sqrt(share @ (rows - middle) ** 2) * [[-1], [1]],
     }[mode]
     offset = [*normalizer.translation_offset, *normalizer.position_offset]
-    scale = [*normalizer.translation_scale, *normalizer.position_scale]
-    found = [offset, scale]
+    found = [offset, [*normalizer.translation_scale, *normalizer.position_scale]]
     atol = 2e-3 if mode == "quantile" else 1e-6  # NumPy has weights for quantiles that are not interpolated
     np.testing.assert_allclose(found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol)
 

@@ -113,8 +113,7 @@ def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
     film(tmp_path / "film.mp4")
     items = list(find(str(tmp_path / "film.mp4"), rate=2.5))
     assert [i.key.rpartition("#")[2] for i in items] == [str(4 * n) for n in range(10)]
-    values = [int(v) for v in grey(items)]
-    assert np.abs(np.array(values) - 20 * np.arange(10)).max() <= 2
+    assert np.abs(np.array([int(v) for v in grey(items)]) - 20 * np.arange(10)).max() <= 2
     assert abs(int(grey([items[7]])[0]) - 140) <= 2  # alone, after a seek
     every = list(find(str(tmp_path / "film.mp4"), rate=1000))
     assert len(every) == 40

@@ -45,6 +45,5 @@ def test_answers_from_graphs() -> None:
         for _ in range(2):
             found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammar=grammar)
             assert torch.equal(found.cpu(), on_cpu)
-    free = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12)
-    assert free.shape[1] <= 12
+    assert greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12).shape[1] <= 12
     assert len(STACK(model.language_model, True, can_compile(model.device)).replay) == 1

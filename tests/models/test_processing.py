@@ -92,8 +92,7 @@ def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None
     prompt = ids[0][~learned[0] & batch["attention_mask"][0].bool()].tolist()
     assert prompt[0] == tokens.bos_token_id and tokens.decode(prompt[1:]) == "where is the bowl\n"
     assert torch.equal(ids == tokens.pad_token_id, batch["attention_mask"] == 0)
-    alone = processor.prompts(["where is the bowl"])["input_ids"][0].tolist()
-    assert alone == prompt
+    assert processor.prompts(["where is the bowl"])["input_ids"][0].tolist() == prompt
 
 
 def test_what_cannot_be_said_is_refused(processor: Processor) -> None:

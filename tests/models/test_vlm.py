@@ -37,8 +37,7 @@ def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
 
 def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
     valid = torch.tensor([[1, 1, 1, 1, 0]]).bool()
-    causal = torch.tensor([[0, 0, 1, 1, 0]]).bool()
-    mask = prefix_lm_mask(valid, causal)[0, 0].int()
+    mask = prefix_lm_mask(valid, torch.tensor([[0, 0, 1, 1, 0]]).bool())[0, 0].int()
     assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert positions(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [[0, 0, 1, 2, 2]]
 

@@ -38,5 +38,4 @@ def logits(
         token_type_ids=torch.cat([before * 0, kinds], dim=1),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
     ).logits[:, tokens:]
-    mine = ours({"external": image}, ids, mask, kinds).logits
-    return mine[mask.bool()], said[mask.bool()]
+    return ours({"external": image}, ids, mask, kinds).logits[mask.bool()], said[mask.bool()]

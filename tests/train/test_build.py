@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from data_tiny import make, stored
 from labels_boxes import labelled
-from refusals import no_warning
+from refusals import no_warning, refuses
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
@@ -78,11 +78,14 @@ def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path)
         assert not [one for one in said if "3D tokens" in str(one.message)]
 
 
-def test_labels_that_are_given_twice_are_said(inputs: Inputs) -> None:
+def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path) -> None:
     with no_warning():
         load_labels(inputs.labels, ["external"])
     with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
         load_labels([*inputs.labels] * 2, ["external"])
+    other = dataclasses.replace(labelled(0), unit="relative")
+    write_labels([other], tmp_path / "labels-00000.parquet")
+    refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])
 
 
 def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:

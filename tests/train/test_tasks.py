@@ -105,6 +105,5 @@ def test_questions_beside_the_actions_count_by_their_weight() -> None:
     asked = batch.pop("questions")
     batch["actions"] = Action.from_vector(batch["actions"])
     acted = acting.model(**batch, flow_samples=2, generator=torch.Generator().manual_seed(1))
-    said = acting.model.vlm(**asked)
-    torch.testing.assert_close(total, acted.loss + 0.25 * said.loss)
+    torch.testing.assert_close(total, acted.loss + 0.25 * acting.model.vlm(**asked).loss)
     assert parts.keys() == {*acted.parts, "question_text", "question_coordinates"}

@@ -72,12 +72,10 @@ def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
     assert isinstance(slots.put(BATCH, 0), Handed)
 
 
-def test_what_is_too_large_for_a_slot_comes_as_it_is() -> None:
+def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
     large = {"pixels": {"external": torch.empty(SIZE, dtype=torch.uint8)}}
     assert Slots(1, 1).put(large, 0) is large
 
-
-def test_without_memory_for_slots_batches_come_as_they_are() -> None:
     def limited() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + SIZE

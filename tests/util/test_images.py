@@ -69,8 +69,7 @@ def test_grey_images_get_three_equal_channels() -> None:
     for pixels, kind in ((grey, "PNG"), (wide, "PNG"), (wide, "TIFF"), (wide.astype(np.int32), "TIFF")):
         for read in (load_image, decode_image):  # a photo, and a step of a dataset
             assert (read(encoded(Image.fromarray(pixels), kind)) == grey[..., None]).all()
-    bits = load_image(encoded(Image.fromarray(grey).convert("1")))
-    assert set(np.unique(bits)) <= {0, 255}
+    assert set(np.unique(load_image(encoded(Image.fromarray(grey).convert("1"))))) <= {0, 255}
 
 
 def test_what_is_transparent_lies_on_white() -> None:

@@ -18,6 +18,8 @@ from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
+RULES = 2
+"""Raised when a recording becomes other steps or actions than before: what is prepared is then made again."""
 CLOSED_BELOW, OPEN_ABOVE, MOVES_BY = 0.4, 0.6, 0.1
 """Hysteresis of the gripper, openings in 0 … 1; and the change per second that is a motion (our choice)."""
 

@@ -59,10 +59,9 @@ _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "actio
 STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
 EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
 """How much of a dataset to read, of how many episodes the images, and the share that may be bad."""
-MARGIN = 0.01
-"""Part of the motion by which a reading must be worse to be called worse."""
-UNEXPLAINED = 1 / 3
-"""Relative error above which even the best reading explains nothing."""
+MARGIN, UNEXPLAINED = 0.01, 1 / 3
+"""Part of the motion by which a reading must be worse to be called worse; and relative error above which even
+the best reading explains nothing."""
 LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
 RESAMPLES = 1000

@@ -8,6 +8,7 @@ from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
 from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.world import SIMULATOR
 from spear.types import Episode
 from spear.util.files import check_own
 from spear.util.images import decode_image
@@ -44,7 +45,7 @@ def demonstrate(
     def make(first: int) -> Iterator[Episode]:
         return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
 
-    return collect(out, sources, make, sizes, policy)
+    return collect(out, sources, make, sizes, policy, SIMULATOR)
 
 
 def check_seed(first: int) -> None:
@@ -59,23 +60,21 @@ def collect(
     make: Callable[[int], Iterator[Episode]],
     sizes: Mapping[str, Size],
     policy: Acts | None,
+    simulator: str,
     shard_size: int = 256,
-    assets: str = "",
 ) -> tuple[int, int]:
     """Write the successful ones of these episodes; the rest is as in `demonstrate`.
 
     sources     the episodes' names, in order; make(i) makes them from number i on.
     shard_size  how many are written at once: fewer are lost when it is killed.
-    assets      a hash of what the simulator shows, where it may change.
+    simulator   what tells it, or what it shows, from others.
     """
     check_own(out, SHARD_GLOB, "record")
     with alone(out, "recording into", SETTINGS):
         sweep(out)
         kept, first = _look(out, sources, sizes) if shard_files(out) else (0, 0)
-        told: dict[str, object] = {"assets": assets} if assets else {}
-        told |= {"policy": [fingerprint(policy.folder)]} if policy else {}
-        if told:
-            same_settings(out / SETTINGS, told, bool(shard_files(out)))
+        told = {"simulator": simulator, "policy": policy and fingerprint(policy.folder)}
+        same_settings(out / SETTINGS, told, bool(shard_files(out)))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in tracked(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

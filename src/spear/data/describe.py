@@ -27,10 +27,8 @@ from spear.util.images import IMAGE_BEGINS
 EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
 """Episodes that are read, those in which columns are sought, and whose images are looked at; numbers that a
 measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
-AT_WRIST = ("wrist", "hand", "gripper", "eye_in")
-"""Parts of the names of cameras at the wrist."""
-TWICE = 2.0
-"""How many times as much of a camera's view must change as of all others to be at the wrist."""
+AT_WRIST, TWICE = ("wrist", "hand", "gripper", "eye_in"), 2.0
+"""Parts of the names of wrist cameras; how many times as much of their view must change as of all others."""
 NO_STATE = ("timestamp", "reward", "discount")
 PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers that are taken where others fit as well."""

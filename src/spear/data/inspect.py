@@ -18,12 +18,9 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, counted
 from spear.util.images import IMAGE_BEGINS, decode_image
 
-SHOWN = 5
-"""How many instructions to show; the most frequent first."""
-MOST_AXES = 16
-"""Numbers of a column that are shown one by one."""
-LOOKED_AT = 50
-"""How many episodes of a dataset to read: all of a real one would take hours."""
+SHOWN, MOST_AXES, LOOKED_AT = 5, 16, 50
+"""How many instructions to show, the most frequent first; numbers of a column that are shown one by one; and
+how many episodes of a dataset to read: all of a real one would take hours."""
 
 
 def inspect(path: str | Path) -> str:

@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from spear.data.mixture import TrainingSamples
+from spear.data.senses import FROZEN_M
 from spear.geometry import quat_distance
 from spear.types import Array
 from spear.util.files import read_as, write_text
 
-SAMPLES = 512
-"""Steps that are looked at, as training draws them."""
+SAMPLES, LEVELS = 512, 3.0
+"""Steps that are looked at, as training draws them; the least spread of colours that counts, of 255."""
 BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
 """So far beyond what was seen is noted; of positions, this further than the seen range is wide."""
-LEVELS = 3.0
-"""The least spread of colours that counts, of 255."""
 GRID, LIKE, CLEARLY = 8, 0.6, 0.2
 """Pictures are compared by their brightness in so many rows and columns. One is shown otherwise that, turned
 back, correlates so much with the mean picture, and gains so much more by it than any picture of training."""
@@ -36,9 +35,8 @@ LOOKED_AT, LATER = 64, 16
 OPPOSITE, MOSTLY = 0.75, 0.5
 """A gripper is inverted that is so far (of 0 … 1) from what it was told in more than this share of them; or,
 at the first, so far from where training's episodes begin."""
-FURTHER, REST_M, FROZEN_M = 1.5, 0.02, 0.05
-"""Who is so much further from where it was than it was told to go, and this, is another robot. A camera is
-frozen whose picture stays the very same while the arm goes so far."""
+FURTHER, REST_M = 1.5, 0.02
+"""Who is so much further from where it was than it was told to go, and this, is another robot."""
 MOVED_M, OTHER_AXES = 0.003, 0.4
 """An arm that moved so far goes along other axes where these explain so much more of it (mean cosine)."""
 

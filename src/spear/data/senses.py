@@ -29,12 +29,12 @@ FEWEST, FEWEST_VIEWS = 3, 5
 SPREAD, CLEARLY, MOST = 3.0, 1.5, 0.8
 """How many times as different as on the other side resting openings must be, how many times as much of a
 wrist view must change as of an external one, and in which share of the episodes."""
-FAST, CHANGED, SIZE = 0.05, 4, (32, 24)
-"""Metres per second at which an arm moves; grey levels by which a pixel of an image so small changes."""
-NEAREST, FARTHEST = 0.03, 3.0
-"""Metres from its base that an arm can be believed to reach: it goes further than the first."""
-SLOW, QUICK = 0.03, 1.0
-"""Metres per second between which the quickest hundredth of demonstrated motions begins."""
+FAST, CHANGED, SIZE, FROZEN_M = 0.05, 4, (32, 24), 0.05
+"""Metres per second at which an arm moves; grey levels by which a pixel of an image so small changes. Frozen
+is a camera whose picture stays the very same while the arm goes so far."""
+NEAREST, FARTHEST, SLOW, QUICK = 0.03, 3.0, 0.03, 1.0
+"""Metres from its base that an arm can be believed to reach: it goes further than the first. Metres per
+second between which the quickest hundredth of demonstrated motions begins."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Check:
 
 @dataclass(frozen=True)
 class View:
-    """A camera in one episode: whether its images show anything, and the share of pixels [0 … 1] that change
-    within a step at 5 Hz while the arm moves (NaN where it does not)."""
+    """A camera in one episode: whether its images are blank or all one (`is_frozen`), and the share of pixels
+    [0 … 1] that change within a step at 5 Hz while the arm moves (NaN where it does not)."""
 
     blank: bool
     change: float
@@ -115,6 +115,7 @@ def span(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
     told = np.concatenate(commands) if commands and seen.max() > OPEN_ABOVE else seen
     if told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE:
         return None
+    told = seen if seen.min() >= CLOSED_BELOW else told
     name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
     words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
     return Check(name, "wrong", words)
@@ -172,7 +173,13 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     apart = max(1, round(rate_hz / RATE_HZ))  # a camera may have fewer images than there are steps
     moved = np.linalg.norm(position[apart:] - position[:-apart], axis=1) * rate_hz > FAST * apart
     share = (np.abs(frames[apart:] - frames[:-apart]) > CHANGED).mean((1, 2))[moved]
-    return View(bool(np.ptp(frames) == 0), float(np.median(share)) if len(share) else float("nan"))
+    blank = bool(np.ptp(frames) == 0) or is_frozen(images, position)
+    return View(blank, float(np.median(share)) if len(share) else float("nan"))
+
+
+def is_frozen(images: Sequence[bytes], position: Array) -> bool:
+    """Whether encoded images are all the same while the arm, at positions [T, 3] (m), goes somewhere."""
+    return np.ptp(position, axis=0).max() > FROZEN_M and len({*images}) == 1
 
 
 def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
@@ -181,7 +188,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     for camera, each in views.items():
         absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
         if absent + blank == len(each):
-            why = "its column is absent, or holds no images," if absent else "its images are blank"
+            why = "its column is absent, or holds no images," if absent else "its images are blank or all one"
             words = f"{why} in all of {counted(len(each), 'episodes')}: name another one in images"
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([

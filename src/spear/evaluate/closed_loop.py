@@ -18,7 +18,7 @@ from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import own_renderer
 from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
-from spear.sim.world import World
+from spear.sim.world import SIMULATOR, World
 from spear.types import RATE_HZ, Array
 
 
@@ -31,7 +31,7 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
     check_known("task family", FAMILIES, *options.families)
     scenes = dict.fromkeys(options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes))
     settings = {
-        "simulator": f"MuJoCo {mujoco.__version__}",  # another one is another physics
+        "simulator": SIMULATOR,
         "replan": options.replan,
         "image_size": list(agent.image_sizes["external"]),
         "wrist_size": list(agent.image_sizes["wrist"]),

@@ -50,8 +50,10 @@ def label_scenes(
 
     sizes: view ("external", "wrist") → (width, height). The rest is as in `label_jobs`.
     """
+    from spear.sim.world import SIMULATOR
+
     jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
-    settings = {"scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes)}
+    settings = {"scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
     return label_jobs(out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled)
 
 

@@ -17,19 +17,19 @@ from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, Floats, Servo, length
 from spear.sim.objects import KINDS, Kind
 from spear.sim.scene import FOVY, SOURCE, TARGET, SceneSpec
 
+SIMULATOR = f"MuJoCo {mujoco.__version__}"
+"""Another one is another physics, and makes other pictures."""
 SUBSTEPS = 50
 """Physics steps (of 4 ms) per control step: 5 Hz."""
 GRIPPER = "robot gripper"
 """What the gripper is called among the instances of an image."""
 
-SLOW = 0.02
-"""An object rests when it is slower than this, m/s."""
+SLOW, MOVED = 0.02, 0.02
+"""An object rests when it is slower than this, m/s; a bystander that is displaced so far has moved, m."""
 NEAR = 0.045
 """The gripper has reached an object when the middle of its finger tips is this close to it, m."""
 LIFTED = 0.02
 """An object held by both fingers is grasped when it is this much higher than at the start, m."""
-MOVED = 0.02
-"""A bystander counts as moved from this displacement on, m."""
 
 _SOLIDS = ("box", "cylinder", "capsule", "ellipsoid")
 _SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _SOLIDS}

@@ -147,7 +147,8 @@ def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
 def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list[LabeledImage]]:
     """All labels of some folders, by view.
 
-    A folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view.
+    A folder has a sub-folder per view, as `spear label --scenes` writes, or shards of the first view. Raises
+    `SpearError` for mixed units.
     """
 
     def compact(label: LabeledImage) -> LabeledImage:
@@ -159,6 +160,8 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
         for view, path in view_folders(folder, views).items():
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     every = [one for labels in found.values() for one in labels]
+    if len(units := {one.unit for one in every}) > 1:
+        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
     of_all = f"of {counted(len(every), 'labelled images')}"
     if tests := sum(kept_for_testing(one.source) for one in every):
         notice(f"{tests:,} {of_all} from scenes kept for testing")
@@ -247,12 +250,9 @@ class QuestionSamples:
 def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
-    """3D tokens fitted to the answers about `labels` (20,000 at most); `SpearError` for mixed units."""
+    """3D tokens fitted to the answers about `labels` (20,000 at most), which have one unit."""
     values = answers(labels, seed, 20_000, FAMILIES)
-    units = {label.unit for label in labels}
-    if len(units) != 1:
-        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
-    return CoordinateTokenizer.fit(values, bins, units.pop(), spacing)
+    return CoordinateTokenizer.fit(values, bins, labels[0].unit, spacing)
 
 
 def answers(labels: Sequence[LabeledImage], seed: int, most: int, families: Sequence[str]) -> Array:

@@ -21,7 +21,7 @@ from spear.data.audit import audit
 from spear.data.describe import describe
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.layout import column, episode_from
+from spear.data.readers.layout import column, episode_from, openings
 from spear.data.readers.rlds import open_rlds
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
@@ -362,6 +362,13 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     steps["observation"]["state"][1:, 0] += 0.01 + 0.0019 * np.arange(9)
     crept = episode_from(steps, dataclasses.replace(still, rate_hz=1), source)
     assert crept.action is not None and 0.01 <= crept.action[:, 0].max() < 0.013
+
+
+def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> None:
+    said = {"gripper": "state", "gripper_range": (0, 0.08), "command": "action", "command_range": (0, 1)}
+    steps = {"state": np.array([0.08, 0, 0.04]), "action": np.array([1, 0.0003, 0.5])}
+    both = openings(steps, dataclasses.replace(REGISTRY["bridge_dataset"], **said), "it")
+    np.testing.assert_allclose(both, ([1, 1, 0], [1, 0, 0.5]), atol=1e-3)
 
 
 def test_another_layout_or_description_is_other_data(

@@ -140,8 +140,7 @@ def test_what_the_audit_may_find_a_layout_can_say() -> None:
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_every_way_to_write_an_orientation_gives_it_back(layout: RotationFormat) -> None:
     turn = Rotation.random(50, random_state=0)
-    numbers = WRITTEN[layout](turn)
-    got = Rotation.from_quat(to_quaternion(numbers, layout), scalar_first=True)
+    got = Rotation.from_quat(to_quaternion(WRITTEN[layout](turn), layout), scalar_first=True)
     assert (turn.inv() * got).magnitude().max() < 1e-6
 
 

@@ -245,10 +245,10 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
-@pytest.mark.parametrize("part", [0.01, 0.4, 0.55])
+@pytest.mark.parametrize("part", [0.01, 0.4, 0.55, -0.08])  # below 0: less than 1 when closed
 def test_a_gripper_that_never_opens_is_noticed(opening: list[float], part: float, tmp_path: Path) -> None:
     """Finger positions that were taken for widths: a policy that learns from them never opens again."""
-    episode = make(0, gripper=part * np.array(opening))
+    episode = make(0, gripper=(part < 0) + part * np.array(opening))
     write_episodes([dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm")
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
@@ -271,12 +271,18 @@ def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
         {"external": dark},
     ]
     write_episodes([make(i, images=images) for i, images in enumerate(views)], tmp_path / "arm")
+    frozen = {"external": seen, "wrist": seen[:1] * 6}
+    moved = [make(3, images=frozen, position=far * make(3).position) for far in (2, 0.5)]  # and hardly
+    write_episodes(moved, tmp_path / "arm")
     written, reasons = prepare(tmp_path / "arm", tmp_path / "out")
-    assert [sorted(e.images) for e in EpisodeStore(tmp_path / "out")] == [["external"], ["external", "wrist"]]
-    assert written == 2 and len(reasons) == 1 and "made#2" in reasons[0]
+    only, both = ["external"], ["external", "wrist"]
+    assert [sorted(e.images) for e in EpisodeStore(tmp_path / "out")] == [only, both, only, both]
+    assert written == 4 and len(reasons) == 1 and "made#2" in reasons[0]
 
 
-def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> None:
+def test_a_store_is_known_by_what_is_in_it(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = EpisodeStore(recorded)
     assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
     assert store.subset(range(COUNT)).digest() == store.digest()
@@ -285,7 +291,8 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     assert words.digest() == size.digest() == same.digest()  # the motions
     hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
     assert len({store.digest(seen=True) for store in (words, size, same, hand)}) == 4
-    assert prepare(same.path, tmp_path / "again")[0] == 1
+    prepared = tmp_path / "hand-prepared"
+    assert prepare(same.path, tmp_path / "again")[0] == prepare(hand.path, prepared)[0] == 1
     for other in (words, size):
         shutil.rmtree(same.path)
         shutil.copytree(other.path, same.path)
@@ -295,3 +302,5 @@ def test_a_store_is_known_by_what_is_in_it(recorded: Path, tmp_path: Path) -> No
     shutil.rmtree(folder)
     write_lerobot([make(1)], folder)  # as many, at the same place
     refuses("other episodes", prepare, folder, tmp_path / "out")
+    monkeypatch.setattr(preparing, "RULES", 0)
+    refuses("rules is", prepare, hand.path, prepared)

@@ -123,8 +123,7 @@ def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> 
 def test_a_key_that_the_service_repeats_is_not_said(server: Server, reply: Reply) -> None:
     server.replies = [reply]
     gemini = detector()
-    said = refuses("", gemini.detect, [noise(0), noise(1)])
-    assert "secret" not in f"{said} {gemini.bill()}"
+    assert "secret" not in refuses("", gemini.detect, [noise(0), noise(1)]) + str(gemini.bill())
 
 
 def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

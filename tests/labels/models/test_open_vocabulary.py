@@ -84,8 +84,7 @@ def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str, monkeypatch: p
     parts = []
     for _, part in prompts:
         parts += GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])
-    merged = tidy([d for part in parts for d in part], 40, 60, 0.7)
-    assert rows(found) == rows(merged)
+    assert rows(found) == rows(tidy([d for part in parts for d in part], 40, 60, 0.7))
 
 
 def test_owlv2_scores_are_those_of_its_query(owl: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,8 +126,7 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
     layers = encoder.layers(images, range(8, 12))
     expected = torch.cat([x[:, 1:] for x in layers], -1)
     torch.testing.assert_close(encoder(pixels), expected, atol=1e-4, rtol=1e-4)
-    hidden = encoder.backbone(images).last_hidden_state
-    torch.testing.assert_close(layers[-1], hidden)
+    torch.testing.assert_close(layers[-1], encoder.backbone(images).last_hidden_state)
 
 
 def test_what_does_not_fit_is_refused() -> None:

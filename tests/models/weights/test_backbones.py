@@ -75,8 +75,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
 def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -> None:
     published = paligemma(rows=rows)
-    folder = publish_paligemma(published, tmp_path / "paligemma")
-    plan = plan_backbones(folder, None, "tiny14")
+    plan = plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
     model = plan.run()
     table = model.language_model.embed_tokens.weight
     assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start

@@ -52,9 +52,8 @@ RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
 ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
 LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
-"""Unit -> metres."""
 ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
-"""Unit -> radians."""
+"""Unit -> metres; unit -> radians."""
 SPEC_FILE = "spear.json"
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.actions import resample, with_actions
+from spear.data.actions import RULES, resample, with_actions
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.splits import split_ranges
-from spear.data.senses import MOVES, comes_late, doubts, span
+from spear.data.senses import MOVES, comes_late, doubts, is_frozen, span
 from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -36,12 +36,9 @@ from spear.util.images import decode_image, encode_jpeg, fit_image
 from spear.util.ledger import Skipped, alone, difference, same_settings
 from spear.util.progress import ProgressBar
 
-BLOCK = 16
-"""Episodes that are made ready at a time (our choice)."""
-SHARD_MB = 100
-"""Images in a shard, about (our choice)."""
-MOST_BAD = 0.5
-"""The share of bad episodes above which preparing is given up (our choice)."""
+BLOCK, SHARD_MB, MOST_BAD = 16, 100, 0.5
+"""Episodes that are made ready at a time, images in a shard, about, and the share of bad episodes above which
+preparing is given up (our choice)."""
 SKIPPED = "skipped.json"
 
 
@@ -79,6 +76,7 @@ def prepare(
         "layout": hashlib.sha256(meant.encode()).hexdigest(),
         "size": dict(sorted(how.sizes.items())),
         "rate": how.rate,
+        "rules": RULES,
         "quality": how.quality,
         "shard_mb": SHARD_MB,
     }
@@ -146,7 +144,8 @@ def _notice_units(store: EpisodeStore, path: Path) -> None:
     for remark in doubts(first):
         notice(f"{path}: {remark}")
     seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
-    moving = max(map(np.ptp, seen)) > MOVES * max(map(np.max, seen))
+    ends = max(map(np.max, seen)), 1 - min(map(np.min, seen))
+    moving = max(map(np.ptp, seen)) > MOVES * min(ends)  # it may be in another unit
     if moving and (check := span(seen, told) or comes_late([*zip(seen, told, strict=True)])):
         notice(f"{path}: {check.name}: {check.words}")
 
@@ -183,14 +182,15 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
     images = {camera: fitted for camera in episode.images if (fitted := _fit(episode, camera, how))}
     if not images:
-        raise SpearError(f"nothing to see: {episode.source}: its images are blank")
+        raise SpearError(f"nothing to see: {episode.source}: its images are blank, or one picture")
     return dataclasses.replace(episode, images=images)
 
 
 def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
     """A camera's images as JPEG in the size wanted, without bars: training adds its model's own, as acting
     does, and jitters none. One that is so already stays as it is, and so do all where no size is wanted.
-    Of a blank camera none: datasets have that where it was absent. Raises SpearError for a broken image."""
+    Of a blank camera (datasets have that where it was absent) or a frozen one none. Raises SpearError for a
+    broken image."""
     size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
@@ -200,7 +200,7 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
         if small.shape != image.shape or (size is not None and encoded[:2] != b"\xff\xd8"):
             encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
-    return fitted if len(levels) > 1 else ()
+    return fitted if len(levels) > 1 and not is_frozen(episode.images[camera], episode.position) else ()
 
 
 def open_store(

@@ -68,7 +68,7 @@ def demonstrate(
             return record(task, seeds[first:], size, workers, assets, policy)
 
         sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
-        written[task] = collect(out / task, sources, make, {"external": size}, policy, SHARD_SIZE, shown)
+        written[task] = collect(out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE)
     return written
 
 

@@ -42,10 +42,8 @@ THINKING = "low"
 """How much it thinks before it answers."""
 MAX_SIDE = 1536
 """Larger images are sent scaled down to this many pixels."""
-CONCURRENCY = 8
-"""Requests at the same time."""
-TIMEOUT = 120.0
-"""Seconds for one request."""
+CONCURRENCY, TIMEOUT = 8, 120.0
+"""Requests at the same time, and seconds for one."""
 ATTEMPTS, ANSWERS = 6, 2
 """Requests per image before it is given up, overload included; and unusable answers that are paid for."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
