@@ -257,6 +257,22 @@ def test_after_a_pause_and_with_another_prompt_the_pilot_looks_again() -> None:
     pilot.close()
 
 
+def test_an_answer_of_another_time_is_dropped(no_waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, thought = [100.0], iter([9.0, 0.1, 3.0, 0.1, 0.1, 3.0, 3.5])
+
+    def answer(observation: Mapping[str, Any]) -> Array:
+        clock[0] += next(thought)
+        return (chunk(observation["t"]) + 0.25 * np.eye(8)[7]).astype(np.float32)
+
+    monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
+    pilot = Pilot(policy(answer), "sync")
+    with pytest.warns(Notice, match="took 3.0 s"):
+        said = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
+    assert millimetres(said) == [1, 2, 0, 4, 5, 0, 7]
+    assert {float(action[7]) for action in said} == {0.25}  # the gripper holds what it holds
+    pilot.close()
+
+
 @pytest.mark.parametrize("late", [0, 3])
 def test_one_late_step_leaves_no_later_observation_waiting(
     late: int, monkeypatch: pytest.MonkeyPatch

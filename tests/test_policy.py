@@ -270,7 +270,8 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    policy, open_one = dataclasses.replace(nano), Action(*(torch.ones(2, 5, n) for n in (3, 4, 1)))
+    open_one = Action.from_vector(torch.eye(8)[[3, 7]].sum(0).expand(2, 5, 8))
+    policy = dataclasses.replace(nano)
     monkeypatch.setattr(policy, "predict", lambda inputs: open_one)
     service, plain = Service(policy, load("generic")), {k: v for k, v in observation().items() if k != "seed"}
     both = [plain, {**plain, "observation/state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}]
@@ -278,6 +279,7 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
         service.answer(both, robots)
     said = [words for w in recwarn if "gripper" in (words := str(w.message))]
     assert ["begins" in words for words in said] == [True, False][: len(robots)]
+    assert all(words.startswith("robot 2: ") for words in said)  # else it may be the first's again
 
 
 def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_were(

@@ -69,13 +69,13 @@ class ChunkExecutor:
 
     replan   k, the actions of a chunk that are executed before the next look.
     most     rtc: the most actions that the policy may be told of (its `committed`).
+    gripper  as last told, 0 … 1.
     """
 
-    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0) -> None:
+    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0, gripper: float = 1) -> None:
         check_mode(mode, most)
         check_replan(replan)
-        self.mode, self.replan, self.most = mode, replan, most
-        self._gripper = 1.0
+        self.mode, self.replan, self.most, self.gripper = mode, replan, most, gripper
         self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
@@ -120,8 +120,8 @@ class ChunkExecutor:
         self.tick += 1
         self._executed.append(action)
         if action is None:
-            return np.array([0, 0, 0, 1, 0, 0, 0, self._gripper], np.float32)
-        self._gripper = float(action[7])
+            return np.array([0, 0, 0, 1, 0, 0, 0, self.gripper], np.float32)
+        self.gripper = float(action[7])
         return action.copy()
 
     def _take_up(self) -> None:
@@ -144,26 +144,28 @@ class Pilot:
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
     shorter until they are in time again (our choice). After a pause (`PAUSE`), and with another prompt, it
-    begins anew. Raises what the policy raises, and `SpearError` for "rtc" with one that has not learned it,
-    and for a server of a robot's own commands: poses, for one, look like steps.
+    begins anew; an answer that took so much longer than the one before is dropped. Raises what the policy
+    raises, and `SpearError` for "rtc" with one that has not learned it, and for a server of a robot's own
+    commands: poses, for one, look like steps.
     """
 
     def __init__(self, policy: Policy, mode: Mode = "sync", replan: int = REPLAN) -> None:
         if (about := getattr(policy, "metadata", {})).get("converted"):
             robot = about["embodiment"]
             raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
-        self._policy = policy
+        self._policy, self._took = policy, math.inf  # the first answer may take long
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
         self._executor, self._prompt, self._stepped, self._due = self._begin(), None, -math.inf, -math.inf
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
-        self._asked: tuple[int, Future[dict[str, Any]]] | None = None
+        self._asked: tuple[int, Future[dict[str, Any]], float] | None = None
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
         now, tick_s = time.monotonic(), 1 / RATE_HZ
         before, self._prompt = self._prompt, observation.get("prompt")
         if now - self._stepped > PAUSE or before != self._prompt:
-            self._executor, self._asked, self._due = self._begin(), None, -math.inf
+            self._executor = self._begin(gripper=self._executor.gripper)
+            self._asked, self._due = None, -math.inf
         if self._due - now > tick_s / 4:
             notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
         time.sleep(max(0.0, self._due - now, self._stepped + 0.9 * tick_s - now))
@@ -172,7 +174,7 @@ class Pilot:
         self._take(wait=False)
         if self._asked is None and executor.wants():
             seen = deepcopy(dict(observation)) | executor.told()  # the next picture may take this one's place
-            self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen))
+            self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen), time.monotonic())
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
         self._stepped = time.monotonic()
         return executor.next()
@@ -183,8 +185,13 @@ class Pilot:
 
     def _take(self, wait: bool) -> None:
         if self._asked is not None and (wait or self._asked[1].done()):
-            (tick, future), self._asked = self._asked, None
-            self._executor.give(future.result()["actions"], observed=tick)
+            (tick, future, asked), self._asked = self._asked, None
+            actions = future.result()["actions"]
+            before, self._took = self._took, time.monotonic() - asked
+            if self._took > before + PAUSE:
+                notice(f"an answer took {self._took:.1f} s: dropped, as the robot may be elsewhere now")
+            else:
+                self._executor.give(actions, observed=tick)
 
 
 def check_mode(mode: str, committed: int) -> None:

@@ -202,8 +202,8 @@ def loss(
     """
     if config.prediction == "clean":
         spoken, truth = prediction, data
-        ends = _meant(prediction.rotation, config), quat_canonical(data.rotation)
-        rotation = _clean_rotation_error(*ends, config)
+        ends = [_meant(prediction.rotation, config), quat_canonical(data.rotation)]
+        rotation = _clean_rotation_error(ends[0], ends[1], config)
     else:
         state, truth = interpolate(noise, data, time, config)
         spoken = prediction_to_velocity(prediction, state, time, config)
@@ -211,10 +211,7 @@ def loss(
         step = _per_part(1 - time, state)
         if config.geodesic_step is not None:
             step = step.clamp_max(config.geodesic_step)
-        ends = (
-            _advance(state.rotation, spoken.rotation, step, config),
-            _advance(state.rotation, truth.rotation, step, config),
-        )
+        ends = [_advance(state.rotation, way.rotation, step, config) for way in (spoken, truth)]
     parts = {
         "translation": _average(_squared(spoken.translation, truth.translation), mask),
         "rotation": _average(rotation, mask),
@@ -316,8 +313,7 @@ def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
     """‖v - u‖² / 4, or 1 - cos(v, u) [...], 0 where u has no direction; bounded gradient where v has none."""
     if config.rotation_loss == "mse":
         return _squared(v, u)
-    v_norm = torch.linalg.vector_norm(v, dim=-1)
-    u_norm = torch.linalg.vector_norm(u, dim=-1)
+    v_norm, u_norm = (torch.linalg.vector_norm(velocity, dim=-1) for velocity in (v, u))
     cos = (v * u).sum(-1) / (v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED))
     return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
 
@@ -328,6 +324,4 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _average(error: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return error.mean()
-    return torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)
+    return error.mean() if mask is None else torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

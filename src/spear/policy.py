@@ -11,6 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
+from spear.data.readers.layout import FASTEST
 from spear.data.seen import LATER, LOOKED_AT, MOSTLY, RobotCheck, Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice
@@ -25,13 +26,11 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
 from spear.models.weights.load import Model
-from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
+from spear.types import ACTION_DIM, RATE_HZ, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
 
 MOST_ROBOTS = 1024
 """Robots that are kept apart: of more, the one not heard for longest is met anew (our choice)."""
-FARTHEST_M = 1.01
-"""No arm goes so far in a step of 0.2 s (our choice); other numbers of an action are smaller, too."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,6 @@ class VlmBundle:
                 grammar=self._grammar(family),
                 watched=watched,
             )
-        unit = self.processor.coordinates.unit
         probable, held = None, None
         if watched is not None and watched.logits:
             probable = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
@@ -105,7 +103,7 @@ class VlmBundle:
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
                 held = Distribution(of_numbers, self.processor.coordinates)
-            answers.append(Answer(places, unit, held, family))
+            answers.append(Answer(places, self.processor.coordinates.unit, held, family))
         return answers
 
     def _grammar(self, family: str | None) -> Any:
@@ -236,8 +234,9 @@ class Spear1Policy:
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
-        if not (np.abs(chunks) < FARTHEST_M).all():  # as nan is not, either
-            far = f"{np.abs(chunks[..., :3]).max():.2g} m in 0.2 s"
+        farthest = np.linalg.norm(chunks[..., :3], axis=-1).max()
+        if not (np.isfinite(chunks).all() and farthest <= FASTEST / RATE_HZ):
+            far = f"{farthest:.2g} m in {1 / RATE_HZ:g} s"
             raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
         robots = _robots(observations)
         for robot, chunk in zip(robots, chunks, strict=True):
@@ -309,20 +308,20 @@ class Spear1Policy:
     def _meet(self, robot: Hashable, state: Array) -> RobotCheck:
         """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
         known, new = self.known, robot not in self._robots
-        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck()
+        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len(self._robots) + 1)
         if new and known and (words := known.unlike_at_first(state)):
             self._note("gripper", f"observations unlike those of training: {words}", met)
         if len(self._robots) > MOST_ROBOTS:
             del self._robots[next(iter(self._robots))]
         for key, words in met.otherwise(state):
             if key != "gripper" or (known and known.opposite < MOSTLY / 2):
-                notice(words)
+                notice(met.name + words)
         return met
 
     def _note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
         """Say it, unless something was said of that key, or of that robot's, before."""
-        noted = self._noted if robot is None else robot.noted
-        if key not in noted and notice(words):
+        noted, name = (self._noted, "") if robot is None else (robot.noted, robot.name)
+        if key not in noted and notice(name + words):
             noted.add(key)
 
     def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:

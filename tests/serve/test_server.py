@@ -1,5 +1,6 @@
 """The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
 
+import asyncio
 import dataclasses
 import math
 import re
@@ -23,8 +24,9 @@ from spear.embodiments import Control, load
 from spear.errors import Notice, SpearError
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
+from spear.serve.options import ServeOptions
 from spear.serve.server import PolicyServer
-from spear.serve.service import Service
+from spear.serve.service import Batcher, Service
 
 GENERIC = load("generic")
 
@@ -299,6 +301,12 @@ def test_a_server_that_comes_back_as_another_one_moves_no_robot(other: str) -> N
         for _ in range(2):
             refuses("before", robot.infer, droid)
         assert RemotePolicy(url(server)).infer(droid)["actions"].shape == before.shape
+
+
+def test_a_server_that_can_answer_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batcher, "_collect", lambda self: asyncio.sleep(0, [None]))
+    with pytest.raises(AttributeError):
+        asyncio.run(PolicyServer(Service(Homing(), GENERIC), ServeOptions("test", port=0)).run())
 
 
 def test_a_full_queue_says_busy_at_once() -> None:

@@ -181,10 +181,12 @@ def _like(small: Array, look: Any) -> Array:
 
 class RobotCheck:
     """Whether a robot does what it is told: what follows shows an inverted gripper, or an arm that goes along
-    other axes. looked: how many of its observations were compared with training; noted: what was said of it.
+    other axes. looked: how many of its observations were compared with training; noted: what was said of it;
+    name: how words about it begin, where it is not the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 1) -> None:
+        self.name = f"robot {number}: " if number > 1 else ""
         self.looked, self.noted = 0, set[str]()
         self._chunk: Array | None = None
         self._position = np.zeros(3)

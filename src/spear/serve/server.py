@@ -162,11 +162,9 @@ class PolicyServer:
         self._greeting, self._direct_reply = wire.encode(service.greeting), service.embodiment.direct_reply
         self._peers: dict[Guarded, None] = {}
         self._metrics = Metrics(lambda: len(self._batcher), self._clients)
-        self._service = service
+        self._service, self._stop = service, asyncio.Event()
         self._batcher = Batcher(self._compute, options.max_batch, options.wait_ms / 1000, options.queue)
-        self._stop = asyncio.Event()
-        self._draining = False
-        self._answering = 0
+        self._draining, self._answering = False, 0
 
     def _clients(self) -> int:
         return sum(peer.state is State.OPEN for peer in self._peers)
@@ -190,6 +188,7 @@ class PolicyServer:
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         answering = asyncio.create_task(self._batcher.run())
+        answering.add_done_callback(lambda _: self.stop())
         try:
             async with await self._listen() as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
@@ -197,7 +196,8 @@ class PolicyServer:
                     ready(self)
                 await self._stop.wait()
                 await self._drain(server)
-                answering.cancel()
+                if answering.done():
+                    answering.result()  # raises what ended it
         finally:
             answering.cancel()
             if self.page:
