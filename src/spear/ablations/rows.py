@@ -100,7 +100,7 @@ class AblationOptions(Options):
     budget: Annotated[int | None, Within(1)] = None
     """Steps of the full row's policy, to which all are in proportion. Without it the recipes' own 12,000."""
     pretraining: Annotated[float, Within(1e-9, 1e9)] = 1.0
-    """Factor on the steps of SPEAR-VLM's stages; 1: the recipes' own."""
+    """Factor on the steps of SPEAR-VLM's stages; 1: 200 and 2,600."""
     families: tuple[str, ...] = ()
     """Task families that policies learn (where demonstrations are made) and are scored on; none: all."""
     set: Changes = ()

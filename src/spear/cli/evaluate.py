@@ -205,8 +205,8 @@ class CompareOptions(Options):
     out: File = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
     films: Annotated[int, Within(0)] = 12
-    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Both
-    films are there where both were evaluated with --films all."""
+    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Of
+    all scenes there are films where both were evaluated with --films all."""
 
 
 def compare(options: CompareOptions) -> None:

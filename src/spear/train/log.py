@@ -69,7 +69,7 @@ class Logger:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             if self.board is not None:
-                for key, value in {**values, "data_wait": stalled}.items():
+                for key, value in {**values, "lr": lr, "steps_per_s": rate, "data_wait": stalled}.items():
                     self.board.add_scalar(key, value, done)
             short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
             self.info = f"waits for data {stalled:.0%}, {short}"

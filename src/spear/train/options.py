@@ -296,5 +296,5 @@ class PlanOptions(Options):
     gpu: str = "24GB"
     """Memory of the GPU as it is sold, such as 24GB."""
     batch_size: Annotated[Number, Within(1)] = None
-    """Examples per training step (per observation for inference), when not the recipe's."""
+    """Examples per training step (inference: observations at once), when not the recipe's."""
     set: Changes = ()
