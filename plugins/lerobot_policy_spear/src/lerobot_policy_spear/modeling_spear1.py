@@ -22,7 +22,7 @@ from spear import policy as spear
 from spear.data.normalize import SMALLEST_SCALES, Normalizer
 from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import IMAGE
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.train.optimize import apply_freeze, make_optimizer
 from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
@@ -35,9 +35,9 @@ FOLDER = "spear"
 
 
 class Spear1Policy(PreTrainedPolicy):
-    """`config` says where it starts from; folder: a spear checkpoint to use instead, statistics included.
+    """`config` says where it starts from; folder: a spear checkpoint to use instead.
 
-    Without a folder the statistics are those of the dataset, as after `spear train`.
+    With a dataset, which only training gives, the statistics are those of it, as after `spear train`.
     """
 
     config_class = Spear1Config
@@ -62,10 +62,11 @@ class Spear1Policy(PreTrainedPolicy):
         self._batches: list[dict[str, Any]] = []
         if dataset_meta is not None:
             self.mask = counting(dataset_meta, self.robot)
-            if folder is None:
-                root = Path(dataset_meta.root)
-                self.spear.normalizer, self._begins = fit(root, self.robot, config, self.mask)
-                self.spear.known = None
+            fitted, begins = fit(Path(dataset_meta.root), self.robot, config, self.mask)
+            if folder is None or fitted != self.spear.normalizer:
+                if folder is not None:
+                    notice(f"{folder} has another dataset's statistics: this one's replace them")
+                self.spear.normalizer, self._begins, self.spear.known = fitted, begins, None
         apply_freeze(self.model, config.optimization)
         self.reset()
 
