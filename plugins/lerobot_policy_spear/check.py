@@ -78,6 +78,10 @@ def compare(saved: Path, data: Path) -> None:
     config.pretrained_path = None  # nano itself, with its own units
     for part in (get_policy_class("spear1")(config), before, after):
         part.save_pretrained(saved.parent / "nano")
+    for start, same in ((saved, True), (saved.parent / "nano", False)):
+        goes_on = get_policy_class("spear1").from_pretrained(start, config=config, dataset_meta=frames.meta)
+        assert goes_on.spear.normalizer == ours.normalizer and bool(goes_on.spear.known) is same, start
+    print("trained on from either, it has the dataset's statistics")
 
 
 def made_up_arm(folder: Path) -> None:

@@ -61,6 +61,23 @@ def test_poses_become_actions_and_lead_back() -> None:
         assert turn.magnitude() < 1e-4
 
 
+@pytest.mark.parametrize("lag", [0.05, 0.1, 0.4])
+def test_an_arm_that_lags_behind_goes_as_fast_as_it_was_shown(lag: float) -> None:
+    robot, here, sent, went = robots.Poses(6), np.float32([0, 0, 0, 0, 0, 0, 100]), [None], []
+    follows, step = 1 - np.exp(-1 / 30 / lag), 0.002  # of the way, in a frame; m
+    actions = np.tile(np.float32([6 * step, 0, 0, 1, 0, 0, 0, 1]), (5, 1))
+    actions[0, 0] = 5 * step + step / follows  # from where the arm is, as in `chunk`
+    for _ in range(60):
+        went.append(here[0])
+        for row in robot.rows(actions, here, sent[-1])[:6]:
+            sent.append(row)
+            here[0] += (row[0] - here[0]) * follows
+    assert (went[-1] - went[-31]) / (180 * step) == pytest.approx(1, abs=0.02)
+    assert np.diff(sent[1:], axis=0)[:, 0].min() > 0
+    pushed = robot.rows(actions, here, sent[-1] + 1)[0] - here
+    assert np.linalg.norm(pushed[:3]) < actions[0, 0] + 1e-6 and np.abs(pushed[3:6]).max() < 1e-6
+
+
 def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> None:
     robot = robots.Joints(2, Gantry(), 4)
     here = np.array([0.1, 0.2, 0.3, 30, 100], np.float32)
@@ -73,8 +90,11 @@ def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> No
     np.testing.assert_allclose(rows[1::2, :4], commands[:5, :4], atol=1e-4)
     far = actions.copy()
     far[2:, 0] = 0.6  # beyond a metre from the third on
-    rows = robot.rows(far, here)
-    assert (rows[:4, 0] < 0.13).all() and (np.diff(rows[6:, :4], axis=0) == 0).all() and rows[-1, 0] <= 1
+    with pytest.warns(UserWarning, match="no joint angles") as said:
+        rows = robot.rows(far, here)
+        held = robot.rows(far[2:] * 3, here, rows[5])
+    assert (rows[:4, 0] < 0.13).all() and rows[-1, 0] <= 1 and len(said) == 1
+    assert (np.vstack([rows[6:], held]) == rows[5]).all()
 
 
 def test_units_that_are_hardly_right_are_said(recwarn: pytest.WarningsRecorder) -> None:
@@ -98,6 +118,15 @@ def test_rows_for_a_robot_come_no_faster_than_they_are_made_for(
         now[0] = max(now[0], begun + 1 / asks + late - before)
     assert 100 / (now[0] - 100) == pytest.approx(takes, rel=0.02)
     assert bool(len(recwarn)) is (asks == 30)
+
+
+def test_rows_that_waited_through_a_pause_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace, now, lasts = robots.Pace(5), [100.0], []
+    monkeypatch.setattr(robots, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    for after in (0, 0.2, 0.9, 1.1, 0.2):  # s
+        now[0] += after
+        pace.row(lambda last: lasts.append(last) or [len(lasts) * 10, len(lasts) * 10 + 1])
+    assert lasts == [None, 11, None]
 
 
 def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:

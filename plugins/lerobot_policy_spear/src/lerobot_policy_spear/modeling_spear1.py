@@ -6,7 +6,6 @@ commands take it (`spear serve .../pretrained_model/spear`).
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from spear import policy as spear
 from spear.data.normalize import SMALLEST_SCALES, Normalizer
 from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import IMAGE
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.train.optimize import apply_freeze, make_optimizer
 from spear.train.tasks import robot_inputs
 from spear.types import Action, Array
@@ -35,9 +34,9 @@ FOLDER = "spear"
 
 
 class Spear1Policy(PreTrainedPolicy):
-    """`config` says where it starts from; folder: a spear checkpoint to use instead, statistics included.
+    """`config` says where it starts from; folder: a spear checkpoint to use instead.
 
-    Without a folder the statistics are those of the dataset, as after `spear train`.
+    With a dataset, which only training gives, the statistics are those of it, as after `spear train`.
     """
 
     config_class = Spear1Config
@@ -62,10 +61,11 @@ class Spear1Policy(PreTrainedPolicy):
         self._batches: list[dict[str, Any]] = []
         if dataset_meta is not None:
             self.mask = counting(dataset_meta, self.robot)
-            if folder is None:
-                root = Path(dataset_meta.root)
-                self.spear.normalizer, self._begins = fit(root, self.robot, config, self.mask)
-                self.spear.known = None
+            fitted, begins = fit(Path(dataset_meta.root), self.robot, config, self.mask)
+            if folder is None or fitted != self.spear.normalizer:
+                if folder is not None:
+                    notice(f"{folder} has another dataset's statistics: this one's replace them")
+                self.spear.normalizer, self._begins, self.spear.known = fitted, begins, None
         apply_freeze(self.model, config.optimization)
         self.reset()
 
@@ -109,7 +109,6 @@ class Spear1Policy(PreTrainedPolicy):
 
     def reset(self) -> None:
         """A new episode: no actions wait, and the noise begins anew."""
-        self._action_queue: deque[Tensor] = deque()
         self._pace = Pace(self.config.fps)
         self.spear.reset()
 
@@ -146,8 +145,8 @@ class Spear1Policy(PreTrainedPolicy):
         return output.loss, {name: float(part) for name, part in output.parts.items()}
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """[B, rows, d]: the whole chunk as the robot takes it."""
+    def predict_action_chunk(self, batch: dict[str, Any], last: Tensor | None = None, **_: Any) -> Tensor:
+        """[B, rows, d]: the whole chunk as the robot takes it; last [B, d]: the rows that came before."""
         values = _numpy(batch[OBS_STATE])
         images = {
             IMAGE if view == "external" else f"observation/{view}_image": _numpy(batch[key])
@@ -160,19 +159,20 @@ class Spear1Policy(PreTrainedPolicy):
             for i, (numbers, task) in enumerate(zip(values, tasks, strict=True))
         ]
         chunks = [result["actions"] for result in self.spear.infer_batch(seen)]
-        rows = [self.robot.rows(chunk, numbers) for chunk, numbers in zip(chunks, values, strict=True)]
+        before = [None] * len(values) if last is None else _numpy(last)
+        rows = [self.robot.rows(*each) for each in zip(chunks, values, before, strict=True)]
         return torch.from_numpy(np.stack(rows)).to(batch[OBS_STATE].device)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """[B, d]: the next row; looks when those of `replan` actions are used up. One robot's come no faster
         than `fps`; several are a simulator's."""
-        if len(batch[OBS_STATE]) == 1:
-            self._pace.wait()
-        if not self._action_queue:
-            rows = self.predict_action_chunk(batch)[:, : self.config.replan * self.config.stride]
-            self._action_queue.extend(rows.transpose(0, 1))
-        return self._action_queue.popleft()
+        count = self.config.replan * self.config.stride
+
+        def look(last: Tensor | None) -> Tensor:
+            return self.predict_action_chunk(batch, last)[:, :count].transpose(0, 1)
+
+        return self._pace.row(look, one=len(batch[OBS_STATE]) == 1)
 
 
 def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> tuple[Normalizer, float]:

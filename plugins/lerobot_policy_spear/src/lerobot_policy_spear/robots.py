@@ -10,19 +10,29 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.dataset
 import torch
+from torch import Tensor
 
 from spear.data.actions import HORIZON, derive_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES
 from spear.embodiments import tools
 from spear.errors import SpearError, notice
-from spear.geometry import matrix_to_quat, quat_canonical, quat_exp, quat_log, quat_slerp, quat_to_matrix
+from spear.geometry import (
+    matrix_to_quat,
+    quat_canonical,
+    quat_distance,
+    quat_exp,
+    quat_log,
+    quat_slerp,
+    quat_to_matrix,
+)
 from spear.types import Array
 
 POSE_NAMES = [f"ee.{part}" for part in ("x", "y", "z", "wx", "wy", "wz", "gripper_pos")]
@@ -32,6 +42,11 @@ ROUNDS = 5
 """LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
 MISS = 0.01
 """Metres from where a row should lead: beyond, the arm stands still (these two are our choice)."""
+PAUSE = 1.0
+"""Seconds since a robot's last row: after more, it may be elsewhere (our choice)."""
+
+Row = tuple[Array, Array, float]
+"""Position [3] (m, base frame), quaternion [4], opening 0 … 1."""
 
 
 class Pace:
@@ -39,10 +54,26 @@ class Pace:
     of its own, `--fps`, 30 without it. A row may come half of its time early (our choice)."""
 
     def __init__(self, fps: int) -> None:
-        self.period, self._due = 1 / fps, -math.inf
+        self.period, self._due, self._handed = 1 / fps, -math.inf, math.inf
+        self._rows: deque[Tensor] = deque()
+        self._last: Tensor | None = None
+
+    def row(self, look: Callable[[Tensor | None], Iterable[Tensor]], one: bool = True) -> Tensor:
+        """The next row [B, d], when it is due for one robot; several are a simulator's, which do not wait.
+        look: the row before, None where nothing is known of it → new rows, asked for when none is left."""
+        if one:
+            self.wait()
+        if not self._rows:
+            self._rows.extend(look(self._last))
+        self._last, self._handed = self._rows.popleft(), time.monotonic()
+        return self._last
 
     def wait(self) -> None:
-        """Until the next row is due. Says so where they are asked for a quarter too fast."""
+        """Until the next row is due. Says so where they are asked for a quarter too fast. After a pause the
+        rows that are left, and the one before, are forgotten."""
+        if time.monotonic() - self._handed > PAUSE:
+            self._rows.clear()
+            self._last = None
         if (early := self._due - time.monotonic()) > 0:
             if early > 0.2 * self.period:
                 told = f"--policy.fps={1 / self.period:g}"
@@ -54,11 +85,11 @@ class Pace:
 class Robot(Protocol):
     """state: the robot's numbers [d] as SPEAR-1's state [8]. chunk: (state, commands [6, d] of the frames of
     `action_delta_indices`, which of them are beyond the episode [6]) as actions [5, 8] and which count [5].
-    rows: actions for a robot that is at `values` [d], as commands [N, d]."""
+    rows: actions for a robot that is at `values` [d], as commands [N, d]; last: the command [d] before."""
 
     def state(self, values: Array) -> Array: ...
     def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]: ...
-    def rows(self, actions: Array, values: Array) -> Array: ...
+    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array: ...
 
 
 class Exported:
@@ -70,7 +101,7 @@ class Exported:
     def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
         return commands[:HORIZON], ~beyond[1:]
 
-    def rows(self, actions: Array, values: Array) -> Array:
+    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array:
         return actions
 
 
@@ -92,23 +123,38 @@ class Poses:
         command = np.array([g for _, _, g in poses] + [poses[-1][2]], np.float32)
         return derive_actions(position, rotation, command)[:-1], ~beyond[:HORIZON]
 
-    def rows(self, actions: Array, values: Array) -> Array:
-        """Straight lines and geodesics between where the actions lead."""
+    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array:
+        """Straight lines and geodesics between where the actions lead. They begin at the last command, which
+        an arm lags behind: from where it is, each look would draw it back."""
         state = self.state(values)
         where, turned = tools.targets(state, actions)
-        path = [(state[:3], state[3:7]), *zip(where, turned, strict=True)]
+        path = [self._begin(state, actions[0], last), *zip(where, turned, strict=True)]
         rows = []
         for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):
             for part in np.arange(1, self.stride + 1) / self.stride:
                 begin, end = torch.from_numpy(np.array([q, facing], np.float64))
                 rows.append((p + (to - p) * part, quat_slerp(begin, end, float(part)).numpy(), action[7]))
-        return self.commands(rows, values)
+        return self.commands(rows, values, last)
 
-    def pose(self, values: Array) -> tuple[Array, Array, float]:
-        """Position [3], quaternion [4], opening 0 … 1."""
+    def _begin(self, state: Array, action: Array, last: Array | None) -> tuple[Array, Array]:
+        """Position [3] and quaternion [4] of the last command, if any, but no further from the state than the
+        action goes and turns (our choice): the arm may be blocked, or pushed. A demonstrated action is never
+        shorter than the lag, unless its command goes back."""
+        if last is None:
+            return state[:3], state[3:7]
+        position, rotation, _ = self.pose(last)
+        ahead = np.float64(position) - state[:3]
+        begin, end, turn = torch.from_numpy(np.array([state[3:7], rotation, action[3:7]], np.float64))
+        far, angle = float(np.linalg.norm(ahead)), float(quat_distance(begin, end))
+        goes = min(1.0, float(np.linalg.norm(action[:3])) / max(far, 1e-9))
+        turns = min(1.0, float(quat_log(turn).norm()) / max(angle, 1e-9))
+        return state[:3] + goes * ahead, quat_slerp(begin, end, turns).numpy()
+
+    def pose(self, values: Array) -> Row:
+        """Of the robot's numbers [d]."""
         return values[:3], _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))), _opening(values[6])
 
-    def commands(self, rows: Sequence[tuple[Array, Array, float]], values: Array) -> Array:
+    def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
         """Poses as commands [N, d]."""
         turns = [quat_log(torch.from_numpy(q)).numpy() for _, q, _ in rows]
         made = [[*p, *w, OPEN * g] for (p, _, g), w in zip(rows, turns, strict=True)]
@@ -120,16 +166,17 @@ class Joints(Poses):
 
     def __init__(self, stride: int, kinematics: Any, count: int) -> None:
         super().__init__(stride)
-        self.kinematics, self.count = kinematics, count
+        self.kinematics, self.count, self._noted = kinematics, count, False
 
-    def pose(self, values: Array) -> tuple[Array, Array, float]:
+    def pose(self, values: Array) -> Row:
         at = self.kinematics.forward_kinematics(np.float64(values[: self.count]))
         return at[:3, 3], matrix_to_quat(torch.from_numpy(at[:3, :3].copy())).numpy(), _opening(values[-1])
 
-    def commands(self, rows: Sequence[tuple[Array, Array, float]], values: Array) -> Array:
+    def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
         """Each row's angles by the inverse kinematics, from those of the row before; where no angles lead
-        there, the same ones."""
+        there, the row before again, gripper included: says so once."""
         angles, made = np.asarray(values[: self.count], np.float64), []
+        held = [*angles, OPEN * _opening(values[-1])] if last is None else [*last]
         for position, rotation, gripper in rows:
             at = np.eye(4)
             at[:3, :3], at[:3, 3] = quat_to_matrix(torch.from_numpy(rotation)).numpy(), position
@@ -137,8 +184,11 @@ class Joints(Poses):
             for _ in range(ROUNDS):
                 found = self.kinematics.inverse_kinematics(found, at)
             if np.linalg.norm(self.kinematics.forward_kinematics(found)[:3, 3] - position) < MISS:
-                angles = found
-            made.append([*angles, OPEN * gripper])
+                angles, held = found, [*found, OPEN * gripper]
+            elif not self._noted:
+                told = "no joint angles lead where the policy goes: the arm and its gripper stand still"
+                self._noted = notice(f"{told}: is it in reach, are --policy.urdf and --policy.tip right?")
+            made.append(held)
         return np.array(made, np.float32)
 
 
@@ -200,7 +250,7 @@ def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, 
     raise SpearError(f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}")
 
 
-def _quat(quaternion: torch.Tensor) -> Array:
+def _quat(quaternion: Tensor) -> Array:
     return quat_canonical(quaternion).numpy()
 
 
