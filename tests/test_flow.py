@@ -360,7 +360,7 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
         torch.testing.assert_close(x[~held[:, i]], other_x[~held[:, i]], rtol=0, atol=1e-9)
         torch.testing.assert_close(q[~held[:, i]], other_q[~held[:, i]], rtol=0, atol=1e-9)
     first, (spread, turn) = held[:, 0], flow.MISTAKE
-    moved = (wrong.translation - data.translation)[first, 0]
+    moved = (wrong.translation - data.translation)[first, 0] / data.translation.flatten(0, 1).std(0)
     turned = quat_distance(wrong.rotation, data.rotation)[first, 0]
     assert math.isclose(float(moved.std()), spread, rel_tol=0.05)
     assert math.isclose(float(turned.square().mean().sqrt()), turn * 3**0.5, rel_tol=0.05)

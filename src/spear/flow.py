@@ -42,9 +42,9 @@ _MIN_REMAINING = 1e-4
 """Least 1 - τ that a velocity is derived from; sampled times stay ten times further from 1."""
 
 MISTAKE = 1.0, 0.1
-"""Standard deviation of what is wrong in given actions (`with_mistakes`): of each normalised translation, and
-of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else a given
-action says how fast this one is, and the next is as fast, instead of making up for it."""
+"""Standard deviation of what is wrong in given actions (`with_mistakes`): of translations, as a multiple of
+their own; of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else a
+given action says how fast this one is, and the next is as fast, instead of making up for it."""
 
 _MIN_SPEED = 1e-2
 """Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
@@ -112,7 +112,7 @@ def with_mistakes(data: Action, held: Tensor, generator: torch.Generator | None 
     draw = torch.randn(*held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device)
     draw = draw * held[..., None]
     next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[..., None]
-    wrong = MISTAKE[0] * draw[..., :3]
+    wrong = MISTAKE[0] * data.translation.flatten(0, -2).std(0) * draw[..., :3]
     translation = data.translation + wrong - next_one * wrong.sum(-2, keepdim=True)
     turned, rotations = quat_exp(MISTAKE[1] * draw[..., 3:]), []
     missed = torch.zeros_like(data.rotation[..., 0, :])  # from where the arm should be to where it is

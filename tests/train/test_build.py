@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from data_tiny import make, stored
 from labels_boxes import labelled
 from refusals import no_warning, refuses
+from spear.data.normalize import Normalizer
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
@@ -84,7 +85,9 @@ def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path)
     with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
         load_labels([*inputs.labels] * 2, ["external"])
     other = dataclasses.replace(labelled(0), unit="relative")
-    write_labels([other], tmp_path / "labels-00000.parquet")
+    write_labels([other], tmp_path / "labels-00002.parquet")
+    with pytest.warns(Notice, match="lacks 2 of its shards"):
+        load_labels([tmp_path], ["external"])
     refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])
 
 
@@ -98,12 +101,33 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Input
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
     mine = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
-    model, task, _ = build(recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm"))
+    with pytest.warns(Notice, match="random weights"):
+        model, task, _ = build(recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm"))
     made = model.get_submodule("expert").config
     assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
     assert made.hidden_size == size.expert["hidden_size"]
     loss, _ = task.loss(task.batch(0), torch.Generator())
     assert torch.isfinite(loss)
+
+
+def test_a_policy_is_trained_on_in_the_units_that_it_has(tmp_path: Path) -> None:
+    """Else it would begin with steps of another length: nano's three times as long."""
+    mine = [("it", stored([make(0, steps=9)], tmp_path / "mine"), 1.0)]
+    for name, changes, mode in (
+        ("nano", {}, "meanstd"),
+        ("nano-vlm", {}, "quantile"),
+        ("nano", {"normalization": "minmax"}, "minmax"),
+    ):
+        stage = recipe("nano-post", batch_size=1, **changes)
+        _, task, _ = build(stage, Inputs((), mine, locate(name)))
+        assert task.normalizer == Normalizer.fit([(mine[0][1], 1.0)], mode)
+
+
+def test_what_a_mapping_of_settings_drops_is_said() -> None:
+    with pytest.warns(Notice, match="rotation_loss, rotation_weight"):
+        assert recipe("nano-vla", flow={"steps": 5}).flow == {"steps": 5}
+    with no_warning():
+        recipe("nano-vla", lr_scale={}, flow={"rotation_loss": "mse", "rotation_weight": 1.0})
 
 
 def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:

@@ -93,6 +93,14 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
                 height, width = image.shape[1:]
                 assert image[1, int(answer.y * height), int(answer.x * width)] > 150
     assert 3 <= views.count("wrist") <= 17  # a quarter of 40: 2.5 standard deviations
+    fewer = {**labels, "wrist": labels["wrist"][:2]}
+    for given, fraction, drawn in (
+        (fewer, None, 0.25),
+        (fewer, 0.0, 0.0),
+        ({"external": fewer["wrist"]}, 0.5, 0.0),
+    ):
+        mix = dataclasses.replace(mix, wrist=fraction)
+        assert QuestionSamples(given, processor, mix, 3, seed=0).wrist == drawn
 
 
 def test_questions_beside_the_actions_count_by_their_weight() -> None:

@@ -243,7 +243,8 @@ def _training(
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     del size["flow"]["steps"]  # of acting
     learned_from = data.key if one.kind == "vla" else data.labels_key
-    begins = [None if part is None else part.key for part in (init, moge)]
+    fields["normalization"] = one.normalization or "quantile"
+    begins = init and init.key, moge and moge.key
     identity = json.dumps([fields, size, seed, *begins, learned_from], sort_keys=True)
     return Training(hashlib.sha256(identity.encode()).hexdigest()[:12], one, seed, init, moge)
 

@@ -31,7 +31,7 @@ def train(options: TrainOptions) -> None:
             print(f"{known.name:<17} {known.description}")
         return
     changes = key_values(options.set, "--set", preset=options.preset, steps=options.steps)
-    stage = recipe(options.recipe).changed(**changes)
+    stage = recipe(options.recipe, **changes)
     preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
@@ -85,7 +85,7 @@ def plan(options: PlanOptions) -> None:
             room = f"{options.gpu} (usable {_gib(capacity)})"
             print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
         return
-    stage = recipe(options.recipe).changed(**changes)
+    stage = recipe(options.recipe, **changes)
     for changes, needed in memory.plans(stage):
         if not changes:
             pieces = stage.optimization.accumulate

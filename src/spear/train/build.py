@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from spear.data.mixture import Mixture, TrainingSamples
-from spear.data.normalize import Normalizer
+from spear.data.normalize import Mode, Normalizer
 from spear.data.seen import Seen
-from spear.errors import SpearError, check_known
+from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import all_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
@@ -27,6 +27,7 @@ from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
 from spear.train.options import Inputs, Recipe, check_inputs
 from spear.types import LabeledImage
+from spear.util.images import decode_image
 
 Built = tuple[torch.nn.Module, Task, Sequence[Callable[[Path], object]]]
 """A model, the task that trains it, and what writes the result into a folder, part by part."""
@@ -110,6 +111,13 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     return stage.changed(**shares), size
 
 
+def normalization(stage: Recipe, init: Path | None) -> Mode:
+    """A recipe's, or else as the policy has it that it begins with; a new one has the paper's."""
+    if stage.normalization or init is None or stage.kind != "vla":
+        return stage.normalization or "quantile"
+    return Normalizer.load(own).mode if (own := init / "normalizer.json").is_file() else "quantile"
+
+
 def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
     """A recipe's model without contents, with its LoRA, frozen and stored. `SpearError`: these do not fit."""
     with torch.device("meta"):
@@ -181,11 +189,16 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             model.flow = FlowConfig(**model.config.flow)
         else:
             model = _acting(weights.load(SpearVLM, init), size)
+            notice(f"{init} is a SPEAR-VLM: its action expert begins with random weights")
     if stage.committed is not None:
         model.config.committed = stage.committed
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [(name, store.seen_by(views), share) for name, store, share in episodes]
-    each, mode = [(store, share) for _, store, share in episodes], stage.normalization
+    for _, store, _ in episodes:
+        for view in {*views} & {*store.cameras}:
+            if encoded := store.image(0, 0, view):
+                processor.image(decode_image(encoded), view)  # which says what is lost of it
+    each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
     normalizer = Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
@@ -222,9 +235,9 @@ def _names(labels: Labels) -> list[str]:
 
 
 def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateTokenizer:
-    """The recipe's 3D tokens (`usual` many if it does not say), fitted to the labels of the first view."""
-    first = next(iter(labels.values()))
-    return tasks.fit_coordinates(first, stage.bins or usual, seed, stage.spacing or "quantile")
+    """The recipe's 3D tokens (`usual` many if it does not say), fitted to the labels."""
+    every = [label for some in labels.values() for label in some]
+    return tasks.fit_coordinates(every, stage.bins or usual, seed, stage.spacing or "quantile")
 
 
 def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed: int) -> None:

@@ -78,7 +78,8 @@ class QuestionMix:
 
     families             of `spear.labels.questions.generate`; a name given twice is drawn twice as often.
     pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
-    wrist                fraction of batches drawn from wrist-camera images (our choice).
+    wrist                fraction of batches drawn from wrist-camera images, where there are any (our choice);
+                         None: their share of all images.
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
     coordinate_smoothing standard deviation, in bins, of a 3D token's Gaussian target; 0 is one-hot (paper).
     most_images          ask only about the first so many labelled images of each view (0: about all).
@@ -86,7 +87,7 @@ class QuestionMix:
 
     families: tuple[str, ...] = FAMILIES
     pairs: tuple[Some, Some] = (1, 4)
-    wrist: Fraction = 0.0
+    wrist: Fraction | None = None
     coordinate_weight: Amount = 2.0
     coordinate_smoothing: Amount = 0.0
     most_images: Count = 0
@@ -108,6 +109,7 @@ class Recipe:
     question_images, question_weight  images with 3D questions beside a batch (0: none), their weight (ours).
     augment       strength of photometric augmentation, 0 to 1.
     normalization  of translations: "quantile" (the paper), "minmax" or "meanstd"; also of positions (ours).
+                  None: as the policy of `--init`; a new one "quantile".
     normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's, or those of `--init`.
     committed     the longest delay to learn to act under: so many actions at a chunk's beginning may be given
@@ -132,7 +134,7 @@ class Recipe:
     question_images: Count = 0
     question_weight: Amount = 1.0
     augment: Fraction = 0.0
-    normalization: Literal["quantile", "minmax", "meanstd"] = "quantile"
+    normalization: Literal["quantile", "minmax", "meanstd"] | None = None
     normalize_each: bool = False
     flow: Mapping[str, bool | float | str] = field(default_factory=dict)
     committed: Count | None = None
@@ -243,7 +245,9 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     opt, unused = stage.optimization, f"{UNUSED[stage.kind]} {silent}".split()
     unused += [] if stage.lora_rank else ["lora_alpha"]
     unused += ["final_lr"] if opt.schedule == "constant" else []
+    part = opt.trained or opt.lr_scale  # all, where all learn
     still = [p for p in opt.lr_scale if any(matches(p, frozen) for frozen in opt.frozen)]
+    still += [p for p in opt.lr_scale if not any(matches(p, one) or matches(one, p) for one in part)]
     unused += ["lr_scale"] if still and not stage.lora_rank else []
     if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
         raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
@@ -255,7 +259,7 @@ class TrainOptions(Options):
     out: Folder = None
     """Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE."""
     labels: tuple[Path, ...] = ()
-    """Folders of labelled images, from spear label; every image counts the same."""
+    """Folders of labelled images, from spear label; every image of a camera counts the same."""
     episodes: tuple[Path, ...] = ()
     """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
     split: Split = "train"

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from spear.errors import check_known
+from spear.errors import check_known, notice
 from spear.train.options import Optimization, Recipe
 
 _EMPTY = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
@@ -23,7 +23,15 @@ def _load() -> dict[str, Recipe]:
 RECIPES = _load()
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of that name; `SpearError` with the nearest name when there is none."""
+def recipe(name: str, **changes: Any) -> Recipe:
+    """The recipe of that name, changed; says what is gone where a mapping of its own takes another's place.
+
+    Raises `SpearError` with the nearest name when there is none, and as `Recipe.changed` does.
+    """
     check_known("recipe", RECIPES, name)
-    return RECIPES[name]
+    found = RECIPES[name].changed(**changes)
+    for key, value in changes.items():
+        was = getattr(RECIPES[name], key, None) or getattr(RECIPES[name].optimization, key, None)
+        if isinstance(value, dict) and value and (gone := dict(was or {}).keys() - value.keys()):
+            notice(f"{key} replaces all of recipe {name}'s: {', '.join(sorted(gone))} is not set any more")
+    return found

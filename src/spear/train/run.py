@@ -124,6 +124,7 @@ def check(
     parallel.start(place)
     stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
     build.check(stage, inputs)
+    stage = dataclasses.replace(stage, normalization=build.normalization(stage, inputs.init))
     for begun_with in filter(None, (inputs.init, inputs.moge)):
         made_by(begun_with)  # what they say is a part of the result
     about = _about(stage, inputs)

@@ -5,6 +5,7 @@ for SigLIP's. Then questions about labelled images, and demonstrations with 3D q
 """
 
 import dataclasses
+import functools
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from spear.labels.inputs import digest
 from spear.labels.questions.generate import generate
 from spear.labels.questions.templates import FAMILIES
 from spear.labels.sources import kept_for_testing
-from spear.labels.store import DepthImages, read, read_depth
+from spear.labels.store import DepthImages, read, read_depth, shards_in
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS, MogeForDepth, PatchClassification
@@ -158,6 +159,9 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     found: dict[str, list[LabeledImage]] = {}
     for folder in folders:
         for view, path in view_folders(folder, views).items():
+            last = (shards := shards_in(path))[-1].stem.rpartition("-")[2]
+            if last.isdecimal() and (missing := int(last) + 1 - len(shards)):
+                notice(f"{path}: lacks {missing} of its shards: run its command again")
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     every = [one for labels in found.values() for one in labels]
     if len(units := {one.unit for one in every}) > 1:
@@ -189,7 +193,7 @@ def load_depth(
 class QuestionSamples:
     """Batches of images with questions: a pure function of (seed, step).
 
-    labels   view -> labelled images. A batch is of one view: "wrist" with probability `mix.wrist`.
+    labels   view -> labelled images. A batch is of one view: "wrist" with probability `wrist`.
     augment  strength of photometric jitter.
     depth    view -> the depth of these images (`load_depth`), needed where the mix asks about pixels.
     """
@@ -215,10 +219,16 @@ class QuestionSamples:
                 cure = f"a VLM's recipe fits new ones with --set bins={tokens.bins}"
                 notice(f"{what}, {low:.2g} … {high:.2g} {tokens.unit}, and are learned as their ends: {cure}")
 
+    @functools.cached_property
+    def wrist(self) -> float:
+        """Fraction of batches of the wrist camera."""
+        there = len(self.labels.get("wrist", ())) / sum(map(len, self.labels.values()))
+        return there if self.mix.wrist is None or not there else self.mix.wrist
+
     def batch(self, step: int) -> Batch:
         """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
         rng = np.random.default_rng((self.seed, 1, step))
-        wrist = rng.random() < self.mix.wrist and "wrist" in self.labels
+        wrist = rng.random() < self.wrist
         view = "wrist" if wrist else next(iter(self.labels))
         labels = self.labels[view][: self.mix.most_images or None]
         pixels, questions, owners, tries = list[torch.Tensor](), list[Question](), list[int](), 0
@@ -243,7 +253,7 @@ class QuestionSamples:
 
     def marks(self) -> list[str]:
         """What tells each image that is asked about from others, wherever it lies."""
-        drawn = [*self.labels.values()][: 2 if self.mix.wrist else 1]
+        drawn = [*self.labels.values()][: 2 if self.wrist else 1]
         return [digest(one.image) for some in drawn for one in some[: self.mix.most_images or None]]
 
 

@@ -18,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from spear import policy as spear
-from spear.data.normalize import SMALLEST_SCALES, Normalizer
+from spear.data.normalize import SMALLEST_SCALES, Mode, Normalizer
 from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import IMAGE
 from spear.errors import SpearError, notice
@@ -61,7 +61,8 @@ class Spear1Policy(PreTrainedPolicy):
         self._batches: list[dict[str, Any]] = []
         if dataset_meta is not None:
             self.mask = counting(dataset_meta, self.robot)
-            fitted, begins = fit(Path(dataset_meta.root), self.robot, config, self.mask)
+            mode = self.spear.normalizer.mode
+            fitted, begins = fit(Path(dataset_meta.root), self.robot, config, self.mask, mode)
             if folder is None or fitted != self.spear.normalizer:
                 if folder is not None:
                     notice(f"{folder} has another dataset's statistics: this one's replace them")
@@ -175,9 +176,9 @@ class Spear1Policy(PreTrainedPolicy):
         return self._pace.row(look, one=len(batch[OBS_STATE]) == 1)
 
 
-def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> tuple[Normalizer, float]:
-    """The 1st and 99th percentiles of a dataset's translations and positions, of all its episodes, and the
-    mean opening with which these begin; mask: of these frames [frames]."""
+def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array, mode: Mode) -> tuple[Normalizer, float]:
+    """The statistics of a dataset's translations and positions, of all its episodes, and the mean opening
+    with which these begin; mask: of these frames [frames]."""
     state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")
     doubt_units(robot, state)
     counts = mask[index]
@@ -196,10 +197,14 @@ def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array) -> tuple[No
                 places.append(here[:3])
     if not moves:
         raise SpearError(f"{root}: no frame that counts: check its action_mask and lengths")
-    low, high = np.quantile(np.hstack([moves, places]).astype(np.float64), (0.01, 0.99), axis=0)
+    seen = np.hstack([moves, places]).astype(np.float64)
+    ends = (0.01, 0.99) if mode == "quantile" else (0, 1)
+    low, high = np.quantile(seen, ends, axis=0)
+    if mode == "meanstd":
+        low, high = seen.mean(0) - seen.std(0), seen.mean(0) + seen.std(0)
     offset = tuple(((high + low) / 2).tolist())
     scale = tuple(np.maximum((high - low) / 2, SMALLEST_SCALES).tolist())
-    normalizer = Normalizer("quantile", offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
+    normalizer = Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
     return normalizer, float(np.mean(begins))
 
 
