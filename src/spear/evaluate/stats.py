@@ -6,7 +6,8 @@ things are drawn by chance: the variance of the mean is that over seeds plus tha
 contain (a two-way analysis of variance, as Cameron, Gelbach and Miller (2011) cluster by two things at once),
 with Student's t at Satterthwaite's degrees of freedom. That interval is wide when three seeds disagree, and
 never narrower than if all episodes were independent (our choice: a variance from three seeds can be small by
-chance). With one seed it speaks of that one training only.
+chance), with two seeds nor than over them alone: they often agree by chance, which makes these degrees of
+freedom many. With one seed it speaks of that one training only.
 """
 
 import itertools
@@ -184,7 +185,9 @@ def _crossed(tables: Sequence[Array]) -> tuple[float, float]:
     if variance == 0:
         return mean, 0.0
     spread = over_seeds**2 / max(seeds - 1, 1) + over_scenes**2 / max(scenes, 1)
-    return mean, float(stdtrit(max(1.0, variance**2 / spread), 0.975) * np.sqrt(variance))
+    half = stdtrit(max(1.0, variance**2 / spread), 0.975) * np.sqrt(variance)
+    alone = stdtrit(1, 0.975) * np.sqrt(over_seeds) if seeds == 2 else 0.0
+    return mean, float(max(half, alone))
 
 
 def _wider(crossed: tuple[float, float], independent: Estimate, least: float) -> Estimate:
