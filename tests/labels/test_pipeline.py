@@ -54,6 +54,16 @@ def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
     assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
 
 
+def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame]) -> None:
+    for frame in frames[:3]:
+        seen = replace(frame, extrinsics=None)
+        table = replace(
+            seen, instances=np.where(seen.instances, seen.instances, 9), names=seen.names | {9: "table"}
+        )
+        one, other = (compare(label([f], *TRUTH), [frame]).vertex for f in (seen, table))
+        assert one == pytest.approx(other, abs=1e-5)
+
+
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:
     bad = [
         replace(frames[0], image=frames[0].image[..., 0], source="grey.png"),

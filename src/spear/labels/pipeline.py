@@ -22,6 +22,8 @@ from spear.util.images import encode_jpeg
 T = TypeVar("T")
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
+LARGE = 0.1
+"""Objects with a larger share of the image than this may be what others stand on: a table (our choice)."""
 EMPTY = "no object was found"
 """Why an image is skipped in which nothing was found, which is no failure."""
 
@@ -141,8 +143,9 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
         exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     taken = np.asarray(work.masks.any(axis=0))
-    background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
-    plane = support_plane(geometry.points[tuple(background.T)], up)
+    small = work.masks[work.masks.mean(axis=(1, 2)) < LARGE]
+    seen = geometry.points[tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)]
+    plane = support_plane(seen, up)
     noise = noise_level(geometry.points, geometry.mask)
     pairs = zip(work.detections, work.masks, strict=True)
     lifted = (label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs)
