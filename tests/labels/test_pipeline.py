@@ -7,9 +7,10 @@ import pytest
 
 from labels_scenes import TRUTH, random_frame, render
 from refusals import refuses
+from spear.labels.engine import STAGES, finish
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare
-from spear.labels.pipeline import label
+from spear.labels.pipeline import admit, label
 from spear.types import Frame
 
 
@@ -62,6 +63,17 @@ def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame]) ->
         )
         one, other = (compare(label([f], *TRUTH), [frame]).vertex for f in (seen, table))
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(frames: list[Frame]) -> None:
+    y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
+    works = [admit(replace(frames[0], extrinsics=pose)) for pose in (None, y_up @ frames[0].extrinsics)]
+    works = [replace(work, encoded=b"JPEG") for work in works]
+    for stage, model in zip(STAGES, TRUTH, strict=True):
+        stage(works, model)
+    without, other = (finish([work]) for work in works)
+    assert without.labels == other.labels and len(other.labels) == 1
+    assert not without.notes and "camera to world" in other.notes[0]
 
 
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:

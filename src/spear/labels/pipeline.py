@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
@@ -146,6 +146,8 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
     small = work.masks[work.masks.mean(axis=(1, 2)) < LARGE]
     seen = geometry.points[tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)]
     plane = support_plane(seen, up)
+    if plane is None and up is not None and (plane := support_plane(seen)):
+        notice("poses fit no level surface of their images, so are not used: give camera to world, z up")
     noise = noise_level(geometry.points, geometry.mask)
     pairs = zip(work.detections, work.masks, strict=True)
     lifted = (label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs)

@@ -136,6 +136,8 @@ def label_folder(
                         writer.write(done.labels)
                         refused += done.skipped
                         hashes += done.digests
+                        for note in done.notes:
+                            notice(note)
                         skipped += len(done.skipped)
                         for source, why, _ in done.skipped:
                             if why != EMPTY:
