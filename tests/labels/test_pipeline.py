@@ -9,7 +9,8 @@ from labels_scenes import TRUTH, random_frame, render
 from refusals import refuses
 from spear.labels.engine import STAGES, finish
 from spear.labels.fit.image import project, unproject
-from spear.labels.fit.quality import compare
+from spear.labels.fit.quality import compare, failings
+from spear.labels.models.ground_truth import GroundTruthSegmenter
 from spear.labels.pipeline import admit, label
 from spear.types import Frame
 
@@ -74,6 +75,19 @@ def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(fram
     without, other = (finish([work]) for work in works)
     assert without.labels == other.labels and len(other.labels) == 1
     assert not without.notes and "camera to world" in other.notes[0]
+
+
+def test_half_an_object_is_not_asked_about(frames: list[Frame]) -> None:
+    """Neither where half of its depth is unknown, nor where its mask covers half of what was detected."""
+
+    class Part(GroundTruthSegmenter):
+        def segment(self, frames: Any, detections: Any) -> Any:
+            return [mask & (np.arange(192) < 94) for mask in super().segment(frames, detections)]
+
+    frame = render([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
+    bare = replace(frame, depth=np.where(np.arange(192) < 97, frame.depth, 0))
+    labels = [*label([frame, bare], *TRUTH), *label([frame], TRUTH[0], Part(), TRUTH[2])]
+    assert [failings(image.objects[0].scores) for image in labels] == [(), ("known",), ("whole",)]
 
 
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:

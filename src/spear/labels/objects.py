@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from spear.labels.fit.box3d import fit_box, keypoints
-from spear.labels.fit.image import tight_box
+from spear.labels.fit.image import iou2d, tight_box
 from spear.labels.fit.masks import above_support, clean_points, encode_mask, erode, main_part, snap
 from spear.labels.fit.points import NEAR, Plane, inliers, subsample
 from spear.labels.fit.quality import planarity, stability
@@ -44,7 +44,8 @@ def label_object(
 
     Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
     mask. Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
-    its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the edge.
+    its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the edge;
+    "known", of its pixels those with depth; "whole", the IoU of the detected 2D box and the mask's.
     Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it is seen,
     as a fraction of how far the box goes into the depth, at most 1.
     """
@@ -65,7 +66,9 @@ def label_object(
         inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
     cloud = _cloud(inside & known, points, band, noise)
+    box2d = np.asarray(detection.box2d, np.float32)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
+    scores |= {"known": float(pointmap.mask[mask].mean()), "whole": float(iou2d(box2d, tight_box(mask)))}
     box, points3d = None, {}
     if len(cloud) >= LEAST_POINTS:
         distance = float(np.median(cloud[:, 2]))
@@ -78,7 +81,6 @@ def label_object(
         # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
         width = distance / focal * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
         scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
-    box2d = np.asarray(detection.box2d, np.float32)
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, points3d, scores)
 
 
