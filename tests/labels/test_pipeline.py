@@ -12,6 +12,7 @@ from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare, failings
 from spear.labels.models.ground_truth import GroundTruthSegmenter
 from spear.labels.pipeline import admit, label
+from spear.labels.questions.generate import generate, why_not_asked
 from spear.types import Frame
 
 
@@ -88,6 +89,20 @@ def test_half_an_object_is_not_asked_about(frames: list[Frame]) -> None:
     bare = replace(frame, depth=np.where(np.arange(192) < 97, frame.depth, 0))
     labels = [*label([frame, bare], *TRUTH), *label([frame], TRUTH[0], Part(), TRUTH[2])]
     assert [failings(image.objects[0].scores) for image in labels] == [(), ("known",), ("whole",)]
+
+
+def test_a_name_is_not_alone_beside_an_object_without_a_mask(frames: list[Frame]) -> None:
+    class Other(GroundTruthSegmenter):
+        def segment(self, frames: Any, detections: Any) -> Any:
+            (masks,) = super().segment(frames, detections)
+            return [masks * (np.arange(5) != 1)[:, None, None]]
+
+    seen = replace(frames[0], names={**frames[0].names, 1: "mug", 2: "mug"})
+    (image,) = label([seen], TRUTH[0], Other(), TRUTH[2])
+    assert [o.name for o in image.objects[:2]] == ["mug", "mug"] and image.objects[1].box3d is None
+    assert why_not_asked(image)[0] == ("ambiguous",)
+    asked = generate(image, np.random.default_rng(0), (9, 9), ("where_2d",))
+    assert asked and not any("mug" in q.objects for q in asked)
 
 
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:

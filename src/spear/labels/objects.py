@@ -32,7 +32,7 @@ def label_object(
     exact: bool,
     taken: Array,
     noise: float,
-) -> LabeledObject | None:
+) -> LabeledObject:
     """Lift one detection to 3D.
 
     mask   [h, w] bool, its pixels; taken: [h, w] bool, those of all objects; pointmap: of the whole image.
@@ -42,16 +42,19 @@ def label_object(
            depth smears over the outline (`masks.clean_points`).
     noise  of the depth, see `points.noise_level`.
 
-    Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
-    mask. Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
-    its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the edge;
-    "known", of its pixels those with depth; "whole", the IoU of the detected 2D box and the mask's.
-    Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it is seen,
-    as a fraction of how far the box goes into the depth, at most 1.
+    Returns the object, with `box3d` None and no keypoints when too few points are left. One of an empty mask
+    is kept, so that another of its name is known not to be alone. Its scores: "detection"; "points", used for
+    the box; "visible", the fraction of its outline that is its own, neither cut by the image's edge nor by
+    something in front; "edge", the fraction cut by the edge; "known", of its pixels those with depth;
+    "whole", the IoU of the detected 2D box and the mask's. Of those with a box: "planarity" and "stability",
+    see `quality`; and "compact", how wide it is seen, as a fraction of how far the box goes into the depth,
+    at most 1.
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
+    box2d = np.asarray(detection.box2d, np.float32)
     if x1 == 0:
-        return None
+        scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
+        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
     band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
@@ -66,7 +69,6 @@ def label_object(
         inside = snapped if snapped.any() else inside
     visible, edge, beside = _outline(inside, window, mask.shape, points, known)
     cloud = _cloud(inside & known, points, band, noise)
-    box2d = np.asarray(detection.box2d, np.float32)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     scores |= {"known": float(pointmap.mask[mask].mean()), "whole": float(iou2d(box2d, tight_box(mask)))}
     box, points3d = None, {}

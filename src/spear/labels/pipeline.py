@@ -150,14 +150,13 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
         notice("poses fit no level surface of their images, so are not used: give camera to world, z up")
     noise = noise_level(geometry.points, geometry.mask)
     pairs = zip(work.detections, work.masks, strict=True)
-    lifted = (label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs)
     height, width = frame.image.shape[:2]
     return LabeledImage(
         image=work.encoded or encode_jpeg(frame.image),
         width=width,
         height=height,
         intrinsics=np.asarray(geometry.intrinsics, np.float64),
-        objects=[o for o in lifted if o is not None],
+        objects=[label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs],
         unit=geometry.unit,
         source=work.source,
         provenance=work.provenance,
