@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2211, "ablations": 641, "cli": 1571, "data": 5050, "embodiments": 780, "evaluate": 3163,
-    "labels": 4642, "models": 5130, "report": 1162, "serve": 1009, "sim": 1546, "train": 2311, "ui": 679,
+    "labels": 4672, "models": 5130, "report": 1162, "serve": 1009, "sim": 1546, "train": 2311, "ui": 679,
     "util": 845,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -39,8 +39,7 @@ class SkippedImage(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A labelled batch: its labels as rows of `store.SCHEMA`, what was skipped, and `Work.digest` of all.
-    notes: what is to be noticed of it, which another process cannot say."""
+    """A labelled batch: rows of `store.SCHEMA`, what was skipped, `Work.digest` of all, and its notices."""
 
     labels: pa.Table
     skipped: list[SkippedImage]

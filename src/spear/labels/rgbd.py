@@ -83,9 +83,8 @@ class Scene:
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         for centre, size in ((self.camera[:2, 2], (width, height)), (depth_camera[:2, 2], (columns, rows))):
-            low, high = sorted(centre / size)
             off, upright = (np.abs(centre / sides - 0.5).max() for sides in (size, size[::-1]))
-            if not (0.35 < low < 0.55 and 0.45 < high < 0.65 and off <= upright + 0.05):
+            if off > min(0.15, upright + 0.05) or min(centre / size) > 0.55 or max(centre / size) < 0.45:
                 what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {centre.round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None
