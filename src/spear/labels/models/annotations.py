@@ -202,10 +202,9 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         objects[image["id"]] = []
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
     for a in content["annotations"]:
-        size, name = sizes[a["image_id"]], categories[a["category_id"]]
-        one = _coco_annotation(a, name, size)
+        one = _coco_annotation(a, categories[a["category_id"]], sizes[a["image_id"]])
         crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool))
-        objects[a["image_id"]] += [crowd, replace(crowd, name=f"{name}s")] if a.get("iscrowd") else [one]
+        objects[a["image_id"]] += [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
 
     def find(source: str) -> list[Annotation] | None:
         asked = _parts(source)
