@@ -7,9 +7,12 @@ import pytest
 
 from labels_scenes import TRUTH, random_frame, render
 from refusals import refuses
+from spear.labels.engine import STAGES, finish
 from spear.labels.fit.image import project, unproject
-from spear.labels.fit.quality import compare
-from spear.labels.pipeline import label
+from spear.labels.fit.quality import compare, failings
+from spear.labels.models.ground_truth import GroundTruthSegmenter
+from spear.labels.pipeline import admit, label
+from spear.labels.questions.generate import generate, why_not_asked
 from spear.types import Frame
 
 
@@ -52,6 +55,64 @@ def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
     cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
     frame = render([cube], ["cube"], pitch=pitch)
     assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
+
+
+def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame]) -> None:
+    for frame in frames[:3]:
+        seen = replace(frame, extrinsics=None)
+        table = replace(
+            seen, instances=np.where(seen.instances, seen.instances, 9), names=seen.names | {9: "table"}
+        )
+        one, other = (compare(label([f], *TRUTH), [frame]).vertex for f in (seen, table))
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(frames: list[Frame]) -> None:
+    y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
+    works = [admit(replace(frames[0], extrinsics=pose)) for pose in (None, y_up @ frames[0].extrinsics)]
+    works = [replace(work, encoded=b"JPEG") for work in works]
+    for stage, model in zip(STAGES, TRUTH, strict=True):
+        stage(works, model)
+    without, other = (finish([work]) for work in works)
+    assert without.labels == other.labels and len(other.labels) == 1
+    assert not without.notes and "camera to world" in other.notes[0]
+
+
+def test_half_an_object_is_not_asked_about(frames: list[Frame]) -> None:
+    """Neither where half of its depth is unknown, nor where its mask covers half of what was detected."""
+
+    class Part(GroundTruthSegmenter):
+        def segment(self, frames: Any, detections: Any) -> Any:
+            return [mask & (np.arange(192) < 94) for mask in super().segment(frames, detections)]
+
+    frame = render([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
+    bare = replace(frame, depth=np.where(np.arange(192) < 97, frame.depth, 0))
+    labels = [*label([frame, bare], *TRUTH), *label([frame], TRUTH[0], Part(), TRUTH[2])]
+    assert [failings(image.objects[0].scores) for image in labels] == [(), ("known",), ("whole",)]
+
+
+def test_a_name_is_not_alone_beside_an_object_without_a_mask(frames: list[Frame]) -> None:
+    class Other(GroundTruthSegmenter):
+        def segment(self, frames: Any, detections: Any) -> Any:
+            (masks,) = super().segment(frames, detections)
+            return [masks * (np.arange(5) != 1)[:, None, None]]
+
+    seen = replace(frames[0], names={**frames[0].names, 1: "mug", 2: "mug"})
+    (image,) = label([seen], TRUTH[0], Other(), TRUTH[2])
+    assert [o.name for o in image.objects[:2]] == ["mug", "mug"] and image.objects[1].box3d is None
+    assert why_not_asked(image)[0] == ("ambiguous",)
+    asked = generate(image, np.random.default_rng(0), (9, 9), ("where_2d",))
+    assert asked and not any("mug" in q.objects for q in asked)
+
+
+def test_what_a_black_bar_cuts_is_cut() -> None:
+    frame = render([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
+    scores = []
+    for shown in (frame.image, np.where(np.arange(128)[:, None, None] < 66, frame.image, 0).astype(np.uint8)):
+        seen = np.where(shown.any(axis=2), frame.instances, 0)
+        (image,) = label([replace(frame, image=shown, instances=seen)], *TRUTH)
+        scores.append(image.objects[0].scores)
+    assert failings(scores[0]) == () and "edge" in failings(scores[1])
 
 
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:

@@ -145,6 +145,8 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
         (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
         (lambda at: np.savetxt(at / "intrinsics.txt", DOUBLE @ read_matrix(at / "intrinsics.txt")), "centre"),
         (lambda at: np.savetxt(at / "intrinsics.txt", HALF @ read_matrix(at / "intrinsics.txt")), "centre"),
+        (lambda at: np.savetxt(at / "intrinsics.txt", [[150, 0, 31.5], [0, 150, 47.5], [0, 0, 1]]), "centre"),
+        (lambda at: np.savetxt(at / "intrinsics.txt", [[150, 0, 59.5], [0, 150, 39.5], [0, 0, 1]]), "centre"),
         (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),

@@ -129,6 +129,17 @@ def test_annotations_that_have_changed_since_are_found_out(source: Path, tmp_pat
     refuses("annotations", labelled)
 
 
+def test_a_model_that_was_replaced_since_is_found_out(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "owl").mkdir()
+    given = LabelOptions(photos=(str(source),), detector=f"owlv2={tmp_path / 'owl'}", vocabulary="mug")
+    weights = tmp_path / "owl" / "model.safetensors"
+    weights.write_text("first")
+    before = prepare(given)[2]
+    assert prepare(given)[2] == before
+    weights.write_text("another")
+    assert prepare(given)[2] != before
+
+
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     found = datasets.load_dataset(str(whole), cache_dir=str(tmp_path))["train"]

@@ -93,7 +93,7 @@ def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
     s = o.scores
-    least = {"visible": 0.7, "points": 30, "stability": 0.6, "compact": 0.4}
+    least = {"visible": 0.7, "points": 30, "known": 0.8, "whole": 0.5, "stability": 0.6, "compact": 0.4}
     if s.get("edge", 0) > 0.05 or any(s.get(name, 99) < bar for name, bar in least.items()):
         reasons.append(f"is under the bar: {dict(s)}")
     return reasons

@@ -126,7 +126,8 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
         return Estimate(value, math.nan, math.nan, len(units))
     draws = np.random.default_rng(0).integers(len(units), size=(1000, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
-    low, high = np.percentile(replicas, [2.5, 97.5])
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        low, high = np.nan_to_num(np.percentile(replicas, [2.5, 97.5]), nan=np.inf, posinf=np.inf)
     return Estimate(value, float(low), float(high), len(units))
 
 

@@ -13,11 +13,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
+from warnings import catch_warnings
 
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import RetryableError, need
+from spear.errors import Notice, RetryableError, need
 from spear.labels.inputs import Item, read
 from spear.labels.models.protocols import Detector, PointMap, Segmenter
 from spear.labels.options import WorkOptions
@@ -38,11 +39,12 @@ class SkippedImage(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A labelled batch: its labels as rows of `store.SCHEMA`, what was skipped, and `Work.digest` of all."""
+    """A labelled batch: rows of `store.SCHEMA`, what was skipped, `Work.digest` of all, and its notices."""
 
     labels: pa.Table
     skipped: list[SkippedImage]
     digests: list[str]
+    notes: Sequence[str] = ()
 
 
 Engine = Callable[[Iterable[Sequence[Item]]], Generator[Done, None, None]]
@@ -67,7 +69,7 @@ def finish(works: Sequence[Work]) -> Done:
 
     An image at which this breaks down is skipped like any other: among millions there is always one.
     """
-    labels, skipped = [], []
+    labels, skipped, notes = [], [], set[str]()
     for work in works:
         if work.error is not None:
             retryable = isinstance(work.error, RetryableError)
@@ -76,11 +78,13 @@ def finish(works: Sequence[Work]) -> Done:
         try:
             assert work.frame is not None and work.masks is not None
             masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1]).view(bool)
-            labels.append(lift(replace(work, masks=masks)))
+            with catch_warnings(action="always", category=Notice, record=True) as said:
+                labels.append(lift(replace(work, masks=masks)))
+            notes |= {str(one.message) for one in said}
         except Exception as error:
             reason = f"fitting boxes: {type(error).__name__}: {error}"
             skipped.append(SkippedImage(work.source, reason, False))
-    return Done(to_table(labels), skipped, [work.digest for work in works])
+    return Done(to_table(labels), skipped, [work.digest for work in works], sorted(notes))
 
 
 Stage = Callable[[list[Work], Any], None]

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from spear.labels.fit.box3d import fit_box, keypoints
-from spear.labels.fit.image import tight_box
+from spear.labels.fit.image import iou2d, tight_box
 from spear.labels.fit.masks import above_support, clean_points, encode_mask, erode, main_part, snap
 from spear.labels.fit.points import NEAR, Plane, inliers, subsample
 from spear.labels.fit.quality import planarity, stability
@@ -32,7 +32,8 @@ def label_object(
     exact: bool,
     taken: Array,
     noise: float,
-) -> LabeledObject | None:
+    lit: Array,
+) -> LabeledObject:
     """Lift one detection to 3D.
 
     mask   [h, w] bool, its pixels; taken: [h, w] bool, those of all objects; pointmap: of the whole image.
@@ -40,17 +41,20 @@ def label_object(
     exact  whether mask and depth are true. Otherwise pixels near the outline are decided anew by where they
            are in 3D (`masks.snap`), and those that fly take their depth from further inside, since estimated
            depth smears over the outline (`masks.clean_points`).
-    noise  of the depth, see `points.noise_level`.
+    noise  of the depth, see `points.noise_level`; lit: the image's edges, as `image.lit_part`.
 
-    Returns the object, with `box3d` None and no keypoints when too few points are left; None for an empty
-    mask. Its scores: "detection"; "points", used for the box; "visible", the fraction of its outline that is
-    its own, neither cut by the image's edge nor by something in front; "edge", the fraction cut by the edge.
-    Of those with a box also: "planarity" and "stability", see `quality`; and "compact", how wide it is seen,
-    as a fraction of how far the box goes into the depth, at most 1.
+    Returns the object; without box and keypoints when too few points are left or its mask is empty: others of
+    its name are not alone. Its scores: "detection"; "points", used for the box; "visible", the fraction of
+    its outline that is its own, neither cut by the image's edge nor by something in front; "edge", the
+    fraction cut by the edge; "known", the fraction of its pixels with depth; "whole", the IoU of the detected
+    2D box and the mask's. With a box also: "planarity" and "stability", see `quality`; and "compact", how
+    wide it is seen, as a fraction of how far the box goes into the depth, at most 1.
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
+    box2d = np.asarray(detection.box2d, np.float32)
     if x1 == 0:
-        return None
+        scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
+        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
     band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
     window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
@@ -63,9 +67,10 @@ def label_object(
             inside = above_support(inside, points, known, others, plane, noise)
         snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
-    visible, edge, beside = _outline(inside, window, mask.shape, points, known)
+    visible, edge, beside = _outline(inside, window, lit, points, known)
     cloud = _cloud(inside & known, points, band, noise)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
+    scores |= {"known": float(pointmap.mask[mask].mean()), "whole": float(iou2d(box2d, tight_box(mask)))}
     box, points3d = None, {}
     if len(cloud) >= LEAST_POINTS:
         distance = float(np.median(cloud[:, 2]))
@@ -78,7 +83,6 @@ def label_object(
         # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
         width = distance / focal * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
         scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
-    box2d = np.asarray(detection.box2d, np.float32)
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, points3d, scores)
 
 
@@ -93,9 +97,9 @@ def _cloud(inside: Array, points: Array, erosion: int, noise: float) -> Array:
 
 
 def _outline(
-    inside: Array, window: tuple[slice, slice], shape: tuple[int, ...], points: Array, known: Array
+    inside: Array, window: tuple[slice, slice], lit: Array, points: Array, known: Array
 ) -> tuple[float, float, Array]:
-    """Walk along the outline of a mask, given in a window of an image of `shape`.
+    """Walk along the outline of a mask, given in a window of an image with the edges `lit`.
 
     Returns "visible" and "edge" as in `label_object`; the points [n, 3] just outside that touch the object.
     """
@@ -115,7 +119,8 @@ def _outline(
     cut = 0
     for axis in (0, 1):
         lines = np.count_nonzero(inside, axis=1 - axis)
-        cut += int(lines[0]) * (window[axis].start == 0) + int(lines[-1]) * (window[axis].stop >= shape[axis])
+        ends = lit[axis] - window[axis].start
+        cut += int(lines[ends[(ends >= 0) & (ends < len(lines))]].sum())
     total += cut
     return float(1.0 - (occluded + cut) / total), float(cut / total), np.concatenate(beside)
 

@@ -7,11 +7,12 @@ Each stage is a function on a batch of `Work`. `label` runs them one after the o
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
+from spear.labels.fit.image import lit_part
 from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
@@ -22,6 +23,8 @@ from spear.util.images import encode_jpeg
 T = TypeVar("T")
 MIN_SIDE = 16
 """Images with a shorter side than this hold nothing to label."""
+LARGE = 0.1
+"""Objects with a larger share of the image than this may be what others stand on: a table (our choice)."""
 EMPTY = "no object was found"
 """Why an image is skipped in which nothing was found, which is no failure."""
 
@@ -39,6 +42,7 @@ class Work:
     geometry    of `locate`.
     provenance  names of the models so far, as in `LabeledImage`.
     digest      a short hash of what was read; empty for other images.
+    lit         the ends of the image without black bars, as `lit_part`.
     """
 
     source: str
@@ -50,6 +54,7 @@ class Work:
     geometry: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
     digest: str = ""
+    lit: Any = None
 
 
 def label(
@@ -86,7 +91,7 @@ def admit(frame: Frame) -> Work:
     elif min(image.shape[:2]) < MIN_SIDE:
         size = f"{image.shape[1]}×{image.shape[0]}"
         error = SpearError(f"image is {size} pixels: give at least {MIN_SIDE}×{MIN_SIDE}")
-    return Work(frame.source, frame, error)
+    return Work(frame.source, frame, error, lit=None if error else lit_part(image))
 
 
 def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
@@ -140,19 +145,19 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
         said = work.provenance
         exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-    taken = np.asarray(work.masks.any(axis=0))
-    background = subsample(np.argwhere(known & ~taken), PLANE_POINTS)
-    plane = support_plane(geometry.points[tuple(background.T)], up)
-    noise = noise_level(geometry.points, geometry.mask)
-    pairs = zip(work.detections, work.masks, strict=True)
-    lifted = (label_object(found, mask, geometry, plane, exact, taken, noise) for found, mask in pairs)
-    height, width = frame.image.shape[:2]
+    small = work.masks[work.masks.mean(axis=(1, 2)) < LARGE]
+    seen = geometry.points[tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)]
+    plane = support_plane(seen, up)
+    if plane is None and up is not None and (plane := support_plane(seen)):
+        notice("poses fit no level surface of their images, so are not used: give camera to world, z up")
+    taken, noise = np.asarray(work.masks.any(axis=0)), noise_level(geometry.points, known)
+    given = geometry, plane, exact, taken, noise, work.lit
     return LabeledImage(
         image=work.encoded or encode_jpeg(frame.image),
-        width=width,
-        height=height,
+        width=frame.image.shape[1],
+        height=frame.image.shape[0],
         intrinsics=np.asarray(geometry.intrinsics, np.float64),
-        objects=[o for o in lifted if o is not None],
+        objects=[label_object(d, m, *given) for d, m in zip(work.detections, work.masks, strict=True)],
         unit=geometry.unit,
         source=work.source,
         provenance=work.provenance,

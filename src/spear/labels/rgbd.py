@@ -83,7 +83,8 @@ class Scene:
                 raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
         for centre, size in ((self.camera[:2, 2], (width, height)), (depth_camera[:2, 2], (columns, rows))):
-            if not (0 < min(centre / size) < 0.65 and 0.35 < max(centre / size) < 1):  # half the size: 0.25
+            off, upright = (np.abs(centre / sides - 0.5).max() for sides in (size, size[::-1]))
+            if off > min(0.15, upright + 0.05) or min(centre / size) > 0.55 or max(centre / size) < 0.45:
                 what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {centre.round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None

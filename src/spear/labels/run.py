@@ -29,7 +29,7 @@ import spear
 from spear.errors import SpearError, counted, notice
 from spear.labels.components import makers, split
 from spear.labels.engine import Engine, Makers, SkippedImage, run_local, run_ray
-from spear.labels.inputs import Item, contents, digest
+from spear.labels.inputs import Item, contents, digest, stamp_of
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import EMPTY
@@ -88,6 +88,9 @@ def prepare(options: LabelOptions) -> tuple[Makers, Iterator[Item], dict[str, An
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
         settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}
+    ends = (split(s.rpartition("+")[2]) for s in (options.detector, options.segmenter, options.pointmap))
+    local = [Path(path) for name, path in ends if name != "file" and path and os.path.exists(path)]
+    settings |= {f"files of {p}": stamp_of(p, *sorted(filter(Path.is_file, p.rglob("*")))) for p in local}
     return chosen, find_items(inputs, options.rate, options.per_episode, options.out), settings
 
 
@@ -136,6 +139,8 @@ def label_folder(
                         writer.write(done.labels)
                         refused += done.skipped
                         hashes += done.digests
+                        for note in done.notes:
+                            notice(note)
                         skipped += len(done.skipped)
                         for source, why, _ in done.skipped:
                             if why != EMPTY:

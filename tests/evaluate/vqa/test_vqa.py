@@ -18,7 +18,7 @@ from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import words
 from spear.evaluate.vqa.calibration import Certainty, calibrate, factor, uncertainty
 from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
-from spear.evaluate.vqa.scores import Scores
+from spear.evaluate.vqa.scores import Asked, Scores, summarize
 from spear.labels.fit.box3d import iou, make_box, nearest_box
 from spear.labels.inputs import digest
 from spear.labels.store import write_labels
@@ -119,6 +119,17 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
         assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
     question = scores.asked[0].question
     assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
+
+
+def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
+    labels = [labelled(i) for i in range(8)]
+    questions = [vqa.questions_about([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1] for x in labels]
+    for failed, finite in ((3, True), (5, False)):
+        said = [q.segments if i >= failed else [] for i, q in enumerate(questions)]
+        asked = [Asked(i, x, q, s) for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))]
+        found = summarize(asked, {"box_vertices": [True]}, labels, "mode").families["box_vertices"].measures
+        assert np.isfinite(found["error"].value) == finite and found["error"].high == np.inf
+        assert found["iou"].value == pytest.approx(1 - failed / 8, abs=1e-3)
 
 
 def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:

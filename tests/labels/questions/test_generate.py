@@ -135,6 +135,17 @@ def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImag
     asked = [generate(halved, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
     places = [int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for some in asked for q in some]
     assert len(places) > 40 and max(places) <= 512 and np.ptp(places) > 100
+    mask[:, 2 * image.width // 5 :] = False  # what lies on it
+    shirt = replace(o, name="shirt", box2d=box / 1000, mask=encode_mask(mask))
+    both = replace(halved, objects=[*halved.objects, shirt])
+    asked = [generate(both, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
+    places = {
+        int(re.findall(r"<loc(\d{4})>", q.prompt)[1])
+        for some in asked
+        for q in some
+        if "shirt" not in q.objects
+    }
+    assert len(places) > 3 and 400 <= min(places) <= max(places) <= 512
     unseen = replace(halved, objects=[replace(halved.objects[0], mask=())])
     assert not generate(unseen, np.random.default_rng(0), families=["what_at"])
 

@@ -38,8 +38,8 @@ from spear.types import Array, LabeledImage, Pixel, Question, Segments
 class Measure:
     """How a measure is summed up over questions, and said.
 
-    statistic  "median", "mean", or "rate" of what is either 0 or 1; an answer with the wrong grammar has no
-               error, and counts 0 in a rate.
+    statistic  "median", "mean", or "rate" of what is either 0 or 1; an answer with the wrong grammar counts
+               as an infinite error in a median, and else 0.
     unit       of its values; a rate is said in percent.
     """
 

@@ -181,14 +181,16 @@ def _said(name: str, value: Estimate | float | None) -> str:
 
 
 def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
-    found = {n: [(a.image, a.measures[n]) for a in rows if n in a.measures] for n in MEASURES}
+    failed = {n: np.inf if m.statistic == "median" else 0.0 for n, m in MEASURES.items()}
+    had = [n for n in MEASURES if any(n in a.measures for a in rows)]
+    found = {n: [(a.image, a.measures.get(n, failed[n])) for a in rows] for n in had}
     questions = [a.question for a in rows]
     return FamilyScore(
         n=len(rows),
         images=len({a.image for a in rows}),
         grammar=wilson(sum(grammatical(a.question, a.answer) for a in rows), len(rows)),
         free=wilson(sum(free), len(free)),
-        measures={name: _estimate(name, values) for name, values in found.items() if values},
+        measures={name: _estimate(name, values) for name, values in found.items()},
         constant=_guess(rows, constant_guess(questions)),
         depth_only=_guess(rows, depth_guess(questions, [a.label for a in rows])),
     )

@@ -58,6 +58,14 @@ def tight_box(mask: Array) -> Array:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
+def lit_part(image: Array) -> Array:
+    """[2, 2] the first and last row and the first and last column of an image [h, w, 3] uint8 that are in no
+    black bar, as films and padded pictures have: over 5 % of them is brighter than 24 (our choice)."""
+    lit = image.max(axis=2) > 24
+    bright = [np.flatnonzero(lit.mean(axis=1 - axis) > 0.05) for axis in (0, 1)]
+    return np.array([b[[0, -1]] if len(b) else (0, n - 1) for b, n in zip(bright, lit.shape, strict=True)])
+
+
 def clip(boxes: Array, height: int, width: int) -> Array:
     """The part of each box [n, 4] inside an image, [n, 4] float32."""
     return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)

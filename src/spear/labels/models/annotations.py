@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -187,8 +187,9 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
     """The objects in a COCO JSON file, by image.
 
     An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
-    Annotations of crowds (`iscrowd`) are left out: they are no instances. Annotations without a box get the
-    tight box of their mask. Run lengths of the wrong size are a `SpearError` when the mask is wanted.
+    Crowds (`iscrowd`) are no instances: each becomes two objects with empty masks, one in the plural, so that
+    its name is never alone and is not counted. Annotations without a box get the tight box of their mask. Run
+    lengths of the wrong size are a `SpearError` when the mask is wanted.
     """
     known: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
     objects: dict[Any, list[Annotation]] = {}
@@ -201,9 +202,9 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         objects[image["id"]] = []
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
     for a in content["annotations"]:
-        if not a.get("iscrowd"):
-            size, name = sizes[a["image_id"]], categories[a["category_id"]]
-            objects[a["image_id"]].append(_coco_annotation(a, name, size))
+        one = _coco_annotation(a, categories[a["category_id"]], sizes[a["image_id"]])
+        crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool))
+        objects[a["image_id"]] += [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
 
     def find(source: str) -> list[Annotation] | None:
         asked = _parts(source)

@@ -157,16 +157,17 @@ def _middle(o: LabeledObject, label: LabeledImage) -> Pixel:
 
 
 def _what_at(scene: Scene, rng: Random) -> Draft | None:
-    """Which object is at a point: one of its pixels in the middle of its 2D box, where it has any."""
+    """Which object is at a point: one of its pixels in the middle of its 2D box, in no smaller mask."""
     if not scene.flat:
         return None
     o, label = pick(scene.flat, rng), scene.label
-    (x0, y0, x1, y1), ends = o.box2d.tolist(), np.cumsum(o.mask)
+    x0, y0, x1, y1 = o.box2d.tolist()
     for _ in range(4):
         u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
         place = _pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
         pixel = int(place.x * label.width) * label.height + int(place.y * label.height)
-        if np.searchsorted(ends, pixel, side="right") % 2:  # in a run of ones
+        there = [x for x in label.objects if np.searchsorted(np.cumsum(x.mask), pixel, side="right") % 2]
+        if min(there, key=lambda x: sum(x.mask[1::2]), default=None) is o:
             return {"p": str(place)}, [o.name], (o.name,)
     return None
 

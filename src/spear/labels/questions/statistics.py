@@ -20,7 +20,7 @@ from spear.util.files import write_text
 if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
-SCORES = ("detection", "points", "visible", "edge", "planarity", "stability", "compact")
+SCORES = ("detection", "points", "visible", "edge", "known", "whole", "planarity", "stability", "compact")
 
 
 class TokenUse(NamedTuple):
