@@ -42,10 +42,21 @@ correct nano-vla nano-corrected-1 1720 'corrections-1*' 0.65 0.2 0.15
     --first-seed 60000 --out "$RUNS/corrections-2-hard"
 correct nano-corrected-1 nano-corrected 3500 'corrections-*' 0.45 0.13 0.08 0.10 0.24
 "$BIN/spear" evaluate --policy "$RUNS/nano-corrected" --scenes 200 --out "$RUNS/evaluate"
-# nano-vlm: the SPEAR-VLM inside it learns to answer again, from more images, and above all to tell where one thing
-# lies from another.
-"$BIN/spear" label --scenes 12000 --first-seed 300000 --out "$RUNS/labels-more"
-$TRAIN nano-vlm-2 --labels "$RUNS/labels" "$RUNS/labels-more" --init "$RUNS/nano-corrected" --out "$RUNS/nano-vlm" \
-    --steps 9000 --set warmup=200 'families=["box_vertices","box_vertices","keypoint","keypoint","keypoint","keypoint",
-    "offset","offset","offset","offset","offset","distance","back_projection","chain_of_thought","what_at","centre_2d"]'
+# nano-vlm: the SPEAR-VLM inside it learns to answer again, from more images, and above all how far things are and where
+# one lies from another; then, at a lower rate, also the form of image locations.
+ask() { # FROM TO STEPS SETTINGS
+    from=$1 to=$2 steps=$3
+    shift 3
+    $TRAIN nano-vlm-2 --labels "$RUNS/labels" "$RUNS/labels-more" --init "$RUNS/$from" --out "$RUNS/$to" --steps "$steps" \
+        --set "$@"
+}
+BOXES='"box_vertices","box_vertices","box_vertices","box_vertices","box_vertices","box_vertices"'
+WORDS='"chain_of_thought","what_at","centre_2d"'
+"$BIN/spear" label --scenes 18000 --first-seed 300000 --out "$RUNS/labels-more"
+ask nano-corrected nano-vlm-a 18000 warmup=200 "families=[$BOXES,\"keypoint\",\"keypoint\",\"keypoint\",
+    \"offset\",\"offset\",\"offset\",\"offset\",\"distance\",\"distance\",\"distance\",
+    \"back_projection\",\"back_projection\",$WORDS]"
+ask nano-vlm-a nano-vlm 3600 lr=1.5e-4 warmup=100 "families=[$BOXES,\"keypoint\",\"keypoint\",
+    \"offset\",\"offset\",\"offset\",\"distance\",\"distance\",
+    \"back_projection\",\"back_projection\",\"back_projection\",\"back_projection\",$WORDS]"
 "$BIN/spear" evaluate vqa "$RUNS/nano-vlm" sim --images 400 --out "$RUNS/evaluate-vqa"

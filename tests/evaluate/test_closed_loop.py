@@ -109,7 +109,7 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
 
 def test_results_of_another_physics_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(IdleAgent(), 1, out=tmp_path)
-    monkeypatch.setattr("mujoco.__version__", "3.3.7")  # where the expert fails in 7 of 25 scenes
+    monkeypatch.setattr(closed_loop, "SIMULATOR", "MuJoCo 3.3.7")  # where the expert fails in 7 of 25 scenes
     refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
 
 
