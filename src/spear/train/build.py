@@ -195,9 +195,9 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
     episodes = [(name, store.seen_by(views), share) for name, store, share in episodes]
     for _, store, _ in episodes:
-        for view in {*views} & {*store.cameras}:
-            if encoded := store.image(0, 0, view):
-                processor.image(decode_image(encoded), view)  # which says what is lost of it
+        for view in views:
+            if encoded := store.image(0, 0, view):  # the processor says what is lost of it
+                processor.image(decode_image(encoded, f"{store.path}: camera {view!r}"), view)
     each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
     normalizer = Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
