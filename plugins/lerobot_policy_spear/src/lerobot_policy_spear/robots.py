@@ -20,6 +20,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
+from spear.chunks import PAUSE
 from spear.data.actions import HORIZON, derive_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES
 from spear.embodiments import tools
@@ -42,9 +43,6 @@ ROUNDS = 5
 """LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
 MISS = 0.01
 """Metres from where a row should lead: beyond, the arm stands still (these two are our choice)."""
-PAUSE = 1.0
-"""Seconds since a robot's last row: after more, it may be elsewhere (our choice)."""
-
 Row = tuple[Array, Array, float]
 """Position [3] (m, base frame), quaternion [4], opening 0 … 1."""
 
