@@ -63,8 +63,7 @@ def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> Non
     looked, actions = drive(ChunkExecutor("sync", replan=2), 8, delay=2)
     assert looked == [0, 4] and millimetres(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
     assert actions[0][3] == 1 and actions[0][7] == 1
-    executor = ChunkExecutor("sync")
-    closing = chunk(0, 1)
+    executor, closing = ChunkExecutor("sync"), chunk(0, 1)
     closing[:, 7] = 0.25
     executor.give(closing)
     executor.next()
@@ -78,8 +77,7 @@ def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
         # the policy foresees its own steps, so that chunks agree wherever they overlap
         moving = actions[delay:]
         np.testing.assert_allclose(np.diff([a[0] for a in moving[:5]]), 0.001, atol=1e-7)
-        assert not any((a[:3] == 0).all() for a in moving[1:])
-        assert len(looked) >= 14 // 5
+        assert not any((a[:3] == 0).all() for a in moving[1:]) and len(looked) >= 14 // 5
         looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
         assert looked == [0, *range(delay + 1, 9, delay)]  # again as soon as a chunk is there
     for replan in (2, 5):  # without delay it is the same as sync
@@ -100,8 +98,7 @@ def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     np.testing.assert_array_equal([*before, *during], old)
     after = [executor.next() for _ in range(3)]
     assert after[0][0] < new[2][0]  # it went too far while it waited, and gives that back step by step
-    moved = sum(a[:3] for a in [*during, *after])
-    np.testing.assert_allclose(moved, new[:, :3].sum(0), atol=1e-7)
+    np.testing.assert_allclose(sum(a[:3] for a in [*during, *after]), new[:, :3].sum(0), atol=1e-7)
     turned, wanted = (
         math.prod([Rotation.from_quat(a[3:7], scalar_first=True) for a in way], start=Rotation.identity())
         for way in ([*during, *after], new)

@@ -75,8 +75,7 @@ def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
     assert abs(float(q[..., 0].mean()) - 4 / (3 * math.pi)) < 0.005
     linear = flow.sample_noise((20_000, 5), LINEAR, generator()).rotation
     torch.testing.assert_close(linear.std((0, 1)), torch.ones(4), atol=0.02, rtol=0)
-    again = flow.sample_noise((20_000, 5), S3, generator())
-    assert torch.equal(again.to_vector(), noise.to_vector())
+    assert torch.equal(flow.sample_noise((20_000, 5), S3, generator()).to_vector(), noise.to_vector())
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0), (2, 1.5)])
@@ -84,8 +83,7 @@ def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
     tau = flow.sample_time(20_000, config, generator())
     assert tau.dtype == torch.float32 and float(tau.min()) >= 0 and float(tau.max()) <= 0.999
-    u = (0.999 - tau.double().numpy()) / 0.999
-    assert kstest(u, beta_distribution(alpha, beta).cdf).pvalue > 0.01
+    assert kstest(((0.999 - tau.double().numpy()) / 0.999), beta_distribution(alpha, beta).cdf).pvalue > 0.01
     assert torch.equal(tau, flow.sample_time(20_000, config, generator()))
 
 
@@ -236,8 +234,7 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
 
 
 def test_clean_losses_are_angles() -> None:
-    angle = 0.03
-    data = robot_data((4, 5))
+    angle, data = 0.03, robot_data((4, 5))
     turn = quat_exp(torch.tensor([0.0, angle, 0], dtype=torch.float64))
     wrong = Action(data.translation, -2 * quat_multiply(data.rotation, turn), data.gripper)
     noise, time = draw((4, 5), S3), torch.rand(4).double()
@@ -382,8 +379,7 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(confi
     flow.integrate(predict, noise, 4, config)
     for k, state in enumerate(states):
         expected = flow.interpolate(noise, data, torch.full((64,), k / 4, dtype=torch.float64), config)[0]
-        same = torch.allclose(state.rotation, expected.rotation, atol=1e-9)
-        assert same == (k == 0 or not taught)
+        assert torch.allclose(state.rotation, expected.rotation, atol=1e-9) == (k == 0 or not taught)
 
 
 def test_error_falls_as_one_over_steps() -> None:

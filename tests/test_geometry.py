@@ -14,8 +14,7 @@ from spear import geometry as geo
 
 
 def quats(n: int = 500, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    drawn = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return geo.quat_normalize(drawn)
+    return geo.quat_normalize(torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype))
 
 
 def scipy_of(q: Tensor) -> Rotation:
@@ -51,8 +50,7 @@ def test_product_conjugate_and_rotation_agree_with_scipy() -> None:
 
 def test_exp_and_log_agree_with_scipy_everywhere() -> None:
     q = torch.cat([quats(), special()])
-    log = geo.quat_log(q)
-    reference = torch.from_numpy(scipy_of(q).as_rotvec())
+    log, reference = geo.quat_log(q), torch.from_numpy(scipy_of(q).as_rotvec())
     # At half turns scipy and we may name opposite ends of the axis: compare what the vectors rotate to.
     same(geo.quat_distance(geo.quat_exp(log), geo.quat_exp(reference)), torch.zeros(len(q)), atol=1e-11)
     same(log.norm(dim=-1), reference.norm(dim=-1), atol=1e-11)
@@ -80,13 +78,11 @@ def test_canonical_is_deterministic_on_the_equator() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distance_is_accurate_at_both_ends(dtype: torch.dtype) -> None:
     axis = torch.tensor([0.6, -0.48, 0.64], dtype=torch.float64)
-    base = quats(1)[0]
-    eps = torch.finfo(dtype).eps
+    base, eps = quats(1)[0], torch.finfo(dtype).eps
     for angle in [0, 1e-6, 1e-3, 1, 3, math.pi - 1e-3, math.pi - 1e-6, math.pi]:
         other = geo.quat_multiply(base, geo.quat_exp(axis * angle))
         for sign in (1, -1):
-            measured = geo.quat_distance(base.to(dtype), sign * other.to(dtype))
-            assert abs(float(measured) - angle) < 8 * eps
+            assert abs(float(geo.quat_distance(base.to(dtype), sign * other.to(dtype))) - angle) < 8 * eps
     assert float(geo.quat_distance(base.to(dtype), -base.to(dtype))) == 0
 
 
@@ -132,8 +128,7 @@ def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.Euler) -> 
 
 
 def test_poses_agree_with_homogeneous_matrices() -> None:
-    generator = torch.Generator().manual_seed(6)
-    p0, p1 = torch.randn(2, 50, 3, generator=generator, dtype=torch.float64)
+    p0, p1 = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     q0, q1 = quats(50, seed=7), quats(50, seed=8)
 
     def matrix(p: Tensor, q: Tensor) -> Tensor:

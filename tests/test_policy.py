@@ -82,8 +82,7 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
     refuses("fst", load_agent, str(folder), dataset="fst")
     with pytest.warns(Notice, match="normalizer.json: not as saved"):
         slow, fast = (load_agent(str(folder), dataset=name) for name in ("slow", "fast"))
-    assert slow.weights != fast.weights
-    assert Spear1Policy.load(folder, dataset="fast").normalizer == twice
+    assert slow.weights != fast.weights and Spear1Policy.load(folder, dataset="fast").normalizer == twice
     refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
 
 
@@ -119,8 +118,7 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(nano: Spear1
     inputs = nano.inputs([observation()])
     own, two = nano.model.sample_actions(**inputs), nano.model.sample_actions(**inputs, steps=2)
     assert torch.equal(own.to_vector(), nano.predict(inputs).to_vector())
-    again = Spear1Policy.load("nano", steps=2)
-    assert torch.equal(two.to_vector(), again.predict(inputs).to_vector())
+    assert torch.equal(two.to_vector(), Spear1Policy.load("nano", steps=2).predict(inputs).to_vector())
     assert load_agent("nano", flow_steps=2).weights != load_agent("nano").weights  # results never mix
     assert load_agent("nano", flow_steps=5).weights == load_agent("nano").weights
     refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, observation())
@@ -265,10 +263,7 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
 
 @pytest.mark.parametrize("robots", [["a", "b"], []])
 def test_robots_that_are_answered_together_are_checked_one_by_one(
-    nano: Spear1Policy,
-    robots: Sequence[str],
-    monkeypatch: pytest.MonkeyPatch,
-    recwarn: pytest.WarningsRecorder,
+    nano: Spear1Policy, robots: Sequence[str], monkeypatch: Any, recwarn: pytest.WarningsRecorder
 ) -> None:
     open_one = Action.from_vector(torch.eye(8)[[3, 7]].sum(0).expand(2, 5, 8))
     policy = dataclasses.replace(nano)

@@ -136,8 +136,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
     words = word_tokenizer()
-    before = len(words)
-    first = extend_tokenizer(words)
+    before, first = len(words), extend_tokenizer(words)
     assert first == before and len(words) == before + BINS
     names = [TOKEN_FORMAT.format(i) for i in range(BINS)]
     assert names[7] == "<3d0007>"
@@ -157,8 +156,7 @@ def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
 
 def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
     g = torch.Generator().manual_seed(0)
-    mix = torch.randn(6, 6, generator=g)
-    existing = torch.randn(20_000, 6, generator=g) @ mix + torch.arange(6)
+    existing = torch.randn(20_000, 6, generator=g) @ torch.randn(6, 6, generator=g) + torch.arange(6)
     new = init_new_embeddings(existing, 50_000, g)
     scale = float(torch.cov(existing.T).diag().max())
     torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * scale**0.5, rtol=0)
@@ -171,8 +169,7 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     g = torch.Generator().manual_seed(0)
     few = torch.randn(3, 16, generator=g).bfloat16()  # three rows span a plane around their mean
     new = init_new_embeddings(few, 8, g)
-    assert new.dtype == torch.bfloat16 and new.shape == (8, 16)
-    assert bool(torch.isfinite(new).all())
+    assert new.dtype == torch.bfloat16 and new.shape == (8, 16) and bool(torch.isfinite(new).all())
     basis = torch.linalg.svd((few - few.mean(0)).float()).Vh[:2]
     offset = new.float() - few.float().mean(0)
     assert float((offset - offset @ basis.T @ basis).abs().max()) < 0.02
@@ -186,8 +183,7 @@ def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> 
     existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
     # [draws, rows, width]
     tables = torch.stack([init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)])
-    pooled = tables[:, ::64].reshape(-1, 12)
-    scale = existing.std(0)
+    pooled, scale = tables[:, ::64].reshape(-1, 12), existing.std(0)
     assert ((pooled.mean(0) - existing.mean(0)).abs() < 0.15 * scale).all()
     assert (pooled.T.cov() - existing.T.cov()).abs().max() < 0.15 * existing.T.cov().abs().max()
 

@@ -65,11 +65,9 @@ def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any
 
 def test_every_row_has_its_published_number_and_something_to_compare_with() -> None:
     for table in TABLES:
-        names = [row.name for row in table.rows]
-        assert table.against in names
+        assert table.against in [row.name for row in table.rows]
         if table.reference:
-            published = references()[table.reference].means
-            assert set(published) <= {row.title for row in table.rows}
+            assert set(references()[table.reference].means) <= {row.title for row in table.rows}
     every = [row.name for table in TABLES for row in table.rows] + [table.name for table in TABLES]
     assert len(set(every)) == len(every)
 
@@ -282,8 +280,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
     assert run(plan, tmp_path, data, 0, said.append) == []
     assert {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]} == kept
-    assert all(done(tmp_path, job) for job in plan.jobs)
-    assert len(said) == len(plan.jobs) - len(kept)
+    assert all(done(tmp_path, job) for job in plan.jobs) and len(said) == len(plan.jobs) - len(kept)
     assert not list(tmp_path.glob("stages/*/checkpoints"))
     assert all(line.success is not None for line in fill(plan, tmp_path, data)[0].lines)
     lines = describe(plan, plan.jobs).splitlines()[1:-1]

@@ -127,8 +127,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
         pytest.importorskip("vla_eval")
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        argv = shlex.split(command.replace("TAKEN", str(taken.getsockname()[1])))
-        assert hint in refused(*argv)
+        assert hint in refused(*shlex.split(command.replace("TAKEN", str(taken.getsockname()[1]))))
     assert not list(tmp_path.iterdir())
 
 
@@ -194,8 +193,7 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
     folded = {**robot.example(), droid.JOINTS: -robot.example()[droid.JOINTS]}
     monkeypatch.setattr("spear.cli._do", lambda args: [robot.read(folded) for _ in range(3)])
     for _ in range(2):
-        assert main([]) == 0
-        assert re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
+        assert main([]) == 0 and re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
 
 
 def test_every_option_that_a_text_names_exists() -> None:

@@ -34,8 +34,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, done: Command, refuse
     assert len(EpisodeStore(tmp_path / "again")) == 2
     listed = list(items([str(out)], per_episode=2))
     assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
-    content = list(listed[2].reader(listed[2].path, [listed[2].place]))
-    assert content == [make(1, 9).images["external"][0]]
+    assert list(listed[2].reader(listed[2].path, [listed[2].place])) == [make(1, 9).images["external"][0]]
 
 
 def test_each_dataset_keeps_its_cameras(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
@@ -69,8 +68,7 @@ def test_data_without_a_layout_are_shown(shared: Path, tmp_path: Path, done: Com
 def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -> None:
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
-    out = ["--out", str(tmp_path / "out")]
-    layout = tmp_path / "layout.json"
+    out, layout = ["--out", str(tmp_path / "out")], tmp_path / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),

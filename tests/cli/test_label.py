@@ -80,8 +80,7 @@ def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
     photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
     there = set(tmp_path.iterdir())
-    assert key in refused("label", *given.split(), "--workers", "0")
-    assert set(tmp_path.iterdir()) == there
+    assert key in refused("label", *given.split(), "--workers", "0") and set(tmp_path.iterdir()) == there
 
 
 def test_a_plan_says_what_labelling_costs_and_gets_nothing(
@@ -91,8 +90,7 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
     folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
     monkeypatch.setattr("spear.doctor.machine", lambda *_: Machine(1e10, 1e11))  # measured in its own tests
     batch = ["--batch-size", "2", "--out", str(out), "--plan"]
-    parts = ["--segmenter", "sam2=somebody/else", "--pointmap", "moge"]
-    said = done("label", str(folder), *parts, *batch)
+    said = done("label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch)
     assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
     assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
     need = needs.needs("moge", 2, 840, 8)
@@ -117,8 +115,7 @@ def test_the_bill_comes_however_the_work_ends(
     for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
         made["gemini:GeminiDetector"] = partial(Paid, unreached=(unreached,))
         words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
-        assert main(["label", str(folder), *words]) == status
-        assert "3 requests" in capsys.readouterr().out
+        assert main(["label", str(folder), *words]) == status and "3 requests" in capsys.readouterr().out
 
 
 def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:

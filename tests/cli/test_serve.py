@@ -60,8 +60,7 @@ def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[in
     if sizes:
         policy.image_sizes = sizes
     with serving(policy) as server:
-        agent = load_agent(f"ws://127.0.0.1:{server.port}")
-        assert agent.image_sizes == (sizes or IMAGE_SIZES)
+        assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (sizes or IMAGE_SIZES)
 
 
 def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:

@@ -37,8 +37,7 @@ def test_following_a_chunk_reproduces_the_states(seed: int, steps: int, start: i
         position, rotation = apply_step(position, rotation, act[:3], act[3:7])
         reached = min(start + h + 1, steps - 1)  # beyond the end the robot stays
         np.testing.assert_allclose(position, episode.position[reached], atol=1e-6)
-        distance = quat_distance(rotation, torch.as_tensor(episode.rotation[reached]).double())
-        assert float(distance) < 1e-5
+        assert float(quat_distance(rotation, torch.as_tensor(episode.rotation[reached]).double())) < 1e-5
 
 
 def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
@@ -92,8 +91,7 @@ def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> Non
     assert slow.rate_hz == 5.0 and new[-1] <= times[-1] + 1e-6 < new[-1] + 0.2 + 2e-6
     new = np.minimum(new, times[-1])
     expected = Slerp(times, Rotation.from_quat(episode.rotation, scalar_first=True))(new)
-    difference = (expected.inv() * Rotation.from_quat(slow.rotation, scalar_first=True)).magnitude()
-    assert difference.max() < 1e-5
+    assert (expected.inv() * Rotation.from_quat(slow.rotation, scalar_first=True)).magnitude().max() < 1e-5
     for axis in range(3):
         linear = np.interp(new, times, episode.position[:, axis])
         np.testing.assert_allclose(slow.position[:, axis], linear, atol=1e-6)
@@ -106,8 +104,7 @@ def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> Non
 
 def test_resampling_keeps_commands_and_masks() -> None:
     """10 Hz to 5 Hz: the command at the end of each new step; masked when either of its two old steps is."""
-    episode = smooth_episode(1, 9, 10.0)
-    action = np.zeros((9, 8), np.float32)
+    episode, action = smooth_episode(1, 9, 10.0), np.zeros((9, 8), np.float32)
     action[:, 3], action[:, 7] = 1, [1, 1, 1, 0, 0, 0, 1, 1, 1]
     mask = np.ones(9, bool)
     mask[5] = False

@@ -33,8 +33,7 @@ RIGHT = {
 
 def motions(episodes: int = 6, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
     """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
-    rng = np.random.default_rng(0)
-    found = []
+    rng, found = np.random.default_rng(0), []
     for _ in range(episodes):
         time = np.arange(steps)[:, None] / RATE
         draw = lambda low, high: rng.uniform(low, high, (1, 3))  # noqa: E731
@@ -47,8 +46,7 @@ def motions(episodes: int = 6, steps: int = 24, still: bool = False) -> list[tup
 
 def recordings(**planted: Any) -> list[Recording]:
     """Recordings whose layout is RIGHT, but for what is planted."""
-    rng = np.random.default_rng(1)
-    found = []
+    rng, found = np.random.default_rng(1), []
     for number, (position, rotation) in enumerate(motions(still=planted.get("still", False))):
         step, turn = np.zeros_like(position), np.zeros_like(position)
         step[:-1] = np.diff(position, axis=0)
@@ -118,8 +116,7 @@ def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, quest
     assert report.outcome == "contradiction" and "WRONG" in text(report)
     said = {**RIGHT, part: {**RIGHT[part], question: truth}}
     if part == "translation" and question in ("frame", "signs"):
-        found = next(p for p in judge(made, said).parts if p.name == part)
-        assert found.verdict == "agrees"
+        assert next(p for p in judge(made, said).parts if p.name == part).verdict == "agrees"
 
 
 def test_units_are_measured_and_named() -> None:

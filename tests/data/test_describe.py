@@ -88,8 +88,7 @@ def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
 def test_columns_are_found_in_any_order_and_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
     def yaw_first(s: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         turns = Rotation.from_euler("xyz", s[:, 3:6])
-        steps = (turns[[*range(1, len(s)), 0]] * turns.inv()).as_euler("xyz")
-        parts = (s, s[:, 3:6]), (a, steps)
+        parts = (s, s[:, 3:6]), (a, (turns[[*range(1, len(s)), 0]] * turns.inv()).as_euler("xyz"))
         return tuple(np.concatenate([x[:, 6:], x[:, :3], r[:, ::-1]], axis=1) for x, r in parts)
 
     found = describe(rewritten(shared, tmp_path, yaw_first))

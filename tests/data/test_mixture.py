@@ -43,8 +43,7 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
 @pytest.fixture
 def mixture(tmp_path: Path) -> Mixture:
     a = make_store(tmp_path / "a", "a", 5, wrist=True)
-    b = make_store(tmp_path / "b", "b", 2, wrist=False)
-    return Mixture([("a", a, 3.0), ("b", b, 1.0)], seed=7)
+    return Mixture([("a", a, 3.0), ("b", make_store(tmp_path / "b", "b", 2, wrist=False), 1.0)], seed=7)
 
 
 def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
@@ -74,8 +73,7 @@ def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     seen = {(s.source, s.episode, s.step) for s in drawn}
     assert len(seen) == len(mixture) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
     assert all(step != 2 for _, _, step in seen)
-    counts = Counter((s.episode, s.step) for s in drawn if s.source == 0)
-    assert chisquare([*counts.values()]).pvalue > 0.001
+    assert chisquare([*Counter((s.episode, s.step) for s in drawn if s.source == 0).values()]).pvalue > 0.001
 
 
 def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
@@ -104,8 +102,7 @@ def test_the_order_depends_on_seed_and_step_alone(
     data: st.DataObject,
 ) -> None:
     """Any worker, any process, any number of them, resumed anywhere: the same steps, all of them valid."""
-    folder = tmp_path_factory.mktemp("mixture")
-    sources = []
+    folder, sources = tmp_path_factory.mktemp("mixture"), []
     for number, episodes in enumerate(lengths):
         made = []
         for e, steps in enumerate(episodes):
@@ -117,8 +114,7 @@ def test_the_order_depends_on_seed_and_step_alone(
         store = stored(made, folder / str(number), shard_size=2)
         sources.append((f"set {number}", store, data.draw(st.floats(0.01, 100))))
 
-    mixture = Mixture(sources, seed)
-    steps = list(range(first, first + 6))
+    mixture, steps = Mixture(sources, seed), list(range(first, first + 6))
     order = [mixture.draw(step, batch) for step in steps]
     for sample in (sample for drawn in order for sample in drawn):
         episode = sources[sample.source][1].without_images(sample.episode)
@@ -167,8 +163,7 @@ def test_jitter_leaves_what_pads_an_image_black(
     plain, jittered = (TrainingSamples(mixture, views, augment=a).batch(3, 64) for a in (0.0, 1.0))
     for i, sample in enumerate(mixture.draw(3, 64)):
         expected = np.zeros((height, width, 3), np.uint8)
-        seen = plain["images"]["external"][i, rows, columns]
-        expected[rows, columns] = jitter(seen, sample.draws, 1.0)
+        expected[rows, columns] = jitter(plain["images"]["external"][i, rows, columns], sample.draws, 1.0)
         np.testing.assert_array_equal(jittered["images"]["external"][i], expected)
 
 

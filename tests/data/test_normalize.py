@@ -24,8 +24,7 @@ from spear.types import Action
 
 def make_store(folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500) -> EpisodeStore:
     """One episode, its logged translations uniform in ± spread; every other step is masked and absurd."""
-    rng = np.random.default_rng(seed)
-    action = np.zeros((steps, 8), np.float32)
+    rng, action = np.random.default_rng(seed), np.zeros((steps, 8), np.float32)
     action[:, :3] = rng.uniform(-1, 1, (steps, 3)) * spread
     action[:, 3] = 1
     valid = np.arange(steps) % 2 == 0
@@ -59,8 +58,7 @@ def test_an_axis_that_stands_still_stays_small(tmp_path: Path, mode: Mode, noise
     normalizer = Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise)), 1.0)], mode)
     seen = normalizer.normalize_action(as_action(np.array([[0, 0, noise], [0, 0, 0.02]]))).translation[:, 2]
     assert abs(seen[0]) < 0.5 and abs(seen[1]) < 21
-    predicted = normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0]
-    assert abs(predicted[2]) < 2e-4
+    assert abs(normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0][2]) < 2e-4
     still = torch.tensor([[0.0, 0, 0.05]], dtype=torch.float64)
     turn = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
     assert abs(normalizer.state_vector(still, turn, turn[:, :1])[0, 2]) < 6
@@ -175,8 +173,7 @@ def worst_rank(sketch: QuantileSketch, values: np.ndarray) -> float:
     at = np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
     below = np.concatenate([[0], np.cumsum(weights[order])])
     ranks = below[np.searchsorted(kept[order], at, side="right")] / sketch.count
-    truth = np.searchsorted(np.sort(values), at, side="right") / len(values)
-    return float(np.abs(ranks - truth).max())
+    return float(np.abs(ranks - (np.searchsorted(np.sort(values), at, side="right") / len(values))).max())
 
 
 STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -197,7 +194,6 @@ def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]
         sketch.add(piece)
     assert sketch.count == count and sketch.weighted()[1].sum() == count
     assert worst_rank(sketch, values) <= (6 / 256 if count > 256 else 0) + 1e-12
-    assert len(sketch.weighted()[0]) <= 6 * 256
-    assert (sketch.low, sketch.high) == (values.min(), values.max())
+    assert len(sketch.weighted()[0]) <= 6 * 256 and (sketch.low, sketch.high) == (values.min(), values.max())
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-9 * np.abs(values).max())
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)

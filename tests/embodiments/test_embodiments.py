@@ -56,8 +56,7 @@ def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
     assert np.linalg.norm(state[3:7]) == pytest.approx(1) and 0 <= state[7] <= 1
     for control in robot.controls.values():
         rows = control.convert(chunk(), state, robot.example())
-        assert rows.dtype == np.float32 and np.isfinite(rows).all()
-        assert len(rows) == 5 * control.rate_hz / 5
+        assert rows.dtype == np.float32 and np.isfinite(rows).all() and len(rows) == 5 * control.rate_hz / 5
 
 
 @pytest.mark.parametrize("name", embodiments.names())
@@ -116,8 +115,7 @@ def test_widowx_controllers_turn_as_we_do(name: str, convention: str, frame: Arr
 def test_neither_simpler_takes_the_others_observations() -> None:
     """Their controllers have one name and read the rotation differently: which is meant must be said."""
     three, two = embodiments.load("simpler_widowx"), embodiments.load("maniskill2_widowx")
-    turned = chunk(angle=0.5)
-    rows = []
+    turned, rows = chunk(angle=0.5), []
     for robot, other in ((three, two), (two, three)):
         refuses("unknown observation key", robot.read, other.example())
         state = robot.read(robot.example())["observation/state"]
@@ -142,14 +140,12 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     assert joints.shape == (15, 8)
     for row, position, facing in zip(joints[2::3], positions, turns, strict=True):
         at, orientation = control.pose(row[:7])
-        assert np.linalg.norm(at - position) < 1e-3
-        assert (turn(orientation).inv() * facing).magnitude() < 5e-3
+        assert np.linalg.norm(at - position) < 1e-3 and (turn(orientation).inv() * facing).magnitude() < 5e-3
     velocity = robot.controls["joint_velocity"].convert(chunk(), state, seen)
     followed = seen[droid.JOINTS] + np.cumsum(velocity[:, :7] * 0.2, axis=0)
     np.testing.assert_allclose(followed, joints[:, :7], atol=1e-5)
     assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
-    fast = robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)
-    assert np.abs(fast[:, :7]).max() <= 1
+    assert np.abs(robot.controls["joint_velocity"].convert(chunk(size=0.3), state, seen)[:, :7]).max() <= 1
     turned = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
     turned[0, 3:7] = Rotation.from_euler("x", 2.0).as_quat(scalar_first=True)  # too fast for one action
     velocity = robot.controls["joint_velocity"].convert(turned, state, seen)[:, :7]

@@ -58,8 +58,7 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
         again = journal(tmp_path, range(0))
         assert sorted(seed for _, seed in again.done) == [0, 1]
     again.add(outcome(2), 9.0, 1.5)
-    assert path.read_bytes() == whole
-    assert load(tmp_path).outcomes == [outcome(0), outcome(1), outcome(2)]
+    assert path.read_bytes() == whole and load(tmp_path).outcomes == [outcome(0), outcome(1), outcome(2)]
     path.write_bytes(whole.replace(b'"steps": 10', b'"steps": {}'))
     refuses("not a journal", load, tmp_path)
     path.write_bytes(whole[:5])  # in its head

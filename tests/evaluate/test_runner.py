@@ -72,8 +72,7 @@ def _tracks_are_films(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
     films: Films, ran: list[tuple[int, bool]], made: int, tmp_path: Path
 ) -> None:
-    simulator = Parity()
-    options = EpisodeOptions(films=films, out=tmp_path)
+    simulator, options = Parity(), EpisodeOptions(films=films, out=tmp_path)
     results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
     assert simulator.ran == ran and simulator.most <= 3 and results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
@@ -109,8 +108,7 @@ def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
 def test_one_that_ends_otherwise_has_no_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = EpisodeOptions(films=1, out=tmp_path)
     results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
-    assert results.mean().value == 0 and made == []
-    assert "no film of a 0" in capsys.readouterr().err
+    assert results.mean().value == 0 and made == [] and "no film of a 0" in capsys.readouterr().err
 
 
 def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -138,8 +138,7 @@ def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> 
 
 
 def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
-    rng = np.random.default_rng(2)
-    truth = 0.0
+    rng, truth = np.random.default_rng(2), 0.0
     for rate in (0.9, 0.3):
         truth += float(draw(rng, rate, rng.standard_normal(4000), 0.3 * rng.standard_normal(500)).mean()) / 2
     covered = 0

@@ -26,13 +26,11 @@ def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
     result = compare(label(frames, *TRUTH), frames)
     assert result.n == 100 and result.missed == 0
     assert result.center < 0.002 and result.vertex < 0.005 and result.iou > 0.85
-    eroded = compare(label(frames[:6], *TRUTH, exact=False), frames[:6])
-    assert eroded.iou > 0.75  # the boxes do not shrink
+    assert compare(label(frames[:6], *TRUTH, exact=False), frames[:6]).iou > 0.75  # the boxes do not shrink
 
 
 def test_boxes_survive_noisy_depth(frames: list[Frame]) -> None:
-    rng = np.random.default_rng(0)
-    noisy = []
+    rng, noisy = np.random.default_rng(0), []
     for frame in frames[:8]:
         depth = frame.depth * (1 + 0.003 * rng.normal(size=frame.depth.shape))
         flying = rng.random(depth.shape) < 0.01
@@ -46,8 +44,7 @@ def test_a_thing_on_a_thing_ends_where_it_stands() -> None:
     cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)
     (result,) = label([render([block, cube], ["block", "cube"])], *TRUTH)
     tall = {o.name: float(o.box3d.size[1]) for o in result.objects if o.box3d}
-    assert tall["cube"] == pytest.approx(0.05, abs=0.005)
-    assert tall["block"] == pytest.approx(0.06, abs=0.005)
+    assert tall["cube"] == pytest.approx(0.05, abs=0.005) and tall["block"] == pytest.approx(0.06, abs=0.005)
 
 
 @pytest.mark.parametrize("pitch", [80, 89, 95])

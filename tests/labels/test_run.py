@@ -69,16 +69,14 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
     assert list(contents(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
     labels = list(read(whole))
     good = [source / f"{i:05d}.png" for i in range(21) if i not in (3, 5, 7)]
-    assert [label.source for label in labels] == [*map(str, good)]
-    assert count(whole) == 18
+    assert [label.source for label in labels] == [*map(str, good)] and count(whole) == 18
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
         assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
     rows = pq.read_table(whole / "skipped.parquet").to_pylist()
     skipped = {Path(row["source"]).stem: row["reason"] for row in rows}
-    assert list(skipped) == ["00003", "00005", "00007"]
-    assert "not a readable image" in skipped["00003"]
+    assert list(skipped) == ["00003", "00005", "00007"] and "not a readable image" in skipped["00003"]
     assert skipped["00005"] == "request refused" and skipped["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
     assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
@@ -160,8 +158,7 @@ def _labels_in_a_process(source: str, out: str, workers: int) -> None:
 
 
 def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "labels"
-    chance = random.Random(0)
+    out, chance = tmp_path / "labels", random.Random(0)
     deaths = shards = 0
     while deaths < 6 or not shards:  # on a slow computer, all may die young: then give them more time
         # A forked process has no workers: it would take its parent's fork server for its own.
@@ -218,8 +215,7 @@ def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_p
     assert run(source, whole) == Progress(total=21, before=21, done=21, skipped=3)
     assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
-    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
-    assert contents(whole) == before
+    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9) and contents(whole) == before
     copy = shutil.copy(whole / "labels-00001.parquet", whole / "labels-00001 (copy).parquet")
     assert "not of this run" in refused(source, whole)
     copy.unlink()

@@ -30,8 +30,7 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     places = [item.key.rpartition("#")[2] for item in found]
     assert places == [f"{e}/{n}-of-4" for e in (0, 1) for n in (1, 2, 3, 4)]
     works = read(found)
-    values = [work.frame.image[0, 0, 0] for work in works if work.frame is not None]
-    assert values == [0, 3, 6, 9, 100, 101]
+    assert [work.frame.image[0, 0, 0] for work in works if work.frame is not None] == [0, 3, 6, 9, 100, 101]
     assert all("only 2 steps" in str(work.error) for work in works[6:])
     write_episodes([episode(10, "external", 0), episode(3, "front", 100)], tmp_path / "anew")
     again = list(items([str(tmp_path / "anew")], per_episode=4))

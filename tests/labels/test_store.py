@@ -32,8 +32,7 @@ def test_round_trip_in_order_and_spread_evenly(labels: list[LabeledImage], tmp_p
     assert sorted(tmp_path.iterdir()) == paths
     for a, b in zip(labels, read(tmp_path), strict=True):
         np.testing.assert_equal(asdict(a), asdict(b))
-    assert len(list(read(paths[1]))) == 5
-    assert count(tmp_path) == 23 and count(paths[1]) == 5
+    assert len(list(read(paths[1]))) == 5 and count(tmp_path) == 23 and count(paths[1]) == 5
     for images in (1, 4, 7, 23, 99):
         shown = min(images, 23)
         expected = [labels[i * 23 // shown] for i in range(shown)]

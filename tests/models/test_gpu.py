@@ -36,8 +36,7 @@ def test_answers_from_graphs() -> None:
     model = vlm()
     number = (START, START + TINY.bins)
     ids, mask = text(3, 6)
-    images = pixels(3, views=("external",))
-    grammar = [number, (7, 8), number]
+    images, grammar = pixels(3, views=("external",)), [number, (7, 8), number]
     on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
     model.cuda()
     moved = {view: image.cuda() for view, image in images.items()}

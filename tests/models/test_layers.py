@@ -47,11 +47,9 @@ def test_loss_and_gradients_are_the_same(make: Callable[[], torch.nn.Module], ta
     loss, gradients, kept = step(model, task)
     recompute_layers(model)
     again, recomputed, less = step(model, task)
-    assert torch.equal(loss, again)
-    assert gradients.keys() == recomputed.keys() and len(gradients) > 50
+    assert torch.equal(loss, again) and gradients.keys() == recomputed.keys() and len(gradients) > 50
     assert all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
-    assert any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
-    assert less < 0.7 * kept
+    assert any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients) and less < 0.7 * kept
     recompute_layers(model, on=False)
     assert step(model, task)[2] == kept
 

@@ -39,10 +39,8 @@ def test_images_are_scaled_as_pillow_does_it() -> None:
 
 def test_padding_keeps_the_whole_image_and_is_said() -> None:
     white = np.full((100, 200, 3), 255, np.uint8)
-    padded = fit_image(white, 100, 100)
-    assert padded.any(axis=(1, 2)).tolist() == [False] * 25 + [True] * 50 + [False] * 25
-    assert fit_image(white, 100, 200) is white
-    assert window((200, 100), (100, 100)) == (0, -50, 200, 200)
+    assert fit_image(white, 100, 100).any(axis=(1, 2)).tolist() == [False] * 25 + [True] * 50 + [False] * 25
+    assert fit_image(white, 100, 200) is white and window((200, 100), (100, 100)) == (0, -50, 200, 200)
     assert not any(fitting(size, (280, 210)) for size in ((560, 420), (561, 420), (240, 180)))
     said = "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
     assert fitting((256, 256), (280, 210)) == said
@@ -86,8 +84,7 @@ def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None
     tokens = processor.tokenizer
     assert ids.shape == labels.shape == batch["token_type_ids"].shape
     learned = labels != IGNORE
-    assert torch.equal(labels[learned], ids[learned])
-    assert torch.equal(learned, batch["token_type_ids"].bool())
+    assert torch.equal(labels[learned], ids[learned]) and torch.equal(learned, batch["token_type_ids"].bool())
     assert int(learned[0].sum()) == 25 and labels[0][learned[0]][-1] == tokens.eos_token_id
     prompt = ids[0][~learned[0] & batch["attention_mask"][0].bool()].tolist()
     assert prompt[0] == tokens.bos_token_id and tokens.decode(prompt[1:]) == "where is the bowl\n"
@@ -124,8 +121,7 @@ def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typ
     tokens, named = processor.tokenizer, set(processor.tokenizer.get_added_vocab().values())
     prompt = processor.instructions([f"put it {typed} there"])["input_ids"][0].tolist()
     answer = processor.answer_ids([typed, Pixel(0.1, 0.2)])
-    assert not named & {*prompt[1:], *answer[:-2]}
-    assert tokens.decode(prompt[1:]) == f"put it {typed} there\n"
+    assert not named & {*prompt[1:], *answer[:-2]} and tokens.decode(prompt[1:]) == f"put it {typed} there\n"
     assert processor.read_answer(answer)[0] == typed
     place = f"what is at {Pixel(0.1, 0.2)} {typed}?"
     assert sum(i in named for i in processor.prompts([place])["input_ids"][0, 1:].tolist()) == 2
@@ -133,8 +129,7 @@ def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typ
 
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
-        ids = processor.tokenizer.encode(text, add_special_tokens=False)
-        assert processor.tokenizer.decode(ids) == text
+        assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)) == text
     assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
     first = processor.coordinate_ids.start
     assert processor.tokenizer.convert_tokens_to_ids(["<3d0000>", "<3d1023>"]) == [first, first + 1023]

@@ -87,8 +87,7 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
         return true + (0.01 if broken == "differs" else torch.nan)
 
     monkeypatch.setattr(sampling, "_sample", wrong)
-    said = {"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]
-    with pytest.warns(Notice, match=said):
+    with pytest.warns(Notice, match={"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]):
         first = model.sample_actions(**given, steps=4, noise=noise).to_vector()
     with no_warning():  # said once
         again = model.sample_actions(**given, steps=4, noise=noise).to_vector()
@@ -103,14 +102,12 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     model.sample_actions(**given, noise=noise)  # the first goes through the plain network too
     model.vlm.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
     exact = model.sample_actions(**given, noise=noise).to_vector()
-    assert len(calls) == 1
-    assert relative(exact, reference(model, given, noise, 10)) < 1e-5
+    assert len(calls) == 1 and relative(exact, reference(model, given, noise, 10)) < 1e-5
     model.to(torch.bfloat16)
     rough = model.sample_actions(**given, noise=noise).to_vector()
     # Both round at every layer, in another order: no further from each other than from float32.
     slow = reference(model, given, noise, 10)
-    assert rough.dtype == torch.float32
-    assert relative(rough, slow) < 0.03 and relative(rough, exact) < 0.03
+    assert rough.dtype == torch.float32 and relative(rough, slow) < 0.03 and relative(rough, exact) < 0.03
     model.float().vlm.to(torch.bfloat16)
     with no_warning():  # a notice would say that the fast way does not work
         mixed = model.sample_actions(**given, noise=noise).to_vector()
@@ -218,8 +215,7 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
         results = []
         for layers in (plain, compiled):
             cache = layers.cache(2, 7, x.dtype, x.device)
-            window = cache.window(0, [(3, 3), (4, 7)])
-            results.append(layers(x, layers.rotations(places, x.dtype), window))
+            results.append(layers(x, layers.rotations(places, x.dtype), cache.window(0, [(3, 3), (4, 7)])))
             results.append(torch.stack(cache.layers))
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[3])

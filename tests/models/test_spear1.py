@@ -136,8 +136,7 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
     last = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
     dead = ["self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm"]
     dead += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    expected = {f"{last}.{name}.weight" for name in dead}
-    assert lacking == expected | {"vlm.language_model.norm.weight"}
+    assert lacking == {f"{last}.{name}.weight" for name in dead} | {"vlm.language_model.norm.weight"}
 
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
@@ -162,8 +161,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
         assert state.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
             assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
-        assert again.flow == model.flow
-        assert again.config.vlm_config.views == model.config.vlm_config.views
+        assert again.flow == model.flow and again.config.vlm_config.views == model.config.vlm_config.views
         if dtype == torch.float32:
             noise = actions(B, H)
             same = [m.sample_actions(*inputs(), noise=noise) for m in (model, again)]
@@ -181,8 +179,7 @@ def broken(folder: Path) -> str:
 def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path) -> None:
     assert "checkpoint not found" in broken(tmp_path / "nowhere")
     assert "no JSON object can be read" in broken(tmp_path)
-    folder = tmp_path / "model"
-    model = spear1()
+    folder, model = tmp_path / "model", spear1()
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
     whole = file.read_bytes()

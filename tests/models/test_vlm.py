@@ -22,8 +22,7 @@ def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Te
 
 
 def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
-    model = vlm()
-    image = pixels(3)["external"]
+    model, image = vlm(), pixels(3)["external"]
     siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
     parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
     (fused,) = model.image_features(image)
@@ -43,8 +42,7 @@ def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
 
 
 def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
-    model = vlm()
-    images = pixels(2)
+    model, images = vlm(), pixels(2)
     ids, mask = text(2, 5)
     gone = {"wrist": torch.zeros(2, dtype=torch.bool)}
     without = model({"external": images["external"]}, ids, mask).logits
@@ -56,10 +54,8 @@ def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
 def test_loss_weighs_3d_tokens_by_lambda() -> None:
     model = vlm()
     images, inputs = pixels(4, views=("external",)), batch()
-    labels = inputs["labels"]
-    result = model(images, **inputs)
-    rest = {k: v for k, v in inputs.items() if k != "labels"}
-    log_p = model(images, **rest).logits.log_softmax(-1)[:, :-1]
+    labels, result = inputs["labels"], model(images, **inputs)
+    log_p = model(images, **{k: v for k, v in inputs.items() if k != "labels"}).logits.log_softmax(-1)[:, :-1]
     wanted = labels[:, 1:] != IGNORE
     each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
     coordinate = labels[:, 1:][wanted] >= START
@@ -72,8 +68,7 @@ def test_loss_weighs_3d_tokens_by_lambda() -> None:
 def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
     labels = torch.tensor([START + 10, START, 5])
     logits = torch.randn(3, START + TINY.bins, dtype=torch.float64).float()
-    bins = torch.arange(TINY.bins)
-    target = torch.zeros_like(logits)
+    bins, target = torch.arange(TINY.bins), torch.zeros_like(logits)
     for row, centre in ((0, 10), (1, 0)):
         gauss = torch.exp(-0.5 * ((bins - centre) / 1.5) ** 2) * ((bins - centre).abs() <= 4)
         target[row, START:] = gauss / gauss.sum()
@@ -86,8 +81,7 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
 def test_gradients_reach_every_weight() -> None:
     model = vlm().train()
     model(pixels(4), **batch()).loss.backward()
-    lacking = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert lacking == []
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> None:
@@ -111,8 +105,7 @@ def test_the_depth_model_ignores_unknown_pixels() -> None:
     depth = 0.5 + image[:, 0].float() / 255
     depth[:, :4, :8] = math.inf
     depth[:, 4:8] = 0
-    first = model(image, depth).loss
-    other = depth.clone()
+    first, other = model(image, depth).loss, depth.clone()
     other[:, 4:8] = float("nan")
     torch.testing.assert_close(model(image, other).loss, first)
 

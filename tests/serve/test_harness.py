@@ -52,12 +52,10 @@ def test_the_harness_evaluates_as_we_would() -> None:
     from tabletop_benchmark import SENT
 
     policy = Homing()
-    result = run(policy)
-    (task,) = result["tasks"]
+    (task,) = run(policy)["tasks"]
     assert [e["metrics"] for e in task["episodes"]] == [{"success": False}] * 2
     assert [e["steps"] for e in task["episodes"]] == [5, 5]
-    expected = []
-    env = TabletopEnv("put_on", images=False)
+    expected, env = [], TabletopEnv("put_on", images=False)
     for seed in (0, 1):
         seen, _ = env.reset(seed=seed)
         for step in range(5):
@@ -81,8 +79,7 @@ def test_what_nobody_could_use_is_refused_before_anybody_connects(capsys: pytest
 
 
 def test_a_bad_observation_ends_its_episode_with_a_reason() -> None:
-    policy = Homing()
-    (task,) = run(policy, broken=True)["tasks"]
+    (task,) = run(Homing(), broken=True)["tasks"]
     assert [e["failure_reason"] for e in task["episodes"]] == ["model_act"] * 2
     assert all("observation/state" in e["failure_detail"] for e in task["episodes"])
 
@@ -126,8 +123,7 @@ def test_the_example_config_is_one_of_the_harness() -> None:
 
     from spear.serve.harness import NEEDED
 
-    path = Path(__file__).parents[2] / "examples" / "simpler_widowx.yaml"
-    config = load_config(str(path))
+    config = load_config(str(Path(__file__).parents[2] / "examples" / "simpler_widowx.yaml"))
     assert set(config) == {"server", "docker", "benchmarks"}
     assert ServerConfig.from_dict(config["server"]).url == "ws://localhost:8000"
     assert DockerConfig.from_dict(config["docker"]).image

@@ -104,8 +104,7 @@ def test_an_address_of_no_server_is_named(address: str) -> None:
 
 
 def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
-    rng = np.random.default_rng(0)
-    good = wire.encode(seen())
+    rng, good = np.random.default_rng(0), wire.encode(seen())
     bad: list[tuple[bytes | str, str]] = [
         ("text", "message"),
         (good[:1000], "message"),
@@ -318,12 +317,10 @@ def test_a_full_queue_says_busy_at_once() -> None:
             client.send(wire.encode(seen()))
         replies = [client.recv() for client in clients]
         busy = [r for r in replies if isinstance(r, str)]
-        assert busy and all(r.startswith("busy: 2 ") for r in busy)
-        assert len(replies) - len(busy) >= 2
+        assert busy and all(r.startswith("busy: 2 ") for r in busy) and len(replies) - len(busy) >= 2
         for client in clients:
             client.close()
-        patient = RemotePolicy(url(server))
-        assert len(patient.infer_batch([seen()] * 4)) == 4
+        assert len(RemotePolicy(url(server)).infer_batch([seen()] * 4)) == 4
 
 
 SLOW = """

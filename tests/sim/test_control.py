@@ -30,8 +30,7 @@ def test_forward_kinematics_equal_the_published_parameters() -> None:
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = control.pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
-        matrices = [as_rotation(one).as_matrix() for one in (turned, rotation)]
-        np.testing.assert_allclose(*matrices, atol=1e-9)
+        np.testing.assert_allclose(*[as_rotation(one).as_matrix() for one in (turned, rotation)], atol=1e-9)
 
 
 def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> None:
@@ -41,8 +40,7 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
         lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
         joints = control.solve(control.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
         at, turn = control.pose(joints)
-        assert np.linalg.norm(at - position) < 1e-3
-        assert (as_rotation(turn).inv() * lean).magnitude() < 5e-3
+        assert np.linalg.norm(at - position) < 1e-3 and (as_rotation(turn).inv() * lean).magnitude() < 5e-3
         assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()
 
 
@@ -61,8 +59,7 @@ def test_threads_that_solve_at_once_find_what_each_finds_alone() -> None:
 
 
 def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
-    rng = np.random.default_rng(2)
-    world = World(sample_scene("spoon_on_towel", 0))
+    rng, world = np.random.default_rng(2), World(sample_scene("spoon_on_towel", 0))
     for _ in range(15):
         # stay high over the table: free space
         world.reset()

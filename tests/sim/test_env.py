@@ -44,8 +44,7 @@ def test_the_same_seed_gives_the_same_pixels_whatever_else_is_rendered(renderer:
     alone = [env.reset(seed=2)[0]["observation/image"] for env in envs]
     for one, other in zip(run(), run(), strict=True):
         np.testing.assert_array_equal(one, other)
-    again = [env.observe()["observation/image"] for env in reversed(envs)][::-1]
-    np.testing.assert_array_equal(alone, again)
+    np.testing.assert_array_equal(alone, [env.observe()["observation/image"] for env in reversed(envs)][::-1])
     assert len({image.tobytes() for image in alone}) == len(FAMILIES)
 
 

@@ -14,8 +14,7 @@ from spear.sim.world import World
 def test_same_seed_same_scene_and_other_seeds_differ(family: str) -> None:
     assert sample_scene(family, 7) == sample_scene(family, 7)
     scenes = [sample_scene(family, seed) for seed in range(30)]
-    assert len({scene.things for scene in scenes}) == 30
-    assert len({scene.instruction for scene in scenes}) >= 6
+    assert len({scene.things for scene in scenes}) == 30 and len({scene.instruction for scene in scenes}) >= 6
     assert len({scene.look.camera for scene in scenes}) == 30
 
 

@@ -33,8 +33,7 @@ def complaints(label: LabeledImage, question: Question) -> list[str]:
     relative = "relative" in prompt or "scale" in prompt
     if relative != (label.unit == "relative" and numeric) or "metre" in prompt or question.unit != label.unit:
         found.append(f"unit {label.unit}: {prompt}")
-    expected = _answer(label, family, asked, prompt)
-    got = list(question.segments)
+    expected, got = _answer(label, family, asked, prompt), list(question.segments)
     if family == "chain_of_thought":
         near, far = sorted((expected[1], expected[3]))
         if far - near < 0.05 * far:
@@ -147,5 +146,4 @@ def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
     if z <= 0:
         return -1.0, -1.0
     u = (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width
-    v = (float(k[1][1]) * y / z + float(k[1][2])) / label.height
-    return u, v
+    return u, ((float(k[1][1]) * y / z + float(k[1][2])) / label.height)

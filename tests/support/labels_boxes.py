@@ -12,8 +12,7 @@ INTRINSICS = np.array([[140.0, 0, 70], [0, 140, 52.5], [0, 0, 1]])
 
 def labelled(seed: int, scale: float = 1.0, unit: Unit = "metre") -> LabeledImage:
     """A mug, a spoon and a bowl, 0.8 to 0.9 m away (times `scale`), boxes of 6 cm."""
-    rng = np.random.default_rng(seed)
-    objects = []
+    rng, objects = np.random.default_rng(seed), []
     for index, name in enumerate(("mug", "spoon", "bowl")):
         centre = np.array([0.2 * index - 0.2, 0.02, 0.8 + 0.1 * rng.random()])
         box = make_box(scale * centre, np.full(3, scale * 0.06), np.eye(3))

@@ -19,8 +19,7 @@ def camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Ar
     k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
     p = np.radians(pitch)
     forward = np.array([np.cos(p), 0, -np.sin(p)])
-    right = np.array([0.0, -1.0, 0.0])
-    pose = np.eye(4)
+    right, pose = np.array([0.0, -1.0, 0.0]), np.eye(4)
     pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
     pose[:3, 3] = -0.8 * forward
     return k, pose
@@ -37,8 +36,7 @@ def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: in
         depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
-            turn = rotation(yaw)
-            half = np.asarray(extent) / 2
+            turn, half = rotation(yaw), np.asarray(extent) / 2
             near, far = _slab((origin - center) @ turn, rays @ turn, half)
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)

@@ -48,8 +48,7 @@ def pixels(
 
 def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and a right-padding mask with rows of different lengths."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, last, (rows, length), generator=g)
+    ids = torch.randint(3, last, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(length) < length - torch.arange(rows)[:, None] % 3).long()
     return ids * mask, mask
 

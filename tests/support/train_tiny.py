@@ -79,8 +79,7 @@ class Regression:
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         time.sleep(self.pause)
-        x = batch["x"]
-        noise = 0.1 * torch.randn(8, 1, generator=generator)
+        x, noise = batch["x"], 0.1 * torch.randn(8, 1, generator=generator)
         error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
         return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
 

@@ -84,8 +84,7 @@ def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path)
         load_labels(inputs.labels, ["external"])
     with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
         load_labels([*inputs.labels] * 2, ["external"])
-    other = dataclasses.replace(labelled(0), unit="relative")
-    write_labels([other], tmp_path / "labels-00002.parquet")
+    write_labels([dataclasses.replace(labelled(0), unit="relative")], tmp_path / "labels-00002.parquet")
     with pytest.warns(Notice, match="lacks 2 of its shards"):
         load_labels([tmp_path], ["external"])
     refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])
@@ -113,11 +112,12 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Input
 def test_a_policy_is_trained_on_in_the_units_that_it_has(tmp_path: Path) -> None:
     """Else it would begin with steps of another length: nano's three times as long."""
     mine = [("it", stored([make(0, steps=9)], tmp_path / "mine"), 1.0)]
-    for name, changes, mode in (
+    cases = (
         ("nano", {}, "meanstd"),
         ("nano-vlm", {}, "quantile"),
         ("nano", {"normalization": "minmax"}, "minmax"),
-    ):
+    )
+    for name, changes, mode in cases:
         stage = recipe("nano-post", batch_size=1, **changes)
         with pytest.warns(Notice, match="'external': .* black bars"):  # as acting says it, too
             _, task, _ = build(stage, Inputs((), mine, locate(name)))

@@ -77,8 +77,7 @@ def test_mistakes_are_found_before_data_are_made(
     told = words.replace("{}", str(given)).split()
     usual = {"--init": "nano", "--episodes": str(given / "mine"), "--out": str(tmp_path / "run")}
     more = [word for pair in usual.items() if pair[0] not in told for word in pair]
-    assert named in refused("train", "nano-post", *told, *more)
-    assert not (tmp_path / "run").exists()
+    assert named in refused("train", "nano-post", *told, *more) and not (tmp_path / "run").exists()
 
 
 def test_the_first_process_says_that_it_is_done(
@@ -113,8 +112,7 @@ def test_evaluation_and_ablations_ask_first(
     assert "--train-split train: " in refused("evaluate", "data", *same)
     monkeypatch.setattr("spear.ablations.plan.obtain", None)
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
-    assert "'visoin'" in refused("evaluate", "ablations", *words)
-    assert not (tmp_path / "run").exists()
+    assert "'visoin'" in refused("evaluate", "ablations", *words) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

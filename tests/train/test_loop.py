@@ -40,8 +40,7 @@ def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Pat
     assert [r[0] for r in logged] == list(range(1, 41))
     assert sum(r[1] for r in logged[-10:]) < 0.7 * sum(r[1] for r in logged[:10])
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000030", "step-00000040"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
 
 
 class Noticing(Regression):
@@ -188,8 +187,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
     task = Regression()
     vars(task)["batch"] = Mock(side_effect=SpearError("broken image: step 3: leave it out"))
-    said = refuses("", go, task, FOUR, tmp_path, workers=workers)
-    assert said == "broken image: step 3: leave it out"
+    assert refuses("", go, task, FOUR, tmp_path, workers=workers) == "broken image: step 3: leave it out"
 
 
 def slow_run(root: Path, saves: dict[str, Any]) -> None:

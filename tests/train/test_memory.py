@@ -60,8 +60,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
     """A stepper, and most bytes that the allocator held in a step, of its own running total: given out in it,
     or held before, which a mark says."""
     task = Acting()
-    stepper = Stepper(task, stage.optimization, seed=0)
-    batch = task.batch(0)
+    stepper, batch = Stepper(task, stage.optimization, seed=0), task.batch(0)
     stepper(0, dict(batch))
     stepper.optimizer.zero_grad()
     held = sum(t.untyped_storage().nbytes() for t in task.model.state_dict().values())
@@ -93,8 +92,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     assert planned.learning == learning and planned.parameters >= learning
     assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
     assert planned.moments == 8 * learning
-    stored = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
-    assert planned.weights == stored
+    assert planned.weights == sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
 
 
 def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,8 +81,7 @@ class Two(NamedTuple):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     root = tmp_path_factory.mktemp("two")
-    processes = start(slow_run, root)
-    deadline = time.monotonic() + PATIENCE
+    processes, deadline = start(slow_run, root), time.monotonic() + PATIENCE
     while not (root / "killed" / "checkpoints" / "step-00000004").is_dir():
         assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
         time.sleep(0.01)
@@ -99,10 +98,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     others = start(runs, root)
     for process in others:
         process.join(PATIENCE)
-    codes = [process.exitcode for process in others]
-    assert codes == [0, 0], said(runs, root, 0) + said(runs, root, 1)
-    told = [process.exitcode for process in ended]
-    return Two(root, said(slow_run, root, 0), processes[0].exitcode, told)
+    assert [process.exitcode for process in others] == [0, 0], said(runs, root, 0) + said(runs, root, 1)
+    return Two(root, said(slow_run, root, 0), processes[0].exitcode, [process.exitcode for process in ended])
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +145,7 @@ def test_only_the_rows_that_shall_learn_do(one: Path, two: Two) -> None:
     before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
     for out in (one, two.root / "ddp", two.root / "fsdp"):
         after = tensors(out, 2)[f"model.{EMBEDDINGS}"]
-        assert torch.equal(before[:START], after[:START])
-        assert not torch.equal(before[START:], after[START:])
+        assert torch.equal(before[:START], after[:START]) and not torch.equal(before[START:], after[START:])
 
 
 def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:

@@ -36,8 +36,7 @@ def test_targets_say_what_is_where() -> None:
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
     np.testing.assert_array_equal(largest, [True, True, False, True])
     # cells are 8 pixels wide: of patch 0 (columns 0, 8, 16, 24) the cup covers the third one's right half
-    first = cells[0].reshape(4, 4, 3)[..., 0]
-    np.testing.assert_array_equal(first[:2], [[0, 0, 64, 128], [0, 0, 128, 255]])
+    np.testing.assert_array_equal(cells[0].reshape(4, 4, 3)[..., 0][:2], [[0, 0, 64, 128], [0, 0, 128, 255]])
     np.testing.assert_array_equal(cells[3].reshape(4, 4, 3)[2:, 2:, 2], [[96, 32], [0, 0]])
     # the cup's centre is pixel (30, 14): seen from the middle of patch 0 (16, 16) and of patch 1 (48, 16)
     np.testing.assert_allclose(centre[[0, 1, 3]], np.array([[14, -2], [-18, -2], [6, 4]]) / 32)
@@ -94,11 +93,8 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
                 assert image[1, int(answer.y * height), int(answer.x * width)] > 150
     assert 3 <= views.count("wrist") <= 17  # a quarter of 40: 2.5 standard deviations
     fewer = {**labels, "wrist": labels["wrist"][:2]}
-    for given, fraction, drawn in (
-        (fewer, None, 0.25),
-        (fewer, 0.0, 0.0),
-        ({"external": fewer["wrist"]}, 0.5, 0.0),
-    ):
+    cases = (fewer, None, 0.25), (fewer, 0.0, 0.0), ({"external": fewer["wrist"]}, 0.5, 0.0)
+    for given, fraction, drawn in cases:
         mix = dataclasses.replace(mix, wrist=fraction)
         assert QuestionSamples(given, processor, mix, 3, seed=0).wrist == drawn
 

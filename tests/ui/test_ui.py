@@ -128,8 +128,7 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
         assert status == 303 and headers["Location"] == "/"
         cookie, *rest = headers["Set-Cookie"].split("; ")
         assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
-        assert get(server, "/", Cookie=cookie)[0] == 200
-        assert get(server, "/", Cookie=cookie[:-1])[0] == 401
+        assert get(server, "/", Cookie=cookie)[0] == 200 and get(server, "/", Cookie=cookie[:-1])[0] == 401
         opened = Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})
         assert opened.view["source"] == "simulator"
         opened.socket.close()
@@ -314,8 +313,7 @@ def test_numbers_without_a_scale_are_no_metres(
     assert studio.about()["unit"] == "metre"
     relative = replace(policy.processor.coordinates, unit="relative")
     monkeypatch.setattr(policy.processor, "coordinates", relative)
-    assert studio.about()["unit"] == "relative"
-    assert tab.ask("boxes", objects=tab.view["objects"][:1]) is None
+    assert studio.about()["unit"] == "relative" and tab.ask("boxes", objects=tab.view["objects"][:1]) is None
     assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
     assert tab.ask("question", text=f"How far away is the {tab.view['objects'][0]}?") is None
     assert re.search(r"\d\.\d{3} units", tab.view["answer"]["text"])
@@ -377,20 +375,16 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
 
 
 def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
-    assert tab.ask("reset", family="put_in_basket", seed=5) is None
-    assert tab.ask("start") is None
+    assert tab.ask("reset", family="put_in_basket", seed=5) is None and tab.ask("start") is None
     other = Tab(server)
     assert other.view["running"] is False and other.view["step"] == 0
-    assert other.ask("reset", family="stack_cube", seed=1) is None
-    assert get(server, "/healthz")[0] == 200
+    assert other.ask("reset", family="stack_cube", seed=1) is None and get(server, "/healthz")[0] == 200
     robot = RemotePolicy(f"ws://127.0.0.1:{server.port}")
     assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
     robot.close()
     tab.until(lambda part: part.get("step", 0) >= 2)
-    assert tab.ask("stop") is None
-    assert tab.view["running"] is False and tab.view["family"] == "put_in_basket"
-    assert other.ask("predict") is None
-    assert (other.view["family"], other.view["step"]) == ("stack_cube", 0)
+    assert tab.ask("stop") is None and tab.view["running"] is False and tab.view["family"] == "put_in_basket"
+    assert other.ask("predict") is None and (other.view["family"], other.view["step"]) == ("stack_cube", 0)
     other.socket.close()
     assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it
     tab.socket.close()

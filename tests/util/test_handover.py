@@ -77,8 +77,7 @@ def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
     assert Slots(1, 1).put(large, 0) is large
 
     def limited() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + SIZE
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SIZE
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         assert Slots(1, 3).put(BATCH, 0) is BATCH
 

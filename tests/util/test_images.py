@@ -77,8 +77,7 @@ def test_what_is_transparent_lies_on_white() -> None:
     pixels[:16, :, 3] = 0
     pixels[16:, :24, 3] = 128
     seen = quarters(load_image(encoded(Image.fromarray(pixels))))
-    assert (seen[0] == 255).all()
-    assert np.abs(seen[1, 0] - (QUARTERS[1, 0] / 2 + 127.5)).max() <= 1
+    assert (seen[0] == 255).all() and np.abs(seen[1, 0] - (QUARTERS[1, 0] / 2 + 127.5)).max() <= 1
     assert (seen[1, 1] == QUARTERS[1, 1]).all()
     grey = Image.fromarray(np.dstack([PICTURE[..., 0], pixels[..., 3]]))
     assert grey.mode == "LA" and (quarters(load_image(encoded(grey)))[0] == 255).all()
@@ -103,8 +102,7 @@ def test_exif_orientation_is_applied_to_photos_only(orientation: int, kind: str)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(PICTURE), kind, exif=exif)
-    assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all()
-    assert (decode_image(data) == PICTURE).all()
+    assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all() and (decode_image(data) == PICTURE).all()
 
 
 def test_what_is_no_picture_is_refused() -> None:

@@ -28,8 +28,7 @@ def set_cells(folder: Path, column: str, values: dict[int, Any], kind: pa.DataTy
     """Replace some of the second episode's cells in a column of the rows."""
     (file,) = (folder / "data").rglob("*.parquet")
     table = pq.read_table(file)
-    at = table.column_names.index(column)
-    cells = table[column].to_pylist()
+    at, cells = table.column_names.index(column), table[column].to_pylist()
     for step, value in values.items():
         cells[6 + step] = value
     pq.write_table(table.set_column(at, column, pa.array(cells, kind or table.schema.field(at).type)), file)

@@ -123,8 +123,7 @@ def test_bridge_episodes_are_canonical(bridge: Path) -> None:
         state = steps["observation"]["state"]
         np.testing.assert_array_equal(episode.position, state[:, :3])
         got = Rotation.from_quat(episode.rotation, scalar_first=True)
-        turned = Rotation.from_euler("xyz", state[:, 3:6]).inv() * got
-        assert turned.magnitude().max() < 1e-5
+        assert (Rotation.from_euler("xyz", state[:, 3:6]).inv() * got).magnitude().max() < 1e-5
         assert (episode.gripper >= 0).all() and (episode.gripper <= 1).all()
         np.testing.assert_array_equal(episode.action_mask, [True] * 9 + [False])
         np.testing.assert_allclose(episode.action[:9, :3], np.diff(state[:, :3], axis=0), atol=1e-7)
@@ -164,8 +163,7 @@ def test_records_that_the_description_does_not_know_of_are_named(copy: Path, tmp
     edit(copy / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["20"]))
     refuses(r"broken record: .* record 20: dataset_info", list, read_episodes(copy))
     written, reasons = prepare(copy, tmp_path / "store")
-    assert written == 20 and len(reasons) == 1
-    assert len(list(read_episodes(copy, "train[:19]"))) == 19
+    assert written == 20 and len(reasons) == 1 and len(list(read_episodes(copy, "train[:19]"))) == 19
 
 
 def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
@@ -349,8 +347,7 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     assert len(whole) == 10 and len(busy) == 8 == len(busy.images["external"])
     np.testing.assert_array_equal(busy.position, whole.position[[0, 1, 4, 5, 6, 7, 8, 9]])
     assert busy.action is not None and REGISTRY["droid"].drop_idle
-    moved = busy.action[:-1, :3].sum(0)
-    np.testing.assert_allclose(moved, whole.position[-1] - whole.position[0], atol=1e-6)
+    np.testing.assert_allclose(busy.action[:-1, :3].sum(0), whole.position[-1] - whole.position[0], atol=1e-6)
 
     # Whatever its orientation: in float32 the scalar product of a quaternion with itself may lie below 1.
     still = dataclasses.replace(spec, drop_idle=True, rate_hz=15)

@@ -90,8 +90,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
         name_of, _, span = path.rstrip("]").partition("[")
         first, _, end = span.partition(":")
         start = int(first or 0)
-        block = steps.setdefault(name_of, np.zeros((4, 40)))
-        block[:, start : int(end or start + values.shape[1])] = values
+        steps.setdefault(name_of, np.zeros((4, 40)))[:, start : int(end or start + values.shape[1])] = values
         if not span:
             steps[name_of] = values
 

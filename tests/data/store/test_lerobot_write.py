@@ -71,8 +71,7 @@ def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path],
         own = {n for n in written if n in EXTRA or (n.startswith("stats/") and n.split("/")[1] in EXTRA)}
         assert [n for n in written if n not in own] == list(schema)
         for name, kind_of in schema.items():
-            got = written[name]
-            assert str(got).replace("[8]", "[7]") == str(kind_of), f"{file} {name}"
+            assert str(written[name]).replace("[8]", "[7]") == str(kind_of), f"{file} {name}"
     assert pq.ParquetFile(ours / data).num_row_groups == pq.ParquetFile(theirs / data).num_row_groups == 8
     for folder in (theirs, ours):
         table = pandas.read_parquet(folder / "meta/tasks.parquet")

@@ -95,8 +95,7 @@ def test_the_same_episodes_are_in_it(recorded: Path, whole: Path) -> None:
 
 def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     store = EpisodeStore(whole)
-    everything = store.subset(range(len(store)))
-    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(everything, 1.0)])
+    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(store.subset(range(len(store))), 1.0)])
     assert open_store(whole, tmp_path)[0].whole and not open_store(whole, tmp_path, "train[1:]")[0].whole
     good = store.subset([i for i, episode in enumerate(store) if episode.success is not False])
     assert Normalizer.fit([(store.demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])

@@ -57,8 +57,7 @@ class Table:
         pose = np.concatenate([self.position, self.link.as_quat(scalar_first=True), [truth.opening]])
         seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
         state = self.robot.read(seen)["observation/state"]
-        action = oracle.act(self.task, truth)
-        self.command(self.robot.control(None)[1].convert(action[None], state, seen)[0])
+        self.command(self.robot.control(None)[1].convert(oracle.act(self.task, truth)[None], state, seen)[0])
 
     def command(self, row: Array) -> None:
         assert np.linalg.norm(row[:3]) <= oracle.MAX_STEP + 1e-6

@@ -76,8 +76,7 @@ def process(simpler: Simpler) -> SimplerProcess:
 
 
 def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) -> None:
-    robot = embodiments.load("simpler_widowx")
-    moment = process.reset(5, True)
+    robot, moment = embodiments.load("simpler_widowx"), process.reset(5, True)
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
     drawn = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
@@ -90,8 +89,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
     position, rotation = apply_step(start[:3], start[3:], move[:3], move[3:7])
     np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
-    assert float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3
-    assert not after.open
+    assert float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3 and not after.open
     settled = process.run(np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32), False).truth
     np.testing.assert_allclose(settled.measured[:3], position.numpy(), atol=3e-3)
     assert float(quat_distance(torch.from_numpy(settled.measured[3:]), rotation)) < 0.02
@@ -99,8 +97,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
 
 
 def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> None:
-    rows = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32)
-    ran = []
+    rows, ran = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32), []
     for start in (3, 7, 3):
         before = process.reset(start, False).truth
         ran.append(np.concatenate([before.source, before.goal, process.run(rows, False).truth.measured]))
@@ -136,8 +133,7 @@ def test_labels_of_the_scenes_are_true(simpler: Simpler, shared: Path, tmp_path:
     process = simpler.open(TASK, 1)[0]
     before = process.reset(3, True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
-    crowded = max(range(6), key=lambda number: len(frames[number].names))
-    process.look(10_000 + crowded, (384, 256))
+    process.look(10_000 + max(range(6), key=lambda number: len(frames[number].names)), (384, 256))
     assert (process.reset(3, True).observation["observation/image"] == before).all()
     seen = [("carrot" in frame.names.values(), len(frame.names)) for frame in frames]
     assert len(set(seen)) > 1, "no clutter"
@@ -177,8 +173,7 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
     out = process.run(np.array([[0.1, 0, 0, 0, 0, 0, 1]] * 12, np.float32), False)
     assert out.unreachable > 5 and np.linalg.norm(out.truth.commanded[:3]) < 0.8
     back = process.run(np.array([[-0.1, 0, 0, 0, 0, 0, 1]] * 2, np.float32), False)
-    assert back.unreachable == out.unreachable
-    assert back.truth.measured[0] < out.truth.measured[0] - 0.02
+    assert back.unreachable == out.unreachable and back.truth.measured[0] < out.truth.measured[0] - 0.02
 
 
 def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -134,8 +134,7 @@ def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
 
 def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
-    assert "error" not in scores.families["keypoint"].measures
-    assert "%" in scores.rows()[1][0][2]
+    assert "error" not in scores.families["keypoint"].measures and "%" in scores.rows()[1][0][2]
     unknown = QuestionOptions(families=("keypiont",))
     refuses("did you mean 'keypoint'", vqa.evaluate, Oracle(), [labelled(0)], unknown)
 
@@ -190,8 +189,7 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
     assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
     assert found.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
-    assert found.curve[0] == 0 and found.curve[-1] == 1
-    assert found.n == sum(b.n for b in found.bands) == 900
+    assert found.curve[0] == 0 and found.curve[-1] == 1 and found.n == sum(b.n for b in found.bands) == 900
     assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
     assert found.less_sure > 3 * found.surer and (found.miss < 0.05) == (too_sure == 1)
 
@@ -200,8 +198,7 @@ def test_a_vertex_is_no_surer_than_those_before_it() -> None:
     wide, narrow = (Oracle(sigma=sigma)._held(np.full(3, 0.4)) for sigma in (0.1, 0.01))
     parts = [wide.probabilities[:2], narrow.probabilities[2:], *[narrow.probabilities] * 7]
     box = Distribution(np.concatenate(parts), wide.coordinates)
-    expected = np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
-    np.testing.assert_allclose(uncertainty(box), expected)
+    np.testing.assert_allclose(uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8))
     np.testing.assert_array_equal(uncertainty(narrow), narrow.spread())
 
 

@@ -58,8 +58,7 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
 def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
     """A box that touches a table, camera frame; up; the table's height."""
     _, pose = camera(pitch=40.0)
-    up = pose[2, :3]
-    axes = pose[:3, :3].T @ turn.as_matrix()
+    up, axes = pose[2, :3], pose[:3, :3].T @ turn.as_matrix()
     bottom = np.abs(turn.as_matrix()[2]) @ size / 2
     center = (np.array([0, 0, bottom]) - pose[:3, 3]) @ pose[:3, :3]
     return make_box(center, size, axes), up, float(up @ center - bottom)

@@ -59,8 +59,7 @@ def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: 
     assert server.paths == ["/v1beta/models/gemini-x:generateContent"]
     assert server.headers[0]["x-goog-api-key"] == "secret-key"
     sent, prompt = picture(request), request["contents"][0]["parts"][1]
-    assert sent.shape == (50, 200, 3)
-    assert np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
+    assert sent.shape == (50, 200, 3) and np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
     assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
     config = request["generationConfig"]
     assert config["responseMimeType"] == "application/json" and config["responseSchema"]["type"] == "ARRAY"

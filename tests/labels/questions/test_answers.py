@@ -27,8 +27,7 @@ def made_up(rng: np.random.Generator) -> LabeledImage:
     objects = []
     for _ in range(rng.integers(0, 7)):
         center = np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)])
-        size = rng.uniform(0.02, 0.2, 3)
-        box = make_box(center, size, Rotation.from_quat(rng.normal(size=4)).as_matrix())
+        box = make_box(center, rng.uniform(0.02, 0.2, 3), Rotation.from_quat(rng.normal(size=4)).as_matrix())
         scores = {"visible": rng.choice([0.65, 0.8, 1]), "edge": rng.choice([0, 0, 0, 0.1])}
         scores |= {"points": rng.choice([20, 40, 300, 300]), "stability": rng.choice([0.5, 0.7, 0.9])}
         points = {"closest": box.center * 0.9, "furthest": box.center * 1.1, "centre": box.center}
@@ -82,8 +81,7 @@ def test_names_that_could_mean_another_are_ambiguous(kind: str, also: str, not_a
 
 
 def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage]) -> None:
-    rng = np.random.default_rng(0)
-    wordings = Counter()
+    rng, wordings = np.random.default_rng(0), Counter()
     for image in labels * 8:
         metric = generate(image, np.random.default_rng(int(rng.integers(99))))
         assert not any(re.search("relative|scale|metre|unit", q.prompt) for q in metric)
@@ -91,6 +89,5 @@ def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage
             patterns = {w: re.escape(w).replace(r"\{\}", ".*") for w in UNITS["relative"]}
             found = [w for w, pattern in patterns.items() if re.fullmatch(pattern, q.prompt)]
             wordings.update(found)
-            assert len(found) == (q.family != "back_projection")
-            assert q.unit == "relative"
+            assert len(found) == (q.family != "back_projection") and q.unit == "relative"
     assert len(wordings) == len(UNITS["relative"])

@@ -25,8 +25,7 @@ from spear.util.images import encode_jpeg
 
 @pytest.fixture(scope="module")
 def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]:
-    rng = np.random.default_rng(2)
-    families = FAMILIES + FAMILIES_2D
+    rng, families = np.random.default_rng(2), FAMILIES + FAMILIES_2D
     return [(x, q) for _ in range(30) for x in labels for q in generate(x, rng, families=families)]
 
 
@@ -139,12 +138,8 @@ def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImag
     shirt = replace(o, name="shirt", box2d=box / 1000, mask=encode_mask(mask))
     both = replace(halved, objects=[*halved.objects, shirt])
     asked = [generate(both, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
-    places = {
-        int(re.findall(r"<loc(\d{4})>", q.prompt)[1])
-        for some in asked
-        for q in some
-        if "shirt" not in q.objects
-    }
+    others = [q for some in asked for q in some if "shirt" not in q.objects]
+    places = {int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for q in others}
     assert len(places) > 3 and 400 <= min(places) <= max(places) <= 512
     unseen = replace(halved, objects=[replace(halved.objects[0], mask=())])
     assert not generate(unseen, np.random.default_rng(0), families=["what_at"])

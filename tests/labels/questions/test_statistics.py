@@ -19,8 +19,7 @@ from spear.types import LabeledImage
 def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(1)
     found = list(label([random_frame(rng, objects=n) for n in (2, 3, 5, 7, 0)], *TRUTH))
-    unboxed = replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})])
-    return [*found, unboxed]
+    return [*found, replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})])]
 
 
 def test_counts_are_those_by_hand_and_units_are_not_mixed(labels: list[LabeledImage]) -> None:
@@ -44,8 +43,7 @@ def test_token_use_counts_what_is_even_unused_and_outside(labels: list[LabeledIm
     tokens = CoordinateTokenizer.fit(values, 16)
     even = token_use(values, tokens)
     assert sum(even.counts) == len(values) and even.unused == even.outside == 0
-    assert even.evenness > 0.95
-    assert token_use([0.0] * 5, tokens).evenness == pytest.approx(1 / 16)
+    assert even.evenness > 0.95 and token_use([0.0] * 5, tokens).evenness == pytest.approx(1 / 16)
     far = token_use([1e3, -1e3], tokens)
     assert far.outside == 2 and far.counts[0] == far.counts[-1] == 1 and far.unused == 14
     assert token_use([], tokens).evenness == 0.0

@@ -46,8 +46,7 @@ def test_features_and_raw_outputs_are_the_references(shared: Path, version: int,
         assert error(layers[:, 1::37], expected["features.patch_s37"]) < 5e-6
     if case == "v2_square_37x37":  # the grid that positions were learned on; the rest is as elsewhere
         return
-    output = model(image, tokens)
-    compared = set()
+    output, compared = model(image, tokens), set()
     for name, tensor in (("points", output.points), ("mask", output.mask)):
         for suffix, step in (("", 1), ("_s2", 2)):
             if f"forward.{name}{suffix}" in expected:
@@ -130,8 +129,7 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    model = random_v1()
-    image = torch.zeros(1, 3, 40, 60)
+    model, image = random_v1(), torch.zeros(1, 3, 40, 60)
     refuses(r"wrong image type: torch\.float32 \(40, 60, 3\)", infer, model, torch.zeros(40, 60, 3))
     for value in (255.0, -1.0, torch.nan):
         refuses("floats outside of 0 … 1", infer, model, image + value)

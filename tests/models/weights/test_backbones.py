@@ -57,8 +57,7 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
     moge = publish_moge(tmp_path / "model.pt")
     plan = plan_backbones(folder, moge, "tiny14")
     report, model = plan.report, plan.run()
-    ours = {key.name.split("[")[0] for key in report.of("loaded", "new")}
-    assert ours == set(model.state_dict())
+    assert {key.name.split("[")[0] for key in report.of("loaded", "new")} == set(model.state_dict())
     assert report.parameters() == sum(p.numel() for p in model.parameters())
     published = set(Shards.open(folder, "PaliGemma").weights) | set(torch.load(moge)["model"])
     left = {key.name for key in report.of("left out")}
