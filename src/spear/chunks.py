@@ -73,7 +73,10 @@ class ChunkExecutor:
     """
 
     def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0, gripper: float = 1) -> None:
-        check_mode(mode, most)
+        check_known("way of executing chunks", get_args(Mode), mode)
+        if mode == "rtc" and not most:
+            others = "async, or train with --set committed=2"
+            raise SpearError(f"--execution rtc: not learned by the policy: {others}")
         check_replan(replan)
         self.mode, self.replan, self.most, self.gripper = mode, replan, most, gripper
         self._waiting: list[_Chunk] = []  # until they arrive
@@ -192,14 +195,6 @@ class Pilot:
                 notice(f"an answer took {self._took:.1f} s: dropped, as the robot may be elsewhere now")
             else:
                 self._executor.give(actions, observed=tick)
-
-
-def check_mode(mode: str, committed: int) -> None:
-    """Raises `SpearError` for an unknown way of executing chunks, and for one that a policy which may be told
-    of so many actions has not learned."""
-    check_known("way of executing chunks", get_args(Mode), mode)
-    if mode == "rtc" and not committed:
-        raise SpearError("--execution rtc: not learned by the policy: async, or train with --set committed=2")
 
 
 def check_replan(replan: int, horizon: int | None = None) -> None:
