@@ -196,7 +196,7 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
     Raises `SpearError` for an unknown row, family or change.
     """
     (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
-    changes = key_values(options.set, "--set")
+    changes = key_values(options.set)
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
     jobs: dict[str, Any] = {}

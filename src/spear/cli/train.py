@@ -30,7 +30,7 @@ def train(options: TrainOptions) -> None:
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    changes = key_values(options.set, "--set", preset=options.preset, steps=options.steps)
+    changes = key_values(options.set, preset=options.preset, steps=options.steps)
     stage = recipe(options.recipe, **changes)
     preset(stage.preset)
     check_inputs(stage, options)
@@ -73,7 +73,7 @@ def plan(options: PlanOptions) -> None:
     from spear.train.recipes import recipe
 
     capacity = memory.usable(options.gpu)
-    changes = key_values(options.set, "--set", preset=options.preset, batch_size=options.batch_size)
+    changes = key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
         if options.set:
             raise SpearError("--set changes recipes, and inference is none: leave it out")

@@ -100,8 +100,8 @@ _CHANGES = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-
 Changes = Annotated[tuple[str, ...], arg(help=_CHANGES)]
 
 
-def key_values(items: Sequence[str], option: str, **named: Any) -> dict[str, Any]:
-    """KEY=VALUE words; a value is read as JSON (numbers, true, lists …) where it is some, else as a string.
+def key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
+    """KEY=VALUE words of --set; a value is read as JSON (numbers, true, lists …) if it is any, else a string.
 
     named: keys that have options of their own, with what those say (None: nothing). Raises `SpearError` for a
     word without =, and for a key that is given twice.
@@ -110,9 +110,9 @@ def key_values(items: Sequence[str], option: str, **named: Any) -> dict[str, Any
     for item in items:
         key, equals, text = item.partition("=")
         if not equals:
-            raise SpearError(f"{option} {item}: write it as KEY=VALUE")
+            raise SpearError(f"--set {item}: write it as KEY=VALUE")
         if key in found:
-            raise SpearError(f"{option} {item}: {key} is also given as {found[key]}: give it once")
+            raise SpearError(f"--set {item}: {key} is also given as {found[key]}: give it once")
         try:
             found[key] = json.loads(text)
         except ValueError:
