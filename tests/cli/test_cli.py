@@ -150,11 +150,7 @@ def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPat
         OSError(errno.ENOSPC, "No space left on device"),
         weights("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
-
-        def full(error: Exception = error) -> None:
-            raise error
-
-        monkeypatch.setattr("spear.cli.data.datasets", full)
+        monkeypatch.setattr("spear.data.readers.spec.missing", Mock(side_effect=error))
         assert "the disk is full: free some space" in refused("data", "datasets")
 
 

@@ -10,22 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data_tiny import make as tiny
-from data_tiny import png, stored
+from data_tiny import make, png, stored
 from refusals import refuses
 from spear.data.actions import episode_actions
 from spear.data.mixture import Mixture, TrainingSamples, jitter
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
-from spear.types import Episode
 
 VIEWS = {"external": (12, 16), "wrist": (6, 6)}
 
 
 def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
     """Episode e, step t: image value 10 e + t, x = e + t / 100, action x = t; step 2 is masked."""
-
-    def make(e: int) -> Episode:
+    made = []
+    for e in range(episodes):
         steps = 5 + e
         action = np.zeros((steps, 8), np.float32)
         action[:, 0], action[:, 3], action[:, 7] = np.arange(steps), 1, np.arange(steps) % 2
@@ -35,9 +33,8 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
         position = np.stack([e + np.arange(steps) / 100, np.zeros(steps), np.zeros(steps)], axis=1)
         parts = {"images": images, "position": position, "action": action, "rate_hz": rate_hz}
         parts |= {"action_mask": np.arange(steps) != 2, "instruction": f"task {e}", "source": f"{name} {e}"}
-        return tiny(e, steps, **parts)
-
-    return stored([make(e) for e in range(episodes)], folder, shard_size=2)
+        made.append(make(e, steps, **parts))
+    return stored(made, folder, shard_size=2)
 
 
 @pytest.fixture
@@ -109,8 +106,8 @@ def test_the_order_depends_on_seed_and_step_alone(
             mask = np.array(data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps)))
             logged = data.draw(st.booleans())
             action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
-            made.append(tiny(e, steps, action=action, action_mask=mask))
-        made.append(tiny(len(episodes), 2))  # with a valid step
+            made.append(make(e, steps, action=action, action_mask=mask))
+        made.append(make(len(episodes), 2))  # with a valid step
         store = stored(made, folder / str(number), shard_size=2)
         sources.append((f"set {number}", store, data.draw(st.floats(0.01, 100))))
 

@@ -75,7 +75,7 @@ def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(fram
     assert not without.notes and "camera to world" in other.notes[0]
 
 
-def test_half_an_object_is_not_asked_about(frames: list[Frame]) -> None:
+def test_half_an_object_is_not_asked_about() -> None:
     """Neither where half of its depth is unknown, nor where its mask covers half of what was detected."""
 
     class Part(GroundTruthSegmenter):

@@ -90,7 +90,7 @@ def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path)
     refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])
 
 
-def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(inputs: Inputs, tmp_path: Path) -> None:
+def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(tmp_path: Path) -> None:
     """A VLM of a preset's encoders may have another language model: PaliGemma 2's."""
     processor, size = load_vlm("nano").processor, preset("nano")
     config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)

@@ -81,7 +81,7 @@ def test_mistakes_are_found_before_data_are_made(
 
 
 def test_the_first_process_says_that_it_is_done(
-    given: Path, tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
@@ -90,7 +90,7 @@ def test_the_first_process_says_that_it_is_done(
         assert done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store")) == said
 
 
-def test_a_vlm_with_moge_is_no_beginning_without(given: Path, tmp_path: Path, refused: Command) -> None:
+def test_a_vlm_with_moge_is_no_beginning_without(tmp_path: Path, refused: Command) -> None:
     write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
     for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
         assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))

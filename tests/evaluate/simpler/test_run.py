@@ -127,10 +127,9 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3
 
 
-def test_labels_of_the_scenes_are_true(simpler: Simpler, shared: Path, tmp_path: Path) -> None:
+def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
     """Cubes of 3 cm are labelled as such, at their distance from each other; none is an official start; and
     the scenes of evaluations are as before."""
-    process = simpler.open(TASK, 1)[0]
     before = process.reset(3, True).observation["observation/image"]
     frames = [process.look(seed, (384, 256)) for seed in range(10_000, 10_006)]
     process.look(10_000 + max(range(6), key=lambda number: len(frames[number].names)), (384, 256))

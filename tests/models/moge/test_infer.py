@@ -19,16 +19,12 @@ def everywhere(points: torch.Tensor) -> torch.Tensor:
 
 
 def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
-    for case in ("exact", "masked_noisy"):
-        points = helpers[f"{case}.points"]
-        mask = helpers.get(f"{case}.mask", everywhere(points))
-        focal, shift = recover_focal_shift(points[None], mask[None])
-        torch.testing.assert_close(focal[0], helpers[f"{case}.focal"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(shift[0], helpers[f"{case}.shift"], rtol=1e-5, atol=1e-6)
-    points = helpers["focal_given_batch.points"]
-    focal, shift = recover_focal_shift(points, helpers["empty_mask_batch.mask"])
-    torch.testing.assert_close(focal, helpers["empty_mask_batch.focal"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(shift, helpers["empty_mask_batch.shift"], rtol=1e-5, atol=1e-6)
+    batches = {case: helpers[f"{case}.points"][None] for case in ("exact", "masked_noisy")}
+    batches["empty_mask_batch"] = helpers["focal_given_batch.points"]
+    for case, points in batches.items():
+        mask = helpers.get(f"{case}.mask", everywhere(points)).view(points.shape[:-1])
+        for name, found in zip(("focal", "shift"), recover_focal_shift(points, mask), strict=True):
+            torch.testing.assert_close(found, helpers[f"{case}.{name}"].view(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_view_plane_and_unprojection_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
