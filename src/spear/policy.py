@@ -308,7 +308,7 @@ class Spear1Policy:
     def _meet(self, robot: Hashable, state: Array) -> RobotCheck:
         """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
         known, new = self.known, robot not in self._robots
-        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len(self._robots) + 1)
+        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len({*self._robots, None}))
         if new and known and (words := known.unlike_at_first(state)):
             self._note("gripper", f"observations unlike those of training: {words}", met)
         if len(self._robots) > MOST_ROBOTS:
@@ -345,5 +345,5 @@ class Spear1Policy:
 
 
 def _robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """Who sent each observation; None where nobody says."""
+    """Who sent each observation; None, which is not counted, where nobody says: a server's example."""
     return [getattr(observation, "robot", None) for observation in observations]

@@ -45,4 +45,4 @@ def test_answers_from_graphs() -> None:
             found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammar=grammar)
             assert torch.equal(found.cpu(), on_cpu)
     assert greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12).shape[1] <= 12
-    assert len(STACK(model.language_model, True, can_compile(model.device)).replay) == 1
+    assert len(STACK(model.language_model, True, can_compile(model.device)).replay._graphs) == 1

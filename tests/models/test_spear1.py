@@ -145,10 +145,8 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     first = Action.from_vector(model.action_out_proj.bias.detach())  # of a clean action: not to turn
     assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
     noise = (flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    sampled = [model.sample_actions(*inputs(), drawn, steps=7) for drawn in noise]
-    assert sampled[0].to_vector().shape == (B, H, 8)
-    assert torch.equal(sampled[0].to_vector(), sampled[1].to_vector())
-    assert not torch.equal(sampled[0].to_vector(), sampled[2].to_vector())
+    one, same, other = (model.sample_actions(*inputs(), drawn, steps=7).to_vector() for drawn in noise)
+    assert one.shape == (B, H, 8) and torch.equal(one, same) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear.errors import SpearError
 from spear.models.fast.small import SMALL, SmallStack
-from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill
+from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill, views
 
 Range = tuple[int, int]
 """Token ids [first, last)."""
@@ -93,8 +93,7 @@ def _decode(
 ) -> Tensor:
     """Answers [N, T]. inputs: as `greedy` makes them. spans: of the token at every step. words: None where
     the spans say all."""
-    pixels = {name.removeprefix("pixels/"): t for name, t in inputs.items() if name.startswith("pixels/")}
-    features, _ = vlm.encode_images(pixels)
+    features, _ = vlm.encode_images(*views(inputs))
     text = vlm.embed_text(inputs["input_ids"])
     other = isinstance(layers, SmallStack) and text.dtype != layers.dtype  # a prompt's rows are many
     first = STACK(vlm.language_model, False, False) if other else layers
@@ -135,9 +134,7 @@ class _Words:
         self.step, self.grammar = 0, grammar
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         if grammar is not None:  # [vocabulary] each
-            self.words, self.numbers = torch.zeros(
-                2, config.vocab_size, dtype=torch.bool, device=prompts.device
-            )
+            self.words, self.numbers = self.done.new_zeros(2, config.vocab_size)
             self.numbers[slice(*grammar.numbers)] = True
             for span in grammar.words:
                 self.words[slice(*span)] = True

@@ -141,6 +141,16 @@ def suffix_mask(valid: Tensor, horizon: int, samples: int) -> Tensor:
     return torch.cat([valid[:, None, :].expand(-1, tokens, -1), own], dim=-1)[:, None]
 
 
+def mask_for(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as the attention that a model was asked to use takes it: Transformers' "eager" adds it."""
+    return as_bias(allowed, dtype) if model.config._attn_implementation == "eager" else allowed
+
+
+def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where attention is allowed, else the least number."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
 def sinusoids(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
     """π0's embedding of the flow time, [...] -> [..., width] float32: sines, cosines; geometric periods."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)

@@ -2,8 +2,7 @@
 
 The same actions as `flow.integrate` around `Spear1ForActionPrediction.predict` gives, up to rounding, without
 the work whose result nobody reads: the VLM's last layer stops at its keys and values, and the state, which no
-action changes, goes through the expert in the first flow step only. That they are the same is not believed:
-the first observation of each kind goes through both.
+action changes, goes through the expert in the first flow step only.
 """
 
 from collections.abc import Hashable
@@ -18,7 +17,7 @@ from spear import flow
 from spear.errors import first_line, notice
 from spear.models.fast.linear import Events, Fused, Prepared, branch, is_recording, linear
 from spear.models.fast.small import if_small
-from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill
+from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill, views
 from spear.models.layers import sinusoids
 from spear.models.vision import one_product
 from spear.types import Action
@@ -114,7 +113,7 @@ def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool 
 @torch.no_grad()
 def plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """What `sample` gives, by the network as it is trained, step by step."""
-    pixels, present = _views(inputs)
+    pixels, present = views(inputs)
     prefix = model.prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
     def predict(noisy: Action, time: Tensor) -> Action:
@@ -159,22 +158,13 @@ def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: 
     return slow
 
 
-def _views(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Pixels and presence, by view."""
-    pixels, present = (
-        {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
-        for kind in ("pixels/", "present/")
-    )
-    return pixels, present
-
-
 def _committed(inputs: Inputs) -> flow.Committed | None:
     held = inputs.get("held")
     return None if held is None else flow.Committed(Action.from_vector(inputs["committed"]), held)
 
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
-    pixels, present = _views(inputs)
+    pixels, present = views(inputs)
     horizon = inputs["noise"].shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
     text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None

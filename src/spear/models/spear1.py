@@ -138,9 +138,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
         embeds = torch.cat([self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1)
         first = layers.positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
+        mask = layers.suffix_mask(prefix.valid, horizon, samples)
         output = self.expert(
             inputs_embeds=embeds.to(dtype),  # autocast or not, the residual stream is in full precision
-            attention_mask=layers.suffix_mask(prefix.valid, horizon, samples),
+            attention_mask=layers.mask_for(self.expert, mask, dtype),
             position_ids=torch.cat([first, first + steps], dim=1),
             **{layers.CACHE: prefix.cache},
             use_cache=False,

@@ -171,10 +171,10 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
         causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
-        cache = layers.KVCache()
+        cache, mask = layers.KVCache(), layers.prefix_lm_mask(valid, causal)
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
-            attention_mask=layers.prefix_lm_mask(valid, causal),
+            attention_mask=layers.mask_for(self.language_model, mask, text.dtype),
             position_ids=layers.positions(valid),
             use_cache=False,
             **{layers.CACHE: cache if keep_cache else None},

@@ -50,6 +50,8 @@ def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, la
     assert mine.shape[-1] == ROWS + TINY14.bins and relative(mine[:, :ROWS], expected) < 1e-5
     ours.save_pretrained(again := tmp_path / "saved")
     assert torch.equal(logits(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine)
+    ours.set_attn_implementation("eager")
+    assert relative(logits(ours, theirs, 280, 210)[0], mine) < 1e-5
 
 
 def test_every_weight_is_accounted_for(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import Gemma2Model, GemmaModel
 
 from spear.errors import first_line, notice
 from spear.models.fast.linear import Events, Fused, Prepared
-from spear.models.layers import positions
+from spear.models.layers import as_bias, positions
 
 Inputs = Mapping[str, Tensor]
 Recorded = tuple[torch.cuda.CUDAGraph, Inputs, Tensor]
@@ -25,6 +25,15 @@ Recorded = tuple[torch.cuda.CUDAGraph, Inputs, Tensor]
 MOST = 8
 """Graphs kept (our choice): each holds the memory of its results. The least recently used one goes."""
 _WARM_UPS, _RECORDING = 3, threading.Lock()
+
+
+def views(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Pixels and presence, by view."""
+    pixels, present = (
+        {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
+        for kind in ("pixels/", "present/")
+    )
+    return pixels, present
 
 
 class StaticKVCache:
@@ -100,9 +109,6 @@ class CudaGraphCache:
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, Recorded | None] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def __call__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable) -> Tensor:
         """function(inputs). There is a graph per options, and per names, shapes and types of the inputs. One
@@ -214,7 +220,7 @@ class Stack:
         """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm; their
         keys and values are left in the cache.
 
-        bias       [B · kv heads, 1, places] added to all scores, or None: `hidden_places` of padding.
+        bias       [B · kv heads, 1, places] added to all scores, or None: see `Prefilled.bias`.
         keys_only  the last layer stops at its keys and values, and the result is its input.
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
@@ -322,11 +328,12 @@ class Prefilled:
     wrote: Events
 
     def bias(self, room: int, groups: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of tokens that see the prefix and `room` places after it; or None."""
+        """[B · kv heads, 1, places] added to the scores of the prefix and `room` places after it; or None."""
         if not self.padded:
             return None
         after = self.valid.new_ones(self.valid.shape[0], room)
-        return hidden_places(torch.cat([self.valid, after], dim=1), groups, dtype)
+        bias = as_bias(torch.cat([self.valid, after], dim=1), dtype)
+        return bias.repeat_interleave(groups, dim=0)[:, None]
 
 
 def prefill(
@@ -357,20 +364,14 @@ def prefill(
         padded = not bool(valid.all())
     cache = layers.cache(batch, length + room, x.dtype, x.device)
     where = positions(valid)
-    bias = hidden_places(valid, layers.groups, x.dtype) if padded else None
+    prefix = Prefilled(cache, valid, padded, where[:, -1] + 1, None, wrote)
+    bias = prefix.bias(0, layers.groups, x.dtype)
     window = replace(cache.window(0, [(length, length)]), wrote=wrote)
     rotations = layers.rotations(where, x.dtype)
     # Of all places with as many valid ones before them as the last token, it is the first.
     wanted = None if keys_only else where.argmax(-1)
     found = layers(x, rotations, window, bias, keys_only, wanted)
-    return Prefilled(cache, valid, padded, where[:, -1] + 1, None if keys_only else found[:, 0], wrote)
-
-
-def hidden_places(valid: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Valid places [B, S] bool -> what is added to scores, [B · kv heads, 1, S]: 0, or the least number."""
-    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-    bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
-    return bias.repeat_interleave(groups, dim=0)[:, None]
+    return prefix if keys_only else replace(prefix, hidden=found[:, 0])
 
 
 def scale_of(norm: nn.Module) -> Tensor:
