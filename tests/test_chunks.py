@@ -234,20 +234,13 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_the_pilot_stands_and_waits_in_sync() -> None:
+def test_the_pilot_waits_in_sync_and_looks_again_after_a_pause_and_with_another_prompt() -> None:
     def answer(observation: Mapping[str, Any]) -> Array:
         time.sleep(0.05)
         return chunk(observation["t"])
 
-    pilot = Pilot(policy(answer), "sync", replan=2)
-    assert millimetres([pilot.step({"t": t}) for t in range(1, 7)]) == [1, 2, 3, 4, 5, 6]
-    pilot.close()
-
-
-@pytest.mark.usefixtures("no_waiting")
-def test_after_a_pause_and_with_another_prompt_the_pilot_looks_again() -> None:
-    pilot = Pilot(policy(lambda observation: chunk(observation["t"])), "sync", replan=3)
-    assert millimetres([pilot.step({"t": t}) for t in (1, 2)]) == [1, 2]
+    pilot = Pilot(policy(answer), "sync", replan=3)
+    assert millimetres([pilot.step({"t": t}) for t in range(1, 9)]) == [1, 2, 3, 4, 5, 6, 7, 8]
     pilot._stepped -= 2  # seconds pass
     assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
     assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]

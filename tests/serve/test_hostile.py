@@ -102,7 +102,8 @@ def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
             read = len(slow.recv(2**20))
             assert read, f"cut off, {left} bytes before the end"
             left -= read
-            time.sleep(0.01)
+            slow.sendall(PING)
+            time.sleep(0.02)
         slow.close()
 
 
@@ -157,5 +158,6 @@ def test_an_address_for_others_is_one_that_answers() -> None:
     assert server.reachable("::1") == "[::1]" and server.reachable("10.0.0.5") == "10.0.0.5"
     address = server.reachable("0.0.0.0")
     assert address not in ("", "0.0.0.0")
+    assert server.reachable("::").startswith("[")  # who listens there answers on IPv6 alone
     with serving(host="0.0.0.0") as running:
         RemotePolicy(f"ws://{address}:{running.port}").close()

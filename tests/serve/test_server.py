@@ -341,9 +341,8 @@ def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
             raw.send(wire.encode(seen()))
             assert said.readline() == "asked\n"
             server.send_signal(signal.SIGTERM)
-            answer = raw.recv()
-            assert isinstance(answer, bytes)
-            np.testing.assert_array_equal(wire.decode(answer)["actions"], homing(seen()["observation/state"]))
+            reply = wire.decode(raw.recv())
+            np.testing.assert_array_equal(reply["actions"], homing(seen()["observation/state"]))
             for left in (raw, other):
                 with pytest.raises(ConnectionClosedOK, match="1001"):
                     left.recv()

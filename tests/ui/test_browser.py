@@ -164,6 +164,8 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
     until(lambda: {p.name for p in tmp_path.iterdir()} & {"put_on-0.mp4", "put_on-0.webm"}, "the film")
+    tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
+    assert tab.run("[memory.asked, view.late]") == [None, True]  # what failed is not asked for again
     tab.run("socket.close(); memory.moments.delete(2); seek(2)")
     assert tab.run("[view.late, view.gripper, view.step]") == [True, None, 2]
     tab.wait("socket.readyState === 1 && !view.late && !waiting")

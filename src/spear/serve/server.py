@@ -50,7 +50,7 @@ limits are all our choice)."""
 SMALL, MOST_SMALL = 1024, 100
 """So many frames below so many bytes may come within a second: each is as much work as a large one."""
 UNREAD = 2**20
-"""Bytes that may wait for a client to read them: answers to its pings."""
+"""Bytes that may wait for a client to read them, beside the answer that it is sent: answers to its pings."""
 HELD = 256 * 2**20
 """Bytes of messages not yet answered, of all clients: beyond, the client with most of them is cut off."""
 OPENING = 256
@@ -97,11 +97,13 @@ class Guarded(ServerConnection):
     def __init__(self, peers: "dict[Guarded, None]", *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.peers, self.held, self._taken = peers, 0, 0
-        self._second, self._small = 0.0, 0
+        self._second, self._small, self._sending = 0.0, 0, 0
 
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         """Send it, within `SEND_S` and as much for each MiB."""
+        self._sending += len(message)
         await self._within(SEND_S * (1 + len(message) / 2**20), super().send(message, text=text))
+        self._sending -= len(message)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Say goodbye, within `CLOSE_S`."""
@@ -139,7 +141,7 @@ class Guarded(ServerConnection):
             before = self._small
             super().data_received(bytes(rest[:size]))
             rest, size = rest[size:], 2 * size if self._small == before else SMALL
-        if self.transport.get_write_buffer_size() > UNREAD:
+        if self.transport.get_write_buffer_size() > UNREAD + self._sending:
             self.transport.abort()
         if sum(peer.held for peer in self.peers) > HELD:
             max(self.peers, key=lambda peer: peer.held).transport.abort()
@@ -318,11 +320,9 @@ class PolicyServer:
         return None
 
     def _allowed(self, request: Request) -> bool:
-        if self.options.token is None:
-            return True
-        sent = request.headers.get_all("Authorization")
-        right = f"Api-Key {self.options.token}".encode()
-        return len(sent) == 1 and hmac.compare_digest(sent[0].encode(errors="surrogateescape"), right)
+        sent, token = request.headers.get_all("Authorization"), self.options.token
+        given, right = "".join(sent).encode(errors="surrogateescape"), f"Api-Key {token}".encode()
+        return token is None or (len(sent) == 1 and hmac.compare_digest(given, right))
 
 
 def gpu_memory() -> float:
@@ -355,12 +355,11 @@ def _ours(host: str) -> bool:
 def reachable(host: str) -> str:
     """Where clients reach a server that listens on `host`: of all addresses, the one that others can use."""
     if host in ("", "0.0.0.0", "::"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-            try:
-                asked.connect(("192.0.2.1", 9))  # sends nothing: which of our addresses would be used?
-            except OSError:  # no network
-                return socket.gethostname()
-            return str(asked.getsockname()[0])
+        v4, v6 = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
+        (family, far), host = (v6, "::1") if host == "::" else (v4, socket.gethostname())
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:  # no network
+            asked.connect((far, 9))  # sends nothing: which of our addresses would be used?
+            host = str(asked.getsockname()[0])
     return f"[{host}]" if ":" in host else host
 
 

@@ -9,14 +9,14 @@ const AHEAD = 4;  // steps whose pictures are fetched before they are shown
 
 class Memory {
   constructor() {
-    Object.assign(this, { moments: new Map(), pictures: [], shown: 0, newest: 0, asked: null, source: "" });
+    Object.assign(this, { moments: new Map(), pictures: [], lost: new Set(), shown: 0, newest: 0, asked: null, source: "" });
     this.track = { every: 1, position: [], opening: [] };
   }
 
   // Keep what a part says of a step; gives the rest of it.
   keep(part) {
     if ("source" in part) {
-      Object.assign(this, { moments: new Map(), pictures: [], shown: 0, asked: null, source: part.source });
+      Object.assign(this, { moments: new Map(), pictures: [], lost: new Set(), shown: 0, asked: null, source: part.source });
       this.track = part.track ?? { every: 1, position: [], opening: [] };
       this.newest = part.source === "simulator" ? 0 : part.limit;
     }
@@ -40,7 +40,11 @@ class Memory {
     return this.moments.get(step);
   }
 
+  // Something went wrong: perhaps the picture that was asked for. If not it still comes; asked for again, it would fail for ever.
+  failed() { this.lost.add(this.asked); this.asked = null; }
+
   has(step) { return !!this.moments.get(step)?.images; }
+  settled(step) { return this.has(step) || this.lost.has(step); }
   over() { return this.source === "simulator" && !!this.moments.get(this.newest)?.outcome; }
 
   // The last step that there can be.
@@ -67,7 +71,7 @@ class Memory {
   // The step whose pictures to ask for next, null for none.
   wants() {
     if (this.asked !== null || !this.moments.size) return null;
-    for (let k = this.shown; k <= Math.min(this.newest, this.shown + AHEAD); k++) if (!this.has(k)) return k;
+    for (let k = this.shown; k <= Math.min(this.newest, this.shown + AHEAD); k++) if (!this.settled(k)) return k;
     return null;
   }
 

@@ -142,7 +142,8 @@ class Session:
     """One tab. `thread` is the one thread that the studio belongs to."""
 
     def __init__(self, connection: ServerConnection, studio: Studio, thread: Executor) -> None:
-        self._connection, self._table, self._thread = connection, Table(studio), thread
+        self._connection, self._thread = connection, thread
+        self._table = Table(studio, lambda: connection.close_code is None)
         self._rollout: asyncio.Task[None] | None = None
 
     async def talk(self, about: View) -> None:

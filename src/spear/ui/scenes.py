@@ -199,7 +199,23 @@ class Shelf:
         """An episode, to be looked at. Raises `SpearError` for one that cannot be."""
         number, held = whole("episode", index, len(self._titles) - 1), self._held
         if isinstance(held, EpisodeStore):
-            return _recorded(held, number, cameras(policy))
+            e = held.without_images(number)
+
+            def picture(step: int, camera: str) -> Array | None:
+                data = held.image(number, step, camera)
+                return None if data is None else decode_image(data, f"{e.source} step {step}")
+
+            states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
+            return Recording(
+                kind="recording",
+                name=f"episode-{number}",
+                picture=picture,
+                states=states,
+                views=cameras(policy),
+                instruction=e.instruction,
+                rate_hz=e.rate_hz,
+                success=e.success,
+            )
         outcome = held[number]
         weights = self._settings.get("weights")
         if weights is None or weights != policy.identity or "execution" not in self._settings:
@@ -226,23 +242,3 @@ def _jpeg(image: Array) -> str:
     picture.thumbnail(LARGEST_SHOWN)
     data = encode_jpeg(np.asarray(picture), quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
-
-
-def _recorded(store: EpisodeStore, index: int, views: Collection[str]) -> Recording:
-    e = store.without_images(index)
-
-    def picture(step: int, camera: str) -> Array | None:
-        data = store.image(index, step, camera)
-        return None if data is None else decode_image(data, f"{e.source} step {step}")
-
-    states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
-    return Recording(
-        kind="recording",
-        name=f"episode-{index}",
-        picture=picture,
-        states=states,
-        views=views,
-        instruction=e.instruction,
-        rate_hz=e.rate_hz,
-        success=e.success,
-    )

@@ -6,7 +6,7 @@ the page's view, as plain JSON, which the page keeps by step.
 
 import base64
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,11 @@ class Table:
     """One tab's scene, recording or photo. What the page may ask for is a method of that name.
 
     Each takes the request, whose "step" is the step to look at (else the newest), and gives the part of the
-    view that changes. Raises `SpearError` for whatever is wrong with a request.
+    view that changes. Raises `SpearError` for whatever is wrong with a request. alive: is the tab still open?
     """
 
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
+    def __init__(self, studio: Studio, alive: Callable[[], bool]) -> None:
+        self._studio, self._alive = studio, alive
         self._scene: Scene | Recording | None = None
         self._asked: list[str] = []
         self._instruction, self._told, self._following = "", "", False
@@ -174,6 +174,8 @@ class Table:
 
         def frames() -> Iterator[Array]:
             for look in map(scene.look, range(newest + 1)):
+                if not self._alive():
+                    raise SpearError("the film: nobody waits for it any more")
                 data = [base64.b64decode(uri.partition(",")[2]) for uri in look["images"].values() if uri]
                 external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
@@ -184,9 +186,9 @@ class Table:
         return {"film": {"name": name, "mime": mime, "data": base64.b64encode(data).decode()}}
 
     def _begin(self, scene: Scene | Recording) -> View:
-        self._scene, self._asked = scene, []
         about = {"source": scene.kind, "rate_hz": scene.rate_hz}
-        view = {**NOTHING_YET, **about, **scene.begins(), **scene.look(0)}
+        view = {**NOTHING_YET, **about, **scene.begins(), **scene.look(0)}  # else the last one stays
+        self._scene, self._asked = scene, []
         self._instruction = view["instruction"] or self._instruction  # a photo brings none
         return view
 

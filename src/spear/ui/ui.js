@@ -54,7 +54,7 @@ function show(part) {
   if ("problem" in part) {
     waiting = Math.max(0, waiting - 1);
     if (!waiting) link("up", "connected");
-    if (part.problem) memory.asked = null;
+    if (part.problem) memory.failed();
     problem(part.problem);
   }
   if (part.film) return save(part.film);
@@ -109,7 +109,7 @@ function play(on) {
   if (on && !playing && memory.shown >= memory.newest && !view.running) seek(0);
   clearTimeout(playing);
   playing = !on ? null : setTimeout(() => {
-    if (memory.shown < memory.newest && memory.has(memory.shown + 1)) seek(memory.shown + 1);
+    if (memory.shown < memory.newest && memory.settled(memory.shown + 1)) seek(memory.shown + 1);
     play(memory.shown < memory.newest || !!view.running);
   }, 1000 / view.rate_hz);
   buttons();
@@ -159,7 +159,7 @@ const number = v => v.toFixed(3).replace("-", "−");
 
 function status() {
   const words = view.source === "photo" ? ["photo"] : [`step ${view.step} of ${memory.limit(view.limit)}`, ...view.milestones];
-  const told = view.told !== view.instruction && view.told, late = view.late && "its picture is not here yet";
+  const told = view.told !== view.instruction && view.told, late = view.late && (memory.lost.has(view.step) ? "its picture cannot be shown" : "its picture is not here yet");
   words.push(...[told, late, view.outcome, view.recorded].filter(said => said));
   const g = view.gripper;
   $("readout").textContent = !g ? "" : `${(view.step / view.rate_hz).toFixed(1)} s`
