@@ -111,16 +111,23 @@ def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: P
 
 def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
     copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
-    taken = describe(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
+    angles = np.array(table["observation.state"].to_pylist())
+    for name, late in (("observation.joint_position", 0), ("action.joint_position", 1)):
+        table = table.append_column(name, pa.array([*np.roll(angles, -late, 0)]))
+    pq.write_table(table, file)
+    taken = describe(copy)
+    assert (taken["position"], taken["gripper"]) == ("observation/state[0:3]", "observation/state[6]")
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
-    state = {"names": {"motors": [*(f"joint_{i}" for i in range(6)), "gripper"]}}
+    names = ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper", "joint_6"]
+    state = {"names": {"motors": names}}
     edit(copy / "meta/info.json", lambda info: info["features"]["observation.state"].update(state))
     found = describe(copy)
-    assert found["position"] is None and found["success"] == "next/success" and "success" not in taken
+    assert found["position"] is None and found["gripper"] == "observation/state[5]"
+    assert found["success"] == "next/success" and "success" not in taken
     (copy / "spear.json").write_text(json.dumps(taken))
-    refuses("joint_0", lambda: next(read_episodes(copy)))
+    refuses("shoulder_pan", lambda: next(read_episodes(copy)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def lengthen(folder: Path) -> None:
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)), "empty instruction: set/train#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
-        (lengthen, "broken rows: set#1"),
+        (lengthen, "no column 'observation/state[0:3]': set/train#1"),
         (turn_over, "jump: set/train#1 step 3: the end-effector is turned by"),
         (no_steps, "empty episode: set#1"),
     ],
