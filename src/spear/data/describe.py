@@ -91,8 +91,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     finite = _finite(columns)
     named = folder.joints if isinstance(folder, LeRobotFolder) else JOINT.findall
     joints: Joints = lambda where: [*named(where), *JOINT.findall(where)]  # noqa: E731
-    taken = _motion(found, facts, finite, rate, joints)
-    used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
+    used = {(w.column, i) for w in _motion(found, facts, finite, rate, joints) for i in range(*w[1:])}
     free = [Window(n, i, i + 1) for n, each in finite.items() for i in range(each[0].shape[1])]
     free = [w for w in free if (w.column, w.first) not in used and not joints(w.name(finite))]
     _gripper(found, facts, finite, free, rate)
@@ -152,8 +151,7 @@ def _motion(
 ) -> list[Window]:
     """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
     found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
-    wide = {name: each[0].shape[1] for name, each in columns.items() if each[0].shape[1] >= 3}
-    windows = [Window(n, i, i + 3) for n, width in wide.items() for i in range(width - 2)]
+    windows = [Window(n, i, i + 3) for n, each in columns.items() for i in range(each[0].shape[1] - 2)]
     windows = [window for window in windows if not joints(window.name(columns))]
     moves = [window for window in windows if "action" in window.column]
     places = [window for window in windows if window not in moves]
