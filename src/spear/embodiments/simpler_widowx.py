@@ -6,7 +6,10 @@ link `ee_gripper_link` in the robot's base frame, whose x axis points out of the
 after its reference rotation). A command moves that pose, not the measured one, by x, y, z along base axes and
 turns it about base axes by the angles (a, b, c) with R = Rx(a) Ry(b) Rz(c); nothing is scaled or clipped. The
 gripper takes 1 (open) to -1 (closed). 5 Hz. ManiSkill 3's observations have joint angles only: the pose comes
-from `spear.evaluate.simpler.world`. The key of the pose names the simulator: `maniskill2_widowx` has another.
+from `spear.evaluate.simpler.world`.
+
+ManiSkill 2 has a controller of the same name that reads (a, b, c) as a rotation vector: that robot is
+`maniskill2_widowx`. The key of the pose names the simulator, so that neither takes the other's observations.
 
 Ours: an action's rotation is taken about the axes of the measured pose, as it is when demonstrations are
 converted; the gripper is commanded open from 0.5 on.
