@@ -20,12 +20,11 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_there_and_back_again(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
+def test_there_and_back_again(store: Path, tmp_path: Path, done: Command) -> None:
     """A store, exported, inspected, prepared and listed for labelling."""
     out = tmp_path / "set"
     assert "2 episodes in" in done("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
     assert [e.source for e in read_episodes(out)] == ["made#0", "made#1"]
-    assert "not empty" in refused("data", "export", str(store), "--out", str(out))
     text = done("data", "inspect", str(out))
     assert "a LeRobot dataset, v3.0" in text and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
     assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
@@ -50,12 +49,7 @@ def test_each_dataset_keeps_its_cameras(store: Path, tmp_path: Path, done: Comma
 def test_data_without_a_layout_are_shown(shared: Path, tmp_path: Path, done: Command, version: str) -> None:
     """Before anybody has written a spear.json: what is needed to write it."""
     page = tmp_path / "look.html"
-    said = done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
-    low, high = (
-        next(line for line in said.splitlines() if line.split()[:2] == words)
-        for words in (["from", "0.2059"], ["to", "0.3301"])
-    )
-    assert low.split()[-1] == "0.5433" and high.split()[-1] == "1.005"  # the gripper's range
+    done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
     html = page.read_text()
     assert [html.count(tag) for tag in ("<h2", "<img", "<script")] == [5, 4 * 8, 0]
     body = html.partition("</pre>")[2]
@@ -72,7 +66,6 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
-        (["data", "prepare", str(data), *out, "--workers", "0"], "data describe"),
         (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
         (["data", "export", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
         (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),

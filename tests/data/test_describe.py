@@ -51,9 +51,7 @@ def rewritten(shared: Path, folder: Path, change: Callable[..., tuple[np.ndarray
 
 
 def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
-    copy = rewritten(
-        shared, tmp_path, lambda s, a: (np.where(np.arange(s.size).reshape(s.shape) == 93, np.nan, s), a)
-    )
+    copy = rewritten(shared, tmp_path, lambda s, a: (np.where(s == s.flat[93], np.nan, s), a))
     found, expected = describe(copy), described(shared / "data" / "lerobot" / "v3.0_image")
     assert {**found, "facts": 0} == {**expected, "facts": 0}
 
@@ -111,16 +109,22 @@ def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: P
 
 def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
     copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
-    taken = describe(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
+    for name in ("observation.joint_position", "action.joint_position"):
+        table = table.append_column(name, table["observation.state"])
+    pq.write_table(table, file)
+    taken = describe(copy)
+    assert (taken["position"], taken["gripper"]) == ("observation/state[0:3]", "observation/state[6]")
     pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
-    state = {"names": {"motors": [*(f"joint_{i}" for i in range(6)), "gripper"]}}
-    edit(copy / "meta/info.json", lambda info: info["features"]["observation.state"].update(state))
+    names = ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper", "joint_6"]
+    features = lambda info: info["features"]["observation.state"]  # noqa: E731
+    edit(copy / "meta/info.json", lambda info: features(info).update(names={"motors": names}))
     found = describe(copy)
-    assert found["position"] is None and found["success"] == "next/success" and "success" not in taken
+    assert found["position"] is None and found["gripper"] == "observation/state[5]"
+    assert found["success"] == "next/success" and "success" not in taken
     (copy / "spear.json").write_text(json.dumps(taken))
-    refuses("joint_0", lambda: next(read_episodes(copy)))
+    refuses("shoulder_pan", lambda: next(read_episodes(copy)))
 
 
 def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

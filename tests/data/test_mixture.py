@@ -74,10 +74,9 @@ def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
 
 
 def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
-    store = mixture.stores[0]
     refuses("empty mixture", Mixture, [])
     for weight in (0.0, -1.0, float("nan")):
-        refuses("bad weight", Mixture, [("a", store, weight)])
+        refuses("bad weight", Mixture, [("a", mixture.stores[0], weight)])
     fast = make_store(tmp_path / "fast", "fast", 1, wrist=False, rate_hz=10.0)
     refuses(r"wrong rate: dataset 'fast' \(fast 0\): 10 Hz", Mixture, [("fast", fast, 1.0)])
 

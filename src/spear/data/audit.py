@@ -304,8 +304,9 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
     own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
-    # Of what the layout does not say at all (signs, shift), the plain answer is taken to be meant.
-    shared = {"kind": kind, "signs": "+++", "shift": "0", "state": spec.rotation_format}
+    # No layout says signs: the plain ones are meant. How late an arm follows is its own, but for our actions.
+    shift = None if spec.action is None else "0"
+    shared = {"kind": kind, "signs": "+++", "shift": shift, "state": spec.rotation_format}
     rate = "/s" if kind == "velocity" else ""
     unit = spec.angle_unit + rate if form in ANGLES else UNSCALED
     frames = [own.get(part, frame) for part in ("translation", "rotation")]

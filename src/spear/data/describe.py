@@ -16,7 +16,7 @@ from spear.data import hypotheses
 from spear.data.audit import MARGIN, UNEXPLAINED
 from spear.data.readers.formats import episode_counts, open_dataset
 from spear.data.readers.layout import Sources, is_depth, leaves
-from spear.data.readers.lerobot import LeRobotFolder
+from spear.data.readers.lerobot import JOINT, LeRobotFolder
 from spear.data.readers.spec import ANGLES, LENGTH_UNITS
 from spear.data.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
 from spear.data.store.episode_store import EpisodeStore
@@ -35,7 +35,7 @@ PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 Columns = Mapping[str, Sequence[Array]]
 """Column -> [T, d] of each episode."""
 Joints = Callable[[str], Sequence[str]]
-"""See `LeRobotFolder.joints`."""
+"""See `LeRobotFolder.joints`; or what a column's own name says."""
 
 
 class Window(NamedTuple):
@@ -89,9 +89,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         if name.rpartition("/")[2] not in NO_STATE
     }
     finite = _finite(columns)
-    joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
-    taken = _motion(found, facts, finite, rate, joints)
-    _gripper(found, facts, finite, taken, rate)
+    named = folder.joints if isinstance(folder, LeRobotFolder) else JOINT.findall
+    joints: Joints = lambda where: [*named(where), *JOINT.findall(where)]  # noqa: E731
+    used = {(w.column, i) for w in _motion(found, facts, finite, rate, joints) for i in range(*w[1:])}
+    free = [Window(n, i, i + 1) for n, each in finite.items() for i in range(each[0].shape[1])]
+    free = [w for w in free if (w.column, w.first) not in used and not joints(w.name(finite))]
+    _gripper(found, facts, finite, free, rate)
     return {**found, "facts": facts}
 
 
@@ -148,21 +151,21 @@ def _motion(
 ) -> list[Window]:
     """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
     found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
-    wide = {name: each[0].shape[1] for name, each in columns.items() if each[0].shape[1] >= 3}
-    windows = [Window(n, i, i + 3) for n, width in wide.items() for i in range(width - 2)]
+    windows = [Window(n, i, i + 3) for n, each in columns.items() for i in range(each[0].shape[1] - 2)]
+    windows = [window for window in windows if not joints(window.name(columns))]
     moves = [window for window in windows if "action" in window.column]
-    places = [w for w in windows if w not in moves and not joints(w.name(columns))]
+    places = [window for window in windows if window not in moves]
     few = {name: each[:FEW] for name, each in columns.items()}
     ways: list[_Way] = []
     for place, move in itertools.product(places, moves):
-        turns: Sequence[Window | None] = _beside(place, columns) or [None]
+        turns: Sequence[Window | None] = _beside(place, columns, joints) or [None]
         fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
         ways += [_Way(round(equal[0].relative, 2) + 1, place, move, turn) for turn, equal in fits if equal]
     if not ways:
         facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
         return []
     for way in sorted(ways, key=lambda way: way.left)[:WAYS]:
-        for turned in _beside(way.move, columns) if way.turn is not None else ():
+        for turned in _beside(way.move, columns, joints) if way.turn is not None else ():
             if equal := _best("rotation", way.place, way.turn, turned, few, rate):
                 ways.append(way._replace(left=way.left - 1 + equal[0].relative, act=turned))
     least = min(way.left for way in ways) + MARGIN
@@ -206,7 +209,7 @@ def _why(name: str, fit: hypotheses.Fit) -> str:
     return f"{name} leads from one to the next but for {fit.relative:.0%} of the motion{unsure} ({how})"
 
 
-def _beside(window: Window, columns: Columns) -> list[Window]:
+def _beside(window: Window, columns: Columns, joints: Joints) -> list[Window]:
     """Where orientations may be, if positions are there, perhaps in the pose: axes of length 1 that are
     perpendicular, or else unit quaternions, or else three numbers."""
     ends = {name: each[0].shape[1] for name, each in columns.items()}
@@ -215,6 +218,7 @@ def _beside(window: Window, columns: Columns) -> list[Window]:
         spans = [(window.column, first) for first in (window.end, window.first - size, window.end - 15)]
         spans += [(name, 0) for name in kind if name != window.column]
         found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
+        found = [w for w in found if not joints(w.name(columns))]
         if found := [w for w in found if size == 3 or _is_unit(np.concatenate(w.of(columns)))]:
             return found
     return []
@@ -247,12 +251,10 @@ def _best(
 
 
 def _gripper(
-    found: dict[str, Any], facts: dict[str, str], columns: Columns, taken: Sequence[Window], rate: float
+    found: dict[str, Any], facts: dict[str, str], columns: Columns, free: Sequence[Window], rate: float
 ) -> None:
-    """The number that follows a command best, and which end of it is open."""
-    used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
-    free = [Window(n, i, i + 1) for n, each in columns.items() for i in range(each[0].shape[1])]
-    values = {w: [v[:, 0] for v in w.of(columns)] for w in free if (w.column, w.first) not in used}
+    """The free number that follows a command best, and which end of it is open."""
+    values = {w: [v[:, 0] for v in w.of(columns)] for w in free}
     moving = [w for w, each in values.items() if np.ptp(np.concatenate(each)) > 0]
     pairs = []
     for state, act in itertools.product(moving, moving):

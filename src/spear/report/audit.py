@@ -44,7 +44,7 @@ def conclusion(report: Report) -> str:
         return f"contradiction: the layout is WRONG: {'; '.join([*report.states, *wrong])}"
     open_ones = [(f, name) for part, f, name in found if not part.note]
     unsure = [f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"]
-    unsaid = [(f, name) for f, name in open_ones if f.verdict == "not said"]
+    unsaid = [(f, name) for f, name in open_ones if f.verdict == "not said" and "0" not in f.tied]  # in time
     unsure += [f"{name} (not in the layout; {f.best} fits best)" for f, name in unsaid]
     unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
     unsure += [f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"]

@@ -84,8 +84,9 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     video = (videos / "episode_000005.mp4").read_bytes()
     (videos / "episode_000005.mp4").write_bytes(video[: len(video) // 2])
     change_rows(data / "episode_000006.parquet", lambda t: t.drop_columns(["observation.state"]))
-    others = lambda t: t.append_column("words", pa.array([["a"]] * 10)).append_column("empty", pa.nulls(10))  # noqa: E731
-    change_rows(data / "episode_000000.parquet", others)
+    for other in (["a"] * 10, [["a"]] * 10, [None] * 10, [[1.0]] * 9 + [[]], [{"x": 1.0}] * 10):
+        added = lambda t, row=other: t.append_column(f"words{len(t.columns)}", pa.array(row))  # noqa: E731
+        change_rows(data / "episode_000000.parquet", added)
     assert describe(folder)["position"] == "observation/state[0:3]" and "words" in inspect(folder)
     reasons: list[str] = []
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))

@@ -6,7 +6,6 @@
     data/**.parquet                           the rows of the steps, images among them or
     videos/**.mp4                             in videos
 
-What the columns mean is told by the `spear.json` in the folder, as for RLDS (our own writer puts one there).
 LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 
@@ -37,7 +36,7 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE, DRIFT = 0.25, 0.05
 """How far a row or a frame may be from its place in time, and how wrong a mean step, in steps (ours)."""
-JOINT = re.compile("joint|shoulder|elbow|waist|forearm", re.IGNORECASE)
+JOINT = re.compile(r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$")
 """What names of joints have in them."""
 
 
@@ -290,7 +289,7 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
 def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     """A column as an array with the steps first, a list of bytes for images and texts, or why neither."""
     kind = column.type
-    if pa.types.is_struct(kind):
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return [_image(row or {}, folder) for row in column.to_pylist()]
     values = column.combine_chunks()
     flat = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
@@ -300,11 +299,10 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
     texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if texts or isinstance(next((cell for cell in cells if cell is not None), None), str | bytes):
         return [(cell.encode() if isinstance(cell, str) else cell) or b"" for cell in cells]
-    found = np.array(cells)
-    if found.dtype == object:  # of numbers, some are missing: NaN
-        with contextlib.suppress(TypeError):
-            found = found.astype(float)
-    return found if found.dtype.kind in "biuf" else f"it holds {kind}"
+    with contextlib.suppress(TypeError, ValueError):
+        found = np.array(cells)
+        return found if found.dtype.kind in "biuf" else found.astype(float)  # what is missing is NaN
+    return f"it holds {kind}: no numbers, or not as many in each row"
 
 
 def _image(cell: Mapping[str, Any], folder: Path) -> bytes:

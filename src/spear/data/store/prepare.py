@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.actions import RULES, resample, with_actions
+from spear.data.audit import logged_layout, make_recording
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.splits import split_ranges
-from spear.data.senses import MOVES, comes_late, doubts, is_frozen, span
+from spear.data.senses import MOVES, Check, check_gripper, comes_late, doubts, is_frozen, span
 from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -56,8 +57,7 @@ def prepare(
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
     Skipped are broken records, what `check_episode` refuses, and what has no known action, picture or camera
-    that `how` names. `out_dir` appears when all is in it; the same call then finds it. Raises SpearError when
-    most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
+    that `how` names. Raises SpearError when most are bad, or `out_dir` holds something else.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
@@ -95,7 +95,7 @@ def prepare(
         good, skipped = _write_shards(path, folder, todo, how, workers)
         formats.check_good(good, skipped, path, split)
         store = EpisodeStore(folder)
-        _notice_units(store, path)
+        _notice_units(store, path, layout is not None and layout.command is not None)
         if store.failed().all():
             notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
         else:
@@ -138,15 +138,20 @@ def _write_shards(
     return good, skipped
 
 
-def _notice_units(store: EpisodeStore, path: Path) -> None:
-    """Says so where the first episodes' positions are hardly metres, and what is wrong with their gripper."""
+def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
+    """Says what is wrong with the first episodes' positions and gripper, whose commands may be `logged`."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
     for remark in doubts(first):
         notice(f"{path}: {remark}")
+    ours = logged_layout(store.path, None)
+    arms = [make_recording(vars(e), ours, e.source) for e in first]
+    checks = check_gripper(arms if logged else [dataclasses.replace(arm, command=None) for arm in arms])
+    wrong: list[Check | None] = [check for check in checks if check.verdict == "wrong"]
     seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
-    ends = max(map(np.max, seen)), 1 - min(map(np.min, seen))
-    moving = max(map(np.ptp, seen)) > MOVES * min(ends)  # it may be in another unit
-    if moving and (check := span(seen, told) or comes_late([*zip(seen, told, strict=True)])):
+    ends, most = (max(map(np.max, seen)), 1 - min(map(np.min, seen))), max(map(np.ptp, seen))
+    if not wrong and most > MOVES * min(ends):  # it may be in another unit
+        wrong = [span(seen, told if most > MOVES else ()) or comes_late([*zip(seen, told, strict=True)])]
+    for check in filter(None, wrong):
         notice(f"{path}: {check.name}: {check.words}")
 
 
