@@ -49,15 +49,13 @@ class Data:
     labels_key: str
 
 
-def look_at(labels: Path, episodes: Path, recorded: bool = True) -> Data:
-    """What is in two folders. `SpearError` for one without labelled images or, if `recorded`, episodes."""
-    if recorded:
-        EpisodeStore(episodes)
+def look_at(labels: Path, episodes: Path) -> Data:
+    """What is in two folders; there may be no episodes yet. `SpearError` for one without labelled images."""
     view = labels / "external"
     images = count(view if view.is_dir() else labels)
     kinds = "*.parquet", "*.arrow", "*.txt"
     keys = [hash_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
-    return Data(labels, episodes, images, keys[1] if recorded else "", keys[0])
+    return Data(labels, episodes, images, keys[1] if episodes.is_dir() else "", keys[0])
 
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
@@ -65,18 +63,17 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
     from spear.data.demonstrations import demonstrate  # here: a plan does without PyTorch
     from spear.labels.scenes import label_scenes
 
-    labels, episodes = _folders(options)
+    (labels, episodes), sizes = _folders(options), dict(preset(PRESET).image_sizes)
     with lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
             say(f"labelling {SCENES:,} scenes into {labels}")
-            label_scenes(labels, SCENES, dict(preset(PRESET).image_sizes), FIRST_SCENE, 2)
+            label_scenes(labels, SCENES, sizes, FIRST_SCENE, 2)
             complete.touch()
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
             part = episodes.with_name(f".part-{episodes.name}")  # all or none
-            families, sizes = settle(options.families), preset(PRESET).image_sizes
-            demonstrate(part, families, DEMONSTRATIONS, TRAIN_SEED, sizes)
+            demonstrate(part, settle(options.families), DEMONSTRATIONS, TRAIN_SEED, sizes)
             part.replace(episodes)
         return look_at(labels, episodes)
 
@@ -85,7 +82,7 @@ def expected(options: AblationOptions) -> Data:
     """What `obtain` gives, as far as it can be known without making anything."""
     labels, episodes = _folders(options)
     if options.labels or (labels / "complete").is_file():
-        return look_at(labels, episodes, episodes.is_dir())
+        return look_at(labels, episodes)
     return Data(labels, episodes, SCENES, "", "")
 
 
@@ -96,10 +93,13 @@ def settle(families: Sequence[str]) -> tuple[str, ...]:
 
 
 def _folders(options: AblationOptions) -> tuple[Path, Path]:
-    """Of labels and of episodes: those that are given, or where they are made."""
+    """Of labels and of episodes, given or made here. `SpearError` for a folder of episodes without any."""
     chosen = settle(options.families)
     made = "-".join(("episodes", *(() if chosen == FAMILIES else chosen)))
-    return options.labels or options.out / "labels", options.episodes or options.out / made
+    episodes = options.episodes or options.out / made
+    if options.episodes or episodes.is_dir():
+        EpisodeStore(episodes)
+    return options.labels or options.out / "labels", episodes
 
 
 @dataclass(frozen=True)
