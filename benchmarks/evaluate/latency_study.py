@@ -30,8 +30,7 @@ import tyro
 from tyro.conf import Positional
 
 from guidance import Guided
-from spear import chunks
-from spear.chunks import SLOWER, ChunkExecutor, Mode
+from spear.chunks import ChunkExecutor, Mode
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
@@ -52,15 +51,17 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "guided/1": ("rtc", 1),
 }
 """The way of executing chunks, and after how many actions the next look is due; full is async that never
-slows down. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits
+stops. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits
 longer than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
-    """Notes the steps of velocity at seams, mm per tick; file: where they go once their episode has ended."""
+    """Notes the steps of velocity at seams, mm per tick, and at which share of the ticks the arm was told
+    nothing; file: where they go once their episode has ended."""
 
     file: ClassVar[Path]
     tells_all = False  # of the last chunk, whatever is left
+    never_stops = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -78,6 +79,10 @@ class Recorder(ChunkExecutor):
             self._before, self._speaks = action[:3], speaks
         return action
 
+    def _stop_before_gripper(self, stood: bool) -> None:
+        if not self.never_stops:
+            super()._stop_before_gripper(stood)
+
     def told(self) -> dict[str, Any]:
         """As it is, or with all that is left."""
         return {"committed": np.stack(self._left)} if self.tells_all and self._left else super().told()
@@ -87,13 +92,15 @@ def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._outcome) 
     """An episode's outcome, its seams kept: those of one that is stopped come when it is run again."""
     with Recorder.file.open("a") as file:
         file.writelines(f"{seam:.3f}\n" for seam in slot.chunks.seams)
+    with Recorder.file.with_name(STILL).open("a") as file:
+        file.write(f"{np.mean([action is None for action in slot.chunks._executed])}\n")
     return outcome(slot)
 
 
 setattr(closed_loop, "ChunkExecutor", Recorder)  # noqa: B010
 setattr(closed_loop, "_outcome", _ended)  # noqa: B010
 
-SEAMS = "seams.txt"
+SEAMS, STILL = "seams.txt", "still.txt"
 
 
 def place(out: Path, row: str, latency_ms: int) -> Path:
@@ -112,7 +119,7 @@ def cell(
     )
     Recorder.file = folder / SEAMS
     Recorder.tells_all = row == "guided/1"
-    chunks.SLOWER = 0.0 if row == "full/1" else SLOWER
+    Recorder.never_stops = row == "full/1"
     if Recorder.tells_all:
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
@@ -121,10 +128,15 @@ def cell(
     return closed_loop.evaluate(agent, options)[0]
 
 
+def noted(out: Path, row: str, latency_ms: int, name: str) -> np.ndarray:
+    """What a cell's file of that name holds."""
+    file = place(out, row, latency_ms) / name
+    return np.array(file.read_text().split() if file.is_file() else [], float)
+
+
 def smoothness(out: Path, row: str, latency_ms: int) -> str:
     """The median and the 95th percentile of a cell's steps of velocity at seams, as text."""
-    file = place(out, row, latency_ms) / SEAMS
-    steps = np.array(file.read_text().split() if file.is_file() else [], float)
+    steps = noted(out, row, latency_ms, SEAMS)
     return " / ".join(f"{q:.1f}" for q in np.percentile(steps, [50, 95])) if steps.size else "–"
 
 
@@ -151,7 +163,8 @@ def main(
             found[row, latency] = cell(agent, row, latency, scenes, out, families)
             mean = found[row, latency].mean()
             text = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
-            print(f"{row:9} {latency:4} ms: {text}, seams {smoothness(out, row, latency)} mm", flush=True)
+            seams, still = smoothness(out, row, latency), np.mean(noted(out, row, latency, STILL))
+            print(f"{row:9} {latency:4} ms: {text}, seams {seams} mm, still {still:.0%}", flush=True)
     if rows:
         return
     print("\n| execution / k | " + " | ".join(f"{latency} ms" for latency in LATENCIES_MS) + " |")

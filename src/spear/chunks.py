@@ -6,8 +6,8 @@ can be used from a later one, when inference is done.
 sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
-          there is no jump at the seam and the arm ends where the new chunk wants it (our choice). The later
-          chunks are, the slower the arm goes (`SLOWER`).
+          there is no jump at the seam and the arm ends where the new chunk wants it. Before the gripper
+          opens or closes, the arm stands still for one look more (`BEFORE`; all this is our choice).
 rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
           begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
 """
@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,7 +32,6 @@ from spear.geometry import (
     quat_log,
     quat_multiply,
     quat_normalize,
-    quat_slerp,
     step_action,
     unit_quat,
 )
@@ -42,8 +41,9 @@ Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
-SLOWER = 0.5
-"""async: by how much longer an action takes, per tick that chunks are late (our choice: docs/robots.md)."""
+BEFORE = 1
+"""async: how many actions before the one that opens or closes the gripper the arm stops to look (our choice:
+docs/robots.md)."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
@@ -83,6 +83,7 @@ class ChunkExecutor:
         self._left: list[Array] = []  # actions still to execute
         self._looked = -replan
         self.tick = self._delay = self._horizon = 0
+        self._stops = False  # async: with the last of `_left`, to look
         self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
 
     def wants(self) -> bool:
@@ -92,7 +93,7 @@ class ChunkExecutor:
         self._take_up()
         # async looks while it still has the actions after the k-th, and enough to last through inference
         spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
-        return not self._waiting and len(self._left) <= (0 if self.mode == "sync" else spare)
+        return not self._waiting and len(self._left) <= (0 if self.mode == "sync" or self._stops else spare)
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
@@ -110,8 +111,6 @@ class ChunkExecutor:
         check_replan(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
-        if self.mode == "async" and SLOWER * (late := arrives - observed) > 0:
-            actions = _at_pace(actions, 1 / (1 + SLOWER * late))
         self._waiting.append(_Chunk(actions, observed, arrives))
         self._looked = max(self._looked, observed)
         self._delay = arrives - observed
@@ -135,8 +134,19 @@ class ChunkExecutor:
             # In rtc there is nothing to join, but where inference took longer than the policy was told.
             rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
             self._horizon = len(chunk.actions)
-            self._left = list(rows)
+            self._left, self._stops = list(rows), False
+            if self.mode == "async" and chunk.arrives > chunk.observed:
+                self._stop_before_gripper(stood=not made)
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
+
+    def _stop_before_gripper(self, stood: bool) -> None:
+        """Leaves what comes more than `BEFORE` actions before the next that opens or closes the gripper: then
+        the arm stops to look. If it `stood` since the last look, it goes through with one that is nearer."""
+        closed = [self.gripper < 0.5, *(action[7] < 0.5 for action in self._left)]
+        turns = [i for i, (was, now) in enumerate(pairwise(closed)) if was != now]
+        turns = [i for i in turns if i > BEFORE or not stood]
+        self._stops = bool(turns)
+        self._left = self._left[: max(turns[0] - BEFORE, 0)] if turns else self._left
 
 
 class Pilot:
@@ -231,17 +241,6 @@ def _joined(actions: Array, made: Sequence[Array]) -> Array:
     position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
     rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * quat_log(turn)))])
     return _steps(position, rotation, actions[n:, 7:])
-
-
-def _at_pace(actions: Array, speed: float) -> Array:
-    """A chunk at part of its speed, [H, 8] -> [H / speed, 8]: the same way in shorter steps."""
-    where, turned = _path(np.asarray(actions, np.float64))
-    where, turned = torch.cat([where[:1] * 0, where]), torch.cat([quat_exp(where[:1] * 0), turned])
-    at = torch.arange(int(len(actions) / speed + 1e-9) + 1, dtype=torch.float64) * speed
-    before = at.long().clamp(max=len(actions) - 1)
-    position = torch.lerp(where[before], where[before + 1], (at - before)[:, None])
-    rotation = quat_slerp(turned[before], turned[before + 1], at - before)
-    return _steps(position, rotation, actions[(at[:-1] + speed / 2 + 1e-9).long().numpy(), 7:])
 
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:

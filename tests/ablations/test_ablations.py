@@ -187,9 +187,7 @@ def test_a_budget_is_the_same_for_every_row() -> None:
         (None, 4.1, 0, "not run yet"),
     ],
 )
-def test_verdicts(
-    ours: tuple[float, float, float] | None, theirs: float | None, seeds: int, said: str
-) -> None:
+def test_verdicts(ours: tuple[float, ...] | None, theirs: float | None, seeds: int, said: str) -> None:
     assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
 
 

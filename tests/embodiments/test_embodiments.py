@@ -193,9 +193,7 @@ def test_a_robot_and_its_dataset_mean_the_same_pose(name: str, dataset: str) -> 
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (376, 672), (480, 640), (1280, 720)])
-def test_what_openpis_client_pads_is_seen_as_the_camera_saw_it(
-    nano: Spear1Policy, size: tuple[int, int]
-) -> None:
+def test_what_openpi_pads_is_seen_as_the_camera_saw_it(nano: Spear1Policy, size: tuple[int, int]) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
     camera = np.asarray(Image.fromarray(colours).resize(size[::-1], Image.Resampling.BICUBIC))
     robot = embodiments.load("droid")
