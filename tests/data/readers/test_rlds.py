@@ -281,6 +281,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
     assert (half_turn.inv() * got).magnitude().max() < 1e-5
     for change, message in (
+        ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
         ({"images": "observation/image_0"}, "images is .*dictionary"),
         ({"images": dict.fromkeys(("external", "wrist"), "observation/image_0")}, "the same column"),

@@ -57,7 +57,8 @@ def prepare(
     workers    processes that read and resize (0: this one). The result is the same, byte for byte.
 
     Skipped are broken records, what `check_episode` refuses, and what has no known action, picture or camera
-    that `how` names. Raises SpearError when most are bad, or `out_dir` holds something else.
+    that `how` names. `out_dir` appears when all is in it; the same call then finds it. Raises SpearError when
+    most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
