@@ -8,8 +8,9 @@ async     look while actions are left, go on with them, and switch when the next
           then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
           there is no jump at the seam and the arm ends where the new chunk wants it. Before the gripper
           opens or closes, the arm stands still for one look more (`BEFORE`; all this is our choice).
-rtc       as async, but the policy is told which actions are executed until its chunk is there, and the chunk
-          begins with them: real-time chunking, for policies that have learned it (`spear.flow.sample_held`).
+rtc       as async without that stop, but the policy is told which actions are executed until its chunk is
+          there, and the chunk begins with them: real-time chunking, for policies that have learned it
+          (`spear.flow.sample_held`).
 """
 
 import math

@@ -104,7 +104,7 @@ class AblationOptions(Options):
     families: tuple[str, ...] = ()
     """Task families that policies learn (where demonstrations are made) and are scored on; none: all."""
     set: Changes = ()
-    workers: Annotated[int, Within(0)] = 1
+    workers: Annotated[int, Within(0, 1024)] = 1
     """Processes that prepare batches, for each training."""
     plan: bool = False
     """Only print what would be done."""

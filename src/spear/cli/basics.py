@@ -80,7 +80,7 @@ class DemonstrationOptions(Options):
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size to whose cameras the pictures are scaled."""
-    workers: Annotated[int, Within(1)] = 2
+    workers: Annotated[int, Within(1, 1024)] = 2
     """Processes."""
     policy: Name = None
     """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""

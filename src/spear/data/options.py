@@ -61,7 +61,7 @@ class PrepareOptions(Options):
     out: Path
     """Folder to write to."""
     split: Split = "train"
-    workers: Annotated[Number, Within(0)] = None
+    workers: Annotated[Number, Within(0, 1024)] = None
     """Processes that read and resize; one for each processor by default. The result is the same."""
     conversion: Conversion = Conversion()
 

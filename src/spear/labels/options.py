@@ -13,7 +13,7 @@ class WorkOptions(Options):
 
     engine: Literal["local", "ray"] = "local"
     """local, or ray to use a Ray cluster."""
-    workers: Annotated[int, Within(0)] = 2
+    workers: Annotated[int, Within(0, 1024)] = 2
     """Processes that read images and fit boxes."""
     batch_size: Annotated[int, Within(1)] = 8
     """Images that go through a network together."""

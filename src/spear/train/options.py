@@ -279,7 +279,7 @@ class TrainOptions(Options):
     device: Device = "auto"
     save_every: Annotated[int, Within(1)] = 500
     """Steps between checkpoints. They are also written every three minutes, on SIGTERM and on Ctrl-C."""
-    workers: Annotated[int, Within(1)] = 1
+    workers: Annotated[int, Within(1, 1024)] = 1
     """Processes that make batches, for each that trains; more help where it waits for data."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What each of several processes (torchrun) holds: ddp, the whole model; fsdp, its share of it."""
