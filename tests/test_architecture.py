@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 CEILINGS = {
     "(top)": 2211, "ablations": 642, "cli": 1571, "data": 5080, "embodiments": 780, "evaluate": 3169,
     "labels": 4672, "models": 5130, "report": 1162, "serve": 1009, "sim": 1546, "train": 2347, "ui": 679,
-    "util": 845,
+    "util": 849,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

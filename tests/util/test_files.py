@@ -11,7 +11,7 @@ from spear.util.files import check_new, write_bytes
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])
-def test_a_file_that_cannot_be_written_leaves_the_older_one(
+def test_an_older_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     def stop(path: Path, data: bytes) -> int:
@@ -22,6 +22,14 @@ def test_a_file_that_cannot_be_written_leaves_the_older_one(
     monkeypatch.setattr(Path, "write_bytes", stop)
     refuses(rf"picture\.png: .*{words}", write_bytes, path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("picture.png", b"old")]
+
+
+def test_links_devices_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    for target in (tmp_path / "page", Path("/dev/null")):
+        (link := tmp_path / f"to-{target.name}").symlink_to(target)
+        write_bytes(link, b"old")
+        write_bytes(link, b"new")
+        assert link.is_symlink() and link.read_bytes() == (b"new" if target.is_file() else b"")
 
 
 @pytest.mark.parametrize("name", ["page.html", "folder/page.html"])

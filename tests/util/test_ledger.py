@@ -34,9 +34,7 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     other.join()
 
 
-def test_a_folder_that_another_process_just_made_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_another_process_made_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as other:
 
         def later(path: Path) -> object:

@@ -279,9 +279,7 @@ def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
     assert written == 4 and len(reasons) == 1 and "made#2" in reasons[0]
 
 
-def test_a_store_is_known_by_what_is_in_it(
-    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_is_known_by_content(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = EpisodeStore(recorded)
     assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
     assert store.subset(range(COUNT)).digest() == store.digest()

@@ -81,9 +81,7 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 @pytest.mark.parametrize(("orientation", "width"), [(2, 60), (3, 60), (4, 60), (6, 40)])
-def test_a_picture_that_exif_turns_unseen_is_refused(
-    tmp_path: Path, orientation: int, width: int, name: str
-) -> None:
+def test_a_picture_turned_unseen_is_refused(tmp_path: Path, orientation: int, width: int, name: str) -> None:
     """Of these the size does not tell whether annotations mean the picture as it is stored, or turned."""
     exif = Image.Exif()
     exif[0x0112] = orientation
