@@ -40,16 +40,6 @@ def binarize_gripper(opening: Array) -> Array:
     return state[last]
 
 
-def gripper_commands(opening: Array, speed: Array) -> Array:
-    """[T] openings that change by `speed` [T] per second to commands 0 or 1, in all steps of the motion to
-    there: else no open gripper would be told to close."""
-    command = binarize_gripper(opening)
-    for step in reversed(range(len(command) - 1)):
-        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
-            command[step] = command[step + 1]
-    return command
-
-
 def obeyed_commands(opening: Array, rate_hz: float) -> Array:
     """[T + 1] measured openings to the commands, 0 or 1, [T] of the steps between them.
 
@@ -80,10 +70,15 @@ def obeyed_commands(opening: Array, rate_hz: float) -> Array:
 
 def told_commands(told: Array, rate_hz: float) -> Array:
     """[T] commands 0 or 1 from openings [T] that were told: many on the way of a trigger or a leader's hand.
-    That is a motion from its second step on, by what it did in 0.2 s, a step at 5 Hz."""
+    Steps of the motion have the command that it leads to. It is one from its second step on, by what it did
+    in 0.2 s, a step at 5 Hz."""
     steps, at = max(1, round(rate_hz / RATE_HZ)), np.arange(len(told))
     now, before = (told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1))
-    return gripper_commands(told, (now * before > 0) * now * rate_hz / steps)
+    speed, command = (now * before > 0) * now * rate_hz / steps, binarize_gripper(told)
+    for step in reversed(range(len(command) - 1)):
+        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
+            command[step] = command[step + 1]
+    return command
 
 
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:

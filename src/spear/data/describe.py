@@ -89,9 +89,10 @@ def describe(path: str | Path) -> dict[str, Any]:
         if name.rpartition("/")[2] not in NO_STATE
     }
     finite = _finite(columns)
-    named = folder.joints if isinstance(folder, LeRobotFolder) else JOINT.findall
+    named: Joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
     joints: Joints = lambda where: [*named(where), *JOINT.findall(where)]  # noqa: E731
-    used = {(w.column, i) for w in _motion(found, facts, finite, rate, joints) for i in range(*w[1:])}
+    taken = _motion(found, facts, finite, rate, joints)
+    used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
     free = [Window(n, i, i + 1) for n, each in finite.items() for i in range(each[0].shape[1])]
     free = [w for w in free if (w.column, w.first) not in used and not joints(w.name(finite))]
     _gripper(found, facts, finite, free, rate)

@@ -67,6 +67,7 @@ class Mixture:
 
     def draw(self, step: int, batch_size: int) -> list[Sample]:
         """The samples of training step `step`."""
+        # Philox is counter based: the step is the counter, so no step depends on another.
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, step]))
         draws = random.random((batch_size, 2 + JITTER_DRAWS))
         sources = np.searchsorted(np.cumsum(self.weights)[:-1], draws[:, 0], side="right")

@@ -81,7 +81,9 @@ class Normalizer:
         """Statistics over a mixture: (store, weight) pairs, weights as in `Mixture`.
 
         "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
-        mean, unit deviation. Every dataset counts with its weight (our choice); masked steps do not.
+        mean, unit deviation. Every dataset counts with its weight, whatever its size (our choice); masked
+        steps do not. One pass over each store in bounded memory: percentiles are exact for up to 16,384 steps
+        per dataset, and within 0.1 % in rank beyond (`QuantileSketch`).
         """
         check_known("normalisation", get_args(Mode), mode)
         seen = [(columns, weight) for store, weight in stores if (columns := _sketch(store))[0].count]

@@ -320,9 +320,10 @@ class PolicyServer:
         return None
 
     def _allowed(self, request: Request) -> bool:
-        sent, token = request.headers.get_all("Authorization"), self.options.token
-        given, right = "".join(sent).encode(errors="surrogateescape"), f"Api-Key {token}".encode()
-        return token is None or (len(sent) == 1 and hmac.compare_digest(given, right))
+        if (token := self.options.token) is None:
+            return True
+        sent = [each.encode(errors="surrogateescape") for each in request.headers.get_all("Authorization")]
+        return len(sent) == 1 and hmac.compare_digest(sent[0], f"Api-Key {token}".encode())
 
 
 def gpu_memory() -> float:

@@ -9,15 +9,20 @@ const AHEAD = 4;  // steps whose pictures are fetched before they are shown
 
 class Memory {
   constructor() {
-    Object.assign(this, { moments: new Map(), pictures: [], lost: new Set(), shown: 0, newest: 0, asked: null, source: "" });
-    this.track = { every: 1, position: [], opening: [] };
+    this.begin("");
+    this.newest = 0;
+  }
+
+  // Forget all; what comes from now on is of this source.
+  begin(source, track) {
+    Object.assign(this, { moments: new Map(), pictures: [], lost: new Set(), shown: 0, asked: null, source });
+    this.track = track ?? { every: 1, position: [], opening: [] };
   }
 
   // Keep what a part says of a step; gives the rest of it.
   keep(part) {
     if ("source" in part) {
-      Object.assign(this, { moments: new Map(), pictures: [], lost: new Set(), shown: 0, asked: null, source: part.source });
-      this.track = part.track ?? { every: 1, position: [], opening: [] };
+      this.begin(part.source, part.track);
       this.newest = part.source === "simulator" ? 0 : part.limit;
     }
     const rest = Object.fromEntries(Object.entries(part).filter(([key]) => !(key in NOTHING) && key !== "step"));

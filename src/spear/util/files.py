@@ -31,17 +31,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """A file, whole or not at all; its folder is made. A device or a pipe is written to, and not replaced.
-    Raises `SpearError` when it cannot be written."""
-    special = path.exists() and not path.is_file() and not path.is_dir()
-    path = path if special else path.resolve()  # a link stays one
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
+    """A file, whole or not at all; its folder is made. Raises `SpearError` when it cannot be written."""
     with writing(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)  # a device or a pipe, whose place nothing takes
+            return
+        path = path.resolve()  # a link stays one
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:
-            (path if special else temporary).write_bytes(data)
-            if not special:
-                os.replace(temporary, path)
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -293,9 +292,9 @@ def _from_6d(values: torch.Tensor) -> torch.Tensor:
     return pose
 
 
-def _turn(pose: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-    """Quaternions [..., 4] of the poses [..., 4, 4] that `pose` makes of values."""
-    return matrix_to_quat(pose(values)[..., :3, :3].contiguous())
+def _turn(pose: torch.Tensor) -> torch.Tensor:
+    """[..., 4, 4] poses to quaternions [..., 4]."""
+    return matrix_to_quat(pose[..., :3, :3].contiguous())
 
 
 POSES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -313,7 +312,10 @@ FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),
     "quat_xyzw": (4, lambda v: v[..., [3, 0, 1, 2]]),
-    **{name: (6 if name.startswith("6d") else 16, partial(_turn, pose)) for name, pose in POSES.items()},
+    "6d_columns": (6, lambda v: _turn(POSES["6d_columns"](v))),
+    "6d_rows": (6, lambda v: _turn(POSES["6d_rows"](v))),
+    "matrix4_columns": (16, lambda v: _turn(POSES["matrix4_columns"](v))),
+    "matrix4_rows": (16, lambda v: _turn(POSES["matrix4_rows"](v))),
 }
 """Format -> how many numbers, and [..., numbers], angles in rad, to quaternions [..., 4] (w, x, y, z).
 

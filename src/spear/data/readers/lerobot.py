@@ -6,6 +6,7 @@
     data/**.parquet                           the rows of the steps, images among them or
     videos/**.mp4                             in videos
 
+What the columns mean is told by the `spear.json` in the folder, as for RLDS (our own writer puts one there).
 LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 

@@ -4,6 +4,7 @@ The datasets are in `oxe.toml`. One that is not there is described in a file `sp
 the fields of `DatasetSpec`, the rest from the entry that "like" names (docs/finetune.md has an example).
 
 A column is a path below the steps, with an optional range of its last dimension: "observation/state[0:3]".
+LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
 """
 
 import dataclasses

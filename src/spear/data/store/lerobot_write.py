@@ -97,7 +97,8 @@ class _Writer:
         self._videos: dict[str, VideoWriter] = {}
 
     def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
-        """Write a checked episode; samples are those of its images (see `sample_images`)."""
+        """Write a checked episode; samples are those of its images (see `sample_images`). Raises SpearError
+        when it differs from the others in cameras, image sizes or rate."""
         name, cameras = episode.source, sorted(episode.images)
         if cameras != list(self.sizes):
             raise SpearError(f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}")
