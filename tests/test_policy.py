@@ -131,7 +131,12 @@ def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> N
 
 
 def test_of_nothing_there_are_no_actions_and_no_answers(nano: Spear1Policy) -> None:
-    assert nano.infer_batch([]) == load_vlm().answer([], []) == []
+    vlm, picture = load_vlm(), observation()["observation/image"]
+    assert nano.infer_batch([]) == vlm.answer([], []) == []
+    refuses("1 images, 2 prompts", vlm.answer, [picture], ["how far?", "where?"])
+    refuses("max_new_tokens is 0", vlm.answer, [picture], ["how far?"], max_new_tokens=0)
+    for load in (Spear1Policy.load, load_vlm):
+        refuses("dtype 'fp16'", load, dtype="fp16")
 
 
 def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy) -> None:
@@ -150,6 +155,10 @@ def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy
 def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> None:
     typed = nano.infer(observation(prompt="Put the carrot on the plate."))
     np.testing.assert_array_equal(typed["actions"], nano.infer(observation())["actions"])
+    long = observation(prompt="put it there and " * 40)
+    refuses("too long", nano.infer, long)
+    with pytest.warns(Notice, match="cut off"):  # as training does
+        dataclasses.replace(nano, cut=True).infer(long)
 
 
 def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:

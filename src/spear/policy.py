@@ -14,7 +14,7 @@ from spear.data.normalize import Normalizer
 from spear.data.readers.layout import FASTEST
 from spear.data.seen import LATER, LOOKED_AT, MOSTLY, RobotCheck, Seen
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
-from spear.errors import SpearError, check_known, notice
+from spear.errors import SpearError, check_known, notice, unknown_name
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.decode import Watched, greedy
@@ -73,9 +73,12 @@ class VlmBundle:
         family  of the questions: answers are then held to its form, with exactly as many numbers or image
                 locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for an unknown family or view, and for an empty or too long prompt.
+        Raises SpearError for an unknown family or view, an empty or too long prompt, other numbers of images
+        and prompts, and too few tokens.
         """
-        if len(prompts) == len(images) == 0:
+        if len(prompts) != len(images):
+            raise SpearError(f"{len(images)} images, {len(prompts)} prompts: give a prompt for each image")
+        if not prompts:
             return []
         device, tokens = self.model.device, self.processor.coordinate_ids
         pixels = torch.stack([self.processor.image(image, view) for image in images])
@@ -135,7 +138,10 @@ def _load(
 ) -> tuple[Path, Model]:
     """The folder of that name, and the model that is read from it, on its device."""
     folder, place = locate(name), choose_device(device) if isinstance(device, str) else device
-    model = read(folder, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise unknown_name("dtype", str(dtype), ["float32", "bfloat16", "float16"])
+    model = read(folder, kind)
     if model.dtype == torch.bfloat16 and not bfloat16_is_fast(place):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
     torch.nn.Module.to(model, place)
@@ -153,6 +159,7 @@ class Spear1Policy:
            many observations came before it; never on what else is in the batch.
     folder where it was loaded from; dataset: whose units were asked for.
     known  what it saw in training; what its first observations have otherwise is noted.
+    cut    whether a too long instruction is cut, as in training, instead of being refused.
     """
 
     model: Spear1ForActionPrediction
@@ -163,6 +170,7 @@ class Spear1Policy:
     folder: Path | None = None
     dataset: str | None = None
     known: Seen | None = None
+    cut: bool = False
     _observed: int = field(default=0, init=False, repr=False)
     _noted: set[str] = field(default_factory=set, init=False, repr=False)
     _robots: dict[Hashable, RobotCheck] = field(default_factory=dict, init=False, repr=False)
@@ -293,7 +301,7 @@ class Spear1Policy:
             if self.known and (one.looked <= LOOKED_AT or one.looked % LATER < len(rows)):
                 for key, words in self.known.unlike(states.numpy()[rows], shown):
                     self._note(key, f"observations unlike those of training: {words}", one)
-        text = self.processor.instructions([o["prompt"] for o in observations])
+        text = self.processor.instructions([o["prompt"] for o in observations], self.cut)
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
             "pixel_values": {view: images.to(device) for view, images in pixels.items()},

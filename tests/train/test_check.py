@@ -30,6 +30,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (root / "empty").mkdir()
     (root / "file").touch()
+    (root / "labels").mkdir()
+    write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
+    write_episodes([make(0, images={"wrist": make(0).images["external"]})], root / "wrist")
     state = {"step": 1, "skipped": 0, "counts": {}, "settings": {"seed": 5, "pieces": 1, "about": {}}}
     for name, settings in (("of-seed-5", {}), ("of-2-pieces", {"seed": 0, "pieces": 2})):
         begun = root / name / "checkpoints" / "step-00000001"
@@ -66,6 +69,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--split train[5:]", "train[5:]"),
         ("--episodes {}/mine {}/missing", "missing"),
         ("--out {}/file/run", "file"),
+        ("--out {}/labels", "holds other files"),
+        ("--episodes {}/wrist", "no camera external"),
         ("--out {}/of-seed-5", "seed"),
         ("--out {}/of-2-pieces --steps 0", "1 step,"),
     ],

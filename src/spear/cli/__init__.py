@@ -21,7 +21,7 @@ from typing import Any
 
 import spear
 from spear.errors import Notice, SpearError, check_known, is_first_process, needs, unknown_name
-from spear.util.files import FULL, FULL_DISK
+from spear.util.files import FULL, FULL_DISK, check_writable
 
 COMMANDS: dict[str, str] = {
     "label": "label:label",
@@ -177,7 +177,7 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
     import tyro
 
-    from spear.util.options import option_names
+    from spear.util.options import File, option_names
 
     options = options_of(function)
     known = ["--help", *(option_names(options) if options else ())]
@@ -192,6 +192,9 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     try:
         with contextlib.redirect_stderr(complaint):
             made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
+        for field, hint in typing.get_type_hints(options or object, include_extras=True).items():
+            if hint == File and (file := getattr(made, field)):  # before any work, which would be lost
+                check_writable(file)
         return [made] if options else []
     except SystemExit as stop:
         if not stop.code:

@@ -13,7 +13,7 @@ from spear.errors import SpearError, counted, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
-from spear.util.files import check_own, read_json, write_text
+from spear.util.files import check_own, check_writable, read_json, write_text
 from spear.util.ledger import difference
 from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
 
@@ -111,6 +111,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         where = f"--split {o.split}: {both} of its episodes also in --train-split {learned[1]}"
         raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
+    model.cut = True  # its training cut the instructions of these episodes, too
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
         train, marks = held_out, held_out.marks()
@@ -173,6 +174,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     check_own(o.out, "scores.json", "evaluate")
+    check_writable(o.out / "scores.json")
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     file = o.out / "scores.json"

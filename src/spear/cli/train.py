@@ -38,6 +38,7 @@ def train(options: TrainOptions) -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
+    from spear.data.readers.formats import cameras
     from spear.policy import locate
     from spear.train import run
     from spear.train.loop import RunOptions
@@ -48,6 +49,8 @@ def train(options: TrainOptions) -> None:
     run.check(stage, out, Inputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)
+    if options.episodes and not any("external" in cameras(path) for path in options.episodes):
+        raise SpearError("--episodes: no camera external, which a policy acts by: name one so in spear.json")
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
     inputs = Inputs(options.labels, run.mixture(options.episodes, stores, options.shares), init, moge)
     final = run.train(stage, out, inputs, how, options.device)

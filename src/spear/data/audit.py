@@ -192,10 +192,12 @@ def _check_form(report: Report, said: str) -> list[Check]:
 
 
 def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str, list[View | None]]:
-    """Camera -> what the first episodes show; None where it is absent. Broken episodes do not count."""
+    """Camera -> what the first episodes show; None where it is absent. Broken episodes do not count; raises
+    SpearError where too many are."""
     views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
+    skipped = Skipped(MOST_SKIPPED)
     for source, steps in itertools.islice(episode_steps(path, split, list(spec.images.values())), VIEWED):
-        with contextlib.suppress(SpearError):
+        try:
             if isinstance(steps, SpearError):
                 raise steps
             position, _, _ = recorded_pose(steps, spec, source)
@@ -205,6 +207,9 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
                     if isinstance(images := column(steps, where, source), list):
                         seen = look(images, position, rate_of(steps, spec), f"{source} camera {camera!r}")
                 views[camera].append(seen)
+        except SpearError as error:
+            skipped(error)
+    skipped.check(max(map(len, views.values()), default=0), finished=True)
     return {camera: found for camera, found in views.items() if found}
 
 

@@ -29,7 +29,7 @@ EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
 measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
 AT_WRIST, TWICE = ("wrist", "hand", "gripper", "eye_in"), 2.0
 """Parts of the names of wrist cameras; how many times as much of their view must change as of all others."""
-NO_STATE = ("timestamp", "reward", "discount")
+NO_STATE = ("timestamp", "reward", "discount", "frame_index", "episode_index", "index", "task_index")
 PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers that are taken where others fit as well."""
 Columns = Mapping[str, Sequence[Array]]
@@ -85,8 +85,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     columns = {
         name: [np.asarray(e[name], np.float64).reshape(len(e[name]), -1) for e in episodes]
         for name, values in episodes[0].items()
-        if isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.size <= WIDEST * len(values)
-        if name.rpartition("/")[2] not in NO_STATE
+        if isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
+        if values.size <= WIDEST * len(values) and name.rpartition("/")[2] not in NO_STATE
     }
     finite = _finite(columns)
     named: Joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []

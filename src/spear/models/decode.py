@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear.errors import SpearError
+from spear.errors import SpearError, counted
 from spear.models.fast.small import SMALL, SmallStack
 from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill, views
 
@@ -62,13 +62,13 @@ def greedy(
     words: _Words | None = None
     if grammar is None or isinstance(grammar, Worded):
         words = _Words(grammar, input_ids, max_new_tokens, config)
-        spans, least = [(0, config.vocab_size)] * max_new_tokens, 0 if grammar is None else grammar.count + 3
+        spans, least = [(0, config.vocab_size)] * max_new_tokens, 1 if grammar is None else grammar.count + 3
     else:
         spans = [*grammar, (config.eos_token_id, config.eos_token_id + 1)]
         least = len(spans)
     if least > max_new_tokens:
-        has = f"its grammar has {least} tokens"
-        raise SpearError(f"answer too long: {has}, max_new_tokens is {max_new_tokens}")
+        has = f"it has at least {counted(least, 'tokens')}"
+        raise SpearError(f"answer too long: {has}, max_new_tokens is {max_new_tokens}: give more")
     packed = not torch.is_autocast_enabled(device.type)
     small = SMALL(vlm.language_model) if packed else None
     layers = small or STACK(vlm.language_model, packed, can_compile(device))

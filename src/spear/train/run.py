@@ -5,7 +5,6 @@ tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what
 """
 
 import dataclasses
-import os
 import platform
 import shutil
 import sys
@@ -20,7 +19,7 @@ import spear
 from spear.data.readers.formats import check_no_input, dataset_name
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, is_first_process, notice
+from spear.errors import is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.folders import contents, made_by, save_made_by, simulator_only
 from spear.models.weights.load import Shards
@@ -28,6 +27,7 @@ from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
+from spear.util.files import check_writable
 from spear.util.ledger import alone, hash_ends, plain
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
@@ -130,9 +130,7 @@ def check(
     about = _about(stage, inputs)
     known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
     loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise SpearError(f"{there}: not a folder that can be written to: give another --out")
+    check_writable(out / "log.jsonl")
     return stage, place, about
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,15 @@ def writing(path: Path) -> Iterator[None]:
         if file := next((parent for parent in path.parents if parent.is_file()), None):
             raise SpearError(f"{file}: is a file, not a folder: give another name") from error
         raise SpearError(f"{path}: cannot be written, {error.strerror or error}: check the folder") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises `SpearError`, before there is work, where `write_bytes` could not write; makes nothing."""
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if path.is_file() or not path.exists():
+            tempfile.TemporaryFile(dir=next(one for one in path.resolve().parents if one.exists())).close()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -34,8 +34,9 @@ def find_format(path: str | Path) -> str | None:
 
 
 def check_no_input(out: Path, action: str) -> None:
-    """Raises SpearError for a folder to `action` into that holds robot data or a model: they would change."""
-    if find_format(out) is not None or (out / "config.json").is_file():
+    """Raises SpearError for a folder to `action` into that holds robot data, a model or labels."""
+    kinds = "config.json", "labels-*.parquet", "external/labels-*.parquet"
+    if find_format(out) is not None or any(any(out.glob(kind)) for kind in kinds):
         raise SpearError(f"{out}: holds other files: {action} into a folder of its own")
 
 
@@ -98,9 +99,9 @@ def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> Non
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
-def episode_counts(path: str | Path) -> Mapping[str, int]:
-    """Split name -> number of episodes."""
-    folder = open_dataset(path)
+def episode_counts(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, int]:
+    """Split name -> number of episodes, of a path or of what is there, opened."""
+    folder = open_dataset(data) if isinstance(data, str | Path) else data
     return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
 
 

@@ -61,12 +61,12 @@ def prepare(
     most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
+    source = formats.open_dataset(path)
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
-    for name, start, end in split_ranges(formats.episode_counts(path), split, path):
+    for name, start, end in split_ranges(formats.episode_counts(source), split, path):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
             todo.append((f"{name}[{first}:{last}]", last - first))
-    source = formats.open_dataset(path)
     # what its columns mean; and says what is wrong with that before anything is written
     layout = source.spec(how.layout) if isinstance(source, formats.Dataset) else None
     meant = repr(layout and dataclasses.replace(layout, facts={}, weight=None))
