@@ -131,12 +131,11 @@ def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> N
 
 
 def test_of_nothing_there_are_no_actions_and_no_answers(nano: Spear1Policy) -> None:
-    vlm, picture = load_vlm(), observation()["observation/image"]
-    assert nano.infer_batch([]) == vlm.answer([], []) == []
-    refuses("1 images, 2 prompts", vlm.answer, [picture], ["how far?", "where?"])
-    refuses("max_new_tokens is 0", vlm.answer, [picture], ["how far?"], max_new_tokens=0)
-    for load in (Spear1Policy.load, load_vlm):
-        refuses("dtype 'fp16'", load, dtype="fp16")
+    answer, picture = load_vlm().answer, [observation()["observation/image"]]
+    assert nano.infer_batch([]) == answer([], []) == []
+    refuses("1 images, 2 prompts", answer, picture, ["how far?", "where?"])
+    refuses("max_new_tokens is 0", answer, picture, ["how far?"], max_new_tokens=0)
+    refuses("dtype 'fp16'", load_vlm, dtype="fp16")
 
 
 def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy) -> None:

@@ -73,8 +73,7 @@ class VlmBundle:
         family  of the questions: answers are then held to its form, with exactly as many numbers or image
                 locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for an unknown family or view, an empty or too long prompt, other numbers of images
-        and prompts, and too few tokens.
+        Raises SpearError for an unknown family or view, an empty or too long prompt, or not one per image.
         """
         if len(prompts) != len(images):
             raise SpearError(f"{len(images)} images, {len(prompts)} prompts: give a prompt for each image")

@@ -192,8 +192,7 @@ def _check_form(report: Report, said: str) -> list[Check]:
 
 
 def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str, list[View | None]]:
-    """Camera -> what the first episodes show; None where it is absent. Broken episodes do not count; raises
-    SpearError where too many are."""
+    """Camera -> what the first episodes show; None where it is absent. Too many broken ones: SpearError."""
     views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
     skipped = Skipped(MOST_SKIPPED)
     for source, steps in itertools.islice(episode_steps(path, split, list(spec.images.values())), VIEWED):

@@ -13,6 +13,7 @@ import pytest
 
 from data_tiny import LAYOUT, copied, edit, make
 from refusals import refuses
+from spear.data.audit import audit
 from spear.data.describe import describe
 from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
@@ -180,6 +181,7 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
     for broken in (file, folder / "data/chunk-000/file-000.parquet"):
         broken.write_bytes(broken.read_bytes()[:-2000])
         refuses(rf"no good episode.*{broken}", inspect, folder)
+        refuses("bad episodes: 8 of 8|no good episode", audit, folder)  # the numbers alone are consistent
     folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
     change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
     refuses(r"file-000\.parquet: .*episode_index", next, read_episodes(folder))
