@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,14 @@ def test_files_that_are_named_exist() -> None:
     files = [*PAGES, *code]
     names = {(file, name) for file in files for name in named.findall(file.read_text()) if "NAME" not in name}
     assert not [(file, name) for file, name in names if not (ROOT / name).exists()]
+
+
+def test_scripts_end_as_commands_do(tmp_path: Path) -> None:
+    scripts = {file: file.read_text() for file in (ROOT / "benchmarks").rglob("*.py")}
+    assert not [f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)]
+    command = [sys.executable, ROOT / "benchmarks/evaluate/over_seeds.py", "--first", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*cannot read results.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

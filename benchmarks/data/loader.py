@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from functools import partial
@@ -38,6 +39,7 @@ import tyro
 
 from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
 from loader_turns import Command, Forked, Way, in_turn, table
+from spear.cli import guarded
 from spear.data.mixture import Mixture
 from spear.data.options import Conversion
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -173,4 +175,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

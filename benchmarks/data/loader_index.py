@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from spear.cli import guarded
 from spear.data.mixture import Mixture
 from spear.data.normalize import Normalizer, write_sketches
 from spear.data.store.episode_store import EpisodeStore
@@ -129,4 +130,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

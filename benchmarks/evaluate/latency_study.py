@@ -31,6 +31,7 @@ from tyro.conf import Positional
 
 from guidance import Guided
 from spear.chunks import ChunkExecutor, Mode
+from spear.cli import guarded
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import cells, compare
@@ -191,4 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

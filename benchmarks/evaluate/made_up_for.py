@@ -10,6 +10,7 @@ least squares.
 
 from __future__ import annotations
 
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import tyro
 from tyro.conf import Positional
 
+from spear.cli import guarded
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import observations
 from spear.policy import Spear1Policy
@@ -56,4 +58,4 @@ def main(policy: Positional[str], episodes: Positional[Path], delay: int = 1, mo
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -8,11 +8,13 @@ of the ablations (`spear.evaluate.stats`).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import tyro
 
 from spear.ablations.table import successes
+from spear.cli import guarded
 from spear.errors import SpearError
 from spear.evaluate.compare import compare
 from spear.evaluate.results import load
@@ -45,4 +47,4 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

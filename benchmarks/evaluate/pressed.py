@@ -9,11 +9,13 @@ Each episode is run alone, so rounding lets some of them succeed.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
 
+from spear.cli import guarded
 from spear.evaluate import results
 from spear.evaluate.agents import Agent, load_agent
 from spear.sim.env import MAX_STEPS, TabletopEnv
@@ -52,4 +54,4 @@ def main(folders: Positional[tuple[Path, ...]], policy: str = "nano", family: st
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

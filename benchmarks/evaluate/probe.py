@@ -11,6 +11,7 @@ medians, resampled by image.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import tyro
 from torch import nn
 
 from shifted import centres, report
+from spear.cli import guarded
 from spear.evaluate.vqa.ask import find_images
 from spear.evaluate.vqa.measures import numbers
 from spear.evaluate.vqa.run import questions_about
@@ -115,4 +117,4 @@ def main(labels: Path, model: str = "nano", images: int = 300, most: int = 13056
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

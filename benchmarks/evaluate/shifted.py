@@ -10,10 +10,13 @@ network's patches. Errors of box centres: in all, along the ray, and across it; 
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.evaluate.stats import bootstrap
 from spear.evaluate.vqa.ask import find_images
 from spear.evaluate.vqa.calibration import by_image
@@ -84,4 +87,4 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

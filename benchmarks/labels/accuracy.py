@@ -13,6 +13,7 @@ mean distance of the eight vertices, up to the box's symmetries.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import tyro
 from scipy import ndimage
 
+from spear.cli import guarded
 from spear.labels.fit.box3d import box_from_vertices, make_box
 from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.quality import box_errors, compare, failings, instance_of
@@ -209,4 +211,4 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

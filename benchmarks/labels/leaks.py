@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ import tyro
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from spear.cli import guarded
 from spear.labels.fit.box3d import box_from_vertices, iou, make_box, vertex_error
 from spear.labels.fit.image import unproject
 from spear.labels.fit.points import subsample
@@ -277,4 +279,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 
+from spear.cli import guarded
 from spear.labels.engine import run_local
 from spear.labels.inputs import find
 from spear.labels.options import WorkOptions
@@ -92,4 +93,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         run(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        tyro.cli(main)
+        sys.exit(guarded(lambda: tyro.cli(main)))

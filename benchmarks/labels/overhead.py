@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import tyro
 
+from spear.cli import guarded
 from spear.labels.engine import run_local
 from spear.labels.inputs import find, read
 from spear.labels.options import WorkOptions
@@ -86,4 +88,4 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ import numpy as np
 from tyro.extras import SubcommandApp
 
 from accuracy import WrongMasks, wrong_depth
+from spear.cli import guarded
 from spear.errors import SpearError
 from spear.labels.fit.image import clip
 from spear.labels.fit.quality import VISIBLE, compare
@@ -174,4 +176,4 @@ def table(out: Path = Path("runs/proof")) -> None:
 
 
 if __name__ == "__main__":
-    app.cli()
+    sys.exit(guarded(app.cli))

@@ -7,6 +7,7 @@ The roofline is the bytes of the weights over the bandwidth measured here. (Trit
 before 2.4.)
 """
 
+import sys
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import tyro
 from transformers import GemmaConfig
 
 from pi0_pair import relative
+from spear.cli import guarded
 from spear.doctor import machine
 from spear.models.fast.few_rows import FewRows
 from spear.models.fast.stack import CudaGraphCache, Stack
@@ -82,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

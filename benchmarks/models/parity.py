@@ -12,6 +12,7 @@ against ours in float32.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ import tyro
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pi0_pair import IMAGE_TOKEN, SIZES, pair, reduced, relative
+from spear.cli import guarded
 from spear.types import Action
 
 LAYERS = {"nano": 99, "small": 2, "mid": 2, "spear1": 1}
@@ -104,4 +106,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

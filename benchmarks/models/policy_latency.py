@@ -19,6 +19,7 @@ bytes of weights and keys and values / bandwidth, both measured here in the same
 from __future__ import annotations
 
 import dataclasses
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ import tyro
 from openpi_pi0 import OpenPi
 from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
+from spear.cli import guarded
 from spear.doctor import Machine, machine
 from spear.models.presets import spear1_config
 from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
@@ -228,4 +230,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

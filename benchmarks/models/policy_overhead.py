@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.policy import Spear1Policy
 
 
@@ -80,4 +82,4 @@ def main(name: str = "nano", runs: int = 100, beside: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

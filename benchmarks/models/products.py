@@ -10,6 +10,7 @@ turns: 50 MB of them in float32, more than a core's own caches hold.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from typing import Literal
 
 import torch
 import tyro
+
+from spear.cli import guarded
 
 WIDTHS = ((192, 320), (192, 1152), (512, 512), (512, 1280), (1024, 4096))
 """(in, out): of nano's layers, small's, and spear1's expert."""
@@ -76,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -11,6 +11,7 @@ through frozen ones that gradients pass, 2 elsewhere), and attention's, over the
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ import tyro
 from torch import nn
 
 from pi0_pair import observation, one, pair, reduced
+from spear.cli import guarded
 from spear.doctor import machine
 from spear.types import Action
 from timing import Times, race
@@ -146,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -14,6 +14,7 @@ suppressed.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.utils import logging
 
 from pi0_pair import SIZES, reduced
+from spear.cli import guarded
 from spear.models.decode import greedy
 from spear.models.presets import vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -125,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -19,6 +19,7 @@ was meant, everything else refused in one line.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from websockets.exceptions import ConnectionClosed
 
 from process import Server, server
 from spear import embodiments
+from spear.cli import guarded
 from spear.embodiments import Embodiment
 from spear.errors import SpearError
 from spear.serve import wire
@@ -268,4 +270,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -33,6 +33,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from process import Server, server
 from spear import embodiments
+from spear.cli import guarded
 from spear.serve import wire
 from spear.serve.server import DRAIN_S, LARGEST_MESSAGE
 
@@ -271,4 +272,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -22,6 +22,7 @@ import tyro
 from tyro.conf import Positional
 
 from process import server
+from spear.cli import guarded
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -71,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

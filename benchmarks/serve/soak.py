@@ -11,6 +11,7 @@ runs for six seconds, in which memory still grows, and does not judge it.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -22,6 +23,7 @@ from websockets.asyncio.client import connect
 
 from process import Server, server
 from spear import embodiments
+from spear.cli import guarded
 from spear.serve import wire
 
 GROWTH = 0.02
@@ -110,4 +112,4 @@ def main(seconds: Positional[float] = 1800.0, policy: Positional[str] = "nano", 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

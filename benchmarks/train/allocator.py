@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore
 from spear.models.devices import keep_freed_memory
 from spear.train.build import build
@@ -100,4 +101,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

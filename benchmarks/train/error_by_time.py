@@ -12,6 +12,7 @@ is from another's ("spread", mm). The same steps and noise for all policies.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from spear import flow
+from spear.cli import guarded
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import quat_distance, quat_log, sphere_exp
@@ -104,4 +106,4 @@ def main(policies: tyro.conf.Positional[tuple[Path, ...]], episodes: Path, steps
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -11,12 +11,14 @@ the machine and what else runs on it don't matter.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
@@ -63,4 +65,4 @@ def main(labels: Path, episodes: Path, batches: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ from scipy import stats
 from torch import Tensor
 
 from spear import flow
+from spear.cli import guarded
 from spear.errors import unknown_name
 from spear.flow import FlowConfig
 from spear.geometry import quat_canonical, quat_distance, quat_exp
@@ -230,4 +232,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.train.build import build
@@ -106,4 +108,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

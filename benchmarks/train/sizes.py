@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.models import vlm
 from spear.models.devices import keep_freed_memory
 from spear.models.weights.folders import locate
@@ -79,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.labels.scenes import label_scenes
 from spear.models.devices import keep_freed_memory
@@ -104,4 +105,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -13,6 +13,7 @@ is there are not printed.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import tyro
 from tyro.extras import SubcommandApp
 
+from spear.cli import guarded
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import scales
 from spear.labels.fit.box3d import iou, nearest_box
@@ -168,4 +170,4 @@ def _arms() -> Iterator[tuple[str, Spacing, int]]:
 
 
 if __name__ == "__main__":
-    app.cli()
+    sys.exit(guarded(app.cli))

@@ -28,14 +28,7 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known, notice
-from spear.geometry import (
-    quat_exp,
-    quat_log,
-    quat_multiply,
-    quat_normalize,
-    step_action,
-    unit_quat,
-)
+from spear.geometry import quat_exp, quat_log, quat_multiply, quat_normalize, step_action, unit_quat
 from spear.types import ACTION_DIM, RATE_HZ, Array, Policy
 
 Mode = Literal["sync", "async", "rtc"]

@@ -92,6 +92,9 @@ def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore
 
 def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
     _, held_out = stores
+    for horizon in (5, 9):  # of 11 known actions; a policy's chunks are compared with as long ones
+        both = score_last_action(held_out, horizon), score_mean_action(held_out, held_out, horizon)
+        assert all(len(one.episodes[0]["chunk_end_mm"]) == 12 - horizon for one in both)
     reference = score_last_action(held_out)
     for index, e in enumerate(held_out):
         actions, _ = episode_actions(e)

@@ -110,6 +110,8 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     assert together.value == pytest.approx(apart.value) and together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
     assert "[" not in bootstrap(groups[:1], np.mean).say(".3f")  # of one nothing is known about others
+    for won in (True, False):  # as of values that all are alike, no two draws differ
+        assert bootstrap([np.full(9, won)] * 20, np.mean) == wilson(20 * won, 20)
     few = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
     assert np.mean([e.low < 0 < e.high for e in few]) > 0.9
 

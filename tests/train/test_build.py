@@ -80,11 +80,13 @@ def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path)
 
 
 def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path) -> None:
+    shard = tmp_path / "labels-00002.parquet"
+    write_labels([dataclasses.replace(labelled(0), unit="relative")], shard)
     with no_warning():
         load_labels(inputs.labels, ["external"])
+        load_labels([shard], ["external"])  # asked for alone, it lacks none
     with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
         load_labels([*inputs.labels] * 2, ["external"])
-    write_labels([dataclasses.replace(labelled(0), unit="relative")], tmp_path / "labels-00002.parquet")
     with pytest.warns(Notice, match="lacks 2 of its shards"):
         load_labels([tmp_path], ["external"])
     refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])

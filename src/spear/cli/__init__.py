@@ -72,16 +72,38 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 1 where `spear doctor` finds something wrong, 2 for bad input
-    or a file that cannot be read or written (one line on stderr, as of a `Notice`), 3 for a question that
-    the data cannot answer, 130 when interrupted.
+    """Run a command. Returns its exit code, see `guarded`."""
+    return guarded(lambda: _do(list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Do the work of a command, or of a script. Returns the exit code: 0, 1 where `spear doctor` finds
+    something wrong, 2 for bad input or a file that cannot be read or written (one line on stderr, as of a
+    `Notice`), 3 for a question that the data cannot answer, 130 when interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal or a log without our characters
         sys.stdout.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
         warnings.showwarning = functools.partial(_show, set(), warnings.showwarning)
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        try:
+            try:
+                work()
+            finally:
+                _flush()
+            return 0
+        except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+            return 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if (line := _one_line(error)) is None:
+                raise
+            if not is_first_process():
+                time.sleep(5)  # of what all meet, the first one speaks: then torchrun ends the others
+            print(f"error: {line}", file=sys.stderr)
+            return getattr(error, "code", 2)
 
 
 def _show(
@@ -93,28 +115,6 @@ def _show(
     elif str(message) not in said:
         said.add(str(message))
         print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def _run(args: list[str]) -> int:
-    try:
-        try:
-            _do(args)
-        finally:
-            _flush()
-        return 0
-    except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = _one_line(error)
-        if line is None:
-            raise
-        if not is_first_process():
-            time.sleep(5)  # of what all meet, the first one speaks: then torchrun ends the others
-        print(f"error: {line}", file=sys.stderr)
-        return getattr(error, "code", 2)
 
 
 def _do(args: list[str]) -> None:

@@ -122,8 +122,8 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
             notice(f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
-        reference = open_loop.score_mean_action(train, held_out)
-        scores = (ours, reference, open_loop.score_last_action(held_out))
+        reference = open_loop.score_mean_action(train, held_out, model.model.config.horizon)
+        scores = (ours, reference, open_loop.score_last_action(held_out, model.model.config.horizon))
     summaries = [score.summary() for score in scores]
     rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
     rows += [[name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]]

@@ -88,22 +88,22 @@ def mean_action(actions: Array) -> Array:
     return mean.astype(np.float32)
 
 
-def score_mean_action(train: EpisodeStore, held_out: EpisodeStore) -> OpenLoop:
-    """The same errors for always predicting the mean action of `train`."""
+def score_mean_action(train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoop:
+    """The same errors for always predicting the mean action of `train`, in chunks as long as the policy's."""
     known = [action[valid] for action, valid in map(episode_actions, _without_images(train))]
     constant = mean_action(np.concatenate(known))
-    chunks = ((e, np.tile(constant, (len(e), HORIZON, 1))) for e in _without_images(held_out))
+    chunks = ((e, np.tile(constant, (len(e), horizon, 1))) for e in _without_images(held_out))
     return _score("mean action", chunks)
 
 
-def score_last_action(held_out: EpisodeStore) -> OpenLoop:
-    """The same errors for doing again, five times, what was done in the step before; in an episode's first
-    step, for standing still, the gripper as it is."""
+def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoop:
+    """The same errors for doing again, a whole chunk long, what was done in the step before; in an episode's
+    first step, for standing still, the gripper as it is."""
 
     def repeated(episode: Episode) -> tuple[Episode, Array]:
         still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
         before = np.concatenate([still, episode_actions(episode)[0][:-1]])
-        return episode, np.repeat(before[:, None], HORIZON, axis=1)
+        return episode, np.repeat(before[:, None], horizon, axis=1)
 
     return _score("last action", map(repeated, _without_images(held_out)))
 

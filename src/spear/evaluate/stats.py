@@ -116,7 +116,8 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
 
     groups  one array of values per independent unit (an image, an episode). Values of one unit depend on each
             other, so that resampling single values would give intervals that are too narrow. Of fewer than
-            `FEWEST` there is no interval: its ends are NaN; of few it is wider (Hesterberg, 2015).
+            `FEWEST` there is no interval: its ends are NaN; of few it is wider (Hesterberg, 2015). Of bool
+            that are all alike, no two draws differ: Wilson's interval for so many units (our choice).
     """
     from scipy.special import ndtr, stdtrit
 
@@ -124,6 +125,8 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     value = float(statistic(np.concatenate(units)))
     if len(units) < FEWEST:
         return Estimate(value, math.nan, math.nan, len(units))
+    if all(np.asarray(g).dtype == bool for g in groups) and value in (0.0, 1.0):
+        return Estimate(value, *_score_interval(value, len(units)), len(units))
     draws = np.random.default_rng(0).integers(len(units), size=(1000, len(units)))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     tail = 100 * ndtr(-math.sqrt(len(units) / (len(units) - 1)) * stdtrit(len(units) - 1, 0.975))
@@ -170,14 +173,12 @@ def _crossed(tables: Sequence[Array]) -> tuple[float, float]:
 
     seeds, parts = len(tables[0]), len(tables)
     mean = float(np.mean([table.mean() for table in tables]))
-    over_seeds = over_scenes = both = scenes = 0.0
+    over_seeds = over_scenes = both = 0.0
+    scenes = sum(table.shape[1] - 1 for table in tables)
     if seeds > 1:
         over_seeds = float(np.mean([table.mean(1) for table in tables], axis=0).var(ddof=1)) / seeds
-    for table in tables:
+    for table in (table for table in tables if table.shape[1] > 1):
         count = table.shape[1]
-        if count < 2:
-            continue
-        scenes += count - 1
         over_scenes += float(table.mean(0).var(ddof=1)) / count / parts**2
         if seeds > 1:
             rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()

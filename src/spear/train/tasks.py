@@ -17,7 +17,7 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, counted, note_missing, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import digest
 from spear.labels.questions.generate import generate
@@ -159,9 +159,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     found: dict[str, list[LabeledImage]] = {}
     for folder in folders:
         for view, path in view_folders(folder, views).items():
-            last = (shards := shards_in(path))[-1].stem.rpartition("-")[2]
-            if last.isdecimal() and (missing := int(last) + 1 - len(shards)):
-                notice(f"{path}: lacks {missing} of its shards: run its command again")
+            note_missing(path, shards_in(path), "run its command again")
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     every = [one for labels in found.values() for one in labels]
     if len(units := {one.unit for one in every}) > 1:

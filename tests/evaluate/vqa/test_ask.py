@@ -70,7 +70,8 @@ def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(tmp_p
     trust = Trust.load(NANO)  # measured on sim:1000, 200 images
     assert trust is not None
     replace(trust, measured_on=f"1,000 images of {tmp_path}").save(tmp_path)
-    for folder, images, where in ((NANO, 1, "sim:1199"), (NANO, 1001, "sim"), (tmp_path, 1, f"{tmp_path}/.")):
+    here = [(tmp_path, 1, f"{tmp_path}/{view}") for view in (".", "external")]
+    for folder, images, where in ((NANO, 1, "sim:1199"), (NANO, 1001, "sim"), *here):
         with pytest.warns(Notice, match="calibrated on"):
             assert trust_for(folder, images, where) is None
     for images, where in ((1000, "sim"), (9, "sim:1200"), (300, "runs/labels")):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.store.shard import Shard, open_shard, write_shard
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, counted, note_missing, notice
 from spear.types import Array, Episode
 from spear.util.files import read_json, writing
 
@@ -86,8 +86,7 @@ class EpisodeStore:
         if not (files := shard_files(self.path)):
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
         made = read_json(self.path / REQUEST, "copy it again") if (self.path / REQUEST).is_file() else {}
-        if missing := max(int(files[-1].stem.rpartition("-")[2]) + 1, made.get("shards", 0)) - len(files):
-            notice(f"{path}: lacks {missing} of its shards: copy it again")
+        note_missing(self.path, files, "copy it again", made.get("shards", 0))
         self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store

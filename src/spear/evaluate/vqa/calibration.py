@@ -156,7 +156,7 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | No
     """From (image, certainty, relative error in percent) of each of a family's answers.
 
     scale: what `Trust` multiplies the family's spread with."""
-    certain = [c for _, c, _ in answers]
+    images, certain, errors = zip(*answers, strict=True)
     below = np.concatenate([c.below for c in certain])
     spread, off = (100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off"))
     order = np.argsort(spread, kind="stable")
@@ -164,17 +164,16 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | No
     parts = [(spread[rows], off[rows]) for rows in np.array_split(order, groups)]
     bands = [Band(float(np.median(s)), float(np.quantile(e, ONE_SIGMA)), len(s)) for s, e in parts]
     sure = np.argsort([float(c.spread.mean()) for c in certain], kind="stable")
-    errors = np.array([error for _, _, error in answers])[sure]
+    ranked = np.array(errors)[sure]
     half = (len(errors) + 1) // 2
 
     inside = {f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL}
     if scale is not None:
         inside[f"spear ask, {TRUSTED:.0%}"] = [c.off <= scale * c.spread for c in certain]
-    images = [image for image, *_ in answers]
     rows = {name: by_image(list(zip(images, some, strict=True))) for name, some in inside.items()}
     coverage = {name: bootstrap(some, np.mean) for name, some in rows.items()}
     curve = [float(_inside(below, level).mean()) for level in LEVELS]
-    surer, less_sure = float(np.median(errors[:half])), float(np.median(errors[-half:]))
+    surer, less_sure = float(np.median(ranked[:half])), float(np.median(ranked[-half:]))
     return Calibration(len(below), coverage, curve, bands, surer, less_sure)
 
 

@@ -87,7 +87,8 @@ def trust_for(folder: Path, images: int, where: str) -> Trust | None:
         theirs, ours = sim_seed(place), sim_seed(where)
         same = theirs < ours + images and ours < theirs + count
     else:
-        same = Path(place).resolve() == Path(where).resolve()
+        folders = (str(Path(each).resolve()) for each in (place, where))
+        same = len({folder.removesuffix("/external") for folder in folders}) == 1  # as `find_images` looks
     if same:
         notice(f"{folder}: calibrated on some of these images: its intervals are not judged: take other ones")
     return None if same else trust
