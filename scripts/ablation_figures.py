@@ -115,11 +115,11 @@ def demonstrations(long: Rows, some: Rows) -> None:
         ("full method", "with 3D", -0.012, COLOURS[0]),
         ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, COLOURS[1]),
     ):
-        rows = {250: some[f"250, {name}"], 500: long[name], 2000: some[f"2,000, {name}"]}
+        rows = {n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)}
         x = [log10(n) + shift for n in rows]
         lines.append(points(x, [mean_over_seeds(row) for row in rows.values()], title, colour))
         lines.append(trainings([place + shift for place in x], [*rows.values()], colour))
-    ticks = [(log10(n), f"{n:,}") for n in (250, 500, 2000)]
+    ticks = [(log10(n), f"{n:,}") for n in (250, 500, 1000, 2000)]
     across = Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks)
     write("demonstrations", lines, across, Axis("success", (50, 100), unit=" %"))
 

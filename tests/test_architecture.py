@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -87,10 +87,7 @@ def test_imports_point_one_way(here: str) -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    try:
-        TopologicalSorter({module: imported(module) for module in FILES}).prepare()
-    except CycleError as error:
-        pytest.fail(f"a circle: {' → '.join(error.args[1])}")
+    TopologicalSorter({module: imported(module) for module in FILES}).prepare()  # else it names the circle
 
 
 def test_folders_are_small_and_rooms_below_their_ceilings() -> None:

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,9 +206,8 @@ def test_bad_settings_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan * chunk(0), chunk(0)[:, :7], chunk(0)[0], 0 * chunk(0)])
 def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
-    pilot = Pilot(policy(lambda _: bad))
-    refuses("actions", pilot.step, {})
-    pilot.close()
+    with closing(Pilot(policy(lambda _: bad))) as pilot:
+        refuses("actions", pilot.step, {})
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -222,18 +222,17 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
         return chunk(observation["t"])
 
     assert Pilot(policy(answer))._executor.replan == REPLAN
-    pilot = Pilot(policy(answer), "async", replan=3)
-    actions = [pilot.step({"t": t}) for t in range(7)]
-    assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
-    think.set()
-    pilot._asked[1].result(60)
-    assert asked == [0, 3]
-    think.clear()
-    # two steps were made since t = 3: the new chunk goes on with its third, while it looks again
-    assert millimetres([pilot.step({"t": 7})]) == [5]
-    think.set()
-    assert pilot._asked[1].result(60) and asked == [0, 3, 7]
-    pilot.close()
+    with closing(Pilot(policy(answer), "async", replan=3)) as pilot:
+        actions = [pilot.step({"t": t}) for t in range(7)]
+        assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
+        think.set()
+        pilot._asked[1].result(60)
+        assert asked == [0, 3]
+        think.clear()
+        # two steps were made since t = 3: the new chunk goes on with its third, while it looks again
+        assert millimetres([pilot.step({"t": 7})]) == [5]
+        think.set()
+        assert pilot._asked[1].result(60) and asked == [0, 3, 7]
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -242,12 +241,11 @@ def test_the_pilot_waits_in_sync_and_looks_again_after_a_pause_and_with_another_
         time.sleep(0.05)
         return chunk(observation["t"])
 
-    pilot = Pilot(policy(answer), "sync", replan=3)
-    assert millimetres([pilot.step({"t": t}) for t in range(1, 9)]) == [1, 2, 3, 4, 5, 6, 7, 8]
-    pilot._stepped -= 2  # seconds pass
-    assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
-    assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]
-    pilot.close()
+    with closing(Pilot(policy(answer), "sync", replan=3)) as pilot:
+        assert millimetres([pilot.step({"t": t}) for t in range(1, 9)]) == [1, 2, 3, 4, 5, 6, 7, 8]
+        pilot._stepped -= 2  # seconds pass
+        assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
+        assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]
 
 
 def test_an_answer_of_another_time_is_dropped(no_waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +256,10 @@ def test_an_answer_of_another_time_is_dropped(no_waiting: None, monkeypatch: pyt
         return (chunk(observation["t"]) + 0.25 * np.eye(8)[7]).astype(np.float32)
 
     monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
-    pilot = Pilot(policy(answer), "sync")
-    with pytest.warns(Notice, match="took 3.0 s"):
+    with closing(Pilot(policy(answer), "sync")) as pilot, pytest.warns(Notice, match="took 3.0 s"):
         said = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
     assert millimetres(said) == [1, 2, 0, 4, 5, 0, 7]
     assert {float(action[7]) for action in said} == {0.25}  # the gripper holds what it holds
-    pilot.close()
 
 
 @pytest.mark.parametrize("late", [0, 3])
@@ -302,10 +298,9 @@ def test_the_pilot_asks_about_what_was_seen_then() -> None:
         seen.append(float(observation["image"][0]))
         return chunk(0)
 
-    pilot = Pilot(policy(answer), "async")
-    for tick in range(3):  # a camera that writes each picture over the last
-        camera[0] = tick
-        pilot.step({"image": camera})
-    ready.set()
-    assert pilot._asked is not None and pilot._asked[1].result(60) and seen == [0, 1]
-    pilot.close()
+    with closing(Pilot(policy(answer), "async")) as pilot:
+        for tick in range(3):  # a camera that writes each picture over the last
+            camera[0] = tick
+            pilot.step({"image": camera})
+        ready.set()
+        assert pilot._asked is not None and pilot._asked[1].result(60) and seen == [0, 1]

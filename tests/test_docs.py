@@ -5,8 +5,7 @@ import json
 import re
 import shlex
 import signal
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +99,9 @@ def test_files_that_are_named_exist() -> None:
     assert not [(file, name) for file, name in names if not (ROOT / name).exists()]
 
 
-def test_scripts_end_as_commands_do(tmp_path: Path) -> None:
+def test_scripts_end_as_commands_do() -> None:
     scripts = {file: file.read_text() for file in (ROOT / "benchmarks").rglob("*.py")}
     assert not [f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)]
-    command = [sys.executable, ROOT / "benchmarks/evaluate/over_seeds.py", "--first", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch(r"error: .*cannot read results.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -145,9 +141,8 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
         said = server.stdout.readline()
         found = re.search(r"ws://\S+", said)
         assert found, said
-        policy = RemotePolicy(found[0])
-        actions = policy.infer(observations(episode)[0])["actions"]
-        policy.close()
+        with closing(RemotePolicy(found[0])) as policy:
+            actions = policy.infer(observations(episode)[0])["actions"]
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
     assert actions.shape == (5, 8) and np.isfinite(actions).all()

@@ -154,10 +154,8 @@ def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy
 def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> None:
     typed = nano.infer(observation(prompt="Put the carrot on the plate."))
     np.testing.assert_array_equal(typed["actions"], nano.infer(observation())["actions"])
-    long = observation(prompt="put it there and " * 40)
-    refuses("too long", nano.infer, long)
     with pytest.warns(Notice, match="cut off"):  # as training does
-        dataclasses.replace(nano, cut=True).infer(long)
+        dataclasses.replace(nano, cut=True).infer(observation(prompt="put " * 200))
 
 
 def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:

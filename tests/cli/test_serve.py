@@ -1,7 +1,7 @@
 """A served policy does as it does here."""
 
 import socket
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,8 +77,6 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
     here, _ = evaluate(PolicyAgent(Homing(), "here"), options)
-    with serving() as server:
-        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+    with serving() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:
         there, _ = evaluate(PolicyAgent(remote, "there"), options)
-        remote.close()
     assert here.outcomes == there.outcomes

@@ -44,7 +44,7 @@ def rewritten(shared: Path, folder: Path, change: Callable[..., tuple[np.ndarray
     (file,) = copy.glob("data/*/*.parquet")
     table, names = pq.read_table(file), ("observation.state", "action")
     for name, values in zip(names, change(*(np.array(table[n].to_pylist()) for n in names)), strict=True):
-        column = pa.array(list(values.astype(np.float32)))
+        column = pa.array(list(values if values.dtype.kind == "i" else values.astype(np.float32)))
         table = table.set_column(table.column_names.index(name), name, column)
     pq.write_table(table, file)
     return copy
@@ -54,6 +54,12 @@ def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     copy = rewritten(shared, tmp_path, lambda s, a: (np.where(s == s.flat[93], np.nan, s), a))
     found, expected = describe(copy), described(shared / "data" / "lerobot" / "v3.0_image")
     assert {**found, "facts": 0} == {**expected, "facts": 0}
+
+
+def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> None:
+    units = [1000] * 3 + [180 / np.pi] * 3 + [100]  # millimetres, degrees, an opening in per cent
+    found = describe(rewritten(shared, tmp_path, lambda s, a: (np.rint(s * units).astype(int), a)))
+    assert (found["position"], found["length_unit"]) == ("observation/state[0:3]", "mm")
 
 
 def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:

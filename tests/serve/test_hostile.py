@@ -4,6 +4,7 @@ import signal
 import socket
 import time
 import tracemalloc
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -80,14 +81,13 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
 ) -> None:
     for name, value in limits.items():
         monkeypatch.setattr(server, name, value)
-    with serving() as running:
-        honest, other = RemotePolicy(f"ws://127.0.0.1:{running.port}"), deaf(running.port)
+    with serving() as running, closing(RemotePolicy(f"ws://127.0.0.1:{running.port}")) as honest:
+        other = deaf(running.port)
         with pytest.raises(ConnectionError):
             other.sendall(attack)
             while True:
                 other.sendall(500 * (PING if "MOST_SMALL" in limits else b"\0"))
         assert np.isfinite(honest.infer(GENERIC.example())["actions"]).all()
-        honest.close()
 
 
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
@@ -95,8 +95,8 @@ def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
         def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
             return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
 
-    with serving(Loud(), bounds={"SEND_S": 0.1}) as running:
-        slow, message, left = deaf(running.port), wire.encode(GENERIC.example()), 2**26
+    with serving(Loud(), bounds={"SEND_S": 0.1}) as running, deaf(running.port) as slow:
+        message, left = wire.encode(GENERIC.example()), 2**26
         slow.sendall(b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message)
         while left > 0:
             read = len(slow.recv(2**20))
@@ -104,7 +104,6 @@ def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
             left -= read
             slow.sendall(PING)
             time.sleep(0.02)
-        slow.close()
 
 
 def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +112,6 @@ def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.Monkey
         silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
         assert [s.recv(1) for s in silent[:2]] == [b"", b""]
         RemotePolicy(f"ws://127.0.0.1:{running.port}").close()
-        for s in silent:
-            s.close()
 
 
 WEDGED = """
@@ -127,13 +124,12 @@ server.DRAIN_S, server.SEND_S = 0.5, 1e6
 
 
 def test_sigterm_ends_the_server_whatever_clients_do() -> None:
-    with process(WEDGED) as (server, port, _):
+    with process(WEDGED) as (server, port, _), deaf(port) as loud:
         stuck = socket.create_connection(("127.0.0.1", port))  # has not said what it wants
-        loud, message = deaf(port), wire.encode(GENERIC.example())
+        message = wire.encode(GENERIC.example())
         loud.sendall(4 * (b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message))
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
-        loud.close()
         stuck.close()
 
 

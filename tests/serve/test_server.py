@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 from unittest.mock import Mock
 
@@ -43,9 +44,8 @@ def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
 
 
 def test_metadata_then_actions_with_timings_and_counts() -> None:
-    with serving() as server, serving():  # each server counts its own
+    with serving() as server, serving(), closing(RemotePolicy(url(server))) as policy:  # each counts its own
         assert get(server, "/healthz")[2] == "ok\n"
-        policy = RemotePolicy(url(server))
         assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
         assert set(policy.metadata["observation"]) == set(GENERIC.required)
         first, second = policy.infer(seen()), policy.infer(seen())
@@ -60,7 +60,6 @@ def test_metadata_then_actions_with_timings_and_counts() -> None:
         assert counts["spear_request_seconds_count"] == counts['spear_batch_size_bucket{le="1.0"}'] == 3
         assert counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
         assert (counts["spear_clients"], counts["spear_queue"]) == (1, 0)
-        policy.close()
 
 
 @pytest.mark.parametrize(
@@ -165,15 +164,13 @@ def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
 
     rows = homing(np.ones(8))[:1]
     for robot, most in (("generic", 2), ("droid", 0)):
-        with serving(Learned(), robot=robot) as server:
-            remote = RemotePolicy(url(server))
+        with serving(Learned(), robot=robot) as server, closing(RemotePolicy(url(server))) as remote:
             assert remote.committed == most
             asked = {**load(robot).example(), "committed": rows}
             if most:
                 np.testing.assert_array_equal(remote.infer(asked)["actions"], np.repeat(rows, 5, axis=0))
             else:
                 refuses("committed", remote.infer, asked)
-            remote.close()
 
 
 def test_clients_and_messages_are_bounded() -> None:
@@ -247,9 +244,8 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
             found = list(pool.map(lambda x: policy.infer(seen(x))["actions"][0, 0], places))
         np.testing.assert_allclose(found, -0.1 * np.array(places), rtol=1e-5)
         for x in places:  # as an episode ends while its last chunk is computed, and the next one begins
-            pilot = Pilot(policy, "async", replan=3)
-            np.testing.assert_allclose([pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5)
-            pilot.close()
+            with closing(Pilot(policy, "async", replan=3)) as pilot:
+                np.testing.assert_allclose([pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5)
 
 
 @pytest.mark.parametrize("at", ["an answer", "a greeting", "hanging up"])

@@ -121,8 +121,7 @@ def _answer(label: LabeledImage, family: str, asked: list[LabeledObject], prompt
 
 
 def _middle(o: LabeledObject) -> list[float]:
-    corners = _corners(o)
-    return [sum(c[i] for c in corners) / 8 for i in range(3)]
+    return [sum(c) / 8 for c in zip(*_corners(o), strict=True)]
 
 
 def _distance(o: LabeledObject) -> float:

@@ -37,7 +37,9 @@ def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: in
         instances = np.zeros((height, width), np.int32)
         for number, (center, extent, yaw) in enumerate(boxes, start=1):
             turn, half = rotation(yaw), np.asarray(extent) / 2
-            near, far = _slab((origin - center) @ turn, rays @ turn, half)
+            start, way = (origin - center) @ turn, rays @ turn
+            sides = np.stack([(-half - start) / way, (half - start) / way])
+            near, far = sides.min(axis=0).max(axis=-1), sides.max(axis=0).min(axis=-1)
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)
             instances[hit] = number
@@ -84,8 +86,3 @@ def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
             sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
     points = np.concatenate(sides)
     return points * (1 + noise * rng.normal(size=(len(points), 1)))
-
-
-def _slab(origin: Array, rays: Array, half: Array) -> tuple[Array, Array]:
-    a, b = (-half - origin) / rays, (half - origin) / rays
-    return np.minimum(a, b).max(axis=-1), np.maximum(a, b).min(axis=-1)

@@ -30,7 +30,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (root / "empty").mkdir()
     (root / "file").touch()
-    (root / "labels").mkdir()
     write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
     write_episodes([make(0, images={"wrist": make(0).images["external"]})], root / "wrist")
     state = {"step": 1, "skipped": 0, "counts": {}, "settings": {"seed": 5, "pieces": 1, "about": {}}}

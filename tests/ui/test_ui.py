@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,8 @@ class Tab:
 @pytest.fixture
 def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
     """`renderer`: skips where nothing can be rendered."""
-    opened = Tab(server)
-    yield opened
-    opened.socket.close()
+    with (opened := Tab(server)).socket:
+        yield opened
 
 
 def test_the_page_is_whole(server: PolicyServer) -> None:
@@ -128,9 +128,8 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
         cookie, *rest = headers["Set-Cookie"].split("; ")
         assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
         assert get(server, "/", Cookie=cookie)[0] == 200 and get(server, "/", Cookie=cookie[:-1])[0] == 401
-        opened = Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})
-        assert opened.view["source"] == "simulator"
-        opened.socket.close()
+        with (opened := Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})).socket:
+            assert opened.view["source"] == "simulator"
 
 
 def test_other_sites_get_nothing_and_tabs_are_bounded(
@@ -380,18 +379,16 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
 
 def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
     assert tab.ask("reset", family="put_in_basket", seed=5) is None and tab.ask("start") is None
-    other = Tab(server)
-    assert other.view["running"] is False and other.view["step"] == 0
-    assert other.ask("reset", family="stack_cube", seed=1) is None and get(server, "/healthz")[0] == 200
-    robot = RemotePolicy(f"ws://127.0.0.1:{server.port}")
-    assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
-    robot.close()
-    tab.until(lambda part: part.get("step", 0) >= 2)
-    assert tab.ask("stop") is None and tab.view["running"] is False and tab.view["family"] == "put_in_basket"
-    assert other.ask("predict") is None and (other.view["family"], other.view["step"]) == ("stack_cube", 0)
-    other.socket.close()
+    with (other := Tab(server)).socket:
+        assert other.view["running"] is False and other.view["step"] == 0
+        assert other.ask("reset", family="stack_cube", seed=1) is None and get(server, "/healthz")[0] == 200
+        with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
+            assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
+        tab.until(lambda part: part.get("step", 0) >= 2)
+        assert tab.ask("stop") is None and not tab.view["running"] and tab.view["family"] == "put_in_basket"
+        assert other.ask("predict") is None and other.view["step"] == 0
+        assert other.view["family"] == "stack_cube"
     assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it
     tab.socket.close()
-    third = Tab(server)
-    assert third.ask("step") is None
-    third.socket.close()
+    with (third := Tab(server)).socket:
+        assert third.ask("step") is None

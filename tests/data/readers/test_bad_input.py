@@ -14,7 +14,8 @@ from spear.data.readers.formats import read_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 
-IMAGES = "observation.images.external"
+IMAGES, STATE = "observation.images.external", "observation.state"
+TURNED = [0.33, 0, 0.2, 0, 1, 0, 0, 0]
 
 
 @pytest.fixture
@@ -50,25 +51,18 @@ def no_steps(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), meta)
 
 
-def turn_over(folder: Path) -> None:
-    set_cells(folder, "observation.state", {3: [0.33, 0, 0.2, 0, 1, 0, 0, 0]})
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (break_image, "set/train#1 step 2 camera 'external'"),
         (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
         (lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}), "empty image: set/train#1 step 4"),
-        (
-            lambda f: set_cells(f, "observation.state", {4: None}),
-            "no column 'observation/state[0:3]': set/tr",
-        ),
+        (lambda f: set_cells(f, STATE, {4: None}), "no column 'observation/state[0:3]': set/train#1"),
         (lambda f: set_cells(f, "timestamp", {4: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)), "empty instruction: set/train#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
-        (turn_over, "jump: set/train#1 step 3: the end-effector is turned by"),
+        (lambda f: set_cells(f, STATE, {3: TURNED}), "jump: set/train#1 step 3: the end-effector is turned"),
         (no_steps, "empty episode: set#1"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
