@@ -175,8 +175,8 @@ class DoctorOptions(Options):
     preset: str = "nano"
     """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""
     device: Device = "auto"
-    out: File = None
-    """The page to write; default: runs/doctor.html."""
+    out: File = Path("runs/doctor.html")
+    """The page to write; None: none."""
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -208,7 +208,8 @@ def doctor(options: DoctorOptions) -> None:
         print(lines[-1], flush=True)
     title = f"spear doctor: {size.name} on {device}"
     page = render("doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines)
-    write_text(out := options.out or Path("runs/doctor.html"), page)
+    if options.out is not None:
+        write_text(options.out, page)
     if wrong:
         raise machine.Disagrees(f"{', '.join(wrong)}: paste the lines above into an issue")
-    print(f"\neverything agrees; open {out.resolve()}")
+    print("\neverything agrees" + (f"; open {options.out.resolve()}" if options.out else ""))
