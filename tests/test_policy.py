@@ -1,7 +1,6 @@
 """Observations from outside: what is refused, and what is put right."""
 
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make, stored
+from data_tiny import edit, make, stored
 from refusals import no_warning, refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
@@ -184,13 +183,7 @@ def test_another_aspect_is_said_once_and_never_stretched(nano: Spear1Policy) -> 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:
     """A copy of the nano policy with one of its JSON files changed."""
-    folder.mkdir()
-    for source in locate("nano").iterdir():
-        (folder / source.name).symlink_to(source.resolve())
-    content = json.loads((folder / file).read_text())
-    change(content)
-    (folder / file).unlink()
-    (folder / file).write_text(json.dumps(content))
+    edit(Path(shutil.copytree(locate("nano"), folder)) / file, change)
     return folder
 
 

@@ -92,6 +92,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     named: Joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
     joints: Joints = lambda where: [*named(where), *JOINT.findall(where)]  # noqa: E731
     taken = _motion(found, facts, finite, rate, joints)
+    if isinstance(folder, LeRobotFolder) and (form := folder.quaternion(str(found["rotation"]))):
+        found["rotation_format"], facts["rotation_format"] = form, "by the names of its components"
     used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
     free = [Window(n, i, i + 1) for n, each in finite.items() for i in range(each[0].shape[1])]
     free = [w for w in free if (w.column, w.first) not in used and not joints(w.name(finite))]

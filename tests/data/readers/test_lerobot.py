@@ -106,8 +106,7 @@ def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
         place, column = pq.read_schema(data).get_field_index("timestamp"), pa.array(times, pa.float32())
         changed = pq.read_table(data).set_column(place, "timestamp", column)
         pq.write_table(changed, copy / data.relative_to(folder))
-        info = (copy / "meta/info.json").read_text()
-        (copy / "meta/info.json").write_text(info.replace('"fps": 5', f'"fps": {rate}'))
+        edit(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
         reasons: list[SpearError] = []
         assert len(list(read_episodes(copy, on_bad=reasons.append))) == good
         assert len(reasons) == 2 - good and all("in time" in str(reason) for reason in reasons)
@@ -144,8 +143,7 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
 def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> None:
     folder = copied(lerobot / "v2.1_video", tmp_path / "set")
     for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice
-        info = folder / "meta/info.json"
-        info.write_text(json.dumps({**json.loads(info.read_text()), "splits": splits}))
+        edit(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
         with pytest.warns(Notice, match="splits"):
             assert open_lerobot(folder).lengths["train"] == int(splits["train"][2:])
     for name, key in (("tasks", "task_index"), ("episodes", "episode_index"), ("episodes", "length")):
@@ -161,6 +159,9 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     write_lerobot([make(0)], folder := tmp_path / "quaternions")
     edit(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
     refuses("rotation_format", lambda: next(read_episodes(folder)))
+    state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
+    edit(folder / "meta/info.json", lambda info: info["features"]["observation.state"].update(names=state))
+    assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

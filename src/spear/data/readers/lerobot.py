@@ -118,15 +118,20 @@ class LeRobotFolder:
             if found := self.joints(str(getattr(spec, key))):
                 why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
                 raise SpearError(f"joints are no pose: {self.path}: {why}: name columns of the end-effector")
-        order = "".join(name[-1:].lower() for name in self.axes(str(spec.rotation)))
-        if order in ("wxyz", "xyzw") and spec.rotation_format != f"quat_{order}":
-            why = f"rotation_format is {spec.rotation_format}, but its {INFO} names them {' '.join(order)}"
+        named = self.quaternion(str(spec.rotation))
+        if named and spec.rotation_format != named:
+            why = f"rotation_format is {spec.rotation_format}, but its {INFO} names them as of {named}"
             raise SpearError(f"two orders: {self.path}: {why}: correct the one that is wrong")
         return spec
 
     def joints(self, where: str) -> list[str]:
         """Those components of a column that are joints by their names."""
         return [name for name in self.axes(where) if JOINT.search(name)]
+
+    def quaternion(self, where: str) -> str | None:
+        """The format of a column whose components' names end in w, x, y and z, as those of a quaternion."""
+        order = "".join(name[-1:].lower() for name in self.axes(where))
+        return f"quat_{order}" if order in ("wxyz", "xyzw") else None
 
     def axes(self, where: str) -> list[str]:
         """The names of a column's components."""
