@@ -27,6 +27,8 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     Args:
         first: folders of one training's seeds. second: those of another one, in the same order of seeds.
     """
+    if len({folder.resolve() for folder in (*first, *second)}) < len(first) + len(second):
+        raise SpearError("a folder is given twice: give one per seed")
     found = [[load(folder) for folder in folders] for folders in (first, second) if folders]
     families = found[0][0].families
     scenes = [{(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds]

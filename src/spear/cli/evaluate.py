@@ -165,6 +165,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
+    from spear.evaluate.vqa.calibration import FILE
     from spear.labels.inputs import digest
     from spear.models.weights.folders import made_by
     from spear.policy import load_vlm, locate
@@ -174,7 +175,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     check_own(o.out, "scores.json", "evaluate")
-    check_writable(o.out / "scores.json")
+    for kept in (o.out / "scores.json", *([locate(o.model) / FILE] if o.calibrate else [])):
+        check_writable(kept)
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     file = o.out / "scores.json"
@@ -195,8 +197,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {kept}")
+        trust = run.measure_trust(bundle, labels, scores, o.questions)
+        print(f"calibration: {trust.save(locate(o.model))}")
 
 
 class CompareOptions(Options):

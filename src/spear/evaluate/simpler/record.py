@@ -19,7 +19,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
+from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
 from spear.labels.scenes import Job, jobs_of, label_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.types import RATE_HZ, Episode, Frame
@@ -58,7 +58,7 @@ def demonstrate(
     """
     check_known("task", TASKS, *tasks)
     check_seed(first_seed)
-    shown = assets_hash(check_assets(assets))
+    shown = simulator(check_assets(assets))
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
     written = {}
@@ -126,7 +126,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     ManiSkill, its assets or a renderer are missing."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
-    settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "assets": assets_hash(assets)}
+    settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "simulator": simulator(assets)}
     words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
     return label_jobs(out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers)
 

@@ -15,6 +15,7 @@ import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def assets_hash(root: Path) -> str:
         files = (path for path in (data / where).rglob("*") if path.is_file())
         found += sorted((path.relative_to(data).as_posix(), path) for path in files)
     return hash_files(file for file in found if "/." not in file[0])  # without what downloading left behind
+
+
+def simulator(assets: Path) -> str:
+    """Which ManiSkill and assets these are, for settings: others draw and move otherwise."""
+    return f"ManiSkill {version('mani_skill')}, assets {assets_hash(assets)}"
 
 
 class SimplerWorld:
