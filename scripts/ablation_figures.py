@@ -129,10 +129,10 @@ def images(curve: Rows) -> None:
     numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
     x = [log10(max(n, 16)) for n in numbers]
     found = [mean_over_seeds(row) for row in curve.values()]
-    lines = [points(x, found, "three trainings each (dots beside the intervals)", COLOURS[0])]
+    lines = [points(x, found, "three trainings each, the last two (dots beside the intervals)", COLOURS[0])]
     lines.append(trainings([place + 0.03 for place in x], [*curve.values()], COLOURS[0]))
     ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
-    across, up = Axis("3D-labelled images", (1, 3.7), ticks), Axis("success", (30, 90), unit=" %")
+    across, up = Axis("3D-labelled images", (1, 4.3), ticks), Axis("success", (20, 80), unit=" %")
     write("images", lines, across, up)
 
 
