@@ -175,8 +175,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     check_own(o.out, "scores.json", "evaluate")
-    for kept in (o.out / "scores.json", *([locate(o.model) / FILE] if o.calibrate else [])):
-        check_writable(kept)
+    check_writable(o.out / "scores.json")
+    if o.calibrate:
+        check_writable(locate(o.model) / FILE)
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     file = o.out / "scores.json"
