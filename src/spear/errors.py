@@ -4,10 +4,9 @@ import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 
@@ -110,11 +109,3 @@ def notice(message: str) -> bool:
     if said:
         warnings.warn(message, Notice, stacklevel=3)
     return said
-
-
-def note_missing(path: Path, shards: Sequence[Path], cure: str, made: int = 0) -> None:
-    """Notice where a folder's `shards`, in order, are not all from number 0 to the last, or of those made."""
-    last = shards[-1].stem.rpartition("-")[2]
-    whole = max(made, int(last) + 1 if last.isdecimal() else 0)
-    if path.is_dir() and whole > len(shards):
-        notice(f"{path}: lacks {whole - len(shards)} of its shards: {cure}")

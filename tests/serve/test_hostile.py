@@ -112,6 +112,8 @@ def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.Monkey
         silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
         assert [s.recv(1) for s in silent[:2]] == [b"", b""]
         RemotePolicy(f"ws://127.0.0.1:{running.port}").close()
+        for s in silent:
+            s.close()
 
 
 WEDGED = """

@@ -84,7 +84,9 @@ def test_mistakes_are_found_before_data_are_made(
     assert named in refused("train", "nano-post", *told, *more) and not (tmp_path / "run").exists()
 
 
-def test_the_first_process_says_done(tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_process_says_that_it_is_done(
+    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_episodes([make(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
     for rank, said in (("0", "trained: it\n"), ("1", "")):

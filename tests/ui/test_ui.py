@@ -385,7 +385,8 @@ def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicySer
         with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
             assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
         tab.until(lambda part: part.get("step", 0) >= 2)
-        assert tab.ask("stop") is None and not tab.view["running"] and tab.view["family"] == "put_in_basket"
+        assert tab.ask("stop") is None and tab.view["running"] is False
+        assert tab.view["family"] == "put_in_basket"
         assert other.ask("predict") is None and other.view["step"] == 0
         assert other.view["family"] == "stack_cube"
     assert tab.ask("start") is None  # and a tab that is closed while it runs takes nothing with it

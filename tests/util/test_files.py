@@ -11,7 +11,7 @@ from spear.util.files import check_new, write_bytes
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])
-def test_an_older_file_stays(
+def test_a_file_that_cannot_be_written_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     def stop(path: Path, data: bytes) -> int:

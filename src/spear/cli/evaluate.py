@@ -122,8 +122,9 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
             notice(f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out")
         ours = open_loop.score(o.policy, model, held_out)
-        reference = open_loop.score_mean_action(train, held_out, model.model.config.horizon)
-        scores = (ours, reference, open_loop.score_last_action(held_out, model.model.config.horizon))
+        horizon = model.model.config.horizon
+        reference = open_loop.score_mean_action(train, held_out, horizon)
+        scores = (ours, reference, open_loop.score_last_action(held_out, horizon))
     summaries = [score.summary() for score in scores]
     rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
     rows += [[name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]]
@@ -175,12 +176,12 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if o.calibrate and (asked.families or asked.view != "external"):
         raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
     check_own(o.out, "scores.json", "evaluate")
-    check_writable(o.out / "scores.json")
+    file = o.out / "scores.json"
+    check_writable(file)
     if o.calibrate:
         check_writable(locate(o.model) / FILE)
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
-    file = o.out / "scores.json"
     there = read_json(file, "remove it, or give another --out") if file.is_file() else about
     if others := difference({key: there.get(key) for key in about}, about):
         raise SpearError(f"{file}: these are other scores: {others}: give another --out")
@@ -198,8 +199,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     show(*scores.tables())
     print(f"page: {o.out / 'index.html'}")
     if o.calibrate:
-        trust = run.measure_trust(bundle, labels, scores, o.questions)
-        print(f"calibration: {trust.save(locate(o.model))}")
+        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
+        print(f"calibration: {kept}")
 
 
 class CompareOptions(Options):

@@ -63,7 +63,8 @@ def run_evaluation(
     Raises SpearError for a folder with other results, and for a part that is empty or runs elsewhere.
     """
     index, of = parse_shard(options.shard)
-    if (most := max(map(len, scenes.values()), default=0)) < index:
+    most = max(map(len, scenes.values()), default=0)
+    if most < index:
         raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}")
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:

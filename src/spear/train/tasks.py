@@ -17,7 +17,7 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.errors import SpearError, counted, note_missing, notice
+from spear.errors import SpearError, counted, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import digest
 from spear.labels.questions.generate import generate
@@ -33,6 +33,7 @@ from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, Question
+from spear.util.files import note_missing
 from spear.util.images import decode_image, fit_image
 
 Targets = tuple[bytes, Array, Array, Array, Array]

@@ -1,15 +1,15 @@
-"""Files that appear whole or not at all; folders that hold one thing."""
+"""Files that appear whole or not at all; folders that hold one thing, all of it."""
 
 import errno
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, first_line, notice
 
 T = TypeVar("T")
 
@@ -95,3 +95,11 @@ def check_own(folder: Path, mark: str, action: str) -> None:
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise SpearError(f"{folder}: holds other files: {action} into a folder of its own")
+
+
+def note_missing(path: Path, shards: Sequence[Path], cure: str, made: int = 0) -> None:
+    """Notice where a folder's `shards`, in order, are not all from number 0 to the last, or of those made."""
+    last = shards[-1].stem.rpartition("-")[2]
+    whole = max(made, int(last) + 1 if last.isdecimal() else 0)
+    if path.is_dir() and whole > len(shards):
+        notice(f"{path}: lacks {whole - len(shards)} of its shards: {cure}")

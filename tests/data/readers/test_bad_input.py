@@ -15,7 +15,7 @@ from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 
 IMAGES, STATE = "observation.images.external", "observation.state"
-TURNED = [0.33, 0, 0.2, 0, 1, 0, 0, 0]
+OVER = {3: [0.33, 0, 0.2, 0, 1, 0, 0, 0]}
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def no_steps(folder: Path) -> None:
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)), "empty instruction: set/train#1"),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
-        (lambda f: set_cells(f, STATE, {3: TURNED}), "jump: set/train#1 step 3: the end-effector is turned"),
+        (lambda f: set_cells(f, STATE, OVER), "jump: set/train#1 step 3: the end-effector is turned by"),
         (no_steps, "empty episode: set#1"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.store.shard import Shard, open_shard, write_shard
-from spear.errors import SpearError, counted, note_missing, notice
+from spear.errors import SpearError, counted, notice
 from spear.types import Array, Episode
-from spear.util.files import read_json, writing
+from spear.util.files import note_missing, read_json, writing
 
 SHARD_GLOB = "episodes-*.arrow"
 REQUEST = "request.json"  # of a prepared folder: what it was made of, and how many shards it has
