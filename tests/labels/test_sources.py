@@ -85,6 +85,8 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
     with pytest.warns(Notice, match="spear questions"):
         label_scenes(tmp_path, 2, sizes, 10_000, workers=1)
     assert not (tmp_path / "external/questions.parquet").exists()
-    for key, value in {"scenes": 3, "first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
+    assert label_scenes(tmp_path, 3, sizes, 10_000, workers=1) == 6
+    assert label_scenes(tmp_path, 1, sizes, 10_000, workers=1, labelled=never) == 6
+    for key, value in {"first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
         wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, key: value}
         refuses(f"other settings: {key} is", label_scenes, tmp_path, **wanted, workers=1, labelled=never)

@@ -14,7 +14,7 @@ import numpy as np
 import spear
 from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
 from spear.labels.pipeline import label
-from spear.labels.store import drop_questions, sweep, write_depth, write_labels
+from spear.labels.store import count, drop_questions, sweep, write_depth, write_labels
 from spear.types import Frame, LabeledImage
 from spear.util import processes
 from spear.util.files import check_own, write_text
@@ -28,7 +28,7 @@ Frames = Callable[[Job], Iterator[tuple[str, list[Frame]]]]
 """A job → what each view sees of its scenes. A function of a module, for other processes."""
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
-SCENES_PER_JOB = 256
+SCENES_PER_JOB = 64
 WORDING = "wording.txt"
 """The instructions that the simulator gives, by which such a folder is known: the first file in it."""
 
@@ -48,18 +48,19 @@ def label_scenes(
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view; returns the images.
 
-    sizes: view ("external", "wrist") → (width, height). The rest is as in `label_jobs`.
+    sizes: view ("external", "wrist") → (width, height). More scenes go on where fewer ended. The rest is as
+    in `label_jobs`.
     """
     from spear.sim.world import SIMULATOR
 
-    jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
-    settings = {"scenes": scenes, "first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
+    jobs = jobs_of("", range(first_seed, first_seed + scenes))
+    settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
     return label_jobs(out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled)
 
 
-def jobs_of(kind: str, seeds: range, most: int) -> list[Job]:
-    """Scenes of a kind, in jobs of `most`."""
-    return [(kind, seeds[i : i + most]) for i in range(0, len(seeds), most)]
+def jobs_of(kind: str, seeds: range) -> list[Job]:
+    """Scenes of a kind, in jobs of `SCENES_PER_JOB`."""
+    return [(kind, seeds[i : i + SCENES_PER_JOB]) for i in range(0, len(seeds), SCENES_PER_JOB)]
 
 
 def label_jobs(
@@ -72,7 +73,7 @@ def label_jobs(
     workers: int = 2,
     labelled: Labelled = label_frames,
 ) -> int:
-    """Label simulated scenes; returns the images.
+    """Label simulated scenes; returns how many images the folder holds.
 
     A job that is finished is kept, so an interrupted run continues where it was. settings: what the labels
     depend on. words: instructions, for `WORDING`. labelled: how frames are labelled; the depth images are
@@ -90,15 +91,15 @@ def label_jobs(
         for view in views:
             sweep(out / view)
             sweep(out / "depth" / view)
-        todo = [job for job in enumerate(jobs) if not all(_shard(out, v, job[0]).is_file() for v in views)]
+        todo = [job for job in enumerate(jobs) if not all(_holds(out, view, job) for view in views)]
         for view in views if todo else ():
             drop_questions(out / view)
         before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
         bar = ProgressBar("labelling", scenes, "scenes", before)
         with bar, processes.pool(workers if workers > 1 else 0, __name__, advice) as pool:
-            for count in processes.in_order(pool, partial(_make, out, frames, labelled), todo, workers):
-                bar.update(bar.done + count)
-    return scenes * len(views)
+            for made in processes.in_order(pool, partial(_make, out, frames, labelled), todo, workers):
+                bar.update(bar.done + made)
+    return sum(count(out / view) for view in views)
 
 
 def wording() -> list[str]:
@@ -111,6 +112,11 @@ def wording() -> list[str]:
 
 def _shard(out: Path, view: str, index: int) -> Path:
     return out / view / f"labels-{index:05d}.parquet"
+
+
+def _holds(out: Path, view: str, job: tuple[int, Job]) -> bool:
+    shard = _shard(out, view, job[0])
+    return shard.is_file() and count(shard) >= len(job[1][1])
 
 
 def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -> int:
