@@ -1,7 +1,7 @@
 """Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from spear import flow
 from spear.data.normalize import Normalizer
 from spear.data.readers.layout import FASTEST
-from spear.data.seen import LATER, LOOKED_AT, MOSTLY, RobotCheck, Seen
+from spear.data.seen import Seen, Watch
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name
 from spear.labels.questions.generate import NUMBERS, PIXELS
@@ -28,9 +28,6 @@ from spear.models.weights.folders import locate
 from spear.models.weights.load import Model
 from spear.types import ACTION_DIM, RATE_HZ, Action, Array, Pixel, Segments, Unit
 from spear.util.ledger import fingerprint
-
-MOST_ROBOTS = 1024
-"""Robots that are kept apart: of more, the one not heard for longest is met anew (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +168,7 @@ class Spear1Policy:
     known: Seen | None = None
     cut: bool = False
     _observed: int = field(default=0, init=False, repr=False)
-    _noted: set[str] = field(default_factory=set, init=False, repr=False)
-    _robots: dict[Hashable, RobotCheck] = field(default_factory=dict, init=False, repr=False)
+    _watch: Watch = field(default_factory=Watch, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -224,9 +220,7 @@ class Spear1Policy:
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._observed = 0
-        for robot in self._robots.values():
-            robot.told(None)
-            robot.looked = 0
+        self._watch.reset()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -245,10 +239,7 @@ class Spear1Policy:
         if not (np.isfinite(chunks).all() and farthest <= FASTEST / RATE_HZ):
             far = f"{farthest:.2g} m in {1 / RATE_HZ:g} s"
             raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
-        robots = _robots(observations)
-        for robot, chunk in zip(robots, chunks, strict=True):
-            if met := self._robots.get(robot):
-                met.told(chunk if robots.count(robot) == 1 else None)  # else who does what is unknown
+        self._watch.told(observations, chunks)
         return [{"actions": chunk} for chunk in chunks]
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
@@ -263,48 +254,13 @@ class Spear1Policy:
             for o in observations
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
-        sizes = self.image_sizes
-        keys = {camera_key(view): view for view in sizes}
-        for key in (key for observation in observations for key in observation):
-            if is_camera(key) and key not in keys:
-                raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")
-        pixels: dict[str, torch.Tensor] = {}
-        present: dict[str, torch.Tensor] = {}
-        for key, view in keys.items():
-            images = [o.get(key) for o in observations]
-            there = [image is not None for image in images]
-            learned = self.known is None or view in self.known.redder  # training had that camera
-            without = "the policy was trained without that camera"
-            if learned and not all(there):
-                self._note(key, f"observations without {key}: send it, unless {without}")
-            elif not learned and any(there):
-                self._note(key, f"observations with {key}: {without}: leave it out")
-            if not any(there):
-                continue  # a view that nobody has costs nothing
-            width, height = sizes[view]
-            blank = torch.zeros(3, height, width, dtype=torch.uint8)
-            pixels[view] = torch.stack(
-                [blank if image is None else self.processor.image(image, view) for image in images]
-            )
-            if not all(there):
-                present[view] = torch.tensor(there)
-        robots = _robots(observations)
-        met = {robot: self._meet(robot, state) for robot, state in zip(robots, states.numpy(), strict=True)}
-        for robot, one in met.items():
-            rows = [i for i, other in enumerate(robots) if other == robot]
-            seen = (view for view in pixels if view not in present or bool(present[view][rows].all()))
-            shown = {view: pixels[view][rows].numpy() for view in seen}
-            for key, words in one.frozen(states[rows[0]].numpy(), shown) if len(rows) == 1 else ():
-                self._note(key, words, one)
-            one.looked += len(rows)
-            if self.known and (one.looked <= LOOKED_AT or one.looked % LATER < len(rows)):
-                for key, words in self.known.unlike(states.numpy()[rows], shown):
-                    self._note(key, f"observations unlike those of training: {words}", one)
+        pixels, there = self._pixels(observations)
+        self._watch.look(self.known, observations, states.numpy(), pixels, there)
         text = self.processor.instructions([o["prompt"] for o in observations], self.cut)
         padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
         return {
             "pixel_values": {view: images.to(device) for view, images in pixels.items()},
-            "view_mask": {view: there.to(device) for view, there in present.items()},
+            "view_mask": {v: torch.tensor(there[v], device=device) for v in pixels if not all(there[v])},
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device) if padded else None,
             "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
@@ -312,24 +268,31 @@ class Spear1Policy:
             "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
 
-    def _meet(self, robot: Hashable, state: Array) -> RobotCheck:
-        """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
-        known, new = self.known, robot not in self._robots
-        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len({*self._robots, None}))
-        if new and known and (words := known.unlike_at_first(state)):
-            self._note("gripper", f"observations unlike those of training: {words}", met)
-        if len(self._robots) > MOST_ROBOTS:
-            del self._robots[next(iter(self._robots))]
-        for key, words in met.otherwise(state):
-            if key != "gripper" or (known and known.opposite < MOSTLY / 2):
-                notice(met.name + words)
-        return met
-
-    def _note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
-        """Say it, unless something was said of that key, or of that robot's, before."""
-        noted, name = (self._noted, "") if robot is None else (robot.noted, robot.name)
-        if key not in noted and notice(name + words):
-            noted.add(key)
+    def _pixels(
+        self, observations: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
+        """View → images [B, 3, h, w] uint8, without views that nobody has; and which [B] are there."""
+        keys = {camera_key(view): view for view in self.image_sizes}
+        for key in (key for observation in observations for key in observation):
+            if is_camera(key) and key not in keys:
+                raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")
+        pixels: dict[str, torch.Tensor] = {}
+        there: dict[str, list[bool]] = {}
+        for key, view in keys.items():
+            images = [o.get(key) for o in observations]
+            sent = there[view] = [image is not None for image in images]
+            learned = self.known is None or view in self.known.redder  # training had that camera
+            without = "the policy was trained without that camera"
+            if learned and not all(sent):
+                self._watch.note(key, f"observations without {key}: send it, unless {without}")
+            elif not learned and any(sent):
+                self._watch.note(key, f"observations with {key}: {without}: leave it out")
+            if any(sent):  # a view that nobody has costs nothing
+                width, height = self.image_sizes[view]
+                blank = torch.zeros(3, height, width, dtype=torch.uint8)
+                fitted = (blank if i is None else self.processor.image(i, view) for i in images)
+                pixels[view] = torch.stack([*fitted])
+        return pixels, there
 
     def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:
         """Each observation's actions [d, 8] that are decided already; None where there are none."""
@@ -349,8 +312,3 @@ class Spear1Policy:
         self._observed += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
         return flow.sample_noise((1, self.model.config.horizon), self.model.flow, generator).to_vector()
-
-
-def _robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """Who sent each observation; None, which is not counted, where nobody says: a server's example."""
-    return [getattr(observation, "robot", None) for observation in observations]

@@ -5,7 +5,7 @@ make valid observations, and a robot that moves smoothly to the wrong place. All
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from spear.data.mixture import TrainingSamples
 from spear.data.senses import FROZEN_M
+from spear.errors import notice
 from spear.geometry import quat_distance
 from spear.types import Array
 from spear.util.files import read_as, write_text
@@ -39,6 +40,8 @@ FURTHER, REST_M = 1.5, 0.02
 """Who is so much further from where it was than it was told to go, and this, is another robot."""
 MOVED_M, OTHER_AXES = 0.003, 0.4
 """An arm that moved so far goes along other axes where these explain so much more of it (mean cosine)."""
+MOST_ROBOTS = 1024
+"""Robots that are kept apart: of more, the one not heard for longest is met anew."""
 
 _Triple = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 _Four = Annotated[tuple[float, ...], Field(min_length=4, max_length=4)]
@@ -248,3 +251,75 @@ def _other_axes(mean: Array) -> str | None:
     best = left @ right
     where = enumerate(abs(best).argmax(0))
     return " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in where)
+
+
+class Watch:
+    """What is noticed of the robots that a policy answers: once of each camera, and once of each robot."""
+
+    def __init__(self) -> None:
+        self._noted: set[str] = set()
+        self._robots: dict[Hashable, RobotCheck] = {}
+
+    def reset(self) -> None:
+        """A run begins: what the robots were told before is over."""
+        for robot in self._robots.values():
+            robot.told(None)
+            robot.looked = 0
+
+    def look(
+        self,
+        known: Seen | None,
+        observations: Sequence[Mapping[str, Any]],
+        states: Array,
+        pixels: Mapping[str, torch.Tensor],
+        there: Mapping[str, Sequence[bool]],
+    ) -> None:
+        """Note what of observations is unlike training, and what robots do otherwise than told.
+
+        known   what is known of that training.
+        states  [B, 8] as `spear.types.Policy` has them.
+        pixels  view → [B, 3, h, w] as the model sees them; there: view → which [B] came.
+        """
+        robots = _robots(observations)
+        met = {robot: self._meet(known, robot, state) for robot, state in zip(robots, states, strict=True)}
+        for robot, one in met.items():
+            rows = [i for i, other in enumerate(robots) if other == robot]
+            sent = (view for view in pixels if all(there[view][i] for i in rows))
+            shown = {view: pixels[view][rows].numpy() for view in sent}
+            for key, words in one.frozen(states[rows[0]], shown) if len(rows) == 1 else ():
+                self.note(key, words, one)
+            one.looked += len(rows)
+            if known and (one.looked <= LOOKED_AT or one.looked % LATER < len(rows)):
+                for key, words in known.unlike(states[rows], shown):
+                    self.note(key, f"observations unlike those of training: {words}", one)
+
+    def told(self, observations: Sequence[Mapping[str, Any]], chunks: Array) -> None:
+        """The actions [B, H, 8] that answer the observations."""
+        robots = _robots(observations)
+        for robot, chunk in zip(robots, chunks, strict=True):
+            if met := self._robots.get(robot):
+                met.told(chunk if robots.count(robot) == 1 else None)  # else who does what is unknown
+
+    def _meet(self, known: Seen | None, robot: Hashable, state: Array) -> RobotCheck:
+        """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
+        new = robot not in self._robots
+        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len({*self._robots, None}))
+        if new and known and (words := known.unlike_at_first(state)):
+            self.note("gripper", f"observations unlike those of training: {words}", met)
+        if len(self._robots) > MOST_ROBOTS:
+            del self._robots[next(iter(self._robots))]
+        for key, words in met.otherwise(state):
+            if key != "gripper" or (known and known.opposite < MOSTLY / 2):
+                notice(met.name + words)
+        return met
+
+    def note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
+        """Say it, unless something was said of that key, or of that robot's, before."""
+        noted, name = (self._noted, "") if robot is None else (robot.noted, robot.name)
+        if key not in noted and notice(name + words):
+            noted.add(key)
+
+
+def _robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """Who sent each observation; None, which is not counted, where nobody says: a server's example."""
+    return [getattr(observation, "robot", None) for observation in observations]
