@@ -16,6 +16,7 @@ from refusals import refuses
 from spear.cli import main
 from spear.data.audit import audit
 from spear.data.describe import describe
+from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
 
@@ -54,6 +55,7 @@ def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     copy = rewritten(shared, tmp_path, lambda s, a: (np.where(s == s.flat[93], np.nan, s), a))
     found, expected = describe(copy), described(shared / "data" / "lerobot" / "v3.0_image")
     assert {**found, "facts": 0} == {**expected, "facts": 0}
+    assert "NaN in 1 of" in inspect(copy) and " nan " not in inspect(copy)
 
 
 def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> None:

@@ -104,12 +104,13 @@ def test_a_name_is_not_alone_beside_an_object_without_a_mask(frames: list[Frame]
 
 def test_what_a_black_bar_cuts_is_cut() -> None:
     frame = render([(np.array([0, 0, 0.03]), np.full(3, 0.06), 0.4)], ["cube"])
-    scores = []
-    for shown in (frame.image, np.where(np.arange(128)[:, None, None] < 66, frame.image, 0).astype(np.uint8)):
-        seen = np.where(shown.any(axis=2), frame.instances, 0)
-        (image,) = label([replace(frame, image=shown, instances=seen)], *TRUTH)
-        scores.append(image.objects[0].scores)
+    lit = np.arange(128)[:, None] < 66
+    image, instances = frame.image * lit[..., None], frame.instances * lit
+    barred = replace(frame, image=image, instances=instances)
+    cropped = replace(frame, image=image[:66], instances=instances[:66], depth=frame.depth[:66])
+    scores = [each.objects[0].scores for each in label([frame, barred, cropped], *TRUTH)]
     assert failings(scores[0]) == () and "edge" in failings(scores[1])
+    assert scores[1]["edge"] == scores[2]["edge"] and scores[1]["visible"] == scores[2]["visible"]
 
 
 def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:

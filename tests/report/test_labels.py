@@ -68,7 +68,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     html = out.read_text()
     assert html.count("data:image/jpeg;base64,") == 5 and "Contact sheet: 5 of 12" in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
-    assert "scene &amp; 4" in html and "<b>12</b>" in html
+    assert "scene &amp; 4" in html and "<b>12</b>" in html and "written yet" not in html
     question = next(q for source, q in read_questions(folder) if source == "scene & 4")
     assert question.prompt.split("{")[0] in html
     assert "numbers;" in html and "box vertices" in html and not list(tmp_path.glob(".*"))

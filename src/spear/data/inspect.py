@@ -149,11 +149,12 @@ def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterat
     for name, values in read[0].items():
         if isinstance(values, np.ndarray) and values.size:
             found = [v for each in read if isinstance(v := each.get(name), np.ndarray)]
-            rows = [v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]]
-            low = np.min([v.min(0) for v in rows], axis=0).astype(float)
-            high = np.max([v.max(0) for v in rows], axis=0).astype(float)
+            rows = np.concatenate([v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]])
+            low, high = (end.reduce(rows).astype(float) for end in (np.fmin, np.fmax))  # of the numbers
             few, named = 1 < len(low) <= MOST_AXES, ", ".join(axes.get(name, ()))
-            span = "" if few else f", {low.min():.4g} … {high.max():.4g}"
+            span = "" if few else f", {np.fmin.reduce(low):.4g} … {np.fmax.reduce(high):.4g}"
+            if empty := int(np.isnan(rows).any(1).sum()):
+                span += f", NaN in {empty} of {len(rows)} rows"
             shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
             yield f"  {name:<34} {values.dtype}{shape}{named and f': {named}'}{span}"
             for word, ends in (("from", low), ("to", high)) if few else ():

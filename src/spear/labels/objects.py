@@ -52,13 +52,14 @@ def label_object(
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     box2d = np.asarray(detection.box2d, np.float32)
-    if x1 == 0:
-        scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
-        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
     band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
     room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
-    window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
+    ends = ((y0, y1), lit[0]), ((x0, x1), lit[1])
+    window = tuple(slice(max(a - room, low), min(b + room, high + 1)) for (a, b), (low, high) in ends)
     inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
+    if not inside.any():
+        scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
+        return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
     focal = float(pointmap.intrinsics[0, 0])
     if band:
         others = taken[window] & ~inside
@@ -97,7 +98,7 @@ def _cloud(inside: Array, points: Array, erosion: int, noise: float) -> Array:
 
 
 def _outline(
-    inside: Array, window: tuple[slice, slice], lit: Array, points: Array, known: Array
+    inside: Array, window: tuple[slice, ...], lit: Array, points: Array, known: Array
 ) -> tuple[float, float, Array]:
     """Walk along the outline of a mask, given in a window of an image with the edges `lit`.
 

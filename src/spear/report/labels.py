@@ -14,7 +14,7 @@ from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import spoken, why_not_asked
 from spear.labels.questions.statistics import Statistics, skip_reasons, statistics, token_use
 from spear.labels.questions.store import ask, read_questions
-from spear.labels.store import read
+from spear.labels.store import QUESTIONS, read
 from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
@@ -41,6 +41,7 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     """
     found = statistics(read(folder, pixels=False))
     questions = _questions(folder)
+    written = (folder / QUESTIONS).is_file()
     families = Counter(q.family for some in questions.values() for q in some)
     skipped = skip_reasons(folder)
     names = Counter(name for some in questions.values() for q in some for name in q.objects).most_common()
@@ -50,7 +51,7 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
         facts=[
             (f"{found.images:,}", "labelled images"),
             (f"{found.objects:,}", f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about"),
-            (f"{families.total():,}", "questions"),
+            (f"{families.total():,}", f"questions{'' if written else ', none of them written yet'}"),
             (f"{skipped.total():,}", "images skipped"),
         ],
         found=found,
