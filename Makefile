@@ -32,7 +32,7 @@ types:
 	$(BIN)/mypy
 
 pytest:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
 
 # The networks, the losses and the memory plan on other instructions than this processor's newest.
 test-avx2: setup

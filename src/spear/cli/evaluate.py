@@ -166,7 +166,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
-    from spear.evaluate.vqa.calibration import FILE
+    from spear.evaluate.vqa.calibration import FILE, Trust
     from spear.labels.inputs import digest
     from spear.models.weights.folders import made_by
     from spear.policy import load_vlm, locate
@@ -192,7 +192,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     learned = {*made_by(locate(o.model)).get("learned", "").split()}
     if both := sum(digest(label.image) in learned for label in labels):
         notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
-    trust = None if o.calibrate else run.trust_for(locate(o.model), len(labels), o.questions)
+    trust = None if o.calibrate else Trust.load(locate(o.model))
     scores = run.evaluate(bundle, labels, asked, trust)
     scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))

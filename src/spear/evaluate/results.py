@@ -226,7 +226,7 @@ class Journal:
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
         """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
-        with writing(self._path), self._path.open("a") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             line = {**asdict(outcome), "seconds": seconds, "wall": wall}
             lines = [*self._begin[1 if file.tell() else 0 :], line]
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -265,7 +265,7 @@ def _new_vlm(
     a VLM with random weights, in which location and 3D tokens are alike where their places are alike."""
     texts = list(all_texts(_names(labels)))
     for wording in (folder / "wording.txt" for folder in folders):
-        texts += wording.read_text().splitlines() if wording.is_file() else []
+        texts += wording.read_text("utf-8").splitlines() if wording.is_file() else []
     processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
     config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.bins

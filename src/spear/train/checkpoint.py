@@ -136,7 +136,7 @@ class Checkpoints:
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if main:  # which hears of it when every process is done
             files = sorted(path.name for path in part.iterdir())
-            (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=1))
+            (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=1), "utf-8")
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for old in sorted(self.folder.glob(_NAME))[:-2]:

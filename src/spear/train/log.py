@@ -33,7 +33,7 @@ class Logger:
         path = out / "log.jsonl"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
         write_text(path, "".join(line for line in lines if _step(line) <= first_step))
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -208,7 +208,7 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
     """Metadata are read once, as those of many episodes take a while; again when their file has changed."""
     where = folder / INFO
     try:
-        info = Info.model_validate_json(where.read_text())
+        info = Info.model_validate_json(where.read_text("utf-8"))
         where = folder / "meta"
         old = info.codebase_version.lstrip("v").startswith("2.")
         tasks, listed = _read_v2(folder, info) if old else _read_v3(folder, info)
@@ -250,7 +250,7 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:

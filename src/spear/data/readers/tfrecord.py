@@ -87,7 +87,7 @@ def example_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
     pool = descriptor_pool.DescriptorPool()
-    published = Path(__file__).with_name("example.textproto").read_text()
+    published = Path(__file__).with_name("example.textproto").read_text("utf-8")
     pool.Add(text_format.Parse(published, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
 

@@ -86,7 +86,7 @@ def prepare(
         if other := difference(made, request):
             why = f"{out} was prepared from other episodes, or in another way ({other})"
             raise SpearError(f"{why}: remove that folder, or choose another --out")
-        return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text())
+        return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text("utf-8"))
     check_new(out)
     work = out.with_name(f".{out.name}.part")
     folder = work / "dataset"

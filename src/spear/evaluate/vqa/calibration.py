@@ -61,6 +61,7 @@ class Trust:
     names_present, names_absent  how often the model names an object as it should, asked for what is where it
                   points for it: one that is in the image, and one that is not.
     files         as `contents` of the folder says, of the model that was measured.
+    sources       of these images.
     """
 
     measured_on: str
@@ -68,6 +69,7 @@ class Trust:
     names_present: float
     names_absent: float
     files: Mapping[str, str] = field(default_factory=dict, compare=False)
+    sources: Sequence[str] = field(default=(), compare=False)
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod

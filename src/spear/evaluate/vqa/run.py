@@ -5,15 +5,13 @@ shows how often the grammar would have been right by itself. Each number is read
 bins in three ways (`models.readout`): those of one way are scored, the others are compared with it.
 """
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from spear.errors import SpearError, check_known, counted, notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import missing, sim_seed
+from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
 from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
@@ -30,8 +28,8 @@ def evaluate(
     model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, trust: Trust | None = None
 ) -> Scores:
     """Ask questions of each family about each image, all in the model's unit, and score the answers, and the
-    intervals that `trust` gives them. Raises SpearError for an unknown family, and where no image allows a
-    question."""
+    intervals that `trust` gives them, unless it was measured on some of these images: there they hold by
+    making. Raises SpearError for an unknown family, and where no image allows a question."""
     families = tuple(dict.fromkeys(options.families)) or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
     questions = questions_about(labels, families, options.per_image, options.seed)
@@ -40,6 +38,9 @@ def evaluate(
         raise SpearError("no questions: no object in these labels can be asked about: see spear label show")
     if absent := ", ".join(family for family in families if family not in free):
         notice(f"left out, since no object in these labels can be asked so: {absent}")
+    if trust and (known := {*trust.sources} & {label.source for label in labels}):
+        notice(f"calibrated on {len(known)} of these images: its intervals are not judged: take other ones")
+        trust = None
     pictures = [decode_image(label.image, label.source) for label in labels]
 
     asked: list[Asked] = []
@@ -72,26 +73,8 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
     sure = {f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration}
     factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
     present, absent = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
-    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, present, absent)
-
-
-def trust_for(folder: Path, images: int, where: str) -> Trust | None:
-    """How far the model in a folder can be trusted (`Trust.load`), to be judged by so many images of `where`.
-    Where they are some of those that it was measured on, its intervals hold by making: said and left out."""
-    trust = Trust.load(folder)
-    known = trust and re.fullmatch(r"([\d,]+) images of (.+)", trust.measured_on)
-    if not known:
-        return trust
-    count, place = int(known[1].replace(",", "")), known[2]
-    if all(re.fullmatch(r"sim(:\d+)?", each) for each in (place, where)):
-        theirs, ours = sim_seed(place), sim_seed(where)
-        same = theirs < ours + images and ours < theirs + count
-    else:
-        folders = (str(Path(each).resolve()) for each in (place, where))
-        same = len({folder.removesuffix("/external") for folder in folders}) == 1  # as `find_images` looks
-    if same:
-        notice(f"{folder}: calibrated on some of these images: its intervals are not judged: take other ones")
-    return None if same else trust
+    sources = [label.source for label in labels]
+    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, present, absent, sources=sources)
 
 
 def questions_about(
