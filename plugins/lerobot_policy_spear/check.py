@@ -7,18 +7,25 @@ through LeRobot's kinematics: trained on, and driven by lerobot-rollout.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot_policy_spear.robots import columns
+
+from spear.errors import SpearError
+from spear.train.optimize import learning_rate
+from spear.train.recipes import recipe
 
 MOTORS = ["base", "shoulder", "elbow", "wrist_1", "wrist_2", "wrist_3"]
 KEYS = [f"{name}.pos" for name in (*MOTORS, "gripper")]
@@ -42,7 +49,53 @@ def train(data: Path, out: Path, steps: int, *options: str) -> Path:
     where = [f"--dataset.repo_id=local/{data.name}", f"--dataset.root={data}", f"--output_dir={out}"]
     policy = ["--policy.type=spear1", "--policy.device=cpu", "--policy.push_to_hub=false", *options]
     run("lerobot-train", *policy, *where, *often)
-    return out / "checkpoints" / "last" / "pretrained_model"
+    return (out / "checkpoints" / "last" / "pretrained_model").resolve()
+
+
+def resume(saved: Path, steps: int) -> None:
+    """Training goes on; its learning rate falls until the last step, also where these are more than the
+    recipe's 600."""
+    from lerobot.configs import PreTrainedConfig
+    from torch import optim, zeros
+
+    run("lerobot-train", f"--config_path={saved / 'train_config.json'}", "--resume=true", f"--steps={steps}")
+    state = saved.parents[1] / "last" / "training_state" / "scheduler_state.json"
+    step, (rate, *_) = (json.loads(state.read_text())[key] for key in ("last_epoch", "_last_lr"))
+    opt = recipe("nano-post").optimization
+    assert step == steps and np.isclose(rate, opt.final_lr * opt.lr), (step, rate)
+    preset = PreTrainedConfig.from_pretrained(saved).get_scheduler_preset()
+    factor = preset.build(optim.SGD([zeros(1)], lr=1.0), 4000).lr_lambdas[0]
+    longer = dataclasses.replace(opt, steps=4000)
+    assert [factor(at) for at in (0, 600, 3999)] == [learning_rate(at, longer) for at in (0, 600, 3999)]
+
+
+def refuse(words: str, call: Callable[..., Any], *given: Any) -> None:
+    """This call must be refused in these words."""
+    try:
+        call(*given)
+    except SpearError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def ends(policy: Any, before: Any, frame: dict[str, Any], folder: Path) -> None:
+    """Without a wrist camera it acts; without an external one, the state's numbers or a task it is refused,
+    as adapters are, and a dataset without its data. Gathered weights are saved as others are."""
+    front, wrist = (f"observation.images.{name}" for name in ("external", "wrist"))
+    policy.reset()
+    without = {key: value for key, value in frame.items() if key != wrist}
+    assert policy.select_action(before(without)).isfinite().all()
+    refuse(front, policy.select_action, before({key: v for key, v in frame.items() if key != front}))
+    state = "observation.state"
+    refuse(state, policy.select_action, before({**frame, state: frame[state][:6]}))
+    refuse("--task", policy.select_action, before({**frame, "task": ""}))
+    refuse("--peft", policy.wrap_with_peft)
+    refuse("streaming", columns, folder, "index")
+    gathered = {key: weight * 2 for key, weight in policy.state_dict().items()}
+    policy.save_pretrained(folder / "gathered", state_dict=gathered)
+    again = type(policy).from_pretrained(folder / "gathered", config=policy.config)
+    assert all((weight == gathered[key]).all() for key, weight in again.state_dict().items())
 
 
 def compare(saved: Path, data: Path) -> None:
@@ -73,6 +126,7 @@ def compare(saved: Path, data: Path) -> None:
         sent = {k: v for k, v in frames[i].items() if k.startswith("observation.") or k == "task"}
         other = after(theirs.select_action(before(sent)))[0].numpy()
         worst = max(worst, float(np.abs(own - other).max()))
+    ends(theirs, before, sent, saved.parent)
     equal = "equal bit for bit" if worst == 0 else f"up to {worst:g} apart"
     print(f"select_action and spear's infer, {len(places)} frames: {equal}")
     config.pretrained_path = None  # nano itself, with its own units
@@ -165,6 +219,7 @@ def main(folder: Path) -> None:
     saved = train(folder / "my_robot", folder / "trained", 20)
     print("lerobot-train: 20 steps")
     compare(saved, folder / "my_robot")
+    resume(saved, 24)
     env = ["--env.type=spear", "--env.task=put_on", "--eval.n_episodes=8", "--eval.batch_size=4"]
     run("lerobot-eval", f"--policy.path={saved.parent / 'nano'}", *env, f"--output_dir={folder / 'eval'}")
     result = json.loads((folder / "eval" / "eval_info.json").read_text())["overall"]

@@ -7,16 +7,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from spear.data.actions import HORIZON
 from spear.errors import SpearError
+from spear.train.optimize import learning_rate
 from spear.train.options import Optimization, Recipe
 from spear.train.recipes import recipe
 from spear.types import RATE_HZ
 
 from .robots import Robot, choose
+
+
+@LRSchedulerConfig.register_subclass("spear1")
+@dataclass
+class Spear1SchedulerConfig(LRSchedulerConfig):
+    """The recipe's learning rate over all `--steps` of lerobot-train; fewer than the recipe's shorten its
+    warmup, too."""
+
+    num_warmup_steps: int
+    recipe: str
+
+    def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
+        """For the optimiser's groups."""
+        own = recipe(self.recipe).optimization
+        warmup = round(self.num_warmup_steps * min(1.0, num_training_steps / own.steps))
+        opt = dataclasses.replace(own, steps=num_training_steps, warmup=warmup)
+        return LambdaLR(optimizer, lambda step: learning_rate(step, opt))
 
 
 @PreTrainedConfig.register_subclass("spear1")
@@ -110,15 +130,9 @@ class Spear1Config(PreTrainedConfig):
             lr=opt.lr, betas=opt.betas, weight_decay=opt.weight_decay, grad_clip_norm=opt.grad_clip
         )
 
-    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+    def get_scheduler_preset(self) -> Spear1SchedulerConfig:
         """The recipe's."""
-        opt = self.optimization
-        return CosineDecayWithWarmupSchedulerConfig(
-            num_warmup_steps=opt.warmup,
-            num_decay_steps=opt.steps,
-            peak_lr=opt.lr,
-            decay_lr=opt.final_lr * opt.lr,
-        )
+        return Spear1SchedulerConfig(self.optimization.warmup, self.recipe)
 
     @property
     def observation_delta_indices(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from spear import policy as spear
 from spear.data.normalize import SMALLEST_SCALES, Mode, Normalizer
 from spear.data.seen import SAMPLES, Seen
-from spear.embodiments.tools import IMAGE
+from spear.embodiments.tools import camera_key
 from spear.errors import SpearError, notice
 from spear.train.optimize import apply_freeze, make_optimizer
 from spear.train.tasks import robot_inputs
@@ -83,15 +83,18 @@ class Spear1Policy(PreTrainedPolicy):
         """From a folder that `save_pretrained` wrote, or a repository of the Hub with its files."""
         name, path = str(pretrained_name_or_path), Path(pretrained_name_or_path)
         if not path.is_dir():
-            path = Path(snapshot_download(name, revision=revision))
+            own = ["config.json", f"{FOLDER}/*"]  # not the checkpoints of its training
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=own))
         config = config or PreTrainedConfig.from_pretrained(path)
         policy = cls(config, dataset_meta=dataset_meta, folder=path / FOLDER)
         return policy.to(config.device).eval()
 
-    def _save_pretrained(self, save_directory: Path, **_: Any) -> None:
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """state_dict: the weights, where they are spread over several processes (FSDP)."""
         self.config._save_pretrained(save_directory)
         folder = save_directory / FOLDER
-        self.model.save_pretrained(folder)
+        whole = state_dict and {key.removeprefix("model."): weight for key, weight in state_dict.items()}
+        self.model.save_pretrained(folder, state_dict=whole)
         self.spear.processor.save(folder)
         self.spear.normalizer.save(folder / "normalizer.json")
         if known := self._known():
@@ -108,6 +111,10 @@ class Spear1Policy(PreTrainedPolicy):
         groups = make_optimizer(self.model, self.config.optimization).param_groups
         return [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
 
+    def wrap_with_peft(self, *_: Any, **__: Any) -> Any:
+        """No: adapters are saved without the dataset's statistics. Always raises `SpearError`."""
+        raise SpearError("--peft: not with spear1: leave it out, or use `spear train finetune-lora`")
+
     def reset(self) -> None:
         """A new episode: no actions wait, and the noise begins anew."""
         self._pace = Pace(self.config.fps)
@@ -123,7 +130,7 @@ class Spear1Policy(PreTrainedPolicy):
         actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
         if self.mask is not None:
             known &= demonstrated(self.mask, _numpy(batch["index"]).reshape(-1))
-        images = {view: _numpy(batch[key]).transpose(0, 2, 3, 1) for key, view in self.views.items()}
+        images = self._images(batch)
         raw = {
             "position": np.float32(states[:, :3]),
             "rotation": np.float32(states[:, 3:7]),
@@ -145,24 +152,39 @@ class Spear1Policy(PreTrainedPolicy):
         output = self.model(**put, flow_samples=self.config.stage.flow_samples)
         return output.loss, {name: float(part) for name, part in output.parts.items()}
 
+    def _state(self, batch: dict[str, Any]) -> Tensor:
+        """The robots' numbers [B, d]. Raises `SpearError` for others than the policy was trained on."""
+        names, found = self.config.state_names, batch.get(OBS_STATE, torch.zeros(1, 0))
+        if found.shape[1] != len(names):
+            known = f"the policy knows {len(names)}: {' '.join(names)}"
+            raise SpearError(f"{OBS_STATE} has {found.shape[1]} numbers, {known}: is it this robot's?")
+        return found
+
+    def _images(self, batch: dict[str, Any]) -> dict[str, Array]:
+        """View → images [B, h, w, 3]. A wrist camera may be missing, as with spear's own commands."""
+        if missing := [key for key, view in self.views.items() if view == "external" and key not in batch]:
+            raise SpearError(f"no {missing[0]}: give its camera this name, or --rename_map")
+        there = {view: _numpy(batch[key]) for key, view in self.views.items() if key in batch}
+        return {view: images.transpose(0, 2, 3, 1) for view, images in there.items()}
+
+    @torch.compiler.disable  # --use_torch_compile could not see through kinematics
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], last: Tensor | None = None, **_: Any) -> Tensor:
         """[B, rows, d]: the whole chunk as the robot takes it; last [B, d]: the rows that came before."""
-        values = _numpy(batch[OBS_STATE])
-        images = {
-            IMAGE if view == "external" else f"observation/{view}_image": _numpy(batch[key])
-            for key, view in self.views.items()
-        }
+        values = _numpy(self._state(batch))
+        images = {camera_key(view): shown for view, shown in self._images(batch).items()}
         tasks = [batch["task"]] * len(values) if isinstance(batch["task"], str) else batch["task"]
+        if not all(tasks):
+            raise SpearError("no instruction: give --task")
         seen = [
             {"observation/state": self.robot.state(numbers), "prompt": task}
-            | {key: image[i].transpose(1, 2, 0) for key, image in images.items()}
+            | {key: shown[i] for key, shown in images.items()}
             for i, (numbers, task) in enumerate(zip(values, tasks, strict=True))
         ]
         chunks = [result["actions"] for result in self.spear.infer_batch(seen)]
         before = [None] * len(values) if last is None else _numpy(last)
         rows = [self.robot.rows(*each) for each in zip(chunks, values, before, strict=True)]
-        return torch.from_numpy(np.stack(rows)).to(batch[OBS_STATE].device)
+        return torch.from_numpy(np.stack(rows)).to(self._state(batch).device)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
@@ -173,7 +195,7 @@ class Spear1Policy(PreTrainedPolicy):
         def look(last: Tensor | None) -> Tensor:
             return self.predict_action_chunk(batch, last)[:, :count].transpose(0, 1)
 
-        return self._pace.row(look, one=len(batch[OBS_STATE]) == 1)
+        return self._pace.row(look, one=len(self._state(batch)) == 1)
 
 
 def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array, mode: Mode) -> tuple[Normalizer, float]:

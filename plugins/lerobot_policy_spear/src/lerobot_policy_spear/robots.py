@@ -149,7 +149,10 @@ class Poses:
         return state[:3] + goes * ahead, quat_slerp(begin, end, turns).numpy()
 
     def pose(self, values: Array) -> Row:
-        """Of the robot's numbers [d]."""
+        """Of the robot's numbers [d]. Raises `SpearError` for joint angles: a robot sends no names."""
+        if (turn := float(np.linalg.norm(values[3:6]))) > 2 * math.pi:
+            how = "are these joint angles? send the end-effector's pose (LeRobot's end-effector processors)"
+            raise SpearError(f"{POSE_NAMES[3]} …: {turn:.3g} rad is no turn of an end-effector: {how}")
         return values[:3], _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))), _opening(values[6])
 
     def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
@@ -200,7 +203,9 @@ def doubt_units(robot: Robot, state: Array) -> None:
 
 
 def columns(root: Path, *keys: str) -> list[Array]:
-    """Columns of a LeRobot dataset, by the frames' "index"."""
+    """Columns of a LeRobot dataset, by the frames' "index". Raises `SpearError` where it is not on disk."""
+    if not (root / "data").is_dir():
+        raise SpearError(f"{root}: no data there, whose statistics are needed: leave out --dataset.streaming")
     table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(list({*keys, "index"}))
     rows = table.sort_by("index")
     return [np.array(rows[key].to_pylist()) for key in keys]
@@ -229,16 +234,14 @@ def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, 
     state, action = list(state), list(action)
     if (state, action) == (STATE_NAMES, ACTION_NAMES):
         if stride != 1:
-            raise SpearError("--policy.fps: a dataset of spear's actions is at 5: prepare it at 5 Hz")
+            raise SpearError("a dataset of spear's actions is at 5 Hz: export it so, and give --policy.fps=5")
         return Exported()
     if state == action == POSE_NAMES:
         return Poses(stride)
     motors = [name.removesuffix(".pos") for name in action]
     joints = state == action and all(n.endswith(".pos") for n in action) and motors[-1:] == ["gripper"]
     if joints and sum("gripper" in m for m in motors) == 1 and urdf:
-        from lerobot.model.kinematics import RobotKinematics
-
-        return Joints(stride, RobotKinematics(urdf, tip, motors[:-1]), len(motors) - 1)
+        return Joints(stride, _kinematics(urdf, tip, motors[:-1]), len(motors) - 1)
     how = (
         "one arm's joints need its --policy.urdf"
         if joints
@@ -246,6 +249,19 @@ def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, 
     )
     shown = ", ".join(action[:4]) or "no names"
     raise SpearError(f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}")
+
+
+def _kinematics(urdf: str, tip: str, joints: list[str]) -> Any:
+    """LeRobot's, of a URDF's joints. Raises `SpearError` for a URDF that cannot be read or lacks some."""
+    from lerobot.model.kinematics import RobotKinematics
+
+    try:
+        kinematics = RobotKinematics(urdf, tip, joints)
+        kinematics.forward_kinematics(np.zeros(len(joints)))
+    except (ValueError, RuntimeError) as error:
+        told = f"{error} The dataset's joints: {' '.join(joints)}"
+        raise SpearError(f"--policy.urdf={urdf} --policy.tip={tip}: {told}") from error
+    return kinematics
 
 
 def _quat(quaternion: Tensor) -> Array:
