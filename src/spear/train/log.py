@@ -31,7 +31,7 @@ class Logger:
         self.started, self.first = time.perf_counter(), first_step
         self.waited, self.written = 0.0, self.started
         path = out / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
         write_text(path, "".join(line for line in lines if _step(line) <= first_step))
         self.file = path.open("a", encoding="utf-8")
         try:
