@@ -45,7 +45,7 @@ class NoRenderer(SpearError):
     """ManiSkill finds nothing to draw its pictures with, for this reason."""
 
     def __str__(self) -> str:
-        cure = "unless a file is missing, install Mesa's lavapipe 24.3 or newer (docs/simpler.md)"
+        cure = "unless a file is missing, install a Vulkan driver (for a CPU lavapipe 24.3: docs/simpler.md)"
         return f"SIMPLER: ManiSkill cannot draw its scene here ({self.args[0]}): {cure}"
 
 
