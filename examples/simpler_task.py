@@ -6,6 +6,7 @@
     python examples/simpler_task.py evaluate 24 runs/vla
 
 Its scene is made of SIMPLER's own models, on its own table. docs/simpler.md says what to change for others.
+Nothing notices a changed scene: record it into a new folder.
 """
 
 import sys
@@ -28,7 +29,7 @@ SPOON, PLATE = "bridge_spoon_generated_modified", "bridge_plate_objaverse_larger
 
 @register_env(NAME, asset_download_ids=["bridge_v2_real2sim"])
 class PutSpoonOnPlate(BaseBridgeEnv):
-    """The first object is the one to move, the second is where it goes."""
+    """The first object is the one to move, the second is where it goes; others may follow."""
 
     objects_excluded_from_greenscreening = (SPOON, PLATE)  # what is seen in front of the photograph
 

@@ -96,9 +96,8 @@ def test_the_vlms_rates_and_the_longer_trainings_follow_the_recipes() -> None:
 
 
 def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
-    turn = torch.tensor([0.0, 0.02, 0.0])
     target = quat_exp(torch.tensor([0.3, -0.2, 0.5]))[None, None]
-    guess = quat_multiply(target, quat_exp(turn)[None, None])
+    guess = quat_multiply(target, quat_exp(torch.tensor([0.0, 0.02, 0.0]))[None, None])
     data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
     configs = [flow.FlowConfig(**flow_of(row.name)) for row in ROTATIONS[:4]]
     costs = [float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]) for config in configs]

@@ -50,9 +50,10 @@ class Wander:
     image_sizes: Mapping[str, tuple[int, int]] = SMALL
 
     def __init__(self) -> None:
-        self.shapes: set[tuple[int, ...]] = set()
+        self.shapes, self.told, self.committed = set[tuple[int, ...]](), list[int](), 0
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        self.told.append(len(observation.get("committed", ())))
         self.shapes |= {value.shape for key, value in observation.items() if key.endswith("image")}
         state = observation["observation/state"]
         step = np.array([0.02, -0.1 * state[1], 0.05 * (0.15 - state[2])])
@@ -126,18 +127,8 @@ def test_latency_costs_steps() -> None:
 
 
 def test_rtc_is_for_policies_that_have_learned_it() -> None:
-    class Told(Wander):
-        committed = 2
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.told: list[int] = []
-
-        def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-            self.told.append(len(observation.get("committed", ())))
-            return super().infer(observation)
-
-    policy = Told()
+    policy = Wander()
+    policy.committed = 2
     late = run(PolicyAgent(policy, "x"), 1, execution="rtc", latency_ms=300.0)
     assert set(policy.told) == {0, 2} and policy.told.count(0) == 1
     assert len(policy.told) == late.outcomes[0].steps / 2

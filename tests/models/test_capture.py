@@ -128,10 +128,9 @@ def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
 def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
     """A policy without contents: with most and with fewest parts of its own, and with linear rotations."""
     name, device, dtype = request.param
-    fake = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
     with torch.device("meta"):  # with fake tensors, drawing weights would look at some
         model = Spear1ForActionPrediction._from_config(spear1_config(SIZES[name]), dtype=dtype).eval()
-    with fake:
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         if device == "cuda":
             give_storage(model, device)
         yield SIZES[name], model

@@ -20,20 +20,18 @@ COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 
 
 def allowed(grammar: decode.Grammar | None, said: list[int], left: int) -> set[int]:
     """The grammars in words: which ids may follow, `left` tokens before the limit (this one included)."""
-    everything = set(range(NUMBER[1]))
     if grammar is None:
-        return everything
+        return set(range(NUMBER[1]))
     if not isinstance(grammar, decode.Worded):
         return set(range(*grammar[len(said)])) if len(said) < len(grammar) else {END}
     words = {i for a, b in grammar.words for i in range(a, b)}
     numbers = set(range(*grammar.numbers))
     owed = grammar.count - sum(t in numbers for t in said)
-    after_word = bool(said) and said[-1] not in numbers
     if owed:
         if said and left <= owed + 2:  # the numbers, a word and the end must still find room
             return numbers
         return words | numbers if said else words
-    if not after_word:
+    if not said or said[-1] in numbers:
         return words
     return {END} if left == 1 else words | {END}
 

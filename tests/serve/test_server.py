@@ -230,8 +230,7 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
 def test_rows_that_move_an_arm_at_another_pace_are_said(rate_hz: float, rows_of_one: int) -> None:
     control = Control("", rate_hz, lambda actions, *_: np.repeat(actions, rows_of_one, axis=0))
     service = Service(Homing(), dataclasses.replace(GENERIC, controls={"mine": control}))
-    wrong = rows_of_one * 5 != rate_hz
-    with pytest.warns(Notice, match="rate_hz") if wrong else no_warning():
+    with pytest.warns(Notice, match="rate_hz") if rows_of_one * 5 != rate_hz else no_warning():
         assert service.warm_up() == 5 * rows_of_one
 
 

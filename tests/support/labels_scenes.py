@@ -16,13 +16,12 @@ Block = tuple[Array, Array, float]
 def camera(width: int = 192, height: int = 128, pitch: float = 40.0) -> tuple[Array, Array]:
     """Intrinsics [3, 3], extrinsics [4, 4] (camera -> base); it looks at the base's origin, 0.8 m away."""
     focal = 0.9 * width
-    k = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]])
     p = np.radians(pitch)
     forward = np.array([np.cos(p), 0, -np.sin(p)])
     right, pose = np.array([0.0, -1.0, 0.0]), np.eye(4)
     pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
     pose[:3, 3] = -0.8 * forward
-    return k, pose
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1.0]]), pose
 
 
 def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: int) -> Frame:

@@ -35,7 +35,7 @@ MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode went.
+    """How one episode went; in SIMPLER, as `spear.evaluate.simpler.tasks.Moment` says it.
 
     reached, grasped      milestones on the way: the gripper was at the right object; the object was lifted.
     success               the object rests, released, on the target.

@@ -18,6 +18,7 @@ from spear.errors import SpearError
 
 T = TypeVar("T")
 R = TypeVar("R")
+NOT_BEGUN = 'no worker process began: in a script, work goes below `if __name__ == "__main__":`'
 
 
 @contextmanager
@@ -40,8 +41,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         yield executor
     except BrokenProcessPool as error:
         if not begun.is_set():
-            cure = 'in a script, work goes below `if __name__ == "__main__":`'
-            raise SpearError(f"no worker process began, which imports the script: {cure}") from error
+            raise SpearError(NOT_BEGUN) from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
     except BaseException:  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
         os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]

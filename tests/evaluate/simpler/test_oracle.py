@@ -1,14 +1,17 @@
 """SIMPLER without ManiSkill: frames in closed form, the oracle through adapter and controller."""
 
 import dataclasses
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from refusals import refuses
 from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE
-from spear.evaluate.simpler import oracle
+from spear.evaluate.simpler import oracle, record
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, off_grid
 from spear.evaluate.simpler.world import _ours, at_rest, in_base, opening
 from spear.types import Array
@@ -38,11 +41,10 @@ class Table:
 
     def truth(self) -> Truth:
         pose = np.concatenate([self.position, (self.link * DOWN.inv()).as_quat(scalar_first=True)])
-        width = 0.6 if self.held is not None else 0.0
         return Truth(
             commanded=pose,
             measured=pose,
-            opening=1.0 if self.open else width,
+            opening=1.0 if self.open else 0.6 if self.held is not None else 0.0,
             open=self.open,
             still=self.waits[-1],
             closing=self.changed and not self.open,
@@ -97,11 +99,10 @@ def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: f
 
 def test_poses_and_the_opening_are_ours() -> None:
     base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
-    turned = Rotation.from_euler("z", 90, degrees=True).as_quat(scalar_first=True)
-    found = in_base(base, np.array([-0.235, -0.075, 0.8875, *turned]))
+    turned = Rotation.from_euler("z", 90, degrees=True)
+    found = in_base(base, np.array([-0.235, -0.075, 0.8875, *turned.as_quat(scalar_first=True)]))
     np.testing.assert_allclose(found[:3], [0.382, 0.103, 0.0175], atol=1e-9)
-    expected = Rotation.from_euler("z", -90, degrees=True)
-    assert (Rotation.from_quat(found[3:], scalar_first=True).inv() * expected).magnitude() < 1e-9
+    assert (Rotation.from_quat(found[3:], scalar_first=True) * turned).magnitude() < 1e-9
 
     # The end-effector is parallel to the base when the gripper points down.
     link = np.array([0.3, 0.0, 0.1, *DOWN.as_quat(scalar_first=True)])
@@ -136,5 +137,18 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         assert is_official(near, places, turns)
     np.testing.assert_array_equal(off_grid(task, 7, places, turns).places, starts[7].places)
     assert len({start.places.tobytes() for start in starts}) == 300
-    fixed = off_grid(task, 0, np.stack([corners, corners[[2] * 4]], axis=1), turns)
-    np.testing.assert_array_equal(fixed.places[1], corners[2])
+    fixed = off_grid(task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]])
+    np.testing.assert_array_equal(fixed.places[1:], corners[[2, 1]])
+    refuses("apart", off_grid, dataclasses.replace(task, apart=0.6), 0, places, turns)
+
+
+def test_a_recording_that_is_left_waits_for_no_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, in_time = threading.Event(), list[bool]()
+    monkeypatch.setattr(record, "SimplerProcess", lambda *_: SimpleNamespace(close=left.set))
+    monkeypatch.setattr(
+        record, "record_episode", lambda _, __, n, *___: in_time.append(n == 0 or left.wait(9))
+    )
+    episodes = record.record("task", range(8), (4, 4), workers=1)
+    next(episodes)
+    del episodes
+    assert all(in_time)

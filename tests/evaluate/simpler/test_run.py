@@ -1,6 +1,7 @@
 """SIMPLER in ManiSkill: conventions as we say they are, the oracle, an episode of the nano policy."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from spear.evaluate.simpler.record import demonstrate, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
-from spear.geometry import apply_step, quat_distance
+from spear.geometry import apply_step, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.scenes import label_frames
 from spear.types import Frame
@@ -36,12 +37,11 @@ TASK = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
 
 def test_a_fitted_frame_shows_the_same_points() -> None:
-    rng = np.random.default_rng(0)
     depth = np.broadcast_to(np.linspace(0.5, 1.5, 640, dtype=np.float32), (480, 640)).copy()
     instances = np.zeros((480, 640), np.int32)
     instances[200:300, 300:420], instances[:3, 60:63], instances[100:200, 590:] = 1, 2, 3
     matrix = np.array([[620.0, 0, 319.5], [0, 620, 239.5], [0, 0, 1]])
-    image = rng.integers(0, 255, (480, 640, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (480, 640, 3)).astype(np.uint8)
     frame = Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, matrix)
     small = fitted(frame, (192, 128), "here")
     assert small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
@@ -79,10 +79,8 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     robot, moment = embodiments.load("simpler_widowx"), process.reset(5, True)
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
-    drawn = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
-    turn = torch.nn.functional.normalize(drawn, dim=-1)
-    turn = torch.nn.functional.normalize(torch.tensor([[6.0, 0, 0, 0]]) + turn, dim=-1).numpy()
-    action = np.concatenate([[[0.01, -0.02, 0.015]], turn, [[0.0]]], axis=1).astype(np.float32)
+    turn = quat_exp(torch.tensor([0.1, -0.2, 0.15]))
+    action = np.array([[0.01, -0.02, 0.015, *turn, 0.0]], np.float32)
     state = robot.read(moment.observation)["observation/state"]
     np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
     after = process.run(robot.control(None)[1].convert(action, state, moment.observation), False).truth
@@ -139,8 +137,7 @@ def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
     boxes = [(o, frame) for frame in frames for o in next(label_frames(iter([frame]))).objects]
     cubes = [(o, frame) for o, frame in boxes if o.name.endswith("block") and o.box3d is not None]
     assert len(cubes) >= 6
-    sides = np.array([np.sort(o.box3d.size) for o, _ in cubes])
-    np.testing.assert_allclose(np.median(sides, axis=0), 0.03, atol=0.004)
+    np.testing.assert_allclose(np.median([np.sort(o.box3d.size) for o, _ in cubes], axis=0), 0.03, atol=0.004)
     heights = [f.extrinsics[2, :3] @ one.box3d.center + f.extrinsics[2, 3] for one, f in cubes]
     np.testing.assert_allclose(np.median(heights), 0.8695 + 0.015, atol=0.006)  # on the table
 
@@ -156,15 +153,24 @@ def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path
     refuses("assets", demonstrate, tmp_path, [TASK], 2, *how)
 
 
-@pytest.mark.parametrize("what", [("record", "1"), ("evaluate", "1")])
-def test_a_task_is_one_file(simpler: Simpler, shared: Path, tmp_path: Path, what: tuple[str, str]) -> None:
-    """As a script, whose processes find its scene."""
-    where = tmp_path / "mine" if what[0] == "record" else "oracle"
-    environment = {**os.environ, "MS_ASSET_DIR": str(shared / "assets" / "simpler")}
-    command = [sys.executable, EXAMPLE, *what, where]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "1 of 1 " in ran.stdout.replace("\n", " ")
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("1 of 1 ", "record 1 mine", "self._evaluate(", "dict(success=self._evaluate()['success'])  # ("),
+        ("1 of 1 ", "evaluate 1 oracle", "(NAME,)", "(NAME,), assets=Path(__file__).with_name('assets')"),
+        ("SpearError: .*Task", "evaluate 1 oracle", "starts=24", "starts=12"),
+        ("SpearError: .*__main__", "evaluate 1 oracle", '__name__ == "__main__"', "True"),
+    ],
+)
+def test_a_task_is_one_file(simpler: Simpler, shared: Path, tmp_path: Path, case: tuple[str, ...]) -> None:
+    """As a script, whose processes find its scene and its assets; what does not fit is said."""
+    said, what, was, becomes = case
+    (tmp_path / "task.py").write_text(EXAMPLE.read_text().replace(was, becomes))
+    (tmp_path / "assets").symlink_to(shared / "assets" / "simpler")
+    environment = os.environ | {"MS_ASSET_DIR": "." if was == "(NAME,)" else "assets"}
+    command, how = [sys.executable, "task.py", *what.split()], {"capture_output": True, "text": True}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, **how)
+    assert re.search(said, (ran.stderr if ran.returncode else ran.stdout).replace("\n", " ")), ran.stderr
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
@@ -177,8 +183,7 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
 
 def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
-    options = EpisodeOptions(films=1, out=tmp_path)
-    run_evaluation(simpler, load_agent("nano"), {TASK: range(30, 31)}, {}, options)
+    run_evaluation(simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(films=1, out=tmp_path))
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

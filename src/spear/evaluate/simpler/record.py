@@ -82,7 +82,6 @@ def record(
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
     free: SimpleQueue[SimplerProcess] = SimpleQueue()
-    count = min(workers, len(seeds))
 
     def one(seed: int) -> Episode:
         process = free.get()
@@ -92,9 +91,9 @@ def record(
             free.put(process)
 
     with contextlib.ExitStack() as stack:
-        for _ in range(count):
+        threads = stack.enter_context(ThreadPoolExecutor(workers))
+        for _ in range(min(workers, len(seeds))):  # they end first, and with them the threads
             free.put(stack.enter_context(contextlib.closing(SimplerProcess(task, assets))))
-        threads = stack.enter_context(ThreadPoolExecutor(max(1, count)))
         yield from in_order(threads, one, seeds, ahead=2 * workers)
 
 

@@ -47,10 +47,9 @@ def evaluate(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]
     check_known("task", TASKS, *tasks)
     if options.off_grid:
         held_out_seeds(options.first_seed, options.scenes)
-    assets = assets_hash(check_assets(options.assets))
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": assets,
+        "assets": assets_hash(check_assets(options.assets)),
         "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.distance import pdist
 
+from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array
 
@@ -72,17 +74,18 @@ def off_grid(task: Task, seed: int, places: Array, turns: Array) -> Start:
     rng = np.random.default_rng([seed, 2])
     moves = np.ptp(places[..., :2], axis=0).any(axis=-1)  # [2]
     middle = (places[..., :2].min(axis=0) + places[..., :2].max(axis=0)) / 2
-    while True:
+    for _ in range(10_000):
         place, turn = places[0].copy(), turns[rng.integers(len(turns))].copy()
-        spread = rng.uniform(-1, 1, (2, 2)) * task.around
+        spread = rng.uniform(-1, 1, place[:, :2].shape) * task.around
         place[:, :2] = np.where(moves[:, None], middle + spread, place[:, :2])
         angle = rng.uniform(-math.pi / 4, math.pi / 4)
         about = torch.tensor([math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64)
         turn[0] = quat_multiply(about, torch.from_numpy(turn[0])).numpy()
         start = Start(place, turn, rng.normal(0, 0.05, 6))
-        apart = float(np.linalg.norm(place[0, :2] - place[1, :2]))
-        if apart >= task.apart and not is_official(start, places, turns):
+        if pdist(place[:, :2]).min() >= task.apart and not is_official(start, places, turns):
             return start
+    where = f"SIMPLER: no start off the grid {task.around} m around its middle, {task.apart} m apart"
+    raise SpearError(f"{where}: give its Task more `around`, or less `apart`")
 
 
 def is_official(start: Start, places: Array, turns: Array) -> bool:

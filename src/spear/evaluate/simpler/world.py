@@ -30,7 +30,7 @@ from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Tr
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
 from spear.util.ledger import hash_files
-from spear.util.processes import follow_parent, uninterrupted
+from spear.util.processes import NOT_BEGUN, follow_parent, uninterrupted
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
@@ -45,10 +45,8 @@ class NoRenderer(SpearError):
     """ManiSkill finds nothing to draw its pictures with, for this reason."""
 
     def __str__(self) -> str:
-        return (
-            f"SIMPLER: ManiSkill cannot draw here ({self.args[0]}): install a Vulkan driver, for the CPU "
-            "Mesa's lavapipe 24.3 or newer (Debian 12: from bookworm-backports: see docs/simpler.md)"
-        )
+        cure = "unless a file is missing, install a Vulkan driver (for a CPU lavapipe 24.3: docs/simpler.md)"
+        return f"SIMPLER: ManiSkill cannot draw its scene here ({self.args[0]}): {cure}"
 
 
 def check_assets(folder: Path | None) -> Path:
@@ -59,11 +57,9 @@ def check_assets(folder: Path | None) -> Path:
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
-            raise SpearError(
-                f"SIMPLER's assets: {root}: has no data/{where}: run python -m "
-                f"mani_skill.utils.download_asset {name}, or give the folder that has it (--assets or "
-                "MS_ASSET_DIR)"
-            )
+            lacks = f"SIMPLER's assets: {root}: has no data/{where}"
+            cure = f"run python -m mani_skill.utils.download_asset {name}"
+            raise SpearError(f"{lacks}: {cure}, or give the folder that has it (--assets or MS_ASSET_DIR)")
     return root
 
 
@@ -82,15 +78,18 @@ def simulator(assets: Path) -> str:
 
 
 class SimplerWorld:
-    """One task. Raises `SpearError` where its assets or a renderer are missing."""
+    """One task. Raises `SpearError` where a renderer is missing, or the task is not what we know of it."""
 
-    def __init__(self, task: str, assets: Path | None = None) -> None:
-        os.environ["MS_ASSET_DIR"] = str(check_assets(assets))
+    def __init__(self, task: str) -> None:
+        if task not in TASKS:
+            raise SpearError(f"SIMPLER: {task}: its process lacks it: import it where your script begins")
         self._env = _make(task)
         self._mode = self._env._obs_mode
         self._name, self._task = task, TASKS[task]
         self._official = places, turns = self._env.xyz_configs, self._env.quat_configs
         self._grid = np.asarray(places, np.float64), np.asarray(turns, np.float64)
+        if len(places) * len(turns) != self._task.starts:
+            raise SpearError(f"SIMPLER: {task}: has {len(places) * len(turns)} starts: say so in its Task")
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
@@ -104,8 +103,7 @@ class SimplerWorld:
             joints[:6] += begin.joints
             self._env.agent.reset(init_qpos=joints)
         self._unreachable = self._steps = 0
-        self._info: dict[str, Any] = {"success": False, "is_src_obj_grasped": False}
-        self._reached = self._wrong = False
+        self._success = self._reached = self._grasped = self._wrong = False
         self._before: Truth | None = None
         self._begin = {name: o.pose.p[0].numpy().copy() for name, o in self._env.objs.items()}
         return self._moment(image, [])
@@ -116,7 +114,7 @@ class SimplerWorld:
         arm = self._env.agent.controller.controllers["arm"]
         for row in np.asarray(rows, np.float32):
             before, self._before = arm._target_pose, self._truth()
-            *_, self._info = self._env.step(row)
+            self._success = bool(self._env.step(row)[-1]["success"])
             self._steps += 1
             if arm._target_qpos is arm._start_qpos:  # as the controller marks a pose that it cannot reach
                 self._unreachable += 1
@@ -140,15 +138,14 @@ class SimplerWorld:
 
     def _notice(self) -> None:
         """What has to be seen after each step, as it may pass."""
-        moved = {
-            name: float(np.linalg.norm(o.pose.p[0].numpy()[:2] - self._begin[name][:2]))
-            for name, o in self._env.objs.items()
-        }
-        source = moved.pop(self._env.source_obj_name)
+        places = {name: o.pose.p[0].numpy() for name, o in self._env.objs.items()}
+        moved = {name: float(np.hypot(*(p - self._begin[name])[:2])) for name, p in places.items()}
+        wanted = self._env.source_obj_name
+        source = moved.pop(wanted)
         self._wrong |= any(m > max(MOVED, source) for m in moved.values())
         link = self._env.agent.controller.controllers["arm"].ee_link.pose.p[0].numpy()
-        place = self._env.objs[self._env.source_obj_name].pose.p[0].numpy()
-        self._reached |= bool(np.linalg.norm(link - place) < NEAR)
+        self._reached |= bool(np.linalg.norm(link - places[wanted]) < NEAR)
+        self._grasped |= bool(self._env.agent.is_grasping(self._env.objs[wanted]))
 
     def _moment(self, image: bool, pictures: list[Array]) -> Moment:
         truth = self._truth()
@@ -163,9 +160,9 @@ class SimplerWorld:
         return Moment(
             observation=observation,
             truth=truth,
-            success=bool(self._info["success"]),
+            success=self._success,
             reached=self._reached,
-            grasped=bool(self._info["is_src_obj_grasped"]),
+            grasped=self._grasped,
             wrong_object_moved=self._wrong,
             unreachable=int(self._unreachable),
             steps=self._steps,
@@ -238,19 +235,20 @@ def _make(task: str) -> Any:
     logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # with a space, as ManiSkill calls it
     try:
         options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
-        env = gymnasium.make(task, num_envs=1, **options)
+        return gymnasium.make(task, num_envs=1, **options).unwrapped
     except RuntimeError as error:
         raise NoRenderer(first_line(error)) from error
-    return env.unwrapped
 
 
 class SimplerProcess:
     """A `SimplerWorld` in a process of its own. Calls block; use one thread per process to run several."""
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
+        os.environ["MS_ASSET_DIR"] = str(check_assets(assets))  # ManiSkill reads it when a script begins
         context = multiprocessing.get_context("spawn")
-        self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent)
-        self._of = task, assets
+        self._task, self._worker = task, ProcessPoolExecutor(1, context, initializer=follow_parent)
+        with uninterrupted():
+            self._begun = self._worker.submit(int)
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """As `SimplerWorld.reset`. Raises its `SpearError`, and `NoRenderer` where the process has ended."""
@@ -268,24 +266,24 @@ class SimplerProcess:
 
     def _ask(self, *call: Any) -> Any:
         try:
-            with uninterrupted():
-                answer = self._worker.submit(_answer, *self._of, *call)
-            return answer.result()
+            return self._worker.submit(_answer, self._task, *call).result()
         except BrokenProcessPool:
-            raise NoRenderer("its process crashed") from None
+            if self._begun.exception():
+                raise SpearError(NOT_BEGUN) from None
+            raise NoRenderer("its process crashed; if it was out of memory, run fewer at once") from None
 
 
 @functools.cache
-def _world(task: str, assets: Path | None) -> SimplerWorld:
+def _world(task: str) -> SimplerWorld:
     """The world of this process. It is made at the first call: processes start side by side."""
     torch.set_num_threads(1)  # threads of many processes only stand in each other's way
     os.environ.setdefault("LP_NUM_THREADS", "1")  # those of the software renderer
-    return SimplerWorld(task, assets)
+    return SimplerWorld(task)
 
 
-def _answer(task: str, assets: Path | None, call: str, *arguments: Any) -> Any:
+def _answer(task: str, call: str, *arguments: Any) -> Any:
     try:
-        return getattr(_world(task, assets), call)(*arguments)
+        return getattr(_world(task), call)(*arguments)
     except SpearError:
         raise
     except Exception as error:
