@@ -28,7 +28,7 @@ Frames = Callable[[Job], Iterator[tuple[str, list[Frame]]]]
 """A job → what each view sees of its scenes. A function of a module, for other processes."""
 Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
-SCENES_PER_JOB = 64
+SCENES_PER_JOB = 32
 WORDING = "wording.txt"
 """The instructions that the simulator gives, by which such a folder is known: the first file in it."""
 
@@ -53,14 +53,14 @@ def label_scenes(
     """
     from spear.sim.world import SIMULATOR
 
-    jobs = jobs_of("", range(first_seed, first_seed + scenes))
+    jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
     return label_jobs(out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled)
 
 
-def jobs_of(kind: str, seeds: range) -> list[Job]:
-    """Scenes of a kind, in jobs of `SCENES_PER_JOB`."""
-    return [(kind, seeds[i : i + SCENES_PER_JOB]) for i in range(0, len(seeds), SCENES_PER_JOB)]
+def jobs_of(kind: str, seeds: range, most: int) -> list[Job]:
+    """Scenes of a kind, in jobs of `most`."""
+    return [(kind, seeds[i : i + most]) for i in range(0, len(seeds), most)]
 
 
 def label_jobs(

@@ -32,7 +32,7 @@ AFTER = 5
 """Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
 PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
 """Smaller than in the embedded simulator: the arm reaches less far."""
-VIEW = "external"
+VIEW, SCENES_PER_JOB = "external", 64
 
 
 def demonstrate(
@@ -123,7 +123,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
     ManiSkill, its assets or a renderer are missing."""
     assets = check_assets(None)
-    jobs = [job for task in TASKS for job in jobs_of(task, seeds)]
+    jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
     settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "simulator": simulator(assets)}
     words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
     return label_jobs(out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers)
