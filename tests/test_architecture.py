@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2164, "ablations": 642, "cli": 1584, "data": 5171, "embodiments": 780, "evaluate": 3159,
-    "labels": 4679, "models": 5127, "report": 1163, "serve": 1009, "sim": 1546, "train": 2344, "ui": 678,
+    "labels": 4682, "models": 5127, "report": 1163, "serve": 1009, "sim": 1546, "train": 2344, "ui": 678,
     "util": 867,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -52,14 +52,13 @@ def label_object(
     """
     x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
     box2d = np.asarray(detection.box2d, np.float32)
-    band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
-    room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
-    ends = ((y0, y1), lit[0]), ((x0, x1), lit[1])
-    window = tuple(slice(max(a - room, low), min(b + room, high + 1)) for (a, b), (low, high) in ends)
-    inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
-    if not inside.any():
+    if x1 == 0:
         scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
         return LabeledObject(detection.name, box2d, encode_mask(mask), None, {}, scores)
+    band = 0 if exact else round(max(1.0, max(mask.shape) / EDGE))
+    room = 1 + (band and band + 4)  # `snap` looks at the support beside the object
+    window = slice(max(y0 - room, 0), y1 + room), slice(max(x0 - room, 0), x1 + room)
+    inside, points, known = mask[window], pointmap.points[window], pointmap.mask[window]
     focal = float(pointmap.intrinsics[0, 0])
     if band:
         others = taken[window] & ~inside
@@ -98,12 +97,17 @@ def _cloud(inside: Array, points: Array, erosion: int, noise: float) -> Array:
 
 
 def _outline(
-    inside: Array, window: tuple[slice, ...], lit: Array, points: Array, known: Array
+    inside: Array, window: tuple[slice, slice], lit: Array, points: Array, known: Array
 ) -> tuple[float, float, Array]:
     """Walk along the outline of a mask, given in a window of an image with the edges `lit`.
 
     Returns "visible" and "edge" as in `label_object`; the points [n, 3] just outside that touch the object.
     """
+    lit = lit - [[side.start] for side in window]
+    shown = tuple(slice(max(low, 0), max(high + 1, 0)) for low, high in lit)
+    if inside[shown].any():  # else all of it lies in the dark, which is no bar then
+        inside, points, known = inside[shown], points[shown], known[shown]
+        lit = lit - [[side.start] for side in shown]
     total = occluded = 0
     beside = []
     for ahead, behind in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
@@ -118,9 +122,8 @@ def _outline(
             touching = np.einsum("ij,ij->i", gap, gap) < limit * limit
             beside.append(q[touching])
     cut = 0
-    for axis in (0, 1):
+    for axis, ends in enumerate(lit):
         lines = np.count_nonzero(inside, axis=1 - axis)
-        ends = lit[axis] - window[axis].start
         cut += int(lines[ends[(ends >= 0) & (ends < len(lines))]].sum())
     total += cut
     return float(1.0 - (occluded + cut) / total), float(cut / total), np.concatenate(beside)
