@@ -300,6 +300,12 @@ class Watch:
             if met := self._robots.get(robot):
                 met.told(chunk if robots.count(robot) == 1 else None)  # else who does what is unknown
 
+    def note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
+        """Say it, unless something was said of that key, or of that robot's, before."""
+        noted, name = (self._noted, "") if robot is None else (robot.noted, robot.name)
+        if key not in noted and notice(name + words):
+            noted.add(key)
+
     def _meet(self, known: Seen | None, robot: Hashable, state: Array) -> RobotCheck:
         """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
         new = robot not in self._robots
@@ -312,12 +318,6 @@ class Watch:
             if key != "gripper" or (known and known.opposite < MOSTLY / 2):
                 notice(met.name + words)
         return met
-
-    def note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
-        """Say it, unless something was said of that key, or of that robot's, before."""
-        noted, name = (self._noted, "") if robot is None else (robot.noted, robot.name)
-        if key not in noted and notice(name + words):
-            noted.add(key)
 
 
 def _robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:

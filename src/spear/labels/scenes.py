@@ -115,8 +115,9 @@ def _shard(out: Path, view: str, index: int) -> Path:
 
 
 def _holds(out: Path, view: str, job: tuple[int, Job]) -> bool:
-    shard = _shard(out, view, job[0])
-    return shard.is_file() and count(shard) >= len(job[1][1])
+    index, (_, seeds) = job
+    shard = _shard(out, view, index)
+    return shard.is_file() and count(shard) >= len(seeds)
 
 
 def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -> int:

@@ -14,7 +14,7 @@ from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import spoken, why_not_asked
 from spear.labels.questions.statistics import Statistics, skip_reasons, statistics, token_use
 from spear.labels.questions.store import ask, read_questions
-from spear.labels.store import QUESTIONS, read
+from spear.labels.store import read
 from spear.report.draw import colors, draw_label
 from spear.report.page import picture, render, spaced
 from spear.report.plot import histogram
@@ -40,8 +40,7 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     Raises SpearError for no labels, or labels of several units.
     """
     found = statistics(read(folder, pixels=False))
-    questions = _questions(folder)
-    written = (folder / QUESTIONS).is_file()
+    questions, written = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
     skipped = skip_reasons(folder)
     names = Counter(name for some in questions.values() for q in some for name in q.objects).most_common()
@@ -74,15 +73,16 @@ def say(answer: Segments, label: LabeledImage, width: int) -> str:
     return shorten(said, width, placeholder=" …")
 
 
-def _questions(folder: Path) -> Mapping[str, list[Question]]:
-    """Source of an image -> the questions about it."""
+def _questions(folder: Path) -> tuple[Mapping[str, list[Question]], bool]:
+    """Source of an image -> the questions about it; and whether they were written, not made up."""
     questions: dict[str, list[Question]] = defaultdict(list)
     for source, question in read_questions(folder):
         questions[source].append(question)
-    if not questions:
+    written = bool(questions)
+    if not written:
         for label in read(folder, pixels=False):
             questions[label.source] = ask(label, seed=0)
-    return questions
+    return questions, written
 
 
 def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:

@@ -171,7 +171,8 @@ class Spear1Policy(PreTrainedPolicy):
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], last: Tensor | None = None, **_: Any) -> Tensor:
         """[B, rows, d]: the whole chunk as the robot takes it; last [B, d]: the rows that came before."""
-        values = _numpy(self._state(batch))
+        state = self._state(batch)
+        values = _numpy(state)
         images = {camera_key(view): shown for view, shown in self._images(batch).items()}
         tasks = [batch["task"]] * len(values) if isinstance(batch["task"], str) else batch["task"]
         if not all(tasks):
@@ -184,7 +185,7 @@ class Spear1Policy(PreTrainedPolicy):
         chunks = [result["actions"] for result in self.spear.infer_batch(seen)]
         before = [None] * len(values) if last is None else _numpy(last)
         rows = [self.robot.rows(*each) for each in zip(chunks, values, before, strict=True)]
-        return torch.from_numpy(np.stack(rows)).to(self._state(batch).device)
+        return torch.from_numpy(np.stack(rows)).to(state.device)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:

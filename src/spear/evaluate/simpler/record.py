@@ -32,7 +32,8 @@ AFTER = 5
 """Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
 PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
 """Smaller than in the embedded simulator: the arm reaches less far."""
-VIEW, SCENES_PER_JOB = "external", 64
+VIEW = "external"
+SCENES_PER_JOB = 64
 
 
 def demonstrate(

@@ -61,7 +61,7 @@ class Trust:
     names_present, names_absent  how often the model names an object as it should, asked for what is where it
                   points for it: one that is in the image, and one that is not.
     files         as `contents` of the folder says, of the model that was measured.
-    sources       of these images.
+    sources       of these images: their bytes are the renderer's and the encoder's, too.
     """
 
     measured_on: str
