@@ -12,8 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from spear.data.readers.formats import dataset_name, episode_counts
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import open_store
-from spear.errors import SpearError, need
-from spear.evaluate import closed_loop, open_loop
+from spear.errors import SpearError
+from spear.evaluate import closed_loop, film, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
@@ -56,7 +56,7 @@ def make(out: Path, data: Path | None = None) -> Path:
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
     log, started = Console(stderr=True), time.perf_counter()
-    need("av", "report", "a film")  # what is wrong is said before minutes of other work
+    film.encoder()  # what is wrong is said before minutes of other work
     if data is not None:
         _split(data, out)
     vlm, policy = load_vlm("nano-vlm"), Spear1Policy.load("nano")
@@ -125,8 +125,8 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         rows.append([spaced(family), *numbers, steps])
     every = result.summary().success
     rates = [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
-    captions = [f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (film.outcome for film in films)]
-    shown = [(film.data, film.mime, caption) for film, caption in zip(films, captions, strict=True)]
+    outcomes = [(one.data, one.outcome) for one in films]
+    shown = [(data, f"{spaced(o.family)}, scene {o.seed}: {ending(o)}") for data, o in outcomes]
     fact = f"{result.mean().value:.0%}", f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
     return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
 

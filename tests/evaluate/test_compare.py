@@ -69,7 +69,7 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
     for name in ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1"):
         film(a, f"{name}.mp4")
     for name in ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0"):
-        film(b, f"{name}.webm")
+        film(b, f"{name}.mp4")
     shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
     assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
     assert len(filmed_pairs(c, (a, b), 2)) == 2

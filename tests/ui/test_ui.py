@@ -276,7 +276,7 @@ def test_an_evaluations_failure_is_run_again(
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(policy, "steps", 3)
-        assert "stack_cube-failure-0" in (tab.ask("open", episode=0) or "")
+        assert "stack_cube 0: " in (tab.ask("open", episode=0) or "")
     assert tab.ask("open", episode=0) is None
     parts: list[Any] = []
     tab.until(lambda part: parts.append(part) or part.get("running") is False)

@@ -4,11 +4,12 @@ import functools
 import io
 from collections.abc import Iterable
 from fractions import Fraction
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from spear.errors import SpearError, need
 from spear.types import Array
 
 HEIGHT = 420
@@ -16,13 +17,14 @@ HEIGHT = 420
 BAR = 44
 """Pixel height of the caption bar."""
 GREEN, RED, WHITE, GREY = (88, 214, 141), (255, 121, 108), (245, 246, 248), (30, 33, 39)
-MIME = {".mp4": "video/mp4", ".webm": "video/webm"}
-"""The kinds of films, by the ending of their files."""
 
 
-def film_file(folder: Path, name: str) -> Path | None:
-    """The film of that name in a folder of results, None where there is none."""
-    return next((p for suffix in MIME if (p := folder / f"{name}{suffix}").is_file()), None)
+def encoder() -> Any:
+    """PyAV. Raises `SpearError` where it is missing, or was built without H.264, as PyPI's never is."""
+    av = need("av", "report", "a film")
+    if "libx264" not in av.codecs_available:
+        raise SpearError("a film: this PyAV has no H.264 encoder: pip install --upgrade av")
+    return av
 
 
 def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | None = None) -> Array:
@@ -43,18 +45,13 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     return np.asarray(frame)
 
 
-def encode(frames: Iterable[Array], rate_hz: float) -> tuple[bytes, str]:
-    """Frames [h, w, 3] uint8 of one size -> (file bytes, MIME type): MP4 with H.264, else WebM with VP9. The
-    last frame stays for a second, so that a looping film shows its outcome."""
-    import av
-
-    name, container, mime, options = "libx264", "mp4", "video/mp4", {"crf": "26", "preset": "veryfast"}
-    if name not in av.codecs_available:
-        name, container, mime, options = "libvpx-vp9", "webm", "video/webm", {"crf": "34", "b": "0"}
+def encode(frames: Iterable[Array], rate_hz: float) -> bytes:
+    """Frames [h, w, 3] uint8 of one size -> an MP4 file with H.264. The last frame stays for a second, so
+    that a looping film shows its outcome. Raises as `encoder` does."""
+    av = encoder()
     buffer, rate = io.BytesIO(), Fraction(rate_hz).limit_denominator(1000)
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(name, rate=rate, options=options)
-        assert isinstance(stream, av.VideoStream)
+    with av.open(buffer, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=rate, options={"crf": "26", "preset": "veryfast"})
         for index, image in enumerate(frames):
             if not index:
                 stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
@@ -63,7 +60,7 @@ def encode(frames: Iterable[Array], rate_hz: float) -> tuple[bytes, str]:
         for _ in range(round(rate_hz)):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
-    return buffer.getvalue(), mime
+    return buffer.getvalue()
 
 
 def _scale(image: Array) -> Array:

@@ -56,8 +56,8 @@ class Outcome:
 
     @property
     def film_name(self) -> str:
-        """The name, without its ending, of the file with this episode's film."""
-        return f"{self.family}-{'success' if self.success else 'failure'}-{self.seed}"
+        """The name of the file with this episode's film."""
+        return f"{self.family}-{'success' if self.success else 'failure'}-{self.seed}.mp4"
 
 
 @dataclass(frozen=True)

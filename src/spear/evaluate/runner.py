@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from spear.data.readers.formats import check_no_input
-from spear.errors import SpearError, counted, need
+from spear.errors import SpearError, counted
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
@@ -22,11 +22,10 @@ Track = TypeVar("Track")
 
 @dataclass(frozen=True)
 class Film:
-    """The film of one episode. data: the bytes of a file of MIME type `mime`."""
+    """The film of one episode. data: the bytes of an MP4 file."""
 
     outcome: Outcome
     data: bytes
-    mime: str
 
 
 class Simulator(Protocol[Track]):
@@ -68,7 +67,7 @@ def run_evaluation(
         raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}")
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
-        need("av", "report", "a film")
+        video.encoder()
     films: dict[str, Film] = {}
 
     def make_films(ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
@@ -81,15 +80,15 @@ def run_evaluation(
         again = []
         for outcome in wanted:
             name = outcome.film_name
-            if name in films or (options.out and video.film_file(options.out, name)):
+            if name in films or (options.out and (options.out / name).is_file()):
                 continue
             if outcome.seed not in tracks:
                 again.append(outcome.seed)
                 continue
             pictures = simulator.film(outcome, tracks[outcome.seed])
-            films[name] = film = Film(outcome, *video.encode(pictures, RATE_HZ))
+            films[name] = film = Film(outcome, video.encode(pictures, RATE_HZ))
             if options.out:
-                write_bytes(options.out / f"{name}.{film.mime.removeprefix('video/')}", film.data)
+                write_bytes(options.out / name, film.data)
         return again
 
     filming = isinstance(options.films, str) or (options.films > 0 and simulator.films_are_free)

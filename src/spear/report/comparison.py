@@ -7,7 +7,6 @@ from typing import Any
 
 from spear.errors import counted
 from spear.evaluate.compare import ALPHA, Comparison, Pair, Reference, cells, p_value, points
-from spear.evaluate.film import MIME, film_file
 from spear.evaluate.open_loop import OpenLoop
 from spear.evaluate.results import Outcome, Results
 from spear.report.page import render, spaced
@@ -82,7 +81,7 @@ def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int)
     seen: dict[tuple[bool, bool, str], int] = {}
     ranked = []
     for a, b in comparison.pairs:
-        count = sum(film_file(f, o.film_name) is not None for f, o in zip(folders, (a, b), strict=True))
+        count = sum((f / o.film_name).is_file() for f, o in zip(folders, (a, b), strict=True))
         agree = a.success == b.success
         if count == 2 or (count and not agree):
             key = (agree, count == 1, a.family)
@@ -95,9 +94,8 @@ def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, A
     """What two policies did in one scene, each with its film if there is one."""
     runs = []
     for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
-        path = film_file(folder, outcome.film_name)
-        film = (path.read_bytes(), MIME[path.suffix]) if path else None
-        runs.append((f"{name}: {ending(outcome)}", film))
+        path = folder / outcome.film_name
+        runs.append((f"{name}: {ending(outcome)}", path.read_bytes() if path.is_file() else None))
     first = pair[0]
     return {"title": f"{spaced(first.family)}, scene {first.seed}: {first.instruction}", "runs": runs}
 

@@ -220,8 +220,8 @@ class Shelf:
         weights = self._settings.get("weights")
         if weights is None or weights != policy.identity or "execution" not in self._settings:
             raise SpearError(
-                f"{outcome.film_name}: only with the policy that made it can it be run again: serve "
-                f"{self._policy}, with its --dtype, --dataset and --flow-steps (SIMPLER: see its films)"
+                f"{outcome.family} {outcome.seed}: only with the policy that made it can it be run again: "
+                f"serve {self._policy}, with its --dtype, --dataset and --flow-steps (SIMPLER: see its films)"
             )
         return Scene(outcome.family, outcome.seed, policy, (self._settings, outcome))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from spear.embodiments import tools
-from spear.errors import SpearError, need
+from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
@@ -170,7 +170,7 @@ class Table:
     def film(self, _: Request) -> View:
         """All steps so far as a film."""
         scene, newest = self._at({})
-        need("av", "report", "a film")
+        video.encoder()
 
         def frames() -> Iterator[Array]:
             for look in map(scene.look, range(newest + 1)):
@@ -181,9 +181,8 @@ class Table:
                 ended = {"success": True, None: None}.get(look["outcome"], False)
                 yield video.compose(external, wrist[0] if wrist else None, look["told"] or "", ended)
 
-        data, mime = video.encode(frames(), scene.rate_hz)
-        name = f"{scene.name}.{mime.removeprefix('video/')}"
-        return {"film": {"name": name, "mime": mime, "data": base64.b64encode(data).decode()}}
+        data = video.encode(frames(), scene.rate_hz)
+        return {"film": {"name": f"{scene.name}.mp4", "data": base64.b64encode(data).decode()}}
 
     def _begin(self, scene: Scene | Recording) -> View:
         about = {"source": scene.kind, "rate_hz": scene.rate_hz}

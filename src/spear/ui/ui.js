@@ -118,7 +118,7 @@ function play(on) {
 function save(film) {
   const bytes = Uint8Array.from(atob(film.data), c => c.charCodeAt(0));
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([bytes], { type: film.mime }));
+  link.href = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
   link.download = film.name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
