@@ -42,7 +42,7 @@ def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> 
     (found,) = pointmap.predict([one])
     assert found.unit == "metre" and 0 < found.mask.mean() < 1
     assert not found.points[~found.mask].any() and (found.points[found.mask][:, 2] > 0).all()
-    plain = infer(model, torch.from_numpy(one.image).permute(2, 0, 1)[None], 20)
+    plain = infer(model, torch.from_numpy(one.image).permute(2, 0, 1)[None])
     np.testing.assert_allclose(found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5)
 
 

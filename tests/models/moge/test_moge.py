@@ -64,12 +64,13 @@ def test_inference_is_the_references(shared: Path, version: int, case: str, labe
     about, expected = description(shared, version)["cases"][case]["infer"][label], arrays(shared, case)
     half = about.get("use_fp16", True)
     dtype = torch.float16 if half else torch.float32
-    image = torch.tensor(expected["image"])[None]
-    plain = torch.autocast("cpu", enabled=False)(conv2d)
+    image = (255 * torch.tensor(expected["image"])).byte()[None]
+    model, plain = reference(shared, version), torch.autocast("cpu", enabled=False)(conv2d)
     # Of halves, summed in float32 as on a GPU: PyTorch's own take a CPU a hundred times as long.
     halves = lambda *given: plain(*(x.half().float() if torch.is_tensor(x) else x for x in given)).half()  # noqa: E731
-    with patch.object(torch.nn.functional, "conv2d", halves if half else conv2d):
-        found = infer(reference(shared, version), image, about.get("num_tokens"), dtype)
+    cut = patch.object(model, "most_tokens", about["num_tokens"])
+    with cut, patch.object(torch.nn.functional, "conv2d", halves if half else conv2d):
+        found = infer(model, image, dtype)
     prefix, most = f"infer.{label}.", 1e-2 if half else 1e-3
     known = torch.tensor(expected[prefix + "mask"])
     assert int((known != found.mask[0]).sum()) <= (FLIPS_HALF if half else FLIPS)
@@ -129,10 +130,8 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    model, image = random_v1(), torch.zeros(1, 3, 40, 60)
-    refuses(r"wrong image type: torch\.float32 \(40, 60, 3\)", infer, model, torch.zeros(40, 60, 3))
-    for value in (255.0, -1.0, torch.nan):
-        refuses("floats outside of 0 … 1", infer, model, image + value)
-    refuses("num_tokens is 0: give a positive number", infer, model, image, num_tokens=0)
-    refuses("image of 400×2 is too thin for 24 MoGe tokens", infer, model, torch.zeros(1, 3, 2, 400))
+    model = random_v1()
+    refuses(r"wrong image type: .*torch\.float32 \(1, ", infer, model, torch.zeros(1, 3, 40, 60))
+    refuses(r"wrong image type: .*torch\.uint8 \(40, ", infer, model, torch.zeros(40, 60, 3).byte())
+    refuses("image of 400×2 is too thin for 24 MoGe tokens", infer, model, torch.zeros(1, 3, 2, 400).byte())
     refuses(r"unknown MoGe encoder 'dinov2_vitg14': did you mean", dinov2_config, "dinov2_vitg14")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spear.errors import SpearError
 from spear.models.moge.networks import MogeV1, MogeV2, view_plane
+from spear.models.vision import check_pixels
 from spear.types import Array
 
 FIT_SIDE = 64
@@ -36,29 +36,19 @@ class Geometry:
 
 
 @torch.inference_mode()
-def infer(
-    model: MogeV1 | MogeV2, images: Tensor, num_tokens: int | None = None, dtype: torch.dtype = torch.float32
-) -> Geometry:
+def infer(model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.float32) -> Geometry:
     """Predict the geometry of a batch of images of one size; each point lies on the ray of its pixel.
 
-    images      [B, 3, h, w], uint8 or float in 0 … 1.
-    num_tokens  patches to cut an image into; None: the most that the network was trained for.
-    dtype       float16 or bfloat16 for automatic mixed precision.
+    images  [B, 3, h, w] uint8, cut into the most patches that the network was trained for.
+    dtype   float16 or bfloat16 for automatic mixed precision.
 
-    Raises `SpearError` for images or tokens that do not fit.
+    Raises `SpearError` for other images, and for one that is too thin for so few patches.
     """
     device = next(model.parameters()).device
-    whole = images.dtype == torch.uint8
-    if images.dim() != 4 or images.shape[1] != 3 or not (whole or images.is_floating_point()):
-        what = f"{images.dtype} {tuple(images.shape)}"
-        raise SpearError(f"wrong image type: {what}: pass uint8 or float tensors [B, 3, h, w]")
-    if not whole and not bool(((images > -0.01) & (images < 1.01)).all()):  # also refuses NaN
-        raise SpearError("wrong image type: floats outside of 0 … 1: divide them by 255, or pass uint8")
-    if num_tokens is not None and num_tokens < 1:
-        raise SpearError(f"num_tokens is {num_tokens}: give a positive number; MoGe learned with about 2,000")
-    images = images.to(device) / 255 if whole else images.to(device, torch.float32)
+    check_pixels("image", images, 1)
+    images = images.to(device) / 255
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = model(images, num_tokens or model.most_tokens)
+        output = model(images, model.most_tokens)
     mask = output.mask > 0.5
     focal, shift = recover_focal_shift(output.points, mask)
     intrinsics = centred_intrinsics(focal, *images.shape[:1:-1])
