@@ -36,10 +36,10 @@ def normalize_pixels(
     return x
 
 
-def standardize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """Images [B, 3, h, w] in 0 … 1 -> (image − mean) / std per channel."""
-    middle, spread = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
-    return (images - middle) / spread
+def standardize(images: Tensor) -> Tensor:
+    """Images [..., 3, h, w] in 0 … 1 -> (image − mean) / std per channel, ImageNet's."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
 
 
 class ConvStem(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from spear.labels.models.pretrained import enough_memory, load_model
 from spear.labels.models.protocols import Detection
-from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, standardize
+from spear.models.vision import standardize
 from spear.types import Array, Frame
 
 AT_ONCE = 16
@@ -65,7 +65,7 @@ def preprocess(image: Array, side: int) -> torch.Tensor:
     """
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
-    return standardize(pixels[0].round().clamp(0, 255) / 255, IMAGENET_MEAN, IMAGENET_STD)
+    return standardize(pixels[0].round().clamp(0, 255) / 255)
 
 
 def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, check_known
-from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder, standardize
+from spear.models.vision import MogeEncoder, standardize
 from spear.types import Unit
 
 PATCH = 14
@@ -167,7 +167,7 @@ class MogeV1(nn.Module):
             raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
         resized = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         patches = [side // PATCH * PATCH for side in size]
-        normal = standardize(resized, IMAGENET_MEAN, IMAGENET_STD)
+        normal = standardize(resized)
         cut = nn.functional.interpolate(normal, patches, mode="bilinear", antialias=True, align_corners=False)
         return cut, size
 
@@ -255,7 +255,7 @@ class MogeV2(nn.Module):
             raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
         size = (rows * PATCH, columns * PATCH)
         cut = nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        return standardize(cut, IMAGENET_MEAN, IMAGENET_STD)
+        return standardize(cut)
 
     def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
