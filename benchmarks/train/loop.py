@@ -66,7 +66,7 @@ def main(
     first = 0
     with tempfile.TemporaryDirectory() as folder:
         source = loop.batches(task, 0, 10**5, workers=1)
-        with Logger(Path(folder), first_step=0, total=(AHEAD + steps) * rounds, quiet=True) as logger:
+        with Logger(Path(folder), first_step=0, total=(AHEAD + steps) * rounds) as logger:
             next(source)
             (loader,) = (process.pid for process in multiprocessing.active_children())
             assert loader is not None

@@ -33,7 +33,7 @@ EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 
 def go(task: Task, opt: Optimization, out: Path, about: Any = None, **how: Any) -> dict[str, torch.Tensor]:
     """`loop.run` in this process, with every step in the log."""
-    return loop.run(task, opt, out, RunOptions(**{"workers": 0, "log_every": 1, "quiet": True, **how}), about)
+    return loop.run(task, opt, out, RunOptions(**{"workers": 0, "log_every": 1, **how}), about)
 
 
 def run_recipe(
@@ -48,7 +48,7 @@ def run_recipe(
     """`train` with a recipe of this name, changed, in this process on the CPU; returns `out/final`."""
     stage = (recipe(name) if isinstance(name, str) else name).changed(**changes)
     inputs = Inputs([labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge)
-    return train(stage, out, inputs, RunOptions(workers=0, log_every=1, quiet=True), "cpu")
+    return train(stage, out, inputs, RunOptions(workers=0, log_every=1), "cpu")
 
 
 def save_policy(folder: Path) -> Path:

@@ -81,7 +81,7 @@ def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, last in ((0, 5), (3, 6)):
         time.sleep(1 - time.time() % 1)  # the names of TensorBoard's files are in order by the second
-        with log.Logger(tmp_path, first, 9, every=1, quiet=True) as logger:
+        with log.Logger(tmp_path, first, 9, every=1) as logger:
             for step in range(first, last):
                 logger.log(step, {"loss": 1.0})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")

@@ -25,7 +25,7 @@ class Logger:
     What was said of steps after `first_step` is dropped: they will be run again.
     """
 
-    def __init__(self, out: Path, first_step: int, total: int, every: int = 20, quiet: bool = False) -> None:
+    def __init__(self, out: Path, first_step: int, total: int, every: int = 20) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.total, self.every = total, every
         self.started, self.first = time.perf_counter(), first_step
@@ -40,7 +40,7 @@ class Logger:
             self.board: Any = None
         else:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
-        self.bar, self.info = ProgressBar(out.name, total, "steps", first_step, quiet), ""
+        self.bar, self.info = ProgressBar(out.name, total, "steps", first_step), ""
 
     def __enter__(self) -> Self:
         self.bar.__enter__()

@@ -46,7 +46,6 @@ class RunOptions:
     save_every: int = 500
     save_minutes: float = 3.0
     log_every: int = 20
-    quiet: bool = False
     device: torch.device | None = None
     sharded: bool = False
 
@@ -189,7 +188,7 @@ def run(
             earlier = history(state, settings["optimization"])
         logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
         if parallel.rank() == 0:
-            logger = Logger(out, first, opt.steps, how.log_every, how.quiet)
+            logger = Logger(out, first, opt.steps, how.log_every)
         try:
             made = batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
             with logger as log, _noted() as signals, contextlib.closing(made) as ahead:

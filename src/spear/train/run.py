@@ -67,7 +67,7 @@ def train(
         f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0 < steps < asked.warmup,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
     }
-    for words in (w for w, so in notes.items() if so and not how.quiet):
+    for words in (w for w, so in notes.items() if so):
         notice(words)
     model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, opt, out, how, about, changing)

@@ -24,17 +24,14 @@ class ProgressBar:
     before  how many of them an earlier command had done; they count as done, but not for the rate.
     """
 
-    def __init__(
-        self, name: str, total: int, unit: str = "steps", before: int = 0, quiet: bool = False
-    ) -> None:
+    def __init__(self, name: str, total: int, unit: str = "steps", before: int = 0) -> None:
         console = Console(file=sys.stderr)
         self.name, self.unit, self._info, self._lines = name, unit, "", 0
-        self._terminal, self._quiet = console.is_terminal and not quiet, quiet
         self._bar = Progress(
             BarColumn(20),
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
-            disable=not self._terminal,
+            disable=not console.is_terminal,
             refresh_per_second=2,  # drawing takes time from the work
         )
         self._row = self._bar.add_task(name, total=total)
@@ -55,13 +52,13 @@ class ProgressBar:
     def update(self, done: int, info: str = "") -> None:
         """So many are done. info: what else there is to say."""
         self.done, self._info = done, info
-        if self._terminal:
+        if not self._bar.disable:
             self._bar.update(self._row, completed=done, description=self.text())
-        elif not self._quiet and time.monotonic() - self._said > EVERY:
+        elif time.monotonic() - self._said > EVERY:
             self._line()
 
     def say(self, line: str) -> None:
-        """A line of its own beside the bar, also where that is quiet."""
+        """A line of its own beside the bar."""
         print(line, file=sys.stderr, flush=True)
 
     def text(self) -> str:
