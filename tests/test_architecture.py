@@ -50,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2164, "ablations": 642, "cli": 1584, "data": 5171, "embodiments": 780, "evaluate": 3156,
-    "labels": 4683, "models": 5127, "report": 1161, "serve": 1009, "sim": 1546, "train": 2344, "ui": 677,
-    "util": 867,
+    "labels": 4683, "models": 5117, "report": 1161, "serve": 1009, "sim": 1546, "train": 2343, "ui": 677,
+    "util": 864,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

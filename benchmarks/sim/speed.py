@@ -22,7 +22,7 @@ from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
 from spear.sim.record import record
 from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
-from spear.sim.world import SUBSTEPS, World, base_spec
+from spear.sim.world import World, base_spec
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Bare:
     def step(self, ctrl: np.ndarray) -> None:
         """Towards the joint angles `ctrl`, then look."""
         self.data.ctrl[:] = ctrl
-        mujoco.mj_step(self.model, self.data, SUBSTEPS)
+        mujoco.mj_step(self.model, self.data, control.SUBSTEPS)
         for k, rectangle in enumerate(self.rectangles):
             self.camera.fixedcamid = k
             if k == 0:

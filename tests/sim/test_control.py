@@ -16,7 +16,7 @@ from spear.data.readers.layout import franka_pose
 from spear.sim import control
 from spear.sim.control import FLOOR, check_action
 from spear.sim.scene import sample_scene
-from spear.sim.world import SUBSTEPS, World
+from spear.sim.world import World
 
 STILL = np.array([1.0, 0, 0, 0])
 
@@ -63,11 +63,11 @@ def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
     for _ in range(15):
         # stay high over the table: free space
         world.reset()
-        world.servo.move(np.array([0, 0, 0.08]), STILL, 1.0, SUBSTEPS)
+        world.servo.move(np.array([0, 0, 0.08]), STILL, 1.0)
         before, turn = world.servo.pose()
         step = rng.uniform(-0.03, 0.03, 3)
         delta = Rotation.from_rotvec(rng.uniform(-0.15, 0.15, 3))
-        unreachable = world.servo.move(step, delta.as_quat(scalar_first=True), 1.0, SUBSTEPS)
+        unreachable = world.servo.move(step, delta.as_quat(scalar_first=True), 1.0)
         after, turned = world.servo.pose()
         assert not unreachable
         np.testing.assert_allclose(after - before, step, atol=2e-3)
@@ -76,15 +76,15 @@ def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
 
 def test_a_target_out_of_reach_is_reported_and_the_arm_comes_back_at_once() -> None:
     world = World(sample_scene("put_on", 0))
-    unreachable = [world.servo.move(np.array([0.06, 0, 0.02]), STILL, 1.0, SUBSTEPS) for _ in range(15)]
+    unreachable = [world.servo.move(np.array([0.06, 0, 0.02]), STILL, 1.0) for _ in range(15)]
     assert not unreachable[0] and unreachable[-1]
     far, _ = world.servo.pose()
     assert np.linalg.norm(far - [0, 0, 0.333]) < 0.95
     for _ in range(2):
-        assert not world.servo.move(np.array([-0.05, 0, -0.02]), STILL, 0.3, SUBSTEPS)
+        assert not world.servo.move(np.array([-0.05, 0, -0.02]), STILL, 0.3)
     assert far[0] - world.servo.pose()[0][0] > 0.06 and world.servo.opening() < 0.05
     world.reset()
-    unreachable = [world.servo.move(np.array([0, 0, -0.05]), STILL, 0.9, SUBSTEPS) for _ in range(10)]
+    unreachable = [world.servo.move(np.array([0, 0, -0.05]), STILL, 0.9) for _ in range(10)]
     assert unreachable[-1] and world.servo.pose()[0][2] > FLOOR - 0.003  # the table
 
 
@@ -94,9 +94,9 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
         world = World(sample_scene("put_in_basket", seed))
         for _ in range(25):
             quat, before = rng.normal(size=4), world.servo._command
-            world.servo.move(rng.normal(0, 0.5, 3), quat / np.linalg.norm(quat), rng.random(), SUBSTEPS)
+            world.servo.move(rng.normal(0, 0.5, 3), quat / np.linalg.norm(quat), rng.random())
             asked = np.abs(world.servo._command - before)
-            assert (asked <= control.SPEED_LIMIT * SUBSTEPS * world.model.opt.timestep + 1e-9).all()
+            assert (asked <= control.SPEED_LIMIT * control.SUBSTEPS * world.model.opt.timestep + 1e-9).all()
             joints = world.data.qpos[world.servo._joints]
             assert (joints > control.JOINT_LOWER - 0.02).all() and (joints < control.JOINT_UPPER + 0.02).all()
             assert np.isfinite(world.data.qpos).all() and np.abs(world.data.qvel).max() < 100

@@ -45,6 +45,8 @@ LEASH = (0.03, np.deg2rad(15.0))
 """How far the target may be from the measured pose before an action is added to it: m, rad."""
 MAX_STEP = (0.12, np.deg2rad(45.0))
 """The largest displacement that one action asks for, m and rad; larger ones are shortened."""
+SUBSTEPS = 50
+"""Physics steps (of 4 ms) per control step: 5 Hz."""
 FLOOR = 0.004
 """The finger tips' middle is never sent below this height over the table, m."""
 TOLERANCE = (0.004, np.deg2rad(2.0))
@@ -140,7 +142,7 @@ class Servo:
         mujoco.mj_kinematics(self._model, self._data)
         self._position, self._rotation = pose(self._command)
 
-    def move(self, translation: Floats, rotation: Floats, opening: float, substeps: int) -> bool:
+    def move(self, translation: Floats, rotation: Floats, opening: float) -> bool:
         """One control step: move the target by `translation` (m, base frame) and the quaternion `rotation`
         (end-effector frame), open (>= 0.5) or close the gripper, and run the physics. Returns whether the
         target was out of reach."""
@@ -159,16 +161,16 @@ class Servo:
         off, turned = length(reached - position), length(rotation_vector(reached_turn, quat))
         missed = off > TOLERANCE[0] or turned > TOLERANCE[1]
         step = goal - self._command
-        excess = float((np.abs(step) / (SPEED_LIMIT * substeps * self._model.opt.timestep)).max())
+        excess = float((np.abs(step) / (SPEED_LIMIT * SUBSTEPS * self._model.opt.timestep)).max())
         if excess > 1:
             goal = self._command + step / excess
             reached, reached_turn = pose(goal)
         # a target that is not reached does not run ahead of the arm
         out = missed or excess > 1
         self._position, self._rotation = (reached, reached_turn) if out else (position, quat)
-        path = np.linspace(self._command, goal, substeps + 1)[1:]
+        path = np.linspace(self._command, goal, SUBSTEPS + 1)[1:]
         # lead the servo by what its damping holds back; the last steps let it settle
-        path[:-1] += LAG * ((goal - self._command) / (substeps * self._model.opt.timestep))
+        path[:-1] += LAG * ((goal - self._command) / (SUBSTEPS * self._model.opt.timestep))
         self._data.ctrl[7:9] = FINGER_TRAVEL if opening >= 0.5 else 0.0
         for row in path:
             self._data.ctrl[:7] = row

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spear.sim.control import check_action
 from spear.sim.render import Size, own_renderer
 from spear.sim.scene import TRAIN_SEED, sample_scene
-from spear.sim.world import SUBSTEPS, World, milestones
+from spear.sim.world import World, milestones
 from spear.types import RATE_HZ
 
 MAX_STEPS = 60
@@ -94,7 +94,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """`step` without looking: moves the world and returns `info`."""
         translation, rotation, opening = check_action(action)
-        unreachable = self.world.servo.move(translation, rotation, opening, SUBSTEPS)
+        unreachable = self.world.servo.move(translation, rotation, opening)
         self.steps += 1
         return self._info(unreachable)
 

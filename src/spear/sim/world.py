@@ -13,14 +13,12 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, Floats, Servo, length
+from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, SUBSTEPS, Floats, Servo, length
 from spear.sim.objects import KINDS, Kind
 from spear.sim.scene import FOVY, SOURCE, TARGET, SceneSpec
 
 SIMULATOR = f"MuJoCo {mujoco.__version__}"
 """Another one is another physics, and makes other pictures."""
-SUBSTEPS = 50
-"""Physics steps (of 4 ms) per control step: 5 Hz."""
 GRIPPER = "robot gripper"
 """What the gripper is called among the instances of an image."""
 
