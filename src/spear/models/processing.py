@@ -10,18 +10,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spear.errors import SpearError, check_known, first_line, notice
+from spear.errors import SpearError, check_known, notice
 from spear.models import vlm
 from spear.models.decode import Worded
 from spear.models.presets import TOKEN_IDS, Preset
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question, Segments
+from spear.util.files import read_as
 from spear.util.images import fit_image
 
 LOCATIONS = 1024
@@ -237,12 +238,9 @@ class Processor:
         missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)
-        try:
-            saved = TypeAdapter(_Saved).validate_json((folder / "processor.json").read_bytes())
-            sizes = {view: (width, height) for view, width, height in saved.image_sizes}
-            processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
-        except (OSError, ValueError) as error:
-            raise SpearError(f"broken processor: {folder}: {first_line(error)}: save it again") from error
+        saved = read_as(_Saved, folder / "processor.json", "save it again", "broken processor")
+        sizes = {view: (width, height) for view, width, height in saved.image_sizes}
+        processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
         if config is not None:
             processor._check_fits(config, folder)
         return processor
