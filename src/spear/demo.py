@@ -23,7 +23,7 @@ from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report.comparison import ending, open_loop_charts
 from spear.report.draw import draw_label
-from spear.report.page import picture, render, spaced
+from spear.report.page import render, spaced
 from spear.report.plot import bars, rate_bars
 from spear.report.vqa import figure
 from spear.sim.scene import FAMILIES
@@ -31,6 +31,7 @@ from spear.train.options import Inputs
 from spear.train.recipes import recipe
 from spear.train.run import train
 from spear.util.files import write_text
+from spear.util.images import picture
 
 SCENES = 40
 """Closed-loop scenes per family: an interval of ± 15 points at most, in a few minutes."""

@@ -21,11 +21,11 @@ from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
 from spear.errors import counted
 from spear.geometry import quat_log, quat_to_matrix
-from spear.report.page import picture, render
+from spear.report.page import render
 from spear.report.plot import GREY, XYZ, Axis, Line, chart
 from spear.types import Array, Episode
 from spear.util.files import write_text
-from spear.util.images import IMAGE_BEGINS, decode_image
+from spear.util.images import IMAGE_BEGINS, decode_image, picture
 from spear.util.ledger import Skipped
 
 EPISODES, FRAMES = 4, 8

@@ -16,12 +16,12 @@ from spear.labels.questions.statistics import Statistics, skip_reasons, statisti
 from spear.labels.questions.store import ask, read_questions
 from spear.labels.store import read
 from spear.report.draw import colors, draw_label
-from spear.report.page import picture, render, spaced
+from spear.report.page import render, spaced
 from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Question, Segments
 from spear.util.files import write_bytes, write_text
-from spear.util.images import decode_image
+from spear.util.images import decode_image, picture
 
 WIDTH = 640
 """Pixels across of a picture on the sheet, at least."""

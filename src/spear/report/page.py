@@ -3,30 +3,18 @@
 Everything that an HTML template is given is escaped, unless it is `Markup`, which only templates make.
 """
 
-import base64
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from spear.types import Array
-from spear.util.images import encode_jpeg
+from spear.util.images import data_uri
 
 
 def render(template: str, **values: Any) -> str:
     """The template of this name (without .j2), filled in. HTML is `Markup`."""
     filled = _TEMPLATES.get_template(f"{template}.j2").render(values)
     return Markup(filled) if template.endswith(".html") else filled
-
-
-def picture(image: Array) -> str:
-    """uint8 pixels [h, w, 3] as a data URI, for an image's source."""
-    return data_uri(encode_jpeg(image, quality=88), "image/jpeg")
-
-
-def data_uri(data: bytes, mime: str) -> str:
-    """What a page holds inside instead of a link to a file."""
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def spaced(name: str) -> str:

@@ -9,9 +9,9 @@ from spear.evaluate.vqa.measures import MEASURES
 from spear.evaluate.vqa.scores import Asked, Scores
 from spear.report.draw import PREDICTION, TRUTH, draw_answers
 from spear.report.labels import say
-from spear.report.page import picture, render, spaced
+from spear.report.page import render, spaced
 from spear.report.plot import GREY, Axis, Line, chart
-from spear.util.images import decode_image
+from spear.util.images import decode_image, picture
 
 WIDTH = 576
 """Pixels across of a drawing, at least."""

@@ -5,7 +5,6 @@ frame. Results of an evaluation hold how each episode ended, and few films. But 
 an episode, the policy's noise too: an episode is run again, where the same weights are served.
 """
 
-import base64
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import camera_pose, intrinsics, object_boxes, own_renderer
 from spear.types import RATE_HZ, Array
-from spear.util.images import decode_image, encode_jpeg
+from spear.util.images import decode_image, picture
 
 View = dict[str, Any]
 Again = tuple[Mapping[str, Any], Outcome | None]
@@ -201,7 +200,7 @@ class Shelf:
         if isinstance(held, EpisodeStore):
             e = held.without_images(number)
 
-            def picture(step: int, camera: str) -> Array | None:
+            def shown(step: int, camera: str) -> Array | None:
                 data = held.image(number, step, camera)
                 return None if data is None else decode_image(data, f"{e.source} step {step}")
 
@@ -209,7 +208,7 @@ class Shelf:
             return Recording(
                 kind="recording",
                 name=f"episode-{number}",
-                picture=picture,
+                picture=shown,
                 states=states,
                 views=cameras(policy),
                 instruction=e.instruction,
@@ -238,7 +237,6 @@ def _gripper(state: Array) -> View:
 
 
 def _jpeg(image: Array) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail(LARGEST_SHOWN)
-    data = encode_jpeg(np.asarray(picture), quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    small = Image.fromarray(image)
+    small.thumbnail(LARGEST_SHOWN)
+    return picture(np.asarray(small))

@@ -1,5 +1,6 @@
 """Encoded images in, pixels out, and back."""
 
+import base64
 import io
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def encode_jpeg(image: Array, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
+
+
+def picture(image: Array) -> str:
+    """[h, w, 3] uint8 RGB as a data URI, for an image's source in a page."""
+    return data_uri(encode_jpeg(image, quality=88), "image/jpeg")
+
+
+def data_uri(data: bytes, mime: str) -> str:
+    """What a page holds inside instead of a link to a file."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def load_image(
