@@ -60,15 +60,10 @@ ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, tra
 EXTRAS = {
     "sim": ("mujoco", "gymnasium"),
     "rlds": ("crc32c", "google"),
-    "lora": ("peft",),
-    "train": ("tensorboard",),
-    "report": ("av",),
     "serve": ("websockets", "msgpack", "prometheus_client"),
-    "label": ("pycocotools",),
     "vla-eval": ("vla_eval",),
-    "view": ("rerun",),
 }
-"""Extra of this package -> the modules that it brings, which may be absent."""
+"""Extra of this package -> the modules that it brings, where no `need` says so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
