@@ -145,7 +145,7 @@ class Scoring:
 
     before: Training
     scenes: int
-    families: Sequence[str] = FAMILIES
+    families: Sequence[str]
 
     @property
     def key(self) -> str:
@@ -171,7 +171,7 @@ class Plan:
     chains: Mapping[tuple[str, int], Sequence[Training]]
     seeds: int
     scenes: int
-    families: Sequence[str] = FAMILIES
+    families: Sequence[str]
 
     @property
     def trainings(self) -> list[Training]:

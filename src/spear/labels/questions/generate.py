@@ -20,7 +20,7 @@ import numpy as np
 from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import failings
 from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
-from spear.labels.questions.templates import EVERYDAY, FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
+from spear.labels.questions.templates import FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
 NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
@@ -124,7 +124,7 @@ def in_short(unit: Unit) -> str:
     return "m" if unit == "metre" else "units"
 
 
-def all_texts(names: Sequence[str] = EVERYDAY) -> Iterator[str]:
+def all_texts(names: Sequence[str]) -> Iterator[str]:
     """Every template with every name, and every worded answer: a small tokenizer is trained on them."""
     points = [word for synonyms in POINTS.values() for word in synonyms]
     for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
