@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 CEILINGS = {
     "(top)": 2165, "ablations": 642, "cli": 1579, "data": 5171, "embodiments": 780, "evaluate": 3156,
-    "labels": 4683, "models": 5115, "report": 1149, "serve": 1009, "sim": 1546, "train": 2343, "ui": 675,
+    "labels": 4673, "models": 5115, "report": 1149, "serve": 1009, "sim": 1546, "train": 2343, "ui": 675,
     "util": 875,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -25,7 +25,7 @@ from spear.cli import guarded
 from spear.labels.fit.box3d import box_from_vertices, make_box
 from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.quality import box_errors, compare, failings, instance_of
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label
 from spear.labels.scenes import label_frames
@@ -55,7 +55,7 @@ class WrongMasks:
         """As `spear.labels.models.protocols.Segmenter`."""
         return [
             np.array([self._change(m) for m in masks], bool).reshape(masks.shape)
-            for masks in GroundTruthSegmenter().segment(frames, detections)
+            for masks in GroundTruth().segment(frames, detections)
         ]
 
     def _change(self, mask: Array) -> Array:
@@ -103,10 +103,10 @@ class Comparison:
 def measure(frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, exact: bool) -> Comparison:
     """Label what is `seen`, and compare with the truth of `frames`."""
     result = Comparison([], [], [])
-    labels = label(seen, GroundTruthDetector(), segmenter, GroundTruthPointMap(), exact)
+    labels = label(seen, GroundTruth(), segmenter, GroundTruth(), exact)
     for image, frame, given in zip(labels, frames, seen, strict=True):
         assert frame.depth is not None and given.depth is not None and frame.boxes is not None
-        (geometry,) = GroundTruthPointMap().predict([given])
+        (geometry,) = GroundTruth().predict([given])
         both = np.isfinite(frame.depth) & (frame.depth > 0) & geometry.mask
         scale = float(np.median(frame.depth[both] / given.depth[both]))
         rows, occluded, asked = [], [], []
@@ -196,7 +196,7 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
         frames = frames_of("external", (192, 128))
         unaided = [dataclasses.replace(f, extrinsics=None) for f in frames]
         noisy = [wrong_depth(f, i) for i, f in enumerate(unaided)]
-        true = GroundTruthSegmenter()
+        true = GroundTruth()
         print(
             "| mask, depth | boxes | objects | centre | vertex | IoU |\n|---|---|---|---|---|---|", flush=True
         )

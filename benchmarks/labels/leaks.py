@@ -38,7 +38,7 @@ from spear.labels.fit.box3d import box_from_vertices, iou, make_box, vertex_erro
 from spear.labels.fit.image import unproject
 from spear.labels.fit.points import subsample
 from spear.labels.fit.quality import failings
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label
 from spear.types import Array, Box3D, Frame
 from spear.util import processes
@@ -195,7 +195,7 @@ def rivals(points: Array) -> list[Box3D]:
 def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
     """The numbers of a row: medians of all objects with a box, in mm where they are lengths."""
     frames, truths = zip(*images(*row, count), strict=True)
-    truth = GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()
+    truth = (GroundTruth(),) * 3
     found: list[list[tuple[float, float]]] = []
     asked = far = 0
     for image, frame, boxes in zip(label(frames, *truth, exact=False), frames, truths, strict=True):
@@ -219,7 +219,7 @@ def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
 def flips(scene: str, count: int) -> int:
     """Of how many objects the vertices come in another order with 2 mm of noise than without: in order they
     are more than three times as far apart as they would be, relabelled."""
-    truth = GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap()
+    truth = (GroundTruth(),) * 3
     pair = [label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False) for noise in (0, 2)]
     found = 0
     for a, b in zip(*pair, strict=True):

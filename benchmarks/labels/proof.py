@@ -36,7 +36,7 @@ from spear.cli import guarded
 from spear.errors import SpearError
 from spear.labels.fit.image import clip
 from spear.labels.fit.quality import VISIBLE, compare
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label
 from spear.labels.scenes import Labelled, label_frames, label_scenes
@@ -59,7 +59,7 @@ class WrongBoxes:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """As `spear.labels.models.protocols.Detector`."""
-        found = GroundTruthDetector().detect(frames)
+        found = GroundTruth().detect(frames)
         return [self._change(*pair) for pair in zip(frames, found, strict=True)]
 
     def _change(self, frame: Frame, found: Sequence[Detection]) -> list[Detection]:
@@ -94,7 +94,7 @@ class WrongDepth:
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
         """As `spear.labels.models.protocols.PointMap`."""
-        return GroundTruthPointMap().predict([wrong_depth(f, _seed(f), self.most_scale) for f in frames])
+        return GroundTruth().predict([wrong_depth(f, _seed(f), self.most_scale) for f in frames])
 
 
 def _seed(frame: Frame) -> int:

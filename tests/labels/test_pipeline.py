@@ -10,7 +10,7 @@ from refusals import refuses
 from spear.labels.engine import STAGES, finish
 from spear.labels.fit.image import project, unproject
 from spear.labels.fit.quality import compare, failings
-from spear.labels.models.ground_truth import GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import admit, label
 from spear.labels.questions.generate import generate, why_not_asked
 from spear.types import Frame
@@ -78,7 +78,7 @@ def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(fram
 def test_half_an_object_is_not_asked_about() -> None:
     """Neither where half of its depth is unknown, nor where its mask covers half of what was detected."""
 
-    class Part(GroundTruthSegmenter):
+    class Part(GroundTruth):
         def segment(self, frames: Any, detections: Any) -> Any:
             return [mask & (np.arange(192) < 94) for mask in super().segment(frames, detections)]
 
@@ -89,7 +89,7 @@ def test_half_an_object_is_not_asked_about() -> None:
 
 
 def test_a_name_is_not_alone_beside_an_object_without_a_mask(frames: list[Frame]) -> None:
-    class Other(GroundTruthSegmenter):
+    class Other(GroundTruth):
         def segment(self, frames: Any, detections: Any) -> Any:
             (masks,) = super().segment(frames, detections)
             return [masks * (np.arange(5) != 1)[:, None, None]]

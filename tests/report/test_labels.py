@@ -12,7 +12,7 @@ import pytest
 
 from labels_scenes import TRUTH, random_frame
 from refusals import Command, refuses
-from spear.labels.models.ground_truth import GroundTruthPointMap
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label
 from spear.labels.questions.store import ask, read_questions, write_questions
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
@@ -78,7 +78,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
 
 def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage], tmp_path: Path) -> None:
     pytest.importorskip("rerun")
-    clouds = [*GroundTruthPointMap().predict(frames[:2]), None]
+    clouds = [*GroundTruth().predict(frames[:2]), None]
     write_rerun(labels[:3], clouds, path := tmp_path / "labels.rrd")
     assert path.stat().st_size > 100_000
     show = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]

@@ -4,10 +4,10 @@ import numpy as np
 
 from spear.labels.fit.box3d import SIGNS
 from spear.labels.fit.image import unproject
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.types import Array, Box3D, Frame
 
-TRUTH = (GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
+TRUTH = (GroundTruth(),) * 3
 NAMES = ("carrot", "spoon", "bowl", "plate", "cube", "eggplant")
 Block = tuple[Array, Array, float]
 """Centre [3], size [3], yaw of a box; base frame, m."""

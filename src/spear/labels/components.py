@@ -27,17 +27,17 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
         "grounding-dino": ("open_vocabulary:GroundingDinoDetector", "model", "device", "vocabulary"),
         "owlv2": ("open_vocabulary:Owlv2Detector", "model", "device", "vocabulary"),
         "file": ("annotations:FileDetector",),
-        "ground-truth": ("ground_truth:GroundTruthDetector",),
+        "ground-truth": ("ground_truth:GroundTruth",),
     },
     "segmenter": {
         "sam2": ("sam2:Sam2Segmenter", "model", "device"),
         "file": ("annotations:FileSegmenter",),
-        "ground-truth": ("ground_truth:GroundTruthSegmenter",),
+        "ground-truth": ("ground_truth:GroundTruth",),
     },
     "point map": {
         "moge": ("pointmap:load_pointmap", "model", "device"),
         "moge-2": ("pointmap:load_pointmap", "model", "device"),
-        "ground-truth": ("ground_truth:GroundTruthPointMap",),
+        "ground-truth": ("ground_truth:GroundTruth",),
     },
 }
 """Kind of component → name → what makes it, FILE:NAME of `spear.labels.models`, and the options it takes."""

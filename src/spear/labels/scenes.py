@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import spear
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label
 from spear.labels.store import count, drop_questions, sweep, write_depth, write_labels
 from spear.types import Frame, LabeledImage
@@ -35,7 +35,8 @@ WORDING = "wording.txt"
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
     """Frames with ground truth → labels."""
-    return label(frames, GroundTruthDetector(), GroundTruthSegmenter(), GroundTruthPointMap())
+    truth = GroundTruth()
+    return label(frames, truth, truth, truth)
 
 
 def label_scenes(

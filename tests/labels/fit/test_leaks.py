@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from labels_scenes import camera, render, seen_sides
 from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
 from spear.labels.fit.quality import compare, failings
-from spear.labels.models.ground_truth import GroundTruthDetector, GroundTruthPointMap, GroundTruthSegmenter
+from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label
 from spear.types import Array, Box3D, Frame
@@ -33,7 +33,7 @@ class Leaks:
         self.pixels = pixels
 
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
-        (masks,) = GroundTruthSegmenter().segment(frames, detections)
+        (masks,) = GroundTruth().segment(frames, detections)
         up = np.zeros((2 * self.pixels + 1, 1), bool)
         up[: self.pixels + 1] = True
         return [np.stack([ndimage.binary_dilation(mask, up) for mask in masks])]
@@ -42,16 +42,16 @@ class Leaks:
 @pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
 def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
     frame = replace(render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None)
-    seen = label([frame], GroundTruthDetector(), Leaks(pixels), GroundTruthPointMap(), exact=False)
+    seen = label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False)
     result = compare(seen, [frame])
     assert result.center < 0.012 and result.iou > 0.7
 
 
 def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
-    truth = GroundTruthDetector(), GroundTruthPointMap()
+    truth = GroundTruth()
     for pixels, why in ((0, ()), (3, ("compact",))):
-        (image,) = label([frame], truth[0], Leaks(pixels), truth[1], exact=True)  # takes masks as they are
+        (image,) = label([frame], truth, Leaks(pixels), truth, exact=True)  # takes masks as they are
         assert failings(image.objects[0].scores) == why
 
 

@@ -11,7 +11,7 @@ from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
 GROUND_TRUTH = "ground-truth"
-"""The name of these components in a label's provenance."""
+"""Its name in a label's provenance."""
 
 
 def _missing(frame: Frame, what: str) -> SpearError:
@@ -27,13 +27,13 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
     return {i: np.array([x.start, y.start, x.stop, y.stop], np.float32) for i, (y, x) in seen.items()}
 
 
-class GroundTruthDetector:
-    """Reads `frame.instances` and `frame.names`; drops those of fewer than 12 visible pixels."""
+class GroundTruth:
+    """A frame's `instances`, `names`, `depth` and `intrinsics` as all three components."""
 
     name = GROUND_TRUTH
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The named instances of each frame, by instance id."""
+        """The named instances of each frame of at least 12 visible pixels, by instance id."""
         found = []
         for frame in frames:
             boxes = sorted(instance_boxes(frame).items())
@@ -41,14 +41,9 @@ class GroundTruthDetector:
             found.append([Detection(frame.names[i], box) for i, box in seen])
         return found
 
-
-class GroundTruthSegmenter:
-    """The mask of the instance of the detection's name whose tight box overlaps it most (IoU > 0.5)."""
-
-    name = GROUND_TRUTH
-
     def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
-        """For each frame, masks [n, h, w] bool; empty where no instance matches."""
+        """For each frame, masks [n, h, w] bool: of the instance of the detection's name whose tight box
+        overlaps it most (IoU > 0.5); empty where none does."""
         found = []
         for frame, wanted in zip(frames, detections, strict=True):
             boxes = instance_boxes(frame)
@@ -62,14 +57,8 @@ class GroundTruthSegmenter:
                     mask[:] = frame.instances == -best
         return found
 
-
-class GroundTruthPointMap:
-    """Unprojects `frame.depth` (metres along z; 0, inf and NaN are unknown) by `frame.intrinsics`."""
-
-    name = GROUND_TRUTH
-
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """The metric point map of each frame."""
+        """The metric point map of each frame: its depth (along z; 0, inf and NaN are unknown) unprojected."""
         found = []
         for frame in frames:
             if frame.depth is None or frame.intrinsics is None:
