@@ -161,8 +161,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
             assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
         assert again.flow == model.flow and again.config.vlm_config.views == model.config.vlm_config.views
         if dtype == torch.float32:
-            noise = actions(B, H)
-            same = [m.sample_actions(*inputs(), noise=noise) for m in (model, again)]
+            same = [m.sample_actions(*inputs(), noise=actions(B, H)) for m in (model, again)]
             assert torch.equal(same[0].to_vector(), same[1].to_vector())
     saved = json.loads((tmp_path / "config.json").read_text())
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()

@@ -98,16 +98,16 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
     refuses("did you mean 'nano'", preset, "nanno")
 
 
-def test_the_depth_model_ignores_unknown_pixels() -> None:
-    torch.manual_seed(0)
+def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> None:
+    """Of a head that says the same of each patch, whose 4 × 4 cells are 4 pixels wide."""
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4))
-    image = pixels(4)["external"]
-    depth = 0.5 + image[:, 0].float() / 255
-    depth[:, :4, :8] = math.inf
-    depth[:, 4:8] = 0
-    first, other = model(image, depth).loss, depth.clone()
-    other[:, 4:8] = float("nan")
-    torch.testing.assert_close(model(image, other).loss, first)
+    image, said, apart = pixels(3)["external"], torch.randn(16), torch.tensor([1.0, -1]).repeat(8)
+    depth = said.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
+    depth[:, :4, :8], depth[:, 4:6], depth[:, 30, 1] = math.inf, 0, math.nan
+    torch.nn.init.zeros_(model.head.weight)
+    for scale, shape in ((0, 0), (0.3, 0), (-0.3, 0.2)):
+        model.head.bias.data = said + scale + shape * apart
+        assert model(image, depth).loss.item() == pytest.approx(abs(scale) + shape, abs=1e-5)
 
 
 @pytest.mark.parametrize(

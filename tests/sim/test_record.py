@@ -35,9 +35,8 @@ def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
 
 
 def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> None:
-    disturbance = Disturbance(start=0.15)
     tasks = [(family, TRAIN_SEED + seed) for family in FAMILIES for seed in range(2)]
-    episodes = [record_episode(*task, *SIZES, disturbance) for task in tasks]
+    episodes = [record_episode(*task, *SIZES, Disturbance(start=0.15)) for task in tasks]
     masks = np.concatenate([episode.action_mask for episode in episodes])
     assert 0.03 < (~masks).mean() < 0.4
     assert sum(bool(episode.success) for episode in episodes) >= len(episodes) - 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from spear.data.actions import HORIZON
+from spear.labels.questions.templates import FAMILIES
 from spear.models.presets import preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
@@ -20,17 +21,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 
 
 def test_recipes_and_model_have_the_papers_numbers() -> None:
-    numbers = {name: (recipe(name).batch_size, recipe(name).optimization.steps) for name in PAPER}
-    assert numbers["vlm-stage1"] == (512, 2000) and numbers["vlm-stage2"] == (512, 10_000)
-    assert numbers["vla-pretrain"] == (2048, 300_000)
-    assert numbers["post-train-bridge"][1] == numbers["post-train-droid"][1] == 50_000
+    numbers = [(recipe(name).batch_size, recipe(name).optimization.steps) for name in PAPER]
+    assert numbers == [(512, 2000), (512, 10_000), (2048, 300_000), *2 * [(256, 50_000)]]
     assert recipe("vlm-stage1").coordinate_rows_only
-    for name in ("vlm-stage1", "vlm-stage2"):
-        mix = recipe(name).questions
+    for stage in map(recipe, PAPER[:2]):
+        mix, tokens = stage.questions, (stage.smooth_tokens, stage.bins, stage.spacing)
         assert (mix.coordinate_weight, mix.coordinate_smoothing, mix.pairs) == (2.0, 0.0, (1, 4))
-    for name in PAPER[2:]:
-        stage = recipe(name)
+        assert set(mix.families) == set(FAMILIES) and tokens == (False, None, None)
+    for stage in map(recipe, PAPER[2:]):
         assert stage.optimization.ema > 0 and stage.normalization == "quantile" and not stage.normalize_each
+        assert (stage.flow_samples, stage.question_images, stage.augment, stage.flow) == (1, 0, 0.0, {})
     assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
     bridge, droid = (dataclasses.asdict(recipe(name)) for name in PAPER[3:])
     assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
@@ -47,6 +47,12 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
     assert (vlm.coordinate_bins, vlm.coordinate_loss_weight, vlm.coordinate_smoothing) == (1024, 2.0, 0.0)
     assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
     assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, RATE_HZ) == (1024, 5, 5.0)
+    networks = config.expert_config, vlm.text_config, vlm.vision_config
+    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    found = [[getattr(network, field) for field in sizes] for network in networks]
+    assert found == [[1024, 18, 8, 4096], [2048, 18, 8, 16384], [1152, 27, 16, 4304]]
+    assert {(network.num_key_value_heads, network.head_dim) for network in networks[:2]} == {(1, 256)}
+    assert vlm.text_config.vocab_size == vlm.coordinate_start + 1024 == 257_152 + 1024
 
 
 def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
