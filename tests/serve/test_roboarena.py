@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from refusals import refuses
 from serve_here import serving
 from spear.embodiments import droid, load, roboarena
 from spear.serve import wire
@@ -41,13 +42,18 @@ def test_the_configuration_then_observations_and_resets(control: str) -> None:
         for key, value in (("endpoint", "stop"), ("endpoint", image), ("prompt", "")):
             said = asked(client, **{**seen, key: value})
             assert isinstance(said, str) and key in said and "\n" not in said
-        assert "exterior_image_0_left" in asked(client, endpoint="infer")
+        assert "wrist_image_left" in asked(client, endpoint="infer")
         client.send(b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0")  # too deep, for a reset too
         assert client.recv().startswith("a: ")
 
 
 def test_the_pose_and_the_commands_are_those_of_droid() -> None:
-    ours = load("roboarena").read(roboarena.EMBODIMENT.example())
-    for key, value in droid.EMBODIMENT.read(droid.EMBODIMENT.example()).items():
-        np.testing.assert_array_equal(ours[key], value)
+    robot, example = load("roboarena"), roboarena.EMBODIMENT.example()
+    image = example.pop(droid.IMAGE)
+    for keys in (("1",), ("0",), ("1", "0")):  # the evaluators' client, the template's test, two cameras
+        seen = {f"observation/exterior_image_{key}_left": image // (1 + (key != keys[-1])) for key in keys}
+        ours = robot.read({**example, **seen})
+        for key, value in droid.EMBODIMENT.read(droid.EMBODIMENT.example()).items():
+            np.testing.assert_array_equal(ours[key], value)
+    refuses("exterior_image_1_left' or .*exterior_image_0_left", robot.read, example)
     assert all(droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items())

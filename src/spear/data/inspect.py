@@ -80,7 +80,7 @@ def _describe_dataset(folder: Dataset) -> str:
             axes[name.replace(".", "/")] = feature.axes
             if name in folder.cameras:
                 kind = "images in video" if feature.dtype == "video" else "images"
-                size = " x ".join(map(str, feature.shape))
+                size = " x ".join(map(str, feature.shape)) + ", depth: not read" * feature.depth
                 cameras.append(f"  {name.replace('.', '/'):<34} {kind}, {size}")
     else:
         what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""

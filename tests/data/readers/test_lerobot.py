@@ -70,6 +70,14 @@ def test_ranges_of_columns_are_shown(lerobot: Path, raw: list[Any]) -> None:
             assert "".join(f" {number:>9.4g}" for number in end) in said
 
 
+def test_depth_is_no_camera(lerobot: Path, tmp_path: Path) -> None:
+    folder, name = copied(lerobot / "v3.0_video", tmp_path / "set"), "observation.images.image_0"
+    depth = {"is_depth_map": True}
+    edit(folder / "meta/info.json", lambda info: info["features"][name]["info"].update(depth))
+    assert "observation/images/image_0" not in open_lerobot(folder).read(0)
+    assert "image_0" in (said := inspect(folder)) and "depth: not read" in said
+
+
 def change_rows(file: Path, change: Any) -> None:
     pq.write_table(change(pq.read_table(file)), file)
 

@@ -163,6 +163,7 @@ def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest
         (text("I see a cup."), "JSON", "again"),
         (text("[{", end="MAX_TOKENS"), "cut off", "again"),
         (text(""), "empty", "again"),
+        (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty", "again"),
         (Reply(body="<html>"), "unreadable response", "again"),
         (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable", "next"),
         (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", "next"),

@@ -42,11 +42,18 @@ JOINT = re.compile(r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|an
 
 
 class Feature(BaseModel):
-    """A column; `names` are those of its components, in whatever form."""
+    """A column; `names` are those of its components, in whatever form, `info` what is said of its images."""
 
     dtype: str
     shape: list[int]
     names: Any = None
+    info: Any = None
+
+    @property
+    def depth(self) -> bool:
+        """Whether its images are depth."""
+        info = self.info if isinstance(self.info, Mapping) else {}
+        return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
     @property
     def axes(self) -> list[str]:
@@ -155,10 +162,12 @@ class LeRobotFolder:
     def read(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
         """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
 
-        images as in `steps`; those in videos are decoded, and encoded as JPEG. Raises SpearError, naming the
-        episode, when its rows or frames are missing, too many or broken, or it has none.
+        images as in `steps`, without depth; those in videos are decoded, and encoded as JPEG. Raises
+        SpearError, naming the episode, when its rows or frames are missing, too many or broken, or it has
+        none.
         """
-        wanted = {name for name in self.cameras if images is None or _column(name) in images}
+        seen = (name for name in self.cameras if not self.info.features[name].depth)
+        wanted = {name for name in seen if images is None or _column(name) in images}
         if not self.episodes[index].length:
             raise no_steps(f"{self.name}#{index}")
         try:
