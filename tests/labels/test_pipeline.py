@@ -49,8 +49,7 @@ def test_a_thing_on_a_thing_ends_where_it_stands() -> None:
 
 @pytest.mark.parametrize("pitch", [80, 89, 95])
 def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
-    cube = (np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)
-    frame = render([cube], ["cube"], pitch=pitch)
+    frame = render([(np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)], ["cube"], pitch=pitch)
     assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
 
 

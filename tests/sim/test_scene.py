@@ -28,9 +28,8 @@ def test_objects_lie_apart_inside_the_workspace_and_stay_where_they_are_put(fami
                 apart = math.dist(one.position[:2], other.position[:2])
                 assert apart > KINDS[one.kind].radius + KINDS[other.kind].radius
         if family != "clutter":
-            world = World(scene)
             placed = np.array([thing.position for thing in scene.things])
-            np.testing.assert_allclose(world.start, placed, atol=2e-3)
+            np.testing.assert_allclose(World(scene).start, placed, atol=2e-3)
 
 
 def test_each_family_casts_its_roles_and_names_them() -> None:

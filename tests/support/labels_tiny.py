@@ -43,8 +43,7 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
 def save_grounding_dino(folder: Path) -> Path:
     """Grounding DINO with ten queries and prompts of 16 tokens; marks have BERT's numbers."""
     special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-    taken = set(special.values())
-    vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in taken} | special
+    vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in special.values()} | special
     vocabulary |= {word: 1040 + i for i, word in enumerate(WORDS)}
     config = hf.GroundingDinoConfig(
         backbone_config=hf.SwinConfig(

@@ -292,8 +292,7 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     # Where forms disagree on how far the robot turned, the smallest is the smoothest.
     turned = float(min(np.sqrt((_angle(w)[inside] ** 2).mean()) for w in one))
     if logged.shape[1] == 3:
-        used = logged[stretches.acted(0)][inside]
-        scales = _scales(used, turned, ANGLE_UNITS, 1 / recordings[0].rate_hz)
+        scales = _scales(logged[stretches.acted(0)][inside], turned, ANGLE_UNITS, 1 / recordings[0].rate_hz)
         scales += [("absolute", unit, factor) for unit, factor in ANGLE_UNITS.items()]
     else:
         scales = [("delta", UNSCALED, 1.0), ("absolute", UNSCALED, 1.0)]

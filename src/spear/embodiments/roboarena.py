@@ -2,8 +2,8 @@
 
 Facts (robo-arena/roboarena, policy_server.py and policy_client.py): the server's first message is what it
 wants to be sent, these six keys and no others; "endpoint" in a request is "infer" or "reset"; all rows of an
-answer are executed, at 15 Hz, before the next request. The evaluators' client
-(pranavatreya/roboarena_evaluator, 5992b26, main.py) counts exterior cameras from 1, the template's test from 0.
+answer are executed, at 15 Hz, before the next request. The template's test counts exterior cameras from 0,
+the evaluators' client from 1 (pranavatreya/roboarena_evaluator, 5992b26, main.py).
 
 Ours: images of 512 x 288 pixels, because DROID's cameras are 16:9, which therefore nobody stretches or pads,
 and because the model sees no more of them. Nothing is remembered between requests, so a reset is confirmed
@@ -15,8 +15,8 @@ from typing import Any
 from spear.embodiments import Embodiment, Observation, droid
 from spear.errors import SpearError, check_known
 
-EXTERIOR = ("observation/exterior_image_0_left", droid.IMAGE)
-"""The exterior camera's key, counted from 0 or from 1; of two cameras the first is used."""
+EXTERIOR, ABOUT = ("observation/exterior_image_0_left", droid.IMAGE), droid.EMBODIMENT.required[droid.IMAGE]
+"""The exterior camera's key, counted from 0 or from 1, and what it is; of two cameras the first is used."""
 ENDPOINT, ENDPOINTS = "endpoint", ("infer", "reset")
 
 
@@ -42,17 +42,16 @@ def direct_reply(request: Observation) -> str | None:
 
 def observe(observation: Observation) -> dict[str, Any]:
     """As `droid`, from the first exterior camera."""
-    camera = next((key for key in EXTERIOR if key in observation), None)
-    if camera is None:
-        about = droid.EMBODIMENT.required[droid.IMAGE]
-        raise SpearError(f"observation without {droid.IMAGE!r} or {EXTERIOR[0]!r}: send {about}")
-    return droid.observe(observation, camera)
+    sent = [key for key in EXTERIOR if key in observation]
+    if not sent:
+        raise SpearError(f"observation without {EXTERIOR[1]!r} or {EXTERIOR[0]!r}: send {ABOUT}")
+    return droid.observe(observation, sent[0])
 
 
 EMBODIMENT = Embodiment(
     required={key: about for key, about in droid.EMBODIMENT.required.items() if key != droid.IMAGE},
     optional={
-        EXTERIOR[1]: f"{droid.EMBODIMENT.required[droid.IMAGE]}; or as the next key",
+        EXTERIOR[1]: f"{ABOUT}; or as the next key",
         EXTERIOR[0]: "the same, where cameras count from 0",
         ENDPOINT: '"infer"; or "reset", which needs nothing else',
         "observation/cartesian_position": "not looked at: the pose is that of the joints",

@@ -23,9 +23,8 @@ STATE = "observation/state"
 def observe(observation: Observation) -> dict[str, Any]:
     """Roll, pitch and yaw as a quaternion; the rest is the same."""
     values = read.numbers(observation, STATE, 7)
-    angles = read.radians(values[3:6], f"{STATE}[3:6]")
-    rotation = euler_to_quat(torch.from_numpy(angles), "xyz").numpy()
-    return read.arm(observation, STATE, values, rotation)
+    angles = torch.from_numpy(read.radians(values[3:6], f"{STATE}[3:6]"))
+    return read.arm(observation, STATE, values, euler_to_quat(angles, "xyz").numpy())
 
 
 def step_actions(actions: Array, state: Array, observation: Observation) -> Array:

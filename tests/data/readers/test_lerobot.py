@@ -70,14 +70,6 @@ def test_ranges_of_columns_are_shown(lerobot: Path, raw: list[Any]) -> None:
             assert "".join(f" {number:>9.4g}" for number in end) in said
 
 
-def test_depth_is_no_camera(lerobot: Path, tmp_path: Path) -> None:
-    folder, name = copied(lerobot / "v3.0_video", tmp_path / "set"), "observation.images.image_0"
-    depth = {"is_depth_map": True}
-    edit(folder / "meta/info.json", lambda info: info["features"][name]["info"].update(depth))
-    assert "observation/images/image_0" not in open_lerobot(folder).read(0)
-    assert "image_0" in (said := inspect(folder)) and "depth: not read" in said
-
-
 def change_rows(file: Path, change: Any) -> None:
     pq.write_table(change(pq.read_table(file)), file)
 
@@ -170,6 +162,10 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
     edit(folder / "meta/info.json", lambda info: info["features"]["observation.state"].update(names=state))
     assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
+    image, depth = "observation.images.external", {"is_depth_map": True}
+    edit(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
+    refuses("observation/images/external", lambda: next(read_episodes(folder)))
+    assert "80 x 3, depth: not read" in inspect(folder)
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from spear.train.recipes import RECIPES
 
 @pytest.mark.parametrize("name", ["nano", "nano-vlm", "nano-vlm-0", "nano-depth"])
 def test_they_are_small_and_have_a_card(name: str) -> None:
-    files = [f for f in (SHIPPED / name).rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 20e6
+    assert sum(f.stat().st_size for f in (SHIPPED / name).rglob("*") if f.is_file()) < 20e6
     card = (SHIPPED / name / "README.md").read_text()
     assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
     assert "_name_or_path" not in (SHIPPED / name / "config.json").read_text()  # of whoever trained them

@@ -94,8 +94,7 @@ def column(steps: Steps, where: str, source: str) -> Any:
     if span is None:
         return node
     if getattr(node, "ndim", 0) != 2 or node.shape[1] < span.stop:
-        shape = getattr(node, "shape", "no array")
-        raise SpearError(f"no column {where!r}: {source}: {path} is {shape}")
+        raise SpearError(f"no column {where!r}: {source}: {path} is {getattr(node, 'shape', 'no array')}")
     return node[:, span] if ":" in where[len(path) :] else node[:, span.start]
 
 

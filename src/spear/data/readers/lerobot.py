@@ -47,13 +47,12 @@ class Feature(BaseModel):
     dtype: str
     shape: list[int]
     names: Any = None
-    info: Any = None
+    info: dict[str, Any] | None = None
 
     @property
     def depth(self) -> bool:
         """Whether its images are depth."""
-        info = self.info if isinstance(self.info, Mapping) else {}
-        return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
+        return any((self.info or {}).get(key) for key in ("is_depth_map", "video.is_depth_map"))
 
     @property
     def axes(self) -> list[str]:
@@ -162,9 +161,8 @@ class LeRobotFolder:
     def read(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
         """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
 
-        images as in `steps`, without depth; those in videos are decoded, and encoded as JPEG. Raises
-        SpearError, naming the episode, when its rows or frames are missing, too many or broken, or it has
-        none.
+        images as in `steps`, none of depth; videos are decoded, and encoded as JPEG. Raises SpearError,
+        naming the episode, when its rows or frames are missing, too many or broken, or it has none.
         """
         seen = (name for name in self.cameras if not self.info.features[name].depth)
         wanted = {name for name in seen if images is None or _column(name) in images}

@@ -89,8 +89,7 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
             size = image.shape[0], image.shape[1]
             sample = samples.setdefault(camera, ImageSample(size))
             check_size(size, sample.size, where)
-            histogram = [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
-            sample.histogram[...] += histogram
+            sample.histogram[...] += [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
     return samples
 
 
