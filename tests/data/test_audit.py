@@ -183,8 +183,7 @@ def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     done("data", "export", str(canonical), "--out", str(exported))
     claim = json.loads((exported / "spear.json").read_text())
     column = claim.pop("action")
-    lost = ("action", "action_mask", "success", "source")
-    claim = {k: v for k, v in claim.items() if k not in lost} | {
+    claim = {k: v for k, v in claim.items() if k not in ("action", "action_mask", "success", "source")} | {
         "logged_translation": f"{column}[0:3]",
         "logged_rotation": f"{column}[3:7]",
         "logged_rotation_format": "quat_wxyz",

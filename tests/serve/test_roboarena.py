@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from refusals import refuses
 from serve_here import serving
 from spear.embodiments import droid, load, roboarena
 from spear.serve import wire
@@ -20,8 +21,9 @@ def asked(client: ClientConnection, **request: Any) -> Any:
     return reply if isinstance(reply, str) else wire.decode(reply)["actions"]
 
 
+@pytest.mark.parametrize("first", [0, 1])  # where the template's test begins to count, and the evaluators
 @pytest.mark.parametrize("control", roboarena.EMBODIMENT.controls)
-def test_the_configuration_then_observations_and_resets(control: str) -> None:
+def test_the_configuration_then_observations_and_resets(control: str, first: int) -> None:
     with (
         serving(robot="roboarena", control=control) as server,
         connect(f"ws://127.0.0.1:{server.port}", compression=None) as client,
@@ -30,7 +32,8 @@ def test_the_configuration_then_observations_and_resets(control: str) -> None:
         assert sorted(about) == sorted(KEYS) and about["action_space"] == control
         image = np.zeros((*about["image_resolution"], 3), np.uint8)
         seen: dict[str, Any] = {"observation/wrist_image_left": image, "prompt": "test"}
-        seen |= {f"observation/exterior_image_{i}_left": image for i in range(about["n_external_cameras"])}
+        cameras = range(first, first + about["n_external_cameras"])
+        seen |= {f"observation/exterior_image_{i}_left": image for i in cameras}
         for key, size in (("joint", 7), ("cartesian", 6), ("gripper", 1)):
             seen[f"observation/{key}_position"] = np.zeros(size, np.float32)
         rows = asked(client, **seen, endpoint="infer")
@@ -41,13 +44,16 @@ def test_the_configuration_then_observations_and_resets(control: str) -> None:
         for key, value in (("endpoint", "stop"), ("endpoint", image), ("prompt", "")):
             said = asked(client, **{**seen, key: value})
             assert isinstance(said, str) and key in said and "\n" not in said
-        assert "exterior_image_0_left" in asked(client, endpoint="infer")
+        assert "wrist_image_left" in asked(client, endpoint="infer")
         client.send(b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0")  # too deep, for a reset too
         assert client.recv().startswith("a: ")
 
 
 def test_the_pose_and_the_commands_are_those_of_droid() -> None:
-    ours = load("roboarena").read(roboarena.EMBODIMENT.example())
+    robot, example = load("roboarena"), roboarena.EMBODIMENT.example()
+    ours = robot.read(example)
     for key, value in droid.EMBODIMENT.read(droid.EMBODIMENT.example()).items():
         np.testing.assert_array_equal(ours[key], value)
     assert all(droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items())
+    del example[droid.IMAGE]
+    refuses("exterior_image_1_left' or .*exterior_image_0_left", robot.read, example)

@@ -81,6 +81,7 @@ def _describe_dataset(folder: Dataset) -> str:
             if name in folder.cameras:
                 kind = "images in video" if feature.dtype == "video" else "images"
                 size = " x ".join(map(str, feature.shape))
+                size += ", depth: not read" if feature.depth else ""
                 cameras.append(f"  {name.replace('.', '/'):<34} {kind}, {size}")
     else:
         what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""

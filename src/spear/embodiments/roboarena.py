@@ -1,21 +1,23 @@
 """RoboArena's evaluation of policies on DROID robots: `droid` under that benchmark's keys and greeting.
 
 Facts (robo-arena/roboarena, policy_server.py and policy_client.py): the server's first message is what it
-wants to be sent, these six keys and no others; "endpoint" in a request is "infer" or "reset"; exterior
-cameras count from 0; all rows of an answer are executed, at 15 Hz, before the next request.
+wants to be sent, these six keys and no others; "endpoint" in a request is "infer" or "reset"; all rows of an
+answer are executed, at 15 Hz, before the next request. The template's test counts exterior cameras from 0,
+the evaluators' client from 1 (pranavatreya/roboarena_evaluator, 5992b26, main.py).
 
 Ours: images of 512 x 288 pixels, because DROID's cameras are 16:9, which therefore nobody stretches or pads,
 and because the model sees no more of them. Nothing is remembered between requests, so a reset is confirmed
 and changes nothing; a request without "endpoint" is one to infer.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from spear.embodiments import Embodiment, Observation, droid
-from spear.errors import check_known
+from spear.errors import SpearError, check_known
 
-IMAGE = "observation/exterior_image_0_left"
+EXTERIOR = "observation/exterior_image_0_left", droid.IMAGE
+"""The exterior camera's key, counted from 0 or from 1; of two cameras the first is used."""
+ABOUT = droid.EMBODIMENT.required[droid.IMAGE]
 ENDPOINT, ENDPOINTS = "endpoint", ("infer", "reset")
 
 
@@ -39,24 +41,29 @@ def direct_reply(request: Observation) -> str | None:
     return "reset successful" if endpoint == "reset" else None
 
 
-def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to `droid`'s keys, under the keys of here."""
-    return {IMAGE if key == droid.IMAGE else key: value for key, value in entries.items()}
+def observe(observation: Observation) -> dict[str, Any]:
+    """As `droid`, from the first exterior camera."""
+    sent = [key for key in EXTERIOR if key in observation]
+    if not sent:
+        raise SpearError(f"observation without {EXTERIOR[1]!r} or {EXTERIOR[0]!r}: send {ABOUT}")
+    return droid.observe(observation, sent[0])
 
 
 EMBODIMENT = Embodiment(
-    required=renamed(droid.EMBODIMENT.required),
+    required={key: about for key, about in droid.EMBODIMENT.required.items() if key != droid.IMAGE},
     optional={
+        EXTERIOR[1]: f"{ABOUT}; or as the next key",
+        EXTERIOR[0]: "the same, where cameras count from 0",
         ENDPOINT: '"infer"; or "reset", which needs nothing else',
         "observation/cartesian_position": "not looked at: the pose is that of the joints",
         "session_id": "not looked at",
     },
-    observe=lambda observation: droid.observe(observation, IMAGE),
+    observe=observe,
     controls={
         name: droid.EMBODIMENT.controls[name]
         for name in ("joint_position", "joint_velocity", "cartesian_position")
     },
-    example=lambda: {**renamed(droid.EMBODIMENT.example()), ENDPOINT: "infer"},
+    example=lambda: {**droid.EMBODIMENT.example(), ENDPOINT: "infer"},
     greeting=greeting,
     direct_reply=direct_reply,
 )

@@ -162,6 +162,10 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
     edit(folder / "meta/info.json", lambda info: info["features"]["observation.state"].update(names=state))
     assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
+    image, depth = "observation.images.external", {"is_depth_map": True}
+    edit(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
+    refuses("observation/images/external", lambda: next(read_episodes(folder)))
+    assert "80 x 3, depth: not read" in inspect(folder)
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:

@@ -79,8 +79,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     robot, moment = embodiments.load("simpler_widowx"), process.reset(5, True)
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
-    turn = quat_exp(torch.tensor([0.1, -0.2, 0.15]))
-    action = np.array([[0.01, -0.02, 0.015, *turn, 0.0]], np.float32)
+    action = np.array([[0.01, -0.02, 0.015, *quat_exp(torch.tensor([0.1, -0.2, 0.15])), 0.0]], np.float32)
     state = robot.read(moment.observation)["observation/state"]
     np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
     after = process.run(robot.control(None)[1].convert(action, state, moment.observation), False).truth

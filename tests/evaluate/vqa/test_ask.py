@@ -68,9 +68,8 @@ def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
 
 def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(nano: VlmBundle) -> None:
     labels = find_images("sim:1199", 3, "external", nano.processor)
-    options = QuestionOptions(families=("distance",))
     with pytest.warns(Notice, match="calibrated on 1 of"):
-        found = evaluate(nano, labels, options, Trust.load(NANO)).calibration
+        found = evaluate(nano, labels, QuestionOptions(families=("distance",)), Trust.load(NANO)).calibration
     assert "50%" in found["distance"].coverage and "spear ask, 80%" not in found["distance"].coverage
 
 

@@ -163,6 +163,7 @@ def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest
         (text("I see a cup."), "JSON", "again"),
         (text("[{", end="MAX_TOKENS"), "cut off", "again"),
         (text(""), "empty", "again"),
+        (Reply(body={"candidates": [{"finishReason": "MALFORMED_RESPONSE"}]}), "empty", "again"),
         (Reply(body="<html>"), "unreadable response", "again"),
         (error(400, "INVALID_ARGUMENT", "Unable to process input image."), "400 .*Unable", "next"),
         (Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), "SAFETY", "next"),
@@ -198,7 +199,6 @@ def test_what_comes_instead_of_an_answer(server: Server, reply: Reply, named: st
 
 def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(server: Server) -> None:
     together = threading.Barrier(3, timeout=60)
-    frames = [noise(i, 40, 60 + i) for i in range(6)]
 
     def answer(request: dict[str, Any]) -> Reply:
         together.wait()
@@ -207,7 +207,7 @@ def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answe
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
-    names = [[d.name for d in found] for found in detector().detect(frames)]
+    names = [[d.name for d in found] for found in detector().detect([noise(i, 40, 60 + i) for i in range(6)])]
     assert names == [[f"thing {60 + i}"] for i in range(6)]
 
 

@@ -119,8 +119,7 @@ def test_tokenizer_text_covers_every_word_used(questions: list[tuple[LabeledImag
     names = {o.name for x, _ in questions for o in x.objects}
     known = {w for text in all_texts([*names, "mug"]) for w in re.findall(r"\w+", text)}
     answers = [s for _, q in questions for s in q.segments if isinstance(s, str)]
-    texts = [q.prompt for _, q in questions] + answers
-    used = {w for text in texts for w in re.findall(r"\w+", text)}
+    used = {w for text in [q.prompt for _, q in questions] + answers for w in re.findall(r"\w+", text)}
     assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY)
 
 

@@ -42,11 +42,17 @@ JOINT = re.compile(r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|an
 
 
 class Feature(BaseModel):
-    """A column; `names` are those of its components, in whatever form."""
+    """A column; `names` are those of its components, in whatever form, `info` what is said of its images."""
 
     dtype: str
     shape: list[int]
     names: Any = None
+    info: dict[str, Any] | None = None
+
+    @property
+    def depth(self) -> bool:
+        """Whether its images are depth."""
+        return any((self.info or {}).get(key) for key in ("is_depth_map", "video.is_depth_map"))
 
     @property
     def axes(self) -> list[str]:
@@ -155,10 +161,11 @@ class LeRobotFolder:
     def read(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
         """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
 
-        images as in `steps`; those in videos are decoded, and encoded as JPEG. Raises SpearError, naming the
-        episode, when its rows or frames are missing, too many or broken, or it has none.
+        images as in `steps`, none of depth; videos are decoded, and encoded as JPEG. Raises SpearError,
+        naming the episode, when its rows or frames are missing, too many or broken, or it has none.
         """
-        wanted = {name for name in self.cameras if images is None or _column(name) in images}
+        seen = (name for name in self.cameras if not self.info.features[name].depth)
+        wanted = {name for name in seen if images is None or _column(name) in images}
         if not self.episodes[index].length:
             raise no_steps(f"{self.name}#{index}")
         try:

@@ -283,7 +283,7 @@ def answer_text(response: Any, where: str) -> str:
     if feedback is not None and feedback.block_reason:
         raise SpearError(f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out")
     end = response.candidates[0].finish_reason if response.candidates else None
-    if end not in ("STOP", "MAX_TOKENS", None):
+    if end not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):
         raise SpearError(f"{where}: Gemini refused to answer ({end.value}): leave the image out")
     if end == "MAX_TOKENS":
         raise Unusable("cut off at the limit of tokens")
