@@ -126,8 +126,8 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         rows.append([spaced(family), *numbers, steps])
     every = result.summary().success
     rates = [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
-    outcomes = [(one.data, one.outcome) for one in films]
-    shown = [(data, f"{spaced(o.family)}, scene {o.seed}: {ending(o)}") for data, o in outcomes]
+    captions = [f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (one.outcome for one in films)]
+    shown = [(one.data, caption) for one, caption in zip(films, captions, strict=True)]
     fact = f"{result.mean().value:.0%}", f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
     return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
 

@@ -154,7 +154,7 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     half = '{"image_sizes": [["external", 192, 0.5]], "prompt_tokens": 64}'
     for text, key in (("{", ""), (half, r"image_sizes\.0\.2 ")):
         (tmp_path / "processor.json").write_text(text)
-        refuses(f"broken processor.*{key}", Processor.load, tmp_path)
+        refuses(rf"processor\.json: broken processor .*{key}", Processor.load, tmp_path)
     processor.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     refuses("pad_token_id", Processor.load, tmp_path)

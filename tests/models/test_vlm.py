@@ -101,7 +101,7 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
 def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> None:
     """Of a head that says the same of each patch, whose 4 × 4 cells are 4 pixels wide."""
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4))
-    image, said, apart = pixels(3)["external"], torch.randn(16), torch.tensor([1.0, -1]).repeat(8)
+    image, said, apart = pixels(3)["external"], torch.linspace(-1, 1, 16), torch.tensor([1.0, -1]).repeat(8)
     depth = said.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
     depth[:, :4, :8], depth[:, 4:6], depth[:, 30, 1] = math.inf, 0, math.nan
     torch.nn.init.zeros_(model.head.weight)

@@ -18,6 +18,7 @@ from spear.errors import SpearError, check_known
 EXTERIOR = "observation/exterior_image_0_left", droid.IMAGE
 """The exterior camera's key, counted from 0 or from 1; of two cameras the first is used."""
 ABOUT = droid.EMBODIMENT.required[droid.IMAGE]
+"""What it is, in words."""
 ENDPOINT, ENDPOINTS = "endpoint", ("infer", "reset")
 
 
