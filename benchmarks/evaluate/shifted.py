@@ -63,7 +63,7 @@ def errors(said: Array, truth: Array) -> Array:
 def report(name: str, said: Array, truth: Array, owners: list[int]) -> None:
     """Print the errors, resampled by the image that owns each."""
     off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
-    found = {k: bootstrap(by_image(list(zip(owners, column, strict=True)))) for k, column in off.items()}
+    found = {k: bootstrap(by_image(owners, column)) for k, column in off.items()}
     print(f"{name:13}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in found.items()))
 
 

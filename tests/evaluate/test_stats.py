@@ -112,8 +112,17 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     assert "[" not in bootstrap(groups[:1], np.mean).say(".3f")  # of one nothing is known about others
     for won in (True, False):  # as of values that all are alike, no two draws differ
         assert bootstrap([np.full(9, won)] * 20, np.mean) == wilson(20 * won, 20)
+    assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == wilson(8, 12)
     few = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
     assert np.mean([e.low < 0 < e.high for e in few]) > 0.9
+
+
+@pytest.mark.parametrize(("rate", "alike"), [(0.5, 0.5), (0.9, 0.1), (0.97, 0.5)])
+def test_a_rate_covers_the_truth_where_samples_of_a_group_are_alike(rate: float, alike: float) -> None:
+    rng, certain = np.random.default_rng(0), 1 / alike - 1
+    of_groups = rng.beta(rate * certain, (1 - rate) * certain, (1000, 20))
+    found = [bootstrap([rng.random(10) < own for own in groups], np.mean) for groups in of_groups]
+    assert 0.93 <= np.mean([e.low <= rate <= e.high for e in found]) < 1
 
 
 def draw(rng: np.random.Generator, rate: float, hard: Array, seeds: Array) -> Array:

@@ -116,23 +116,27 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
 
     groups  one array of values per independent unit (an image, an episode). Values of one unit depend on each
             other, so that resampling single values would give intervals that are too narrow. Of fewer than
-            `FEWEST` there is no interval: its ends are NaN; of few it is wider (Hesterberg, 2015). Of bool
-            that are all alike, no two draws differ: Wilson's interval for so many units (our choice).
+            `FEWEST` there is no interval: its ends are NaN; of few it is wider (Hesterberg, 2015). Of bool it
+            is Wilson's, at the number of samples that would vary as much if they were independent (Korn and
+            Graubard, 1998): near 0 and 1 draws differ too little. Where all are alike, that of the units.
     """
     from scipy.special import ndtr, stdtrit
 
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
-    value = float(statistic(np.concatenate(units)))
-    if len(units) < FEWEST:
-        return Estimate(value, math.nan, math.nan, len(units))
-    if all(np.asarray(g).dtype == bool for g in groups) and value in (0.0, 1.0):
-        return Estimate(value, *_score_interval(value, len(units)), len(units))
-    draws = np.random.default_rng(0).integers(len(units), size=(1000, len(units)))
+    value, count = float(statistic(np.concatenate(units))), len(units)
+    if count < FEWEST:
+        return Estimate(value, math.nan, math.nan, count)
+    wider = stdtrit(count - 1, 0.975)
+    if all(np.asarray(g).dtype == bool for g in groups):
+        n, off = sum(map(len, units)), sum((u - value).sum() ** 2 for u in units)
+        alike = value * (1 - value) * n**2 * (count - 1) / count / off * (Z95 / wider) ** 2 if off else count
+        return Estimate(value, *_score_interval(value, min(n, alike) if n > count else n), count)
+    draws = np.random.default_rng(0).integers(count, size=(1000, count))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
-    tail = 100 * ndtr(-math.sqrt(len(units) / (len(units) - 1)) * stdtrit(len(units) - 1, 0.975))
+    tail = 100 * ndtr(-math.sqrt(count / (count - 1)) * wider)
     with np.errstate(invalid="ignore"):  # between two infinite values
         low, high = np.nan_to_num(np.percentile(replicas, [tail, 100 - tail]), nan=np.inf, posinf=np.inf)
-    return Estimate(value, float(low), float(high), len(units))
+    return Estimate(value, float(low), float(high), count)
 
 
 def mean_over_seeds(strata: Sequence[Array]) -> Estimate:

@@ -127,9 +127,9 @@ def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
     for failed, finite in ((3, True), (5, False)):
         said = [q.segments if i >= failed else [] for i, q in enumerate(questions)]
         asked = [Asked(i, x, q, s) for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))]
-        found = summarize(asked, {"box_vertices": [True]}, labels, "mode").families["box_vertices"].measures
-        assert np.isfinite(found["error"].value) == finite and found["error"].high == np.inf
-        assert found["iou"].value == pytest.approx(1 - failed / 8, abs=1e-3)
+        found = summarize(asked, {"box_vertices": [True] * 8}, labels, "mode").families["box_vertices"]
+        assert np.isfinite(found.measures["error"].value) == finite and found.measures["error"].high == np.inf
+        assert found.measures["iou"].value == pytest.approx(1 - failed / 8, abs=1e-3)
 
 
 def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) -> None:

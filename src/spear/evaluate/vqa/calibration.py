@@ -5,7 +5,7 @@ calibrated model's truths fall into them as often, an overconfident model's less
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -172,7 +172,7 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | No
     inside = {f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL}
     if scale is not None:
         inside[f"spear ask, {TRUSTED:.0%}"] = [c.off <= scale * c.spread for c in certain]
-    rows = {name: by_image(list(zip(images, some, strict=True))) for name, some in inside.items()}
+    rows = {name: by_image(images, some) for name, some in inside.items()}
     coverage = {name: bootstrap(some, np.mean) for name, some in rows.items()}
     curve = [float(_inside(below, level).mean()) for level in LEVELS]
     surer, less_sure = float(np.median(ranked[:half])), float(np.median(ranked[-half:]))
@@ -184,9 +184,9 @@ def _inside(below: Array, level: float) -> Array:
     return np.abs(below - 0.5) <= level / 2 + 1e-12
 
 
-def by_image(values: Sequence[tuple[int, Array | float]]) -> list[Array]:
-    """(image, values) of answers → the values of each image's answers together, for `stats.bootstrap`."""
+def by_image(images: Sequence[int], values: Iterable[Array | float]) -> list[Array]:
+    """Images of answers, and their values → the values of each image's answers, for `stats.bootstrap`."""
     groups: dict[int, list[Array]] = {}
-    for image, value in values:
+    for image, value in zip(images, values, strict=True):
         groups.setdefault(image, []).append(np.atleast_1d(np.asarray(value)))
     return [np.concatenate(g) for g in groups.values()]

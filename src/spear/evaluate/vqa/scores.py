@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from spear.evaluate.results import terminal_table
-from spear.evaluate.stats import Estimate, bootstrap, wilson
+from spear.evaluate.stats import Estimate, bootstrap
 from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, by_image, calibrate
 from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
 from spear.models.readout import DECODES, Decode
@@ -181,25 +181,20 @@ def _said(name: str, value: Estimate | float | None) -> str:
 
 
 def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
-    failed = {n: np.inf if m.statistic == "median" else 0.0 for n, m in MEASURES.items()}
+    failed = {n: {"median": np.inf, "mean": 0.0, "rate": False}[m.statistic] for n, m in MEASURES.items()}
     had = [n for n in MEASURES if any(n in a.measures for a in rows)]
-    found = {n: [(a.image, a.measures.get(n, failed[n])) for a in rows] for n in had}
-    questions = [a.question for a in rows]
+    found = {n: [type(failed[n])(a.measures.get(n, failed[n])) for a in rows] for n in had}
+    questions, images = [a.question for a in rows], [a.image for a in rows]
+    grammar = [grammatical(a.question, a.answer) for a in rows]
     return FamilyScore(
         n=len(rows),
-        images=len({a.image for a in rows}),
-        grammar=wilson(sum(grammatical(a.question, a.answer) for a in rows), len(rows)),
-        free=wilson(sum(free), len(free)),
-        measures={name: _estimate(name, values) for name, values in found.items()},
+        images=len({*images}),
+        grammar=bootstrap(by_image(images, grammar), np.mean),
+        free=bootstrap(by_image(images, free), np.mean),
+        measures={n: bootstrap(by_image(images, v), MEASURES[n].average) for n, v in found.items()},
         constant=_guess(rows, constant_guess(questions)),
         depth_only=_guess(rows, depth_guess(questions, [a.label for a in rows])),
     )
-
-
-def _estimate(name: str, values: Sequence[tuple[int, float]]) -> Estimate:
-    if MEASURES[name].statistic == "rate":
-        return wilson(round(sum(v for _, v in values)), len(values))
-    return bootstrap(by_image(values), MEASURES[name].average)
 
 
 def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[str, float]:
@@ -216,6 +211,6 @@ def _readings(rows: Sequence[Asked]) -> Readings:
     both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
     gain: dict[Decode, Estimate] = {}
     for d in DECODES[1:]:
-        pairs = by_image([(a.image, pair) for a, pair in zip(rows, both[d], strict=True)])
+        pairs = by_image([a.image for a in rows], both[d])
         gain[d] = bootstrap(pairs, lambda flat: 1 - flat[1::2].sum() / max(flat[::2].sum(), 1e-12))
     return Readings({d: float(np.median(e)) for d, e in errors.items()}, gain)
