@@ -73,7 +73,7 @@ def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
         np.testing.assert_allclose(np.diff([a[0] for a in moving[:5]]), 0.001, atol=1e-7)
         assert not any((a[:3] == 0).all() for a in moving[1:]) and len(looked) >= 14 // 5
         looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
-        assert looked == [0, *range(delay + 1, 9, delay)]  # again as soon as a chunk is there
+        assert looked == [0, *range(delay, 9, delay)]  # again as soon as a chunk is there
     for replan in (2, 5):  # without delay it is the same as sync
         one, two = (drive(ChunkExecutor(mode, replan=replan), 11) for mode in ("async", "sync"))  # type: ignore[arg-type]
         assert one[0] == two[0]
@@ -116,33 +116,50 @@ def test_async_gives_a_turn_back_in_equal_parts() -> None:
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
-def test_async_stands_still_only_for_a_look_before_the_gripper_opens_or_closes(delay: int) -> None:
-    """Of a policy whose n-th action goes n mm and that holds something from its 8th action to its 14th."""
-    executor, done, looked = ChunkExecutor("async"), [], []
-    for tick in range(30):
+def test_async_goes_slowly_to_where_the_gripper_closes_and_takes_nothing_back(delay: int) -> None:
+    """Of a policy that goes 10 mm an action and closes the gripper at 80 mm, wherever it is."""
+    executor, done = ChunkExecutor("async"), list[Array]()
+    for tick in range(24):
+        at = sum(millimetres(done))
         if executor.wants():
-            looked.append((tick, count := np.count_nonzero(millimetres(done))))
-            said = chunk(count + 1)
-            said[:, 7] = [not 8 <= n < 14 for n in range(count + 1, count + 6)]
+            said = chunk(10)
+            said[:, 0] = 0.01
+            said[:, 7] = at + 10 * np.arange(5) < 75
             executor.give(said, arrives=tick + delay)
         done.append(executor.next())
-    moved = [mm for mm in millimetres(done) if mm]
-    assert moved == [*range(1, 31 - 3 * delay)]  # it stood still at the start and before both turns
-    assert [a[7] for a in done if a[0]] == [not 8 <= n < 14 for n in moved]
-    for turn in (8, 14) if delay else ():  # the picture of both is one of a still arm, an action before
-        at = millimetres(done).index(turn - 1)
-        assert (at - delay, turn - 2) in looked and millimetres(done[at - delay : at]) == [0] * delay
-        assert not any(at - delay < tick < at for tick, _ in looked)
+    moved, closed = np.array(millimetres(done)), np.array([a[7] < 0.5 for a in done])
+    first = int(closed.argmax())
+    assert closed[first:].all() and abs(moved[:first].sum() - 80) < 6 and (moved[delay:] > 0).all()
+    slow = np.isclose(moved, 10 / (1 + delay), atol=0.01)
+    assert slow[first - 1 - delay : first].all() and np.isclose(moved[~slow][delay:], 10).all()
+    assert not delay or sum(slow) <= 2 * (1 + delay) + 1
 
 
-def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:
-    executor, given = ChunkExecutor("async"), chunk(1)
-    given[:, 7] = [0, 1, 0, 1, 0]
-    for tick in range(40):
-        if executor.wants():
-            executor.give(given, arrives=tick + 1)
-        executor.next()
-    assert sum(action is not None for action in executor._executed) > 40 // 3
+def test_a_chunk_from_before_the_gripper_closed_is_dropped() -> None:
+    executor, old, new = ChunkExecutor("async"), chunk(1), chunk(50)
+    old[:2, 7] = new[:, 7] = 1
+    executor.give(old)
+    done = [executor.next() for _ in range(2)]
+    executor.give(new, arrives=3)
+    done += [executor.next() for _ in range(2)]
+    assert executor.wants()
+    executor.give(new, observed=2, arrives=4)  # as late, when one action is left, and when none is
+    done.append(executor.next())
+    np.testing.assert_array_equal(done, old)
+    executor.give(new, observed=2)
+    assert (action := executor.next())[7] == 0 and action[0] != 0
+    executor.give(new)
+    assert executor.next()[7] == 1
+
+
+def test_the_way_back_to_a_chunks_path_ends_where_the_gripper_closes() -> None:
+    executor, new = ChunkExecutor("async"), chunk(0)
+    executor.give(chunk(10) + np.eye(8)[7])
+    made, new[:3, 7] = [executor.next()], 1
+    executor.give(new, observed=0, arrives=1)
+    made += [executor.next() for _ in range(4)]
+    assert [a[7] for a in made] == [1] * 5
+    np.testing.assert_allclose(sum(a[:3] for a in made), new[:3, :3].sum(0), atol=1e-7)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -157,7 +174,7 @@ def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
             said[-1][: len(told[-1])] = told[-1]
             executor.give(said[-1], arrives=tick + delay)
         done.append(executor.next())
-    assert looked == [0, *range(delay + 1, 12, max(delay, 1))]  # as soon as it may
+    assert looked == [0, *range(max(delay, 1), 12, max(delay, 1))]  # as soon as it may
     assert [mm == 0 for mm in millimetres(done)] == [True] * delay + [False] * (12 - delay)
     for tick, begins, actions in zip(looked[1:], told[1:], said[1:], strict=True):
         assert len(begins) == delay

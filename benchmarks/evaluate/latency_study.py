@@ -20,7 +20,7 @@ scene of one family; its numbers say nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,9 +51,9 @@ ROWS: dict[str, tuple[Mode, int]] = {
     "rtc/1": ("rtc", 1),
     "guided/1": ("rtc", 1),
 }
-"""The way of executing chunks, and after how many actions the next look is due; full is async that never
-stops. The first is `spear evaluate`'s default, the third the whole chunk; with async a look never waits
-longer than that, and comes as early as the last inference allows."""
+"""The way of executing chunks, and after how many actions the next look is due; full is async that takes no
+care of the gripper. The first is `spear evaluate`'s default, the third the whole chunk; with async a look
+never waits longer than that, and comes as early as the last inference allows."""
 
 
 class Recorder(ChunkExecutor):
@@ -62,7 +62,7 @@ class Recorder(ChunkExecutor):
 
     file: ClassVar[Path]
     tells_all = False  # of the last chunk, whatever is left
-    never_stops = False
+    careless = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -80,13 +80,14 @@ class Recorder(ChunkExecutor):
             self._before, self._speaks = action[:3], speaks
         return action
 
-    def _stop_before_gripper(self, stood: bool) -> None:
-        if not self.never_stops:
-            super()._stop_before_gripper(stood)
+    def _turn(self, actions: Iterable[np.ndarray]) -> int | None:
+        """As it is, or never."""
+        return None if self.careless else super()._turn(actions)
 
     def told(self) -> dict[str, Any]:
         """As it is, or with all that is left."""
-        return {"committed": np.stack(self._left)} if self.tells_all and self._left else super().told()
+        rows = [row for row, _ in self._left]
+        return {"committed": np.stack(rows)} if self.tells_all and rows else super().told()
 
 
 def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._outcome) -> Outcome:
@@ -120,7 +121,7 @@ def cell(
     )
     Recorder.file = folder / SEAMS
     Recorder.tells_all = row == "guided/1"
-    Recorder.never_stops = row == "full/1"
+    Recorder.careless = row == "full/1"
     if Recorder.tells_all:
         assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}

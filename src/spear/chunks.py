@@ -5,18 +5,20 @@ can be used from a later one, when inference is done.
 
 sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
-          then made other steps than the new chunk assumed. The difference is spread along the chunk, so that
-          there is no jump at the seam and the arm ends where the new chunk wants it. Before the gripper
-          opens or closes, the arm stands still for one look more (`BEFORE`; all this is our choice).
-rtc       as async without that stop, but the policy is told which actions are executed until its chunk is
-          there, and the chunk begins with them: real-time chunking, for policies that have learned it
-          (`spear.flow.sample_held`).
+          then made other steps than the new chunk assumed. The difference is spread along the chunk, up to
+          where the gripper opens or closes, so that there is no jump at the seam and the arm is then where
+          the new chunk wants it. Before that, the arm goes slowly (`SLOW`), so that what was seen is not far
+          away; and a chunk that was predicted before the gripper turned, but comes after it, is dropped: it
+          would take that back (all this is our choice).
+rtc       as async without that care for the gripper, but the policy is told which actions are executed until
+          its chunk is there, and the chunk begins with them: real-time chunking, for policies that have
+          learned it (`spear.flow.sample_held`).
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -35,9 +37,9 @@ Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
-BEFORE = 1
-"""async: how many actions before the one that opens or closes the gripper the arm stops to look (our choice:
-docs/robots.md)."""
+SLOW = 2
+"""async: so many actions before the one that opens or closes the gripper take more ticks each: one, and those
+that the last inference took (our choice: docs/robots.md)."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
@@ -74,25 +76,26 @@ class ChunkExecutor:
         check_replan(replan)
         self.mode, self.replan, self.most, self.gripper = mode, replan, most, gripper
         self._waiting: list[_Chunk] = []  # until they arrive
-        self._left: list[Array] = []  # actions still to execute
+        self._left: list[tuple[Array, float]] = []  # of the next ticks: what to do, as a share of an action
+        self._turned = -1  # the tick after the last that opened or closed the gripper
         self._looked = -replan
         self.tick = self._delay = self._horizon = 0
-        self._stops = False  # async: with the last of `_left`, to look
-        self._executed: deque[Array | None] = deque(maxlen=REMEMBERED)
+        self._executed: deque[tuple[Array, float] | None] = deque(maxlen=REMEMBERED)
 
     def wants(self) -> bool:
         """Whether to look now: `give` is expected before `next`, or as soon as inference allows."""
         if self._looked == self.tick:
             return False
         self._take_up()
-        # async looks while it still has the actions after the k-th, and enough to last through inference
-        spare = max(self._horizon - self.replan, min(self._delay, self._horizon - 1), 0)
-        return not self._waiting and len(self._left) <= (0 if self.mode == "sync" or self._stops else spare)
+        # async looks after k ticks, or while it still has enough to last through inference
+        few = 0 if self.mode == "sync" else min(self._delay, self._horizon - 1)
+        due = self.mode != "sync" and self.tick - self._looked >= self.replan
+        return not self._waiting and (due or len(self._left) <= few)
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
         is there, if inference takes as long as the last time."""
-        rows = self._left[: min(self._delay, self.most)]
+        rows = [row for row, _ in self._left[: min(self._delay, self.most)]]
         return {"committed": np.stack(rows)} if self.mode == "rtc" and rows else {}
 
     def give(self, actions: Array, observed: int | None = None, arrives: int | None = None) -> None:
@@ -112,35 +115,46 @@ class ChunkExecutor:
     def next(self) -> Array:
         """The action [8] of this tick, which ends. With none left: no motion, gripper as last told (open)."""
         self._take_up()
-        action = self._left.pop(0) if self._left else None
         self.tick += 1
-        self._executed.append(action)
-        if action is None:
+        step = self._left.pop(0) if self._left else None
+        self._executed.append(step)
+        if step is None:
             return np.array([0, 0, 0, 1, 0, 0, 0, self.gripper], np.float32)
-        self.gripper = float(action[7])
-        return action.copy()
+        if self._turn(step[:1]) == 0:
+            self._turned = self.tick
+        self.gripper = float(step[0][7])
+        return step[0].copy()
 
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
+            self._horizon = len(chunk.actions)
+            old = self.mode == "async" and chunk.observed < self._turned
+            if old and self._left:
+                continue
+            if self.mode == "sync":
+                self._left = [(action, 1.0) for action in chunk.actions[: self.replan]]
+                continue
             # What was made since the look; in ticks that have no action there was no motion.
             recent = list(self._executed)[max(0, len(self._executed) - (self.tick - chunk.observed)) :]
-            made = [action for action in recent if action is not None]
+            made = [step for step in recent if step is not None]
+            done = round(sum(share for _, share in made), 3)
             # In rtc there is nothing to join, but where inference took longer than the policy was told.
-            rows = chunk.actions[: self.replan] if self.mode == "sync" else _joined(chunk.actions, made)
-            self._horizon = len(chunk.actions)
-            self._left, self._stops = list(rows), False
-            if self.mode == "async" and chunk.arrives > chunk.observed:
-                self._stop_before_gripper(stood=not made)
+            turn = None if self.mode == "rtc" or old else self._turn(chunk.actions[int(done) :])
+            rows = _joined(chunk.actions, [action for action, _ in made], done, turn)
+            if old:
+                rows[:, 7] = self.gripper
+            self._left = []
+            for i, row in enumerate(rows):
+                share = 1 - done % 1 if i == 0 else 1.0
+                slow = turn is not None and turn - SLOW <= i < turn
+                ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
+                self._left += [(_part(row, 1 / ticks), share / ticks)] * ticks
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
 
-    def _stop_before_gripper(self, stood: bool) -> None:
-        """Leaves what comes more than `BEFORE` actions before the next that opens or closes the gripper: then
-        the arm stops to look. If it `stood` since the last look, it goes through with one that is nearer."""
-        closed = [self.gripper < 0.5, *(action[7] < 0.5 for action in self._left)]
-        turns = [i for i, (was, now) in enumerate(pairwise(closed)) if was != now]
-        turns = [i for i in turns if i > BEFORE or not stood]
-        self._stops = bool(turns)
-        self._left = self._left[: max(turns[0] - BEFORE, 0)] if turns else self._left
+    def _turn(self, actions: Iterable[Array]) -> int | None:
+        """Which of these actions is the first that opens or closes the gripper."""
+        closed = [self.gripper < 0.5, *(action[7] < 0.5 for action in actions)]
+        return next((i for i, (was, now) in enumerate(pairwise(closed)) if was != now), None)
 
 
 class Pilot:
@@ -218,29 +232,38 @@ def check_chunk(actions: Array) -> Array:
     return actions
 
 
-def _joined(actions: Array, made: Sequence[Array]) -> Array:
-    """[H - len(made), 8]: what is left of a chunk [H, 8] after the steps `made` since its observation.
+def _joined(actions: Array, made: Sequence[Array], done: float, turn: int | None) -> Array:
+    """[H - ⌊done⌋, 8]: what is left of a chunk [H, 8] after the steps `made` since its observation, which
+    come to `done` of its actions.
 
-    The chunk's path runs through targets P_j (the sum of translations, the product of rotations). The robot
-    is at E instead of P_n-1; that offset fades linearly to zero until the chunk's last action, so the steps
-    stay smooth and the chunk ends where it wanted to.
+    The chunk's path runs through targets (the sum of translations, the product of rotations). The robot is
+    not where it was to be by now; that offset fades linearly to zero until the chunk's last action, or the
+    one before number `turn` of those left, so the steps stay smooth and the chunk ends where it wanted to.
     """
-    n, horizon = len(made), len(actions)
-    if n == 0 or n >= horizon:
-        return actions[n:]
-    where, turned = _path(np.asarray(actions, np.float64))
-    at, facing = (x[-1] for x in _path(np.asarray(made, np.float64)))
-    offset, turn = step_action(where[n - 1], turned[n - 1], at, facing)
-    fade = 1 - torch.arange(1, horizon - n + 1, dtype=torch.float64) / (horizon - n)
-    position = torch.cat([at[None], where[n:] + fade[:, None] * offset])
-    rotation = torch.cat([facing[None], quat_multiply(turned[n:], quat_exp(fade[:, None] * quat_log(turn)))])
-    return _steps(position, rotation, actions[n:, 7:])
+    first = int(done)
+    left = len(actions) - first
+    if not made or left <= 0:
+        return actions[first:].copy()
+    where, turned = _path(actions)
+    by_now = np.stack([*actions[:first], _part(actions[first], done % 1)])
+    (planned, planned_turn), (at, facing) = ([x[-1] for x in _path(p)] for p in (by_now, np.stack(made)))
+    offset, back = step_action(planned, planned_turn, at, facing)
+    fade = (1 - torch.arange(1, left + 1) / max(1, left if turn is None else turn)).clamp_min(0)[:, None]
+    position = torch.cat([at[None], where[first:] + fade * offset])
+    rotation = torch.cat([facing[None], quat_multiply(turned[first:], quat_exp(fade * quat_log(back)))])
+    return _steps(position, rotation, actions[first:, 7:])
+
+
+def _part(action: Array, share: float) -> Array:
+    """So much of an action [8]."""
+    rotation = quat_exp(share * quat_log(torch.from_numpy(np.float64(action[3:7])))).numpy()
+    return np.concatenate([share * action[:3], rotation, action[7:]]).astype(np.float32)
 
 
 def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Displacement [n, 3] and turn [n, 4] after each of n actions, from where they start."""
-    turns = list(accumulate(torch.from_numpy(actions[:, 3:7]), quat_multiply))
-    return torch.from_numpy(np.cumsum(actions[:, :3], axis=0)), quat_normalize(torch.stack(turns))
+    moves, turns = torch.from_numpy(np.float64(actions)).split([3, ACTION_DIM - 3], dim=1)
+    return moves.cumsum(0), quat_normalize(torch.stack([*accumulate(turns[:, :4], quat_multiply)]))
 
 
 def _steps(position: torch.Tensor, rotation: torch.Tensor, gripper: Array) -> Array:

@@ -53,8 +53,8 @@ class TabletopOptions(EpisodeOptions):
     batch: Annotated[int, Within(1)] = 32
     """Scenes that run at once: their observations go through the policy together."""
     execution: Literal["sync", "async", "rtc"] = "sync"
-    """sync waits for each chunk of actions; async moves on meanwhile, and stops before the gripper is used;
-    rtc never stops, and is for a policy that has learned to go on from the actions executed meanwhile."""
+    """sync waits for each chunk of actions; async moves on meanwhile, slowly before the gripper is used;
+    rtc is for a policy that has learned to go on from the actions executed meanwhile."""
     latency_ms: Annotated[float, Within(0, 1e6)] = 0.0
     """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at
     its next step: it counts in whole steps of 200 ms, rounded up."""
