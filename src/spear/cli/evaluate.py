@@ -161,7 +161,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
     Examples:
         spear evaluate vqa nano-vlm sim --images 100
-        spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode median --out runs/vqa
+        spear evaluate vqa runs/nano-vlm-2 runs/labels-held-out --decode mode --out runs/vqa
         spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate --out runs/calibrated
     """
     from spear.evaluate.vqa import run

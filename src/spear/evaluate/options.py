@@ -85,7 +85,7 @@ class QuestionOptions(Options):
     families: tuple[str, ...] = ()
     """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
     chain_of_thought."""
-    decode: Decode = "mode"
+    decode: Decode = "median"
     seed: Seed = 0
     view: str = "external"
     """The camera that the images are from, external or wrist."""
