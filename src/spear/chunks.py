@@ -18,7 +18,7 @@ rtc       as async without that care for the gripper, but the policy is told whi
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -128,28 +128,27 @@ class ChunkExecutor:
     def _take_up(self) -> None:
         for chunk in (c for c in self._waiting if c.arrives <= self.tick):
             self._horizon = len(chunk.actions)
-            old = self.mode == "async" and chunk.observed < self._turned
-            if old and self._left:
-                continue
             if self.mode == "sync":
                 self._left = [(action, 1.0) for action in chunk.actions[: self.replan]]
-                continue
-            # What was made since the look; in ticks that have no action there was no motion.
-            recent = list(self._executed)[max(0, len(self._executed) - (self.tick - chunk.observed)) :]
-            made = [step for step in recent if step is not None]
-            done = round(sum(share for _, share in made), 3)
-            # In rtc there is nothing to join, but where inference took longer than the policy was told.
-            turn = None if self.mode == "rtc" or old else self._turn(chunk.actions[int(done) :])
-            rows = _joined(chunk.actions, [action for action, _ in made], done, turn)
-            if old:
-                rows[:, 7] = self.gripper
-            self._left = []
-            for i, row in enumerate(rows):
-                share = 1 - done % 1 if i == 0 else 1.0
-                slow = turn is not None and turn - SLOW <= i < turn
-                ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
-                self._left += [(_part(row, 1 / ticks), share / ticks)] * ticks
+            elif self.mode == "rtc" or chunk.observed >= self._turned:
+                self._left = list(self._rest(chunk))
         self._waiting = [c for c in self._waiting if c.arrives > self.tick]
+
+    def _rest(self, chunk: _Chunk) -> Iterator[tuple[Array, float]]:
+        """What is left of a chunk, tick by tick, as `_left` has it."""
+        age = self.tick - chunk.observed
+        # What was made since the look; in ticks that have no action there was no motion.
+        made = [
+            step for step in list(self._executed)[max(0, len(self._executed) - age) :] if step is not None
+        ]
+        done = round(sum(share for _, share in made), 3)
+        # In rtc there is nothing to join, but where inference took longer than the policy was told.
+        turn = self._turn(chunk.actions[int(done) :]) if self.mode == "async" else None
+        for i, row in enumerate(_joined(chunk.actions, [action for action, _ in made], done, turn)):
+            share = 1 - done % 1 if i == 0 else 1.0
+            slow = turn is not None and turn - SLOW <= i < turn
+            ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
+            yield from [(_part(row, 1 / ticks), share / ticks)] * ticks
 
     def _turn(self, actions: Iterable[Array]) -> int | None:
         """Which of these actions is the first that opens or closes the gripper."""
