@@ -136,11 +136,9 @@ class ChunkExecutor:
 
     def _rest(self, chunk: _Chunk) -> Iterator[tuple[Array, float]]:
         """What is left of a chunk, tick by tick, as `_left` has it."""
-        age = self.tick - chunk.observed
         # What was made since the look; in ticks that have no action there was no motion.
-        made = [
-            step for step in list(self._executed)[max(0, len(self._executed) - age) :] if step is not None
-        ]
+        since = max(0, len(self._executed) - (self.tick - chunk.observed))
+        made = [step for step in list(self._executed)[since:] if step is not None]
         done = round(sum(share for _, share in made), 3)
         # In rtc there is nothing to join, but where inference took longer than the policy was told.
         turn = self._turn(chunk.actions[int(done) :]) if self.mode == "async" else None
