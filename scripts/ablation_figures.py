@@ -151,7 +151,7 @@ def error_by_time() -> None:
 
 
 if __name__ == "__main__":
-    three, long, some, _, curve, _ = map(rows, tables())
+    three, long, some, _, _, curve, _ = map(rows, tables())
     parts(three, long)
     demonstrations(long, some)
     images(curve)
