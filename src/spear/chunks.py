@@ -38,8 +38,8 @@ REPLAN = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
 SLOW = 2
-"""async: so many actions before the one that opens or closes the gripper take more ticks each: one, and those
-that the last inference took (our choice: docs/robots.md)."""
+"""async: how many actions before the one that opens or closes the gripper are made slowly, each in one tick
+more than inference took (our choice: docs/robots.md)."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
