@@ -162,6 +162,16 @@ def test_the_way_back_to_a_chunks_path_ends_where_the_gripper_closes() -> None:
     np.testing.assert_allclose(sum(a[:3] for a in made), new[:3, :3].sum(0), atol=1e-7)
 
 
+def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:
+    executor, given = ChunkExecutor("async"), chunk(1)
+    given[:, 7] = [0, 1, 0, 1, 0]
+    for tick in range(40):
+        if executor.wants():
+            executor.give(given, arrives=tick + 1)
+        executor.next()
+    assert sum(action is not None for action in executor._executed) > 40 // 3
+
+
 @pytest.mark.parametrize("delay", [0, 1, 2])
 def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
     executor = ChunkExecutor("rtc", most=2)

@@ -87,10 +87,11 @@ class ChunkExecutor:
         if self._looked == self.tick:
             return False
         self._take_up()
-        # async looks after k ticks, or while it still has enough to last through inference
-        few = 0 if self.mode == "sync" else min(self._delay, self._horizon - 1)
-        due = self.mode != "sync" and self.tick - self._looked >= self.replan
-        return not self._waiting and (due or len(self._left) <= few)
+        if self._waiting or self.mode == "sync":
+            return not self._waiting and not self._left
+        # after k ticks, or while it still has enough to last through inference
+        enough = min(self._delay, self._horizon - 1)
+        return self.tick - self._looked >= self.replan or len(self._left) <= enough
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk

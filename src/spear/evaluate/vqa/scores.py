@@ -181,9 +181,10 @@ def _said(name: str, value: Estimate | float | None) -> str:
 
 
 def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
-    failed = {n: {"median": np.inf, "mean": 0.0, "rate": False}[m.statistic] for n, m in MEASURES.items()}
+    failed = {n: np.inf if m.statistic == "median" else 0.0 for n, m in MEASURES.items()}
+    kinds = {n: bool if m.statistic == "rate" else float for n, m in MEASURES.items()}
     had = [n for n in MEASURES if any(n in a.measures for a in rows)]
-    found = {n: [type(failed[n])(a.measures.get(n, failed[n])) for a in rows] for n in had}
+    found = {n: np.array([a.measures.get(n, failed[n]) for a in rows], kinds[n]) for n in had}
     questions, images = [a.question for a in rows], [a.image for a in rows]
     grammar = [grammatical(a.question, a.answer) for a in rows]
     return FamilyScore(
