@@ -90,8 +90,7 @@ class ChunkExecutor:
         if self._waiting or self.mode == "sync":
             return not self._waiting and not self._left
         # after k ticks, or while it still has enough to last through inference
-        enough = min(self._delay, self._horizon - 1)
-        return self.tick - self._looked >= self.replan or len(self._left) <= enough
+        return self.tick - self._looked >= self.replan or len(self._left) <= min(self._delay, self._horizon - 1)
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
