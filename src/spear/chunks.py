@@ -90,7 +90,8 @@ class ChunkExecutor:
         if self._waiting or self.mode == "sync":
             return not self._waiting and not self._left
         # after k ticks, or while it still has enough to last through inference
-        return self.tick - self._looked >= self.replan or len(self._left) <= min(self._delay, self._horizon - 1)
+        due = self.tick - self._looked >= self.replan
+        return due or len(self._left) <= min(self._delay, self._horizon - 1)
 
     def told(self) -> dict[str, Any]:
         """What belongs to an observation of now: in rtc the actions [d, 8] that are executed before its chunk
