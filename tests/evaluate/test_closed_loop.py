@@ -111,6 +111,9 @@ def test_results_of_another_physics_do_not_mix(tmp_path: Path, monkeypatch: pyte
     run(IdleAgent(), 1, out=tmp_path)
     monkeypatch.setattr(closed_loop, "SIMULATOR", "MuJoCo 3.3.7")  # where the expert fails in 7 of 25 scenes
     refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
+    run(IdleAgent(), 1, out=tmp_path / "async", execution="async")
+    monkeypatch.setattr(closed_loop, "SLOW", 9)
+    refuses("slow_actions", run, IdleAgent(), 2, out=tmp_path / "async", execution="async")
 
 
 def test_latency_costs_steps() -> None:

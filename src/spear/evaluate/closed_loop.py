@@ -8,7 +8,7 @@ from typing import Any
 
 import mujoco
 
-from spear.chunks import ChunkExecutor
+from spear.chunks import SLOW, ChunkExecutor
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -38,6 +38,7 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
         "execution": options.execution,
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
+        **({"slow_actions": SLOW} if options.execution == "async" else {}),
     }
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
@@ -71,10 +72,8 @@ class _Tabletop:
         """All seeds through a few environments; one that ends takes the next seed."""
         waiting, slots = list(seeds)[::-1], list[_Slot]()
         sizes = self._sizes["external"], self._sizes["wrist"]
-        free = [
-            TabletopEnv(family, *sizes, images=agent.needs_images)
-            for _ in range(min(self._options.batch, len(seeds)))
-        ]
+        count = min(self._options.batch, len(seeds))
+        free = [TabletopEnv(family, *sizes, images=agent.needs_images) for _ in range(count)]
         while waiting or slots:
             while waiting and free:
                 env, how, replan = free.pop(), self._options.execution, self._options.replan
