@@ -23,7 +23,7 @@ NAMES = {
     "baked_green_cube_3cm": "green block",
     "baked_yellow_cube_3cm": "yellow block",
 }
-"""ManiSkill's models → what the instructions call them. Basket and sink are on photographs only."""
+"""ManiSkill's models → what instructions call them; others keep their names. Basket and sink are photos."""
 HAND = ("gripper", "finger")
 """Links of the arm that have this in their names are the gripper."""
 MOST, APART, HEIGHT = 3, 0.11, 0.905
@@ -73,7 +73,8 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
         seen["rgb"] = env._green_sceen_rgb(seen["rgb"], seen["segmentation"], background)
     image, depth, ids = (seen[key][0].numpy() for key in ("rgb", "depth", "segmentation"))
     hand = [int(x.per_scene_id) for x in env.agent.robot.links if any(part in x.name for part in HAND)]
-    actors = {NAMES[n]: [int(x.per_scene_id)] for n, x in env.objs.items() if n in NAMES}
+    shown = [(name, actor) for name, actor in env.objs.items() if name in (*behind, *more)]
+    actors = {NAMES.get(n, n.replace("_", " ")): [int(x.per_scene_id)] for n, x in shown}
     names, instances = {}, np.zeros(ids.shape[:2], np.int32)
     for number, (name, members) in enumerate({GRIPPER: hand, **actors}.items(), 1):
         instances[np.isin(ids[..., 0], members)] = number
