@@ -57,8 +57,7 @@ def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
 
 def test_a_masked_step_masks_the_rest_of_its_chunks() -> None:
     actions = np.arange(80, dtype=np.float32).reshape(10, 8)
-    valid = np.ones(10, bool)
-    valid[4] = False
+    valid = np.arange(10) != 4
     acts, mask = chunk(actions, valid, 2, horizon=6)
     np.testing.assert_array_equal(mask, [True, True, False, False, False, False])
     np.testing.assert_array_equal(acts[:2], actions[2:4])
@@ -120,8 +119,7 @@ def test_resampling_keeps_commands_and_masks() -> None:
     """10 Hz to 5 Hz: the command at the end of each new step; masked when either of its two old steps is."""
     episode, action = smooth_episode(1, 9, 10.0), np.zeros((9, 8), np.float32)
     action[:, 3], action[:, 7] = 1, [1, 1, 1, 0, 0, 0, 1, 1, 1]
-    mask = np.ones(9, bool)
-    mask[5] = False
+    mask = np.arange(9) != 5
     slow = resample(dataclasses.replace(episode, action=action, action_mask=mask))
     assert slow.action is not None and slow.action_mask is not None and len(slow) == 5
     np.testing.assert_array_equal(slow.action[:, 7], [1, 0, 0, 1, 1])

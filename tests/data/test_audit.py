@@ -271,8 +271,7 @@ def test_a_camera_slower_than_the_steps_is_not_called_exchanged() -> None:
     position = np.arange(180.0).reshape(60, 3) / 1000
     view = look(images, position, 30.0, "it")
     assert view.change > 0.5 and look(images[:4], position[:4], 30.0, "it").change != view.change
-    checks = check_cameras({"external": [view] * 6, "wrist": [view] * 6})
-    assert all(check.verdict != "wrong" for check in checks)
+    assert all(c.verdict != "wrong" for c in check_cameras({"external": [view] * 6, "wrist": [view] * 6}))
 
 
 def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path) -> None:

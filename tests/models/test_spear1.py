@@ -155,10 +155,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -
     model.save_pretrained(tmp_path)
     for again in (weights.load(Spear1ForActionPrediction, tmp_path), AutoModel.from_pretrained(tmp_path)):
         assert isinstance(again, Spear1ForActionPrediction)
-        state = again.state_dict()
-        assert state.keys() == model.state_dict().keys()
-        for name, value in model.state_dict().items():
-            assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
+        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
         assert again.flow == model.flow and again.config.vlm_config.views == model.config.vlm_config.views
         if dtype == torch.float32:
             same = [m.sample_actions(*inputs(), noise=actions(B, H)) for m in (model, again)]

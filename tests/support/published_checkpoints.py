@@ -93,8 +93,7 @@ def _published(name: str, layout: str) -> str:
     name = name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
     if layout == "2025":
         return name
-    name = name.removeprefix("model.")
-    return name.replace("language_model.", "language_model.model.", 1)
+    return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
 
 
 def publish_moge(path: Path, seed: int = 0) -> Path:

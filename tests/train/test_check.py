@@ -177,6 +177,5 @@ def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any
 
 
 def test_values_are_taken_as_json_has_them() -> None:
-    changes = {"frozen": ["vlm.moge"], "betas": [0.5, 0.9], "lr": 1, "pairs": [2, 2]}
-    stage = recipe("nano-vla").changed(**changes)
+    stage = recipe("nano-vla").changed(frozen=["vlm.moge"], betas=[0.5, 0.9], lr=1, pairs=[2, 2])
     assert stage.optimization.lr == 1 and stage.questions.pairs == [2, 2]

@@ -97,8 +97,7 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
         decay = min(0.9, step / (9 + step))
         for name, parameter in task.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    for name, value in averaged.items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close({n: v.double() for n, v in averaged.items()}, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:

@@ -117,9 +117,8 @@ def test_bridge_episodes_are_canonical(bridge: Path) -> None:
     sources = [source for source, _ in open_rlds(bridge).steps("train[20%:28%]+train[-1:]")]
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
     episodes = list(read_episodes(bridge))
-    raw = [steps for _, steps in open_rlds(bridge).steps("train")]
     assert len(episodes) == 25
-    for episode, steps in zip(episodes, raw, strict=True):
+    for episode, (_, steps) in zip(episodes, open_rlds(bridge).steps("train"), strict=True):
         state = steps["observation"]["state"]
         np.testing.assert_array_equal(episode.position, state[:, :3])
         got = Rotation.from_quat(episode.rotation, scalar_first=True)

@@ -117,9 +117,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
 
 
 def test_a_pose_written_row_after_row_is_refused() -> None:
-    pose = np.eye(4)[None]
-    pose[0, :3, 3] = 0.3, 0.1, 0.2
-    columns, rows = pose.transpose(0, 2, 1).reshape(1, 16), pose.reshape(1, 16)
+    columns, rows = (WRITTEN[f"matrix4_{way}"](Rotation.identity(1)) for way in ("columns", "rows"))
     np.testing.assert_allclose(to_quaternion(columns, "matrix4_columns")[0, 0], 1)
     refuses(r"mine step 0: .* matrix4_columns", to_quaternion, rows, "matrix4_columns", "mine")
     refuses(r"mine step 0: .* matrix4_rows", to_quaternion, columns, "matrix4_rows", "mine")

@@ -47,11 +47,9 @@ def test_a_fitted_frame_shows_the_same_points() -> None:
     assert small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
     assert (small.depth[:, :10] == 0).all() and (small.depth[:, 10:181] > 0).all()
     assert (np.any(small.image, axis=-1) == (small.depth > 0)).mean() > 0.99
-    centres = []
-    for one in (frame, small):
-        points = unproject(one.depth, one.intrinsics)[one.instances == 1]
-        centres.append([points.mean(axis=0), np.ptp(points, axis=0)])
-    np.testing.assert_allclose(centres[0], centres[1], atol=0.006)
+    cubes = [unproject(one.depth, one.intrinsics)[one.instances == 1] for one in (frame, small)]
+    centres = [[points.mean(axis=0), np.ptp(points, axis=0)] for points in cubes]
+    np.testing.assert_allclose(*centres, atol=0.006)
 
 
 @pytest.fixture(scope="module")

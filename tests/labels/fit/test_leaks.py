@@ -42,8 +42,7 @@ class Leaks:
 @pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
 def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
     frame = replace(render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None)
-    seen = label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False)
-    result = compare(seen, [frame])
+    result = compare(label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame])
     assert result.center < 0.012 and result.iou > 0.7
 
 

@@ -29,6 +29,7 @@ from spear.labels.options import LabelOptions
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
+CUP = Detection("cup", np.array([12, 12, 28, 28]))
 
 
 def disc(height: int, width: int, x: float, y: float, radius: float) -> Array:
@@ -75,8 +76,7 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
             assert (mask != disc(height, width, *place)).mean() < (0.02 if width != 60 else 1e-9)
         assert none.shape == (0, height, width)
     refuses(r"'cup'.*60×40.* 60×60", FileDetector(known).detect, [frame("a", 60, 60)])
-    found = [Detection("cup", np.array([12, 12, 28, 28]))]
-    refuses("60×40", FileSegmenter(known).segment, [frame("a", 40, 40)], [found])
+    refuses("60×40", FileSegmenter(known).segment, [frame("a", 40, 40)], [[CUP]])
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
@@ -89,8 +89,7 @@ def test_a_picture_turned_unseen_is_refused(tmp_path: Path, orientation: int, wi
     (work,) = read(list(find(str(tmp_path / name))))
     known = Annotations("known", lambda _: [outlined("cup", 20, 20, size=(40, width))])
     refuses("EXIF", FileDetector(known).detect, [work.frame])
-    found = [Detection("cup", np.array([12, 12, 28, 28]))]
-    refuses("EXIF", FileSegmenter(known).segment, [work.frame], [found])
+    refuses("EXIF", FileSegmenter(known).segment, [work.frame], [[CUP]])
     assert FileDetector(Annotations("empty", lambda _: [])).detect([work.frame]) == [[]]
 
 

@@ -80,9 +80,7 @@ def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str, monkeypatch: p
     assert len(prompts) > 1 and [n for _, part in prompts for n in part] == names
     assert max([len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts]) <= 16
     (found,) = detector.detect([noise(0)])
-    parts = []
-    for _, part in prompts:
-        parts += GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])
+    parts = [GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])[0] for _, part in prompts]
     assert rows(found) == rows(tidy([d for part in parts for d in part], 40, 60, 0.7))
 
 

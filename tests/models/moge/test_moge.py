@@ -40,10 +40,8 @@ def test_features_and_raw_outputs_are_the_references(shared: Path, version: int,
         assert error(patches[0], expected["features.image_14"]) < 5e-6
     layers = torch.cat(model.encoder.layers(patches, read))
     assert error(layers[:, 0], expected["features.cls"]) < 5e-6
-    if "features.patch" in expected:
-        assert error(layers[:, 1:], expected["features.patch"]) < 5e-6
-    else:
-        assert error(layers[:, 1::37], expected["features.patch_s37"]) < 5e-6
+    name, step = ("features.patch", 1) if "features.patch" in expected else ("features.patch_s37", 37)
+    assert error(layers[:, 1::step], expected[name]) < 5e-6
     if case == "v2_square_37x37":  # the grid that positions were learned on; the rest is as elsewhere
         return
     output, compared = model(image, tokens), set()
@@ -63,14 +61,13 @@ def test_features_and_raw_outputs_are_the_references(shared: Path, version: int,
 def test_inference_is_the_references(shared: Path, version: int, case: str, label: str) -> None:
     about, expected = description(shared, version)["cases"][case]["infer"][label], arrays(shared, case)
     half = about.get("use_fp16", True)
-    dtype = torch.float16 if half else torch.float32
     image = (255 * torch.tensor(expected["image"])).byte()[None]
     model, plain = reference(shared, version), torch.autocast("cpu", enabled=False)(conv2d)
     # Of halves, summed in float32 as on a GPU: PyTorch's own take a CPU a hundred times as long.
     halves = lambda *given: plain(*(x.half().float() if torch.is_tensor(x) else x for x in given)).half()  # noqa: E731
     cut = patch.object(model, "most_tokens", about["num_tokens"])
     with cut, patch.object(torch.nn.functional, "conv2d", halves if half else conv2d):
-        found = infer(model, image, dtype)
+        found = infer(model, image, torch.float16 if half else torch.float32)
     prefix, most = f"infer.{label}.", 1e-2 if half else 1e-3
     known = torch.tensor(expected[prefix + "mask"])
     assert int((known != found.mask[0]).sum()) <= (FLIPS_HALF if half else FLIPS)
