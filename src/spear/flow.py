@@ -101,18 +101,24 @@ def sample_held(
     return torch.arange(shape[-1], device=device) < count
 
 
-def with_mistakes(data: Action, held: Tensor, generator: torch.Generator | None = None) -> Action:
+def with_mistakes(
+    data: Action, held: Tensor, generator: torch.Generator | None = None, known: Tensor | None = None
+) -> Action:
     """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_held`) are a little wrong, and
     whose first other action makes up for it: the poses after it are those demonstrated (our choice).
 
     Demonstrations alone never show what to do about a mistake that is about to be made. Translations are
     deltas in the base frame, so their mistakes add up; a rotation is in the frame that the one before it
-    leads to.
+    leads to. How large translations are is seen in all chunks, at the actions that are `known` [..., H] bool.
     """
     draw = torch.randn(*held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device)
     draw = draw * held[..., None]
     next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[..., None]
-    wrong = MISTAKE[0] * data.translation.flatten(0, -2).std(0) * draw[..., :3]
+    counts = torch.ones_like(held) if known is None else known
+    share = (counts / counts.sum().clamp_min(1))[..., None]
+    around, every = data.translation, tuple(range(held.dim()))
+    spread = (share * (around - (share * around).sum(every)).square()).sum(every).sqrt()
+    wrong = MISTAKE[0] * spread * draw[..., :3]
     translation = data.translation + wrong - next_one * wrong.sum(-2, keepdim=True)
     turned, rotations = quat_exp(MISTAKE[1] * draw[..., 3:]), []
     missed = torch.zeros_like(data.rotation[..., 0, :])  # from where the arm should be to where it is

@@ -297,7 +297,7 @@ def test_columns_of_another_width_are_named(shared: Path, tmp_path: Path, key: s
 
 def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_path: Path) -> None:
     """Not as a frame of the actions, which would be the next contradiction."""
-    report = bridge(shared, tmp_path, rotation_format="euler_zyx", logged_rotation="action[3:6]")
+    report = bridge(shared, tmp_path, rotation_format="euler_ZYX", logged_rotation="action[3:6]")
     assert report.outcome == "contradiction" and "euler_xyz" in report.forms
     assert "rotation_format: euler_xyz" in conclusion(report) and "frame" not in conclusion(report)
 

@@ -18,7 +18,7 @@ from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
-RULES = 3
+RULES = 4
 """Raised when a recording becomes other steps or actions than before: what is prepared is then made again."""
 CLOSED_BELOW, OPEN_ABOVE, MOVES_BY = 0.4, 0.6, 0.1
 """Hysteresis of the gripper, openings in 0 … 1; and the change per second that is a motion (our choice)."""
@@ -71,7 +71,10 @@ def obeyed_commands(opening: Array, rate_hz: float) -> Array:
 def told_commands(told: Array, rate_hz: float) -> Array:
     """[T] commands 0 or 1 from openings [T] that were told: many on the way of a trigger or a leader's hand.
     Steps of the motion have the command that it leads to. It is one from its second step on, by what it did
-    in 0.2 s, a step at 5 Hz."""
+    in 0.2 s, a step at 5 Hz. Those that are never below 0.4, or never above 0.6, but move (around a wide
+    object, say) tell what `obeyed_commands` makes of them."""
+    if np.ptp(told) >= MOVED and not (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
+        return obeyed_commands(np.append(told[:1], told), rate_hz)
     steps, at = max(1, round(rate_hz / RATE_HZ)), np.arange(len(told))
     now, before = (told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1))
     speed, command = (now * before > 0) * now * rate_hz / steps, binarize_gripper(told)

@@ -25,6 +25,7 @@ from spear.data.hypotheses import (
     Stretches,
     rotation_fits,
     state_forms,
+    tells_order,
     translation_fits,
     turning_otherwise,
 )
@@ -49,7 +50,7 @@ from spear.geometry import quat_multiply
 from spear.types import Array
 from spear.util.ledger import Skipped
 
-BELIEVED = (*RECORDED_ONLY, "euler_zyx")
+BELIEVED = (*RECORDED_ONLY, "euler_ZYX")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
 UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
 """Formats that no other numbers could be."""
@@ -174,7 +175,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     report = judge(recordings, claims(judged), str(path))
     checks = check_gripper(recordings) + ([] if report.states else check_rate(recordings))
     if spec.rotation_format not in UNLIKE:
-        checks += _check_form(report, str(judged.rotation_format))
+        checks += _check_form(report, str(spec.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
 
 
@@ -185,7 +186,11 @@ def _check_form(report: Report, said: str) -> list[Check]:
     rotations = [r.rotation for r in report.recordings]
     forms = set(state_forms(rotations[0])).intersection(*tied)
     best = {name: part.best.reading for name, part in known.items()}
-    found = turning_otherwise(rotations, said, forms, best.get("translation"), best.get("rotation"))
+    fits = best.get("translation"), best.get("rotation")
+    if said in BELIEVED:
+        found = [] if tells_order(*fits) else ["euler_xyz"]
+    else:
+        found = turning_otherwise(rotations, said, forms, *fits)
     others = " or ".join(found)
     words = f"by {others} the gripper would turn otherwise, and the actions fit as well"
     return [Check("rotation_format", "cannot tell", words)] if others else []

@@ -229,6 +229,8 @@ def _beside(window: Window, columns: Columns, joints: Joints) -> list[Window]:
 
 def _is_unit(values: Array) -> bool:
     """Whether numbers [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of it."""
+    if values.shape[1] == 4 and ((np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)).any():
+        return False  # a gripper's -1 and 1 beside small turns
     poses = values.reshape(-1, 4, 4)[:, :3, :3] if values.shape[1] == 16 else values
     axes = poses.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
     return bool(np.abs(axes @ axes.swapaxes(1, 2) - np.eye(axes.shape[1])).max() < 1e-2)

@@ -168,7 +168,7 @@ def state_forms(values: Array) -> list[str]:
     pitch, yaw. Rotations alone cannot tell the two (see `turning_otherwise`); where only one is written so,
     it is said of the actions.
     """
-    return [name for name in _forms(values) if name != "euler_zyx"]
+    return [name for name in _forms(values) if name != "euler_ZYX"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
@@ -183,19 +183,25 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     return {name: _quaternions(name, values).numpy() for name in _forms(rotation)}, unit
 
 
+def tells_order(moved: Reading | None, turned: Reading | None) -> bool:
+    """Whether actions tell roll, pitch, yaw from yaw, pitch, roll: not where they are targets, and only if
+    translations and rotations would else be in two frames."""
+    if not moved or not turned or turned.kind == "absolute":
+        return False
+    return (moved.frame == "ee") == (turned.frame == "ee")
+
+
 def turning_otherwise(
     rotations: Sequence[Array], said: str, forms: Iterable[str], moved: Reading | None, turned: Reading | None
 ) -> list[str]:
     """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise.
 
     forms fit as well as the one that is said; moved, turned: the best readings of translations and rotations,
-    None where they tell nothing. Yaw, pitch, roll fit as well as roll, pitch, yaw where actions are targets,
-    and unless translations and rotations would be in two frames.
+    None where they tell nothing.
     """
     others = sorted({*forms} - {said})
-    told = moved and turned and turned.kind != "absolute" and (moved.frame == "ee") == (turned.frame == "ee")
-    if "euler_xyz" in {said, *others} and not told:
-        others.append("euler_zyx")
+    if "euler_xyz" in {said, *others} and not tells_order(moved, turned):
+        others.append("euler_ZYX")
     read, _ = state_quaternions(np.concatenate(rotations))
     ends = np.cumsum([len(values) for values in rotations])[:-1]
 

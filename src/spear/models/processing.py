@@ -23,7 +23,7 @@ from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question, Segments
 from spear.util.files import read_as
-from spear.util.images import fit_image
+from spear.util.images import fit_image, placed
 
 LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
@@ -38,14 +38,12 @@ SIZES_TOLD, TEXTS_KEPT = 32, 2**14
 
 
 def window(source: Size, target: Size) -> tuple[float, float, float, float]:
-    """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included.
-
-    Centred, with the target's aspect, around the whole image. Sizes are (width, height).
+    """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included:
+    `fit_image` puts it at whole pixels. Sizes are (width, height).
     """
-    (w, h), (tw, th) = source, target
-    scale = min(tw / w, th / h)
-    width, height = tw / scale, th / scale
-    return (w - width) / 2, (h - height) / 2, width, height
+    _, left, top, across, down = placed(source, target)
+    x, y = source[0] / across, source[1] / down
+    return -left * x, -top * y, target[0] * x, target[1] * y
 
 
 def moved(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel:

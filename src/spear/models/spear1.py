@@ -192,18 +192,18 @@ class Spear1ForActionPrediction(PreTrainedModel):
             noise = flow.sample_noise((batch, samples, horizon), self.flow, generator, device=device)
         each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
         data = Action.from_vector(each)
+        if action_mask is not None:
+            action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
         if time is None:
             count = noise.translation.shape[:2].numel()
             time = flow.sample_time(count, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
                 held = flow.sample_held((*time.shape, horizon), self.config.committed, generator, device)
                 time = torch.where(held, 1.0, time[..., None])
-                data = flow.with_mistakes(data, held, generator)
+                data = flow.with_mistakes(data, held, generator, action_mask)
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
         prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
         prediction = self.predict(prefix, state, noisy, time)
-        if action_mask is not None:
-            action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
         if time.dim() == 3:
             action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
         loss, parts = flow.loss(prediction, noise, data, time, self.flow, action_mask)

@@ -97,7 +97,7 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
     """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
     largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
     rows, columns = size[1] // patch, size[0] // patch
-    left, top, across, _ = window((label.width, label.height), size)
+    left, top, *shown_size = window((label.width, label.height), size)
     side = patch // CELLS
     shown = np.zeros((rows, columns, len(names)), bool)
     cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
@@ -117,7 +117,7 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
             shown[..., name] |= share > LEAST
             cells[..., name] = np.maximum(cells[..., name], np.rint(255 * fine).astype(np.uint8))
         x0, y0, x1, y1 = o.box2d
-        place = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top]) * (size[0] / across) / patch
+        place = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top]) * size / shown_size / patch
         larger = share > most
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)

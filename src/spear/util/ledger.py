@@ -132,15 +132,16 @@ class Skipped:
 
 def hash_ends(folders: Iterable[Path], kinds: Sequence[str], before: bytes = b"") -> str:
     """A hash of `before`, and of names, sizes and ends of all files of these kinds ("*.parquet") in folders
-    and below: large files are not read whole, and of very many in a folder only some, spread over all."""
+    and below: large files are not read whole, and of very many in a folder only small ones and some more."""
     digest = hashlib.sha256(before)
     for folder in folders:
         paths = sorted(p for kind in kinds for p in folder.rglob(kind))
         for number, path in enumerate(paths):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-            if number % (1 + len(paths) // MOST_READ) == 0:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}".encode())
+            if size <= END or number % (1 + len(paths) // MOST_READ) == 0:
                 with path.open("rb") as file:
-                    file.seek(max(0, path.stat().st_size - END))
+                    file.seek(max(0, size - END))
                     digest.update(file.read())
     return digest.hexdigest()
 

@@ -32,7 +32,7 @@ JOINTS = np.array([[0.1 * k, -0.5, 0.2, -2.2, 0.1, 1.8, 0.7] for k in range(4)])
 
 WRITTEN = {
     "euler_xyz": lambda r: r.as_euler("xyz"),
-    "euler_zyx": lambda r: r.as_euler("ZYX"),
+    "euler_ZYX": lambda r: r.as_euler("ZYX"),
     "euler_XYZ": lambda r: r.as_euler("XYZ"),
     "euler_zxy": lambda r: r.as_euler("zxy"),
     "rotation_vector": lambda r: r.as_rotvec(),

@@ -24,6 +24,8 @@ Sources = Iterator[tuple[str, Steps | SpearError]]
 FASTEST, FASTEST_TURN = 3.0, 10.0
 """Metres and radians per second that an end-effector can move and turn, and still be believed (our choice; a
 Franka moves at 1.7 m/s, its wrist turns at 2.6 rad/s)."""
+MOST_RAD = 4 * math.pi
+"""Angles beyond this in most steps are degrees: wrists turn once or twice (our choice)."""
 SLACK = 0.1
 """Part of a declared range by which a gripper's reading may lie outside of it (our choice)."""
 STILL, STILL_TURN, STILL_GRIPPER = 2e-3, 1e-2, 1e-2
@@ -43,6 +45,8 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     """
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
+    if form in ANGLES and len(rotation) and np.median(np.abs(rotation).max(axis=-1)) > MOST_RAD:
+        raise SpearError(f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg")
     gripper, command = openings(steps, spec, source)
     episode = check_episode(
         Episode(
@@ -307,7 +311,7 @@ POSES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 FORMS: Mapping[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
     "euler_xyz": (3, lambda v: euler_to_quat(v, "xyz")),
     "euler_XYZ": (3, lambda v: euler_to_quat(v, "XYZ")),
-    "euler_zyx": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
+    "euler_ZYX": (3, lambda v: euler_to_quat(v.flip(-1), "xyz")),
     "euler_zxy": (3, lambda v: euler_to_quat(v[..., [1, 2, 0]], "zxy")),
     "rotation_vector": (3, lambda v: quat_canonical(quat_exp(v))),
     "quat_wxyz": (4, lambda v: v),

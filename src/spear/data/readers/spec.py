@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from spear.errors import SpearError, check_known, first_line, unknown_name
 from spear.util.files import read_json
 
-AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_zyx", "rotation_vector"]
+AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_ZYX", "rotation_vector"]
 LoggedFormat = (
     AngleFormat
     | Literal["quat_wxyz", "quat_xyzw"]
@@ -33,7 +33,7 @@ LoggedFormat = (
 """How a logged rotation is written down.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
-euler_zyx        yaw, pitch, roll: euler_xyz with its columns the other way round.
+euler_ZYX        yaw, pitch, roll: euler_xyz with its columns the other way round (not SciPy's "zyx").
 euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
 rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
