@@ -79,6 +79,7 @@ def prepare(options: PrepareOptions) -> None:
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
     """
     from spear.data.readers.formats import cameras, dataset_name
+    from spear.data.store.prepare import planned
     from spear.data.store.prepare import prepare as run
 
     if not options.paths:
@@ -92,11 +93,15 @@ def prepare(options: PrepareOptions) -> None:
     seen = [cameras(path, how.layout) for path in options.paths]
     check_known("camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name))
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    jobs = []
     for path, name, there in zip(options.paths, names, seen, strict=True):
         target = options.out if len(names) == 1 else options.out / name
         own = tuple(size for size in how.size if size.rpartition("=")[0] in ("", *there))
-        written, reasons = run(path, target, options.split, replace(how, size=own), workers)
-        _report(written, target, reasons)
+        jobs.append((path, target, options.split, replace(how, size=own)))
+        planned(*jobs[-1])  # what is wrong with the last is said before the first is made
+    for job in jobs:
+        written, reasons = run(*job, workers)
+        _report(written, job[1], reasons)
 
 
 def _check_layout(path: Path, layout: Path | None) -> None:

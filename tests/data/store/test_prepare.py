@@ -301,3 +301,10 @@ def test_a_store_is_known_by_content(recorded: Path, tmp_path: Path, monkeypatch
     refuses("other episodes", prepare, folder, tmp_path / "out")
     monkeypatch.setattr(preparing, "RULES", 0)
     refuses("rules is", prepare, hand.path, prepared)
+
+
+def test_all_datasets_are_looked_at_before_one_is_made(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folders = [str(stored([make(0)], tmp_path / name).path) for name in "ab"]
+    (tmp_path / "out" / "b" / "mine").mkdir(parents=True)
+    assert "not empty" in refused("data", "prepare", *folders, "--out", str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,34 @@ def prepare(
     most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
+    request, todo, logged = planned(path, out, split, how)
+    if (out / REQUEST).is_file():
+        return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text("utf-8"))
+    work = out.with_name(f".{out.name}.part")
+    folder = work / "dataset"
+    with alone(work, "preparing data in", REQUEST):
+        folder.mkdir(exist_ok=True)
+        same_settings(work / REQUEST, request, begun=bool(shard_files(folder)))
+        good, skipped = _write_shards(path, folder, todo, how, workers)
+        formats.check_good(good, skipped, path, split)
+        store = EpisodeStore(folder)
+        _notice_units(store, path, logged)
+        if store.failed().all():
+            notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
+        else:
+            save_sketches(store)
+        write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
+        write_text(folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2))
+        folder.replace(out)
+        shutil.rmtree(work, ignore_errors=True)
+    return good, skipped.reasons
+
+
+def planned(
+    path: Path, out: Path, split: str, how: Conversion
+) -> tuple[dict[str, Any], list[tuple[str, int]], bool]:
+    """The request that `prepare` will note, the pieces of the split with their lengths, and whether gripper
+    commands are logged. Writes nothing; raises `SpearError` for a layout, or an `out`, that does not fit."""
     source = formats.open_dataset(path)
     todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
     for name, start, end in split_ranges(formats.episode_counts(source), split, path):
@@ -81,31 +110,14 @@ def prepare(
         "quality": how.quality,
         "shard_mb": SHARD_MB,
     }
-    if (out / REQUEST).is_file():
+    if not (out / REQUEST).is_file():
+        check_new(out)
+    else:
         made = read_json(out / REQUEST, "remove that folder") | {"shards": None}  # no part of the request
         if other := difference(made, request):
             why = f"{out} was prepared from other episodes, or in another way ({other})"
             raise SpearError(f"{why}: remove that folder, or choose another --out")
-        return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text("utf-8"))
-    check_new(out)
-    work = out.with_name(f".{out.name}.part")
-    folder = work / "dataset"
-    with alone(work, "preparing data in", REQUEST):
-        folder.mkdir(exist_ok=True)
-        same_settings(work / REQUEST, request, begun=bool(shard_files(folder)))
-        good, skipped = _write_shards(path, folder, todo, how, workers)
-        formats.check_good(good, skipped, path, split)
-        store = EpisodeStore(folder)
-        _notice_units(store, path, layout is not None and layout.command is not None)
-        if store.failed().all():
-            notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
-        else:
-            save_sketches(store)
-        write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
-        write_text(folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2))
-        folder.replace(out)
-        shutil.rmtree(work, ignore_errors=True)
-    return good, skipped.reasons
+    return request, todo, layout is not None and layout.command is not None
 
 
 def _write_shards(
