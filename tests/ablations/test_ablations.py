@@ -1,7 +1,6 @@
 """The ablations: rows that can be trained, plans that share, runs that go on, tables that say what is so."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from processes import ends_with
 from spear import flow
 from spear.ablations.plan import (
     Data,
@@ -268,10 +268,7 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    child = multiprocessing.get_context("spawn").Process(target=run, args=(plan, tmp_path, data, 0, die))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    ends_with(-signal.SIGKILL, run, plan, tmp_path, data, 0, die, way="spawn")
     made = {job.key: done(tmp_path, job) for job in plan.trainings}
     assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}

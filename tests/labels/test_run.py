@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from labels_stand_ins import engine, photos
+from processes import until
 from refusals import refuses
 from spear.errors import Notice, SpearError
 from spear.labels.inputs import find
@@ -165,8 +166,7 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
         context: Any = multiprocessing.get_context("forkserver" if deaths == 2 else "fork")
         process = context.Process(target=_labels_in_a_process, args=(str(source), str(out), deaths == 2))
         process.start()
-        while not (out / "run.json").is_file():
-            time.sleep(0.01)
+        until((out / "run.json").is_file, "a run", process)
         time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -187,10 +187,7 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    deadline = time.monotonic() + 300
-    while _group(process.pid):
-        assert time.monotonic() < deadline, f"left behind: {group}"
-        time.sleep(0.05)
+    until(lambda: not _group(process.pid), f"the end of {group}")
 
 
 def _group(leader: int) -> list[int]:

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -90,14 +92,8 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     from vla_eval.benchmarks.simpler.benchmark import SimplerEnvBenchmark
     from vla_eval.recording import NullEpisodeRecorder
 
-    class Env:
-        def step(self, action: np.ndarray) -> tuple[Any, ...]:
-            taken.append(action)
-            return {}, 0.0, False, False, {}
-
-    taken: list[np.ndarray] = []
-    benchmark = SimplerEnvBenchmark()
-    benchmark._env, benchmark._recorder = Env(), NullEpisodeRecorder()
+    benchmark, step = SimplerEnvBenchmark(), Mock(return_value=({}, 0.0, False, False, {}))
+    benchmark._env, benchmark._recorder = SimpleNamespace(step=step), NullEpisodeRecorder()
     seen = ROBOT.example()
     ours = ROBOT.read(seen)
     turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
@@ -109,6 +105,7 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     link = Rotation.from_quat(seen["states"][3:7], scalar_first=True)
     ee = Rotation.from_quat(ours["observation/state"][3:7], scalar_first=True)
     offset = ee.inv() * link  # fixed: the link's frame in ours
+    taken = [call.args[0] for call in step.call_args_list]
     for move, turn, action in zip(moves, turns, taken, strict=True):
         ee = ee * turn
         link = Rotation.from_rotvec(action[3:6]) * link

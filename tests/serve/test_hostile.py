@@ -6,7 +6,6 @@ import time
 import tracemalloc
 from collections import Counter
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from refusals import refuses
-from serve_here import Homing, get, homing, process, serving
+from serve_here import Loud, get, process, serving
 from spear.embodiments import load
 from spear.serve import server, wire
 from spear.serve.client import RemotePolicy
@@ -90,10 +89,6 @@ def test_a_client_beyond_a_limit_is_cut_off_alone(
 
 
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
-    class Loud(Homing):
-        def infer_batch(self, observations: Any) -> list[dict[str, Any]]:
-            return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
-
     with serving(Loud(), bounds={"SEND_S": 0.1}) as running, deaf(running.port) as slow:
         message, left = wire.encode(GENERIC.example()), 2**26
         slow.sendall(b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message)
@@ -115,17 +110,9 @@ def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.Monkey
             s.close()
 
 
-WEDGED = """
-class Policy(Homing):
-    def infer_batch(self, observations):
-        return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
-
-server.DRAIN_S, server.SEND_S = 0.5, 1e6
-"""
-
-
 def test_sigterm_ends_the_server_whatever_clients_do() -> None:
-    with process(WEDGED) as (server, port, _), deaf(port) as loud:
+    wedged = "Policy, server.DRAIN_S, server.SEND_S = Loud, 0.5, 1e6"
+    with process(wedged) as (server, port, _), deaf(port) as loud:
         stuck = socket.create_connection(("127.0.0.1", port))  # has not said what it wants
         message = wire.encode(GENERIC.example())
         loud.sendall(4 * (b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message))

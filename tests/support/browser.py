@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +13,11 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
+from processes import until
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 240
 """Seconds for what takes one on an idle machine."""
-
-
-def until(true: Any, what: str, patience: float = PATIENCE) -> None:
-    deadline = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
 
 
 class Tab:
@@ -69,7 +63,7 @@ class Tab:
             result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
             return result["result"].get("value") is True
 
-        until(true, script, patience)
+        until(true, script, patience=patience)
 
     def where(self, selector: str) -> list[float]:
         """Left, top, width and height of an element in the window, scrolled to if need be."""
@@ -118,7 +112,8 @@ def chromium(folder: Path) -> Iterator[int]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         ready = folder / "DevToolsActivePort"
-        until(lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text()), program)
+        begun = lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text())  # noqa: E731
+        until(begun, program, patience=PATIENCE)
         if process.poll() is not None:
             pytest.skip(f"{program} does not start here (exit code {process.returncode})")
         yield int(ready.read_text().splitlines()[0])

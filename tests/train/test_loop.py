@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from data_tiny import edit
+from processes import until
 from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
@@ -43,14 +45,6 @@ def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Pat
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
 
 
-class Noticing(Regression):
-    """Says something of every batch."""
-
-    def batch(self, step: int) -> dict[str, Any]:
-        notice(f"odd batch {step}")
-        return super().batch(step)
-
-
 @pytest.mark.parametrize(("rank", "workers", "said"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)])
 def test_one_of_all_processes_gives_the_notices(
     rank: str, workers: int, said: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -59,7 +53,8 @@ def test_one_of_all_processes_gives_the_notices(
     monkeypatch.setenv("RANK", rank)
     show = lambda message, *_: print(message, file=sys.stderr, flush=True)  # noqa: E731
     monkeypatch.setattr(warnings, "showwarning", show)
-    assert len(list(batches(Noticing(), 0, 4, workers))) == 4
+    task = SimpleNamespace(batch=lambda step: {"said": notice(f"odd batch {step}")})
+    assert len(list(batches(task, 0, 4, workers))) == 4
     assert capfd.readouterr().err.count("odd batch") == said
 
 
@@ -210,10 +205,7 @@ def test_ended_by_a_signal_and_the_same_again(saves: Any, number: int, code: int
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     go(Regression(), SMALL, whole, seed=3)
     (process,) = start(slow_run, tmp_path, 1, saves)
-    deadline = time.monotonic() + 300
-    while not (ended / "log.jsonl").is_file() or len(losses(ended)) < 12:
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: (ended / "log.jsonl").is_file() and len(losses(ended)) >= 12, "12 steps", process)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == code

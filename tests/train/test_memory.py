@@ -2,21 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._C._profiler import _EventType
 
-from models_tiny import TINY, actions
+from models_tiny import TINY, actions, spear1
 from refusals import Command
 from spear.models import presets
-from spear.models.presets import spear1_config
-from spear.models.spear1 import Spear1ForActionPrediction
 from spear.train import memory
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization, Recipe
-from spear.types import Action
 
 LEAN = dataclasses.replace(
     TINY, image_sizes={"external": (48, 32)}, moge=None, vision={**TINY.vision, "num_hidden_layers": 1}
@@ -39,31 +37,19 @@ def whole(small: None) -> memory.Memory:
     return memory.training(STAGE)
 
 
-class Acting:
-    """The loss that the estimator plans, on real random tensors."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = Spear1ForActionPrediction(spear1_config(TINY))
-
-    def batch(self, step: int) -> dict[str, Any]:
-        batch = memory._observation(TINY, 8)
-        batch["pixel_values"] = {v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()}
-        return {**batch, "actions": actions(8, 5).to_vector()}
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
-        chunk = Action.from_vector(batch.pop("actions"))
-        return self.model(**batch, actions=chunk, flow_samples=2, generator=generator).loss, {}
-
-
 def allocated(stage: Recipe) -> tuple[Stepper, int]:
-    """A stepper, and most bytes that the allocator held in a step, of its own running total: given out in it,
-    or held before, which a mark says."""
-    task = Acting()
-    stepper, batch = Stepper(task, stage.optimization, seed=0), task.batch(0)
-    stepper(0, dict(batch))
+    """A stepper with the loss that the estimator plans, on real tensors, and most bytes that the allocator
+    held in a step, of its own running total: given out in it, or held before, which a mark says."""
+    model, batch, chunk = spear1(), memory._observation(TINY, 8), actions(8, 5)
+
+    def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
+        return model(**batch, actions=chunk, flow_samples=2, generator=generator).loss, {}
+
+    batch["pixel_values"] = {v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()}
+    stepper = Stepper(SimpleNamespace(model=model, loss=loss), stage.optimization, seed=0)
+    stepper(0, batch)
     stepper.optimizer.zero_grad()
-    held = sum(t.untyped_storage().nbytes() for t in task.model.state_dict().values())
+    held = sum(t.untyped_storage().nbytes() for t in model.state_dict().values())
     held += sum(t.nbytes for state in stepper.optimizer.state.values() for t in state.values())
     held += sum(t.nbytes for t in (stepper.ema or {}).values())
     cpu = torch.profiler.ProfilerActivity.CPU

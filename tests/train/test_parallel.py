@@ -5,10 +5,10 @@ for the rest.
 """
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from models_tiny import START
+from processes import until
 from refusals import refuses
 from spear.errors import SpearError
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -71,26 +72,15 @@ def runs(root: Path) -> None:
     (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
 
 
-class Two(NamedTuple):
-    root: Path
-    survivor: str
-    survived: int
-    told: list[int]
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("two")
-    processes, deadline = start(slow_run, root), time.monotonic() + PATIENCE
-    while not (root / "killed" / "checkpoints" / "step-00000004").is_dir():
-        assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
-        time.sleep(0.01)
+    processes, saved = start(slow_run, root), root / "killed" / "checkpoints" / "step-00000004"
+    until(saved.is_dir, "a checkpoint", *processes, patience=PATIENCE)
     processes[1].kill()
     processes[0].join(PATIENCE)
-    ended = start(told_run, root)
-    while not (root / "told" / "log.jsonl").is_file() or not rows(root / "told"):
-        assert all(process.is_alive() for process in ended) and time.monotonic() < deadline
-        time.sleep(0.01)
+    ended, log = start(told_run, root), root / "told" / "log.jsonl"
+    until(lambda: log.is_file() and rows(root / "told"), "a step", *ended, patience=PATIENCE)
     ended[1].terminate()
     for process in ended:
         process.join(PATIENCE)
@@ -99,7 +89,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     for process in others:
         process.join(PATIENCE)
     assert [process.exitcode for process in others] == [0, 0], said(runs, root, 0) + said(runs, root, 1)
-    return Two(root, said(slow_run, root, 0), processes[0].exitcode, [process.exitcode for process in ended])
+    return SimpleNamespace(root=root, survived=processes[0].exitcode, told=[p.exitcode for p in ended])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +121,7 @@ def same_run(first: Path, second: Path, steps: int) -> None:
             torch.testing.assert_close(right[key], value, rtol=2e-3, atol=2e-4, msg=key)
 
 
-def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Two) -> None:
+def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Any) -> None:
     """With whole models and sharded ones; also where the one continued what two began, and the reverse."""
     go(Acting(), WHOLE, two.root / "from-two")
     for name in ("ddp", "fsdp", "from-two", "from-one"):
@@ -141,14 +131,14 @@ def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Two) -> No
     assert len(sizes) == 2 and min(sizes) > 0.4 * max(sizes)
 
 
-def test_only_the_rows_that_shall_learn_do(one: Path, two: Two) -> None:
+def test_only_the_rows_that_shall_learn_do(one: Path, two: Any) -> None:
     before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
     for out in (one, two.root / "ddp", two.root / "fsdp"):
         after = tensors(out, 2)[f"model.{EMBEDDINGS}"]
         assert torch.equal(before[:START], after[:START]) and not torch.equal(before[START:], after[START:])
 
 
-def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:
+def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:
     model = weights.load(Spear1ForActionPrediction, two.root / "plain")
     trained = tensors(two.root / "fsdp", 2)
     for name, value in model.state_dict().items():
@@ -157,9 +147,10 @@ def test_the_result_of_a_sharded_run_is_a_plain_model(two: Two) -> None:
     assert config["architectures"] == ["Spear1ForActionPrediction"]
 
 
-def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(two: Two) -> None:
-    assert two.survived == 2 and two.survivor.count("error: process 0") == 1
-    assert "Traceback" not in two.survivor
+def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(two: Any) -> None:
+    survivor = said(slow_run, two.root, 0)
+    assert two.survived == 2 and survivor.count("error: process 0") == 1
+    assert "Traceback" not in survivor
     assert two.told == [143, 143]  # only one was told to end
     whole = two.root / "line"
     for parts in (two.root / "killed", two.root / "told"):
@@ -167,7 +158,7 @@ def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exa
         torch.testing.assert_close(tensors(parts, 12), tensors(whole, 12), rtol=0, atol=0)
 
 
-def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Two) -> None:
+def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Any) -> None:
     losses = [row["loss"] for row in rows(two.root / "skipped")]
     assert losses[3] is None and None not in losses[:3] + losses[4:]
     kept = [path.name for path in (two.root / "skipped" / "not-finite").iterdir()]

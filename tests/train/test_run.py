@@ -3,7 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,14 +45,8 @@ SHORT = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
 """Of the recipe nano-post, for the policy `tiny`."""
 
 
-class Walk(NamedTuple):
-    labels: Path
-    episodes: EpisodeStore
-    folders: dict[str, Path]
-
-
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Every stage run once, for two steps; "grown" is SPEAR-VLM before its first step."""
     from spear.sim.record import record
 
@@ -67,7 +62,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     made["nano-vlm-1"] = run_recipe("nano-vlm-1", root / "1", labels, **join, **FEW)
     made["nano-vlm-2"] = run_recipe("nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW)
     made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT)
-    return Walk(labels, store, made)
+    return SimpleNamespace(labels=labels, episodes=store, folders=made)
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(weights.load(SpearVLMForConditionalGeneration, folder).named_parameters())
 
 
-def test_the_result_answers_and_acts(walked: Walk) -> None:
+def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
     image = np.full((240, 320, 3), 90, np.uint8)
     answers = load_vlm(walked.folders["nano-vlm-2"]).answer([image], ["Where is the cube?"], "box_vertices")
     assert len(answers[0].values) == 24
@@ -100,7 +95,7 @@ def test_the_result_answers_and_acts(walked: Walk) -> None:
     assert sorted(learned) == sorted(asked + walked.episodes.marks())
 
 
-def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> None:
+def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamespace) -> None:
     """The average of both projections is at first what the language model knows; after a step no longer."""
     pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)).byte()
     tokens = []
@@ -114,7 +109,7 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: Walk) -> Non
     assert (after - before).abs().max() > 1e-4
 
 
-def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> None:
+def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: SimpleNamespace) -> None:
     before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
     changed = {n for n in before if n != EMBEDDINGS and not torch.equal(before[n], after[n])}
@@ -126,7 +121,7 @@ def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: Walk) -> 
     assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
 
 
-def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: Walk, tmp_path: Path) -> None:
+def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: SimpleNamespace, tmp_path: Path) -> None:
     given = (tmp_path, walked.labels, walked.episodes, walked.folders["nano-vlm-2"])
     whole = walked.folders["nano-vla"]
     parts = [run_recipe("nano-vla", *given, **{**ACT, "steps": steps}) for steps in (1, 2)][-1]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from browser import Tab, chromium, until
+from browser import PATIENCE, Tab, chromium
 from data_tiny import make
+from processes import until
 from serve_here import serving
 from spear.data.store.episode_store import write_episodes
 from spear.policy import Spear1Policy
@@ -163,7 +164,7 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith("step 1, not of step 3")
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
-    until((tmp_path / "put_on-0.mp4").is_file, "the film")
+    until((tmp_path / "put_on-0.mp4").is_file, "the film", patience=PATIENCE)
     tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
     assert tab.run("[memory.asked, view.late]") == [None, True]  # what failed is not asked for again
     tab.run("socket.close(); memory.moments.delete(2); seek(2)")

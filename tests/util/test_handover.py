@@ -1,9 +1,7 @@
 """Batches in memory that two processes have: what comes out is what went in, for as long as it is held."""
 
 import gc
-import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
+from processes import ends_with
 from spear.train import loop
 from spear.util.handover import SIZE, Handed, Slots
 
@@ -27,22 +26,11 @@ BATCH: dict[str, Any] = {
 }
 
 
-def forked(work: Callable[[], object]) -> None:
-    """Do `work` in a process of its own, which must end well."""
-    if (child := os.fork()) == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
     slots, there = Slots(2, 1), Slots(2, 1)
     handed = there.put(BATCH, 1)  # where things lie is the same in every process
     assert isinstance(handed, Handed)
-    forked(lambda: slots.put(BATCH, 1))
+    ends_with(0, slots.put, BATCH, 1)
     found = slots.take(handed)
     (ours, like), (given, likewise) = tree_flatten(found), tree_flatten(BATCH)
     assert like == likewise  # the same kinds, with keys in the same order
@@ -81,7 +69,7 @@ def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         assert Slots(1, 3).put(BATCH, 0) is BATCH
 
-    forked(limited)
+    ends_with(0, limited)
 
 
 @pytest.mark.parametrize("held", [0, 1, 100])

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from data_tiny import assert_same, edit, make, png, stored
+from processes import ends_with
 from refusals import refuses
 from spear.data.actions import derive_actions, episode_actions, resample
 from spear.data.normalize import SKETCHES, Normalizer
@@ -130,13 +130,6 @@ def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_
     assert files(tmp_path / "arm") == files(whole)
 
 
-def killed(target: Callable[[], object]) -> None:
-    process = multiprocessing.get_context("fork").Process(target=target)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("kill_at", [0, 2, 3, 11, 24, 25])
 def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path, kill_at: int) -> None:
     """Killed before or after any of its steps that others can see: a file renamed or written out."""
@@ -160,7 +153,7 @@ def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path,
         Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
         run(recorded, out)
 
-    killed(die)
+    ends_with(-signal.SIGKILL, die)
     assert not out.exists()
     finished = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
     assert finished == min(6, kill_at // 4)
@@ -196,7 +189,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
         preparing.save_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
         run(recorded, out)
 
-    killed(die)
+    ends_with(-signal.SIGKILL, die)
     refuses(r"\.arm\.part: was begun with other settings: size is", run, recorded, out, size=("40x40",))
     refuses("other settings: episodes is", run, recorded, out, split="train[:4]")
     with open(tmp_path / ".arm.part/.lock", "w") as lock:
