@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2192, "ablations": 642, "cli": 1584, "data": 5211, "embodiments": 788, "evaluate": 3156,
-    "labels": 4673, "models": 5113, "report": 1149, "serve": 1009, "sim": 1546, "train": 2343, "ui": 675,
+    "(top)": 2208, "ablations": 642, "cli": 1584, "data": 5217, "embodiments": 788, "evaluate": 3156,
+    "labels": 4673, "models": 5113, "report": 1149, "serve": 1010, "sim": 1548, "train": 2343, "ui": 675,
     "util": 876,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

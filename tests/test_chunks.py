@@ -82,7 +82,7 @@ def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
 
 def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     executor = ChunkExecutor("async", replan=3)
-    old, new = chunk(10, turn=(0, 0, 0.1)), chunk(0, turn=(0.2, 0, 0))
+    old, new = chunk(10, turn=(0, 0, 0.3)), chunk(0, turn=(0.05, 0, 0))
     executor.give(old)
     before = [executor.next() for _ in range(3)]
     assert executor.wants()
@@ -160,6 +160,22 @@ def test_the_way_back_to_a_chunks_path_ends_where_the_gripper_closes() -> None:
     made += [executor.next() for _ in range(4)]
     assert [a[7] for a in made] == [1] * 5
     np.testing.assert_allclose(sum(a[:3] for a in made), new[:3, :3].sum(0), atol=1e-7)
+
+
+@pytest.mark.parametrize(("delay", "closes"), [(1, 1), (2, 2), (2, 4), (4, 4)])
+def test_the_way_back_is_no_faster_than_the_chunks(delay: int, closes: int) -> None:
+    executor, there, back = ChunkExecutor("async"), chunk(0, turn=(0, 0, 0.2)), chunk(0, turn=(0, 0, -0.2))
+    there[:, [0, 7]], back[:, 0], back[:closes, 7] = (0.05, 1), -0.05, 1
+    executor.give(there)
+    made = [executor.next()]
+    executor.give(back, observed=0, arrives=delay)
+    made += [executor.next() for _ in range(30)]
+    assert np.abs(made)[:, 0].max() <= 0.0501
+    assert max(Rotation.from_quat(a[3:7], scalar_first=True).magnitude() for a in made) <= 0.201
+    until = made[: [a[7] for a in made].index(0) + 1]  # the gripper closes where the policy wanted it
+    np.testing.assert_allclose(sum(a[0] for a in until), back[: closes + 1, 0].sum(), atol=1e-6)
+    turned = sum(Rotation.from_quat(a[3:7], scalar_first=True).as_rotvec()[2] for a in until)
+    assert turned == pytest.approx(-0.2 * (closes + 1), abs=1e-5)
 
 
 def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:

@@ -85,7 +85,7 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
     refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
 
 
-@pytest.mark.parametrize(("column", "wrong"), [(0, 99.0), (2, np.nan), (5, np.nan), (7, np.nan)])
+@pytest.mark.parametrize(("column", "wrong"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)])
 def test_no_action_is_nonsense(nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any) -> None:
     chunk = torch.eye(8)[3].index_fill(0, torch.tensor(column), wrong)
     monkeypatch.setattr(nano, "predict", lambda inputs: Action.from_vector(chunk.expand(1, 5, 8)))
@@ -306,6 +306,14 @@ def test_a_camera_that_fails_later_is_noted(
         policy.infer(sent)
     found = [words for w in recwarn if "camera 'external'" in (words := str(w.message))]
     assert len(found) == bool(fails) and fails in "".join(found)
+
+
+def test_a_state_that_no_longer_comes_is_noted() -> None:
+    check, found = RobotCheck(), list[str]()
+    for step in range(9):
+        found += [key for key, _ in check.otherwise(STATE + 1e-6 * min(step, 3))]
+        check.told(np.full((5, 8), 0.02))
+    assert found == ["state"]
 
 
 def test_an_arm_that_goes_along_other_axes_is_noted() -> None:

@@ -7,7 +7,8 @@ sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, up to
           where the gripper opens or closes, so that there is no jump at the seam and the arm is then where
-          the new chunk wants it. Before that, the arm goes slowly (`SLOW`), so that what was seen is not far
+          the new chunk wants it; what would be a longer step than any before takes more ticks. Before the
+          gripper turns, the arm goes slowly (`SLOW`), so that what was seen is not far
           away; and a chunk that was predicted before the gripper turned, but comes after it, is dropped: it
           would take that back (all this is our choice).
 rtc       as async without that care for the gripper, but the policy is told which actions are executed until
@@ -40,6 +41,8 @@ say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less o
 SLOW = 2
 """async: how many actions before the one that opens or closes the gripper are made slowly, each in one tick
 more than inference took (our choice: docs/robots.md)."""
+LEAST = 2e-3, 2e-2
+"""Lengths of an action (m, rad) that no chunk's path is too short for: see `_rest`."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
 REMEMBERED = 256
@@ -143,11 +146,16 @@ class ChunkExecutor:
         done = round(sum(share for _, share in made), 3)
         # In rtc there is nothing to join, but where inference took longer than the policy was told.
         turn = self._turn(chunk.actions[int(done) :]) if self.mode == "async" else None
+        before, longest = self.gripper, _size([*chunk.actions, *(action for action, _ in made)]).max(axis=0)
         for i, row in enumerate(_joined(chunk.actions, [action for action, _ in made], done, turn)):
             share = 1 - done % 1 if i == 0 else 1.0
             slow = turn is not None and turn - SLOW <= i < turn
             ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
-            yield from [(_part(row, 1 / ticks), share / ticks)] * ticks
+            ticks = max(ticks, math.ceil((_size([row]) / np.maximum(longest, LEAST)).max() - 1e-3))
+            parts = np.repeat(_part(row, 1 / ticks)[None], ticks, axis=0)
+            parts[:-1, 7] = before  # the gripper turns where the action ends
+            before = row[7]
+            yield from ((part, share / ticks) for part in parts)
 
     def _turn(self, actions: Iterable[Array]) -> int | None:
         """Which of these actions is the first that opens or closes the gripper."""
@@ -250,6 +258,13 @@ def _joined(actions: Array, made: Sequence[Array], done: float, turn: int | None
     position = torch.cat([at[None], where[first:] + fade * offset])
     rotation = torch.cat([facing[None], quat_multiply(turned[first:], quat_exp(fade * quat_log(back)))])
     return _steps(position, rotation, actions[first:, 7:])
+
+
+def _size(actions: Sequence[Array]) -> Array:
+    """[n, 2]: how far actions go, m, and turn, rad."""
+    moves, real, imaginary, _ = np.split(np.float64(np.stack(actions)), (3, 4, 7), axis=1)
+    sine, cosine = np.linalg.norm(imaginary, axis=1), np.abs(real[:, 0])
+    return np.stack([np.linalg.norm(moves, axis=1), 2 * np.arctan2(sine, cosine)], axis=1)
 
 
 def _part(action: Array, share: float) -> Array:

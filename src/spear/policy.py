@@ -11,7 +11,7 @@ import torch
 
 from spear import flow
 from spear.data.normalize import Normalizer
-from spear.data.readers.layout import FASTEST
+from spear.data.readers.layout import FASTEST, FASTEST_TURN
 from spear.data.seen import Seen, Watch
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name
@@ -236,8 +236,9 @@ class Spear1Policy:
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
         farthest = np.linalg.norm(chunks[..., :3], axis=-1).max()
-        if not (np.isfinite(chunks).all() and farthest <= FASTEST / RATE_HZ):
-            far = f"{farthest:.2g} m in {1 / RATE_HZ:g} s"
+        turned = 2 * np.arctan2(np.linalg.norm(chunks[..., 4:7], axis=-1), np.abs(chunks[..., 3])).max()
+        if not (np.isfinite(chunks).all() and max(farthest / FASTEST, turned / FASTEST_TURN) <= 1 / RATE_HZ):
+            far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in {1 / RATE_HZ:g} s"
             raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
         self._watch.told(observations, chunks)
         return [{"actions": chunk} for chunk in chunks]

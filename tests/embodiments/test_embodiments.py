@@ -165,6 +165,15 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
         assert ((flange * hand_in_flange).inv() * facing).magnitude() < 1e-5
 
 
+def test_the_elbow_stays_where_it_is_while_the_hand_hardly_moves() -> None:
+    robot = embodiments.load("droid")
+    seen = robot.example()
+    seen[droid.JOINTS] = seen[droid.JOINTS] + np.eye(7)[2] / 2
+    rows = np.tile(np.array([1e-4, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
+    joints = robot.controls["joint_position"].convert(rows, robot.read(seen)["observation/state"], seen)
+    assert np.abs(joints[:, :7] - seen[droid.JOINTS]).max() < 5e-3
+
+
 def test_joints_where_no_franka_can_have_them_are_said() -> None:
     robot = embodiments.load("droid")
     seen = robot.example()

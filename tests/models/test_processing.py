@@ -110,8 +110,8 @@ def test_no_texts_and_no_questions_are_no_rows(processor: Processor) -> None:
 
 
 def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
-    typed = processor.instructions(["put it there", "Put it there.", " PUT  it there !\n"])
-    assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 3)["input_ids"])
+    typed = processor.instructions(["put it there", "Put it there.", "put it there.\r\n", " PUT it  there !"])
+    assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 4)["input_ids"])
     refuses("empty instruction", processor.instructions, ["..."])
 
 

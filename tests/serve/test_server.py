@@ -224,6 +224,9 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         answers = clients[0].infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
         found = [a["actions"][0, 0] for a in answers]
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
+    found = Service(policy := Homing(), GENERIC).answer([*[seen(0.1)] * 15, seen(prompt="explode")])
+    assert [isinstance(answer, SpearError) for answer in found] == [False] * 15 + [True]
+    assert len(policy.batches) <= 9  # found by halves
 
 
 @pytest.mark.parametrize(("rate_hz", "rows_of_one"), [(15.0, 3), (5.0, 1), (15.0, 1), (5.0, 3)])

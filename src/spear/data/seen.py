@@ -192,7 +192,7 @@ class RobotCheck:
         self.name = f"robot {number}: " if number > 1 else ""
         self.looked, self.noted = 0, set[str]()
         self._chunk: Array | None = None
-        self._position = np.zeros(3)
+        self._state, self._stuck = np.zeros(8), 0.0
         self._opposite: list[bool] = []
         self._ways: list[Array] = []
         self._shown: dict[str, tuple[int, Array]] = {}
@@ -213,10 +213,16 @@ class RobotCheck:
 
     def otherwise(self, state: Array) -> Iterator[tuple[str, str]]:
         """What a robot that is at `state` [8] now mostly does otherwise, once that is known: (key, words)."""
-        chunk, came = self._chunk, state[:3] - self._position
-        self._chunk, self._position = None, state[:3].copy()
+        chunk, came, same = self._chunk, state[:3] - self._state[:3], (state == self._state).all()
+        self._chunk, self._state = None, state.copy()
         if chunk is None:
             return
+        before, self._stuck = self._stuck, (self._stuck + np.linalg.norm(chunk[0, :3])) * same
+        if before <= FROZEN_M < self._stuck:
+            yield (
+                "state",
+                f"the very same state, though told to go {self._stuck:.2f} m: does it still come?",
+            )
         ways = chunk[:, :3].cumsum(0, np.float64)  # of how many of the actions is unknown
         lengths = np.linalg.norm(ways, axis=1)
         if np.linalg.norm(came) > FURTHER * lengths.max() + REST_M:

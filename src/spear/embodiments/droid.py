@@ -112,7 +112,7 @@ def _steps(actions: Array, state: Array, observation: Observation, fastest: Any)
     arm, steps = _kinematics(), []
     at = wanted = read.numbers(observation, JOINTS, 7)
     for position, rotation in zip(*read.targets(state, actions), strict=True):
-        wanted = arm.solve(wanted, position, rotation)
+        wanted = arm.solve(wanted, position, rotation, posture=wanted)  # the elbow stays where it is
         steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))
         at = at + steps[-1]
     return np.stack(steps)

@@ -156,7 +156,7 @@ class Processor:
     def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
         acting: how somebody types shall not change what the robot does (our choice)."""
-        return self.prompts([text.lower().rstrip(" \n.!") for text in texts], cut)
+        return self.prompts([" ".join(text.lower().split()).rstrip(" .!") for text in texts], cut)
 
     def questions(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and

@@ -72,15 +72,17 @@ def pose(joints: Floats) -> tuple[Floats, Floats]:
         return _STATE.site_xpos[_SITE].copy(), quat
 
 
-def solve(joints: Floats, position: Floats, rotation: Floats, iterations: int = 20) -> Floats:
+def solve(
+    joints: Floats, position: Floats, rotation: Floats, iterations: int = 20, posture: Floats = HOME
+) -> Floats:
     """[7] joint angles, inside the limits, that bring the end-effector as near to the target as found.
 
-    Damped least squares from `joints`; the arm's spare freedom pulls towards the home posture.
+    Damped least squares from `joints`; the arm's spare freedom pulls towards `posture`.
     """
     q = np.array(joints)
     lower, upper = JOINT_LOWER + _MARGIN, JOINT_UPPER - _MARGIN
     for _ in range(iterations):
-        home = _POSTURE_GAIN * (HOME - q)
+        home = _POSTURE_GAIN * (posture - q)
         with _ALONE:
             at, turn = pose(q)
             error = np.concatenate([position - at, rotation_vector(turn, rotation)])
