@@ -43,6 +43,8 @@ def test_a_plain_folder_gives_its_frames_back_also_with_json(tmp_path: Path, tru
     (folder / "intrinsics.json").write_text(json.dumps(known))
     (folder / "color").rename(folder / "rgb")
     np.testing.assert_allclose(Scene(folder)[0].intrinsics, k)
+    (folder / "intrinsics.json").write_text(json.dumps(known | {"width": 108, "height": 64}))
+    refuses("108×64", Scene(folder).__getitem__, 0)
 
 
 @pytest.mark.parametrize(("off", "slack"), [(0, 0.001), (1, 0.002)])

@@ -34,7 +34,9 @@ from spear.util.images import encode_jpeg, load_oriented
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
-UNREAD = re.compile(r"\.(hei[cf]|avif|gif|raw|dng|cr[23]|nef|arw|3gp|mpe?g|mts|t?gz|zip)")
+UNREAD = re.compile(
+    r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|or[fw]|rw2|exr|p[gn]m|tga|3gp|3g2|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
+)
 """Endings of files that may hold pictures, which nobody here reads."""
 TAKE = "frame_aligned_videos"
 """The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""

@@ -19,9 +19,10 @@ LEAST_POINTS, MOST_POINTS = 12, 600
 """Objects with fewer clean points get no box; so many are kept of each, up to half from its outline."""
 LINKED = 0.04
 """Pixels of a mask belong together when their depths differ by less than this fraction (our choice)."""
-EDGE = 256
+EDGE, NEAR_EDGE = 256, 0.01
 """Estimated masks and depth are taken to be off by one pixel, of an image whose longer side is so long; in
-larger ones by more in proportion. (Our choice; the paper says only "outlier removal, oriented box".)"""
+larger ones by more in proportion. And masks may end so much of that side before the image does. (Our choice;
+the paper says only "outlier removal, oriented box".)"""
 
 
 def label_object(
@@ -67,7 +68,8 @@ def label_object(
             inside = above_support(inside, points, known, others, plane, noise)
         snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
-    visible, edge, beside = _outline(inside, window, lit, points, known)
+    near = band and max(band, round(NEAR_EDGE * max(mask.shape)))  # outlines end a little before the image
+    visible, edge, beside = _outline(inside, window, lit + np.array([near, -near]), points, known)
     cloud = _cloud(inside & known, points, band, noise)
     scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
     scores |= {"known": float(pointmap.mask[mask].mean()), "whole": float(iou2d(box2d, tight_box(mask)))}

@@ -149,7 +149,7 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
     seen = geometry.points[tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)]
     plane = support_plane(seen, up)
     if plane is None and up is not None and (plane := support_plane(seen)):
-        notice("poses fit no level surface of their images, so are not used: give camera to world, z up")
+        notice("poses fit no level surface that is seen, so are not used: are they camera to world, z up?")
     taken, noise = np.asarray(work.masks.any(axis=0)), noise_level(geometry.points, known)
     given = geometry, plane, exact, taken, noise, work.lit
     return LabeledImage(

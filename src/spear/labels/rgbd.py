@@ -53,6 +53,7 @@ class Scene:
         self.sources = [str(color) for color, _ in self._pairs]
         self.depth_camera: Array | None = None  # both images show the same view
         self.names: dict[int, str] | None = None
+        self.size: tuple[object, object] = None, None  # of the images, where the intrinsics say it
         calibration = path / "intrinsic"
         if calibration.is_dir():
             for file in calibration.glob("extrinsic_*.txt"):
@@ -64,6 +65,8 @@ class Scene:
         else:
             file = path / "intrinsics.json"
             self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
+            said = read_json(file, "replace it") if file.is_file() else {}
+            self.size = said.get("width"), said.get("height")
 
     def stamp(self, index: int) -> str:
         """The stamp of a frame's files and a checksum of its camera and of the names of objects."""
@@ -76,6 +79,9 @@ class Scene:
         color, depth_file = self._pairs[index]
         (image, turned), depth = load_oriented(color, stored=True), read_depth(depth_file)
         (height, width), (rows, columns) = image.shape[:2], depth.shape
+        if self.size not in ((None, None), (width, height)):
+            what = f"{width}×{height} pixels, the intrinsics are of {self.size[0]}×{self.size[1]}"
+            raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         depth_camera = self.depth_camera
         if depth_camera is None:
             if not same_view(image.shape[:2], depth.shape):

@@ -161,6 +161,7 @@ def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
     ):
         thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
         assert closer_named(thought, ("mug", "red cube")) == named
+    assert closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)")) == "cup (left)"
 
 
 def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> None:

@@ -172,7 +172,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "annotations": [
             {"image_id": 7, "category_id": 1, "bbox": [3, 2, 8, 7], "segmentation": ring | {"counts": PLAIN}},
             {"image_id": 7, "category_id": 4, "bbox": [10, 1, 6, 6], "segmentation": SQUARE, "score": 0.5},
-            {"image_id": 7, "category_id": 4, "bbox": [0, 0, 20, 12], "iscrowd": 1},
+            {"image_id": 7, "category_id": 4, "segmentation": SQUARE, "iscrowd": 1},
             {"image_id": 8, "category_id": 1, "segmentation": {**ring, "counts": compressed(RING)}},
         ],
         **changes,

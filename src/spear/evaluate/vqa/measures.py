@@ -143,7 +143,7 @@ def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
     places = [i for i, s in enumerate(answer) if isinstance(s, float)]
     rest = "".join(str(s) for s in answer[places[-1] + 1 if places else 0 :])
     text = " ".join(rest.casefold().split())
-    found = {name: re.search(rf"\b{re.escape(name.casefold())}\b", text) for name in names}
+    found = {name: re.search(rf"(?<!\w){re.escape(name.casefold())}(?!\w)", text) for name in names}
     said = {name: (match.start(), -len(name)) for name, match in found.items() if match}
     return min(said, key=lambda name: said[name]) if said else None
 

@@ -204,6 +204,8 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
     for a in content["annotations"]:
         one = _coco_annotation(a, categories[a["category_id"]], sizes[a["image_id"]])
         crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool))
+        if crowd.box2d is None:  # whose mask is empty now
+            crowd = replace(crowd, box2d=np.array([0, 0, *sizes[a["image_id"]][::-1]], np.float64))
         objects[a["image_id"]] += [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
 
     def find(source: str) -> list[Annotation] | None:
