@@ -217,6 +217,9 @@ def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> No
         before = [one.next() for _ in range(3)]
     assert executor.wants() and len(executor.told()["committed"]) == 1
     assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
+    executor.give(chunk(-60), observed=executor.tick - 3)
+    back = [executor.next() for _ in range(3)]
+    assert -61 < min(millimetres(back)) < -50 and {share for _, share in executor._left} == {1}
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "rtc"])

@@ -155,7 +155,8 @@ class ChunkExecutor:
             parts = np.repeat(_part(row, 1 / ticks)[None], ticks, axis=0)
             parts[:-1, 7] = before  # the gripper turns where the action ends
             before = row[7]
-            yield from ((part, share / ticks) for part in parts)
+            # In rtc the next chunk is told of each as an action of its own.
+            yield from ((part, 1.0 if self.mode == "rtc" else share / ticks) for part in parts)
 
     def _turn(self, actions: Iterable[Array]) -> int | None:
         """Which of these actions is the first that opens or closes the gripper."""
