@@ -7,10 +7,10 @@ sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, up to
           where the gripper opens or closes, so that there is no jump at the seam and the arm is then where
-          the new chunk wants it; what would be a longer step than any before takes more ticks. Before the
-          gripper turns, the arm goes slowly (`SLOW`), so that what was seen is not far
-          away; and a chunk that was predicted before the gripper turned, but comes after it, is dropped: it
-          would take that back (all this is our choice).
+          the new chunk wants it; a step that would be longer than all others takes more ticks. Before the
+          gripper turns, the arm goes slowly (`SLOW`), so that what was seen is not far away; and a chunk that
+          was predicted before the gripper turned, but comes after it, is dropped: it would take that back
+          (all this is our choice).
 rtc       as async without that care for the gripper, but the policy is told which actions are executed until
           its chunk is there, and the chunk begins with them: real-time chunking, for policies that have
           learned it (`spear.flow.sample_held`).
