@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2209, "ablations": 642, "cli": 1584, "data": 5217, "embodiments": 788, "evaluate": 3156,
+    "(top)": 2209, "ablations": 642, "cli": 1584, "data": 5215, "embodiments": 788, "evaluate": 3156,
     "labels": 4685, "models": 5113, "report": 1149, "serve": 1010, "sim": 1548, "train": 2343, "ui": 675,
     "util": 880,
 }  # fmt: skip

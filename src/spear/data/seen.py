@@ -219,10 +219,8 @@ class RobotCheck:
             return
         before, self._stuck = self._stuck, (self._stuck + np.linalg.norm(chunk[0, :3])) * same
         if before <= FROZEN_M < self._stuck:
-            yield (
-                "state",
-                f"the very same state, though told to go {self._stuck:.2f} m: does it still come?",
-            )
+            words = f"the very same state, though told to go {self._stuck:.2f} m: does it still come?"
+            yield "state", words
         ways = chunk[:, :3].cumsum(0, np.float64)  # of how many of the actions is unknown
         lengths = np.linalg.norm(ways, axis=1)
         if np.linalg.norm(came) > FURTHER * lengths.max() + REST_M:
