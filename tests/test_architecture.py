@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 CEILINGS = {
     "(top)": 2209, "ablations": 642, "cli": 1584, "data": 5215, "embodiments": 788, "evaluate": 3156,
     "labels": 4685, "models": 5113, "report": 1149, "serve": 1010, "sim": 1548, "train": 2343, "ui": 675,
-    "util": 878,
+    "util": 876,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

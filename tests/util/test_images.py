@@ -110,7 +110,6 @@ def test_what_is_no_picture_is_refused() -> None:
     bad = [
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
-        (png16(np.full((4, 4), 4000)), "4000"),
         (bare_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),
     ]
     for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF"):

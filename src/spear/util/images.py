@@ -152,10 +152,6 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
-        if 0 < values.max() < 0x1000:
-            raise SpearError(
-                f"{name}: 16-bit pixels of {values.max()} at most are black: scale them to 8 bits"
-            )
         image = Image.fromarray((values // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
