@@ -170,12 +170,11 @@ def test_the_way_back_is_no_faster_than_the_chunks(delay: int, closes: int) -> N
     made = [executor.next()]
     executor.give(back, observed=0, arrives=delay)
     made += [executor.next() for _ in range(30)]
-    assert np.abs(made)[:, 0].max() <= 0.0501
-    assert max(Rotation.from_quat(a[3:7], scalar_first=True).magnitude() for a in made) <= 0.201
-    until = made[: [a[7] for a in made].index(0) + 1]  # the gripper closes where the policy wanted it
-    np.testing.assert_allclose(sum(a[0] for a in until), back[: closes + 1, 0].sum(), atol=1e-6)
-    turned = sum(Rotation.from_quat(a[3:7], scalar_first=True).as_rotvec()[2] for a in until)
-    assert turned == pytest.approx(-0.2 * (closes + 1), abs=1e-5)
+    moves, turns = np.stack(made)[:, 0], Rotation.from_quat(np.stack(made)[:, 3:7], scalar_first=True)
+    assert np.abs(moves).max() <= 0.0501 and turns.magnitude().max() <= 0.201
+    count = [a[7] for a in made].index(0) + 1  # the gripper closes where the policy wanted it
+    np.testing.assert_allclose(moves[:count].sum(), back[: closes + 1, 0].sum(), atol=1e-6)
+    assert turns[:count].as_rotvec()[:, 2].sum() == pytest.approx(-0.2 * (closes + 1), abs=1e-5)
 
 
 def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:

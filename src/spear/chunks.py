@@ -7,10 +7,9 @@ sync      execute k actions, look, stand still until the next chunk is there.
 async     look while actions are left, go on with them, and switch when the next chunk is there. The robot has
           then made other steps than the new chunk assumed. The difference is spread along the chunk, up to
           where the gripper opens or closes, so that there is no jump at the seam and the arm is then where
-          the new chunk wants it; a step that would be longer than all others takes more ticks. Before the
-          gripper turns, the arm goes slowly (`SLOW`), so that what was seen is not far away; and a chunk that
-          was predicted before the gripper turned, but comes after it, is dropped: it would take that back
-          (all this is our choice).
+          the new chunk wants it; a step longer than all others takes more ticks. Before the gripper turns,
+          the arm goes slowly (`SLOW`), so that what was seen is not far away; and a chunk that was predicted
+          before the gripper turned, but comes after it, is dropped: it would take that back (our choice).
 rtc       as async without that care for the gripper, but the policy is told which actions are executed until
           its chunk is there, and the chunk begins with them: real-time chunking, for policies that have
           learned it (`spear.flow.sample_held`).
@@ -146,12 +145,13 @@ class ChunkExecutor:
         done = round(sum(share for _, share in made), 3)
         # In rtc there is nothing to join, but where inference took longer than the policy was told.
         turn = self._turn(chunk.actions[int(done) :]) if self.mode == "async" else None
-        before, longest = self.gripper, _size([*chunk.actions, *(action for action, _ in made)]).max(axis=0)
-        for i, row in enumerate(_joined(chunk.actions, [action for action, _ in made], done, turn)):
+        steps, before = [action for action, _ in made], self.gripper
+        longest = np.maximum(_lengths(np.stack([*chunk.actions, *steps])).max(axis=0), LEAST)
+        for i, row in enumerate(_joined(chunk.actions, steps, done, turn)):
             share = 1 - done % 1 if i == 0 else 1.0
             slow = turn is not None and turn - SLOW <= i < turn
             ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
-            ticks = max(ticks, math.ceil((_size([row]) / np.maximum(longest, LEAST)).max() - 1e-3))
+            ticks = max(ticks, math.ceil((_lengths(row) / longest).max() - 1e-3))
             parts = np.repeat(_part(row, 1 / ticks)[None], ticks, axis=0)
             parts[:-1, 7] = before  # the gripper turns where the action ends
             before = row[7]
@@ -261,11 +261,10 @@ def _joined(actions: Array, made: Sequence[Array], done: float, turn: int | None
     return _steps(position, rotation, actions[first:, 7:])
 
 
-def _size(actions: Sequence[Array]) -> Array:
-    """[n, 2]: how far actions go, m, and turn, rad."""
-    moves, real, imaginary, _ = np.split(np.float64(np.stack(actions)), (3, 4, 7), axis=1)
-    sine, cosine = np.linalg.norm(imaginary, axis=1), np.abs(real[:, 0])
-    return np.stack([np.linalg.norm(moves, axis=1), 2 * np.arctan2(sine, cosine)], axis=1)
+def _lengths(actions: Array) -> Array:
+    """[..., 2]: how far actions [..., 8] go, m, and turn, rad."""
+    moves, turns, _ = torch.from_numpy(np.float64(actions)).split([3, 4, 1], dim=-1)
+    return torch.stack([moves.norm(dim=-1), quat_log(turns).norm(dim=-1)], dim=-1).numpy()
 
 
 def _part(action: Array, share: float) -> Array:

@@ -15,6 +15,7 @@ from spear.data.readers.layout import FASTEST, FASTEST_TURN
 from spear.data.seen import Seen, Watch
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name
+from spear.geometry import quat_log
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.decode import Watched, greedy
@@ -236,7 +237,7 @@ class Spear1Policy:
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
         farthest = np.linalg.norm(chunks[..., :3], axis=-1).max()
-        turned = 2 * np.arctan2(np.linalg.norm(chunks[..., 4:7], axis=-1), np.abs(chunks[..., 3])).max()
+        turned = float(quat_log(vectors[..., 3:7]).norm(dim=-1).max())
         if not (np.isfinite(chunks).all() and max(farthest / FASTEST, turned / FASTEST_TURN) <= 1 / RATE_HZ):
             far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in {1 / RATE_HZ:g} s"
             raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")

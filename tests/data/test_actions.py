@@ -85,8 +85,7 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     trigger = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
     np.testing.assert_array_equal(rules.told_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
     for half_open in (0.46 + 0.54 * trigger, 0.1 + 0.48 * trigger):
-        told = rules.told_commands(half_open, 10.0)
-        np.testing.assert_array_equal(told, [1] * 2 + [0] * 6 + [1] * 4)
+        np.testing.assert_array_equal(rules.told_commands(half_open, 10.0), [1] * 2 + [0] * 6 + [1] * 4)
     pulses = np.array([1, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(rules.told_commands(pulses, 30.0), pulses)
     assert rules.RULES == 4  # whoever changes what is expected here, or of resampling, raises it

@@ -116,8 +116,7 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     model.action_out_proj.register_forward_hook(lambda module, given, out: out.retain_grad())
     loss = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
     demonstrated = Action.from_vector(target.to_vector()[:, None].expand(B, 8, H, 8))
-    known = counts[:, None].expand(B, 8, H)
-    wanted = flow.with_mistakes(demonstrated, held, same, known).to_vector()
+    wanted = flow.with_mistakes(demonstrated, held, same, counts[:, None].expand(B, 8, H)).to_vector()
     torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
     loss.backward()
     taught = said[0].grad.reshape(B, 8, H, 8).abs().sum(-1) > 0

@@ -35,7 +35,8 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".t
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
 UNREAD = re.compile(
-    r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|or[fw]|rw2|exr|p[gn]m|tga|3gp|3g2|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
+    r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|orf|rw2|exr|p[gn]m|tga"
+    r"|3g[p2]|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
 )
 """Endings of files that may hold pictures, which nobody here reads."""
 TAKE = "frame_aligned_videos"

@@ -53,20 +53,17 @@ class Scene:
         self.sources = [str(color) for color, _ in self._pairs]
         self.depth_camera: Array | None = None  # both images show the same view
         self.names: dict[int, str] | None = None
-        self.size: tuple[object, object] = None, None  # of the images, where the intrinsics say it
         calibration = path / "intrinsic"
         if calibration.is_dir():
             for file in calibration.glob("extrinsic_*.txt"):
                 if not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
                     raise SpearError(f"{file}: not the identity: register depth and colour to one camera")
-            self.camera = read_intrinsics(calibration / "intrinsic_color.txt")
-            self.depth_camera = read_intrinsics(calibration / "intrinsic_depth.txt")
+            self.camera, self.size = read_intrinsics(calibration / "intrinsic_color.txt")
+            self.depth_camera, _ = read_intrinsics(calibration / "intrinsic_depth.txt")
             self.names = _scannet_names(path)
         else:
             file = path / "intrinsics.json"
-            self.camera = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
-            said = read_json(file, "replace it") if file.is_file() else {}
-            self.size = said.get("width"), said.get("height")
+            self.camera, self.size = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
 
     def stamp(self, index: int) -> str:
         """The stamp of a frame's files and a checksum of its camera and of the names of objects."""
@@ -150,22 +147,24 @@ def read_matrix(path: Path) -> Array:
     return matrix
 
 
-def read_intrinsics(path: Path) -> Array:
+def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
     """Intrinsics [3, 3] with pixel centres at +0.5, from a file in which the first pixel's centre is at 0: a
-    text file with a matrix, or JSON. `SpearError` where they are missing or not in pixels."""
+    text file with a matrix, or JSON; and the images' width and height, where JSON says them. `SpearError`
+    where they are missing or not in pixels."""
+    size: tuple[object, object] = None, None
     if path.suffix == ".json":
         values = read_json(path, "give fx, fy, cx, cy in pixels")
         try:
             fx, fy, cx, cy = (float(values[key]) for key in ("fx", "fy", "cx", "cy"))
         except (KeyError, TypeError, ValueError) as error:
             raise SpearError(f"{path}: not intrinsics ({error}): give fx, fy, cx, cy in pixels") from error
-        k = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+        k, size = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), (values.get("width"), values.get("height"))
     else:
         k = read_matrix(path)[:3, :3].copy()
     k[:2, 2] += 0.5
     if not (np.isfinite(k).all() and min(k[0, 0], k[1, 1]) > 2 and np.allclose(k[2], [0, 0, 1])):
         raise SpearError(f"{path}: not intrinsics in pixels: give [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
-    return k
+    return k, size
 
 
 def read_pose(path: Path) -> Array | None:

@@ -202,10 +202,10 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         objects[image["id"]] = []
         sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
     for a in content["annotations"]:
-        one = _coco_annotation(a, categories[a["category_id"]], sizes[a["image_id"]])
-        crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool))
-        if crowd.box2d is None:  # whose mask is empty now
-            crowd = replace(crowd, box2d=np.array([0, 0, *sizes[a["image_id"]][::-1]], np.float64))
+        size = sizes[a["image_id"]]
+        one = _coco_annotation(a, categories[a["category_id"]], size)
+        whole = np.array([0, 0, *size[::-1]], np.float64) if one.box2d is None else one.box2d
+        crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool), box2d=whole)
         objects[a["image_id"]] += [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
 
     def find(source: str) -> list[Annotation] | None:
