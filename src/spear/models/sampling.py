@@ -40,14 +40,14 @@ class Sampler:
         small = if_small(model.expert) if packed else None
         self.expert = small or Stack(model.expert, packed, compiled)
         language = model.vlm.language_model
-        exact = language.embed_tokens.weight.dtype == torch.float32
-        self.vlm = (if_small(language) if small and exact else None) or Stack(language, compiled=compiled)
+        exact = small and language.embed_tokens.weight.dtype == torch.float32
+        self.vlm = (if_small(language) if exact else None) or Stack(language, compiled=compiled)
         self.dtype, self.width = hidden.weight.dtype, inner.out_features
         inside = self.expert.dtype
         of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
         self._into = (of_actions @ inner.weight.detach().float()).to(inside)
         self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
-        self._onward = Fused(model.action_time_mlp_out, packed=packed)
+        self._onward = Fused(model.action_time_mlp_out, packed=packed and not exact)
         self._periods = model.config.min_period, model.config.max_period
         # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
         self.advance: Any = torch.compile(flow.euler) if compiled else flow.euler

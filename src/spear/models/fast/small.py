@@ -23,6 +23,7 @@ from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
 BLOCK = 128
 """Rows that an MLP runs at once: what is between its products stays in the cache (our choice)."""
 A = math.sqrt(2 / math.pi)
+TWO_A = torch.tensor(2 * A)  # as a tensor: a Python number would be made one at every use
 
 
 class PairedKVCache(StaticKVCache):
@@ -123,7 +124,7 @@ class SmallStack(Stack):
 
 def _gelu(x: Tensor) -> Tensor:
     """GELU by its tanh approximation: ½ x (1 + tanh u) = x σ(2u), which takes half of PyTorch's time."""
-    return (x * x).mul_(2 * 0.044715 * A).add_(2 * A).mul_(x).sigmoid_().mul_(x)
+    return torch.addcmul(TWO_A, x, x, value=2 * 0.044715 * A).mul_(x).sigmoid_().mul_(x)
 
 
 def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
