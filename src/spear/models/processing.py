@@ -196,9 +196,9 @@ class Processor:
 
     def worded(self, count: int) -> Worded:
         """The grammar of answers in words with exactly `count` numbers."""
-        ends = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
-        starts = [0, *(i + 1 for i in ends)]
-        words = tuple((a, b) for a, b in zip(starts, [*ends, self.location_start], strict=True) if a < b)
+        special = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
+        between = itertools.pairwise([-1, *special, self.location_start])
+        words = tuple((a + 1, b) for a, b in between if a + 1 < b)
         return Worded(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
 
     def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
@@ -281,11 +281,9 @@ class Processor:
     def _pad(self, rows: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
         length = -(-max(map(len, rows), default=0) // multiple) * multiple
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+        ids[mask] = torch.tensor([*itertools.chain(*rows)], dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def check_tokenizer(tokenizer: Any) -> int:

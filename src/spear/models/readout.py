@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from spear.errors import unknown_name
+from spear.errors import check_known
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, Pixel
 
@@ -39,13 +39,12 @@ class Distribution:
 
     def read(self, decode: Decode) -> Array:
         """[numbers] float64. Raises SpearError for an unknown way to read."""
+        check_known("decode", DECODES, decode)
         if decode == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
         if decode == "mean":
             return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.representatives)
-        if decode == "median":
-            return self.quantile(0.5)
-        raise unknown_name("decode", decode, DECODES)
+        return self.quantile(0.5)
 
     def quantile(self, share: float) -> Array:
         """[numbers] the values below which `share` of the probability lies, 0 to 1."""

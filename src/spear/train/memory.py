@@ -105,15 +105,12 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
     stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
     model: Any = _empty_model(stage, size).to(dtype).eval()
     # Without oneDNN, which a GPU does not have: it would pack weights a second time.
-    before = torch.backends.mkldnn.set_flags(_enabled=False)[0]
-    try:
-        with FakeTensorMode(), Meter() as meter, torch.no_grad():
-            give_storage(model)
-            weights = meter.live
-            noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
-            model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=before)
+    without = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with without, FakeTensorMode(), Meter() as meter, torch.no_grad():
+        give_storage(model)
+        weights = meter.live
+        noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
+        model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
     return Memory(weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0)
 
 

@@ -147,8 +147,7 @@ class Recipe:
         Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
         """
         for key, value in changes.items():
-            if key not in _HOME:
-                raise unknown_name("recipe key", key, _HOME)
+            check_known("recipe key", _HOME, key)
             _check(_HOME[key], key, value)
         return self.replaced(**changes)
 

@@ -84,10 +84,9 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
         found: dict[int, tuple[float, tuple[float, ...]]] = {}
         for o in label.objects:
             instance = instance_of(o, label, frame)
-            if o.box3d is None or instance not in frame.boxes:
-                continue
-            errors = box_errors(o.box3d, box_from_vertices(frame.boxes[instance]))
-            found[instance] = o.scores.get("visible", 1.0), errors
+            if o.box3d is not None and instance in frame.boxes:
+                errors = box_errors(o.box3d, box_from_vertices(frame.boxes[instance]))
+                found[instance] = o.scores.get("visible", 1.0), errors
         rows += [errors for visible, errors in found.values() if visible >= min_visible]
         missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
     if not rows:

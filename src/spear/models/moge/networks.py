@@ -110,11 +110,14 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def exponential_points(raw: Tensor) -> Tensor:
-    """MoGe's "exp" output: (x / z, y / z, log z) [B, 3, h, w] -> points [B, h, w, 3]."""
-    plane, log_z = raw.permute(0, 2, 3, 1).split([2, 1], dim=-1)
-    z = log_z.exp()
-    return torch.cat([plane * z, z], dim=-1)
+def full_size(raw: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """MoGe's "exp" output (x / z, y / z, log z) [B, 3, h, w] and raw mask [B, 1, h, w] -> points [B, H, W, 3]
+    and mask [B, H, W], float32, at the size of the images [B, 3, H, W]."""
+    with torch.autocast(images.device.type, enabled=False):
+        points, mask = (resize(x.float(), *images.shape[2:]) for x in raw)
+        plane, log_z = points.permute(0, 2, 3, 1).split([2, 1], dim=-1)
+        z = log_z.exp()
+        return torch.cat([plane * z, z], dim=-1), mask[:, 0]
 
 
 _FIXED_V1 = {
@@ -177,10 +180,7 @@ class MogeV1(nn.Module):
         tokens = self.encoder.layers(patches, self.layers)
         grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
         raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
-        height, width = images.shape[2:]
-        with torch.autocast(images.device.type, enabled=False):
-            points, mask = (resize(x.float(), height, width) for x in raw)
-            return MogeOutput(exponential_points(points), mask[:, 0])
+        return MogeOutput(*full_size(raw, images))
 
 
 class MogeV1Head(nn.Module):
@@ -276,9 +276,8 @@ class MogeV2(nn.Module):
         levels = self.neck([with_uv(features, width / height), *finer])
         raw = [head(levels)[-1] for head in (self.points_head, self.mask_head)]
         scale = self.scale_head(token)
-        with torch.autocast(images.device.type, enabled=False):
-            points, mask = (resize(x.float(), height, width) for x in raw)
-            return MogeOutput(exponential_points(points), mask[:, 0].sigmoid(), scale.float()[:, 0].exp())
+        points, mask = full_size(raw, images)
+        return MogeOutput(points, mask.sigmoid(), scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
