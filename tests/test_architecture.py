@@ -33,8 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASIC | {"sim"},
     "models": LOW,
     "labels": LOW | {"sim", "data", "models"},
-    "policy": MIDDLE - {"sim"} | {"embodiments"},
     "chunks": BASIC,
+    "policy": MIDDLE - {"sim"} | {"chunks", "embodiments"},
     "embodiments": BASIC | {"sim"},
     "serve": BASIC | {"chunks", "embodiments"},
     "train": MIDDLE - {"sim"},
@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2209, "ablations": 642, "cli": 1584, "data": 5215, "embodiments": 788, "evaluate": 3156,
-    "labels": 4685, "models": 5113, "report": 1149, "serve": 1010, "sim": 1548, "train": 2343, "ui": 675,
-    "util": 876,
+    "(top)": 2217, "ablations": 646, "cli": 1587, "data": 5207, "embodiments": 788, "evaluate": 3157,
+    "labels": 4678, "models": 5114, "report": 1149, "serve": 1010, "sim": 1545, "train": 2344, "ui": 675,
+    "util": 883,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

@@ -195,7 +195,7 @@ def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
         if executor.wants():
             looked.append(tick)
             told.append(executor.told().get("committed", np.zeros((0, 8), np.float32)))
-            said.append(chunk(100 * tick + 50, turn=(0, 0.01 * tick, 0)))  # elsewhere than the chunk before
+            said.append(chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0)))  # elsewhere than the chunk before
             said[-1][: len(told[-1])] = told[-1]
             executor.give(said[-1], arrives=tick + delay)
         done.append(executor.next())

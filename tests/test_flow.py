@@ -271,6 +271,8 @@ def test_weights_and_mask() -> None:
 
     mask = torch.rand(64, 5, generator=generator(6)) < 0.5
     mask[0] = False
+    with pytest.raises(ValueError, match="64, 5"):
+        flow.loss(guess, noise, data, time, config, mask[:, :1])
     masked = flow.loss(guess, noise, data, time, S3, mask)[1]
     flat = [x.to_vector()[mask][:, None] for x in (guess, noise, data)]
     chosen = flow.loss(*map(Action.from_vector, flat), time[:, None].expand(64, 5)[mask], S3)[1]

@@ -103,7 +103,7 @@ def test_matrices_agree_with_scipy_everywhere() -> None:
     m = geo.quat_to_matrix(q)
     same(m, scipy_of(q).as_matrix())
     same(geo.quat_distance(geo.matrix_to_quat(m), q), torch.zeros(len(q)), atol=1e-14)
-    back = geo.matrix_to_quat(m)
+    back = geo.matrix_to_quat(torch.nn.functional.pad(m, (0, 1, 0, 1)))  # of a pose
     same(back, geo.quat_canonical(back), atol=0)
     same(geo.quat_to_6d(q), torch.cat([m[:, :, 0], m[:, :, 1]], dim=-1), atol=0)
 
@@ -125,6 +125,7 @@ def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.Euler) -> 
         if abs(pitch) == math.pi / 2:
             assert float(measured[2]) == 0
     refuses("zyx", geo.euler_to_quat, torch.zeros(3), "zyx")  # another convention
+    refuses("zyx", geo.quat_to_euler, torch.eye(4)[0], "zyx")
 
 
 def test_poses_agree_with_homogeneous_matrices() -> None:

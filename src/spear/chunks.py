@@ -31,7 +31,7 @@ import torch
 
 from spear.errors import SpearError, check_known, notice
 from spear.geometry import quat_exp, quat_log, quat_multiply, quat_normalize, step_action, unit_quat
-from spear.types import ACTION_DIM, RATE_HZ, Array, Policy
+from spear.types import ACTION_DIM, FASTEST, FASTEST_TURN, RATE_HZ, Array, Policy
 
 Mode = Literal["sync", "async", "rtc"]
 REPLAN = 1
@@ -44,6 +44,8 @@ LEAST = 2e-3, 2e-2
 """Lengths of an action (m, rad) that no chunk's path is too short for: see `_rest`."""
 PAUSE = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
+FARTHEST, FARTHEST_TURN = FASTEST / RATE_HZ, FASTEST_TURN / RATE_HZ
+"""Lengths of an action (m, rad) that nobody means."""
 REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
 
@@ -235,7 +237,12 @@ def check_chunk(actions: Array) -> Array:
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
         cure = "check the policy's weights, and that a server of it has --embodiment generic"
         raise SpearError(f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}")
-    unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    rotation = unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    farthest = np.linalg.norm(actions[:, :3], axis=1).max(initial=0)
+    turned = np.linalg.norm(quat_log(rotation).numpy(), axis=1).max(initial=0)
+    if farthest > FARTHEST or turned > FARTHEST_TURN:
+        far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in one step"
+        raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
     return actions
 
 

@@ -330,4 +330,6 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _average(error: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.shape != error.shape:  # that of one number per chunk would fit another axis
+        raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
     return error.mean() if mask is None else torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

@@ -11,7 +11,7 @@ it is expressed in.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -178,8 +178,8 @@ def quat_to_matrix(q: Tensor) -> Tensor:
 
 
 def matrix_to_quat(matrix: Tensor) -> Tensor:
-    """Rotation matrix [..., 3, 3] to canonical unit quaternion [..., 4], accurate for every rotation."""
-    m = matrix.flatten(-2).unbind(-1)
+    """Rotation matrix [..., 3, 3] or pose [..., 4, 4] to canonical unit quaternion [..., 4], always accurate."""
+    m = matrix[..., :3, :3].flatten(-2).unbind(-1)
     xx, yy, zz = m[0], m[4], m[8]
     wx, wy, wz = m[7] - m[5], m[2] - m[6], m[3] - m[1]
     xy, xz, yz = m[1] + m[3], m[2] + m[6], m[5] + m[7]
@@ -213,6 +213,7 @@ def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
     Where y = ±π/2 only a combination of the others is determined: z is set to 0. The result always gives the
     rotation back.
     """
+    check_known("Euler convention", get_args(Euler), convention)
     if convention == "XYZ":
         # The transpose of Rx(a) Ry(b) Rz(c) is Rz(-c) Ry(-b) Rx(-a), which is the other convention.
         return -quat_to_euler(quat_conjugate(q), "xyz")

@@ -152,9 +152,13 @@ def test_keys_follow_what_decides_the_result() -> None:
     assert key == "0364d014e594"  # else scores that are kept count no more
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
-    changes = [{"start": (one, one)} for one in START] + [{"budget": 7}, {"set": ("lr=1e-5",)}]
+    sets = ("lr=1e-5",), ('flow={"steps":2}',), ('flow={"steps":3}',)
+    changes = [{"start": (one, one)} for one in START] + [{"budget": 7}, *({"set": one} for one in sets)]
     others = [more, *(planned("full", seeds=1, **change) for change in changes)]
-    assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 6
+    assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 8
+    for row, loss in (("s3-cosine", "cosine"), ("linear-mse", "mse")):  # what a row is about stays
+        flow = planned(row, seeds=1, set=sets[1]).chains[row, 0][-1].recipe.flow
+        assert (flow["rotation_loss"], flow["steps"]) == (loss, 2)
     moved = (replace(START[0], folder=Path("elsewhere")), START[1])
     assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
     # What sees no demonstrations is shared, whatever they are.

@@ -35,7 +35,8 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     ("function", "nonsense"),
     [
         *((wilson, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
-        (paired_difference, ([],)),
+        *((paired_difference, (each,)) for each in ([], [([0.2], [0.9])], [([True], [True, False])])),
+        (mean_over_seeds, ([np.full((2, 4), np.nan)],)),
         (bootstrap, ([np.array([])],)),
         *((mean_over_seeds, (t,)) for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])),
         (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),

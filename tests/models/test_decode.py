@@ -97,6 +97,8 @@ def test_a_certain_answer_reads_the_same_every_way() -> None:
     np.testing.assert_allclose(sure.read("median"), (low + high) / 2)
     np.testing.assert_allclose(sure.quantile(0.0), COORDINATES.edges[[0, 0]])
     np.testing.assert_allclose(sure.quantile(1.0), high)
+    with pytest.raises(ValueError, match="50"):
+        sure.quantile(50)
     assert (sure.below(low - 1e-6) == 0).all() and (sure.below(high + 1e-6) == 1).all()
     np.testing.assert_allclose(sure.below((low + high) / 2), 0.5)
     np.testing.assert_allclose(sure.spread(), 0.6826894921370859 / 2 * (high - low))

@@ -146,6 +146,8 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
     noise = (flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     one, same, other = (model.sample_actions(*inputs(), drawn, steps=7).to_vector() for drawn in noise)
+    with pytest.raises(ValueError, match=f"{H + 1} actions"):
+        model.sample_actions(*inputs(), flow.sample_noise((B, H + 1), model.flow))
     assert one.shape == (B, H, 8) and torch.equal(one, same) and not torch.equal(one, other)
 
 

@@ -137,6 +137,10 @@ def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_th
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-3)
     assert len(lengths.unique()) > 1
+    answers_known = {name: one for name, one in arguments.items() if name != "token_type_ids"}
+    torch.testing.assert_close(
+        model(pixels(4), **answers_known).loss, whole
+    )  # else answers would see themselves
     left = {name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()}
     torch.testing.assert_close(model(pixels(4), **left, length_groups=3).loss, whole)
     images, owners = pixels(2), torch.tensor([1, 0, 1, 1])

@@ -148,6 +148,7 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
         *(("nano-post", key) for key in ("coordinate_weight=4", "lora_alpha=32")),
         ("nano-post", "final_lr=0.1 schedule=constant"),  # others leave the first without effect
         ("nano-post", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]'),
+        ("nano-post", 'lr_scale={"vlm.moge":2} lora_rank=4 frozen=["vlm"]'),
     ],
 )
 def test_keys_that_a_recipe_does_not_use_are_refused(name: str, keys: str, refused: Command) -> None:

@@ -131,7 +131,7 @@ def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: SimpleNamespace,
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
     whole, out = stored([make(0), make(1), make(2)], tmp_path / "store"), tmp_path / "run"
     store = whole.subset([0, 1])
@@ -163,10 +163,14 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path) ->
     finished = run_recipe("nano-post", out, store=store, init=tiny, **{**few, "lr": 1e-5})
     assert json.loads((finished / "recipe.json").read_text())["earlier"] == [{"until_step": 1, "lr": 3e-4}]
     other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
-    changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
+    (final / "README.md").write_text("mine")
+    was = (final / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:  # what `contents` reads of large files may be what does not learn
+        patch.setattr("spear.train.run.contents", lambda folder: {})
+        changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
+    assert (changed / "model.safetensors").read_bytes() != was
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
-    (changed / "README.md").write_text("mine")
     run_recipe("nano-post", out, store=store, init=tiny, **other)
     assert (changed / "README.md").read_text() == "mine"
     shutil.copytree(state.parent, state.parent.with_name("step-00000003"))  # as stopped after more steps

@@ -10,7 +10,7 @@ import pytest
 
 from refusals import refuses
 from spear.util import ledger
-from spear.util.ledger import Skipped, alone, lock, same_settings
+from spear.util.ledger import Skipped, alone, hash_ends, lock, same_settings
 
 
 def _hold(path: Path, ready: object, end: object) -> None:
@@ -70,6 +70,17 @@ def test_settings_differ_in_words_and_are_not_made_up(tmp_path: Path) -> None:
     same_settings(path, {**settings, "size": (4, 3)}, begun=True)
     what = r"data is not what it was; layout is not what it was; size is \[4, 3\] there, \[4\] here"
     refuses(what, same_settings, path, {"size": [4], "data": 32 * "1", "layout": "None"}, begun=True)
+
+
+def test_files_where_a_link_leads_are_hashed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/external").symlink_to(tmp_path / "far")
+    found = set()
+    for text in ("one", "two"):
+        (tmp_path / "far/labels-0.parquet").write_text(text)
+        found.add(hash_ends([tmp_path / "here"], ["*.parquet"]))
+    assert len(found) == 2
 
 
 def test_too_many_bad_items_end_the_work_once_enough_are_seen() -> None:

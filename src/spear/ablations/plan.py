@@ -226,7 +226,10 @@ def _recipe(
     policy_pace = 1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
     pace = policy_pace if plain.kind == "vla" else options.pretraining
     steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
-    one = plain.changed(**{**SETTINGS.get(stage.recipe, {}), **changes, **stage.changes})
+    given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
+    flow = {key: value for part in given for key, value in part.get("flow", {}).items()}
+    whole = {key: value for part in given for key, value in part.items()}
+    one = plain.changed(**{**whole, **({"flow": flow} if flow else {})})
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if 0 < row.images < 1:
         one = one.changed(most_images=max(1, round(row.images * data.images)))
@@ -241,7 +244,8 @@ def _training(
     size = {**dataclasses.asdict(preset(one.preset)), "rate_hz": 5.0}
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
-    del size["flow"]["steps"]  # of acting
+    if one.kind != "vla" or size["flow"]["steps"] == FlowConfig.steps:  # of acting
+        del size["flow"]["steps"]
     learned_from = data.key if one.kind == "vla" else data.labels_key
     fields["normalization"] = one.normalization or "quantile"
     begins = init and init.key, moge and moge.key

@@ -38,8 +38,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from spear.evaluate.agents import load_agent
     from spear.evaluate.closed_loop import evaluate as run
 
-    run(load_agent(**vars(options.agent)), options.loop)
-    _report(options.agent.policy, options.loop.out)
+    ran, _ = run(load_agent(**vars(options.agent)), options.loop)
+    _report(options.agent.policy, options.loop.out, len(ran.outcomes))
 
 
 class EvaluateSimplerOptions(Options):
@@ -65,8 +65,8 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
     agent = run.OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who))
-    run.evaluate(agent, options.loop)
-    _report(who.policy, options.loop.out)
+    ran, _ = run.evaluate(agent, options.loop)
+    _report(who.policy, options.loop.out, len(ran.outcomes))
 
 
 class EvaluateDataOptions(Options):
@@ -261,10 +261,13 @@ def reference() -> None:
     show(*(table.table() for table in references().values()))
 
 
-def _report(name: str, out: Path | None) -> None:
-    """Write results.json into a folder, and print its results beside published numbers."""
+def _report(name: str, out: Path | None, ran: int) -> None:
+    """Write results.json into a folder, and print its results, of which so many are new, beside published."""
     assert out is not None
     results = load(out)
     results.save(out / "results.json")
     show(results.table(), *(table.table([(name, results)]) for table in beside(results)))
-    print(f"results in {out}")
+    more = len(results.outcomes) - ran
+    print(
+        f"results in {out}" + (f", {counted(more, 'episodes')} of other commands among them" if more else "")
+    )

@@ -253,8 +253,7 @@ def _other_axes(mean: Array) -> str | None:
     if gains.sum() - np.trace(mean) <= OTHER_AXES:
         return None
     best = left @ right
-    where = enumerate(abs(best).argmax(0))
-    return " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in where)
+    return " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in enumerate(abs(best).argmax(0)))
 
 
 class Watch:

@@ -14,9 +14,8 @@ from PIL import Image
 
 from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE, told_commands
 from spear.data.hypotheses import LENGTH_UNITS, Recording, state_quaternions
-from spear.data.readers.layout import FASTEST
 from spear.errors import SpearError, counted
-from spear.types import RATE_HZ, Array, Episode
+from spear.types import FASTEST, RATE_HZ, Array, Episode
 from spear.util.images import decode_image
 
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]

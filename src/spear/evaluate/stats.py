@@ -99,7 +99,9 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
     values, centres, variance, n = [], [], 0.0, 0
     extra = 1 / len(strata)
     for first, second in strata:
-        a, b = np.asarray(first, bool), np.asarray(second, bool)
+        a, b = np.asarray(first), np.asarray(second)
+        if a.dtype != bool or b.dtype != bool or a.shape != b.shape:
+            raise ValueError(f"paired_difference: {a.dtype} {a.shape} against {b.dtype} {b.shape}")
         total = a.size + 2 * extra
         wins, losses = ((a & ~b).sum() + extra) / total, ((~a & b).sum() + extra) / total
         values.append(a.mean() - b.mean())
@@ -165,9 +167,10 @@ def _score_interval(p: float, n: float) -> tuple[float, float]:
 
 
 def _checked(strata: Sequence[Array]) -> list[Array]:
-    tables = [np.asarray(table, bool) for table in strata]
-    if not tables or any(t.ndim != 2 or not t.size or len(t) != len(tables[0]) for t in tables):
-        raise ValueError(f"seeds and scenes: {[t.shape for t in tables]}")
+    tables = [np.asarray(table) for table in strata]
+    fits = [t.dtype == bool and t.ndim == 2 and t.size and len(t) == len(tables[0]) for t in tables]
+    if not tables or not all(fits):
+        raise ValueError(f"success of seeds and scenes, bool: {[(t.dtype, t.shape) for t in tables]}")
     return tables
 
 

@@ -72,8 +72,7 @@ def finish(works: Sequence[Work]) -> Done:
     labels, skipped, notes = [], [], set[str]()
     for work in works:
         if work.error is not None:
-            retryable = isinstance(work.error, RetryableError)
-            skipped.append(SkippedImage(work.source, str(work.error), retryable))
+            skipped.append(SkippedImage(work.source, str(work.error), isinstance(work.error, RetryableError)))
             continue
         try:
             assert work.frame is not None and work.masks is not None
@@ -108,8 +107,7 @@ def run_local(
     components = [make() for make in makers]
     try:
         with processes.pool(workers, __name__, advice) as pool:
-            reader = partial(read, longest=longest)
-            works = processes.in_order(pool, reader, batches, workers + 1)
+            works = processes.in_order(pool, partial(read, longest=longest), batches, workers + 1)
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
             yield from processes.in_order(pool, finish, works, workers + 1)

@@ -48,6 +48,8 @@ class Distribution:
 
     def quantile(self, share: float) -> Array:
         """[numbers] the values below which `share` of the probability lies, 0 to 1."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"quantile: {share} is no share: give 0 to 1")
         cumulative = self._cumulative()
         wanted = share * cumulative[:, -1]
         at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.bins - 1)

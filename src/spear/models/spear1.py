@@ -227,6 +227,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
         Other arguments as in `forward`; attention_mask=None and view_mask=None spare the masks.
         committed: actions that come back as they are, and that the others go on from.
         """
+        if (horizon := noise.translation.shape[-2]) != self.config.horizon:
+            raise ValueError(f"noise of {horizon} actions: a chunk has {self.config.horizon}")
         inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
         inputs |= {f"present/{view}": present for view, present in (view_mask or {}).items()}
         inputs |= {"input_ids": input_ids, "state": state, "noise": noise.to_vector()}

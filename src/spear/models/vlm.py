@@ -212,7 +212,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         pixel_values    view -> [B, 3, h, w] uint8.
         input_ids       [N, L] text, padded on either side; attention_mask [N, L], 0 on padding.
-        token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal).
+        token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal); None: 1 at
+                        the `labels`.
         image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image.
         labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only
                         the places that have one go through the head.
@@ -226,7 +227,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
             return LossOutput(logits=self.head(state.hidden))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        kinds = (labels != IGNORE) if token_type_ids is None else token_type_ids
         hidden, targets = [], []
         for rows, length in _by_length(mask, length_groups):
             own = features[image_index[rows]], image_valid[image_index[rows]]

@@ -132,15 +132,12 @@ def clutter_scene(seed: int) -> SceneSpec:
     names = _choose(rng, DISTRACTORS, int(rng.integers(2, 6)), repeats=0.15)
     supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
     things = _place([*supports, *names], rng)
-    held = None
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
     graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].grasp]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
-        near = things[int(rng.choice(graspable))].position
-        xy = np.array(near[:2]) + rng.normal(0, 0.03, 2)
-    if graspable and rng.random() < 0.25:
-        held = int(rng.choice(graspable))
+        xy = np.array(things[int(rng.choice(graspable))].position[:2]) + rng.normal(0, 0.03, 2)
+    held = int(rng.choice(graspable)) if graspable and rng.random() < 0.25 else None
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
     tilt = float(rng.choice([3.0, 20.0]))
     return SceneSpec(

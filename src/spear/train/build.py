@@ -73,7 +73,8 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     size = preset(stage.preset)
     size = dataclasses.replace(size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None)
     check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
-    FlowConfig(**size.flow)
+    if FlowConfig(**size.flow).prediction == "clean" and "geodesic_step" in stage.flow:
+        raise SpearError("recipe key flow: geodesic_step is of velocities alone: leave it out")
     for folder in labels if stage.kind != "depth" else ():
         for view in tasks.view_folders(folder, list(size.image_sizes)).values():
             if view.is_file():  # what a run says of its labels, and compares, it looks for in folders

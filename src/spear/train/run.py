@@ -28,7 +28,7 @@ from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
 from spear.train.options import Inputs, Recipe
 from spear.util.files import check_writable
-from spear.util.ledger import alone, hash_ends, plain
+from spear.util.ledger import alone, below, hash_ends, plain
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
 TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
@@ -58,6 +58,8 @@ def train(
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
+    # How large translations are, and so mistakes, is seen in each piece: see `with_mistakes`.
+    size = stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0
     otherwise = found is not None and earlier != found[1]["earlier"]
     was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
     notes = {
@@ -65,10 +67,12 @@ def train(
         f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
         f"goes on otherwise than before: {was}": otherwise,
         f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0 < steps < asked.warmup,
+        f"committed learns from smaller mistakes: {size:g} samples in a piece": 0 < size < 4,
         "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
     }
     for words in (w for w, so in notes.items() if so):
         notice(words)
+    finished = found is not None and found[1]["step"] == steps
     model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, opt, out, how, about, changing)
     with torch.no_grad():
@@ -104,9 +108,12 @@ def train(
             shutil.rmtree(part, ignore_errors=True)
             save(part)
             save_made_by(part, written)
-            if final.is_dir() and contents(part) == contents(final):  # a card and a calibration stay
+            if finished and final.is_dir() and contents(part) == contents(final):  # a calibration stays
                 (part / "recipe.json").replace(final / "recipe.json")
             else:
+                for own in final.glob("*"):  # a card
+                    if own.suffix not in (".json", ".safetensors") and not (part / own.name).exists():
+                        own.replace(part / own.name)
                 shutil.rmtree(final, ignore_errors=True)
                 part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
@@ -159,7 +166,7 @@ def _of_episodes(inputs: Inputs) -> dict[str, Any]:
 
 def _simulator_only(inputs: Inputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
-    shards = [path for folder in inputs.labels for path in folder.rglob("labels-*.parquet")]
+    shards = [path for folder in inputs.labels for path in below(folder, "labels-*.parquet")]
     sources = [s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]]
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
     before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)

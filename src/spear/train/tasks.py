@@ -137,8 +137,7 @@ many groups, saves up to a quarter of the work, if there are so many texts in ea
 
 def length_groups(model: torch.nn.Module, batch: Batch) -> int:
     """How many groups the texts of a batch run in; 1 if sharded: all processes run as many layers."""
-    rows = len(batch["input_ids"])
-    return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, rows // GROUP_ROWS))
+    return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, len(batch["input_ids"]) // GROUP_ROWS))
 
 
 def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
@@ -227,8 +226,7 @@ class QuestionSamples:
     def batch(self, step: int) -> Batch:
         """Arguments of `SpearVLMForConditionalGeneration.forward`, `images` images with their questions."""
         rng = np.random.default_rng((self.seed, 1, step))
-        wrist = rng.random() < self.wrist
-        view = "wrist" if wrist else next(iter(self.labels))
+        view = "wrist" if rng.random() < self.wrist else next(iter(self.labels))
         labels = self.labels[view][: self.mix.most_images or None]
         pixels, questions, owners, tries = list[torch.Tensor](), list[Question](), list[int](), 0
         while len(pixels) < self.images:
@@ -260,8 +258,7 @@ def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
     """3D tokens fitted to the answers about `labels` (20,000 at most), which have one unit."""
-    values = answers(labels, seed, 20_000, FAMILIES)
-    return CoordinateTokenizer.fit(values, bins, labels[0].unit, spacing)
+    return CoordinateTokenizer.fit(answers(labels, seed, 20_000, FAMILIES), bins, labels[0].unit, spacing)
 
 
 def answers(labels: Sequence[LabeledImage], seed: int, most: int, families: Sequence[str]) -> Array:
@@ -302,8 +299,7 @@ class VlaTask:
 
     def batch(self, step: int) -> Batch:
         """Network inputs of one step: pixels, prompt, state, action chunk and mask; and questions."""
-        raw = self.samples.batch(step, self.stage.batch_size)
-        batch = robot_inputs(self.processor, self.normalizer, raw)
+        batch = robot_inputs(self.processor, self.normalizer, self.samples.batch(step, self.stage.batch_size))
         if self.questions is not None:
             batch["questions"] = self.questions.batch(step)
         return batch
@@ -333,10 +329,9 @@ def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str,
         action[rows] = own.normalize_action(Action.from_vector(vectors[rows])).to_vector()
         position, rotation, gripper = (tensors[k][rows] for k in ("position", "rotation", "gripper"))
         state[rows] = own.state_vector(position, rotation, gripper[..., None])
-    # The network turns them round in memory: here that would take half the time of decoding them.
-    images = {k: torch.from_numpy(v).permute(0, 3, 1, 2) for k, v in raw["images"].items()}
     return {
-        "pixel_values": images,
+        # The network turns them round in memory: here that would take half the time of decoding them.
+        "pixel_values": {k: torch.from_numpy(v).permute(0, 3, 1, 2) for k, v in raw["images"].items()},
         "view_mask": {k: torch.from_numpy(v) for k, v in raw["views"].items()},
         "state": state,
         "actions": action,

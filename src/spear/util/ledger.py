@@ -5,6 +5,7 @@ What is finished is a matter of the work itself: a file counts from the moment w
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -130,12 +131,18 @@ class Skipped:
             raise SpearError(f"{what}; the last one: {self.reasons[-1]}: mend the input, or leave them out")
 
 
+def below(folder: Path, kind: str) -> list[Path]:
+    """All files of a kind ("*.parquet") in a folder and below, also where links lead; `rglob` enters none."""
+    names = glob.iglob(f"**/{kind}", root_dir=folder, recursive=True, include_hidden=True)
+    return sorted(folder / name for name in names)
+
+
 def hash_ends(folders: Iterable[Path], kinds: Sequence[str], before: bytes = b"") -> str:
     """A hash of `before`, and of names, sizes and ends of all files of these kinds ("*.parquet") in folders
     and below: large files are not read whole, and of very many in a folder only small ones and some more."""
     digest = hashlib.sha256(before)
     for folder in folders:
-        paths = sorted(p for kind in kinds for p in folder.rglob(kind))
+        paths = sorted(p for kind in kinds for p in below(folder, kind))
         for number, path in enumerate(paths):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {size}".encode())

@@ -14,16 +14,13 @@ from spear.data.actions import check_actions, check_episode, derive_actions, fir
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
-from spear.types import CONTROL, Array, Episode
+from spear.types import CONTROL, FASTEST, FASTEST_TURN, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
 Steps = Mapping[str, Any]
 """An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not."""
 Sources = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of one episode after the other, or the reason why it cannot be read."""
-FASTEST, FASTEST_TURN = 3.0, 10.0
-"""Metres and radians per second that an end-effector can move and turn, and still be believed (our choice; a
-Franka moves at 1.7 m/s, its wrist turns at 2.6 rad/s)."""
 MOST_RAD = 4 * math.pi
 """Angles beyond this in most steps are degrees: wrists turn once or twice (our choice)."""
 SLACK = 0.1
@@ -338,18 +335,15 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
         shape = tuple(tensor.shape)
         raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
     if layout in POSES:
-        _check_poses(POSES[layout](tensor), layout, source)
+        pose = POSES[layout](tensor)
+        matrix, last = pose[:, :3, :3], pose.new_tensor([0, 0, 0, 1])
+        error = (matrix @ matrix.mT - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
+        row = (pose[:, 3] - last).abs().amax(1)
+        bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
+        if (step := first_bad(bad.numpy())) is not None:
+            wrong = f"not a rotation: {source} step {step}: the numbers are no rotation written as {layout}"
+            raise SpearError(f"{wrong}; check the layout")
     return convert(tensor).numpy()
-
-
-def _check_poses(pose: torch.Tensor, layout: str, source: str) -> None:
-    matrix, last = pose[:, :3, :3], torch.tensor([0.0, 0, 0, 1], dtype=pose.dtype)
-    error = (matrix @ matrix.mT - torch.eye(3, dtype=pose.dtype)).abs().amax((1, 2))
-    row = (pose[:, 3] - last).abs().amax(1)
-    bad = ~((error < 1e-2) & (row < 1e-3) & (torch.linalg.det(matrix) > 0))
-    if bad.any():
-        where = f"not a rotation: {source} step {int(bad.int().argmax())}"
-        raise SpearError(f"{where}: the numbers are no rotation written as {layout}; check the layout")
 
 
 _DH = (

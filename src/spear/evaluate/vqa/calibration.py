@@ -76,8 +76,7 @@ class Trust:
     def load(folder: Path) -> "Trust | None":
         """Of the model in a folder, where it was measured. Raises SpearError for a broken file; one that was
         measured with another model is said and left out."""
-        path = folder / FILE
-        if not path.is_file():
+        if not (path := folder / FILE).is_file():
             return None
         said = read_as(Trust, path, "remove it")
         if other := changed(folder, said.files):
@@ -165,8 +164,7 @@ def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | No
     groups = int(np.clip(len(order) // PER_GROUP, 1, MOST_GROUPS))
     parts = [(spread[rows], off[rows]) for rows in np.array_split(order, groups)]
     bands = [Band(float(np.median(s)), float(np.quantile(e, ONE_SIGMA)), len(s)) for s, e in parts]
-    sure = np.argsort([float(c.spread.mean()) for c in certain], kind="stable")
-    ranked = np.array(errors)[sure]
+    ranked = np.array(errors)[np.argsort([float(c.spread.mean()) for c in certain], kind="stable")]
     half = (len(errors) + 1) // 2
 
     inside = {f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL}

@@ -42,8 +42,7 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     counts = np.asarray(runs, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
         raise SpearError(f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again")
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return flat.reshape((height, width), order="F")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape((height, width), order="F")
 
 
 def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
@@ -65,8 +64,7 @@ def run_lengths(text: str) -> list[int]:
     difference from the run two before. Not by pycocotools, which takes a string that is cut off for a mask,
     filled up with what was in memory.
     """
-    rest = re.sub(r"^([P-o]*[0-O])*", "", text)
-    if rest:
+    if rest := re.sub(r"^([P-o]*[0-O])*", "", text):
         raise SpearError(f"compressed mask: {rest[:20]!r} is none, or cut off: give the whole string")
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):

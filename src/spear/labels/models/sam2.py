@@ -35,8 +35,7 @@ class Sam2Segmenter:
         """For each frame, masks [n, h, w] bool."""
         pairs = zip(frames, detections, strict=True)
         masks = [np.zeros((len(found), *frame.image.shape[:2]), bool) for frame, found in pairs]
-        busy = [i for i, found in enumerate(detections) if found]
-        if not busy:
+        if not (busy := [i for i, found in enumerate(detections) if found]):
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
         with torch.inference_mode(), enough_memory(len(busy)):
@@ -75,5 +74,4 @@ def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tenso
 
 def postprocess(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Mask logits [n, h', w'], resampled bilinearly -> masks [n, height, width] bool: positive is inside."""
-    size = (height, width)
-    return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False)[0] > 0
+    return F.interpolate(logits[None].float(), (height, width), mode="bilinear", align_corners=False)[0] > 0
