@@ -178,7 +178,7 @@ def quat_to_matrix(q: Tensor) -> Tensor:
 
 
 def matrix_to_quat(matrix: Tensor) -> Tensor:
-    """Rotation matrix [..., 3, 3] or pose [..., 4, 4] to canonical unit quaternion [..., 4], always accurate."""
+    """Rotation matrix [..., 3, 3] or pose [..., 4, 4] to canonical unit quaternion [..., 4], exact."""
     m = matrix[..., :3, :3].flatten(-2).unbind(-1)
     xx, yy, zz = m[0], m[4], m[8]
     wx, wy, wz = m[7] - m[5], m[2] - m[6], m[3] - m[1]
