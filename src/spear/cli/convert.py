@@ -22,7 +22,7 @@ class ConvertOptions(Options, kw_only=True):
     out: Path
     """New folder to write to."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the result; without it that of the weights that are read."""
+    """Precision of the result; without it that of the PaliGemma or SPEAR-VLM that is read."""
     dry_run: bool = False
     """Only say what would be done; nothing is written."""
     seed: Seed = 0
