@@ -60,6 +60,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('--set flow={"rotatoin":1}', "'rotation'"),
         ('--set flow={"rotation":"linear"}', "recipe key flow"),
         ('--set flow={"time_alpha":-1}', "time_alpha"),
+        ('--set flow={"geodesic_step":0.1}', "geodesic_step"),
         ("--set committed=5", "committed"),
         ("--set bins=9", "bins"),
         ("--set moge=false", "MoGe"),

@@ -228,8 +228,8 @@ def _recipe(
     steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
     given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
     flow = {key: value for part in given for key, value in part.get("flow", {}).items()}
-    whole = {key: value for part in given for key, value in part.items()}
-    one = plain.changed(**{**whole, **({"flow": flow} if flow else {})})
+    whole = {key: value for part in given for key, value in part.items()} | ({"flow": flow} if flow else {})
+    one = plain.changed(**whole)
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if 0 < row.images < 1:
         one = one.changed(most_images=max(1, round(row.images * data.images)))

@@ -262,12 +262,11 @@ def reference() -> None:
 
 
 def _report(name: str, out: Path | None, ran: int) -> None:
-    """Write results.json into a folder, and print its results, of which so many are new, beside published."""
+    """Write results.json into a folder, and print all its results (`ran`: those asked for now)."""
     assert out is not None
     results = load(out)
     results.save(out / "results.json")
     show(results.table(), *(table.table([(name, results)]) for table in beside(results)))
     more = len(results.outcomes) - ran
-    print(
-        f"results in {out}" + (f", {counted(more, 'episodes')} of other commands among them" if more else "")
-    )
+    among = f", {counted(more, 'episodes')} of other commands among them" if more else ""
+    print(f"results in {out}{among}")

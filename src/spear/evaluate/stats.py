@@ -100,7 +100,7 @@ def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -
     extra = 1 / len(strata)
     for first, second in strata:
         a, b = np.asarray(first), np.asarray(second)
-        if a.dtype != bool or b.dtype != bool or a.shape != b.shape:
+        if a.dtype != bool or b.dtype != bool or a.shape != b.shape or not a.size:
             raise ValueError(f"paired_difference: {a.dtype} {a.shape} against {b.dtype} {b.shape}")
         total = a.size + 2 * extra
         wins, losses = ((a & ~b).sum() + extra) / total, ((~a & b).sum() + extra) / total

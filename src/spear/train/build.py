@@ -73,8 +73,8 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     size = preset(stage.preset)
     size = dataclasses.replace(size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None)
     check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
-    if FlowConfig(**size.flow).prediction == "clean" and "geodesic_step" in stage.flow:
-        raise SpearError("recipe key flow: geodesic_step is of velocities alone: leave it out")
+    policy = init is not None and weights.architecture(init) == Spear1Config.model_type
+    FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
         for view in tasks.view_folders(folder, list(size.image_sizes)).values():
             if view.is_file():  # what a run says of its labels, and compares, it looks for in folders
@@ -83,7 +83,6 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     horizon = size.horizon
     config: Any = vlm_config(size)
     if init is not None:
-        policy = weights.architecture(init) == Spear1Config.model_type
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
@@ -103,6 +102,9 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
             raise SpearError(f"{adds}: give --moge FOLDER (the result of nano-depth)")
         Processor.load(init, inner)
         config = inner if acts else config
+    clean = FlowConfig(**(found.flow if policy else size.flow)).prediction == "clean"
+    if clean and "geodesic_step" in stage.flow:
+        raise SpearError("recipe key flow: geodesic_step is of velocities alone: leave it out")
     if stage.committed is not None and stage.committed >= horizon:
         raise SpearError(f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less")
     if inputs.moge is not None:

@@ -58,8 +58,7 @@ def train(
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
-    # How large translations are, and so mistakes, is seen in each piece: see `with_mistakes`.
-    size = stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0
+    size = stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0  # `with_mistakes`
     otherwise = found is not None and earlier != found[1]["earlier"]
     was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
     notes = {
