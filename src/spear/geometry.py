@@ -257,8 +257,7 @@ def step_action(
     Returns the translation [..., 3] in the base frame (m) and the rotation [..., 4] in the end-effector frame
     (canonical): x' = x + translation, R' = R · R(rotation).
     """
-    delta = quat_canonical(quat_multiply(quat_conjugate(rotation), next_rotation))
-    return next_position - position, delta
+    return next_position - position, quat_canonical(quat_multiply(quat_conjugate(rotation), next_rotation))
 
 
 def apply_step(

@@ -23,6 +23,8 @@ class AskOptions(Options):
     family: Name = None
     """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
     back_projection or chain_of_thought. Without it the model answers freely."""
+    view: str = "external"
+    """Which camera took it: external, or wrist."""
     decode: Decode = "median"
     """How numbers are read off the model's probabilities; the interval is around the median."""
     draw: File = None
@@ -51,12 +53,13 @@ def ask(options: AskOptions) -> None:
     if options.draw:
         picture_format(str(options.draw))
     bundle = load_vlm(options.model, options.device, options.dtype)
-    picture = asking.read_picture(options.image, bundle.processor.image_sizes["external"])
-    folder = locate(options.model)
-    trust = Trust.load(folder)
-    answer, said = asking.ask(bundle, picture.image, options.question, options.family, options.decode, trust)
+    o, folder, sizes = options, locate(options.model), bundle.processor.image_sizes
+    check_known("view", sizes, o.view)
+    picture = asking.read_picture(o.image, sizes[o.view], o.view)
+    trust = Trust.load(folder) if o.view == "external" else None  # it was measured with images of that one
+    answer, said = asking.ask(bundle, picture.image, o.question, o.family, o.decode, trust, o.view)
     print(said)
-    if trust is None:
+    if trust is None and o.view == "external":
         notice(f"not measured how sure this is: `spear evaluate vqa {options.model} sim --calibrate` does it")
     if not options.image.startswith("sim:") and simulator_only(folder):
         notice(f"{options.model} has seen nothing but the built-in simulator: it knows little of photos")

@@ -200,8 +200,7 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
         raise SpearError(f"{folder}: {what}: give both and intrinsics.txt, or a ScanNet scan")
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
     images = [path for path in color.iterdir() if path.suffix.lower() in IMAGES]
-    pairs = [(path, depths[path.stem]) for path in images if path.stem in depths]
-    if not pairs:
+    if not (pairs := [(path, depths[path.stem]) for path in images if path.stem in depths]):
         raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
     last = {path.stem: path for path, _ in pairs}
     if twice := next((path for path, _ in pairs if last[path.stem] != path), None):

@@ -111,8 +111,7 @@ def label_folder(
     Raises `SpearError`: the folder is of another run, is being written to, or its input has changed; no
     input; too many failures; the disk is full. What is finished stays, and the same call finishes the rest.
     """
-    shards = _chunks(list(items), work.shard_size)
-    if not shards:
+    if not (shards := _chunks(list(items), work.shard_size)):
         raise SpearError("no image to label: give photos, folders, videos or episodes")
     check_own(out, SETTINGS, "label")
     with alone(out, "labelling into", SETTINGS):

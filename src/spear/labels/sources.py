@@ -66,8 +66,7 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
 
 def scene_numbers(argument: str, simulator: str) -> range:
     """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything else."""
-    match = re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)
-    if match is None:
+    if not (match := re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)):
         raise SpearError(f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:

@@ -283,8 +283,7 @@ DepthImages = list[tuple[bytes, Array]]
 
 def read_depth(folder: Path) -> DepthImages:
     """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is broken."""
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
+    if not (files := sorted(folder.glob("*.parquet"))):
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
     with reading(folder):
         rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()

@@ -58,8 +58,7 @@ def draw_answers(
     """
     canvas = _enlarge(image, scale)
     for segments, colour in answers:
-        points = places(segments, image.shape[1], image.shape[0], intrinsics)
-        if points is not None:
+        if (points := places(segments, image.shape[1], image.shape[0], intrinsics)) is not None:
             _mark(canvas, points * scale, colour)
     return np.asarray(canvas)
 

@@ -58,8 +58,7 @@ def _facts(scores: Scores) -> list[tuple[str, str]]:
         ("distance", "relative", "median error of a distance"),
         ("chain_of_thought", "closer", "of the time it names the closer of two"),
     ):
-        s = scores.families.get(family)
-        if s is not None and name in s.measures:
+        if (s := scores.families.get(family)) and name in s.measures:
             m = MEASURES[name]
             guess = f"; a constant guess: {m.say(s.constant[name])}" if name in s.constant else ""
             facts.append((m.say(s.measures[name].value), what + guess))

@@ -129,9 +129,8 @@ def _grasp(world: World) -> tuple[Floats, list[float] | None, float]:
     point[2] = max(point[2], top - REACH_DOWN, LOWEST)
     if kind.round:
         axis = frame[:, 2]
-        if abs(axis[2]) > 0.8:
-            return point, None, 2 * float(half[0])
-        return point, [math.atan2(axis[1], axis[0])], 2 * float(half[0])
+        yaws = None if abs(axis[2]) > 0.8 else [math.atan2(axis[1], axis[0])]
+        return point, yaws, 2 * float(half[0])
     fits = [i for i in range(3) if abs(frame[2, i]) < 0.4 and half[i] < 0.037]
     if not fits:
         return point, None, 2 * float(half.min())

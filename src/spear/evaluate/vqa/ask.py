@@ -20,11 +20,11 @@ from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
 
-def read_picture(where: str, size: tuple[int, int]) -> Frame:
+def read_picture(where: str, size: tuple[int, int], camera: str = "external") -> Frame:
     """An image file (see `util.images.load_image`, also for what it raises), or "sim:SEED": that held-out
     scene at `size` (width, height), whose camera is known (see `held_out_frames`)."""
     if where.startswith("sim:"):
-        return next(held_out_frames(1, sim_seed(where), size))
+        return next(held_out_frames(1, sim_seed(where), size, camera))
     return Frame(load_image(where))
 
 
@@ -35,6 +35,7 @@ def ask(
     family: str | None = None,
     decode: Decode = "median",
     trust: Trust | None = None,
+    view: str = "external",
 ) -> tuple[Answer | None, str]:
     """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
 
@@ -53,7 +54,7 @@ def ask(
     if trust and trust.tells_absent and names and (lacking := missing(model, image, names)):
         seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
         return None, f"not in the picture: {'; '.join(seen)}"
-    answer = model.answer([image], [question], family, distributions=True)[0]
+    answer = model.answer([image], [question], family, view, distributions=True)[0]
     if held := answer.distribution:
         answer = replace(answer, segments=with_numbers(answer.segments, held.read(decode)))
     said = words(answer, image)
@@ -83,7 +84,7 @@ def understand(question: str) -> tuple[str, list[str]] | None:
     for family in FAMILIES:
         for prompt in PROMPTS[family]:
             form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
-            form = re.sub(r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>[^?,]+)", form)
+            form = re.sub(r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and) )[^?,])+)", form)
             if found := re.fullmatch(form, text, re.IGNORECASE):
                 return family, [name for _, name in sorted(found.groupdict().items())]
     return None
@@ -127,8 +128,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
         folder = Path(where)
         labels = choose(folder / view if (folder / view).is_dir() else folder, images)
     unit = processor.coordinates.unit
-    other = next((label for label in labels if label.unit != unit), None)
-    if other is not None:
+    if other := next((label for label in labels if label.unit != unit), None):
         units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"
         raise SpearError(f"{where}: {units}: label with a point map of that unit, or ask another model")
     return labels

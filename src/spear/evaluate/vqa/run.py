@@ -92,8 +92,7 @@ def questions_about(
 
 def _asked(image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode) -> Asked:
     """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
-    said = answer.distribution
-    if said is None:
+    if (said := answer.distribution) is None:
         return Asked(image, label, question, answer.segments)
     readings = {d: with_numbers(answer.segments, said.read(d)) for d in DECODES}
     certainty = None

@@ -279,8 +279,7 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
 
 def answer_text(response: Any, where: str) -> str:
     """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
-    feedback = response.prompt_feedback
-    if feedback is not None and feedback.block_reason:
+    if (feedback := response.prompt_feedback) and feedback.block_reason:
         raise SpearError(f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out")
     end = response.candidates[0].finish_reason if response.candidates else None
     if end not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):

@@ -64,8 +64,7 @@ def write_questions(
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     """(source of the image, question) in the order of the labels; nothing when none were written.
     `SpearError` when the file is broken."""
-    path = folder / QUESTIONS
-    if not path.is_file():
+    if not (path := folder / QUESTIONS).is_file():
         return
     with reading(path, "write it again with `spear questions`"):
         for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):

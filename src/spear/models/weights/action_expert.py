@@ -70,8 +70,7 @@ def plan_policy(
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
         sources["action expert"] = origin(expert, shards.folder)
     config = spear1_config(preset(size), inner, fields)
-    for name, value in periods.items():
-        setattr(config, name, value)
+    config.update(periods)
     with torch.device("meta"):
         wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
     inside = {k: v for k, v in wanted.items() if k.startswith("vlm.")}
