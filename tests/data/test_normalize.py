@@ -166,16 +166,6 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     refuses("nothing to fit", Normalizer.fit, [(stored([masked], tmp_path / "b"), 1.0)])
 
 
-def worst_rank(sketch: QuantileSketch, values: np.ndarray) -> float:
-    """By how much the rank of any value is off: the share at or below it, of the sketch and of the values."""
-    kept, weights = sketch.weighted()
-    order = np.argsort(kept)
-    at = np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
-    below = np.concatenate([[0], np.cumsum(weights[order])])
-    ranks = below[np.searchsorted(kept[order], at, side="right")] / sketch.count
-    return float(np.abs(ranks - (np.searchsorted(np.sort(values), at, side="right") / len(values))).max())
-
-
 STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, count: rng.normal(size=count),
     "sorted": lambda rng, count: np.sort(rng.normal(size=count)),
@@ -192,8 +182,14 @@ def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]
     sketch = QuantileSketch(256)
     for piece in np.split(values, sorted(int(c * count) for c in cuts)):
         sketch.add(piece)
-    assert sketch.count == count and sketch.weighted()[1].sum() == count
-    assert worst_rank(sketch, values) <= (6 / 256 if count > 256 else 0) + 1e-12
-    assert len(sketch.weighted()[0]) <= 6 * 256 and (sketch.low, sketch.high) == (values.min(), values.max())
+    kept, weights = sketch.weighted()
+    assert sketch.count == count and weights.sum() == count
+    # The rank of a value: the share at or below it, of the sketch and of the values.
+    order, at = np.argsort(kept), np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
+    below = np.concatenate([[0], np.cumsum(weights[order])])
+    ranks = below[np.searchsorted(kept[order], at, side="right")] / count
+    off = np.abs(ranks - np.searchsorted(np.sort(values), at, side="right") / count)
+    assert off.max() <= (6 / 256 if count > 256 else 0) + 1e-12
+    assert len(kept) <= 6 * 256 and (sketch.low, sketch.high) == (values.min(), values.max())
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-9 * np.abs(values).max())
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)

@@ -22,11 +22,6 @@ def results(name: str, wins: dict[str, str], first_seed: int = 0) -> Results:
     return Results(name, {"replan": 5, "scenes": 4}, outcomes, 1.0)
 
 
-def film(folder: Path, name: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(name.encode())
-
-
 def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
     first = results("x", {"a": "xx.x", "b": "xx"})
     c = compare(replace(first, outcomes=list(first.outcomes)[::-1]), results("y", {"a": "x.....", "c": "x"}))
@@ -66,10 +61,12 @@ def test_other_settings_are_named_and_other_scenes_refused() -> None:
 def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Path) -> None:
     c = compare(results("x", {"a": "xxx", "b": ".x"}), results("y", {"a": "x..", "b": "x."}))
     a, b = tmp_path / "a", tmp_path / "b"
-    for name in ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1"):
-        film(a, f"{name}.mp4")
-    for name in ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0"):
-        film(b, f"{name}.mp4")
+    films = {a: ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1")}
+    films[b] = ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0")
+    for folder, names in films.items():
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.mp4").write_bytes(name.encode())
     shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
     assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
     assert len(filmed_pairs(c, (a, b), 2)) == 2

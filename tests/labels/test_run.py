@@ -115,28 +115,22 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_annotations_that_have_changed_since_are_found_out(source: Path, tmp_path: Path) -> None:
-    boxes, work = tmp_path / "boxes.json", WorkOptions(shard_size=8)
-    given = LabelOptions(photos=(str(source),), detector=f"file:{boxes}+gemini", vocabulary="mug")
+@pytest.mark.parametrize(
+    ("detector", "key"), [("file:{}/one+gemini", "annotations"), ("owlv2={}", "files of")]
+)
+def test_what_was_replaced_since_is_found_out(source: Path, tmp_path: Path, detector: str, key: str) -> None:
+    """Annotations, or a model's weights."""
+    (made := tmp_path / "made").mkdir()
+    given = LabelOptions(photos=(str(source),), detector=detector.format(made), vocabulary="mug")
 
     def labelled() -> Progress:
-        return label_folder(find(str(source)), tmp_path / "out", engine(0), prepare(given)[2], work)
+        settings, work = prepare(given)[2], WorkOptions(shard_size=8)
+        return label_folder(find(str(source)), tmp_path / "out", engine(0), settings, work)
 
-    boxes.write_text("{}")
+    (made / "one").write_text("first")
     assert labelled().done == labelled().before == 21
-    boxes.write_text("[]")
-    refuses("annotations", labelled)
-
-
-def test_a_model_that_was_replaced_since_is_found_out(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "owl").mkdir()
-    given = LabelOptions(photos=(str(source),), detector=f"owlv2={tmp_path / 'owl'}", vocabulary="mug")
-    weights = tmp_path / "owl" / "model.safetensors"
-    weights.write_text("first")
-    before = prepare(given)[2]
-    assert prepare(given)[2] == before
-    weights.write_text("another")
-    assert prepare(given)[2] != before
+    (made / "one").write_text("another")
+    refuses(key, labelled)
 
 
 def test_it_opens_as_a_hugging_face_dataset_with_images(whole: Path, tmp_path: Path) -> None:

@@ -131,9 +131,7 @@ def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
         assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)) == text
     assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
-    first = processor.coordinate_ids.start
-    assert processor.tokenizer.convert_tokens_to_ids(["<3d0000>", "<3d1023>"]) == [first, first + 1023]
-    assert len(processor.tokenizer) == first + 1024
+    assert len(processor.tokenizer) == processor.coordinate_ids.start + 1024
 
 
 def test_ever_new_texts_take_no_memory(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PI0Config
 from transformers import PI0ForConditionalGeneration as Pi0
@@ -73,14 +74,8 @@ def publish_paligemma(
         state = {name: weight.contiguous().clone() for name, weight in model.state_dict().items()}
         kept = {name: w for name, w in state.items() if layout == "2025" or "lm_head" not in name}
         renamed = {_published(name, layout): weight for name, weight in kept.items()}
-        names = sorted(renamed)
-        weight_map = {}
-        for shard, part in enumerate((names[::2], names[1::2]), 1):
-            file = f"model-{shard:05d}-of-00002.safetensors"
-            save_file({name: renamed[name] for name in part}, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(index)
+        most = sum(weight.nbytes for weight in renamed.values()) * 2 // 3
+        save_torch_state_dict(dict(sorted(renamed.items())), folder, max_shard_size=most)
         model.config.save_pretrained(folder)
     if tokenizer:
         words = train_tokenizer(["estimate the distance between the mug and the spoon"] * 2, IMAGE_TOKEN)

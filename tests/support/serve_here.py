@@ -29,9 +29,6 @@ class Homing:
         self.batches: list[int] = []
         self.seeds: list[int] = []
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        return self.infer_batch([observation])[0]
-
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         self.batches.append(len(observations))
         self.seeds += [o.get("seed") for o in observations]

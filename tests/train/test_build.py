@@ -29,13 +29,10 @@ from spear.train.tasks import DepthTask, load_labels
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """Labels, and the shipped SPEAR-VLM by itself."""
-    root = tmp_path_factory.mktemp("build")
-    write_labels((labelled(i) for i in range(12)), root / "labels/labels-00000.parquet")
-    bundle = load_vlm("nano")
-    bundle.model.save_pretrained(root / "init")
-    bundle.processor.save(root / "init")
-    return Inputs(labels=[root / "labels"], init=root / "init")
+    """Labels, and the shipped SPEAR-VLM."""
+    folder = tmp_path_factory.mktemp("labels")
+    write_labels((labelled(i) for i in range(12)), folder / "labels-00000.parquet")
+    return Inputs(labels=[folder], init=locate("nano-vlm"))
 
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])

@@ -26,7 +26,6 @@ from spear.data.readers.rlds import open_rlds
 from spear.data.readers.spec import REGISTRY
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import example_class, read_records
-from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.report.dataset import write_page
@@ -139,7 +138,6 @@ def test_broken_records_are_named_or_skipped(copy: Path, tmp_path: Path) -> None
     assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", inspect(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
-    assert len(EpisodeStore(tmp_path / "store")) == 24
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
@@ -154,8 +152,6 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     assert len(list(read_episodes(copy, on_bad=lambda error: reasons.append(str(error))))) == 8
     assert len(reasons) == 17 and "record 24: " in reasons[-1]  # what was promised and is not there
     refuses("17 of 25", prepare, copy, tmp_path / "store")
-    (copy / SHARD).unlink()
-    refuses(r"cannot read: .*No such file", list, read_episodes(copy))
 
 
 def test_records_that_the_description_does_not_know_of_are_named(copy: Path, tmp_path: Path) -> None:
@@ -238,13 +234,10 @@ def test_depth_is_no_camera(copy: Path) -> None:
 
 
 def test_another_number_in_the_middle_of_a_shard_is_other_data(copy: Path, tmp_path: Path) -> None:
-    def turn(features: Any) -> None:
-        command = features["steps/action"].float_list.value
-        command[6::7] = [1 - value for value in command[6::7]]
-
     prepare(copy, tmp_path / "out")
     size = (copy / SHARD).stat().st_size
-    edit_records(copy / SHARD, turn, range(3, 4))
+    change = lambda features: features["steps/action"].float_list.value.__setitem__(6, 0.5)  # noqa: E731
+    edit_records(copy / SHARD, change, range(3, 4))
     assert (copy / SHARD).stat().st_size == size
     refuses("prepared from other episodes", prepare, copy, tmp_path / "out")
 

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import ndimage
 
 from labels_scenes import render
@@ -105,12 +103,6 @@ def test_noise_is_measured(frame: Frame, noise: float) -> None:
     noisy = points * (1 + noise * np.random.default_rng(0).normal(size=known.shape))[..., None]
     assert noise_level(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
     assert noise_level(noisy, np.zeros_like(known)) == 0.0
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**81 - 1))
-def test_run_lengths_keep_a_mask(height: int, width: int, bits: int) -> None:
-    mask = np.array([bits >> i & 1 for i in range(height * width)], bool).reshape(height, width)
-    assert (decode_mask(encode_mask(mask), height, width) == mask).all()
 
 
 def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
 from spear.labels.components import component
-from spear.labels.fit.masks import encode_mask, polygon_mask, run_lengths
+from spear.labels.fit.masks import decode_mask, encode_mask, polygon_mask, run_lengths
 from spear.labels.inputs import find, read
 from spear.labels.models.annotations import (
     Annotation,
@@ -136,6 +136,7 @@ def compressed(mask: Array) -> str:
 def test_compressed_strings_are_those_of_pycocotools(h: int, w: int, seed: int, share: float) -> None:
     mask = np.random.default_rng(seed).random((h, w)) < share
     assert run_lengths(compressed(mask)) == encode_mask(mask)
+    assert (decode_mask(encode_mask(mask), h, w) == mask).all()
     long = np.zeros((1000, 100 * w), bool)
     long[7:40, 2] = long[100 * h // 5 :, 90] = True
     assert run_lengths(compressed(long)) == encode_mask(long)

@@ -28,15 +28,6 @@ def rows(detections: list[Detection]) -> list[tuple[str, list[float], float]]:
     return [(d.name, d.box2d.round(3).tolist(), round(d.score, 4)) for d in detections]
 
 
-def outputs(tokens: int, *objects: tuple[dict[int, float], list[float]]) -> Any:
-    """What the network says: per box, the scores of some places, and centre and size."""
-    logits = torch.full((1, len(objects), tokens), -torch.inf)
-    for i, (scores, _) in enumerate(objects):
-        for place, score in scores.items():
-            logits[0, i, place] = torch.logit(torch.tensor(score))
-    return SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
-
-
 def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.4)
     detector = GroundingDinoDetector(dino, vocabulary=THINGS)
@@ -44,13 +35,17 @@ def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.Monkey
     assert prompt == "red cup. forks. plate. steel bowl."
     assert names == ["red cup", "forks", "plate", "steel bowl"]
     tokens = detector._processor.tokenizer(prompt)["input_ids"]
-    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]
-    said = outputs(
-        16,
+    # [CLS] red cup . fork ##s . plate . steel bowl . [SEP]; per box, the scores of some, and centre and size
+    objects: list[tuple[dict[int, float], list[float]]] = [
         ({1: 0.2, 2: 0.6, 5: 0.5}, [0.5, 0.5, 0.5, 0.25]),
         ({4: 0.3, 5: 0.7, 9: 0.69}, [0.25, 0.25, 0.1, 0.1]),
         ({3: 0.99, 12: 0.99, 7: 0.35}, [0.5, 0.5, 0.5, 0.5]),  # only a mark between names fits
-    )
+    ]
+    logits = torch.full((1, len(objects), 16), -torch.inf)
+    for i, (scores, _) in enumerate(objects):
+        for place, score in scores.items():
+            logits[0, i, place] = torch.logit(torch.tensor(score))
+    said = SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
     (found,) = detector._read(said, tokens, (40, 60), names)
     assert rows(found) == [("red cup", [15, 15, 45, 25], 0.6), ("forks", [12, 8, 18, 12], 0.7)]
 

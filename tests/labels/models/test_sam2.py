@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor, ViTImageProcessorPil
 
+from labels_stand_ins import noise
 from labels_tiny import save_sam2
 from refusals import refuses
 from spear.labels.models.protocols import Detection
 from spear.labels.models.sam2 import Sam2Segmenter, postprocess, preprocess, scale_boxes
-from spear.types import Array, Frame
+from spear.types import Array
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOXES = np.array([[5, 4, 30, 30], [20, 5, 50, 33], [1, 20, 12, 39], [40, 2, 59, 20]], np.float32)
@@ -26,29 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_sam2(tmp_path_factory.mktemp("sam2")))
 
 
-def frame(seed: int, height: int = 40, width: int = 60) -> Frame:
-    noise = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8))
-    pixels = F.interpolate(noise.permute(2, 0, 1)[None].float(), (height, width), mode="bicubic")
-    return Frame(pixels[0].clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8))
-
-
 def asked(boxes: Array) -> list[Detection]:
     return [Detection(f"thing {i}", box) for i, box in enumerate(boxes)]
 
 
-def their_postprocess() -> Any:
-    """Transformers' `post_process_masks`, from its source: its module needs torchvision."""
-    path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
-    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-    (found,) = [f for f in functions if f.name == "post_process_masks"]
-    names: dict[str, Any] = {"torch": torch, "np": np, "F": F}
-    exec(compile(ast.Module([found], []), str(path), "exec"), names)
-    return names["post_process_masks"]
-
-
 @pytest.mark.parametrize("size", [(40, 60), (200, 90), (64, 64)])
 def test_preprocessing_is_that_of_transformers(size: tuple[int, int]) -> None:
-    image = frame(0, *size).image
+    image = noise(0, *size).image
     known = {"size": {"height": 64, "width": 64}, "image_mean": MEAN, "image_std": STD}
     processor = ViTImageProcessorPil(**known, resample=2, do_rescale=True)
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
@@ -62,13 +47,19 @@ def test_box_prompts_and_postprocessing_are_those_of_transformers() -> None:
     boxes = torch.tensor(BOXES)
     theirs = Sam2Processor._normalize_coordinates(None, 1024, boxes, (40, 60), is_bounding_box=True)
     torch.testing.assert_close(scale_boxes(BOXES, 40, 60, 1024), theirs)
+    # Transformers' `post_process_masks`, from its source: its module needs torchvision.
+    path = Path(transformers.__file__).parent / "models" / "sam2" / "image_processing_sam2.py"
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    (found,) = [f for f in functions if f.name == "post_process_masks"]
+    names: dict[str, Any] = {"torch": torch, "np": np, "F": F}
+    exec(compile(ast.Module([found], []), str(path), "exec"), names)
     logits = torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
-    (theirs,) = their_postprocess()(None, [logits[:, None]], [(40, 60)])
+    (theirs,) = names["post_process_masks"](None, [logits[:, None]], [(40, 60)])
     assert (postprocess(logits, 40, 60) == theirs[:, 0]).all()
 
 
 def test_masks_are_those_of_the_plain_model(folder: str) -> None:
-    network, image = Sam2Model.from_pretrained(folder).eval(), frame(0)
+    network, image = Sam2Model.from_pretrained(folder).eval(), noise(0)
     pixels = preprocess(image.image, 64)[None]
     with torch.inference_mode():
         said = network(pixels, input_boxes=scale_boxes(BOXES, 40, 60, 64)[None], multimask_output=False)
@@ -79,7 +70,7 @@ def test_masks_are_those_of_the_plain_model(folder: str) -> None:
 
 def test_images_of_a_batch_may_have_any_number_of_boxes(folder: str) -> None:
     segmenter = Sam2Segmenter(folder)
-    frames = [frame(0), frame(1, 48, 32), frame(2), frame(3)]
+    frames = [noise(0), noise(1, 48, 32), noise(2), noise(3)]
     many = np.concatenate([BOXES + 0.5 * i for i in range(5)])
     detections = [asked(BOXES[:1]), asked(BOXES / 2), [], asked(many)]
     masks = segmenter.segment(frames, detections)
@@ -99,7 +90,7 @@ def test_checkpoints_of_the_video_model_are_loaded(tmp_path: Path) -> None:
     ours = segmenter._network.state_dict()
     assert ours and all((weights[name] == value).all() for name, value in ours.items())
     assert len(weights) > len(ours)
-    (masks,) = segmenter.segment([frame(0)], [asked(BOXES)])
+    (masks,) = segmenter.segment([noise(0)], [asked(BOXES)])
     assert masks.shape == (4, 40, 60)
 
 
@@ -107,5 +98,5 @@ def test_full_memory_asks_for_a_smaller_batch(folder: str, monkeypatch: pytest.M
     segmenter = Sam2Segmenter(folder)
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(segmenter._network.vision_encoder, "forward", full)
-    frames = [frame(0), frame(1)]
+    frames = [noise(0), noise(1)]
     refuses("memory is full with 2 images at a time", segmenter.segment, frames, [asked(BOXES)] * 2)
