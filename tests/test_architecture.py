@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2217, "ablations": 646, "cli": 1586, "data": 5207, "embodiments": 788, "evaluate": 3157,
-    "labels": 4678, "models": 5114, "report": 1149, "serve": 1010, "sim": 1545, "train": 2345, "ui": 675,
+    "(top)": 2216, "ablations": 646, "cli": 1589, "data": 5214, "embodiments": 788, "evaluate": 3155,
+    "labels": 4668, "models": 5120, "report": 1150, "serve": 1010, "sim": 1544, "train": 2342, "ui": 675,
     "util": 883,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""

@@ -13,7 +13,7 @@ from serve_here import Homing, serving
 from spear.embodiments import load as robot_of
 from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.tools import IMAGE_SIZES
-from spear.errors import SpearError
+from spear.errors import Notice, SpearError
 from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate
 from spear.evaluate.options import TabletopOptions
@@ -59,7 +59,7 @@ def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[in
     policy = Homing()
     if sizes:
         policy.image_sizes = sizes
-    with serving(policy) as server:
+    with serving(policy) as server, pytest.warns(Notice, match="which weights"):  # it does not say
         assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (sizes or IMAGE_SIZES)
 
 

@@ -97,6 +97,16 @@ def test_a_right_dataset_is_found_right() -> None:
     assert lagging.outcome == "consistent" and "(not in the layout; 1 fits best)" in conclusion(lagging)
 
 
+def test_single_episodes_that_were_recorded_otherwise_are_seen() -> None:
+    whole = 2 * only("translation")
+    right = judge(whole, RIGHT)
+    assert right.outcome == "consistent" and "first" not in conclusion(right)
+    assert "50 episodes, the first" in conclusion(dataclasses.replace(right, episodes=50))
+    odd = dataclasses.replace(whole[0], position=whole[0].position * [-1, -1, 1])
+    report = judge([odd, *whole[1:]], RIGHT)
+    assert report.outcome == "undecided" and "1 of 12 episodes" in conclusion(report)
+
+
 @pytest.mark.parametrize(
     ("planted", "part", "question", "truth"),
     [

@@ -115,6 +115,27 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     assert relative(mixed, reference(model, given, noise, 10)) < 0.03
 
 
+class Twice(torch.nn.Linear):
+    """What a user makes of a layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_users_add_to_layers_is_not_left_out() -> None:
+    given, noise = observation(2, ("external",), False), actions(2, H)
+    for name in ("action_in_proj", "action_time_mlp_in", "expert.layers.0.mlp.down_proj"):
+        model = spear1()
+        before = acted(model, given, noise, 2)
+        layer = model.get_submodule(name)
+        hook = layer.register_forward_hook(lambda layer, given, made: 3 * made)
+        hooked = acted(model, given, noise, 2)
+        hook.remove()
+        layer.__class__ = Twice
+        found = (before, hooked, acted(model, given, noise, 2))
+        assert min(relative(found[i], found[i - 1]) for i in range(3)) > 1e-3
+
+
 def test_gemma2_layers_too() -> None:
     config = {**TEXT, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "sliding_window": 4096}
     torch.manual_seed(0)

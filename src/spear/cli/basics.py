@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import counted, notice
+from spear.errors import check_known, counted, notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes, write_text
 from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within

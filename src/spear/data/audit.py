@@ -173,7 +173,7 @@ def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     check_good(len(recordings), skipped, path, split)
     judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     report = judge(recordings, claims(judged), str(path))
-    checks = check_gripper(recordings) + ([] if report.states else check_rate(recordings))
+    checks = [*report.checks, *check_gripper(recordings)] + ([] if report.states else check_rate(recordings))
     if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(spec.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
@@ -304,8 +304,15 @@ def judge(
         parts.append(_part("translation", translation_fits(recordings, stretches), said["translation"]))
     if recordings[0].turn is not None:
         parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
-    steps = sum(len(r.position) for r in recordings)
-    return Report(path, len(recordings), steps, parts, doubts(recordings), recordings)
+    steps, checks = sum(len(r.position) for r in recordings), []
+    for part in parts if stretches.of_episodes else ():
+        if (fit := part.said) is not None and not part.note and part.verdict != "wrong":
+            left = fit.error / fit.moved.clip(1e-12)
+            usual = np.clip(10 * np.median(left), 0.5, 1)  # our choice; of the real BridgeData all leave less
+            if odd := int(((left > usual) & (fit.moved > fit.moved.mean() / 4)).sum()):
+                words = f"in {odd} of {len(recordings)} episodes it explains little: recorded otherwise?"
+                checks.append(Check(f"the {part.name}s' reading", "cannot tell", words))
+    return Report(path, len(recordings), steps, parts, doubts(recordings), recordings, checks)
 
 
 def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:

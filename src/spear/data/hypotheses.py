@@ -108,7 +108,7 @@ class Stretches:
 
     rows    [n, L + 1] the row of each state of each stretch (padded with its last one).
     inside  [n, L] which steps are real.
-    unit    [n] what is resampled for intervals: the episode, or the stretch where there are few episodes.
+    unit    [n] what is resampled for intervals: the episode (`of_episodes`), or the stretch if they are few.
 
     Every action that any shift would use is valid. `count` is 0 when no episode is long enough.
     """
@@ -126,8 +126,8 @@ class Stretches:
         self.count = len(rows)
         self.rows = np.array(rows, int).reshape(-1, STRETCH + 1)
         self.inside = np.array(inside, bool).reshape(-1, STRETCH)
-        enough = len(set(episode)) >= 8
-        self.unit = np.unique(episode, return_inverse=True)[1] if enough else np.arange(self.count)
+        self.of_episodes = len(set(episode)) >= 8
+        self.unit = np.unique(episode, return_inverse=True)[1] if self.of_episodes else np.arange(self.count)
         self._members = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
 
     def acted(self, shift: int) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
-from spear.errors import SpearError
+from spear.errors import SpearError, notice
 from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
 from spear.util.options import option_name
@@ -110,6 +110,8 @@ def load_agent(policy: str, **loading: Any) -> Agent:
         if robot != "generic":
             server.close()
             raise SpearError(f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`")
+        if server.metadata.get("weights") is None:
+            notice(f"{policy}: does not say which weights it has: give those of each their own --out")
         return PolicyAgent(server, policy, server.metadata.get("weights"))
     local = Spear1Policy.load(policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
     return PolicyAgent(local, policy, local.identity)

@@ -182,7 +182,7 @@ def merge(parts: Sequence[Results]) -> Results:
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
                 which = f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts"
-                raise SpearError(f"{which}: policy or simulator changed: evaluate again into a new folder")
+                raise SpearError(f"{which}: rounding, or another policy: remove one journal, or all")
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
     wanted = frozenset[tuple[str, int]]().union(*(p.wanted for p in parts))

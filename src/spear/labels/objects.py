@@ -76,9 +76,8 @@ def label_object(
     box, points3d = None, {}
     if len(cloud) >= LEAST_POINTS:
         distance = float(np.median(cloud[:, 2]))
-        margin = MARGIN * distance / focal
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
-        fit = partial(fit_box, up=up, support=support, margin=margin, noise=noise)
+        fit = partial(fit_box, up=up, support=support, margin=MARGIN * distance / focal, noise=noise)
         box = fit(cloud)
         points3d = keypoints(cloud, box)
         scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
@@ -121,8 +120,7 @@ def _outline(
             limit = NEAR * p[:, 2]
             occluded += int(np.count_nonzero(q[:, 2] < p[:, 2] - limit))
             gap = q - p
-            touching = np.einsum("ij,ij->i", gap, gap) < limit * limit
-            beside.append(q[touching])
+            beside.append(q[np.einsum("ij,ij->i", gap, gap) < limit * limit])
     cut = 0
     for axis, ends in enumerate(lit):
         lines = np.count_nonzero(inside, axis=1 - axis)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
 from spear.errors import first_line, notice
-from spear.models.fast.linear import Events, Fused, Prepared, branch, is_recording, linear
+from spear.models.fast.linear import Events, Fused, Prepared, branch, is_plain, is_recording, linear
 from spear.models.fast.small import if_small
 from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill, views
 from spear.models.layers import sinusoids
@@ -89,6 +89,8 @@ def sample(model: Any, inputs: Inputs, steps: int) -> Tensor:
     The first inputs of each kind go through `plain` too. Where that differs, or the fast way raises, a notice
     says so, and inputs of that kind go through `plain` from then on.
     """
+    if not (is_plain(model.action_in_proj) and is_plain(model.action_time_mlp_in)):  # a LoRA
+        return plain(model, inputs, steps)
     autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     sampler = SAMPLER(model, not autocast)  # autocast cannot cast packed weights
     kind = _kind(inputs, autocast)

@@ -60,9 +60,8 @@ class MogeForDepth(PreTrainedModel):
         patch, cells = self.config.moge_config.patch_size, self.config.cells
         check_pixels("pixels", pixels, patch)
         rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
-        grid = self.head(self.moge(pixels)).float()
-        grid = grid.view(-1, rows, columns, cells, cells).transpose(2, 3)
-        log_depth = grid.reshape(-1, rows * cells, columns * cells)
+        grid = self.head(self.moge(pixels)).float().view(-1, rows, columns, cells, cells)
+        log_depth = grid.transpose(2, 3).reshape(-1, rows * cells, columns * cells)
         known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
         logs = torch.where(known > 0, depth[:, None].float(), torch.ones_like(known)).log()
         size = log_depth.shape[1:]

@@ -83,8 +83,7 @@ def _bars(filled: Filled) -> str:
         if e is not None:
             rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
         if line.published is not None:
-            theirs = f"{line.published:.1f} (theirs)"
-            rows.append(Bar("paper", line.published / 100, theirs, style="theirs"))
+            rows.append(Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs"))
         groups.append((line.row.title, rows))
     return bars(groups)
 

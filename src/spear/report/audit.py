@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.audit import Finding, Margin, Part, Report, size
+from spear.data.audit import EPISODES, STEPS, Finding, Margin, Part, Report, size
 from spear.data.hypotheses import integrate_translations
 from spear.errors import counted
 from spear.report.page import render
@@ -51,7 +51,12 @@ def conclusion(report: Report) -> str:
     told = f"; it cannot be told: {'; '.join(unsure)}" if unsure else ""
     if report.outcome == "undecided":
         return f"undecided: nothing contradicts the layout{told}"
-    return f"consistent: the layout agrees with the data{told}"
+    first = (
+        f" of {report.episodes} episodes, the first"
+        if report.episodes == EPISODES or report.steps > STEPS
+        else ""
+    )
+    return f"consistent: the layout agrees with the data{first}{told}"
 
 
 def write_audit_page(report: Report, out: Path) -> None:

@@ -69,8 +69,7 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
 
 def say(answer: Segments, label: LabeledImage, width: int) -> str:
     """An answer about `label`, in its unit, as a person reads it, in at most so many letters."""
-    said = spoken(answer, label.unit, (label.width, label.height))
-    return shorten(said, width, placeholder=" …")
+    return shorten(spoken(answer, label.unit, (label.width, label.height)), width, placeholder=" …")
 
 
 def _questions(folder: Path) -> tuple[Mapping[str, list[Question]], bool]:

@@ -97,8 +97,7 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
     leaves: Any = tree_flatten_with_path(batch)[0]
     tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
-    about = {"step": step, "number": number, "seed": seed}
-    write_bytes(path, save(tensors, {"batch": json.dumps(about)}))
+    write_bytes(path, save(tensors, {"batch": json.dumps({"step": step, "number": number, "seed": seed})}))
 
 
 def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -167,10 +167,9 @@ class Stepper:
         # Autocast's cache would keep a bfloat16 copy of every weight until the end of the forward pass.
         lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
-            generator = step_generator(self.seed, number, self.device)
             moved = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache):
-                loss, parts = self.task.loss(moved, generator)
+                loss, parts = self.task.loss(moved, step_generator(self.seed, number, self.device))
             (loss / len(batches)).backward()
             values = {"loss": loss.detach(), **parts}
             keys = list(values)

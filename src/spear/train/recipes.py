@@ -12,8 +12,7 @@ _EMPTY = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
 
 def _load() -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    for name, table in tomllib.loads(text).items():
+    for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items():
         like = found.get(table.pop("like", ""), _EMPTY)
         keys: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         found[name] = like.replaced(name=name, **keys)

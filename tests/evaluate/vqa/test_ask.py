@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_every_wording_is_understood() -> None:
             for said in (question, question.lower() + " ", f"Up to scale: {question}"):
                 assert understand(said) == (family, names)
     assert understand("How far away is a zebra") == ("distance", ["zebra"])
-    assert understand("What do you think of it?") is None
+    for question in ("What do you think of it?", "How far away is the gripper from the carrot?"):
+        assert understand(question) is None
 
 
 def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
@@ -53,6 +55,12 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
     few = replace(trust, factors={})
     assert "not measured" in ask(nano, picture.image, "How far away is the plate?", trust=few)[1]
     assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said
+
+
+def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, done: Callable[..., str]) -> None:
+    (label,) = find_images("sim:7", 1, "wrist", nano.processor)
+    said = done("ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist")
+    assert float(said.split()[0]) < 0.5 and "interval" not in said  # from the other camera all is further
 
 
 def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:

@@ -139,9 +139,9 @@ class _Writer:
     def _columns(self, episode: Episode) -> dict[str, Any]:
         """Everything but images, as arrays [T] or [T, d]."""
         length = len(episode)
-        state = np.concatenate([episode.position, episode.rotation, episode.gripper[:, None]], axis=1)
+        state = episode.position, episode.rotation, episode.gripper
         return {
-            "observation.state": state.astype(np.float32),
+            "observation.state": np.column_stack(state).astype(np.float32),
             "action": np.asarray(episode.action, np.float32),
             "action_mask": np.asarray(episode.action_mask),
             "success": np.full(length, -1 if episode.success is None else episode.success, np.int64),

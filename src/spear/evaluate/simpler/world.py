@@ -126,8 +126,7 @@ class SimplerWorld:
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
         """A scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
-        source = f"simpler/{self._name}/{seed}"
-        return fitted(look(self._env, self._task, self._grid, seed), size, source)
+        return fitted(look(self._env, self._task, self._grid, seed), size, f"simpler/{self._name}/{seed}")
 
     def picture(self) -> Array:
         """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
@@ -211,8 +210,7 @@ def in_base(base: Array, pose: Array) -> Array:
 
 def _ours(link: Array) -> Array:
     """A pose [7] of link `ee_gripper_link` as that of our end-effector frame, at the same place."""
-    rotation = torch.from_numpy(orientation(link[3:]))
-    return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
+    return np.concatenate([link[:3], quat_canonical(torch.from_numpy(orientation(link[3:]))).numpy()])
 
 
 def _pose(pose: Any) -> Array:

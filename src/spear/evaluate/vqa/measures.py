@@ -110,8 +110,7 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
     if question.family == "back_projection":
         apart = image_points(answer) - image_points(question.segments)
         pixels = np.linalg.norm(apart * (label.width, label.height), axis=1)
-        relative = 100 * float(np.linalg.norm(apart, axis=1).mean())
-        return {"relative": relative, "pixels": float(pixels.mean())}
+        return {"relative": 100 * float(np.linalg.norm(apart, axis=1).mean()), "pixels": float(pixels.mean())}
     truth, said, far = numbers(question.segments), numbers(answer), scales(question, label)
     found: dict[str, float] = {}
     if question.family in ("distance", "chain_of_thought"):

@@ -72,8 +72,7 @@ def nearest_box(vertices: Array) -> Box3D:
     edges = vertices.T @ SIGNS / 4  # columns: right, down, away
     left, _, right = np.linalg.svd(edges / np.maximum(np.linalg.norm(edges, axis=0), 1e-12))
     axes = left @ right
-    size = np.maximum((edges * axes).sum(0), 1e-6)
-    return make_box(vertices.mean(0), size, axes)
+    return make_box(vertices.mean(0), np.maximum((edges * axes).sum(0), 1e-6), axes)
 
 
 def order_vertices(vertices: Array) -> Array:
@@ -91,8 +90,7 @@ def order_vertices(vertices: Array) -> Array:
     unit = edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-12)
     cosines = np.abs(unit @ unit.T)
     i, j, k = _TRIPLES.T
-    best = _TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]
-    axes = unit[best].T
+    axes = unit[_TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]].T
     order, signs = _camera_like(axes)
     along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)
     return v[(along @ SIGNS.T).argmax(axis=0)]

@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -110,6 +110,12 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is linear and no more: no subclass's forward and no hook of a user's belongs to it."""
+    own = type(layer).forward in (nn.Linear.forward, FastLinear.forward)
+    return own and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def use_fast_linear(model: nn.Module) -> None:
     """Make every linear layer in `model` a `FastLinear`, in place: the same weights under the same names."""
     for module in model.modules():
@@ -129,7 +135,7 @@ class Fused:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        plain = [layer for layer in layers if is_plain(layer)]
         kinds = {(m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
         if len(plain) < len(layers) or len(kinds) > 1:
             return
@@ -214,10 +220,10 @@ class Prepared(Generic[Value]):
 def _stamp(places: Places) -> list[int]:
     """Numbers that change when a layer is replaced, or a weight is replaced, moved or written to: on a CPU,
     where its first number can be seen, also through its `data`, which counts no version."""
-    stamp = []
+    stamp: list[int] = []
     for modules, name in places:
         module = modules[name]
-        stamp.append(id(module))
+        stamp += (id(module), len(module._forward_hooks))
         for weight in module._parameters.values():
             if weight is not None:
                 version = 0 if weight.is_inference() else weight._version  # those made in inference mode

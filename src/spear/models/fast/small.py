@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
 
-from spear.models.fast.linear import CACHED, Prepared
+from spear.models.fast.linear import CACHED, Prepared, is_plain
 from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
 
 BLOCK = 128
@@ -136,7 +136,7 @@ def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
     if not fitting or not here or max(map(torch.numel, weights)) >= CACHED:
         return None
     parts = [part for layer in layers for half in (layer.self_attn, layer.mlp) for part in half.children()]
-    return SmallStack(model) if all(isinstance(p, nn.Linear | GELUTanh) for p in parts) else None
+    return SmallStack(model) if all(isinstance(p, GELUTanh) or is_plain(p) for p in parts) else None
 
 
 SMALL = Prepared(if_small)
