@@ -239,7 +239,7 @@ def check_chunk(actions: Array) -> Array:
         raise SpearError(f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}")
     rotation = unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
     farthest = np.linalg.norm(actions[:, :3], axis=1).max(initial=0)
-    turned = np.linalg.norm(quat_log(rotation).numpy(), axis=1).max(initial=0)
+    turned = 2 * np.arccos(rotation[:, 0].numpy().clip(max=1)).max(initial=0)
     if farthest > FARTHEST or turned > FARTHEST_TURN:
         far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in one step"
         raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
