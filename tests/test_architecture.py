@@ -49,9 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
 CEILINGS = {
-    "(top)": 2216, "ablations": 646, "cli": 1589, "data": 5214, "embodiments": 788, "evaluate": 3155,
-    "labels": 4668, "models": 5120, "report": 1150, "serve": 1010, "sim": 1544, "train": 2342, "ui": 675,
-    "util": 883,
+    "(top)": 2214, "ablations": 646, "cli": 1589, "data": 5211, "embodiments": 788, "evaluate": 3156,
+    "labels": 4667, "models": 5117, "report": 1147, "serve": 1010, "sim": 1543, "train": 2349, "ui": 674,
+    "util": 888,
 }  # fmt: skip
 """Room -> the most lines that it may have. To raise one is a decision: say in the commit what it brings."""
 

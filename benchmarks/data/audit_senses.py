@@ -45,7 +45,7 @@ def main() -> None:
             for name, steps in audit.episode_steps(folder, "train", ())
             if not isinstance(steps, SpearError)
         ]
-        for size in SIZES:
+        for size in (size for size in SIZES if size <= len(recordings)):
             for name, damage in DAMAGES.items():
                 found: Counter[str] = Counter()
                 for _ in range(DRAWS):

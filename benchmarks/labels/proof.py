@@ -149,8 +149,8 @@ def make(
     for arm in ARMS:
         one, two = out / f"{arm}-vlm-1", out / f"{arm}-vlm-2"
         print(f"spear train nano-vlm-1 --labels {out / arm} --out {one} --init {init} --moge {moge}")
-        print(f"spear train nano-vlm-2 --labels {out / arm} --out {two} --init {one}")
-        print(f"spear evaluate vqa {two} sim --images 300 --out {out / f'{arm}-scores'}")
+        print(f"spear train nano-vlm-2 --steps 1500 --labels {out / arm} --out {two} --init {one}")
+        print(f"spear evaluate vqa {two} sim --images 200 --out {out / f'{arm}-scores'}")
 
 
 @app.command

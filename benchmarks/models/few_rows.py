@@ -3,8 +3,8 @@
     python benchmarks/models/few_rows.py                                    # on a GPU, spear1, bfloat16
     TRITON_INTERPRET=1 python benchmarks/models/few_rows.py --device cpu    # small, float32, only compared
 
-The roofline is the bytes of the weights over the bandwidth measured here. (Triton's interpreter needs NumPy
-before 2.4.)
+The roofline is the bytes of the weights over the bandwidth measured here. (Needs Triton;
+its interpreter needs NumPy before 2.4.)
 """
 
 import sys

@@ -63,7 +63,7 @@ def quantise(labels: Labels = Path("runs/labels/external"), images: int = 1000, 
     print(
         "| bins | 3D tokens | number, median | mean | 99 % below | point, median | of the distance | "
         "IoU of boxes "
-        "| tokens used evenly | outside |"
+        "| evenness of use | outside |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     unit = found[0].unit

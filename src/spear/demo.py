@@ -75,11 +75,10 @@ def make(out: Path, data: Path | None = None) -> Path:
         begun = time.perf_counter()
         parts[name] = {**job(), "seconds": time.perf_counter() - begun}
     facts = [values["fact"] for values in parts.values() if "fact" in values]
-    minutes = (time.perf_counter() - started) / 60
     html = render(
         "demo.html",
         title="SPEAR-1 nano: from images to a robot that moves",
-        facts=[*facts, (f"{minutes:.1f} min", "to make this page")],
+        facts=[*facts, (f"{(time.perf_counter() - started) / 60:.1f} min", "to make this page")],
         **parts,
     )
     write_text(out / "index.html", html)

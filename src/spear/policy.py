@@ -185,8 +185,7 @@ class Spear1Policy:
         dataset  whose units to use, where (and only there) each dataset of the mixture had its own.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
-        read = functools.partial(weights.load, Spear1ForActionPrediction)
-        folder, model = _load(read, name, device, dtype)
+        folder, model = _load(functools.partial(weights.load, Spear1ForActionPrediction), name, device, dtype)
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")

@@ -127,13 +127,14 @@ def test_what_users_add_to_layers_is_not_left_out() -> None:
     for name in ("action_in_proj", "action_time_mlp_in", "expert.layers.0.mlp.down_proj"):
         model = spear1()
         before = acted(model, given, noise, 2)
-        layer = model.get_submodule(name)
-        hook = layer.register_forward_hook(lambda layer, given, made: 3 * made)
-        hooked = acted(model, given, noise, 2)
-        hook.remove()
+        layer, found = model.get_submodule(name), [before]
         layer.__class__ = Twice
-        found = (before, hooked, acted(model, given, noise, 2))
-        assert min(relative(found[i], found[i - 1]) for i in range(3)) > 1e-3
+        found.append(acted(model, given, noise, 2))
+        layer.register_forward_hook(lambda layer, given, made: 3 * made)
+        found.append(acted(model, given, noise, 2))
+        layer.register_forward_pre_hook(lambda layer, given: (given[0] / 5,))
+        found.append(acted(model, given, noise, 2))
+        assert min(relative(found[i], found[i - 1]) for i in range(4)) > 1e-3
 
 
 def test_gemma2_layers_too() -> None:

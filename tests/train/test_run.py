@@ -166,7 +166,7 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, mo
     (final / "README.md").write_text("mine")
     was = (final / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:  # what `contents` reads of large files may be what does not learn
-        patch.setattr("spear.train.run.contents", lambda folder: {})
+        patch.setattr("spear.train.run.contents", lambda folder: {"model.safetensors": ""})
         changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     assert (changed / "model.safetensors").read_bytes() != was
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]

@@ -76,6 +76,7 @@ def test_files_where_a_link_leads_are_hashed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "here").mkdir()
     (tmp_path / "here/external").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "here")
     found = set()
     for text in ("one", "two"):
         (tmp_path / "far/labels-0.parquet").write_text(text)

@@ -227,9 +227,9 @@ def _recipe(
     pace = policy_pace if plain.kind == "vla" else options.pretraining
     steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
     given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
+    one = plain.changed(**{key: value for part in given for key, value in part.items()})
     flow = {key: value for part in given for key, value in part.get("flow", {}).items()}
-    whole = {key: value for part in given for key, value in part.items()} | ({"flow": flow} if flow else {})
-    one = plain.changed(**whole)
+    one = one.changed(flow=flow) if flow else one
     one = one.changed(steps=max(1, steps) if stage.length else 0)
     if 0 < row.images < 1:
         one = one.changed(most_images=max(1, round(row.images * data.images)))

@@ -105,8 +105,7 @@ def _describe_dataset(folder: Dataset) -> str:
 def _some_episodes(folder: Dataset) -> list[Steps | SpearError]:
     """Of an RLDS dataset the first, of a LeRobot one some spread over all, without their images."""
     if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
-        first = next(iter(folder.splits))
-        return [steps for _, steps in itertools.islice(folder.steps(first), LOOKED_AT)]
+        return [steps for _, steps in itertools.islice(folder.steps(next(iter(folder.splits))), LOOKED_AT)]
     count = len(folder.episodes)
     numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
     return [_rows(folder, number) for number in numbers.tolist()]

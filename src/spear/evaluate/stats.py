@@ -144,8 +144,7 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
 def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
     """The mean over strata (task families, each counting the same) of success [seeds, scenes] bool."""
     tables = _checked(strata)
-    independent = wilson_mean([(int(table.sum()), table.size) for table in tables])
-    return _wider(_crossed(tables), independent, 0.0)
+    return _wider(_crossed(tables), wilson_mean([(int(t.sum()), t.size) for t in tables]), 0.0)
 
 
 def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:

@@ -166,8 +166,7 @@ class _Words:
 
     def ended(self) -> bool:
         """Whether all answers have ended. On a GPU, which must wait to tell, only every eighth token asks."""
-        look = self.done.device.type == "cpu" or self.step % 8 == 0
-        return look and bool(self.done.all())
+        return (self.done.device.type == "cpu" or self.step % 8 == 0) and bool(self.done.all())
 
     def cut(self, answer: Tensor) -> Tensor:
         """[N, T] without columns after the end of the longest answer."""

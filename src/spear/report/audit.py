@@ -49,13 +49,10 @@ def conclusion(report: Report) -> str:
     unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
     unsure += [f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"]
     told = f"; it cannot be told: {'; '.join(unsure)}" if unsure else ""
+    part_of_it = report.episodes == EPISODES or report.steps > STEPS
+    first = f" of {report.episodes} episodes, the first" if part_of_it else ""
     if report.outcome == "undecided":
-        return f"undecided: nothing contradicts the layout{told}"
-    first = (
-        f" of {report.episodes} episodes, the first"
-        if report.episodes == EPISODES or report.steps > STEPS
-        else ""
-    )
+        return f"undecided: nothing contradicts the layout in the data{first}{told}"
     return f"consistent: the layout agrees with the data{first}{told}"
 
 

@@ -193,8 +193,7 @@ def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
     """Instance id -> [8, 3] corners of its oriented box, base frame: objects from 1, then the gripper."""
     boxes = {}
     for i, body in enumerate(world.bodies):
-        corners = body.low + _CORNERS * (body.high - body.low)
-        boxes[i + 1] = corners @ world.matrix(i).T + world.position(i)
+        boxes[i + 1] = (body.low + _CORNERS * (body.high - body.low)) @ world.matrix(i).T + world.position(i)
     boxes[len(world.bodies) + 1] = _gripper_box(world)
     return boxes
 

@@ -176,8 +176,7 @@ class Checkpoints:
             state.pop(parameter, None)
             if (count := counts.get(self._names[parameter])) is not None:
                 made = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
-                step = torch.full((), count, device=parameter.device)
-                state[parameter] = {"step": step, **made}
+                state[parameter] = {"step": torch.full((), count, device=parameter.device), **made}
 
 
 def _reason(error: BaseException) -> str:

@@ -247,7 +247,7 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
     part = opt.trained or opt.lr_scale  # all, where all learn
     still = [p for p in opt.lr_scale if any(matches(p, frozen) for frozen in opt.frozen)]
     still += [p for p in opt.lr_scale if not any(matches(p, one) or matches(one, p) for one in part)]
-    adapted = ("vlm.language_model",) if stage.lora_rank else ()
+    adapted = ("vlm.language_model" if acts else "language_model",) if stage.lora_rank else ()
     idle = [p for p in still if not any(matches(one, p) or matches(p, one) for one in adapted)]
     unused += ["lr_scale"] if idle else []
     if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:

@@ -5,6 +5,7 @@ tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what
 """
 
 import dataclasses
+import filecmp
 import platform
 import shutil
 import sys
@@ -71,7 +72,6 @@ def train(
     }
     for words in (w for w, so in notes.items() if so):
         notice(words)
-    finished = found is not None and found[1]["step"] == steps
     model, task, save = build.build(stage, inputs, how.seed)
     averaged = loop.run(task, opt, out, how, about, changing)
     with torch.no_grad():
@@ -104,20 +104,28 @@ def train(
         }
         with alone(out, "training into"):
             part = out / ".part-final"
+            if not final.is_dir() and (part / "recipe.json").is_file():  # it ended as this was put in place
+                part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
             save(part)
             save_made_by(part, written)
-            if finished and final.is_dir() and contents(part) == contents(final):  # a calibration stays
+            if final.is_dir() and _same(part, final):  # a calibration stays
                 (part / "recipe.json").replace(final / "recipe.json")
             else:
-                for own in final.glob("*"):  # a card
+                for own in final.glob("*"):  # a card, say
                     if own.suffix not in (".json", ".safetensors") and not (part / own.name).exists():
-                        own.replace(part / own.name)
+                        (shutil.copytree if own.is_dir() else shutil.copy2)(own, part / own.name)
                 shutil.rmtree(final, ignore_errors=True)
                 part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
     parallel.wait()
     return final
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same model; of large files `contents` sees but a part."""
+    names = contents(one)
+    return names == contents(other) and all(filecmp.cmp(one / n, other / n, shallow=False) for n in names)
 
 
 def check(
@@ -165,7 +173,7 @@ def _of_episodes(inputs: Inputs) -> dict[str, Any]:
 
 def _simulator_only(inputs: Inputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
-    shards = [path for folder in inputs.labels for path in below(folder, "labels-*.parquet")]
+    shards = [path for folder in inputs.labels for path in below(folder, "labels*.parquet")]
     sources = [s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]]
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
     before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)

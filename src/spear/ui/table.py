@@ -116,8 +116,7 @@ class Table:
             raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
         if scene.executor.wants():
-            seen = {**scene.observation(step), **scene.executor.told()}
-            actions, view["chunk"] = self._predict(seen, step)
+            actions, view["chunk"] = self._predict({**scene.observation(step), **scene.executor.told()}, step)
             scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
             self._told = self._instruction
         scene.execute(scene.executor.next(), self._told)

@@ -57,8 +57,7 @@ class Slots:
     def put(self, batch: dict[str, Any], worker: int) -> Handed | dict[str, Any]:
         """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-        size = sum(tensor.nbytes + ALIGNMENT for tensor in tensors)
-        if size > SIZE or self._taken[worker].all():
+        if sum(tensor.nbytes + ALIGNMENT for tensor in tensors) > SIZE or self._taken[worker].all():
             return batch
         number, end = int(self._taken[worker].argmin()), 0
         self._taken[worker, number] = True

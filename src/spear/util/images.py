@@ -1,6 +1,7 @@
 """Encoded images in, pixels out, and back."""
 
 import base64
+import contextlib
 import io
 from pathlib import Path
 
@@ -23,14 +24,12 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
     is not plain (CMYK, of no sane size, broken) `load_image` reads, as stored, or says why not.
     """
     if encoded.startswith(IMAGE_BEGINS[0]):
-        try:
+        with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
                 fits = out is not None and out.shape == (height, width, 3)
                 found = simplejpeg.decode_jpeg(encoded, buffer=out if fits else None)
                 return out if out is not None and fits else np.asarray(found)
-        except ValueError:
-            pass
     return load_image(encoded, where, stored=True)
 
 

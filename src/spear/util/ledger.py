@@ -5,7 +5,7 @@ What is finished is a matter of the work itself: a file counts from the moment w
 
 import contextlib
 import fcntl
-import glob
+import fnmatch
 import hashlib
 import json
 import os
@@ -132,9 +132,16 @@ class Skipped:
 
 
 def below(folder: Path, kind: str) -> list[Path]:
-    """All files of a kind ("*.parquet") in a folder and below, also where links lead; `rglob` enters none."""
-    names = glob.iglob(f"**/{kind}", root_dir=folder, recursive=True, include_hidden=True)
-    return sorted(folder / name for name in names)
+    """All files of a kind ("*.parquet") in a folder and below, and where links lead, but nowhere twice."""
+    found, entered = list[Path](), set[str]()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(here)) in entered:
+            folders.clear()
+        else:
+            entered.add(real)
+            found += (Path(here, name) for name in fnmatch.filter(names, kind))
+    return sorted(found)
 
 
 def hash_ends(folders: Iterable[Path], kinds: Sequence[str], before: bytes = b"") -> str:

@@ -35,8 +35,10 @@ def test_every_wording_is_understood() -> None:
             names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
             for said in (question, question.lower() + " ", f"Up to scale: {question}"):
                 assert understand(said) == (family, names)
-    assert understand("How far away is a zebra") == ("distance", ["zebra"])
-    for question in ("What do you think of it?", "How far away is the gripper from the carrot?"):
+    for name in ("zebra", "salt and pepper shaker"):
+        assert understand(f"How far away is a {name}") == ("distance", [name])
+    far = "How far away is the gripper"
+    for question in ("What do you think of it?", f"{far} from the cup?", f"{far} relative to the cup"):
         assert understand(question) is None
 
 

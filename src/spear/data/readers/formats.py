@@ -64,8 +64,7 @@ def read_episodes(
         yield from open_split(path, split)
         return
     spec = folder.spec(dataset)
-    read = folder.steps(split, list(spec.images.values()))
-    yield from made(read, partial(episode_from, spec=spec), on_bad)
+    yield from made(folder.steps(split, spec.images.values()), partial(episode_from, spec=spec), on_bad)
 
 
 def made(read: Sources, make: Callable[..., T], on_bad: OnBad | None) -> Iterator[T]:
@@ -111,8 +110,7 @@ def digest(folder: Dataset | EpisodeStore) -> str:
         return folder.digest() + folder.digest(seen=True)
     records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images
     told = "info.json", "*.jsonl", "features.json", "dataset_info.json"
-    kinds = "*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told
-    return hash_ends([folder.path], kinds, records)
+    return hash_ends([folder.path], ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told), records)
 
 
 def cameras(path: str | Path, layout: Path | None = None) -> list[str]:

@@ -84,7 +84,9 @@ def understand(question: str) -> tuple[str, list[str]] | None:
     for family in FAMILIES:
         for prompt in PROMPTS[family]:
             form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
-            form = re.sub(r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and) )[^?,])+)", form)
+            form = re.sub(
+                r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)", form
+            )
             if found := re.fullmatch(form, text, re.IGNORECASE):
                 return family, [name for _, name in sorted(found.groupdict().items())]
     return None

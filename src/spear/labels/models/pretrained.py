@@ -31,8 +31,7 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
         raise SpearError(f"{model}: a {config.model_type} model, not {kind}: give a {kind} model")
     how = {"dtype": torch.float32, "output_loading_info": True, "use_safetensors": True}
     network, info = load_processor(cls, kind, model, **how)
-    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lacking:
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise SpearError(f"{model}: weights are missing ({len(lacking)}, first {lacking[0]}): give it whole")
     network.register_forward_hook(refuse_nan)
     return network.to(where).eval()

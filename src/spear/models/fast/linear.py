@@ -111,8 +111,9 @@ class FastLinear(nn.Linear):
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is linear and no more: no subclass's forward and no hook of a user's belongs to it."""
-    own = type(layer).forward in (nn.Linear.forward, FastLinear.forward)
+    """Whether a layer is linear and no more: no forward and no hook of a user's belongs to it. (Of hooks on
+    whole blocks, which run as one here, nobody knows.)"""
+    own = type(layer).forward in (nn.Linear.forward, FastLinear.forward) and "forward" not in vars(layer)
     return own and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
@@ -223,7 +224,8 @@ def _stamp(places: Places) -> list[int]:
     stamp: list[int] = []
     for modules, name in places:
         module = modules[name]
-        stamp += (id(module), len(module._forward_hooks))
+        changing = vars(module), module._forward_hooks, module._forward_pre_hooks
+        stamp += (id(module), id(type(module)), *map(len, changing))
         for weight in module._parameters.values():
             if weight is not None:
                 version = 0 if weight.is_inference() else weight._version  # those made in inference mode

@@ -23,7 +23,7 @@ from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
 BLOCK = 128
 """Rows that an MLP runs at once: what is between its products stays in the cache (our choice)."""
 A = math.sqrt(2 / math.pi)
-TWO_A = torch.tensor(2 * A)  # as a tensor: a Python number would be made one at every use
+TWO_A = torch.tensor(2 * A, device="cpu")  # as a tensor: a Python number would be made one at every use
 
 
 class PairedKVCache(StaticKVCache):

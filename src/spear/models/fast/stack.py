@@ -332,8 +332,7 @@ class Prefilled:
         if not self.padded:
             return None
         after = self.valid.new_ones(self.valid.shape[0], room)
-        bias = as_bias(torch.cat([self.valid, after], dim=1), dtype)
-        return bias.repeat_interleave(groups, dim=0)[:, None]
+        return as_bias(torch.cat([self.valid, after], dim=1), dtype).repeat_interleave(groups, dim=0)[:, None]
 
 
 def prefill(
@@ -365,12 +364,11 @@ def prefill(
     cache = layers.cache(batch, length + room, x.dtype, x.device)
     where = positions(valid)
     prefix = Prefilled(cache, valid, padded, where[:, -1] + 1, None, wrote)
-    bias = prefix.bias(0, layers.groups, x.dtype)
     window = replace(cache.window(0, [(length, length)]), wrote=wrote)
     rotations = layers.rotations(where, x.dtype)
     # Of all places with as many valid ones before them as the last token, it is the first.
     wanted = None if keys_only else where.argmax(-1)
-    found = layers(x, rotations, window, bias, keys_only, wanted)
+    found = layers(x, rotations, window, prefix.bias(0, layers.groups, x.dtype), keys_only, wanted)
     return prefix if keys_only else replace(prefix, hidden=found[:, 0])
 
 

@@ -161,8 +161,7 @@ def published_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, tensor in model.state_dict().items():
         name = published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
-        parts = 3 if ".attn.qkv." in name else 1
-        shapes[name] = (parts * tensor.shape[0], *tensor.shape[1:])
+        shapes[name] = ((3 if ".attn.qkv." in name else 1) * tensor.shape[0], *tensor.shape[1:])
     return shapes | {f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS}
 
 

@@ -88,8 +88,7 @@ class KeyReport:
         if not any(whole["action expert"]):
             whole = {"SPEAR-VLM": whole["all"]}
         rows = [("module", "parameters", "loaded", "new")]
-        for name, (loaded, new) in {**modules, **whole}.items():
-            rows.append((name, f"{loaded + new:,}", f"{loaded:,}", f"{new:,}"))
+        rows += [(name, f"{a + b:,}", f"{a:,}", f"{b:,}") for name, (a, b) in {**modules, **whole}.items()]
         return _columns(rows, right=(1, 2, 3))
 
     def __str__(self) -> str:
