@@ -89,7 +89,7 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
 def test_no_action_is_nonsense(nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any) -> None:
     chunk = torch.eye(8)[3].index_fill(0, torch.tensor(column), wrong)
     monkeypatch.setattr(nano, "predict", lambda inputs: Action.from_vector(chunk.expand(1, 5, 8)))
-    refuses("do not move|unit", nano.infer, observation())
+    refuses("do not move", nano.infer, observation())
 
 
 def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,26 +50,26 @@ def ask(options: AskOptions) -> None:
     from spear.policy import load_vlm, locate
     from spear.util.images import encode_picture, picture_format
 
-    if options.draw:
-        picture_format(str(options.draw))
-    bundle = load_vlm(options.model, options.device, options.dtype)
-    o, folder, sizes = options, locate(options.model), bundle.processor.image_sizes
-    check_known("view", sizes, o.view)
-    picture = asking.read_picture(o.image, sizes[o.view], o.view)
+    o, folder = options, locate(options.model)
+    if o.draw:
+        picture_format(str(o.draw))
+    bundle = load_vlm(o.model, o.device, o.dtype)
+    check_known("view", bundle.processor.image_sizes, o.view)
+    picture = asking.read_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
     trust = Trust.load(folder) if o.view == "external" else None  # it was measured with images of that one
     answer, said = asking.ask(bundle, picture.image, o.question, o.family, o.decode, trust, o.view)
     print(said)
     if trust is None and o.view == "external":
-        notice(f"not measured how sure this is: `spear evaluate vqa {options.model} sim --calibrate` does it")
-    if not options.image.startswith("sim:") and simulator_only(folder):
-        notice(f"{options.model} has seen nothing but the built-in simulator: it knows little of photos")
-    if options.draw and answer is None:
-        notice(f"{options.draw} is not written: there is no answer to draw")
-    elif options.draw and answer is not None:
+        notice(f"not measured how sure this is: `spear evaluate vqa {o.model} sim --calibrate` does it")
+    if not o.image.startswith("sim:") and simulator_only(folder):
+        notice(f"{o.model} has seen nothing but the built-in simulator: it knows little of photos")
+    if o.draw and answer is None:
+        notice(f"{o.draw} is not written: there is no answer to draw")
+    elif o.draw and answer is not None:
         from spear.report.draw import draw_answer
 
         drawn = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.family)
-        write_bytes(options.draw, encode_picture(drawn, str(options.draw)))
+        write_bytes(o.draw, encode_picture(drawn, str(o.draw)))
 
 
 class DemonstrationOptions(Options):

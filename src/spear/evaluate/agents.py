@@ -110,8 +110,8 @@ def load_agent(policy: str, **loading: Any) -> Agent:
         if robot != "generic":
             server.close()
             raise SpearError(f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`")
-        if server.metadata.get("weights") is None:
+        if (weights := server.metadata.get("weights")) is None:
             notice(f"{policy}: does not say which weights it has: give those of each their own --out")
-        return PolicyAgent(server, policy, server.metadata.get("weights"))
+        return PolicyAgent(server, policy, weights)
     local = Spear1Policy.load(policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
     return PolicyAgent(local, policy, local.identity)

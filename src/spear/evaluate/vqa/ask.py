@@ -37,7 +37,7 @@ def ask(
     trust: Trust | None = None,
     view: str = "external",
 ) -> tuple[Answer | None, str]:
-    """The model's answer about an image [h, w, 3] uint8, its numbers read as `decode` says, and its words.
+    """The model's answer about an image [h, w, 3] uint8 of a camera, read as `decode` says, and its words.
 
     family  of the question; without it that of its wording (`understand`), or a free answer.
     trust   the words then say how sure the numbers are, or that this is not known; or what is not in the
@@ -51,7 +51,7 @@ def ask(
         raise SpearError("empty question: ask something about the image, in words")
     meant, names = understand(question) or (None, [])
     family = family or meant
-    if trust and trust.tells_absent and names and (lacking := missing(model, image, names)):
+    if trust and trust.tells_absent and names and (lacking := missing(model, image, names, view)):
         seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, view, distributions=True)[0]
@@ -92,13 +92,13 @@ def understand(question: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def missing(model: VlmBundle, image: Array, names: Sequence[str]) -> dict[str, str]:
+def missing(model: VlmBundle, image: Array, names: Sequence[str], view: str = "external") -> dict[str, str]:
     """Those of these objects that the model does not find in an image, and what it sees instead: it points at
     each and names what is there. Only a model that was taught both can be asked (`Trust.tells_absent`)."""
     points = [PROMPTS["centre_2d"][0].format(x=with_article(name, True)) for name in names]
-    places = model.answer([image] * len(names), points, "centre_2d")
+    places = model.answer([image] * len(names), points, "centre_2d", view)
     what = [PROMPTS["what_at"][0].format(p=answer.segments[0]) for answer in places]
-    answers = model.answer([image] * len(names), what, "what_at", max_new_tokens=8)
+    answers = model.answer([image] * len(names), what, "what_at", view, max_new_tokens=8)
     seen = [words(answer, image) for answer in answers]
     return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
 

@@ -223,10 +223,10 @@ def _stamp(places: Places) -> list[int]:
     where its first number can be seen, also through its `data`, which counts no version."""
     stamp: list[int] = []
     for modules, name in places:
-        module = modules[name]
-        changing = vars(module), module._forward_hooks, module._forward_pre_hooks
-        stamp += (id(module), id(type(module)), *map(len, changing))
-        for weight in module._parameters.values():
+        state = vars(module := modules[name])  # a method of the user's own counts as one more entry
+        hooks = len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
+        stamp += (id(module), id(type(module)), len(state), *hooks)
+        for weight in state["_parameters"].values():
             if weight is not None:
                 version = 0 if weight.is_inference() else weight._version  # those made in inference mode
                 stamp += (place := weight.data_ptr(), version)
