@@ -27,6 +27,7 @@ $(VENV)/.ready-%: pyproject.toml scripts/setup.sh scripts/constraints.txt
 
 lint:
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types:
 	$(BIN)/mypy

@@ -18,7 +18,9 @@ def observe(observation):
     return {
         "observation/image": read.image(observation, "camera"),
         "observation/state": read.state(
-            read.position(tcp[:3] / 1000, POSE), rotation, read.opening(observation, "gripper", gripper)
+            read.position(tcp[:3] / 1000, POSE),
+            rotation,
+            read.opening(observation, "gripper", gripper),
         ),
         "prompt": read.prompt(observation),
     }

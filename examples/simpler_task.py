@@ -55,7 +55,9 @@ TASKS[NAME] = Task(starts=24, steps=60, turns=2, along=0.03, around=(0.1, 0.1), 
 
 def main(what: str, count: int, where: str) -> None:
     if what == "record":
-        ((written, tried),) = demonstrate(Path(where), [NAME], count, TRAIN_SEED, height=128).values()
+        ((written, tried),) = demonstrate(
+            Path(where), [NAME], count, TRAIN_SEED, height=128
+        ).values()
         print(f"demonstrations that succeeded, in {where}: {written} of {tried}")
     else:
         agent = OracleAgent() if where == "oracle" else load_agent(where)

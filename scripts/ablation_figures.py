@@ -43,10 +43,15 @@ def successes_of(line: str) -> list[Array]:
 
 def rows(table: list[str]) -> Rows:
     """Of each line of a table, by its name."""
-    return {line.split("|")[1].split("(")[0].replace("`", "").strip(): successes_of(line) for line in table}
+    return {
+        line.split("|")[1].split("(")[0].replace("`", "").strip(): successes_of(line)
+        for line in table
+    }
 
 
-def points(x: list[float], found: list[Estimate], name: str, colour: str, joined: bool = True) -> Line:
+def points(
+    x: list[float], found: list[Estimate], name: str, colour: str, joined: bool = True
+) -> Line:
     """Estimates, in percent, over x."""
     mean, low, high = ([100 * getattr(e, end) for e in found] for end in ("value", "low", "high"))
     return Line(name, x, mean, colour, low=low, high=high, dots=True, joined=joined)
@@ -69,7 +74,9 @@ def write(name: str, lines: list[Line], x: Axis, y: Axis) -> None:
         legend.append(f'<circle cx="{left:g}" cy="14" r="4" fill="{line.colour}"/>')
         legend.append(f'<text x="{left + 9:g}" y="18">{line.name}</text>')
         left += 30 + 6.4 * len(line.name)
-    whole = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1] + 26}">{STYLE}'
+    whole = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1] + 26}">{STYLE}'
+    )
     whole += f'<rect width="100%" height="100%" fill="#fff"/>{"".join(legend)}'
     text = f'{whole}<g transform="translate(0 26)">{body[1]}</g></svg>\n'
     (DOCS / "figures" / f"ablation_{name}.svg").write_text(re.sub(r"\n\s*", "\n", text))
@@ -94,8 +101,18 @@ def parts(three: Rows, long: Rows) -> None:
             published("ablations", "full", "points but no objects"),
         ),
         ("MoGe's encoder", full, three["no-moge"], published("ablations", "full", "no MoGe")),
-        ("S³ and cosine", full, three["linear-mse"], published("rotation", "S³, cosine", "linear, MSE")),
-        ("quantiles", three["quantile"], full, published("normalisation", "1–99 % quantile", "mean-std")),
+        (
+            "S³ and cosine",
+            full,
+            three["linear-mse"],
+            published("rotation", "S³, cosine", "linear, MSE"),
+        ),
+        (
+            "quantiles",
+            three["quantile"],
+            full,
+            published("normalisation", "1–99 % quantile", "mean-std"),
+        ),
         ("velocities", three["velocity"], full, np.nan),
     ]
     places = [float(place) for place in range(len(found))]
@@ -115,7 +132,9 @@ def demonstrations(long: Rows, some: Rows) -> None:
         ("full method", "with 3D", -0.012, COLOURS[0]),
         ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, COLOURS[1]),
     ):
-        rows = {n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)}
+        rows = {
+            n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)
+        }
         x = [log10(n) + shift for n in rows]
         lines.append(points(x, [mean_over_seeds(row) for row in rows.values()], title, colour))
         lines.append(trainings([place + shift for place in x], [*rows.values()], colour))
@@ -129,7 +148,11 @@ def images(curve: Rows) -> None:
     numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
     x = [log10(max(n, 16)) for n in numbers]
     found = [mean_over_seeds(row) for row in curve.values()]
-    lines = [points(x, found, "three trainings each, the last two (dots beside the intervals)", COLOURS[0])]
+    lines = [
+        points(
+            x, found, "three trainings each, the last two (dots beside the intervals)", COLOURS[0]
+        )
+    ]
     lines.append(trainings([place + 0.03 for place in x], [*curve.values()], COLOURS[0]))
     ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
     across, up = Axis("3D-labelled images", (1, 4.3), ticks), Axis("success", (20, 80), unit=" %")
@@ -139,7 +162,10 @@ def images(curve: Rows) -> None:
 def error_by_time() -> None:
     """How far the end that the network predicts at time τ is from the demonstrated action."""
     blocks = re.split(r"\n(nano-vla-\w+)\n", (DOCS / "tables" / "error_by_time.txt").read_text())
-    found = [np.array(re.findall(r"^\| (0[.\d]*) \| ([\d.]+) ", text, re.M), float) for text in blocks[2::2]]
+    found = [
+        np.array(re.findall(r"^\| (0[.\d]*) \| ([\d.]+) ", text, re.M), float)
+        for text in blocks[2::2]
+    ]
     kinds = {"velocity (the paper's loss)": found[:3], "clean action": found[3:6]}
     lines = [
         Line("" if seed else name, table[:, 0], table[:, 1], colour)

@@ -16,13 +16,19 @@ def modules(room: Path) -> list[str]:
     """The public modules of a room, in order, by their whole names."""
     files = [room] if room.suffix == ".py" else sorted(room.rglob("*.py"))
     names = [".".join(file.relative_to(ROOT / "src").with_suffix("").parts) for file in files]
-    return [name.removesuffix(".__init__") for name in names if "._" not in name.removesuffix(".__init__")]
+    return [
+        name.removesuffix(".__init__")
+        for name in names
+        if "._" not in name.removesuffix(".__init__")
+    ]
 
 
 def rooms() -> list[Path]:
     """Every file and folder of src/spear that can be imported."""
     found = (path for path in SOURCE.iterdir() if not path.name.startswith("_"))
-    return sorted(path for path in found if path.suffix == ".py" or (path / "__init__.py").is_file())
+    return sorted(
+        path for path in found if path.suffix == ".py" or (path / "__init__.py").is_file()
+    )
 
 
 def on_config(config: Any) -> Any:

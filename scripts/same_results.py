@@ -88,7 +88,9 @@ def digests(folder: Path) -> dict[str, str]:
                 if path.suffix == ".jsonl"
                 else [json.loads(data)]
             )
-            data = "\n".join(sorted(json.dumps(without_times(v), sort_keys=True) for v in values)).encode()
+            data = "\n".join(
+                sorted(json.dumps(without_times(v), sort_keys=True) for v in values)
+            ).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -114,7 +116,9 @@ def run(args: argparse.Namespace) -> int:
             if args.only and name not in args.only:
                 continue
             begun = time.monotonic()
-            words = [str(args.data.resolve()) if word == "{data}" else word for word in command.split()]
+            words = [
+                str(args.data.resolve()) if word == "{data}" else word for word in command.split()
+            ]
             done = subprocess.run(
                 [*spear, *words, "--out", name], cwd=work, env=env, capture_output=True, text=True
             )
@@ -124,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
                 found[name] = json.loads(read.stdout)
             else:
                 found[name] = digests(Path(work) / name)
-            print(f"{name}: {len(found[name])} results, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"{name}: {len(found[name])} results, {time.monotonic() - begun:.0f} s", flush=True
+            )
             if done.returncode:
                 failed = 1
                 print(done.stderr, file=sys.stderr)
@@ -140,7 +146,10 @@ def compare(args: argparse.Namespace) -> int:
         ours, theirs = first.get(name, {}), second.get(name, {})
         files = sorted(file for file in {*ours, *theirs} if ours.get(file) != theirs.get(file))
         different += len(files) or not ours  # what failed is not the same
-        print(f"{name}: " + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} results"))
+        print(
+            f"{name}: "
+            + (f"different: {', '.join(files)}" if files else f"same, {len(ours)} results")
+        )
     return int(different > 0)
 
 

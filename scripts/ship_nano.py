@@ -27,7 +27,9 @@ def main(trained: str, name: str) -> None:
     shutil.copytree(final, part)
     weights = load_file(final / "model.safetensors")
     save_file(
-        {k: v.to(torch.float16) for k, v in weights.items()}, part / "model.safetensors", {"format": "pt"}
+        {k: v.to(torch.float16) for k, v in weights.items()},
+        part / "model.safetensors",
+        {"format": "pt"},
     )
     save_made_by(part, made_by(part))
     card = shipped / "README.md"

@@ -44,10 +44,14 @@ def main(out: Path = PICTURE) -> None:
         tab.enter()
         tab.wait(f"view.answer && {READY}")
         tab.click("#truth")
-        tab.run("scrollTo(0, 0), new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))")
+        tab.run(
+            "scrollTo(0, 0), new Promise(d => requestAnimationFrame(() => requestAnimationFrame(d)))"
+        )
         tall = tab.run("document.querySelector('main').getBoundingClientRect().height")
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": tall, "scale": 1}
-        shot = tab.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+        shot = tab.call(
+            "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
+        )
     picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4).save(out, optimize=True)
 

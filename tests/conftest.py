@@ -26,7 +26,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and reference outputs (SPEAR_SHARED); skips without it."""
-    path = Path(os.environ.get("SPEAR_SHARED", Path(__file__).parents[1] / ".." / "shared")).resolve()
+    path = Path(
+        os.environ.get("SPEAR_SHARED", Path(__file__).parents[1] / ".." / "shared")
+    ).resolve()
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")
     return path

@@ -31,7 +31,9 @@ def policy(answer: Callable[[Mapping[str, Any]], Array]) -> Any:
     return SimpleNamespace(infer=lambda observation: {"actions": answer(observation)})
 
 
-def drive(executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any) -> tuple[list[int], list[Array]]:
+def drive(
+    executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any
+) -> tuple[list[int], list[Array]]:
     """Runs a policy whose chunk at tick t says t, t + 1, … mm: the ticks when it looked, the actions."""
     looked, actions = [], []
     for tick in range(ticks):
@@ -90,10 +92,14 @@ def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
     during = [executor.next() for _ in range(2)]
     np.testing.assert_array_equal([*before, *during], old)
     after = [executor.next() for _ in range(3)]
-    assert after[0][0] < new[2][0]  # it went too far while it waited, and gives that back step by step
+    assert (
+        after[0][0] < new[2][0]
+    )  # it went too far while it waited, and gives that back step by step
     np.testing.assert_allclose(sum(a[:3] for a in [*during, *after]), new[:, :3].sum(0), atol=1e-7)
     turned, wanted = (
-        math.prod([Rotation.from_quat(a[3:7], scalar_first=True) for a in way], start=Rotation.identity())
+        math.prod(
+            [Rotation.from_quat(a[3:7], scalar_first=True) for a in way], start=Rotation.identity()
+        )
         for way in ([*during, *after], new)
     )
     assert (turned.inv() * wanted).magnitude() < 1e-5
@@ -164,13 +170,20 @@ def test_the_way_back_to_a_chunks_path_ends_where_the_gripper_closes() -> None:
 
 @pytest.mark.parametrize(("delay", "closes"), [(1, 1), (2, 2), (2, 4), (4, 4)])
 def test_the_way_back_is_no_faster_than_the_chunks(delay: int, closes: int) -> None:
-    executor, there, back = ChunkExecutor("async"), chunk(0, turn=(0, 0, 0.2)), chunk(0, turn=(0, 0, -0.2))
+    executor, there, back = (
+        ChunkExecutor("async"),
+        chunk(0, turn=(0, 0, 0.2)),
+        chunk(0, turn=(0, 0, -0.2)),
+    )
     there[:, [0, 7]], back[:, 0], back[:closes, 7] = (0.05, 1), -0.05, 1
     executor.give(there)
     made = [executor.next()]
     executor.give(back, observed=0, arrives=delay)
     made += [executor.next() for _ in range(30)]
-    moves, turns = np.stack(made)[:, 0], Rotation.from_quat(np.stack(made)[:, 3:7], scalar_first=True)
+    moves, turns = (
+        np.stack(made)[:, 0],
+        Rotation.from_quat(np.stack(made)[:, 3:7], scalar_first=True),
+    )
     assert np.abs(moves).max() <= 0.0501 and turns.magnitude().max() <= 0.201
     count = [a[7] for a in made].index(0) + 1  # the gripper closes where the policy wanted it
     np.testing.assert_allclose(moves[:count].sum(), back[: closes + 1, 0].sum(), atol=1e-6)
@@ -195,7 +208,9 @@ def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
         if executor.wants():
             looked.append(tick)
             told.append(executor.told().get("committed", np.zeros((0, 8), np.float32)))
-            said.append(chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0)))  # elsewhere than the chunk before
+            said.append(
+                chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0))
+            )  # elsewhere than the chunk before
             said[-1][: len(told[-1])] = told[-1]
             executor.give(said[-1], arrives=tick + delay)
         done.append(executor.next())
@@ -293,7 +308,9 @@ def test_the_pilot_waits_in_sync_and_looks_again_after_a_pause_and_with_another_
         assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]
 
 
-def test_an_answer_of_another_time_is_dropped(no_waiting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_another_time_is_dropped(
+    no_waiting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, thought = [100.0], iter([9.0, 0.1, 3.0, 0.1, 0.1, 3.0, 3.5])
 
     def answer(observation: Mapping[str, Any]) -> Array:
@@ -308,7 +325,9 @@ def test_an_answer_of_another_time_is_dropped(no_waiting: None, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("late", [0, 3])
-def test_one_late_step_leaves_no_observation_waiting(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_late_step_leaves_no_observation_waiting(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with a first answer that takes long: who calls in time again is served in time again."""
     clock, slept = [100.0], list[float]()
 

@@ -29,7 +29,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "HEIGHT", 84)
 
 
-def test_ask_answers_in_metres_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_answers_in_metres_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With weights whose answers nobody has measured."""
     model = shutil.copytree(locate("nano"), tmp_path / "nano")
     (model / FILE).unlink()
@@ -44,7 +46,9 @@ def test_ask_answers_in_metres_and_draws(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr()
     assert said.out.count("px") == 8
     notes = said.err.splitlines()  # the size, that nothing was measured, that photos are new to it
-    assert len(notes) == 3 and "80×60" in notes[0] and all(note.startswith("note: ") for note in notes)
+    assert (
+        len(notes) == 3 and "80×60" in notes[0] and all(note.startswith("note: ") for note in notes)
+    )
     assert Image.open(drawing).size == (240, 180)
     assert main([*ask, str(photo), *question, "--draw", str(photo / "d.png")]) == 2
     *notes, said = capsys.readouterr().err.splitlines()
@@ -78,7 +82,9 @@ def test_the_page_without_real_data_says_how_to_get_some(
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
-def test_bad_episodes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
+def test_bad_episodes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
+) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
     data, out = tmp_path / "mine", tmp_path / "page"
     write_lerobot([make(0), make(1)], data)

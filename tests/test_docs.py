@@ -69,7 +69,9 @@ def test_docstrings_have_nothing_that_markdown_takes_for_a_link() -> None:
     """`make docs` makes the reference of them, and fails at a link that leads nowhere."""
     for file in sorted((ROOT / "src" / "spear").rglob("*.py")):
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)]
+        nodes = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)
+        ]
         assert not [n for n in nodes if re.search(r"\][\[(]", ast.get_docstring(n) or "")], file
 
 
@@ -89,15 +91,24 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_files_that_are_named_exist() -> None:
     named = re.compile(r"(?<![\w/])((?:benchmarks|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)")
-    code = (file for room in ("src", "benchmarks", "scripts") for file in (ROOT / room).rglob("*.py"))
+    code = (
+        file for room in ("src", "benchmarks", "scripts") for file in (ROOT / room).rglob("*.py")
+    )
     files = [*PAGES, *code]
-    names = {(file, name) for file in files for name in named.findall(file.read_text()) if "NAME" not in name}
+    names = {
+        (file, name)
+        for file in files
+        for name in named.findall(file.read_text())
+        if "NAME" not in name
+    }
     assert not [(file, name) for file, name in names if not (ROOT / name).exists()]
 
 
 def test_scripts_end_as_commands_do() -> None:
     scripts = {file: file.read_text() for file in (ROOT / "benchmarks").rglob("*.py")}
-    assert not [f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)]
+    assert not [
+        f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -114,7 +125,10 @@ def test_the_python_of_the_readme_runs() -> None:
 
 
 def test_the_tutorial_runs_and_what_it_trains_can_be_served(
-    renderer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    renderer: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its cells in order, with few scenes and steps: label, ask, act, record, audit, fine-tune, score; then
     docs/finetune.md's last step."""
@@ -131,7 +145,9 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
     assert len(list(tmp_path.glob("label-*.png"))) == 2
     header, *rows = said.partition("1 held-out episode")[2].splitlines()
     assert header.endswith("last action")
-    assert len(rows) == 4 and all(row.count("(n = 1)") == 3 for row in rows)  # one episode gives no interval
+    assert len(rows) == 4 and all(
+        row.count("(n = 1)") == 3 for row in rows
+    )  # one episode gives no interval
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
     with started(SPEAR, "serve", str(tmp_path / "mine"), "--port", "0") as server:
         said = server.stdout.readline()

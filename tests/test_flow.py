@@ -21,7 +21,9 @@ from spear.types import Action
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
 ANGLES = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
 CHOICES = itertools.product(("s3", "linear"), ("cosine", "mse"), ("velocity", "clean"))
-ALL = [FlowConfig(rotation=where, rotation_loss=kind, prediction=what) for where, kind, what in CHOICES]
+ALL = [
+    FlowConfig(rotation=where, rotation_loss=kind, prediction=what) for where, kind, what in CHOICES
+]
 
 
 def name(config: FlowConfig) -> str:
@@ -37,7 +39,9 @@ def draw(shape: tuple[int, int], config: FlowConfig, seed: int = 0) -> Action:
     noise = flow.sample_noise(shape, config, generator(seed)).to(torch.float64)
     if config.rotation == "linear":
         return noise
-    return dataclasses.replace(noise, rotation=torch.nn.functional.normalize(noise.rotation, dim=-1))
+    return dataclasses.replace(
+        noise, rotation=torch.nn.functional.normalize(noise.rotation, dim=-1)
+    )
 
 
 def robot_data(shape: tuple[int, ...], seed: int = 1) -> Action:
@@ -60,7 +64,9 @@ def truth(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> Acti
 
 
 def velocity_from_clean(clean: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
-    return flow.prediction_to_velocity(clean, state, time, dataclasses.replace(config, prediction="clean"))
+    return flow.prediction_to_velocity(
+        clean, state, time, dataclasses.replace(config, prediction="clean")
+    )
 
 
 def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
@@ -75,7 +81,9 @@ def test_noise_is_standard_normal_and_uniform_on_the_half_sphere() -> None:
     assert abs(float(q[..., 0].mean()) - 4 / (3 * math.pi)) < 0.005
     linear = flow.sample_noise((20_000, 5), LINEAR, generator()).rotation
     torch.testing.assert_close(linear.std((0, 1)), torch.ones(4), atol=0.02, rtol=0)
-    assert torch.equal(flow.sample_noise((20_000, 5), S3, generator()).to_vector(), noise.to_vector())
+    assert torch.equal(
+        flow.sample_noise((20_000, 5), S3, generator()).to_vector(), noise.to_vector()
+    )
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0), (2, 1.5)])
@@ -83,7 +91,10 @@ def test_time_has_the_density_that_it_states(alpha: float, beta: float) -> None:
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
     tau = flow.sample_time(20_000, config, generator())
     assert tau.dtype == torch.float32 and float(tau.min()) >= 0 and float(tau.max()) <= 0.999
-    assert kstest(((0.999 - tau.double().numpy()) / 0.999), beta_distribution(alpha, beta).cdf).pvalue > 0.01
+    assert (
+        kstest(((0.999 - tau.double().numpy()) / 0.999), beta_distribution(alpha, beta).cdf).pvalue
+        > 0.01
+    )
     assert torch.equal(tau, flow.sample_time(20_000, config, generator()))
 
 
@@ -104,7 +115,9 @@ def pairs_at_angle(theta: float) -> tuple[Action, Action]:
     a = torch.stack([half.cos(), half.sin(), 0 * half, 0 * half], dim=-1)
     b = torch.stack([half.cos(), -half.sin(), 0 * half, 0 * half], dim=-1)
     ones = torch.ones(1, 1, 1, dtype=torch.float64)
-    return Action(ones.expand(1, 1, 3), a[None], ones), Action(-ones.expand(1, 1, 3), b[None], -ones)
+    return Action(ones.expand(1, 1, 3), a[None], ones), Action(
+        -ones.expand(1, 1, 3), b[None], -ones
+    )
 
 
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
@@ -122,14 +135,19 @@ def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> No
 
 def test_states_stay_on_the_half_sphere_with_tangent_velocity_of_constant_speed() -> None:
     noise, data, time = pair(S3)
-    cases = [(noise, data, time), *((*pairs_at_angle(a), torch.tensor([0.37]).double()) for a in ANGLES)]
+    cases = [
+        (noise, data, time),
+        *((*pairs_at_angle(a), torch.tensor([0.37]).double()) for a in ANGLES),
+    ]
     for noise, data, time in cases:
         state, velocity = flow.interpolate(noise, data, time, S3)
         q, u = state.rotation, velocity.rotation
         assert float((q.norm(dim=-1) - 1).abs().max()) < 1e-14
         assert float(q[..., 0].min()) > 0 and float((q * u).sum(-1).abs().max()) < 1e-14
         apart, opposite = ((noise.rotation + sign * data.rotation).norm(dim=-1) for sign in (-1, 1))
-        torch.testing.assert_close(u.norm(dim=-1), 2 * torch.atan2(apart, opposite), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            u.norm(dim=-1), 2 * torch.atan2(apart, opposite), atol=1e-9, rtol=0
+        )
 
 
 @pytest.mark.parametrize("config", [S3, LINEAR], ids=name)
@@ -161,7 +179,9 @@ def test_loss_is_zero_at_the_truth_and_only_there(config: FlowConfig) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("config", ALL, ids=name)
-def test_gradients_are_finite_at_every_degenerate_place(config: FlowConfig, dtype: torch.dtype) -> None:
+def test_gradients_are_finite_at_every_degenerate_place(
+    config: FlowConfig, dtype: torch.dtype
+) -> None:
     for theta in (0.0, math.pi):
         start, end = (Action.from_vector(x.to_vector().to(dtype)) for x in pairs_at_angle(theta))
         for tau in (0.0, 0.5, 0.999, 1.0):
@@ -196,7 +216,9 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
     and the chord between the ends of a step along v and one along u."""
     noise, data, time = pair(S3)
     g = generator(7)
-    said = Action(*(torch.randn(64, 5, size, generator=g, dtype=torch.float64) for size in (3, 4, 1)))
+    said = Action(
+        *(torch.randn(64, 5, size, generator=g, dtype=torch.float64) for size in (3, 4, 1))
+    )
     q0, q1, t = noise.rotation.numpy(), data.rotation.numpy(), time.numpy()[:, None, None]
     angle = np.arccos(np.clip((q0 * q1).sum(-1, keepdims=True), -1, 1))
 
@@ -208,7 +230,9 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
     v = v - (v * q).sum(-1, keepdims=True) * q  # what points along the sphere
     cosine = 1 - (v * u).sum(-1) / (np.linalg.norm(v, axis=-1) * np.linalg.norm(u, axis=-1))
     straight = {
-        name: np.mean((getattr(said, name) - (getattr(data, name) - getattr(noise, name))).numpy() ** 2)
+        name: np.mean(
+            (getattr(said, name) - (getattr(data, name) - getattr(noise, name))).numpy() ** 2
+        )
         for name in ("translation", "gripper")
     }
     assert np.linalg.norm(u, axis=-1).min() > 0.01
@@ -248,7 +272,10 @@ def test_one_guess_for_sparse_turns() -> None:
     turns = torch.zeros(1, n, 3, dtype=torch.float64)
     turns[:, : n // 5, 2] = angle
     data = dataclasses.replace(robot_data((1, n)), rotation=quat_exp(turns))
-    for config, found in ((FlowConfig(prediction="clean"), 0.0), (FlowConfig(**preset("nano").flow), 0.2)):
+    for config, found in (
+        (FlowConfig(prediction="clean"), 0.0),
+        (FlowConfig(**preset("nano").flow), 0.2),
+    ):
         guess = torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([guess], lr=0.01)
         for step in range(400):
@@ -263,7 +290,9 @@ def test_one_guess_for_sparse_turns() -> None:
 def test_weights_and_mask() -> None:
     noise, data, time = pair(S3)
     guess = Action.from_vector(torch.randn(64, 5, 8, generator=generator(5), dtype=torch.float64))
-    config = FlowConfig(translation_weight=2, rotation_weight=3, gripper_weight=5, geodesic_weight=7)
+    config = FlowConfig(
+        translation_weight=2, rotation_weight=3, gripper_weight=5, geodesic_weight=7
+    )
     result = flow.loss(guess, noise, data, time, config)
     p = result[1]
     expected = 2 * p["translation"] + 3 * (p["rotation"] + 7 * p["geodesic"]) + 5 * p["gripper"]
@@ -287,7 +316,9 @@ def test_integrating_the_true_prediction_lands_on_the_data(config: FlowConfig, s
 
     def predict(state: Action, time: Tensor) -> Action:
         assert time.shape == (64,)
-        return data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
+        return (
+            data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
+        )
 
     found = flow.integrate(predict, noise, steps, config)
     torch.testing.assert_close(found.to_vector(), data.to_vector(), rtol=0, atol=1e-12)
@@ -308,7 +339,9 @@ def test_each_action_at_a_time_of_its_own(config: FlowConfig) -> None:
         whole = [x.to_vector().reshape(320, 8) for x in (state, velocity, derived)]
         return [*whole, flow.loss(said, noise, data, time, config)[0]]
 
-    for a, b in zip(everything(noise, data, said, times), everything(*alone, times.flatten()), strict=True):
+    for a, b in zip(
+        everything(noise, data, said, times), everything(*alone, times.flatten()), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     alike = everything(noise, data, said, one[:, None].expand(64, 5))
     torch.testing.assert_close(everything(noise, data, said, one), alike, rtol=0, atol=0)
@@ -322,13 +355,17 @@ def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) ->
 
     def predict(state: Action, time: Tensor) -> Action:
         seen.append((state, time))
-        return data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
+        return (
+            data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
+        )
 
     found = flow.integrate(predict, noise, 4, config, flow.Committed(decided, held))
     for k, (state, time) in enumerate([*seen, (found, torch.ones(64, 5).double())]):
         assert torch.equal(state.to_vector()[held], decided.to_vector()[held])
         assert torch.equal(time, torch.where(held, 1.0, torch.full((64, 5), k / 4).double()))
-    torch.testing.assert_close(found.to_vector()[~held], data.to_vector()[~held], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found.to_vector()[~held], data.to_vector()[~held], rtol=0, atol=1e-12
+    )
 
 
 def test_what_is_held_is_a_beginning_of_any_length_as_often() -> None:
@@ -346,10 +383,15 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     data, held = robot_data(shape), flow.sample_held(shape, 3, generator(5))
     wrong = flow.with_mistakes(data, held, generator(6))
     assert torch.equal(wrong.gripper, data.gripper)
-    x, q = other_x, other_q = torch.zeros(count, 3).double(), quat_exp(torch.ones(count, 3).double())
+    x, q = other_x, other_q = (
+        torch.zeros(count, 3).double(),
+        quat_exp(torch.ones(count, 3).double()),
+    )
     for i in range(shape[1]):
         x, q = apply_step(x, q, data.translation[:, i], data.rotation[:, i])
-        other_x, other_q = apply_step(other_x, other_q, wrong.translation[:, i], wrong.rotation[:, i])
+        other_x, other_q = apply_step(
+            other_x, other_q, wrong.translation[:, i], wrong.rotation[:, i]
+        )
         assert torch.equal((x - other_x).norm(dim=-1) > 1e-6, held[:, i])
         torch.testing.assert_close(x[~held[:, i]], other_x[~held[:, i]], rtol=0, atol=1e-9)
         torch.testing.assert_close(q[~held[:, i]], other_q[~held[:, i]], rtol=0, atol=1e-9)
@@ -359,13 +401,17 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     assert math.isclose(float(moved.std()), spread, rel_tol=0.05)
     known = torch.rand(shape, generator=generator(8)) < 0.7
     both = data, Action(data.translation + 30 * ~known[..., None], data.rotation, data.gripper)
-    made = [flow.with_mistakes(x, held, generator(6), known).translation - x.translation for x in both]
+    made = [
+        flow.with_mistakes(x, held, generator(6), known).translation - x.translation for x in both
+    ]
     torch.testing.assert_close(*made, rtol=0, atol=1e-9)  # whatever those are that do not count
     assert math.isclose(float(turned.square().mean().sqrt()), turn * 3**0.5, rel_tol=0.05)
 
 
 @pytest.mark.parametrize("config", [c for c in ALL if c.prediction == "clean"], ids=name)
-def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(config: FlowConfig) -> None:
+def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(
+    config: FlowConfig,
+) -> None:
     """Else the network would meet states that it has not seen in training."""
     noise, data, time = pair(config)
     longer = Action(data.translation, 15 * data.rotation, data.gripper)
@@ -379,8 +425,12 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(confi
 
     flow.integrate(predict, noise, 4, config)
     for k, state in enumerate(states):
-        expected = flow.interpolate(noise, data, torch.full((64,), k / 4, dtype=torch.float64), config)[0]
-        assert torch.allclose(state.rotation, expected.rotation, atol=1e-9) == (k == 0 or not taught)
+        expected = flow.interpolate(
+            noise, data, torch.full((64,), k / 4, dtype=torch.float64), config
+        )[0]
+        assert torch.allclose(state.rotation, expected.rotation, atol=1e-9) == (
+            k == 0 or not taught
+        )
 
 
 def test_error_falls_as_one_over_steps() -> None:
@@ -401,7 +451,10 @@ def test_error_falls_as_one_over_steps() -> None:
     results = {n: flow.integrate(predict, noise, n, S3) for n in (50, 100, 200)}
     for n in (50, 100):
         for part in ("translation", "gripper"):
-            error = [float((getattr(results[k], part) - getattr(end, part)).abs().max()) for k in (n, 2 * n)]
+            error = [
+                float((getattr(results[k], part) - getattr(end, part)).abs().max())
+                for k in (n, 2 * n)
+            ]
             assert error[0] / error[1] == pytest.approx(2, rel=0.05)
         error = [float(quat_distance(results[k].rotation, end.rotation).mean()) for k in (n, 2 * n)]
         assert error[0] / error[1] == pytest.approx(2, rel=0.05)
@@ -413,4 +466,6 @@ def test_bad_configuration_is_one_line_with_a_suggestion() -> None:
         refuses(f"{field} 'wrong'", FlowConfig, **{field: "wrong"})
     for steps in (0, 2.5):
         refuses("flow steps", FlowConfig, steps=steps)
-    refuses("at least 1", flow.integrate, lambda state, _: state, flow.sample_noise((1, 1), S3), 0, S3)
+    refuses(
+        "at least 1", flow.integrate, lambda state, _: state, flow.sample_noise((1, 1), S3), 0, S3
+    )

@@ -14,7 +14,9 @@ from spear import geometry as geo
 
 
 def quats(n: int = 500, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return geo.quat_normalize(torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+    return geo.quat_normalize(
+        torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    )
 
 
 def scipy_of(q: Tensor) -> Rotation:
@@ -52,7 +54,11 @@ def test_exp_and_log_agree_with_scipy_everywhere() -> None:
     q = torch.cat([quats(), special()])
     log, reference = geo.quat_log(q), torch.from_numpy(scipy_of(q).as_rotvec())
     # At half turns scipy and we may name opposite ends of the axis: compare what the vectors rotate to.
-    same(geo.quat_distance(geo.quat_exp(log), geo.quat_exp(reference)), torch.zeros(len(q)), atol=1e-11)
+    same(
+        geo.quat_distance(geo.quat_exp(log), geo.quat_exp(reference)),
+        torch.zeros(len(q)),
+        atol=1e-11,
+    )
     same(log.norm(dim=-1), reference.norm(dim=-1), atol=1e-11)
     assert float(log.norm(dim=-1).max()) <= math.pi + 1e-12
     clear = reference.norm(dim=-1) < math.pi - 1e-7
@@ -63,11 +69,15 @@ def test_exp_and_log_agree_with_scipy_everywhere() -> None:
 def test_small_rotations_keep_their_relative_precision(dtype: torch.dtype, relative: float) -> None:
     for size in [1e-12, 1e-8, 1e-6, 1e-4, 0.0099, 0.0101, 0.02, 0.1, 0.5]:
         vector = torch.tensor([0.6, -0.48, 0.64], dtype=dtype) * size
-        torch.testing.assert_close(geo.quat_log(geo.quat_exp(vector)), vector, rtol=relative, atol=0)
+        torch.testing.assert_close(
+            geo.quat_log(geo.quat_exp(vector)), vector, rtol=relative, atol=0
+        )
 
 
 def test_canonical_is_deterministic_on_the_equator() -> None:
-    q = torch.cat([quats(), torch.eye(4, dtype=torch.float64), torch.tensor([[0, 0, -0.6, 0.8]]).double()])
+    q = torch.cat(
+        [quats(), torch.eye(4, dtype=torch.float64), torch.tensor([[0, 0, -0.6, 0.8]]).double()]
+    )
     same(geo.quat_canonical(q), geo.quat_canonical(-q), atol=0)
     assert bool((geo.quat_canonical(q)[:, 0] >= 0).all())
     same(geo.quat_canonical(torch.tensor([0.0, -0.6, 0.8, 0])), [0, 0.6, -0.8, 0], atol=0)
@@ -82,7 +92,10 @@ def test_distance_is_accurate_at_both_ends(dtype: torch.dtype) -> None:
     for angle in [0, 1e-6, 1e-3, 1, 3, math.pi - 1e-3, math.pi - 1e-6, math.pi]:
         other = geo.quat_multiply(base, geo.quat_exp(axis * angle))
         for sign in (1, -1):
-            assert abs(float(geo.quat_distance(base.to(dtype), sign * other.to(dtype))) - angle) < 8 * eps
+            assert (
+                abs(float(geo.quat_distance(base.to(dtype), sign * other.to(dtype))) - angle)
+                < 8 * eps
+            )
     assert float(geo.quat_distance(base.to(dtype), -base.to(dtype))) == 0
 
 
@@ -196,7 +209,9 @@ SINGULAR: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", REGULAR)
 def test_gradients_equal_finite_differences(name: str) -> None:
-    near_identity = geo.quat_exp(torch.tensor([[1e-9, -2e-9, 0], [3e-3, 1e-3, 0]], dtype=torch.float64))
+    near_identity = geo.quat_exp(
+        torch.tensor([[1e-9, -2e-9, 0], [3e-3, 1e-3, 0]], dtype=torch.float64)
+    )
     q = torch.cat([quats(5, seed=11), near_identity]).requires_grad_()
     assert torch.autograd.gradcheck(REGULAR[name], (q,), atol=1e-6)
 

@@ -31,7 +31,11 @@ STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
 
 def observation(**changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    names = {"image": "observation/image", "wrist": "observation/wrist_image", "state": "observation/state"}
+    names = {
+        "image": "observation/image",
+        "wrist": "observation/wrist_image",
+        "state": "observation/state",
+    }
     whole = {
         "observation/image": rng.integers(0, 256, (210, 280, 3), dtype=np.uint8),
         "observation/wrist_image": rng.integers(0, 256, (112, 112, 3), dtype=np.uint8),
@@ -68,7 +72,9 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
     ],
 )
-def test_bad_observations_are_refused_by_key(nano: Spear1Policy, changes: dict[str, Any], key: str) -> None:
+def test_bad_observations_are_refused_by_key(
+    nano: Spear1Policy, changes: dict[str, Any], key: str
+) -> None:
     refuses(key, nano.infer, observation(**changes))
 
 
@@ -76,26 +82,39 @@ def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
     whole = Normalizer.load(folder / "normalizer.json")
     twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
-    dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(folder / "normalizer.json")
+    dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(
+        folder / "normalizer.json"
+    )
     refuses(r"slow, fast", load_agent, str(folder))
     refuses("fst", load_agent, str(folder), dataset="fst")
     with pytest.warns(Notice, match="normalizer.json: not as saved"):
         slow, fast = (load_agent(str(folder), dataset=name) for name in ("slow", "fast"))
-    assert slow.weights != fast.weights and Spear1Policy.load(folder, dataset="fast").normalizer == twice
+    assert (
+        slow.weights != fast.weights
+        and Spear1Policy.load(folder, dataset="fast").normalizer == twice
+    )
     refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
 
 
-@pytest.mark.parametrize(("column", "wrong"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)])
-def test_no_action_is_nonsense(nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("column", "wrong"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)]
+)
+def test_no_action_is_nonsense(
+    nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any
+) -> None:
     chunk = torch.eye(8)[3].index_fill(0, torch.tensor(column), wrong)
     monkeypatch.setattr(nano, "predict", lambda inputs: Action.from_vector(chunk.expand(1, 5, 8)))
     refuses("do not move", nano.infer, observation())
 
 
-def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_begins_with_what_is_decided(
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nano.model.config, "committed", 2)
     free = nano.infer(observation())["actions"]
-    rows = np.array([[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32)
+    rows = np.array(
+        [[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32
+    )
     both = [observation(), observation(committed=rows), observation(committed=rows[:1])]
     none, two, one = (result["actions"] for result in nano.infer_batch(both))
     np.testing.assert_allclose(none, free, atol=1e-5)
@@ -105,7 +124,9 @@ def test_an_answer_begins_with_what_is_decided(nano: Spear1Policy, monkeypatch: 
     refuses("committed", nano.infer, observation(committed=two[:3]))
 
 
-def test_the_gripper_stays_in_its_range(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gripper_stays_in_its_range(
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (bias := nano.model.action_out_proj.bias).data.clone()
     for far, opening in ((9.0, 1), (-9.0, 0)):
         monkeypatch.setattr(bias, "data", before + far * torch.eye(8)[7])
@@ -117,15 +138,24 @@ def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(nano: Spear1
     inputs = nano.inputs([observation()])
     own, two = nano.model.sample_actions(**inputs), nano.model.sample_actions(**inputs, steps=2)
     assert torch.equal(own.to_vector(), nano.predict(inputs).to_vector())
-    assert torch.equal(two.to_vector(), Spear1Policy.load("nano", steps=2).predict(inputs).to_vector())
-    assert load_agent("nano", flow_steps=2).weights != load_agent("nano").weights  # results never mix
+    assert torch.equal(
+        two.to_vector(), Spear1Policy.load("nano", steps=2).predict(inputs).to_vector()
+    )
+    assert (
+        load_agent("nano", flow_steps=2).weights != load_agent("nano").weights
+    )  # results never mix
     assert load_agent("nano", flow_steps=5).weights == load_agent("nano").weights
     refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, observation())
 
 
 @pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
 def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> None:
-    for option, value in {"device": "cpu", "dtype": "bfloat16", "dataset": "fast", "flow_steps": 2}.items():
+    for option, value in {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "dataset": "fast",
+        "flow_steps": 2,
+    }.items():
         refuses(f"--{option.replace('_', '-')} {value}", load_agent, name, **{option: value})
 
 
@@ -181,7 +211,9 @@ def test_another_aspect_is_said_once_and_never_stretched(nano: Spear1Policy) -> 
         nano.infer(observation(image=tall))
 
 
-def changed(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json") -> Path:
+def changed(
+    folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json"
+) -> Path:
     """A copy of the nano policy with one of its JSON files changed."""
     edit(Path(shutil.copytree(locate("nano"), folder)) / file, change)
     return folder
@@ -191,7 +223,9 @@ def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path)
     for name in ("nanno", "nowhere/at/all"):
         refuses(name, load_vlm, name)
     image = np.zeros((128, 192, 3), np.uint8)
-    refuses("'distence': did you mean 'distance'", load_vlm().answer, [image], ["How far?"], "distence")
+    refuses(
+        "'distence': did you mean 'distance'", load_vlm().answer, [image], ["How far?"], "distence"
+    )
     start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
     refuses(r"vocabulary mismatch: .* 1000 … 2023 of 2786", Spear1Policy.load, start)
     views = changed(tmp_path / "views", lambda c: c["vlm_config"].update(views=["external"]))
@@ -204,12 +238,18 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
     mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
     made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
     steps = [make(i).position[:-1] for i in range(3)]
-    np.testing.assert_allclose([made.low, made.high], [f(steps, (0, 1)) for f in (np.min, np.max)], atol=1e-6)
-    turns = Rotation.from_quat(np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True)
+    np.testing.assert_allclose(
+        [made.low, made.high], [f(steps, (0, 1)) for f in (np.min, np.max)], atol=1e-6
+    )
+    turns = Rotation.from_quat(
+        np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True
+    )
     most = (turns.mean().inv() * turns).magnitude().max()  # the mean is of steps as they were drawn
     assert made.turned == pytest.approx(most, abs=0.05)
     assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
-    assert made.opposite == 1 and made.begins == make(0).gripper[0]  # it is opened and closed in turn
+    assert (
+        made.opposite == 1 and made.begins == make(0).gripper[0]
+    )  # it is opened and closed in turn
     made.save(tmp_path / "seen.json")
     assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
     dataclasses.replace(made, facing=made.facing[:3]).save(tmp_path / "seen.json")
@@ -219,10 +259,19 @@ def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Pat
 
     down, across = np.mgrid[:70:210j, :140:280j]
     image = (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)
-    batch = {"position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]), "rotation": np.eye(4)[[1, 1]]}
-    batch |= {"gripper": np.ones(2), "action": np.ones((2, 5, 8)), "views": dict.fromkeys("ew", [True] * 2)}
+    batch = {
+        "position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]),
+        "rotation": np.eye(4)[[1, 1]],
+    }
+    batch |= {
+        "gripper": np.ones(2),
+        "action": np.ones((2, 5, 8)),
+        "views": dict.fromkeys("ew", [True] * 2),
+    }
     batch["images"] = {"e": image[None].repeat(2, 0), "w": 255 - image[None].repeat(2, 0)}
-    exchanged = Seen.of_batches([batch], 0.9).unlike(STATE[None], {"e": 255 - image.transpose(2, 0, 1)[None]})
+    exchanged = Seen.of_batches([batch], 0.9).unlike(
+        STATE[None], {"e": 255 - image.transpose(2, 0, 1)[None]}
+    )
     assert any("exchanged with camera 'w'" in words for _, words in exchanged)
     batch |= {"images": {"external": batch["images"]["e"]}, "views": {"external": [True] * 2}}
     known = Seen.of_batches([batch], 0.9)
@@ -254,7 +303,10 @@ def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
         check, found, rows = RobotCheck(), 0, np.zeros((5, 8), np.float32)
         for step, (opening, command) in enumerate(zip(reads, told, strict=True)):
             found += len([*check.otherwise(np.array([step % 2 * apart, *np.zeros(6), opening]))])
-            rows[:, 7], rows[5 - last :, 7] = command, 1 - command  # which of them is executed is unknown
+            rows[:, 7], rows[5 - last :, 7] = (
+                command,
+                1 - command,
+            )  # which of them is executed is unknown
             check.told(rows)
             rows[:, 7] = 1 - rows[:, 7]  # as a program for the other convention does in place
         assert found == inverted
@@ -267,7 +319,10 @@ def test_robots_that_are_answered_together_are_checked_one_by_one(
     open_one = Action.from_vector(torch.eye(8)[[3, 7]].sum(0).expand(2, 5, 8))
     policy = dataclasses.replace(nano)
     monkeypatch.setattr(policy, "predict", lambda inputs: open_one)
-    service, plain = Service(policy, load("generic")), {k: v for k, v in observation().items() if k != "seed"}
+    service, plain = (
+        Service(policy, load("generic")),
+        {k: v for k, v in observation().items() if k != "seed"},
+    )
     both = [plain, {**plain, "observation/state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}]
     service.answer([plain, plain])  # nobody's, as a server warms up
     for _ in range(LOOKED_AT + 1):
@@ -284,25 +339,35 @@ def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_wer
     monkeypatch.setattr(policy, "predict", lambda inputs: still)
     service, plain = Service(policy, load("generic")), load("generic").example()
     far = {**plain, "observation/state": plain["observation/state"] + np.eye(8)[1] - np.eye(8)[7]}
-    for robot, sent in [("first", plain)] * (LOOKED_AT // 4 + 1) + [("second", far), ("third", far)]:
+    for robot, sent in [("first", plain)] * (LOOKED_AT // 4 + 1) + [
+        ("second", far),
+        ("third", far),
+    ]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
                 service.answer([plain, sent], ["first", robot])
         said = " ".join(str(w.message) for w in caught)
-        assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [robot != "first"] * 2
+        assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [
+            robot != "first"
+        ] * 2
 
 
 @pytest.mark.parametrize("fails", ["frozen", "shows nothing", ""])
 def test_a_camera_that_fails_later_is_noted(
-    nano: Spear1Policy, fails: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    nano: Spear1Policy,
+    fails: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(1, 5, 8))
     monkeypatch.setattr(policy, "predict", lambda inputs: still)
     sent = {**load("generic").example(), "seed": 0}
     for step in range(LOOKED_AT + LATER + 1):
         sent["observation/state"][0] += 0.002 * (fails == "frozen")
-        sent["observation/image"] = sent["observation/image"] * (fails != "shows nothing" or step < LOOKED_AT)
+        sent["observation/image"] = sent["observation/image"] * (
+            fails != "shows nothing" or step < LOOKED_AT
+        )
         policy.infer(sent)
     found = [words for w in recwarn if "camera 'external'" in (words := str(w.message))]
     assert len(found) == bool(fails) and fails in "".join(found)

@@ -37,12 +37,16 @@ def cluster() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("RAY_worker_niceness", "0")  # workers at 15 starve beside other tests
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            "local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+        )
         yield
         ray.shutdown()
 
 
-def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_began(tmp_path: Path) -> None:
+def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_began(
+    tmp_path: Path,
+) -> None:
     source = photos(tmp_path / "photos", 21)
     label_folder(find(str(source)), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
@@ -51,7 +55,9 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     assert not (tmp_path / "none").exists()
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
-    done = label_folder(find(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK)
+    done = label_folder(
+        find(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK
+    )
     assert (done.before, done.done) == (8, 21)
     assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
 
@@ -60,9 +66,22 @@ def no_key() -> Any:
     raise SpearError("no API key: set ONE")
 
 
-def test_the_example_trains_with_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_trains_with_two_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_episodes([make(0), make(1)], tmp_path / "made")
-    given = ["--init", "nano", "--episodes", "made", "--out", "run", "--steps", "2", "--device", "cpu"]
+    given = [
+        "--init",
+        "nano",
+        "--episodes",
+        "made",
+        "--out",
+        "run",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     few = ["--set", "batch_size=4", "flow_samples=1", "warmup=1"]
     script = [str(EXAMPLE), "--storage", str(tmp_path / "ray"), "--workers", "2"]
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from refusals import refuses
-from spear.tokens import BINS, TOKEN_FORMAT, CoordinateTokenizer, extend_tokenizer, init_new_embeddings
+from spear.tokens import (
+    BINS,
+    TOKEN_FORMAT,
+    CoordinateTokenizer,
+    extend_tokenizer,
+    init_new_embeddings,
+)
 
 
 def coordinates(n: int, seed: int) -> np.ndarray:
@@ -61,7 +67,9 @@ def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
     refuses("NaN", tokenizer.encode, np.array([0.1, math.nan]))
     for bad in (math.nan, math.inf):
         refuses("NaN or infinite", CoordinateTokenizer.fit, [0.0, 1.0, bad])
-    refuses("'unifrom': did you mean 'uniform'", CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom")
+    refuses(
+        "'unifrom': did you mean 'uniform'", CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom"
+    )
     for few in ([], [2.0], [2.0, 2.0, 2.0]):
         refuses("at least 2", CoordinateTokenizer.fit, few)
     for ids in ([-1], [0, BINS]):
@@ -92,7 +100,9 @@ def test_repeated_values_count_as_often_as_they_occur() -> None:
     for i, edge in enumerate(CoordinateTokenizer.fit(values, bins=64).edges[1:-1], start=1):
         # The tick that the edge was spread below holds the i-th share of the values.
         tick = np.ceil(edge * 10 - 1e-9) / 10
-        assert (values < tick - 0.01).mean() - 0.01 <= i / 64 <= (values < tick + 0.01).mean() + 0.01
+        assert (
+            (values < tick - 0.01).mean() - 0.01 <= i / 64 <= (values < tick + 0.01).mean() + 0.01
+        )
 
 
 def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
@@ -156,7 +166,9 @@ def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
 
 def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
     g = torch.Generator().manual_seed(0)
-    existing = torch.randn(20_000, 6, generator=g) @ torch.randn(6, 6, generator=g) + torch.arange(6)
+    existing = torch.randn(20_000, 6, generator=g) @ torch.randn(6, 6, generator=g) + torch.arange(
+        6
+    )
     new = init_new_embeddings(existing, 50_000, g)
     scale = float(torch.cov(existing.T).diag().max())
     torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * scale**0.5, rtol=0)
@@ -182,7 +194,9 @@ def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> 
     existing = torch.randn(500, 12, generator=generator, dtype=torch.float64)
     existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
     # [draws, rows, width]
-    tables = torch.stack([init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)])
+    tables = torch.stack(
+        [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
+    )
     pooled, scale = tables[:, ::64].reshape(-1, 12), existing.std(0)
     assert ((pooled.mean(0) - existing.mean(0)).abs() < 0.15 * scale).all()
     assert (pooled.T.cov() - existing.T.cov()).abs().max() < 0.15 * existing.T.cov().abs().max()

@@ -37,7 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     random = np.random.default_rng(0)
-    print(f"{'dataset':<20} {'episodes':>8}  {'data':<18} agrees  wrong  cannot tell  (of {DRAWS} draws)")
+    print(
+        f"{'dataset':<20} {'episodes':>8}  {'data':<18} agrees  wrong  cannot tell  (of {DRAWS} draws)"
+    )
     for folder in parser.parse_args().folders:
         spec = audit.logged_layout(folder, None)
         recordings = [
@@ -50,7 +52,10 @@ def main() -> None:
                 found: Counter[str] = Counter()
                 for _ in range(DRAWS):
                     drawn = random.choice(len(recordings), size, replace=False)
-                    said = {check.verdict for check in check_gripper([damage(recordings[i]) for i in drawn])}
+                    said = {
+                        check.verdict
+                        for check in check_gripper([damage(recordings[i]) for i in drawn])
+                    }
                     found[next(v for v in ("wrong", "cannot tell", "agrees") if v in said)] += 1
                 counts = f"{found['agrees']:>6} {found['wrong']:>6} {found['cannot tell']:>12}"
                 print(f"{folder.name:<20} {size:>8}  {name:<18} {counts}")
@@ -61,7 +66,9 @@ def main() -> None:
                 ("cameras exchanged", ("wrist", "external")),
             ):
                 checks = check_cameras({"external": views[pair[0]], "wrist": views[pair[1]]})
-                print(f"{folder.name:<20} {len(views['wrist']):>8}  {name:<18} {[c.verdict for c in checks]}")
+                print(
+                    f"{folder.name:<20} {len(views['wrist']):>8}  {name:<18} {[c.verdict for c in checks]}"
+                )
 
 
 if __name__ == "__main__":

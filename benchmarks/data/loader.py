@@ -54,12 +54,16 @@ AHEAD = 5 * CORES
 
 def _record(root: Path, number: int, episodes: int, steps: int) -> None:
     """A part of the recorded episodes."""
-    write_episodes((make(i, steps) for i in range(number, episodes, CORES)), root / f"part {number}")
+    write_episodes(
+        (make(i, steps) for i in range(number, episodes, CORES)), root / f"part {number}"
+    )
 
 
 def _export(root: Path, name: str, kind: str) -> None:
     write_lerobot(
-        EpisodeStore(root / name), root / f"{name} {kind}", images="video" if kind == "video" else "image"
+        EpisodeStore(root / name),
+        root / f"{name} {kind}",
+        images="video" if kind == "video" else "image",
     )
 
 
@@ -144,9 +148,12 @@ def main(
             watch_memory(ours, memory_samples)
             return
         kinds = ["video"] if tensorflow_python is None else ["video", "image"]
-        side_by_side([partial(_export, root, n, k) for k in kinds for n in ("recorded", "prepared")])
+        side_by_side(
+            [partial(_export, root, n, k) for k in kinds for n in ("recorded", "prepared")]
+        )
         videos = {
-            name: Video(root / f"{name} video", mixture, batch_size) for name in ("prepared", "recorded")
+            name: Video(root / f"{name} video", mixture, batch_size)
+            for name in ("prepared", "recorded")
         }
         ways: dict[str, Way] = {}
         try:
@@ -159,7 +166,9 @@ def main(
                 script = [str(tensorflow_python), str(Path(__file__).with_name("loader_tf.py"))]
                 for name, source in (("tf", "prepared"), ("tf recorded", "recorded")):
                     options = [str(root / f"{source} image"), str(batch_size), str(CORES)]
-                    sizes = [f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items()]
+                    sizes = [
+                        f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items()
+                    ]
                     ways[name] = Command([*script, *options, *sizes])
             taken = in_turn(ways, rounds, seconds)
         finally:

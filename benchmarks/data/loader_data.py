@@ -44,7 +44,9 @@ def make(index: int, steps: int, size: tuple[int, int] = (480, 640)) -> Episode:
             canvas += np.asarray(noise.resize(canvas.shape[1::-1], Image.Resampling.BICUBIC)) / 3
         still = np.clip(canvas + rng.normal(0, 3, canvas.shape), 0, 255).astype(np.uint8)
         shift = (100 + 90 * np.sin(np.arange(steps) / 9)).astype(int)
-        images[camera] = [encode_jpeg(still[s : s + size[0], 200 - s : 200 - s + size[1]]) for s in shift]
+        images[camera] = [
+            encode_jpeg(still[s : s + size[0], 200 - s : 200 - s + size[1]]) for s in shift
+        ]
     t = np.arange(steps) / RECORDED_HZ
     position = np.stack([0.3 + 0.1 * np.sin(t + index), 0.1 * np.cos(t), 0.2 + 0 * t], axis=1)
     rotation = np.stack([np.cos(t / 9), 0 * t, 0 * t, np.sin(t / 9)], axis=1)
@@ -64,7 +66,9 @@ class Ours:
         self.batch_size = batch_size
 
     def batch(self, step: int) -> dict[str, Any]:
-        return robot_inputs(self.processor, self.normalizer, self.samples.batch(step, self.batch_size))
+        return robot_inputs(
+            self.processor, self.normalizer, self.samples.batch(step, self.batch_size)
+        )
 
 
 class Video:
@@ -84,7 +88,9 @@ class Video:
         return container
 
     def frame(self, sample: Sample, camera: str) -> Array:
-        path, first, _ = self.dataset.episodes[sample.episode].videos[f"observation.images.{camera}"]
+        path, first, _ = self.dataset.episodes[sample.episode].videos[
+            f"observation.images.{camera}"
+        ]
         wanted = first + self.often * sample.step / self.dataset.info.fps
         container = self.open(path)
         stream = container.streams.video[0]
@@ -98,10 +104,13 @@ class Video:
         samples = self.mixture.draw(step, self.batch_size)
         arrays = [self.mixture.arrays(sample, HORIZON) for sample in samples]
         batch = {
-            f"numbers {i}": torch.from_numpy(np.stack(a)) for i, a in enumerate(zip(*arrays, strict=True))
+            f"numbers {i}": torch.from_numpy(np.stack(a))
+            for i, a in enumerate(zip(*arrays, strict=True))
         }
         for camera in VIEWS:
-            batch[camera] = torch.from_numpy(np.stack([self.frame(sample, camera) for sample in samples]))
+            batch[camera] = torch.from_numpy(
+                np.stack([self.frame(sample, camera) for sample in samples])
+            )
         return batch
 
 

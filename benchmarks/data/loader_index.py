@@ -33,7 +33,9 @@ from spear.types import Episode
 CAMERAS = ("external", "wrist")
 
 
-def write_dataset(folder: Path, number: int, frames: int, episode_steps: int, step_bytes: int) -> None:
+def write_dataset(
+    folder: Path, number: int, frames: int, episode_steps: int, step_bytes: int
+) -> None:
     """A prepared dataset and its statistics, its images zeros."""
     per_shard = max(1, (SHARD_MB << 20) // (step_bytes * episode_steps))
     count = max(1, round(frames / episode_steps))
@@ -80,11 +82,17 @@ def start(root: Path) -> dict[str, float]:
     for sample in mixture.draw(0, 2048):
         mixture.arrays(sample, 5)
     marks.append((time.perf_counter(), time.process_time()))
-    found: dict[str, float] = {"valid steps": len(mixture), "episodes": sum(len(s) for _, s, _ in sources)}
+    found: dict[str, float] = {
+        "valid steps": len(mixture),
+        "episodes": sum(len(s) for _, s, _ in sources),
+    }
     for name, before, after in zip(
         ("open", "mixture", "normalisation", "first batch"), marks, marks[1:], strict=False
     ):
-        found[f"{name}: s"], found[f"{name}: s of the processor"] = after[0] - before[0], after[1] - before[1]
+        found[f"{name}: s"], found[f"{name}: s of the processor"] = (
+            after[0] - before[0],
+            after[1] - before[1],
+        )
     found["all: s"] = marks[-1][0] - marks[0][0]
     found["all: s of the processor"] = marks[-1][1] - marks[0][1]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -115,10 +123,17 @@ def main(
         begun = time.perf_counter()
         for number in range(datasets):
             write_dataset(
-                Path(folder) / f"dataset_{number:02d}", number, frames // datasets, episode_steps, step_bytes
+                Path(folder) / f"dataset_{number:02d}",
+                number,
+                frames // datasets,
+                episode_steps,
+                step_bytes,
             )
         files = [path.stat() for path in Path(folder).glob("*/episodes-*")]
-        size, taken = sum(f.st_size for f in files) / 1e9, sum(512 * f.st_blocks for f in files) / 1e9
+        size, taken = (
+            sum(f.st_size for f in files) / 1e9,
+            sum(512 * f.st_blocks for f in files) / 1e9,
+        )
         sizes = f"{size:.0f} GB, {taken:.2f} without the images"
         print(f"{frames} frames in {datasets} datasets, {len(files)} files: {sizes}", flush=True)
         os.sync()  # else the system writes while we open

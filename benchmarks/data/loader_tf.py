@@ -30,7 +30,9 @@ def write_records(folder: Path, out: Path) -> list[str]:
     rows = pq.read_table(folder / "data")
     tasks = pq.read_table(folder / "meta/tasks.parquet").to_pydict()
     words = dict(
-        zip(tasks["task_index"], next(v for k, v in tasks.items() if k != "task_index"), strict=True)
+        zip(
+            tasks["task_index"], next(v for k, v in tasks.items() if k != "task_index"), strict=True
+        )
     )
     paths = [str(out / f"data.tfrecord-{i:05d}-of-{SHARDS:05d}") for i in range(SHARDS)]
     writers = [tf.io.TFRecordWriter(path) for path in paths]
@@ -43,13 +45,17 @@ def write_records(folder: Path, out: Path) -> list[str]:
         part = rows.slice(first, end - first)
         feature = {}
         for camera in CAMERAS:
-            images = [image["bytes"] for image in part.column(f"observation.images.{camera}").to_pylist()]
+            images = [
+                image["bytes"] for image in part.column(f"observation.images.{camera}").to_pylist()
+            ]
             feature[camera] = tf.train.Feature(bytes_list=tf.train.BytesList(value=images))
         for name in ("observation.state", "action"):
             numbers = [x for row in part.column(name).to_pylist() for x in row]
             feature[name] = tf.train.Feature(float_list=tf.train.FloatList(value=numbers))
         text = words[part.column("task_index")[0].as_py()].encode()
-        feature["text"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text] * part.num_rows))
+        feature["text"] = tf.train.Feature(
+            bytes_list=tf.train.BytesList(value=[text] * part.num_rows)
+        )
         example = tf.train.Example(features=tf.train.Features(feature=feature))
         writers[episodes[first] % SHARDS].write(example.SerializeToString())
         first = end
@@ -95,7 +101,9 @@ def main(folder: str, batch_size: int, threads: int, sizes: dict[str, tuple[int,
     tf.config.set_visible_devices([], "GPU")
     with tempfile.TemporaryDirectory() as out:
         data = tf.data.Dataset.from_tensor_slices(write_records(Path(folder), Path(out))).repeat()
-        data = data.interleave(tf.data.TFRecordDataset, cycle_length=SHARDS, num_parallel_calls=threads)
+        data = data.interleave(
+            tf.data.TFRecordDataset, cycle_length=SHARDS, num_parallel_calls=threads
+        )
         data = data.map(steps_of, num_parallel_calls=threads)
         data = data.flat_map(tf.data.Dataset.from_tensor_slices).shuffle(SHUFFLE)
         data = data.map(lambda step: decode(step, sizes), num_parallel_calls=threads)

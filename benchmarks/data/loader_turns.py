@@ -96,7 +96,9 @@ def group_seconds() -> float:
     total, group = 0, str(os.getpgrp())
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = file.read_text().rpartition(")")[2].split()  # from the third on: state, parent, group
+            fields = (
+                file.read_text().rpartition(")")[2].split()
+            )  # from the third on: state, parent, group
         except OSError:  # it has ended
             continue
         if fields[2] == group:
@@ -110,7 +112,11 @@ class Command:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self._line("ready")
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -160,8 +166,12 @@ def table(taken: Mapping[str, Sequence[Turn]], ours: str, goals: Mapping[str, st
     ]
     for name, turns in taken.items():
         pairs = list(zip(taken[ours], turns, strict=True))
-        rate, cost = (statistics.median(t) for t in ([t.rate for t in turns], [t.cost for t in turns]))
+        rate, cost = (
+            statistics.median(t) for t in ([t.rate for t in turns], [t.cost for t in turns])
+        )
         rates = "" if name == ours else spread([mine.rate / it.rate for mine, it in pairs])
         costs = "" if name == ours else spread([it.cost / mine.cost for mine, it in pairs])
-        lines.append(f"| {name} | {rate:.0f} | {cost:.2f} | {rates} | {costs} | {goals.get(name, '')} |")
+        lines.append(
+            f"| {name} | {rate:.0f} | {cost:.2f} | {rates} | {costs} | {goals.get(name, '')} |"
+        )
     return "\n".join(lines)

@@ -79,19 +79,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--buffers", type=int, nargs="*", default=[1_000, 10_000])
     parser.add_argument("--shards", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--shard-steps", type=int, default=3_750, help="100 MB of two views (docs/speed.md)")
+    parser.add_argument(
+        "--shard-steps", type=int, default=3_750, help="100 MB of two views (docs/speed.md)"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[32, 256, 2048])
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     store = EpisodeStore(given.folder)
     episodes = [store.without_images(i) for i in range(len(store))]
-    columns = [np.column_stack([e.position, e.rotation, e.gripper, np.asarray(e.action)]) for e in episodes]
+    columns = [
+        np.column_stack([e.position, e.rotation, e.gripper, np.asarray(e.action)]) for e in episodes
+    ]
     numbers = np.concatenate(columns).astype(np.float64)
     numbers = numbers[:, numbers.std(0) > 1e-6]
     owner = np.repeat(np.arange(len(episodes)), [len(e) for e in episodes])
     orders = {"ours": ours}
     orders |= {f"buffer {n:,}": partial(through_buffer, size=n) for n in given.buffers}
-    orders |= {f"shards {n}": partial(in_shards, steps=given.shard_steps, together=n) for n in given.shards}
+    orders |= {
+        f"shards {n}": partial(in_shards, steps=given.shard_steps, together=n) for n in given.shards
+    }
     print(f"{given.folder}: {len(owner):,} steps of {len(episodes):,} episodes")
     print("variance [95 %]  " + "  ".join(f"batches of {size:<10,}" for size in given.batch_sizes))
     for name, order in orders.items():

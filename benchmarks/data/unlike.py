@@ -37,7 +37,9 @@ Change = Callable[[Array, Array], tuple[Array, Array]]
 
 def turned(state: Array) -> Array:
     """The end-effector frame turned by 90° about its z axis."""
-    turn = quat_multiply(torch.tensor(state[3:7]), torch.tensor([HALF, 0.0, 0.0, HALF], dtype=torch.float64))
+    turn = quat_multiply(
+        torch.tensor(state[3:7]), torch.tensor([HALF, 0.0, 0.0, HALF], dtype=torch.float64)
+    )
     return np.concatenate([state[:3], turn.numpy(), state[7:]])
 
 
@@ -109,8 +111,12 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
         acting = Spear1Policy.load(policy)
         for mistake in ACTING:
             starts = (range(first, first + 16) for first in range(700, 860, 16))
-            first, later = np.sum([noted_by_acting(acting, seeds, mistake) for seeds in starts], axis=0)
-            print(f"{mistake:<42} noted at once in {first}, later in {later} of 10 starts", flush=True)
+            first, later = np.sum(
+                [noted_by_acting(acting, seeds, mistake) for seeds in starts], axis=0
+            )
+            print(
+                f"{mistake:<42} noted at once in {first}, later in {later} of 10 starts", flush=True
+            )
         return
     folder = locate(policy)
     known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)
@@ -122,7 +128,9 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
         for step in (step for episode in store for step in observations(episode, ["external"])):
             count += 1
             for name, change in CHANGES.items():
-                state, image = change(step["observation/state"].astype(np.float64), step["observation/image"])
+                state, image = change(
+                    step["observation/state"].astype(np.float64), step["observation/image"]
+                )
                 pixels = processor.image(np.ascontiguousarray(image), "external")[None].numpy()
                 noted[name] += any(known.unlike(state[None], {"external": pixels}))
     for name in CHANGES:

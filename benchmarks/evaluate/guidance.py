@@ -53,7 +53,9 @@ class Guided(Spear1Policy):
                 end = replace(Action.from_vector(x + (1 - tau) * v.to_vector()), rotation=rotation)
                 to_go = Action.from_vector((wanted.to_vector() - end.to_vector()).detach())
                 to_go = replace(to_go, rotation=sphere_log(rotation.detach(), wanted.rotation))
-                pull = torch.autograd.grad(end.to_vector(), x, to_go.to_vector() * fading[..., None])[0]
+                pull = torch.autograd.grad(
+                    end.to_vector(), x, to_go.to_vector() * fading[..., None]
+                )[0]
             strength = min(STRONGEST, (tau**2 + (1 - tau) ** 2) / max(tau * (1 - tau), 1e-6))
             return Action.from_vector((v.to_vector() + strength * pull).detach())
 

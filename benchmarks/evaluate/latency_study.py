@@ -123,7 +123,9 @@ def cell(
     Recorder.tells_all = row == "guided/1"
     Recorder.careless = row == "full/1"
     if Recorder.tells_all:
-        assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), "no server"
+        assert isinstance(agent, PolicyAgent) and isinstance(agent.policy, Spear1Policy), (
+            "no server"
+        )
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
         guided = Guided(**own, delay=latency_ms // 200)
         agent = PolicyAgent(guided, agent.name, agent.weights)
@@ -166,22 +168,33 @@ def main(
             mean = found[row, latency].mean()
             text = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
             seams, still = smoothness(out, row, latency), np.mean(noted(out, row, latency, STILL))
-            print(f"{row:9} {latency:4} ms: {text}, seams {seams} mm, still {still:.0%}", flush=True)
+            print(
+                f"{row:9} {latency:4} ms: {text}, seams {seams} mm, still {still:.0%}", flush=True
+            )
     if rows:
         return
     print("\n| execution / k | " + " | ".join(f"{latency} ms" for latency in LATENCIES_MS) + " |")
     print("|---|" + "---|" * len(LATENCIES_MS))
     for row in known:
         means = [found[row, latency].mean() for latency in LATENCIES_MS]
-        print(f"| {row} | " + " | ".join(f"{m.value:.1%} [{m.low:.0%}, {m.high:.0%}]" for m in means) + " |")
+        print(
+            f"| {row} | "
+            + " | ".join(f"{m.value:.1%} [{m.low:.0%}, {m.high:.0%}]" for m in means)
+            + " |"
+        )
     print("\nSteps of velocity at seams, mm per tick: median / 95th percentile")
     for row in known:
         print(f"| {row} | " + " | ".join(smoothness(out, row, ms) for ms in LATENCIES_MS) + " |")
     print("\nOf the undelayed success of sync/1:")
     for row in known:
         whole = found["sync/1", 0].mean().value or float("nan")
-        print(f"{row:9} " + ", ".join(f"{found[row, ms].mean().value / whole:.2f}" for ms in LATENCIES_MS))
-    print("\nAgainst sync/1 at the same latency, paired: n, both, difference in points [95 %], p, won : lost")
+        print(
+            f"{row:9} "
+            + ", ".join(f"{found[row, ms].mean().value / whole:.2f}" for ms in LATENCIES_MS)
+        )
+    print(
+        "\nAgainst sync/1 at the same latency, paired: n, both, difference in points [95 %], p, won : lost"
+    )
     for row in known[1:]:
         for latency in LATENCIES_MS:
             gap = compare(found[row, latency], found["sync/1", latency]).mean

@@ -29,7 +29,9 @@ OFF, BATCH = 0.008, 64
 """Standard deviation of each component, m; observations that are answered together."""
 
 
-def main(policy: Positional[str], episodes: Positional[Path], delay: int = 1, most: int = 24) -> None:
+def main(
+    policy: Positional[str], episodes: Positional[Path], delay: int = 1, most: int = 24
+) -> None:
     """Measure, and print one line.
 
     Args:
@@ -50,11 +52,15 @@ def main(policy: Positional[str], episodes: Positional[Path], delay: int = 1, mo
             wrong = given.copy()
             wrong[-1, :3] += errors[-1]
             asked += [{**seen, "seed": 1, "committed": rows} for rows in (given, wrong)]
-    answers = [a for i in range(0, len(asked), BATCH) for a in model.infer_batch(asked[i : i + BATCH])]
+    answers = [
+        a for i in range(0, len(asked), BATCH) for a in model.infer_batch(asked[i : i + BATCH])
+    ]
     following = np.stack([np.asarray(answer["actions"])[delay, :3] for answer in answers])
     change, error = following[1::2] - following[::2], np.stack(errors)
     share = -(change * error).sum() / (error**2).sum()
-    print(f"{policy}, {delay} given: the next action takes back {share:.2f} of the error, n = {len(error)}")
+    print(
+        f"{policy}, {delay} given: the next action takes back {share:.2f} of the error, n = {len(error)}"
+    )
 
 
 if __name__ == "__main__":

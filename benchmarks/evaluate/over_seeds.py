@@ -31,7 +31,9 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
         raise SpearError("a folder is given twice: give one per seed")
     found = [[load(folder) for folder in folders] for folders in (first, second) if folders]
     families = found[0][0].families
-    scenes = [{(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds]
+    scenes = [
+        {(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds
+    ]
     if any(seen != scenes[0] for seen in scenes):
         raise SpearError("the folders hold different scenes: evaluate all on the same")
     every = [results for seeds in found for results in seeds]
@@ -42,7 +44,9 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
         print(", ".join(map(str, folders)))
         for family, success in zip(families, table, strict=True):
             each = ", ".join(f"{100 * rate:.1f}" for rate in success.mean(axis=1))
-            print(f"  {family:<46} {100 * success.mean():5.1f} %  ({each}; n = {success.shape[1]} each)")
+            print(
+                f"  {family:<46} {100 * success.mean():5.1f} %  ({each}; n = {success.shape[1]} each)"
+            )
         print(f"  {'mean':<46} {mean_over_seeds(table).say('.1f', 100, ' %')}")
     if second:
         print(f"difference: {difference_over_seeds(*tables).say('+.1f', 100, ' points')}")

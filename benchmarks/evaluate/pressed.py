@@ -40,7 +40,9 @@ def pressed(agent: Agent, family: str, seed: int) -> tuple[bool, int]:
     return bool(info["success"]), count
 
 
-def main(folders: Positional[tuple[Path, ...]], policy: str = "nano", family: str = "spoon_on_towel") -> None:
+def main(
+    folders: Positional[tuple[Path, ...]], policy: str = "nano", family: str = "spoon_on_towel"
+) -> None:
     """Prints each failed episode of these evaluations, and how many were held open for long."""
     agent = load_agent(policy)
     outcomes = [o for folder in folders for o in results.load(folder).outcomes]
@@ -50,7 +52,9 @@ def main(folders: Positional[tuple[Path, ...]], policy: str = "nano", family: st
         print(f"scene {seed}: {'succeeds' if success else 'fails'}, held open at {count} steps")
     lost = [count for success, count in again if not success]
     stuck = sum(count >= MANY for count in lost)
-    print(f"{len(failed)} failed, {len(lost)} fail again, {stuck} held open for {MANY} steps or more")
+    print(
+        f"{len(failed)} failed, {len(lost)} fail again, {stuck} held open for {MANY} steps or more"
+    )
 
 
 if __name__ == "__main__":

@@ -44,9 +44,16 @@ class Probe(nn.Module):
         self.inner = nn.Linear(width, WIDTH)
         self.places = nn.Parameter(0.02 * torch.randn(tokens, WIDTH))
         self.names = nn.Embedding(names, WIDTH)
-        how: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        how: dict[str, Any] = {
+            "dropout": 0.0,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": True,
+        }
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, **how)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(
+            layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False
+        )
         self.outer = nn.Linear(WIDTH, 3)
 
     def forward(self, tokens: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
@@ -65,7 +72,9 @@ def visual_tokens(model: VlmBundle, labels: Sequence[LabeledImage]) -> torch.Ten
     return torch.cat(found)
 
 
-def train(tokens: torch.Tensor, objects: torch.Tensor, truth: torch.Tensor, steps: int) -> nn.Module:
+def train(
+    tokens: torch.Tensor, objects: torch.Tensor, truth: torch.Tensor, steps: int
+) -> nn.Module:
     """A probe of images [n, T, D]. objects [m, 2]: image and name of each; truth [m, 3]: its place."""
     owners, names = objects.unbind(1)
     probe = Probe(tokens.shape[1], tokens.shape[2], int(names.max()) + 1)
@@ -83,7 +92,9 @@ def train(tokens: torch.Tensor, objects: torch.Tensor, truth: torch.Tensor, step
     return probe.eval()
 
 
-def main(labels: Path, model: str = "nano", images: int = 300, most: int = 13056, steps: int = 8000) -> None:
+def main(
+    labels: Path, model: str = "nano", images: int = 300, most: int = 13056, steps: int = 8000
+) -> None:
     """Train the probe, measure both, and print a table.
 
     Args:
@@ -111,7 +122,9 @@ def main(labels: Path, model: str = "nano", images: int = 300, most: int = 13056
     with torch.no_grad():
         read = probe(seen[owners], torch.tensor([names.index(q.objects[0]) for _, q in asked]))
 
-    print(f"{len(asked)} objects in {images} held-out scenes; the probe learned from {len(known)} images; mm")
+    print(
+        f"{len(asked)} objects in {images} held-out scenes; the probe learned from {len(known)} images; mm"
+    )
     report("probe", read.double().numpy(), truth, owners.tolist())
     report("answers", centres(bundle, held_out, asked, 0, 0), truth, owners.tolist())
 

@@ -31,11 +31,15 @@ Asked = list[tuple[int, Question]]
 
 def shifted(image: Array, right: int, down: int) -> Array:
     """The picture [h, w, 3] with its contents moved, its edges repeated."""
-    rows, columns = (np.arange(size) - by for size, by in zip(image.shape[:2], (down, right), strict=True))
+    rows, columns = (
+        np.arange(size) - by for size, by in zip(image.shape[:2], (down, right), strict=True)
+    )
     return image[np.ix_(rows.clip(0, len(rows) - 1), columns.clip(0, len(columns) - 1))]
 
 
-def centres(model: VlmBundle, labels: list[LabeledImage], asked: Asked, right: int, down: int) -> Array:
+def centres(
+    model: VlmBundle, labels: list[LabeledImage], asked: Asked, right: int, down: int
+) -> Array:
     """[n, 3] of the boxes that are answered about shifted pictures, moved back."""
     found = []
     for start in range(0, len(asked), 32):

@@ -51,7 +51,9 @@ class WrongMasks:
     def __init__(self, pixels: int) -> None:
         self.pixels = pixels
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """As `spear.labels.models.protocols.Segmenter`."""
         return [
             np.array([self._change(m) for m in masks], bool).reshape(masks.shape)
@@ -80,7 +82,9 @@ def open3d_boxes(points: Array) -> list[Box3D] | None:
     fails."""
     import open3d
 
-    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)  # it calls its own boxes invalid
+    open3d.utility.set_verbosity_level(
+        open3d.utility.VerbosityLevel.Error
+    )  # it calls its own boxes invalid
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points.astype(np.float64)))
     cloud, _ = cloud.remove_statistical_outlier(nb_neighbors=20, std_ratio=2.0)
     try:
@@ -100,7 +104,9 @@ class Comparison:
     asked: list[Array]
 
 
-def measure(frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, exact: bool) -> Comparison:
+def measure(
+    frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, exact: bool
+) -> Comparison:
     """Label what is `seen`, and compare with the truth of `frames`."""
     result = Comparison([], [], [])
     labels = label(seen, GroundTruth(), segmenter, GroundTruth(), exact)
@@ -113,10 +119,16 @@ def measure(frames: Sequence[Frame], seen: Sequence[Frame], segmenter: Any, exac
         for o in image.objects:
             instance = instance_of(o, image, frame)
             points = geometry.points[decode_mask(o.mask, image.height, image.width) & geometry.mask]
-            if o.box3d is None or instance not in frame.boxes or (theirs := open3d_boxes(points)) is None:
+            if (
+                o.box3d is None
+                or instance not in frame.boxes
+                or (theirs := open3d_boxes(points)) is None
+            ):
                 continue
             true = box_from_vertices(frame.boxes[instance])
-            boxes = [make_box(scale * b.center, scale * b.size, b.rotation) for b in (o.box3d, *theirs)]
+            boxes = [
+                make_box(scale * b.center, scale * b.size, b.rotation) for b in (o.box3d, *theirs)
+            ]
             rows.append([box_errors(box, true) for box in boxes])
             occluded.append(o.scores["visible"] < OCCLUDED)
             asked.append(not failings(o.scores))
@@ -160,11 +172,15 @@ def _medians(errors: Sequence[Array], resamples: int = 500) -> tuple[Array, Arra
 
 def _cells(median: Array, replicas: Array) -> str:
     low, high = np.percentile(replicas, [2.5, 97.5], axis=0)
-    lengths = [f"{1000 * median[i]:.1f} [{1000 * low[i]:.1f}, {1000 * high[i]:.1f}] mm" for i in (0, 1)]
+    lengths = [
+        f"{1000 * median[i]:.1f} [{1000 * low[i]:.1f}, {1000 * high[i]:.1f}] mm" for i in (0, 1)
+    ]
     return " | ".join([*lengths, f"{median[2]:.2f} [{low[2]:.2f}, {high[2]:.2f}]"])
 
 
-def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: bool = True) -> None:
+def main(
+    scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: bool = True
+) -> None:
     """Label scenes and compare.
 
     Args:
@@ -178,13 +194,19 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
     def frames_of(camera: str, size: tuple[int, int]) -> list[Frame]:
         frames = [frame_of(world, camera, size) for world in worlds]
         return [
-            dataclasses.replace(f, names={i: name for i, name in f.names.items() if name != GRIPPER})
+            dataclasses.replace(
+                f, names={i: name for i, name in f.names.items() if name != GRIPPER}
+            )
             for f in frames
         ]
 
     if views:
         print("| view | objects | centre | vertex | IoU |\n|---|---|---|---|---|")
-        for camera, size in (("external", (192, 128)), ("external", (280, 210)), ("wrist", (112, 112))):
+        for camera, size in (
+            ("external", (192, 128)),
+            ("external", (280, 210)),
+            ("wrist", (112, 112)),
+        ):
             frames = frames_of(camera, size)
             a = compare(list(label_frames(iter(frames))), frames)
             print(
@@ -198,7 +220,8 @@ def main(scenes: int = 140, first_seed: int = 3000, views: bool = True, open3d: 
         noisy = [wrong_depth(f, i) for i, f in enumerate(unaided)]
         true = GroundTruth()
         print(
-            "| mask, depth | boxes | objects | centre | vertex | IoU |\n|---|---|---|---|---|---|", flush=True
+            "| mask, depth | boxes | objects | centre | vertex | IoU |\n|---|---|---|---|---|---|",
+            flush=True,
         )
         for name, seen, segmenter, exact in (
             ("true, true, known to be", unaided, true, True),

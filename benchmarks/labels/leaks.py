@@ -89,7 +89,9 @@ def cast(scene: str, seed: int) -> tuple[Array, Array, list[Box3D]]:
         near, leave = np.maximum(near, disc), np.minimum(leave, disc_leave)
     mask = (near <= leave) & (near > 0) & (near < table)
     turns = np.radians(np.arange(0, 90, 15)) if round_ else [0.0]
-    boxes = [make_box(center, size, axes @ Rotation.from_rotvec([0, 0, t]).as_matrix()) for t in turns]
+    boxes = [
+        make_box(center, size, axes @ Rotation.from_rotvec([0, 0, t]).as_matrix()) for t in turns
+    ]
     return np.where(mask, near, table), mask, boxes
 
 
@@ -129,7 +131,9 @@ def leaked(mask: Array, pixels: int, rng: np.random.Generator) -> Array:
     return np.asarray(mask | (quarter & grown))
 
 
-def images(scene: str, leak: int, noise: int, hidden: int, count: int) -> Iterator[tuple[Frame, list[Box3D]]]:
+def images(
+    scene: str, leak: int, noise: int, hidden: int, count: int
+) -> Iterator[tuple[Frame, list[Box3D]]]:
     """The images of a row, with the true boxes of each; the same objects in all rows of a scene."""
     number = made = 0
     while made < count:
@@ -145,7 +149,9 @@ def images(scene: str, leak: int, noise: int, hidden: int, count: int) -> Iterat
             along = columns if sideways else -rows
             cover = np.zeros_like(mask)
             limit = int(np.quantile(along, hidden / 100))
-            cover[(slice(None), slice(None, limit)) if sideways else (slice(1 - limit, None),)] = True
+            cover[(slice(None), slice(None, limit)) if sideways else (slice(1 - limit, None),)] = (
+                True
+            )
             front = 0.85 * float(depth[mask].min())
             depth, mask = np.where(cover, front, depth), mask & ~cover
         mask = leaked(mask, leak, rng)
@@ -205,7 +211,9 @@ def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
         (geometry,) = truth[2].predict([frame])
         fitted = [thing.box3d, *rivals(geometry.points[(frame.instances > 0) & geometry.mask])]
         off = [1000 * float(np.linalg.norm(box.center - boxes[0].center)) for box in fitted]
-        found.append([(o, max(iou(box, true) for true in boxes)) for o, box in zip(off, fitted, strict=True)])
+        found.append(
+            [(o, max(iou(box, true) for true in boxes)) for o, box in zip(off, fitted, strict=True)]
+        )
         if not failings(thing.scores):
             asked += 1
             far += off[0] > FAR
@@ -220,7 +228,10 @@ def flips(scene: str, count: int) -> int:
     """Of how many objects the vertices come in another order with 2 mm of noise than without: in order they
     are more than three times as far apart as they would be, relabelled."""
     truth = (GroundTruth(),) * 3
-    pair = [label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False) for noise in (0, 2)]
+    pair = [
+        label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False)
+        for noise in (0, 2)
+    ]
     found = 0
     for a, b in zip(*pair, strict=True):
         one, two = (image.objects[0].box3d for image in (a, b))
@@ -253,7 +264,9 @@ def main(
     with processes.pool(workers, __name__, "use fewer --workers") as pool:
         found = list(processes.in_order(pool, partial(measure, count=count), grid, workers))
     names = [name for name in ("ours", *RIVALS) if f"{name} mm" in found[0]]
-    print(f"| scene, leak | asked, of them far off | {' | '.join(f'{name}: mm, IoU' for name in names)} |")
+    print(
+        f"| scene, leak | asked, of them far off | {' | '.join(f'{name}: mm, IoU' for name in names)} |"
+    )
     print(f"|---|---|{'---|' * len(names)}")
     for (scene, leak), group in itertools.groupby(found, key=lambda r: (r["scene"], r["leak"])):
         some = list(group)
@@ -262,15 +275,21 @@ def main(
             for name in names
         ]
         asked, far = (sum(r[key] for r in some) for key in ("asked", "far"))
-        print(f"| {scene}, {leak} px | {asked} of {count * len(some)}, {far} | {' | '.join(cells)} |")
+        print(
+            f"| {scene}, {leak} px | {asked} of {count * len(some)}, {far} | {' | '.join(cells)} |"
+        )
     asked, far = (sum(r[key] for r in found) for key in ("asked", "far"))
     worse = [r for r in found if r["ours IoU"] < max(r[f"{name} IoU"] for name in names)]
-    print(f"\nasked about: {asked}, of these {far} off by more than {FAR:.0f} mm ({far / asked:.2%})")
+    print(
+        f"\nasked about: {asked}, of these {far} off by more than {FAR:.0f} mm ({far / asked:.2%})"
+    )
     print(f"rows in which another box has a better IoU: {len(worse)} of {len(found)}")
     for r in worse:
         print("   ", ", ".join(f"{key} {r[key]}" for key in r if not key.endswith("mm")))
     for scene in SCENES[:2]:
-        print(f"vertex order, {scene}: {flips(scene, 5 * count)} of {5 * count} change at 2 mm of noise")
+        print(
+            f"vertex order, {scene}: {flips(scene, 5 * count)} of {5 * count} change at 2 mm of noise"
+        )
     if rows is not None:
         with rows.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(found[0]))

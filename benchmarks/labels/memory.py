@@ -25,7 +25,9 @@ from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
 
 
-def main(few: int = 1000, many: int = 20_000, width: int = 420, height: int = 315, workers: int = 2) -> None:
+def main(
+    few: int = 1000, many: int = 20_000, width: int = 420, height: int = 315, workers: int = 2
+) -> None:
     """Measure.
 
     Args:
@@ -43,7 +45,9 @@ def main(few: int = 1000, many: int = 20_000, width: int = 420, height: int = 31
             seconds = time.perf_counter() - begun
         peaks.append(sum(megabytes))
         parts = " + ".join(f"{m:.0f}" for m in megabytes)
-        print(f"{count:,} images: {sum(megabytes):.0f} MB ({parts}), {count / seconds:.1f} images/s")
+        print(
+            f"{count:,} images: {sum(megabytes):.0f} MB ({parts}), {count / seconds:.1f} images/s"
+        )
     print(f"ratio {peaks[1] / peaks[0]:.3f} (goal: at most 1.1)")
 
 

@@ -56,10 +56,16 @@ def main(
         alone, whole = [], []
         for number in range(rounds):
             alone.append(networks_alone(source, images, seconds, batch_size))
-            whole.append(labelling(source, Path(folder) / str(number), seconds, batch_size, workers))
-            print(f"networks {1000 * alone[-1]:.1f} ms, labelling {1000 * whole[-1]:.1f} ms per image")
+            whole.append(
+                labelling(source, Path(folder) / str(number), seconds, batch_size, workers)
+            )
+            print(
+                f"networks {1000 * alone[-1]:.1f} ms, labelling {1000 * whole[-1]:.1f} ms per image"
+            )
     a, w = statistics.median(alone), statistics.median(whole)
-    print(f"networks {1000 * a:.1f} ms · labelling {1000 * w:.1f} ms · ratio {w / a:.3f} (goal: at most 1.1)")
+    print(
+        f"networks {1000 * a:.1f} ms · labelling {1000 * w:.1f} ms · ratio {w / a:.3f} (goal: at most 1.1)"
+    )
 
 
 def networks_alone(source: Path, images: int, seconds: float, batch_size: int) -> float:

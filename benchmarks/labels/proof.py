@@ -77,7 +77,9 @@ class EitherMasks:
 
     name = "either-masks"
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """As `spear.labels.models.protocols.Segmenter`."""
         return [
             WrongMasks(-1 if _seed(frame) % 2 else 1).segment([frame], [found])[0]
@@ -135,7 +137,9 @@ def make(
     for arm, how in zip(ARMS, ways, strict=True):
         label_scenes(out / arm, scenes, sizes, first_seed, workers, labelled=how)
     checked = range(first_seed, first_seed + min(check, scenes))
-    print("| labels | view | boxes | centre | vertex | IoU | not found |\n|---|---|---|---|---|---|---|")
+    print(
+        "| labels | view | boxes | centre | vertex | IoU | not found |\n|---|---|---|---|---|---|---|"
+    )
     for view, size in sizes.items():
         frames = [clutter_frame(seed, view, size) for seed in checked]
         for arm in ARMS:
@@ -148,7 +152,9 @@ def make(
     print("\nspear train and evaluate, for each:")
     for arm in ARMS:
         one, two = out / f"{arm}-vlm-1", out / f"{arm}-vlm-2"
-        print(f"spear train nano-vlm-1 --labels {out / arm} --out {one} --init {init} --moge {moge}")
+        print(
+            f"spear train nano-vlm-1 --labels {out / arm} --out {one} --init {init} --moge {moge}"
+        )
         print(f"spear train nano-vlm-2 --steps 1500 --labels {out / arm} --out {two} --init {one}")
         print(f"spear evaluate vqa {two} sim --images 200 --out {out / f'{arm}-scores'}")
 
@@ -166,7 +172,9 @@ def table(out: Path = Path("runs/proof")) -> None:
         if not path.is_file():
             raise SpearError(f"{path}: no scores: run the commands that `make` has printed")
         scores.append(json.loads(path.read_text())["families"])
-    print(f"| question | n | {' | '.join(f'{arm} labels' for arm in ARMS)} | ratio |\n|---|---|---|---|---|")
+    print(
+        f"| question | n | {' | '.join(f'{arm} labels' for arm in ARMS)} | ratio |\n|---|---|---|---|---|"
+    )
     for family, true in scores[0].items():
         unit, name = ("%", "relative") if family == "back_projection" else ("mm", "error")
         medians = [some[family]["measures"][name] for some in scores]

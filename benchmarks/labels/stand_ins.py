@@ -65,7 +65,9 @@ class StandIn:
         _work(self.seconds * len(frames))
         return [self._scene(frame.image.shape)[0] for frame in frames]
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """The ellipses [n, h, w]."""
         _work(self.seconds * len(frames))
         return [self._scene(frame.image.shape)[1].copy() for frame in frames]

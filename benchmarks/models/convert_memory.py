@@ -82,7 +82,9 @@ def write_paligemma(folder: Path, size: str) -> None:
     text = {**TEXT, **SIZES[size]}
     width = text["hidden_size"]
     vision = FULL_VISION if size == "full" else VISION
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=width, hidden_size=width)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, projection_dim=width, hidden_size=width
+    )
     with torch.device("meta"):
         wanted = PaliGemmaForConditionalGeneration(config).state_dict()
     noise = (0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))).bfloat16()
@@ -101,7 +103,9 @@ def write_paligemma(folder: Path, size: str) -> None:
         if key.startswith("lm_head."):
             continue  # the embeddings again
         name = key.replace("model.vision_tower.", "model.vision_tower.vision_model.")
-        parts[-1][name] = noise.repeat(-(-weight.numel() // len(noise)))[: weight.numel()].view(weight.shape)
+        parts[-1][name] = noise.repeat(-(-weight.numel() // len(noise)))[: weight.numel()].view(
+            weight.shape
+        )
         if sum(w.nbytes for w in parts[-1].values()) > SHARD:
             write()
     write()
@@ -131,7 +135,9 @@ def peak() -> int:
 def convert(folder: Path, dtype: str) -> None:
     """Convert, and print the peak over what was there before, and the bytes of the weights."""
     kind = getattr(torch, dtype)
-    torch.linalg.eigh(torch.eye(8, dtype=torch.float64))  # the library's own memory is not the weights'
+    torch.linalg.eigh(
+        torch.eye(8, dtype=torch.float64)
+    )  # the library's own memory is not the weights'
     plan = plan_backbones(folder / "paligemma", folder / "model.pt")
     before = peak()
     model = plan.save(folder / f"out-{dtype}", kind)

@@ -71,7 +71,9 @@ def main(
     with torch.inference_mode():
         truth, found = (way({"x": x}) for way in ways.values())
         kept = relative(caches[1].whole, caches[0].whole)
-        print(f"difference: {relative(found, truth):.1e} of the largest value; in the cache {kept:.1e}")
+        print(
+            f"difference: {relative(found, truth):.1e} of the largest value; in the cache {kept:.1e}"
+        )
         if device == "cpu":
             return
         ten = {name: lambda w=way: [w({"x": x}) for _ in range(10)] for name, way in ways.items()}

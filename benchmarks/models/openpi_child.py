@@ -37,7 +37,12 @@ def without_jax() -> None:
 
 def networks(wanted: dict[str, Any]) -> tuple[Any, Any]:
     """A PaliGemma and an expert of openpi's patched Transformers, of the size that is wanted."""
-    from transformers import GemmaConfig, GemmaForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from transformers import (
+        GemmaConfig,
+        GemmaForCausalLM,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+    )
 
     plain: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -51,7 +56,12 @@ def networks(wanted: dict[str, Any]) -> tuple[Any, Any]:
             "vision_use_head": False,
             "hidden_act": "gelu_pytorch_tanh",
         },
-        text_config={**wanted["text"], **plain, "model_type": "gemma", "vocab_size": wanted["rows"]},
+        text_config={
+            **wanted["text"],
+            **plain,
+            "model_type": "gemma",
+            "vocab_size": wanted["rows"],
+        },
         projection_dim=wanted["text"]["hidden_size"],
         hidden_size=wanted["text"]["hidden_size"],
         image_token_index=wanted["rows"] - 1,
@@ -105,7 +115,9 @@ def build(wanted: dict[str, Any]) -> Any:
         inside = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         missing, surplus = module.load_state_dict(inside, strict=False)
         if missing or surplus:
-            raise RuntimeError(f"weights do not fit: {prefix}: missing {missing}, too many {surplus}")
+            raise RuntimeError(
+                f"weights do not fit: {prefix}: missing {missing}, too many {surplus}"
+            )
     return model.to(wanted["device"]).eval()
 
 
@@ -137,7 +149,9 @@ def main() -> None:
         given, noise = observation(model, wanted)
 
         def run() -> torch.Tensor:
-            found = model.sample_actions(wanted["device"], given, noise=noise, num_steps=wanted["steps"])
+            found = model.sample_actions(
+                wanted["device"], given, noise=noise, num_steps=wanted["steps"]
+            )
             if wanted["device"] == "cuda":
                 torch.cuda.synchronize()
             return found

@@ -59,7 +59,10 @@ class OpenPi(Elsewhere):
             "state": given["state"].float(),
             "noise": given["noise"].float(),
         }
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, folder / "observation.safetensors")
+        save_file(
+            {k: v.contiguous().cpu() for k, v in tensors.items()},
+            folder / "observation.safetensors",
+        )
         wanted = {
             "vision": size.vision,
             "text": size.text,

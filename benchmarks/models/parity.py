@@ -40,7 +40,9 @@ def compare(name: str, layers: int) -> str:
 
     image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
     vlm = theirs.model.vlm
-    features = vlm.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
+    features = vlm.get_image_features(
+        image / 127.5 - 1, interpolate_pos_encoding=True
+    ).pooler_output
     before = torch.ones(B, features.shape[1], dtype=torch.long)
     hidden = vlm(
         input_ids=torch.cat([before * IMAGE_TOKEN, ids], dim=1),
@@ -83,7 +85,9 @@ def compare(name: str, layers: int) -> str:
         relative(slower, velocity),
     ]
     depth = f"{size.vision['num_hidden_layers']}/{size.text['num_hidden_layers']}"
-    return f"| {name} | {depth} | {millions:.0f} M | " + " | ".join(f"{n:.1e}" for n in numbers) + " |"
+    return (
+        f"| {name} | {depth} | {millions:.0f} M | " + " | ".join(f"{n:.1e}" for n in numbers) + " |"
+    )
 
 
 @torch.no_grad()

@@ -26,8 +26,18 @@ SIZES = {
     "mid": dataclasses.replace(
         _SMALL,
         name="mid",
-        text={**_SMALL.text, "hidden_size": 1536, "intermediate_size": 8192, "num_hidden_layers": 18},
-        expert={**_SMALL.expert, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 18},
+        text={
+            **_SMALL.text,
+            "hidden_size": 1536,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 18,
+        },
+        expert={
+            **_SMALL.expert,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 18,
+        },
     ),
 }
 
@@ -70,9 +80,18 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     """SPEAR-1 and π0 with the same random weights; π0's velocity points from the data to the noise."""
     # In the wanted precision before π0 is made: at full size there is no room for both in float32.
     ours = one(size, dtype, device)
-    text = {**size.text, "model_type": "gemma", "vocab_size": VOCABULARY + size.bins, "pad_token_id": 0}
+    text = {
+        **size.text,
+        "model_type": "gemma",
+        "vocab_size": VOCABULARY + size.bins,
+        "pad_token_id": 0,
+    }
     vlm = PaliGemmaConfig(
-        vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config={
+            **size.vision,
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+        },
         text_config=text,
         projection_dim=size.text["hidden_size"],
         hidden_size=size.text["hidden_size"],
@@ -92,7 +111,9 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     theirs.model.dit.load_state_dict(ours.expert.state_dict(), strict=False)
     for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out"):
         getattr(theirs.embed_action_time, name).load_state_dict(getattr(ours, name).state_dict())
-    theirs.action_out_proj.load_state_dict({k: -v for k, v in ours.action_out_proj.state_dict().items()})
+    theirs.action_out_proj.load_state_dict(
+        {k: -v for k, v in ours.action_out_proj.state_dict().items()}
+    )
     return ours, theirs.to(dtype)
 
 
@@ -102,7 +123,9 @@ def observation(
     """The same random observation as the arguments of ours and of π0's `sample_actions`, without padding."""
     generator = torch.Generator().manual_seed(1)
     side, patch = size.vision["image_size"], size.vision["patch_size"]
-    images = torch.randint(0, 256, (batch, views, 3, side, side), generator=generator, dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (batch, views, 3, side, side), generator=generator, dtype=torch.uint8
+    )
     ids = torch.randint(3, 1000, (batch, text), generator=generator)
     state = torch.randn(batch, STATE_FEATURES, generator=generator)
     noise = torch.randn(batch, size.horizon, ACTION_DIM, generator=generator)

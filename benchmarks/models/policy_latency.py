@@ -66,7 +66,9 @@ def roofline(
     config, wide = model.config, model.action_out_proj.weight.element_size()
     text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
 
-    def phase(weights: float, rows: float, seen: float, width: float, layers: int) -> tuple[float, float]:
+    def phase(
+        weights: float, rows: float, seen: float, width: float, layers: int
+    ) -> tuple[float, float]:
         attention = 4 * layers * rows * seen * width
         return batch * (2 * weights * rows + attention), weights * wide
 
@@ -75,10 +77,16 @@ def roofline(
         (model.vlm.vision_tower, model.vlm.multi_modal_projector, vision, 0)
     ]
     if model.vlm.moge is not None:
-        encoders.append((model.vlm.moge, model.vlm.moge_projector, config.vlm_config.moge_config, 1))
+        encoders.append(
+            (model.vlm.moge, model.vlm.moge_projector, config.vlm_config.moge_config, 1)
+        )
     for encoder, projector, shape, extra in encoders:
-        weights = sum(p.numel() for part in (encoder, projector) for p in part.parameters() if p.dim() > 1)
-        each = [phase(weights, t, t + extra, shape.hidden_size, shape.num_hidden_layers) for t in tokens]
+        weights = sum(
+            p.numel() for part in (encoder, projector) for p in part.parameters() if p.dim() > 1
+        )
+        each = [
+            phase(weights, t, t + extra, shape.hidden_size, shape.num_hidden_layers) for t in tokens
+        ]
         phases.append((sum(f for f, _ in each), each[0][1]))
     length, width = sum(tokens) + TEXT, text.num_attention_heads * text.head_dim
     layers: Any = model.vlm.language_model.layers
@@ -115,7 +123,10 @@ def whole(
 
 def ours_alone(model: Spear1ForActionPrediction, given: dict[str, Any]) -> dict[str, Any]:
     """Our network, plain and fast."""
-    return {"plain": lambda: plain(model, given), "ours": lambda: model.sample_actions(steps=STEPS, **given)}
+    return {
+        "plain": lambda: plain(model, given),
+        "ours": lambda: model.sample_actions(steps=STEPS, **given),
+    }
 
 
 def contenders(
@@ -144,19 +155,31 @@ COLUMNS = ("plain", "ours", "π0", "π0 compiled", "openpi", "openpi compiled")
 
 
 def row(
-    name: str, kind: str, views: int, batch: int, found: dict[str, Times | str], least: float, gap: str
+    name: str,
+    kind: str,
+    views: int,
+    batch: int,
+    found: dict[str, Times | str],
+    least: float,
+    gap: str,
 ) -> str:
     """One line of the table."""
 
     def over(a: Times | str | None, b: Times | str | float | None) -> str:
         bottom = b.median if isinstance(b, Times) else b
-        return f"{a.median / bottom:.2f}" if isinstance(a, Times) and isinstance(bottom, float) else "–"
+        return (
+            f"{a.median / bottom:.2f}"
+            if isinstance(a, Times) and isinstance(bottom, float)
+            else "–"
+        )
 
     times = [str(found.get(column, "–")) for column in COLUMNS]
     ours = found["ours"]
     ratios = [over(found.get("π0"), ours), over(found.get("openpi"), ours), over(ours, least)]
     return (
-        "| " + " | ".join([name, kind, str(views), str(batch), *times, f"{least:.1f}", *ratios, gap]) + " |"
+        "| "
+        + " | ".join([name, kind, str(views), str(batch), *times, f"{least:.1f}", *ratios, gap])
+        + " |"
     )
 
 
@@ -226,7 +249,10 @@ def main(
                 model, given, tokens = whole(name, batch, dtype, device)
                 found = race(ours_alone(model, given), device, repeats, processor_time)
                 least = roofline(model, tokens, batch, model.config.horizon, limits[kind])
-                print(row(f"{name}, with MoGe", kind, len(tokens), batch, found, least, "–"), flush=True)
+                print(
+                    row(f"{name}, with MoGe", kind, len(tokens), batch, found, least, "–"),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

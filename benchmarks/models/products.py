@@ -30,7 +30,10 @@ ELEMENTS = 12_500_000
 
 
 def best(
-    run: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], repeats: int, rounds: int = 6
+    run: Callable[[torch.Tensor], object],
+    weights: Sequence[torch.Tensor],
+    repeats: int,
+    rounds: int = 6,
 ) -> float:
     """Microseconds of processor time per weight."""
     times = []
@@ -59,7 +62,10 @@ def main(
     """
     torch.set_num_threads(1)
     print(
-        "| dtype | in × out | " + " | ".join(f"{n} rows" for n in rows) + " |\n|" + "---|" * (len(rows) + 2)
+        "| dtype | in × out | "
+        + " | ".join(f"{n} rows" for n in rows)
+        + " |\n|"
+        + "---|" * (len(rows) + 2)
     )
     for kind in dtypes:
         for width, out in WIDTHS:

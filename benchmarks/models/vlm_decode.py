@@ -40,7 +40,11 @@ def pair(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tupl
         ours = SpearVLMForConditionalGeneration(vlm_config(size)).eval()
     rows = size.vocabulary + size.bins
     config = PaliGemmaConfig(
-        vision_config={**size.vision, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config={
+            **size.vision,
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+        },
         text_config={**size.text, "model_type": "gemma", "vocab_size": rows, "pad_token_id": 0},
         projection_dim=size.text["hidden_size"],
         hidden_size=size.text["hidden_size"],
@@ -74,8 +78,19 @@ def main(
     logging.set_verbosity_error()
     if threads:
         torch.set_num_threads(threads)
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds per batch\n")
-    names = ["preset", "dtype", "batch", "ours", "generate", "answers/s", "generate / ours", "same tokens"]
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds per batch\n"
+    )
+    names = [
+        "preset",
+        "dtype",
+        "batch",
+        "ours",
+        "generate",
+        "answers/s",
+        "generate / ours",
+        "same tokens",
+    ]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for name in presets:
         for kind in dtypes:
@@ -85,7 +100,9 @@ def main(
             side, patch = config.vision_config.image_size, config.vision_config.patch_size
             for batch in batches:
                 generator = torch.Generator().manual_seed(1)
-                image = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
+                image = torch.randint(
+                    0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8
+                )
                 image = image.to(device)
                 ids = torch.randint(4, 1000, (batch, TEXT), generator=generator).to(device)
                 before = ids.new_full((batch, (side // patch) ** 2), 3)
@@ -118,11 +135,16 @@ def main(
                 same = (answer()[:, :NUMBERS] == held).float().mean()
                 found = race(runs, device, repeats, processor_time, warm_ups=1)
                 a, b = found["ours"], found["generate"]
-                ratio = f"{b.median / a.median:.2f}" if isinstance(a, Times) and isinstance(b, Times) else "–"
+                ratio = (
+                    f"{b.median / a.median:.2f}"
+                    if isinstance(a, Times) and isinstance(b, Times)
+                    else "–"
+                )
                 rate = f"{1000 * batch / a.median:.1f}" if isinstance(a, Times) else "–"
                 label = name + (f" ({layers} layers)" if layers else "")
                 print(
-                    f"| {label} | {kind} | {batch} | {a} | {b} | {rate} | {ratio} | {same:.0%} |", flush=True
+                    f"| {label} | {kind} | {batch} | {a} | {b} | {rate} | {ratio} | {same:.0%} |",
+                    flush=True,
                 )
 
 

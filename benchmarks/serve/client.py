@@ -45,11 +45,15 @@ async def client(url: str, until: float, round_trips: list[float], overheads: li
 async def main(url: str, clients: int, seconds: float) -> None:
     """All clients at once; the first fifth of the time warms up."""
     warm: tuple[list[float], list[float]] = ([], [])
-    await asyncio.gather(*(client(url, time.perf_counter() + seconds / 5, *warm) for _ in range(clients)))
+    await asyncio.gather(
+        *(client(url, time.perf_counter() + seconds / 5, *warm) for _ in range(clients))
+    )
     round_trips: list[float] = []
     overheads: list[float] = []
     started = time.perf_counter()
-    await asyncio.gather(*(client(url, started + seconds, round_trips, overheads) for _ in range(clients)))
+    await asyncio.gather(
+        *(client(url, started + seconds, round_trips, overheads) for _ in range(clients))
+    )
     result = {
         "clients": clients,
         "requests": len(round_trips),

@@ -45,8 +45,24 @@ from structures import Maker, check_message, check_observation
 CLIENTS = 64
 GOOD_EVERY = 100
 HUGE_EVERY = 2000
-KINDS = ("bytes", "cut", "changed", "nested", "length", "text", "missing", "unknown", "value", "array")
-PATIENT: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "open_timeout": 120}
+KINDS = (
+    "bytes",
+    "cut",
+    "changed",
+    "nested",
+    "length",
+    "text",
+    "missing",
+    "unknown",
+    "value",
+    "array",
+)
+PATIENT: dict[str, Any] = {
+    "compression": None,
+    "max_size": None,
+    "proxy": None,
+    "open_timeout": 120,
+}
 GROWTH_MIB = 25.0
 """How much a server's memory may grow after the first tenth: less than 300 bytes per frame at 100,000 (our
 choice)."""
@@ -65,7 +81,8 @@ def keys(message: bytes) -> list[str]:
     """The keys of a message that is still a map, as an error shows them."""
     try:
         return [
-            str(key)[:80] if str(key).isprintable() else repr(key)[:80] for key in msgpack.unpackb(message)
+            str(key)[:80] if str(key).isprintable() else repr(key)[:80]
+            for key in msgpack.unpackb(message)
         ]
     except (ValueError, TypeError):
         return []
@@ -89,7 +106,10 @@ class Fuzz:
 
     def small(self) -> dict[str, Any]:
         """A good observation with small images."""
-        return {key: value[:16, :16] if np.ndim(value) == 3 else value for key, value in self._good.items()}
+        return {
+            key: value[:16, :16] if np.ndim(value) == 3 else value
+            for key, value in self._good.items()
+        }
 
     def frame(self, rng: np.random.Generator) -> tuple[str, bytes | str, tuple[str, ...]]:
         """A message: its kind, itself, and words of which an error must have one."""
@@ -102,7 +122,11 @@ class Fuzz:
         if kind == "text":
             return kind, "x" * int(rng.integers(0, 300)), ("message",)
         if kind == "nested":
-            return kind, b"\x81\xa1a" * int(rng.integers(1, 3000)) + b"\xc0", ("message", "a: ", "'a'")
+            return (
+                kind,
+                b"\x81\xa1a" * int(rng.integers(1, 3000)) + b"\xc0",
+                ("message", "a: ", "'a'"),
+            )
         if kind == "length":
             head = bytes([int(rng.choice([0xC6, 0xC9, 0xDB, 0xDD, 0xDF]))])
             return kind, head + rng.bytes(4 + int(rng.integers(9))), anything
@@ -133,7 +157,9 @@ class Fuzz:
             data[rng.choice(places)] = rng.integers(256)
         return kind, bytes(data), (*anything, *keys(bytes(data)))
 
-    def check(self, kind: str, message: bytes | str, words: tuple[str, ...], reply: bytes | str) -> None:
+    def check(
+        self, kind: str, message: bytes | str, words: tuple[str, ...], reply: bytes | str
+    ) -> None:
         """Counts what came back; ends with an error where it is not what must come back."""
         if isinstance(reply, bytes):
             if kind not in ("changed", "value") or not self._understood(message):
@@ -210,7 +236,10 @@ async def watch(served: Server, fuzz: Fuzz, frames: int, sizes: list[float]) -> 
         done = sum(count for kind, count in fuzz.counts.items() if kind.split(",")[0] in KINDS)
         if 10 * done >= frames * (len(sizes) + 1):
             sizes.append(served.memory())
-            print(f"{done:7} frames, {time.perf_counter() - started:5.0f} s, {sizes[-1]:.0f} MiB", flush=True)
+            print(
+                f"{done:7} frames, {time.perf_counter() - started:5.0f} s, {sizes[-1]:.0f} MiB",
+                flush=True,
+            )
 
 
 async def run(served: Server, fuzz: Fuzz, seed: int, frames: int) -> list[float]:
@@ -260,9 +289,12 @@ def main(
         left = served.files()
     for kind, count in sorted(fuzz.counts.items()):
         print(f"{kind:20} {count}")
-    print(f"{frames} malformed frames in {time.perf_counter() - started:.0f} s, each answered as it must be")
     print(
-        f"server memory: {sizes[0]:.0f} MiB after the first tenth, {sizes[-1]:.0f} MiB at the end; ", end=""
+        f"{frames} malformed frames in {time.perf_counter() - started:.0f} s, each answered as it must be"
+    )
+    print(
+        f"server memory: {sizes[0]:.0f} MiB after the first tenth, {sizes[-1]:.0f} MiB at the end; ",
+        end="",
     )
     print(f"open files: {files} at the start, {left} at the end")
     if not quick and (sizes[-1] - sizes[0] > GROWTH_MIB or left > files + 3):

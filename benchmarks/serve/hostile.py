@@ -54,7 +54,9 @@ def good(**changes: Any) -> bytes:
     return wire.encode({**embodiments.load("generic").example(), **changes})
 
 
-async def again(url: str, job: Callable[[ClientConnection], Awaitable[None]], path: str = "") -> None:
+async def again(
+    url: str, job: Callable[[ClientConnection], Awaitable[None]], path: str = ""
+) -> None:
     """A connection with the token that does its job, over and over, and a new one when it is cut off."""
     while True:
         with contextlib.suppress(Exception):
@@ -95,7 +97,8 @@ async def raw(url: str, data: bytes, more: bytes) -> None:
 async def floods(url: str) -> None:
     """Texts, nonsense and pings without end, from clients that never read."""
     jobs = [
-        raw(url, b"", frame * 1000) for frame in (b"\x81\x81maskx", b"\x82\x81maskx", b"\x89\x80mask") * 4
+        raw(url, b"", frame * 1000)
+        for frame in (b"\x81\x81maskx", b"\x82\x81maskx", b"\x89\x80mask") * 4
     ]
     await asyncio.gather(*jobs)
 
@@ -224,7 +227,9 @@ def honest(url: str, seconds: float) -> dict[str, Any]:
     return result
 
 
-def row(served: Server, name: str | None, seconds: float, usual: float | None) -> tuple[float, float]:
+def row(
+    served: Server, name: str | None, seconds: float, usual: float | None
+) -> tuple[float, float]:
     """Measures and prints a row; p99 in ms, MiB afterwards."""
     with attacked(name, served.url):
         found, during = honest(served.url, seconds), served.memory()
@@ -263,7 +268,9 @@ def main(
     worst, half = max(p99 for p99, _ in rows) / usual, len(rows) // 2
     sizes = [size for _, size in rows]
     grown = sizes[-1] / max(sizes[: half + 1]) - 1
-    print(f"\nworst p99: {worst:.2f} × undisturbed (goal <= {FACTOR:g}); no honest request was lost")
+    print(
+        f"\nworst p99: {worst:.2f} × undisturbed (goal <= {FACTOR:g}); no honest request was lost"
+    )
     print(f"memory: {grown:+.1%} in the second half (goal <= {GROWTH:.0%})")
     print(f"ended {stopped:.1f} s after SIGTERM under {only[0]} (goal <= {DRAIN_S + 2:g})")
     if not quick and (worst > FACTOR or grown > GROWTH or stopped > DRAIN_S + 2):

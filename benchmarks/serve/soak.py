@@ -29,7 +29,12 @@ from spear.serve import wire
 GROWTH = 0.02
 SPARE = 3
 """Files that a server may open for itself while it runs (our choice)."""
-PATIENT: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "open_timeout": 120}
+PATIENT: dict[str, Any] = {
+    "compression": None,
+    "max_size": None,
+    "proxy": None,
+    "open_timeout": 120,
+}
 
 
 async def good(url: str, until: float, counts: Counter[str]) -> None:
@@ -86,7 +91,9 @@ async def load(served: Server, seconds: float) -> list[float]:
     return sizes
 
 
-def main(seconds: Positional[float] = 1800.0, policy: Positional[str] = "nano", quick: bool = False) -> None:
+def main(
+    seconds: Positional[float] = 1800.0, policy: Positional[str] = "nano", quick: bool = False
+) -> None:
     """Starts a server, loads it, judges its memory and its open files."""
     seconds = min(seconds, 6.0) if quick else seconds
     with server(policy) as served:

@@ -18,7 +18,16 @@ from spear.embodiments.tools import LONGEST_PROMPT, LONGEST_SIDE, SHORTEST_SIDE
 from spear.errors import SpearError
 from spear.serve import wire
 
-INTEGERS = {0xCC: "B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: "b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
+INTEGERS = {
+    0xCC: "B",
+    0xCD: ">H",
+    0xCE: ">I",
+    0xCF: ">Q",
+    0xD0: "b",
+    0xD1: ">h",
+    0xD2: ">i",
+    0xD3: ">q",
+}
 TYPES = ("|b1", "|u1", "|i1", "<u2", ">i2", "<i4", "<f2", "<f4", ">f4", "<f8", "<i8", ">u8")
 DEEPEST, MOST = 8, 1000
 """What a message may have, said once more: levels of lists and maps below a key, values in all of them."""
@@ -43,7 +52,11 @@ class Maker:
         self.legal, self.values, self.deepest, self.kinds = True, 0, 0, []
         packed, meant = self._map(-1, wrong)
         if self.rng.random() < wrong / 2:  # cut, or followed by something
-            packed = packed[: self.rng.integers(len(packed))] if self.rng.random() < 0.5 else packed + b"\xc0"
+            packed = (
+                packed[: self.rng.integers(len(packed))]
+                if self.rng.random() < 0.5
+                else packed + b"\xc0"
+            )
             self.legal = False
         self.legal = self.legal and self.values <= MOST and self.deepest <= DEEPEST
         return packed, meant
@@ -115,7 +128,9 @@ class Maker:
         made = [self.value(depth + 1, wrong) for _ in range(count)]
         return self._head(count, 0x90, 0xDC) + b"".join(p for p, _ in made), [m for _, m in made]
 
-    def _map(self, depth: int, wrong: float, bad: str | None = None) -> tuple[bytes, dict[str, Any]]:
+    def _map(
+        self, depth: int, wrong: float, bad: str | None = None
+    ) -> tuple[bytes, dict[str, Any]]:
         count = int(self.rng.integers(bad is not None, 4))
         made = [(self._text(f"k{i}"), self.value(depth + 1, wrong)) for i in range(count)]
         if bad == "bad key":
@@ -129,7 +144,9 @@ class Maker:
     def _parts(self, parts: dict[bytes, bytes]) -> bytes:
         """A map with bytes as keys, in any order."""
         keys = list(self.rng.permutation(np.array(list(parts), object)))
-        return self._head(len(parts), 0x80, 0xDE) + b"".join(self._sized(0xC4, k) + parts[k] for k in keys)
+        return self._head(len(parts), 0x80, 0xDE) + b"".join(
+            self._sized(0xC4, k) + parts[k] for k in keys
+        )
 
     def _array(self, right: bool) -> tuple[bytes, Any]:
         name = str(self.rng.choice(TYPES))
@@ -142,7 +159,11 @@ class Maker:
         sizes = self._head(len(shape), 0x90, 0xDC) + b"".join(bytes([n]) for n in shape)
         if wrong == 4:
             sizes = self._head(1, 0x90, 0xDC) + b"\xff"
-        parts = {b"__ndarray__": b"\xc3", b"data": self._sized(0xC4, data), b"dtype": self._text(name)[0]}
+        parts = {
+            b"__ndarray__": b"\xc3",
+            b"data": self._sized(0xC4, data),
+            b"dtype": self._text(name)[0],
+        }
         parts[b"shape"] = self._text("8")[0] if wrong == 5 else sizes
         if wrong == 6:
             del parts[(b"data", b"dtype", b"shape")[self.rng.integers(3)]]
@@ -194,7 +215,11 @@ def check_observation(maker: Maker, robot: Embodiment, good: dict[str, Any]) -> 
         _one_line(error)
         return "refused"
     state, words = seen["observation/state"], seen["prompt"]
-    assert state.shape == (8,) and np.isfinite(state).all() and abs(np.linalg.norm(state[3:7]) - 1) < 1e-3
+    assert (
+        state.shape == (8,)
+        and np.isfinite(state).all()
+        and abs(np.linalg.norm(state[3:7]) - 1) < 1e-3
+    )
     assert isinstance(words, str) and words.strip() and len(words) <= LONGEST_PROMPT
     assert type(seen.get("seed", 0)) is int
     for name, image in seen.items():

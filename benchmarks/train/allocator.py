@@ -38,7 +38,9 @@ WAYS: dict[str, dict[str, str]] = {"given back": {}, "kept": {}, "jemalloc": JEM
 """What becomes of freed memory -> variables of the process."""
 
 
-def measure(episodes: Path, labels: Path, batch_size: int, steps: int) -> tuple[list[float], float, float]:
+def measure(
+    episodes: Path, labels: Path, batch_size: int, steps: int
+) -> tuple[list[float], float, float]:
     """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
     torch.set_num_threads(1)
     stage = recipe("nano-vla").changed(batch_size=batch_size)
@@ -89,7 +91,9 @@ def main(
         "| freed memory is | ms per step (least–most of the medians) | page faults per step | most memory |"
     )
     print("|---" * 4 + "|")
-    medians = {name: [statistics.median(times) for times, _, _ in some] for name, some in found.items()}
+    medians = {
+        name: [statistics.median(times) for times, _, _ in some] for name, some in found.items()
+    }
     for name, some in found.items():
         each, faults = medians[name], statistics.median(f for _, f, _ in some)
         most = statistics.median(m for _, _, m in some)
@@ -97,7 +101,9 @@ def main(
         print(f"| {name} | {span} | {faults:,.0f} | {most:,.0f} MB |")
     for name in [name for name in found if name != "kept"]:
         ratios = [a / b for a, b in zip(medians[name], medians["kept"], strict=True)]
-        print(f"{name} ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
+        print(
+            f"{name} ÷ kept: {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
+        )
 
 
 if __name__ == "__main__":

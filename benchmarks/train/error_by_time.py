@@ -43,12 +43,17 @@ def end_of(said: Action, state: Action, time: Tensor, config: flow.FlowConfig) -
     turned = sphere_exp(state.rotation, left * v.rotation) if config.rotation == "s3" else None
     straight = Action.from_vector(state.to_vector() + left * v.to_vector())
     rotation = straight.rotation if turned is None else turned
-    return Action(straight.translation, rotation / rotation.norm(dim=-1, keepdim=True), straight.gripper)
+    return Action(
+        straight.translation, rotation / rotation.norm(dim=-1, keepdim=True), straight.gripper
+    )
 
 
 def errors(policy: Spear1Policy, found: Action, data: Action, mask: Tensor) -> Tensor:
     """[N, 4] of the valid actions: mm, mrad, angle of the true turn in rad, gripper on the wrong side."""
-    metric, true = policy.normalizer.unnormalize_action(found), policy.normalizer.unnormalize_action(data)
+    metric, true = (
+        policy.normalizer.unnormalize_action(found),
+        policy.normalizer.unnormalize_action(data),
+    )
     columns = (
         1000 * (metric.translation - true.translation).norm(dim=-1),
         1000 * quat_distance(metric.rotation, true.rotation).squeeze(-1),
@@ -80,13 +85,17 @@ def measure(policy: Spear1Policy, store: EpisodeStore, count: int) -> dict[str, 
             found.setdefault(f"{tau:g}", []).append(errors(policy, end, data, mask))
         other = flow.sample_noise(mask.shape, model.flow, generator)
         for steps in EULER:
-            one, two = (flow.integrate(predict, start, steps, model.flow) for start in (noise, other))
+            one, two = (
+                flow.integrate(predict, start, steps, model.flow) for start in (noise, other)
+            )
             found.setdefault(f"{steps} steps", []).append(errors(policy, one, data, mask))
             found.setdefault(f"{steps} steps, spread", []).append(errors(policy, one, two, mask))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def main(policies: tyro.conf.Positional[tuple[Path, ...]], episodes: Path, steps: int = 512) -> None:
+def main(
+    policies: tyro.conf.Positional[tuple[Path, ...]], episodes: Path, steps: int = 512
+) -> None:
     """Print the table.
 
     Args:

@@ -58,7 +58,9 @@ def main(labels: Path, episodes: Path, batches: int = 3) -> None:
     for name in (*SHARED, *WITH_3D, WITHOUT):
         each, steps = operations(name, labels, episodes, batches), recipe(name).optimization.steps
         sums[name] = each * steps
-        print(f"| `{name}` | {each / 1e9:.1f} | {steps:,} | {each * steps / 1e15:.3f} |", flush=True)
+        print(
+            f"| `{name}` | {each / 1e9:.1f} | {steps:,} | {each * steps / 1e15:.3f} |", flush=True
+        )
     ours = sum(sums[name] for name in WITH_3D)
     print(f"\nAfter {' and '.join(SHARED)}: {ours / 1e15:.3f} PFLOP with 3D, ", end="")
     print(f"{sums[WITHOUT] / 1e15:.3f} without ({sums[WITHOUT] / ours:.2f} times as many).")

@@ -55,7 +55,9 @@ def _cosine(step: float | None, geodesic: float = 1.0, weight: float = 1.0) -> F
 
 
 def _mse(weight: float, prediction: Any = "velocity") -> FlowConfig:
-    return FlowConfig(prediction=prediction, rotation_loss="mse", geodesic_weight=0, rotation_weight=weight)
+    return FlowConfig(
+        prediction=prediction, rotation_loss="mse", geodesic_weight=0, rotation_weight=weight
+    )
 
 
 LOSSES: Mapping[str, FlowConfig] = {
@@ -115,19 +117,27 @@ class Problems:
         """Both answers [M, 2, B, 1, ·] to what is asked, [M, B, 3]."""
         wave = torch.sin(asked[:, None] @ self.frequencies + self.phases)[..., None, :]
         rotation = quat_canonical(quat_exp(self.turn * wave[..., 3:6]))
-        return Action(math.sqrt(2) * wave[..., :3], rotation, torch.where(wave[..., 6:] > 0, 1.0, -1.0))
+        return Action(
+            math.sqrt(2) * wave[..., :3], rotation, torch.where(wave[..., 6:] > 0, 1.0, -1.0)
+        )
 
 
 class Networks(torch.nn.Module):
     """One MLP per member, all at once: what is asked [M, B, 3], the state [M, B, 1, ·] and τ [M, B] in."""
 
     def __init__(
-        self, members: int, generator: torch.Generator, start: float, width: int = 64, depth: int = 3
+        self,
+        members: int,
+        generator: torch.Generator,
+        start: float,
+        width: int = 64,
+        depth: int = 3,
     ) -> None:
         super().__init__()
         sizes = [12, *[width] * depth, 8]
         self.weights = torch.nn.ParameterList(
-            torch.randn(members, a, b, generator=generator) / math.sqrt(a) for a, b in pairwise(sizes)
+            torch.randn(members, a, b, generator=generator) / math.sqrt(a)
+            for a, b in pairwise(sizes)
         )
         self.biases = torch.nn.ParameterList(torch.zeros(members, 1, b) for b in sizes[1:])
         self.weights[-1].data *= start
@@ -139,7 +149,9 @@ class Networks(torch.nn.Module):
         return Action.from_vector(x[..., None, :])
 
 
-def total(name: str, said: Action, noise: Action, data: Action, time: Tensor, config: FlowConfig) -> Tensor:
+def total(
+    name: str, said: Action, noise: Action, data: Action, time: Tensor, config: FlowConfig
+) -> Tensor:
     """The loss of `spear.flow`; the paper's cosine as it is written is put in from the same velocities."""
     found, parts = flow.loss(said, noise, data, time, config)
     if not name.startswith("as-written"):
@@ -189,7 +201,9 @@ def train(name: str, seeds: int, steps: int, batch: int = 128) -> dict[str, dict
             "speed": speed.squeeze(-1).median(-1).values,
         }
     return {
-        problem: {key: value[k * seeds : (k + 1) * seeds].tolist() for key, value in measured.items()}
+        problem: {
+            key: value[k * seeds : (k + 1) * seeds].tolist() for key, value in measured.items()
+        }
         for k, problem in enumerate(PROBLEMS)
     }
 
@@ -203,12 +217,18 @@ def interval(values: Sequence[float], digits: int = 0) -> str:
 def row(name: str, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     found = [interval(cell["angle"]) for cell in cells.values()]
     found += [interval(cells[problem]["rarer"]) for problem in ("two, small", "two, large")]
-    found += [interval(cells["one, large"]["speed"], 2), interval(cells["one, large"]["translation"])]
+    found += [
+        interval(cells["one, large"]["speed"], 2),
+        interval(cells["one, large"]["translation"]),
+    ]
     return f"| {name} | {' | '.join(found)} |"
 
 
 def main(
-    out: Path = Path("runs/flow-losses"), seeds: int = 5, steps: int = 3000, losses: tuple[str, ...] = ()
+    out: Path = Path("runs/flow-losses"),
+    seeds: int = 5,
+    steps: int = 3000,
+    losses: tuple[str, ...] = (),
 ) -> None:
     """Train what is missing and print the table.
 
@@ -222,7 +242,9 @@ def main(
         if name not in LOSSES:
             raise unknown_name("loss", name, LOSSES)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"| loss | {' | '.join(PROBLEMS)} | rarer (small) | rarer (large) | speed | translation |")
+    print(
+        f"| loss | {' | '.join(PROBLEMS)} | rarer (small) | rarer (large) | speed | translation |"
+    )
     print("|---" * (len(PROBLEMS) + 5) + "|")
     for name in losses or LOSSES:
         path = out / f"{name}-{steps}-{seeds}.json"

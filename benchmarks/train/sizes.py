@@ -68,7 +68,9 @@ def main(
         for name, runs in found.items():
             options = [f"--labels={labels}", f"--init={init}", f"--steps={steps}", f"--way={name}"]
             command = [sys.executable, __file__, *options]
-            runs.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+            runs.append(
+                json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+            )
     print("| sizes are | ms per step, first quarter | last quarter |\n|---|---|---|")
     part = steps // 4
     ends = {name: [statistics.fmean(run[-part:]) for run in runs] for name, runs in found.items()}
@@ -76,7 +78,9 @@ def main(
         first = statistics.fmean(statistics.fmean(run[:part]) for run in runs)
         print(f"| {name} | {first:.0f} | {statistics.fmean(ends[name]):.0f} |")
     ratios = [new / few for new, few in zip(ends["new"], ends["few"], strict=True)]
-    print(f"new ÷ few, last quarter: {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})")
+    print(
+        f"new ÷ few, last quarter: {statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def main(
                         )
                         medians.append(statistics.median(json.loads(done.stdout.splitlines()[-1])))
                 ratios = [a / b for a, b in zip(*found.values(), strict=True)]
-                cells = [f"{statistics.median(m):.0f} ({min(m):.0f}–{max(m):.0f})" for m in found.values()]
+                cells = [
+                    f"{statistics.median(m):.0f} ({min(m):.0f}–{max(m):.0f})"
+                    for m in found.values()
+                ]
                 span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
                 print(f"| {name} | {limit or 'all'} | {' | '.join(cells)} | {span} |", flush=True)
 

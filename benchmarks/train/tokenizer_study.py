@@ -44,7 +44,9 @@ Labels = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 
 
 @app.command
-def quantise(labels: Labels = Path("runs/labels/external"), images: int = 1000, per_image: int = 8) -> None:
+def quantise(
+    labels: Labels = Path("runs/labels/external"), images: int = 1000, per_image: int = 8
+) -> None:
     """Fit bins to the answers about every other image, round those about the others, and print what is lost.
 
     Args:
@@ -76,7 +78,10 @@ def _asked(label: LabeledImage, per_image: int) -> list[tuple[LabeledImage, Ques
 
 
 def _row(
-    tokens: CoordinateTokenizer, spacing: Spacing, tested: Sequence[tuple[LabeledImage, Question]], unit: Unit
+    tokens: CoordinateTokenizer,
+    spacing: Spacing,
+    tested: Sequence[tuple[LabeledImage, Question]],
+    unit: Unit,
 ) -> str:
     factor, name = (1000, "mm") if unit == "metre" else (1, "units")
     values = np.concatenate([q.values for _, q in tested])
@@ -155,7 +160,9 @@ def table(out: Path = Path("runs/tokenizer")) -> None:
             rows.append((spacing, bins, json.loads(path.read_text())["families"]))
     if not rows:
         raise SpearError(f"{out}: no scores: run the commands that `commands` prints")
-    print(f"| bins | 3D tokens | {' | '.join(f.replace('_', ' ') for f in FAMILIES)} | IoU of boxes |")
+    print(
+        f"| bins | 3D tokens | {' | '.join(f.replace('_', ' ') for f in FAMILIES)} | IoU of boxes |"
+    )
     print(f"|---|---|{'---|' * (len(FAMILIES) + 1)}")
     for spacing, bins, families in rows:
         errors = [families[f]["measures"]["error"] for f in FAMILIES]

@@ -35,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, over all nodes")
     parser.add_argument("--gpus", action="store_true", help="one GPU for each")
-    parser.add_argument("--restarts", type=int, default=10, help="how often to start again after a failure")
+    parser.add_argument(
+        "--restarts", type=int, default=10, help="how often to start again after a failure"
+    )
     parser.add_argument("--storage", help="folder for Ray's own files, which all nodes see")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="spear train …")
     given = parser.parse_args()

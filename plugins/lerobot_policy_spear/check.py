@@ -46,7 +46,11 @@ def run(*command: str) -> str:
 def train(data: Path, out: Path, steps: int, *options: str) -> Path:
     """The folder of the trained policy."""
     often = f"--save_freq={steps} --num_workers=0 --env_eval_freq=0 --batch_size=8 --steps={steps}".split()
-    where = [f"--dataset.repo_id=local/{data.name}", f"--dataset.root={data}", f"--output_dir={out}"]
+    where = [
+        f"--dataset.repo_id=local/{data.name}",
+        f"--dataset.root={data}",
+        f"--output_dir={out}",
+    ]
     policy = ["--policy.type=spear1", "--policy.device=cpu", "--policy.push_to_hub=false", *options]
     run("lerobot-train", *policy, *where, *often)
     return (out / "checkpoints" / "last" / "pretrained_model").resolve()
@@ -58,7 +62,12 @@ def resume(saved: Path, steps: int) -> None:
     from lerobot.configs import PreTrainedConfig
     from torch import optim, zeros
 
-    run("lerobot-train", f"--config_path={saved / 'train_config.json'}", "--resume=true", f"--steps={steps}")
+    run(
+        "lerobot-train",
+        f"--config_path={saved / 'train_config.json'}",
+        "--resume=true",
+        f"--steps={steps}",
+    )
     state = saved.parents[1] / "last" / "training_state" / "scheduler_state.json"
     step, (rate, *_) = (json.loads(state.read_text())[key] for key in ("last_epoch", "_last_lr"))
     opt = recipe("nano-post").optimization
@@ -66,7 +75,9 @@ def resume(saved: Path, steps: int) -> None:
     preset = PreTrainedConfig.from_pretrained(saved).get_scheduler_preset()
     factor = preset.build(optim.SGD([zeros(1)], lr=1.0), 4000).lr_lambdas[0]
     longer = dataclasses.replace(opt, steps=4000)
-    assert [factor(at) for at in (0, 600, 3999)] == [learning_rate(at, longer) for at in (0, 600, 3999)]
+    assert [factor(at) for at in (0, 600, 3999)] == [
+        learning_rate(at, longer) for at in (0, 600, 3999)
+    ]
 
 
 def refuse(words: str, call: Callable[..., Any], *given: Any) -> None:
@@ -86,7 +97,9 @@ def ends(policy: Any, before: Any, frame: dict[str, Any], folder: Path) -> None:
     policy.reset()
     without = {key: value for key, value in frame.items() if key != wrist}
     assert policy.select_action(before(without)).isfinite().all()
-    refuse(front, policy.select_action, before({key: v for key, v in frame.items() if key != front}))
+    refuse(
+        front, policy.select_action, before({key: v for key, v in frame.items() if key != front})
+    )
     state = "observation.state"
     refuse(state, policy.select_action, before({**frame, state: frame[state][:6]}))
     refuse("--task", policy.select_action, before({**frame, "task": ""}))
@@ -114,13 +127,20 @@ def compare(saved: Path, data: Path) -> None:
     before, after = make_pre_post_processors(config, str(saved))
     ours, worst = Spear1Policy.load(saved / "spear"), 0.0
     assert ours.known, "no seen.json"
-    print(f"seen.json: cameras {', '.join(ours.known.redder)}; episodes begin at {ours.known.begins:g}")
+    print(
+        f"seen.json: cameras {', '.join(ours.known.redder)}; episodes begin at {ours.known.begins:g}"
+    )
     rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
     frames = LeRobotDataset(f"local/{data.name}", root=data)
     places = range(0, len(rows), 4)
     for i in places:
-        image, wrist = (rows[i][f"observation.images.{name}"]["bytes"] for name in ("external", "wrist"))
-        seen = {"observation/image": decode_image(image), "observation/wrist_image": decode_image(wrist)}
+        image, wrist = (
+            rows[i][f"observation.images.{name}"]["bytes"] for name in ("external", "wrist")
+        )
+        seen = {
+            "observation/image": decode_image(image),
+            "observation/wrist_image": decode_image(wrist),
+        }
         state, words = np.float32(rows[i]["observation.state"]), frames[i]["task"]
         own = ours.infer({**seen, "observation/state": state, "prompt": words})["actions"][0]
         sent = {k: v for k, v in frames[i].items() if k.startswith("observation.") or k == "task"}
@@ -133,8 +153,12 @@ def compare(saved: Path, data: Path) -> None:
     for part in (get_policy_class("spear1")(config), before, after):
         part.save_pretrained(saved.parent / "nano")
     for start, same in ((saved, True), (saved.parent / "nano", False)):
-        goes_on = get_policy_class("spear1").from_pretrained(start, config=config, dataset_meta=frames.meta)
-        assert goes_on.spear.normalizer == ours.normalizer and bool(goes_on.spear.known) is same, start
+        goes_on = get_policy_class("spear1").from_pretrained(
+            start, config=config, dataset_meta=frames.meta
+        )
+        assert goes_on.spear.normalizer == ours.normalizer and bool(goes_on.spear.known) is same, (
+            start
+        )
     print("trained on from either, it has the dataset's statistics")
 
 
@@ -154,13 +178,20 @@ def made_up_arm(folder: Path) -> None:
     numbers = {"dtype": "float32", "shape": (7,), "names": KEYS}
     image = {"dtype": "image", "shape": (60, 80, 3), "names": ["height", "width", "channels"]}
     features = {"observation.state": numbers, "action": numbers, "observation.images.front": image}
-    data = LeRobotDataset.create("local/joints", 10, features, root=folder / "joints", use_videos=False)
+    data = LeRobotDataset.create(
+        "local/joints", 10, features, root=folder / "joints", use_videos=False
+    )
     rng = np.random.default_rng(0)
     way = STILL + np.cumsum(rng.normal(0, 1, (31, 7)), axis=0).astype(np.float32)
     for now, then in itertools.pairwise(way):
         shown = rng.integers(0, 256, (60, 80, 3), np.uint8)
         data.add_frame(
-            {"observation.state": now, "action": then, "observation.images.front": shown, "task": "go"}
+            {
+                "observation.state": now,
+                "action": then,
+                "observation.images.front": shown,
+                "task": "go",
+            }
         )
     data.save_episode()
     data.finalize()
@@ -201,9 +232,15 @@ def rollout(saved: Path) -> None:
     policy = [f"--policy.path={saved}", "--policy.device=cpu", "--device=cpu"]
     sys.argv = ["lerobot-rollout", *policy, "--robot.type=made_up_arm", "--task=go", "--duration=3"]
     lerobot_rollout.main()
-    moved = max(abs(told[0][key] - start) for key, start in zip(KEYS[:-1], STILL.tolist(), strict=False))
-    print(f"lerobot-rollout: commands of {len(told[0])} joints, the first {moved:.2f} degrees from the start")
-    print(f"without --fps (30 then) it gets {20 / (times[21] - times[1]):.1f} in a second, made for 10")
+    moved = max(
+        abs(told[0][key] - start) for key, start in zip(KEYS[:-1], STILL.tolist(), strict=False)
+    )
+    print(
+        f"lerobot-rollout: commands of {len(told[0])} joints, the first {moved:.2f} degrees from the start"
+    )
+    print(
+        f"without --fps (30 then) it gets {20 / (times[21] - times[1]):.1f} in a second, made for 10"
+    )
 
 
 def main(folder: Path) -> None:
@@ -214,19 +251,41 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     packages = ("lerobot", "torch", "transformers")
     print(f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version(p)}" for p in packages))
-    run("spear", "record", "--episodes", "2", "--families", "put_on", "--out", str(folder / "recorded"))
+    run(
+        "spear",
+        "record",
+        "--episodes",
+        "2",
+        "--families",
+        "put_on",
+        "--out",
+        str(folder / "recorded"),
+    )
     run("spear", "data", "export", str(folder / "recorded"), "--out", str(folder / "my_robot"))
     saved = train(folder / "my_robot", folder / "trained", 20)
     print("lerobot-train: 20 steps")
     compare(saved, folder / "my_robot")
     resume(saved, 24)
     env = ["--env.type=spear", "--env.task=put_on", "--eval.n_episodes=8", "--eval.batch_size=4"]
-    run("lerobot-eval", f"--policy.path={saved.parent / 'nano'}", *env, f"--output_dir={folder / 'eval'}")
+    run(
+        "lerobot-eval",
+        f"--policy.path={saved.parent / 'nano'}",
+        *env,
+        f"--output_dir={folder / 'eval'}",
+    )
     result = json.loads((folder / "eval" / "eval_info.json").read_text())["overall"]
-    print(f"lerobot-eval, nano on put_on: {result['pc_success']:g} % of {result['n_episodes']} episodes")
+    print(
+        f"lerobot-eval, nano on put_on: {result['pc_success']:g} % of {result['n_episodes']} episodes"
+    )
     made_up_arm(folder)
-    options = [f"--policy.urdf={folder / 'arm.urdf'}", "--policy.tip=wrist_3_link", "--policy.fps=10"]
-    rollout(train(folder / "joints", folder / "arm", 2, *options, "--policy.cameras={front: external}"))
+    options = [
+        f"--policy.urdf={folder / 'arm.urdf'}",
+        "--policy.tip=wrist_3_link",
+        "--policy.fps=10",
+    ]
+    rollout(
+        train(folder / "joints", folder / "arm", 2, *options, "--policy.cameras={front: external}")
+    )
 
 
 if __name__ == "__main__":

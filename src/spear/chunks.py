@@ -72,7 +72,9 @@ class ChunkExecutor:
     gripper  as last told, 0 … 1.
     """
 
-    def __init__(self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0, gripper: float = 1) -> None:
+    def __init__(
+        self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0, gripper: float = 1
+    ) -> None:
         check_known("way of executing chunks", get_args(Mode), mode)
         if mode == "rtc" and not most:
             others = "async, or train with --set committed=2"
@@ -80,7 +82,9 @@ class ChunkExecutor:
         check_replan(replan)
         self.mode, self.replan, self.most, self.gripper = mode, replan, most, gripper
         self._waiting: list[_Chunk] = []  # until they arrive
-        self._left: list[tuple[Array, float]] = []  # of the next ticks: what to do, as a share of an action
+        self._left: list[
+            tuple[Array, float]
+        ] = []  # of the next ticks: what to do, as a share of an action
         self._turned = -1  # the tick after the last that opened or closed the gripper
         self._looked = -replan
         self.tick = self._delay = self._horizon = 0
@@ -185,7 +189,12 @@ class Pilot:
             raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
         self._policy, self._took = policy, math.inf  # the first answer may take long
         self._begin = partial(ChunkExecutor, mode, replan, most=getattr(policy, "committed", 0))
-        self._executor, self._prompt, self._stepped, self._due = self._begin(), None, -math.inf, -math.inf
+        self._executor, self._prompt, self._stepped, self._due = (
+            self._begin(),
+            None,
+            -math.inf,
+            -math.inf,
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._asked: tuple[int, Future[dict[str, Any]], float] | None = None
 
@@ -197,14 +206,22 @@ class Pilot:
             self._executor = self._begin(gripper=self._executor.gripper)
             self._asked, self._due = None, -math.inf
         if self._due - now > tick_s / 4:
-            notice(f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor")
+            notice(
+                f"Pilot.step waits: observe and call it once in {tick_s:g} s; simulators: ChunkExecutor"
+            )
         time.sleep(max(0.0, self._due - now, self._stepped + 0.9 * tick_s - now))
         self._due = max(self._due, now - tick_s / 2) + tick_s
         executor = self._executor
         self._take(wait=False)
         if self._asked is None and executor.wants():
-            seen = deepcopy(dict(observation)) | executor.told()  # the next picture may take this one's place
-            self._asked = (executor.tick, self._thread.submit(self._policy.infer, seen), time.monotonic())
+            seen = (
+                deepcopy(dict(observation)) | executor.told()
+            )  # the next picture may take this one's place
+            self._asked = (
+                executor.tick,
+                self._thread.submit(self._policy.infer, seen),
+                time.monotonic(),
+            )
         self._take(wait=executor.mode == "sync" or executor.tick == 0)
         self._stepped = time.monotonic()
         return executor.next()
@@ -219,7 +236,9 @@ class Pilot:
             actions = future.result()["actions"]
             before, self._took = self._took, time.monotonic() - asked
             if self._took > before + PAUSE:
-                notice(f"an answer took {self._took:.1f} s: dropped, as the robot may be elsewhere now")
+                notice(
+                    f"an answer took {self._took:.1f} s: dropped, as the robot may be elsewhere now"
+                )
             else:
                 self._executor.give(actions, observed=tick)
 
@@ -236,7 +255,9 @@ def check_chunk(actions: Array) -> Array:
     actions = np.asarray(actions)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not np.isfinite(actions).all():
         cure = "check the policy's weights, and that a server of it has --embodiment generic"
-        raise SpearError(f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}")
+        raise SpearError(
+            f"actions {list(actions.shape)}: not finite, or not [H, 8]: do not move; {cure}"
+        )
     farthest, turned = _lengths(actions).max(axis=0, initial=0)
     if farthest > FARTHEST or turned > FARTHEST_TURN:
         far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in one step"
@@ -259,11 +280,17 @@ def _joined(actions: Array, made: Sequence[Array], done: float, turn: int | None
         return actions[first:].copy()
     where, turned = _path(actions)
     by_now = np.stack([*actions[:first], _part(actions[first], done % 1)])
-    (planned, planned_turn), (at, facing) = ([x[-1] for x in _path(p)] for p in (by_now, np.stack(made)))
+    (planned, planned_turn), (at, facing) = (
+        [x[-1] for x in _path(p)] for p in (by_now, np.stack(made))
+    )
     offset, back = step_action(planned, planned_turn, at, facing)
-    fade = (1 - torch.arange(1, left + 1) / max(1, left if turn is None else turn)).clamp_min(0)[:, None]
+    fade = (1 - torch.arange(1, left + 1) / max(1, left if turn is None else turn)).clamp_min(0)[
+        :, None
+    ]
     position = torch.cat([at[None], where[first:] + fade * offset])
-    rotation = torch.cat([facing[None], quat_multiply(turned[first:], quat_exp(fade * quat_log(back)))])
+    rotation = torch.cat(
+        [facing[None], quat_multiply(turned[first:], quat_exp(fade * quat_log(back)))]
+    )
     return _steps(position, rotation, actions[first:, 7:])
 
 
@@ -271,7 +298,9 @@ def _lengths(actions: Array) -> Array:
     """[..., 2]: how far actions [..., 8] go, m, and turn, rad."""
     moves, real, imaginary, _ = np.split(np.float64(actions), (3, 4, 7), axis=-1)
     sine = np.linalg.norm(imaginary, axis=-1)  # `quat_log` takes half a millisecond
-    return np.stack([np.linalg.norm(moves, axis=-1), 2 * np.arctan2(sine, np.abs(real[..., 0]))], axis=-1)
+    return np.stack(
+        [np.linalg.norm(moves, axis=-1), 2 * np.arctan2(sine, np.abs(real[..., 0]))], axis=-1
+    )
 
 
 def _part(action: Array, share: float) -> Array:

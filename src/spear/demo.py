@@ -90,7 +90,10 @@ def labelled_scenes() -> Values:
     frames = list(held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
     labels = list(label_frames(iter(frames)))
     pictures = [
-        (picture(draw_label(label, scale=4)), f"scene {LABEL_SEED + i}, objects: {len(label.objects)}")
+        (
+            picture(draw_label(label, scale=4)),
+            f"scene {LABEL_SEED + i}, objects: {len(label.objects)}",
+        )
         for i, label in enumerate(labels[:4])
     ]
     return {"pictures": pictures, "accuracy": compare(labels, frames), "scenes": LABEL_SCENES}
@@ -98,9 +101,13 @@ def labelled_scenes() -> Values:
 
 def answers(vlm: VlmBundle) -> Values:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
-    labels = list(label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])))
+    labels = list(
+        label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"]))
+    )
     scores = vqa.evaluate(vlm, labels, QuestionOptions())
-    boxes = [a for a in scores.asked if a.question.family == "box_vertices" and "error" in a.measures]
+    boxes = [
+        a for a in scores.asked if a.question.family == "box_vertices" and "error" in a.measures
+    ]
     first = {a.image: a for a in reversed(boxes)}
     box = scores.families["box_vertices"]
     error, guess = box.measures["error"].value, box.constant["error"]
@@ -116,7 +123,10 @@ def robot_at_work(policy: Spear1Policy) -> Values:
     ours = PolicyAgent(policy, "SPEAR-1 nano")
     result, films = closed_loop.evaluate(ours, TabletopOptions(SCENES, films=1, families=FAMILIES))
     unseen = TabletopOptions(SCENES, films=0, families=FAMILIES)
-    results = [result, *(closed_loop.evaluate(agent, unseen)[0] for agent in (ExpertAgent(), IdleAgent()))]
+    results = [
+        result,
+        *(closed_loop.evaluate(agent, unseen)[0] for agent in (ExpertAgent(), IdleAgent())),
+    ]
     rows = []
     for family in FAMILIES:
         s = result.summary(family)
@@ -124,10 +134,18 @@ def robot_at_work(policy: Spear1Policy) -> Values:
         numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
         rows.append([spaced(family), *numbers, steps])
     every = result.summary().success
-    rates = [(spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results])) for f in FAMILIES]
-    captions = [f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (one.outcome for one in films)]
+    rates = [
+        (spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results]))
+        for f in FAMILIES
+    ]
+    captions = [
+        f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (one.outcome for one in films)
+    ]
     shown = [(one.data, caption) for one, caption in zip(films, captions, strict=True)]
-    fact = f"{result.mean().value:.0%}", f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}"
+    fact = (
+        f"{result.mean().value:.0%}",
+        f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}",
+    )
     return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
 
 
@@ -161,9 +179,14 @@ def real_episodes(out: Path, data: Path | None) -> Values:
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(s.name for s in scores)],
-        "rows": [[words, *(s[name].say(f) for s in summaries)] for name, (words, f) in names.items()],
+        "rows": [
+            [words, *(s[name].say(f) for s in summaries)] for name, (words, f) in names.items()
+        ],
         "charts": open_loop_charts(scores[0], scores[1]),
-        "fact": (f"{ours:.1f} mm", f"error per step on real held-out episodes; mean action {mean:.1f} mm"),
+        "fact": (
+            f"{ours:.1f} mm",
+            f"error per step on real held-out episodes; mean action {mean:.1f} mm",
+        ),
     }
 
 
@@ -173,7 +196,9 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
     count = min(MOST_EPISODES, total)
     cut = count - max(1, round(HELD_OUT * count))
     if cut < 1:
-        raise SpearError(f"too few episodes: {source}: its split {name!r} has {count}: give at least 2")
+        raise SpearError(
+            f"too few episodes: {source}: its split {name!r} has {count}: give at least 2"
+        )
     splits = f"{name}[:{cut}]", f"{name}[{cut}:{count}]"
     learned, held_out = (open_store(source, out, split)[0].demonstrations() for split in splits)
     return learned, held_out

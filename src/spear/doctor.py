@@ -61,9 +61,18 @@ class Way:
         """As a line of a table: `COLUMNS`."""
         if self.milliseconds != self.milliseconds:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
-        memory = "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
+        memory = (
+            "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
+        )
         times = f"{self.milliseconds:.1f}", f"{self.milliseconds / self.least:.1f} ×"
-        return [self.name, self.dtype, *times, f"{self.apart:.1g}", memory, self.problem or "agrees"]
+        return [
+            self.name,
+            self.dtype,
+            *times,
+            f"{self.apart:.1g}",
+            memory,
+            self.problem or "agrees",
+        ]
 
 
 COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
@@ -118,20 +127,30 @@ class Disagrees(SpearError):
 
 def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
     """What runs here: (what, which)."""
-    packages = [f"spear {spear.__version__}", *(f"{n} {version(n)}" for n in ("torch", "transformers"))]
+    packages = [
+        f"spear {spear.__version__}",
+        *(f"{n} {version(n)}" for n in ("torch", "transformers")),
+    ]
     found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
     named = re.search(r"^model name\s*: *(.+)", CPU, re.MULTILINE)
     name = named[1].strip() if named else platform.machine()
-    found.append(("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}"))
+    found.append(
+        ("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}")
+    )
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
         found.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
-    quick = "faster matrix products than in" if bfloat16_is_fast(device) else "only saves memory beside"
+    quick = (
+        "faster matrix products than in" if bfloat16_is_fast(device) else "only saves memory beside"
+    )
     found.append(("bfloat16", f"{quick} float32 on {device.type}"))
     weights = "the weights of this package" if size.name == "nano" else "random weights"
     steps = FlowConfig(**size.flow).steps
-    return [*found, ("model", f"{size.name}, {weights}, {steps} flow steps, one observation of all views")]
+    return [
+        *found,
+        ("model", f"{size.name}, {weights}, {steps} flow steps, one observation of all views"),
+    ]
 
 
 def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
@@ -140,7 +159,9 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     Of nano the weights that come with this package, else random ones. `SpearError`: not even bfloat16 fits.
     """
     said = re.search(r"MemAvailable: *(\d+)", MEMORY.read_text("utf-8") if MEMORY.is_file() else "")
-    on_cpu = 1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_cpu = (
+        1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     planned = {dtype: inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
     fits = [dtype for dtype, needed in planned.items() if needed < free]
@@ -158,7 +179,9 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
             "fast": partial(fast, model, sampler, inputs, model.flow.steps, False),
         }
         if device.type == "cuda":
-            ways["fast, as a CUDA graph"] = partial(fast, model, sampler, inputs, model.flow.steps, True)
+            ways["fast, as a CUDA graph"] = partial(
+                fast, model, sampler, inputs, model.flow.steps, True
+            )
         for name, run in ways.items():
             word = str(dtype).removeprefix("torch.")
             try:
@@ -169,8 +192,14 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
                 continue
             truth = found if truth is None else truth
             apart = difference(found, truth)
-            problem = "" if apart <= AGREES[dtype] else f"more than {AGREES[dtype]:g} from the plain network"
-            yield Way(name, word, statistics.median(times), least, apart, held, planned[dtype], problem)
+            problem = (
+                ""
+                if apart <= AGREES[dtype]
+                else f"more than {AGREES[dtype]:g} from the plain network"
+            )
+            yield Way(
+                name, word, statistics.median(times), least, apart, held, planned[dtype], problem
+            )
         del model, sampler, ways, run  # else the next type's memory has this one's in it
 
 
@@ -186,7 +215,9 @@ def _observation(size: Preset, device: torch.device) -> Inputs:
     """One of all views, without padding: arguments of `sampling.sample`."""
     draw = torch.Generator().manual_seed(0)
     given: dict[str, torch.Tensor] = {
-        f"pixels/{view}": torch.randint(0, 256, (1, 3, height, width), generator=draw, dtype=torch.uint8)
+        f"pixels/{view}": torch.randint(
+            0, 256, (1, 3, height, width), generator=draw, dtype=torch.uint8
+        )
         for view, (width, height) in size.image_sizes.items()
     }
     given["input_ids"] = torch.randint(3, size.vocabulary, (1, TEXT), generator=draw)

@@ -34,7 +34,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
     """
     names = sorted(known)
     initials = "".join(part[:1] for part in name.split("_"))  # of learning_rate: lr
-    near = [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = (
+        [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    )
     hint = f"did you mean {near[0]!r}? " if near else ""
     return SpearError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
 

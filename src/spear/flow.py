@@ -68,7 +68,10 @@ class Committed:
 
 
 def sample_noise(
-    shape: Sequence[int], config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
+    shape: Sequence[int],
+    config: FlowConfig,
+    generator: torch.Generator | None = None,
+    device: Any = None,
 ) -> Action:
     """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on S³ and made canonical,
     that is, uniform on the half with w ≥ 0 (our reading of the paper, see above)."""
@@ -89,7 +92,9 @@ def sample_time(
     concentration = torch.full((batch, 2), float(config.time_alpha), device=device)
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
-    return config.time_scale * (gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny))
+    return config.time_scale * (
+        gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny)
+    )
 
 
 def sample_held(
@@ -102,7 +107,10 @@ def sample_held(
 
 
 def with_mistakes(
-    data: Action, held: Tensor, generator: torch.Generator | None = None, known: Tensor | None = None
+    data: Action,
+    held: Tensor,
+    generator: torch.Generator | None = None,
+    known: Tensor | None = None,
 ) -> Action:
     """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_held`) are a little wrong, and
     whose first other action makes up for it: the poses after it are those demonstrated (our choice).
@@ -111,9 +119,13 @@ def with_mistakes(
     deltas in the base frame, so their mistakes add up; a rotation is in the frame that the one before it
     leads to. How large translations are is seen in all chunks, at the actions that are `known` [..., H] bool.
     """
-    draw = torch.randn(*held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device)
+    draw = torch.randn(
+        *held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device
+    )
     draw = draw * held[..., None]
-    next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[..., None]
+    next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[
+        ..., None
+    ]
     counts = torch.ones_like(held) if known is None else known
     share = (counts / counts.sum().clamp_min(1))[..., None]
     around, every = data.translation, tuple(range(held.dim()))
@@ -121,7 +133,9 @@ def with_mistakes(
     wrong = MISTAKE[0] * spread * draw[..., :3]
     translation = data.translation + wrong - next_one * wrong.sum(-2, keepdim=True)
     turned, rotations = quat_exp(MISTAKE[1] * draw[..., 3:]), []
-    missed = torch.zeros_like(data.rotation[..., 0, :])  # from where the arm should be to where it is
+    missed = torch.zeros_like(
+        data.rotation[..., 0, :]
+    )  # from where the arm should be to where it is
     missed[..., 0] = 1
     for i, rotation in enumerate(data.rotation.unbind(-2)):
         mended = quat_multiply(quat_conjugate(missed), rotation)
@@ -131,7 +145,9 @@ def with_mistakes(
     return Action(translation, quat_canonical(torch.stack(rotations, -2)), data.gripper)
 
 
-def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -> tuple[Action, Action]:
+def interpolate(
+    noise: Action, data: Action, time: Tensor, config: FlowConfig
+) -> tuple[Action, Action]:
     """The state at a time between noise and data [..., H, ·], and its velocity there.
 
     x_τ = τ x + (1 - τ) ε with velocity x - ε; on the sphere the paper's slerp from q_ε to q (data made
@@ -152,11 +168,15 @@ def interpolate(noise: Action, data: Action, time: Tensor, config: FlowConfig) -
         rotation,
         tau * data.gripper + (1 - tau) * noise.gripper,
     )
-    velocity = Action(data.translation - noise.translation, rotation_velocity, data.gripper - noise.gripper)
+    velocity = Action(
+        data.translation - noise.translation, rotation_velocity, data.gripper - noise.gripper
+    )
     return state, velocity
 
 
-def prediction_to_velocity(prediction: Action, state: Action, time: Tensor, config: FlowConfig) -> Action:
+def prediction_to_velocity(
+    prediction: Action, state: Action, time: Tensor, config: FlowConfig
+) -> Action:
     """What the network said, as a velocity: rotations tangent to the sphere at the state.
 
     Of a clean action it is the one that leads there from the state at its time. On the sphere that action is
@@ -232,7 +252,9 @@ def loss(
     return total, parts
 
 
-def euler(state: Action, prediction: Action, time: Tensor, k: int, steps: int, config: FlowConfig) -> Action:
+def euler(
+    state: Action, prediction: Action, time: Tensor, k: int, steps: int, config: FlowConfig
+) -> Action:
     """Step k of `integrate`: from the state at its time to the next."""
     if config.prediction == "clean":
         return _towards(state, prediction, 1 / (steps - k), config)
@@ -270,7 +292,9 @@ def integrate(
         if committed is not None:
             time = torch.where(committed.held, 1.0, time[..., None])
         state = keep(advance(state, predict(state, time), time, k, steps, config))
-    return keep(Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper))
+    return keep(
+        Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)
+    )
 
 
 def _per_part(time: Tensor, chunk: Action) -> Tensor:
@@ -278,7 +302,9 @@ def _per_part(time: Tensor, chunk: Action) -> Tensor:
     return time[..., None] if time.dim() == chunk.translation.dim() - 1 else time[..., None, None]
 
 
-def _advance(rotation: Tensor, velocity: Tensor, step: Tensor | float, config: FlowConfig) -> Tensor:
+def _advance(
+    rotation: Tensor, velocity: Tensor, step: Tensor | float, config: FlowConfig
+) -> Tensor:
     if config.rotation == "s3":
         return sphere_exp(rotation, velocity * step)
     return rotation + velocity * step
@@ -326,10 +352,18 @@ def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
 
 def _chord(a: Tensor, b: Tensor) -> Tensor:
     """min(‖a - b‖, ‖a + b‖) [...]: q and -q are the same rotation."""
-    return torch.minimum(torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1))
+    return torch.minimum(
+        torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1)
+    )
 
 
 def _average(error: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and mask.shape != error.shape:  # that of one number per chunk would fit another axis
+    if (
+        mask is not None and mask.shape != error.shape
+    ):  # that of one number per chunk would fit another axis
         raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
-    return error.mean() if mask is None else torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)
+    return (
+        error.mean()
+        if mask is None
+        else torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)
+    )

@@ -151,7 +151,10 @@ def sphere_slerp(q: Tensor, target: Tensor, part: float) -> Tensor:
     across = target - along * q
     length = torch.linalg.vector_norm(across, dim=-1, keepdim=True)
     angle = part * torch.atan2(length, along)
-    point = torch.cos(angle) * q + torch.sin(angle) / length.clamp_min(torch.finfo(q.dtype).tiny) * across
+    point = (
+        torch.cos(angle) * q
+        + torch.sin(angle) / length.clamp_min(torch.finfo(q.dtype).tiny) * across
+    )
     return nn.functional.normalize(point, dim=-1)
 
 
@@ -200,7 +203,9 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
 
 def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
     """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `Euler`. zxy: Ry Rx Rz."""
-    x, y, z = (quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device))
+    x, y, z = (
+        quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device)
+    )
     orders = {"xyz": (z, y, x), "XYZ": (x, y, z), "zxy": (y, x, z)}
     check_known("Euler convention", orders, convention)
     first, second, last = orders[convention]
@@ -220,7 +225,9 @@ def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
     m = quat_to_matrix(q)
     locked = torch.hypot(m[..., 0, 0], m[..., 1, 0]).detach() < 8 * torch.finfo(q.dtype).eps
     one, zero = torch.ones_like(m[..., 0, 0]), torch.zeros_like(m[..., 0, 0])
-    yaw = torch.atan2(torch.where(locked, zero, m[..., 1, 0]), torch.where(locked, one, m[..., 0, 0]))
+    yaw = torch.atan2(
+        torch.where(locked, zero, m[..., 1, 0]), torch.where(locked, one, m[..., 0, 0])
+    )
     # The other two from the matrix with the yaw undone, so that an ill-determined yaw is compensated.
     c, s = torch.cos(yaw), torch.sin(yaw)
     pitch = torch.atan2(-m[..., 2, 0], c * m[..., 0, 0] + s * m[..., 1, 0])
@@ -257,7 +264,9 @@ def step_action(
     Returns the translation [..., 3] in the base frame (m) and the rotation [..., 4] in the end-effector frame
     (canonical): x' = x + translation, R' = R · R(rotation).
     """
-    return next_position - position, quat_canonical(quat_multiply(quat_conjugate(rotation), next_rotation))
+    return next_position - position, quat_canonical(
+        quat_multiply(quat_conjugate(rotation), next_rotation)
+    )
 
 
 def apply_step(

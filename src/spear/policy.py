@@ -73,7 +73,9 @@ class VlmBundle:
         Raises SpearError for an unknown family or view, an empty or too long prompt, or not one per image.
         """
         if len(prompts) != len(images):
-            raise SpearError(f"{len(images)} images, {len(prompts)} prompts: give a prompt for each image")
+            raise SpearError(
+                f"{len(images)} images, {len(prompts)} prompts: give a prompt for each image"
+            )
         if not prompts:
             return []
         device, tokens = self.model.device, self.processor.coordinate_ids
@@ -98,7 +100,9 @@ class VlmBundle:
         answers = []
         for index, (row, size) in enumerate(zip(ids.tolist(), sizes, strict=True)):
             said = self.processor.read_answer(row)
-            places = [moved(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said]
+            places = [
+                moved(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said
+            ]
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
                 held = Distribution(of_numbers, self.processor.coordinates)
@@ -116,7 +120,9 @@ class VlmBundle:
 
 
 def load_vlm(
-    name: str | Path = "nano-vlm", device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+    name: str | Path = "nano-vlm",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
 ) -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
 
@@ -185,21 +191,29 @@ class Spear1Policy:
         dataset  whose units to use, where (and only there) each dataset of the mixture had its own.
         dtype    of the weights: bfloat16 takes half the memory of float32.
         """
-        folder, model = _load(functools.partial(weights.load, Spear1ForActionPrediction), name, device, dtype)
+        folder, model = _load(
+            functools.partial(weights.load, Spear1ForActionPrediction), name, device, dtype
+        )
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
-            raise SpearError(f"{folder}: has the same units for all datasets: leave out --dataset {dataset}")
+            raise SpearError(
+                f"{folder}: has the same units for all datasets: leave out --dataset {dataset}"
+            )
         processor = Processor.load(folder, model.config.vlm_config)
         steps = model.flow.steps if steps is None else steps
         known = Seen.load(folder / "seen.json")
-        return Spear1Policy(model, processor, normalizer.of(dataset), steps, seed, folder, dataset, known)
+        return Spear1Policy(
+            model, processor, normalizer.of(dataset), steps, seed, folder, dataset, known
+        )
 
     @property
     def identity(self) -> str | None:
         """Which weights act, in which precision, units and number of flow steps: results of others never mix.
         None where they are from no folder."""
         dtype, own, units = self.model.dtype, self.steps == self.model.flow.steps, self.dataset
-        told = ("" if dtype == torch.float32 else f" {dtype}") + ("" if units is None else f" {units}")
+        told = ("" if dtype == torch.float32 else f" {dtype}") + (
+            "" if units is None else f" {units}"
+        )
         return self._files and self._files + told + ("" if own else f" steps {self.steps}")
 
     @functools.cached_property
@@ -253,14 +267,22 @@ class Spear1Policy:
         pixels, there = self._pixels(observations)
         self._watch.look(self.known, observations, states.numpy(), pixels, there)
         text = self.processor.instructions([o["prompt"] for o in observations], self.cut)
-        padded = not bool(text["attention_mask"].all())  # the network is faster when it need not look
+        padded = not bool(
+            text["attention_mask"].all()
+        )  # the network is faster when it need not look
         return {
             "pixel_values": {view: images.to(device) for view, images in pixels.items()},
-            "view_mask": {v: torch.tensor(there[v], device=device) for v in pixels if not all(there[v])},
+            "view_mask": {
+                v: torch.tensor(there[v], device=device) for v in pixels if not all(there[v])
+            },
             "input_ids": text["input_ids"].to(device),
             "attention_mask": text["attention_mask"].to(device) if padded else None,
-            "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(device),
-            "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(device),
+            "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(
+                device
+            ),
+            "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(
+                device
+            ),
             "committed": self._committed([o.get("committed", ()) for o in observations]),
         }
 
@@ -271,7 +293,9 @@ class Spear1Policy:
         keys = {camera_key(view): view for view in self.image_sizes}
         for key in (key for observation in observations for key in observation):
             if is_camera(key) and key not in keys:
-                raise SpearError(f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out")
+                raise SpearError(
+                    f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out"
+                )
         pixels: dict[str, torch.Tensor] = {}
         there: dict[str, list[bool]] = {}
         for key, view in keys.items():
@@ -295,11 +319,16 @@ class Spear1Policy:
         if not (most := max(map(len, rows))):
             return None
         if most > self.committed:
-            raise SpearError(f"committed: {most} of them: the policy has learned to take {self.committed}")
+            raise SpearError(
+                f"committed: {most} of them: the policy has learned to take {self.committed}"
+            )
         vectors = torch.zeros(len(rows), self.model.config.horizon, ACTION_DIM)
         held = torch.arange(vectors.shape[1]) < torch.tensor([[len(row)] for row in rows])
         vectors[held] = torch.cat([torch.as_tensor(row) for row in rows if len(row)])
-        actions, device = self.normalizer.normalize_action(Action.from_vector(vectors)), self.model.device
+        actions, device = (
+            self.normalizer.normalize_action(Action.from_vector(vectors)),
+            self.model.device,
+        )
         return flow.Committed(actions.to(device), held.to(device))
 
     def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
@@ -307,4 +336,6 @@ class Spear1Policy:
         draw = int(observation.get("seed", self._observed))
         self._observed += 1
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
-        return flow.sample_noise((1, self.model.config.horizon), self.model.flow, generator).to_vector()
+        return flow.sample_noise(
+            (1, self.model.config.horizon), self.model.flow, generator
+        ).to_vector()

@@ -59,10 +59,14 @@ class CoordinateTokenizer:
         check_known("spacing", get_args(Spacing), spacing)
         flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(flat).all():
-            raise SpearError("coordinates to fit 3D tokens on: some are NaN or infinite: leave those out")
+            raise SpearError(
+                "coordinates to fit 3D tokens on: some are NaN or infinite: leave those out"
+            )
         distinct, counts = np.unique(flat, return_counts=True)
         if len(distinct) < 2:
-            raise SpearError(f"coordinates to fit 3D tokens on: {len(distinct)} different: give at least 2")
+            raise SpearError(
+                f"coordinates to fit 3D tokens on: {len(distinct)} different: give at least 2"
+            )
         share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
         if spacing == "uniform":
             edges = np.linspace(distinct[0], distinct[-1], bins + 1)
@@ -94,7 +98,9 @@ class CoordinateTokenizer:
         """
         index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.bins):
-            raise SpearError(f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.bins - 1}")
+            raise SpearError(
+                f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.bins - 1}"
+            )
         return np.asarray(self.representatives[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +113,9 @@ class CoordinateTokenizer:
         """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            edges, value = (np.asarray(content[name], np.float64) for name in ("edges", "representatives"))
+            edges, value = (
+                np.asarray(content[name], np.float64) for name in ("edges", "representatives")
+            )
             unit = content["unit"]
             if unit not in get_args(Unit):
                 raise ValueError(f"unknown unit {unit!r}")
@@ -116,7 +124,9 @@ class CoordinateTokenizer:
             if low.ndim != 1 or low.shape != value.shape or not (len(low) and rising.all()):
                 raise ValueError("finite edges must increase, with one value between each two")
         except (OSError, LookupError, TypeError, ValueError) as error:
-            raise SpearError(f"not a 3D tokenizer: {path} ({error}): choose another file") from error
+            raise SpearError(
+                f"not a 3D tokenizer: {path} ({error}): choose another file"
+            ) from error
         return CoordinateTokenizer(edges, value, unit)
 
 
@@ -131,7 +141,9 @@ def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
     ids = tokenizer.convert_tokens_to_ids(names)
     first = int(ids[0])
     if list(ids) != list(range(first, first + bins)):
-        raise SpearError(f"tokenizer: its 3D tokens are not the {bins} ids from {first}: take one without")
+        raise SpearError(
+            f"tokenizer: its 3D tokens are not the {bins} ids from {first}: take one without"
+        )
     return first
 
 
@@ -162,7 +174,9 @@ def init_new_embeddings(
     return (mean + drawn.to(weight.device) @ root).to(weight.dtype)
 
 
-def _smooth_normal(count: int, width: int, generator: torch.Generator | None, waves: int = 64) -> Tensor:
+def _smooth_normal(
+    count: int, width: int, generator: torch.Generator | None, waves: int = 64
+) -> Tensor:
     """[count, width] standard normals, independent between columns, each a smooth curve along the rows.
 
     A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8

@@ -64,7 +64,9 @@ class Action:
 
     def to(self, *args: Any, **kwargs: Any) -> "Action":
         """`torch.Tensor.to` on each part."""
-        return Action(*(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper)))
+        return Action(
+            *(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper))
+        )
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,16 @@ class FlowConfig:
                 check_known(f"flow {f.name}", get_args(f.type), getattr(self, f.name))
         for name in (f.name for f in fields(self) if f.type in (int, float, float | None)):
             whole = name == "steps"
-            value, least = getattr(self, name), 1 if whole else 0.0 if name.endswith("weight") else 1e-6
+            value, least = (
+                getattr(self, name),
+                1 if whole else 0.0 if name.endswith("weight") else 1e-6,
+            )
             most = 1.0 if name == "time_scale" else 1e6
             number = isinstance(value, int if whole else int | float) and least <= value <= most
             if not number and (value is not None or name != "geodesic_step"):
-                raise SpearError(f"flow {name} is {value!r}: give a number from {least:g} to {most:g}")
+                raise SpearError(
+                    f"flow {name} is {value!r}: give a number from {least:g} to {most:g}"
+                )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ START = (Weights(Path("vlm"), "vlm"), Weights(Path("depth"), "depth"))
 TINY = ("batch_size=2", "question_images=1", "flow_samples=1")
 
 
-def planned(*names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **given: Any) -> Plan:
+def planned(
+    *names: str, data: Data = DATA, start: tuple[Weights, Weights] = START, **given: Any
+) -> Plan:
     return make_plan(AblationOptions(rows=names, **{"scenes": 2, **given}), data, start)
 
 
@@ -59,7 +61,13 @@ def flow_of(row: str) -> dict[str, Any]:
 
 
 def short(*names: str, data: Data, changes: tuple[str, ...] = TINY, **given: Any) -> Plan:
-    few: dict[str, Any] = {"seeds": 1, "scenes": 1, "budget": 1, "pretraining": 1e-9, "set": changes}
+    few: dict[str, Any] = {
+        "seeds": 1,
+        "scenes": 1,
+        "budget": 1,
+        "pretraining": 1e-9,
+        "set": changes,
+    }
     return planned(*names, data=data, start=pretrained(), **few, **given)
 
 
@@ -100,7 +108,9 @@ def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
     guess = quat_multiply(target, quat_exp(torch.tensor([0.0, 0.02, 0.0]))[None, None])
     data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
     configs = [flow.FlowConfig(**flow_of(row.name)) for row in ROTATIONS[:4]]
-    costs = [float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]) for config in configs]
+    costs = [
+        float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]) for config in configs
+    ]
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
     assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
 
@@ -116,7 +126,9 @@ def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
     for row in ("s3-cosine", "velocity"):
         config = flow.FlowConfig(**flow_of(row))
         if row == "velocity":
-            said = flow.prediction_to_velocity(said, noise, time, replace(config, prediction="clean"))
+            said = flow.prediction_to_velocity(
+                said, noise, time, replace(config, prediction="clean")
+            )
         costs.append(float(flow.loss(said, noise, data, time, config)[0]))
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
@@ -131,7 +143,11 @@ def test_what_rows_share_is_trained_once() -> None:
     }
     assert sum(isinstance(job, Scoring) for job in plan.jobs) == 21
     full = plan.chains["full", 1]
-    assert [(t.recipe.name, t.seed) for t in full] == [("nano-vlm-1", 1), ("nano-vlm-2", 1), ("nano-vla", 1)]
+    assert [(t.recipe.name, t.seed) for t in full] == [
+        ("nano-vlm-1", 1),
+        ("nano-vlm-2", 1),
+        ("nano-vla", 1),
+    ]
     assert full[0].init == START[0] and [t.moge for t in full] == [START[1], None, None]
     assert all(t.init == before for before, t in pairwise(full))
     assert planned("scratch").chains["scratch", 0][0].init is None
@@ -153,7 +169,10 @@ def test_keys_follow_what_decides_the_result() -> None:
     assert planned("rotation", "full", seeds=2, scenes=9).scoring("full", 0).before.key == key
     more = planned("full", data=replace(DATA, key="other"), seeds=1)
     sets = ("lr=1e-5",), ('flow={"steps":2}',), ('flow={"steps":3}',)
-    changes = [{"start": (one, one)} for one in START] + [{"budget": 7}, *({"set": one} for one in sets)]
+    changes = [{"start": (one, one)} for one in START] + [
+        {"budget": 7},
+        *({"set": one} for one in sets),
+    ]
     others = [more, *(planned("full", seeds=1, **change) for change in changes)]
     assert len({key, *(plan.scoring("full", 0).before.key for plan in others)}) == 8
     for row, loss in (("s3-cosine", "cosine"), ("linear-mse", "mse")):  # what a row is about stays
@@ -162,7 +181,9 @@ def test_keys_follow_what_decides_the_result() -> None:
     moved = (replace(START[0], folder=Path("elsewhere")), START[1])
     assert planned("full", start=moved, seeds=1).scoring("full", 0).before.key == key
     # What sees no demonstrations is shared, whatever they are.
-    ours, theirs = ([t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more))
+    ours, theirs = (
+        [t.key for t in plan.chains["full", 0]] for plan in (planned("full", seeds=1), more)
+    )
     assert ours[:-1] == theirs[:-1] and ours[-1] != theirs[-1]
 
 
@@ -176,7 +197,11 @@ def test_a_budget_is_the_same_for_every_row() -> None:
     halves = plan.chains["siglip-thawed", 0][-2:]
     assert halves[0].seed != halves[1].seed
     assert halves[1].recipe.optimization.frozen == RECIPES["nano-vla"].optimization.frozen
-    assert [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]] == [204, 204, 204]
+    assert [t.recipe.questions.most_images for t in plan.chains["images-64th", 0]] == [
+        204,
+        204,
+        204,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +215,9 @@ def test_a_budget_is_the_same_for_every_row() -> None:
         (None, 4.1, 0, "not run yet"),
     ],
 )
-def test_verdicts(ours: tuple[float, ...] | None, theirs: float | None, seeds: int, said: str) -> None:
+def test_verdicts(
+    ours: tuple[float, ...] | None, theirs: float | None, seeds: int, said: str
+) -> None:
     assert judge(None if ours is None else Estimate(*ours, 10), theirs, seeds) == said
 
 
@@ -214,17 +241,23 @@ def test_tables_say_what_is_so(tmp_path: Path) -> None:
     lines = {line.row.name: line for line in tables[0].lines}
     assert lines["full"].success is not None and lines["full"].success.n == 144
     assert lines["full"].success.value == pytest.approx(np.mean(lines["full"].by_seed))
-    assert lines["no-3d"].verdict == "agrees" and lines["no-3d"].published_against == pytest.approx(-14.6)
+    assert lines["no-3d"].verdict == "agrees" and lines["no-3d"].published_against == pytest.approx(
+        -14.6
+    )
     assert lines["no-moge"].verdict == "cannot tell"  # the same draws
     assert lines["points"].verdict == "not run yet" and lines["points"].success is None
     assert [line.images for line in tables[1].lines] == [0, 51, 204, 816, 3264, 13_056]
     markdown, page, numbers = (path.read_text() for path in write(plan, tables, tmp_path))
-    assert re.search(r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|", markdown)
+    assert re.search(
+        r"\| no 3D \| \d\d\.\d \[.*\] \| 20\.8 \| -14\.6 \| agrees \| .* \| 12,000 \|", markdown
+    )
     assert "not run yet" in markdown and "arXiv 2511.17411" in markdown
     assert page.count("(theirs)</div>") == 6 and "<svg" in page
     assert json.loads(numbers)[0]["lines"][1]["verdict"] == "agrees"
     scores(plan, tmp_path, {"points": 0.5}, replan=5)
-    markdown_now, *_ = (path.read_text() for path in write(plan, fill(plan, tmp_path, DATA), tmp_path))
+    markdown_now, *_ = (
+        path.read_text() for path in write(plan, fill(plan, tmp_path, DATA), tmp_path)
+    )
     assert "alike: replan is null there, 5 here." in markdown_now and "alike" not in markdown
 
 
@@ -237,11 +270,23 @@ def test_other_families_are_left_out(tmp_path: Path) -> None:
     assert some.families == ("put_on", "stack_cube") and scoring.episodes == 24
     tables = fill(some, tmp_path, DATA)
     assert [line.success.n for line in tables[0].lines if line.success] == [72, 72]
-    assert "of each task family (put on, stack cube) per" in write(some, tables, tmp_path)[0].read_text()
+    assert (
+        "of each task family (put on, stack cube) per"
+        in write(some, tables, tmp_path)[0].read_text()
+    )
     whole, part = (scored(tmp_path, one.scoring("full", 0)) for one in (plan, some))
-    assert whole is not None and part is not None and len(whole.outcomes) == 48 and len(part.outcomes) == 24
+    assert (
+        whole is not None
+        and part is not None
+        and len(whole.outcomes) == 48
+        and len(part.outcomes) == 24
+    )
     assert {o.family for o in part.outcomes} == {"put_on", "stack_cube"}
-    for families, name in (((), "episodes"), (FAMILIES[::-1], "episodes"), (("put_on",), "episodes-put_on")):
+    for families, name in (
+        ((), "episodes"),
+        (FAMILIES[::-1], "episodes"),
+        (("put_on",), "episodes-put_on"),
+    ):
         assert expected(AblationOptions(out=tmp_path, families=families)).episodes.name == name
 
 
@@ -267,7 +312,9 @@ def die(words: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_moment_it_goes_on(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
@@ -277,19 +324,30 @@ def test_killed_at_any_moment_it_goes_on(data: Data, tmp_path: Path, monkeypatch
     assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}
     assert run(plan, tmp_path, data, 0, said.append) == []
-    assert {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]} == kept
+    assert {
+        t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]
+    } == kept
     assert all(done(tmp_path, job) for job in plan.jobs) and len(said) == len(plan.jobs) - len(kept)
     assert not list(tmp_path.glob("stages/*/checkpoints"))
     assert all(line.success is not None for line in fill(plan, tmp_path, data)[0].lines)
     lines = describe(plan, plan.jobs).splitlines()[1:-1]
-    assert [line.split()[0] for line in lines] == ["nano-vlm-1", "nano-vlm-2", "nano-vla", "scoring"]
+    assert [line.split()[0] for line in lines] == [
+        "nano-vlm-1",
+        "nano-vlm-2",
+        "nano-vla",
+        "scoring",
+    ]
     assert all(line.split()[1:3] == ["1", "1"] for line in lines)
     shutil.rmtree(tmp_path / "stages")
     again: list[str] = []
-    assert run(plan, tmp_path, data, 0, again.append) == [] and again == []  # all policies are scored
+    assert (
+        run(plan, tmp_path, data, 0, again.append) == [] and again == []
+    )  # all policies are scored
 
 
-def test_a_row_that_fails_stops_no_other(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_fails_stops_no_other(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     good = short("no-3d", data=data, families=("put_on",)).scoring("no-3d", 0)
     bad = short("scratch", data=data, changes=(*TINY, "lr=1e30", "warmup=0", "max_skipped=0"))

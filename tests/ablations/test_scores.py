@@ -12,7 +12,9 @@ TABLES = tables()
 
 def first(table: list[str], number: int) -> str:
     """The line that one is compared with: the last before it without a difference."""
-    return next(line for line in reversed(table[: number + 1]) if re.search(r"\[[\d., ]+\] \| – \|", line))
+    return next(
+        line for line in reversed(table[: number + 1]) if re.search(r"\[[\d., ]+\] \| – \|", line)
+    )
 
 
 @pytest.mark.parametrize(
@@ -25,9 +27,14 @@ def test_a_published_line_is_what_was_kept(line: str, first: str) -> None:
     assert sum(family.size for family in families) >= 200
     assert f"| {mean_over_seeds(families).say('.1f', 100)} |" in line
     if line != first:
-        assert f"| {difference_over_seeds(families, successes_of(first)).say('+.1f', 100)} |" in line
+        assert (
+            f"| {difference_over_seeds(families, successes_of(first)).say('+.1f', 100)} |" in line
+        )
 
 
 def test_all_that_is_kept_is_published() -> None:
     kept = {path.parent.name for path in (DOCS / "ablations" / "scores").glob("*/*.jsonl")}
-    assert kept == {key for table in TABLES for line in table for key in re.findall(KEY, line)} and kept
+    assert (
+        kept == {key for table in TABLES for line in table for key in re.findall(KEY, line)}
+        and kept
+    )

@@ -42,13 +42,17 @@ def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> Non
     )
     write_episodes([make(0)], tmp_path)
     write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
     assert all(f"spear {name}" in done.stdout for name in COMMANDS) and "nano-vlm-2" in done.stdout
     assert len(done.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_explains_itself_with_an_example(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
     said = capsys.readouterr().out
@@ -107,8 +111,14 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate data nano /nowhere --plot /", "/: cannot be written, it is a folder"),
         ("evaluate vqa nano sim --out /etc/passwd/x", "/etc/passwd: is a file"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
-        ("evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle", "PutCarrotOnPlateInScene-v1"),
-        ("evaluate simpler --policy oracle --films x", "--films x: give failures or all or a whole num"),
+        (
+            "evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle",
+            "PutCarrotOnPlateInScene-v1",
+        ),
+        (
+            "evaluate simpler --policy oracle --films x",
+            "--films x: give failures or all or a whole num",
+        ),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --set steps=3", "--budget"),
@@ -138,10 +148,14 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate.closed"))]:
         monkeypatch.delitem(sys.modules, name)
-    assert "pip install 'spear-vla[sim]'" in refused("evaluate", "--policy", "expert", "--scenes", "1")
+    assert "pip install 'spear-vla[sim]'" in refused(
+        "evaluate", "--policy", "expert", "--scenes", "1"
+    )
 
 
-def test_interrupted_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_is_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("spear.data.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
     assert main(["data", "inspect", "x"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
@@ -159,7 +173,9 @@ def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPat
 
 def test_a_path_that_is_a_loop_of_links_is_one_line(refused: Command, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    assert str(tmp_path / "loop") in refused("data", "prepare", str(tmp_path / "loop"), "--out", "never")
+    assert str(tmp_path / "loop") in refused(
+        "data", "prepare", str(tmp_path / "loop"), "--out", "never"
+    )
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "list"]])
@@ -168,7 +184,9 @@ def test_output_that_cannot_be_written_is_noticed(argv: list[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     os.close(reader)
-    run = partial(subprocess.run, [sys.executable, "-c", SPEAR, *argv], stderr=subprocess.PIPE, text=True)
+    run = partial(
+        subprocess.run, [sys.executable, "-c", SPEAR, *argv], stderr=subprocess.PIPE, text=True
+    )
     with open(writer, "wb") as closed, open("/dev/full", "wb") as full:
         done = run(stdout=closed, env=environment)
         assert (done.returncode, done.stderr) == (0, "")
@@ -196,7 +214,13 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 
 
 def test_every_option_that_a_text_names_exists() -> None:
-    known = {"--help", "--version", "--upgrade", "--nproc-per-node", "--no-python"}  # of pip and torchrun too
+    known = {
+        "--help",
+        "--version",
+        "--upgrade",
+        "--nproc-per-node",
+        "--no-python",
+    }  # of pip and torchrun too
     for name in COMMANDS:
         if (options := options_of(load(name))) is not None:
             known.update(option_names(options))

@@ -23,20 +23,31 @@ def store(tmp_path: Path) -> Path:
 def test_there_and_back_again(store: Path, tmp_path: Path, done: Command) -> None:
     """A store, exported, inspected, prepared and listed for labelling."""
     out = tmp_path / "set"
-    assert "2 episodes in" in done("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
+    assert "2 episodes in" in done(
+        "data", "export", str(store), "--out", str(out), "--split", "train[:2]"
+    )
     assert [e.source for e in read_episodes(out)] == ["made#0", "made#1"]
     text = done("data", "inspect", str(out))
-    assert "a LeRobot dataset, v3.0" in text and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
+    assert (
+        "a LeRobot dataset, v3.0" in text
+        and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
+    )
     assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
     assert "layout        described by" in text and "1 × push the block 0" in text
     done("data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0")
     assert len(EpisodeStore(tmp_path / "again")) == 2
     listed = list(items([str(out)], per_episode=2))
-    assert [item.key for item in listed] == [f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)]
-    assert list(listed[2].reader(listed[2].path, [listed[2].place])) == [make(1, 9).images["external"][0]]
+    assert [item.key for item in listed] == [
+        f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)
+    ]
+    assert list(listed[2].reader(listed[2].path, [listed[2].place])) == [
+        make(1, 9).images["external"][0]
+    ]
 
 
-def test_each_dataset_keeps_its_cameras(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
+def test_each_dataset_keeps_its_cameras(
+    store: Path, tmp_path: Path, done: Command, refused: Command
+) -> None:
     write_episodes([make(3, images={"wrist": make(3).images["external"]})], tmp_path / "other")
     prepare = ["data", "prepare", str(store), str(tmp_path / "other"), "--workers", "0", "--out"]
     assert "'wrist'" in refused(*prepare, str(tmp_path / "out"), "--size", "wrsit=16x16")
@@ -46,7 +57,9 @@ def test_each_dataset_keeps_its_cameras(store: Path, tmp_path: Path, done: Comma
 
 
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
-def test_data_without_a_layout_are_shown(shared: Path, tmp_path: Path, done: Command, version: str) -> None:
+def test_data_without_a_layout_are_shown(
+    shared: Path, tmp_path: Path, done: Command, version: str
+) -> None:
     """Before anybody has written a spear.json: what is needed to write it."""
     page = tmp_path / "look.html"
     done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
@@ -55,7 +68,9 @@ def test_data_without_a_layout_are_shown(shared: Path, tmp_path: Path, done: Com
     body = html.partition("</pre>")[2]
     for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
         assert words in body, words
-    assert "counts from 0 to 9" in body and "<b>frame_index</b>" not in body  # a row's number is no signal
+    assert (
+        "counts from 0 to 9" in body and "<b>frame_index</b>" not in body
+    )  # a row's number is no signal
     assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
 
 
@@ -63,7 +78,9 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -
     data = shared / "data" / "lerobot" / "v3.0_image"
     (tmp_path / "empty").mkdir()
     out, layout = ["--out", str(tmp_path / "out")], tmp_path / "layout.json"
-    layout.write_text(json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}}))
+    layout.write_text(
+        json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}})
+    )
     for arguments, message in (
         (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
         (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
@@ -75,7 +92,9 @@ def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, done: Command, refused: Command) -> None:
+def test_a_layout_is_never_ignored(
+    store: Path, tmp_path: Path, done: Command, refused: Command
+) -> None:
     exported, layout = tmp_path / "set", tmp_path / "layout.json"
     done("data", "export", str(store), "--out", str(exported))
     out = ["--out", str(tmp_path / "out")]
@@ -86,7 +105,9 @@ def test_a_layout_is_never_ignored(store: Path, tmp_path: Path, done: Command, r
             assert f"--layout {layout}: no such file" in said
     shutil.copy(exported / "spear.json", layout)
     for name, *rest in commands:
-        assert "needs no layout" in refused("data", name, str(store), *rest, "--layout", str(layout))
+        assert "needs no layout" in refused(
+            "data", name, str(store), *rest, "--layout", str(layout)
+        )
     assert not (tmp_path / "out").exists()
     refused("data", "inspect", str(exported), "--layout", str(layout))
     done("data", "inspect", str(exported), "--layout", str(layout), *out)

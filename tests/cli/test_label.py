@@ -25,13 +25,17 @@ from spear.labels.store import read
 TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
 
 
-def test_scenes_are_labelled_asked_and_shown(tmp_path: Path, done: Command, refused: Command) -> None:
+def test_scenes_are_labelled_asked_and_shown(
+    tmp_path: Path, done: Command, refused: Command
+) -> None:
     pytest.importorskip("mujoco")
     pytest.importorskip("rerun")
     out = tmp_path / "labels"
     options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
     said = done("label", "sim:3-4", *options)
-    assert all(words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about"))
+    assert all(
+        words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about")
+    )
     labels = list(read(out))
     assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
     assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
@@ -80,7 +84,10 @@ def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
     photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
     there = set(tmp_path.iterdir())
-    assert key in refused("label", *given.split(), "--workers", "0") and set(tmp_path.iterdir()) == there
+    assert (
+        key in refused("label", *given.split(), "--workers", "0")
+        and set(tmp_path.iterdir()) == there
+    )
 
 
 def test_a_plan_says_what_labelling_costs_and_gets_nothing(
@@ -88,9 +95,13 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
-    monkeypatch.setattr("spear.doctor.machine", lambda *_: Machine(1e10, 1e11))  # measured in its own tests
+    monkeypatch.setattr(
+        "spear.doctor.machine", lambda *_: Machine(1e10, 1e11)
+    )  # measured in its own tests
     batch = ["--batch-size", "2", "--out", str(out), "--plan"]
-    said = done("label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch)
+    said = done(
+        "label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch
+    )
     assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
     assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
     need = needs.needs("moge", 2, 840, 8)
@@ -98,7 +109,9 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
     encoder = 24 * (24 * tokens * width**2 + 4 * tokens**2 * width)
     assert 1.1 * encoder < need.flops < 1.5 * encoder
     assert f"activations {need.activations / 2**30:.2f} GiB" in said
-    assert main(["label", str(folder), "--detector", "grounding-dino", *TRUTH[2:], *batch]) == 2  # no depth
+    assert (
+        main(["label", str(folder), "--detector", "grounding-dino", *TRUTH[2:], *batch]) == 2
+    )  # no depth
 
 
 def test_the_bill_comes_however_the_work_ends(
@@ -109,13 +122,32 @@ def test_the_bill_comes_however_the_work_ends(
             return "3 requests"
 
     folder = photos(tmp_path / "photos", 3, bad=False)
-    made: dict[str, Any] = {"sam2:Sam2Segmenter": BoxSegmenter, "pointmap:load_pointmap": SlopePointMap}
+    made: dict[str, Any] = {
+        "sam2:Sam2Segmenter": BoxSegmenter,
+        "pointmap:load_pointmap": SlopePointMap,
+    }
     monkeypatch.setattr(components, "_make", lambda place, *_: made[place]())
-    (boxes := tmp_path / "boxes.json").write_text('{"images": [], "annotations": [], "categories": []}')
-    for unreached, status, before in (("none", 0, ""), (".png", 2, ""), ("no", 0, f"file:{boxes}+")):
+    (boxes := tmp_path / "boxes.json").write_text(
+        '{"images": [], "annotations": [], "categories": []}'
+    )
+    for unreached, status, before in (
+        ("none", 0, ""),
+        (".png", 2, ""),
+        ("no", 0, f"file:{boxes}+"),
+    ):
         made["gemini:GeminiDetector"] = partial(Paid, unreached=(unreached,))
-        words = ["--out", str(tmp_path / unreached), "--workers", "0", "--detector", f"{before}gemini"]
-        assert main(["label", str(folder), *words]) == status and "3 requests" in capsys.readouterr().out
+        words = [
+            "--out",
+            str(tmp_path / unreached),
+            "--workers",
+            "0",
+            "--detector",
+            f"{before}gemini",
+        ]
+        assert (
+            main(["label", str(folder), *words]) == status
+            and "3 requests" in capsys.readouterr().out
+        )
 
 
 def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
@@ -128,6 +160,8 @@ def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
     (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert aside["source"] == str(folder / "color" / "0.png")
     assert [label.source for label in read(out)] == [str(folder / f"color/{i}.png") for i in (1, 2)]
-    assert compare(read(out), [replace(f, names=frames[2].names) for f in frames[1:]]).center < 0.005
+    assert (
+        compare(read(out), [replace(f, names=frames[2].names) for f in frames[1:]]).center < 0.005
+    )
     depth.write_bytes((folder / "depth" / "1.png").read_bytes())
     assert "3 labelled images" in done(*command)

@@ -23,11 +23,17 @@ from spear.serve.client import RemotePolicy
 from spear.serve.service import Service
 
 
-def test_cheap_checks_come_before_loading_a_model(monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
+def test_cheap_checks_come_before_loading_a_model(
+    monkeypatch: pytest.MonkeyPatch, refused: Command
+) -> None:
     monkeypatch.setattr(Spear1Policy, "load", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        wrong = {"--host 192.0.2.1": "192.0.2.1", "--host no..name": "no..name", f"--port {port}": port}
+        wrong = {
+            "--host 192.0.2.1": "192.0.2.1",
+            "--host no..name": "no..name",
+            f"--port {port}": port,
+        }
         for option, named in {**wrong, "--token=": "--token", "--device tpu9": "tpu9"}.items():
             assert named in refused("serve", "nano", *option.split())
     monkeypatch.setenv("SPEAR_TOKEN", "")  # set but empty: no server that is open to all
@@ -41,7 +47,11 @@ def test_a_server_for_another_robot_is_refused() -> None:
 
 def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> None:
     """A server that comes back with others, at the same address, goes on with nobody's results."""
-    policy, port, options = Homing(), 0, TabletopOptions(families=("put_on",), scenes=1, out=tmp_path)
+    policy, port, options = (
+        Homing(),
+        0,
+        TabletopOptions(families=("put_on",), scenes=1, out=tmp_path),
+    )
     for weights, scenes in (("one", 1), ("one", 2), ("two", 3)):
         policy.identity = weights
         with serving(policy, port=port) as server:
@@ -50,7 +60,9 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
             with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
                 evaluate(agent, replace(options, scenes=scenes))
     assert len(load(tmp_path).outcomes) == 2
-    assert Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
+    assert (
+        Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
+    )
     assert loaded.identity == load_agent("nano").weights != load_agent("nano", flow_steps=3).weights
 
 
@@ -65,12 +77,16 @@ def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[in
 
 def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
     policy, robot = Spear1Policy.load("nano", steps=1, seed=3), robot_of("droid")
-    policy.processor = replace(policy.processor, image_sizes={"external": policy.image_sizes["external"]})
+    policy.processor = replace(
+        policy.processor, image_sizes={"external": policy.image_sizes["external"]}
+    )
     service, seen = Service(policy, robot, robot="droid"), {**robot.example(), "seed": 1}
     assert service.warm_up() > 0 and list(service.metadata["image_sizes"]) == ["external"]
     (answer,) = service.answer([seen])
     ours = {k: v for k, v in robot.read(seen).items() if k != "observation/wrist_image"}
-    rows = robot.control(None)[1].convert(policy.infer(ours)["actions"], ours["observation/state"], seen)
+    rows = robot.control(None)[1].convert(
+        policy.infer(ours)["actions"], ours["observation/state"], seen
+    )
     np.testing.assert_array_equal(answer["actions"], rows)
 
 

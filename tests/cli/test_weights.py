@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from published_checkpoints import ROWS, TINY14, paligemma, pi0, publish_moge, publish_paligemma, publish_pi0
+from published_checkpoints import (
+    ROWS,
+    TINY14,
+    paligemma,
+    pi0,
+    publish_moge,
+    publish_paligemma,
+    publish_pi0,
+)
 from refusals import Command
 from spear.cli import main
 from spear.models.processing import Processor
@@ -28,7 +36,9 @@ def coordinates(path: Path, bins: int = TINY14.bins) -> str:
     return str(path)
 
 
-def test_from_backbones_to_a_policy(tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_backbones_to_a_policy(
+    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     moge = publish_moge(tmp_path / "model.pt")
     expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
@@ -57,7 +67,11 @@ def test_from_backbones_to_a_policy(tmp_path: Path, done: Command, monkeypatch: 
 
 
 def test_what_does_not_fit_is_one_line(
-    tmp_path: Path, done: Command, refused: Command, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    tmp_path: Path,
+    done: Command,
+    refused: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
 ) -> None:
     bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
     size = ("--preset", "tiny14", "--dry-run")
@@ -83,5 +97,7 @@ def test_what_published_files_must_hold(done: Command, refused: Command) -> None
     said = done("convert", "expected", "list")
     assert len(said.splitlines()) == len(PUBLISHED) and PUBLISHED["moge"].revision in said
     said = done("convert", "expected", "moge")
-    assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in said and "420 tensors" in said
+    assert (
+        "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in said and "420 tensors" in said
+    )
     assert "'pi0'" in refused("convert", "expected", "pi00")

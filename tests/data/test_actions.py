@@ -19,7 +19,9 @@ from spear.types import Episode
 
 def smooth_episode(seed: int, steps: int, rate_hz: float = 5.0) -> Episode:
     rng = np.random.default_rng(seed)
-    turns = Rotation.random(1, rng) * Rotation.from_rotvec(np.cumsum(rng.normal(0, 0.3, (steps, 3)), axis=0))
+    turns = Rotation.random(1, rng) * Rotation.from_rotvec(
+        np.cumsum(rng.normal(0, 0.3, (steps, 3)), axis=0)
+    )
     position, gripper = np.cumsum(rng.normal(0, 0.02, (steps, 3)), axis=0), rng.uniform(size=steps)
     parts = {"position": position, "rotation": turns.as_quat(scalar_first=True), "gripper": gripper}
     images = {"external": [b"%d" % i for i in range(steps)]}
@@ -33,13 +35,18 @@ def test_following_a_chunk_reproduces_the_states(seed: int, steps: int, start: i
     actions, valid = episode_actions(episode)
     acts, mask = chunk(actions, valid, start)
     assert mask.sum() == min(5, steps - 1 - start)
-    position, rotation = (torch.as_tensor(x[start]).double() for x in (episode.position, episode.rotation))
+    position, rotation = (
+        torch.as_tensor(x[start]).double() for x in (episode.position, episode.rotation)
+    )
     for h in range(5):
         act = torch.as_tensor(acts[h]).double()
         position, rotation = apply_step(position, rotation, act[:3], act[3:7])
         reached = min(start + h + 1, steps - 1)  # beyond the end the robot stays
         np.testing.assert_allclose(position, episode.position[reached], atol=1e-6)
-        assert float(quat_distance(rotation, torch.as_tensor(episode.rotation[reached]).double())) < 1e-5
+        assert (
+            float(quat_distance(rotation, torch.as_tensor(episode.rotation[reached]).double()))
+            < 1e-5
+        )
 
 
 def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
@@ -73,19 +80,39 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
     opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
     np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
     np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
-    slow = [1, 1, 0.9, 0.6, 0.3, 0.3, 0.6, 1], [1, 0, 0, 0, 0, 1, 1, 1]  # told before it began to move
-    wide = [1, 1, 0.8, 0.56, 0.55, 0.55, 0.8, 1], [1, 0, 0, 0, 0, 1, 1, 1]  # around something, half open
-    twice = [1, 0.7, 0.7, 0.71, 0.7, 0.7, 0.4, 0.41], [1, 1, 1, 1, 1, 0, 0, 0]  # narrower, then closed
+    slow = (
+        [1, 1, 0.9, 0.6, 0.3, 0.3, 0.6, 1],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    )  # told before it began to move
+    wide = (
+        [1, 1, 0.8, 0.56, 0.55, 0.55, 0.8, 1],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    )  # around something, half open
+    twice = (
+        [1, 0.7, 0.7, 0.71, 0.7, 0.7, 0.4, 0.41],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+    )  # narrower, then closed
     held = [0.7, 0.72, 0.7, 1], [0, 0, 1, 1]
-    for opening, told in (([1, 1, 0.1, 0.1], [1, 0, 0, 0]), slow, wide, twice, held, ([0.6] * 4, [1] * 4)):
+    for opening, told in (
+        ([1, 1, 0.1, 0.1], [1, 0, 0, 0]),
+        slow,
+        wide,
+        twice,
+        held,
+        ([0.6] * 4, [1] * 4),
+    ):
         often = np.interp(np.arange(6 * len(told) - 5) / 6, np.arange(len(told)), opening)
         np.testing.assert_array_equal(rules.obeyed_commands(often, 30.0)[3::6], told[:-1])
-        episode = dataclasses.replace(smooth_episode(0, len(told)), gripper=np.array(opening, np.float32))
+        episode = dataclasses.replace(
+            smooth_episode(0, len(told)), gripper=np.array(opening, np.float32)
+        )
         np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], told)
     trigger = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
     np.testing.assert_array_equal(rules.told_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
     for half_open in (0.46 + 0.54 * trigger, 0.1 + 0.48 * trigger):
-        np.testing.assert_array_equal(rules.told_commands(half_open, 10.0), [1] * 2 + [0] * 6 + [1] * 4)
+        np.testing.assert_array_equal(
+            rules.told_commands(half_open, 10.0), [1] * 2 + [0] * 6 + [1] * 4
+        )
     pulses = np.array([1, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(rules.told_commands(pulses, 30.0), pulses)
     assert rules.RULES == 4  # whoever changes what is expected here, or of resampling, raises it
@@ -95,7 +122,9 @@ def test_what_real_grippers_were_told_shows_in_their_openings(shared: Path) -> N
     told = list(read_episodes(shared / "data" / "bridge_v2_sample"))
     found = [episode_actions(dataclasses.replace(e, action=None))[0] for e in told]
     right = [a[:-1, 7] == b.action[:-1, 7] for a, b in zip(found, told, strict=True)]
-    assert np.concatenate(right).mean() > 0.95  # 220 of 225; by the nearer end, open or closed, it is 190
+    assert (
+        np.concatenate(right).mean() > 0.95
+    )  # 220 of 225; by the nearer end, open or closed, it is 190
 
 
 @given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))
@@ -106,7 +135,9 @@ def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> Non
     assert slow.rate_hz == 5.0 and new[-1] <= times[-1] + 1e-6 < new[-1] + 0.2 + 2e-6
     new = np.minimum(new, times[-1])
     expected = Slerp(times, Rotation.from_quat(episode.rotation, scalar_first=True))(new)
-    assert (expected.inv() * Rotation.from_quat(slow.rotation, scalar_first=True)).magnitude().max() < 1e-5
+    assert (
+        expected.inv() * Rotation.from_quat(slow.rotation, scalar_first=True)
+    ).magnitude().max() < 1e-5
     for axis in range(3):
         linear = np.interp(new, times, episode.position[:, axis])
         np.testing.assert_allclose(slow.position[:, axis], linear, atol=1e-6)
@@ -126,6 +157,8 @@ def test_resampling_keeps_commands_and_masks() -> None:
     assert slow.action is not None and slow.action_mask is not None and len(slow) == 5
     np.testing.assert_array_equal(slow.action[:, 7], [1, 0, 0, 1, 1])
     np.testing.assert_array_equal(slow.action_mask, [True, True, False, True, False])
-    np.testing.assert_allclose(slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6)
+    np.testing.assert_allclose(
+        slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6
+    )
     same = dataclasses.replace(episode, rate_hz=5.0)
     assert resample(same) is same

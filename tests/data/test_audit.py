@@ -33,7 +33,9 @@ RIGHT = {
 }
 
 
-def motions(episodes: int = 6, steps: int = 24, still: bool = False) -> list[tuple[np.ndarray, Rotation]]:
+def motions(
+    episodes: int = 6, steps: int = 24, still: bool = False
+) -> list[tuple[np.ndarray, Rotation]]:
     """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
     rng, found = np.random.default_rng(0), []
     for _ in range(episodes):
@@ -66,10 +68,15 @@ def recordings(**planted: Any) -> list[Recording]:
             step, turn = step * RATE, turn * RATE
         late = planted.get("late", 0)
         step, turn = np.roll(step, -late, axis=0), np.roll(turn, -late, axis=0)
-        step = step * planted.get("step_scale", 1) + rng.normal(0, planted.get("noise", 1e-4), step.shape)
+        step = step * planted.get("step_scale", 1) + rng.normal(
+            0, planted.get("noise", 1e-4), step.shape
+        )
         state = rotation.as_euler(planted.get("state", "xyz"))
         turn, state = turn * planted.get("turn_scale", 1), state * planted.get("state_scale", 1)
-        position, valid = position * planted.get("position_scale", 1), np.arange(len(step)) < len(step) - 1
+        position, valid = (
+            position * planted.get("position_scale", 1),
+            np.arange(len(step)) < len(step) - 1,
+        )
         found.append(Recording(f"made#{number}", position, state, step, turn, valid, RATE))
     return found
 
@@ -90,11 +97,15 @@ def test_a_right_dataset_is_found_right() -> None:
     assert report.outcome == "consistent" and conclusion(report).startswith("consistent: ")
     for part in report.parts:
         assert part.verdict == "agrees" and part.best.relative < 0.05
-        assert all(f.verdict in ("agrees", "cannot tell") and f.best == f.said for f in part.findings)
+        assert all(
+            f.verdict in ("agrees", "cannot tell") and f.best == f.said for f in part.findings
+        )
     assert verdicts(report, "translation")["frame"] == ("base", "agrees")
     assert verdicts(report, "rotation")["frame"] == ("ee", "agrees")
     lagging = judge(only("translation", late=1), claims(REGISTRY["bridge_dataset"]))  # as arms do
-    assert lagging.outcome == "consistent" and "(not in the layout; 1 fits best)" in conclusion(lagging)
+    assert lagging.outcome == "consistent" and "(not in the layout; 1 fits best)" in conclusion(
+        lagging
+    )
 
 
 def test_single_episodes_that_were_recorded_otherwise_are_seen() -> None:
@@ -123,7 +134,9 @@ def test_single_episodes_that_were_recorded_otherwise_are_seen() -> None:
     ],
     ids=str,
 )
-def test_each_planted_mistake_is_found(planted: dict[str, Any], part: str, question: str, truth: str) -> None:
+def test_each_planted_mistake_is_found(
+    planted: dict[str, Any], part: str, question: str, truth: str
+) -> None:
     made = only(part, **planted)
     report = judge(made, RIGHT)
     assert verdicts(report, part)[question] == (truth, "wrong")
@@ -172,7 +185,10 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
 
 
 def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
-    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    done: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
     episodes, canonical, page = [], tmp_path / "store", tmp_path / "audit.html"
@@ -186,14 +202,19 @@ def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     write_episodes(episodes, canonical)
     shown = done("data", "audit", str(canonical), "--out", str(page))
     assert shown.splitlines()[-1].startswith("consistent: ") and "WRONG" not in shown
-    assert "the layout agrees with the data" in page.read_text() and page.read_text().count("<svg") == 9
+    assert (
+        "the layout agrees with the data" in page.read_text()
+        and page.read_text().count("<svg") == 9
+    )
     assert "http" not in page.read_text()
 
     exported = tmp_path / "exported"
     done("data", "export", str(canonical), "--out", str(exported))
     claim = json.loads((exported / "spear.json").read_text())
     column = claim.pop("action")
-    claim = {k: v for k, v in claim.items() if k not in ("action", "action_mask", "success", "source")} | {
+    claim = {
+        k: v for k, v in claim.items() if k not in ("action", "action_mask", "success", "source")
+    } | {
         "logged_translation": f"{column}[0:3]",
         "logged_rotation": f"{column}[3:7]",
         "logged_rotation_format": "quat_wxyz",
@@ -204,9 +225,14 @@ def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].startswith("contradiction: ")
-    assert said.err.startswith(f"error: {exported}: contradiction: ") and "frame: ee, not base" in said.err
+    assert (
+        said.err.startswith(f"error: {exported}: contradiction: ")
+        and "frame: ee, not base" in said.err
+    )
     assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
-    undecided = dataclasses.replace(audit(exported), parts=[], checks=[Check("grip", "cannot tell", "shut")])
+    undecided = dataclasses.replace(
+        audit(exported), parts=[], checks=[Check("grip", "cannot tell", "shut")]
+    )
     monkeypatch.setattr("spear.data.audit.audit", lambda *_: undecided)
     assert main(["data", "audit", str(exported)]) == 3
     assert str(capsys.readouterr()).count("(shut)") == 1  # its verdict is said once
@@ -253,7 +279,9 @@ def test_grippers_and_cameras_that_are_something_else(
     report = bridge(shared, tmp_path, **changes)
     (check,) = [check for check in report.checks if check.verdict == "wrong"]
     assert report.outcome == "contradiction" and check.name == named and key in check.words
-    if "gripper" in named:  # which preparing says, too: where both are inverted nothing contradicts itself
+    if (
+        "gripper" in named
+    ):  # which preparing says, too: where both are inverted nothing contradicts itself
         how = Conversion(layout=tmp_path / "layout.json")
         with pytest.warns(match=f": {named}: "):
             prepare(shared / "data/bridge_v2_sample", tmp_path / "out", how=how)
@@ -267,7 +295,9 @@ def test_two_cameras_that_are_exchanged() -> None:
         beside[-1][10:20, 5 * step : 5 * step + 20] = 0  # the arm, before the same background
         hand.append(np.roll(still, 9 * step, axis=1))
     position = np.arange(24.0).reshape(8, 3) / 100
-    external, wrist = (look([*map(encode_jpeg, shown)], position, 5.0, "it") for shown in (beside, hand))
+    external, wrist = (
+        look([*map(encode_jpeg, shown)], position, 5.0, "it") for shown in (beside, hand)
+    )
     refuses("images", look, [encode_jpeg(still)] * 7, position, 5.0, "it")
     assert external.change < 0.2 < wrist.change and not external.blank
     for views, verdict in (((external, wrist), "agrees"), ((wrist, external), "wrong")):
@@ -281,7 +311,9 @@ def test_a_camera_slower_than_the_steps_is_not_called_exchanged() -> None:
     position = np.arange(180.0).reshape(60, 3) / 1000
     view = look(images, position, 30.0, "it")
     assert view.change > 0.5 and look(images[:4], position[:4], 30.0, "it").change != view.change
-    assert all(c.verdict != "wrong" for c in check_cameras({"external": [view] * 6, "wrist": [view] * 6}))
+    assert all(
+        c.verdict != "wrong" for c in check_cameras({"external": [view] * 6, "wrist": [view] * 6})
+    )
 
 
 def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path) -> None:
@@ -290,7 +322,9 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     swapped = {"position": f"{BRIDGE}[3:6]", "rotation": f"{BRIDGE}[0:3]"}
     assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
     for key, value in {"gripper_range": [-1, 1], "rate_hz": 60.0}.items():
-        checks = {check.name: check.verdict for check in bridge(shared, tmp_path, **{key: value}).checks}
+        checks = {
+            check.name: check.verdict for check in bridge(shared, tmp_path, **{key: value}).checks
+        }
         assert checks[key] == "cannot tell"
     folder = str(shared / "data" / "bridge_v2_sample")
     assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
@@ -300,7 +334,9 @@ def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path
     ("key", "columns"),
     [("position", BRIDGE), ("logged_translation", "action"), ("logged_rotation", "action[3:5]")],
 )
-def test_columns_of_another_width_are_named(shared: Path, tmp_path: Path, key: str, columns: str) -> None:
+def test_columns_of_another_width_are_named(
+    shared: Path, tmp_path: Path, key: str, columns: str
+) -> None:
     shape = rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"
     refuses(shape, bridge, shared, tmp_path, **{key: columns})
 
@@ -314,7 +350,10 @@ def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_pa
 
 def test_what_a_franka_logs_is_compared_with_the_frame_of_its_own_hand() -> None:
     """O_T_EE has z out of the gripper; our frame, which joint angles give, is half a turn about x from it."""
-    spec, rng = REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"], np.random.default_rng(0)
+    spec, rng = (
+        REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"],
+        np.random.default_rng(0),
+    )
     found, time = [], np.arange(24)[:, None] / 20
     for number in range(6):
         middle = np.array([0, -0.5, 0, -2.2, 0, 1.7, 0.8]) + rng.uniform(-0.2, 0.2, 7)

@@ -19,9 +19,15 @@ FAMILIES = "put_on", "spoon_on_towel", "put_on"  # twice, which changes nothing
 
 
 def record(
-    out: Path, episodes: int = 2, first_seed: int = 10_000, policy: Acts | None = None, **changed: object
+    out: Path,
+    episodes: int = 2,
+    first_seed: int = 10_000,
+    policy: Acts | None = None,
+    **changed: object,
 ) -> tuple[int, int]:
-    return demonstrate(out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, policy=policy)
+    return demonstrate(
+        out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, policy=policy
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,10 @@ def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert record(out) == (4, 4)  # everything is there
     assert record(out, episodes=3) == (6, 6)  # more of the same
-    assert [EpisodeStore(out).source(i) for i in (4, 5)] == ["sim/put_on/10002", "sim/spoon_on_towel/10002"]
+    assert [EpisodeStore(out).source(i) for i in (4, 5)] == [
+        "sim/put_on/10002",
+        "sim/spoon_on_towel/10002",
+    ]
     edit(out / SETTINGS, lambda told: told.update(simulator="MuJoCo 3.7.0"))
     refuses("simulator is", record, out, episodes=4)
 

@@ -13,13 +13,23 @@ from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.types import Episode
 
 
-def make_episode(seed: int = 0, steps: int = 6, cameras: tuple[str, ...] = ("external", "wrist")) -> Episode:
+def make_episode(
+    seed: int = 0, steps: int = 6, cameras: tuple[str, ...] = ("external", "wrist")
+) -> Episode:
     """With images of random bytes, and random actions of which some are masked."""
     rng = np.random.default_rng(seed)
-    images = {camera: [rng.bytes(int(rng.integers(5, 90))) for _ in range(steps)] for camera in cameras}
+    images = {
+        camera: [rng.bytes(int(rng.integers(5, 90))) for _ in range(steps)] for camera in cameras
+    }
     still = np.tile(np.float32([1, 0, 0, 0]), (steps, 1))
-    action = np.hstack([rng.normal(size=(steps, 3)), still, rng.uniform(size=(steps, 1))]).astype(np.float32)
-    known = {"action": action, "action_mask": rng.uniform(size=steps) > 0.2, "success": bool(seed % 2)}
+    action = np.hstack([rng.normal(size=(steps, 3)), still, rng.uniform(size=(steps, 1))]).astype(
+        np.float32
+    )
+    known = {
+        "action": action,
+        "action_mask": rng.uniform(size=steps) > 0.2,
+        "success": bool(seed % 2),
+    }
     return make(seed, steps, images=images, source=f"test {seed}", **known)
 
 
@@ -28,7 +38,9 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
     episodes[2] = make_episode(2, cameras=("external",))
     episodes[4] = dataclasses.replace(episodes[4], action=None, success=None)
     assert write_episodes(iter(episodes[:4]), tmp_path, shard_size=3) == 4
-    assert write_episodes(iter(episodes[4:]), tmp_path, shard_size=3) == 3  # a second call adds shards
+    assert (
+        write_episodes(iter(episodes[4:]), tmp_path, shard_size=3) == 3
+    )  # a second call adds shards
     assert len(list(tmp_path.iterdir())) == 2 * 3  # numbers and images
     store = EpisodeStore(tmp_path)
     assert len(store) == 7 and store.cameras == ["external", "wrist"]
@@ -41,7 +53,10 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
     assert [some.source(i) for i in range(2)] == ["test 6", "test 1"]
     assert some.image(0, 8, "external") == episodes[6].images["external"][8]
     assert not some.without_images(1).images
-    for beyond in (lambda: store[7], lambda: store.image(2, 6, "external")):  # not the next episode's
+    for beyond in (
+        lambda: store[7],
+        lambda: store.image(2, 6, "external"),
+    ):  # not the next episode's
         with pytest.raises(IndexError):
             beyond()
 
@@ -49,7 +64,10 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rotation": np.eye(4)[[0] * 6] * np.linspace(1, 1.0011, 6)[:, None]}, r"test 1 step 5: .*1\.001"),
+        (
+            {"rotation": np.eye(4)[[0] * 6] * np.linspace(1, 1.0011, 6)[:, None]},
+            r"test 1 step 5: .*1\.001",
+        ),
         ({"instruction": " "}, "empty instruction"),
         ({"rate_hz": 0.0}, "bad rate"),
         ({"images": {}}, "no camera"),
@@ -59,7 +77,10 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
         ({"rotation": np.zeros((6, 3))}, r"rotation is \(6, 3\), expected \(6, 4\)"),
         ({"position": np.zeros((0, 3))}, "empty episode"),
         ({"action_mask": np.ones(3, bool)}, "action_mask has 3 rows"),
-        ({"position": np.where(np.arange(18).reshape(6, 3) == 13, np.nan, 0)}, "test 1 step 4: position"),
+        (
+            {"position": np.where(np.arange(18).reshape(6, 3) == 13, np.nan, 0)},
+            "test 1 step 4: position",
+        ),
     ],
 )
 def test_bad_episodes_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

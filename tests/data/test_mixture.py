@@ -20,7 +20,9 @@ from spear.train import loop
 VIEWS = {"external": (12, 16), "wrist": (6, 6)}
 
 
-def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0) -> EpisodeStore:
+def make_store(
+    folder: Path, name: str, episodes: int, wrist: bool, rate_hz: float = 5.0
+) -> EpisodeStore:
     """Episode e, step t: image value 10 e + t, x = e + t / 100, action x = t; step 2 is masked."""
     made = []
     for e in range(episodes):
@@ -32,7 +34,11 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
             images["wrist"] = [png(200, 8, 8)] * steps
         position = np.stack([e + np.arange(steps) / 100, np.zeros(steps), np.zeros(steps)], axis=1)
         parts = {"images": images, "position": position, "action": action, "rate_hz": rate_hz}
-        parts |= {"action_mask": np.arange(steps) != 2, "instruction": f"task {e}", "source": f"{name} {e}"}
+        parts |= {
+            "action_mask": np.arange(steps) != 2,
+            "instruction": f"task {e}",
+            "source": f"{name} {e}",
+        }
         made.append(make(e, steps, **parts))
     return stored(made, folder, shard_size=2)
 
@@ -40,7 +46,9 @@ def make_store(folder: Path, name: str, episodes: int, wrist: bool, rate_hz: flo
 @pytest.fixture
 def mixture(tmp_path: Path) -> Mixture:
     a = make_store(tmp_path / "a", "a", 5, wrist=True)
-    return Mixture([("a", a, 3.0), ("b", make_store(tmp_path / "b", "b", 2, wrist=False), 1.0)], seed=7)
+    return Mixture(
+        [("a", a, 3.0), ("b", make_store(tmp_path / "b", "b", 2, wrist=False), 1.0)], seed=7
+    )
 
 
 def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
@@ -70,7 +78,10 @@ def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     seen = {(s.source, s.episode, s.step) for s in drawn}
     assert len(seen) == len(mixture) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
     assert all(step != 2 for _, _, step in seen)
-    assert chisquare([*Counter((s.episode, s.step) for s in drawn if s.source == 0).values()]).pvalue > 0.001
+    assert (
+        chisquare([*Counter((s.episode, s.step) for s in drawn if s.source == 0).values()]).pvalue
+        > 0.001
+    )
 
 
 def test_bad_mixtures_are_refused(mixture: Mixture, tmp_path: Path) -> None:
@@ -104,7 +115,11 @@ def test_the_order_depends_on_seed_and_step_alone(
         for e, steps in enumerate(episodes):
             mask = np.array(data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps)))
             logged = data.draw(st.booleans())
-            action = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1)) if logged else None
+            action = (
+                np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (steps, 1))
+                if logged
+                else None
+            )
             made.append(make(e, steps, action=action, action_mask=mask))
         made.append(make(len(episodes), 2))  # with a valid step
         store = stored(made, folder / str(number), shard_size=2)
@@ -158,7 +173,9 @@ def test_jitter_leaves_what_pads_an_image_black(
     plain, jittered = (TrainingSamples(mixture, views, augment=a).batch(3, 64) for a in (0.0, 1.0))
     for i, sample in enumerate(mixture.draw(3, 64)):
         expected = np.zeros((height, width, 3), np.uint8)
-        expected[rows, columns] = jitter(plain["images"]["external"][i, rows, columns], sample.draws, 1.0)
+        expected[rows, columns] = jitter(
+            plain["images"]["external"][i, rows, columns], sample.draws, 1.0
+        )
         np.testing.assert_array_equal(jittered["images"]["external"][i], expected)
 
 

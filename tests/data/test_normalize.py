@@ -22,7 +22,9 @@ from spear.train.tasks import robot_inputs
 from spear.types import Action
 
 
-def make_store(folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500) -> EpisodeStore:
+def make_store(
+    folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500
+) -> EpisodeStore:
     """One episode, its logged translations uniform in ± spread; every other step is masked and absurd."""
     rng, action = np.random.default_rng(seed), np.zeros((steps, 8), np.float32)
     action[:, :3] = rng.uniform(-1, 1, (steps, 3)) * spread
@@ -30,7 +32,11 @@ def make_store(folder: Path, seed: int, spread: tuple[float, float, float], step
     valid = np.arange(steps) % 2 == 0
     action[~valid, :3] = 1000
     position = rng.uniform(0, 1, (steps, 3)) * spread
-    parts = {"images": {"external": [b"x"] * steps}, "position": position, "gripper": np.ones(steps)}
+    parts = {
+        "images": {"external": [b"x"] * steps},
+        "position": position,
+        "gripper": np.ones(steps),
+    }
     return stored([make(seed, steps, action=action, action_mask=valid, **parts)], folder)
 
 
@@ -56,9 +62,13 @@ def as_action(translation: np.ndarray) -> Action:
 def test_an_axis_that_stands_still_stays_small(tmp_path: Path, mode: Mode, noise: float) -> None:
     """Normalised its noise and a rare jump stay small, and in metres what a network predicts for it."""
     normalizer = Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise)), 1.0)], mode)
-    seen = normalizer.normalize_action(as_action(np.array([[0, 0, noise], [0, 0, 0.02]]))).translation[:, 2]
+    seen = normalizer.normalize_action(
+        as_action(np.array([[0, 0, noise], [0, 0, 0.02]]))
+    ).translation[:, 2]
     assert abs(seen[0]) < 0.5 and abs(seen[1]) < 21
-    assert abs(normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0][2]) < 2e-4
+    assert (
+        abs(normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0][2]) < 2e-4
+    )
     still = torch.tensor([[0.0, 0, 0.05]], dtype=torch.float64)
     turn = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
     assert abs(normalizer.state_vector(still, turn, turn[:, :1])[0, 2]) < 6
@@ -69,8 +79,13 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
     """Translations and positions, against NumPy's weighted statistics of all rows."""
     stores = [make_store(tmp_path / f"{n}", n, (s, s, s), n) for n, s in ((400, 0.1), (4000, 0.01))]
     normalizer = Normalizer.fit(zip(stores, (3.0, 1.0), strict=True), mode)
-    known = [np.concatenate([s[0].action[:, :3], s[0].position], 1)[s[0].action_mask] for s in stores]
-    rows, share = np.concatenate(known).astype(np.float64), np.repeat([0.75 / 200, 0.25 / 2000], [200, 2000])
+    known = [
+        np.concatenate([s[0].action[:, :3], s[0].position], 1)[s[0].action_mask] for s in stores
+    ]
+    rows, share = (
+        np.concatenate(known).astype(np.float64),
+        np.repeat([0.75 / 200, 0.25 / 2000], [200, 2000]),
+    )
     middle = share @ rows
     ends = {
         "quantile": np.quantile(rows, [0.01, 0.99], axis=0, weights=share, method="inverted_cdf"),
@@ -79,8 +94,12 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
     }[mode]
     offset = [*normalizer.translation_offset, *normalizer.position_offset]
     found = [offset, [*normalizer.translation_scale, *normalizer.position_scale]]
-    atol = 2e-3 if mode == "quantile" else 1e-6  # NumPy has weights for quantiles that are not interpolated
-    np.testing.assert_allclose(found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol)
+    atol = (
+        2e-3 if mode == "quantile" else 1e-6
+    )  # NumPy has weights for quantiles that are not interpolated
+    np.testing.assert_allclose(
+        found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol
+    )
 
 
 def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
@@ -101,7 +120,9 @@ def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
 def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
     both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
-    words = SimpleNamespace(instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)})
+    words = SimpleNamespace(
+        instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
+    )
     image = np.zeros((3, 2, 4, 3), np.uint8)
     image[:, 1, 3, 0] = 9
     raw = {
@@ -126,7 +147,9 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
 
 def test_what_is_normalised_comes_back() -> None:
     rng = np.random.default_rng(0)
-    for offset, scale in zip(rng.uniform(-2, 2, (20, 3)), rng.uniform(1e-3, 2, (20, 3)), strict=True):
+    for offset, scale in zip(
+        rng.uniform(-2, 2, (20, 3)), rng.uniform(1e-3, 2, (20, 3)), strict=True
+    ):
         normalizer = Normalizer("quantile", tuple(offset), tuple(scale), (0.0,) * 3, (1.0,) * 3, 1)
         action = as_action(rng.uniform(-2, 2, (5, 3)))
         action = dataclasses.replace(action, gripper=torch.rand(5, 1, dtype=torch.float64))
@@ -141,7 +164,9 @@ def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
     rotation = Rotation.random(6, random_state=0)
     quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
     position = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
-    state = normalizer.state_vector(position, quaternion, torch.full((6, 1), 0.25, dtype=torch.float64))
+    state = normalizer.state_vector(
+        position, quaternion, torch.full((6, 1), 0.25, dtype=torch.float64)
+    )
     assert state.shape == (6, STATE_VECTOR_DIM)
     np.testing.assert_allclose(state[:, :3], np.tile([1.0, 0, 0], (6, 1)), atol=1e-12)
     columns = np.moveaxis(rotation.as_matrix()[:, :, :2], 2, 1).reshape(6, 6)

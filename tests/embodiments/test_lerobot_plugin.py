@@ -17,7 +17,9 @@ from spear.data.actions import with_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES, write_lerobot
 from spear.types import Array
 
-FOLDER = Path(__file__).parents[2] / "plugins" / "lerobot_policy_spear" / "src" / "lerobot_policy_spear"
+FOLDER = (
+    Path(__file__).parents[2] / "plugins" / "lerobot_policy_spear" / "src" / "lerobot_policy_spear"
+)
 SPEC = importlib.util.spec_from_file_location("lerobot_policy_spear_robots", FOLDER / "robots.py")
 assert SPEC is not None and SPEC.loader is not None
 robots: Any = importlib.util.module_from_spec(SPEC)
@@ -34,7 +36,9 @@ class Gantry:
         return at
 
     def inverse_kinematics(self, angles: Array, at: Array) -> Array:
-        return np.array([*at[:3, 3], Rotation.from_matrix(at[:3, :3]).as_euler("zyx", degrees=True)[0]])
+        return np.array(
+            [*at[:3, 3], Rotation.from_matrix(at[:3, :3]).as_euler("zyx", degrees=True)[0]]
+        )
 
 
 def test_poses_become_actions_and_lead_back() -> None:
@@ -52,13 +56,17 @@ def test_poses_become_actions_and_lead_back() -> None:
     facing = Rotation.from_rotvec(path[:, 3:6])
     turns = facing[:-1].inv() * facing[1:]
     np.testing.assert_allclose(actions[:, :3], np.diff(path[:, :3], axis=0), atol=1e-6)
-    assert (Rotation.from_quat(actions[:, 3:7], scalar_first=True).inv() * turns).magnitude().max() < 1e-5
+    assert (
+        Rotation.from_quat(actions[:, 3:7], scalar_first=True).inv() * turns
+    ).magnitude().max() < 1e-5
     rows = robot.rows(actions, here)
     assert rows.shape == (30, 7)
     np.testing.assert_allclose(rows[5::6, :3], commands[:5, :3], atol=1e-5)
     np.testing.assert_allclose(rows[2, :3], (here[:3] + commands[0, :3]) / 2, atol=1e-5)
     assert (Rotation.from_rotvec(rows[5::6, 3:6]).inv() * facing[1:]).magnitude().max() < 1e-4
-    refuses(robots.POSE_NAMES[3], robot.state, np.float32([0, -30, 60, 0, 30, 0, 50]))  # degrees of joints
+    refuses(
+        robots.POSE_NAMES[3], robot.state, np.float32([0, -30, 60, 0, 30, 0, 50])
+    )  # degrees of joints
 
 
 @pytest.mark.parametrize("lag", [0.05, 0.1, 0.4])
@@ -98,7 +106,10 @@ def test_joints_go_through_the_arms_kinematics_and_stay_where_none_leads() -> No
 
 
 def test_units_that_are_hardly_right_are_said(recwarn: pytest.WarningsRecorder) -> None:
-    arm, frames = robots.Joints(2, Gantry(), 4), np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]]
+    arm, frames = (
+        robots.Joints(2, Gantry(), 4),
+        np.linspace(0, 1, 5)[:, None] * [[30, -60, 90, 5, 100]],
+    )
     others = (robots.Exported(), frames / 99, 0), (arm, frames / 99, 2), (arm, frames * 10 / 9, 3)
     for robot, values, said in ((arm, frames, 0), *others):
         robots.doubt_units(robot, values)
@@ -112,16 +123,22 @@ def test_rows_for_a_robot_come_no_faster_than_they_are_made_for(
     pace, now, rng = robots.Pace(5), [100.0], np.random.default_rng(0)
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
     monkeypatch.setattr(robots, "time", clock)
-    for before, late in itertools.pairwise(rng.uniform(0, 0.08, 101)):  # s: a loop is not quite even
+    for before, late in itertools.pairwise(
+        rng.uniform(0, 0.08, 101)
+    ):  # s: a loop is not quite even
         begun = now[0]
         pace.wait()
         now[0] = max(now[0], begun + 1 / asks + late - before)
-    assert 100 / (now[0] - 100) == pytest.approx(takes, rel=0.02) and bool(len(recwarn)) is (asks == 30)
+    assert 100 / (now[0] - 100) == pytest.approx(takes, rel=0.02) and bool(len(recwarn)) is (
+        asks == 30
+    )
 
 
 def test_rows_that_waited_through_a_pause_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     pace, now, lasts = robots.Pace(5), [100.0], []
-    monkeypatch.setattr(robots, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
+    monkeypatch.setattr(
+        robots, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None)
+    )
     for after in (0, 0.2, 0.9, 1.1, 0.2):  # s
         now[0] += after
         pace.row(lambda last: lasts.append(last) or [len(lasts) * 10, len(lasts) * 10 + 1])
@@ -145,7 +162,9 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
 
 def test_frames_of_episodes_that_failed_do_not_count(tmp_path: Path) -> None:
     """As in `spear train`; but columns of these names in others' datasets mean what they mean there."""
-    episodes = [with_actions(make(i, success=success)) for i, success in enumerate((True, False, None))]
+    episodes = [
+        with_actions(make(i, success=success)) for i, success in enumerate((True, False, None))
+    ]
     write_lerobot(iter(episodes), tmp_path / "exported", "image")
     info = json.loads((tmp_path / "exported" / "meta" / "info.json").read_text())
     meta = SimpleNamespace(root=tmp_path / "exported", total_frames=18, features=info["features"])

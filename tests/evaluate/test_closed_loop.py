@@ -35,7 +35,9 @@ class Half(ExpertAgent):
     def __init__(self, steps: int = 10**6) -> None:
         self.steps, self.scenes = steps, set[int]()
 
-    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
         self.steps -= 1
         if self.steps < 0:
             raise KeyboardInterrupt
@@ -76,7 +78,9 @@ def test_outcomes_do_not_depend_on_the_batch() -> None:
 def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
     policy, (width, height) = Wander(), SMALL[view]
     policy.image_sizes = {view: SMALL[view]}
-    assert run(PolicyAgent(policy, "x"), 1, replan=5).outcomes and policy.shapes == {(height, width, 3)}
+    assert run(PolicyAgent(policy, "x"), 1, replan=5).outcomes and policy.shapes == {
+        (height, width, 3)
+    }
 
 
 def test_films_are_made_in_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +111,13 @@ def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path
     assert run(Half(0), 4, **common).outcomes == whole.outcomes
 
 
-def test_results_of_another_physics_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_another_physics_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(IdleAgent(), 1, out=tmp_path)
-    monkeypatch.setattr(closed_loop, "SIMULATOR", "MuJoCo 3.3.7")  # where the expert fails in 7 of 25 scenes
+    monkeypatch.setattr(
+        closed_loop, "SIMULATOR", "MuJoCo 3.3.7"
+    )  # where the expert fails in 7 of 25 scenes
     refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
     run(IdleAgent(), 1, out=tmp_path / "async", execution="async")
     monkeypatch.setattr(closed_loop, "SLOW", 9)
@@ -120,7 +128,9 @@ def test_latency_costs_steps() -> None:
     class Planner(ExpertAgent):
         """The expert, who says its next action five times over: a chunk to execute meanwhile."""
 
-        def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+        def act(
+            self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+        ) -> Sequence[Array]:
             return [np.repeat(a, 5, axis=0) for a in super().act(envs, observations)]
 
     soon, late = (run(Planner(), 2, latency_ms=ms) for ms in (0.0, 200.0))
@@ -138,7 +148,9 @@ def test_rtc_is_for_policies_that_have_learned_it() -> None:
     refuses("--execution rtc", run, ExpertAgent(), 1, execution="rtc")
 
 
-def test_seams_of_an_episode_run_again_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seams_of_an_episode_run_again_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("ChunkExecutor", "_outcome"):  # which the study replaces
         monkeypatch.setattr(closed_loop, name, getattr(closed_loop, name))
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks/evaluate")
@@ -147,5 +159,7 @@ def test_seams_of_an_episode_run_again_count_once(tmp_path: Path, monkeypatch: p
         for most in ends:
             with contextlib.suppress(KeyboardInterrupt):
                 study.cell(Half(most), "sync/1", 0, 2, tmp_path / str(len(ends)), ("put_on",))
-        seams.append(sorted(next((tmp_path / str(len(ends))).rglob("seams.txt")).read_text().split()))
+        seams.append(
+            sorted(next((tmp_path / str(len(ends))).rglob("seams.txt")).read_text().split())
+        )
     assert seams[0] == seams[1] and len(seams[0]) > 60

@@ -24,12 +24,16 @@ def results(name: str, wins: dict[str, str], first_seed: int = 0) -> Results:
 
 def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
     first = results("x", {"a": "xx.x", "b": "xx"})
-    c = compare(replace(first, outcomes=list(first.outcomes)[::-1]), results("y", {"a": "x.....", "c": "x"}))
+    c = compare(
+        replace(first, outcomes=list(first.outcomes)[::-1]), results("y", {"a": "x.....", "c": "x"})
+    )
     assert [r.name for r in c.rows[:-1]] == ["a"]
     row = c.rows[0]
     assert (row.only_first, row.only_second, row.difference.n, c.unshared) == (2, 0, 4, 5)
     assert row.difference.value == pytest.approx(0.5) and row.p > 0.05 and row.difference.low < 0
-    few = compare(results("x", {"a": "x" * 6 + "." * 6}), results("y", {"a": "." * 6 + "x" + "." * 5}))
+    few = compare(
+        results("x", {"a": "x" * 6 + "." * 6}), results("y", {"a": "." * 6 + "x" + "." * 5})
+    )
     assert few.mean.p > 0.05 and few.mean.difference.low < 0  # 6 : 1 of 12 is no difference yet
 
 
@@ -68,7 +72,13 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
         for name in names:
             (folder / f"{name}.mp4").write_bytes(name.encode())
     shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
-    assert shown == [("a", 1), ("b", 0), ("a", 2), ("b", 1), ("a", 0)]  # of b's scene 1 there is one film
+    assert shown == [
+        ("a", 1),
+        ("b", 0),
+        ("a", 2),
+        ("b", 1),
+        ("a", 0),
+    ]  # of b's scene 1 there is one film
     assert len(filmed_pairs(c, (a, b), 2)) == 2
     html = comparison_page(c, (a, b))
     assert html.count("<video") == 9 and "side by side: 5 of 5" in html
@@ -76,16 +86,29 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
-def test_the_command_prints_and_writes_a_page(tmp_path: Path, done: Command, refused: Command) -> None:
-    results("mine <b>", {"a": "x" * 8 + "..", "b": "x" * 9}).save(tmp_path / "mine" / "results.json")
+def test_the_command_prints_and_writes_a_page(
+    tmp_path: Path, done: Command, refused: Command
+) -> None:
+    results("mine <b>", {"a": "x" * 8 + "..", "b": "x" * 9}).save(
+        tmp_path / "mine" / "results.json"
+    )
     results("theirs", {"a": "." * 10, "b": "x" * 9}).save(tmp_path / "theirs" / "results.json")
     page = tmp_path / "deep" / "page.html"
-    argv = ["evaluate", "compare", str(tmp_path / "mine"), str(tmp_path / "theirs" / "results.json")]
+    argv = [
+        "evaluate",
+        "compare",
+        str(tmp_path / "mine"),
+        str(tmp_path / "theirs" / "results.json"),
+    ]
     said = done(*argv, "--out", str(page))
     assert "mine <b> is better than theirs: +40.0 points" in said and "+80.0" in said
-    assert "mine &lt;b&gt; is better" in page.read_text() and "<b> is better" not in page.read_text()
+    assert (
+        "mine &lt;b&gt; is better" in page.read_text() and "<b> is better" not in page.read_text()
+    )
     assert str(tmp_path) in refused("evaluate", "compare", str(tmp_path / "mine"), str(tmp_path))
     refused(*argv[:2], argv[3].removesuffix("/results.json"), argv[3])  # with itself
-    results("theirs", {"a": "x" * 10}).save(tmp_path / "again" / "results.json")  # told apart by folders
+    results("theirs", {"a": "x" * 10}).save(
+        tmp_path / "again" / "results.json"
+    )  # told apart by folders
     said = done("evaluate", "compare", str(tmp_path / "theirs"), str(tmp_path / "again"))
     assert f"{tmp_path / 'again'} is better than {tmp_path / 'theirs'}" in said

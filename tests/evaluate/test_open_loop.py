@@ -14,7 +14,13 @@ from refusals import Command, refuses
 from spear.data.actions import chunk, episode_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
-from spear.evaluate.open_loop import mean_action, observations, score, score_last_action, score_mean_action
+from spear.evaluate.open_loop import (
+    mean_action,
+    observations,
+    score,
+    score_last_action,
+    score_mean_action,
+)
 from spear.report.comparison import open_loop_page
 from spear.types import Array, Episode
 
@@ -25,7 +31,9 @@ def episode(seed: int, steps: int = 12) -> Episode:
     return make(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
 
 
-def test_held_out_episodes_that_were_learned_from_are_known(tmp_path: Path, refused: Command) -> None:
+def test_held_out_episodes_that_were_learned_from_are_known(
+    tmp_path: Path, refused: Command
+) -> None:
     """Wherever they lie, whatever they are called."""
     write_episodes([episode(i) for i in range(3)], tmp_path / "arm")
     write_lerobot([replace(episode(i), source=f"new#{i}") for i in range(2, 4)], tmp_path / "new")
@@ -59,19 +67,26 @@ def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
 
 
 @pytest.mark.parametrize("error", [0.0, 0.002])
-def test_a_known_mistake_is_measured(stores: tuple[EpisodeStore, EpisodeStore], error: float) -> None:
+def test_a_known_mistake_is_measured(
+    stores: tuple[EpisodeStore, EpisodeStore], error: float
+) -> None:
     summary = score("replay", Replay(stores[1], error), stores[1]).summary()
     assert summary["translation_mm"].value == pytest.approx(1000 * error, rel=1e-3, abs=1e-6)
     assert summary["chunk_end_mm"].value == pytest.approx(5000 * error, rel=1e-3, abs=1e-6)
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
-    assert summary["gripper_accuracy"].value == (0 if error else 1) and summary["translation_mm"].n == 2
+    assert (
+        summary["gripper_accuracy"].value == (0 if error else 1)
+        and summary["translation_mm"].n == 2
+    )
 
 
 def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
     turns = Rotation.from_rotvec([[0, 0, 0.2], [0, 0, 0.5]]).as_quat(scalar_first=True)
     rows = np.concatenate([np.zeros((2, 3)), turns, np.ones((2, 1))], axis=1)
     mean = mean_action(rows)
-    np.testing.assert_allclose(mean, mean_action(rows * [[1] * 8, [1, 1, 1, -1, -1, -1, -1, 1]]), atol=1e-7)
+    np.testing.assert_allclose(
+        mean, mean_action(rows * [[1] * 8, [1, 1, 1, -1, -1, -1, -1, 1]]), atol=1e-7
+    )
     assert Rotation.from_quat(mean[3:7], scalar_first=True).magnitude() == pytest.approx(0.35)
 
 
@@ -84,10 +99,14 @@ def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore
     assert summary["translation_mm"].value > 5
     assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
     page = open_loop_page(score("replay", Replay(held_out), held_out), reference)
-    assert page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
+    assert (
+        page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
+    )
 
 
-def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
+def test_the_last_action_is_what_was_done_a_step_before(
+    stores: tuple[EpisodeStore, EpisodeStore],
+) -> None:
     _, held_out = stores
     for horizon in (5, 9):  # of 11 known actions; a policy's chunks are compared with as long ones
         both = score_last_action(held_out, horizon), score_mean_action(held_out, held_out, horizon)
@@ -95,7 +114,9 @@ def test_the_last_action_is_what_was_done_a_step_before(stores: tuple[EpisodeSto
     reference = score_last_action(held_out)
     for index, e in enumerate(held_out):
         actions, _ = episode_actions(e)
-        np.testing.assert_array_equal(reference.predicted[index], [[0, 0, 0, 1, 0, 0, 0, 1], *actions[:-1]])
+        np.testing.assert_array_equal(
+            reference.predicted[index], [[0, 0, 0, 1, 0, 0, 0, 1], *actions[:-1]]
+        )
     # By hand, of the second episode: the errors of its last known step, whose chunk is one action long.
     actions, _ = episode_actions(held_out[1])
     last = reference.episodes[1]
@@ -113,7 +134,9 @@ def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[st
         image_sizes = dict.fromkeys(views, (32, 32))
 
         def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            seen.update(key for observation in observations for key in observation if key.endswith("image"))
+            seen.update(
+                key for observation in observations for key in observation if key.endswith("image")
+            )
             return super().infer_batch(observations)
 
     score("asked", Asked(store), store)

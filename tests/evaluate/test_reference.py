@@ -12,7 +12,9 @@ SIMPLER = references()["simpler_widowx"]
 
 
 def results(families: tuple[str, ...]) -> Results:
-    outcomes = [Outcome(f, s, "go", s < 3, True, True, False, 0, 9) for f in families for s in range(4)]
+    outcomes = [
+        Outcome(f, s, "go", s < 3, True, True, False, 0, 9) for f in families for s in range(4)
+    ]
     return Results("mine", {}, outcomes, 1.0)
 
 
@@ -23,17 +25,27 @@ def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
     assert set(table.rows) <= set(table.means)
     for method, row in table.rows.items():
         assert len(row) == len(table.columns)
-        assert np.mean(row) == pytest.approx(table.means[method], abs=0.1)  # published means are rounded
+        assert np.mean(row) == pytest.approx(
+            table.means[method], abs=0.1
+        )  # published means are rounded
     assert all(0 <= v <= 100 for v in table.means.values())
 
 
 def test_ours_stand_below_theirs_on_the_same_tasks_only() -> None:
-    assert beside(results(("spoon_on_towel", "stack_cube"))) == []  # our simulator's tasks are not SIMPLER's
+    assert (
+        beside(results(("spoon_on_towel", "stack_cube"))) == []
+    )  # our simulator's tasks are not SIMPLER's
     one = results(SIMPLER.families[:1])
-    assert beside(one) == [SIMPLER] and beside(replace(one, settings={"starts": "off the grid"})) == []
+    assert (
+        beside(one) == [SIMPLER] and beside(replace(one, settings={"starts": "off the grid"})) == []
+    )
     *theirs, ours = SIMPLER.cells([("mine", one)])
     assert theirs == SIMPLER.cells() and all("(published)" in line[0] for line in theirs)
-    mean_alone = replace(SIMPLER, rows={}).cells()  # a published mean without its tasks stays in its column
-    assert all(line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone)
+    mean_alone = replace(
+        SIMPLER, rows={}
+    ).cells()  # a published mean without its tasks stays in its column
+    assert all(
+        line[1:-1] == ["–"] * 4 and len(line) == len(SIMPLER.headers()) for line in mean_alone
+    )
     assert ours == ["mine (measured here)", "75.0 [30, 95]", "–", "–", "–", "–"]
     assert SIMPLER.cells([("mine", results(tuple(SIMPLER.families)))])[-1][-1] == "75.0 [51, 90]"

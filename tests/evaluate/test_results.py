@@ -31,12 +31,18 @@ def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> Non
     r = results({"a": [True, False, True, True], "b": [False, False]})
     assert r.summary("a").success.value == r.summary("a").grasped.value == 0.75
     assert r.summary("a").steps == pytest.approx((10 + 12 + 13) / 3)
-    assert r.families == ["a", "b"] and r.summary("b").steps is None and r.summary("b").reached.value == 1
+    assert (
+        r.families == ["a", "b"]
+        and r.summary("b").steps is None
+        and r.summary("b").reached.value == 1
+    )
     assert r.summary().success.n == 6 and r.mean().value == pytest.approx(0.375)
 
 
 def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    r = replace(results({"a": [True, False], "b": [False, True]}), wanted=frozenset({("a", 0), ("b", 7)}))
+    r = replace(
+        results({"a": [True, False], "b": [False, True]}), wanted=frozenset({("a", 0), ("b", 7)})
+    )
     path = tmp_path / "deep" / "r.json"
     r.save(path)
     assert load(path) == r and [p.name for p in path.parent.iterdir()] == ["r.json"]
@@ -58,7 +64,11 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
         again = journal(tmp_path, range(0))
         assert sorted(seed for _, seed in again.done) == [0, 1]
     again.add(outcome(2), 9.0, 1.5)
-    assert path.read_bytes() == whole and load(tmp_path).outcomes == [outcome(0), outcome(1), outcome(2)]
+    assert path.read_bytes() == whole and load(tmp_path).outcomes == [
+        outcome(0),
+        outcome(1),
+        outcome(2),
+    ]
     path.write_bytes(whole.replace(b'"steps": 10', b'"steps": {}'))
     refuses("not a journal", load, tmp_path)
     path.write_bytes(whole[:5])  # in its head
@@ -68,7 +78,11 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("policy", "settings", "named"),
-    [("you", HOW, "policy"), ("me", {**HOW, "weights": "y"}, "weights"), ("me", {"weights": "x"}, "replan")],
+    [
+        ("you", HOW, "policy"),
+        ("me", {**HOW, "weights": "y"}, "weights"),
+        ("me", {"weights": "x"}, "replan"),
+    ],
 )
 def test_results_of_another_policy_or_settings_do_not_mix(
     policy: str, settings: dict[str, object], named: str, tmp_path: Path
@@ -79,7 +93,9 @@ def test_results_of_another_policy_or_settings_do_not_mix(
 
 
 def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> None:
-    one, two = (Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0)))
+    one, two = (
+        Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0))
+    )
     assert [o.seed for o in merge([one, two]).outcomes] == [0, 1, 2]
     refuses("scene 0", merge, [one, replace(two, outcomes=[outcome(0, success=False)])])
     for nonsense in (b"nonsense\n", b"\xff\n"):

@@ -76,7 +76,10 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
     results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
     assert simulator.ran == ran and simulator.most <= 3 and results.mean().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
-    lines = [json.loads(line) for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]
+    ]
     assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it
     assert results.seconds >= sum(line["wall"] for line in lines) == load(tmp_path).seconds
     assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
@@ -98,14 +101,21 @@ def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
             run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
         return load(tmp_path).unfinished()
 
-    assert run(Stopped(), 8, "1/1").startswith("4 scenes") and "UNFINISHED: 4" in load(tmp_path).width()
+    assert (
+        run(Stopped(), 8, "1/1").startswith("4 scenes")
+        and "UNFINISHED: 4" in load(tmp_path).width()
+    )
     whole = Results("other", {}, load(tmp_path).outcomes, 1.0)
-    assert [words.partition(" ")[0] for words in compare(load(tmp_path), whole).settings] == [f"{IDLE.name}:"]
+    assert [words.partition(" ")[0] for words in compare(load(tmp_path), whole).settings] == [
+        f"{IDLE.name}:"
+    ]
     assert run(Parity(), 8, "1/2").startswith("4 ") and run(Parity(), 12, "2/2") == ""
     assert run(Parity(), 12, "1/1") == "" and "UNFINISHED" not in load(tmp_path).width()
 
 
-def test_one_that_ends_otherwise_has_no_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_ends_otherwise_has_no_film(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = EpisodeOptions(films=1, out=tmp_path)
     results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
     assert results.mean().value == 0 and made == [] and "no film of a 0" in capsys.readouterr().err

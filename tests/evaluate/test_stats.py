@@ -27,7 +27,9 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     k = round(fraction * n)
     ours = wilson(k, n)
     theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
-    assert (ours.low, ours.high) == pytest.approx((max(0, theirs.low), min(1, theirs.high)), abs=1e-12)
+    assert (ours.low, ours.high) == pytest.approx(
+        (max(0, theirs.low), min(1, theirs.high)), abs=1e-12
+    )
     assert ours.low <= ours.value <= ours.high
 
 
@@ -35,10 +37,16 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     ("function", "nonsense"),
     [
         *((wilson, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
-        *((paired_difference, (each,)) for each in ([], [([0.2], [0.9])], [([True], [True, False])])),
+        *(
+            (paired_difference, (each,))
+            for each in ([], [([0.2], [0.9])], [([True], [True, False])])
+        ),
         (mean_over_seeds, ([np.full((2, 4), np.nan)],)),
         (bootstrap, ([np.array([])],)),
-        *((mean_over_seeds, (t,)) for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])),
+        *(
+            (mean_over_seeds, (t,))
+            for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])
+        ),
         (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )
@@ -52,7 +60,10 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
     covered, widths = 0, []
     for _ in range(400):
         hard = rng.random(60)  # scenes differ much; both policies fail on the same hard ones
-        a, b = hard + 0.05 * rng.standard_normal(60) < 0.7, hard + 0.05 * rng.standard_normal(60) < 0.6
+        a, b = (
+            hard + 0.05 * rng.standard_normal(60) < 0.7,
+            hard + 0.05 * rng.standard_normal(60) < 0.6,
+        )
         d, _ = paired_difference([(a.tolist(), b.tolist())])
         assert d.low <= d.value <= d.high
         covered += d.low <= 0.1 <= d.high
@@ -62,10 +73,18 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
     assert same.value == 0 and same.low < 0 < same.high
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=4))
-def test_the_interval_leaves_out_zero_exactly_where_p_is_small(counts: list[tuple[int, int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=4
+    )
+)
+def test_the_interval_leaves_out_zero_exactly_where_p_is_small(
+    counts: list[tuple[int, int, int]],
+) -> None:
     first, second = [True, False, True], [False, True, True]
-    strata = [(np.repeat(first, n).tolist(), np.repeat(second, n).tolist()) for n in counts if any(n)]
+    strata = [
+        (np.repeat(first, n).tolist(), np.repeat(second, n).tolist()) for n in counts if any(n)
+    ]
     if strata:
         d, p = paired_difference(strata)
         assert (p < 0.05) == (d.low > 0 or d.high < 0) and d.low <= d.value <= d.high
@@ -99,7 +118,9 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
 def test_samples_for_is_the_smallest_number(rate: float) -> None:
     n = samples_for(0.05, rate)
     assert samples_for(0.05) == 381 == TabletopOptions().scenes
-    enough, few = (binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2))
+    enough, few = (
+        binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2)
+    )
     assert enough.high - enough.low < 0.1 < few.high - few.low
 
 
@@ -110,7 +131,9 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     apart = bootstrap([np.array([v]) for g in groups for v in g], np.mean)
     assert together.value == pytest.approx(apart.value) and together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
-    assert "[" not in bootstrap(groups[:1], np.mean).say(".3f")  # of one nothing is known about others
+    assert "[" not in bootstrap(groups[:1], np.mean).say(
+        ".3f"
+    )  # of one nothing is known about others
     for won in (True, False):  # as of values that all are alike, no two draws differ
         assert bootstrap([np.full(9, won)] * 20, np.mean) == wilson(20 * won, 20)
     assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == wilson(8, 12)
@@ -119,7 +142,9 @@ def test_bootstrap_resamples_groups_not_values() -> None:
 
 
 @pytest.mark.parametrize(("rate", "alike"), [(0.5, 0.5), (0.9, 0.1), (0.97, 0.5)])
-def test_a_rate_covers_the_truth_where_samples_of_a_group_are_alike(rate: float, alike: float) -> None:
+def test_a_rate_covers_the_truth_where_samples_of_a_group_are_alike(
+    rate: float, alike: float
+) -> None:
     rng, certain = np.random.default_rng(0), 1 / alike - 1
     of_groups = rng.beta(rate * certain, (1 - rate) * certain, (1000, 20))
     found = [bootstrap([rng.random(10) < own for own in groups], np.mean) for groups in of_groups]
@@ -152,7 +177,10 @@ def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> 
 def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
     rng, truth = np.random.default_rng(2), 0.0
     for rate in (0.9, 0.3):
-        truth += float(draw(rng, rate, rng.standard_normal(4000), 0.3 * rng.standard_normal(500)).mean()) / 2
+        truth += (
+            float(draw(rng, rate, rng.standard_normal(4000), 0.3 * rng.standard_normal(500)).mean())
+            / 2
+        )
     covered = 0
     for _ in range(200):
         own = 0.3 * rng.standard_normal(3)

@@ -24,7 +24,9 @@ from spear.util.images import decode_image
 def grey(items: Sequence[Item], **options: int) -> list[int | str]:
     """The grey value of each item's image, or why there is none."""
     return [
-        str(work.error) if work.frame is None or work.error else round(float(work.frame.image.mean()))
+        str(work.error)
+        if work.frame is None or work.error
+        else round(float(work.frame.image.mean()))
         for work in read(items, **options)
     ]
 
@@ -37,7 +39,9 @@ def tarred(path: Path, files: Mapping[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Fraction = Fraction(1)) -> None:
+def film(
+    path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Fraction = Fraction(1)
+) -> None:
     """A video whose frame i is grey of value 5 i, of pixels so many times as wide as high."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
@@ -45,7 +49,9 @@ def film(path: Path, frames: int = 40, fps: int = 10, gop: int = 7, aspect: Frac
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", gop
         stream.bit_rate, stream.codec_context.sample_aspect_ratio = 8_000_000, aspect
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 5 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), 5 * i, np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -61,14 +67,22 @@ def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path
     tarred(tmp_path / "photos.tar", {"photo.jpg": file.read_bytes()})
     pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
     works = read(list(find(str(tmp_path))))
-    seen = [work.frame.image for work in works if work.frame] + [decode_image(w.encoded) for w in works]
+    seen = [work.frame.image for work in works if work.frame] + [
+        decode_image(w.encoded) for w in works
+    ]
     for image in [*seen, read_picture(str(file), (64, 32)).image]:
         assert image.shape == (64, 32, 3) and image[:12].min() > 200 and image[20:].max() < 50
     assert len(seen) == 6
 
 
 def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: Path) -> None:
-    for name, value in (("b/2.png", 20), ("b/1.PNG", 10), ("a.png", 5), ("c.png", 30), (".hidden.png", 9)):
+    for name, value in (
+        ("b/2.png", 20),
+        ("b/1.PNG", 10),
+        ("a.png", 5),
+        ("c.png", 30),
+        (".hidden.png", 9),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(value))
     (tmp_path / "notes.txt").write_text("no image")
@@ -80,7 +94,10 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     assert [i.key for i in find(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
     assert list(find(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
     assert list(find(f"{tmp_path}/**")) == items  # the pattern names a folder and each file in it
-    assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [items[0].key, items[-1].key]
+    assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [
+        items[0].key,
+        items[-1].key,
+    ]
     (tmp_path / "b" / "back").symlink_to(tmp_path)
     (tmp_path / "b" / "old").mkdir()
     for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS", "old/run.json", "old/labels-00000.parquet"):
@@ -143,10 +160,19 @@ def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
     take = tmp_path / "takes" / "cooking_7"
     small = take / "frame_aligned_videos" / "downscaled" / "448"
     small.mkdir(parents=True)
-    names = ("cam01.mp4", "aria01_214-1.mp4", "aria01_1201-1.mp4", "aria01_1201-2.mp4", "aria01_211-1.mp4")
+    names = (
+        "cam01.mp4",
+        "aria01_214-1.mp4",
+        "aria01_1201-1.mp4",
+        "aria01_1201-2.mp4",
+        "aria01_211-1.mp4",
+    )
     for name in names:
         film(small / name, frames=10)
-    assert {Path(i.path).name for i in find(str(tmp_path / "takes"))} == {"cam01.mp4", "aria01_214-1.mp4"}
+    assert {Path(i.path).name for i in find(str(tmp_path / "takes"))} == {
+        "cam01.mp4",
+        "aria01_214-1.mp4",
+    }
     film(take / "frame_aligned_videos" / "cam02.mp4", frames=30)
     keys = [i.key for i in find(str(tmp_path))]
     assert keys == [str(take / "frame_aligned_videos" / f"cam02.mp4#{n}") for n in (0, 10, 20)]
@@ -161,7 +187,11 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     assert kinds == [type(None), SpearError, SpearError, RetryableError]
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
-    assert "1×1 pixels" in str(tiny) and "not a readable" in str(zero) and "No such file" in str(missing)
+    assert (
+        "1×1 pixels" in str(tiny)
+        and "not a readable" in str(zero)
+        and "No such file" in str(missing)
+    )
 
 
 @pytest.mark.parametrize(

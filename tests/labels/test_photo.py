@@ -23,7 +23,9 @@ data = pytest.importorskip("skimage.data", reason="scikit-image brings the photo
 VOCABULARY = [word for word in WORDS if word in ("cup", "plate", "bowl")]
 
 
-def test_a_photograph_goes_through_the_whole_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_photograph_goes_through_the_whole_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cup of coffee with a spoon on a saucer."""
     photo = Frame(data.coffee()[::2, ::2].copy(), source="coffee.png")
     network = str(save_grounding_dino(tmp_path / "grounding-dino"))

@@ -26,7 +26,9 @@ def test_boxes_agree_with_the_true_ones(frames: list[Frame]) -> None:
     result = compare(label(frames, *TRUTH), frames)
     assert result.n == 100 and result.missed == 0
     assert result.center < 0.002 and result.vertex < 0.005 and result.iou > 0.85
-    assert compare(label(frames[:6], *TRUTH, exact=False), frames[:6]).iou > 0.75  # the boxes do not shrink
+    assert (
+        compare(label(frames[:6], *TRUTH, exact=False), frames[:6]).iou > 0.75
+    )  # the boxes do not shrink
 
 
 def test_boxes_survive_noisy_depth(frames: list[Frame]) -> None:
@@ -44,12 +46,16 @@ def test_a_thing_on_a_thing_ends_where_it_stands() -> None:
     cube = (np.array([0, 0, 0.085]), np.array([0.05, 0.05, 0.05]), 0.0)
     (result,) = label([render([block, cube], ["block", "cube"])], *TRUTH)
     tall = {o.name: float(o.box3d.size[1]) for o in result.objects if o.box3d}
-    assert tall["cube"] == pytest.approx(0.05, abs=0.005) and tall["block"] == pytest.approx(0.06, abs=0.005)
+    assert tall["cube"] == pytest.approx(0.05, abs=0.005) and tall["block"] == pytest.approx(
+        0.06, abs=0.005
+    )
 
 
 @pytest.mark.parametrize("pitch", [80, 89, 95])
 def test_a_thing_seen_from_above_stands_on_the_table(pitch: float) -> None:
-    frame = render([(np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)], ["cube"], pitch=pitch)
+    frame = render(
+        [(np.array([0, 0, 0.02]), np.array([0.04, 0.04, 0.04]), 0.3)], ["cube"], pitch=pitch
+    )
     assert compare(label([frame], *TRUTH), [frame]).iou > 0.7
 
 
@@ -57,15 +63,21 @@ def test_a_table_that_was_detected_still_holds_things_up(frames: list[Frame]) ->
     for frame in frames[:3]:
         seen = replace(frame, extrinsics=None)
         table = replace(
-            seen, instances=np.where(seen.instances, seen.instances, 9), names=seen.names | {9: "table"}
+            seen,
+            instances=np.where(seen.instances, seen.instances, 9),
+            names=seen.names | {9: "table"},
         )
         one, other = (compare(label([f], *TRUTH), [frame]).vertex for f in (seen, table))
         assert one == pytest.approx(other, abs=1e-5)
 
 
-def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(frames: list[Frame]) -> None:
+def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(
+    frames: list[Frame],
+) -> None:
     y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
-    works = [admit(replace(frames[0], extrinsics=pose)) for pose in (None, y_up @ frames[0].extrinsics)]
+    works = [
+        admit(replace(frames[0], extrinsics=pose)) for pose in (None, y_up @ frames[0].extrinsics)
+    ]
     works = [replace(work, encoded=b"JPEG") for work in works]
     for stage, model in zip(STAGES, TRUTH, strict=True):
         stage(works, model)
@@ -121,7 +133,9 @@ def test_a_bad_image_is_refused_with_its_reason(frames: list[Frame]) -> None:
         replace(frames[2], instances=None, source="photo.png"),
         replace(frames[2], depth=None, source="flat.png"),
     ]
-    for frame, reason in zip(bad, ("uint8 (128, 192)", "1×1", "instance map", "depth"), strict=True):
+    for frame, reason in zip(
+        bad, ("uint8 (128, 192)", "1×1", "instance map", "depth"), strict=True
+    ):
         refuses(re.escape(reason), list, label([*frames[:5], frame], *TRUTH))
 
 
@@ -144,12 +158,16 @@ def test_camera_pixel_centres_are_at_one_half() -> None:
 
 
 @pytest.mark.parametrize(("aided", "vertex", "iou"), [(True, 0.008, 0.8), (False, 0.0095, 0.7)])
-def test_boxes_of_the_simulators_things(renderer: Any, aided: bool, vertex: float, iou: float) -> None:
+def test_boxes_of_the_simulators_things(
+    renderer: Any, aided: bool, vertex: float, iou: float
+) -> None:
     """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were estimates."""
     from spear.sim.render import clutter_frame
 
     frames = [clutter_frame(seed, "external", (192, 128)) for seed in range(3000, 3012)]
-    frames = [replace(f, names={i: n for i, n in f.names.items() if "gripper" not in n}) for f in frames]
+    frames = [
+        replace(f, names={i: n for i, n in f.names.items() if "gripper" not in n}) for f in frames
+    ]
     seen = frames if aided else [replace(frame, extrinsics=None) for frame in frames]
     result = compare(label(seen, *TRUTH, exact=None if aided else False), frames)
     assert result.vertex < vertex and result.iou > iou, result

@@ -27,9 +27,13 @@ def truth() -> list[Frame]:
     return [random_frame(rng, width=96, height=64) for _ in range(3)]
 
 
-def test_a_plain_folder_gives_its_frames_back_also_with_json(tmp_path: Path, truth: list[Frame]) -> None:
+def test_a_plain_folder_gives_its_frames_back_also_with_json(
+    tmp_path: Path, truth: list[Frame]
+) -> None:
     scene = Scene(folder := write_plain(tmp_path / "s", [*truth] * 4))
-    assert [Path(source).stem for source in scene.sources] == [str(i) for i in range(12)]  # by number
+    assert [Path(source).stem for source in scene.sources] == [
+        str(i) for i in range(12)
+    ]  # by number
     for i, true in enumerate(truth):
         frame = scene[i]
         assert (frame.image == true.image).all() and frame.source == scene.sources[i]
@@ -48,7 +52,9 @@ def test_a_plain_folder_gives_its_frames_back_also_with_json(tmp_path: Path, tru
 
 
 @pytest.mark.parametrize(("off", "slack"), [(0, 0.001), (1, 0.002)])
-def test_a_scan_gives_the_true_boxes(tmp_path: Path, truth: list[Frame], off: int, slack: float) -> None:
+def test_a_scan_gives_the_true_boxes(
+    tmp_path: Path, truth: list[Frame], off: int, slack: float
+) -> None:
     """Also where its outlines are off by a pixel, as those of a scan are."""
     frames = [replace(frame, names=truth[0].names) for frame in truth]
     seen = [replace(frame, instances=np.roll(frame.instances, off, axis=1)) for frame in frames]
@@ -66,7 +72,9 @@ def test_a_scan_gives_the_true_boxes(tmp_path: Path, truth: list[Frame], off: in
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", [2, 3, 6])
-def test_exif_turns_no_colour(truth: list[Frame], tmp_path: Path, orientation: int, ending: str) -> None:
+def test_exif_turns_no_colour(
+    truth: list[Frame], tmp_path: Path, orientation: int, ending: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     folder = write_plain(tmp_path / "s", truth[:1])
@@ -84,7 +92,9 @@ def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: P
     np.testing.assert_allclose(Scene(folder)[0].depth, blocks, atol=5.1e-4)
 
 
-def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(truth: list[Frame], tmp_path: Path) -> None:
+def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(
+    truth: list[Frame], tmp_path: Path
+) -> None:
     folder = write_plain(tmp_path / "s", truth)
     (folder / "color" / "0.json").write_text("{}")
     assert len(list(items([f"rgbd:{folder}"]))) == 3
@@ -101,9 +111,13 @@ def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path:
     for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
         before = [scene.stamp(i) for i in range(3)]
         shutil.copy(folder / name.replace("1", "2"), folder / name)
-        assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], name
+        assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], (
+            name
+        )
     (old,) = contents([next(items([f"rgbd:{folder}"]))])
-    np.savetxt(folder / "intrinsic" / "intrinsic_color.txt", [[200, 0, 48], [0, 200, 32], [0, 0, 1]])
+    np.savetxt(
+        folder / "intrinsic" / "intrinsic_color.txt", [[200, 0, 48], [0, 200, 32], [0, 0, 1]]
+    )
     assert Scene(folder).stamp(0) != scene.stamp(0)
     (new,) = contents([next(items([f"rgbd:{folder}"]))])
     assert old.intrinsics[0, 0] != new.intrinsics[0, 0] == 200  # in one process, as in a notebook
@@ -113,14 +127,18 @@ def test_align_depth_looks_along_the_same_ray() -> None:
     wide = np.array([[80.0, 0, 33], [0, 82, 24], [0, 0, 1]])
     close = np.array([[150.0, 0, 47], [0, 140, 40], [0, 0, 1]])
     rays = unproject(np.ones((48, 64)), wide)
-    depth = (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(np.float32)  # smooth along the rays
+    depth = (2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1]).astype(
+        np.float32
+    )  # smooth along the rays
     aligned = align_depth(depth, wide, close, 80, 100)
     rays = unproject(np.ones((80, 100)), close)
     np.testing.assert_allclose(aligned, 2 + 0.5 * rays[..., 0] + 0.3 * rays[..., 1], atol=0.006)
     assert align_depth(depth, close, wide, 80, 100)[0, 0] == 0  # outside what the depth camera saw
 
 
-def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(tmp_path: Path, truth: list[Frame]) -> None:
+def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(
+    tmp_path: Path, truth: list[Frame]
+) -> None:
     folder = write_scannet(tmp_path / "s", truth[:1])
     (folder / "pose" / "0.txt").write_text("\n".join(["-inf -inf -inf -inf"] * 4))
     steps = np.asarray(millimetres(truth[0].depth)).copy()
@@ -128,7 +146,9 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(tmp_path: Path, tru
     Image.fromarray(steps).save(folder / "depth" / "0.png")
     frame = Scene(folder)[0]
     assert frame.extrinsics is None
-    assert frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
+    assert (
+        frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
+    )
 
 
 DOUBLE, HALF = np.diag([2.05, 2.05, 1.0]), np.diag([0.5, 0.5, 1.0])
@@ -139,26 +159,61 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
     ("spoil", "message"),
     [
         (lambda at: Image.new("L", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: 8 bits"),
-        (lambda at: Image.new("I;16", (96, 64), 3).save(at / "depth/0.png"), r"0\.png: .*: metres\?"),
-        (lambda at: Image.new("RGB", (96, 64)).save(at / "depth/0.png"), r"0\.png: .* \(64, 96, 3\)"),
-        (lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"), r"0\.png: 64×64 depth"),
+        (
+            lambda at: Image.new("I;16", (96, 64), 3).save(at / "depth/0.png"),
+            r"0\.png: .*: metres\?",
+        ),
+        (
+            lambda at: Image.new("RGB", (96, 64)).save(at / "depth/0.png"),
+            r"0\.png: .* \(64, 96, 3\)",
+        ),
+        (
+            lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"),
+            r"0\.png: 64×64 depth",
+        ),
         (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt: not a pose"),
-        (lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])), r"s\.txt: .* in pixels"),
-        (lambda at: np.savetxt(at / "intrinsics.txt", DOUBLE @ read_matrix(at / "intrinsics.txt")), "centre"),
-        (lambda at: np.savetxt(at / "intrinsics.txt", HALF @ read_matrix(at / "intrinsics.txt")), "centre"),
-        (lambda at: np.savetxt(at / "intrinsics.txt", [[150, 0, 31.5], [0, 150, 47.5], [0, 0, 1]]), "centre"),
-        (lambda at: np.savetxt(at / "intrinsics.txt", [[150, 0, 59.5], [0, 150, 39.5], [0, 0, 1]]), "centre"),
+        (
+            lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])),
+            r"s\.txt: .* in pixels",
+        ),
+        (
+            lambda at: np.savetxt(
+                at / "intrinsics.txt", DOUBLE @ read_matrix(at / "intrinsics.txt")
+            ),
+            "centre",
+        ),
+        (
+            lambda at: np.savetxt(at / "intrinsics.txt", HALF @ read_matrix(at / "intrinsics.txt")),
+            "centre",
+        ),
+        (
+            lambda at: np.savetxt(
+                at / "intrinsics.txt", [[150, 0, 31.5], [0, 150, 47.5], [0, 0, 1]]
+            ),
+            "centre",
+        ),
+        (
+            lambda at: np.savetxt(
+                at / "intrinsics.txt", [[150, 0, 59.5], [0, 150, 39.5], [0, 0, 1]]
+            ),
+            "centre",
+        ),
         (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt: no matrix"),
         (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
         (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json: not intrinsics"),
         (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json: .* in pixels"),
         (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
-        (lambda at: Image.new("RGB", (96, 64)).save(at / "color/0.jpg"), r"0\.(jpg|png): 0\.(jpg|png)"),
+        (
+            lambda at: Image.new("RGB", (96, 64)).save(at / "color/0.jpg"),
+            r"0\.(jpg|png): 0\.(jpg|png)",
+        ),
         (lambda at: (at / "color").rename(at / "pictures"), "no color/ or no depth/"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, truth: list[Frame], spoil: Any, message: str) -> None:
+def test_what_is_wrong_is_said(
+    tmp_path: Path, truth: list[Frame], spoil: Any, message: str
+) -> None:
     folder = write_plain(tmp_path / "s", truth[:1])
     spoil(folder)
     refuses(message, lambda: Scene(folder)[0])

@@ -77,7 +77,9 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
         assert label.provenance == {"detector": "bright", "segmenter": "box", "pointmap": "slope"}
     rows = pq.read_table(whole / "skipped.parquet").to_pylist()
     skipped = {Path(row["source"]).stem: row["reason"] for row in rows}
-    assert list(skipped) == ["00003", "00005", "00007"] and "not a readable image" in skipped["00003"]
+    assert (
+        list(skipped) == ["00003", "00005", "00007"] and "not a readable image" in skipped["00003"]
+    )
     assert skipped["00005"] == "request refused" and skipped["00007"] == "no object was found"
     card = (whole / "README.md").read_text()
     assert "18 images with 18 objects, 18 of them with an oriented 3D box; " in card
@@ -118,7 +120,9 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("detector", "key"), [("file:{}/one+gemini", "annotations"), ("owlv2={}", "files of")]
 )
-def test_what_was_replaced_since_is_found_out(source: Path, tmp_path: Path, detector: str, key: str) -> None:
+def test_what_was_replaced_since_is_found_out(
+    source: Path, tmp_path: Path, detector: str, key: str
+) -> None:
     """Annotations, or a model's weights."""
     (made := tmp_path / "made").mkdir()
     given = LabelOptions(photos=(str(source),), detector=detector.format(made), vocabulary="mug")
@@ -155,10 +159,14 @@ def _labels_in_a_process(source: str, out: str, workers: int) -> None:
 def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "labels", random.Random(0)
     deaths = shards = 0
-    while deaths < 6 or not shards:  # on a slow computer, all may die young: then give them more time
+    while (
+        deaths < 6 or not shards
+    ):  # on a slow computer, all may die young: then give them more time
         # A forked process has no workers: it would take its parent's fork server for its own.
         context: Any = multiprocessing.get_context("forkserver" if deaths == 2 else "fork")
-        process = context.Process(target=_labels_in_a_process, args=(str(source), str(out), deaths == 2))
+        process = context.Process(
+            target=_labels_in_a_process, args=(str(source), str(out), deaths == 2)
+        )
         process.start()
         until((out / "run.json").is_file, "a run", process)
         time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
@@ -175,9 +183,13 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
 
 def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_labels_in_a_process, args=(str(source), str(tmp_path / "out"), 2))
+    process = context.Process(
+        target=_labels_in_a_process, args=(str(source), str(tmp_path / "out"), 2)
+    )
     process.start()
-    while len(group := _group(process.pid)) < 4:  # itself, the server that forks workers, two workers
+    while (
+        len(group := _group(process.pid)) < 4
+    ):  # itself, the server that forks workers, two workers
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -204,9 +216,14 @@ def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, sha
 def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
     before = contents(whole)
     assert run(source, whole) == Progress(total=21, before=21, done=21, skipped=3)
-    assert '"bright" there, "owlv2" here' in refused(source, whole, {**SETTINGS, "detector": "owlv2"})
+    assert '"bright" there, "owlv2" here' in refused(
+        source, whole, {**SETTINGS, "detector": "owlv2"}
+    )
     assert "rate is null there, 2 here" in refused(source, whole, {**SETTINGS, "rate": 2})
-    assert "shard_size is 8 there, 9 here" in refused(source, whole, shard=9) and contents(whole) == before
+    assert (
+        "shard_size is 8 there, 9 here" in refused(source, whole, shard=9)
+        and contents(whole) == before
+    )
     copy = shutil.copy(whole / "labels-00001.parquet", whole / "labels-00001 (copy).parquet")
     assert "not of this run" in refused(source, whole)
     copy.unlink()
@@ -226,7 +243,9 @@ def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_p
 def test_an_input_that_has_changed_is_found_out(tmp_path: Path, change: Any) -> None:
     run(folder := photos(tmp_path / "photos", 10, bad=False), tmp_path / "labels")
     change(folder)
-    assert "the input has changed since labels-00001.parquet" in refused(folder, tmp_path / "labels")
+    assert "the input has changed since labels-00001.parquet" in refused(
+        folder, tmp_path / "labels"
+    )
 
 
 def test_an_image_that_was_replaced_is_labelled_again_with_those_beside_it(tmp_path: Path) -> None:
@@ -261,7 +280,15 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
     source, out = photos(tmp_path / "photos", 2, bad=False), tmp_path / "labels"
     refuses("no image to label", label_folder, iter(()), out, engine(), SETTINGS, WorkOptions())
     assert not out.exists()
-    refuses("no API key", label_folder, find(str(source)), out, no_key, {"detector": "bright"}, WorkOptions())
+    refuses(
+        "no API key",
+        label_folder,
+        find(str(source)),
+        out,
+        no_key,
+        {"detector": "bright"},
+        WorkOptions(),
+    )
     label_folder(find(str(source)), out, engine(), {"detector": "other"}, WorkOptions())
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     settings, there = {"detector": "bright"}, 'detector is "other" there, "bright" here'

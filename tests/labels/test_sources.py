@@ -30,7 +30,14 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     places = [item.key.rpartition("#")[2] for item in found]
     assert places == [f"{e}/{n}-of-4" for e in (0, 1) for n in (1, 2, 3, 4)]
     works = read(found)
-    assert [work.frame.image[0, 0, 0] for work in works if work.frame is not None] == [0, 3, 6, 9, 100, 101]
+    assert [work.frame.image[0, 0, 0] for work in works if work.frame is not None] == [
+        0,
+        3,
+        6,
+        9,
+        100,
+        101,
+    ]
     assert all("only 2 steps" in str(work.error) for work in works[6:])
     write_episodes([episode(10, "external", 0), episode(3, "front", 100)], tmp_path / "anew")
     again = list(items([str(tmp_path / "anew")], per_episode=4))
@@ -38,13 +45,17 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     assert again[0].stamp != found[0].stamp and same == [True] * 6 + [False] * 2
 
 
-@pytest.mark.parametrize("kind", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"])
+@pytest.mark.parametrize(
+    "kind", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"]
+)
 def test_scenes_that_are_kept_for_testing_are_known_by_their_seed(kind: str) -> None:
     assert kept_for_testing(f"{kind}9999") and not kept_for_testing(f"{kind}10000")
     assert not kept_for_testing("photos/sim/7.jpg")
 
 
-def test_the_same_image_given_twice_is_labelled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_image_given_twice_is_labelled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(3))
     given = [str(tmp_path / "b.png"), f"{tmp_path}/", f"{tmp_path}/./*.png"]
@@ -62,7 +73,10 @@ def test_names_that_are_no_text_are_named_in_text(tmp_path: Path) -> None:
 
 
 def by_hand(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
-    return (dataclasses.replace(label, source=f"by hand/{label.source}") for label in label_frames(frames))
+    return (
+        dataclasses.replace(label, source=f"by hand/{label.source}")
+        for label in label_frames(frames)
+    )
 
 
 def never(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
@@ -75,7 +89,9 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
     assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=by_hand) == 4
     for view, (width, height) in sizes.items():
         labels = list(read_labels(tmp_path / view))
-        assert [label.source for label in labels] == [f"by hand/sim/clutter/1000{i}/{view}" for i in (0, 1)]
+        assert [label.source for label in labels] == [
+            f"by hand/sim/clutter/1000{i}/{view}" for i in (0, 1)
+        ]
         assert all((label.width, label.height) == (width, height) for label in labels)
         assert (tmp_path / "depth" / view / "depth-00000.parquet").is_file()
     assert "carrot" in (tmp_path / "wording.txt").read_text()
@@ -89,4 +105,6 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
     assert label_scenes(tmp_path, 1, sizes, 10_000, workers=1, labelled=never) == 6
     for key, value in {"first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
         wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, key: value}
-        refuses(f"other settings: {key} is", label_scenes, tmp_path, **wanted, workers=1, labelled=never)
+        refuses(
+            f"other settings: {key} is", label_scenes, tmp_path, **wanted, workers=1, labelled=never
+        )

@@ -46,14 +46,21 @@ def test_without_pixels_the_rest_is_the_same(labels: list[LabeledImage], tmp_pat
         np.testing.assert_equal(asdict(a), asdict(replace(b, image=a.image, objects=masked)))
 
 
-def test_broken_shards_and_other_files_are_named(labels: list[LabeledImage], tmp_path: Path) -> None:
+def test_broken_shards_and_other_files_are_named(
+    labels: list[LabeledImage], tmp_path: Path
+) -> None:
     (path,) = write(labels, tmp_path, 99)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     refuses(r"labels-00000\.parquet: broken.*label it again", count, tmp_path)
     path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
     refuses(r"labels-00000\.parquet: broken", list, read(path))
-    for change in ({"width": None}, {"unit": "inch"}, {"provenance": ""}, {"intrinsics": [np.nan] * 9}):
+    for change in (
+        {"width": None},
+        {"unit": "inch"},
+        {"provenance": ""},
+        {"intrinsics": [np.nan] * 9},
+    ):
         (first, *rest) = pq.read_table(pa.BufferReader(whole)).to_pylist()
         pq.write_table(pa.Table.from_pylist([first | change, *rest], SCHEMA), path)
         refuses(r"labels-00000\.parquet: broken", list, read(path, pixels=False))

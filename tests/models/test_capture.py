@@ -31,7 +31,11 @@ from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
 
 Tensor = torch.Tensor
-VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+VALUES = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
 
 
 def shallow(size: Preset) -> Preset:
@@ -43,9 +47,15 @@ def shallow(size: Preset) -> Preset:
 
 SIZES = {name: shallow(PRESETS[name]) for name in ("nano", "spear1")}
 SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
-built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+built = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
+)
 PLACES = [(name, "meta", torch.float32) for name in SIZES]
-PLACES += [(name, "cuda", dtype) for name in ("nano", "spear1") for dtype in (torch.float32, torch.bfloat16)]
+PLACES += [
+    (name, "cuda", dtype)
+    for name in ("nano", "spear1")
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +76,12 @@ class Watch(TorchDispatchMode):
         # Attention draws for dropout, of which we have none.
         tags = set() if "scaled_dot_product" in name else VALUES & set(func.tags)
         if "aten.index.Tensor" in name:  # by numbers, it is as large as these
-            tags = {tag for tag in tags for part in args[1] if part is not None and part.dtype == torch.bool}
+            tags = {
+                tag
+                for tag in tags
+                for part in args[1]
+                if part is not None and part.dtype == torch.bool
+            }
         if tags or torch.device(kwargs.get("device") or self.device).type != self.device:
             self.wrong.append(name)
         made = func(*args, **kwargs)
@@ -103,11 +118,18 @@ def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, 
     actions = torch.float32, (size.horizon, ACTION_DIM)
     sizes = size.image_sizes.items()
     given = {f"pixels/{view}": (torch.uint8, (3, high, wide)) for view, (wide, high) in sizes}
-    given |= {"input_ids": (torch.long, (6,)), "state": (torch.float32, (STATE_FEATURES,)), "noise": actions}
+    given |= {
+        "input_ids": (torch.long, (6,)),
+        "state": (torch.float32, (STATE_FEATURES,)),
+        "noise": actions,
+    }
     if full:
         given |= {"attention_mask": (torch.long, (6,)), "present/wrist": (torch.bool, ())}
         given |= {"committed": actions, "held": (torch.bool, (size.horizon,))}
-    return {n: torch.empty(batch, *shape, dtype=kind, device=device) for n, (kind, shape) in given.items()}
+    return {
+        n: torch.empty(batch, *shape, dtype=kind, device=device)
+        for n, (kind, shape) in given.items()
+    }
 
 
 def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
@@ -129,7 +151,9 @@ def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
     """A policy without contents: with most and with fewest parts of its own, and with linear rotations."""
     name, device, dtype = request.param
     with torch.device("meta"):  # with fake tensors, drawing weights would look at some
-        model = Spear1ForActionPrediction._from_config(spear1_config(SIZES[name]), dtype=dtype).eval()
+        model = Spear1ForActionPrediction._from_config(
+            spear1_config(SIZES[name]), dtype=dtype
+        ).eval()
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         if device == "cuda":
             give_storage(model, device)
@@ -155,7 +179,9 @@ def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
     assert watch.count > 100 and not watch.wrong
 
 
-def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A thread's current GPU may be another one: each thread begins with the first."""
     made: list[Any] = []
 
@@ -176,13 +202,23 @@ def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(monkeypatch:
     x = torch.ones(2)
     for name, fake in (("Stream", Stream), ("current_stream", Stream), ("graph", graph)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext(made.append(s.device)))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: made.append(0)))
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda s: contextlib.nullcontext(made.append(s.device))
+    )
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: made.append(0))
+    )
     _, places, result = stack._record(lambda given: given["x"] + 1, {"x": x})
     assert set(made) == {x.device} and torch.equal(result, places["x"] + 1)
     cache, record = stack.CudaGraphCache(), stack._record
-    monkeypatch.setattr(stack, "_record", lambda f, given: record(f, given) if len(given["x"]) < 3 else 1 / 0)
-    for each in (torch.ones(3), x, torch.ones(3)):  # one that cannot be recorded leaves the others theirs
+    monkeypatch.setattr(
+        stack, "_record", lambda f, given: record(f, given) if len(given["x"]) < 3 else 1 / 0
+    )
+    for each in (
+        torch.ones(3),
+        x,
+        torch.ones(3),
+    ):  # one that cannot be recorded leaves the others theirs
         assert torch.equal(cache(lambda given: given["x"] + 1, {"x": each}), each + 1)
     assert made.count(0) == 1  # replays
 
@@ -214,12 +250,17 @@ def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
 def test_few_rows_are_what_the_stack_gives(batch: str) -> None:
     """Triton's kernels: on a GPU as they act, else in Triton's interpreter, which needs NumPy before 2.4."""
     pytest.importorskip("triton")
-    gpu, script = torch.cuda.is_available(), Path(__file__).parents[2] / "benchmarks/models/few_rows.py"
+    gpu, script = (
+        torch.cuda.is_available(),
+        Path(__file__).parents[2] / "benchmarks/models/few_rows.py",
+    )
     if not gpu and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton's interpreter needs NumPy before 2.4")
     way = ["--device", "cuda" if gpu else "cpu", "--batch", batch, "--repeats", "1"]
     env = os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"})
-    said = subprocess.run([sys.executable, str(script), *way], env=env, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, str(script), *way], env=env, capture_output=True, text=True
+    )
     found = re.search(r"difference: (\S+) .* (\S+)$", said.stdout, re.MULTILINE)
     assert found, said.stderr
     assert max(map(float, found.groups())) < (0.05 if gpu else 1e-5)

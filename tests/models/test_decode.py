@@ -37,7 +37,12 @@ def allowed(grammar: decode.Grammar | None, said: list[int], left: int) -> set[i
 
 
 def slowly(
-    model: Any, images: Any, ids: torch.Tensor, grammar: decode.Grammar | None, owner: int, most: int
+    model: Any,
+    images: Any,
+    ids: torch.Tensor,
+    grammar: decode.Grammar | None,
+    owner: int,
+    most: int,
 ) -> list[int]:
     """The answer to one prompt, with the whole sequence run again for every token."""
     said: list[int] = []
@@ -76,13 +81,17 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: st
     each = {view: images[view][owners] for view in images}
     found = decode.greedy(model, each, ids, mask if padded else None, most, grammar)
     for row in range(3):
-        expected = slowly(model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most)
+        expected = slowly(
+            model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most
+        )
         assert found[row].tolist() == expected + [PAD] * (found.shape[1] - len(expected))
     assert not bool((found == PAD).all(0).any())  # no columns of padding alone
     assert not found.is_inference()
 
 
-@pytest.mark.parametrize(("grammar", "needs"), [([NUMBER] * 3, 4), (decode.Worded(2, ((3, 20),), NUMBER), 5)])
+@pytest.mark.parametrize(
+    ("grammar", "needs"), [([NUMBER] * 3, 4), (decode.Worded(2, ((3, 20),), NUMBER), 5)]
+)
 def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
     ids, _ = text(1, 6)
     images = pixels(1, views=("external",))

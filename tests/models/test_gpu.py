@@ -23,9 +23,17 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
             images = {view: image.cuda() for view, image in pixels(batch).items()}
             state = torch.randn(batch, 10, device="cuda")
             noise = Action.from_vector(actions(batch, H).to_vector().cuda())
-            masks, held = mask if padded else None, torch.arange(H, device="cuda").expand(batch, H) < 2
+            masks, held = (
+                mask if padded else None,
+                torch.arange(H, device="cuda").expand(batch, H) < 2,
+            )
             begun = flow.Committed(actions(batch, H, seed=5).to("cuda"), held) if padded else None
-            given = {"pixel_values": images, "input_ids": ids, "attention_mask": masks, "state": state}
+            given = {
+                "pixel_values": images,
+                "input_ids": ids,
+                "attention_mask": masks,
+                "state": state,
+            }
             how = {"steps": 4, "noise": noise, "committed": begun}
             found = model.sample_actions(**given, **how).to_vector()
             plain = reference(model, given, **how)

@@ -14,7 +14,9 @@ def act(model: torch.nn.Module) -> torch.Tensor:
     ids, mask = text(2, 6)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 10, generator=generator)
-    return model(pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator).loss
+    return model(
+        pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator
+    ).loss
 
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
@@ -22,7 +24,9 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
     return model(pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
 
 
-def step(model: torch.nn.Module, task: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, dict, int]:
+def step(
+    model: torch.nn.Module, task: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, dict, int]:
     """Loss, gradients, and the bytes (without weights) kept for the backward pass."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -42,14 +46,21 @@ def step(model: torch.nn.Module, task: Callable[..., torch.Tensor]) -> tuple[tor
 
 
 @pytest.mark.parametrize(("make", "task"), [(spear1, act), (vlm, answer)])
-def test_loss_and_gradients_are_the_same(make: Callable[[], torch.nn.Module], task: Callable) -> None:
+def test_loss_and_gradients_are_the_same(
+    make: Callable[[], torch.nn.Module], task: Callable
+) -> None:
     model = make().train()
     loss, gradients, kept = step(model, task)
     recompute_layers(model)
     again, recomputed, less = step(model, task)
-    assert torch.equal(loss, again) and gradients.keys() == recomputed.keys() and len(gradients) > 50
+    assert (
+        torch.equal(loss, again) and gradients.keys() == recomputed.keys() and len(gradients) > 50
+    )
     assert all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
-    assert any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients) and less < 0.7 * kept
+    assert (
+        any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
+        and less < 0.7 * kept
+    )
     recompute_layers(model, on=False)
     assert step(model, task)[2] == kept
 
@@ -74,7 +85,11 @@ def test_fast_norm_is_gemmas_gradients_included() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_attention_is_attention(groups: int) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, groups, 7, 8), torch.randn(2, groups, 7, 8)
+    query, key, value = (
+        torch.randn(2, 4, 5, 8),
+        torch.randn(2, groups, 7, 8),
+        torch.randn(2, groups, 7, 8),
+    )
     mask = (torch.rand(2, 1, 5, 7) < 0.6) | (torch.arange(7) == 0)
     full = [x.repeat_interleave(4 // groups, dim=1) for x in (key, value)]
     for allowed in (mask, None):

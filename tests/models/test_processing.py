@@ -32,15 +32,25 @@ def test_images_are_scaled_as_pillow_does_it() -> None:
     image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
     for height, width in ((40, 60), (97, 60), (250, 400)):
         _, left, top, across, down = placed((151, 97), (width, height))
-        theirs = np.asarray(Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR))
+        theirs = np.asarray(
+            Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
+        )
         ours = fit_image(image, height, width)[top : top + down, left : left + across]
         assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
 def test_padding_keeps_the_whole_image_and_is_said() -> None:
     white = np.full((100, 200, 3), 255, np.uint8)
-    assert fit_image(white, 100, 100).any(axis=(1, 2)).tolist() == [False] * 25 + [True] * 50 + [False] * 25
-    assert fit_image(white, 100, 200) is white and window((200, 100), (100, 100)) == (0, -50, 200, 200)
+    assert (
+        fit_image(white, 100, 100).any(axis=(1, 2)).tolist()
+        == [False] * 25 + [True] * 50 + [False] * 25
+    )
+    assert fit_image(white, 100, 200) is white and window((200, 100), (100, 100)) == (
+        0,
+        -50,
+        200,
+        200,
+    )
     assert not any(fitting(size, (280, 210)) for size in ((560, 420), (561, 420), (240, 180)))
     said = "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
     assert fitting((256, 256), (280, 210)) == said
@@ -63,7 +73,9 @@ def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
         if isinstance(a, Pixel) and isinstance(b, Pixel):
             assert (b.x, b.y) == pytest.approx((a.x, a.y), abs=0.5 / 1024 + 1e-9)
         elif isinstance(a, float):
-            assert processor.coordinates.encode(np.array(a)) == processor.coordinates.encode(np.array(b))
+            assert processor.coordinates.encode(np.array(a)) == processor.coordinates.encode(
+                np.array(b)
+            )
         else:
             assert a == b
     assert processor.read_answer(processor.answer_ids([Pixel(0.5, 0.5)])[:1]) == ["<loc0512>"]
@@ -71,7 +83,10 @@ def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
 
 
 def test_grammar_admits_the_answer_and_its_like_only(processor: Processor) -> None:
-    for answer, like in (([0.5, -3.0, Pixel(0.9, 0.8)], True), ([0.5, Pixel(0.9, 0.8), -3.0], False)):
+    for answer, like in (
+        ([0.5, -3.0, Pixel(0.9, 0.8)], True),
+        ([0.5, Pixel(0.9, 0.8), -3.0], False),
+    ):
         pairs = zip(processor.answer_ids(answer), processor.grammar(2, 1), strict=True)
         assert all(low <= i < high for i, (low, high) in pairs) is like
 
@@ -79,12 +94,16 @@ def test_grammar_admits_the_answer_and_its_like_only(processor: Processor) -> No
 def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None:
     box = [float(v) for v in np.random.default_rng(1).normal(size=24)]
     there = Question("exists", "is it?", ["yes"], ["it"])
-    batch = processor.questions([Question("box_vertices", "where is the bowl", box, ["bowl"]), there])
+    batch = processor.questions(
+        [Question("box_vertices", "where is the bowl", box, ["bowl"]), there]
+    )
     ids, labels = batch["input_ids"], batch["labels"]
     tokens = processor.tokenizer
     assert ids.shape == labels.shape == batch["token_type_ids"].shape
     learned = labels != IGNORE
-    assert torch.equal(labels[learned], ids[learned]) and torch.equal(learned, batch["token_type_ids"].bool())
+    assert torch.equal(labels[learned], ids[learned]) and torch.equal(
+        learned, batch["token_type_ids"].bool()
+    )
     assert int(learned[0].sum()) == 25 and labels[0][learned[0]][-1] == tokens.eos_token_id
     prompt = ids[0][~learned[0] & batch["attention_mask"][0].bool()].tolist()
     assert prompt[0] == tokens.bos_token_id and tokens.decode(prompt[1:]) == "where is the bowl\n"
@@ -110,18 +129,25 @@ def test_no_texts_and_no_questions_are_no_rows(processor: Processor) -> None:
 
 
 def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
-    typed = processor.instructions(["put it there", "Put it there.", "put it there.\r\n", " PUT it  there !"])
+    typed = processor.instructions(
+        ["put it there", "Put it there.", "put it there.\r\n", " PUT it  there !"]
+    )
     assert torch.equal(typed["input_ids"], processor.prompts(["put it there"] * 4)["input_ids"])
     refuses("empty instruction", processor.instructions, ["..."])
 
 
-@pytest.mark.parametrize("typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"])
+@pytest.mark.parametrize(
+    "typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"]
+)
 def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typed: str) -> None:
     """Location tokens are such only in pairs, as a place."""
     tokens, named = processor.tokenizer, set(processor.tokenizer.get_added_vocab().values())
     prompt = processor.instructions([f"put it {typed} there"])["input_ids"][0].tolist()
     answer = processor.answer_ids([typed, Pixel(0.1, 0.2)])
-    assert not named & {*prompt[1:], *answer[:-2]} and tokens.decode(prompt[1:]) == f"put it {typed} there\n"
+    assert (
+        not named & {*prompt[1:], *answer[:-2]}
+        and tokens.decode(prompt[1:]) == f"put it {typed} there\n"
+    )
     assert processor.read_answer(answer)[0] == typed
     place = f"what is at {Pixel(0.1, 0.2)} {typed}?"
     assert sum(i in named for i in processor.prompts([place])["input_ids"][0, 1:].tolist()) == 2
@@ -129,12 +155,17 @@ def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typ
 
 def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
     for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
-        assert processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False)) == text
+        assert (
+            processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False))
+            == text
+        )
     assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
     assert len(processor.tokenizer) == processor.coordinate_ids.start + 1024
 
 
-def test_ever_new_texts_take_no_memory(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ever_new_texts_take_no_memory(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processing, "TEXTS_KEPT", 8)
     for k in range(20):
         processor.prompts([f"put {k}"])
@@ -147,7 +178,10 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     again = Processor.load(tmp_path)
     segments = ["the mug is ", 0.25, Pixel(0.3, 0.4)]
     assert again.answer_ids(segments) == processor.answer_ids(segments)
-    assert again.image_sizes == processor.image_sizes and list(again.image_sizes) == ["external", "wrist"]
+    assert again.image_sizes == processor.image_sizes and list(again.image_sizes) == [
+        "external",
+        "wrist",
+    ]
     assert torch.equal(again.prompts(TEXTS)["input_ids"], processor.prompts(TEXTS)["input_ids"])
     half = '{"image_sizes": [["external", 192, 0.5]], "prompt_tokens": 64}'
     for text, key in (("{", ""), (half, r"image_sizes\.0\.2 ")):
@@ -160,8 +194,12 @@ def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path)
     refuses("broken tokenizer", Processor.load, tmp_path)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (60, 120), (160, 90), (848, 480), (192, 128), (384, 256)])
-def test_places_are_where_the_padded_image_shows_them(processor: Processor, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size", [(96, 96), (60, 120), (160, 90), (848, 480), (192, 128), (384, 256)]
+)
+def test_places_are_where_the_padded_image_shows_them(
+    processor: Processor, size: tuple[int, int]
+) -> None:
     w, h = size
     image = np.zeros((h, w, 3), np.uint8)
     image[h // 8 * 2 : h // 8 * 2 + 8, w // 8 * 5 : w // 8 * 5 + 8] = 255
@@ -169,8 +207,12 @@ def test_places_are_where_the_padded_image_shows_them(processor: Processor, size
     shown = processor.image(image, "external")[0].double()
     height, width = shown.shape
     places = [(torch.arange(n) + 0.5).double() for n in shown.shape]
-    y, x = (float(at @ shown.sum(axis) / shown.sum()) for axis, at in zip((1, 0), places, strict=True))
-    area = 64 * min(width / w, height / h) ** 2  # of a square of 8 pixels, scaled alike across and down
+    y, x = (
+        float(at @ shown.sum(axis) / shown.sum()) for axis, at in zip((1, 0), places, strict=True)
+    )
+    area = (
+        64 * min(width / w, height / h) ** 2
+    )  # of a square of 8 pixels, scaled alike across and down
     assert float(shown.sum()) / 255 == pytest.approx(area, rel=0.05)
     found = moved(place, size, (width, height))
     np.testing.assert_allclose((found.x * width, found.y * height), (x, y), atol=0.1)

@@ -42,7 +42,11 @@ def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0)
 
 
 def acted(
-    model: Any, given: dict[str, Any], noise: Action, steps: int, committed: flow.Committed | None = None
+    model: Any,
+    given: dict[str, Any],
+    noise: Action,
+    steps: int,
+    committed: flow.Committed | None = None,
 ) -> torch.Tensor:
     """The actions [B, H, 8], which must be those of the plain network."""
     found = model.sample_actions(**given, steps=steps, noise=noise, committed=committed).to_vector()
@@ -55,8 +59,14 @@ def acted(
 @pytest.mark.parametrize(
     ("batch", "views"), [(1, ("external",)), (3, ("external", "wrist")), (3, ("wrist",))]
 )
-def test_actions_of_the_plain_network(shape: str, padded: bool, batch: int, views: tuple[str, ...]) -> None:
-    model, given, noise = spear1(**SHAPES[shape]), observation(batch, views, padded), actions(batch, H)
+def test_actions_of_the_plain_network(
+    shape: str, padded: bool, batch: int, views: tuple[str, ...]
+) -> None:
+    model, given, noise = (
+        spear1(**SHAPES[shape]),
+        observation(batch, views, padded),
+        actions(batch, H),
+    )
     for steps, attention in ((1, "spear"), (4, "spear"), (4, "eager"), (1, "sdpa")):
         model.set_attn_implementation(attention)
         found = acted(model, given, noise, steps)
@@ -77,7 +87,9 @@ def test_committed_actions_come_back(shape: str, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("broken", ["raises", "differs", "no number"])
-def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_way_that_does_not_agree_is_not_used(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, noise = spear1(), actions(3, H)
     given = observation(3, ("external", "wrist"), True)
     true = reference(model, given, noise, 4)
@@ -88,7 +100,9 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
         return true + (0.01 if broken == "differs" else torch.nan)
 
     monkeypatch.setattr(sampling, "_sample", wrong)
-    with pytest.warns(Notice, match={"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]):
+    with pytest.warns(
+        Notice, match={"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]
+    ):
         first = model.sample_actions(**given, steps=4, noise=noise).to_vector()
     with no_warning():  # said once
         again = model.sample_actions(**given, steps=4, noise=noise).to_vector()
@@ -98,7 +112,9 @@ def test_a_fast_way_that_does_not_agree_is_not_used(broken: str, monkeypatch: py
 def test_three_views_of_one_size_and_bfloat16() -> None:
     model = spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
     given, noise = observation(2, (), True), actions(2, H)
-    given["pixel_values"] = {v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"}
+    given["pixel_values"] = {
+        v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"
+    }
     calls: list[int] = []
     model.sample_actions(**given, noise=noise)  # the first goes through the plain network too
     model.vlm.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -108,7 +124,11 @@ def test_three_views_of_one_size_and_bfloat16() -> None:
     rough = model.sample_actions(**given, noise=noise).to_vector()
     # Both round at every layer, in another order: no further from each other than from float32.
     slow = reference(model, given, noise, 10)
-    assert rough.dtype == torch.float32 and relative(rough, slow) < 0.03 and relative(rough, exact) < 0.03
+    assert (
+        rough.dtype == torch.float32
+        and relative(rough, slow) < 0.03
+        and relative(rough, exact) < 0.03
+    )
     model.float().vlm.to(torch.bfloat16)
     with no_warning():  # a notice would say that the fast way does not work
         mixed = model.sample_actions(**given, noise=noise).to_vector()
@@ -138,10 +158,17 @@ def test_what_users_add_to_layers_is_not_left_out() -> None:
 
 
 def test_gemma2_layers_too() -> None:
-    config = {**TEXT, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "sliding_window": 4096}
+    config = {
+        **TEXT,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 3.0,
+        "sliding_window": 4096,
+    }
     torch.manual_seed(0)
     inner = vlm_config(TINY)
-    inner.text_config = Gemma2Config(**config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    inner.text_config = Gemma2Config(
+        **config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2
+    )
     model = Spear1ForActionPrediction(spear1_config(TINY, inner)).eval()
     for padded in (False, True):
         acted(model, observation(2, ("external",), padded), actions(2, H), 3)
@@ -196,7 +223,9 @@ def test_lora_is_part_of_the_fast_path() -> None:
 
 def test_sampling_leaves_weights_and_training_alone() -> None:
     model, given, noise = spear1(), observation(2, ("external",), True), actions(2, H)
-    before = {name: (weight.clone(), weight.data_ptr()) for name, weight in model.state_dict().items()}
+    before = {
+        name: (weight.clone(), weight.data_ptr()) for name, weight in model.state_dict().items()
+    }
     model.sample_actions(**given, noise=noise)
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == before[name][1] and torch.equal(weight, before[name][0])
@@ -213,7 +242,9 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed:
     x = torch.randn(2, 5, 24).to(dtype)
     with torch.no_grad():
         for one, layer in zip(Fused(*layers, packed=packed)(x), layers, strict=True):
-            exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+            exact = torch.nn.functional.linear(
+                x.double(), layer.weight.double(), layer.bias.double()
+            )
             torch.testing.assert_close(one.double(), exact, rtol=far, atol=far)
             alone = linear(x, layer.weight, layer.bias).double()
             torch.testing.assert_close(alone, exact, rtol=far, atol=far)
@@ -231,13 +262,17 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
     torch._dynamo.reset()
     plain, compiled = Stack(model.vlm.language_model), Stack(model.vlm.language_model)
     for name, place in (("_project", "_before"), ("_finish", "_after")):
-        setattr(compiled, place, torch.compile(getattr(Stack, name), backend=backend, fullgraph=True))
+        setattr(
+            compiled, place, torch.compile(getattr(Stack, name), backend=backend, fullgraph=True)
+        )
     with torch.inference_mode():
         x, places = torch.randn(2, 7, TEXT["hidden_size"]), torch.arange(7).expand(2, 7)
         results = []
         for layers in (plain, compiled):
             cache = layers.cache(2, 7, x.dtype, x.device)
-            results.append(layers(x, layers.rotations(places, x.dtype), cache.window(0, [(3, 3), (4, 7)])))
+            results.append(
+                layers(x, layers.rotations(places, x.dtype), cache.window(0, [(3, 3), (4, 7)]))
+            )
             results.append(torch.stack(cache.layers))
     torch.testing.assert_close(results[:2], results[2:])
     assert len(graphs) == 2

@@ -18,7 +18,12 @@ def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Te
     ids, mask = text(rows, length, last=START + TINY.bins)
     answer = (torch.arange(length) >= prompt) & mask.bool()
     labels = ids.masked_fill(~answer, IGNORE)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": answer.long(), "labels": labels}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": answer.long(),
+        "labels": labels,
+    }
 
 
 def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
@@ -46,16 +51,22 @@ def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
     ids, mask = text(2, 5)
     gone = {"wrist": torch.zeros(2, dtype=torch.bool)}
     without = model({"external": images["external"]}, ids, mask).logits
-    swapped = {view: images[view] for view in ("wrist", "external")}  # the config's order is what counts
+    swapped = {
+        view: images[view] for view in ("wrist", "external")
+    }  # the config's order is what counts
     assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
-    torch.testing.assert_close(model(images, ids, mask, view_mask=gone).logits, without, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(images, ids, mask, view_mask=gone).logits, without, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_loss_weighs_3d_tokens_by_lambda() -> None:
     model = vlm()
     images, inputs = pixels(4, views=("external",)), batch()
     labels, result = inputs["labels"], model(images, **inputs)
-    log_p = model(images, **{k: v for k, v in inputs.items() if k != "labels"}).logits.log_softmax(-1)[:, :-1]
+    log_p = model(images, **{k: v for k, v in inputs.items() if k != "labels"}).logits.log_softmax(
+        -1
+    )[:, :-1]
     wanted = labels[:, 1:] != IGNORE
     each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
     coordinate = labels[:, 1:][wanted] >= START
@@ -81,17 +92,27 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
 def test_gradients_reach_every_weight() -> None:
     model = vlm().train()
     model(pixels(4), **batch()).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> None:
     model = vlm()
     ids, mask = text(1, 4)
     images = pixels(1)
-    refuses(r"unknown view 'wrst': did you mean 'wrist'\?", model, {"wrst": images["wrist"]}, ids, mask)
+    refuses(
+        r"unknown view 'wrst': did you mean 'wrist'\?", model, {"wrst": images["wrist"]}, ids, mask
+    )
     refuses(r"'wrist' is torch\.float32", model, {"wrist": images["wrist"] / 255}, ids, mask)
     refuses("wrong image type", model, {"wrist": images["wrist"][:, :1]}, ids, mask)
-    refuses("wrong image size: .* 31×32", vlm(stem="patch"), {"wrist": images["wrist"][..., 1:]}, ids, mask)
+    refuses(
+        "wrong image size: .* 31×32",
+        vlm(stem="patch"),
+        {"wrist": images["wrist"][..., 1:]},
+        ids,
+        mask,
+    )
     refuses("no images", model, {}, ids, mask)
     refuses("patch 16, MoGe patch 8", vlm, moge={**(TINY.moge or {}), "patch_size": 8})
     refuses("head_dim is 4, the VLM's is 8", spear1, expert={**TINY.expert, "head_dim": 4})
@@ -101,7 +122,11 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
 def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> None:
     """Of a head that says the same of each patch, whose 4 × 4 cells are 4 pixels wide."""
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4))
-    image, said, apart = pixels(3)["external"], torch.linspace(-1, 1, 16), torch.tensor([1.0, -1]).repeat(8)
+    image, said, apart = (
+        pixels(3)["external"],
+        torch.linspace(-1, 1, 16),
+        torch.tensor([1.0, -1]).repeat(8),
+    )
     depth = said.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
     depth[:, :4, :8], depth[:, 4:6], depth[:, 30, 1] = math.inf, 0, math.nan
     torch.nn.init.zeros_(model.head.weight)
@@ -111,7 +136,8 @@ def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "vlm_b", "total_b"), [("spear1", 3.24, 3.55), ("small", 0.32, 0.38), ("nano", 0.01, 0.01)]
+    ("name", "vlm_b", "total_b"),
+    [("spear1", 3.24, 3.55), ("small", 0.32, 0.38), ("nano", 0.01, 0.01)],
 )
 def test_presets_have_the_papers_size(name: str, vlm_b: float, total_b: float) -> None:
     with torch.device("meta"):
@@ -123,7 +149,9 @@ def test_presets_have_the_papers_size(name: str, vlm_b: float, total_b: float) -
     assert all(w % patch == 0 and h % patch == 0 for w, h in preset(name).image_sizes.values())
 
 
-def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_the_same_loss() -> None:
+def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_the_same_loss() -> (
+    None
+):
     model, arguments = vlm(), batch()
     lengths = torch.tensor([int(v) for v in arguments["attention_mask"].sum(1)])
     whole = model(pixels(4), **arguments).loss
@@ -141,7 +169,9 @@ def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_th
     torch.testing.assert_close(
         model(pixels(4), **answers_known).loss, whole
     )  # else answers would see themselves
-    left = {name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()}
+    left = {
+        name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()
+    }
     torch.testing.assert_close(model(pixels(4), **left, length_groups=3).loss, whole)
     images, owners = pixels(2), torch.tensor([1, 0, 1, 1])
     each = {view: image[owners] for view, image in images.items()}

@@ -46,16 +46,25 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     images, counts = write_questions(folder, seed=3, families=families)
     kept = list(read_questions(folder))
     assert images == 12 and counts.total() == len(kept) > 12 and set(counts) == set(families)
-    expected = [(item.source, question) for item in labels for question in ask(item, 3, families=families)]
+    expected = [
+        (item.source, question) for item in labels for question in ask(item, 3, families=families)
+    ]
     assert [source for source, _ in kept] == [source for source, _ in expected]
     for (_, a), (_, b) in zip(kept, expected, strict=True):
-        assert (a.family, a.prompt, a.unit, list(a.objects)) == (b.family, b.prompt, b.unit, list(b.objects))
+        assert (a.family, a.prompt, a.unit, list(a.objects)) == (
+            b.family,
+            b.prompt,
+            b.unit,
+            list(b.objects),
+        )
         assert list(a.segments) == list(b.segments)
     write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
     assert "config_name: questions" in (folder / "README.md").read_text()
     assert count(folder) == 12  # the questions are not taken for labels
-    refuses("pixel_point", write_questions, folder, families=("distance", "pixel_point"))  # without depth
+    refuses(
+        "pixel_point", write_questions, folder, families=("distance", "pixel_point")
+    )  # without depth
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
 
 
@@ -76,7 +85,9 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     refuses(r"skipped\.parquet: broken", label_page, folder, shown, out)
 
 
-def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage], tmp_path: Path) -> None:
+def test_the_rerun_file_is_whole(
+    frames: list[Frame], labels: list[LabeledImage], tmp_path: Path
+) -> None:
     pytest.importorskip("rerun")
     clouds = [*GroundTruth().predict(frames[:2]), None]
     write_rerun(labels[:3], clouds, path := tmp_path / "labels.rrd")
@@ -89,7 +100,9 @@ def test_the_rerun_file_is_whole(frames: list[Frame], labels: list[LabeledImage]
     for entity in ("/camera/boxes", "/camera/points", "/camera/keypoints", "/source"):
         assert rows[entity] == 3
     with pytest.raises(IndexError):
-        write_rerun(labels[:1], [replace(clouds[0], mask=np.ones((9, 9), bool))], tmp_path / "x.rrd")
+        write_rerun(
+            labels[:1], [replace(clouds[0], mask=np.ones((9, 9), bool))], tmp_path / "x.rrd"
+        )
     assert list(tmp_path.iterdir()) == [path]
 
 

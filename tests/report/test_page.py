@@ -17,8 +17,12 @@ def points(svg: str) -> list[np.ndarray]:
 
 
 def test_text_is_escaped_and_nothing_comes_from_outside() -> None:
-    html = render("open_loop.html", title="T & <T>", facts=[("<b>", "&")], charts=[[bars([("<i>", [])])]])
-    assert "<h1>T &amp; &lt;T&gt;</h1>" in html and "&lt;i&gt;" in html and "<b>&lt;b&gt;</b>" in html
+    html = render(
+        "open_loop.html", title="T & <T>", facts=[("<b>", "&")], charts=[[bars([("<i>", [])])]]
+    )
+    assert (
+        "<h1>T &amp; &lt;T&gt;</h1>" in html and "&lt;i&gt;" in html and "<b>&lt;b&gt;</b>" in html
+    )
     assert '<div class="bars">' in html  # what a template has made is not escaped again
     assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html
     assert "<title>&lt;x&gt;: 1, 2</title>" in chart([Line("<x>", [1, 2], [2, 3], dots=True)])
@@ -39,9 +43,13 @@ def test_lines_and_maps_are_drawn_to_scale_and_lines_broken_where_nothing_is_kno
     down, across = -np.diff(line[:, 1]), np.diff(line[:, 0])
     assert down[1] == pytest.approx(2 * down[0], abs=0.3)
     assert across[1] == pytest.approx(2 * across[0], abs=0.3)
-    (decades,) = points(chart([Line("", [1, 10, 100], [1, 10, 100])], Axis(log=True), Axis(log=True)))
+    (decades,) = points(
+        chart([Line("", [1, 10, 100], [1, 10, 100])], Axis(log=True), Axis(log=True))
+    )
     assert np.allclose(np.diff(decades, n=2, axis=0), 0, atol=0.2)
     # a map has one scale, and may be mirrored
-    (line,) = points(chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700)))
+    (line,) = points(
+        chart([Line("", [0, 1], [0, 1])], Axis(reverse=True), equal=True, size=(300, 700))
+    )
     across, down = line[1] - line[0]
     assert across < 0 and across == pytest.approx(down, abs=0.2)

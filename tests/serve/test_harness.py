@@ -22,7 +22,9 @@ from spear.cli import main
 from spear.serve.options import VlaEvalOptions
 from spear.serve.service import Service
 
-pytest.importorskip("vla_eval", reason="vla-eval is not installed: pip install 'spear-vla[vla-eval]'")
+pytest.importorskip(
+    "vla_eval", reason="vla-eval is not installed: pip install 'spear-vla[vla-eval]'"
+)
 
 ROBOT = embodiments.load("maniskill2_widowx")
 
@@ -43,9 +45,14 @@ def run(policy: Homing, **params: Any) -> dict[str, Any]:
 
     tabletop_benchmark.SENT.clear()
     service = Service(policy, tabletop_benchmark.EMBODIMENT, "test", "tabletop")
-    benchmark = {"benchmark": "tabletop_benchmark:Tabletop", "params": {"family": "put_on", **params}}
+    benchmark = {
+        "benchmark": "tabletop_benchmark:Tabletop",
+        "params": {"family": "put_on", **params},
+    }
     config = {"benchmarks": [{**benchmark, "episodes_per_task": 2}]}
-    (result,) = api.evaluate(HarnessServer(service, VlaEvalOptions("test", replan=2)), config, no_save=True)
+    (result,) = api.evaluate(
+        HarnessServer(service, VlaEvalOptions("test", replan=2)), config, no_save=True
+    )
     return result
 
 
@@ -74,7 +81,9 @@ def test_the_harness_evaluates_as_we_would() -> None:
     assert again.seeds == policy.seeds
 
 
-def test_what_nobody_could_use_is_refused_before_anybody_connects(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_nobody_could_use_is_refused_before_anybody_connects(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for option, value in (("--replan", "9"), ("--port", "0")):
         assert main(["vla-eval", "nano", option, value]) == 2
         assert f"error: {option} {value}: " in capsys.readouterr().err
@@ -98,7 +107,9 @@ def test_simplerenv_gets_what_its_controller_takes() -> None:
     ours = ROBOT.read(seen)
     turns = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(5, 3)) / 5)
     moves = np.random.default_rng(1).normal(size=(5, 3)) / 100
-    chunk = np.concatenate([moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1)
+    chunk = np.concatenate(
+        [moves, turns.as_quat(scalar_first=True), [[1], [1], [0.4], [0], [0.9]]], 1
+    )
     control = ROBOT.controls["maniskill2_rotation_vector"]
     for row in control.convert(chunk.astype(np.float32), ours["observation/state"], seen):
         benchmark.step({"actions": row})
@@ -149,7 +160,15 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     with started(SPEAR, *serve, env=environment, stderr=subprocess.STDOUT) as server:
         while "serving nano" not in (line := server.stdout.readline()):
             assert line, "the server ended"
-        evaluate = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "-c", str(path)]
+        evaluate = [
+            sys.executable,
+            "-m",
+            "vla_eval.cli.main",
+            "run",
+            "--no-docker",
+            "-c",
+            str(path),
+        ]
         evaluate += ["--output-dir", str(tmp_path / "out")]
         done = subprocess.run(evaluate, text=True, capture_output=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -133,7 +133,10 @@ def test_pages_of_others_get_nothing(path: str) -> None:
         hosts = (f"localhost:{port}", "[::1]", "gpu-box:8000", "host.docker.internal:8000")
         for right in ({"Origin": f"http://127.0.0.1:{port}"}, *({"Host": host} for host in hosts)):
             assert get(running, path, **right)[0] == found
-        for headers in ({"origin": "http://evil.example"}, {"additional_headers": {"Host": "evil.example"}}):
+        for headers in (
+            {"origin": "http://evil.example"},
+            {"additional_headers": {"Host": "evil.example"}},
+        ):
             with pytest.raises(InvalidStatus, match=r"40[03]"):
                 connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **headers)
 

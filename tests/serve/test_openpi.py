@@ -54,30 +54,51 @@ print(json.dumps({"metadata": policy.get_server_metadata(), "errors": errors,
 
 @pytest.fixture(scope="session")
 def openpi_python() -> Path:
-    default = Path(tempfile.gettempdir()) / f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
+    default = (
+        Path(tempfile.gettempdir())
+        / f"spear-tests-openpi-{sys.version_info[0]}{sys.version_info[1]}"
+    )
     folder = Path(os.environ.get("SPEAR_OPENPI_VENV", default))
     python = folder / "bin" / "python"
     check = [str(python), "-c", "import openpi_client.websocket_client_policy"]
     if python.exists() and subprocess.run(check, capture_output=True, check=False).returncode == 0:
         return python
     venv.create(folder, with_pip=False)
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--only-binary=:all:"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "-q",
+        "--only-binary=:all:",
+    ]
     made = subprocess.run([*install, *PACKAGES], capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"openpi-client could not be installed: {(made.stderr.splitlines() or ['no pip'])[-1]}")
+        pytest.skip(
+            f"openpi-client could not be installed: {(made.stderr.splitlines() or ['no pip'])[-1]}"
+        )
     return python
 
 
-def test_the_real_client_drives_droid(openpi_python: Path, nano: Spear1Policy, tmp_path: Path) -> None:
+def test_the_real_client_drives_droid(
+    openpi_python: Path, nano: Spear1Policy, tmp_path: Path
+) -> None:
     pytest.importorskip("mujoco")
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
     with started(SPEAR, "serve", *options, stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()
-        found = re.fullmatch(r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line)
+        found = re.fullmatch(
+            r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line
+        )
         assert found, line
         assert server.stdout.readline() == f"page at http://127.0.0.1:{found[1]}/\n"
         robot = embodiments.load("droid")
-        seen = {**robot.example(), "observation/exterior_image_1_left": np.zeros((360, 640, 3), np.uint8)}
+        seen = {
+            **robot.example(),
+            "observation/exterior_image_1_left": np.zeros((360, 640, 3), np.uint8),
+        }
         np.savez(tmp_path / "seen.npz", **seen)
         files = [str(tmp_path / name) for name in ("seen.npz", "out.npz")]
         client = [str(openpi_python), "-c", CLIENT, found[1], *files]

@@ -21,7 +21,9 @@ def asked(client: ClientConnection, **request: Any) -> Any:
     return reply if isinstance(reply, str) else wire.decode(reply)["actions"]
 
 
-@pytest.mark.parametrize("first", [0, 1])  # where the template's test begins to count, and the evaluators
+@pytest.mark.parametrize(
+    "first", [0, 1]
+)  # where the template's test begins to count, and the evaluators
 @pytest.mark.parametrize("control", roboarena.EMBODIMENT.controls)
 def test_the_configuration_then_observations_and_resets(control: str, first: int) -> None:
     with (
@@ -37,7 +39,9 @@ def test_the_configuration_then_observations_and_resets(control: str, first: int
         for key, size in (("joint", 7), ("cartesian", 6), ("gripper", 1)):
             seen[f"observation/{key}_position"] = np.zeros(size, np.float32)
         rows = asked(client, **seen, endpoint="infer")
-        assert rows.shape == (15, 8 if control.startswith("joint") else 7) and np.isfinite(rows).all()
+        assert (
+            rows.shape == (15, 8 if control.startswith("joint") else 7) and np.isfinite(rows).all()
+        )
         for session in ({}, {"session_id": "a1"}):
             assert asked(client, **session, endpoint="reset") == "reset successful"
         np.testing.assert_array_equal(asked(client, **seen), rows)
@@ -45,13 +49,17 @@ def test_the_configuration_then_observations_and_resets(control: str, first: int
             said = asked(client, **{**seen, key: value})
             assert isinstance(said, str) and key in said and "\n" not in said
         assert "wrist_image_left" in asked(client, endpoint="infer")
-        client.send(b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0")  # too deep, for a reset too
+        client.send(
+            b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0"
+        )  # too deep, for a reset too
         assert client.recv().startswith("a: ")
 
 
 def test_the_pose_and_the_commands_are_those_of_droid() -> None:
     robot, example = load("roboarena"), roboarena.EMBODIMENT.example()
     np.testing.assert_equal(robot.read(example), droid.EMBODIMENT.read(droid.EMBODIMENT.example()))
-    assert all(droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items())
+    assert all(
+        droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items()
+    )
     del example[droid.IMAGE]
     refuses("exterior_image_1_left' or .*exterior_image_0_left", robot.read, example)

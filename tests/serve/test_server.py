@@ -44,7 +44,11 @@ def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
 
 
 def test_metadata_then_actions_with_timings_and_counts() -> None:
-    with serving() as server, serving(), closing(RemotePolicy(url(server))) as policy:  # each counts its own
+    with (
+        serving() as server,
+        serving(),
+        closing(RemotePolicy(url(server))) as policy,
+    ):  # each counts its own
         assert get(server, "/healthz")[2] == "ok\n"
         assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
         assert set(policy.metadata["observation"]) == set(GENERIC.required)
@@ -53,12 +57,20 @@ def test_metadata_then_actions_with_timings_and_counts() -> None:
         assert first["server_timing"]["infer_ms"] >= first["policy_timing"]["infer_ms"] >= 0
         assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
         refuses("prompt", policy.infer, seen(prompt=""))
-        lines = [line for line in get(server, "/metrics")[2].splitlines() if not line.startswith("#")]
+        lines = [
+            line for line in get(server, "/metrics")[2].splitlines() if not line.startswith("#")
+        ]
         counts = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
         assert counts['spear_requests_total{outcome="ok"}'] == 2
         assert counts['spear_requests_total{outcome="refused"}'] == 1
-        assert counts["spear_request_seconds_count"] == counts['spear_batch_size_bucket{le="1.0"}'] == 3
-        assert counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
+        assert (
+            counts["spear_request_seconds_count"]
+            == counts['spear_batch_size_bucket{le="1.0"}']
+            == 3
+        )
+        assert (
+            counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
+        )
         assert (counts["spear_clients"], counts["spear_queue"]) == (1, 0)
 
 
@@ -76,12 +88,16 @@ def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
 
     with serve(other, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        refuses("no policy server", RemotePolicy, f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+        refuses(
+            "no policy server", RemotePolicy, f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        )
         assert left.wait(60)
 
 
 @pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}, None])
-def test_an_answer_without_actions_or_none_is_refused(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_actions_or_none_is_refused(
+    answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def other(client: ServerConnection) -> None:
         client.send(wire.encode({}))
         for _ in client:
@@ -97,7 +113,9 @@ def test_an_answer_without_actions_or_none_is_refused(answer: Any, monkeypatch: 
         policy.close()
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"]
+)
 def test_an_address_of_no_server_is_named(address: str) -> None:
     refuses(re.escape(address), RemotePolicy, address, "two\nlines")
 
@@ -109,7 +127,10 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
         (good[:1000], "message"),
         (wire.encode({"x": 1}), "'x'"),
         (wire.encode(seen(**{"observation/state": np.full(8, np.nan)})), "observation/state"),
-        (wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})), "observation/image"),
+        (
+            wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})),
+            "observation/image",
+        ),
         (wire.encode(seen(prompt="explode")), "explode"),
         (wire.encode(seen(prompt="bug")), "ZeroDivisionError"),
         (wire.encode(seen(prompt="stop")), "RuntimeError"),
@@ -127,7 +148,9 @@ def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
             if said:
                 assert isinstance(reply, str) and said in reply and "\n" not in reply
         raw.send(good)
-        np.testing.assert_array_equal(wire.decode(raw.recv())["actions"], homing(seen()["observation/state"]))
+        np.testing.assert_array_equal(
+            wire.decode(raw.recv())["actions"], homing(seen()["observation/state"])
+        )
 
 
 @pytest.mark.parametrize("where", ["observe", "convert"])
@@ -148,7 +171,9 @@ def test_a_mistake_in_a_robots_file_fails_one(where: str, caplog: pytest.LogCapt
     assert record.exc_info
 
 
-@pytest.mark.parametrize("rows", [np.full((5, 7), np.nan), np.full((5, 7), "fast"), np.ones(7), None])
+@pytest.mark.parametrize(
+    "rows", [np.full((5, 7), np.nan), np.full((5, 7), "fast"), np.ones(7), None]
+)
 def test_commands_that_are_no_rows_of_numbers_reach_no_robot(rows: Any) -> None:
     robot = dataclasses.replace(GENERIC, controls={"pose": Control("", 5.0, lambda *_: rows)})
     (answer,) = Service(Homing(), robot).answer([seen()])
@@ -164,18 +189,26 @@ def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
 
     rows = homing(np.ones(8))[:1]
     for robot, most in (("generic", 2), ("droid", 0)):
-        with serving(Learned(), robot=robot) as server, closing(RemotePolicy(url(server))) as remote:
+        with (
+            serving(Learned(), robot=robot) as server,
+            closing(RemotePolicy(url(server))) as remote,
+        ):
             assert remote.committed == most
             asked = {**load(robot).example(), "committed": rows}
             if most:
-                np.testing.assert_array_equal(remote.infer(asked)["actions"], np.repeat(rows, 5, axis=0))
+                np.testing.assert_array_equal(
+                    remote.infer(asked)["actions"], np.repeat(rows, 5, axis=0)
+                )
             else:
                 refuses("committed", remote.infer, asked)
 
 
 def test_clients_and_messages_are_bounded() -> None:
     with serving(bounds={"LARGEST_MESSAGE": 300_000, "MOST_CLIENTS": 2}) as server:
-        with connect(url(server), compression=None) as other, connect(url(server), compression=None) as raw:
+        with (
+            connect(url(server), compression=None) as other,
+            connect(url(server), compression=None) as raw,
+        ):
             raw.recv()
             other.recv()
             refuses("503", RemotePolicy, url(server))
@@ -219,13 +252,19 @@ def test_many_clients_are_answered_together_each_with_its_own() -> None:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(8)))
         assert max(policy.batches) == 8 and sum(policy.batches) == 32 and len(policy.batches) < 20
-        refuses("explode", clients[0].infer_batch, [seen(0.1), seen(prompt="explode"), seen(0.3), seen(0.4)])
+        refuses(
+            "explode",
+            clients[0].infer_batch,
+            [seen(0.1), seen(prompt="explode"), seen(0.3), seen(0.4)],
+        )
         # a bad observation spoils its own answer only, and leaves nothing behind for the next call
         answers = clients[0].infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
         found = [a["actions"][0, 0] for a in answers]
         np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
     found = Service(policy := Homing(), GENERIC).answer([*[seen(0.1)] * 15, seen(prompt="explode")])
-    assert [isinstance(a, SpearError) for a in found] == [False] * 15 + [True] and len(policy.batches) <= 9
+    assert [isinstance(a, SpearError) for a in found] == [False] * 15 + [True] and len(
+        policy.batches
+    ) <= 9
 
 
 @pytest.mark.parametrize(("rate_hz", "rows_of_one"), [(15.0, 3), (5.0, 1), (15.0, 1), (5.0, 3)])
@@ -244,13 +283,19 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda x: policy.infer(seen(x))["actions"][0, 0], places))
         np.testing.assert_allclose(found, -0.1 * np.array(places), rtol=1e-5)
-        for x in places:  # as an episode ends while its last chunk is computed, and the next one begins
+        for (
+            x
+        ) in places:  # as an episode ends while its last chunk is computed, and the next one begins
             with closing(Pilot(policy, "async", replan=3)) as pilot:
-                np.testing.assert_allclose([pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5)
+                np.testing.assert_allclose(
+                    [pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5
+                )
 
 
 @pytest.mark.parametrize("at", ["an answer", "a greeting", "hanging up"])
-def test_an_interrupted_call_leaves_no_answer_to_the_next(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_leaves_no_answer_to_the_next(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving() as server:
         policy = RemotePolicy(url(server))
         for batch in ([seen(0.1)], [seen(0.1), seen(0.2)], [seen(0.1)] * 3):
@@ -266,9 +311,13 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(at: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_a_pilot_takes_no_commands_for_steps(converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pilot_takes_no_commands_for_steps(
+    converted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A robot of its own whose rows, [5, 8] with unit quaternions, are SPEAR-1's actions, or poses."""
-    poses = {"convert": lambda actions, state, observation: np.tile(state, (5, 1))} if converted else {}
+    poses = (
+        {"convert": lambda actions, state, observation: np.tile(state, (5, 1))} if converted else {}
+    )
     robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, **poses)})
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
     with serving(robot="arm.py") as server:
@@ -314,7 +363,9 @@ def test_a_full_queue_says_busy_at_once() -> None:
             client.send(wire.encode(seen()))
         replies = [client.recv() for client in clients]
         busy = [r for r in replies if isinstance(r, str)]
-        assert busy and all(r.startswith("busy: 2 ") for r in busy) and len(replies) - len(busy) >= 2
+        assert (
+            busy and all(r.startswith("busy: 2 ") for r in busy) and len(replies) - len(busy) >= 2
+        )
         for client in clients:
             client.close()
         assert len(RemotePolicy(url(server)).infer_batch([seen()] * 4)) == 4

@@ -30,7 +30,9 @@ def test_forward_kinematics_equal_the_published_parameters() -> None:
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
         at, turned = control.pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
-        np.testing.assert_allclose(*[as_rotation(one).as_matrix() for one in (turned, rotation)], atol=1e-9)
+        np.testing.assert_allclose(
+            *[as_rotation(one).as_matrix() for one in (turned, rotation)], atol=1e-9
+        )
 
 
 def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> None:
@@ -38,9 +40,14 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
     for _ in range(40):
         position = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
         lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
-        joints = control.solve(control.HOME, position, lean.as_quat(scalar_first=True), iterations=60)
+        joints = control.solve(
+            control.HOME, position, lean.as_quat(scalar_first=True), iterations=60
+        )
         at, turn = control.pose(joints)
-        assert np.linalg.norm(at - position) < 1e-3 and (as_rotation(turn).inv() * lean).magnitude() < 5e-3
+        assert (
+            np.linalg.norm(at - position) < 1e-3
+            and (as_rotation(turn).inv() * lean).magnitude() < 5e-3
+        )
         assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()
 
 
@@ -70,7 +77,9 @@ def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
         assert not world.servo.move(step, delta.as_quat(scalar_first=True), 1.0)
         after, turned = world.servo.pose()
         np.testing.assert_allclose(after - before, step, atol=2e-3)
-        assert ((as_rotation(turn) * delta).inv() * as_rotation(turned)).magnitude() < math.radians(0.6)
+        assert ((as_rotation(turn) * delta).inv() * as_rotation(turned)).magnitude() < math.radians(
+            0.6
+        )
 
 
 def test_a_target_out_of_reach_is_reported_and_the_arm_comes_back_at_once() -> None:
@@ -95,9 +104,13 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
             quat, before = rng.normal(size=4), world.servo._command
             world.servo.move(rng.normal(0, 0.5, 3), quat / np.linalg.norm(quat), rng.random())
             asked = np.abs(world.servo._command - before)
-            assert (asked <= control.SPEED_LIMIT * control.SUBSTEPS * world.model.opt.timestep + 1e-9).all()
+            assert (
+                asked <= control.SPEED_LIMIT * control.SUBSTEPS * world.model.opt.timestep + 1e-9
+            ).all()
             joints = world.data.qpos[world.servo._joints]
-            assert (joints > control.JOINT_LOWER - 0.02).all() and (joints < control.JOINT_UPPER + 0.02).all()
+            assert (joints > control.JOINT_LOWER - 0.02).all() and (
+                joints < control.JOINT_UPPER + 0.02
+            ).all()
             assert np.isfinite(world.data.qpos).all() and np.abs(world.data.qvel).max() < 100
         assert world.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0
 
@@ -113,7 +126,9 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
 )
 def test_bad_actions_are_refused_and_others_normalised(action: np.ndarray, what: str) -> None:
     refuses(what, check_action, np.asarray(action))
-    np.testing.assert_allclose(check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))[1], [1, 0, 0, 0])
+    np.testing.assert_allclose(
+        check_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))[1], [1, 0, 0, 0]
+    )
 
 
 EPISODE = """

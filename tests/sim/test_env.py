@@ -27,7 +27,12 @@ def test_keeps_gymnasiums_contract(renderer: Renderer) -> None:
     made = gymnasium.make("spear/Tabletop-v0", family="stack_cube", images=False)
     observation, info = made.reset(seed=1)
     state = observation["observation/state"]
-    assert state.dtype == np.float32 and state.shape == (8,) and state[3] >= 0 and observation["prompt"]
+    assert (
+        state.dtype == np.float32
+        and state.shape == (8,)
+        and state[3] >= 0
+        and observation["prompt"]
+    )
     assert set(info) >= {"success", "reached", "grasped", "wrong_object_moved", "unreachable"}
     refuses("quaternion", made.unwrapped.step, np.zeros(8))
     refuses("put_on", TabletopEnv, "put_onn")
@@ -43,7 +48,9 @@ def test_the_same_seed_gives_the_same_pixels_whatever_else_is_rendered(renderer:
     envs = [TabletopEnv(family, (96, 72), (48, 48)) for family in FAMILIES]
     alone = [env.reset(seed=2)[0]["observation/image"] for env in envs]
     np.testing.assert_equal(run(), run())
-    np.testing.assert_array_equal(alone, [env.observe()["observation/image"] for env in reversed(envs)][::-1])
+    np.testing.assert_array_equal(
+        alone, [env.observe()["observation/image"] for env in reversed(envs)][::-1]
+    )
     assert len({image.tobytes() for image in alone}) == len(FAMILIES)
 
 

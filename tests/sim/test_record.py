@@ -45,7 +45,9 @@ def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> No
     # the gripper turns all along, near the object as well: there alone the wrist camera shows by how much
     turns = 2 * np.arccos(np.clip(actions[:, 3], -1, 1))
     late = np.concatenate([np.arange(len(episode)) >= 5 for episode in episodes])
-    assert (turns[masks & late] > np.radians(5)).mean() > 0.2 and turns[masks].max() < np.radians(8.1)
+    assert (turns[masks & late] > np.radians(5)).mean() > 0.2 and turns[masks].max() < np.radians(
+        8.1
+    )
 
 
 def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:
@@ -53,19 +55,25 @@ def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> Non
     one = list(record(tasks, *SIZES, workers=1))
     two = list(record(tasks, *SIZES, workers=2))
     assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
-    for a, b in zip([*one, record_episode("stack_cube", TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True):
+    for a, b in zip(
+        [*one, record_episode("stack_cube", TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True
+    ):
         assert_same(a, b)
 
 
 def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
     seeds = []
 
-    def stay(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> NDArray[np.float32]:
+    def stay(
+        folder: Path, observation: Mapping[str, Any], seed: int, step: int
+    ) -> NDArray[np.float32]:
         assert folder == Path("weights") and observation["observation/image"].shape == (72, 96, 3)
         seeds.append((seed, step))
         return NOTHING
 
-    episode = record_episode("stack_cube", TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay))
+    episode = record_episode(
+        "stack_cube", TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay)
+    )
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9

@@ -28,7 +28,9 @@ def in_box(points: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize("camera", ["external", "wrist"])
-def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Renderer, camera: str) -> None:
+def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(
+    renderer: Renderer, camera: str
+) -> None:
     checked = 0
     for seed in range(6):
         frame = clutter_frame(seed, camera, SIZE)
@@ -36,7 +38,10 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(renderer: Render
         for index, name in frame.names.items():
             inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
             slack = 0.004 / lengths
-            assert ((inside > -slack) & (inside < 1 + slack)).all(axis=1).mean() > 0.97, (seed, name)
+            assert ((inside > -slack) & (inside < 1 + slack)).all(axis=1).mean() > 0.97, (
+                seed,
+                name,
+            )
             checked += 1
     assert checked > 12
 
@@ -54,7 +59,9 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
     frame = frame_of(world, "external", SIZE)
     points = points_of(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
-    heights = points[renderer.layers(world, "external", SIZE)[2].ravel() == world.model.geom("table").id, 2]
+    heights = points[
+        renderer.layers(world, "external", SIZE)[2].ravel() == world.model.geom("table").id, 2
+    ]
     assert len(heights) > 5000 and np.abs(heights).max() < 2e-3
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from spear.sim.objects import CUBES, KINDS
-from spear.sim.scene import FAMILIES, IN_BASKET, PUT_ON, SYNONYMS, TEMPLATES, clutter_scene, sample_scene
+from spear.sim.scene import (
+    FAMILIES,
+    IN_BASKET,
+    PUT_ON,
+    SYNONYMS,
+    TEMPLATES,
+    clutter_scene,
+    sample_scene,
+)
 from spear.sim.world import World
 
 
@@ -14,7 +22,10 @@ from spear.sim.world import World
 def test_same_seed_same_scene_and_other_seeds_differ(family: str) -> None:
     assert sample_scene(family, 7) == sample_scene(family, 7)
     scenes = [sample_scene(family, seed) for seed in range(30)]
-    assert len({scene.things for scene in scenes}) == 30 and len({scene.instruction for scene in scenes}) >= 6
+    assert (
+        len({scene.things for scene in scenes}) == 30
+        and len({scene.instruction for scene in scenes}) >= 6
+    )
     assert len({scene.look.camera for scene in scenes}) == 30
 
 
@@ -40,8 +51,12 @@ def test_each_family_casts_its_roles_and_names_them() -> None:
         assert kinds["put_on"][1] in PUT_ON[kinds["put_on"][0]]
         assert kinds["put_in_basket"][0] == "basket" and kinds["put_in_basket"][1] in IN_BASKET
         assert kinds["spoon_on_towel"][:2] == ["towel", "spoon"]
-        assert {*kinds["stack_cube"][:2]} <= {*CUBES} and kinds["stack_cube"][0] != kinds["stack_cube"][1]
+        assert {*kinds["stack_cube"][:2]} <= {*CUBES} and kinds["stack_cube"][0] != kinds[
+            "stack_cube"
+        ][1]
         for family, names in kinds.items():
             assert 2 <= len(names) <= 5 and len(set(names)) == len(names)
             for name in names[:2]:
-                assert any(word in scenes[family].instruction for word in SYNONYMS.get(name, (name,)))
+                assert any(
+                    word in scenes[family].instruction for word in SYNONYMS.get(name, (name,))
+                )

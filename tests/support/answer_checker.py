@@ -12,7 +12,9 @@ from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
 NEAR, FAR, LEFT, RIGHT, TOP, BOTTOM = -0.5, 0.5, -0.5, 0.5, -0.5, 0.5
 CORNERS = [
-    (x, y, z) for y in (TOP, BOTTOM) for x, z in ((LEFT, NEAR), (RIGHT, NEAR), (RIGHT, FAR), (LEFT, FAR))
+    (x, y, z)
+    for y in (TOP, BOTTOM)
+    for x, z in ((LEFT, NEAR), (RIGHT, NEAR), (RIGHT, FAR), (LEFT, FAR))
 ]
 
 
@@ -31,7 +33,11 @@ def complaints(label: LabeledImage, question: Question) -> list[str]:
     found += [f"{o.name}: {reason}" for o in asked for reason in _unfit(label, o)]
     numeric = family != "back_projection"
     relative = "relative" in prompt or "scale" in prompt
-    if relative != (label.unit == "relative" and numeric) or "metre" in prompt or question.unit != label.unit:
+    if (
+        relative != (label.unit == "relative" and numeric)
+        or "metre" in prompt
+        or question.unit != label.unit
+    ):
         found.append(f"unit {label.unit}: {prompt}")
     expected, got = _answer(label, family, asked, prompt), list(question.segments)
     if family == "chain_of_thought":
@@ -44,7 +50,12 @@ def complaints(label: LabeledImage, question: Question) -> list[str]:
         if isinstance(e, float):
             right = isinstance(g, float) and math.isclose(g, e, rel_tol=1e-4, abs_tol=1e-5)
         elif isinstance(e, tuple):
-            right = isinstance(g, Pixel) and math.dist((g.x, g.y), e) < 1e-4 and 0 <= g.x < 1 and 0 <= g.y < 1
+            right = (
+                isinstance(g, Pixel)
+                and math.dist((g.x, g.y), e) < 1e-4
+                and 0 <= g.x < 1
+                and 0 <= g.y < 1
+            )
         else:
             right = g == e
         if not right:
@@ -71,7 +82,9 @@ def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
     mentions: dict[int, LabeledObject] = {}
     for o in sorted(label.objects, key=lambda o: -len(o.name)):
         for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
-            if not any(s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()):
+            if not any(
+                s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()
+            ):
                 mentions[match.start()] = o
     return [mentions[s] for s in sorted(mentions)]
 
@@ -84,7 +97,9 @@ def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
 
     mine, my_aside = words(o.name)
     theirs = [words(other.name) for other in label.objects]
-    alike = [aside for name, aside in theirs if name[-len(mine) :] == mine and my_aside in ("", aside)]
+    alike = [
+        aside for name, aside in theirs if name[-len(mine) :] == mine and my_aside in ("", aside)
+    ]
     reasons = ["could be another"] if len(alike) > 1 else []
     if o.box3d is None:
         return [*reasons, "has no box"]
@@ -92,7 +107,14 @@ def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
     s = o.scores
-    least = {"visible": 0.7, "points": 30, "known": 0.8, "whole": 0.5, "stability": 0.6, "compact": 0.4}
+    least = {
+        "visible": 0.7,
+        "points": 30,
+        "known": 0.8,
+        "whole": 0.5,
+        "stability": 0.6,
+        "compact": 0.4,
+    }
     if s.get("edge", 0) > 0.05 or any(s.get(name, 99) < bar for name, bar in least.items()):
         reasons.append(f"is under the bar: {dict(s)}")
     return reasons
@@ -103,7 +125,9 @@ def _answer(label: LabeledImage, family: str, asked: list[LabeledObject], prompt
     if family == "box_vertices":
         return [c for corner in _corners(x) for c in corner]
     if family == "keypoint":
-        (word,) = re.findall(r"closest|nearest|furthest|farthest|centre|center", prompt.split(" point ")[0])
+        (word,) = re.findall(
+            r"closest|nearest|furthest|farthest|centre|center", prompt.split(" point ")[0]
+        )
         kind = {"nearest": "closest", "farthest": "furthest", "center": "centre"}.get(word, word)
         return [float(c) for c in x.keypoints[kind]]
     if family == "back_projection":
@@ -134,7 +158,10 @@ def _corners(o: LabeledObject) -> list[list[float]]:
     right, down, away = ([float(box.rotation[i][k]) for i in range(3)] for k in range(3))
     w, h, d = (float(s) for s in box.size)
     return [
-        [float(box.center[i]) + x * w * right[i] + y * h * down[i] + z * d * away[i] for i in range(3)]
+        [
+            float(box.center[i]) + x * w * right[i] + y * h * down[i] + z * d * away[i]
+            for i in range(3)
+        ]
         for x, y, z in CORNERS
     ]
 

@@ -39,8 +39,13 @@ class Tab:
         while True:
             message = json.loads(self._socket.recv(timeout=PATIENCE))
             if message.get("method") == "Runtime.exceptionThrown":
-                self.errors.append(message["params"]["exceptionDetails"]["exception"]["description"])
-            elif message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
+                self.errors.append(
+                    message["params"]["exceptionDetails"]["exception"]["description"]
+                )
+            elif (
+                message.get("method") == "Log.entryAdded"
+                and message["params"]["entry"]["level"] == "error"
+            ):
                 self.errors.append(message["params"]["entry"]["text"])
             elif message.get("id") == self._count:
                 assert "error" not in message, message["error"]
@@ -54,7 +59,9 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """The value of an expression on the page."""
-        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        result = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -68,7 +75,9 @@ class Tab:
     def where(self, selector: str) -> list[float]:
         """Left, top, width and height of an element in the window, scrolled to if need be."""
         script = "(e => { e.scrollIntoViewIfNeeded(); const r = e.getBoundingClientRect();"
-        script += f" return [r.x, r.y, r.width, r.height]; }})(document.querySelector({selector!r}))"
+        script += (
+            f" return [r.x, r.y, r.width, r.height]; }})(document.querySelector({selector!r}))"
+        )
         return [float(v) for v in self.run(script)]
 
     def click(self, selector: str) -> None:
@@ -80,9 +89,21 @@ class Tab:
     def touch(self, selector: str, *fingers: Sequence[float]) -> None:
         """Fingers on an element, each [from x, y, to x, y] as parts of its width and height."""
         left, top, width, height = self.where(selector)
-        for kind, part in (("touchStart", 0.0), ("touchMove", 0.5), ("touchMove", 1.0), ("touchEnd", None)):
-            at = [] if part is None else [(a + part * (c - a), b + part * (d - b)) for a, b, c, d in fingers]
-            points = [{"x": left + x * width, "y": top + y * height, "id": i} for i, (x, y) in enumerate(at)]
+        for kind, part in (
+            ("touchStart", 0.0),
+            ("touchMove", 0.5),
+            ("touchMove", 1.0),
+            ("touchEnd", None),
+        ):
+            at = (
+                []
+                if part is None
+                else [(a + part * (c - a), b + part * (d - b)) for a, b, c, d in fingers]
+            )
+            points = [
+                {"x": left + x * width, "y": top + y * height, "id": i}
+                for i, (x, y) in enumerate(at)
+            ]
             self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
 
     def type(self, selector: str, text: str) -> None:

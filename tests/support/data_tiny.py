@@ -42,9 +42,15 @@ def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
     """A PNG of this width, height, bits per channel and kind of colour."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
-    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    parts = (
+        chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)),
+        chunk(b"IDAT", data),
+        chunk(b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 

@@ -30,9 +30,15 @@ def boxes(*items: tuple[str, list[float]]) -> Reply:
 
 
 def text(answer: str, end: str = "STOP", **more: Any) -> Reply:
-    candidate = {"content": {"role": "model", "parts": [{"text": answer}]}, "finishReason": end, "index": 0}
+    candidate = {
+        "content": {"role": "model", "parts": [{"text": answer}]},
+        "finishReason": end,
+        "index": 0,
+    }
     tokens = {"promptTokenCount": 1200, "candidatesTokenCount": 80, "thoughtsTokenCount": 20}
-    return Reply(body={"candidates": [candidate], "usageMetadata": tokens, "modelVersion": "test", **more})
+    return Reply(
+        body={"candidates": [candidate], "usageMetadata": tokens, "modelVersion": "test", **more}
+    )
 
 
 def error(status: int, name: str, message: str, *details: dict[str, Any], **headers: str) -> Reply:

@@ -47,7 +47,9 @@ def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: in
     for number in true:
         image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)
     known = np.where(np.isfinite(depth), depth, 0).astype(np.float32)
-    return Frame(image, known, instances, dict(enumerate(names, start=1)), k, pose, true, "synthetic")
+    return Frame(
+        image, known, instances, dict(enumerate(names, start=1)), k, pose, true, "synthetic"
+    )
 
 
 def rotation(yaw: float) -> Array:
@@ -65,7 +67,9 @@ def random_frame(
         extent = rng.uniform(0.03, 0.12, 3)
         center = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25), extent[2] / 2])
         reach = np.hypot(*extent[:2])
-        if all(np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + reach) / 2 for c, e, _ in boxes):
+        if all(
+            np.linalg.norm((center - c)[:2]) > (np.hypot(*e[:2]) + reach) / 2 for c, e, _ in boxes
+        ):
             boxes.append((center, extent, rng.uniform(0, np.pi)))
     chosen = [names[i % len(names)] for i in rng.permutation(max(objects, len(names)))[:objects]]
     return render(boxes, chosen, pitch=float(rng.uniform(25, 60)), **size)
@@ -80,7 +84,9 @@ def seen_sides(box: Box3D, rng: np.random.Generator, noise: float) -> Array:
             local = rng.uniform(-0.5, 0.5, (4000, 3))
             local[:, axis] = -np.sign(middle) / 2
             points = box.center + (local * box.size) @ box.rotation.T
-            slope = abs(box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T)
+            slope = abs(
+                box.rotation[:, axis] @ (points / np.linalg.norm(points, axis=1)[:, None]).T
+            )
             area = np.prod(np.delete(box.size, axis)) / 0.01
             sides.append(points[rng.uniform(size=4000) < 0.15 * slope * area])
     points = np.concatenate(sides)

@@ -42,13 +42,17 @@ class BrightDetector:
 
 def _bright(image: Array) -> Detection:
     y, x = np.nonzero(image[..., 0] > 128)
-    return Detection("block", np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32), 0.9)
+    return Detection(
+        "block", np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], np.float32), 0.9
+    )
 
 
 class BoxSegmenter:
     name = "box"
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         masks = []
         for frame, found in zip(frames, detections, strict=True):
             mask = np.zeros((len(found), *frame.image.shape[:2]), bool)
@@ -70,7 +74,9 @@ class SlopePointMap:
 
     def _predict(self, image: Array, off: float) -> PointMapResult:
         height, width = image.shape[:2]
-        intrinsics = np.array([[off * width, 0, width / 2], [0, off * width, height / 2], [0, 0, 1.0]])
+        intrinsics = np.array(
+            [[off * width, 0, width / 2], [0, off * width, height / 2], [0, 0, 1.0]]
+        )
         depth = np.linspace(1.5, 1.0, height)[:, None] - 0.1 * (image[..., 0] > 128)
         known = np.ones((height, width), bool)
         return PointMapResult(unproject(depth, intrinsics), known, intrinsics, "metre")

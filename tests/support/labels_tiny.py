@@ -21,7 +21,12 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32,
     )  # fmt: skip
     prompt = {"hidden_size": 32, "image_size": 64, "mask_input_channels": 4}
-    decoder = {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    decoder = {
+        "hidden_size": 32,
+        "mlp_dim": 32,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 16,
+    }
     both = {"vision_config": vision, "initializer_range": 0.3}
     torch.manual_seed(0)
     if not video:
@@ -42,7 +47,15 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
 
 def save_grounding_dino(folder: Path) -> Path:
     """Grounding DINO with ten queries and prompts of 16 tokens; marks have BERT's numbers."""
-    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
+    special = {
+        "[PAD]": 0,
+        "[UNK]": 100,
+        "[CLS]": 101,
+        "[SEP]": 102,
+        "[MASK]": 103,
+        ".": 1012,
+        "?": 1029,
+    }
     vocabulary = {f"[unused{i}]": i for i in range(1040) if i not in special.values()} | special
     vocabulary |= {word: 1040 + i for i, word in enumerate(WORDS)}
     config = hf.GroundingDinoConfig(
@@ -68,9 +81,19 @@ def save_owlv2(folder: Path) -> Path:
     tokens = ["!", *letters, *(f"{letter}</w>" for letter in letters), "cu", "cup</w>"]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = hf.Owlv2Config(
-        text_config={"vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end, **tower}
+        text_config={
+            "vocab_size": len(vocabulary),
+            "bos_token_id": start,
+            "eos_token_id": end,
+            **tower,
+        }
         | {"max_position_embeddings": 32},
         vision_config={"image_size": 32, "patch_size": 8, **tower},
         projection_dim=16,
@@ -81,7 +104,9 @@ def save_owlv2(folder: Path) -> Path:
         parameter.data *= 0.1  # so that boxes stay near their patches
     network.save_pretrained(folder)
     merges = [("c", "u"), ("cu", "p</w>")]
-    tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token="!", model_max_length=32)
+    tokenizer = hf.CLIPTokenizer(
+        vocab=vocabulary, merges=merges, pad_token="!", model_max_length=32
+    )
     processor = hf.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})
     hf.Owlv2Processor(processor, tokenizer).save_pretrained(folder)
     return folder

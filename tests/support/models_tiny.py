@@ -46,7 +46,9 @@ def pixels(
     return {v: torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for v, s in shapes.items()}
 
 
-def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torch.Tensor, torch.Tensor]:
+def text(
+    rows: int, length: int, seed: int = 0, last: int = START
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and a right-padding mask with rows of different lengths."""
     ids = torch.randint(3, last, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(length) < length - torch.arange(rows)[:, None] % 3).long()
@@ -54,7 +56,9 @@ def text(rows: int, length: int, seed: int = 0, last: int = START) -> tuple[torc
 
 
 def left_padded(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    turned = [torch.cat([row[keep == 0], row[keep == 1]]) for row, keep in zip(ids, mask, strict=True)]
+    turned = [
+        torch.cat([row[keep == 0], row[keep == 1]]) for row, keep in zip(ids, mask, strict=True)
+    ]
     return torch.stack(turned), mask.flip(1)
 
 
@@ -63,11 +67,17 @@ def actions(*shape: int, seed: int = 0) -> Action:
     g = torch.Generator().manual_seed(seed)
     rotation = torch.nn.functional.normalize(torch.randn(*shape, 4, generator=g), dim=-1)
     rotation = rotation * torch.where(rotation[..., :1] < 0, -1.0, 1.0)
-    return Action(torch.randn(*shape, 3, generator=g), rotation, torch.randn(*shape, 1, generator=g))
+    return Action(
+        torch.randn(*shape, 3, generator=g), rotation, torch.randn(*shape, 1, generator=g)
+    )
 
 
 def reference(
-    model: Any, given: dict[str, Any], noise: Action, steps: int, committed: flow.Committed | None = None
+    model: Any,
+    given: dict[str, Any],
+    noise: Action,
+    steps: int,
+    committed: flow.Committed | None = None,
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
     with torch.no_grad():

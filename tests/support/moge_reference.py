@@ -23,7 +23,9 @@ Weights = dict[str, torch.Tensor]
 
 def value(name: str, shape: list[int]) -> torch.Tensor:
     if name.endswith(("image_mean", "image_std")):
-        return torch.tensor(IMAGENET_MEAN if name.endswith("mean") else IMAGENET_STD).view(1, 3, 1, 1)
+        return torch.tensor(IMAGENET_MEAN if name.endswith("mean") else IMAGENET_STD).view(
+            1, 3, 1, 1
+        )
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if name.endswith("gamma"):
         return 0.1 + 0.02 * noise

@@ -30,7 +30,9 @@ def logits(
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     kinds = (torch.arange(9) >= 5).long().expand(B, 9)
-    features = theirs.model.get_image_features(image / 127.5 - 1, interpolate_pos_encoding=True).pooler_output
+    features = theirs.model.get_image_features(
+        image / 127.5 - 1, interpolate_pos_encoding=True
+    ).pooler_output
     before = torch.ones(B, tokens, dtype=torch.long)
     said = theirs(
         input_ids=torch.cat([before * image_token, ids], dim=1),

@@ -20,7 +20,11 @@ from spear.models.processing import train_tokenizer
 
 ROWS, IMAGE_TOKEN = 1312, 1311
 TINY14 = dataclasses.replace(
-    TINY, name="tiny14", stem="patch", image_sizes={"external": (56, 42), "wrist": (28, 28)}, vocabulary=ROWS
+    TINY,
+    name="tiny14",
+    stem="patch",
+    image_sizes={"external": (56, 42), "wrist": (28, 28)},
+    vocabulary=ROWS,
 )
 MOGE = (16, 5, 2)
 LAYOUTS = ("2024", "2025", "now")
@@ -38,7 +42,11 @@ def paligemma_config(text: str = "gemma", rows: int = ROWS) -> PaliGemmaConfig:
     """PaliGemma's; with a text model "gemma2" PaliGemma 2's, its soft caps low enough to matter."""
     more: dict[str, Any] = {}
     if text == "gemma2":
-        more = {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        more = {
+            "query_pre_attn_scalar": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        }
     vision = {**TINY.vision, "patch_size": 14, "image_size": 224, "vision_use_head": False}
     return PaliGemmaConfig(
         vision_config={**vision, "model_type": "siglip_vision_model"},
@@ -49,7 +57,9 @@ def paligemma_config(text: str = "gemma", rows: int = ROWS) -> PaliGemmaConfig:
     )
 
 
-def paligemma(text: str = "gemma", seed: int = 0, rows: int = ROWS) -> PaliGemmaForConditionalGeneration:
+def paligemma(
+    text: str = "gemma", seed: int = 0, rows: int = ROWS
+) -> PaliGemmaForConditionalGeneration:
     """A random one, whose norms and biases are not those of an untrained one."""
     torch.manual_seed(seed)
     return _moved(PaliGemmaForConditionalGeneration(paligemma_config(text, rows)))
@@ -64,7 +74,10 @@ def _moved(model: Any) -> Any:
 
 
 def publish_paligemma(
-    model: PaliGemmaForConditionalGeneration, folder: Path, layout: str = "2024", tokenizer: bool = True
+    model: PaliGemmaForConditionalGeneration,
+    folder: Path,
+    layout: str = "2024",
+    tokenizer: bool = True,
 ) -> Path:
     """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or now."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +91,9 @@ def publish_paligemma(
         save_torch_state_dict(dict(sorted(renamed.items())), folder, max_shard_size=most)
         model.config.save_pretrained(folder)
     if tokenizer:
-        words = train_tokenizer(["estimate the distance between the mug and the spoon"] * 2, IMAGE_TOKEN)
+        words = train_tokenizer(
+            ["estimate the distance between the mug and the spoon"] * 2, IMAGE_TOKEN
+        )
         words.add_tokens(["<image>"], special_tokens=True)
         words.save_pretrained(folder)
     return folder
@@ -94,7 +109,12 @@ def _published(name: str, layout: str) -> str:
 def publish_moge(path: Path, seed: int = 0) -> Path:
     """Write a MoGe v1 as `model.pt`, under DINOv2's own names, queries, keys and values in one."""
     torch.manual_seed(seed)
-    config = {"encoder": "dinov2_tiny14", "remap_output": "exp", "intermediate_layers": 4, "dim_proj": 8}
+    config = {
+        "encoder": "dinov2_tiny14",
+        "remap_output": "exp",
+        "intermediate_layers": 4,
+        "dim_proj": 8,
+    }
     config |= {"dim_upsample": [32, 32, 32], "dim_times_res_block_hidden": 1, "num_res_blocks": 1}
     config |= {"last_conv_channels": 32}
     weights: dict[str, torch.Tensor] = {}
@@ -134,7 +154,9 @@ def publish_pi0(model: Pi0, folder: Path, layout: str = "lerobot") -> Path:
     weights[f"{expert}lm_head.weight"] = weights.pop(f"{expert}model.embed_tokens.weight")
     if layout == "lerobot":
         weights = {f"model.{name}": weight for name, weight in weights.items()}
-        weights["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(model.config.max_state_dim)
+        weights["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(
+            model.config.max_state_dim
+        )
         (folder / "config.json").write_text(json.dumps({"type": "pi0", "chunk_size": TINY.horizon}))
     save_file(weights, folder / "model.safetensors")
     return folder

@@ -26,5 +26,7 @@ def refuses(words: str, call: Callable[..., Any], *given: Any, **named: Any) -> 
 def no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # of its compiler
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module=r"torch\."
+        )  # of its compiler
         yield

@@ -35,7 +35,9 @@ def write_scannet(folder: Path, frames: list[Frame]) -> Path:
         np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", k, fmt="%f")
         np.savetxt(folder / "intrinsic" / f"extrinsic_{name}.txt", np.eye(4), fmt="%f")
     for i, frame in enumerate(frames):
-        Image.fromarray(frame.instances.astype(np.uint8)).save(folder / "instance-filt" / f"{i}.png")
+        Image.fromarray(frame.instances.astype(np.uint8)).save(
+            folder / "instance-filt" / f"{i}.png"
+        )
     names = {number: name for frame in frames for number, name in frame.names.items()}
     groups = [{"objectId": n - 1, "label": name} for n, name in names.items()]
     groups.append({"objectId": 20, "label": "wall"})

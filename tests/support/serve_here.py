@@ -60,7 +60,9 @@ SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
 @contextmanager
 def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str]]:
     """Code in a process of its own, whose output can be read."""
-    running = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, **how)
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, **how
+    )
     try:
         yield running
     finally:
@@ -71,7 +73,9 @@ def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str
 @contextmanager
 def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
     """A server of the class `Policy` of this code in a process of its own; its port; what it says."""
-    made = "PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
+    made = (
+        "PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
+    )
     run = f"asyncio.run({made}.run(lambda made: print(made.port, flush=True)))"
     code = "\n".join(["from serve_here import *; from spear.serve import server", code, run])
     with started(code, cwd=Path(__file__).parent) as running:
@@ -88,10 +92,16 @@ def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str,
 
 @contextmanager
 def serving(
-    policy: Any = None, robot: str = "generic", page: Any = None, bounds: Mapping[str, float] = {}, **how: Any
+    policy: Any = None,
+    robot: str = "generic",
+    page: Any = None,
+    bounds: Mapping[str, float] = {},
+    **how: Any,
 ) -> Iterator[PolicyServer]:
     """A server on a free port of this machine, stopped at the end. bounds: other constants of its module."""
-    service = Service(policy or Homing(), embodiments.load(robot), "test", robot, how.get("control"))
+    service = Service(
+        policy or Homing(), embodiments.load(robot), "test", robot, how.get("control")
+    )
     started = threading.Event()
     held: dict[str, Any] = {}
 

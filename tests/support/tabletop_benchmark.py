@@ -19,7 +19,9 @@ SENT: list[str] = []
 class Tabletop(StepBenchmark):
     """Scenes seed 0, 1, … of a family without rendering. `broken`: its last state is no number."""
 
-    def __init__(self, family: str = "put_on", send_state: bool = False, broken: bool = False) -> None:
+    def __init__(
+        self, family: str = "put_on", send_state: bool = False, broken: bool = False
+    ) -> None:
         super().__init__()
         self._env = TabletopEnv(family, images=False)
         self._send_state, self._broken = send_state, broken

@@ -31,7 +31,9 @@ from spear.train.tasks import VlaTask
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 
 
-def go(task: Task, opt: Optimization, out: Path, about: Any = None, **how: Any) -> dict[str, torch.Tensor]:
+def go(
+    task: Task, opt: Optimization, out: Path, about: Any = None, **how: Any
+) -> dict[str, torch.Tensor]:
     """`loop.run` in this process, with every step in the log."""
     return loop.run(task, opt, out, RunOptions(**{"workers": 0, "log_every": 1, **how}), about)
 
@@ -71,7 +73,9 @@ class Regression:
 
     def __init__(self, scale: float = 1.0, pause: float = 0.0) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
         self.scale, self.pause = scale, pause
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -99,7 +103,9 @@ class Broken(Regression):
         if batch["more"]["broken"]:
             weight = self.model[0].weight.sum()
             # The root's slope at zero is infinite, its value is not.
-            loss = loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
+            loss = (
+                loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
+            )
         return loss, parts
 
 
@@ -118,7 +124,10 @@ class Acting:
         answer = (torch.arange(8) > 3).long() * there
         return {
             "pixel_values": pixels(2, seed=step),
-            "view_mask": {"external": torch.tensor([True, True]), "wrist": torch.tensor([True, False])},
+            "view_mask": {
+                "external": torch.tensor([True, True]),
+                "wrist": torch.tensor([True, False]),
+            },
             "input_ids": ids,
             "attention_mask": mask,
             "state": torch.randn(2, STATE_FEATURES, generator=torch.Generator().manual_seed(step)),
@@ -143,13 +152,17 @@ def start(function: Callable[..., None], root: Path, processes: int = 2, *given:
     """Call `function(root, *given)` in so many processes that know of each other; what they say is in `root`.
     As in the command, a `SpearError` is one line and exit code 2."""
     # A process whose autograd has used a GPU cannot be forked.
-    context: Any = multiprocessing.get_context("forkserver" if torch.backends.cuda.is_built() else "fork")
+    context: Any = multiprocessing.get_context(
+        "forkserver" if torch.backends.cuda.is_built() else "fork"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     made = []
     for rank in range(processes):
-        made.append(context.Process(target=_work, args=(function, root, rank, processes, port, *given)))
+        made.append(
+            context.Process(target=_work, args=(function, root, rank, processes, port, *given))
+        )
         made[-1].start()
     return made
 
@@ -159,7 +172,9 @@ def said(function: Callable[..., None], root: Path, rank: int) -> str:
     return (root / f"{function.__name__}-{rank}.txt").read_text()
 
 
-def _work(function: Callable[..., None], root: Path, rank: int, world: int, port: str, *given: Any) -> None:
+def _work(
+    function: Callable[..., None], root: Path, rank: int, world: int, port: str, *given: Any
+) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(place, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
     sys.stderr = (root / f"{function.__name__}-{rank}.txt").open("w", buffering=1)

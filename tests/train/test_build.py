@@ -36,10 +36,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
-def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path) -> None:
+def test_a_stage_with_new_tokens(
+    bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path
+) -> None:
     begun = load_vlm(inputs.init)
     before = begun.model.get_parameter("language_model.embed_tokens.weight")
-    model, task, save = build(recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2), inputs)
+    model, task, save = build(
+        recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2), inputs
+    )
     assert isinstance(model, SpearVLMForConditionalGeneration)
     first = model.config.coordinate_start
     rows = model.get_parameter("language_model.embed_tokens.weight")
@@ -65,11 +69,17 @@ def test_a_stage_with_new_tokens(bins: int, spacing: str | None, inputs: Inputs,
 
 def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path) -> None:
     """As when a VLM of a tabletop goes on with images of rooms: its answers would end at the last token."""
-    write_labels((labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet")
+    write_labels(
+        (labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet"
+    )
     rooms = dataclasses.replace(inputs, labels=[tmp_path / "rooms"])
     with pytest.warns(Notice, match="outside of the 3D tokens.*bins=1024$"):
         build(recipe("nano-vlm-2").changed(batch_size=2), rooms)
-    for changes, given in (({"bins": 1024}, rooms), ({"families": ["what_at"]}, rooms), ({}, inputs)):
+    for changes, given in (
+        ({"bins": 1024}, rooms),
+        ({"families": ["what_at"]}, rooms),
+        ({}, inputs),
+    ):
         with no_warning():
             build(recipe("nano-vlm-2").changed(batch_size=2, **changes), given)
 
@@ -93,12 +103,16 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(tmp_path: Pat
     config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
     fields = {**config.text_config.to_dict(), **sizes, "num_key_value_heads": 3, "head_dim": 32}
-    config.text_config = AutoConfig.for_model("gemma2", **{k: fields[k] for k in fields if k != "model_type"})
+    config.text_config = AutoConfig.for_model(
+        "gemma2", **{k: fields[k] for k in fields if k != "model_type"}
+    )
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
     mine = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
     with pytest.warns(Notice, match="random weights"):
-        model, task, _ = build(recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm"))
+        model, task, _ = build(
+            recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm")
+        )
     made = model.get_submodule("expert").config
     assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
     assert made.hidden_size == size.expert["hidden_size"]
@@ -135,7 +149,9 @@ def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
 
 
 def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
-    given = Inputs(episodes=[("it", stored([make(0)], tmp_path / "mine"), 1.0)], init=locate("nano"))
+    given = Inputs(
+        episodes=[("it", stored([make(0)], tmp_path / "mine"), 1.0)], init=locate("nano")
+    )
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
         model, _, save = build(recipe("nano-post").changed(committed=committed), given)
         assert model.config.committed == expected
@@ -143,7 +159,13 @@ def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -
         given = dataclasses.replace(given, init=tmp_path / "out")
     own: Any = model.flow
     model, _, _ = build(recipe("nano-post").changed(flow={"rotation_weight": 7.0}), given)
-    assert model.flow == dataclasses.replace(own, rotation_weight=7.0) == FlowConfig(**model.config.flow)
+    assert (
+        model.flow
+        == dataclasses.replace(own, rotation_weight=7.0)
+        == FlowConfig(**model.config.flow)
+    )
     model.to(torch.bfloat16)  # as a checkpoint in it is loaded
     store_weights(model, recipe("nano-post").optimization)
-    assert float(model.vlm.language_model.embed_tokens.embed_scale) == pytest.approx(192**0.5, rel=1e-6)
+    assert float(model.vlm.language_model.embed_tokens.embed_scale) == pytest.approx(
+        192**0.5, rel=1e-6
+    )

@@ -32,11 +32,18 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file").touch()
     write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
     write_episodes([make(0, images={"wrist": make(0).images["external"]})], root / "wrist")
-    state = {"step": 1, "skipped": 0, "counts": {}, "settings": {"seed": 5, "pieces": 1, "about": {}}}
+    state = {
+        "step": 1,
+        "skipped": 0,
+        "counts": {},
+        "settings": {"seed": 5, "pieces": 1, "about": {}},
+    }
     for name, settings in (("of-seed-5", {}), ("of-2-pieces", {"seed": 0, "pieces": 2})):
         begun = root / name / "checkpoints" / "step-00000001"
         begun.mkdir(parents=True)
-        (begun / "state.json").write_text(json.dumps(state | {"settings": state["settings"] | settings}))
+        (begun / "state.json").write_text(
+            json.dumps(state | {"settings": state["settings"] | settings})
+        )
     return root
 
 
@@ -44,7 +51,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "named"),
     [
         pytest.param(
-            "--device cuda", "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one")
+            "--device cuda",
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one"),
         ),
         ("--shares 1 2", "--shares"),
         ("--init {}/cut", "model.safetensors"),
@@ -76,9 +85,16 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_mistakes_are_found_before_data_are_made(
-    words: str, named: str, given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+    words: str,
+    named: str,
+    given: Path,
+    tmp_path: Path,
+    refused: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("spear.data.store.prepare.prepare", Mock(side_effect=AssertionError("too late")))
+    monkeypatch.setattr(
+        "spear.data.store.prepare.prepare", Mock(side_effect=AssertionError("too late"))
+    )
     told = words.replace("{}", str(given)).split()
     usual = {"--init": "nano", "--episodes": str(given / "mine"), "--out": str(tmp_path / "run")}
     more = [word for pair in usual.items() if pair[0] not in told for word in pair]
@@ -92,13 +108,18 @@ def test_the_first_process_says_that_it_is_done(
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
     for rank, said in (("0", "trained: it\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store")) == said
+        assert (
+            done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store"))
+            == said
+        )
 
 
 def test_a_vlm_with_moge_is_no_beginning_without(tmp_path: Path, refused: Command) -> None:
     write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
     for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
-        assert "MoGe" in refused("train", *words.split(), "--init", "nano", "--labels", str(tmp_path))
+        assert "MoGe" in refused(
+            "train", *words.split(), "--init", "nano", "--labels", str(tmp_path)
+        )
     twice = "nano-vlm-2", "--init", "nano", "--labels", str(tmp_path), "--moge", "nano-depth"
     assert "--moge" in refused("train", *twice)
     depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
@@ -111,13 +132,19 @@ def test_evaluation_and_ablations_ask_first(
     given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
-    for words in (["nowhere"], ["nano", "--split", "nowhere"], ["nano", "--train-split", "nowhere"]):
+    for words in (
+        ["nowhere"],
+        ["nano", "--split", "nowhere"],
+        ["nano", "--train-split", "nowhere"],
+    ):
         assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
     same = "nano", str(given / "mine"), "--split", "train[:1]", "--train-split", "train"
     assert "--train-split train: " in refused("evaluate", "data", *same)
     monkeypatch.setattr("spear.ablations.plan.obtain", None)
     words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
-    assert "'visoin'" in refused("evaluate", "ablations", *words) and not (tmp_path / "run").exists()
+    assert (
+        "'visoin'" in refused("evaluate", "ablations", *words) and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +154,11 @@ def test_evaluation_and_ablations_ask_first(
         ("nano-vlm-1", "labels init moge episodes", "--episodes"),
         ("nano-vlm-1", "init moge", "--labels"),
         ("nano-vla", "episodes init", "--labels"),  # for the questions beside
-        ("nano-post", "episodes", "--init .*--labels"),  # for the tokenizer of a model from random weights
+        (
+            "nano-post",
+            "episodes",
+            "--init .*--labels",
+        ),  # for the tokenizer of a model from random weights
         ("nano-depth", "labels init", "--init"),
         ("nano-post", "episodes init labels", "--labels"),
         ("nano-vlm-1", "labels moge", "--moge"),
@@ -145,14 +176,19 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
     [
         *(("nano-depth", key) for key in ("lora_rank=4", "bins=9", "augment=1")),
         *(("nano-vlm-2", key) for key in ("normalization=minmax", "committed=2")),
-        *(("nano-post", key) for key in ("coordinate_rows_only=true", "wrist=0.5", "question_weight=2")),
+        *(
+            ("nano-post", key)
+            for key in ("coordinate_rows_only=true", "wrist=0.5", "question_weight=2")
+        ),
         *(("nano-post", key) for key in ("coordinate_weight=4", "lora_alpha=32")),
         ("nano-post", "final_lr=0.1 schedule=constant"),  # others leave the first without effect
         ("nano-post", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]'),
         ("nano-post", 'lr_scale={"vlm.moge":2} lora_rank=4 frozen=["vlm"]'),
     ],
 )
-def test_keys_that_a_recipe_does_not_use_are_refused(name: str, keys: str, refused: Command) -> None:
+def test_keys_that_a_recipe_does_not_use_are_refused(
+    name: str, keys: str, refused: Command
+) -> None:
     given = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
     said = refused("train", name, *given.split(), "--set", *keys.split())
     assert f"--set {keys.split()[0]}: recipe {name}" in said

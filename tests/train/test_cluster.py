@@ -20,7 +20,12 @@ def programs(folder: Path, **bodies: str) -> dict[str, str]:
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40123", "SLURM_NNODES": "2"}
-    return {**os.environ, **job, "SLURM_GPUS_ON_NODE": "8", "PATH": f"{folder}:{os.environ['PATH']}"}
+    return {
+        **os.environ,
+        **job,
+        "SLURM_GPUS_ON_NODE": "8",
+        "PATH": f"{folder}:{os.environ['PATH']}",
+    }
 
 
 def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
@@ -30,7 +35,9 @@ def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )
-    done = subprocess.run(SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
     assert done.stdout.splitlines() == [
         *("--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:20123"),
         *("--rdzv-id=40123", "--max-restarts=3", "--no-python", *TRAIN),
@@ -42,8 +49,12 @@ def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
 
 def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
     out_of_time = "kill -USR1 $PPID; exec sleep 0.2"
-    environment = programs(tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true")
-    done = subprocess.run(SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    environment = programs(
+        tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true"
+    )
+    done = subprocess.run(
+        SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert done.stdout.splitlines()[-1] == "requeue 40123"
 
 

@@ -38,7 +38,12 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pairs=pairs: pairs)
         both = amd and pairs
-        for limit, fast in (("", tiles or both), ("avx512_core_bf16", both), ("AVX512_CORE", 0), ("AVX2", 0)):
+        for limit, fast in (
+            ("", tiles or both),
+            ("avx512_core_bf16", both),
+            ("AVX512_CORE", 0),
+            ("AVX2", 0),
+        ):
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
             assert bfloat16_is_fast(CUDA) and bfloat16_is_fast(CPU) == bool(has and fast)
 
@@ -49,7 +54,9 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
         out = tmp_path / str(fast)
         assert loop.settled(asked, out, CPU) == used and loop.settled(plain, out, CPU) == plain
         go(Regression(), loop.settled(asked, out, CPU), out)
-        monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: not fast)  # on another machine
+        monkeypatch.setattr(
+            loop, "bfloat16_is_fast", lambda _, fast=fast: not fast
+        )  # on another machine
         assert loop.settled(asked, out, CPU) == used
 
 
@@ -72,7 +79,9 @@ def test_threads_that_wait_soon_sleep_unless_told_otherwise(own: str | None) -> 
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     env |= {"GOMP_SPINCOUNT": own} if own else {}
     command = [sys.executable, "-c", "import os, spear; print(os.environ['GOMP_SPINCOUNT'])"]
-    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == (own or "1000")
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == (
+        own or "1000"
+    )
 
 
 def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +91,10 @@ def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert choose_device("cpu").type == "cpu" and not taken and torch.backends.cudnn.allow_tf32
-    assert choose_device("auto") == choose_device("cuda") == CUDA and not torch.backends.cudnn.allow_tf32
+    assert (
+        choose_device("auto") == choose_device("cuda") == CUDA
+        and not torch.backends.cudnn.allow_tf32
+    )
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     unknown = {name: f"'{name}'" for name in ("gpu", "cuda:x", "cpu:1")}
     for name, hint in {"cuda:2": "cuda:2.* 2 GPUs", **unknown}.items():

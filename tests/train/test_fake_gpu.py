@@ -27,7 +27,9 @@ from spear.train.options import Optimization
 from train_tiny import Acting
 
 WORLD, FAKE = 4, FakeTensorMode()
-built = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA")
+built = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
+)
 looks: list[int] = []
 tasks: list[Any] = []
 
@@ -107,7 +109,9 @@ def check(device: str, root: Path, **changes: Any) -> None:
         copies = written[0][1]
         assert copies.keys() == held.keys() and len(looks) == 1
         assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
-        checkpoints._make_moments(dict.fromkeys(stepper.learning, 2.0))  # what a checkpoint is read into
+        checkpoints._make_moments(
+            dict.fromkeys(stepper.learning, 2.0)
+        )  # what a checkpoint is read into
         assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {device}
 
 
@@ -118,7 +122,9 @@ def several() -> None:
     parallel.init_device_mesh = lambda kind, _: meshes[kind]
     stepper = prepared("pretend", sharded=True)
     parts = [p.to_local() for p in stepper.model.parameters()]
-    assert {part.device.type for part in parts} == {"pretend"} and parallel.is_sharded(stepper.model)
+    assert {part.device.type for part in parts} == {"pretend"} and parallel.is_sharded(
+        stepper.model
+    )
     whole = sum(p.numel() for p in Robot().model.parameters())
     assert whole <= WORLD * sum(map(torch.numel, parts)) < 1.02 * whole
     step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks

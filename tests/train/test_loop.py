@@ -36,18 +36,29 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 
 
 def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(
+        parents=True
+    )  # of a process that was killed
     averaged = go(Regression(), SMALL, tmp_path, seed=1, save_every=10)
     logged = losses(tmp_path)
     assert [r[0] for r in logged] == list(range(1, 41))
     assert sum(r[1] for r in logged[-10:]) < 0.7 * sum(r[1] for r in logged[:10])
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000030", "step-00000040"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000030",
+        "step-00000040",
+    ]
 
 
-@pytest.mark.parametrize(("rank", "workers", "said"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)])
+@pytest.mark.parametrize(
+    ("rank", "workers", "said"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)]
+)
 def test_one_of_all_processes_gives_the_notices(
-    rank: str, workers: int, said: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    rank: str,
+    workers: int,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Of two workers the first makes half of the batches."""
     monkeypatch.setenv("RANK", rank)
@@ -68,19 +79,27 @@ def test_rates_follow_the_schedule_and_the_module() -> None:
     opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1, "2.bias": 0.5})
     optimize.apply_freeze(task.model, opt)
     groups = optimize.make_optimizer(task.model, opt).param_groups
-    rates = {(g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups}
+    rates = {
+        (g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups
+    }
     assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (5e-3, False): 1}
 
 
 def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, last in ((0, 5), (3, 6)):
-        time.sleep(1 - time.time() % 1)  # the names of TensorBoard's files are in order by the second
+        time.sleep(
+            1 - time.time() % 1
+        )  # the names of TensorBoard's files are in order by the second
         with log.Logger(tmp_path, first, 9, every=1) as logger:
             for step in range(first, last):
                 logger.log(step, {"loss": 1.0})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [event.step for event in events] == [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (
+        [event.step for event in events]
+        == [row["step"] for row in rows(tmp_path)]
+        == [1, 2, 3, 4, 5, 6]
+    )
 
 
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
@@ -92,7 +111,9 @@ def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
         decay = min(0.9, step / (9 + step))
         for name, parameter in task.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    torch.testing.assert_close({n: v.double() for n, v in averaged.items()}, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        {n: v.double() for n, v in averaged.items()}, expected, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
@@ -134,30 +155,41 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
     (file,) = (tmp_path / "not-finite").iterdir()
     batch, about = log.load_batch(file)
     assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["broken"]
-    tries = [task.loss(batch, optimize.step_generator(*of))[0].detach() for of in ((5, 6), (5, 7), (6, 6))]
+    tries = [
+        task.loss(batch, optimize.step_generator(*of))[0].detach()
+        for of in ((5, 6), (5, 7), (6, 6))
+    ]
     assert tries[0].isfinite() == gradient
     if gradient:  # that of the step; others and other seeds have other random numbers
         assert tries[0].item() == pytest.approx(last["loss"], rel=1e-6)
         assert len({one.item() for one in tries}) == 3
 
 
-def test_a_batch_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_kept_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
-    refuses("not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, {"x": torch.ones(3)})
+    refuses(
+        "not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, {"x": torch.ones(3)}
+    )
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_one_step_too_many_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     opt = replace(SMALL, max_skipped=2)
     refuses(r"step 9.*2 steps", go, Broken({3, 5, 8}), opt, tmp_path, save_every=4)
-    refuses("step 9", go, Broken({8}), opt, tmp_path, save_every=4)  # those before the checkpoint still count
+    refuses(
+        "step 9", go, Broken({8}), opt, tmp_path, save_every=4
+    )  # those before the checkpoint still count
 
 
 def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
     about = {"--init": "one", "preset": "nano"}
     go(Regression(), FOUR, tmp_path, about)
     for changed in ({"--init": "two"}, {"--init": None}, {"preset": "small"}):
-        refuses(f"another {next(iter(changed))}", go, Regression(), FOUR, tmp_path, {**about, **changed})
+        refuses(
+            f"another {next(iter(changed))}", go, Regression(), FOUR, tmp_path, {**about, **changed}
+        )
     refuses("another seed", go, Regression(), SMALL, tmp_path, about, seed=1)
     refuses("4 steps, more than 2", go, Regression(), replace(SMALL, steps=2), tmp_path, about)
     go(Regression(), replace(SMALL, steps=6, lr=1e-3), tmp_path, about)
@@ -184,11 +216,16 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
     task = Regression()
     vars(task)["batch"] = Mock(side_effect=SpearError("broken image: step 3: leave it out"))
-    assert refuses("", go, task, FOUR, tmp_path, workers=workers) == "broken image: step 3: leave it out"
+    assert (
+        refuses("", go, task, FOUR, tmp_path, workers=workers)
+        == "broken image: step 3: leave it out"
+    )
 
 
 def slow_run(root: Path, saves: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background jobs ignore
     go(Regression(pause=0.05), SMALL, root / "ended", seed=3, **saves)
 
 
@@ -201,7 +238,9 @@ def slow_run(root: Path, saves: dict[str, Any]) -> None:
         ({"workers": 1}, signal.SIGINT, 1),  # as any process whose function is interrupted
     ],
 )
-def test_ended_by_a_signal_and_the_same_again(saves: Any, number: int, code: int, tmp_path: Path) -> None:
+def test_ended_by_a_signal_and_the_same_again(
+    saves: Any, number: int, code: int, tmp_path: Path
+) -> None:
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     go(Regression(), SMALL, whole, seed=3)
     (process,) = start(slow_run, tmp_path, 1, saves)

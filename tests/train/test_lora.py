@@ -18,7 +18,14 @@ from train_tiny import rows, run_recipe
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.xdist_group("lora")  # what the tests share is made once
-FEW = {"preset": "nano", "batch_size": 2, "accumulate": 2, "warmup": 1, "ema": 0.5, "schedule": "constant"}
+FEW = {
+    "preset": "nano",
+    "batch_size": 2,
+    "accumulate": 2,
+    "warmup": 1,
+    "ema": 0.5,
+    "schedule": "constant",
+}
 FEW |= {"precision": "fp32", "frozen_precision": "fp32"}  # on every processor
 LANGUAGE = "vlm.language_model."
 
@@ -46,9 +53,13 @@ def test_the_language_model_learns_by_lora_the_expert_fully_the_encoders_not(tra
     before, after = parameters(locate("nano")), parameters(trained)
     assert before.keys() == after.keys() and all(v.dtype == torch.float32 for v in after.values())
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    layers = {n for n in before if n.startswith(f"{LANGUAGE}layers.") and n.endswith("_proj.weight")}
+    layers = {
+        n for n in before if n.startswith(f"{LANGUAGE}layers.") and n.endswith("_proj.weight")
+    }
     # Of the last layer the expert reads keys and values alone: the rest of it has no part in an action.
-    unread = {n for n in layers if ".layers.4." in n and ".k_proj." not in n and ".v_proj." not in n}
+    unread = {
+        n for n in layers if ".layers.4." in n and ".k_proj." not in n and ".v_proj." not in n
+    }
     assert len(layers) == 7 * 5 and len(unread) == 5
     assert {n for n in changed if n.startswith(LANGUAGE)} == layers - unread
     assert not [n for n in changed if n.startswith(("vlm.vision_tower.", "vlm.moge."))]
@@ -62,13 +73,17 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(trained: Path)
     from peft import PeftModel
 
     base = weights.load(Spear1ForActionPrediction, locate("nano"))
-    merged = PeftModel.from_pretrained(base, str(trained / "adapter")).merge_and_unload().state_dict()
+    merged = (
+        PeftModel.from_pretrained(base, str(trained / "adapter")).merge_and_unload().state_dict()
+    )
     for name, value in parameters(trained).items():
         if name.startswith(f"{LANGUAGE}layers."):
             torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_a_stopped_run_continues_bit_for_bit(trained: Path, store: EpisodeStore, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_bit_for_bit(
+    trained: Path, store: EpisodeStore, tmp_path: Path
+) -> None:
     run(tmp_path, store, 1)
     continued = run(tmp_path, store, 3)
     logs = [[row["loss"] for row in rows(folder.parent)] for folder in (trained, continued)]

@@ -17,7 +17,10 @@ from spear.train.optimize import Stepper
 from spear.train.options import Optimization, Recipe
 
 LEAN = dataclasses.replace(
-    TINY, image_sizes={"external": (48, 32)}, moge=None, vision={**TINY.vision, "num_hidden_layers": 1}
+    TINY,
+    image_sizes={"external": (48, 32)},
+    moge=None,
+    vision={**TINY.vision, "num_hidden_layers": 1},
 )
 OPT = Optimization(steps=2, lr=1e-3, ema=0.9)
 STAGE = Recipe("plan", "vla", "lean", "", OPT, batch_size=8, flow_samples=2)
@@ -45,7 +48,9 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
     def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
         return model(**batch, actions=chunk, flow_samples=2, generator=generator).loss, {}
 
-    batch["pixel_values"] = {v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()}
+    batch["pixel_values"] = {
+        v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()
+    }
     stepper = Stepper(SimpleNamespace(model=model, loss=loss), stage.optimization, seed=0)
     stepper(0, batch)
     stepper.optimizer.zero_grad()
@@ -78,7 +83,9 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     assert planned.learning == learning and planned.parameters >= learning
     assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
     assert planned.moments == 8 * learning
-    assert planned.weights == sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
+    assert planned.weights == sum(
+        t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers())
+    )
 
 
 def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +94,21 @@ def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.Monkey
     assert last.moments == whole.moments and last.averaged == 0 < whole.averaged
     monkeypatch.setattr(memory, "training", lambda stage: whole)
     names = ["frozen_precision", "gradient_checkpointing", "accumulate", "ema"]
-    assert [list(changes) for changes, _ in memory.plans(STAGE)] == [names[:count] for count in range(5)]
-    asking = STAGE.changed(batch_size=48, question_images=3)  # training cannot share 3 images among 6 pieces
+    assert [list(changes) for changes, _ in memory.plans(STAGE)] == [
+        names[:count] for count in range(5)
+    ]
+    asking = STAGE.changed(
+        batch_size=48, question_images=3
+    )  # training cannot share 3 images among 6 pieces
     assert [c["accumulate"] for c, _ in memory.plans(asking) if "accumulate" in c] == []
     assert [c for c, _ in memory.plans(STAGE.changed(batch_size=4))][-1]["accumulate"] == 4
 
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     pytest.importorskip("peft")
-    lora = memory.training(STAGE.changed(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower")))
+    lora = memory.training(
+        STAGE.changed(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower"))
+    )
     assert lora.learning < whole.learning <= whole.parameters < lora.parameters
     assert lora.weights > whole.weights
     asked = memory.training(STAGE.changed(question_images=4))
@@ -112,11 +125,16 @@ def test_the_command_says_what_fits_and_what_would_make_it_fit(
     assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
     acting: list[memory.Memory] = []
     real = memory.inference
-    monkeypatch.setattr(memory, "inference", lambda *given: acting.append(real(*given)) or acting[-1])
+    monkeypatch.setattr(
+        memory, "inference", lambda *given: acting.append(real(*given)) or acting[-1]
+    )
     said = done("plan", "--preset", "lean", "--gpu", "8GB", "--recipe", "inference")
     assert "bfloat16" in said and said.count("fits in 8GB") == 2
     half, full = sorted(acting, key=lambda found: found.weights)
-    assert half.total == pytest.approx(full.total / 2, rel=0.2) and half.gradients == half.learning == 0
+    assert (
+        half.total == pytest.approx(full.total / 2, rel=0.2)
+        and half.gradients == half.learning == 0
+    )
     monkeypatch.undo()
     for wrong, named in (
         *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
@@ -126,7 +144,9 @@ def test_the_command_says_what_fits_and_what_would_make_it_fit(
     ):
         assert named in refused("plan", "--preset", "lean", *wrong)
     sizes = iter((100, 60, 50))  # as it is, with one saver, with two
-    monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(next(sizes), 0, 0, 0, 0, 1, 1))
+    monkeypatch.setattr(
+        memory, "training", lambda stage: memory.Memory(next(sizes), 0, 0, 0, 0, 1, 1)
+    )
     monkeypatch.setattr(memory, "usable", lambda gpu: 50)
     assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in done(*arguments)
     monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(51, 0, 0, 0, 0, 1, 1))

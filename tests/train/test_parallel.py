@@ -88,8 +88,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     others = start(runs, root)
     for process in others:
         process.join(PATIENCE)
-    assert [process.exitcode for process in others] == [0, 0], said(runs, root, 0) + said(runs, root, 1)
-    return SimpleNamespace(root=root, survived=processes[0].exitcode, told=[p.exitcode for p in ended])
+    assert [process.exitcode for process in others] == [0, 0], said(runs, root, 0) + said(
+        runs, root, 1
+    )
+    return SimpleNamespace(
+        root=root, survived=processes[0].exitcode, told=[p.exitcode for p in ended]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,9 @@ def test_only_the_rows_that_shall_learn_do(one: Path, two: Any) -> None:
     before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
     for out in (one, two.root / "ddp", two.root / "fsdp"):
         after = tensors(out, 2)[f"model.{EMBEDDINGS}"]
-        assert torch.equal(before[:START], after[:START]) and not torch.equal(before[START:], after[START:])
+        assert torch.equal(before[:START], after[:START]) and not torch.equal(
+            before[START:], after[START:]
+        )
 
 
 def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:
@@ -147,7 +153,9 @@ def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:
     assert config["architectures"] == ["Spear1ForActionPrediction"]
 
 
-def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(two: Any) -> None:
+def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(
+    two: Any,
+) -> None:
     survivor = said(slow_run, two.root, 0)
     assert two.survived == 2 and survivor.count("error: process 0") == 1
     assert "Traceback" not in survivor
@@ -167,7 +175,9 @@ def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Any) -> None:
     assert (two.root / "stopped-1").read_text() == "2"
 
 
-def test_pieces_that_cannot_be_shared_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_that_cannot_be_shared_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(Line(), replace(OPT, steps=2, accumulate=6), tmp_path)
     monkeypatch.setattr(parallel, "world", lambda: 4)
     refuses(r"6 pieces.* 4 processes.* 1, 2, 3, 6", loop.settled, OPT, tmp_path, parallel.CPU)

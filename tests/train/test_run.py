@@ -55,13 +55,21 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
     recorded = record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
     store = stored(recorded, root / "episodes")
-    made = {name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")}
-    zero = made["nano-vlm-0"] = run_recipe("nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW)
+    made = {
+        name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")
+    }
+    zero = made["nano-vlm-0"] = run_recipe(
+        "nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW
+    )
     join: dict[str, Any] = {"init": zero, "moge": made["nano-depth"]}
     made["grown"] = run_recipe("nano-vlm-1", root / "grown", labels, **join, steps=0, batch_size=2)
     made["nano-vlm-1"] = run_recipe("nano-vlm-1", root / "1", labels, **join, **FEW)
-    made["nano-vlm-2"] = run_recipe("nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW)
-    made["nano-vla"] = run_recipe("nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT)
+    made["nano-vlm-2"] = run_recipe(
+        "nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW
+    )
+    made["nano-vla"] = run_recipe(
+        "nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT
+    )
     return SimpleNamespace(labels=labels, episodes=store, folders=made)
 
 
@@ -78,7 +86,9 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
     image = np.full((240, 320, 3), 90, np.uint8)
-    answers = load_vlm(walked.folders["nano-vlm-2"]).answer([image], ["Where is the cube?"], "box_vertices")
+    answers = load_vlm(walked.folders["nano-vlm-2"]).answer(
+        [image], ["Where is the cube?"], "box_vertices"
+    )
     assert len(answers[0].values) == 24
     policy = Spear1Policy.load(walked.folders["nano-vla"])
     observation = embodiments.load("generic").example()
@@ -90,14 +100,20 @@ def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
     config = policy.model.vlm.config  # also where questions are asked beside the actions
     assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
-    learned = json.loads((walked.folders["nano-vla"] / "recipe.json").read_text())["learned"].split()
-    asked = [digest(one.image) for view in ("external", "wrist") for one in read(walked.labels / view)]
+    learned = json.loads((walked.folders["nano-vla"] / "recipe.json").read_text())[
+        "learned"
+    ].split()
+    asked = [
+        digest(one.image) for view in ("external", "wrist") for one in read(walked.labels / view)
+    ]
     assert sorted(learned) == sorted(asked + walked.episodes.marks())
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamespace) -> None:
     """The average of both projections is at first what the language model knows; after a step no longer."""
-    pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)).byte()
+    pixels = torch.randint(
+        0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)
+    ).byte()
     tokens = []
     for name in ("nano-vlm-0", "grown", "nano-vlm-1"):
         vlm = weights.load(SpearVLMForConditionalGeneration, walked.folders[name]).eval()
@@ -113,7 +129,9 @@ def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: SimpleNam
     before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
     first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
     changed = {n for n in before if n != EMBEDDINGS and not torch.equal(before[n], after[n])}
-    assert changed == {n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))}
+    assert changed == {
+        n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))
+    }
     assert torch.equal(before[EMBEDDINGS][:first], after[EMBEDDINGS][:first])
     assert not torch.equal(before[EMBEDDINGS][first:], after[EMBEDDINGS][first:])
     encoder = {n for n in after if n.startswith("moge.")}
@@ -121,17 +139,23 @@ def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: SimpleNam
     assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
 
 
-def test_a_policy_run_repeats_and_continues_bit_for_bit(walked: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_policy_run_repeats_and_continues_bit_for_bit(
+    walked: SimpleNamespace, tmp_path: Path
+) -> None:
     given = (tmp_path, walked.labels, walked.episodes, walked.folders["nano-vlm-2"])
     whole = walked.folders["nano-vla"]
     parts = [run_recipe("nano-vla", *given, **{**ACT, "steps": steps}) for steps in (1, 2)][-1]
     logs = [[row["loss"] for row in rows(folder.parent)] for folder in (whole, parts)]
     assert logs[0] == logs[1] and len(logs[0]) == 2
-    first, second = (dict(Spear1Policy.load(folder).model.named_parameters()) for folder in (whole, parts))
+    first, second = (
+        dict(Spear1Policy.load(folder).model.named_parameters()) for folder in (whole, parts)
+    )
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_finished_folder_is_not_given_to_others(
+    tiny: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
     whole, out = stored([make(0), make(1), make(2)], tmp_path / "store"), tmp_path / "run"
     store = whole.subset([0, 1])
@@ -139,14 +163,18 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, mo
     final = run_recipe("nano-post", out, store=store, init=tiny, **few)
     (state,) = out.glob("checkpoints/*/state.json")
     about = json.loads(state.read_text())["settings"]["about"]
-    assert about["--init"] and about["--labels"] is about["--moge"] is None  # none is told from some, too
+    assert (
+        about["--init"] and about["--labels"] is about["--moge"] is None
+    )  # none is told from some, too
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     pull = stored([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
     other_words = shutil.copytree(tiny, tmp_path / "words")
     (other_words / "coordinates.json").write_text((tiny / "coordinates.json").read_text() + " ")
     other_weights = shutil.copytree(tiny, tmp_path / "weights")
     made = load_file(other_weights / "model.safetensors")
-    made["vlm.multi_modal_projector.linear.weight"] += 1  # as stage 1 does, and ends as the file did
+    made["vlm.multi_modal_projector.linear.weight"] += (
+        1  # as stage 1 does, and ends as the file did
+    )
     save_file(made, other_weights / "model.safetensors", {"format": "pt"})
     for given, words in (
         ({"store": pull}, "images or instructions of --episodes"),
@@ -158,14 +186,20 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, mo
         ({"frozen": ["vlm"], "steps": 2}, "another frozen"),
         ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),
     ):
-        refuses(words, run_recipe, "nano-post", out, **{"store": store, "init": tiny, **few, **given})
+        refuses(
+            words, run_recipe, "nano-post", out, **{"store": store, "init": tiny, **few, **given}
+        )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     finished = run_recipe("nano-post", out, store=store, init=tiny, **{**few, "lr": 1e-5})
-    assert json.loads((finished / "recipe.json").read_text())["earlier"] == [{"until_step": 1, "lr": 3e-4}]
+    assert json.loads((finished / "recipe.json").read_text())["earlier"] == [
+        {"until_step": 1, "lr": 3e-4}
+    ]
     other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
     (final / "README.md").write_text("mine")
     was = (final / "model.safetensors").read_bytes()
-    with monkeypatch.context() as patch:  # what `contents` reads of large files may be what does not learn
+    with (
+        monkeypatch.context() as patch
+    ):  # what `contents` reads of large files may be what does not learn
         patch.setattr("spear.train.run.contents", lambda folder: {"model.safetensors": ""})
         changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     assert (changed / "model.safetensors").read_bytes() != was
@@ -173,7 +207,9 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, mo
     assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
     run_recipe("nano-post", out, store=store, init=tiny, **other)
     assert (changed / "README.md").read_text() == "mine"
-    shutil.copytree(state.parent, state.parent.with_name("step-00000003"))  # as stopped after more steps
+    shutil.copytree(
+        state.parent, state.parent.with_name("step-00000003")
+    )  # as stopped after more steps
     with pytest.warns(Notice, match="step 2"):
         assert locate(out) == changed
     shutil.rmtree(out / "checkpoints")
@@ -183,7 +219,10 @@ def test_a_finished_folder_is_not_given_to_others(tiny: Path, tmp_path: Path, mo
 def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
     inputs = Inputs((), [("made", stored([make(0)], tmp_path / "store"), 1.0)], tiny)
     stage = recipe("nano-post").changed(preset="tiny", steps=1, batch_size=1)
-    with pytest.warns(Notice, match="lr is not reached: warmup takes 50"), pytest.warns(match="fsdp"):
+    with (
+        pytest.warns(Notice, match="lr is not reached: warmup takes 50"),
+        pytest.warns(match="fsdp"),
+    ):
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
     said = json.loads((final / "recipe.json").read_text())
     assert said["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
@@ -219,7 +258,10 @@ def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "bridge_dataset 34.0%, droid 66.0%" in said and said.count("\n") == 1
     assert shares(("bridge_dataset", "mine")) == [1, 1]
-    assert shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3] and "mine 75.0%" in capsys.readouterr().err
+    assert (
+        shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3]
+        and "mine 75.0%" in capsys.readouterr().err
+    )
     assert shares(("mine",)) == [1] and not capsys.readouterr().err
     with pytest.warns(Notice, match="1 of the episodes"):
         assert shares(("mine", "droid", "mine")) == [1, 1, 1]
@@ -233,16 +275,25 @@ def test_failed_and_unseen_episodes_are_not_learned(
     good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
     bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
     blind = [make(5, images={"side": good[0].images["external"]})]
-    some = {"good": good, "every": [good[0], bad[0], *good[1:], bad[1], *blind], "bad": bad, "blind": blind}
+    some = {
+        "good": good,
+        "every": [good[0], bad[0], *good[1:], bad[1], *blind],
+        "bad": bad,
+        "blind": blind,
+    }
     stores = {name: stored(episodes, tmp_path / name) for name, episodes in some.items()}
 
     def learned(out: str, store: str, steps: int = 2) -> dict[str, bytes]:
         few = {**SHORT, "batch_size": 4, "schedule": "constant", "steps": steps}
         final = run_recipe("nano-post", tmp_path / out, store=stores[store], init=tiny, **few)
-        return {name: (final / name).read_bytes() for name in ("model.safetensors", "normalizer.json")}
+        return {
+            name: (final / name).read_bytes() for name in ("model.safetensors", "normalizer.json")
+        }
 
     expected = learned("1", "good")
-    blind, side = (pytest.warns(Notice, match=m) for m in ("1 of 4 .* no camera", "no camera wrist, .* side"))
+    blind, side = (
+        pytest.warns(Notice, match=m) for m in ("1 of 4 .* no camera", "no camera wrist, .* side")
+    )
     with pytest.warns(Notice, match="2 of 6 episodes failed"), blind, side:
         assert learned("2", "every") == expected
     refuses("2 of 2 episodes failed", learned, "3", "bad")

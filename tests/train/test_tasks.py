@@ -30,13 +30,17 @@ def a_label() -> LabeledImage:
 
 
 def test_targets_say_what_is_where() -> None:
-    _, shown, cells, centre, largest = patch_targets(a_label(), ["cup", "fork", "spoon"], 32, (64, 64))
+    _, shown, cells, centre, largest = patch_targets(
+        a_label(), ["cup", "fork", "spoon"], 32, (64, 64)
+    )
     np.testing.assert_array_equal(shown[:, 0], [True, True, False, False])
     assert not shown[:, 1].any()
     np.testing.assert_array_equal(shown[:, 2], [False, False, False, True])
     np.testing.assert_array_equal(largest, [True, True, False, True])
     # cells are 8 pixels wide: of patch 0 (columns 0, 8, 16, 24) the cup covers the third one's right half
-    np.testing.assert_array_equal(cells[0].reshape(4, 4, 3)[..., 0][:2], [[0, 0, 64, 128], [0, 0, 128, 255]])
+    np.testing.assert_array_equal(
+        cells[0].reshape(4, 4, 3)[..., 0][:2], [[0, 0, 64, 128], [0, 0, 128, 255]]
+    )
     np.testing.assert_array_equal(cells[3].reshape(4, 4, 3)[2:, 2:, 2], [[96, 32], [0, 0]])
     # the cup's centre is pixel (30, 14): seen from the middle of patch 0 (16, 16) and of patch 1 (48, 16)
     np.testing.assert_allclose(centre[[0, 1, 3]], np.array([[14, -2], [-18, -2], [6, 4]]) / 32)
@@ -54,7 +58,9 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     cut[bar : 64 - bar] = True
     masks = [encode_mask(decode_mask(o.mask, 64, 64) & cut) for o in small.objects]
     kept = [dataclasses.replace(o, mask=m) for o, m in zip(small.objects, masks, strict=True)]
-    expected = patch_targets(dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64))
+    expected = patch_targets(
+        dataclasses.replace(small, objects=kept), ["cup", "spoon"], 32, (64, 64)
+    )
     _, shown, cells, centre, largest = patch_targets(large, ["cup", "spoon"], 32, (64, 64))
     np.testing.assert_array_equal(shown, expected[1])
     np.testing.assert_allclose(cells, expected[2].astype(int), atol=40)  # edges are antialiased
@@ -73,7 +79,10 @@ def pictured(number: int) -> LabeledImage:
 
 
 def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_sees_them() -> None:
-    labels = {"external": [pictured(n) for n in range(6)], "wrist": [pictured(n) for n in range(6, 12)]}
+    labels = {
+        "external": [pictured(n) for n in range(6)],
+        "wrist": [pictured(n) for n in range(6, 12)],
+    }
     processor = Processor.load(locate("nano"))
     mix = QuestionMix(("distance", "centre_2d"), pairs=(2, 2), wrist=0.25)
     samples, views = QuestionSamples(labels, processor, mix, 3, seed=0), []

@@ -66,7 +66,9 @@ def tab(browser: int, server: PolicyServer) -> Iterator[Tab]:
 
 def settled(tab: Tab, what: str = "true") -> None:
     """Everything that was asked for is there and drawn, and `what` holds."""
-    drawn = "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
+    drawn = (
+        "typeof view === 'object' && view.images && picture.complete && !waiting && !view.running"
+    )
     tab.wait(f"{drawn} && {what}")
     tab.run(FRAME)
 
@@ -86,7 +88,10 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     assert rows == tab.run("view.boxes.length + view.absent.length")
     tab.run("show({step: 0, boxes: [], absent: ['zebra']})")
     said = tab.run("document.querySelector('#answers').innerText").splitlines()
-    assert said == ["step 0; of held-out things that are there 9 % are not found", "zebra: not found"]
+    assert said == [
+        "step 0; of held-out things that are there 9 % are not found",
+        "zebra: not found",
+    ]
     # the true boxes alone, on an empty picture of the same size: where the pinhole camera puts them
     tab.run("show({step: 0, boxes: [], absent: []})")
     tab.click("#truth")
@@ -97,7 +102,9 @@ def test_boxes_are_drawn_where_they_project_to(tab: Tab) -> None:
     tab.wait("picture.complete")
     count, *drawn = painted(tab, "#camera", "truth")
     assert count > 100
-    width, height = (tab.run(f"document.querySelector('#camera').{side}") for side in ("width", "height"))
+    width, height = (
+        tab.run(f"document.querySelector('#camera').{side}") for side in ("width", "height")
+    )
     vertices = np.concatenate([t["vertices"] for t in tab.run("view.things")])
     assert abs(width / height - tab.run("view.camera.aspect")) < 0.01
     focal = height * tab.run("view.camera.focal")
@@ -111,7 +118,9 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     tab.click("#predict")
     settled(tab, "view.chunk")
     assert painted(tab, "#space", "accent")[0] > 100
-    assert tab.run("document.querySelector('#chunk').textContent").startswith("from step 0 · 5 actions")
+    assert tab.run("document.querySelector('#chunk').textContent").startswith(
+        "from step 0 · 5 actions"
+    )
     tab.click("#run")
     tab.wait("view.running")
     assert tab.run("document.querySelector('#run').textContent") == "Stop"
@@ -139,7 +148,9 @@ def test_what_the_buttons_do(tab: Tab) -> None:
     assert "How far away" in tab.run("document.querySelector('#answer-of').textContent")
 
 
-def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_goes_back_and_forth(
+    tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = [tab.run("picture.src")]
     for step in range(1, 4):
         tab.click("#step")
@@ -148,7 +159,9 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     tab.key("ArrowLeft")
     tab.key("ArrowLeft")
     settled(tab)
-    assert tab.run("[view.step, view.chunk.step, +document.querySelector('#scrub').value]") == [1] * 3
+    assert (
+        tab.run("[view.step, view.chunk.step, +document.querySelector('#scrub').value]") == [1] * 3
+    )
     assert tab.run("picture.src") == pictures[1] and len(set(pictures)) == 4
     assert tab.run("document.querySelector('#progress').textContent").startswith("step 1 of 60")
     assert tab.run("memory.paths().map(p => p.length)") == [2, 3]  # both have where the gripper is
@@ -161,12 +174,17 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     assert tab.run("[view.step, view.boxes.length]") == [0, 0]
     tab.click("#play")
     tab.wait("view.step === 3 && !playing")
-    assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith("step 1, not of step 3")
+    assert tab.run("picture.src") == pictures[3] and tab.run(belongs).startswith(
+        "step 1, not of step 3"
+    )
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
     until((tmp_path / "put_on-0.mp4").is_file, "the film", patience=PATIENCE)
     tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
-    assert tab.run("[memory.asked, view.late]") == [None, True]  # what failed is not asked for again
+    assert tab.run("[memory.asked, view.late]") == [
+        None,
+        True,
+    ]  # what failed is not asked for again
     tab.run("socket.close(); memory.moments.delete(2); seek(2)")
     assert tab.run("[view.late, view.gripper, view.step]") == [True, None, 2]
     tab.wait("socket.readyState === 1 && !view.late && !waiting")
@@ -179,7 +197,9 @@ def test_time_goes_back_and_forth(tab: Tab, tmp_path: Path, monkeypatch: pytest.
     tab.errors.clear()
 
 
-def test_a_phone(browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phone(
+    browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
     monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
     tab = Tab(browser)
@@ -188,7 +208,9 @@ def test_a_phone(browser: int, server: PolicyServer, tmp_path: Path, monkeypatch
     tab.run("document.querySelector('#replay').click()")
     tab.wait("view.source === 'recording'")
     assert tab.run("document.documentElement.scrollWidth") <= 390
-    heights = tab.run("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
+    heights = tab.run(
+        "[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)"
+    )
     assert len(heights) > 8 and min(heights) >= 40
     vertices, mm = [[-0.1, -0.1, 1.0]] * 8, 222
     box = {"name": "yellow cube", "vertices": vertices, "step": 0, "within_mm": mm, "error_mm": mm}
@@ -202,6 +224,8 @@ def test_a_phone(browser: int, server: PolicyServer, tmp_path: Path, monkeypatch
     tab.touch("#space", (0.2, 0.5, 0.6, 0.5))
     turned, same = tab.run("[space.yaw, space.away]")
     assert abs(turned - yaw) > 0.2 and same == away
-    tab.touch("#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5))  # two fingers, three times as far apart
+    tab.touch(
+        "#space", (0.4, 0.5, 0.2, 0.5), (0.6, 0.5, 0.8, 0.5)
+    )  # two fingers, three times as far apart
     assert tab.run("[space.yaw, space.away]") == [turned, pytest.approx(away / 3, rel=0.02)]
     assert tab.errors == []

@@ -127,7 +127,10 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
         assert status == 303 and headers["Location"] == "/"
         cookie, *rest = headers["Set-Cookie"].split("; ")
         assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
-        assert get(server, "/", Cookie=cookie)[0] == 200 and get(server, "/", Cookie=cookie[:-1])[0] == 401
+        assert (
+            get(server, "/", Cookie=cookie)[0] == 200
+            and get(server, "/", Cookie=cookie[:-1])[0] == 401
+        )
         with (opened := Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})).socket:
             assert opened.view["source"] == "simulator"
 
@@ -158,7 +161,9 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
     for step, then in enumerate(passed):
         assert then["step"] == step and tab.ask("look", step=step) is None
         assert all(tab.view[key] == then[key] for key in ("images", "gripper", "things", "arm"))
-    assert tab.ask("boxes", objects=names, step=0) is None and tab.view["boxes"] == passed[0]["boxes"]
+    assert (
+        tab.ask("boxes", objects=names, step=0) is None and tab.view["boxes"] == passed[0]["boxes"]
+    )
     assert tab.ask("boxes", objects=names) is None and tab.view["boxes"][0]["step"] == 3
     assert REPLAN == 1 and tab.ask("predict", step=1) is None  # with the same noise as then
     assert {**tab.view["chunk"], "ms": 0} == {**passed[2]["chunk"], "ms": 0}
@@ -205,7 +210,11 @@ def film(tab: Tab) -> Any:
 
 
 def test_recorded_episodes_are_replayed(
-    server: PolicyServer, tab: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
+    server: PolicyServer,
+    tab: Tab,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Command,
 ) -> None:
     said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
     write_episodes(said, tmp_path)
@@ -215,10 +224,15 @@ def test_recorded_episodes_are_replayed(
     np.testing.assert_allclose(tab.view["track"]["position"], said[1].position, atol=1e-4)
     np.testing.assert_allclose(tab.view["track"]["opening"], said[1].gripper, atol=1e-4)
     assert tab.ask("look", step=4) is None and tab.view["outcome"] == "failure"
-    assert np.abs(picture(tab.view).astype(float) - decode_image(said[1].images["external"][4])).mean() < 6
+    assert (
+        np.abs(picture(tab.view).astype(float) - decode_image(said[1].images["external"][4])).mean()
+        < 6
+    )
     assert tab.ask("predict", step=2) is None and tab.view["chunk"]["step"] == 2
     np.testing.assert_allclose(tab.view["chunk"]["positions"][0], said[1].position[2], atol=1e-5)
-    assert "recording" in (tab.ask("step") or "") and "episode 3" in (tab.ask("open", episode=3) or "")
+    assert "recording" in (tab.ask("step") or "") and "episode 3" in (
+        tab.ask("open", episode=3) or ""
+    )
     with film(tab) as opened:
         assert opened.streams.video[0].frames == 5 + 5
     for step in range(3 * MOST_SMALL):  # as when it is dragged
@@ -227,7 +241,9 @@ def test_recorded_episodes_are_replayed(
     assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
     assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
     drawn = list[None]()
-    monkeypatch.setattr(video, "compose", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2])
+    monkeypatch.setattr(
+        video, "compose", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2]
+    )
     tab.socket.send(json.dumps({"do": "film"}))
     Tab(server).socket.close()  # has its picture, as the film of the tab that has gone has ended
     assert len(drawn) == 1
@@ -239,9 +255,13 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     """In the simulator as in a recording: one of two; and a third, where it takes that."""
     seen: list[set[str]] = []
     infer = policy.infer
-    monkeypatch.setattr(policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1])
+    monkeypatch.setattr(
+        policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1]
+    )
     three = dict.fromkeys(("external", "wrist", "left"), make(0, steps=4).images["external"])
-    write_episodes([make(0, steps=4, images=i) for i in (three, {"wrist": three["wrist"]})], tmp_path)
+    write_episodes(
+        [make(0, steps=4, images=i) for i in (three, {"wrist": three["wrist"]})], tmp_path
+    )
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
@@ -250,11 +270,16 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     with film(tab) as opened:
         assert opened.streams.video[0].frames == 2 + 5
     assert tab.ask("open", episode=0) is None and tab.ask("predict") is None
-    assert "external" in (tab.ask("open", episode=1) or "") and tab.ask("look") is None  # the last one stays
+    assert (
+        "external" in (tab.ask("open", episode=1) or "") and tab.ask("look") is None
+    )  # the last one stays
     assert seen == [{"observation/image"}] * 2 and tab.view["images"]["wrist"] is None
     sizes["left"] = (96, 96)
     other = Shelf(tmp_path).open(0, policy).observation(1)
-    assert {key for key in other if "image" in key} == {"observation/image", "observation/left_image"}
+    assert {key for key in other if "image" in key} == {
+        "observation/image",
+        "observation/left_image",
+    }
 
 
 def test_an_evaluations_failure_is_run_again(
@@ -280,20 +305,27 @@ def test_an_evaluations_failure_is_run_again(
     assert tab.ask("open", episode=0) is None
     parts: list[Any] = []
     tab.until(lambda part: parts.append(part) or part.get("running") is False)
-    assert (tab.view["outcome"], tab.view["recorded"]) == ("time is up", "recorded: failure, 7 steps")
+    assert (tab.view["outcome"], tab.view["recorded"]) == (
+        "time is up",
+        "recorded: failure, 7 steps",
+    )
     assert tab.view["milestones"][-1] == "as recorded"
     again = {part["chunk"]["step"]: part["chunk"] for part in parts if "chunk" in part}
     assert again.keys() == evaluated.keys() and len(again) > 2
     for step, (state, actions) in evaluated.items():
         np.testing.assert_allclose(again[step]["positions"][0], state[:3], atol=1e-4)
-        np.testing.assert_allclose(np.diff(again[step]["positions"], axis=0), actions[:, :3], atol=1e-4)
+        np.testing.assert_allclose(
+            np.diff(again[step]["positions"], axis=0), actions[:, :3], atol=1e-4
+        )
     with next(tmp_path.glob("*.jsonl")).open("a") as journal:
         journal.write('{"scenes": {"stack_cube": [1]}}\n')
     with pytest.warns(Notice, match="1 scene left"):
         Shelf(tmp_path)
 
 
-def test_boxes_are_spear_vlms_and_measured_against_the_truth(tab: Tab, policy: Spear1Policy) -> None:
+def test_boxes_are_spear_vlms_and_measured_against_the_truth(
+    tab: Tab, policy: Spear1Policy
+) -> None:
     names = tab.view["objects"]
     assert len(names) >= 2 and tab.ask("boxes", objects=names[:2]) is None
     env = TabletopEnv("put_on", *policy.processor.image_sizes.values())
@@ -316,31 +348,44 @@ def test_numbers_without_a_scale_are_no_metres(
     assert studio.about()["unit"] == "metre"
     relative = replace(policy.processor.coordinates, unit="relative")
     monkeypatch.setattr(policy.processor, "coordinates", relative)
-    assert studio.about()["unit"] == "relative" and tab.ask("boxes", objects=tab.view["objects"][:1]) is None
+    assert (
+        studio.about()["unit"] == "relative"
+        and tab.ask("boxes", objects=tab.view["objects"][:1]) is None
+    )
     assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
     assert tab.ask("question", text=f"How far away is the {tab.view['objects'][0]}?") is None
     assert re.search(r"\d\.\d{3} units", tab.view["answer"]["text"])
 
 
-def test_boxes_say_how_sure_they_are(studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_say_how_sure_they_are(
+    studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [tab.view["objects"][0], "zebra"]
     monkeypatch.setattr(studio, "trust", None)
     assert tab.ask("boxes", objects=names) is None
     assert [b["within_mm"] for b in tab.view["boxes"]] == [None, None] and tab.view["absent"] == []
     trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
     monkeypatch.setattr(studio, "trust", trust)
-    monkeypatch.setattr(ask, "missing", lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"})
+    monkeypatch.setattr(
+        ask, "missing", lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"}
+    )
     assert tab.ask("boxes", objects=names) is None
     (box,) = tab.view["boxes"]
     assert box["name"] == names[0] and box["within_mm"] > 0 and tab.view["absent"] == ["zebra"]
     assert tab.ask("boxes", objects=["zebra"]) is None and tab.view["boxes"] == []
 
 
-def test_a_photo_can_be_asked_about(studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_photo_can_be_asked_about(
+    studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tab.send(png(120, 300, 200)) is None
     assert tab.ask("boxes", objects=["mug"]) is None and tab.view["absent"] == ["mug"]
     monkeypatch.setattr(studio, "trust", None)  # now the model answers whatever it is asked
-    assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == ("photo", [], 1.5)
+    assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == (
+        "photo",
+        [],
+        1.5,
+    )
     assert tab.ask("boxes", objects=["mug"]) is None
     (box,) = tab.view["boxes"]
     assert np.shape(box["vertices"]) == (8, 3) and box["error_mm"] is None
@@ -377,11 +422,16 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
     assert "prompt" in (tab.ask("predict") or "") and tab.view["source"] == "simulator"
 
 
-def test_tabs_run_beside_each_other_and_the_server_stays_awake(server: PolicyServer, tab: Tab) -> None:
+def test_tabs_run_beside_each_other_and_the_server_stays_awake(
+    server: PolicyServer, tab: Tab
+) -> None:
     assert tab.ask("reset", family="put_in_basket", seed=5) is None and tab.ask("start") is None
     with (other := Tab(server)).socket:
         assert other.view["running"] is False and other.view["step"] == 0
-        assert other.ask("reset", family="stack_cube", seed=1) is None and get(server, "/healthz")[0] == 200
+        assert (
+            other.ask("reset", family="stack_cube", seed=1) is None
+            and get(server, "/healthz")[0] == 200
+        )
         with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
             assert robot.infer(load("generic").example())["actions"].shape == (5, 8)
         tab.until(lambda part: part.get("step", 0) >= 2)

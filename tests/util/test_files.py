@@ -10,7 +10,9 @@ from refusals import refuses
 from spear.util.files import check_new, write_bytes
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")]
+)
 def test_a_file_that_cannot_be_written_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
@@ -39,7 +41,9 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path, name: str) -> No
     refuses(rf"^{taken}: .*not a folder", write_bytes, taken / name, b"new")
 
 
-def test_the_folder_that_one_is_in_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_that_one_is_in_is_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in (Path(), tmp_path):
         refuses("folder that you are in", check_new, folder)

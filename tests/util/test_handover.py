@@ -15,7 +15,9 @@ from spear.train import loop
 from spear.util.handover import SIZE, Handed, Slots
 
 BATCH: dict[str, Any] = {
-    "pixels": {"external": torch.arange(48, dtype=torch.uint8).reshape(2, 4, 2, 3).permute(0, 3, 1, 2)},
+    "pixels": {
+        "external": torch.arange(48, dtype=torch.uint8).reshape(2, 4, 2, 3).permute(0, 3, 1, 2)
+    },
     "mask": torch.tensor([True, False, True]),
     "state": torch.randn(3, 5, dtype=torch.float64),
     "half": torch.randn(7).bfloat16(),

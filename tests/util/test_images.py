@@ -55,7 +55,19 @@ def quarters(image: Array) -> Array:
         (lambda image: encoded(image.quantize(8), "GIF"), 2),
         (lambda image: png16(np.asarray(image).astype(np.uint16) * 257), 0),
     ],
-    ids=["png", "bmp", "webp", "jpeg", "cmyk-jpeg", "cmyk-tiff", "ycbcr", "palette", "rgba", "gif", "16-bit"],
+    ids=[
+        "png",
+        "bmp",
+        "webp",
+        "jpeg",
+        "cmyk-jpeg",
+        "cmyk-tiff",
+        "ycbcr",
+        "palette",
+        "rgba",
+        "gif",
+        "16-bit",
+    ],
 )
 def test_colours_survive_every_format(make: Callable[[Image.Image], bytes], tolerance: int) -> None:
     image = load_image(make(Image.fromarray(PICTURE)))
@@ -66,7 +78,12 @@ def test_colours_survive_every_format(make: Callable[[Image.Image], bytes], tole
 def test_grey_images_get_three_equal_channels() -> None:
     grey = PICTURE[..., 1]
     wide = grey.astype(np.uint16) * 257
-    for pixels, kind in ((grey, "PNG"), (wide, "PNG"), (wide, "TIFF"), (wide.astype(np.int32), "TIFF")):
+    for pixels, kind in (
+        (grey, "PNG"),
+        (wide, "PNG"),
+        (wide, "TIFF"),
+        (wide.astype(np.int32), "TIFF"),
+    ):
         for read in (load_image, decode_image):  # a photo, and a step of a dataset
             assert (read(encoded(Image.fromarray(pixels), kind)) == grey[..., None]).all()
     assert set(np.unique(load_image(encoded(Image.fromarray(grey).convert("1"))))) <= {0, 255}
@@ -102,7 +119,9 @@ def test_exif_orientation_is_applied_to_photos_only(orientation: int, kind: str)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(PICTURE), kind, exif=exif)
-    assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all() and (decode_image(data) == PICTURE).all()
+    assert (load_image(data) == UPRIGHT[orientation](PICTURE)).all() and (
+        decode_image(data) == PICTURE
+    ).all()
 
 
 def test_what_is_no_picture_is_refused() -> None:
@@ -114,7 +133,9 @@ def test_what_is_no_picture_is_refused() -> None:
     ]
     for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF"):
         data = encoded(noise, kind)
-        bad += [(data[: int(share * len(data))], "not a readable image") for share in (0.01, 0.5, 0.9)]
+        bad += [
+            (data[: int(share * len(data))], "not a readable image") for share in (0.01, 0.5, 0.9)
+        ]
     for data, words in bad:
         refuses(words, load_image, data)
     for broken in (b"no image", encoded(noise)[:40]):
@@ -122,13 +143,17 @@ def test_what_is_no_picture_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 2}, {"progressive": True}]
+)
 def test_jpegs_have_the_numbers_that_pillow_reads(mode: str, options: dict[str, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
     picture = Image.fromarray(noise).resize((67, 45), Image.Resampling.BICUBIC).convert(mode)
     data = encoded(picture, "JPEG", quality=90, **options)
     truth = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(decode_image(data) - truth).max() <= (0 if features.check_feature("libjpeg_turbo") else 3)
+    assert np.abs(decode_image(data) - truth).max() <= (
+        0 if features.check_feature("libjpeg_turbo") else 3
+    )
     refuses("cut", decode_image, data[:-200], "cut")
     size = data.index(b"\xff\xc2" if "progressive" in options else b"\xff\xc0") + 5
     refuses("huge", decode_image, data[:size] + b"\xff\xdc\xff\xdc" + data[size + 4 :], "huge")

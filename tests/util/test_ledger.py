@@ -34,7 +34,9 @@ def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     other.join()
 
 
-def test_a_folder_that_another_process_made_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_process_made_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ExitStack() as other:
 
         def later(path: Path) -> object:
@@ -44,12 +46,18 @@ def test_a_folder_that_another_process_made_is_left(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(ledger, "lock", later)
         refuses("another process", alone(tmp_path / "new", "labelling into").__enter__)
         assert (tmp_path / "new" / ".lock").is_file()
-    monkeypatch.setattr(ledger.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(
+        ledger.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    )
     refuses("No locks", lock(tmp_path / ".lock", wait=True).__enter__)
 
 
 def test_a_new_folder_in_which_nothing_was_done_is_removed(tmp_path: Path) -> None:
-    cases = (("new/one", (), ()), ("old", ("x",), ("x", "run.json")), ("done", (), ("run.json", "y")))
+    cases = (
+        ("new/one", (), ()),
+        ("old", ("x",), ("x", "run.json")),
+        ("done", (), ("run.json", "y")),
+    )
     for name, old, left in cases:
         folder = tmp_path / name
         for file in old:
@@ -69,7 +77,9 @@ def test_settings_differ_in_words_and_are_not_made_up(tmp_path: Path) -> None:
     same_settings(path, settings, begun=False)
     same_settings(path, {**settings, "size": (4, 3)}, begun=True)
     what = r"data is not what it was; layout is not what it was; size is \[4, 3\] there, \[4\] here"
-    refuses(what, same_settings, path, {"size": [4], "data": 32 * "1", "layout": "None"}, begun=True)
+    refuses(
+        what, same_settings, path, {"size": [4], "data": 32 * "1", "layout": "None"}, begun=True
+    )
 
 
 def test_files_where_a_link_leads_are_hashed(tmp_path: Path) -> None:

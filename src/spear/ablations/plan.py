@@ -223,7 +223,9 @@ def _recipe(
 ) -> Recipe:
     """A row's stage as it will run. What a row is about it keeps, whatever the changes to all recipes."""
     plain = recipe(stage.recipe)
-    policy_pace = 1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
+    policy_pace = (
+        1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
+    )
     pace = policy_pace if plain.kind == "vla" else options.pretraining
     steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
     given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
@@ -257,11 +259,15 @@ def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
     """What a plan trains and scores, and how much of it is done, as text."""
     groups: dict[str, list[Training | Scoring]] = {}
     for job in plan.jobs:
-        groups.setdefault(job.recipe.name if isinstance(job, Training) else "scoring", []).append(job)
+        groups.setdefault(job.recipe.name if isinstance(job, Training) else "scoring", []).append(
+            job
+        )
     lines = [f"{'':<14} {'number':>7} {'done':>5} {'steps or episodes each':>24}"]
     for name, jobs in groups.items():
         sizes = [job.steps if isinstance(job, Training) else job.episodes for job in jobs]
         span = f"{min(sizes):,}" + (f" … {max(sizes):,}" if min(sizes) < max(sizes) else "")
-        lines.append(f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}")
+        lines.append(
+            f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}"
+        )
     rows = sum(len(members) for _, members in plan.tables)
     return "\n".join([*lines, f"{counted(rows, 'rows')}, {counted(plan.seeds, 'seeds')}"])

@@ -70,7 +70,10 @@ def _load() -> tuple[Mapping[str, Mapping[str, Any]], Mapping[str, float], tuple
     stages = {name: Stage(**fields) for name, fields in data["stages"].items()}
     tables = []
     for table in data["tables"]:
-        rows = [Row(**{**row, "stages": [stages[name] for name in row["stages"]]}) for row in table["rows"]]
+        rows = [
+            Row(**{**row, "stages": [stages[name] for name in row["stages"]]})
+            for row in table["rows"]
+        ]
         tables.append(Table(**{**table, "rows": rows}))
     return data["settings"], data["lengths"], tuple(tables)
 
@@ -120,5 +123,7 @@ def choose(names: Sequence[str]) -> list[tuple[Table, list[Row]]]:
     chosen = []
     for table in TABLES:
         if wanted := [r for r in table.rows if not names or table.name in names or r.name in names]:
-            chosen.append((table, [r for r in table.rows if r in wanted or r.name == table.against]))
+            chosen.append(
+                (table, [r for r in table.rows if r in wanted or r.name == table.against])
+            )
     return chosen

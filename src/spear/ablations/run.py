@@ -31,7 +31,9 @@ def scored(out: Path, scoring: Scoring) -> Results | None:
     if not (found := journals(out / "scores" / scoring.before.key)):
         return None
     whole = merge([read_journal(path) for path in found])
-    outcomes = [o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families]
+    outcomes = [
+        o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families
+    ]
     if len(outcomes) < scoring.episodes:
         return None
     return Results(whole.policy, whole.settings, outcomes, whole.seconds)
@@ -120,7 +122,9 @@ def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[st
         init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
-    inputs = Inputs([data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None)
+    inputs = Inputs(
+        [data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None
+    )
     folder = out / "stages" / job.folder
     train(job.recipe, folder, inputs, RunOptions(job.seed, workers if job.steps else 0))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

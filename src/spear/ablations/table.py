@@ -59,14 +59,27 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
     for table, rows in plan.tables:
         reference = references()[table.reference] if table.reference else None
         means = dict(reference.means) if reference else {}
-        found = {r.name: {s: scored(out, plan.scoring(r.name, s)) for s in range(plan.seeds)} for r in rows}
-        results = {n: {s: one for s, one in each.items() if one is not None} for n, each in found.items()}
-        how = [{**one.settings, "weights": ""} for each in results.values() for one in each.values()]
-        if others := "; ".join(sorted({words for one in how if (words := difference(how[0], one))})):
-            table = replace(table, note=f"Not all were scored alike: {others}. {table.note}".strip())
+        found = {
+            r.name: {s: scored(out, plan.scoring(r.name, s)) for s in range(plan.seeds)}
+            for r in rows
+        }
+        results = {
+            n: {s: one for s, one in each.items() if one is not None} for n, each in found.items()
+        }
+        how = [
+            {**one.settings, "weights": ""} for each in results.values() for one in each.values()
+        ]
+        if others := "; ".join(
+            sorted({words for one in how if (words := difference(how[0], one))})
+        ):
+            table = replace(
+                table, note=f"Not all were scored alike: {others}. {table.note}".strip()
+            )
         first = next(row for row in rows if row.name == table.against)
         lines = [_line(plan, data, row, first, results, means) for row in rows]
-        filled.append(Filled(table, lines, f"{reference.title}. {reference.source}" if reference else ""))
+        filled.append(
+            Filled(table, lines, f"{reference.title}. {reference.source}" if reference else "")
+        )
     return filled
 
 
@@ -75,7 +88,9 @@ def to_json(tables: Sequence[Filled]) -> list[dict[str, Any]]:
     found = []
     for table, lines, source in ((filled.table, filled.lines, filled.source) for filled in tables):
         rows = [asdict(x) | {"row": x.row.name, "title": x.row.title} for x in lines]
-        found.append({"table": table.name, "against": table.against, "source": source, "lines": rows})
+        found.append(
+            {"table": table.name, "against": table.against, "source": source, "lines": rows}
+        )
     return found
 
 
@@ -96,7 +111,9 @@ def judge(against: Estimate | None, published: float | None, seeds: int) -> Verd
     return "agrees" if (against.value > 0) == (published > 0) else "disagrees"
 
 
-def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means: dict[str, float]) -> Line:
+def _line(
+    plan: Plan, data: Data, row: Row, first: Row, results: _Results, means: dict[str, float]
+) -> Line:
     own, other = results[row.name], results[first.name]
     shared = sorted(set(own) & set(other))
     # Whether any stage before the policy asks 3D questions.
@@ -110,7 +127,9 @@ def _line(plan: Plan, data: Data, row: Row, first: Row, results: _Results, means
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,
-        mean_over_seeds(successes([own[seed] for seed in sorted(own)], plan.families)) if own else None,
+        mean_over_seeds(successes([own[seed] for seed in sorted(own)], plan.families))
+        if own
+        else None,
         [own[seed].mean().value for seed in sorted(own)],
         against,
         published,

@@ -96,7 +96,9 @@ def guarded(work: Callable[[], object]) -> int:
             if (line := _one_line(error)) is None:
                 raise
             if not is_first_process():
-                time.sleep(5)  # of what all meet, the first one speaks: then torchrun ends the others
+                time.sleep(
+                    5
+                )  # of what all meet, the first one speaks: then torchrun ends the others
             print(f"error: {line}", file=sys.stderr)
             return getattr(error, "code", 2)
 
@@ -148,7 +150,9 @@ def _one_line(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
         return FULL_DISK if full else f"weights: {error}: check the file and the disk"
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Python's before 3.13
+    if isinstance(error, RuntimeError) and str(error).startswith(
+        "Symlink loop"
+    ):  # Python's before 3.13
         return f"{error}: check the path"
     if not isinstance(error, OSError):
         return None
@@ -188,7 +192,9 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
         with contextlib.redirect_stderr(complaint):
             made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
         for field, hint in typing.get_type_hints(options or object, include_extras=True).items():
-            if hint == File and (file := getattr(made, field)):  # before any work, which would be lost
+            if hint == File and (
+                file := getattr(made, field)
+            ):  # before any work, which would be lost
                 check_writable(file)
         return [made] if options else []
     except SystemExit as stop:
@@ -209,7 +215,9 @@ def _plainly(reason: str, args: Sequence[str]) -> str:
     if found is None:
         return reason
     option = found[1]
-    given = [w.partition("=")[2] or n for w, n in zip(args, [*args[1:], ""], strict=True) if option in w]
+    given = [
+        w.partition("=")[2] or n for w, n in zip(args, [*args[1:], ""], strict=True) if option in w
+    ]
     if "Missing value" in reason:
         return f"{option}: needs a value"
     choices = re.findall(r"'([^']*)'", " ".join(re.findall(r"\(('[^)]*)\)", reason)))
@@ -232,7 +240,11 @@ def _help(name: str) -> str:
     """The command's docstring, and the commands that begin with its name."""
     module, _, function = COMMANDS[name].partition(":")
     own, group = _docstrings(module)[function], _group(name)
-    return own if not group else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
+    return (
+        own
+        if not group
+        else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
+    )
 
 
 @functools.cache

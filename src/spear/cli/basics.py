@@ -56,11 +56,15 @@ def ask(options: AskOptions) -> None:
     bundle = load_vlm(o.model, o.device, o.dtype)
     check_known("view", bundle.processor.image_sizes, o.view)
     picture = asking.read_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
-    trust = Trust.load(folder) if o.view == "external" else None  # it was measured with images of that one
+    trust = (
+        Trust.load(folder) if o.view == "external" else None
+    )  # it was measured with images of that one
     answer, said = asking.ask(bundle, picture.image, o.question, o.family, o.decode, trust, o.view)
     print(said)
     if trust is None and o.view == "external":
-        notice(f"not measured how sure this is: `spear evaluate vqa {o.model} sim --calibrate` does it")
+        notice(
+            f"not measured how sure this is: `spear evaluate vqa {o.model} sim --calibrate` does it"
+        )
     if not o.image.startswith("sim:") and simulator_only(folder):
         notice(f"{o.model} has seen nothing but the built-in simulator: it knows little of photos")
     if o.draw and answer is None:
@@ -210,7 +214,9 @@ def doctor(options: DoctorOptions) -> None:
         lines.append(f"| {' | '.join(rows[-1])} |")
         print(lines[-1], flush=True)
     title = f"spear doctor: {size.name} on {device}"
-    page = render("doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines)
+    page = render(
+        "doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines
+    )
     if options.out is not None:
         write_text(options.out, page)
     if wrong:

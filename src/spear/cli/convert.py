@@ -65,7 +65,9 @@ def convert_backbones(options: BackbonesOptions) -> None:
     processor = None
     if options.coordinates is not None:
         if plan.tokenizer is None:
-            raise SpearError(f"--coordinates: {options.paligemma} has no tokenizer: add tokenizer.json there")
+            raise SpearError(
+                f"--coordinates: {options.paligemma} has no tokenizer: add tokenizer.json there"
+            )
         meaning = _coordinates(options.coordinates, size.bins, options.seed)
         processor = Processor(plan.tokenizer, meaning, dict(size.image_sizes), size.prompt_tokens)
     _finish(plan, processor, options)
@@ -132,7 +134,9 @@ def convert_expected(options: ExpectedOptions) -> None:
         print(f"{len(tensors)} tensors, {report.parameters():,} numbers")
 
 
-def _finish(plan: "Conversion[Any]", processor: "Processor | None", options: ConvertOptions) -> None:
+def _finish(
+    plan: "Conversion[Any]", processor: "Processor | None", options: ConvertOptions
+) -> None:
     """Print what becomes of each weight and, unless it is a dry run, write the model."""
     import torch
 
@@ -148,7 +152,9 @@ def _finish(plan: "Conversion[Any]", processor: "Processor | None", options: Con
     plan.save(options.out, kind, options.seed, also)
     print(f"written: {options.out} ({size})")
     if processor is None:
-        print("without a processor: training needs one, see --coordinates of `spear convert backbones`")
+        print(
+            "without a processor: training needs one, see --coordinates of `spear convert backbones`"
+        )
 
 
 def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":

@@ -9,7 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from spear.data.options import AuditOptions, DescribeOptions, ExportOptions, InspectOptions, PrepareOptions
+from spear.data.options import (
+    AuditOptions,
+    DescribeOptions,
+    ExportOptions,
+    InspectOptions,
+    PrepareOptions,
+)
 from spear.errors import SpearError, Undecided, check_known, counted
 from spear.util.files import write_text
 
@@ -60,7 +66,11 @@ def describe(options: DescribeOptions) -> None:
         raise SpearError(f"--out {out}: it exists already: correct it, or choose another name")
     text = json.dumps(propose(path), indent=2, ensure_ascii=False)
     file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
-    advice = "is there already: take from this what it lacks" if file.exists() else "is to be this, corrected"
+    advice = (
+        "is there already: take from this what it lacks"
+        if file.exists()
+        else "is to be this, corrected"
+    )
     if out is None:
         print(text)
     else:
@@ -91,7 +101,9 @@ def prepare(options: PrepareOptions) -> None:
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
     seen = [cameras(path, how.layout) for path in options.paths]
-    check_known("camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name))
+    check_known(
+        "camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name)
+    )
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     jobs = []
     for path, name, there in zip(options.paths, names, seen, strict=True):
@@ -181,7 +193,11 @@ def datasets() -> None:
         weight = f"{spec.weight:5.1f} %" if spec.weight is not None else "      -"
         rate = f"{spec.rate_hz:g} Hz" if spec.rate_hz else "rate not known"
         unknown = missing(spec)
-        note = f"not readable yet: {', '.join(unknown)} not known" if unknown else ", ".join(spec.images)
+        note = (
+            f"not readable yet: {', '.join(unknown)} not known"
+            if unknown
+            else ", ".join(spec.images)
+        )
         print(f"{weight}  {name:<62} {spec.robot or '':<16} {rate:<8} {note}")
 
 
@@ -199,7 +215,9 @@ def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
 
     ranges, there = split_ranges(episode_counts(path), split, path), cameras(path)
     if not {"external", "wrist"} & {*there}:
-        raise SpearError(f"{path}: no camera external or wrist, but {', '.join(there)}: name them so")
+        raise SpearError(
+            f"{path}: no camera external or wrist, but {', '.join(there)}: name them so"
+        )
     return ranges
 
 

@@ -15,12 +15,25 @@ from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions
 from spear.evaluate.results import load
 from spear.util.files import check_own, check_writable, read_json, write_text
 from spear.util.ledger import difference
-from spear.util.options import Dataset, Device, Dtype, File, Folder, Model, Name, Options, Policy, Within
+from spear.util.options import (
+    Dataset,
+    Device,
+    Dtype,
+    File,
+    Folder,
+    Model,
+    Name,
+    Options,
+    Policy,
+    Within,
+)
 
 
 class EvaluateOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
-    loop: TabletopOptions = field(default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate")))
+    loop: TabletopOptions = field(
+        default_factory=lambda: TabletopOptions(films=1, out=Path("runs/evaluate"))
+    )
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -44,7 +57,9 @@ def evaluate(options: EvaluateOptions) -> None:
 
 class EvaluateSimplerOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
-    loop: SimplerOptions = field(default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler")))
+    loop: SimplerOptions = field(
+        default_factory=lambda: SimplerOptions(films=1, out=Path("runs/simpler"))
+    )
 
 
 def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
@@ -118,16 +133,22 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         if o.train or o.train_split:
             train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
             if both := len({*marks} & {*train.marks()}):
-                raise SpearError(f"--split {o.split}: {both} of them also in --train-split {learned[1]}")
+                raise SpearError(
+                    f"--split {o.split}: {both} of them also in --train-split {learned[1]}"
+                )
         if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
-            notice(f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out")
+            notice(
+                f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out"
+            )
         ours = open_loop.score(o.policy, model, held_out)
         horizon = model.model.config.horizon
         reference = open_loop.score_mean_action(train, held_out, horizon)
         scores = (ours, reference, open_loop.score_last_action(held_out, horizon))
     summaries = [score.summary() for score in scores]
     rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
-    rows += [[name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]]
+    rows += [
+        [name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]
+    ]
     for head, *cells in rows:
         print(f"{head:<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if o.plot:
@@ -174,7 +195,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
 
     o, asked = options, options.asked
     if o.calibrate and (asked.families or asked.view != "external"):
-        raise SpearError("--calibrate: for all that `spear ask` may be asked: leave out --families, --view")
+        raise SpearError(
+            "--calibrate: for all that `spear ask` may be asked: leave out --families, --view"
+        )
     check_own(o.out, "scores.json", "evaluate")
     file = o.out / "scores.json"
     check_writable(file)
@@ -188,7 +211,9 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
-        raise SpearError(f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)")
+        raise SpearError(
+            f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)"
+        )
     learned = {*made_by(locate(o.model)).get("learned", "").split()}
     if both := sum(digest(label.image) in learned for label in labels):
         notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
@@ -240,13 +265,17 @@ def compare(options: CompareOptions) -> None:
     for setting in comparison.settings:
         print(f"run differently: {setting}")
     if comparison.unshared:
-        print(f"left out: {counted(comparison.unshared, 'episodes')} whose scene only one of the two saw")
+        print(
+            f"left out: {counted(comparison.unshared, 'episodes')} whose scene only one of the two saw"
+        )
     ours = list(zip((comparison.first, comparison.second), results, strict=True))
     published = beside(results[0])
     for table in published:
         show(table.table(ours))
     if options.out:
-        write_text(options.out, comparison_page(comparison, (one, other), options.films, published, ours))
+        write_text(
+            options.out, comparison_page(comparison, (one, other), options.films, published, ours)
+        )
         print(f"page: {options.out}")
 
 

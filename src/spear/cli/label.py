@@ -36,11 +36,15 @@ def label(options: LabelOptions) -> None:
     """
     simpler = any(photo.startswith("simpler:") for photo in options.photos)
     if simpler and (len(options.photos) > 1 or options.plan):
-        raise SpearError("simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes")
+        raise SpearError(
+            "simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes"
+        )
     of_scenes = ("scenes", "first_seed") if simpler else ("scenes", "first_seed", "preset")
     idle = changed(options.scene, *of_scenes) if options.photos else []
     if simpler or not options.photos:
-        idle += changed(options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute")
+        idle += changed(
+            options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute"
+        )
         idle += changed(options, "size", "rate", "per_episode", "retry_skipped", "device")
         idle += changed(options.work, "engine", "batch_size", "shard_size", "copies", "gpus")
     if idle:
@@ -59,7 +63,9 @@ def label(options: LabelOptions) -> None:
         said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
         print(", ".join(filter(None, said)))
         if done.retryable:
-            print(f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again")
+            print(
+                f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again"
+            )
     else:
         from spear.labels.scenes import label_scenes
         from spear.labels.sources import scene_numbers
@@ -70,10 +76,14 @@ def label(options: LabelOptions) -> None:
         if simpler:
             from spear.evaluate.simpler.record import label_tasks
 
-            images = label_tasks(out, scene_numbers(options.photos[0], "simpler"), sizes["external"], workers)
+            images = label_tasks(
+                out, scene_numbers(options.photos[0], "simpler"), sizes["external"], workers
+            )
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
-        print(f"{counted(images, 'labelled images')} in {out}; to look at them: spear label show {out}")
+        print(
+            f"{counted(images, 'labelled images')} in {out}; to look at them: spear label show {out}"
+        )
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))
 
@@ -95,7 +105,9 @@ def _plan(options: LabelOptions) -> None:
     device, (_, listing, settings) = choose_device(options.device), prepare(options)
     images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
-    print(f"{counted(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:")
+    print(
+        f"{counted(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:"
+    )
     found = []
     for part in ("detector", "segmenter", "pointmap"):
         name, model = split(getattr(options, part).rpartition("+")[2])
@@ -130,7 +142,9 @@ def ask_about(options: QuestionOptions) -> None:
     folder, families = _shards(options.labels), options.families or FAMILIES
     images, counts = write_questions(folder, options.seed, options.pairs, families)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
-    print(f"{counted(counts.total(), 'questions')} about {counted(images, 'images')}: {kinds or 'none'}")
+    print(
+        f"{counted(counts.total(), 'questions')} about {counted(images, 'images')}: {kinds or 'none'}"
+    )
 
 
 class ShowOptions(Options):

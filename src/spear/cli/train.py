@@ -45,14 +45,20 @@ def train(options: TrainOptions) -> None:
 
     init, moge = (locate(name) if name else None for name in (options.init, options.moge))
     disable_progress_bar()
-    how = RunOptions(options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp")
+    how = RunOptions(
+        options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp"
+    )
     run.check(stage, out, Inputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)
     if options.episodes and not any("external" in cameras(path) for path in options.episodes):
-        raise SpearError("--episodes: no camera external, which a policy acts by: name one so in spear.json")
+        raise SpearError(
+            "--episodes: no camera external, which a policy acts by: name one so in spear.json"
+        )
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
-    inputs = Inputs(options.labels, run.mixture(options.episodes, stores, options.shares), init, moge)
+    inputs = Inputs(
+        options.labels, run.mixture(options.episodes, stores, options.shares), init, moge
+    )
     final = run.train(stage, out, inputs, how, options.device)
     if is_first_process():
         print(f"trained: {final}")
@@ -82,7 +88,9 @@ def plan(options: PlanOptions) -> None:
             raise SpearError("--set changes recipes, and inference is none: leave it out")
         for dtype in (torch.bfloat16, torch.float32):
             name = str(dtype).removeprefix("torch.")
-            needed = memory.inference(preset(options.preset or "spear1"), dtype, options.batch_size or 1)
+            needed = memory.inference(
+                preset(options.preset or "spear1"), dtype, options.batch_size or 1
+            )
             parts = f"weights {_gib(needed.weights)} + activations {_gib(needed.activations)}"
             word = "fits" if needed.total <= capacity else "does not fit"
             room = f"{options.gpu} (usable {_gib(capacity)})"
@@ -92,7 +100,9 @@ def plan(options: PlanOptions) -> None:
     for changes, needed in memory.plans(stage):
         if not changes:
             pieces = stage.optimization.accumulate
-            print(f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {counted(pieces, 'pieces')}\n")
+            print(
+                f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {counted(pieces, 'pieces')}\n"
+            )
             numbers = f"{needed.parameters / 1e9:.2f} B, {needed.learning / 1e9:.2f} B learn"
             for name, size in {
                 f"weights ({numbers})": needed.weights,
@@ -105,7 +115,9 @@ def plan(options: PlanOptions) -> None:
                 print(f"{name:<34} {size / 2**30:8.2f} GiB")
             print(f"\nusable of {options.gpu}: {_gib(capacity)}")
         if needed.total <= capacity:
-            extra = f"does not fit as it is; fits with {memory.flags(changes)}: {_gib(needed.total)}"
+            extra = (
+                f"does not fit as it is; fits with {memory.flags(changes)}: {_gib(needed.total)}"
+            )
             print(extra if changes else "fits")
             return
     print(f"does not fit even with {memory.flags(changes)}: {_gib(needed.total)}")
@@ -133,7 +145,9 @@ def ablations(options: AblationOptions) -> None:
     from spear.ablations.run import done, run
 
     out, start = options.out, pretrained(options.init, options.moge)
-    planned = make_plan(options, expected(options), start)  # mistakes are found before data are made
+    planned = make_plan(
+        options, expected(options), start
+    )  # mistakes are found before data are made
     if options.plan:
         print(describe(planned, [job for job in planned.jobs if done(out, job)]))
         return
@@ -147,7 +161,9 @@ def ablations(options: AblationOptions) -> None:
     disable_progress_bar()
     say = functools.partial(print, file=sys.stderr, flush=True)
     for job in {repr(job.recipe): job for job in planned.trainings}.values():
-        init, moge = (part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge))
+        init, moge = (
+            part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge)
+        )
         check(job.recipe, Inputs([options.labels] if options.labels else (), (), init, moge))
     data = obtain(options, say)
     todo = make_plan(options, data, start)

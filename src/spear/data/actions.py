@@ -76,7 +76,9 @@ def told_commands(told: Array, rate_hz: float) -> Array:
     if np.ptp(told) >= MOVED and not (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
         return obeyed_commands(np.append(told[:1], told), rate_hz)
     steps, at = max(1, round(rate_hz / RATE_HZ)), np.arange(len(told))
-    now, before = (told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1))
+    now, before = (
+        told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1)
+    )
     speed, command = (now * before > 0) * now * rate_hz / steps, binarize_gripper(told)
     for step in reversed(range(len(command) - 1)):
         if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
@@ -142,7 +144,9 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
         return episode
     steps = len(episode)
     count = int(np.floor((steps - 1) * rate_hz / episode.rate_hz + 1e-6)) + 1
-    when = np.minimum(np.arange(count + 1) * episode.rate_hz / rate_hz, steps - 1)  # in steps of the source
+    when = np.minimum(
+        np.arange(count + 1) * episode.rate_hz / rate_hz, steps - 1
+    )  # in steps of the source
     low = np.floor(when[:-1]).astype(int)
     high = np.minimum(low + 1, steps - 1)
     part = (when[:-1] - low)[:, None]
@@ -150,7 +154,9 @@ def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
     rotation = quat_slerp(turn[low], turn[high], torch.as_tensor(part[:, 0], dtype=turn.dtype))
     position = (1 - part) * episode.position[low] + part * episode.position[high]
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()
-    covered_to = np.maximum(np.ceil(when[1:] - 1e-6).astype(int) - 1, low)  # last source step of each new one
+    covered_to = np.maximum(
+        np.ceil(when[1:] - 1e-6).astype(int) - 1, low
+    )  # last source step of each new one
     known = np.ones(steps, bool) if episode.action_mask is None else episode.action_mask
     mask = np.array([known[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
     action = None
@@ -188,10 +194,14 @@ def check_episode(episode: Episode) -> Episode:
     for camera, images in episode.images.items():
         _check_length(name, f"camera {camera!r}", len(images), steps)
         if b"" in images:
-            raise SpearError(f"empty image: {name} step {images.index(b'')} camera {camera!r}: leave it out")
+            raise SpearError(
+                f"empty image: {name} step {images.index(b'')} camera {camera!r}: leave it out"
+            )
     shapes = {"position": (steps, 3), "rotation": (steps, 4), "gripper": (steps,)}
     parts: dict[str, Any]
-    parts = {what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()}
+    parts = {
+        what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()
+    }
     parts["gripper"] = _opening(name, "gripper", parts["gripper"])
     return check_actions(dataclasses.replace(episode, **parts))
 
@@ -199,7 +209,9 @@ def check_episode(episode: Episode) -> Episode:
 def check_instruction(text: str, name: str) -> None:
     """Raises SpearError, naming the episode, for an instruction without words."""
     if not any(map(str.isalnum, text)):
-        raise SpearError(f"empty instruction: {name}: say what the robot does, or leave the episode out")
+        raise SpearError(
+            f"empty instruction: {name}: say what the robot does, or leave the episode out"
+        )
 
 
 def no_steps(name: str) -> SpearError:
@@ -224,7 +236,9 @@ def check_actions(episode: Episode) -> Episode:
 
 def _check_length(name: str, what: str, length: int, steps: int) -> None:
     if length != steps:
-        raise SpearError(f"lengths: {name}: {what} has {counted(length, 'rows')} but there are {steps} steps")
+        raise SpearError(
+            f"lengths: {name}: {what} has {counted(length, 'rows')} but there are {steps} steps"
+        )
 
 
 def first_bad(bad: Any) -> int | None:
@@ -257,5 +271,7 @@ def _unit(name: str, what: str, quaternion: Array) -> Array:
 
 def _opening(name: str, what: str, opening: Array) -> Array:
     if (step := first_bad((opening < -1e-3) | (opening > 1 + 1e-3))) is not None:
-        raise SpearError(f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1")
+        raise SpearError(
+            f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
+        )
     return np.clip(opening, 0, 1)

@@ -43,7 +43,16 @@ from spear.data.readers.layout import (
     to_quaternion,
 )
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
-from spear.data.senses import Check, Verdict, View, check_cameras, check_gripper, check_rate, doubts, look
+from spear.data.senses import (
+    Check,
+    Verdict,
+    View,
+    check_cameras,
+    check_gripper,
+    check_rate,
+    doubts,
+    look,
+)
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
@@ -149,31 +158,43 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
     split = split or next(iter(episode_counts(path)))
     spec = logged_layout(path, layout)
     report = _judge(path, split, spec)
-    findings = [f for p in report.parts if p.name == "rotation" and p.verdict in _OPEN for f in p.findings]
+    findings = [
+        f for p in report.parts if p.name == "rotation" and p.verdict in _OPEN for f in p.findings
+    ]
     forms: list[str] = []
     if findings and all(f.question != "state" or f.verdict != "wrong" for f in findings):
         # If the states are written otherwise, frames and signs of the actions look wrong as well.
         width = FORMS.get(str(spec.rotation_format), (0, None))[0]
         for form in (f for f in FORMS if f != spec.rotation_format and FORMS[f][0] == width):
             with contextlib.suppress(SpearError):
-                other = _judge(path, split, replace(spec, rotation_format=cast(RotationFormat, form)))
+                other = _judge(
+                    path, split, replace(spec, rotation_format=cast(RotationFormat, form))
+                )
                 if not other.states and not {part.verdict for part in other.parts} & _OPEN:
                     forms.append(form)
     cameras = check_cameras(look_at_cameras(path, split, spec))
-    return replace(report, forms=forms, checks=[*report.checks, *cameras, *check_words(path, split, spec)])
+    return replace(
+        report, forms=forms, checks=[*report.checks, *cameras, *check_words(path, split, spec)]
+    )
 
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     """The audit of the numbers."""
     skipped, recordings = Skipped(MOST_SKIPPED), list[Recording]()
-    for recording in made(episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped):
+    for recording in made(
+        episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped
+    ):
         recordings.append(recording)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
     check_good(len(recordings), skipped, path, split)
-    judged = replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
+    judged = (
+        replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
+    )
     report = judge(recordings, claims(judged), str(path))
-    checks = [*report.checks, *check_gripper(recordings)] + ([] if report.states else check_rate(recordings))
+    checks = [*report.checks, *check_gripper(recordings)] + (
+        [] if report.states else check_rate(recordings)
+    )
     if spec.rotation_format not in UNLIKE:
         checks += _check_form(report, str(spec.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
@@ -196,11 +217,15 @@ def _check_form(report: Report, said: str) -> list[Check]:
     return [Check("rotation_format", "cannot tell", words)] if others else []
 
 
-def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str, list[View | None]]:
+def look_at_cameras(
+    path: str | Path, split: str, spec: DatasetSpec
+) -> dict[str, list[View | None]]:
     """Camera -> what the first episodes show; None where it is absent. Too many broken ones: SpearError."""
     views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
     skipped = Skipped(MOST_SKIPPED)
-    for source, steps in itertools.islice(episode_steps(path, split, list(spec.images.values())), VIEWED):
+    for source, steps in itertools.islice(
+        episode_steps(path, split, list(spec.images.values())), VIEWED
+    ):
         try:
             if isinstance(steps, SpearError):
                 raise steps
@@ -209,7 +234,9 @@ def look_at_cameras(path: str | Path, split: str, spec: DatasetSpec) -> dict[str
                 seen = None
                 with contextlib.suppress(SpearError):
                     if isinstance(images := column(steps, where, source), list):
-                        seen = look(images, position, rate_of(steps, spec), f"{source} camera {camera!r}")
+                        seen = look(
+                            images, position, rate_of(steps, spec), f"{source} camera {camera!r}"
+                        )
                 views[camera].append(seen)
         except SpearError as error:
             skipped(error)
@@ -230,7 +257,9 @@ def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
                 check_instruction(said, source)
         except SpearError as error:
             reasons.setdefault(what.__name__, []).append(str(error))
-    return [Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)]
+    return [
+        Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)
+    ]
 
 
 def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> Sources:
@@ -252,7 +281,9 @@ def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
     spec = folder.spec(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
         add = 'logged_translation and logged_rotation, for example "logged_translation": "action[0:3]"'
-        raise SpearError(f"nothing to audit: {spec.name}: its layout names no logged actions; add {add}")
+        raise SpearError(
+            f"nothing to audit: {spec.name}: its layout names no logged actions; add {add}"
+        )
     return spec
 
 
@@ -268,8 +299,13 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
         valid = numbers(steps, spec.action_mask, source).reshape(-1) != 0
-    said_of, written = ("position", "rotation", "logged translation", "logged rotation"), sorted(WIDTHS)
-    for what, values, widths in zip(said_of, (position, rotation, *logged), ([3], written) * 2, strict=True):
+    said_of, written = (
+        ("position", "rotation", "logged translation", "logged rotation"),
+        sorted(WIDTHS),
+    )
+    for what, values, widths in zip(
+        said_of, (position, rotation, *logged), ([3], written) * 2, strict=True
+    ):
         if values is not None and values.shape not in [(len(valid), width) for width in widths]:
             need = f"{len(valid)} x {' or '.join(map(str, widths))}"
             raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {need}")
@@ -282,7 +318,9 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     elif form.startswith("quat"):
         check_norm(rotation, source, "rotation")
     rate = rate_of(steps, spec)
-    return Recording(source, position, rotation, logged[0], logged[1], valid, rate, opening, command)
+    return Recording(
+        source, position, rotation, logged[0], logged[1], valid, rate, opening, command
+    )
 
 
 def rate_of(steps: Steps, spec: DatasetSpec) -> float:
@@ -301,14 +339,18 @@ def judge(
         raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
     parts = []
     if recordings[0].translation is not None:
-        parts.append(_part("translation", translation_fits(recordings, stretches), said["translation"]))
+        parts.append(
+            _part("translation", translation_fits(recordings, stretches), said["translation"])
+        )
     if recordings[0].turn is not None:
         parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
     steps, checks = sum(len(r.position) for r in recordings), []
     for part in parts if stretches.of_episodes else ():
         if (fit := part.said) is not None and not part.note and part.verdict != "wrong":
             left = fit.error / fit.moved.clip(1e-12)
-            usual = np.clip(10 * np.median(left), 0.5, 1)  # our choice; of the real BridgeData all leave less
+            usual = np.clip(
+                10 * np.median(left), 0.5, 1
+            )  # our choice; of the real BridgeData all leave less
             if odd := int(((left > usual) & (fit.moved > fit.moved.mean() / 4)).sum()):
                 words = f"in {odd} of {len(recordings)} episodes it explains little: recorded otherwise?"
                 checks.append(Check(f"the {part.name}s' reading", "cannot tell", words))
@@ -339,7 +381,11 @@ def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Par
     order = sorted(fits, key=lambda f: (round(f.relative, 4), -sum(same(f, q) for q in said)))
     best = order[0]
     units = len(best.error)  # of resampling; counts [RESAMPLES, units] is the same in every run
-    counts = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+    counts = (
+        np.random.default_rng(0)
+        .multinomial(units, np.full(units, 1 / units), RESAMPLES)
+        .astype(float)
+    )
     moved = float(best.moved.sum() / best.steps)
     note = ""
     if moved < LEAST[name]:
@@ -365,7 +411,9 @@ def _answer(fit: Fit, question: str) -> str:
     return str(getattr(fit.reading, question))
 
 
-def _finding(question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool) -> Finding:
+def _finding(
+    question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool
+) -> Finding:
     """order are all fits, the best one first."""
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in order:

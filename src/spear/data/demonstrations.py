@@ -3,7 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, shard_files, sweep, write_episodes
+from spear.data.store.episode_store import (
+    SHARD_GLOB,
+    EpisodeStore,
+    shard_files,
+    sweep,
+    write_episodes,
+)
 from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
@@ -43,7 +49,9 @@ def demonstrate(
     sources = [source_of(*task, policy is not None) for task in tasks]
 
     def make(first: int) -> Iterator[Episode]:
-        return record(tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy)
+        return record(
+            tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy
+        )
 
     return collect(out, sources, make, sizes, policy, SIMULATOR)
 
@@ -89,7 +97,9 @@ def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple
         place = places.get(store.source(index), -1)
         if place <= last:
             why = f"other settings ({store.source(index)} is not the next of these)"
-            raise SpearError(f"{out} holds demonstrations of {why}: give the same ones, or another folder")
+            raise SpearError(
+                f"{out} holds demonstrations of {why}: give the same ones, or another folder"
+            )
         last = place
     for camera, (width, height) in sizes.items():
         image = store.image(0, 0, camera)

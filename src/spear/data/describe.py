@@ -29,7 +29,15 @@ EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
 measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
 AT_WRIST, TWICE = ("wrist", "hand", "gripper", "eye_in"), 2.0
 """Parts of the names of wrist cameras; how many times as much of their view must change as of all others."""
-NO_STATE = ("timestamp", "reward", "discount", "frame_index", "episode_index", "index", "task_index")
+NO_STATE = (
+    "timestamp",
+    "reward",
+    "discount",
+    "frame_index",
+    "episode_index",
+    "index",
+    "task_index",
+)
 PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers that are taken where others fit as well."""
 Columns = Mapping[str, Sequence[Array]]
@@ -64,13 +72,18 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
-        raise SpearError(f"nothing to describe: {path} is a store of episodes, whose columns are known")
+        raise SpearError(
+            f"nothing to describe: {path} is a store of episodes, whose columns are known"
+        )
     split = next(iter(episode_counts(path)))
     read = itertools.islice(folder.steps(split, images=()), EPISODES)
     episodes = [dict(leaves(steps)) for _, steps in read if not isinstance(steps, SpearError)]
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
-    has = [frozenset((n, type(v), getattr(v, "shape", ())[1:]) for n, v in each.items()) for each in episodes]
+    has = [
+        frozenset((n, type(v), getattr(v, "shape", ())[1:]) for n, v in each.items())
+        for each in episodes
+    ]
     usual = Counter(has).most_common(1)[0][0]
     episodes = [each for each, columns in zip(episodes, has, strict=True) if columns == usual]
     facts = {"tool_rotation": "no column can say it: see docs/data.md"}
@@ -80,8 +93,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     found |= [("success", name) for name in won if any(np.ravel(e[name])[-1] > 0 for e in episodes)]
     if not isinstance(folder, LeRobotFolder):
         texts = (n for n, v in episodes[0].items() if isinstance(v, list) and not _is_image(v))
-        found["instruction"] = next((n for n in texts if "instruction" in n or "language" in n), None)
-        found["rate_hz"], facts["rate_hz"] = None, "not in the metadata: write how many steps a second has"
+        found["instruction"] = next(
+            (n for n in texts if "instruction" in n or "language" in n), None
+        )
+        found["rate_hz"], facts["rate_hz"] = (
+            None,
+            "not in the metadata: write how many steps a second has",
+        )
     columns = {
         name: [np.asarray(e[name], np.float64).reshape(len(e[name]), -1) for e in episodes]
         for name, values in episodes[0].items()
@@ -103,11 +121,15 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _finite(columns: Columns) -> Columns:
     """The columns that are all numbers in most episodes, of episodes where they are: a NaN would decide."""
-    finite = {name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()}
+    finite = {
+        name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()
+    }
     kept = [name for name in columns if finite[name].mean() > 0.5]
     good = np.logical_and.reduce([finite[name] for name in kept])
     if not np.any(good):
-        raise SpearError("no good episode: in each of them a column holds NaN: leave these columns out")
+        raise SpearError(
+            "no good episode: in each of them a column holds NaN: leave these columns out"
+        )
     return {name: list(itertools.compress(columns[name], good)) for name in kept}
 
 
@@ -122,12 +144,16 @@ def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str
     for source, steps in itertools.islice(read, VIEWED):
         for name, values in leaves(steps) if not isinstance(steps, SpearError) else ():
             if isinstance(values, list) and _is_image(values):
-                all_count = np.arange(3 * len(values)).reshape(-1, 3)  # as if the arm moved at every step
+                all_count = np.arange(3 * len(values)).reshape(
+                    -1, 3
+                )  # as if the arm moved at every step
                 view = look(values, all_count, rate, f"{source} column {name!r}")
                 changes.setdefault(name, []).extend([] if view.blank else [view.change])
     shown = {name: float(np.nanmedian(each)) for name, each in changes.items() if each}
     parts = [f"{name}: {part:.0%} of it change in a step" for name, part in shown.items()]
-    facts["images"] = "; ".join([*parts, *(f"{name} is blank" for name in changes if name not in shown)])
+    facts["images"] = "; ".join(
+        [*parts, *(f"{name} is blank" for name in changes if name not in shown)]
+    )
     if not shown:
         return {}
     wrist = max(shown, key=lambda name: (any(word in name for word in AT_WRIST), shown[name]))
@@ -154,7 +180,9 @@ def _motion(
 ) -> list[Window]:
     """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
     found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
-    windows = [Window(n, i, i + 3) for n, each in columns.items() for i in range(each[0].shape[1] - 2)]
+    windows = [
+        Window(n, i, i + 3) for n, each in columns.items() for i in range(each[0].shape[1] - 2)
+    ]
     windows = [window for window in windows if not joints(window.name(columns))]
     moves = [window for window in windows if "action" in window.column]
     places = [window for window in windows if window not in moves]
@@ -163,9 +191,15 @@ def _motion(
     for place, move in itertools.product(places, moves):
         turns: Sequence[Window | None] = _beside(place, columns, joints) or [None]
         fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
-        ways += [_Way(round(equal[0].relative, 2) + 1, place, move, turn) for turn, equal in fits if equal]
+        ways += [
+            _Way(round(equal[0].relative, 2) + 1, place, move, turn)
+            for turn, equal in fits
+            if equal
+        ]
     if not ways:
-        facts["position"] = "no column but joints leads to the next state by any action: name it yourself"
+        facts["position"] = (
+            "no column but joints leads to the next state by any action: name it yourself"
+        )
         return []
     for way in sorted(ways, key=lambda way: way.left)[:WAYS]:
         for turned in _beside(way.move, columns, joints) if way.turn is not None else ():
@@ -174,12 +208,16 @@ def _motion(
     least = min(way.left for way in ways) + MARGIN
     near = sorted((w for w in ways if w.left <= least), key=lambda w: (w.place.first, w.move.first))
     # Numbers of length 1 are an orientation, which other numbers are only perhaps.
-    near = [way for way in near if way.turn is not None and way.turn.end > way.turn.first + 3] or near
+    near = [
+        way for way in near if way.turn is not None and way.turn.end > way.turn.first + 3
+    ] or near
     _, place, move, turn, act = near[0]
     fit = _best("translation", place, turn, move, columns, rate)[0]
     far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
     found |= {"position": place.name(columns), "logged_translation": move.name(columns)}
-    found["length_unit"] = next((u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m")
+    found["length_unit"] = next(
+        (u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m"
+    )
     found["logged_kind"] = fit.reading.kind
     facts["position"] = _why(move.name(columns), fit)
     if rivals := {way.place.name(columns) for way in near} - {place.name(columns)}:
@@ -199,7 +237,9 @@ def _motion(
     forms = {f.reading.state for f in equal}
     if others := hypotheses.turning_otherwise(values, form, forms, fit.reading, written.reading):
         found["rotation_format"] = None
-        facts["rotation_format"] = f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
+        facts["rotation_format"] = (
+            f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
+        )
     found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None
     if found["logged_frame"] is None:
         facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
@@ -218,7 +258,9 @@ def _beside(window: Window, columns: Columns, joints: Joints) -> list[Window]:
     ends = {name: each[0].shape[1] for name, each in columns.items()}
     kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
     for size in (16, 6, 4, 3):
-        spans = [(window.column, first) for first in (window.end, window.first - size, window.end - 15)]
+        spans = [
+            (window.column, first) for first in (window.end, window.first - size, window.end - 15)
+        ]
         spans += [(name, 0) for name in kind if name != window.column]
         found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
         found = [w for w in found if not joints(w.name(columns))]
@@ -229,7 +271,10 @@ def _beside(window: Window, columns: Columns, joints: Joints) -> list[Window]:
 
 def _is_unit(values: Array) -> bool:
     """Whether numbers [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of it."""
-    if values.shape[1] == 4 and ((np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)).any():
+    if (
+        values.shape[1] == 4
+        and ((np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)).any()
+    ):
         return False  # a gripper's -1 and 1 beside small turns
     poses = values.reshape(-1, 4, 4)[:, :3, :3] if values.shape[1] == 16 else values
     axes = poses.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
@@ -243,7 +288,9 @@ def _best(
     places, acts = where.of(columns), logged.of(columns)
     turns = turn.of(columns) if turn else [np.tile([1.0, 0, 0, 0], (len(p), 1)) for p in places]
     parts = zip(places, turns, acts, strict=True)
-    recordings = [hypotheses.Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts]
+    recordings = [
+        hypotheses.Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts
+    ]
     stretches = hypotheses.Stretches(recordings)
     if not stretches.count:
         return []
@@ -256,7 +303,11 @@ def _best(
 
 
 def _gripper(
-    found: dict[str, Any], facts: dict[str, str], columns: Columns, free: Sequence[Window], rate: float
+    found: dict[str, Any],
+    facts: dict[str, str],
+    columns: Columns,
+    free: Sequence[Window],
+    rate: float,
 ) -> None:
     """The free number that follows a command best, and which end of it is open."""
     values = {w: [v[:, 0] for v in w.of(columns)] for w in free}
@@ -272,12 +323,18 @@ def _gripper(
     strength, state, act = max(pairs, key=lambda pair: abs(pair[0]))
     low, high = ends = _ends(values[state])
     openings = [(v - low) / (high - low) for v in values[state] if np.ptp(v) > MOVES * (high - low)]
-    verdict, words = sense(openings) if len(openings) >= FEWEST else ("cannot tell", "it hardly moves")
+    verdict, words = (
+        sense(openings) if len(openings) >= FEWEST else ("cannot tell", "it hardly moves")
+    )
     flipped = verdict == "wrong"
     found |= {"gripper": state.name(columns), "gripper_range": ends[::-1] if flipped else ends}
-    told = {"agrees": "", "wrong": "; so the ends are exchanged"}.get(verdict, ": check which end is open")
+    told = {"agrees": "", "wrong": "; so the ends are exchanged"}.get(
+        verdict, ": check which end is open"
+    )
     facts["gripper_range"] = f"as far as it went: {words.partition(': exchange')[0]}{told}"
-    facts["gripper"] = f"of the free numbers it follows {act.name(columns)} best, correlation {strength:.2f}"
+    facts["gripper"] = (
+        f"of the free numbers it follows {act.name(columns)} best, correlation {strength:.2f}"
+    )
     if abs(strength) >= FOLLOWS:
         command = _ends(values[act])
         same = (strength > 0) != flipped

@@ -25,7 +25,10 @@ SHIFTS = (-1, 0, 1, 2)
 """Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
 STRETCH = 20
 """Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
-SIGNS = {"".join(s): np.array([float(f"{sign}1") for sign in s]) for s in itertools.product("+-", repeat=3)}
+SIGNS = {
+    "".join(s): np.array([float(f"{sign}1") for sign in s])
+    for s in itertools.product("+-", repeat=3)
+}
 """Signs of the x, y and z components -> what they are multiplied by."""
 FLIPS = np.stack(list(SIGNS.values()))  # [8, 3]
 APART = 0.1
@@ -127,7 +130,11 @@ class Stretches:
         self.rows = np.array(rows, int).reshape(-1, STRETCH + 1)
         self.inside = np.array(inside, bool).reshape(-1, STRETCH)
         self.of_episodes = len(set(episode)) >= 8
-        self.unit = np.unique(episode, return_inverse=True)[1] if self.of_episodes else np.arange(self.count)
+        self.unit = (
+            np.unique(episode, return_inverse=True)[1]
+            if self.of_episodes
+            else np.arange(self.count)
+        )
         self._members = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
 
     def acted(self, shift: int) -> Array:
@@ -192,7 +199,11 @@ def tells_order(moved: Reading | None, turned: Reading | None) -> bool:
 
 
 def turning_otherwise(
-    rotations: Sequence[Array], said: str, forms: Iterable[str], moved: Reading | None, turned: Reading | None
+    rotations: Sequence[Array],
+    said: str,
+    forms: Iterable[str],
+    moved: Reading | None,
+    turned: Reading | None,
 ) -> list[str]:
     """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise.
 
@@ -231,7 +242,9 @@ def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) 
 def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
     """The fit of every reading of the logged translations."""
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
-    logged = np.concatenate([r.translation for r in recordings if r.translation is not None]).astype(float)
+    logged = np.concatenate(
+        [r.translation for r in recordings if r.translation is not None]
+    ).astype(float)
     rotation = np.concatenate([r.rotation for r in recordings])
     turns, _ = state_quaternions(rotation)
     rows, inside = stretches.rows, stretches.inside
@@ -240,16 +253,26 @@ def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> l
     moved = stretches.sums(np.linalg.norm(recorded, axis=-1))
     steps = int(inside.sum())
     step = float(np.sqrt((np.diff(position[rows], axis=1)[inside] ** 2).sum(-1).mean()))
-    scales = _scales(logged[stretches.acted(0)][inside], step, LENGTH_UNITS, 1 / recordings[0].rate_hz)
+    scales = _scales(
+        logged[stretches.acted(0)][inside], step, LENGTH_UNITS, 1 / recordings[0].rate_hz
+    )
     fits: list[Fit] = []
 
     def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
         """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
         by = np.concatenate([FLIPS * factor for _, _, factor in names])
-        distances = np.linalg.norm(parts @ by.T - (offset + recorded)[..., None], axis=-2)  # [n, L, K · 8]
+        distances = np.linalg.norm(
+            parts @ by.T - (offset + recorded)[..., None], axis=-2
+        )  # [n, L, K · 8]
         errors = stretches.sums(np.moveaxis(distances, -1, 0))
-        for ((kind, unit, scale), signs), error in zip(itertools.product(names, SIGNS), errors, strict=True):
-            fits.append(Fit(Reading(kind, frame, unit, signs, shift, state, "-"), error, moved, steps, scale))
+        for ((kind, unit, scale), signs), error in zip(
+            itertools.product(names, SIGNS), errors, strict=True
+        ):
+            fits.append(
+                Fit(
+                    Reading(kind, frame, unit, signs, shift, state, "-"), error, moved, steps, scale
+                )
+            )
 
     for shift in SHIFTS:
         acted = logged[stretches.acted(shift)] * inside[..., None]
@@ -306,7 +329,9 @@ def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list
     readings, forms = _logged_forms(logged, scales)
     fits: list[Fit] = []
 
-    def judge(predicted: torch.Tensor, recorded: torch.Tensor, frame: str, chosen: list[int]) -> None:
+    def judge(
+        predicted: torch.Tensor, recorded: torch.Tensor, frame: str, chosen: list[int]
+    ) -> None:
         """predicted [K, n, L, 4] by form, recorded [S, n, L, 4] by form of the state."""
         cosine = torch.einsum("knlc,snlc->sknl", predicted, recorded).numpy()
         sums = stretches.sums(_angle(cosine))
@@ -347,14 +372,21 @@ def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading]
         if logged.shape[1] == 3:
             turns = _quaternions(form, _vector(logged * factor * FLIPS[:, None]))
         else:
-            turns = _quaternions(form, _vector(logged)) * _vector(np.insert(FLIPS, 0, 1, axis=1)[:, None])
+            turns = _quaternions(form, _vector(logged)) * _vector(
+                np.insert(FLIPS, 0, 1, axis=1)[:, None]
+            )
         readings += [Reading(kind, "base", unit, signs, 0, "-", form) for signs in SIGNS]
         quaternions.append(turns)
     return readings, torch.cat(quaternions)
 
 
 def _added(
-    angles: Array, logged: Array, at: torch.Tensor, scales: Sequence[Scale], stretches: Stretches, shift: int
+    angles: Array,
+    logged: Array,
+    at: torch.Tensor,
+    scales: Sequence[Scale],
+    stretches: Stretches,
+    shift: int,
 ) -> Iterator[tuple[Reading, Array]]:
     """Readings by which logged angles are added to the recorded ones, which is no composition."""
     start = angles[stretches.rows[:, :1]]
@@ -363,8 +395,12 @@ def _added(
     by = FLIPS * np.array([factor for _, _, factor in tried])[:, None, None]  # [K, 8, 3]
     reached = _vector(start + total * by[:, :, None, None])  # [K, 8, n, L, 3]
     names = state_forms(angles)
-    cosines = [(_quaternions(name, reached) * q[:, 1:]).sum(-1) for name, q in zip(names, at, strict=True)]
-    errors = stretches.sums(_angle(torch.stack(cosines, 1).flatten(end_dim=2).numpy()))  # [K · S · 8, U]
+    cosines = [
+        (_quaternions(name, reached) * q[:, 1:]).sum(-1) for name, q in zip(names, at, strict=True)
+    ]
+    errors = stretches.sums(
+        _angle(torch.stack(cosines, 1).flatten(end_dim=2).numpy())
+    )  # [K · S · 8, U]
     read = itertools.product(tried, names, SIGNS)
     for ((kind, unit, _), state, signs), error in zip(read, errors, strict=True):
         yield Reading(kind, "angles", unit, signs, shift, state, state), error

@@ -29,7 +29,9 @@ def inspect(path: str | Path) -> str:
     Raises SpearError when it is in none, or is broken.
     """
     folder = open_dataset(path)
-    return _describe_store(folder) if isinstance(folder, EpisodeStore) else _describe_dataset(folder)
+    return (
+        _describe_store(folder) if isinstance(folder, EpisodeStore) else _describe_dataset(folder)
+    )
 
 
 def _describe_store(store: EpisodeStore) -> str:
@@ -61,7 +63,9 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
     if not (have := [i for i in range(len(store)) if store.image(i, 0, camera) is not None]):
         return f"in none of {counted(len(store), 'episodes')}"
     encoded = store.image(have[0], 0, camera) or b""
-    height, width = decode_image(encoded, f"{store.source(have[0])} step 0 camera {camera!r}").shape[:2]
+    height, width = decode_image(
+        encoded, f"{store.source(have[0])} step 0 camera {camera!r}"
+    ).shape[:2]
     return f"{width} x {height} pixels, in {len(have)} of {counted(len(store), 'episodes')}"
 
 
@@ -69,13 +73,18 @@ def _describe_dataset(folder: Dataset) -> str:
     found = _some_episodes(folder)
     reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
     if not (read := [dict(leaves(steps)) for steps in found if not isinstance(steps, SpearError)]):
-        raise SpearError(f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}")
+        raise SpearError(
+            f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}"
+        )
     cameras, axes = list[str](), dict[str, list[str]]()
     if isinstance(folder, LeRobotFolder):
         info, lengths = folder.info, [episode.length for episode in folder.episodes]
         what = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
         steps = f", {counted(sum(lengths), 'steps')} ({_spread(lengths)} each)"
-        rate, texts = f"{info.fps:g} Hz", [task for episode in folder.episodes for task in episode.tasks]
+        rate, texts = (
+            f"{info.fps:g} Hz",
+            [task for episode in folder.episodes for task in episode.tasks],
+        )
         for name, feature in info.features.items():
             axes[name.replace(".", "/")] = feature.axes
             if name in folder.cameras:
@@ -105,7 +114,10 @@ def _describe_dataset(folder: Dataset) -> str:
 def _some_episodes(folder: Dataset) -> list[Steps | SpearError]:
     """Of an RLDS dataset the first, of a LeRobot one some spread over all, without their images."""
     if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
-        return [steps for _, steps in itertools.islice(folder.steps(next(iter(folder.splits))), LOOKED_AT)]
+        return [
+            steps
+            for _, steps in itertools.islice(folder.steps(next(iter(folder.splits))), LOOKED_AT)
+        ]
     count = len(folder.episodes)
     numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
     return [_rows(folder, number) for number in numbers.tolist()]
@@ -119,7 +131,9 @@ def _rows(folder: LeRobotFolder, index: int) -> Steps | SpearError:
         for file, first, end in episode.videos.values():
             last = max(first + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last, end), None) is None:
-                return SpearError(f"broken video: {file}: it ends before {last:.4g} s; copy it again")
+                return SpearError(
+                    f"broken video: {file}: it ends before {last:.4g} s; copy it again"
+                )
         return steps
     except SpearError as error:
         return error
@@ -128,7 +142,9 @@ def _rows(folder: LeRobotFolder, index: int) -> Steps | SpearError:
 def layout_known(path: str | Path) -> bool:
     """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
     folder = open_dataset(path)
-    return isinstance(folder, EpisodeStore) or not _layout_of(folder.name, folder.path).startswith("not")
+    return isinstance(folder, EpisodeStore) or not _layout_of(folder.name, folder.path).startswith(
+        "not"
+    )
 
 
 def _layout_of(name: str, folder: Path) -> str:
@@ -138,7 +154,11 @@ def _layout_of(name: str, folder: Path) -> str:
     if name not in REGISTRY:
         return "not known: see spear data describe"
     unknown = missing(REGISTRY[name])
-    return f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it" if unknown else "known"
+    return (
+        f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it"
+        if unknown
+        else "known"
+    )
 
 
 def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -149,8 +169,12 @@ def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterat
     for name, values in read[0].items():
         if isinstance(values, np.ndarray) and values.size:
             found = [v for each in read if isinstance(v := each.get(name), np.ndarray)]
-            rows = np.concatenate([v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]])
-            low, high = (end.reduce(rows).astype(float) for end in (np.fmin, np.fmax))  # of the numbers
+            rows = np.concatenate(
+                [v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]]
+            )
+            low, high = (
+                end.reduce(rows).astype(float) for end in (np.fmin, np.fmax)
+            )  # of the numbers
             few, named = 1 < len(low) <= MOST_AXES, ", ".join(axes.get(name, ()))
             span = "" if few else f", {np.fmin.reduce(low):.4g} … {np.fmax.reduce(high):.4g}"
             if empty := int(np.isnan(rows).any(1).sum()):
@@ -174,7 +198,10 @@ def _spread(lengths: np.ndarray | list[int]) -> str:
 
 def _ranges(values: np.ndarray) -> str:
     ends = np.quantile(values, [0.01, 0.99], axis=0)
-    return ", ".join(f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", *ends, strict=True)) + " (98 %)"
+    return (
+        ", ".join(f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", *ends, strict=True))
+        + " (98 %)"
+    )
 
 
 def _instructions(texts: Iterable[str]) -> list[str]:

@@ -51,9 +51,13 @@ class Mixture:
                 raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
             if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
                 rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
-                raise SpearError(f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it")
+                raise SpearError(
+                    f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it"
+                )
             if not store.known.any():
-                raise SpearError(f"nothing to learn from: dataset {name!r} has no valid action; leave it out")
+                raise SpearError(
+                    f"nothing to learn from: dataset {name!r} has no valid action; leave it out"
+                )
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
@@ -86,7 +90,9 @@ class Mixture:
         episode, t = self.episode(sample), sample.step
         assert episode.action is not None and episode.action_mask is not None  # a store has them
         acted, mask = chunk(episode.action, episode.action_mask, t, horizon)
-        state = np.concatenate([episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]])
+        state = np.concatenate(
+            [episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]]
+        )
         return state, acted, mask
 
     def episode(self, sample: Sample) -> Episode:
@@ -149,7 +155,9 @@ class TrainingSamples:
             out[...] = fitted
         if self.augment:
             _, left, top, across, down = placed(image.shape[1::-1], out.shape[1::-1])
-            seen = out[top : top + down, left : left + across]  # what pads it stays black, as in acting
+            seen = out[
+                top : top + down, left : left + across
+            ]  # what pads it stays black, as in acting
             jitter(seen, sample.draws, self.augment, seen)
         return True
 

@@ -55,11 +55,15 @@ class Normalizer:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
-    def fit_each(stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
+    def fit_each(
+        stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile"
+    ) -> "Normalizer":
         """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
         names = [name for name, _, _ in stores]
         if len(set(names)) < len(names):
-            raise SpearError(f"datasets of the same name: {', '.join(names)}: give each folder its own name")
+            raise SpearError(
+                f"datasets of the same name: {', '.join(names)}: give each folder its own name"
+            )
         whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
         return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
 
@@ -72,7 +76,9 @@ class Normalizer:
             return next(iter(self.datasets.values()), self)
         if dataset is None:
             known = ", ".join(self.datasets)
-            raise SpearError(f"normalised per dataset: say which one the robot is like (--dataset): {known}")
+            raise SpearError(
+                f"normalised per dataset: say which one the robot is like (--dataset): {known}"
+            )
         check_known("dataset", self.datasets, dataset)
         return self.datasets[dataset]
 
@@ -86,9 +92,13 @@ class Normalizer:
         per dataset, and within 0.1 % in rank beyond (`QuantileSketch`).
         """
         check_known("normalisation", get_args(Mode), mode)
-        seen = [(columns, weight) for store, weight in stores if (columns := _sketch(store))[0].count]
+        seen = [
+            (columns, weight) for store, weight in stores if (columns := _sketch(store))[0].count
+        ]
         if not seen:
-            raise SpearError("nothing to fit: no valid action in the stores; check their masks and lengths")
+            raise SpearError(
+                "nothing to fit: no valid action in the stores; check their masks and lengths"
+            )
         weights = [weight for _, weight in seen]
         share = np.array(weights) / sum(weights)
         axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
@@ -99,7 +109,9 @@ class Normalizer:
 
     def normalize_action(self, action: Action) -> Action:
         """Translation and gripper in -1 … 1; rotation as it is."""
-        translation = _normalize(action.translation, self.translation_offset, self.translation_scale)
+        translation = _normalize(
+            action.translation, self.translation_offset, self.translation_scale
+        )
         return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
@@ -153,11 +165,17 @@ def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 names = arrays.files
-                if "of" in names and str(arrays["of"]) == store.digest():  # no shards came, went or changed
-                    parts = [{n[2:]: arrays[n] for n in names if n.startswith(f"{i} ")} for i in range(6)]
+                if (
+                    "of" in names and str(arrays["of"]) == store.digest()
+                ):  # no shards came, went or changed
+                    parts = [
+                        {n[2:]: arrays[n] for n in names if n.startswith(f"{i} ")} for i in range(6)
+                    ]
                     return [QuantileSketch.from_arrays(part) for part in parts]
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise SpearError(f"unreadable: {file}: {error}; remove it, and it is not needed") from error
+            raise SpearError(
+                f"unreadable: {file}: {error}; remove it, and it is not needed"
+            ) from error
     sketches = [QuantileSketch() for _ in range(6)]
     for index in range(len(store)):
         episode = store.without_images(index)
@@ -173,7 +191,9 @@ def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> t
     parts = list(zip(sketches, share, strict=True))
     if mode == "meanstd":
         offset = float(sum(w * s.mean for s, w in parts))
-        scale = float(np.sqrt(sum(w * (s.squares / s.count + (s.mean - offset) ** 2) for s, w in parts)))
+        scale = float(
+            np.sqrt(sum(w * (s.squares / s.count + (s.mean - offset) ** 2) for s, w in parts))
+        )
         return offset, scale
     if mode == "minmax":
         low, high = min(s.low for s in sketches), max(s.high for s in sketches)

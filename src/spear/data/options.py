@@ -48,9 +48,13 @@ class Conversion(Options):
             camera, _, text = word.rpartition("=")
             numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
             if len(numbers) != 2 or not all(0 < n <= MOST_PIXELS for n in numbers):
-                raise SpearError(f"--size {word}: write it as 280x210, or for one camera as wrist=112x112")
+                raise SpearError(
+                    f"--size {word}: write it as 280x210, or for one camera as wrist=112x112"
+                )
             if camera in sizes:
-                raise SpearError(f"--size {word}: this camera has another size already: give it once")
+                raise SpearError(
+                    f"--size {word}: this camera has another size already: give it once"
+                )
             sizes[camera] = (numbers[0], numbers[1])
         return sizes
 

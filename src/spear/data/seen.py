@@ -29,7 +29,11 @@ BEYOND_M, TURNED_RAD = 0.1, np.pi / 4
 GRID, LIKE, CLEARLY = 8, 0.6, 0.2
 """Pictures are compared by their brightness in so many rows and columns. One is shown otherwise that, turned
 back, correlates so much with the mean picture, and gains so much more by it than any picture of training."""
-TURNS = {"turned by 180°": (-1, -1), "flipped left to right": (1, -1), "flipped upside down": (-1, 1)}
+TURNS = {
+    "turned by 180°": (-1, -1),
+    "flipped left to right": (1, -1),
+    "flipped upside down": (-1, 1),
+}
 """How a picture may be shown otherwise: steps through its rows and columns."""
 LOOKED_AT, LATER = 64, 16
 """So many observations at the beginning are compared with those of training, then one of so many."""
@@ -85,7 +89,9 @@ class Seen:
     @staticmethod
     def of_batches(batches: Sequence[Mapping[str, Any]], begins: float) -> "Seen":
         """From batches as `TrainingSamples` makes them."""
-        position, rotation = (np.concatenate([b[name] for b in batches]) for name in ("position", "rotation"))
+        position, rotation = (
+            np.concatenate([b[name] for b in batches]) for name in ("position", "rotation")
+        )
         # The mean of orientations, whatever the signs of their quaternions (Markley et al. 2007).
         facing = np.linalg.eigh(rotation.T.astype(np.float64) @ rotation)[1][:, -1]
         shown = {
@@ -97,23 +103,37 @@ class Seen:
         for view, images in shown.items():
             found = images[..., 0].mean((1, 2)) - images[..., 2].mean((1, 2))
             redder[view] = (float(found.mean()), float(found.std()))
-        coarse = {view: _coarse(images.mean(-1, dtype=np.float32)) for view, images in shown.items()}
+        coarse = {
+            view: _coarse(images.mean(-1, dtype=np.float32)) for view, images in shown.items()
+        }
         looks = {view: small.mean(0, dtype=np.float64).round(3) for view, small in coarse.items()}
         mistaken = {
-            view: {words: float((like - own).max()) for words, like, own in _otherwise(small, view, looks)}
+            view: {
+                words: float((like - own).max())
+                for words, like, own in _otherwise(small, view, looks)
+            }
             for view, small in coarse.items()
         }
         low, high = (tuple(map(float, end)) for end in (position.min(0), position.max(0)))
         turned = float(quat_distance(torch.from_numpy(rotation), torch.tensor(facing)).max())
-        opposite = np.concatenate([np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches])
-        told = float(opposite.mean()), begins, {view: look.tolist() for view, look in looks.items()}, mistaken
+        opposite = np.concatenate(
+            [np.abs(b["action"][:, 0, 7] - b["gripper"]) > OPPOSITE for b in batches]
+        )
+        told = (
+            float(opposite.mean()),
+            begins,
+            {view: look.tolist() for view, look in looks.items()},
+            mistaken,
+        )
         return Seen(low, high, tuple(map(float, facing)), turned, redder, *told)
 
     def unlike_at_first(self, state: Array) -> str | None:
         """What of a robot's first state [8] is unlike the first ones of training's episodes, in words."""
         if abs(state[7] - self.begins) <= OPPOSITE:
             return None
-        words = f"the gripper begins at {state[7]:.2f}, in training at {self.begins:.2f} in the mean"
+        words = (
+            f"the gripper begins at {state[7]:.2f}, in training at {self.begins:.2f} in the mean"
+        )
         return f"{words}: inverted? 1 is open, 0 closed"
 
     def unlike(self, states: Array, images: Mapping[str, Array]) -> Iterator[tuple[str, str]]:
@@ -127,7 +147,9 @@ class Seen:
             found = f"{'xyz'[axis]} is {states[apart[:, axis].argmax(), axis]:.2f} m"
             words = f"{found}, training had {ends[0, axis]:.2f} … {ends[1, axis]:.2f}"
             yield f"state {axis}", f"{words}: another base frame or unit?"
-        angle = float(quat_distance(torch.from_numpy(states[:, 3:7]), torch.tensor(self.facing)).max())
+        angle = float(
+            quat_distance(torch.from_numpy(states[:, 3:7]), torch.tensor(self.facing)).max()
+        )
         if angle > self.turned + TURNED_RAD:
             here, there = np.degrees([angle, self.turned])
             seen = f"turned by {here:.0f}° from the mean orientation, in training by {there:.0f}° at most"
@@ -157,7 +179,9 @@ class Seen:
     @staticmethod
     def load(path: Path) -> "Seen | None":
         """What `save` wrote; None where there is no such file. Raises `SpearError` for another one."""
-        return read_as(Seen, path, "copy the folder again, or remove it") if path.is_file() else None
+        return (
+            read_as(Seen, path, "copy the folder again, or remove it") if path.is_file() else None
+        )
 
 
 def _coarse(brightness: Array) -> Array:
@@ -167,7 +191,9 @@ def _coarse(brightness: Array) -> Array:
     return F.normalize(small.flatten(1)).view_as(small).numpy()
 
 
-def _otherwise(small: Array, view: str, looks: Mapping[str, Any]) -> Iterator[tuple[str, Array, Array]]:
+def _otherwise(
+    small: Array, view: str, looks: Mapping[str, Any]
+) -> Iterator[tuple[str, Array, Array]]:
     """How a camera's coarse pictures [B, 8, 8] may be shown otherwise: in words, their correlation [B] with
     the mean picture then, and as they are."""
     own = _like(small, looks[view])
@@ -205,11 +231,16 @@ class RobotCheck:
             if picture != was:
                 self._shown[view] = picture, state.copy()
             elif (went := float(np.linalg.norm(state[:3] - at[:3]))) > FROZEN_M:
-                yield f"frozen {view}", f"camera {view!r}: the very same picture {went:.2f} m later: frozen?"
+                yield (
+                    f"frozen {view}",
+                    f"camera {view!r}: the very same picture {went:.2f} m later: frozen?",
+                )
 
     def told(self, chunk: Array | None) -> None:
         """The actions [H, 8] that the robot now executes some of; None where nobody knows."""
-        self._chunk = None if chunk is None else chunk.copy()  # whose program may turn its gripper round
+        self._chunk = (
+            None if chunk is None else chunk.copy()
+        )  # whose program may turn its gripper round
 
     def otherwise(self, state: Array) -> Iterator[tuple[str, str]]:
         """What a robot that is at `state` [8] now mostly does otherwise, once that is known: (key, words)."""
@@ -219,7 +250,9 @@ class RobotCheck:
             return
         before, self._stuck = self._stuck, (self._stuck + np.linalg.norm(chunk[0, :3])) * same
         if before <= FROZEN_M < self._stuck:
-            words = f"the very same state, though told to go {self._stuck:.2f} m: does it still come?"
+            words = (
+                f"the very same state, though told to go {self._stuck:.2f} m: does it still come?"
+            )
             yield "state", words
         ways = chunk[:, :3].cumsum(0, np.float64)  # of how many of the actions is unknown
         lengths = np.linalg.norm(ways, axis=1)
@@ -253,7 +286,9 @@ def _other_axes(mean: Array) -> str | None:
     if gains.sum() - np.trace(mean) <= OTHER_AXES:
         return None
     best = left @ right
-    return " ".join(("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in enumerate(abs(best).argmax(0)))
+    return " ".join(
+        ("-" if best[j, i] < 0 else "") + "xyz"[j] for i, j in enumerate(abs(best).argmax(0))
+    )
 
 
 class Watch:
@@ -284,7 +319,10 @@ class Watch:
         pixels  view → [B, 3, h, w] as the model sees them; there: view → which [B] came.
         """
         robots = _robots(observations)
-        met = {robot: self._meet(known, robot, state) for robot, state in zip(robots, states, strict=True)}
+        met = {
+            robot: self._meet(known, robot, state)
+            for robot, state in zip(robots, states, strict=True)
+        }
         for robot, one in met.items():
             rows = [i for i, other in enumerate(robots) if other == robot]
             sent = (view for view in pixels if all(there[view][i] for i in rows))
@@ -301,7 +339,9 @@ class Watch:
         robots = _robots(observations)
         for robot, chunk in zip(robots, chunks, strict=True):
             if met := self._robots.get(robot):
-                met.told(chunk if robots.count(robot) == 1 else None)  # else who does what is unknown
+                met.told(
+                    chunk if robots.count(robot) == 1 else None
+                )  # else who does what is unknown
 
     def note(self, key: str, words: str, robot: RobotCheck | None = None) -> None:
         """Say it, unless something was said of that key, or of that robot's, before."""
@@ -312,7 +352,9 @@ class Watch:
     def _meet(self, known: Seen | None, robot: Hashable, state: Array) -> RobotCheck:
         """Note what is unlike training in a robot's first state [8], and what it does otherwise than told."""
         new = robot not in self._robots
-        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(len({*self._robots, None}))
+        self._robots[robot] = met = self._robots.pop(robot, None) or RobotCheck(
+            len({*self._robots, None})
+        )
         if new and known and (words := known.unlike_at_first(state)):
             self.note("gripper", f"observations unlike those of training: {words}", met)
         if len(self._robots) > MOST_ROBOTS:

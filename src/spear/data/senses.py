@@ -57,12 +57,18 @@ class View:
 def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
     """What is wrong with the recorded states by themselves."""
     remarks = []
-    far = float(np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95))
+    far = float(
+        np.quantile(np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1), 0.95)
+    )
     if far > FARTHEST:
         unit = next((u for u, f in LENGTH_UNITS.items() if far * f <= FARTHEST), "another unit")
-        remarks.append(f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)")
+        remarks.append(
+            f"positions are up to {far:.4g} from the base: not metres, but {unit} (length_unit)"
+        )
     elif far < NEAREST:
-        remarks.append(f"positions are up to {far:.2g} m from the base: steps, or another unit (length_unit)")
+        remarks.append(
+            f"positions are up to {far:.2g} m from the base: steps, or another unit (length_unit)"
+        )
     rotation = np.concatenate([r.rotation for r in recordings])
     if state_quaternions(rotation)[1] == "deg":
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
@@ -88,17 +94,28 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
         words = f"the gripper moves in {len(moving)} of {counted(len(recordings), 'episodes')}"
         return [Check("gripper", "cannot tell", words)]
     verdict, words = sense(openings)
-    commanded = [(np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None]
+    commanded = [
+        (np.asarray(r.opening), r.command, r.rate_hz) for r in moving if r.command is not None
+    ]
     wrong = span(openings, [command for _, command, _ in commanded])
     if not commanded:
         return [wrong or Check("gripper", verdict, words)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
-    said = f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
+    said = (
+        f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
+    )
     if strength >= FOLLOWS:
-        wrong = wrong or comes_late([(seen, told_commands(told, rate)) for seen, told, rate in commanded])
-        checks = [Check("gripper", verdict, words), wrong or Check("gripper command", "agrees", said)]
+        wrong = wrong or comes_late(
+            [(seen, told_commands(told, rate)) for seen, told, rate in commanded]
+        )
+        checks = [
+            Check("gripper", verdict, words),
+            wrong or Check("gripper command", "agrees", said),
+        ]
         if (least := min(map(np.min, openings))) >= 0.5:
-            words = f"it never closes further than to {least:.2f}: around large objects, or it is wrong"
+            words = (
+                f"it never closes further than to {least:.2f}: around large objects, or it is wrong"
+            )
             checks.append(Check("gripper_range", "cannot tell", words))
         return checks
     if strength <= -FOLLOWS:
@@ -106,7 +123,9 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
         key = keys.get(verdict, "command_range, or in gripper_range")
         return [Check("gripper command", "wrong", f"{said}: exchange the two readings in {key}")]
     other = Check("gripper command", "wrong", f"{said} at best: command names another column")
-    return [wrong if wrong and not strength else other]  # a command that never changes follows nothing
+    return [
+        wrong if wrong and not strength else other
+    ]  # a command that never changes follows nothing
 
 
 def span(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
@@ -116,8 +135,12 @@ def span(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
     if told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE:
         return None
     told = seen if seen.min() >= CLOSED_BELOW else told
-    name, key = ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
-    words = f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
+    name, key = (
+        ("gripper", "gripper_range") if told is seen else ("gripper command", "command_range")
+    )
+    words = (
+        f"it runs from {told.min():.2f} to {told.max():.2f} of 0 (closed) … 1 (open): correct {key}"
+    )
     return Check(name, "wrong", words)
 
 
@@ -128,7 +151,9 @@ def comes_late(told: Sequence[tuple[Array, Array]]) -> Check | None:
     if len(there) < FEWEST or there.mean() < MOST:
         return None
     words = f"{there.mean():.0%} of {counted(len(there), 'changes')} come when the gripper has moved already"
-    return Check("gripper command", "wrong", f"{words}: leave command out, the opening tells it better")
+    return Check(
+        "gripper command", "wrong", f"{words}: leave command out, the opening tells it better"
+    )
 
 
 def follows(episodes: Sequence[tuple[Array, Array, float]]) -> list[tuple[int, float]]:
@@ -152,7 +177,9 @@ def sense(openings: Sequence[Array]) -> tuple[Verdict, str]:
         still = opening[1:][np.abs(np.diff(opening)) < RESTS]
         for side, values in ((True, still[still > middle]), (False, still[still <= middle])):
             rests[side] += [float(np.median(values))] if len(values) else []
-    apart = {side: float(np.ptp(found)) if len(found) >= FEWEST else 0.0 for side, found in rests.items()}
+    apart = {
+        side: float(np.ptp(found)) if len(found) >= FEWEST else 0.0 for side, found in rests.items()
+    }
     contact = [apart[side] > SPREAD * max(apart[not side], RESTS) for side in (False, True)]
     signs = int(contact[0]) - int(contact[1]), int(started >= MOST) - int(started <= 1 - MOST)
     words = f"{started:.0%} of {len(openings)} episodes begin open; it rests at openings that differ by "
@@ -166,7 +193,9 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     """A camera's encoded images [T] of an episode, beside the arm's positions [T, 3] (m). Raises SpearError,
     which begins with `where`, for a broken image, and for another number of images."""
     if len(images) != len(position):
-        raise SpearError(f"{where}: not one for each step (images: {len(images)}, steps: {len(position)})")
+        raise SpearError(
+            f"{where}: not one for each step (images: {len(images)}, steps: {len(position)})"
+        )
     decoded = (decode_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images))
     small = (Image.fromarray(p).convert("L").resize(SIZE, Image.Resampling.BOX) for p in decoded)
     frames = np.array([np.asarray(each, np.float32) for each in small])
@@ -188,7 +217,11 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     for camera, each in views.items():
         absent, blank = sum(v is None for v in each), sum(v is not None and v.blank for v in each)
         if absent + blank == len(each):
-            why = "its column is absent, or holds no images," if absent else "its images are blank or all one"
+            why = (
+                "its column is absent, or holds no images,"
+                if absent
+                else "its images are blank or all one"
+            )
             words = f"{why} in all of {counted(len(each), 'episodes')}: name another one in images"
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([
@@ -201,7 +234,9 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
         words = f"when the arm moves, {external:.0%} of the external view change, {wrist:.0%} of the wrist's"
         ratio = pairs[:, 1] / np.maximum(pairs[:, 0], 1e-3)
         if np.mean(ratio < 1 / CLEARLY) >= MOST:
-            found.append(Check("cameras", "wrong", f"{words}: exchange wrist and external in images"))
+            found.append(
+                Check("cameras", "wrong", f"{words}: exchange wrist and external in images")
+            )
         elif np.mean(ratio > CLEARLY) >= MOST:
             found.append(Check("cameras", "agrees", words))
     return found

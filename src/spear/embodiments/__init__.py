@@ -32,7 +32,11 @@ def load(name: str) -> Embodiment:
     try:
         found = runpy.run_path(str(path)).get("EMBODIMENT")
     except Exception as error:
-        raise SpearError(f"embodiment: {path}: {type(error).__name__}: {error}: repair the file") from error
+        raise SpearError(
+            f"embodiment: {path}: {type(error).__name__}: {error}: repair the file"
+        ) from error
     if not isinstance(found, Embodiment):
-        raise SpearError(f"embodiment: {path}: has no EMBODIMENT: see docs/robots.md for an example")
+        raise SpearError(
+            f"embodiment: {path}: has no EMBODIMENT: see docs/robots.md for an example"
+        )
     return found

@@ -74,7 +74,9 @@ def unpadded(image: Array) -> Array:
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 8] float32: joint angles (rad) and gripper, within the arm's speed."""
     steps = _steps(actions, state, observation, _kinematics().SPEED_LIMIT * ROWS / RATE_HZ)
-    rows = read.numbers(observation, JOINTS, 7) + np.repeat(steps / ROWS, ROWS, axis=0).cumsum(axis=0)
+    rows = read.numbers(observation, JOINTS, 7) + np.repeat(steps / ROWS, ROWS, axis=0).cumsum(
+        axis=0
+    )
     return _with_gripper(rows, actions)
 
 
@@ -96,7 +98,9 @@ def cartesian_positions(actions: Array, state: Array, observation: Observation) 
     position = torch.lerp(where[step], where[step + 1], part[:, None])
     rotation = quat_slerp(turned[step], turned[step + 1], part)
     position, rotation = pose_compose(position, rotation, tool_position, tool_rotation)
-    return _with_gripper(torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1).numpy(), actions)
+    return _with_gripper(
+        torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1).numpy(), actions
+    )
 
 
 def _kinematics() -> Any:
@@ -112,14 +116,18 @@ def _steps(actions: Array, state: Array, observation: Observation, fastest: Any)
     arm, steps = _kinematics(), []
     at = wanted = read.numbers(observation, JOINTS, 7)
     for position, rotation in zip(*read.targets(state, actions), strict=True):
-        wanted = arm.solve(wanted, position, rotation, posture=wanted)  # the elbow stays where it is
+        wanted = arm.solve(
+            wanted, position, rotation, posture=wanted
+        )  # the elbow stays where it is
         steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))
         at = at + steps[-1]
     return np.stack(steps)
 
 
 def _with_gripper(rows: Array, actions: Array) -> Array:
-    return np.concatenate([rows, 1 - np.repeat(actions[:, 7:], ROWS, axis=0)], axis=1).astype(np.float32)
+    return np.concatenate([rows, 1 - np.repeat(actions[:, 7:], ROWS, axis=0)], axis=1).astype(
+        np.float32
+    )
 
 
 EMBODIMENT = Embodiment(
@@ -133,13 +141,19 @@ EMBODIMENT = Embodiment(
     observe=observe,
     controls={
         "joint_velocity": Control(
-            "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)", RATE_HZ, joint_velocities
+            "7 joint velocities (1 is 0.2 rad per row), gripper (1 closed)",
+            RATE_HZ,
+            joint_velocities,
         ),
         "joint_position": Control(
-            "7 joint angles (rad, within the arm's speed), gripper (1 closed)", RATE_HZ, joint_positions
+            "7 joint angles (rad, within the arm's speed), gripper (1 closed)",
+            RATE_HZ,
+            joint_positions,
         ),
         "cartesian_position": Control(
-            "flange's x y z (m, base), roll pitch yaw (rad), gripper (1 closed)", RATE_HZ, cartesian_positions
+            "flange's x y z (m, base), roll pitch yaw (rad), gripper (1 closed)",
+            RATE_HZ,
+            cartesian_positions,
         ),
     },
     example=lambda: {

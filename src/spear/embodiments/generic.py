@@ -20,7 +20,9 @@ EMBODIMENT = Embodiment(
         )
     },
     example=lambda: {
-        read.IMAGE: read.example_image(192, 128),  # as nano takes them, which comes with this package
+        read.IMAGE: read.example_image(
+            192, 128
+        ),  # as nano takes them, which comes with this package
         read.WRIST: read.example_image(96, 96),
         read.STATE: np.array([0.45, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32),
         read.PROMPT: "put the carrot on the plate",

@@ -34,7 +34,9 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
     """[H, 7] float32 for the controller."""
-    return maniskill3.command(actions, quat_log(torch.from_numpy(read.base_rotations(state, actions))), 0.0)
+    return maniskill3.command(
+        actions, quat_log(torch.from_numpy(read.base_rotations(state, actions))), 0.0
+    )
 
 
 EMBODIMENT = Embodiment(

@@ -26,7 +26,9 @@ from spear.geometry import matrix_to_quat, quat_conjugate, quat_multiply, quat_t
 from spear.types import Array
 
 POSE = "maniskill3/eef_pos"
-LINK_POSE = "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
+LINK_POSE = (
+    "position (m), quaternion (w x y z) of ee_gripper_link in the base frame, opening: 8 numbers"
+)
 LINK = matrix_to_quat(torch.tensor([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64))
 """Orientation of the link where our end-effector frame is parallel to the base frame."""
 
@@ -51,7 +53,9 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def controller_actions(actions: Array, state: Array, observation: Observation) -> Array:
     """[H, 7] float32 for the controller."""
-    return command(actions, quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ"), -1.0)
+    return command(
+        actions, quat_to_euler(torch.from_numpy(read.base_rotations(state, actions)), "XYZ"), -1.0
+    )
 
 
 EMBODIMENT = Embodiment(
@@ -71,7 +75,9 @@ EMBODIMENT = Embodiment(
     },
     example=lambda: {
         "observation/image": read.example_image(640, 480),
-        POSE: np.array([0.3, 0.0, 0.15, 0.7, -0.1, 0.7, 0.1, 1.0], np.float32),  # points down, turned
+        POSE: np.array(
+            [0.3, 0.0, 0.15, 0.7, -0.1, 0.7, 0.1, 1.0], np.float32
+        ),  # points down, turned
         "prompt": "put carrot on plate",
     },
 )

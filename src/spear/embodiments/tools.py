@@ -61,7 +61,9 @@ class Control:
 
     about: str
     rate_hz: float
-    convert: Callable[[Array, Array, Observation], Array] = lambda actions, state, observation: actions
+    convert: Callable[[Array, Array, Observation], Array] = lambda actions, state, observation: (
+        actions
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class Embodiment:
     def read(self, observation: Any) -> Checked:
         """The robot's observation as SPEAR-1 wants it. Raises `SpearError` naming the key that is wrong."""
         if not isinstance(observation, Mapping):
-            raise SpearError(f"observation: a {type(observation).__name__}: send a map of keys to values")
+            raise SpearError(
+                f"observation: a {type(observation).__name__}: send a map of keys to values"
+            )
         _check_keys(observation, self.required, self.optional)
         return check({**self.observe(observation), **seed(observation)})
 
@@ -118,7 +122,9 @@ def check(observation: Observation) -> Checked:
     return Checked({**observation, **own, **seed(observation), **committed(observation)})
 
 
-def _check_keys(observation: Observation, required: Mapping[str, str], optional: Collection[str]) -> None:
+def _check_keys(
+    observation: Observation, required: Mapping[str, str], optional: Collection[str]
+) -> None:
     known = {*required, *optional}
     for key in observation:
         if key not in known:
@@ -151,13 +157,20 @@ def rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
 def shown_to(policy: Policy, observation: Shown) -> Shown:
     """An observation without the cameras that the policy does not take; one that does not say sees all."""
     own = {*map(camera_key, getattr(policy, "image_sizes", ()))} or observation
-    return type(observation)(item for item in observation.items() if not is_camera(item[0]) or item[0] in own)
+    return type(observation)(
+        item for item in observation.items() if not is_camera(item[0]) or item[0] in own
+    )
 
 
 def image(observation: Observation, key: str) -> Array:
     """[h, w, 3] uint8, RGB. Raises `SpearError` naming the key for anything else."""
     value = observation[key]
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
+    if (
+        not isinstance(value, np.ndarray)
+        or value.dtype != np.uint8
+        or value.ndim != 3
+        or value.shape[2] != 3
+    ):
         raise SpearError(f"{key}: {_what(value)}: send an RGB image, uint8 [height, width, 3]")
     short, long = sorted(value.shape[:2])
     if short < SHORTEST_SIDE or long > LONGEST_SIDE or long > WIDEST * short:
@@ -170,7 +183,9 @@ def numbers(observation: Observation, key: str, count: int) -> Array:
     """[count] float64, finite; one number may come without a shape. Raises `SpearError` naming the key."""
     value = observation[key]
     if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
-        raise SpearError(f"{key}: a list of other things: send numbers: {count}")  # texts could take GiB here
+        raise SpearError(
+            f"{key}: a list of other things: send numbers: {count}"
+        )  # texts could take GiB here
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.size != count or array.ndim > 1:
         raise SpearError(f"{key}: {_what(array)}: send numbers: {count}")
@@ -228,8 +243,14 @@ def committed(observation: Observation) -> dict[str, Array]:
         return {}
     rows = observation[COMMITTED]
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != ACTION_DIM:
-        raise SpearError(f"{COMMITTED}: {_what(rows)}: send actions as predicted, [d, {ACTION_DIM}]")
-    array = numbers({COMMITTED: rows.ravel()}, COMMITTED, rows.size).reshape(rows.shape).astype(np.float32)
+        raise SpearError(
+            f"{COMMITTED}: {_what(rows)}: send actions as predicted, [d, {ACTION_DIM}]"
+        )
+    array = (
+        numbers({COMMITTED: rows.ravel()}, COMMITTED, rows.size)
+        .reshape(rows.shape)
+        .astype(np.float32)
+    )
     position(array[:, :3], f"{COMMITTED}[0:3]")
     array[:, 3:7] = unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()
     array[:, 7] = [opening(observation, f"{COMMITTED}[7]", value) for value in array[:, 7]]
@@ -277,7 +298,10 @@ def targets(start: Array, actions: Array) -> tuple[Array, Array]:
 
     start [8] is the state that the chunk [H, 8] starts from.
     """
-    position, rotation = torch.from_numpy(np.float64(start[:3])), torch.from_numpy(np.float64(start[3:7]))
+    position, rotation = (
+        torch.from_numpy(np.float64(start[:3])),
+        torch.from_numpy(np.float64(start[3:7])),
+    )
     where, turned = [], []
     for move in torch.from_numpy(np.float64(actions)):
         position, rotation = apply_step(position, rotation, move[:3], move[3:7])

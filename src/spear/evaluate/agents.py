@@ -35,7 +35,9 @@ class Agent(Protocol):
     image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
     committed: int = 0
 
-    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
         """One chunk [H, 8] of actions (`spear.types.Action`, metres) for each of the running scenes, which
         have their `seed`, their `steps` so far and their simulator's truth."""
 
@@ -51,8 +53,12 @@ class PolicyAgent(Agent):
         self.image_sizes = rendered_sizes(policy)
         self.committed = getattr(policy, "committed", 0)
 
-    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
-        seeded = [{**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)]
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
+        seeded = [
+            {**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)
+        ]
         shown = [shown_to(self.policy, observation) for observation in seeded]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(shown)]
 
@@ -75,7 +81,9 @@ class ExpertAgent(Agent):
 
     name = "expert"
 
-    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
         from spear.sim import expert
 
         return [expert.act(env.world)[None] for env in envs]
@@ -86,7 +94,9 @@ class IdleAgent(Agent):
 
     name = "nothing"
 
-    def act(self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(
+        self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
         return [NOTHING[None]] * len(envs)
 
 
@@ -96,7 +106,9 @@ def load_agent(policy: str, **loading: Any) -> Agent:
     from spear.policy import Spear1Policy
 
     remote, who = policy.startswith(("ws://", "wss://")), AgentOptions(policy, **loading)
-    for field, value in loading.items() if remote or policy in ("expert", "oracle", "nothing") else ():
+    for field, value in (
+        loading.items() if remote or policy in ("expert", "oracle", "nothing") else ()
+    ):
         if value != getattr(AgentOptions, field):
             what = f"{option_name(field)} {value}: is for policies loaded here"
             raise SpearError(f"{what}: leave it out for {policy}")
@@ -109,9 +121,15 @@ def load_agent(policy: str, **loading: Any) -> Agent:
         robot = server.metadata.get("embodiment", "generic")
         if robot != "generic":
             server.close()
-            raise SpearError(f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`")
+            raise SpearError(
+                f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`"
+            )
         if (weights := server.metadata.get("weights")) is None:
-            notice(f"{policy}: does not say which weights it has: give those of each their own --out")
+            notice(
+                f"{policy}: does not say which weights it has: give those of each their own --out"
+            )
         return PolicyAgent(server, policy, weights)
-    local = Spear1Policy.load(policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype)
+    local = Spear1Policy.load(
+        policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype
+    )
     return PolicyAgent(local, policy, local.identity)

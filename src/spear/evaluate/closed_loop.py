@@ -29,7 +29,9 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
     for seeds that are not held out, and for a way of executing chunks that the policy has not learned.
     """
     check_known("task family", FAMILIES, *options.families)
-    scenes = dict.fromkeys(options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes))
+    scenes = dict.fromkeys(
+        options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes)
+    )
     settings = {
         "simulator": SIMULATOR,
         "replan": options.replan,
@@ -80,7 +82,10 @@ class _Tabletop:
                 env.load(World(sample_scene(family, waiting.pop())))
                 chunks = ChunkExecutor(how, replan, most=agent.committed)
                 slots.append(_Slot(env, chunks, [env.world.data.qpos.copy()]))
-            seen = [{**(s.env.observe() if agent.needs_images else {}), **s.chunks.told()} for s in slots]
+            seen = [
+                {**(s.env.observe() if agent.needs_images else {}), **s.chunks.told()}
+                for s in slots
+            ]
             running = []
             for slot, chunk in zip(slots, agent.act([s.env for s in slots], seen), strict=True):
                 slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)
@@ -93,7 +98,10 @@ class _Tabletop:
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
-        world, (width, height) = World(sample_scene(outcome.family, outcome.seed)), self._sizes["external"]
+        world, (width, height) = (
+            World(sample_scene(outcome.family, outcome.seed)),
+            self._sizes["external"],
+        )
         across = round(video.HEIGHT * width / height)
         views = [("external", (across, video.HEIGHT)), ("wrist", (video.HEIGHT, video.HEIGHT))]
         for step, pose in enumerate(track):

@@ -81,15 +81,23 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
             said = f"{one.instruction!r} for {a} and {two.instruction!r} for {b}"
             why = f"results: {one.family} scene {one.seed} is {said}: the simulator changed"
             raise SpearError(f"{why}: evaluate the older one again")
-    if (starts := [r.settings.get("starts", "the official ones") for r in (first, second)])[0] != starts[1]:
-        raise SpearError(f"results: starts of {a}: {starts[0]}, of {b}: {starts[1]}: these are other scenes")
+    if (starts := [r.settings.get("starts", "the official ones") for r in (first, second)])[
+        0
+    ] != starts[1]:
+        raise SpearError(
+            f"results: starts of {a}: {starts[0]}, of {b}: {starts[1]}: these are other scenes"
+        )
     families: dict[str, list[Pair]] = {}
     for pair in pairs:
         families.setdefault(pair[0].family, []).append(pair)
     rows = [_row(name, [some]) for name, some in families.items()]
     rows.append(_row("mean of families", list(families.values())))
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    same = ("scenes", "first_seed", "weights")  # which scenes were run is no difference, nor by which weights
+    same = (
+        "scenes",
+        "first_seed",
+        "weights",
+    )  # which scenes were run is no difference, nor by which weights
     keys = [k for k in {**first.settings, **second.settings} if k not in same]
     both = [(k, *(r.settings.get(k, "not said") for r in (first, second))) for k in keys]
     settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
@@ -155,7 +163,10 @@ class Reference:
             lines.append([f"{name} (published)", *row, f"{mean:.1f}"])
         for name, results in ours:
             here = set(results.families)
-            found = [results.summary(family).success if family in here else None for family in self.families]
+            found = [
+                results.summary(family).success if family in here else None
+                for family in self.families
+            ]
             found.append(results.mean() if here == set(self.families) else None)
             lines.append([f"{name} (measured here)", *map(_points, found)])
         return lines
@@ -174,7 +185,10 @@ def references() -> dict[str, Reference]:
     """All published tables, by name."""
     folder = resources.files("spear.evaluate").joinpath("reference")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".toml"): Reference(**tomllib.loads(f.read_text("utf-8"))) for f in files}
+    return {
+        f.name.removesuffix(".toml"): Reference(**tomllib.loads(f.read_text("utf-8")))
+        for f in files
+    }
 
 
 def beside(results: Results) -> list[Reference]:

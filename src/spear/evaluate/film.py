@@ -27,7 +27,9 @@ def encoder() -> Any:
     return av
 
 
-def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | None = None) -> Array:
+def compose(
+    external: Array, wrist: Array | None, caption: str, outcome: bool | None = None
+) -> Array:
     """One film frame: [h, w, 3] uint8 with even sides, the external view left, the wrist view right,
     `caption` above and, where the episode has ended, its outcome."""
     views = np.concatenate([_scale(view) for view in (external, wrist) if view is not None], axis=1)
@@ -38,10 +40,14 @@ def compose(external: Array, wrist: Array | None, caption: str, outcome: bool | 
     badge = "" if outcome is None else ("success" if outcome else "failure")
     badge_width = 120 if badge else 20
     room = frame.width - badge_width - 14
-    font = next((f for f in map(_font, range(24, 10, -1)) if f.getlength(caption) <= room), _font(11))
+    font = next(
+        (f for f in map(_font, range(24, 10, -1)) if f.getlength(caption) <= room), _font(11)
+    )
     draw.text((14, BAR // 2), caption, WHITE, font, anchor="lm")
     if badge:
-        draw.text((frame.width - 14, BAR // 2), badge, GREEN if outcome else RED, _font(24), anchor="rm")
+        draw.text(
+            (frame.width - 14, BAR // 2), badge, GREEN if outcome else RED, _font(24), anchor="rm"
+        )
     return np.asarray(frame)
 
 

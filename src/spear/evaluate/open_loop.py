@@ -41,19 +41,27 @@ class OpenLoop:
         """Means with intervals that resample whole episodes (steps of one episode depend on each other).
         Raises SpearError where there is nothing to take a mean of."""
         if not any(len(e["chunk_end_mm"]) for e in self.episodes):
-            raise SpearError("no held-out episode has a whole chunk of known actions: give longer ones")
+            raise SpearError(
+                "no held-out episode has a whole chunk of known actions: give longer ones"
+            )
         names = self.episodes[0]
         return {name: bootstrap([e[name] for e in self.episodes], np.mean) for name in names}
 
 
-def observations(episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)) -> list[dict[str, Any]]:
+def observations(
+    episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)
+) -> list[dict[str, Any]]:
     """What a policy with these cameras would have seen at each of the T steps (`spear.types.Policy`)."""
     if not set(views) & set(episode.images):
         there = ", ".join(episode.images) or "none"
-        raise SpearError(f"{episode.source}: cameras are {there}, the policy sees {', '.join(views)}")
+        raise SpearError(
+            f"{episode.source}: cameras are {there}, the policy sees {', '.join(views)}"
+        )
     parts = [episode.position, episode.rotation, episode.gripper[:, None]]
     state = np.concatenate(parts, 1, dtype=np.float32)
-    seen: list[dict[str, Any]] = [{"observation/state": s, "prompt": episode.instruction} for s in state]
+    seen: list[dict[str, Any]] = [
+        {"observation/state": s, "prompt": episode.instruction} for s in state
+    ]
     for camera in views:
         for step, encoded in enumerate(episode.images.get(camera, ())):
             where = f"{episode.source} step {step} camera {camera!r}"
@@ -65,8 +73,12 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
 
     def predictions() -> Iterator[tuple[Episode, Array]]:
-        for episode in tracked(map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")):
-            seen = [{**o, "seed": step} for step, o in enumerate(observations(episode, cameras(policy)))]
+        for episode in tracked(
+            map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")
+        ):
+            seen = [
+                {**o, "seed": step} for step, o in enumerate(observations(episode, cameras(policy)))
+            ]
             chunks: list[Array] = []
             for start in range(0, len(seen), batch):
                 chunks += [r["actions"] for r in policy.infer_batch(seen[start : start + batch])]
@@ -88,7 +100,9 @@ def mean_action(actions: Array) -> Array:
     return mean.astype(np.float32)
 
 
-def score_mean_action(train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoop:
+def score_mean_action(
+    train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
+) -> OpenLoop:
     """The same errors for always predicting the mean action of `train`, in chunks as long as the policy's."""
     known = [action[valid] for action, valid in map(episode_actions, _without_images(train))]
     constant = mean_action(np.concatenate(known))
@@ -101,7 +115,9 @@ def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoo
     first step, for standing still, the gripper as it is."""
 
     def repeated(episode: Episode) -> tuple[Episode, Array]:
-        still = np.array([[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32)
+        still = np.array(
+            [[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32
+        )
         before = np.concatenate([still, episode_actions(episode)[0][:-1]])
         return episode, np.repeat(before[:, None], horizon, axis=1)
 

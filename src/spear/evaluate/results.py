@@ -87,7 +87,11 @@ class Results:
     def unfinished(self) -> str:
         """What to know, in words, where not all scenes have ended; "" where they have."""
         left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
-        return f"{counted(left, 'scenes')} left: rates may be too high; successes end first" if left else ""
+        return (
+            f"{counted(left, 'scenes')} left: rates may be too high; successes end first"
+            if left
+            else ""
+        )
 
     @property
     def families(self) -> list[str]:
@@ -117,7 +121,10 @@ class Results:
         steps = [o.steps for o in chosen if o.success]
         rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES)
         success, reached, grasped, wrong = rates
-        lost, mean = float(np.mean([o.unreachable for o in chosen])), float(np.mean(steps)) if steps else None
+        lost, mean = (
+            float(np.mean([o.unreachable for o in chosen])),
+            float(np.mean(steps)) if steps else None,
+        )
         return Summary(success, reached, grasped, wrong, lost, mean)
 
     def save(self, path: Path) -> None:
@@ -142,7 +149,9 @@ class Results:
             steps = [f"{s.unreachable:.1f}", "" if s.steps is None else f"{s.steps:.0f}"]
             rows.append([family, s.success.say(".0%"), *rates, *steps])
         mean = self.mean()
-        rows.append(["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5])
+        rows.append(
+            ["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5]
+        )
         title = f"{self.policy}: closed loop, {counted(len(self.outcomes), 'episodes')}, {self.seconds:.0f} s"
         headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
         headers += ["steps out of reach", "steps to success"]
@@ -158,12 +167,19 @@ def terminal_table(
 ) -> Table:
     """A table for a terminal, numbers right; 80 characters fold none of our words. mean_last: the last row is
     set off."""
-    lean: Any = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    lean: Any = {
+        "box": box.SIMPLE_HEAD,
+        "show_edge": False,
+        "pad_edge": False,
+        "collapse_padding": True,
+    }
     table = Table(title="\n" + escape(title), caption=escape(caption), **lean)
     short = all(len(row[0]) <= 16 for row in rows)
     for index, header in enumerate(headers):
         kept = header.startswith("success [") if index else short  # what the table is for
-        table.add_column(escape(header), justify="right" if index else "left", no_wrap=kept, overflow="fold")
+        table.add_column(
+            escape(header), justify="right" if index else "left", no_wrap=kept, overflow="fold"
+        )
     for row in rows:
         if mean_last and row is rows[-1]:
             table.add_section()
@@ -178,11 +194,15 @@ def merge(parts: Sequence[Results]) -> Results:
     found: dict[tuple[str, int], Outcome] = {}
     for part in parts:
         if other := difference(*({"policy": p.policy, **p.settings} for p in (first, part))):
-            raise SpearError(f"results of {part.policy}: {other}: only parts of one evaluation merge")
+            raise SpearError(
+                f"results of {part.policy}: {other}: only parts of one evaluation merge"
+            )
         for o in part.outcomes:
             if found.setdefault((o.family, o.seed), o) != o:
                 which = f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts"
-                raise SpearError(f"{which}: rounding, or another policy: remove one journal, or all")
+                raise SpearError(
+                    f"{which}: rounding, or another policy: remove one journal, or all"
+                )
     order = list(dict.fromkeys(f for f, _ in found))
     outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
     wanted = frozenset[tuple[str, int]]().union(*(p.wanted for p in parts))
@@ -202,19 +222,28 @@ class Journal:
     """The journal that this process writes. done: the outcomes that any journal of the folder holds."""
 
     def __init__(
-        self, folder: Path, policy: str, settings: Mapping[str, Any], shard: tuple[int, int], scenes: Scenes
+        self,
+        folder: Path,
+        policy: str,
+        settings: Mapping[str, Any],
+        shard: tuple[int, int],
+        scenes: Scenes,
     ) -> None:
         """Opens a journal, or goes on with it, to run these scenes. `SpearError`: of other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.done: dict[tuple[str, int], Outcome] = {}
         wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
         if not (found := journals(folder)) and (folder / "results.json").is_file():
-            raise SpearError(f"{folder}: holds results.json without journals: give another --out, or move it")
+            raise SpearError(
+                f"{folder}: holds results.json without journals: give another --out, or move it"
+            )
         for path in found:
             earlier = read_journal(path)
             heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
             if other := difference(*heads):
-                raise SpearError(f"{folder}: holds other results: {other}: give another --out, or remove it")
+                raise SpearError(
+                    f"{folder}: holds other results: {other}: give another --out, or remove it"
+                )
             self.done |= {(o.family, o.seed): o for o in earlier.outcomes}
             wanted -= earlier.wanted
         self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
@@ -247,8 +276,12 @@ def read_journal(path: Path) -> Results:
         lines = path.read_text("utf-8").rpartition("\n")[0].split("\n")
         head, *others = [json.loads(line) for line in lines]
         plans, episodes = ([e for e in others if ("scenes" in e) is plan] for plan in (True, False))
-        wanted = frozenset((f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds)
-        seconds = sum(e.pop("wall", e.pop("seconds")) for e in episodes)  # once, seconds was what wall is
+        wanted = frozenset(
+            (f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds
+        )
+        seconds = sum(
+            e.pop("wall", e.pop("seconds")) for e in episodes
+        )  # once, seconds was what wall is
         return Results(head["policy"], head["settings"], episodes, seconds, wanted)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
@@ -260,7 +293,9 @@ def load(path: Path) -> Results:
     if path.is_dir() and (found := journals(path)):
         results = merge([read_journal(p) for p in found])
         if not results.outcomes:
-            raise SpearError(f"results: {path}: no episode has ended there: run `spear evaluate` again")
+            raise SpearError(
+                f"results: {path}: no episode has ended there: run `spear evaluate` again"
+            )
         return results
     file = path / "results.json" if path.is_dir() else path
     return read_as(Results, file, "give what `spear evaluate --out` wrote", "cannot read results")

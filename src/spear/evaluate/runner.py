@@ -64,7 +64,9 @@ def run_evaluation(
     index, of = parse_shard(options.shard)
     most = max(map(len, scenes.values()), default=0)
     if most < index:
-        raise SpearError(f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}")
+        raise SpearError(
+            f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}"
+        )
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
         video.encoder()
@@ -102,7 +104,9 @@ def run_evaluation(
             journal = Journal(options.out, agent.name, settings, (index, of), part)
         started = time.perf_counter()
         for family, seeds in part.items():
-            done = {s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done}
+            done = {
+                s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done
+            }
             todo = [s for s in seeds if s not in done]
             with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done)) as bar:
                 last, tracks = time.perf_counter(), dict[int, Track]()
@@ -113,7 +117,9 @@ def run_evaluation(
                     last = time.perf_counter()
                     if filming:
                         tracks[outcome.seed] = track
-                    if isinstance(options.films, str):  # at once: in SIMPLER a track is every picture
+                    if isinstance(
+                        options.films, str
+                    ):  # at once: in SIMPLER a track is every picture
                         make_films([outcome], tracks)
                         tracks.clear()
                     bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
@@ -124,5 +130,9 @@ def run_evaluation(
                     if outcome == done[outcome.seed]:
                         make_films([outcome], {outcome.seed: track})
                     else:
-                        bar.say(f"no film of {family} {outcome.seed}: it ended differently when run again")
-    return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(films.values())
+                        bar.say(
+                            f"no film of {family} {outcome.seed}: it ended differently when run again"
+                        )
+    return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(
+        films.values()
+    )

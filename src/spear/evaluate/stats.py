@@ -46,7 +46,9 @@ class Estimate:
         >>> Estimate(0.8, 0.49, 0.943, 10).say(".1f", 100)
         '80.0 [49.0, 94.3]'
         """
-        value, low, high = (format(scale * number, form) for number in (self.value, self.low, self.high))
+        value, low, high = (
+            format(scale * number, form) for number in (self.value, self.low, self.high)
+        )
         return value + unit + (f" (n = {self.n})" if math.isnan(self.low) else f" [{low}, {high}]")
 
 
@@ -83,7 +85,9 @@ def samples_for(half_width: float, rate: float = 0.5) -> int:
     return next(n for n in itertools.count(1) if np.ptp(_score_interval(rate, n)) <= 2 * half_width)
 
 
-def paired_difference(strata: Sequence[tuple[Sequence[bool], Sequence[bool]]]) -> tuple[Estimate, float]:
+def paired_difference(
+    strata: Sequence[tuple[Sequence[bool], Sequence[bool]]],
+) -> tuple[Estimate, float]:
     """The difference of two success rates, first - second, on the same scenes, and its two-sided p-value.
 
     strata  of task families, each counting the same: the successes of the first and of the second.
@@ -131,13 +135,19 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     wider = stdtrit(count - 1, 0.975)
     if all(np.asarray(g).dtype == bool for g in groups):
         n, off = sum(map(len, units)), sum((u - value).sum() ** 2 for u in units)
-        alike = value * (1 - value) * n**2 * (count - 1) / count / off * (Z95 / wider) ** 2 if off else count
+        alike = (
+            value * (1 - value) * n**2 * (count - 1) / count / off * (Z95 / wider) ** 2
+            if off
+            else count
+        )
         return Estimate(value, *_score_interval(value, min(n, alike) if n > count else n), count)
     draws = np.random.default_rng(0).integers(count, size=(1000, count))
     replicas = [float(statistic(np.concatenate([units[i] for i in draw]))) for draw in draws]
     tail = 100 * ndtr(-math.sqrt(count / (count - 1)) * wider)
     with np.errstate(invalid="ignore"):  # between two infinite values
-        low, high = np.nan_to_num(np.percentile(replicas, [tail, 100 - tail]), nan=np.inf, posinf=np.inf)
+        low, high = np.nan_to_num(
+            np.percentile(replicas, [tail, 100 - tail]), nan=np.inf, posinf=np.inf
+        )
     return Estimate(value, float(low), float(high), count)
 
 
@@ -169,7 +179,9 @@ def _checked(strata: Sequence[Array]) -> list[Array]:
     tables = [np.asarray(table) for table in strata]
     fits = [t.dtype == bool and t.ndim == 2 and t.size and len(t) == len(tables[0]) for t in tables]
     if not tables or not all(fits):
-        raise ValueError(f"success of seeds and scenes, bool: {[(t.dtype, t.shape) for t in tables]}")
+        raise ValueError(
+            f"success of seeds and scenes, bool: {[(t.dtype, t.shape) for t in tables]}"
+        )
     return tables
 
 

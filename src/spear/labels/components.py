@@ -24,7 +24,12 @@ from spear.util.options import changed
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "detector": {
         "gemini": ("gemini:GeminiDetector", "model", "vocabulary", "cache", "per_minute"),
-        "grounding-dino": ("open_vocabulary:GroundingDinoDetector", "model", "device", "vocabulary"),
+        "grounding-dino": (
+            "open_vocabulary:GroundingDinoDetector",
+            "model",
+            "device",
+            "vocabulary",
+        ),
         "owlv2": ("open_vocabulary:Owlv2Detector", "model", "device", "vocabulary"),
         "file": ("annotations:FileDetector",),
         "ground-truth": ("ground_truth:GroundTruth",),
@@ -53,7 +58,9 @@ def component(kind: str, description: str, options: LabelOptions) -> Callable[[]
     if name == "file":
         if not (argument and Path(argument).is_file()):
             raise SpearError(f"{kind} {first!r}: no such file: write file:PATH")
-        return partial(_from_file, place, argument, component(kind, otherwise, options) if plus else None)
+        return partial(
+            _from_file, place, argument, component(kind, otherwise, options) if plus else None
+        )
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
     if argument and "model" not in takes:
@@ -73,7 +80,11 @@ def _make(place: str, takes: list[str], name: str, model: str | None, options: L
         if "vocabulary" in takes and not options.names:
             raise SpearError(f'--detector {name}: name what to look for: --vocabulary "mug, spoon"')
         need_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
-    known = {**vars(options), "vocabulary": options.names, "cache": options.cache or options.out / ".answers"}
+    known = {
+        **vars(options),
+        "vocabulary": options.names,
+        "cache": options.cache or options.out / ".answers",
+    }
     known["model"] = model
     return _class(place)(**{part: known[part] for part in takes if part != "model" or model})
 
@@ -91,8 +102,12 @@ def split(description: str) -> tuple[str, str | None]:
 
 def makers(options: LabelOptions) -> Makers:
     """What makes the components; nothing is loaded yet. `SpearError`: an unknown name, an idle option."""
-    described = dict(zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True))
-    detector, segmenter, pointmap = (component(kind, said, options) for kind, said in described.items())
+    described = dict(
+        zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True)
+    )
+    detector, segmenter, pointmap = (
+        component(kind, said, options) for kind, said in described.items()
+    )
     last = ((kind, split(said.rpartition("+")[2])[0]) for kind, said in described.items())
     taken = {part for kind, name in last for part in KINDS[kind][name]}
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):

@@ -72,7 +72,9 @@ def finish(works: Sequence[Work]) -> Done:
     labels, skipped, notes = [], [], set[str]()
     for work in works:
         if work.error is not None:
-            skipped.append(SkippedImage(work.source, str(work.error), isinstance(work.error, RetryableError)))
+            skipped.append(
+                SkippedImage(work.source, str(work.error), isinstance(work.error, RetryableError))
+            )
             continue
         try:
             assert work.frame is not None and work.masks is not None
@@ -150,7 +152,9 @@ def run_ray(
         networks = []
         for make, stage, copies, gpus in zip(makers, STAGES, work.copies, work.gpus, strict=True):
             # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
-            actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Network)
+            actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(
+                _Network
+            )
             networks.append(cycle([actor.remote(make, stage) for _ in range(copies)]))
         reader, finisher = ray.remote(read), ray.remote(finish)
         ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)

@@ -31,7 +31,19 @@ from spear.labels.store import reading
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_oriented
 
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+)
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
 UNREAD = re.compile(
@@ -89,10 +101,14 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
         if not (matching := sorted(glob.glob(argument, recursive=True))):
             raise SpearError(f"{argument}: nothing matches this pattern")
         # A folder comes before what is in it, which has been listed then.
-        names = (m for m in matching if entered.isdisjoint(map(str, Path(os.path.realpath(m)).parents)))
+        names = (
+            m for m in matching if entered.isdisjoint(map(str, Path(os.path.realpath(m)).parents))
+        )
     items = chain.from_iterable(_listing(name, rate, entered, unread) for name in names)
     if (first := next(items, None)) is None:
-        raise SpearError(f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there")
+        raise SpearError(
+            f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there"
+        )
     yield first
     yield from items
     if unread:
@@ -103,7 +119,9 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
 def _take_videos(folder: str) -> list[str]:
     """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
     for place in (folder, os.path.join(folder, "downscaled", "448")):
-        if names := sorted(n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n)):
+        if names := sorted(
+            n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n)
+        ):
             return [os.path.join(place, name) for name in names]
     return []
 
@@ -117,7 +135,9 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
         if (real := os.path.realpath(path)) in entered:
             return
         entered.add(real)
-        if os.path.isfile(os.path.join(path, "run.json")) and any(Path(path).rglob("labels-*.parquet")):
+        if os.path.isfile(os.path.join(path, "run.json")) and any(
+            Path(path).rglob("labels-*.parquet")
+        ):
             notice(f"{path}: left out, it holds labels: for its images, give its labels-*.parquet")
             return
     if os.path.isdir(os.path.join(path, TAKE)):
@@ -155,10 +175,14 @@ def find_tar(path: str) -> Iterator[Item]:
                 tar.members = []  # type: ignore[attr-defined] # the list of what was seen would grow without end
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(
+                b"\0"
+            ):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("it ends within a file")
     except (tarfile.TarError, OSError) as error:
-        raise SpearError(f"{path}: not a whole, plain tar file ({error}): copy or unpack it") from error
+        raise SpearError(
+            f"{path}: not a whole, plain tar file ({error}): copy or unpack it"
+        ) from error
 
 
 def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
@@ -206,7 +230,11 @@ def _image_column(schema: pa.Schema, path: str) -> str:
         return "image"
     if len(columns) == 1:
         return str(columns[0])
-    found = f"several columns of bytes ({', '.join(columns)})" if columns else "no column of image bytes"
+    found = (
+        f"several columns of bytes ({', '.join(columns)})"
+        if columns
+        else "no column of image bytes"
+    )
     raise SpearError(f"{path}: {found}: name the one with the images `image`")
 
 
@@ -260,7 +288,10 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
-    return [_work(item.key, content, longest) for item, content in zip(items, contents(items), strict=True)]
+    return [
+        _work(item.key, content, longest)
+        for item, content in zip(items, contents(items), strict=True)
+    ]
 
 
 def digest(content: Content) -> str:
@@ -292,10 +323,14 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
     try:
         if isinstance(content, SpearError):
             raise content
-        content, turned = load_oriented(content, key) if isinstance(content, bytes) else (content, False)
+        content, turned = (
+            load_oriented(content, key) if isinstance(content, bytes) else (content, False)
+        )
     except SpearError as error:
         return Work(key, None, error, digest=hashed)
-    frame = content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
+    frame = (
+        content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
+    )
     work = admit(dataclasses.replace(frame, source=key))
     work.digest = hashed
     if work.error is None:
@@ -310,4 +345,6 @@ def shrink(image: Array, longest: int | None) -> Array:
         return image
     scale = longest / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    return np.asarray(
+        Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    )

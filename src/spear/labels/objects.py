@@ -68,16 +68,28 @@ def label_object(
             inside = above_support(inside, points, known, others, plane, noise)
         snapped = snap(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
-    near = band and max(band, round(NEAR_EDGE * max(mask.shape)))  # outlines end a little before the image
+    near = band and max(
+        band, round(NEAR_EDGE * max(mask.shape))
+    )  # outlines end a little before the image
     visible, edge, beside = _outline(inside, window, lit + np.array([near, -near]), points, known)
     cloud = _cloud(inside & known, points, band, noise)
-    scores = {"detection": detection.score, "points": float(len(cloud)), "visible": visible, "edge": edge}
-    scores |= {"known": float(pointmap.mask[mask].mean()), "whole": float(iou2d(box2d, tight_box(mask)))}
+    scores = {
+        "detection": detection.score,
+        "points": float(len(cloud)),
+        "visible": visible,
+        "edge": edge,
+    }
+    scores |= {
+        "known": float(pointmap.mask[mask].mean()),
+        "whole": float(iou2d(box2d, tight_box(mask))),
+    }
     box, points3d = None, {}
     if len(cloud) >= LEAST_POINTS:
         distance = float(np.median(cloud[:, 2]))
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
-        fit = partial(fit_box, up=up, support=support, margin=MARGIN * distance / focal, noise=noise)
+        fit = partial(
+            fit_box, up=up, support=support, margin=MARGIN * distance / focal, noise=noise
+        )
         box = fit(cloud)
         points3d = keypoints(cloud, box)
         scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}

@@ -85,8 +85,17 @@ def label(
 def admit(frame: Frame) -> Work:
     """The work of labelling a frame, skipped when its image is not [h, w, 3] uint8 or too small."""
     image, error = frame.image, None
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    if (
+        not isinstance(image, np.ndarray)
+        or image.ndim != 3
+        or image.shape[2] != 3
+        or image.dtype != np.uint8
+    ):
+        got = (
+            f"{image.dtype} {image.shape}"
+            if isinstance(image, np.ndarray)
+            else type(image).__name__
+        )
         error = SpearError(f"image is {got}: convert it to [h, w, 3] uint8 RGB")
     elif min(image.shape[:2]) < MIN_SIDE:
         size = f"{image.shape[1]}×{image.shape[0]}"
@@ -105,7 +114,9 @@ def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False
 
 def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
     """Outline the objects of each image."""
-    answers = _answers(works, lambda good, frames: segmenter.segment(frames, [w.detections for w in good]))
+    answers = _answers(
+        works, lambda good, frames: segmenter.segment(frames, [w.detections for w in good])
+    )
     for work, masks in answers:
         work.masks = masks
         work.provenance["segmenter"] = segmenter.name
@@ -139,17 +150,23 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
     infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
     frame, geometry = work.frame, work.geometry
-    known = geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
+    known = (
+        geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
+    )
     geometry = replace(geometry, mask=known)
     if exact is None:
         said = work.provenance
         exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
     small = work.masks[work.masks.mean(axis=(1, 2)) < LARGE]
-    seen = geometry.points[tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)]
+    seen = geometry.points[
+        tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)
+    ]
     plane = support_plane(seen, up)
     if plane is None and up is not None and (plane := support_plane(seen)):
-        notice("poses fit no level surface that is seen, so are not used: are they camera to world, z up?")
+        notice(
+            "poses fit no level surface that is seen, so are not used: are they camera to world, z up?"
+        )
     taken, noise = np.asarray(work.masks.any(axis=0)), noise_level(geometry.points, known)
     given = geometry, plane, exact, taken, noise, work.lit
     return LabeledImage(
@@ -157,7 +174,9 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
         width=frame.image.shape[1],
         height=frame.image.shape[0],
         intrinsics=np.asarray(geometry.intrinsics, np.float64),
-        objects=[label_object(d, m, *given) for d, m in zip(work.detections, work.masks, strict=True)],
+        objects=[
+            label_object(d, m, *given) for d, m in zip(work.detections, work.masks, strict=True)
+        ],
         unit=geometry.unit,
         source=work.source,
         provenance=work.provenance,

@@ -57,13 +57,17 @@ class Scene:
         if calibration.is_dir():
             for file in calibration.glob("extrinsic_*.txt"):
                 if not np.allclose(read_matrix(file), np.eye(4), atol=1e-4):
-                    raise SpearError(f"{file}: not the identity: register depth and colour to one camera")
+                    raise SpearError(
+                        f"{file}: not the identity: register depth and colour to one camera"
+                    )
             self.camera, self.size = read_intrinsics(calibration / "intrinsic_color.txt")
             self.depth_camera, _ = read_intrinsics(calibration / "intrinsic_depth.txt")
             self.names = _scannet_names(path)
         else:
             file = path / "intrinsics.json"
-            self.camera, self.size = read_intrinsics(file if file.is_file() else file.with_suffix(".txt"))
+            self.camera, self.size = read_intrinsics(
+                file if file.is_file() else file.with_suffix(".txt")
+            )
 
     def stamp(self, index: int) -> str:
         """The stamp of a frame's files and a checksum of its camera and of the names of objects."""
@@ -83,18 +87,29 @@ class Scene:
         if depth_camera is None:
             if not same_view(image.shape[:2], depth.shape):
                 what = f"{columns}×{rows} depth, {width}×{height} color"
-                raise SpearError(f"{depth_file}: {what}: register the depth to the color camera first")
+                raise SpearError(
+                    f"{depth_file}: {what}: register the depth to the color camera first"
+                )
             depth_camera = np.diag([columns / width, rows / height, 1.0]) @ self.camera
-        for centre, size in ((self.camera[:2, 2], (width, height)), (depth_camera[:2, 2], (columns, rows))):
+        for centre, size in (
+            (self.camera[:2, 2], (width, height)),
+            (depth_camera[:2, 2], (columns, rows)),
+        ):
             off, upright = (np.abs(centre / sides - 0.5).max() for sides in (size, size[::-1]))
-            if off > min(0.15, upright + 0.05) or min(centre / size) > 0.55 or max(centre / size) < 0.45:
+            if (
+                off > min(0.15, upright + 0.05)
+                or min(centre / size) > 0.55
+                or max(centre / size) < 0.45
+            ):
                 what = f"{size[0]}×{size[1]} pixels, and the camera's centre at {centre.round()}"
                 raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None
         if self.names is not None and path.is_file():
             instances = _read_png(path)
             if not same_view(image.shape[:2], instances.shape):
-                raise SpearError(f"{path}: {instances.shape}, not of the {width}×{height} image: replace it")
+                raise SpearError(
+                    f"{path}: {instances.shape}, not of the {width}×{height} image: replace it"
+                )
             instances = nearest(instances, height, width).astype(np.int32)
         return Frame(
             image=image,
@@ -132,7 +147,9 @@ def read_depth(path: Path) -> Array:
         raise SpearError(f"{path}: 8 bits are no depth: give a 16-bit PNG")
     steps = np.where(steps < 0xFFFF, steps, 0)
     if 0 < steps.max() * UNIT < NEAREST:
-        raise SpearError(f"{path}: nothing is farther than {steps.max()} mm: metres? give millimetres")
+        raise SpearError(
+            f"{path}: nothing is farther than {steps.max()} mm: metres? give millimetres"
+        )
     return steps.astype(np.float32) * np.float32(UNIT)
 
 
@@ -141,9 +158,13 @@ def read_matrix(path: Path) -> Array:
     try:
         matrix = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError) as error:
-        raise SpearError(f"{path}: no matrix ({error}): give one row of numbers per line") from error
+        raise SpearError(
+            f"{path}: no matrix ({error}): give one row of numbers per line"
+        ) from error
     if matrix.shape not in ((3, 3), (4, 4)):
-        raise SpearError(f"{path}: a matrix of {'×'.join(map(str, matrix.shape))}: give 3×3 or 4×4 numbers")
+        raise SpearError(
+            f"{path}: a matrix of {'×'.join(map(str, matrix.shape))}: give 3×3 or 4×4 numbers"
+        )
     return matrix
 
 
@@ -157,13 +178,20 @@ def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
         try:
             fx, fy, cx, cy = (float(values[key]) for key in ("fx", "fy", "cx", "cy"))
         except (KeyError, TypeError, ValueError) as error:
-            raise SpearError(f"{path}: not intrinsics ({error}): give fx, fy, cx, cy in pixels") from error
-        k, size = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), (values.get("width"), values.get("height"))
+            raise SpearError(
+                f"{path}: not intrinsics ({error}): give fx, fy, cx, cy in pixels"
+            ) from error
+        k, size = (
+            np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]),
+            (values.get("width"), values.get("height")),
+        )
     else:
         k = read_matrix(path)[:3, :3].copy()
     k[:2, 2] += 0.5
     if not (np.isfinite(k).all() and min(k[0, 0], k[1, 1]) > 2 and np.allclose(k[2], [0, 0, 1])):
-        raise SpearError(f"{path}: not intrinsics in pixels: give [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
+        raise SpearError(
+            f"{path}: not intrinsics in pixels: give [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
+        )
     return k, size
 
 
@@ -188,7 +216,9 @@ def _read_png(path: Path) -> Array:
     except (OSError, SyntaxError, ValueError) as error:
         raise SpearError(f"{path}: not a readable PNG ({error}): replace it") from error
     if values.ndim != 2 or values.dtype.kind not in "iu":
-        raise SpearError(f"{path}: pixels are {values.dtype} {values.shape}: give one channel of integers")
+        raise SpearError(
+            f"{path}: pixels are {values.dtype} {values.shape}: give one channel of integers"
+        )
     return values
 
 
@@ -201,10 +231,14 @@ def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
     images = [path for path in color.iterdir() if path.suffix.lower() in IMAGES]
     if not (pairs := [(path, depths[path.stem]) for path in images if path.stem in depths]):
-        raise SpearError(f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/")
+        raise SpearError(
+            f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/"
+        )
     last = {path.stem: path for path, _ in pairs}
     if twice := next((path for path, _ in pairs if last[path.stem] != path), None):
-        raise SpearError(f"{twice}: {last[twice.stem].name} has the same depth image: leave one of them out")
+        raise SpearError(
+            f"{twice}: {last[twice.stem].name} has the same depth image: leave one of them out"
+        )
     pairs.sort(key=lambda p: (int(p[0].stem) if p[0].stem.isdecimal() else -1, p[0].name))
     return pairs, len(images) - len(pairs)
 
@@ -218,5 +252,7 @@ def _scannet_names(folder: Path) -> dict[int, str] | None:
     try:
         names = {int(group["objectId"]) + 1: str(group["label"]) for group in content["segGroups"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise SpearError(f"{files[0]}: not an aggregation of ScanNet ({error}): replace it") from error
+        raise SpearError(
+            f"{files[0]}: not an aggregation of ScanNet ({error}): replace it"
+        ) from error
     return {number: name for number, name in names.items() if name not in STRUCTURE}

@@ -78,19 +78,30 @@ def prepare(options: LabelOptions) -> tuple[Makers, Iterator[Item], dict[str, An
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = makers(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
-    true = next((p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH), "")
+    true = next(
+        (p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH),
+        "",
+    )
     bare = next((given for given in inputs if not given.startswith(("rgbd:", "sim:"))), "")
     if true and bare:
         ways = f"give rgbd:FOLDER with measured depth, or sim:SEED, or leave --{true} out"
         raise SpearError(f"--{true} {GROUND_TRUTH}: {bare} comes without it: {ways}")
     kept = ("detector", "segmenter", "pointmap", "size", "rate", "per_episode")
-    settings = {"inputs": inputs, "vocabulary": options.names} | {n: getattr(options, n) for n in kept}
+    settings = {"inputs": inputs, "vocabulary": options.names} | {
+        n: getattr(options, n) for n in kept
+    }
     parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
-        settings["annotations"] = {path: hashlib.sha256(text).hexdigest() for path, text in files.items()}
-    ends = (split(s.rpartition("+")[2]) for s in (options.detector, options.segmenter, options.pointmap))
+        settings["annotations"] = {
+            path: hashlib.sha256(text).hexdigest() for path, text in files.items()
+        }
+    ends = (
+        split(s.rpartition("+")[2]) for s in (options.detector, options.segmenter, options.pointmap)
+    )
     local = [Path(path) for name, path in ends if name != "file" and path and os.path.exists(path)]
-    settings |= {f"files of {p}": stamp_of(p, *sorted(filter(Path.is_file, p.rglob("*")))) for p in local}
+    settings |= {
+        f"files of {p}": stamp_of(p, *sorted(filter(Path.is_file, p.rglob("*")))) for p in local
+    }
     return chosen, find_items(inputs, options.rate, options.per_episode, options.out), settings
 
 
@@ -127,7 +138,9 @@ def label_folder(
         bad = Skipped(MOST_BAD, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
         todo = (pair for pair in enumerate(shards) if pair[0] not in kept)
-        ours, theirs = tee((n, batch) for n, members in todo for batch in _chunks(members, work.batch_size))
+        ours, theirs = tee(
+            (n, batch) for n, members in todo for batch in _chunks(members, work.batch_size)
+        )
         with bar, closing(engine(batch for _, batch in theirs)) as labelled:
             # In this order an engine that has nothing to do is not begun.
             results = zip(ours, labelled, strict=False)
@@ -148,7 +161,9 @@ def label_folder(
                         bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
                     kept[number], stamps = refused, [item.stamp for item in shards[number]]
                     said = {"keys": _keys(shards[number]), "skipped": refused}
-                    writer.commit({FOOTER: json.dumps({**said, "stamps": stamps, "digests": hashes})})
+                    writer.commit(
+                        {FOOTER: json.dumps({**said, "stamps": stamps, "digests": hashes})}
+                    )
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
         with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
             aside = [image for number in sorted(kept) for image in kept[number]]
@@ -162,7 +177,9 @@ def _keys(members: Sequence[Item]) -> str:
     return hashlib.sha256("\0".join(item.key for item in members).encode()).hexdigest()
 
 
-def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> dict[int, list[SkippedImage]]:
+def _kept(
+    out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool
+) -> dict[int, list[SkippedImage]]:
     """What was skipped of the finished shards that stay, by number."""
     kept, changed = {}, 0
     for path in sorted(out.glob("labels-*.parquet")):
@@ -171,7 +188,9 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
             raise SpearError(f"{path}: not of this run: move it elsewhere")
         number, skipped = int(digits), [SkippedImage(*image) for image in said["skipped"]]
         if number >= len(shards) or said["keys"] != _keys(shards[number]):
-            raise SpearError(f"{out}: the input has changed since {path.name} was made: give another folder")
+            raise SpearError(
+                f"{out}: the input has changed since {path.name} was made: give another folder"
+            )
         parts = zip(shards[number], said["stamps"], said["digests"], strict=True)
         doubtful = [(item, then) for item, stamp, then in parts if item.stamp != stamp]
         found = contents([item for item, _ in doubtful])
@@ -180,7 +199,9 @@ def _kept(out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool) -> d
             kept[number] = skipped
         changed += others
     if changed:
-        notice(f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files")
+        notice(
+            f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files"
+        )
     return kept
 
 

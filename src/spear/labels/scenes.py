@@ -56,7 +56,9 @@ def label_scenes(
 
     jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
-    return label_jobs(out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled)
+    return label_jobs(
+        out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled
+    )
 
 
 def jobs_of(kind: str, seeds: range, most: int) -> list[Job]:
@@ -98,7 +100,9 @@ def label_jobs(
         before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
         bar = ProgressBar("labelling", scenes, "scenes", before)
         with bar, processes.pool(workers if workers > 1 else 0, __name__, advice) as pool:
-            for made in processes.in_order(pool, partial(_make, out, frames, labelled), todo, workers):
+            for made in processes.in_order(
+                pool, partial(_make, out, frames, labelled), todo, workers
+            ):
                 bar.update(bar.done + made)
     return sum(count(out / view) for view in views)
 
@@ -108,7 +112,9 @@ def wording() -> list[str]:
     from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 
     seeds = np.random.default_rng(0).integers(TRAIN_SEED, TRAIN_SEED + 1_000_000, 2000)
-    return sorted({sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)})
+    return sorted(
+        {sample_scene(FAMILIES[i % 4], int(seed)).instruction for i, seed in enumerate(seeds)}
+    )
 
 
 def _shard(out: Path, view: str, index: int) -> Path:

@@ -56,18 +56,27 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     if argument.startswith("rgbd:"):
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
-            notice(f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name")
-        return (Item(source, read_rgbd, folder, i, scene.stamp(i)) for i, source in enumerate(scene.sources))
+            notice(
+                f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name"
+            )
+        return (
+            Item(source, read_rgbd, folder, i, scene.stamp(i))
+            for i, source in enumerate(scene.sources)
+        )
     photos = find_format(argument) is None
     if photos and any(Path(argument).glob("depth/*.png")):
-        notice(f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth")
+        notice(
+            f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth"
+        )
     return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
 
 def scene_numbers(argument: str, simulator: str) -> range:
     """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything else."""
     if not (match := re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)):
-        raise SpearError(f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499")
+        raise SpearError(
+            f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499"
+        )
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise SpearError(f"{argument}: ends before it begins: write {simulator}:{last}-{first}")
@@ -119,9 +128,13 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
         camera = CAMERA if CAMERA in episode.images else min(episode.images)
         steps = len(episode)
         if number < steps:  # frame `number` of `count` that are spread evenly
-            yield bytes(episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)])
+            yield bytes(
+                episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)]
+            )
         else:
-            yield SpearError(f"the episode has only {counted(steps, 'steps')}: take fewer frames of each")
+            yield SpearError(
+                f"the episode has only {counted(steps, 'steps')}: take fewer frames of each"
+            )
 
 
 @lru_cache(maxsize=1)

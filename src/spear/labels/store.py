@@ -117,7 +117,9 @@ def drop_questions(folder: Path) -> None:
     """Remove the questions of a folder to which labels are about to come that they do not ask about."""
     if (folder / QUESTIONS).is_file():
         (folder / QUESTIONS).unlink()
-        notice(f"{folder / QUESTIONS}: removed, it lacks what is labelled now: `spear questions` asks again")
+        notice(
+            f"{folder / QUESTIONS}: removed, it lacks what is labelled now: `spear questions` asks again"
+        )
 
 
 def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
@@ -167,9 +169,13 @@ def choose(path: str | Path, images: int) -> list[LabeledImage]:
 def shards_in(path: str | Path) -> list[Path]:
     """The shards of a folder in order, or the one shard given."""
     path = Path(path)
-    shards = sorted(path.glob("labels*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    shards = (
+        sorted(path.glob("labels*.parquet")) if path.is_dir() else [path] if path.is_file() else []
+    )
     if not shards:
-        raise SpearError(f"{path}: no label shards (labels*.parquet): give a folder that `spear label` wrote")
+        raise SpearError(
+            f"{path}: no label shards (labels*.parquet): give a folder that `spear label` wrote"
+        )
     return shards
 
 
@@ -183,7 +189,14 @@ def reading(path: Path, advice: str = "delete it and label it again") -> Iterato
     """Turns the errors of reading a Parquet file into one line that says what to do."""
     try:
         yield
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise SpearError(f"{path}: broken ({first_line(error)}): {advice}") from error
 
 
@@ -197,7 +210,11 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _labels(
-    shard: Path, file: pq.ParquetFile, group: int, rows: Sequence[int] | None = None, pixels: bool = True
+    shard: Path,
+    file: pq.ParquetFile,
+    group: int,
+    rows: Sequence[int] | None = None,
+    pixels: bool = True,
 ) -> list[LabeledImage]:
     with reading(shard):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
@@ -246,7 +263,9 @@ def _from_row(row: dict[str, Any]) -> LabeledImage:
     label = LabeledImage(**row | made)
     given = None not in (label.image, label.source, *(o.name for o in label.objects))
     positive = min(label.width, label.height, *label.intrinsics.diagonal()) > 0
-    if not (given and positive and np.isfinite(label.intrinsics).all() and label.unit in get_args(Unit)):
+    if not (
+        given and positive and np.isfinite(label.intrinsics).all() and label.unit in get_args(Unit)
+    ):
         raise ValueError(f"image, source, name, size, intrinsics or unit of {label.source}")
     return label
 
@@ -255,7 +274,8 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
     made = {
         "box2d": _floats(row["box2d"], 4),
         "mask": row.get("mask", ()),
-        "box3d": row["box3d"] and Box3D(**{k: _floats(v, *_SHAPES[k]) for k, v in row["box3d"].items()}),
+        "box3d": row["box3d"]
+        and Box3D(**{k: _floats(v, *_SHAPES[k]) for k, v in row["box3d"].items()}),
         "keypoints": {k: _floats(v, 3) for k, v in (row["keypoints"] or {}).items()},
         "scores": json.loads(row["scores"]),
     }
@@ -268,7 +288,9 @@ def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
     found = []
     for image, depth in rows:
         assert depth is not None
-        small = np.ascontiguousarray(depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16)
+        small = np.ascontiguousarray(
+            depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16
+        )
         height, width = small.shape
         found.append({"image": image, "depth": small.tobytes(), "height": height, "width": width})
     table = pa.Table.from_pylist(found)
@@ -287,5 +309,7 @@ def read_depth(folder: Path) -> DepthImages:
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
     with reading(folder):
         rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
-        depths = (np.frombuffer(r["depth"], np.float16).reshape(r["height"], r["width"]) for r in rows)
+        depths = (
+            np.frombuffer(r["depth"], np.float16).reshape(r["height"], r["width"]) for r in rows
+        )
         return [(row["image"], depth) for row, depth in zip(rows, depths, strict=True)]

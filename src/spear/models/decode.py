@@ -62,7 +62,10 @@ def greedy(
     words: _Words | None = None
     if grammar is None or isinstance(grammar, Worded):
         words = _Words(grammar, input_ids, max_new_tokens, config)
-        spans, least = [(0, config.vocab_size)] * max_new_tokens, 1 if grammar is None else grammar.count + 3
+        spans, least = (
+            [(0, config.vocab_size)] * max_new_tokens,
+            1 if grammar is None else grammar.count + 3,
+        )
     else:
         spans = [*grammar, (config.eos_token_id, config.eos_token_id + 1)]
         least = len(spans)
@@ -72,11 +75,15 @@ def greedy(
     packed = not torch.is_autocast_enabled(device.type)
     small = SMALL(vlm.language_model) if packed else None
     layers = small or STACK(vlm.language_model, packed, can_compile(device))
-    inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()} | {"input_ids": input_ids}
+    inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()} | {
+        "input_ids": input_ids
+    }
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     if device.type == "cuda" and watched is None and words is None:
-        answer = layers.replay(lambda given: _decode(vlm, layers, given, spans), inputs, tuple(spans))
+        answer = layers.replay(
+            lambda given: _decode(vlm, layers, given, spans), inputs, tuple(spans)
+        )
     else:
         answer = _decode(vlm, layers, inputs, spans, words, watched)
     with torch.inference_mode(False):
@@ -95,7 +102,9 @@ def _decode(
     the spans say all."""
     features, _ = vlm.encode_images(*views(inputs))
     text = vlm.embed_text(inputs["input_ids"])
-    other = isinstance(layers, SmallStack) and text.dtype != layers.dtype  # a prompt's rows are many
+    other = (
+        isinstance(layers, SmallStack) and text.dtype != layers.dtype
+    )  # a prompt's rows are many
     first = STACK(vlm.language_model, False, False) if other else layers
     prefix = prefill(first, features, text, None, inputs.get("attention_mask"), room=len(spans) - 1)
     hidden, cache = prefix.hidden, layers.take(prefix.cache) if other else prefix.cache
@@ -104,7 +113,9 @@ def _decode(
     bias = prefix.bias(len(spans), layers.groups, dtype)
     places = prefix.places[:, None] + torch.arange(len(spans), device=hidden.device)
     turns = layers.rotations(places, dtype)
-    last_choice = max((step for step, (low, high) in enumerate(spans) if high - low > 1), default=-1)
+    last_choice = max(
+        (step for step, (low, high) in enumerate(spans) if high - low > 1), default=-1
+    )
     answer: list[Tensor] = []
     for step, (low, high) in enumerate(spans):
         if watched is not None and step <= last_choice:
@@ -119,7 +130,10 @@ def _decode(
             continue  # the grammar gives the remaining tokens
         if words is not None and words.ended():
             break
-        embedded, turn = vlm.embed_text(token[:, None]).to(dtype), [t[:, step : step + 1] for t in turns]
+        embedded, turn = (
+            vlm.embed_text(token[:, None]).to(dtype),
+            [t[:, step : step + 1] for t in turns],
+        )
         here = cache.window(start + step, [(1, start + step + 1)])
         hidden = layers(embedded, tuple(turn), here, bias)[:, 0].to(text.dtype)
     whole = torch.stack(answer, dim=1)

@@ -57,7 +57,10 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     limit = "AMX" if limit in ("", "ALL", "DEFAULT") else limit  # none: the most that there is
     tiles = "AMX" in limit and torch.cpu._is_amx_tile_supported()
-    pairs = any(part in limit for part in ("AMX", "FP16", "BF16")) and torch.cpu._is_avx512_bf16_supported()
+    pairs = (
+        any(part in limit for part in ("AMX", "FP16", "BF16"))
+        and torch.cpu._is_avx512_bf16_supported()
+    )
     return device.type != "cpu" or (HAS_BFLOAT16 and (tiles or (pairs and "AuthenticAMD" in CPU)))
 
 
@@ -86,4 +89,6 @@ def keep_freed_memory() -> bool:
     a nano training step (`benchmarks/train/allocator.py`); on a GPU PyTorch has a cache of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, -1))
+    return mallopt is not None and bool(
+        mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, -1)
+    )

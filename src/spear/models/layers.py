@@ -30,7 +30,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 IMPLEMENTATION = "spear"
 """The name under which Transformers knows `grouped_attention`; our configs ask for it by default."""
-CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
+)
 """What Gemma and its layers call their cache: "past_key_values" in Transformers before 5.24."""
 
 
@@ -79,11 +81,16 @@ def grouped_attention(
     """
     if isinstance(attention_mask, Apart):
         parts = zip(*(t.split(attention_mask, dim=2) for t in (query, key, value)), strict=True)
-        found = [grouped_attention(module, q, k, v, None, scaling, softcap, **kwargs)[0] for q, k, v in parts]
+        found = [
+            grouped_attention(module, q, k, v, None, scaling, softcap, **kwargs)[0]
+            for q, k, v in parts
+        ]
         return torch.cat(found, dim=1), None
     each = query.shape[1] == key.shape[1] and not torch.is_grad_enabled()
     if softcap is None and (each or query.device.type != "cpu"):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     dtype = value.dtype
@@ -172,7 +179,9 @@ class KVCache:
         self.values: list[Tensor] = []
         self.frozen = False
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """What the new tokens of `layer` attend to: the keys and values held, followed by their own."""
         if layer < len(self.keys):
             keys = torch.cat([self.keys[layer].to(keys.dtype), keys], dim=2)

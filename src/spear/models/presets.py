@@ -71,7 +71,11 @@ _ALL = (
         # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
         # expert learned never to turn, which is right for most steps.
         flow=dict(
-            prediction="clean", rotation_loss="mse", geodesic_weight=0.0, rotation_weight=50.0, steps=5
+            prediction="clean",
+            rotation_loss="mse",
+            geodesic_weight=0.0,
+            rotation_weight=50.0,
+            steps=5,
         ),
     ),
     Preset(
@@ -116,13 +120,21 @@ def vlm_config(
     3D tokens follow the preset's text vocabulary. networks: the configs `vision_config`, `text_config` and
     `moge_config` to take instead of the preset's.
     """
-    from spear.models.vlm import SpearVLMConfig  # here: presets are looked up before networks are needed
+    from spear.models.vlm import (
+        SpearVLMConfig,
+    )  # here: presets are looked up before networks are needed
 
     stem = {"stem": size.stem}
     own = {
         "vision_config": {**size.vision, **stem, "vision_use_head": False},
-        "moge_config": None if size.moge is None else {**size.moge, **stem, "use_mask_token": False},
-        "text_config": {**size.text, "vocab_size": vocabulary or size.vocabulary + size.bins, **TOKEN_IDS},
+        "moge_config": None
+        if size.moge is None
+        else {**size.moge, **stem, "use_mask_token": False},
+        "text_config": {
+            **size.text,
+            "vocab_size": vocabulary or size.vocabulary + size.bins,
+            **TOKEN_IDS,
+        },
     }
     return SpearVLMConfig(
         **(networks or own),
@@ -141,7 +153,10 @@ def spear1_config(
     from spear.models.spear1 import SHARED, Spear1Config
 
     if expert is None:
-        expert = {**size.expert, **({name: getattr(vlm.text_config, name) for name in SHARED} if vlm else {})}
+        expert = {
+            **size.expert,
+            **({name: getattr(vlm.text_config, name) for name in SHARED} if vlm else {}),
+        }
     return Spear1Config(
         vlm_config=vlm or vlm_config(size),
         expert_config={**expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},

@@ -120,7 +120,9 @@ class Processor:
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
-        fitted = torch.from_numpy(np.require(fit_image(image, height, width), requirements=["C", "W"]))
+        fitted = torch.from_numpy(
+            np.require(fit_image(image, height, width), requirements=["C", "W"])
+        )
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
             loss = fitting(size, (width, height))
@@ -181,7 +183,9 @@ class Processor:
         for segment in segments:
             if isinstance(segment, Pixel):
                 for fraction in (segment.y, segment.x):
-                    ids.append(self.location_start + min(max(int(fraction * LOCATIONS), 0), LOCATIONS - 1))
+                    ids.append(
+                        self.location_start + min(max(int(fraction * LOCATIONS), 0), LOCATIONS - 1)
+                    )
             elif isinstance(segment, str):
                 ids += self._text(segment)
             else:
@@ -248,7 +252,9 @@ class Processor:
         both = "take both from the same checkpoint"
         if ours != wanted or ours.stop > config.text_config.vocab_size:
             here = f"its tokenizer's 3D tokens are the ids {ours.start} … {ours.stop - 1}"
-            there = f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
+            there = (
+                f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
+            )
             raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: {both}")
         for view in self.image_sizes:
             if view not in config.views:
@@ -262,7 +268,9 @@ class Processor:
         ids, end = [self.tokenizer.bos_token_id, *self._text(words)], self._text("\n")
         room = self.prompt_tokens - len(end)
         if len(ids) > room:
-            too_long = f"{words[:40]!r}…: {len(ids) + len(end)} tokens, at most {self.prompt_tokens}"
+            too_long = (
+                f"{words[:40]!r}…: {len(ids) + len(end)} tokens, at most {self.prompt_tokens}"
+            )
             if not cut:
                 raise SpearError(f"prompt too long: {too_long}: say it shorter")
             notice(f"instruction cut off: {too_long}")
@@ -271,7 +279,11 @@ class Processor:
     def _text(self, text: str) -> list[int]:
         if (ids := self._cache.get(text)) is None:
             pieces = (piece[0] for piece in _PIECES.finditer(text))
-            ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False)]
+            ids = [
+                i
+                for piece in pieces
+                for i in self.tokenizer.encode(piece, add_special_tokens=False)
+            ]
             if len(self._cache) >= TEXTS_KEPT:
                 self._cache.clear()
             if len(ids) < self.prompt_tokens:  # clients of a server choose them
@@ -294,7 +306,9 @@ def check_tokenizer(tokenizer: Any) -> int:
         raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
     for name, wanted in TOKEN_IDS.items():
         if (found := getattr(tokenizer, name)) != wanted:
-            raise SpearError(f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too")
+            raise SpearError(
+                f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too"
+            )
     return int(ids[0])
 
 

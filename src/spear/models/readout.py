@@ -43,7 +43,9 @@ class Distribution:
         if decode == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
         if decode == "mean":
-            return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.representatives)
+            return np.asarray(
+                self.probabilities.astype(np.float64) @ self.coordinates.representatives
+            )
         return self.quantile(0.5)
 
     def quantile(self, share: float) -> Array:
@@ -55,7 +57,9 @@ class Distribution:
         at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.bins - 1)
         rows = np.arange(len(self))
         inside = cumulative[rows, at + 1] - cumulative[rows, at]
-        part = np.divide(wanted - cumulative[rows, at], inside, out=np.zeros(len(self)), where=inside > 0)
+        part = np.divide(
+            wanted - cumulative[rows, at], inside, out=np.zeros(len(self)), where=inside > 0
+        )
         low, high = self.coordinates.edges[at], self.coordinates.edges[at + 1]
         return np.asarray(low + np.clip(part, 0, 1) * (high - low))
 
@@ -65,7 +69,9 @@ class Distribution:
         For a calibrated model it is uniform between 0 and 1 at the true values.
         """
         edges, cumulative = self.coordinates.edges, self._cumulative()
-        found = [np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)]
+        found = [
+            np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)
+        ]
         return np.array(found) / cumulative[:, -1]
 
     def spread(self) -> Array:

@@ -70,7 +70,9 @@ class Sampler:
     def embed(self, actions: Tensor, moment: Tensor) -> Tensor:
         """Noisy actions [B, H, 8] at one of the `moments`, or each at its own, -> [B, H, width]."""
         actions, one = actions.to(self._into.dtype), moment.dim() == 1
-        hidden = linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
+        hidden = (
+            linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
+        )
         return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
 
 
@@ -106,7 +108,9 @@ def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool 
     with torch.inference_mode():
         if graphs and inputs["noise"].device.type == "cuda":
             sampler.moments(steps)  # made before a graph is recorded
-            result = sampler.expert.replay(lambda given: _sample(model, sampler, given, steps), inputs, steps)
+            result = sampler.expert.replay(
+                lambda given: _sample(model, sampler, given, steps), inputs, steps
+            )
         else:
             result = _sample(model, sampler, inputs, steps)
     return result.clone()
@@ -149,14 +153,18 @@ def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: 
         apart = difference(found, slow)
         exact = {weight.dtype for weight in model.parameters()} == {torch.float32}
         exact = exact and not torch.is_autocast_enabled(slow.device.type)
-        far = not apart <= AGREES[torch.float32 if exact else torch.bfloat16]  # what is no number is far
+        far = (
+            not apart <= AGREES[torch.float32 if exact else torch.bfloat16]
+        )  # what is no number is far
         reason = f"{apart:.2g} from the plain network" if far else ""
     except Exception as error:  # whatever a compiler may raise
         reason = first_line(error)
     sampler.agrees[kind] = not reason
     if not reason:
         return found
-    notice(f"fast sampling does not work here ({reason}): slower from now on; `spear doctor` says more")
+    notice(
+        f"fast sampling does not work here ({reason}): slower from now on; `spear doctor` says more"
+    )
     return slow
 
 
@@ -173,7 +181,9 @@ def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     mask = inputs.get("attention_mask")
     # Keys and values that the expert reads in another precision are copied, once all are there.
     wrote: Events = [] if is_recording() and text.dtype == sampler.expert.dtype else None
-    prefix = prefill(sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote)
+    prefix = prefill(
+        sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote
+    )
     with branch(prefix.wrote):  # the first flow step's layers run while later ones of the prefix do
         return _flow(model, sampler, inputs, steps, prefix)
 
@@ -188,7 +198,9 @@ def _flow(model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Pref
     turns = expert.rotations(prefix.places[:, None] + ahead, dtype)
     turns_after = tuple(turn[:, 1:] for turn in turns)
     # The first step runs the state and the actions, later steps the actions alone.
-    with_state = replace(cache.window(start, [(1, start + 1), (horizon, end)]), awaited=prefix.wrote)
+    with_state = replace(
+        cache.window(start, [(1, start + 1), (horizon, end)]), awaited=prefix.wrote
+    )
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.moments(steps).unbind(0))
     state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]

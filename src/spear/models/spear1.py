@@ -104,7 +104,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
             init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
             if self.flow.prediction == "clean":
                 # The first guess is to stay: no step, the rotation (1, 0, 0, 0), a gripper half open.
-                init.copy_(module.bias, torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0], device=module.bias.device))
+                init.copy_(
+                    module.bias, torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0], device=module.bias.device)
+                )
 
     def get_input_embeddings(self) -> nn.Module:
         """The VLM's token embeddings."""
@@ -135,12 +137,16 @@ class Spear1ForActionPrediction(PreTrainedModel):
         samples = vector.shape[:-2].numel() // batch
         chunks = vector.reshape(batch, samples, horizon, ACTION_DIM)
         actions = self._embed_actions(chunks, time.reshape(batch, samples, -1))
-        embeds = torch.cat([self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1)
+        embeds = torch.cat(
+            [self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1
+        )
         first = layers.positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
         mask = layers.suffix_mask(prefix.valid, horizon, samples)
         output = self.expert(
-            inputs_embeds=embeds.to(dtype),  # autocast or not, the residual stream is in full precision
+            inputs_embeds=embeds.to(
+                dtype
+            ),  # autocast or not, the residual stream is in full precision
             attention_mask=layers.mask_for(self.expert, mask, dtype),
             position_ids=torch.cat([first, first + steps], dim=1),
             **{layers.CACHE: prefix.cache},
@@ -153,7 +159,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
         tokens = self.action_in_proj(actions)
         # π0 counts time from the data to the noise: its embedding sees 1 − τ.
-        moment = layers.sinusoids(1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period)
+        moment = layers.sinusoids(
+            1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period
+        )
         moment = moment.expand_as(tokens).to(tokens.dtype)
         hidden = self.action_time_mlp_in(torch.cat([tokens, moment], dim=-1))
         return self.action_time_mlp_out(nn.functional.silu(hidden))
@@ -189,7 +197,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         device = actions.translation.device
         if noise is None:
             samples = flow_samples if time is None else time.shape[1]
-            noise = flow.sample_noise((batch, samples, horizon), self.flow, generator, device=device)
+            noise = flow.sample_noise(
+                (batch, samples, horizon), self.flow, generator, device=device
+            )
         each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
         data = Action.from_vector(each)
         if action_mask is not None:
@@ -198,7 +208,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
             count = noise.translation.shape[:2].numel()
             time = flow.sample_time(count, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
-                held = flow.sample_held((*time.shape, horizon), self.config.committed, generator, device)
+                held = flow.sample_held(
+                    (*time.shape, horizon), self.config.committed, generator, device
+                )
                 time = torch.where(held, 1.0, time[..., None])
                 data = flow.with_mistakes(data, held, generator, action_mask)
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
@@ -239,7 +251,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
         return Action.from_vector(sample(self, inputs, self.flow.steps if steps is None else steps))
 
 
-def load_inner_vlm(folder: Path, dtype: torch.dtype | None = None) -> SpearVLMForConditionalGeneration:
+def load_inner_vlm(
+    folder: Path, dtype: torch.dtype | None = None
+) -> SpearVLMForConditionalGeneration:
     """The SPEAR-VLM in a folder, or inside the policy in it. Raises `SpearError` as `weights.load` does."""
     if weights.architecture(folder) == Spear1Config.model_type:
         return weights.load(Spear1ForActionPrediction, folder, dtype).vlm

@@ -83,7 +83,9 @@ class PatchClassification(nn.Module):
     object lies. names: token ids of each object name.
     """
 
-    def __init__(self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]
+    ) -> None:
         super().__init__()
         self.vlm = vlm
         self.names = [torch.tensor(ids) for ids in names]
@@ -109,7 +111,9 @@ class PatchClassification(nn.Module):
         embed = self.vlm.get_input_embeddings()
         names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
         directions = nn.functional.normalize(tokens.float(), dim=-1)
-        logits = self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
+        logits = (
+            self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
+        )
         naming = _sigmoid_loss(logits, shown.float())
         filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
         error = (self.centre(tokens).float() - centre).abs().mean(-1)

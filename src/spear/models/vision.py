@@ -38,7 +38,9 @@ def normalize_pixels(
 
 def standardize(images: Tensor) -> Tensor:
     """Images [..., 3, h, w] in 0 … 1 -> (image − mean) / std per channel, ImageNet's."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return (images - mean) / std
 
 
@@ -55,7 +57,9 @@ class ConvStem(nn.Module):
         super().__init__()
         steps = int(math.log2(patch))
         if 2**steps != patch:
-            raise ValueError(f"the conv stem needs a patch size that is a power of two, got {patch}")
+            raise ValueError(
+                f"the conv stem needs a patch size that is a power of two, got {patch}"
+            )
         widths = [3] + [min(width, max(32, width >> (steps - 1 - i))) for i in range(steps)]
         convs = (StemConv(a, b, kernel_size=3, stride=2, padding=1) for a, b in pairwise(widths))
         self.convs = nn.ModuleList(convs)
@@ -170,7 +174,9 @@ class _OneProduct:
         if not ours or hidden_states.device.type == "cpu" or not torch.is_inference_mode_enabled():
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in self.together()(hidden_states))
+        query, key, value = (
+            part.view(shape).transpose(1, 2) for part in self.together()(hidden_states)
+        )
         found, _ = grouped_attention(self, query, key, value, attention_mask, self.head_dim**-0.5)
         last = self.out_proj if hasattr(self, "out_proj") else self.o_proj
         return last(found.flatten(2)), None
@@ -211,7 +217,9 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__(config)
         self.embeddings.__class__ = SiglipEmbeddings
-        self._add_stem(self.embeddings, "patch_embedding", self.embeddings.position_embedding.weight)
+        self._add_stem(
+            self.embeddings, "patch_embedding", self.embeddings.position_embedding.weight
+        )
         for layer in self.encoder.layers:
             layer.self_attn.__class__ = _SiglipAttention
 
@@ -237,7 +245,9 @@ class DinoEmbeddings(Dinov2Embeddings):
         table, patch = self.position_embeddings[0], self.patch_size
         assert isinstance(patch, int)
         offset = getattr(self.config, "position_offset", 0.0)
-        return torch.cat([table[:1], resample(table[1:], height // patch, width // patch, offset)])[None]
+        return torch.cat([table[:1], resample(table[1:], height // patch, width // patch, offset)])[
+            None
+        ]
 
 
 class DinoEncoder(_InitializesStem, Dinov2Model):
@@ -301,7 +311,11 @@ def check_pixels(name: str, pixels: Any, patch: int) -> None:
     tensor = isinstance(pixels, Tensor)
     if not tensor or pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3:
         what = f"{pixels.dtype} {tuple(pixels.shape)}" if tensor else type(pixels).__name__
-        raise SpearError(f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]")
+        raise SpearError(
+            f"wrong image type: view {name!r} is {what}: pass uint8 tensors [B, 3, h, w]"
+        )
     height, width = pixels.shape[2:]
     if height % patch or width % patch:
-        raise SpearError(f"wrong image size: view {name!r} is {width}×{height}: give multiples of {patch}")
+        raise SpearError(
+            f"wrong image size: view {name!r} is {width}×{height}: give multiples of {patch}"
+        )

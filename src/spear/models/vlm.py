@@ -63,7 +63,9 @@ class SpearVLMConfig(layers.PortableConfig):
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
             apart = f"SigLIP patch {patch}, MoGe patch {self.moge_config.patch_size}"
-            raise SpearError(f"encoder configs disagree: {apart}: both must cut the image into the same grid")
+            raise SpearError(
+                f"encoder configs disagree: {apart}: both must cut the image into the same grid"
+            )
 
     @property
     def coordinate_ids(self) -> range:
@@ -113,7 +115,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         self.moge_projector: nn.Module | None = None
         if config.moge_config is not None:
             self.moge = vision.MogeEncoder(config.moge_config)
-            self.moge_projector = projector(vision.LAST_LAYERS * config.moge_config.hidden_size, width)
+            self.moge_projector = projector(
+                vision.LAST_LAYERS * config.moge_config.hidden_size, width
+            )
         self.language_model = layers.language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
@@ -146,7 +150,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         for name in given:
             vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
         if not given:
-            raise SpearError(f"no images: pass at least one of the views {', '.join(self.config.views)}")
+            raise SpearError(
+                f"no images: pass at least one of the views {', '.join(self.config.views)}"
+            )
         features, counts = self._encode([pixel_values[name] for name in given])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         for name, part in zip(given, valid.split(counts, dim=1), strict=True):
@@ -195,7 +201,9 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def token_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts (see `token_loss`) of tokens [M], read off `hidden` [M, D]."""
         c, logits = self.config, self.head(hidden)
-        return token_loss(logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing)
+        return token_loss(
+            logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing
+        )
 
     def forward(
         self,
@@ -265,7 +273,9 @@ def token_loss(
     text = known.float() - coordinate
     weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
-    means = ((losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate))
+    means = (
+        (losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate)
+    )
     return loss, dict(zip(("text", "coordinates"), means, strict=True))
 
 
@@ -283,7 +293,10 @@ def _smoothed_score(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
 def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, int]]:
     """Texts [N, L] in `groups` groups of similar length: their rows, and to where they are needed."""
     if groups <= 1:
-        yield torch.arange(len(attention_mask), device=attention_mask.device), attention_mask.shape[1]
+        yield (
+            torch.arange(len(attention_mask), device=attention_mask.device),
+            attention_mask.shape[1],
+        )
         return
     lengths = layers.positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
     for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):

@@ -50,8 +50,12 @@ def _section(filled: Filled) -> dict[str, Any]:
     return {
         "table": filled.table,
         "source": filled.source,
-        "chart": _scaling_curve(filled) if filled.table.name == CURVE and has_run else _bars(filled),
-        "against": next(line.row.title for line in filled.lines if line.row.name == filled.table.against),
+        "chart": _scaling_curve(filled)
+        if filled.table.name == CURVE and has_run
+        else _bars(filled),
+        "against": next(
+            line.row.title for line in filled.lines if line.row.name == filled.table.against
+        ),
         "differences": differences(apart) if apart else "",
         "headers": list(_cells(filled.lines[0], filled)),
         "rows": [list(_cells(line, filled).values()) for line in filled.lines],
@@ -83,7 +87,9 @@ def _bars(filled: Filled) -> str:
         if e is not None:
             rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
         if line.published is not None:
-            rows.append(Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs"))
+            rows.append(
+                Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs")
+            )
         groups.append((line.row.title, rows))
     return bars(groups)
 
@@ -107,7 +113,9 @@ def _scaling_curve(filled: Filled) -> str:
         high=[100 * e.high for _, e, _ in found],
         dots=True,
     )
-    trainings = [(a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some]
+    trainings = [
+        (a + 0.03, 100 * s) for a, (_, _, some) in zip(x, found, strict=True) for s in some
+    ]
     places, successes = zip(*trainings, strict=True)
     each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
     ticks = [(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)]

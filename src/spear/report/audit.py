@@ -37,17 +37,29 @@ def conclusion(report: Report) -> str:
     if report.outcome == "contradiction":
         bad = [(f, name) for p, f, name in found if f.verdict == p.verdict == "wrong"]
         wrong = [f"{name}: {f.best}, not {f.said}" for f, name in bad]
-        wrong = wrong or [f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"]
+        wrong = wrong or [
+            f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"
+        ]
         if report.forms:  # then the actions only look wrong
-            wrong = [f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"]
-        wrong += [f"{check.name}: {check.words}" for check in report.checks if check.verdict == "wrong"]
+            wrong = [
+                f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"
+            ]
+        wrong += [
+            f"{check.name}: {check.words}" for check in report.checks if check.verdict == "wrong"
+        ]
         return f"contradiction: the layout is WRONG: {'; '.join([*report.states, *wrong])}"
     open_ones = [(f, name) for part, f, name in found if not part.note]
-    unsure = [f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"]
-    unsaid = [(f, name) for f, name in open_ones if f.verdict == "not said" and "0" not in f.tied]  # in time
+    unsure = [
+        f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"
+    ]
+    unsaid = [
+        (f, name) for f, name in open_ones if f.verdict == "not said" and "0" not in f.tied
+    ]  # in time
     unsure += [f"{name} (not in the layout; {f.best} fits best)" for f, name in unsaid]
     unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
-    unsure += [f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"]
+    unsure += [
+        f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"
+    ]
     told = f"; it cannot be told: {'; '.join(unsure)}" if unsure else ""
     part_of_it = report.episodes == EPISODES or report.steps > STEPS
     first = f" of {report.episodes} episodes, the first" if part_of_it else ""
@@ -69,7 +81,12 @@ def write_audit_page(report: Report, out: Path) -> None:
         conclusion=conclusion(report),
         questions=QUESTIONS,
         parts=[(part, [(f, _bars(part, f)) for f in part.findings]) for part in report.parts],
-        paths=[path for part in report.parts if part.name == "translation" for path in _paths(report, part)],
+        paths=[
+            path
+            for part in report.parts
+            if part.name == "translation"
+            for path in _paths(report, part)
+        ],
     )
     write_text(out, html)
 
@@ -97,7 +114,9 @@ def _paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
         paths = [Line("recorded", seconds, recording.position, GREY)]
         for name, fit in (("best reading", part.best), ("layout", part.said)):
             if fit is not None:
-                paths.append(Line(name, seconds, integrate_translations(recording, fit), dashed=True))
+                paths.append(
+                    Line(name, seconds, integrate_translations(recording, fit), dashed=True)
+                )
         along = [[replace(path, y=np.asarray(path.y)[:, i]) for path in paths] for i in range(3)]
         named = zip("xyz", along, strict=True)
         charts = [chart(lines, Axis("seconds"), title=f"{axis}, m") for axis, lines in named]

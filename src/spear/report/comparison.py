@@ -34,7 +34,9 @@ def comparison_page(
         tuple(points(mean.difference).split(" ", 1)),
         (f"p {p_value(mean.p)}", f"paired test, {counted(len(c.pairs), 'shared scenes')}"),
     ]
-    groups = [(spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows]
+    groups = [
+        (spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows
+    ]
     return render(
         "comparison.html",
         title=f"{c.first} against {c.second}",
@@ -52,7 +54,9 @@ def comparison_page(
 def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
     """A self-contained document with `open_loop_charts`."""
     title = f"{model.name}: predicted actions, the first of {counted(len(model.truth), 'held-out episodes')}"
-    return render("open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference))
+    return render(
+        "open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference)
+    )
 
 
 def open_loop_charts(model: OpenLoop, reference: OpenLoop) -> list[list[str]]:
@@ -97,10 +101,15 @@ def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, A
         path = folder / outcome.film_name
         runs.append((f"{name}: {ending(outcome)}", path.read_bytes() if path.is_file() else None))
     first = pair[0]
-    return {"title": f"{spaced(first.family)}, scene {first.seed}: {first.instruction}", "runs": runs}
+    return {
+        "title": f"{spaced(first.family)}, scene {first.seed}: {first.instruction}",
+        "runs": runs,
+    }
 
 
 def ending(outcome: Outcome) -> str:
     """How an episode ended, in words."""
     words = f"success after {counted(outcome.steps, 'steps')}" if outcome.success else "failure"
-    return words + (f", {counted(outcome.unreachable, 'steps')} out of reach" if outcome.unreachable else "")
+    return words + (
+        f", {counted(outcome.unreachable, 'steps')} out of reach" if outcome.unreachable else ""
+    )

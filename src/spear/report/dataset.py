@@ -85,7 +85,9 @@ def _episode(episode: Episode) -> dict[str, Any]:
             chart(_xyz(seconds, 1000 * known[:, :3]), TIME, title="Step, mm (base frame)"),
             chart(_xyz(seconds, turn), TIME, title="Turn, degrees (end-effector frame)"),
             chart(gripper, TIME, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
-            _path(episode, 1, 0, "Path seen from above, m", Axis("y, to the left", reverse=True), "x"),
+            _path(
+                episode, 1, 0, "Path seen from above, m", Axis("y, to the left", reverse=True), "x"
+            ),
             _path(episode, 0, 2, "Path seen from the right, m", Axis("x, forward"), "z"),
         ],
         "quiet": [],
@@ -104,7 +106,9 @@ def _path(episode: Episode, across: int, up: int, title: str, axis: Axis, up_tit
         Line("start", position[:1, across], position[:1, up], GREY, dots=True),
     ]
     length = 0.14 * max(float(np.ptp(position[:, [across, up]], axis=0).max()), 1e-3)
-    axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()  # columns are the axes in the base frame
+    axes = quat_to_matrix(
+        torch.tensor(episode.rotation)
+    ).numpy()  # columns are the axes in the base frame
     for step in _spread(len(episode), 5):
         for i, colour in enumerate(XYZ):
             ends = np.stack([position[step], position[step] + length * axes[step, :, i]])
@@ -142,7 +146,9 @@ def _without_signal(values: Array) -> str:
         return f"true at step {', '.join(map(str, steps[:8]))}" if len(steps) else "always false"
     table = values.reshape(len(values), -1).astype(np.float64)
     if (table == table[0]).all():
-        return f"always {table[0, 0]:g}" if table.shape[1] == 1 else "the same numbers in every step"
+        return (
+            f"always {table[0, 0]:g}" if table.shape[1] == 1 else "the same numbers in every step"
+        )
     change = np.diff(table[:, 0])
     if table.shape[1] == 1 and len(change) > 2 and np.ptp(change) < 1e-3 * abs(change[0]):
         return f"counts from {table[0, 0]:g} to {table[-1, 0]:g}"

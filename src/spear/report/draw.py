@@ -63,7 +63,9 @@ def draw_answers(
     return np.asarray(canvas)
 
 
-def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, family: str | None) -> Array:
+def draw_answer(
+    answer: Segments, image: Array, intrinsics: Array | None, family: str | None
+) -> Array:
     """`draw_answers` of a single answer, three times as large. family: of its question, where it is known.
 
     Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
@@ -74,7 +76,9 @@ def draw_answer(answer: Segments, image: Array, intrinsics: Array | None, family
         if len(numbers(answer)) in (3, 24) and not away:
             wrong = "lies behind the camera"
             if intrinsics is None:
-                wrong = "is in 3D, the camera of this image unknown: ask with --family back_projection"
+                wrong = (
+                    "is in 3D, the camera of this image unknown: ask with --family back_projection"
+                )
         raise SpearError(f"cannot draw: the answer {wrong}")
     return draw_answers(image, intrinsics, [(answer, PREDICTION)], 3)
 
@@ -107,10 +111,14 @@ def _mark(canvas: Image.Image, points: Array, colour: Colour) -> None:
             pen.line([at[a], at[b]], fill=ink, width=(thick if near else (thick + 1) // 2) + rim)
         for x, y in at if len(at) != 8 else ():
             reach = 3 * thick + rim // 2
-            pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=ink, width=thick + rim)
+            pen.ellipse(
+                (x - reach, y - reach, x + reach, y + reach), outline=ink, width=thick + rim
+            )
 
 
-def _write_names(canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]], size: int) -> None:
+def _write_names(
+    canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]], size: int
+) -> None:
     """Names on dark tabs, as near as there is room to the top of their boxes (corners [8, 2]).
 
     Tabs lie inside the image and do not overlap. A line leads from a tab that had to move away to its box.
@@ -136,6 +144,8 @@ def _write_names(canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]]
         taken.append((x, y, x + width, y + height))
         end = (min(max(anchor[0], x), x + width), y + height if anchor[1] > y + height else y)
         if np.hypot(end[0] - anchor[0], end[1] - anchor[1]) > height:
-            pen.line([(float(anchor[0]), float(anchor[1])), end], fill=colour, width=max(1, size // 10))
+            pen.line(
+                [(float(anchor[0]), float(anchor[1])), end], fill=colour, width=max(1, size // 10)
+            )
         pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), pad, fill=RIM)
         pen.text((x + pad, y + height / 2), name, fill=colour, font=font, anchor="lm")

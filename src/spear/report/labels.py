@@ -43,14 +43,22 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
     questions, written = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
     skipped = skip_reasons(folder)
-    names = Counter(name for some in questions.values() for q in some for name in q.objects).most_common()
+    names = Counter(
+        name for some in questions.values() for q in some for name in q.objects
+    ).most_common()
     html = render(
         "labels.html",
         title=f"3D labels: {folder.resolve().name}",
         facts=[
             (f"{found.images:,}", "labelled images"),
-            (f"{found.objects:,}", f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about"),
-            (f"{families.total():,}", f"questions{'' if written else ', none of them written yet'}"),
+            (
+                f"{found.objects:,}",
+                f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about",
+            ),
+            (
+                f"{families.total():,}",
+                f"questions{'' if written else ', none of them written yet'}",
+            ),
             (f"{skipped.total():,}", "images skipped"),
         ],
         found=found,
@@ -100,7 +108,9 @@ def _histograms(found: Statistics) -> list[tuple[str, str]]:
     spreads = {f"Distance from the camera ({unit})": found.distances}
     spreads |= {f"Longest side of the box ({unit})": found.sizes}
     spreads |= {f"Score: {name}": values for name, values in found.scores.items()}
-    counted = [(title, *np.histogram(values, bins=40)) for title, values in spreads.items() if values]
+    counted = [
+        (title, *np.histogram(values, bins=40)) for title, values in spreads.items() if values
+    ]
     return [(t, histogram(n.tolist(), f"{at[0]:.3g}", f"{at[-1]:.3g}")) for t, n, at in counted]
 
 
@@ -122,7 +132,9 @@ def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | Non
     return {"bins": tokenizer.bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
 
 
-def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path) -> None:
+def write_rerun(
+    labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path
+) -> None:
     """Write `out` (.rrd), whole or not at all: pictures, boxes, key points and clouds, one step of the
     timeline "image" per label.
 
@@ -143,16 +155,25 @@ def write_rerun(labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult 
         tinted = zip(label.objects, colors(len(label.objects)), strict=True)
         boxed = [(o, o.box3d, c) for o, c in tinted if o.box3d is not None]
         edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in EDGES]
-        points = [(p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()]
+        points = [
+            (p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()
+        ]
         radii: Any = {"radii": rr.Radius.ui_points(4)}
-        drawn: Any = (("boxes", edges, rr.LineStrips3D, {}), ("keypoints", points, rr.Points3D, radii))
+        drawn: Any = (
+            ("boxes", edges, rr.LineStrips3D, {}),
+            ("keypoints", points, rr.Points3D, radii),
+        )
         for what, some, shape, look in drawn:
             at, names, tints = zip(*some, strict=True) if some else ((), (), ())
-            stream.log(f"camera/{what}", shape(at, labels=names, colors=tints, show_labels=False, **look))
+            stream.log(
+                f"camera/{what}", shape(at, labels=names, colors=tints, show_labels=False, **look)
+            )
         if cloud is None:
             stream.log("camera/points", rr.Clear(recursive=False))
         else:
             every = max(1, np.count_nonzero(cloud.mask) // MOST_POINTS)
             colours = decode_image(label.image)[cloud.mask][::every]
-            stream.log("camera/points", rr.Points3D(cloud.points[cloud.mask][::every], colors=colours))
+            stream.log(
+                "camera/points", rr.Points3D(cloud.points[cloud.mask][::every], colors=colours)
+            )
     write_bytes(out, held.drain_as_bytes())

@@ -76,23 +76,38 @@ def chart(
     equal: bool = False,
 ) -> str:
     """Lines over two axes, with a legend, `size` pixels large. equal: one unit is as long on both axes."""
-    left, right, top, bottom = (54 if y.title else 40), size[0] - 14, 8, size[1] - (38 if x.title else 22)
+    left, right, top, bottom = (
+        (54 if y.title else 40),
+        size[0] - 14,
+        8,
+        size[1] - (38 if x.title else 22),
+    )
     across = _ends(x, [line.x for line in lines])
-    up = _ends(y, [*(line.y for line in lines), *(end for line in lines for end in (line.low, line.high))])
+    up = _ends(
+        y, [*(line.y for line in lines), *(end for line in lines for end in (line.low, line.high))]
+    )
     if equal:
-        scale = max(abs(across[1] - across[0]) / (right - left), abs(up[1] - up[0]) / (bottom - top))
+        scale = max(
+            abs(across[1] - across[0]) / (right - left), abs(up[1] - up[0]) / (bottom - top)
+        )
         across, up = _widen(across, scale * (right - left)), _widen(up, scale * (bottom - top))
     to_x, to_y = _scale(across, left, right, x.log), _scale(up, bottom, top, y.log)
     drawn = []
     for index, line in enumerate(lines):
-        found = [(to_x(a), to_y(b), f"{a:.3g}, {b:.3g}") for a, b in zip(line.x, line.y, strict=True)]
+        found = [
+            (to_x(a), to_y(b), f"{a:.3g}, {b:.3g}") for a, b in zip(line.x, line.y, strict=True)
+        ]
         ends = zip(line.x if len(line.low) else (), line.low, line.high, strict=True)
         drawn.append(
             {
                 "line": line,
                 "colour": line.colour or COLOURS[index % len(COLOURS)],
                 "path": _path([(x, y) for x, y, _ in found]) if line.joined else "",
-                "dots": [dot for dot, b in zip(found, line.y, strict=True) if line.dots and np.isfinite(b)],
+                "dots": [
+                    dot
+                    for dot, b in zip(found, line.y, strict=True)
+                    if line.dots and np.isfinite(b)
+                ],
                 "whiskers": [(to_x(a), to_y(low), to_y(high)) for a, low, high in ends],
             }
         )
@@ -104,13 +119,17 @@ def chart(
         y_title=y.title,
         box=(left, right, top, bottom),
         size=size,
-        x_ticks=[(to_x(v), label) for v, label in x.ticks or _ticks(across, x, (right - left) // 60)],
+        x_ticks=[
+            (to_x(v), label) for v, label in x.ticks or _ticks(across, x, (right - left) // 60)
+        ],
         y_ticks=[(to_y(v), label) for v, label in y.ticks or _ticks(up, y, (bottom - top) // 40)],
         zero=to_y(0) if not y.log and up[0] < 0 < up[1] else None,
     )
 
 
-def bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: tuple[float, float] = (0.0, 1.0)) -> str:
+def bars(
+    groups: Sequence[tuple[str, Sequence[Bar]]], ends: tuple[float, float] = (0.0, 1.0)
+) -> str:
     """Groups of bars, each under its heading ("" for none), on a common axis; longer ones are cut off."""
 
     def at(value: float) -> float:
@@ -131,7 +150,14 @@ def differences(rows: Sequence[tuple[str, Estimate]]) -> str:
     """Differences of rates, in points, as dots with their intervals on an axis whose middle is zero."""
     reach = max(0.1, max(max(abs(e.low), abs(e.high)) for _, e in rows))
     dots = [
-        Bar(name, e.value, e.say("+.1f", 100), e.low, e.high, "dot" if e.low <= 0 <= e.high else "sure dot")
+        Bar(
+            name,
+            e.value,
+            e.say("+.1f", 100),
+            e.low,
+            e.high,
+            "dot" if e.low <= 0 <= e.high else "sure dot",
+        )
         for name, e in rows
     ]
     return bars([("", dots)], (-reach, reach))
@@ -161,7 +187,9 @@ def _widen(ends: tuple[float, float], span: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _scale(ends: tuple[float, float], start: float, stop: float, log: bool) -> Callable[[float], float]:
+def _scale(
+    ends: tuple[float, float], start: float, stop: float, log: bool
+) -> Callable[[float], float]:
     """From a value to its pixel; values beyond the ends lie on them."""
     low, high = (log10(ends[0]), log10(ends[1])) if log else ends
 
@@ -186,7 +214,9 @@ def _ticks(ends: tuple[float, float], axis: Axis, about: int) -> list[tuple[floa
     low, high = sorted(ends)
     if axis.log:
         powers = range(floor(log10(low)), floor(log10(high)) + 1)
-        places = [v for p in powers for v in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= v <= high]
+        places = [
+            v for p in powers for v in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= v <= high
+        ]
     else:
         about = max(about, 5)  # two ticks at least
         step = 10.0 ** floor(log10((high - low) / about))

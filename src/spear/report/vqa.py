@@ -29,7 +29,11 @@ def vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
         scores=scores,
         checkpoint=checkpoint,
         questions=questions,
-        drawn=[(family, _extremes(scores, family, n)) for family, n in drawn if family in scores.families],
+        drawn=[
+            (family, _extremes(scores, family, n))
+            for family, n in drawn
+            if family in scores.families
+        ],
         charts=_calibration(scores) if scores.calibration else [],
         in_words=_in_words(scores),
     )
@@ -76,7 +80,11 @@ def _extremes(scores: Scores, family: str, shown: int) -> list[tuple[str, list[t
     ranked = _ranked(scores, family)
     middle = max(0, len(ranked) // 2 - shown // 2)
     kinds, seen = [], set()
-    for title, some in (("Worst", ranked[::-1]), ("Around the median", ranked[middle:]), ("Best", ranked)):
+    for title, some in (
+        ("Worst", ranked[::-1]),
+        ("Around the median", ranked[middle:]),
+        ("Best", ranked),
+    ):
         chosen: list[tuple[str, str]] = []
         for a in some:
             if len(chosen) < shown and (a.image, a.question.objects) not in seen:
@@ -110,7 +118,9 @@ def _in_words(scores: Scores) -> list[list[str]]:
     rows = []
     for family in scores.families:
         some = _ranked(scores, family)
-        for i in np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ():
+        for i in (
+            np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ()
+        ):
             a = some[i]
             truth, answer = (say(said, a.label, 64) for said in (a.question.segments, a.answer))
             rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])

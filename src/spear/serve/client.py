@@ -60,13 +60,19 @@ class RemotePolicy:
                     time.sleep(PAUSE)
                     connection.send(message)
                     replies[index] = connection.recv(timeout=STUCK)
-        except BaseException as error:  # Ctrl-C too: what is unread would be taken for the next call's answer
+        except (
+            BaseException
+        ) as error:  # Ctrl-C too: what is unread would be taken for the next call's answer
             self.close()
             if not isinstance(error, ConnectionClosed | TimeoutError):
                 raise
             if (last := getattr(error, "rcvd", None)) and last.code == CloseCode.MESSAGE_TOO_BIG:
-                raise SpearError("observation: larger than the server takes: send smaller ones") from error
-            raise SpearError(f"{self.url}: the server has gone ({error}): start it again") from error
+                raise SpearError(
+                    "observation: larger than the server takes: send smaller ones"
+                ) from error
+            raise SpearError(
+                f"{self.url}: the server has gone ({error}): start it again"
+            ) from error
         if refused := [reply for reply in replies if isinstance(reply, str)]:
             raise SpearError(refused[0])
         results = [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
@@ -85,20 +91,41 @@ class RemotePolicy:
         while len(self._connections) < count:
             try:
                 connection = connect(
-                    self.url, compression=None, max_size=None, additional_headers=headers, proxy=None
+                    self.url,
+                    compression=None,
+                    max_size=None,
+                    additional_headers=headers,
+                    proxy=None,
                 ).__enter__()  # websockets 17 asks for that
                 self._connections.append(connection)
                 greeting: Any = connection.recv(timeout=10)
                 self.metadata = wire.decode(greeting)
-                self.image_sizes = {v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()}
-                self.committed = int(self.metadata.get("committed", 0))  # see `Spear1Policy.committed`
+                self.image_sizes = {
+                    v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()
+                }
+                self.committed = int(
+                    self.metadata.get("committed", 0)
+                )  # see `Spear1Policy.committed`
             except InvalidStatus as error:
                 said = (error.response.body or b"").decode(errors="replace").strip()
-                raise SpearError(f"{self.url}: refused with {error.response.status_code}: {said}") from error
-            except (OSError, WebSocketException, SpearError, ValueError, TypeError, AttributeError) as error:
+                raise SpearError(
+                    f"{self.url}: refused with {error.response.status_code}: {said}"
+                ) from error
+            except (
+                OSError,
+                WebSocketException,
+                SpearError,
+                ValueError,
+                TypeError,
+                AttributeError,
+            ) as error:
                 self.close()  # also of one that greets as no policy server does
-                raise SpearError(f"{self.url}: no policy server ({first_line(error)}): start one") from error
+                raise SpearError(
+                    f"{self.url}: no policy server ({first_line(error)}): start one"
+                ) from error
             self._greeting = self._greeting or greeting
             if greeting != self._greeting:
                 self.close()
-                raise SpearError(f"{self.url}: serves others than before: make a new `RemotePolicy` for them")
+                raise SpearError(
+                    f"{self.url}: serves others than before: make a new `RemotePolicy` for them"
+                )

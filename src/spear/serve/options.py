@@ -53,10 +53,14 @@ class ServeOptions(ServiceOptions):
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes}: is for the page: add --ui")
         token = self.token
-        plain = token is None or (token.strip() == token != "" and token.isascii() and token.isprintable())
+        plain = token is None or (
+            token.strip() == token != "" and token.isascii() and token.isprintable()
+        )
         if not plain:
             wrong = "empty, or with spaces at its ends or characters beyond ASCII"
-            raise SpearError(f"--token (or SPEAR_TOKEN): {wrong}: give another one, or leave it out")
+            raise SpearError(
+                f"--token (or SPEAR_TOKEN): {wrong}: give another one, or leave it out"
+            )
 
 
 class VlaEvalOptions(ServiceOptions):

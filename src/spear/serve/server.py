@@ -83,12 +83,18 @@ class Metrics:
         for outcome in ("ok", "refused", "busy", "failed", "gone"):
             self.requests.labels(outcome)  # shown from the start
         seconds = functools.partial(Histogram, buckets=SECONDS, registry=own)
-        self.latency = seconds("spear_request_seconds", "From a request's arrival to its answer being ready.")
+        self.latency = seconds(
+            "spear_request_seconds", "From a request's arrival to its answer being ready."
+        )
         self.inference = seconds("spear_inference_seconds", "Inference of one batch.")
-        self.size = Histogram("spear_batch_size", "Requests answered together.", buckets=SIZES, registry=own)
+        self.size = Histogram(
+            "spear_batch_size", "Requests answered together.", buckets=SIZES, registry=own
+        )
         Gauge("spear_queue", "Requests that wait.", registry=own).set_function(queue)
         Gauge("spear_clients", "Open connections.", registry=own).set_function(clients)
-        Gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", registry=own).set_function(gpu_memory)
+        Gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", registry=own).set_function(
+            gpu_memory
+        )
 
 
 class Guarded(ServerConnection):
@@ -113,7 +119,9 @@ class Guarded(ServerConnection):
         """The next message; the one before has been answered."""
         self.held, self._taken = max(0, self.held - self._taken), 0
         message = await super().recv(decode)
-        self._taken = 14 + len(message if isinstance(message, bytes) else message.encode())  # with its frame
+        self._taken = 14 + len(
+            message if isinstance(message, bytes) else message.encode()
+        )  # with its frame
         return message
 
     async def _within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
@@ -161,11 +169,16 @@ class PolicyServer:
 
     def __init__(self, service: Service, options: ServeOptions, page: Page | None = None) -> None:
         self.options, self.page, self.port = options, page, options.port
-        self._greeting, self._direct_reply = wire.encode(service.greeting), service.embodiment.direct_reply
+        self._greeting, self._direct_reply = (
+            wire.encode(service.greeting),
+            service.embodiment.direct_reply,
+        )
         self._peers: dict[Guarded, None] = {}
         self._metrics = Metrics(lambda: len(self._batcher), self._clients)
         self._service, self._stop = service, asyncio.Event()
-        self._batcher = Batcher(self._compute, options.max_batch, options.wait_ms / 1000, options.queue)
+        self._batcher = Batcher(
+            self._compute, options.max_batch, options.wait_ms / 1000, options.queue
+        )
         self._draining, self._answering = False, 0
 
     def _clients(self) -> int:
@@ -186,7 +199,9 @@ class PolicyServer:
 
         Raises `SpearError` when the port cannot be had.
         """
-        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: `stop` is for that
+        with contextlib.suppress(
+            ValueError, RuntimeError
+        ):  # not the main thread: `stop` is for that
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         answering = asyncio.create_task(self._batcher.run())
@@ -257,7 +272,11 @@ class PolicyServer:
             self._batcher.forget(connection.id)
 
     async def _reply(
-        self, connection: ServerConnection, message: str | bytes, arrived: float, previous: float | None
+        self,
+        connection: ServerConnection,
+        message: str | bytes,
+        arrived: float,
+        previous: float | None,
     ) -> bytes | str:
         """What to send for a message: bytes with actions, or a text that says what was wrong."""
         outcome = "failed"
@@ -265,7 +284,9 @@ class PolicyServer:
             if self._draining:
                 raise Busy("busy: the server is stopping: connect to another one")
             if isinstance(message, str):
-                raise SpearError("message: a text: send one map packed as openpi-client does, in binary")
+                raise SpearError(
+                    "message: a text: send one map packed as openpi-client does, in binary"
+                )
             request = wire.decode(message)
             if said := self._direct_reply(request):
                 outcome = "ok"
@@ -314,15 +335,22 @@ class PolicyServer:
         if request.path == "/metrics":
             return connection.respond(status.OK, generate_latest(self._metrics.registry).decode())
         if "upgrade" not in request.headers:
-            return connection.respond(status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n")
+            return connection.respond(
+                status.NOT_FOUND, "there is /healthz, /metrics and a websocket\n"
+            )
         if (busy := self._clients()) >= MOST_CLIENTS:
-            return connection.respond(status.SERVICE_UNAVAILABLE, f"busy: {busy} clients: try again later\n")
+            return connection.respond(
+                status.SERVICE_UNAVAILABLE, f"busy: {busy} clients: try again later\n"
+            )
         return None
 
     def _allowed(self, request: Request) -> bool:
         if (token := self.options.token) is None:
             return True
-        sent = [each.encode(errors="surrogateescape") for each in request.headers.get_all("Authorization")]
+        sent = [
+            each.encode(errors="surrogateescape")
+            for each in request.headers.get_all("Authorization")
+        ]
         return len(sent) == 1 and hmac.compare_digest(sent[0], f"Api-Key {token}".encode())
 
 
@@ -343,14 +371,21 @@ def stranger(request: Request, token: str | None) -> str | None:
     if any(urlsplit(origin).netloc not in hosts for origin in origins):
         return "this server is not for other web pages\n"
     if token is None and not all(map(_ours, hosts)):
-        return "use this server by its address (http://127.0.0.1:PORT), or start it with a --token\n"
+        return (
+            "use this server by its address (http://127.0.0.1:PORT), or start it with a --token\n"
+        )
     return None
 
 
 def _ours(host: str) -> bool:
     """Whether a Host header has an address, or a name that only this machine or its network gives."""
     name = (urlsplit("//" + host).hostname or "").rstrip(".")
-    return ":" in name or "." not in name or name.replace(".", "").isdecimal() or name.endswith(PRIVATE)
+    return (
+        ":" in name
+        or "." not in name
+        or name.replace(".", "").isdecimal()
+        or name.endswith(PRIVATE)
+    )
 
 
 def reachable(host: str) -> str:
@@ -358,7 +393,10 @@ def reachable(host: str) -> str:
     if host in ("", "0.0.0.0", "::"):
         v4, v6 = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
         (family, far), host = (v6, "::1") if host == "::" else (v4, socket.gethostname())
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:  # no network
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(family, socket.SOCK_DGRAM) as asked,
+        ):  # no network
             asked.connect((far, 9))  # sends nothing: which of our addresses would be used?
             host = str(asked.getsockname()[0])
     return f"[{host}]" if ":" in host else host

@@ -81,7 +81,9 @@ class Service:
         inferred = time.perf_counter()
         for (i, ours), result in zip(good.items(), predicted, strict=True):
             failed = isinstance(result, SpearError)
-            results[i] = result if failed else _attempt(self._command, result, ours, observations[i])
+            results[i] = (
+                result if failed else _attempt(self._command, result, ours, observations[i])
+            )
         around = time.perf_counter() - inferred + read - started
         timing = {"infer_ms": 1000 * (inferred - read), "embodiment_ms": 1000 * around}
         return [r if isinstance(r, SpearError) else {**r, "policy_timing": timing} for r in results]
@@ -110,7 +112,9 @@ class Service:
         actions = check_chunk(result["actions"])
         rows = np.asarray(self.control.convert(actions, ours["observation/state"], observation))
         if rows.ndim != 2 or not np.isfinite(rows).all():
-            raise SpearError("the robot's file makes no rows of finite numbers: do not move; repair it")
+            raise SpearError(
+                "the robot's file makes no rows of finite numbers: do not move; repair it"
+            )
         return {"actions": rows}
 
     def _infer(self, observations: Sequence[Mapping[str, Any]]) -> Sequence[Result]:
@@ -169,7 +173,12 @@ class Batcher:
         wait_s: float,
         capacity: int,
     ) -> None:
-        self._answer, self._max_batch, self._wait_s, self._capacity = answer, max_batch, wait_s, capacity
+        self._answer, self._max_batch, self._wait_s, self._capacity = (
+            answer,
+            max_batch,
+            wait_s,
+            capacity,
+        )
         self._queue: deque[_Waiting] = deque()
         self._seen: dict[Hashable, float] = {}
         self._arrived = asyncio.Event()
@@ -179,13 +188,17 @@ class Batcher:
         """Requests that wait."""
         return len(self._queue)
 
-    async def submit(self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
+    async def submit(
+        self, client: Hashable, request: Any, alive: Callable[[], bool] = lambda: True
+    ) -> Any:
         """The result for one request of `client`. Raises `Busy` at once when the queue is full.
 
         alive  whether somebody still wants the result: asked just before it is computed; False raises `Gone`.
         """
         if len(self._queue) >= self._capacity:
-            raise Busy(f"busy: {counted(self._capacity, 'requests')} waiting already: try again in a moment")
+            raise Busy(
+                f"busy: {counted(self._capacity, 'requests')} waiting already: try again in a moment"
+            )
         waiting = _Waiting(client, request, alive, asyncio.get_running_loop().create_future())
         self._seen[client] = time.perf_counter()
         self._queue.append(waiting)

@@ -73,17 +73,23 @@ def _shown(what: Any) -> str:
 def _value(value: Any, where: str, depth: int = 0) -> Any:
     if depth > _DEPTH:
         key = where.split("/")[0]
-        raise SpearError(f"{key}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays")
+        raise SpearError(
+            f"{key}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays"
+        )
     if isinstance(value, dict):
         if b"__ndarray__" in value:
             return _array(value, where)
         if b"__npgeneric__" in value:
             return _scalar(value, where)
-        return {_key(k, where): _value(v, f"{where}/{_shown(k)}", depth + 1) for k, v in value.items()}
+        return {
+            _key(k, where): _value(v, f"{where}/{_shown(k)}", depth + 1) for k, v in value.items()
+        }
     if isinstance(value, list):
         return [_value(v, where, depth + 1) for v in value]
     if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
-        raise SpearError(f"{where}: a msgpack extension: send numbers, texts, lists, maps or arrays")
+        raise SpearError(
+            f"{where}: a msgpack extension: send numbers, texts, lists, maps or arrays"
+        )
     return value
 
 
@@ -93,7 +99,9 @@ def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
         raise SpearError(f"{where}: an array without bytes: pack it as openpi-client does")
     sizes = shape if isinstance(shape, list) else [None]
     if len(sizes) > _DEPTH or any(type(n) is not int or n < 0 for n in sizes):
-        raise SpearError(f"{where}: an array of shape {_shown(shape)}: give up to {_DEPTH} whole numbers")
+        raise SpearError(
+            f"{where}: an array of shape {_shown(shape)}: give up to {_DEPTH} whole numbers"
+        )
     if math.prod(sizes) * dtype.itemsize != len(data):
         given = f"{len(data)} bytes for an array {dtype} {str(sizes)[:80]}"
         raise SpearError(f"{where}: {given}: the message was cut or mispacked")
@@ -120,16 +128,22 @@ def _scalar(packed: dict[Any, Any], where: str) -> np.generic:
 def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
     name = packed.get(b"dtype")
     if not isinstance(name, str) or not _TYPE.fullmatch(name):
-        raise SpearError(f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats")
+        raise SpearError(
+            f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats"
+        )
     return np.dtype(name)
 
 
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biuf":
-        raise SpearError(f"cannot send an array of type {value.dtype}: only booleans, integers and floats")
+        raise SpearError(
+            f"cannot send an array of type {value.dtype}: only booleans, integers and floats"
+        )
     if isinstance(value, np.ndarray):
         parts = {b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
         return {b"__ndarray__": True, **parts}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise SpearError(f"cannot send a {type(value).__name__}: only numbers, texts, lists, maps and arrays")
+    raise SpearError(
+        f"cannot send a {type(value).__name__}: only numbers, texts, lists, maps and arrays"
+    )

@@ -201,16 +201,22 @@ def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     """Translation [3], unit quaternion [4] and opening of an action [8]. Raises `SpearError`."""
     values = np.asarray(action, np.float64)
     if values.shape != (8,):
-        raise SpearError(f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper")
+        raise SpearError(
+            f"action: shape {values.shape}: give 8 numbers: translation, quaternion, gripper"
+        )
     if not np.isfinite(values).all():
         raise SpearError(f"action: {values.tolist()}: every number must be finite")
     norm = length(values[3:7])
     if abs(norm - 1.0) > UNIT_TOLERANCE:
-        raise SpearError(f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)")
+        raise SpearError(
+            f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)"
+        )
     return values[:3], values[3:7] / norm, float(values[7])
 
 
-def _leash(position: Floats, rotation: Floats, measured: Floats, turn: Floats) -> tuple[Floats, Floats]:
+def _leash(
+    position: Floats, rotation: Floats, measured: Floats, turn: Floats
+) -> tuple[Floats, Floats]:
     """The target (position, rotation) drawn within `LEASH` of the measured pose."""
     offset, apart = _shorten(position - measured, LEASH[0]), rotation_vector(turn, rotation)
     if length(apart) <= LEASH[1]:

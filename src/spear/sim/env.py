@@ -61,7 +61,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.image_size, self.wrist_size = image_size, wrist_size
         spaces: dict[str, gymnasium.Space[Any]] = {
             "observation/state": gymnasium.spaces.Box(-10.0, 10.0, (8,), np.float32),
-            "prompt": gymnasium.spaces.Text(200, min_length=0, charset=f"{string.ascii_lowercase} "),
+            "prompt": gymnasium.spaces.Text(
+                200, min_length=0, charset=f"{string.ascii_lowercase} "
+            ),
         }
         sizes = {"observation/image": image_size, "observation/wrist_image": wrist_size}
         for key, (width, height) in sizes.items() if images else ():
@@ -85,11 +87,19 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         self.steps = 0
         self._milestones = {"reached": False, "grasped": False, "wrong_object_moved": False}
 
-    def step(self, action: NDArray[np.floating]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: NDArray[np.floating]
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Apply one action [8] (the layout of `spear.types.Action`) for 0.2 s."""
         info = self.physics_step(action)
         success = info["success"]
-        return self.observe(), float(success), success, self.steps >= MAX_STEPS and not success, info
+        return (
+            self.observe(),
+            float(success),
+            success,
+            self.steps >= MAX_STEPS and not success,
+            info,
+        )
 
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """`step` without looking: moves the world and returns `info`."""
@@ -101,7 +111,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def observe(self) -> Observation:
         """What the policy sees now."""
         position, rotation = self.world.servo.pose()
-        state = np.concatenate([position, rotation, [self.world.servo.opening()]]).astype(np.float32)
+        state = np.concatenate([position, rotation, [self.world.servo.opening()]]).astype(
+            np.float32
+        )
         result: Observation = {"observation/state": state, "prompt": self.world.spec.instruction}
         if self.images:
             views = [("external", self.image_size), ("wrist", self.wrist_size)]

@@ -110,7 +110,9 @@ def _placing_yaw(world: World, yaw: float) -> float:
     kind, onto = world.bodies[SOURCE].kind, world.bodies[TARGET].kind
     if kind.name.endswith("cube") and onto.name.endswith("cube"):
         period = math.pi / 2
-    elif not kind.round and kind.radius > 0.042 and onto.name == "basket":  # longer than the gripper opens
+    elif (
+        not kind.round and kind.radius > 0.042 and onto.name == "basket"
+    ):  # longer than the gripper opens
         period = math.pi
     else:
         return yaw

@@ -93,7 +93,10 @@ def _catalogue() -> dict[str, Kind]:
     tables = _tuples(tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
     palette = tables.pop("palette")
     for table in tables.values():
-        rows = [{**row, "color": palette.get(row.get("color"), row.get("color"))} for row in table["parts"]]
+        rows = [
+            {**row, "color": palette.get(row.get("color"), row.get("color"))}
+            for row in table["parts"]
+        ]
         table["parts"] = tuple(part for row in rows for part in _parts(row))
     return {name: Kind(name, **table) for name, table in tables.items()}
 

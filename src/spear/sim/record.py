@@ -82,7 +82,9 @@ def record(
     the work, to whom `policy` is sent; the episodes are the same whatever their number.
     """
     job = functools.partial(_job, image_size, wrist_size, policy)
-    with processes.pool(workers if workers > 1 else 0, __name__, "give fewer --workers") as executor:
+    with processes.pool(
+        workers if workers > 1 else 0, __name__, "give fewer --workers"
+    ) as executor:
         yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
 
 
@@ -101,7 +103,10 @@ def record_episode(
     tape = Tape()
     while env.steps < MAX_STEPS + _EXTRA_STEPS and not info["success"]:
         action, pushed = push(expert.act(env.world), env.steps, observation, seed)
-        seen = {"external": observation["observation/image"], "wrist": observation["observation/wrist_image"]}
+        seen = {
+            "external": observation["observation/image"],
+            "wrist": observation["observation/wrist_image"],
+        }
         tape.add(seen, observation["observation/state"], action, pushed)
         info = env.physics_step(action)
         observation = env.observe()

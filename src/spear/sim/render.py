@@ -50,7 +50,10 @@ class Renderer:
     that made it; see `own_renderer`."""
 
     def __init__(self) -> None:
-        self._size = width, height = 560, 420  # of the buffers, which grow with the pictures asked for
+        self._size = width, height = (
+            560,
+            420,
+        )  # of the buffers, which grow with the pictures asked for
         try:
             self._gl = _gl_context(width, height)
             self._gl.make_current()
@@ -87,7 +90,8 @@ class Renderer:
         pixels = np.empty((height, width, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, mujoco.MjrRect(0, 0, width, height), self._context)
         return [  # OpenGL's rows go from the bottom up
-            np.ascontiguousarray(pixels[: r.height][::-1, r.left : r.left + r.width]) for r in rectangles
+            np.ascontiguousarray(pixels[: r.height][::-1, r.left : r.left + r.width])
+            for r in rectangles
         ]
 
     def layers(
@@ -159,7 +163,9 @@ def frame_of(world: World, camera: str, size: Size) -> Frame:
         image=image,
         depth=depth,
         instances=instances,
-        names={i: world.bodies[i - 1].kind.name if i <= len(world.bodies) else GRIPPER for i in seen},
+        names={
+            i: world.bodies[i - 1].kind.name if i <= len(world.bodies) else GRIPPER for i in seen
+        },
         intrinsics=intrinsics(world, camera, size),
         extrinsics=pose,
         boxes={i: (boxes[i] - pose[:3, 3]) @ pose[:3, :3] for i in seen},
@@ -193,7 +199,9 @@ def object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
     """Instance id -> [8, 3] corners of its oriented box, base frame: objects from 1, then the gripper."""
     boxes = {}
     for i, body in enumerate(world.bodies):
-        boxes[i + 1] = (body.low + _CORNERS * (body.high - body.low)) @ world.matrix(i).T + world.position(i)
+        boxes[i + 1] = (body.low + _CORNERS * (body.high - body.low)) @ world.matrix(
+            i
+        ).T + world.position(i)
     boxes[len(world.bodies) + 1] = _gripper_box(world)
     return boxes
 

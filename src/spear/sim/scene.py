@@ -193,12 +193,16 @@ def _instruct(family: str, source: str, target: str, rng: np.random.Generator) -
     def one_of(words: Sequence[str]) -> str:
         return words[int(rng.integers(len(words)))]
 
-    template = one_of(TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family])
+    template = one_of(
+        TEMPLATES["put_in_bowl" if family == "put_on" and target == "bowl" else family]
+    )
     source, target = (one_of(SYNONYMS.get(name, (name,))) for name in (source, target))
     return template.format(source=source, target=target)
 
 
-def _choose(rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0) -> list[str]:
+def _choose(
+    rng: np.random.Generator, pool: Sequence[str], count: int, repeats: float = 0.0
+) -> list[str]:
     names = [str(name) for name in rng.choice(pool, min(count, len(pool)), replace=False)]
     if repeats and len(names) > 1 and rng.random() < repeats:
         names[-1] = names[0]
@@ -219,7 +223,9 @@ def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[Thing, ...]:
             return tuple(things)
 
 
-def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap: float) -> Thing | None:
+def _find_room(
+    name: str, others: Sequence[Thing], rng: np.random.Generator, gap: float
+) -> Thing | None:
     kind = KINDS[name]
     # large things keep their middle further inside
     inset = max(0.0, kind.radius - 0.08)
@@ -227,7 +233,8 @@ def _find_room(name: str, others: Sequence[Thing], rng: np.random.Generator, gap
         x = rng.uniform(WORKSPACE[0][0] + inset, WORKSPACE[0][1] - inset)
         y = rng.uniform(WORKSPACE[1][0] + inset, WORKSPACE[1][1] - inset)
         if all(
-            math.hypot(x - o.position[0], y - o.position[1]) > kind.radius + KINDS[o.kind].radius + gap
+            math.hypot(x - o.position[0], y - o.position[1])
+            > kind.radius + KINDS[o.kind].radius + gap
             for o in others
         ):
             yaw = rng.uniform(-math.pi, math.pi) * (0.12 if name in ("basket", "towel") else 1)

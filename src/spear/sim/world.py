@@ -51,11 +51,15 @@ class World:
         self.model = _compile(spec)
         self.data = mujoco.MjData(self.model)
         kinds = enumerate(KINDS[thing.kind] for thing in spec.things)
-        self.bodies = tuple(Body(k, self.model.body(f"object{i}").id, *_extent(k)) for i, k in kinds)
+        self.bodies = tuple(
+            Body(k, self.model.body(f"object{i}").id, *_extent(k)) for i, k in kinds
+        )
         self.servo = Servo(self.model, self.data)
         of_body = np.zeros(self.model.nbody, np.int32)
         of_body[[body.index for body in self.bodies]] = np.arange(len(self.bodies)) + 1
-        of_body[[self.model.body(name).id for name in ("hand", "finger1", "finger2")]] = len(self.bodies) + 1
+        of_body[[self.model.body(name).id for name in ("hand", "finger1", "finger2")]] = (
+            len(self.bodies) + 1
+        )
         self.instance_of_geom = np.append(of_body[self.model.geom_bodyid], np.int32(0))
         """[ngeom + 1] instance id of each geom: objects from 1, then the gripper; last entry: background."""
         self._fingers = tuple(self.model.body(f"finger{k}").id for k in (1, 2))
@@ -133,7 +137,10 @@ def milestones(world: World) -> dict[str, bool]:
     """
     touching = world.fingers_touching(SOURCE)
     ee, _ = world.servo.pose()
-    displaced, start = world.positions() - world.start, world.model.body_dofadr[world.bodies[SOURCE].index]
+    displaced, start = (
+        world.positions() - world.start,
+        world.model.body_dofadr[world.bodies[SOURCE].index],
+    )
     speed = length(world.data.qvel[start : start + 3])
     return {
         "reached": length(ee - world.position(SOURCE)) < NEAR,
@@ -193,12 +200,26 @@ def base_spec() -> mujoco.MjSpec:
     rng = np.random.default_rng(0)
     n = 128
     x, y = np.meshgrid(np.arange(n) / n, np.arange(n) / n)
-    wave = sum(np.sin(2 * math.pi * (k * x + p)) / k for k, p in ((3, 0.1), (7, 0.4), (17, 0.8), (31, 0.3)))
-    wood = 0.86 + 0.07 * wave + 0.03 * np.sin(2 * math.pi * (2 * y + 0.2 * np.sin(2 * math.pi * 2 * x)))
-    planks = wood * (1 - 0.25 * ((x * 4) % 1 < 0.04)) * (0.92 + 0.08 * rng.random(4)[(x * 4).astype(int)])
-    cloth = 0.90 + 0.05 * np.sign(np.sin(2 * math.pi * 32 * x)) * np.sign(np.sin(2 * math.pi * 32 * y))
+    wave = sum(
+        np.sin(2 * math.pi * (k * x + p)) / k for k, p in ((3, 0.1), (7, 0.4), (17, 0.8), (31, 0.3))
+    )
+    wood = (
+        0.86
+        + 0.07 * wave
+        + 0.03 * np.sin(2 * math.pi * (2 * y + 0.2 * np.sin(2 * math.pi * 2 * x)))
+    )
+    planks = (
+        wood
+        * (1 - 0.25 * ((x * 4) % 1 < 0.04))
+        * (0.92 + 0.08 * rng.random(4)[(x * 4).astype(int)])
+    )
+    cloth = 0.90 + 0.05 * np.sign(np.sin(2 * math.pi * 32 * x)) * np.sign(
+        np.sin(2 * math.pi * 32 * y)
+    )
     cloth = cloth + rng.normal(0, 0.02, (n, n))
-    tiles = 0.95 - 0.20 * (((x * 2) % 1 < 0.03) | ((y * 2) % 1 < 0.03)) + rng.normal(0, 0.008, (n, n))
+    tiles = (
+        0.95 - 0.20 * (((x * 2) % 1 < 0.03) | ((y * 2) % 1 < 0.03)) + rng.normal(0, 0.008, (n, n))
+    )
     images = {"plain": None, "wood": wood, "planks": planks, "cloth": cloth, "tiles": tiles}
     for name, image in images.items():
         look = {"specular": 0.2, "shininess": 0.3, "texuniform": True, "texrepeat": [3, 3]}
@@ -226,7 +247,9 @@ def _compile(scene: SceneSpec) -> mujoco.MjModel:
             body.add_freejoint()
         solid = sum(part.solid for part in kind.parts)
         for part in kind.parts:
-            geom = body.add_geom(type=_SHAPES[part.shape], pos=part.pos, quat=_euler_quat(part.euler))
+            geom = body.add_geom(
+                type=_SHAPES[part.shape], pos=part.pos, quat=_euler_quat(part.euler)
+            )
             geom.size[: len(part.size)] = part.size
             geom.rgba = [*(part.color or thing.color), 1.0]
             geom.group = 0 if part.visible else HIDDEN_GROUP

@@ -71,13 +71,19 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
     shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
     size = preset(stage.preset)
-    size = dataclasses.replace(size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None)
-    check_known("flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow)
+    size = dataclasses.replace(
+        size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None
+    )
+    check_known(
+        "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow
+    )
     policy = init is not None and weights.architecture(init) == Spear1Config.model_type
     FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
         for view in tasks.view_folders(folder, list(size.image_sizes)).values():
-            if view.is_file():  # what a run says of its labels, and compares, it looks for in folders
+            if (
+                view.is_file()
+            ):  # what a run says of its labels, and compares, it looks for in folders
                 raise SpearError(f"--labels {folder}: a file: give the folder that it is in")
             shards_in(view)
     horizon = size.horizon
@@ -86,17 +92,27 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
-        if inner.vision_config.hidden_size != size.vision["hidden_size"]:  # the text's: PaliGemma 1's or 2's
-            raise SpearError(f"--init {init} is not of preset {size.name}: give the --preset it has")
+        if (
+            inner.vision_config.hidden_size != size.vision["hidden_size"]
+        ):  # the text's: PaliGemma 1's or 2's
+            raise SpearError(
+                f"--init {init} is not of preset {size.name}: give the --preset it has"
+            )
         if acts and (stage.bins is not None or stage.spacing is not None):
             keeps = f"recipe {stage.name} keeps the 3D tokens of its --init"
             raise SpearError(f"{keeps}: set bins and spacing in the VLM's")
         if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
-            raise SpearError(f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM")
+            raise SpearError(
+                f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM"
+            )
         if not stage.moge and inner.moge_config is not None:
-            raise SpearError(f"recipe {stage.name} has no MoGe, --init {init} has: begin with one without")
+            raise SpearError(
+                f"recipe {stage.name} has no MoGe, --init {init} has: begin with one without"
+            )
         if inputs.moge and inner.moge_config is not None:
-            raise SpearError(f"--moge {inputs.moge}: --init has an encoder already: leave --moge out")
+            raise SpearError(
+                f"--moge {inputs.moge}: --init has an encoder already: leave --moge out"
+            )
         if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:
             adds = f"recipe {stage.name} adds MoGe's encoder"
             raise SpearError(f"{adds}: give --moge FOLDER (the result of nano-depth)")
@@ -106,7 +122,9 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
     if clean and "geodesic_step" in stage.flow:
         raise SpearError("recipe key flow: geodesic_step is of velocities alone: leave it out")
     if stage.committed is not None and stage.committed >= horizon:
-        raise SpearError(f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less")
+        raise SpearError(
+            f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less"
+        )
     if inputs.moge is not None:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
@@ -124,7 +142,11 @@ def normalization(stage: Recipe, init: Path | None) -> Mode:
 def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
     """A recipe's model without contents, with its LoRA, frozen and stored. `SpearError`: these do not fit."""
     with torch.device("meta"):
-        model = Spear1ForActionPrediction(config) if isinstance(config, Spear1Config) else SpearVLM(config)
+        model = (
+            Spear1ForActionPrediction(config)
+            if isinstance(config, Spear1Config)
+            else SpearVLM(config)
+        )
         if stage.lora_rank:
             optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
     optimize.apply_freeze(model, stage.optimization)
@@ -150,7 +172,10 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, ids)
     patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes
-    views = {v: [tasks.patch_targets(x, names, patch, sizes[v]) for x in some] for v, some in known.items()}
+    views = {
+        v: [tasks.patch_targets(x, names, patch, sizes[v]) for x in some]
+        for v, some in known.items()
+    }
     task = tasks.PatchTask(model, processor, views, stage.batch_size, seed)
     return model, task, [vlm.save_pretrained, processor.save]
 
@@ -202,7 +227,9 @@ def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
             if encoded := store.image(0, 0, view):  # the processor says what is lost of it
                 processor.image(decode_image(encoded, f"{store.path}: camera {view!r}"), view)
     each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
-    normalizer = Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
+    normalizer = (
+        Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
+    )
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None
     if stage.question_images:
@@ -225,7 +252,12 @@ def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
 
 
 def _questions(
-    stage: Recipe, folders: Sequence[Path], labels: Labels, processor: Processor, images: int, seed: int
+    stage: Recipe,
+    folders: Sequence[Path],
+    labels: Labels,
+    processor: Processor,
+    images: int,
+    seed: int,
 ) -> tasks.QuestionSamples:
     mix = stage.questions
     depth = tasks.load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
@@ -253,7 +285,9 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
     first, bins = processor.coordinate_ids.start, processor.coordinates.bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
     generator = torch.Generator().manual_seed(seed)
-    new = init_new_embeddings(words[: processor.location_start], bins, generator, stage.smooth_tokens)
+    new = init_new_embeddings(
+        words[: processor.location_start], bins, generator, stage.smooth_tokens
+    )
     rows = torch.cat([words[:first], new, words[first + bins :]])
     embeddings: Any = vlm.get_input_embeddings()  # kept, since Gemma's scales what it looks up
     embeddings.weight, embeddings.num_embeddings = torch.nn.Parameter(rows), len(rows)
@@ -277,10 +311,15 @@ def _new_vlm(
     embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
     generator = torch.Generator().manual_seed(seed)
     words = embeddings[: processor.location_start]
-    places = (processor.location_start, LOCATIONS), (config.coordinate_start, config.coordinate_bins)
+    places = (
+        (processor.location_start, LOCATIONS),
+        (config.coordinate_start, config.coordinate_bins),
+    )
     with torch.no_grad():
         for first, count in places:
-            embeddings[first : first + count] = init_new_embeddings(words, count, generator, smooth=True)
+            embeddings[first : first + count] = init_new_embeddings(
+                words, count, generator, smooth=True
+            )
     return processor, vlm
 
 

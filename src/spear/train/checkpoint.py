@@ -67,7 +67,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     state = read_as(State, path, INSTEAD)
     for name in state.files:
         if not (path.parent / name).is_file():
-            raise SpearError(f"{path.parent / name}: is missing: copy the folder again, or {INSTEAD}")
+            raise SpearError(
+                f"{path.parent / name}: is missing: copy the folder again, or {INSTEAD}"
+            )
     return path.parent, state.model_dump()
 
 
@@ -76,7 +78,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stepper: Stepper) -> None:
         self.folder, self.stepper = folder, stepper
-        self._names: dict[torch.Tensor, str] = {p: name for name, p in stepper.model.named_parameters()}
+        self._names: dict[torch.Tensor, str] = {
+            p: name for name, p in stepper.model.named_parameters()
+        }
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -101,11 +105,15 @@ class Checkpoints:
         self.wait()
         steps = {self._names[p]: s["step"] for p, s in self.stepper.optimizer.state.items()}
         # A GPU is waited for once, not for every parameter.
-        counts = dict(zip(steps, torch.stack([*steps.values()]).tolist() if steps else [], strict=True))
+        counts = dict(
+            zip(steps, torch.stack([*steps.values()]).tolist() if steps else [], strict=True)
+        )
         tensors = sorted(self._tensors().items(), key=lambda item: -item[1].numel())
         copies = {
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for place, (key, tensor) in enumerate(tensors)  # what all have, they take turns to write
+            for place, (key, tensor) in enumerate(
+                tensors
+            )  # what all have, they take turns to write
             if isinstance(tensor, DTensor) or place % parallel.world() == parallel.rank()
         }
         state = {**state, "step": step, "counts": counts}
@@ -133,10 +141,14 @@ class Checkpoints:
         if self._group is not None:
             dist.barrier(self._group)
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        dcp.save(
+            tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None
+        )
         if main:  # which hears of it when every process is done
             files = sorted(path.name for path in part.iterdir())
-            (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=1), "utf-8")
+            (part / "state.json").write_text(
+                json.dumps({**state, "files": files}, indent=1), "utf-8"
+            )
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
             for old in sorted(self.folder.glob(_NAME))[:-2]:
@@ -156,9 +168,16 @@ class Checkpoints:
                 if key not in stored or stored[key].size != tensor.shape:  # type: ignore[union-attr]
                     what = f"checkpoint {path} is of another model or other settings ({key})"
                     raise SpearError(f"{what}: use a new --out folder")
-            dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            dcp.load(
+                tensors,
+                storage_reader=reader,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
         except _FAILED as error:
-            raise SpearError(f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}") from error
+            raise SpearError(
+                f"checkpoint {path} cannot be read ({_reason(error)}): {INSTEAD}"
+            ) from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The tensors themselves: parameters and buffers, averaged weights, moments."""

@@ -31,7 +31,9 @@ class Logger:
         self.started, self.first = time.perf_counter(), first_step
         self.waited, self.written = 0.0, self.started
         path = out / "log.jsonl"
-        lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+        lines = (
+            path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+        )
         write_text(path, "".join(line for line in lines if _step(line) <= first_step))
         self.file = path.open("a", encoding="utf-8")
         try:
@@ -52,7 +54,9 @@ class Logger:
         if self.board is not None:
             self.board.close()
 
-    def log(self, step: int, values: Mapping[str, float], lr: float = 0.0, waited: float = 0.0) -> None:
+    def log(
+        self, step: int, values: Mapping[str, float], lr: float = 0.0, waited: float = 0.0
+    ) -> None:
         """Count a finished step (0-based); every so often, and at the last, write its values down.
 
         waited: seconds that the step waited for its batch.
@@ -65,11 +69,22 @@ class Logger:
             stalled = self.waited / max(now - self.written, 1e-9)
             self.waited, self.written = 0.0, now
             numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            row = {"step": done, **numbers, "lr": lr, "steps_per_s": rate, "data_wait": round(stalled, 4)}
+            row = {
+                "step": done,
+                **numbers,
+                "lr": lr,
+                "steps_per_s": rate,
+                "data_wait": round(stalled, 4),
+            }
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             if self.board is not None:
-                for key, value in {**values, "lr": lr, "steps_per_s": rate, "data_wait": stalled}.items():
+                for key, value in {
+                    **values,
+                    "lr": lr,
+                    "steps_per_s": rate,
+                    "data_wait": stalled,
+                }.items():
                     self.board.add_scalar(key, value, done)
             short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
             self.info = f"waits for data {stalled:.0%}, {short}"
@@ -97,7 +112,9 @@ def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, An
     leaves: Any = tree_flatten_with_path(batch)[0]
     tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
     path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
-    write_bytes(path, save(tensors, {"batch": json.dumps({"step": step, "number": number, "seed": seed})}))
+    write_bytes(
+        path, save(tensors, {"batch": json.dumps({"step": step, "number": number, "seed": seed})})
+    )
 
 
 def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

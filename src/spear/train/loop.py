@@ -65,7 +65,12 @@ def _batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError
 
 
 def batches(
-    task: Task, first: int, last: int, workers: int, accumulate: int = 1, device: torch.device = parallel.CPU
+    task: Task,
+    first: int,
+    last: int,
+    workers: int,
+    accumulate: int = 1,
+    device: torch.device = parallel.CPU,
 ) -> Generator[Batch, None, None]:
     """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
 
@@ -82,7 +87,9 @@ def batches(
         collate_fn=functools.partial(_batch, task, slots),
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
-        multiprocessing_context="fork" if workers else None,  # which copies no labels, whatever is usual
+        multiprocessing_context="fork"
+        if workers
+        else None,  # which copies no labels, whatever is usual
         worker_init_fn=_serve if workers else None,
         pin_memory=pinned,
     )
@@ -219,8 +226,14 @@ def run(
                     if stopped:
                         checkpoints.wait()
                         if log is not None:
-                            log.bar.say(f"stopped, saved at step {step + 1}; the same command continues")
-                        raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
+                            log.bar.say(
+                                f"stopped, saved at step {step + 1}; the same command continues"
+                            )
+                        raise (
+                            KeyboardInterrupt
+                            if stopped == signal.SIGINT
+                            else SystemExit(128 + stopped)
+                        )
         except RuntimeError as error:
             if not parallel.lost(error):
                 raise
@@ -239,7 +252,9 @@ def state_to_continue(
     found = newest(out / "checkpoints")
     if found is None:
         if (out / "final" / "recipe.json").is_file():
-            raise SpearError(f"{out} holds a result without checkpoints: use a new --out, or move it away")
+            raise SpearError(
+                f"{out} holds a result without checkpoints: use a new --out, or move it away"
+            )
         return None
     _, state = found
     there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
@@ -249,23 +264,31 @@ def state_to_continue(
             other = f"another {name} ({there[name]}, not {here[name]})"
             raise SpearError(f"{out} holds a run with {other}: use the same, or a new --out")
     if state["step"] > steps:
-        raise SpearError(f"{out} holds {counted(state['step'], 'steps')}, more than {steps}: use a new --out")
+        raise SpearError(
+            f"{out} holds {counted(state['step'], 'steps')}, more than {steps}: use a new --out"
+        )
     return found
 
 
 def history(state: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a run of this `state` was set to before it was changed (last to `settings`), until which step."""
     now, before = plain(settings), state["settings"]["optimization"]
-    changed = {k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v}  # pieces stay
+    changed = {
+        k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v
+    }  # pieces stay
     return [*state["earlier"], *([{"until_step": state["step"], **changed}] if changed else [])]
 
 
-def _report(problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None) -> None:
+def _report(
+    problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None
+) -> None:
     """Say that a step was skipped, or, when it was one too many, end the run on all processes."""
     where = f"step {step + 1}: the {problem.what} is not finite"
     if skipped <= most:
         if log is not None:
-            log.bar.say(f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}")
+            log.bar.say(
+                f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}"
+            )
         return
     if log is None:
         raise SystemExit(2)  # process 0 says why

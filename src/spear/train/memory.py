@@ -76,7 +76,9 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
     another kind of recipe, or a batch that does not divide into `accumulate` pieces.
     """
     if stage.kind not in ("vla", "vlm"):
-        raise SpearError(f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe")
+        raise SpearError(
+            f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe"
+        )
     size, opt = preset(stage.preset), stage.optimization
     pieces = parallel.share(stage.batch_size, "batch_size", opt.accumulate)
     model = _empty_model(stage, size, as_on_gpu)
@@ -111,7 +113,9 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
         model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
-    return Memory(weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0)
+    return Memory(
+        weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0
+    )
 
 
 def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
@@ -135,9 +139,13 @@ def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
     if stage.kind == "vlm":
         return _question_loss(model, stage, size, pieces)
     actions = Action.from_vector(torch.zeros(pieces, size.horizon, ACTION_DIM))
-    total = model(**_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples).loss
+    total = model(
+        **_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples
+    ).loss
     if stage.question_images:
-        images = parallel.share(stage.question_images, "question_images", stage.optimization.accumulate)
+        images = parallel.share(
+            stage.question_images, "question_images", stage.optimization.accumulate
+        )
         total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)
     return total
 
@@ -160,7 +168,9 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     `SpearVLMForConditionalGeneration.forward` looks into its batch, and fake tensors have no contents.
     """
     view, (width, height) = next(iter(size.image_sizes.items()))
-    features, valid = vlm.encode_images({view: torch.zeros(images, 3, height, width, dtype=torch.uint8)})
+    features, valid = vlm.encode_images(
+        {view: torch.zeros(images, 3, height, width, dtype=torch.uint8)}
+    )
     owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
     ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
     hidden = vlm.run_text(features[owners], valid[owners], ids, keep_cache=False).hidden

@@ -57,13 +57,17 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
         if not any(matches(n, prefix) for n in names):
             tops = ", ".join(sorted({n.rsplit(".", 1)[0] for n in names})[:6])
-            raise SpearError(f"freeze schedule names {prefix!r}: no such module (there are {tops}, …)")
+            raise SpearError(
+                f"freeze schedule names {prefix!r}: no such module (there are {tops}, …)"
+            )
     for name, parameter in model.named_parameters():
         learns = not opt.trained or any(matches(name, p) for p in opt.trained)
         learns = learns and not any(matches(name, p) for p in opt.frozen)
         parameter.requires_grad_(learns or ".lora_" in name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise SpearError("nothing learns: every module is frozen: change the recipe's frozen or trained")
+        raise SpearError(
+            "nothing learns: every module is frozen: change the recipe's frozen or trained"
+        )
 
 
 def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
@@ -73,7 +77,9 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     Returns PEFT's view of the model, a `PeftModel`. Raises `SpearError` when PEFT is missing.
     """
     peft: Any = need("peft", "lora", "LoRA")
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated"
+    )  # PEFT asks for it
     return peft.PeftModel(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
 
 
@@ -102,7 +108,9 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization, part: Any = ()) ->
         if parameter.requires_grad:
             prefixes = [p for p in opt.lr_scale if matches(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
-            groups.setdefault((scale, parameter.ndim >= 2 and name not in part), []).append(parameter)
+            groups.setdefault((scale, parameter.ndim >= 2 and name not in part), []).append(
+                parameter
+            )
     settings = []
     for (scale, decays), params in sorted(groups.items(), key=lambda kv: kv[0]):
         rate = {"lr": opt.lr * scale, "peak": opt.lr * scale}
@@ -145,8 +153,12 @@ class Stepper:
         rows: Mapping[str, tuple[int, int]] = getattr(task, "learning_rows", {})
         self.optimizer = make_optimizer(self.model, opt, rows)
         self.learning = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.ema = {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
-        self.masks: dict[str, torch.Tensor] = {}  # [rows, 1]: 1 for the rows that learn, 0 for others
+        self.ema = (
+            {n: p.detach().clone() for n, p in self.learning.items()} if opt.ema > 0 else None
+        )
+        self.masks: dict[
+            str, torch.Tensor
+        ] = {}  # [rows, 1]: 1 for the rows that learn, 0 for others
         for name, (first, last) in rows.items():
             if self.model.get_parameter(name).requires_grad:
                 mask = torch.zeros(len(self.learning[name]), 1)
@@ -167,8 +179,12 @@ class Stepper:
         # Autocast's cache would keep a bfloat16 copy of every weight until the end of the forward pass.
         lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
         for number, batch in zip(parallel.numbers(step, len(batches)), batches, strict=True):
-            moved = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache):
+            moved = tree_map_only(
+                torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch
+            )
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=lower, cache_enabled=cache
+            ):
                 loss, parts = self.task.loss(moved, step_generator(self.seed, number, self.device))
             (loss / len(batches)).backward()
             values = {"loss": loss.detach(), **parts}
@@ -192,7 +208,9 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
             if math.isfinite(found["loss"]):
                 raise NotFinite("gradient", list(range(len(batches))), found)
-            raise NotFinite("loss", [i for i, piece in enumerate(said) if not piece[0].isfinite()], found)
+            raise NotFinite(
+                "loss", [i for i, piece in enumerate(said) if not piece[0].isfinite()], found
+            )
         self.optimizer.step()
         if self.ema is not None:
             decay = min(opt.ema, (1 + step) / (10 + step))

@@ -185,7 +185,12 @@ def _check(part: type, key: str, value: Any) -> None:
         # Through JSON, in which lists are tuples and whole numbers are numbers, but words and flags are not.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
-        words = [word for h in (hint, *get_args(hint)) if get_origin(h) is Literal for word in get_args(h)]
+        words = [
+            word
+            for h in (hint, *get_args(hint))
+            if get_origin(h) is Literal
+            for word in get_args(h)
+        ]
         if words:
             raise unknown_name(key, str(value), words) from error
         raise SpearError(f"recipe key {key} is {value!r}: {first_line(error)}") from error
@@ -234,19 +239,27 @@ def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
         start = "--init NAME to start from, or " if acts and not given.init else ""
         raise SpearError(f"recipe {name} needs {start}--labels FOLDER (see `spear label --help`)")
     if acts and given.labels and given.init and not stage.question_images:
-        raise SpearError(f"recipe {name} asks no questions: leave --labels out, or --set question_images=2")
+        raise SpearError(
+            f"recipe {name} asks no questions: leave --labels out, or --set question_images=2"
+        )
     if given.init and stage.kind in ("depth", "naming"):
         raise SpearError(f"recipe {name} begins with random weights: leave --init out")
     if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
-        where = "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
-        raise SpearError(f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage")
+        where = (
+            "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
+        )
+        raise SpearError(
+            f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage"
+        )
     silent = _ASKS if acts and not stage.question_images else ""
     opt, unused = stage.optimization, f"{UNUSED[stage.kind]} {silent}".split()
     unused += [] if stage.lora_rank else ["lora_alpha"]
     unused += ["final_lr"] if opt.schedule == "constant" else []
     part = opt.trained or opt.lr_scale  # all, where all learn
     still = [p for p in opt.lr_scale if any(matches(p, frozen) for frozen in opt.frozen)]
-    still += [p for p in opt.lr_scale if not any(matches(p, one) or matches(one, p) for one in part)]
+    still += [
+        p for p in opt.lr_scale if not any(matches(p, one) or matches(one, p) for one in part)
+    ]
     adapted = ("vlm.language_model" if acts else "language_model",) if stage.lora_rank else ()
     idle = [p for p in still if not any(matches(one, p) or matches(p, one) for one in adapted)]
     unused += ["lr_scale"] if idle else []
@@ -290,7 +303,9 @@ class TrainOptions(Options):
         super().__post_init__()
         if self.shares and len(self.shares) != len(self.episodes):
             count, folders = len(self.shares), len(self.episodes)
-            raise SpearError(f"--shares: {count}, folders of --episodes: {folders}: give one for each")
+            raise SpearError(
+                f"--shares: {count}, folders of --episodes: {folders}: give one for each"
+            )
 
 
 class PlanOptions(Options):

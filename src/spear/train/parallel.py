@@ -116,7 +116,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # on the CPU, so that it may take longer than NCCL would wait
+        dist.all_reduce(
+            torch.zeros(1)
+        )  # on the CPU, so that it may take longer than NCCL would wait
 
 
 def lost(error: RuntimeError) -> bool:
@@ -133,7 +135,9 @@ def shard(model: nn.Module, device: torch.device, lower: bool) -> None:
     leave their layer through a cache, past FSDP's hooks. Raises `SpearError` for single numbers.
     """
     if single := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
-        raise SpearError(f"parameter {single[0]}: a single number, never sharded: use --parallel ddp")
+        raise SpearError(
+            f"parameter {single[0]}: a single number, never sharded: use --parallel ddp"
+        )
     processes = init_device_mesh(device.type, (world(),))
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     gathered = torch.bfloat16 if lower and device.type != "cpu" else None
@@ -176,7 +180,9 @@ def unshard(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = full(parameter.detach())
             value = value.cpu() if rank() == 0 else value.to("meta")
-            module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+            module.register_parameter(
+                name, nn.Parameter(value, requires_grad=parameter.requires_grad)
+            )
         if isinstance(module, FSDPModule):
             kind: Any = type(module)
             module.__class__ = kind.__bases__[1]  # FSDP had put a class of its own before it

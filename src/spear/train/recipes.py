@@ -12,7 +12,9 @@ _EMPTY = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
 
 def _load() -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    for name, table in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items():
+    for name, table in tomllib.loads(
+        Path(__file__).with_suffix(".toml").read_text("utf-8")
+    ).items():
         like = found.get(table.pop("like", ""), _EMPTY)
         keys: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         found[name] = like.replaced(name=name, **keys)
@@ -32,5 +34,7 @@ def recipe(name: str, **changes: Any) -> Recipe:
     for key, value in changes.items():
         was = getattr(RECIPES[name], key, None) or getattr(RECIPES[name].optimization, key, None)
         if isinstance(value, dict) and value and (gone := dict(was or {}).keys() - value.keys()):
-            notice(f"{key} replaces all of recipe {name}'s: {', '.join(sorted(gone))} is not set any more")
+            notice(
+                f"{key} replaces all of recipe {name}'s: {', '.join(sorted(gone))} is not set any more"
+            )
     return found

@@ -46,7 +46,9 @@ def train(
     """
     how = how or RunOptions()
     found, key = newest(out / "checkpoints"), EPISODES[0]
-    if not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]:  # did not begin so
+    if (
+        not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]
+    ):  # did not begin so
         kept = [(name, store.demonstrations(), share) for name, store, share in inputs.episodes]
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
@@ -59,16 +61,22 @@ def train(
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
     earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
-    size = stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0  # `with_mistakes`
+    size = (
+        stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0
+    )  # `with_mistakes`
     otherwise = found is not None and earlier != found[1]["earlier"]
     was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
     notes = {
         f"training in float32, {why}": opt.precision != asked.precision,
-        f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate != asked.accumulate,
+        f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate
+        != asked.accumulate,
         f"goes on otherwise than before: {was}": otherwise,
-        f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0 < steps < asked.warmup,
+        f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0
+        < steps
+        < asked.warmup,
         f"committed learns from smaller mistakes: {size:g} samples in a piece": 0 < size < 4,
-        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded and single,
+        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded
+        and single,
     }
     for words in (w for w, so in notes.items() if so):
         notice(words)
@@ -82,7 +90,9 @@ def train(
         parallel.unshard(model)
     final, found = out / "final", newest(out / "checkpoints")
     if parallel.rank() == 0:
-        torch.nn.Module.to(model, "cpu", torch.float32)  # wherever and in whatever precision it was trained
+        torch.nn.Module.to(
+            model, "cpu", torch.float32
+        )  # wherever and in whatever precision it was trained
         learned = (begun_with or {}).get("learned", "").split()
         learned += (mark for _, store, _ in inputs.episodes for mark in store.marks())
         learned += samples.marks() if (samples := getattr(task, "questions", None)) else ()
@@ -90,7 +100,8 @@ def train(
             "recipe": dataclasses.asdict(stage),
             "earlier": earlier,  # what it said before it was changed
             "seed": how.seed,
-            "init": begun_with and {key: said for key, said in begun_with.items() if key != "learned"},
+            "init": begun_with
+            and {key: said for key, said in begun_with.items() if key != "learned"},
             "simulator_only": _simulator_only(inputs),
             "learned": " ".join(dict.fromkeys(learned)),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
@@ -104,7 +115,9 @@ def train(
         }
         with alone(out, "training into"):
             part = out / ".part-final"
-            if not final.is_dir() and (part / "recipe.json").is_file():  # it ended as this was put in place
+            if (
+                not final.is_dir() and (part / "recipe.json").is_file()
+            ):  # it ended as this was put in place
                 part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
             save(part)
@@ -113,7 +126,10 @@ def train(
                 (part / "recipe.json").replace(final / "recipe.json")
             else:
                 for own in final.glob("*"):  # a card, say
-                    if own.suffix not in (".json", ".safetensors") and not (part / own.name).exists():
+                    if (
+                        own.suffix not in (".json", ".safetensors")
+                        and not (part / own.name).exists()
+                    ):
                         (shutil.copytree if own.is_dir() else shutil.copy2)(own, part / own.name)
                 shutil.rmtree(final, ignore_errors=True)
                 part.replace(final)
@@ -125,7 +141,9 @@ def train(
 def _same(one: Path, other: Path) -> bool:
     """Whether two folders hold the same model; of large files `contents` sees but a part."""
     names = contents(one)
-    return names == contents(other) and all(filecmp.cmp(one / n, other / n, shallow=False) for n in names)
+    return names == contents(other) and all(
+        filecmp.cmp(one / n, other / n, shallow=False) for n in names
+    )
 
 
 def check(
@@ -155,18 +173,25 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
     marks: dict[str, str | None] = {}
     for name, folders in given.items():
-        for key, kinds in ((name, ("*.parquet", "*.safetensors")), (f"settings or words of {name}", TEXTS)):
+        for key, kinds in (
+            (name, ("*.parquet", "*.safetensors")),
+            (f"settings or words of {name}", TEXTS),
+        ):
             there = [folder for folder in folders if folder is not None]
             marks[key] = hash_ends(there, kinds)[:12] if there else None
     for name, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
         marks[f"weights of {name}"] = Shards.open(folder, name).digest()[:12] if folder else None
-    opt = {k: getattr(stage.optimization, k) for k in ("frozen", "trained")}  # else averages would be lost
+    opt = {
+        k: getattr(stage.optimization, k) for k in ("frozen", "trained")
+    }  # else averages would be lost
     return plain({**recipe, **opt, **_of_episodes(inputs), **marks})
 
 
 def _of_episodes(inputs: Inputs) -> dict[str, Any]:
     """The part of `_about` that the episodes have, without a look at other files."""
-    stores = [[n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}"] for n, s, w in inputs.episodes]
+    stores = [
+        [n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}"] for n, s, w in inputs.episodes
+    ]
     shown = [s.digest(seen=True)[:12] for _, s, _ in inputs.episodes]
     return dict(zip(EPISODES, (stores, shown), strict=True))
 
@@ -174,9 +199,13 @@ def _of_episodes(inputs: Inputs) -> dict[str, Any]:
 def _simulator_only(inputs: Inputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
     shards = [path for folder in inputs.labels for path in below(folder, "labels*.parquet")]
-    sources = [s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]]
+    sources = [
+        s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]
+    ]
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
-    before = all(simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None)
+    before = all(
+        simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None
+    )
     return before and all(source.startswith(("sim:", "sim/")) for source in sources)
 
 
@@ -187,13 +216,20 @@ def mixture(
 
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
     """
-    names, sources = [*map(dataset_name, folders)], [store.source(0).partition("/")[0] for store in stores]
+    names, sources = (
+        [*map(dataset_name, folders)],
+        [store.source(0).partition("/")[0] for store in stores],
+    )
     known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
     chosen = list(shares) or (known if all(known) else [1.0] * len(stores))
     if len(stores) > 1 and is_first_process():
-        parts = (f"{name} {share / sum(chosen):.1%}" for name, share in zip(names, chosen, strict=True))
+        parts = (
+            f"{name} {share / sum(chosen):.1%}" for name, share in zip(names, chosen, strict=True)
+        )
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
         marks = [mark for store in stores for mark in {*store.marks()}]
         if twice := len(marks) - len({*marks}):
-            notice(f"more than one dataset has {twice} of the episodes, which count in each: give them once")
+            notice(
+                f"more than one dataset has {twice} of the episodes, which count in each: give them once"
+            )
     return list(zip(names, stores, chosen, strict=True))

@@ -54,7 +54,9 @@ class DepthTask:
     def batch(self, step: int) -> Batch:
         """uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4]."""
         rng = np.random.default_rng((self.seed, step))
-        images = self.views["wrist" if "wrist" in self.views and rng.random() < 0.25 else min(self.views)]
+        images = self.views[
+            "wrist" if "wrist" in self.views and rng.random() < 0.25 else min(self.views)
+        ]
         rows = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in rows]
         depth = torch.from_numpy(np.stack([depth for _, depth in rows])).float()
@@ -80,12 +82,17 @@ class PatchTask:
         """Arguments of `PatchClassification.forward`."""
         rng = np.random.default_rng((self.seed, 2, step))
         view = "wrist" if "wrist" in self.views and rng.random() < 0.25 else min(self.views)
-        rows = [self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)]
+        rows = [
+            self.views[view][int(i)] for i in rng.integers(len(self.views[view]), size=self.images)
+        ]
         images, *targets = zip(*rows, strict=True)
         jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
         pixels = torch.stack([self.processor.image(image, view) for image in jittered])
         columns = (torch.from_numpy(np.stack(column)) for column in targets)
-        return {"pixels": pixels, **dict(zip(("shown", "cells", "centre", "largest"), columns, strict=True))}
+        return {
+            "pixels": pixels,
+            **dict(zip(("shown", "cells", "centre", "largest"), columns, strict=True)),
+        }
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Names and centres."""
@@ -93,7 +100,9 @@ class PatchTask:
         return output.loss, output.parts
 
 
-def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]) -> Targets:
+def patch_targets(
+    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
+) -> Targets:
     """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
     largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
     rows, columns = size[1] // patch, size[0] // patch
@@ -110,7 +119,9 @@ def patch_targets(label: LabeledImage, names: Sequence[str], patch: int, size: t
             grey = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
             mask = fit_image(grey, size[1], size[0])[..., 0] / np.float32(255)
         mask = mask[: rows * patch, : columns * patch]
-        fine = mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+        fine = (
+            mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+        )
         share = fine.mean((2, 3))
         if o.name in names:
             name = names.index(o.name)
@@ -137,7 +148,11 @@ many groups, saves up to a quarter of the work, if there are so many texts in ea
 
 def length_groups(model: torch.nn.Module, batch: Batch) -> int:
     """How many groups the texts of a batch run in; 1 if sharded: all processes run as many layers."""
-    return 1 if is_sharded(model) else min(LENGTH_GROUPS, max(1, len(batch["input_ids"]) // GROUP_ROWS))
+    return (
+        1
+        if is_sharded(model)
+        else min(LENGTH_GROUPS, max(1, len(batch["input_ids"]) // GROUP_ROWS))
+    )
 
 
 def view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
@@ -153,7 +168,9 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     """
 
     def compact(label: LabeledImage) -> LabeledImage:
-        kept = (dataclasses.replace(o, mask=array("i", o.mask)) for o in label.objects)  # a tenth of a list
+        kept = (
+            dataclasses.replace(o, mask=array("i", o.mask)) for o in label.objects
+        )  # a tenth of a list
         return dataclasses.replace(label, objects=tuple(kept))
 
     found: dict[str, list[LabeledImage]] = {}
@@ -163,7 +180,9 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
             found.setdefault(view, []).extend(compact(one) for one in read(path))
     every = [one for labels in found.values() for one in labels]
     if len(units := {one.unit for one in every}) > 1:
-        raise SpearError(f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time")
+        raise SpearError(
+            f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time"
+        )
     of_all = f"of {counted(len(every), 'labelled images')}"
     if tests := sum(kept_for_testing(one.source) for one in every):
         notice(f"{tests:,} {of_all} from scenes kept for testing")
@@ -183,7 +202,9 @@ def load_depth(
         found[view] = [image for folder in having for image in read_depth(folder / "depth" / view)]
         if [image for image, _ in found[view]] != [label.image for label in known]:
             what = f"depth/{view} is of other images than the labels"
-            raise SpearError(f"{', '.join(map(str, having))}: {what}: run `spear label --scenes` again")
+            raise SpearError(
+                f"{', '.join(map(str, having))}: {what}: run `spear label --scenes` again"
+            )
     return found
 
 
@@ -215,7 +236,9 @@ class QuestionSamples:
             if outside > OUTSIDE:
                 what = f"{outside:.0%} of the {view} labels' numbers lie outside of the 3D tokens"
                 cure = f"a VLM's recipe fits new ones with --set bins={tokens.bins}"
-                notice(f"{what}, {low:.2g} … {high:.2g} {tokens.unit}, and are learned as their ends: {cure}")
+                notice(
+                    f"{what}, {low:.2g} … {high:.2g} {tokens.unit}, and are learned as their ends: {cure}"
+                )
 
     @functools.cached_property
     def wrist(self) -> float:
@@ -232,7 +255,9 @@ class QuestionSamples:
         while len(pixels) < self.images:
             if (tries := tries + 1) > TRIES * (self.images + len(owners)):
                 kinds = ", ".join(dict.fromkeys(self.mix.families))
-                raise SpearError(f"hardly any of these images can be asked about {kinds}: add families")
+                raise SpearError(
+                    f"hardly any of these images can be asked about {kinds}: add families"
+                )
             row = int(rng.integers(len(labels)))
             label = labels[row]
             depth = None if self.depth is None else self.depth[view][row][1]
@@ -244,7 +269,9 @@ class QuestionSamples:
                 image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
             owners += [len(pixels)] * len(asked)
             pixels.append(self.processor.image(image, view))
-            questions += [self.processor.framed_question(one, image.shape[1::-1], view) for one in asked]
+            questions += [
+                self.processor.framed_question(one, image.shape[1::-1], view) for one in asked
+            ]
         images = {"pixel_values": {view: torch.stack(pixels)}, "image_index": torch.tensor(owners)}
         return {**images, **self.processor.questions(questions)}
 
@@ -258,7 +285,9 @@ def fit_coordinates(
     labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
 ) -> CoordinateTokenizer:
     """3D tokens fitted to the answers about `labels` (20,000 at most), which have one unit."""
-    return CoordinateTokenizer.fit(answers(labels, seed, 20_000, FAMILIES), bins, labels[0].unit, spacing)
+    return CoordinateTokenizer.fit(
+        answers(labels, seed, 20_000, FAMILIES), bins, labels[0].unit, spacing
+    )
 
 
 def answers(labels: Sequence[LabeledImage], seed: int, most: int, families: Sequence[str]) -> Array:
@@ -273,7 +302,10 @@ class VlmTask:
     """The questions' loss; with `coordinate_rows_only` only the 3D tokens' rows of the embeddings learn."""
 
     def __init__(
-        self, model: SpearVLMForConditionalGeneration, samples: QuestionSamples, coordinate_rows_only: bool
+        self,
+        model: SpearVLMForConditionalGeneration,
+        samples: QuestionSamples,
+        coordinate_rows_only: bool,
     ) -> None:
         self.model, self.questions, self.batch = model, samples, samples.batch
         ids = model.config.coordinate_ids
@@ -299,7 +331,9 @@ class VlaTask:
 
     def batch(self, step: int) -> Batch:
         """Network inputs of one step: pixels, prompt, state, action chunk and mask; and questions."""
-        batch = robot_inputs(self.processor, self.normalizer, self.samples.batch(step, self.stage.batch_size))
+        batch = robot_inputs(
+            self.processor, self.normalizer, self.samples.batch(step, self.stage.batch_size)
+        )
         if self.questions is not None:
             batch["questions"] = self.questions.batch(step)
         return batch
@@ -320,18 +354,25 @@ class VlaTask:
 
 def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str, Any]) -> Batch:
     """A batch of `TrainingSamples` as network inputs, each row normalised as its dataset is."""
-    tensors = {k: torch.from_numpy(np.ascontiguousarray(raw[k])) for k in ("position", "rotation", "gripper")}
+    tensors = {
+        k: torch.from_numpy(np.ascontiguousarray(raw[k]))
+        for k in ("position", "rotation", "gripper")
+    }
     vectors = torch.from_numpy(raw["action"])
     action, state = torch.empty_like(vectors), torch.empty(len(vectors), STATE_VECTOR_DIM)
     kinds = list(normalizer.datasets.values())
     for index, own in enumerate(kinds or [normalizer]):
         rows = torch.from_numpy(raw["dataset"] == index if kinds else np.ones(len(vectors), bool))
         action[rows] = own.normalize_action(Action.from_vector(vectors[rows])).to_vector()
-        position, rotation, gripper = (tensors[k][rows] for k in ("position", "rotation", "gripper"))
+        position, rotation, gripper = (
+            tensors[k][rows] for k in ("position", "rotation", "gripper")
+        )
         state[rows] = own.state_vector(position, rotation, gripper[..., None])
     return {
         # The network turns them round in memory: here that would take half the time of decoding them.
-        "pixel_values": {k: torch.from_numpy(v).permute(0, 3, 1, 2) for k, v in raw["images"].items()},
+        "pixel_values": {
+            k: torch.from_numpy(v).permute(0, 3, 1, 2) for k, v in raw["images"].items()
+        },
         "view_mask": {k: torch.from_numpy(v) for k, v in raw["views"].items()},
         "state": state,
         "actions": action,

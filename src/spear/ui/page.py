@@ -45,7 +45,8 @@ MOST_TABS, PAUSE_S = 8, 0.01
 """Open at a time; after each answer a tab is not heard for so long: one that is dragged through a recording
 would else send more than the server's `MOST_SMALL` messages (our choice)."""
 POLICY = (
-    "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'self'"
 )
 
 
@@ -54,7 +55,12 @@ class Page:
     shelf: episodes to replay."""
 
     def __init__(
-        self, policy: Spear1Policy, name: str, token: str | None, max_bytes: int, shelf: Shelf | None = None
+        self,
+        policy: Spear1Policy,
+        name: str,
+        token: str | None,
+        max_bytes: int,
+        shelf: Shelf | None = None,
     ) -> None:
         self._studio = Studio(policy, name, shelf)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
@@ -106,7 +112,9 @@ class Page:
         response = _response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
-            response.headers["Set-Cookie"] = f"{self._cookie(request)}; Path=/; HttpOnly; SameSite=Strict"
+            response.headers["Set-Cookie"] = (
+                f"{self._cookie(request)}; Path=/; HttpOnly; SameSite=Strict"
+            )
         return response
 
     def _door(self, words: str) -> Response:
@@ -209,7 +217,9 @@ class Session:
         finally:
             await self._send({"running": False})
 
-    async def _work(self, job: Callable[[Mapping[str, Any]], View], request: Mapping[str, Any]) -> View:
+    async def _work(
+        self, job: Callable[[Mapping[str, Any]], View], request: Mapping[str, Any]
+    ) -> View:
         return await asyncio.get_running_loop().run_in_executor(self._thread, job, request)
 
     async def _send(self, view: View) -> None:

@@ -48,7 +48,9 @@ class Scene:
 
     kind, rate_hz = "simulator", RATE_HZ
 
-    def __init__(self, family: str, seed: int, policy: Spear1Policy, again: Again = ({}, None)) -> None:
+    def __init__(
+        self, family: str, seed: int, policy: Spear1Policy, again: Again = ({}, None)
+    ) -> None:
         settings, self._recorded = again
         self._policy, self._sizes = policy, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"])
@@ -68,7 +70,8 @@ class Scene:
             "instruction": world.spec.instruction,
             "objects": [body.kind.name for body in world.bodies],
             "limit": MAX_STEPS,
-            "recorded": was and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
+            "recorded": was
+            and f"recorded: {'success' if was.success else 'failure'}, {was.steps} steps",
         }
 
     def execute(self, action: Array, told: str) -> None:
@@ -79,7 +82,10 @@ class Scene:
 
     def observation(self, step: int) -> View:
         """What the policy sees at a step, with the noise that an evaluation of this scene draws there."""
-        return {**shown_to(self._policy, self._steps[step][0]), "seed": 1000 * self._env.seed + step}
+        return {
+            **shown_to(self._policy, self._steps[step][0]),
+            "seed": 1000 * self._env.seed + step,
+        }
 
     def look(self, step: int) -> View:
         """The scene at a step, for the page."""
@@ -90,7 +96,9 @@ class Scene:
         world, sizes, step = self._env.world, self._sizes, self._env.steps
         views = []
         for camera in (c for c in SHOWN_WIDTHS if c in cameras(self._policy)):
-            scale = max(1, round(SHOWN_WIDTHS[camera] / sizes[camera][0]))  # whole multiples of what it sees
+            scale = max(
+                1, round(SHOWN_WIDTHS[camera] / sizes[camera][0])
+            )  # whole multiples of what it sees
             views.append((camera, (sizes[camera][0] * scale, sizes[camera][1] * scale)))
         external, *wrist = map(_jpeg, own_renderer().images(world, views))
         width, height = views[0][1]
@@ -100,11 +108,17 @@ class Scene:
         for index, body in enumerate(world.bodies, 1):
             vertices = order_vertices((corners[index] - pose[:3, 3]) @ pose[:3, :3])
             things.append({"name": body.kind.name, "vertices": vertices.tolist()})
-        status = {"reached": "reached", "grasped": "grasped", "wrong_object_moved": "moved something else"}
+        status = {
+            "reached": "reached",
+            "grasped": "grasped",
+            "wrong_object_moved": "moved something else",
+        }
         said = [words for key, words in status.items() if info.get(key)]
         ended = "success" if info.get("success") else "time is up" if step >= MAX_STEPS else None
         if ended and (was := self._recorded):  # on another processor it may end differently
-            same = step == was.steps and all(bool(info[key]) == getattr(was, key) for key in MILESTONES)
+            same = step == was.steps and all(
+                bool(info[key]) == getattr(was, key) for key in MILESTONES
+            )
             said.append("as recorded" if same else "not as recorded")
         return {
             "images": {"external": external, "wrist": wrist[0] if wrist else None},
@@ -112,7 +126,9 @@ class Scene:
             "step": step,
             "outcome": ended,
             "milestones": said,
-            "told": told if told == (task := world.spec.instruction) else f"{told} (judged by: {task})",
+            "told": told
+            if told == (task := world.spec.instruction)
+            else f"{told} (judged by: {task})",
             "gripper": _gripper(seen["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in LINKS],
             "things": things,
@@ -153,7 +169,9 @@ class Recording:
         pictures = {camera_key(view): self.picture(step, view) for view in self.views}
         seen = {key: picture for key, picture in pictures.items() if picture is not None}
         if "observation/image" not in seen:
-            raise SpearError(f"{self.name}: there is no picture of the external camera at step {step}")
+            raise SpearError(
+                f"{self.name}: there is no picture of the external camera at step {step}"
+            )
         return {**seen, "observation/state": self.states[step], "seed": step}
 
     def look(self, step: int) -> View:
@@ -180,7 +198,9 @@ class Shelf:
         if shard_files(folder):
             self._held = store = EpisodeStore(folder)
             first = [store.without_images(i) for i in range(min(len(store), MOST_LISTED))]
-            self._titles = [f"{i} · {SAID[e.success]}{e.instruction[:80]}" for i, e in enumerate(first)]
+            self._titles = [
+                f"{i} · {SAID[e.success]}{e.instruction[:80]}" for i, e in enumerate(first)
+            ]
         elif results.journals(folder) or (folder / "results.json").is_file():
             found = results.load(folder)
             self._policy, self._settings = found.policy, found.settings
@@ -204,7 +224,9 @@ class Shelf:
                 data = held.image(number, step, camera)
                 return None if data is None else decode_image(data, f"{e.source} step {step}")
 
-            states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(np.float32)
+            states = np.concatenate([e.position, e.rotation, e.gripper[:, None]], 1).astype(
+                np.float32
+            )
             return Recording(
                 kind="recording",
                 name=f"episode-{number}",
@@ -233,7 +255,11 @@ def whole(what: str, value: object, most: int) -> int:
 
 
 def _gripper(state: Array) -> View:
-    return {"position": state[:3].tolist(), "rotation": state[3:7].tolist(), "opening": float(state[7])}
+    return {
+        "position": state[:3].tolist(),
+        "rotation": state[3:7].tolist(),
+        "opening": float(state[7]),
+    }
 
 
 def _jpeg(image: Array) -> str:

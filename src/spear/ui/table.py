@@ -74,7 +74,10 @@ class Table:
 
     def reset(self, request: Request) -> View:
         """The start of a scene, by its family and seed."""
-        family, seed = str(request.get("family"))[:40], whole("seed", request.get("seed"), LARGEST_SEED)
+        family, seed = (
+            str(request.get("family"))[:40],
+            whole("seed", request.get("seed"), LARGEST_SEED),
+        )
         return self._begin(Scene(family, seed, self._studio.policy))
 
     def open(self, request: Request) -> View:
@@ -87,7 +90,9 @@ class Table:
         """A photo, as the data of its file."""
         pixels = load_image(request["data"], "the image", tools.LONGEST_SIDE)
         seen = {"external": tools.image({"the image": pixels}, "the image")}
-        photo = Recording(kind="photo", name="photo", picture=lambda _, view: seen.get(view), states=NEUTRAL)
+        photo = Recording(
+            kind="photo", name="photo", picture=lambda _, view: seen.get(view), states=NEUTRAL
+        )
         return self._begin(photo)
 
     def instruct(self, request: Request) -> View:
@@ -116,7 +121,9 @@ class Table:
             raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
         if scene.executor.wants():
-            actions, view["chunk"] = self._predict({**scene.observation(step), **scene.executor.told()}, step)
+            actions, view["chunk"] = self._predict(
+                {**scene.observation(step), **scene.executor.told()}, step
+            )
             scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
             self._told = self._instruction
         scene.execute(scene.executor.next(), self._told)
@@ -139,7 +146,9 @@ class Table:
         absent = ask.missing(vlm, image, names) if trust and trust.tells_absent else {}
         there = [name for name in names if name not in absent]
         prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in there]
-        answers = vlm.answer([image] * len(there), prompts, family, distributions=True) if there else []
+        answers = (
+            vlm.answer([image] * len(there), prompts, family, distributions=True) if there else []
+        )
         elapsed = time.perf_counter() - started
         metric = vlm.processor.coordinates.unit == "metre"
         things = scene.look(step).get("things", ()) if metric else ()
@@ -148,7 +157,11 @@ class Table:
         for name, answer in zip(there, answers, strict=True):
             vertices = np.reshape(answer.values, (8, 3))
             true = truth.get(name)
-            off = None if true is None else 1000 * float(np.linalg.norm(vertices.mean(0) - true.mean(0)))
+            off = (
+                None
+                if true is None
+                else 1000 * float(np.linalg.norm(vertices.mean(0) - true.mean(0)))
+            )
             within = None
             if metric and trust and answer.distribution is not None and family in trust.factors:
                 low, high = trust.interval(family, answer.distribution)
@@ -175,17 +188,28 @@ class Table:
             for look in map(scene.look, range(newest + 1)):
                 if not self._alive():
                     raise SpearError("the film: nobody waits for it any more")
-                data = [base64.b64decode(uri.partition(",")[2]) for uri in look["images"].values() if uri]
+                data = [
+                    base64.b64decode(uri.partition(",")[2])
+                    for uri in look["images"].values()
+                    if uri
+                ]
                 external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
-                yield video.compose(external, wrist[0] if wrist else None, look["told"] or "", ended)
+                yield video.compose(
+                    external, wrist[0] if wrist else None, look["told"] or "", ended
+                )
 
         data = video.encode(frames(), scene.rate_hz)
         return {"film": {"name": f"{scene.name}.mp4", "data": base64.b64encode(data).decode()}}
 
     def _begin(self, scene: Scene | Recording) -> View:
         about = {"source": scene.kind, "rate_hz": scene.rate_hz}
-        view = {**NOTHING_YET, **about, **scene.begins(), **scene.look(0)}  # else the last one stays
+        view = {
+            **NOTHING_YET,
+            **about,
+            **scene.begins(),
+            **scene.look(0),
+        }  # else the last one stays
         self._scene, self._asked = scene, []
         self._instruction = view["instruction"] or self._instruction  # a photo brings none
         return view

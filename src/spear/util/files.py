@@ -28,7 +28,9 @@ def writing(path: Path) -> Iterator[None]:
             raise SpearError(f"{path}: {FULL_DISK}") from error
         if file := next((parent for parent in path.parents if parent.is_file()), None):
             raise SpearError(f"{file}: is a file, not a folder: give another name") from error
-        raise SpearError(f"{path}: cannot be written, {error.strerror or error}: check the folder") from error
+        raise SpearError(
+            f"{path}: cannot be written, {error.strerror or error}: check the folder"
+        ) from error
 
 
 def check_writable(path: Path) -> None:
@@ -37,7 +39,9 @@ def check_writable(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if path.is_file() or not path.exists():
-            tempfile.TemporaryFile(dir=next(one for one in path.resolve().parents if one.exists())).close()
+            tempfile.TemporaryFile(
+                dir=next(one for one in path.resolve().parents if one.exists())
+            ).close()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -83,7 +87,9 @@ def check_new(folder: Path) -> None:
     if folder.exists() and folder.samefile("."):
         raise SpearError(f"{folder}: is the folder that you are in: give a new one in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SpearError(f"{folder} is there already, and not empty: give a new folder, or remove it")
+        raise SpearError(
+            f"{folder} is there already, and not empty: give a new folder, or remove it"
+        )
 
 
 def check_own(folder: Path, mark: str, action: str) -> None:

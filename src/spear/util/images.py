@@ -26,7 +26,9 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
     if encoded.startswith(IMAGE_BEGINS[0]):
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+            if colours in ("YCbCr", "RGB", "Gray") and height * width <= (
+                Image.MAX_IMAGE_PIXELS or 0
+            ):
                 fits = out is not None and out.shape == (height, width, 3)
                 found = simplejpeg.decode_jpeg(encoded, buffer=out if fits else None)
                 return out if out is not None and fits else np.asarray(found)
@@ -59,7 +61,9 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
 
     _, left, top, across, down = placed((w, h), (width, height))
     planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    scaled = torch.nn.functional.interpolate(planes, (down, across), mode="bilinear", antialias=True)
+    scaled = torch.nn.functional.interpolate(
+        planes, (down, across), mode="bilinear", antialias=True
+    )
     around = (left, width - across - left, top, height - down - top) if bars else (0, 0)
     return torch.nn.functional.pad(scaled[0], around).permute(1, 2, 0).numpy()
 
@@ -132,21 +136,31 @@ def load_oriented(
                 raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
             said = image.getexif().get(ExifTags.Base.Orientation, 1)
             image.load()
-            if stored and said != image.getexif().get(ExifTags.Base.Orientation, 1):  # a TIFF turns by itself
-                image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(said, said)  # so: back
+            if stored and said != image.getexif().get(
+                ExifTags.Base.Orientation, 1
+            ):  # a TIFF turns by itself
+                image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(
+                    said, said
+                )  # so: back
                 stored = False
             seen = _rgb(image if stored else ImageOps.exif_transpose(image), name)
-            return np.array(seen), said in (2, 3, 4) or (said in (5, 6, 7, 8) and seen.width == seen.height)
+            return np.array(seen), said in (2, 3, 4) or (
+                said in (5, 6, 7, 8) and seen.width == seen.height
+            )
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds
         reason = first_line(error).partition(" <_io.")[0]
-        raise SpearError(f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG") from error
+        raise SpearError(
+            f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG"
+        ) from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
-        raise SpearError(f"{name}: floating-point pixels: convert it to 8 bits, as you want it to look")
+        raise SpearError(
+            f"{name}: floating-point pixels: convert it to 8 bits, as you want it to look"
+        )
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:

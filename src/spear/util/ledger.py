@@ -45,7 +45,9 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            raise SpearError(f"{path}: cannot be locked ({error.strerror}): use another disk") from error
+            raise SpearError(
+                f"{path}: cannot be locked ({error.strerror}): use another disk"
+            ) from error
         _held.add(file)
         try:
             yield True
@@ -67,7 +69,11 @@ def alone(folder: Path, doing: str, *marks: str, name: str = ".lock") -> Iterato
         try:
             yield
         except BaseException:
-            kept = (path for path in folder.rglob("*") if path.is_file() and path.name not in (name, *marks))
+            kept = (
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and path.name not in (name, *marks)
+            )
             if new and not any(kept):
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -86,8 +92,14 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     they do: "data is not what it was". Empty when they are the same."""
     theirs, ours = plain(theirs), plain(ours)
     pairs = {key: (theirs.get(key), ours.get(key)) for key in sorted({*theirs, *ours})}
-    apart = {key: f"{json.dumps(a)} there, {json.dumps(b)} here" for key, (a, b) in pairs.items() if a != b}
-    readable = {k: "not what it was" if _UNREADABLE.search(words) else words for k, words in apart.items()}
+    apart = {
+        key: f"{json.dumps(a)} there, {json.dumps(b)} here"
+        for key, (a, b) in pairs.items()
+        if a != b
+    }
+    readable = {
+        k: "not what it was" if _UNREADABLE.search(words) else words for k, words in apart.items()
+    }
     return "; ".join(f"{key} is {words}" for key, words in readable.items())
 
 
@@ -128,7 +140,9 @@ class Skipped:
         bad, seen = len(self.reasons), good + len(self.reasons)
         if bad > self.limit * seen and (finished or seen >= self.patience):
             what = f"too many bad {self.unit}: {bad} of {seen} (more than {self.limit:.0%})"
-            raise SpearError(f"{what}; the last one: {self.reasons[-1]}: mend the input, or leave them out")
+            raise SpearError(
+                f"{what}; the last one: {self.reasons[-1]}: mend the input, or leave them out"
+            )
 
 
 def below(folder: Path, kind: str) -> list[Path]:

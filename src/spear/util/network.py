@@ -22,14 +22,18 @@ def unreachable(url: str) -> str | None:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
+            with urllib.request.urlopen(
+                urllib.request.Request(url, method="HEAD"), timeout=PATIENCE
+            ):
                 found.append("")
         except urllib.error.HTTPError as error:
             found.append(str(error) if error.code in (502, 503, 504) else "")
         except (OSError, ValueError) as error:
             found.append(first_line(error))
 
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name can take longer than the time-out
+    thread = threading.Thread(
+        target=ask, daemon=True
+    )  # looking up a name can take longer than the time-out
     thread.start()
     thread.join(PATIENCE)
     return (found[0] if found else f"no answer within {PATIENCE:.0f} s") or None
@@ -56,7 +60,9 @@ def need_on_hub(model: str, instead: str) -> None:
 
     if not is_hub_name(model) or Path(model).exists():
         return
-    cached = Path(constants.HF_HUB_CACHE, f"models--{model.partition('@')[0].replace('/', '--')}").is_dir()
+    cached = Path(
+        constants.HF_HUB_CACHE, f"models--{model.partition('@')[0].replace('/', '--')}"
+    ).is_dir()
     if not cached and (why := hub_unreachable()):
         lacks = f"cannot get {model} from the Hugging Face Hub ({why}), and it is not in the cache"
         raise SpearError(f"{lacks}: check the network, or give {instead}")

@@ -44,7 +44,9 @@ class Options:
             for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within)):
                 for number in value if isinstance(value, tuple) else (value,):
                     if isinstance(number, int | float) and not mark.least <= number <= mark.most:
-                        bound = f"most {mark.most:g}" if number > mark.most else f"least {mark.least:g}"
+                        bound = (
+                            f"most {mark.most:g}" if number > mark.most else f"least {mark.least:g}"
+                        )
                         raise SpearError(f"{option_name(name)} {number:g}: give at {bound}")
 
 
@@ -64,7 +66,10 @@ def option_names(options: type) -> list[str]:
     What stands below each field becomes its help, as one paragraph: tyro by itself keeps the line breaks.
     """
     found = []
-    hints, types = typing.get_type_hints(options, include_extras=True), typing.get_type_hints(options)
+    hints, types = (
+        typing.get_type_hints(options, include_extras=True),
+        typing.get_type_hints(options),
+    )
     inherited = (parse_from_object(kind).params for kind in options.__mro__[-2::-1])
     said = {param.arg_name: param.description for params in inherited for param in params}
     for field in dataclasses.fields(options):
@@ -88,14 +93,18 @@ Seed = Annotated[int, Within(0), arg(help="The same seed gives the same result."
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
 _HALF = "Precision of the weights: bfloat16 takes half the memory of float32."
 Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_HALF)]
-Policy = Annotated[str, arg(help="nano (comes with this package) or a folder with a trained policy.")]
+Policy = Annotated[
+    str, arg(help="nano (comes with this package) or a folder with a trained policy.")
+]
 _MODEL = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
 Model = Annotated[str, arg(help=_MODEL)]
 _UNITS = "Of a policy whose training datasets were each normalised by itself: whose units to use."
 Dataset = Annotated[str | None, arg(metavar="NAME", help=_UNITS)]
 _LAYOUT = "What the dataset's columns mean, as JSON, when its folder has no spear.json."
 Layout = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT)]
-Split = Annotated[str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")]
+Split = Annotated[
+    str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")
+]
 _CHANGES = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4."
 Changes = Annotated[tuple[str, ...], arg(help=_CHANGES)]
 

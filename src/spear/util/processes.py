@@ -43,7 +43,9 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
         if not begun.is_set():
             raise SpearError(NOT_BEGUN) from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
-    except BaseException:  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
+    except (
+        BaseException
+    ):  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
         os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
         _forkserver._stop()  # type: ignore[attr-defined]  # until it is gone: the next pool has another
         for worker in [*executor._processes.values()]:

@@ -44,7 +44,9 @@ def break_image(folder: Path) -> None:
 def no_steps(folder: Path) -> None:
     (file,) = (folder / "data").rglob("*.parquet")
     table = pq.read_table(file)
-    pq.write_table(table.filter(pa.array([i != 1 for i in table["episode_index"].to_pylist()])), file)
+    pq.write_table(
+        table.filter(pa.array([i != 1 for i in table["episode_index"].to_pylist()])), file
+    )
     (meta,) = (folder / "meta/episodes").rglob("*.parquet")
     rows = pq.read_table(meta).to_pylist()
     rows[1]["length"] = 0
@@ -57,12 +59,21 @@ def no_steps(folder: Path) -> None:
         (break_image, "set/train#1 step 2 camera 'external'"),
         (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
         (lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}), "empty image: set/train#1 step 4"),
-        (lambda f: set_cells(f, STATE, {4: None}), "no column 'observation/state[0:3]': set/train#1"),
+        (
+            lambda f: set_cells(f, STATE, {4: None}),
+            "no column 'observation/state[0:3]': set/train#1",
+        ),
         (lambda f: set_cells(f, "timestamp", {4: None}), "broken rows: set#1"),
         (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
-        (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)), "empty instruction: set/train#1"),
+        (
+            lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)),
+            "empty instruction: set/train#1",
+        ),
         (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
-        (lambda f: set_cells(f, STATE, OVER), "jump: set/train#1 step 3: the end-effector is turned by"),
+        (
+            lambda f: set_cells(f, STATE, OVER),
+            "jump: set/train#1 step 3: the end-effector is turned by",
+        ),
         (no_steps, "empty episode: set#1"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value),

@@ -39,7 +39,9 @@ def raw(shared: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_the_library_wrote_is_read_exactly(lerobot: Path, raw: list[Any], version: str) -> None:
+def test_what_the_library_wrote_is_read_exactly(
+    lerobot: Path, raw: list[Any], version: str
+) -> None:
     folder = open_lerobot(lerobot / version)
     assert folder.info.codebase_version == version[:4] and folder.info.fps == 5
     assert folder.lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
@@ -80,7 +82,9 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     listed = folder / "meta/episodes.jsonl"
     listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))  # in whatever order
     change_rows(data / "episode_000002.parquet", lambda t: t.slice(0, 9))
-    (data / "episode_000003.parquet").write_bytes((data / "episode_000003.parquet").read_bytes()[:900])
+    (data / "episode_000003.parquet").write_bytes(
+        (data / "episode_000003.parquet").read_bytes()[:900]
+    )
     (videos / "episode_000004.mp4").unlink()
     video = (videos / "episode_000005.mp4").read_bytes()
     (videos / "episode_000005.mp4").write_bytes(video[: len(video) // 2])
@@ -93,7 +97,9 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
     assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 7)]
     named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4", "state")
-    assert all(name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True))
+    assert all(
+        name in reason and "\n" not in reason for reason, name in zip(reasons, named, strict=True)
+    )
 
 
 def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
@@ -103,7 +109,10 @@ def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
     for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0), (6, 0.0, 0)):
         copy = shutil.copytree(folder, tmp_path / f"{rate}-{gap}" / "set")
         times = np.tile(np.arange(6) / 5, 2) + gap * (np.arange(12) > 8)
-        place, column = pq.read_schema(data).get_field_index("timestamp"), pa.array(times, pa.float32())
+        place, column = (
+            pq.read_schema(data).get_field_index("timestamp"),
+            pa.array(times, pa.float32()),
+        )
         changed = pq.read_table(data).set_column(place, "timestamp", column)
         pq.write_table(changed, copy / data.relative_to(folder))
         edit(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
@@ -146,13 +155,19 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
         edit(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
         with pytest.warns(Notice, match="splits"):
             assert open_lerobot(folder).lengths["train"] == int(splits["train"][2:])
-    for name, key in (("tasks", "task_index"), ("episodes", "episode_index"), ("episodes", "length")):
+    for name, key in (
+        ("tasks", "task_index"),
+        ("episodes", "episode_index"),
+        ("episodes", "length"),
+    ):
         file = copied(lerobot / "v2.1_video", tmp_path / key) / f"meta/{name}.jsonl"
         lines = file.read_text().splitlines()
         file.write_text("\n".join([lines[1], *lines[1:]]).replace('"length": 10', '"length": -1'))
         refuses(key, open_lerobot, tmp_path / key)
     folder = copied(lerobot / "v3.0_image", tmp_path / "columns")
-    change_rows(folder / "meta/tasks.parquet", lambda t: t.add_column(0, "split", pa.array(["a"] * len(t))))
+    change_rows(
+        folder / "meta/tasks.parquet", lambda t: t.add_column(0, "split", pa.array(["a"] * len(t)))
+    )
     assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
     (folder / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
     refuses("rate_hz", lambda: next(read_episodes(folder)))
@@ -160,7 +175,10 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     edit(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
     refuses("rotation_format", lambda: next(read_episodes(folder)))
     state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
-    edit(folder / "meta/info.json", lambda info: info["features"]["observation.state"].update(names=state))
+    edit(
+        folder / "meta/info.json",
+        lambda info: info["features"]["observation.state"].update(names=state),
+    )
     assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
     image, depth = "observation.images.external", {"is_depth_map": True}
     edit(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
@@ -181,12 +199,22 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
         out.mux(stream.encode())
     reasons: list[str] = []
     good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
-    assert len(good) == 7 and "frames and rows differ: set#7" in reasons[0] and "5 frames" in reasons[0]
-    assert "skipped" not in inspect(lerobot / "v3.0_video") and f"broken video: {file}" in inspect(folder)
+    assert (
+        len(good) == 7
+        and "frames and rows differ: set#7" in reasons[0]
+        and "5 frames" in reasons[0]
+    )
+    assert "skipped" not in inspect(lerobot / "v3.0_video") and f"broken video: {file}" in inspect(
+        folder
+    )
     for broken in (file, folder / "data/chunk-000/file-000.parquet"):
         broken.write_bytes(broken.read_bytes()[:-2000])
         refuses(rf"no good episode.*{broken}", inspect, folder)
-        refuses("bad episodes: 8 of 8|no good episode", audit, folder)  # the numbers alone are consistent
+        refuses(
+            "bad episodes: 8 of 8|no good episode", audit, folder
+        )  # the numbers alone are consistent
     folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
-    change_rows(folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"]))
+    change_rows(
+        folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"])
+    )
     refuses(r"file-000\.parquet: .*episode_index", next, read_episodes(folder))

@@ -46,7 +46,9 @@ def copy(bridge: Path, tmp_path: Path) -> Path:
 
 def columns(features: dict[str, Any]) -> dict[str, Any]:
     """What a `features.json` says of each column of a step."""
-    return features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    return features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"][
+        "features"
+    ]
 
 
 def edit_records(shard: Path, change: Callable[[Any], None], which: range = range(25)) -> None:
@@ -72,7 +74,9 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
         assert steps["action"].dtype == np.float32 and len(steps["action"]) == expected["steps"]
         for flag in ("is_first", "is_last", "reward"):
             assert steps[flag].tolist() == expected[flag]
-        assert {text.decode() for text in steps["language_instruction"]} == {expected["instruction"]}
+        assert {text.decode() for text in steps["language_instruction"]} == {
+            expected["instruction"]
+        }
         for key, value in expected["episode_metadata"].items():  # said once, in every row
             whole = [value.encode() if isinstance(value, str) else value] * len(steps["action"])
             assert list(steps[f"episode_metadata/{key}"]) == whole
@@ -94,7 +98,9 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         "train[5:]": [("train", 5, 25)],
         "train[-3:]": [("train", 22, 25)],
         "train[-10%:]": [("train", 23, 25)],
-        "train[-1%:]": [("train", 25, 25)],  # none; TFDS takes all, so that what is held out was trained on
+        "train[-1%:]": [
+            ("train", 25, 25)
+        ],  # none; TFDS takes all, so that what is held out was trained on
         "train[:-1%]": [("train", 0, 25)],
         "train[3:8]": [("train", 3, 8)],
         "train[:2]+val": [("train", 0, 2), ("val", 0, 4)],
@@ -134,12 +140,17 @@ def test_broken_records_are_named_or_skipped(copy: Path, tmp_path: Path) -> None
     data = bytearray((copy / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / SHARD).write_bytes(data)
-    refuses(rf"broken record: .*{re.escape(SHARD)} record \d+: its checksum", list, read_episodes(copy))
+    refuses(
+        rf"broken record: .*{re.escape(SHARD)} record \d+: its checksum", list, read_episodes(copy)
+    )
     assert re.search(r"looked at +24 episodes.*\nskipped +broken record: ", inspect(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert written == 24 and len(reasons) == 1 and "checksum" in reasons[0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
-    assert prepare(copy, tmp_path / "store") == (written, reasons)  # it is there: nothing is done again
+    assert prepare(copy, tmp_path / "store") == (
+        written,
+        reasons,
+    )  # it is there: nothing is done again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
     refuses("prepared from other episodes", prepare, copy, tmp_path / "store", "train[:20]")
 
@@ -154,11 +165,15 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     refuses("17 of 25", prepare, copy, tmp_path / "store")
 
 
-def test_records_that_the_description_does_not_know_of_are_named(copy: Path, tmp_path: Path) -> None:
+def test_records_that_the_description_does_not_know_of_are_named(
+    copy: Path, tmp_path: Path
+) -> None:
     edit(copy / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["20"]))
     refuses(r"broken record: .* record 20: dataset_info", list, read_episodes(copy))
     written, reasons = prepare(copy, tmp_path / "store")
-    assert written == 20 and len(reasons) == 1 and len(list(read_episodes(copy, "train[:19]"))) == 19
+    assert (
+        written == 20 and len(reasons) == 1 and len(list(read_episodes(copy, "train[:19]"))) == 19
+    )
 
 
 def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
@@ -169,7 +184,9 @@ def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
 
     edit_records(copy / SHARD, empty, range(1))
     reasons: list[SpearError] = []
-    assert len(list(read_episodes(copy, on_bad=reasons.append))) == 24 and "empty" in str(reasons[0])
+    assert len(list(read_episodes(copy, on_bad=reasons.append))) == 24 and "empty" in str(
+        reasons[0]
+    )
     assert "looked at     24 episodes" in inspect(copy) and audit(copy).episodes == 24
     assert describe(copy)["position"] == "observation/state[0:3]"
     edit(copy / "dataset_info.json", lambda info: info.update(splits=[]))
@@ -188,7 +205,10 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
         "brain": tensor("bfloat16", "1"),
         "sound": {"pythonClassName": "Audio", "audio": {}},
     }
-    alike = {"list": {"sequence": {"feature": tensor("float32"), "length": "7"}}, "text": strange["texts"]}
+    alike = {
+        "list": {"sequence": {"feature": tensor("float32"), "length": "7"}},
+        "text": strange["texts"],
+    }
 
     def add(features: Any) -> None:
         state = features["steps/observation/state"].float_list.value
@@ -196,7 +216,11 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
         for name, rows in lengths.items():
             features[f"steps/{name}/ragged_row_lengths_0"].int64_list.value.extend(rows)
         said = list(features["steps/language_instruction"].bytes_list.value)
-        for name, times in {"texts/ragged_flat_values": 2, "words": 2, "text/ragged_flat_values": 1}.items():
+        for name, times in {
+            "texts/ragged_flat_values": 2,
+            "words": 2,
+            "text/ragged_flat_values": 1,
+        }.items():
             features[f"steps/{name}"].bytes_list.value.extend(said * times)
         for name, values in {"ragged": state[:10], "list": state}.items():
             features[f"steps/{name}/ragged_flat_values"].float_list.value.extend(values)
@@ -216,8 +240,15 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
         for key in ("position", "instruction", "success"):
             (copy / "spear.json").write_text(json.dumps({"like": "bridge_dataset", key: name}))
             refuses(f"no column '{name}': .*cannot be read: ", next, read_episodes(copy))
-    own = {"like": "bridge_dataset", "position": "list[0:3]", "rotation": "list[3:6]", "gripper": "list[6]"}
-    (copy / "spear.json").write_text(json.dumps({**own, "command": "action[6]", "instruction": "text"}))
+    own = {
+        "like": "bridge_dataset",
+        "position": "list[0:3]",
+        "rotation": "list[3:6]",
+        "gripper": "list[6]",
+    }
+    (copy / "spear.json").write_text(
+        json.dumps({**own, "command": "action[6]", "instruction": "text"})
+    )
     for ours, theirs in zip(read_episodes(copy), plain, strict=True):
         assert_same(ours, theirs)
 
@@ -227,7 +258,9 @@ def test_depth_is_no_camera(copy: Path) -> None:
     Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
     edit(copy / "features.json", lambda features: columns(features).update(depth={"image": {}}))
     shown = [depth.getvalue()] * 10
-    edit_records(copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown))
+    edit_records(
+        copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown)
+    )
     assert "depth" not in describe(copy)["images"].values() and "20 x 15 pixels" in inspect(copy)
     (copy / "spear.json").write_text('{"like": "bridge_dataset", "images": {"external": "depth"}}')
     refuses("no images in column 'depth'", next, read_episodes(copy))
@@ -267,7 +300,9 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     assert episode.action is None and episode.rate_hz == 10 and episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
     np.testing.assert_allclose(episode.gripper, 1 - state[:, 6] / 1.01, atol=1e-6)
-    (copy / "spear.json").write_text(json.dumps({**mine, "instruction": "episode_metadata/file_path"}))
+    (copy / "spear.json").write_text(
+        json.dumps({**mine, "instruction": "episode_metadata/file_path"})
+    )
     assert "/out.npy" in inspect(copy)
     half_turn = Rotation.from_euler("xyz", state[:, 3:6]) * Rotation.from_euler("x", np.pi)
     got = Rotation.from_quat(episode.rotation, scalar_first=True)
@@ -276,8 +311,14 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         ({"rate_hz": None}, "not enough is known of dataset 'my_arm': rate_hz: "),
         ({"rate_hz": "5"}, "rate_hz is .*number"),
         ({"images": "observation/image_0"}, "images is .*dictionary"),
-        ({"images": dict.fromkeys(("external", "wrist"), "observation/image_0")}, "the same column"),
-        ({"gripper_range": [0.5, 0.5]}, r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]"),
+        (
+            {"images": dict.fromkeys(("external", "wrist"), "observation/image_0")},
+            "the same column",
+        ),
+        (
+            {"gripper_range": [0.5, 0.5]},
+            r"wrong value: .*spear\.json: gripper_range is \[0\.5, 0\.5\]",
+        ),
         ({"gripper_range": [0.0, math.nan]}, "gripper_range is .*finite"),
         *(({"image_aspect": {"external": bad}}, "image_aspect is ") for bad in (0, 1e9)),
         *(({"instruction": bad}, bad) for bad in ("reward", "action", "observation/image_0")),
@@ -301,7 +342,12 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     """Not only the pose: a NaN of the gripper's command would be a gripper that is always closed."""
     spec = REGISTRY["bridge_dataset"]
     ((source, raw),) = open_rlds(copy).steps("train[:1]")
-    for where in ("action[6]", "observation/state[6]", "observation/state[4]", "observation/state[1]"):
+    for where in (
+        "action[6]",
+        "observation/state[6]",
+        "observation/state[4]",
+        "observation/state[1]",
+    ):
         name, _, index = where.rstrip("]").partition("[")
         steps = deepcopy(raw)
         column(steps, name, source)[3, int(index)] = np.nan
@@ -309,7 +355,10 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     own = dataclasses.replace(spec, success="reward")  # whoever wrote it
     assert episode_from(raw, spec, source).success is None
     for reward, success in ((0, False), (1, True), (-1, None)):
-        assert episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success is success
+        assert (
+            episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success
+            is success
+        )
     unknown = {**raw, "reward": np.append(np.zeros(9), np.nan)}
     refuses(rf"{source} step 9: reward", episode_from, unknown, own, source)
     where = "episode_metadata/file_path"
@@ -327,7 +376,9 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     refuses(r"step 0: .*gripper_range is \[0, 0\.08\].* to 1", episode_from, raw, narrow, source)
     broken = deepcopy(raw)
     broken["observation"]["image_0"][4] = b"\xff\xd8no image"
-    refuses(r"train#0 step 4 camera 'external': [^<]*$", episode_from, broken, spec, source)  # and no address
+    refuses(
+        r"train#0 step 4 camera 'external': [^<]*$", episode_from, broken, spec, source
+    )  # and no address
 
 
 def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
@@ -339,7 +390,9 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     assert len(whole) == 10 and len(busy) == 8 == len(busy.images["external"])
     np.testing.assert_array_equal(busy.position, whole.position[[0, 1, 4, 5, 6, 7, 8, 9]])
     assert busy.action is not None and REGISTRY["droid"].drop_idle
-    np.testing.assert_allclose(busy.action[:-1, :3].sum(0), whole.position[-1] - whole.position[0], atol=1e-6)
+    np.testing.assert_allclose(
+        busy.action[:-1, :3].sum(0), whole.position[-1] - whole.position[0], atol=1e-6
+    )
 
     # Whatever its orientation: in float32 the scalar product of a quaternion with itself may lie below 1.
     still = dataclasses.replace(spec, drop_idle=True, rate_hz=15)
@@ -354,7 +407,12 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
 
 
 def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> None:
-    said = {"gripper": "state", "gripper_range": (0, 0.08), "command": "action", "command_range": (0, 1)}
+    said = {
+        "gripper": "state",
+        "gripper_range": (0, 0.08),
+        "command": "action",
+        "command_range": (0, 1),
+    }
     steps = {"state": np.array([0.08, 0, 0.04]), "action": np.array([1, 0.0003, 0.5])}
     both = openings(steps, dataclasses.replace(REGISTRY["bridge_dataset"], **said), "it")
     np.testing.assert_allclose(both, ([1, 1, 0], [1, 0, 0.5]), atol=1e-3)
@@ -382,7 +440,10 @@ def test_another_layout_or_description_is_other_data(
 
 def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path) -> None:
     wrong = {"dimensions": ["9"]}
-    edit(copy / "features.json", lambda features: columns(features)["action"]["tensor"].update(shape=wrong))
+    edit(
+        copy / "features.json",
+        lambda features: columns(features)["action"]["tensor"].update(shape=wrong),
+    )
     _, error = next(open_rlds(copy).steps("train"))
     assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(error))
     edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))

@@ -11,7 +11,14 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.data.hypotheses import JUDGED
-from spear.data.readers.layout import FORMS, column, episode_from, franka_pose, recorded_pose, to_quaternion
+from spear.data.readers.layout import (
+    FORMS,
+    column,
+    episode_from,
+    franka_pose,
+    recorded_pose,
+    to_quaternion,
+)
 from spear.data.readers.spec import (
     ANGLES,
     RECORDED_ONLY,
@@ -77,7 +84,12 @@ def test_everything_has_a_source_or_is_said_not_to_be_known(name: str) -> None:
 def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     """Columns exactly where the layout says, filled with one known motion, give that motion back."""
     spec = REGISTRY[name]
-    position, rotation, layout, gripper = spec.position, spec.rotation, spec.rotation_format, spec.gripper
+    position, rotation, layout, gripper = (
+        spec.position,
+        spec.rotation,
+        spec.rotation_format,
+        spec.gripper,
+    )
     closed, opened = spec.gripper_range
     same = spec.command == gripper  # nothing was measured
     where, turn, joints = WHERE, TURN, layout == "franka_joints"
@@ -90,13 +102,17 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
         name_of, _, span = path.rstrip("]").partition("[")
         first, _, end = span.partition(":")
         start = int(first or 0)
-        steps.setdefault(name_of, np.zeros((4, 40)))[:, start : int(end or start + values.shape[1])] = values
+        steps.setdefault(name_of, np.zeros((4, 40)))[
+            :, start : int(end or start + values.shape[1])
+        ] = values
         if not span:
             steps[name_of] = values
 
     put(rotation, JOINTS if joints else WRITTEN[layout](turn))
     put(position, JOINTS if joints else where)
-    put(gripper, closed + np.array([[1.0], [0.0]] * 2 if same else 4 * [[0.75]]) * (opened - closed))
+    put(
+        gripper, closed + np.array([[1.0], [0.0]] * 2 if same else 4 * [[0.75]]) * (opened - closed)
+    )
     if spec.command is not None:
         put(spec.command, np.array([[spec.command_range[1]], [spec.command_range[0]]] * 2))
     for path in spec.images.values():
@@ -122,7 +138,13 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
     refuses(r"mine step 0: .* matrix4_columns", to_quaternion, rows, "matrix4_columns", "mine")
     refuses(r"mine step 0: .* matrix4_rows", to_quaternion, columns, "matrix4_rows", "mine")
     refuses(r"mine step 0: .* 6d_rows", to_quaternion, np.eye(2, 6), "6d_rows", "mine")
-    refuses(r"mine: rotation is \(1, 4\).*euler_xyz", to_quaternion, np.zeros((1, 4)), "euler_xyz", "mine")
+    refuses(
+        r"mine: rotation is \(1, 4\).*euler_xyz",
+        to_quaternion,
+        np.zeros((1, 4)),
+        "euler_xyz",
+        "mine",
+    )
     refuses(r"mine: joint angles are \(2, 6\)", franka_pose, np.zeros((2, 6)), "mine")
     refuses(r"45 .* mine: radians", franka_pose, np.full((2, 7), 45.0), "mine")
 
@@ -160,10 +182,16 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
     for key, value in (("weight", 9.0), ("image_aspect", {"externl": 1.5})):
         layout.write_text(json.dumps({"like": "bridge_dataset", key: value}))
         refuses(rf"{key}.*external|{key}'.*images", find_spec, "mine", tmp_path, layout)
-    layout.write_text(json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]}))
+    layout.write_text(
+        json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]})
+    )
     refuses("command_range", read_spec, layout, "mine")
     layout.write_text(json.dumps({"like": "taco_play", "action": "act"}))
-    assert read_spec(layout, "mine").tool_rotation == (1, 0, 0, 0) != REGISTRY["taco_play"].tool_rotation
+    assert (
+        read_spec(layout, "mine").tool_rotation
+        == (1, 0, 0, 0)
+        != REGISTRY["taco_play"].tool_rotation
+    )
     for named, key, value in (
         ({}, "action_mask", "valid"),
         ({"action": "act"}, "tool_rotation", [0.0, 1.0, 0.0, 0.0]),  # would turn the states alone
@@ -176,6 +204,10 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
 def test_names_with_slashes_in_them_are_found() -> None:
     inner = {"present/xyz": np.arange(6.0).reshape(2, 3)}
     steps = {"observation": inner, "observation/state": np.ones((2, 4))}
-    np.testing.assert_array_equal(column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]])
+    np.testing.assert_array_equal(
+        column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]]
+    )
     np.testing.assert_array_equal(column(steps, "observation/state[3]", "x"), [1, 1])
-    refuses(r"no 'present' \(there is: present/xyz\)", column, steps, "observation/present/abc", "x")
+    refuses(
+        r"no 'present' \(there is: present/xyz\)", column, steps, "observation/present/abc", "x"
+    )

@@ -32,7 +32,9 @@ def test_every_kind_of_feature_is_read(features: dict[str, Any]) -> None:
         parse_example(example.SerializeToString() + b"\x0a\x7f")
 
 
-def test_records_are_read_in_a_range_and_a_broken_one_is_named_or_passed_over(tmp_path: Path) -> None:
+def test_records_are_read_in_a_range_and_a_broken_one_is_named_or_passed_over(
+    tmp_path: Path,
+) -> None:
     records = [bytes([i]) * i for i in range(6)]
     path = write_records(tmp_path / "a.tfrecord", records)
     assert list(read_records(path, 0, 6)) == list(enumerate(records))
@@ -46,12 +48,18 @@ def test_records_are_read_in_a_range_and_a_broken_one_is_named_or_passed_over(tm
 
     damage(path, 12 + 4 + 4 + 12 + 1)  # a byte of "one"
     zero, one, two = read_records(path, 0, 3)
-    assert zero == (0, b"zero") and two == (2, b"two") and "a.tfrecord record 1: its checksum" in str(one[1])
+    assert (
+        zero == (0, b"zero")
+        and two == (2, b"two")
+        and "a.tfrecord record 1: its checksum" in str(one[1])
+    )
     assert list(read_records(path, 2, 3)) == [(2, b"two")]
     damage(path, 12 + 4 + 4)  # its length: nothing behind it can be found
     zero, one, two = read_records(path, 0, 3)
     assert zero == (0, b"zero") and "record 1: the checksum of its length" in str(one[1])
-    assert [two[0]] == [place for place, _ in read_records(path, 2, 3)] == [2] and "record 2: " in str(two[1])
+    assert [two[0]] == [place for place, _ in read_records(path, 2, 3)] == [
+        2
+    ] and "record 2: " in str(two[1])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 18, 19])

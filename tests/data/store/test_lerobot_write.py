@@ -59,25 +59,43 @@ def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path],
     features = {name.replace("image_0", "external"): f for name, f in a["features"].items()}
     assert [name for name in b["features"] if name not in EXTRA] == list(features)
     for name, feature in features.items():
-        if name not in ("observation.state", "action"):  # theirs have Euler angles, ours a quaternion
+        if name not in (
+            "observation.state",
+            "action",
+        ):  # theirs have Euler angles, ours a quaternion
             assert feature == b["features"][name]
         else:
             assert list(feature) == list(b["features"][name])
 
     data, episodes = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
     for file in (data, episodes, "meta/tasks.parquet"):
-        schema = {f.name.replace("image_0", "external"): f.type for f in pq.read_schema(theirs / file)}
+        schema = {
+            f.name.replace("image_0", "external"): f.type for f in pq.read_schema(theirs / file)
+        }
         written = {f.name: f.type for f in pq.read_schema(ours / file)}
-        own = {n for n in written if n in EXTRA or (n.startswith("stats/") and n.split("/")[1] in EXTRA)}
+        own = {
+            n
+            for n in written
+            if n in EXTRA or (n.startswith("stats/") and n.split("/")[1] in EXTRA)
+        }
         assert [n for n in written if n not in own] == list(schema)
         for name, kind_of in schema.items():
             assert str(written[name]).replace("[8]", "[7]") == str(kind_of), f"{file} {name}"
-    assert pq.ParquetFile(ours / data).num_row_groups == pq.ParquetFile(theirs / data).num_row_groups == 8
+    assert (
+        pq.ParquetFile(ours / data).num_row_groups
+        == pq.ParquetFile(theirs / data).num_row_groups
+        == 8
+    )
     for folder in (theirs, ours):
         table = pandas.read_parquet(folder / "meta/tasks.parquet")
-        assert list(table.columns) == ["task_index"] and table.loc["put carrot on plate"].task_index == 3
+        assert (
+            list(table.columns) == ["task_index"]
+            and table.loc["put carrot on plate"].task_index == 3
+        )
     a, b = (json.loads((folder / "meta/stats.json").read_text()) for folder in (theirs, ours))
-    assert set(b) - {"action_mask", "success"} == {name.replace("image_0", "external") for name in a}
+    assert set(b) - {"action_mask", "success"} == {
+        name.replace("image_0", "external") for name in a
+    }
     for name, stats in a.items():
         mine = b[name.replace("image_0", "external")]
         assert list(mine) == list(stats)
@@ -85,7 +103,9 @@ def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path],
             continue
         picture = "images" in name  # of pictures, the library's own std is not that of the pixels
         for which in ("min", "max", "mean", "count", *(() if picture else ("std",))):
-            np.testing.assert_allclose(mine[which], stats[which], atol=1e-6, err_msg=f"{name} {which}")
+            np.testing.assert_allclose(
+                mine[which], stats[which], atol=1e-6, err_msg=f"{name} {which}"
+            )
     a, b = (pq.read_table(folder / episodes).to_pylist() for folder in (theirs, ours))
     for row, mine in zip(a, b, strict=True):
         for name, value in row.items():
@@ -93,7 +113,9 @@ def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path],
                 assert mine[name.replace("image_0", "external")] == value, name
 
 
-def test_the_datasets_library_opens_the_rows(rewritten: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_the_datasets_library_opens_the_rows(
+    rewritten: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     file = rewritten[1] / "v3.0_image/data/chunk-000/file-000.parquet"
     rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path))
     assert isinstance(rows.features["observation.images.external"], datasets.Image)
@@ -102,7 +124,9 @@ def test_the_datasets_library_opens_the_rows(rewritten: tuple[Path, Path, Path],
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_what_is_written_is_read_back(rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str) -> None:
+def test_what_is_written_is_read_back(
+    rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
+) -> None:
     theirs, ours, layout = rewritten
     before = list(read_episodes(theirs / "v3.0_image", dataset=layout))
     for a, b in zip(before, read_episodes(ours / f"v3.0_{kind}"), strict=True):
@@ -118,8 +142,15 @@ def test_what_is_written_is_read_back(rewritten: tuple[Path, Path, Path], tmp_pa
     assert len(EpisodeStore(prepared)) == 8
 
 
-def test_files_are_cut_and_every_part_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"DATA_MB": 0, "VIDEO_MB": -1, "EPISODES_PER_FILE": 2, "CHUNK_FILES": 2}.items():
+def test_files_are_cut_and_every_part_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "DATA_MB": 0,
+        "VIDEO_MB": -1,
+        "EPISODES_PER_FILE": 2,
+        "CHUNK_FILES": 2,
+    }.items():
         monkeypatch.setattr(lerobot_write, name, value)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
     episodes = [make(0, success=True), make(1, 5, action=action, success=False), make(2, 1)]
@@ -150,7 +181,9 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
         (make(1, instruction=" "), "instruction: made#1"),
     ):
         refuses(message, write_lerobot, [make(0), bad], tmp_path / "set")
-    refuses("AV1 needs even sides of at least 64", write_lerobot, [small], tmp_path / "set", "video")
+    refuses(
+        "AV1 needs even sides of at least 64", write_lerobot, [small], tmp_path / "set", "video"
+    )
     refuses("no episodes", write_lerobot, [], tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "set").mkdir()
@@ -167,7 +200,9 @@ def test_two_exports_into_one_folder_are_kept_apart(tmp_path: Path) -> None:
 
     assert write_lerobot(meanwhile(), tmp_path / "set") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    assert [e.instruction for e in read_episodes(tmp_path / "set")] == [make(i).instruction for i in (0, 2)]
+    assert [e.instruction for e in read_episodes(tmp_path / "set")] == [
+        make(i).instruction for i in (0, 2)
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")

@@ -39,9 +39,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
     episodes = []
     for i in range(COUNT):
-        changes: dict[str, Any] = {"action": action, "success": i % 2 == 0} if i % 3 else {"rate_hz": 20.0}
+        changes: dict[str, Any] = (
+            {"action": action, "success": i % 2 == 0} if i % 3 else {"rate_hz": 20.0}
+        )
         episode = make(i, 9, size=(60, 90), **changes)
-        episodes.append(dataclasses.replace(episode, images=episode.images | (wrist if i != 4 else {})))
+        episodes.append(
+            dataclasses.replace(episode, images=episode.images | (wrist if i != 4 else {}))
+        )
     write_episodes(episodes, folder)
     return folder
 
@@ -90,13 +94,21 @@ def test_the_same_episodes_are_in_it(recorded: Path, whole: Path) -> None:
                 assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
                 for size in ((height, width), (width, height)):  # whatever the model takes
                     target = fit_image(decode_image(expected.images[camera][step]), *size)
-                    assert np.abs(fit_image(decode_image(encoded), *size).astype(int) - target).mean() < 1.5
+                    assert (
+                        np.abs(fit_image(decode_image(encoded), *size).astype(int) - target).mean()
+                        < 1.5
+                    )
 
 
 def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     store = EpisodeStore(whole)
-    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit([(store.subset(range(len(store))), 1.0)])
-    assert open_store(whole, tmp_path)[0].whole and not open_store(whole, tmp_path, "train[1:]")[0].whole
+    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit(
+        [(store.subset(range(len(store))), 1.0)]
+    )
+    assert (
+        open_store(whole, tmp_path)[0].whole
+        and not open_store(whole, tmp_path, "train[1:]")[0].whole
+    )
     good = store.subset([i for i, episode in enumerate(store) if episode.success is not False])
     assert Normalizer.fit([(store.demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
@@ -104,11 +116,15 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     refuses(SKETCHES, Normalizer.fit, [(EpisodeStore(copy).demonstrations(), 1.0)])
     Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
     shutil.copy(whole / SKETCHES, copy)
-    for file in copy.glob("episodes-00004.*"):  # another shard in the place of one, of as many known steps
+    for file in copy.glob(
+        "episodes-00004.*"
+    ):  # another shard in the place of one, of as many known steps
         shutil.copy(file, copy / f"episodes-00001{file.suffix}")
     other = EpisodeStore(copy).demonstrations()
     assert other.known.sum() == store.demonstrations().known.sum()
-    assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit([(other.subset(range(len(other))), 1.0)])
+    assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit(
+        [(other.subset(range(len(other))), 1.0)]
+    )
     for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder
         shutil.copy(file, copy / f"episodes-00006{file.suffix}")
     more = EpisodeStore(copy)
@@ -131,7 +147,9 @@ def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_
 
 
 @pytest.mark.parametrize("kill_at", [0, 2, 3, 11, 24, 25])
-def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path, kill_at: int) -> None:
+def test_a_killed_run_ends_the_same(
+    recorded: Path, whole: Path, tmp_path: Path, kill_at: int
+) -> None:
     """Killed before or after any of its steps that others can see: a file renamed or written out."""
     out = tmp_path / "arm"
 
@@ -167,7 +185,9 @@ def test_a_killed_run_ends_the_same(recorded: Path, whole: Path, tmp_path: Path,
     assert [p.name for p in tmp_path.iterdir()] == ["arm"]
 
 
-def test_a_full_disk_leaves_nothing_half_written(recorded: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    recorded: Path, whole: Path, tmp_path: Path
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     largest = max(p.stat().st_size for p in whole.glob("episodes-*"))
@@ -182,7 +202,9 @@ def test_a_full_disk_leaves_nothing_half_written(recorded: Path, whole: Path, tm
     assert run(recorded, out)[0] == COUNT - 1 and files(out) == files(whole)
 
 
-def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp_path: Path) -> None:
+def test_an_unfinished_preparation_of_something_else_is_kept(
+    recorded: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "arm"
 
     def die() -> None:
@@ -190,7 +212,9 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
         run(recorded, out)
 
     ends_with(-signal.SIGKILL, die)
-    refuses(r"\.arm\.part: was begun with other settings: size is", run, recorded, out, size=("40x40",))
+    refuses(
+        r"\.arm\.part: was begun with other settings: size is", run, recorded, out, size=("40x40",)
+    )
     refuses("other settings: episodes is", run, recorded, out, split="train[:4]")
     with open(tmp_path / ".arm.part/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -200,7 +224,9 @@ def test_an_unfinished_preparation_of_something_else_is_kept(recorded: Path, tmp
 
 def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    assert open_store(copy, tmp_path / "unused")[0].path == copy and not (tmp_path / "unused").exists()
+    assert (
+        open_store(copy, tmp_path / "unused")[0].path == copy and not (tmp_path / "unused").exists()
+    )
     images = copy / "episodes-00001.images"
     os.truncate(images, images.stat().st_size - 1)
     refuses(r"truncated or changed: .*episodes-00001\.images", EpisodeStore, copy)
@@ -210,7 +236,10 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
     for keep in (0.98, 0.7, 0.0):
         os.truncate(numbers, int(numbers.stat().st_size * keep))
         refuses(r"truncated shard: .*episodes-00001\.arrow.*write it again", EpisodeStore, copy)
-    for lost, left, lacks in ((numbers, 8, 1), (copy / "episodes-00005.arrow", 7, 2)):  # the last, too
+    for lost, left, lacks in (
+        (numbers, 8, 1),
+        (copy / "episodes-00005.arrow", 7, 2),
+    ):  # the last, too
         lost.unlink()
         with pytest.warns(Notice, match=f"{lacks} of its shards"):
             assert len(EpisodeStore(copy)) == run(recorded, copy)[0] == left
@@ -221,14 +250,21 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
 
 def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:
     broken = make(1)
-    broken = dataclasses.replace(broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]})
-    write_episodes([make(0), broken, make(2, size=(48, 48)), make(3, 1), make(4), make(5)], tmp_path / "arm")
+    broken = dataclasses.replace(
+        broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]}
+    )
+    write_episodes(
+        [make(0), broken, make(2, size=(48, 48)), make(3, 1), make(4), make(5)], tmp_path / "arm"
+    )
     written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
     found = [number for reason in reasons for number in "0123" if f"made#{number}" in reason]
     assert written == 4 and sorted(found) == ["1", "3"]  # broken, a single step
     written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=Conversion(size=("32x32",)))
     assert written == 4 and len(reasons) == 2
-    said, how = r"no good episode: .*'wirst': made#\d: .*external", Conversion(size=("wirst=32x32",))
+    said, how = (
+        r"no good episode: .*'wirst': made#\d: .*external",
+        Conversion(size=("wirst=32x32",)),
+    )
     refuses(said, prepare, tmp_path / "arm", tmp_path / "no" / "data", how=how)
     write_lerobot([make(0)], tmp_path / "set")
     refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
@@ -238,10 +274,14 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
 @pytest.mark.parametrize("part", [0.01, 0.4, 0.55, -0.08])  # below 0: less than 1 when closed
-def test_a_gripper_that_never_opens_is_noticed(opening: list[float], part: float, tmp_path: Path) -> None:
+def test_a_gripper_that_never_opens_is_noticed(
+    opening: list[float], part: float, tmp_path: Path
+) -> None:
     """Finger positions that were taken for widths: a policy that learns from them never opens again."""
     episode = make(0, gripper=(part < 0) + part * np.array(opening))
-    write_episodes([dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm")
+    write_episodes(
+        [dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm"
+    )
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
@@ -264,7 +304,9 @@ def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
     ]
     write_episodes([make(i, images=images) for i, images in enumerate(views)], tmp_path / "arm")
     frozen = {"external": seen, "wrist": seen[:1] * 6}
-    moved = [make(3, images=frozen, position=far * make(3).position) for far in (2, 0.5)]  # and hardly
+    moved = [
+        make(3, images=frozen, position=far * make(3).position) for far in (2, 0.5)
+    ]  # and hardly
     write_episodes(moved, tmp_path / "arm")
     written, reasons = prepare(tmp_path / "arm", tmp_path / "out")
     only, both = ["external"], ["external", "wrist"]
@@ -272,12 +314,20 @@ def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
     assert written == 4 and len(reasons) == 1 and "made#2" in reasons[0]
 
 
-def test_a_store_is_known_by_content(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_known_by_content(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = EpisodeStore(recorded)
     assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
     assert store.subset(range(COUNT)).digest() == store.digest()
-    kinds: dict[str, Any] = {"words": {"instruction": "push"}, "size": {"size": (48, 48)}, "same": {}}
-    words, size, same = (stored([make(0, **changes)], tmp_path / name) for name, changes in kinds.items())
+    kinds: dict[str, Any] = {
+        "words": {"instruction": "push"},
+        "size": {"size": (48, 48)},
+        "same": {},
+    }
+    words, size, same = (
+        stored([make(0, **changes)], tmp_path / name) for name, changes in kinds.items()
+    )
     assert words.digest() == size.digest() == same.digest()  # the motions
     hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
     assert len({store.digest(seen=True) for store in (words, size, same, hand)}) == 4
@@ -296,7 +346,9 @@ def test_a_store_is_known_by_content(recorded: Path, tmp_path: Path, monkeypatch
     refuses("rules is", prepare, hand.path, prepared)
 
 
-def test_all_datasets_are_looked_at_before_one_is_made(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_all_datasets_are_looked_at_before_one_is_made(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folders = [str(stored([make(0)], tmp_path / name).path) for name in "ab"]
     (tmp_path / "out" / "b" / "mine").mkdir(parents=True)
     assert "not empty" in refused("data", "prepare", *folders, "--out", str(tmp_path / "out"))

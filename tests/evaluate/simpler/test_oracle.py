@@ -34,7 +34,10 @@ class Table:
         self.position = np.array([0.29, 0.0, 0.13])
         self.link = Rotation.from_euler("y", 3, degrees=True) * DOWN
         self.open, self.changed, self.waits = True, False, [False]
-        self.source, self.turn = np.array([*at, self.sizes[0][2] / 2]), Rotation.from_euler("z", yaw)
+        self.source, self.turn = (
+            np.array([*at, self.sizes[0][2] / 2]),
+            Rotation.from_euler("z", yaw),
+        )
         self.goal = np.array([0.32, -0.08, self.sizes[1][2] / 2])
         self.held: Array | None = None
         self.taken_across = 0.0
@@ -56,10 +59,14 @@ class Table:
 
     def act(self) -> None:
         truth = self.truth()
-        pose = np.concatenate([self.position, self.link.as_quat(scalar_first=True), [truth.opening]])
+        pose = np.concatenate(
+            [self.position, self.link.as_quat(scalar_first=True), [truth.opening]]
+        )
         seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
         state = self.robot.read(seen)["observation/state"]
-        self.command(self.robot.control(None)[1].convert(oracle.act(self.task, truth)[None], state, seen)[0])
+        self.command(
+            self.robot.control(None)[1].convert(oracle.act(self.task, truth)[None], state, seen)[0]
+        )
 
     def command(self, row: Array) -> None:
         assert np.linalg.norm(row[:3]) <= oracle.MAX_STEP + 1e-6
@@ -75,7 +82,9 @@ class Table:
         if self.open and self.held is not None:
             self.held = None
             over = np.abs(self.source - self.goal)[:2].max() < 0.04
-            self.source[2] = self.sizes[0][2] / 2 + (self.goal[2] + self.sizes[1][2] / 2 if over else 0)
+            self.source[2] = self.sizes[0][2] / 2 + (
+                self.goal[2] + self.sizes[1][2] / 2 if over else 0
+            )
         if self.held is not None:
             self.source = self.position + self.held
 
@@ -113,7 +122,9 @@ def test_poses_and_the_opening_are_ours() -> None:
 def test_rest_is_judged_by_the_pose() -> None:
     truth = Table("PutEggplantInBasketScene-v1", np.array([0.3, 0.1]), 0.0).truth()
     trembling, moving = (truth.measured + np.array([d, 0, 0, 0, 0, 0, 0]) for d in (1e-4, 2e-3))
-    assert at_rest(truth, trembling, truth.opening)  # joints at 0.03 rad/s that press on something go nowhere
+    assert at_rest(
+        truth, trembling, truth.opening
+    )  # joints at 0.03 rad/s that press on something go nowhere
     assert not at_rest(truth, moving, truth.opening)
     assert not at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
 
@@ -136,7 +147,9 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         assert is_official(near, places, turns)
     np.testing.assert_array_equal(off_grid(task, 7, places, turns).places, starts[7].places)
     assert len({start.places.tobytes() for start in starts}) == 300
-    fixed = off_grid(task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]])
+    fixed = off_grid(
+        task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]]
+    )
     np.testing.assert_array_equal(fixed.places[1:], corners[[2, 1]])
     refuses("apart", off_grid, dataclasses.replace(task, apart=0.6), 0, places, turns)
 

@@ -44,7 +44,9 @@ def test_a_fitted_frame_shows_the_same_points() -> None:
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3)).astype(np.uint8)
     frame = Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, matrix)
     small = fitted(frame, (192, 128), "here")
-    assert small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
+    assert (
+        small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
+    )
     assert (small.depth[:, :10] == 0).all() and (small.depth[:, 10:181] > 0).all()
     assert (np.any(small.image, axis=-1) == (small.depth > 0)).mean() > 0.99
     cubes = [unproject(one.depth, one.intrinsics)[one.instances == 1] for one in (frame, small)]
@@ -77,14 +79,21 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     robot, moment = embodiments.load("simpler_widowx"), process.reset(5, True)
     assert moment.observation["observation/image"].shape == (480, 640, 3)
     assert moment.observation["prompt"] == "stack the green block on the yellow block"
-    action = np.array([[0.01, -0.02, 0.015, *quat_exp(torch.tensor([0.1, -0.2, 0.15])), 0.0]], np.float32)
+    action = np.array(
+        [[0.01, -0.02, 0.015, *quat_exp(torch.tensor([0.1, -0.2, 0.15])), 0.0]], np.float32
+    )
     state = robot.read(moment.observation)["observation/state"]
     np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
-    after = process.run(robot.control(None)[1].convert(action, state, moment.observation), False).truth
+    after = process.run(
+        robot.control(None)[1].convert(action, state, moment.observation), False
+    ).truth
     start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
     position, rotation = apply_step(start[:3], start[3:], move[:3], move[3:7])
     np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
-    assert float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3 and not after.open
+    assert (
+        float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3
+        and not after.open
+    )
     settled = process.run(np.array([[0, 0, 0, 0, 0, 0, -1]] * 4, np.float32), False).truth
     np.testing.assert_allclose(settled.measured[:3], position.numpy(), atol=3e-3)
     assert float(quat_distance(torch.from_numpy(settled.measured[3:]), rotation)) < 0.02
@@ -95,7 +104,9 @@ def test_a_start_is_the_same_whatever_ran_before(process: SimplerProcess) -> Non
     rows, ran = np.array([[0.02, 0, -0.03, 0, 0, 0.05, 1]] * 4, np.float32), []
     for start in (3, 7, 3):
         before = process.reset(start, False).truth
-        ran.append(np.concatenate([before.source, before.goal, process.run(rows, False).truth.measured]))
+        ran.append(
+            np.concatenate([before.source, before.goal, process.run(rows, False).truth.measured])
+        )
     assert (ran[0] == ran[2]).all() and not np.allclose(ran[0][:3], ran[1][:3])
 
 
@@ -104,7 +115,9 @@ def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
     """Also where the gripper comes to rest on the rim of the sink, and trembles there."""
     results, _ = run_evaluation(simpler, OracleAgent(), {task: [start]}, {}, EpisodeOptions())
     (outcome,) = results.outcomes
-    assert outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
+    assert (
+        outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
+    )
     assert outcome.unreachable == 0 and outcome.steps < TASKS[task].steps
 
 
@@ -115,7 +128,9 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     assert 0 < (~first.action_mask).sum() < len(first) / 2
     np.testing.assert_array_equal(first.position, again.position)
     official = [process.reset(start, False).truth for start in range(TASKS[TASK].starts)]
-    assert (np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MARGIN[0] < TASKS[TASK].around).all()
+    assert (
+        np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MARGIN[0] < TASKS[TASK].around
+    ).all()
     begun = process.reset(10_001, False, other=True).truth
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
     assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2
@@ -134,17 +149,23 @@ def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
     boxes = [(o, frame) for frame in frames for o in next(label_frames(iter([frame]))).objects]
     cubes = [(o, frame) for o, frame in boxes if o.name.endswith("block") and o.box3d is not None]
     assert len(cubes) >= 6
-    np.testing.assert_allclose(np.median([np.sort(o.box3d.size) for o, _ in cubes], axis=0), 0.03, atol=0.004)
+    np.testing.assert_allclose(
+        np.median([np.sort(o.box3d.size) for o, _ in cubes], axis=0), 0.03, atol=0.004
+    )
     heights = [f.extrinsics[2, :3] @ one.box3d.center + f.extrinsics[2, 3] for one, f in cubes]
     np.testing.assert_allclose(np.median(heights), 0.8695 + 0.015, atol=0.006)  # on the table
 
 
-def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path, tmp_path: Path) -> None:
+def test_recording_goes_on_behind_what_is_written(
+    simpler: Simpler, shared: Path, tmp_path: Path
+) -> None:
     how = 10_000, 128, 1, shared / "assets" / "simpler"
     assert demonstrate(tmp_path, [TASK], 1, *how) == {TASK: (1, 1)}
     assert demonstrate(tmp_path, [TASK], 2, *how) == {TASK: (2, 2)}
     store = EpisodeStore(tmp_path / TASK)
-    assert [store.source(i) for i in range(2)] == [f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)]
+    assert [store.source(i) for i in range(2)] == [
+        f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)
+    ]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
     (tmp_path / TASK / SETTINGS).write_text('{"assets": "of before"}')
     refuses("assets", demonstrate, tmp_path, [TASK], 2, *how)
@@ -153,21 +174,38 @@ def test_recording_goes_on_behind_what_is_written(simpler: Simpler, shared: Path
 @pytest.mark.parametrize(
     "case",
     [
-        ("1 of 1 ", "record 1 mine", "self._evaluate(", "dict(success=self._evaluate()['success'])  # ("),
-        ("1 of 1 ", "evaluate 1 oracle", "(NAME,)", "(NAME,), assets=Path(__file__).with_name('assets')"),
+        (
+            "1 of 1 ",
+            "record 1 mine",
+            "self._evaluate(",
+            "dict(success=self._evaluate()['success'])  # (",
+        ),
+        (
+            "1 of 1 ",
+            "evaluate 1 oracle",
+            "(NAME,)",
+            "(NAME,), assets=Path(__file__).with_name('assets')",
+        ),
         ("SpearError: .*Task", "evaluate 1 oracle", "starts=24", "starts=12"),
         ("SpearError: .*__main__", "evaluate 1 oracle", '__name__ == "__main__"', "True"),
     ],
 )
-def test_a_task_is_one_file(simpler: Simpler, shared: Path, tmp_path: Path, case: tuple[str, ...]) -> None:
+def test_a_task_is_one_file(
+    simpler: Simpler, shared: Path, tmp_path: Path, case: tuple[str, ...]
+) -> None:
     """As a script, whose processes find its scene and its assets; what does not fit is said."""
     said, what, was, becomes = case
     (tmp_path / "task.py").write_text(EXAMPLE.read_text().replace(was, becomes))
     (tmp_path / "assets").symlink_to(shared / "assets" / "simpler")
     environment = os.environ | {"MS_ASSET_DIR": "." if was == "(NAME,)" else "assets"}
-    command, how = [sys.executable, "task.py", *what.split()], {"capture_output": True, "text": True}
+    command, how = (
+        [sys.executable, "task.py", *what.split()],
+        {"capture_output": True, "text": True},
+    )
     ran = subprocess.run(command, cwd=tmp_path, env=environment, **how)
-    assert re.search(said, (ran.stderr if ran.returncode else ran.stdout).replace("\n", " ")), ran.stderr
+    assert re.search(said, (ran.stderr if ran.returncode else ran.stdout).replace("\n", " ")), (
+        ran.stderr
+    )
 
 
 def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
@@ -175,12 +213,19 @@ def test_a_command_back_is_obeyed_at_once(process: SimplerProcess) -> None:
     out = process.run(np.array([[0.1, 0, 0, 0, 0, 0, 1]] * 12, np.float32), False)
     assert out.unreachable > 5 and np.linalg.norm(out.truth.commanded[:3]) < 0.8
     back = process.run(np.array([[-0.1, 0, 0, 0, 0, 0, 1]] * 2, np.float32), False)
-    assert back.unreachable == out.unreachable and back.truth.measured[0] < out.truth.measured[0] - 0.02
+    assert (
+        back.unreachable == out.unreachable
+        and back.truth.measured[0] < out.truth.measured[0] - 0.02
+    )
 
 
-def test_nano_runs_and_is_filmed(simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nano_runs_and_is_filmed(
+    simpler: Simpler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(TASKS, TASK, Task(24, 6, 4))
-    run_evaluation(simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(films=1, out=tmp_path))
+    run_evaluation(
+        simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(films=1, out=tmp_path)
+    )
     results = load(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)

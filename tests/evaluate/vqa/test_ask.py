@@ -38,7 +38,11 @@ def test_every_wording_is_understood() -> None:
     for name in ("zebra", "salt and pepper shaker"):
         assert understand(f"How far away is a {name}") == ("distance", [name])
     far = "How far away is the gripper"
-    for question in ("What do you think of it?", f"{far} from the cup?", f"{far} relative to the cup"):
+    for question in (
+        "What do you think of it?",
+        f"{far} from the cup?",
+        f"{far} relative to the cup",
+    ):
         assert understand(question) is None
 
 
@@ -52,17 +56,25 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
         answer, said = ask(nano, picture.image, f"How far away is the {name}?", trust=trust)
         assert answer is None and said.startswith(f"not in the picture: {name}")
     far = "How far away is the plate?"
-    for question, family in (("What is the weather?", None), ("Plate?", "distance"), (far, "keypoint")):
+    for question, family in (
+        ("What is the weather?", None),
+        ("Plate?", "distance"),
+        (far, "keypoint"),
+    ):
         assert "not known" in ask(nano, picture.image, question, family, trust=trust)[1]
     few = replace(trust, factors={})
     assert "not measured" in ask(nano, picture.image, "How far away is the plate?", trust=few)[1]
-    assert ask(nano, picture.image, "How far away is the zebra?")[0] is not None  # never measured, never said
+    assert (
+        ask(nano, picture.image, "How far away is the zebra?")[0] is not None
+    )  # never measured, never said
 
 
 def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, done: Callable[..., str]) -> None:
     (label,) = find_images("sim:7", 1, "wrist", nano.processor)
     said = done("ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist")
-    assert float(said.split()[0]) < 0.5 and "interval" not in said  # from the other camera all is further
+    assert (
+        float(said.split()[0]) < 0.5 and "interval" not in said
+    )  # from the other camera all is further
 
 
 def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
@@ -79,14 +91,23 @@ def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
 def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(nano: VlmBundle) -> None:
     labels = find_images("sim:1199", 3, "external", nano.processor)
     with pytest.warns(Notice, match="calibrated on 1 of"):
-        found = evaluate(nano, labels, QuestionOptions(families=("distance",)), Trust.load(NANO)).calibration
-    assert "50%" in found["distance"].coverage and "spear ask, 80%" not in found["distance"].coverage
+        found = evaluate(
+            nano, labels, QuestionOptions(families=("distance",)), Trust.load(NANO)
+        ).calibration
+    assert (
+        "50%" in found["distance"].coverage and "spear ask, 80%" not in found["distance"].coverage
+    )
 
 
 def test_the_factor_is_the_smallest_that_holds_so_many() -> None:
     rng = np.random.default_rng(0)
-    sure = [Certainty(np.zeros(3), np.full(3, 0.1), 0.2 * np.abs(rng.normal(size=3))) for _ in range(2000)]
-    assert factor(sure) == pytest.approx(2 * 1.2816, rel=0.05)  # of a normal, 80 % lie within 1.28 sigma
+    sure = [
+        Certainty(np.zeros(3), np.full(3, 0.1), 0.2 * np.abs(rng.normal(size=3)))
+        for _ in range(2000)
+    ]
+    assert factor(sure) == pytest.approx(
+        2 * 1.2816, rel=0.05
+    )  # of a normal, 80 % lie within 1.28 sigma
 
 
 def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) -> None:
@@ -95,7 +116,11 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     (tmp_path / "config.json").write_text("{}")
     before, trust = fingerprint(tmp_path), Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
     trust.save(tmp_path)
-    assert Trust.load(tmp_path) == trust and fingerprint(tmp_path) == before and simulator_only(tmp_path)
+    assert (
+        Trust.load(tmp_path) == trust
+        and fingerprint(tmp_path) == before
+        and simulator_only(tmp_path)
+    )
     (tmp_path / "config.json").write_text("[]")
     with pytest.warns(Notice, match="config.json"):
         assert Trust.load(tmp_path) is None

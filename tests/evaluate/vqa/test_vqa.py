@@ -44,7 +44,12 @@ class Oracle:
         self.known: dict[str, Segments] = {}
 
     def answer(
-        self, images: Sequence[Array], prompts: Sequence[str], family: str | None = None, *_: str, **how: Any
+        self,
+        images: Sequence[Array],
+        prompts: Sequence[str],
+        family: str | None = None,
+        *_: str,
+        **how: Any,
     ) -> list[Answer]:
         said = []
         for image, prompt in zip(images, prompts, strict=True):
@@ -123,12 +128,22 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
 
 def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
     labels = [labelled(i) for i in range(8)]
-    questions = [vqa.questions_about([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1] for x in labels]
+    questions = [
+        vqa.questions_about([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1] for x in labels
+    ]
     for failed, finite in ((3, True), (5, False)):
         said = [q.segments if i >= failed else [] for i, q in enumerate(questions)]
-        asked = [Asked(i, x, q, s) for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))]
-        found = summarize(asked, {"box_vertices": [True] * 8}, labels, "mode").families["box_vertices"]
-        assert np.isfinite(found.measures["error"].value) == finite and found.measures["error"].high == np.inf
+        asked = [
+            Asked(i, x, q, s)
+            for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))
+        ]
+        found = summarize(asked, {"box_vertices": [True] * 8}, labels, "mode").families[
+            "box_vertices"
+        ]
+        assert (
+            np.isfinite(found.measures["error"].value) == finite
+            and found.measures["error"].high == np.inf
+        )
         assert found.measures["iou"].value == pytest.approx(1 - failed / 8, abs=1e-3)
 
 
@@ -142,7 +157,9 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
     labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     for family in ("box_vertices", "keypoint", "offset", "distance"):
-        questions = [vqa.questions_about([label], [family], 1, seed=3)[family][0][1] for label in labels]
+        questions = [
+            vqa.questions_about([label], [family], 1, seed=3)[family][0][1] for label in labels
+        ]
         depth, constant = depth_guess(questions, labels), constant_guess(questions)
         for i, (q, near, far) in enumerate(zip(questions, depth, constant, strict=True)):
             assert measure(q, near, labels[i])["relative"] < 0.01
@@ -161,7 +178,9 @@ def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
     ):
         thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
         assert closer_named(thought, ("mug", "red cube")) == named
-    assert closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)")) == "cup (left)"
+    assert (
+        closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)")) == "cup (left)"
+    )
 
 
 def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> None:
@@ -190,7 +209,11 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
     assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
     assert found.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
-    assert found.curve[0] == 0 and found.curve[-1] == 1 and found.n == sum(b.n for b in found.bands) == 900
+    assert (
+        found.curve[0] == 0
+        and found.curve[-1] == 1
+        and found.n == sum(b.n for b in found.bands) == 900
+    )
     assert found.bands[-1].error / found.bands[-1].spread == pytest.approx(too_sure, rel=0.2)
     assert found.less_sure > 3 * found.surer and (found.miss < 0.05) == (too_sure == 1)
 
@@ -199,7 +222,9 @@ def test_a_vertex_is_no_surer_than_those_before_it() -> None:
     wide, narrow = (Oracle(sigma=sigma)._held(np.full(3, 0.4)) for sigma in (0.1, 0.01))
     parts = [wide.probabilities[:2], narrow.probabilities[2:], *[narrow.probabilities] * 7]
     box = Distribution(np.concatenate(parts), wide.coordinates)
-    np.testing.assert_allclose(uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8))
+    np.testing.assert_allclose(
+        uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
+    )
     np.testing.assert_array_equal(uncertainty(narrow), narrow.spread())
 
 
@@ -207,9 +232,13 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     labels = [labelled(i) for i in range(4)]
     scores = ask_oracle(Oracle(0.02, sigma=0.02), labels, monkeypatch, decode="median")
     assert scores.decode == "median"
-    assert set(scores.readings) == set(scores.calibration) == set(vqa.FAMILIES) - {"back_projection"}
+    assert (
+        set(scores.readings) == set(scores.calibration) == set(vqa.FAMILIES) - {"back_projection"}
+    )
     for family, readings in scores.readings.items():
-        assert readings.error["median"] == pytest.approx(scores.families[family].measures["relative"].value)
+        assert readings.error["median"] == pytest.approx(
+            scores.families[family].measures["relative"].value
+        )
         assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
     uri, _ = figure(next(a for a in scores.asked if a.question.family == "box_vertices"))
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
@@ -219,17 +248,30 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     page = vqa_page(scores, "model <1>", "labels")
     assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
     assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
-    assert all(t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words"))
+    assert all(
+        t in page for t in ("Worst", "Best", "Calibration", "Mode, mean or median", "In words")
+    )
 
 
-def test_the_command_writes_a_page(tmp_path: Path, done: Command, refused: Command, monkeypatch: Any) -> None:
+def test_the_command_writes_a_page(
+    tmp_path: Path, done: Command, refused: Command, monkeypatch: Any
+) -> None:
     labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
     said, learned = list[str](), {"learned": digest(labels[2].image)}
     monkeypatch.setattr("spear.cli.evaluate.notice", said.append)
     monkeypatch.setattr("spear.models.weights.folders.made_by", lambda folder: learned)
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
-    command = ["evaluate", "vqa", "nano", str(tmp_path / "labels"), "--images", "2", "--per-image", "1"]
+    command = [
+        "evaluate",
+        "vqa",
+        "nano",
+        str(tmp_path / "labels"),
+        "--images",
+        "2",
+        "--per-image",
+        "1",
+    ]
     assert "Calibration" in done(*command, "--families", "keypoint", "distance", "--out", str(out))
     saved = json.loads((out / "scores.json").read_text())
     assert (saved["images"], saved["model"]) == (2, "nano") and "1 of 2" in said[0]
@@ -250,7 +292,10 @@ def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) ->
 @pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])
 def test_an_answer_to_one_question_is_said_in_the_unit_of_the_model(unit: Unit, said: str) -> None:
     image = np.zeros((60, 80, 3), np.uint8)
-    assert words(Answer(["the mug is ", 0.41251, " away"], unit), image) == f"the mug is 0.413 {said} away"
+    assert (
+        words(Answer(["the mug is ", 0.41251, " away"], unit), image)
+        == f"the mug is 0.413 {said} away"
+    )
     box = words(Answer([0.25] * 24, unit), image).splitlines()
     assert box[0] == f"centre (0.250, 0.250, 0.250) {said}; vertices:" and len(box) == 9
     assert words(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"

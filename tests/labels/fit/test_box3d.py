@@ -45,12 +45,16 @@ def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
 
 
 @given(seeds, st.floats(-35, 35), st.sampled_from([0, 90, 180, 270]), st.floats(0, 75))
-def test_order_survives_noise_and_quarter_turns(seed: int, yaw: float, quarter: int, pitch: float) -> None:
+def test_order_survives_noise_and_quarter_turns(
+    seed: int, yaw: float, quarter: int, pitch: float
+) -> None:
     rng = np.random.default_rng(seed)
     size = rng.uniform(0.02, 0.2, 3)
     vertices = on_table(size, np.radians(yaw + quarter), pitch)
     noisy = vertices + rng.uniform(-1, 1, (8, 3)) * 0.01 * size.min()
-    np.testing.assert_allclose(order_vertices(noisy[rng.permutation(8)]), order_vertices(vertices), atol=0.01)
+    np.testing.assert_allclose(
+        order_vertices(noisy[rng.permutation(8)]), order_vertices(vertices), atol=0.01
+    )
 
 
 @given(st.floats(-35, 35), st.floats(5, 75))
@@ -65,7 +69,9 @@ def test_top_near_left_comes_first(yaw: float, pitch: float) -> None:
 
 
 @given(seeds, st.sampled_from([0.0, 1e-8, -3e-8, 1e-7]), st.sampled_from([0.0, 1e-7, 3e-7]))
-def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(seed: int, lift: float, tilt: float) -> None:
+def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(
+    seed: int, lift: float, tilt: float
+) -> None:
     """Two boxes on one table, up to float32."""
     rng = np.random.default_rng(seed)
     turn = Rotation.from_quat(rng.normal(size=4)).as_matrix()
@@ -85,7 +91,13 @@ def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(seed: int, lift: 
 @given(seeds)
 def test_iou_identities(seed: int) -> None:
     box = random_box(np.random.default_rng(seed))
-    for shift, shrink, expected in ((0, 1, 1), (0.5, 1, 1 / 3), (0, 2, 1 / 8), (1.01, 1, 0), (50, 1, 0)):
+    for shift, shrink, expected in (
+        (0, 1, 1),
+        (0.5, 1, 1 / 3),
+        (0, 2, 1 / 8),
+        (1.01, 1, 0),
+        (50, 1, 0),
+    ):
         along = shift * box.size[0] * box.rotation[:, 0]
         other = make_box(box.center + along, box.size / shrink, box.rotation)
         assert iou(box, other) == pytest.approx(expected, 1e-4)
@@ -99,10 +111,14 @@ def test_iou_identities(seed: int) -> None:
 def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
     rng = np.random.default_rng(seed)
     box = random_box(rng)
-    relabelled = box.center + (SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
+    relabelled = (
+        box.center + (SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
+    )
     assert vertex_error(relabelled, box.vertices) == pytest.approx(0, abs=1e-6)
     shift = rng.normal(size=3) * 1e-3
-    assert vertex_error(box.vertices + shift, box.vertices) == pytest.approx(np.linalg.norm(shift), rel=1e-2)
+    assert vertex_error(box.vertices + shift, box.vertices) == pytest.approx(
+        np.linalg.norm(shift), rel=1e-2
+    )
 
 
 @given(seeds, st.floats(0, np.pi))
@@ -114,7 +130,9 @@ def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
-    assert iou(fit_box(upper, up, support=height), true) > 0.85 and iou(fit_box(upper, up), true) < 0.6
+    assert (
+        iou(fit_box(upper, up, support=height), true) > 0.85 and iou(fit_box(upper, up), true) < 0.6
+    )
 
 
 @pytest.mark.parametrize("radius", [0.02, 0.05])

@@ -1,6 +1,8 @@
 """Masks that leak over edges, things that lean, points that are noisy: the box is where the thing is."""
 
-from __future__ import annotations  # hypothesis draws by them: others find a misfit (seed 498087804)
+from __future__ import (
+    annotations,
+)  # hypothesis draws by them: others find a misfit (seed 498087804)
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +34,9 @@ class Leaks:
     def __init__(self, pixels: int) -> None:
         self.pixels = pixels
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         (masks,) = GroundTruth().segment(frames, detections)
         up = np.zeros((2 * self.pixels + 1, 1), bool)
         up[: self.pixels + 1] = True
@@ -41,8 +45,12 @@ class Leaks:
 
 @pytest.mark.parametrize(("height", "pixels"), [(0.25, 3), (0.25, 6), (0.04, 3), (0.04, 5)])
 def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> None:
-    frame = replace(render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None)
-    result = compare(label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame])
+    frame = replace(
+        render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None
+    )
+    result = compare(
+        label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame]
+    )
     assert result.center < 0.012 and result.iou > 0.7
 
 
@@ -50,7 +58,9 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
     truth = GroundTruth()
     for pixels, why in ((0, ()), (3, ("compact",))):
-        (image,) = label([frame], truth, Leaks(pixels), truth, exact=True)  # takes masks as they are
+        (image,) = label(
+            [frame], truth, Leaks(pixels), truth, exact=True
+        )  # takes masks as they are
         assert failings(image.objects[0].scores) == why
 
 
@@ -71,14 +81,18 @@ def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None
     turn = Rotation.from_rotvec(lean) * Rotation.from_rotvec([0, 0, rng.uniform(0, 6)])
     true, up, support = on_table(turn, rng.uniform(0.06, 0.15, 3))
     ray = true.center / np.linalg.norm(true.center)
-    assume(np.sort(np.abs(ray @ true.rotation))[1] > 0.35)  # at least two of its sides are seen well
+    assume(
+        np.sort(np.abs(ray @ true.rotation))[1] > 0.35
+    )  # at least two of its sides are seen well
     assert iou(fit_box(seen_sides(true, rng, noise), up, support, noise=noise), true) > 0.65
 
 
 @given(seeds, st.floats(-40, 40))
 def test_a_standing_box_stands_and_noise_does_not_change_its_order(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
-    true, up, support = on_table(Rotation.from_rotvec([0, 0, np.radians(yaw)]), rng.uniform(0.05, 0.16, 3))
+    true, up, support = on_table(
+        Rotation.from_rotvec([0, 0, np.radians(yaw)]), rng.uniform(0.05, 0.16, 3)
+    )
     found = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
     assert np.abs(found.rotation.T @ up).max() > 0.999
     assert np.linalg.norm(found.vertices - true.vertices, axis=1).mean() < 0.012

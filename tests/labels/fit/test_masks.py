@@ -81,7 +81,9 @@ def test_flying_pixels_come_home_and_the_others_stay(frame: Frame) -> None:
     top = border & (np.arange(len(mask))[:, None] < np.argwhere(mask)[:, 0].min() + 3)
     depth = frame.depth.copy()
     depth[top] += 0.06
-    off = np.linalg.norm(cleaned(mask, unproject(depth, frame.intrinsics), 1, 0.0) - points, axis=-1)
+    off = np.linalg.norm(
+        cleaned(mask, unproject(depth, frame.intrinsics), 1, 0.0) - points, axis=-1
+    )
     assert top.sum() > 10 and off[top].max() < 0.01 and (off[erode(mask, 1)] < 1e-6).all()
     assert (cleaned(mask, points, 0, 0.0) == points).all() and np.median(off[border]) < 1e-6
 
@@ -93,7 +95,9 @@ def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
     smooth = cleaned(mask, noisy, 0, 0.003)
     before, after = ((np.linalg.norm(p - points, axis=-1)[mask]) for p in (noisy, smooth))
     assert after.mean() < 0.65 * before.mean()
-    signed = (np.linalg.norm(smooth, axis=-1) - np.linalg.norm(points, axis=-1))[mask & ~erode(mask, 1)]
+    signed = (np.linalg.norm(smooth, axis=-1) - np.linalg.norm(points, axis=-1))[
+        mask & ~erode(mask, 1)
+    ]
     assert abs(signed.mean()) < 0.0007  # borders do not creep in
 
 

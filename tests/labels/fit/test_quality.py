@@ -16,8 +16,13 @@ from spear.labels.questions.generate import askable, generate, why_not_asked
 def test_planarity_of_a_sheet_a_ball_and_a_line() -> None:
     cube = np.random.default_rng(0).uniform(-1, 1, (4000, 3))
     assert planarity(cube * [1, 1, 0]) == pytest.approx(1, abs=0.05)
-    assert planarity(cube) == pytest.approx(0, abs=0.05) and planarity(cube * [1, 0.01, 0.01]) < 0.02
-    assert planarity(cube * [2, 1, 0]) == pytest.approx(0.5, abs=0.03) and planarity(np.ones((8, 3))) == 0.0
+    assert (
+        planarity(cube) == pytest.approx(0, abs=0.05) and planarity(cube * [1, 0.01, 0.01]) < 0.02
+    )
+    assert (
+        planarity(cube * [2, 1, 0]) == pytest.approx(0.5, abs=0.03)
+        and planarity(np.ones((8, 3))) == 0.0
+    )
 
 
 def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
@@ -48,13 +53,21 @@ def test_objects_under_the_bar_stay_but_are_not_asked_about() -> None:
     reasons = dict(zip(things, why_not_asked(image), strict=True))
     assert reasons["can"] == reasons["box"] == ()
     assert "visible" in reasons["cup"] and "edge" in reasons["bowl"]
-    assert reasons["pea"] in (("points",), ("no box",)) and [o.name for o in askable(image)] == ["can", "box"]
+    assert reasons["pea"] in (("points",), ("no box",)) and [o.name for o in askable(image)] == [
+        "can",
+        "box",
+    ]
     rng = np.random.default_rng(0)
-    assert {name for _ in range(30) for q in generate(image, rng) for name in q.objects} == {"can", "box"}
+    assert {name for _ in range(30) for q in generate(image, rng) for name in q.objects} == {
+        "can",
+        "box",
+    }
 
 
 def test_every_reason_is_given() -> None:
-    (image,) = label([render([(np.array([0.0, 0, 0.04]), np.array([0.08] * 3), 0.3)], ["can"])], *TRUTH)
+    (image,) = label(
+        [render([(np.array([0.0, 0, 0.04]), np.array([0.08] * 3), 0.3)], ["can"])], *TRUTH
+    )
     (can,) = image.objects
     outside = replace(can, name="bottle", box3d=replace(can.box3d, center=np.array([9.0, 0, 1])))
     objects = [can, replace(can, name="Can 2"), replace(can, name="mug", box3d=None), outside]

@@ -72,7 +72,9 @@ def test_boxes_and_masks_are_those_of_the_file_in_an_image_resized_but_not_cropp
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 @pytest.mark.parametrize(("orientation", "width"), [(2, 60), (3, 60), (4, 60), (6, 40)])
-def test_a_picture_turned_unseen_is_refused(tmp_path: Path, orientation: int, width: int, name: str) -> None:
+def test_a_picture_turned_unseen_is_refused(
+    tmp_path: Path, orientation: int, width: int, name: str
+) -> None:
     """Of these the size does not tell whether annotations mean the picture as it is stored, or turned."""
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -111,7 +113,9 @@ def test_objects_without_a_mask_go_to_the_other_segmenter_or_are_an_error() -> N
 
 def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
     known = held(a=[outlined("mug", 20, 20), outlined("cup", 22, 20)])
-    near = Detection("cup", np.array([12, 12, 28, 28], np.float32))  # the mug's box, but a cup by name
+    near = Detection(
+        "cup", np.array([12, 12, 28, 28], np.float32)
+    )  # the mug's box, but a cup by name
     second = Detection("beaker", np.array([13, 12, 29, 28], np.float32))
     far = Detection("cup", np.array([40, 12, 56, 28], np.float32))
     (masks,) = FileSegmenter(known, BoxSegmenter()).segment([frame("a")], [[near, second, far]])
@@ -125,7 +129,9 @@ def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) ->
     alone = component("detector", f"file:{path}", LabelOptions())()
     both = component("detector", f"file:{path}+ground-truth", LabelOptions())()
     assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
-    assert "ground-truth" in component("segmenter", f"file:{path}+ground-truth", LabelOptions())().name
+    assert (
+        "ground-truth" in component("segmenter", f"file:{path}+ground-truth", LabelOptions())().name
+    )
 
 
 def compressed(mask: Array) -> str:
@@ -133,7 +139,9 @@ def compressed(mask: Array) -> str:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))
-def test_compressed_strings_are_those_of_pycocotools(h: int, w: int, seed: int, share: float) -> None:
+def test_compressed_strings_are_those_of_pycocotools(
+    h: int, w: int, seed: int, share: float
+) -> None:
     mask = np.random.default_rng(seed).random((h, w)) < share
     assert run_lengths(compressed(mask)) == encode_mask(mask)
     assert (decode_mask(encode_mask(mask), h, w) == mask).all()
@@ -191,7 +199,11 @@ def test_boxes_and_all_kinds_of_masks(tmp_path: Path) -> None:
     frames = [frame(name, 12, 20) for name in ("photos/kitchen/1.jpg", "hall/1.jpg", "2.png")]
     detections = FileDetector(coco).detect(frames)
     names = [[(d.name, d.score) for d in found] for found in detections]
-    assert names == [[("ring", 1.0), ("tile", 0.5), *[("tile", 1.0), ("tiles", 1.0)]], [("ring", 1.0)], []]
+    assert names == [
+        [("ring", 1.0), ("tile", 0.5), *[("tile", 1.0), ("tiles", 1.0)]],
+        [("ring", 1.0)],
+        [],
+    ]
     assert detections[0][1].box2d.tolist() == [10, 1, 16, 7]
     assert detections[1][0].box2d.tolist() == [3, 2, 11, 9]  # from the mask
     kitchen, hall, _ = FileSegmenter(coco).segment(frames, detections)
@@ -205,7 +217,9 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     assert len(written(tmp_path, content()).find(r"C:\data\kitchen\1.jpg") or ()) == 4
     assert coco.find("2.png") == coco.find("2.png") == []
     refuses(r"2\.png and \./any/where/2\.png", coco.find, "./any/where/2.png")
-    assert coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
+    assert (
+        coco.find("cellar/1.jpg") is None and coco.find("3.jpg") is None and coco.find("") is None
+    )
     refuses(r"1\.jpg: .*annotations\.json", coco.find, "1.jpg")
 
 
@@ -214,15 +228,23 @@ def test_images_are_found_by_the_end_of_their_path(tmp_path: Path) -> None:
     [
         ("{", "JSON"),
         ({"images": []}, "'categories'"),
-        (content(images=[{"id": 7, "file_name": "1.jpg"}]), "'height'"),  # of a photo that may be shrunk
+        (
+            content(images=[{"id": 7, "file_name": "1.jpg"}]),
+            "'height'",
+        ),  # of a photo that may be shrunk
         (content(annotations=[{"image_id": 70, "category_id": 1, "bbox": [1, 2, 3, 4]}]), "70"),
         (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2]}]), "ValueError"),
-        (content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, np.nan]}]), "ValueError"),
+        (
+            content(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, np.nan]}]),
+            "ValueError",
+        ),
         (content(annotations=[{"image_id": 7, "category_id": 1, "id": 3}]), "annotation 3"),
         ({"annotations": {"uid": {"take_name": "a"}}}, "'object_masks'"),
     ],
 )
-def test_what_is_neither_coco_nor_relations_is_refused(tmp_path: Path, data: Any, named: str) -> None:
+def test_what_is_neither_coco_nor_relations_is_refused(
+    tmp_path: Path, data: Any, named: str
+) -> None:
     refuses(rf"annotations\.json: .*{named}", written, tmp_path, data)
 
 

@@ -23,7 +23,10 @@ from spear.types import Frame
 pytest.importorskip("google.genai")
 
 CUP = ("red cup", [100, 250, 500, 750])
-OF_THE_DAY = {"@type": "x/google.rpc.QuotaFailure", "violations": [{"quotaId": "RequestsPerDayPerProject"}]}
+OF_THE_DAY = {
+    "@type": "x/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "RequestsPerDayPerProject"}],
+}
 BUSY = error(429, "RESOURCE_EXHAUSTED", "Slow down.", retry_info("0.3s"))
 
 
@@ -51,7 +54,9 @@ def found(detections: Any) -> list[tuple[str, list[float]]]:
     return [(d.name, [round(float(v), 3) for v in d.box2d]) for d in detections]
 
 
-def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_holds_image_prompt_and_schema(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_SIDE", 200)
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
     detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(smooth)])
@@ -62,7 +67,10 @@ def test_the_request_holds_image_prompt_and_schema(server: Server, monkeypatch: 
     assert sent.shape == (50, 200, 3) and np.abs(sent.astype(int) - smooth[::2, ::2]).mean() < 4
     assert prompt["text"].startswith(PROMPT) and "cup, fork" in prompt["text"]
     config = request["generationConfig"]
-    assert config["responseMimeType"] == "application/json" and config["responseSchema"]["type"] == "ARRAY"
+    assert (
+        config["responseMimeType"] == "application/json"
+        and config["responseSchema"]["type"] == "ARRAY"
+    )
     assert set(config["responseSchema"]["items"]["required"]) == {"box_2d", "label"}
     assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
 
@@ -135,14 +143,20 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
 
 
 def test_rate_limiting_waits_as_long_as_asked(server: Server) -> None:
-    server.replies = [BUSY, error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"), boxes(CUP)]
+    server.replies = [
+        BUSY,
+        error(429, "RESOURCE_EXHAUSTED", "More.", Retry_After="0.4"),
+        boxes(CUP),
+    ]
     (detections,) = detector().detect([noise(0)])
     assert [d.name for d in detections] == ["red cup"]
     first, second, third = server.times
     assert second - first >= 0.3 and third - second >= 0.4
 
 
-def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overload_ends_or_concerns_one_image(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overloaded = error(503, "UNAVAILABLE", "The model is overloaded.")
     others = Reply(502, "<html>Bad gateway</html>"), error(500, "INTERNAL", "Oops.")
     server.replies = [overloaded, *others, boxes(CUP)]
@@ -170,14 +184,24 @@ def test_overload_ends_or_concerns_one_image(server: Server, monkeypatch: pytest
         (Reply(body={"candidates": [{"finishReason": "SAFETY", "index": 0}]}), "SAFETY", "next"),
         (text("[]", end="SOMETHING_NEW"), "SOMETHING_NEW", "next"),
         (error(429, "RESOURCE_EXHAUSTED", "Daily quota.", retry_info("7200s")), "7200 s", "never"),
-        (error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")), "tomorrow", "never"),
+        (
+            error(429, "RESOURCE_EXHAUSTED", "Quota.", OF_THE_DAY, retry_info("9s")),
+            "tomorrow",
+            "never",
+        ),
         (error(404, "NOT_FOUND", "models/gemini-x is not found"), "404 .*gemini-x", "never"),
         (error(403, "PERMISSION_DENIED", "No."), "403 .*GEMINI_API_KEY", "never"),
-        (error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}), "GEMINI_API_KEY", "never"),
+        (
+            error(400, "INVALID_ARGUMENT", "No.", {"reason": "API_KEY_INVALID"}),
+            "GEMINI_API_KEY",
+            "never",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is not a valid")
-def test_what_comes_instead_of_an_answer(server: Server, reply: Reply, named: str, then: str) -> None:
+def test_what_comes_instead_of_an_answer(
+    server: Server, reply: Reply, named: str, then: str
+) -> None:
     """An unusable answer is asked for once more; a refusal concerns one image; what fails for all, once."""
     server.replies = [reply, boxes(CUP)]
     gemini = detector()
@@ -197,7 +221,9 @@ def test_what_comes_instead_of_an_answer(server: Server, reply: Reply, named: st
     assert len(server.requests) == {"again": 5, "next": 2, "never": 1}[then]
 
 
-def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(server: Server) -> None:
+def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answers(
+    server: Server,
+) -> None:
     together = threading.Barrier(3, timeout=60)
 
     def answer(request: dict[str, Any]) -> Reply:
@@ -207,7 +233,10 @@ def test_images_of_a_batch_are_asked_about_at_the_same_time_and_keep_their_answe
         return boxes((f"thing {width}", [0, 0, 1000, 1000]))
 
     server.answer = answer
-    names = [[d.name for d in found] for found in detector().detect([noise(i, 40, 60 + i) for i in range(6)])]
+    names = [
+        [d.name for d in found]
+        for found in detector().detect([noise(i, 40, 60 + i) for i in range(6)])
+    ]
     assert names == [[f"thing {60 + i}"] for i in range(6)]
 
 
@@ -230,18 +259,26 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
     assert "secret-key" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
-def test_in_the_pipeline_nothing_is_asked_twice(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_pipeline_nothing_is_asked_twice(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CONCURRENCY", 1)
     server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes(CUP)]
     gemini, works = detector(), [admit(noise(i)) for i in range(4)]
     detect(works, gemini)
-    assert [w.source for w in works if w.error is None and w.detections] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert [w.source for w in works if w.error is None and w.detections] == [
+        "1.jpg",
+        "2.jpg",
+        "3.jpg",
+    ]
     assert str(works[0].error).startswith("0.jpg") and "SAFETY" in str(works[0].error)
     assert len(server.requests) == 4 and gemini.usage["cached"] == 0
     assert works[1].provenance["detector"] == gemini.name
 
 
-def test_without_a_key_there_is_no_detector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_key_there_is_no_detector(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "")
     refuses(r"GEMINI_API_KEY.*--detector", detector)
     monkeypatch.setenv("GOOGLE_API_KEY", "other-key")

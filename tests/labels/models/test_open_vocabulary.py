@@ -51,7 +51,9 @@ def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("made", [GroundingDinoDetector, Owlv2Detector])
-def test_batches_change_nothing(made: Any, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_change_nothing(
+    made: Any, dino: str, owl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(made, "threshold", 0.2)
     detector = made(dino if made is GroundingDinoDetector else owl, vocabulary=THINGS)
     frames = [noise(0), noise(1, 48, 32), noise(2), noise(3, 30, 90)]
@@ -67,15 +69,22 @@ def test_batches_change_nothing(made: Any, dino: str, owl: str, monkeypatch: pyt
             assert 0 <= d.box2d[0] < d.box2d[2] <= width and 0 <= d.box2d[1] < d.box2d[3] <= height
 
 
-def test_a_long_vocabulary_is_asked_in_several_prompts(dino: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_vocabulary_is_asked_in_several_prompts(
+    dino: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.2)
     names = ["red cup", "fork", "plate", "bowl", "steel fork", "red plate", "steel cup", "red bowl"]
     detector = GroundingDinoDetector(dino, vocabulary=names)
     prompts = detector._prompts
     assert len(prompts) > 1 and [n for _, part in prompts for n in part] == names
-    assert max([len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts]) <= 16
+    assert (
+        max([len(detector._processor.tokenizer(prompt)["input_ids"]) for prompt, _ in prompts])
+        <= 16
+    )
     (found,) = detector.detect([noise(0)])
-    parts = [GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])[0] for _, part in prompts]
+    parts = [
+        GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])[0] for _, part in prompts
+    ]
     assert rows(found) == rows(tidy([d for part in parts for d in part], 40, 60, 0.7))
 
 
@@ -99,13 +108,22 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
         Detection("fork", np.array([39.5, 0, 50, 10]), 0.9),
         Detection("plate", np.array([30, 10, 60, 40]), 0.3),
     ]
-    assert rows(tidy(found, 20, 40, 0.7)) == [("mug", [0, 0, 10, 9.5], 0.8), ("plate", [30, 10, 40, 20], 0.3)]
+    assert rows(tidy(found, 20, 40, 0.7)) == [
+        ("mug", [0, 0, 10, 9.5], 0.8),
+        ("plate", [30, 10, 40, 20], 0.3),
+    ]
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "named"),
-    [([" ", "."], "--vocabulary"), ("cup", "list"), (["a red cup on the plate " * 4], "a red cup on")],
+    [
+        ([" ", "."], "--vocabulary"),
+        ("cup", "list"),
+        (["a red cup on the plate " * 4], "a red cup on"),
+    ],
 )
-def test_what_cannot_be_looked_for_is_refused(dino: str, owl: str, vocabulary: Any, named: str) -> None:
+def test_what_cannot_be_looked_for_is_refused(
+    dino: str, owl: str, vocabulary: Any, named: str
+) -> None:
     refuses(named, GroundingDinoDetector, dino, vocabulary=vocabulary)
     refuses(named, Owlv2Detector, owl, vocabulary=vocabulary)

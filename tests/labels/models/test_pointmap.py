@@ -19,7 +19,11 @@ def test_images_of_all_sizes_come_back_in_order() -> None:
     pointmap = MogePointMap(random_v1(), device="cpu")
     for one, result in zip(frames, pointmap.predict(frames), strict=True):
         assert result.points.shape == one.image.shape and result.points.dtype == np.float32
-        assert result.mask.shape == one.image.shape[:2] and result.mask.dtype == bool and result.mask.all()
+        assert (
+            result.mask.shape == one.image.shape[:2]
+            and result.mask.dtype == bool
+            and result.mask.all()
+        )
         assert result.unit == "relative"
         (alone,) = pointmap.predict([one])
         np.testing.assert_allclose(result.points, alone.points, rtol=1e-3, atol=1e-3)
@@ -29,7 +33,9 @@ def test_images_of_all_sizes_come_back_in_order() -> None:
 def test_points_lie_on_the_rays_of_their_pixels() -> None:
     (found,) = MogePointMap(random_v1(), device="cpu").predict([noise(0)])
     y, x = np.mgrid[:40, :60] + 0.5
-    np.testing.assert_allclose(project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2)
+    np.testing.assert_allclose(
+        project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2
+    )
     assert found.intrinsics[0, 2] == 30 and found.intrinsics[1, 2] == 20
 
 
@@ -43,7 +49,9 @@ def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> 
     assert found.unit == "metre" and 0 < found.mask.mean() < 1
     assert not found.points[~found.mask].any() and (found.points[found.mask][:, 2] > 0).all()
     plain = infer(model, torch.from_numpy(one.image).permute(2, 0, 1)[None])
-    np.testing.assert_allclose(found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5)
+    np.testing.assert_allclose(
+        found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5
+    )
 
 
 def test_points_to_which_no_camera_fits_are_an_error() -> None:

@@ -62,7 +62,9 @@ def test_masks_are_those_of_the_plain_model(folder: str) -> None:
     network, image = Sam2Model.from_pretrained(folder).eval(), noise(0)
     pixels = preprocess(image.image, 64)[None]
     with torch.inference_mode():
-        said = network(pixels, input_boxes=scale_boxes(BOXES, 40, 60, 64)[None], multimask_output=False)
+        said = network(
+            pixels, input_boxes=scale_boxes(BOXES, 40, 60, 64)[None], multimask_output=False
+        )
     expected = postprocess(said.pred_masks[0][:, 0], 40, 60).numpy()
     (masks,) = Sam2Segmenter(folder).segment([image], [asked(BOXES)])
     assert masks.dtype == bool and (masks == expected).mean() > 0.999 and 0.02 < masks.mean() < 0.98

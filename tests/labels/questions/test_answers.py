@@ -45,9 +45,14 @@ def test_answers_about_made_up_labels(seed: int) -> None:
     rng, objects = np.random.default_rng(seed), []
     for _ in range(rng.integers(0, 7)):
         center = np.array([rng.normal(0, 0.25), rng.normal(0, 0.2), rng.uniform(0.3, 1.2)])
-        box = make_box(center, rng.uniform(0.02, 0.2, 3), Rotation.from_quat(rng.normal(size=4)).as_matrix())
+        box = make_box(
+            center, rng.uniform(0.02, 0.2, 3), Rotation.from_quat(rng.normal(size=4)).as_matrix()
+        )
         scores = {"visible": rng.choice([0.65, 0.8, 1]), "edge": rng.choice([0, 0, 0, 0.1])}
-        scores |= {"points": rng.choice([20, 40, 300, 300]), "stability": rng.choice([0.5, 0.7, 0.9])}
+        scores |= {
+            "points": rng.choice([20, 40, 300, 300]),
+            "stability": rng.choice([0.5, 0.7, 0.9]),
+        }
         points = {"closest": box.center * 0.9, "furthest": box.center * 1.1, "centre": box.center}
         name, box2d = str(rng.choice(NAMES)), np.array([0, 0, 10, 10], np.float32)
         found, known = None if rng.random() < 0.1 else box, {} if rng.random() < 0.5 else scores

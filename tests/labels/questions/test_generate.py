@@ -50,7 +50,9 @@ def derived(image: LabeledImage, q: Question) -> list:
             assert abs(y - (y0 + y1) / 2) <= 0.2 * (y1 - y0) + 1 / 1024
             return [o.name]
         case "where_2d" | "centre_2d":
-            x0, y0, x1, y1 = one(image, q.objects[0]).box2d / np.tile([image.width, image.height], 2)
+            x0, y0, x1, y1 = one(image, q.objects[0]).box2d / np.tile(
+                [image.width, image.height], 2
+            )
             centre = Pixel((x0 + x1) / 2, (y0 + y1) / 2)
             return [centre] if q.family == "centre_2d" else [Pixel(x0, y0), Pixel(x1, y1)]
         case "exists":
@@ -60,13 +62,21 @@ def derived(image: LabeledImage, q: Question) -> list:
         case "which_side":
             return ["left" if middle(image, q.objects[0]) < 0.5 else "right"]
         case "left_or_right":
-            return ["left" if middle(image, q.objects[0]) < middle(image, q.objects[1]) else "right"]
+            return [
+                "left" if middle(image, q.objects[0]) < middle(image, q.objects[1]) else "right"
+            ]
         case "list":
-            return [", ".join(o.name for o in sorted(image.objects, key=lambda o: o.box2d[0] + o.box2d[2]))]
+            return [
+                ", ".join(
+                    o.name for o in sorted(image.objects, key=lambda o: o.box2d[0] + o.box2d[2])
+                )
+            ]
     raise AssertionError(q.family)
 
 
-def test_every_2d_answer_follows_from_the_label(questions: list[tuple[LabeledImage, Question]]) -> None:
+def test_every_2d_answer_follows_from_the_label(
+    questions: list[tuple[LabeledImage, Question]],
+) -> None:
     assert {q.family for _, q in questions} == set(FAMILIES + FAMILIES_2D)
     for image, q in questions:
         if q.family in FAMILIES:
@@ -86,12 +96,19 @@ def test_what_a_name_speaks_of_is_not_said_to_be_absent(labels: list[LabeledImag
     assert "banana" in absent and not absent & {"apple", "bowl"}
 
 
-def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(labels: list[LabeledImage]) -> None:
+def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(
+    labels: list[LabeledImage],
+) -> None:
     rng = np.random.default_rng(0)
     image = next(x for x in labels if len(askable(x)) >= 2)
     a, b = askable(image)[:2]
     for stretch, expected in ((1.03, False), (1.1, True)):
-        moved = a.box3d.center / np.linalg.norm(a.box3d.center) * np.linalg.norm(b.box3d.center) * stretch
+        moved = (
+            a.box3d.center
+            / np.linalg.norm(a.box3d.center)
+            * np.linalg.norm(b.box3d.center)
+            * stretch
+        )
         pair = replace(image, objects=[replace(a, box3d=replace(a.box3d, center=moved)), b])
         assert bool(generate(pair, rng, families=["chain_of_thought"])) is expected
     vertices = a.box3d.vertices.copy()
@@ -101,7 +118,9 @@ def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(labels: li
 
 
 def test_the_seed_decides_one_to_four_different_questions(labels: list[LabeledImage]) -> None:
-    asked = [[generate(x, rng) for x in labels] for rng in (np.random.default_rng(s) for s in (5, 5, 6))]
+    asked = [
+        [generate(x, rng) for x in labels] for rng in (np.random.default_rng(s) for s in (5, 5, 6))
+    ]
     assert asked[0] == asked[1] != asked[2]
     rng = np.random.default_rng(0)
     image = max(labels, key=lambda x: len(askable(x)))
@@ -115,11 +134,15 @@ def test_the_seed_decides_one_to_four_different_questions(labels: list[LabeledIm
     assert min(seen[f] for f in FAMILIES) > 0.5 * max(seen.values())
 
 
-def test_tokenizer_text_covers_every_word_used(questions: list[tuple[LabeledImage, Question]]) -> None:
+def test_tokenizer_text_covers_every_word_used(
+    questions: list[tuple[LabeledImage, Question]],
+) -> None:
     names = {o.name for x, _ in questions for o in x.objects}
     known = {w for text in all_texts([*names, "mug"]) for w in re.findall(r"\w+", text)}
     answers = [s for _, q in questions for s in q.segments if isinstance(s, str)]
-    used = {w for text in [q.prompt for _, q in questions] + answers for w in re.findall(r"\w+", text)}
+    used = {
+        w for text in [q.prompt for _, q in questions] + answers for w in re.findall(r"\w+", text)
+    }
     assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY)
 
 
@@ -145,7 +168,9 @@ def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImag
 
 
 @pytest.mark.parametrize("size", [(160, 120), (159, 119)])
-def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_the_answer_is_the_point_that_the_pixel_shows(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     rng = np.random.default_rng(0)
     frame = random_frame(rng, width=size[0], height=size[1])
     height, width = frame.depth.shape
@@ -154,13 +179,17 @@ def test_the_answer_is_the_point_that_the_pixel_shows(tmp_path: Path, size: tupl
     write_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
     depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
     truth = unproject(frame.depth, frame.intrinsics)
-    asked = [q for _ in range(50) for q in generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)]
+    asked = [
+        q for _ in range(50) for q in generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)
+    ]
     assert len(asked) == 200
     for question in asked:
         y, x = (int(n) / 1024 for n in re.findall(r"<loc(\d{4})>", question.prompt))
         near = truth[round(y * height - 0.5), round(x * width - 0.5)]
         assert question.values == pytest.approx(near.tolist(), abs=0.02)
-    assert generate(label, rng, (4, 4), FAMILIES_PIXEL) == []  # without depth there is nothing to ask
+    assert (
+        generate(label, rng, (4, 4), FAMILIES_PIXEL) == []
+    )  # without depth there is nothing to ask
     assert generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=np.zeros_like(depth)) == []
 
 
@@ -179,7 +208,10 @@ def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:
     folders = [tmp_path / "0", tmp_path / "1"]
     with pytest.warns(match=r"^2 of 3 "):
         known = load_labels(folders, ["external", "wrist"])
-    assert [one.image for one in known["external"]] == [frames["external", 0], frames["external", 1]]
+    assert [one.image for one in known["external"]] == [
+        frames["external", 0],
+        frames["external", 1],
+    ]
     assert [one.image for one in known["wrist"]] == [frames["wrist", 0]] and len(known) == 2
     for view, some in load_depth(folders, known).items():
         for number, (_, depth) in enumerate(some):
@@ -190,7 +222,11 @@ def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:
 
 def test_labels_that_cannot_be_asked_about_end_the_training() -> None:
     """Instead of looking for another image for ever."""
-    image = LabeledImage(encode_jpeg(np.zeros((8, 8, 3), np.uint8)), 8, 8, np.eye(3), [], "metre", "made")
+    image = LabeledImage(
+        encode_jpeg(np.zeros((8, 8, 3), np.uint8)), 8, 8, np.eye(3), [], "metre", "made"
+    )
     folder = locate("nano")
-    samples = QuestionSamples({"external": [image]}, Processor.load(folder), QuestionMix(("offset",)), 2, 0)
+    samples = QuestionSamples(
+        {"external": [image]}, Processor.load(folder), QuestionMix(("offset",)), 2, 0
+    )
     refuses("offset", samples.batch, 0)

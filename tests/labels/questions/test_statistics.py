@@ -19,7 +19,10 @@ from spear.types import LabeledImage
 def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(1)
     found = list(label([random_frame(rng, objects=n) for n in (2, 3, 5, 7, 0)], *TRUTH))
-    return [*found, replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})])]
+    return [
+        *found,
+        replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})]),
+    ]
 
 
 def test_counts_are_those_by_hand_and_units_are_not_mixed(labels: list[LabeledImage]) -> None:

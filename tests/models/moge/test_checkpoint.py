@@ -14,10 +14,14 @@ from spear.models.moge.networks import MogeV1
 
 def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
     published = checkpoint(shared, 1)
-    torch.save({"model_config": published.config, "model": published.weights}, tmp_path / "model.pt")
+    torch.save(
+        {"model_config": published.config, "model": published.weights}, tmp_path / "model.pt"
+    )
     model = load_moge(tmp_path / "model.pt")
     assert model.unit == "relative" and not model.training and model.most_tokens == 2500
-    torch.testing.assert_close(model.state_dict(), reference(shared, 1).state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.state_dict(), reference(shared, 1).state_dict(), rtol=0, atol=0
+    )
 
 
 def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Checkpoint:
@@ -42,7 +46,11 @@ def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> Non
 
 def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
     v1, v2 = checkpoint(shared, 1), checkpoint(shared, 2)
-    for published, extra in ((v1, "backbone.register_tokens"), (v2, "edge_head.bias"), (v2, "image_mean")):
+    for published, extra in (
+        (v1, "backbone.register_tokens"),
+        (v2, "edge_head.bias"),
+        (v2, "image_mean"),
+    ):
         more = changed(published, **{extra: torch.zeros(3)})
         refuses(rf"weights unknown: 1, first {extra} \[3\]: ", build_moge, more)
     other = changed(v1, **{"head.projects.0.bias": torch.zeros(5)})
@@ -53,7 +61,11 @@ def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
 
 def test_configs_that_were_never_published_are_refused(shared: Path) -> None:
     config = checkpoint(shared, 1).config
-    refuses("MoGe config not supported: .*'sinh', only 'exp'", MogeV1, {**config, "remap_output": "sinh"})
+    refuses(
+        "MoGe config not supported: .*'sinh', only 'exp'",
+        MogeV1,
+        {**config, "remap_output": "sinh"},
+    )
     refuses("MoGe config not supported: .*is 1", MogeV1, {**config, "last_res_blocks": 1})
     v2 = checkpoint(shared, 2)
     cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}

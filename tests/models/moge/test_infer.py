@@ -24,7 +24,9 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor]) ->
     for case, points in batches.items():
         mask = helpers.get(f"{case}.mask", everywhere(points)).view(points.shape[:-1])
         for name, found in zip(("focal", "shift"), recover_focal_shift(points, mask), strict=True):
-            torch.testing.assert_close(found, helpers[f"{case}.{name}"].view(-1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                found, helpers[f"{case}.{name}"].view(-1), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_view_plane_and_unprojection_are_the_references(helpers: dict[str, torch.Tensor]) -> None:

@@ -42,7 +42,9 @@ pytestmark = pytest.mark.usefixtures("known_sizes")
 
 @pytest.mark.parametrize("text", ["gemma", "gemma2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_moge_the_logits_are_those_of_the_same_folder(tmp_path: Path, layout: str, text: str) -> None:
+def test_without_moge_the_logits_are_those_of_the_same_folder(
+    tmp_path: Path, layout: str, text: str
+) -> None:
     folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
     ours = plan_backbones(folder, None, "tiny14").run()
@@ -79,7 +81,9 @@ def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -
     plan = plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
     model = plan.run()
     table = model.language_model.embed_tokens.weight
-    assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
+    assert (
+        plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
+    )
     assert len(table) == max(rows, start + TINY14.bins) == model.config.text_config.vocab_size
     known = published.model.language_model.embed_tokens.weight
     keep = min(rows, start)
@@ -95,7 +99,9 @@ def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -
 def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
     moge = publish_moge(tmp_path / "model.pt")
-    full, half = (plan_backbones(folder, moge, "tiny14").run(dtype) for dtype in (None, torch.bfloat16))
+    full, half = (
+        plan_backbones(folder, moge, "tiny14").run(dtype) for dtype in (None, torch.bfloat16)
+    )
     expected = full.state_dict()
     for name, weight in half.state_dict().items():
         assert weight.dtype == torch.bfloat16
@@ -112,7 +118,9 @@ def a_vlm(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
-def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, layout: str) -> None:
+def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(
+    tmp_path: Path, layout: str
+) -> None:
     theirs = pi0()
     theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
     published = paligemma()
@@ -139,17 +147,25 @@ def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(tmp_path: Path, 
     noisy, time = torch.randn(B, H, 8), torch.tensor([0.2, 0.9])
     with torch.no_grad():
         expected = -theirs(state=state, noise=noisy, timestep=1 - time, **reference).logits
-        velocity = ours.predict(ours.prefix(**mine), state, Action.from_vector(noisy), time).to_vector()
+        velocity = ours.predict(
+            ours.prefix(**mine), state, Action.from_vector(noisy), time
+        ).to_vector()
     assert relative(velocity, expected) < 1e-5
-    goal = Action.from_vector(theirs.sample_actions(state=state, noise=noisy, num_steps=4, **reference))
+    goal = Action.from_vector(
+        theirs.sample_actions(state=state, noise=noisy, num_steps=4, **reference)
+    )
     sampled = ours.sample_actions(**mine, state=state, steps=4, noise=Action.from_vector(noisy))
     assert relative(sampled.translation, goal.translation) < 1e-5
     assert relative(sampled.gripper, goal.gripper) < 1e-5
-    unit = torch.nn.functional.normalize(goal.rotation, dim=-1)  # ours end as unit quaternions with w >= 0
+    unit = torch.nn.functional.normalize(
+        goal.rotation, dim=-1
+    )  # ours end as unit quaternions with w >= 0
     assert relative(sampled.rotation, unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)) < 1e-5
 
 
-def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(tmp_path: Path) -> None:
+def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(
+    tmp_path: Path,
+) -> None:
     expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
     plan = plan_policy(a_vlm(tmp_path / "vlm"), expert, "tiny14")
     model = plan.run()
@@ -165,7 +181,9 @@ def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_n
     published = pi0(state=32, action=32)
     layers = (model.expert.layers[1], published.model.dit.layers[1])
     assert torch.equal(*(layer.mlp.up_proj.weight for layer in layers))
-    assert torch.equal(model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight)
+    assert torch.equal(
+        model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight
+    )
 
 
 def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path) -> None:
@@ -237,7 +255,9 @@ def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> 
     plan = with_state(**{name: torch.zeros(0)})
     assert [key.status for key in plan.report.keys].count("missing") == 1
     refuses("weights missing: 1, first ", plan.run)
-    refuses("weights refused: 1, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check)
+    refuses(
+        "weights refused: 1, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check
+    )
     foreign = with_state(**{"tail.weight": torch.ones(2)})
     refuses("weights refused: 1, first tail.weight .*no such", foreign.run)
     foreign = {name: state[name].to(torch.int8)}
@@ -249,11 +269,18 @@ def test_what_would_be_loaded_and_be_wrong_is_refused(tmp_path: Path) -> None:
     one, two = sorted(folder.glob("*.safetensors"))
     state, head = load_file(one), "lm_head.weight"
     norm = next(name for name in state if "norm" in name)
-    for name, change, dtype in ((head, 1, None), (norm, torch.nan, None), (norm, 1e6, torch.float16)):
+    for name, change, dtype in (
+        (head, 1, None),
+        (norm, torch.nan, None),
+        (norm, 1e6, torch.float16),
+    ):
         save_file({**state, name: state[name] + change}, one)
         refuses(name.removeprefix("model."), plan_backbones(folder, None, "tiny14").run, dtype)
     rest = load_file(two)
-    for name in (norm, norm.removeprefix("model.")):  # stored twice; or under two names that become one
+    for name in (
+        norm,
+        norm.removeprefix("model."),
+    ):  # stored twice; or under two names that become one
         save_file({**rest, name: state[norm]}, two)
         refuses(norm, plan_backbones, folder, None, "tiny14")
     save_file(state, folder / "model.safetensors")
@@ -272,7 +299,9 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
     plan = plan_backbones(folder, None, "tiny14")
     edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
-    refuses("its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14")
+    refuses(
+        "its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14"
+    )
     edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=ROWS))
     plan.tokenizer.save_pretrained(folder)
     refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
@@ -281,7 +310,9 @@ def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) ->
     refuses("<loc0000>", plan_backbones, folder, None, "tiny14")
 
 
-def test_names_on_the_hub_are_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_on_the_hub_are_read_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     said = "cannot get google/absent .*or give a local folder"

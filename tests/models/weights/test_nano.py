@@ -26,7 +26,9 @@ def test_they_are_small_and_have_a_card(name: str) -> None:
     assert sum(f.stat().st_size for f in (SHIPPED / name).rglob("*") if f.is_file()) < 20e6
     card = (SHIPPED / name / "README.md").read_text()
     assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
-    assert "_name_or_path" not in (SHIPPED / name / "config.json").read_text()  # of whoever trained them
+    assert (
+        "_name_or_path" not in (SHIPPED / name / "config.json").read_text()
+    )  # of whoever trained them
 
 
 @pytest.mark.parametrize("name", ["nano-vlm-0", "nano-depth"])
@@ -46,7 +48,10 @@ def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) ->
 
 def test_the_vlm_sees_where_things_are() -> None:
     labels = list(label_frames(held_out_frames(12, 500, PRESETS["nano"].image_sizes["external"])))
-    for name, part, families in (("nano", 0.6, ("keypoint",)), ("nano-vlm", 0.35, ("keypoint", "offset"))):
+    for name, part, families in (
+        ("nano", 0.6, ("keypoint",)),
+        ("nano-vlm", 0.35, ("keypoint", "offset")),
+    ):
         scores = vqa.evaluate(load_vlm(name), labels, QuestionOptions(families=families))
         for found in (scores.families[family] for family in families):
             assert found.measures["error"].value < part * found.constant["error"], name
@@ -59,13 +64,17 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     assert results.mean().value > 0.4
 
 
-def test_a_folder_named_like_weights_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_weights_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()
     with pytest.warns(Notice, match="nano"):
         assert locate("nano") == Path("nano")
     with no_warning():
-        assert locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
+        assert (
+            locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
+        )
         assert locate("nano-vlm") == SHIPPED / "nano-vlm"
 
 

@@ -25,9 +25,15 @@ def stored(config: Any, tensors: dict[str, Any]) -> Shards:
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
 def test_paligemma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known, tensors = PUBLISHED[name], PUBLISHED[name].tensors()
-    vision = {**PRESETS["spear1"].vision, "model_type": "siglip_vision_model", "vision_use_head": False}
+    vision = {
+        **PRESETS["spear1"].vision,
+        "model_type": "siglip_vision_model",
+        "vision_use_head": False,
+    }
     width = known.config["hidden_size"]
-    config = PaliGemmaConfig(vision_config=vision, text_config=dict(known.config), projection_dim=width)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=dict(known.config), projection_dim=width
+    )
     monkeypatch.setattr(Shards, "open", lambda *_: stored(config, tensors))
     report = backbones.plan_backbones("nowhere", None).report
     report.check("")
@@ -38,14 +44,18 @@ def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         vlm = SpearVLMForConditionalGeneration(vlm_config(PRESETS["spear1"]))
     files = {
-        "SPEAR-VLM": stored(vlm.config, {name: weight.shape for name, weight in vlm.state_dict().items()}),
+        "SPEAR-VLM": stored(
+            vlm.config, {name: weight.shape for name, weight in vlm.state_dict().items()}
+        ),
         "π0": stored(vlm.config, PUBLISHED["pi0"].tensors()),
     }
     monkeypatch.setattr(Shards, "open", lambda _, what: files[what])
     report = action_expert.plan_policy("a", "b").report
     report.check("")
     ends = {key.name for key in report.of("new")}  # states and actions have other sizes there
-    assert ends == {f"{layer}.{part}" for layer in action_expert._ENDS for part in ("weight", "bias")}
+    assert ends == {
+        f"{layer}.{part}" for layer in action_expert._ENDS for part in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("name", ["moge", "moge-2"])
@@ -61,7 +71,14 @@ def test_moge(name: str) -> None:
 def test_the_published_files_are_known_by_revision_and_as_large_as_these_tensors() -> None:
     for known in PUBLISHED.values():
         assert is_hub_name(f"{known.repository}@{known.revision}") and len(known.revision) == 40
-    numbers = {n: sum(map(math.prod, PUBLISHED[n].tensors().values())) for n in ("moge", "paligemma", "pi0")}
+    numbers = {
+        n: sum(map(math.prod, PUBLISHED[n].tensors().values()))
+        for n in ("moge", "paligemma", "pi0")
+    }
     assert 0 < 1_256_823_446 - 4 * numbers["moge"] < 2e5
     # π0 holds its VLM, whose vocabulary is 64 rows shorter, and a head of the expert that is not read.
-    assert 0 < 14_005_618_584 - 4 * (numbers["paligemma"] - 64 * 2048 + numbers["pi0"] + 257_152 * 1024) < 2e5
+    assert (
+        0
+        < 14_005_618_584 - 4 * (numbers["paligemma"] - 64 * 2048 + numbers["pi0"] + 257_152 * 1024)
+        < 2e5
+    )

@@ -69,17 +69,23 @@ class Spear1Config(PreTrainedConfig):
     action_feature_names: list[str] = field(default_factory=list)
     license: str | None = "apache-2.0"
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+        default_factory=lambda: dict.fromkeys(
+            ("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY
+        )
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fps < RATE_HZ or self.fps % RATE_HZ:
-            raise SpearError(f"--policy.fps={self.fps}: give a multiple of {RATE_HZ:g}, SPEAR-1's rate")
+            raise SpearError(
+                f"--policy.fps={self.fps}: give a multiple of {RATE_HZ:g}, SPEAR-1's rate"
+            )
         if not 1 <= self.replan <= HORIZON:
             raise SpearError(f"--policy.replan={self.replan}: give 1 … {HORIZON}")
         if self.stage.kind != "vla" or self.stage.lora_rank:
-            raise SpearError(f"--policy.recipe={self.recipe}: give a recipe of SPEAR-1 without LoRA")
+            raise SpearError(
+                f"--policy.recipe={self.recipe}: give a recipe of SPEAR-1 without LoRA"
+            )
 
     @property
     def stage(self) -> Recipe:
@@ -104,9 +110,14 @@ class Spear1Config(PreTrainedConfig):
     def views(self) -> dict[str, str]:
         """Image feature → view of SPEAR-1. Raises `SpearError` where a camera's view cannot be known."""
         names = {key: key.rpartition(".")[2] for key in self.image_features}
-        views = {key: self.cameras.get(name, "") if self.cameras else name for key, name in names.items()}
+        views = {
+            key: self.cameras.get(name, "") if self.cameras else name for key, name in names.items()
+        }
         views = {key: view for key, view in views.items() if view}
-        known = sorted(views.values()) in (["external"], ["external", "wrist"])  # each from one camera
+        known = sorted(views.values()) in (
+            ["external"],
+            ["external", "wrist"],
+        )  # each from one camera
         if not known or not {*self.cameras} <= {*names.values()}:
             given, how = ", ".join(names.values()) or "none", "{NAME: external, NAME: wrist}"
             raise SpearError(f"cameras {given}: say which are SPEAR-1's: --policy.cameras='{how}'")
@@ -152,4 +163,7 @@ class Spear1Config(PreTrainedConfig):
 def _names(feature: dict[str, Any]) -> list[str]:
     """The names of a feature's numbers, which datasets keep as a list or in a map."""
     names = feature.get("names") or []
-    return [str(n) for n in (names if isinstance(names, list) else [m for v in names.values() for m in v])]
+    return [
+        str(n)
+        for n in (names if isinstance(names, list) else [m for v in names.values() for m in v])
+    ]

@@ -54,7 +54,10 @@ class SpearEnv(EnvConfig):
         default_factory=lambda: {
             ACTION: PolicyFeature(FeatureType.ACTION, (8,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
-            **{f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, size) for name, size in CAMERAS.items()},
+            **{
+                f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, size)
+                for name, size in CAMERAS.items()
+            },
         }
     )
     features_map: dict[str, str] = field(

@@ -52,7 +52,9 @@ class Spear1Policy(PreTrainedPolicy):
         super().__init__(config)
         self.robot, self.views = config.robot(), config.views()
         if dataset_meta is not None and dataset_meta.fps != config.fps:
-            raise SpearError(f"--policy.fps={config.fps}, but the dataset has {dataset_meta.fps}: give that")
+            raise SpearError(
+                f"--policy.fps={config.fps}, but the dataset has {dataset_meta.fps}: give that"
+            )
         self.spear = spear.Spear1Policy.load(
             folder or config.checkpoint, steps=config.steps, seed=config.seed
         )
@@ -89,11 +91,15 @@ class Spear1Policy(PreTrainedPolicy):
         policy = cls(config, dataset_meta=dataset_meta, folder=path / FOLDER)
         return policy.to(config.device).eval()
 
-    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save_pretrained(
+        self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """state_dict: the weights, where they are spread over several processes (FSDP)."""
         self.config._save_pretrained(save_directory)
         folder = save_directory / FOLDER
-        whole = state_dict and {key.removeprefix("model."): weight for key, weight in state_dict.items()}
+        whole = state_dict and {
+            key.removeprefix("model."): weight for key, weight in state_dict.items()
+        }
         self.model.save_pretrained(folder, state_dict=whole)
         self.spear.processor.save(folder)
         self.spear.normalizer.save(folder / "normalizer.json")
@@ -113,20 +119,27 @@ class Spear1Policy(PreTrainedPolicy):
 
     def wrap_with_peft(self, *_: Any, **__: Any) -> Any:
         """No: adapters are saved without the dataset's statistics. Always raises `SpearError`."""
-        raise SpearError("--peft: not with spear1: leave it out, or use `spear train finetune-lora`")
+        raise SpearError(
+            "--peft: not with spear1: leave it out, or use `spear train finetune-lora`"
+        )
 
     def reset(self) -> None:
         """A new episode: no actions wait, and the noise begins anew."""
         self._pace = Pace(self.config.fps)
         self.spear.reset()
 
-    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+    def forward(
+        self, batch: dict[str, Any], reduction: str = "mean"
+    ) -> tuple[Tensor, dict[str, float]]:
         """The flow loss of a batch of the dataset, and its parts."""
         if reduction != "mean":
             raise SpearError(f"reduction {reduction!r}: leave sample_weighting out")
         states = np.stack([self.robot.state(values) for values in _numpy(batch[OBS_STATE])])
         beyond = _numpy(batch[f"{ACTION}_is_pad"])
-        pairs = [self.robot.chunk(*row) for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)]
+        pairs = [
+            self.robot.chunk(*row)
+            for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)
+        ]
         actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
         if self.mask is not None:
             known &= demonstrated(self.mask, _numpy(batch["index"]).reshape(-1))
@@ -157,19 +170,25 @@ class Spear1Policy(PreTrainedPolicy):
         names, found = self.config.state_names, batch.get(OBS_STATE, torch.zeros(1, 0))
         if found.shape[1] != len(names):
             known = f"the policy knows {len(names)}: {' '.join(names)}"
-            raise SpearError(f"{OBS_STATE} has {found.shape[1]} numbers, {known}: is it this robot's?")
+            raise SpearError(
+                f"{OBS_STATE} has {found.shape[1]} numbers, {known}: is it this robot's?"
+            )
         return found
 
     def _images(self, batch: dict[str, Any]) -> dict[str, Array]:
         """View → images [B, h, w, 3]. A wrist camera may be missing, as with spear's own commands."""
-        if missing := [key for key, view in self.views.items() if view == "external" and key not in batch]:
+        if missing := [
+            key for key, view in self.views.items() if view == "external" and key not in batch
+        ]:
             raise SpearError(f"no {missing[0]}: give its camera this name, or --rename_map")
         there = {view: _numpy(batch[key]) for key, view in self.views.items() if key in batch}
         return {view: images.transpose(0, 2, 3, 1) for view, images in there.items()}
 
     @torch.compiler.disable  # --use_torch_compile could not see through kinematics
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], last: Tensor | None = None, **_: Any) -> Tensor:
+    def predict_action_chunk(
+        self, batch: dict[str, Any], last: Tensor | None = None, **_: Any
+    ) -> Tensor:
         """[B, rows, d]: the whole chunk as the robot takes it; last [B, d]: the rows that came before."""
         state = self._state(batch)
         values = _numpy(state)
@@ -199,7 +218,9 @@ class Spear1Policy(PreTrainedPolicy):
         return self._pace.row(look, one=len(self._state(batch)) == 1)
 
 
-def fit(root: Path, robot: Robot, config: Spear1Config, mask: Array, mode: Mode) -> tuple[Normalizer, float]:
+def fit(
+    root: Path, robot: Robot, config: Spear1Config, mask: Array, mode: Mode
+) -> tuple[Normalizer, float]:
     """The statistics of a dataset's translations and positions, of all its episodes, and the mean opening
     with which these begin; mask: of these frames [frames]."""
     state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")

@@ -18,7 +18,10 @@ from lerobot.processor import (
     ProcessorStepRegistry,
     RobotObservation,
 )
-from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
+from lerobot.processor.factory import (
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
 
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -62,7 +65,9 @@ def _fitted(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if images.is_floating_point():
         images = (images * 255).round().clamp(0, 255).to(torch.uint8)
     rows = images.reshape(-1, *images.shape[-3:]).permute(0, 2, 3, 1).cpu().numpy()
-    fitted = torch.stack([torch.tensor(fit_image(row, height, width)) for row in rows]).permute(0, 3, 1, 2)
+    fitted = torch.stack([torch.tensor(fit_image(row, height, width)) for row in rows]).permute(
+        0, 3, 1, 2
+    )
     return fitted.reshape(*images.shape[:-2], height, width).contiguous()
 
 

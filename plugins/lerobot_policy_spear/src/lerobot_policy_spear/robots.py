@@ -75,7 +75,9 @@ class Pace:
         if (early := self._due - time.monotonic()) > 0:
             if early > 0.2 * self.period:
                 told = f"--policy.fps={1 / self.period:g}"
-                notice(f"more rows are asked for than {told}: each is made to wait: give it as --fps, too")
+                notice(
+                    f"more rows are asked for than {told}: each is made to wait: give it as --fps, too"
+                )
             time.sleep(early)
         self._due = max(self._due + self.period, time.monotonic() + self.period / 2)
 
@@ -131,7 +133,9 @@ class Poses:
         for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):
             for part in np.arange(1, self.stride + 1) / self.stride:
                 begin, end = torch.from_numpy(np.array([q, facing], np.float64))
-                rows.append((p + (to - p) * part, quat_slerp(begin, end, float(part)).numpy(), action[7]))
+                rows.append(
+                    (p + (to - p) * part, quat_slerp(begin, end, float(part)).numpy(), action[7])
+                )
         return self.commands(rows, values, last)
 
     def _begin(self, state: Array, action: Array, last: Array | None) -> tuple[Array, Array]:
@@ -142,7 +146,9 @@ class Poses:
             return state[:3], state[3:7]
         position, rotation, _ = self.pose(last)
         ahead = np.float64(position) - state[:3]
-        begin, end, turn = torch.from_numpy(np.array([state[3:7], rotation, action[3:7]], np.float64))
+        begin, end, turn = torch.from_numpy(
+            np.array([state[3:7], rotation, action[3:7]], np.float64)
+        )
         far, angle = float(np.linalg.norm(ahead)), float(quat_distance(begin, end))
         goes = min(1.0, float(np.linalg.norm(action[:3])) / max(far, 1e-9))
         turns = min(1.0, float(quat_log(turn).norm()) / max(angle, 1e-9))
@@ -152,8 +158,14 @@ class Poses:
         """Of the robot's numbers [d]. Raises `SpearError` for joint angles: a robot sends no names."""
         if (turn := float(np.linalg.norm(values[3:6]))) > 2 * math.pi:
             how = "are these joint angles? send the end-effector's pose (LeRobot's end-effector processors)"
-            raise SpearError(f"{POSE_NAMES[3]} …: {turn:.3g} rad is no turn of an end-effector: {how}")
-        return values[:3], _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))), _opening(values[6])
+            raise SpearError(
+                f"{POSE_NAMES[3]} …: {turn:.3g} rad is no turn of an end-effector: {how}"
+            )
+        return (
+            values[:3],
+            _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))),
+            _opening(values[6]),
+        )
 
     def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
         """Poses as commands [N, d]."""
@@ -171,7 +183,11 @@ class Joints(Poses):
 
     def pose(self, values: Array) -> Row:
         at = self.kinematics.forward_kinematics(np.float64(values[: self.count]))
-        return at[:3, 3], matrix_to_quat(torch.from_numpy(at[:3, :3].copy())).numpy(), _opening(values[-1])
+        return (
+            at[:3, 3],
+            matrix_to_quat(torch.from_numpy(at[:3, :3].copy())).numpy(),
+            _opening(values[-1]),
+        )
 
     def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
         """Each row's angles by the inverse kinematics, from those of the row before; where no angles lead
@@ -188,7 +204,9 @@ class Joints(Poses):
                 angles, held = found, [*found, OPEN * gripper]
             elif not self._noted:
                 told = "no joint angles lead where the policy goes: the arm and its gripper stand still"
-                self._noted = notice(f"{told}: is it in reach, are --policy.urdf and --policy.tip right?")
+                self._noted = notice(
+                    f"{told}: is it in reach, are --policy.urdf and --policy.tip right?"
+                )
             made.append(held)
         return np.array(made, np.float32)
 
@@ -197,7 +215,9 @@ def doubt_units(robot: Robot, state: Array) -> None:
     """Says so where a dataset's numbers [frames, d] are hardly degrees, or percent of an open gripper."""
     widest = np.abs(state).max(axis=0)
     if isinstance(robot, Joints) and (0 < (top := widest[:-1].max()) < 2 * np.pi or top == FULL):
-        notice(f"joint angles are at most {top:.3g}: are they degrees, recorded with use_degrees=true?")
+        notice(
+            f"joint angles are at most {top:.3g}: are they degrees, recorded with use_degrees=true?"
+        )
     if isinstance(robot, Poses) and 0 < widest[-1] <= OPEN / 50:
         notice(f"the gripper reads at most {widest[-1]:.3g}: is it 0 (closed) … {OPEN:g} (open)?")
 
@@ -205,8 +225,12 @@ def doubt_units(robot: Robot, state: Array) -> None:
 def columns(root: Path, *keys: str) -> list[Array]:
     """Columns of a LeRobot dataset, by the frames' "index". Raises `SpearError` where it is not on disk."""
     if not (root / "data").is_dir():
-        raise SpearError(f"{root}: no data there, whose statistics are needed: leave out --dataset.streaming")
-    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(list({*keys, "index"}))
+        raise SpearError(
+            f"{root}: no data there, whose statistics are needed: leave out --dataset.streaming"
+        )
+    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(
+        list({*keys, "index"})
+    )
     rows = table.sort_by("index")
     return [np.array(rows[key].to_pylist()) for key in keys]
 
@@ -234,12 +258,16 @@ def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, 
     state, action = list(state), list(action)
     if (state, action) == (STATE_NAMES, ACTION_NAMES):
         if stride != 1:
-            raise SpearError("a dataset of spear's actions is at 5 Hz: export it so, and give --policy.fps=5")
+            raise SpearError(
+                "a dataset of spear's actions is at 5 Hz: export it so, and give --policy.fps=5"
+            )
         return Exported()
     if state == action == POSE_NAMES:
         return Poses(stride)
     motors = [name.removesuffix(".pos") for name in action]
-    joints = state == action and all(n.endswith(".pos") for n in action) and motors[-1:] == ["gripper"]
+    joints = (
+        state == action and all(n.endswith(".pos") for n in action) and motors[-1:] == ["gripper"]
+    )
     if joints and sum("gripper" in m for m in motors) == 1 and urdf:
         return Joints(stride, _kinematics(urdf, tip, motors[:-1]), len(motors) - 1)
     how = (
@@ -248,7 +276,9 @@ def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, 
         else f"record {' '.join(POSE_NAMES)} (LeRobot's end-effector processors), or use `spear train`"
     )
     shown = ", ".join(action[:4]) or "no names"
-    raise SpearError(f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}")
+    raise SpearError(
+        f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}"
+    )
 
 
 def _kinematics(urdf: str, tip: str, joints: list[str]) -> Any:

@@ -20,7 +20,9 @@ T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
-FORMATS: Mapping[str, tuple[str, Callable[[Path], object], Callable[[Path], Dataset | EpisodeStore]]] = {
+FORMATS: Mapping[
+    str, tuple[str, Callable[[Path], object], Callable[[Path], Dataset | EpisodeStore]]
+] = {
     "store": (f"a store of episodes ({SHARD_GLOB})", shard_files, EpisodeStore),
     "rlds": ("an RLDS dataset (features.json)", rlds_folders, open_rlds),
     "lerobot": (f"a LeRobot dataset ({INFO})", lambda path: (path / INFO).is_file(), open_lerobot),
@@ -64,7 +66,9 @@ def read_episodes(
         yield from open_split(path, split)
         return
     spec = folder.spec(dataset)
-    yield from made(folder.steps(split, spec.images.values()), partial(episode_from, spec=spec), on_bad)
+    yield from made(
+        folder.steps(split, spec.images.values()), partial(episode_from, spec=spec), on_bad
+    )
 
 
 def made(read: Sources, make: Callable[..., T], on_bad: OnBad | None) -> Iterator[T]:
@@ -108,9 +112,13 @@ def digest(folder: Dataset | EpisodeStore) -> str:
     """What tells the data of a folder from others; the larger part of them is not read."""
     if isinstance(folder, EpisodeStore):
         return folder.digest() + folder.digest(seen=True)
-    records = b"".join(map(record_sums, sorted(folder.path.glob("*.tfrecord*"))))  # their ends are but images
+    records = b"".join(
+        map(record_sums, sorted(folder.path.glob("*.tfrecord*")))
+    )  # their ends are but images
     told = "info.json", "*.jsonl", "features.json", "dataset_info.json"
-    return hash_ends([folder.path], ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told), records)
+    return hash_ends(
+        [folder.path], ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told), records
+    )
 
 
 def cameras(path: str | Path, layout: Path | None = None) -> list[str]:

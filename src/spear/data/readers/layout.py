@@ -10,10 +10,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import check_actions, check_episode, derive_actions, first_bad, told_commands
+from spear.data.actions import (
+    check_actions,
+    check_episode,
+    derive_actions,
+    first_bad,
+    told_commands,
+)
 from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
 from spear.errors import SpearError
-from spear.geometry import euler_to_quat, matrix_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
+from spear.geometry import (
+    euler_to_quat,
+    matrix_to_quat,
+    quat_canonical,
+    quat_exp,
+    quat_multiply,
+    quat_rotate,
+)
 from spear.types import CONTROL, FASTEST, FASTEST_TURN, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 
@@ -43,7 +56,9 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
     assert spec.rate_hz is not None
     position, rotation, form = recorded_pose(steps, spec, source)
     if form in ANGLES and len(rotation) and np.median(np.abs(rotation).max(axis=-1)) > MOST_RAD:
-        raise SpearError(f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg")
+        raise SpearError(
+            f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg"
+        )
     gripper, command = openings(steps, spec, source)
     episode = check_episode(
         Episode(
@@ -86,7 +101,9 @@ def column(steps: Steps, where: str, source: str) -> Any:
     while parts:
         # A name may have slashes in it itself: the longest that is there is meant.
         names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        if (name := next((n for n in names if isinstance(node, Mapping) and n in node), None)) is None:
+        if (
+            name := next((n for n in names if isinstance(node, Mapping) and n in node), None)
+        ) is None:
             there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
             raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
         node, parts = node[name], parts[name.count("/") + 1 :]
@@ -124,9 +141,13 @@ def row_count(steps: Steps) -> int:
     return len(next((values for _, values in leaves(steps) if not isinstance(values, str)), ()))
 
 
-def recorded_pose(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array, RotationFormat]:
+def recorded_pose(
+    steps: Steps, spec: DatasetSpec, source: str
+) -> tuple[Array, Array, RotationFormat]:
     """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written."""
-    assert spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
+    assert (
+        spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
+    )
     position = numbers(steps, spec.position, source)
     turn = ANGLE_UNITS[spec.angle_unit]
     if spec.rotation_format == "franka_joints":
@@ -142,7 +163,9 @@ def numbers(steps: Steps, where: str, source: str) -> Array:
     try:
         values = np.asarray(column(steps, where, source), np.float64)
     except (TypeError, ValueError) as error:
-        raise SpearError(f"no numbers in column {where!r}: {source}: name another column") from error
+        raise SpearError(
+            f"no numbers in column {where!r}: {source}: name another column"
+        ) from error
     if (step := first_bad(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))) is not None:
         there = f"{source} step {step}: {where} is {values[step].tolist()}"
         raise SpearError(f"not a number: {there}; leave the episode out")
@@ -170,7 +193,9 @@ def openings(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array
 def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], source: str) -> Array:
     values = numbers(steps, where, source)
     if values.size != len(values):
-        raise SpearError(f"no column {where!r}: {source}: it has the shape {values.shape}, not one number")
+        raise SpearError(
+            f"no column {where!r}: {source}: it has the shape {values.shape}, not one number"
+        )
     values, (closed, opened) = values.reshape(-1), span
     part = (values - closed) / (opened - closed)
     if (step := first_bad((part < -SLACK) | (part > 1 + SLACK))) is not None:
@@ -194,9 +219,13 @@ def _without_idle(episode: Episode, command: Array | None) -> tuple[Episode, Arr
             keep.append(step)
             reached = step + 1
     keep.append(len(episode) - 1)
-    parts: dict[str, Any] = {n: getattr(episode, n)[keep] for n in ("position", "rotation", "gripper")}
+    parts: dict[str, Any] = {
+        n: getattr(episode, n)[keep] for n in ("position", "rotation", "gripper")
+    }
     images = {camera: [images[i] for i in keep] for camera, images in episode.images.items()}
-    return dataclasses.replace(episode, images=images, **parts), None if command is None else command[keep]
+    return dataclasses.replace(
+        episode, images=images, **parts
+    ), None if command is None else command[keep]
 
 
 def _images(steps: Steps, spec: DatasetSpec, camera: str, source: str) -> list[bytes]:
@@ -246,13 +275,17 @@ def _text(steps: Steps, where: str, source: str) -> str:
     Raises SpearError naming the column for anything else, such as numbers, images or a text that changes.
     """
     try:
-        rows = {r.tobytes() if isinstance(r, np.ndarray) else r: r for r in column(steps, where, source)}
+        rows = {
+            r.tobytes() if isinstance(r, np.ndarray) else r: r for r in column(steps, where, source)
+        }
         texts = [text for text in dict.fromkeys(map(_words, rows.values())) if text]
     except (TypeError, ValueError, OverflowError) as error:
         raise SpearError(f"no text in column {where!r}: {source}: name another column") from error
     if texts[1:]:
         change = f"{where} is {texts[0]!r} and then {texts[1]!r}"
-        raise SpearError(f"text that changes: {source}: {change}; cut the episode there, or leave it out")
+        raise SpearError(
+            f"text that changes: {source}: {change}; cut the episode there, or leave it out"
+        )
     return "".join(texts)
 
 
@@ -270,12 +303,19 @@ def _check_jumps(episode: Episode) -> None:
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
     for change, fastest, what, check in (
         (moved, FASTEST, "moved by {:.3g} m", "its unit (length_unit)"),
-        (_turned(episode.rotation), FASTEST_TURN, "turned by {:.3g} rad", "how its rotations are written"),
+        (
+            _turned(episode.rotation),
+            FASTEST_TURN,
+            "turned by {:.3g} rad",
+            "how its rotations are written",
+        ),
     ):
         if change.max(initial=0) * episode.rate_hz > fastest:
             step = int(change.argmax())
             jump = f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])}"
-            raise SpearError(f"{jump} in one step; leave it out, or check rate_hz, the column and {check}")
+            raise SpearError(
+                f"{jump} in one step; leave it out, or check rate_hz, the column and {check}"
+            )
 
 
 def _turned(rotation: Array) -> Array:
@@ -333,7 +373,9 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
     width, convert = FORMS[layout]
     if tensor.ndim != 2 or tensor.shape[1] != width:
         shape = tuple(tensor.shape)
-        raise SpearError(f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns")
+        raise SpearError(
+            f"wrong shape: {source}: rotation is {shape}, but {layout} needs {width} columns"
+        )
     if layout in POSES:
         pose = POSES[layout](tensor)
         matrix, last = pose[:, :3, :3], pose.new_tensor([0, 0, 0, 1])
@@ -369,9 +411,13 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     base frame when the gripper points straight down. Raises SpearError for other than 7 columns of radians.
     """
     if joints.ndim != 2 or joints.shape[1] != 7:
-        raise SpearError(f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7")
+        raise SpearError(
+            f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7"
+        )
     if len(joints) and np.abs(joints).max() > 2 * math.pi:
-        raise SpearError(f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected")
+        raise SpearError(
+            f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected"
+        )
     angles = torch.from_numpy(np.insert(joints.astype(np.float64), 7, _HAND, axis=1))
     position, rotation = angles.new_zeros(3), angles.new_tensor([1, 0, 0, 0])
     x, _, z = torch.eye(3, dtype=torch.float64)

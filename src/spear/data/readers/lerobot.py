@@ -37,7 +37,9 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE, DRIFT = 0.25, 0.05
 """How far a row or a frame may be from its place in time, and how wrong a mean step, in steps (ours)."""
-JOINT = re.compile(r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$")
+JOINT = re.compile(
+    r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$"
+)
 """What names of joints have in them."""
 
 
@@ -59,7 +61,11 @@ class Feature(BaseModel):
         """The names of its components, one after the other."""
         names = self.names
         if isinstance(names, Mapping):
-            names = [axis for axes in names.values() for axis in (axes if isinstance(axes, list) else [axes])]
+            names = [
+                axis
+                for axes in names.values()
+                for axis in (axes if isinstance(axes, list) else [axes])
+            ]
         return [str(name) for name in names] if isinstance(names, list) else []
 
 
@@ -116,14 +122,18 @@ class LeRobotFolder:
 
     def spec(self, given: Path | None = None) -> DatasetSpec:
         """What its columns mean; see `find_spec`. Raises SpearError also where its metadata contradict it."""
-        spec = find_spec(self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps})
+        spec = find_spec(
+            self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps}
+        )
         if spec.rate_hz != self.info.fps:
             why = f"rate_hz is {spec.rate_hz}, but its {INFO} says {self.info.fps} fps"
             raise SpearError(f"two rates: {self.path}: {why}: leave rate_hz out of the layout")
         for key in ("position", "rotation") if spec.rotation_format != "franka_joints" else ():
             if found := self.joints(str(getattr(spec, key))):
                 why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
-                raise SpearError(f"joints are no pose: {self.path}: {why}: name columns of the end-effector")
+                raise SpearError(
+                    f"joints are no pose: {self.path}: {why}: name columns of the end-effector"
+                )
         named = self.quaternion(str(spec.rotation))
         if named and spec.rotation_format != named:
             why = f"rotation_format is {spec.rotation_format}, but its {INFO} names them as of {named}"
@@ -170,7 +180,11 @@ class LeRobotFolder:
             raise no_steps(f"{self.name}#{index}")
         try:
             return self._read(self.episodes[index], wanted)
-        except (TypeError, ValueError, AttributeError) as error:  # an empty cell, rows of different lengths
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # an empty cell, rows of different lengths
             why = f"{first_line(error)}; mend it, or leave the episode out"
             raise SpearError(f"broken rows: {self.name}#{index}: {why}") from error
 
@@ -178,21 +192,31 @@ class LeRobotFolder:
         rows = _rows(episode, self.name)
         names = [name for name in rows.column_names if name not in self.cameras or name in wanted]
         steps = {_column(name): _values(rows.column(name), self.path) for name in names}
-        times = np.asarray(steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float).reshape(-1)
+        times = np.asarray(
+            steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float
+        ).reshape(-1)
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")
         apart = np.diff(times) * self.info.fps  # in steps
         row = first_bad(np.abs(apart - 1) > 2 * TIME_TOLERANCE)
         if row is not None and abs(np.median(apart) - 1) < 2 * TIME_TOLERANCE:
-            raise ValueError(f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one")
-        if row is not None or abs(apart.sum() - len(apart)) > max(2 * TIME_TOLERANCE, DRIFT * len(apart)):
-            raise ValueError(f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong")
+            raise ValueError(
+                f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one"
+            )
+        if row is not None or abs(apart.sum() - len(apart)) > max(
+            2 * TIME_TOLERANCE, DRIFT * len(apart)
+        ):
+            raise ValueError(
+                f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong"
+            )
         for name, (file, first, end) in episode.videos.items():
             if name in wanted:
                 source = f"{self.name}#{episode.index}"
                 steps[_column(name)] = _frames(file, first, end, times, 1 / self.info.fps, source)
         if "task_index" in steps:
-            steps[TASK] = [(self.tasks.get(int(i)) or "").encode() for i in np.ravel(steps["task_index"])]
+            steps[TASK] = [
+                (self.tasks.get(int(i)) or "").encode() for i in np.ravel(steps["task_index"])
+            ]
             told, listed = {text.decode() for text in steps[TASK]}, [*filter(None, episode.tasks)]
             if listed and not told <= {*listed, ""}:
                 raise ValueError(f"by task_index its task is {told}, but its metadata say {listed}")
@@ -227,19 +251,31 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
             raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
         splits = _splits(info, len(episodes))
         found = LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, pa.ArrowException) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        pa.ArrowException,
+    ) as error:
         why = first_line(error)
         old = why.startswith("codebase_version")
         cure = "convert it to v2.1 or v3.0" if old else "copy the dataset again"
         raise SpearError(f"unreadable: {where}: {why}; {cure}") from error
     if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
-        notice(f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})")
+        notice(
+            f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})"
+        )
     return found
 
 
 def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
     """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
-    ends = {name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()}
+    ends = {
+        name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()
+    }
     found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
     return {n: (a, b) for n, (a, b) in found.items() if a <= b <= count} or {"train": (0, count)}
 
@@ -252,8 +288,12 @@ def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         files = {name: str(info.video_path).format(video_key=name, **place) for name in info.videos}
         videos = {name: (folder / file, 0.0, np.inf) for name, file in files.items()}
         data = folder / info.data_path.format(**place)
-        episodes.append(LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos))
-    return [(row["task_index"], row["task"]) for row in _json_lines(folder / "meta/tasks.jsonl")], episodes
+        episodes.append(
+            LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos)
+        )
+    return [
+        (row["task_index"], row["task"]) for row in _json_lines(folder / "meta/tasks.jsonl")
+    ], episodes
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -278,10 +318,14 @@ def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRo
         for row in pq.read_table(file, columns=names).to_pylist():
             videos = {}
             for name in info.videos:
-                first, end = (float(row[f"videos/{name}/{which}_timestamp"]) for which in ("from", "to"))
+                first, end = (
+                    float(row[f"videos/{name}/{which}_timestamp"]) for which in ("from", "to")
+                )
                 videos[name] = place(str(info.video_path), row, f"videos/{name}", name), first, end
             data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
-            episodes.append(LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos))
+            episodes.append(
+                LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos)
+            )
     return tasks, episodes
 
 
@@ -314,7 +358,9 @@ def _values(column: pa.ChunkedArray, folder: Path) -> Any:
         return [(cell.encode() if isinstance(cell, str) else cell) or b"" for cell in cells]
     with contextlib.suppress(TypeError, ValueError):
         found = np.array(cells)
-        return found if found.dtype.kind in "biuf" else found.astype(float)  # what is missing is NaN
+        return (
+            found if found.dtype.kind in "biuf" else found.astype(float)
+        )  # what is missing is NaN
     return f"it holds {kind}: no numbers, or not as many in each row"
 
 
@@ -328,14 +374,20 @@ def _image(cell: Mapping[str, Any], folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def _frames(file: Path, first: float, end: float, times: Any, step: float, source: str) -> list[bytes]:
+def _frames(
+    file: Path, first: float, end: float, times: Any, step: float, source: str
+) -> list[bytes]:
     """The frames of an episode as JPEG. Raises SpearError unless there is exactly one for each row."""
     slack = TIME_TOLERANCE * step
     found = list(read_frames(file, first - slack, end - slack))
     why = f"it has {counted(len(found), 'frames')} for {counted(len(times), 'rows')}"
     if len(found) == len(times):
         late = np.abs(np.array([time for time, _ in found]) - first - times)
-        why = f"the frame of row {late.argmax()} is {late.max():.3f} s off" if (late > slack).any() else ""
+        why = (
+            f"the frame of row {late.argmax()} is {late.max():.3f} s off"
+            if (late > slack).any()
+            else ""
+        )
     if why:
         raise SpearError(f"frames and rows differ: {source}: {file}: {why}; leave the episode out")
     return [encode_jpeg(image) for _, image in found]

@@ -50,7 +50,9 @@ class RldsFolder:
         spec = find_spec(self.name, self.path, given)
         if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
             why = spec.facts.get("newest", "")
-            raise SpearError(f"broken version {self.version}: {self.path}: take {spec.newest} ({why})")
+            raise SpearError(
+                f"broken version {self.version}: {self.path}: take {spec.newest} ({why})"
+            )
         return spec
 
     def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
@@ -72,15 +74,23 @@ class RldsFolder:
             steps = episode.pop("steps")
             if not (rows := row_count(steps)):
                 return no_steps(f"{file} record {index}")
-            once = {n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)}
+            once = {
+                n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)
+            }
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            return SpearError(f"broken record: {file} record {index}: {error}; copy the dataset again")
+            return SpearError(
+                f"broken record: {file} record {index}: {error}; copy the dataset again"
+            )
 
 
 def _in_rows(value: Any, rows: int) -> Any:
     """A text or numbers of an episode as a column of so many rows."""
-    return [value] * rows if isinstance(value, bytes) else np.broadcast_to(value, (rows, *np.shape(value)))
+    return (
+        [value] * rows
+        if isinstance(value, bytes)
+        else np.broadcast_to(value, (rows, *np.shape(value)))
+    )
 
 
 def _parts(version: str) -> list[int]:
@@ -97,19 +107,31 @@ def open_rlds(path: str | Path) -> RldsFolder:
     """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
     found = rlds_folders(Path(path))
     if len(found) != 1:
-        names = f"choose one of {', '.join(p.name for p in found)}" if found else "it has no features.json"
+        names = (
+            f"choose one of {', '.join(p.name for p in found)}"
+            if found
+            else "it has no features.json"
+        )
         raise SpearError(f"not an RLDS folder: {path}: {names}")
     folder = found[0]
-    info, features = (read_json(folder / f"{n}.json", "copy it again") for n in ("dataset_info", "features"))
+    info, features = (
+        read_json(folder / f"{n}.json", "copy it again") for n in ("dataset_info", "features")
+    )
     try:
         if info.get("fileFormat", "tfrecord") != "tfrecord":
-            raise SpearError(f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord")
-        splits = {str(split["name"]): _shards(folder, info["name"], split) for split in info["splits"]}
+            raise SpearError(
+                f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord"
+            )
+        splits = {
+            str(split["name"]): _shards(folder, info["name"], split) for split in info["splits"]
+        }
         if not splits:
             raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
         return RldsFolder(folder, str(info["name"]), str(info.get("version", "")), splits, features)
     except (KeyError, TypeError, ValueError) as error:
-        raise SpearError(f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again") from error
+        raise SpearError(
+            f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again"
+        ) from error
 
 
 def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[Path, int]]:
@@ -119,12 +141,18 @@ def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[
     for index, length in enumerate(lengths):
         number, count = f"{index:05d}", f"{len(lengths):05d}"
         words = {"DATASET": dataset, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"}
-        words |= {"SHARD_INDEX": number, "NUM_SHARDS": count, "SHARD_X_OF_Y": f"{number}-of-{count}"}
+        words |= {
+            "SHARD_INDEX": number,
+            "NUM_SHARDS": count,
+            "SHARD_X_OF_Y": f"{number}-of-{count}",
+        }
         shards.append((folder / template.format(**words), length))
     return shards
 
 
-def unflatten(node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = "", depth: int = 0) -> Any:
+def unflatten(
+    node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = "", depth: int = 0
+) -> Any:
     """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
 
     node is one of `features.json`; flat are the lists of one example; name is the path so far, depth the
@@ -164,7 +192,9 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
     """All values of one feature, the first dimension running over whatever sequence it is in; or why not."""
     if "tensor" not in description:
         numbers = "classLabel" in description and not isinstance(values, list)
-        if numbers or (isinstance(values, list) and ("image" in description or "text" in description)):
+        if numbers or (
+            isinstance(values, list) and ("image" in description or "text" in description)
+        ):
             return values
         return f"it is a {description.get('pythonClassName')}"
     tensor, shape = description["tensor"], _shape(description)
@@ -184,5 +214,7 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
     if -1 in shape:
         return flat.reshape(1, *shape)
     if len(flat) % math.prod(shape):
-        raise ValueError(f"feature {name!r} has {counted(len(flat), 'values')}, not to fill {shape}")
+        raise ValueError(
+            f"feature {name!r} has {counted(len(flat), 'values')}, not to fill {shape}"
+        )
     return flat.reshape(-1, *shape)

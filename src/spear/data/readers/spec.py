@@ -140,7 +140,15 @@ OF_ITS_COLUMNS = {
     "gripper": ("command", "command_range"),
     "action": ("command", "command_range", "tool_rotation", "drop_idle"),
 }
-_NEEDED = ("images", "position", "rotation", "rotation_format", "gripper", "gripper_range", "rate_hz")
+_NEEDED = (
+    "images",
+    "position",
+    "rotation",
+    "rotation_format",
+    "gripper",
+    "gripper_range",
+    "rate_hz",
+)
 
 
 def missing(spec: DatasetSpec) -> list[str]:
@@ -166,9 +174,13 @@ def find_spec(
         raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
     check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
     if len({*spec.images.values()}) < len(spec.images):
-        raise SpearError(f"images (in {path}): two cameras are the same column: leave one of them out")
+        raise SpearError(
+            f"images (in {path}): two cameras are the same column: leave one of them out"
+        )
     if unknown := missing(spec):
-        why = "; ".join(f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown)
+        why = "; ".join(
+            f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown
+        )
         raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")
     return spec
 
@@ -177,7 +189,9 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, if bad."""
     fields = read_json(path, "give a file like spear.json")
     like = fields.pop("like", None)
-    known = {*(f.name for f in dataclasses.fields(DatasetSpec)), "like"} - {"weight"}  # see --shares
+    known = {*(f.name for f in dataclasses.fields(DatasetSpec)), "like"} - {
+        "weight"
+    }  # see --shares
     check_known(f"key (in {path})", known, *fields)
     check_known(f"dataset (like, in {path})", REGISTRY, *([] if like is None else [str(like)]))
     base = dict(vars(REGISTRY[like])) if like is not None else {}
@@ -187,10 +201,14 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
     needs = {"command_range": "command", "action_mask": "action", "source": "action"}
     for key in (key for key in needs if key in fields and getattr(spec, needs[key]) is None):
-        raise SpearError(f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out")
+        raise SpearError(
+            f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out"
+        )
     for key in OF_ITS_COLUMNS["action"] if spec.action is not None else ():
         if key in fields:
-            raise SpearError(f"{key} (in {path}): actions are taken as they are: leave it, or action, out")
+            raise SpearError(
+                f"{key} (in {path}): actions are taken as they are: leave it, or action, out"
+            )
     return spec
 
 
@@ -206,7 +224,9 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
             known = re.findall(r"'(\w+)'", " ".join(choices))
             raise unknown_name(f"{key} (in {path})", fields[key], known) from error
         why = first_line(error).removeprefix(f"{key} ")
-        raise SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}") from error
+        raise SpearError(
+            f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}"
+        ) from error
 
 
 def _load() -> dict[str, DatasetSpec]:

@@ -9,7 +9,9 @@ from spear.errors import SpearError, check_known, counted
 _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 
-def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> list[tuple[str, int, int]]:
+def split_ranges(
+    lengths: Mapping[str, int], split: str, where: str | Path
+) -> list[tuple[str, int, int]]:
     """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them (but -1%
     of ten episodes, which are none: TFDS takes all ten).
 
@@ -26,13 +28,17 @@ def split_ranges(lengths: Mapping[str, int], split: str, where: str | Path) -> l
         match = _SPLIT.match(part)
         bounds = [] if match is None else [b for b in (match["first"], match["end"]) if b]
         if match is None or part.endswith("[:]") or len({b.endswith("%") for b in bounds}) > 1:
-            raise SpearError(f"unreadable split {split!r}: {where}: write it like train or train[:20%]")
+            raise SpearError(
+                f"unreadable split {split!r}: {where}: write it like train or train[:20%]"
+            )
         name = match["name"]
         check_known(f"split (of {where})", lengths, name)
         total = lengths[name]
         first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
         if not (0 <= first <= total and 0 <= end <= total):
-            raise SpearError(f"split {split!r} reaches beyond the {counted(total, 'episodes')} of {where}")
+            raise SpearError(
+                f"split {split!r} reaches beyond the {counted(total, 'episodes')} of {where}"
+            )
         ranges.append((name, first, end))
     if any(shared([one], ranges[:number]) for number, one in enumerate(ranges)):
         raise SpearError(f"split {split!r} has episodes of {where} twice: name each of them once")

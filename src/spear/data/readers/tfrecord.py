@@ -39,7 +39,10 @@ def read_records(
                 header = file.read(12)
                 if why := _broken_length(header, size - file.tell()):
                     for lost in range(max(start, index), stop):
-                        yield lost, broken(lost, why if lost == index else "it is behind a broken one")
+                        yield (
+                            lost,
+                            broken(lost, why if lost == index else "it is behind a broken one"),
+                        )
                     return
                 length = struct.unpack("<Q", header[:8])[0]
                 if index < start:
@@ -51,7 +54,9 @@ def read_records(
             if stop == last and file.tell() < size:
                 yield stop, broken(stop, "dataset_info.json does not know of it")
     except OSError as error:
-        raise SpearError(f"cannot read: {path}: {error.strerror}; is the download complete?") from error
+        raise SpearError(
+            f"cannot read: {path}: {error.strerror}; is the download complete?"
+        ) from error
 
 
 def record_sums(path: Path) -> bytes:
@@ -71,7 +76,11 @@ def _broken_length(header: bytes, left: int) -> str:
     length, crc = struct.unpack("<QI", header)
     if _masked_crc(header[:8]) != crc:
         return "the checksum of its length does not match"
-    return f"the file ends {counted(length + 4 - left, 'bytes')} too early" if length + 4 > left else ""
+    return (
+        f"the file ends {counted(length + 4 - left, 'bytes')} too early"
+        if length + 4 > left
+        else ""
+    )
 
 
 def _masked_crc(data: bytes) -> int:
@@ -103,7 +112,9 @@ def parse_example(data: bytes) -> dict[str, Feature]:
     features: dict[str, Feature] = {}
     for name, feature in found.items():
         kind = feature.WhichOneof("kind")
-        values = getattr(feature, kind).value if kind else []  # a feature without values has no kind
+        values = (
+            getattr(feature, kind).value if kind else []
+        )  # a feature without values has no kind
         numbers = {"float_list": np.float32, "int64_list": np.int64}
         features[name] = np.array(values, numbers[kind]) if kind in numbers else list(values)
     return features

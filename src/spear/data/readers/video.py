@@ -23,7 +23,11 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise SpearError(f"{path}: no picture in this video: leave it out")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        why = "no such video" if isinstance(error, FileNotFoundError) else f"broken video ({error.strerror})"
+        why = (
+            "no such video"
+            if isinstance(error, FileNotFoundError)
+            else f"broken video ({error.strerror})"
+        )
         raise SpearError(f"{path}: {why}: copy it again, or leave it out") from error
 
 
@@ -54,7 +58,9 @@ class VideoWriter:
             raise SpearError(f"{why}: write images, or prepare the data first, with --size")
         av = need("av", "data", "a video")
         if "libsvtav1" not in av.codecs_available:
-            raise SpearError("this PyAV has no AV1 encoder: write images, or pip install --upgrade av")
+            raise SpearError(
+                "this PyAV has no AV1 encoder: write images, or pip install --upgrade av"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         self.frames = self.bytes = 0
         os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise
@@ -68,7 +74,9 @@ class VideoWriter:
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
         frame = self._frame(np.ascontiguousarray(image), format="rgb24")
-        with nullcontext() if self.frames else _as_urgent_as_before():  # the first frame starts the encoder
+        with (
+            nullcontext() if self.frames else _as_urgent_as_before()
+        ):  # the first frame starts the encoder
             self._mux(self._stream.encode(frame))
         self.frames += 1
 

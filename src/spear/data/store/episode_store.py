@@ -62,7 +62,11 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
 
 def sweep(folder: Path) -> None:
     """Remove what killed writers have left of shards, from a folder to which nobody else is writing."""
-    images = (file for file in folder.glob("episodes-*.images") if not file.with_suffix(".arrow").is_file())
+    images = (
+        file
+        for file in folder.glob("episodes-*.images")
+        if not file.with_suffix(".arrow").is_file()
+    )
     for file in (*folder.glob(".episodes-*"), *images):
         file.unlink()
 
@@ -85,7 +89,11 @@ class EpisodeStore:
         self.whole = True
         if not (files := shard_files(self.path)):
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
-        made = read_json(self.path / REQUEST, "copy it again") if (self.path / REQUEST).is_file() else {}
+        made = (
+            read_json(self.path / REQUEST, "copy it again")
+            if (self.path / REQUEST).is_file()
+            else {}
+        )
         note_missing(self.path, files, "copy it again", made.get("shards", 0))
         self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
@@ -109,8 +117,12 @@ class EpisodeStore:
     def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":
         """Without the episodes that none of these cameras has seen; a notice names others that have."""
         none = [np.zeros(len(shard), bool) for shard in self._shards]
-        lengths = [[s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards]
-        seen = np.concatenate([sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)])
+        lengths = [
+            [s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards
+        ]
+        seen = np.concatenate(
+            [sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)]
+        )
         lacks = f"with no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
         store = self._without(~seen[self._ids], lacks, "name them so in its spear.json")
         absent, unused = sorted({*cameras} - {*self.cameras}), sorted({*self.cameras} - {*cameras})
@@ -171,13 +183,21 @@ class EpisodeStore:
         `seen`, all instructions and cameras, and the lengths of some encoded images."""
         digest = hashlib.sha256(self.lengths.tobytes())
         columns = (shard.words["instruction" if seen else "source"] for shard in self._shards)
-        words = [word for column in columns for word in column.to_pylist()]  # faster than one by one
+        words = [
+            word for column in columns for word in column.to_pylist()
+        ]  # faster than one by one
         digest.update("".join(f"{words[number]}\0" for number in self._ids).encode())
         digest.update("\0".join(self.cameras if seen else ()).encode())
         for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)).tolist():
             shard, row = self._find(index)
             steps = slice(*shard.offsets[row : row + 2])
-            numbers = [shard.position, shard.rotation, shard.gripper, shard.action, shard.action_mask]
+            numbers = [
+                shard.position,
+                shard.rotation,
+                shard.gripper,
+                shard.action,
+                shard.action_mask,
+            ]
             for rows in [p[:, 1] for _, p in sorted(shard.places.items())] if seen else numbers:
                 digest.update(rows[steps].tobytes())
         return digest.hexdigest()
@@ -185,7 +205,9 @@ class EpisodeStore:
     def marks(self) -> list[str]:
         """What tells each episode from others, wherever it lies: its length, first, middle and last pose."""
         each = map(self.without_images, range(len(self)))
-        some = ((n, np.hstack([e.position, e.rotation])[[0, n // 2, -1]]) for e in each if (n := len(e)))
+        some = (
+            (n, np.hstack([e.position, e.rotation])[[0, n // 2, -1]]) for e in each if (n := len(e))
+        )
         told = (f"{n} {(poses.round(4) + 0.0).tolist()}" for n, poses in some)
         return [hashlib.sha256(text.encode()).hexdigest()[:12] for text in told]
 

@@ -69,7 +69,9 @@ def write_lerobot(
             return writer.episodes
         finally:
             if writer is not None:
-                with contextlib.suppress(OSError):  # the disk may be full: what went wrong first is told
+                with contextlib.suppress(
+                    OSError
+                ):  # the disk may be full: what went wrong first is told
                     writer.close()
             shutil.rmtree(part, ignore_errors=True)
 
@@ -81,13 +83,17 @@ class _Writer:
     rate_hz   of all episodes.
     """
 
-    def __init__(self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str) -> None:
+    def __init__(
+        self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str
+    ) -> None:
         self.folder, self.images, self.rate_hz = folder, images, rate_hz
         self.sizes = {camera: samples[camera].size for camera in sorted(samples)}
         self.features = make_features(self.sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
         self.tasks: dict[str, int] = {}
-        numbers = [n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")]
+        numbers = [
+            n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")
+        ]
         self.rows = {name: RowStats() for name in numbers}
         self.pictures = {camera: ImageSample(size) for camera, size in self.sizes.items()}
         self.episodes = self.frames = self.data_files = self.meta_files = 0
@@ -101,7 +107,9 @@ class _Writer:
         when it differs from the others in cameras, image sizes or rate."""
         name, cameras = episode.source, sorted(episode.images)
         if cameras != list(self.sizes):
-            raise SpearError(f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}")
+            raise SpearError(
+                f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}"
+            )
         for camera, size in self.sizes.items():
             check_size(samples[camera].size, size, f"{name} step 0 camera {camera!r}")
         if episode.rate_hz != self.rate_hz:
@@ -144,13 +152,17 @@ class _Writer:
             "observation.state": np.column_stack(state).astype(np.float32),
             "action": np.asarray(episode.action, np.float32),
             "action_mask": np.asarray(episode.action_mask),
-            "success": np.full(length, -1 if episode.success is None else episode.success, np.int64),
+            "success": np.full(
+                length, -1 if episode.success is None else episode.success, np.int64
+            ),
             "source": [episode.source] * length,
             "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),
             "frame_index": np.arange(length),
             "episode_index": np.full(length, self.episodes),
             "index": self.frames + np.arange(length),
-            "task_index": np.full(length, self.tasks.setdefault(episode.instruction, len(self.tasks))),
+            "task_index": np.full(
+                length, self.tasks.setdefault(episode.instruction, len(self.tasks))
+            ),
         }
 
     @property
@@ -164,7 +176,10 @@ class _Writer:
         rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
         for camera, images in episode.images.items() if self.images == "image" else ():
             end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
-            cells = [{"bytes": image, "path": f"frame-{step:06d}.{end}"} for step, image in enumerate(images)]
+            cells = [
+                {"bytes": image, "path": f"frame-{step:06d}.{end}"}
+                for step, image in enumerate(images)
+            ]
             rows[feature_name(camera)] = cells
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
         return place_of("data", self.data_files)
@@ -218,7 +233,9 @@ class _Writer:
             self._write_episodes()
         stats = {name: rows.total() for name, rows in self.rows.items()}
         stats |= {feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
-        lists = {n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats}
+        lists = {
+            n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats
+        }
         info = {
             "codebase_version": "v3.0",
             "robot_type": "unknown",
@@ -235,7 +252,11 @@ class _Writer:
             "features": self.features,
         }
         layout = our_layout(self.sizes)
-        for name, content in {"meta/stats.json": lists, "meta/info.json": info, SPEC_FILE: layout}.items():
+        for name, content in {
+            "meta/stats.json": lists,
+            "meta/info.json": info,
+            SPEC_FILE: layout,
+        }.items():
             write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
         write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
 
@@ -254,12 +275,18 @@ def our_layout(cameras: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def make_features(sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float) -> dict[str, Any]:
+def make_features(
+    sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float
+) -> dict[str, Any]:
     """The "features" of info.json, in the order of the columns."""
     features: dict[str, Any] = {}
     for camera, (height, width) in sizes.items():
         names = ["height", "width", "channels"]
-        features[feature_name(camera)] = {"dtype": images, "shape": [height, width, 3], "names": names}
+        features[feature_name(camera)] = {
+            "dtype": images,
+            "shape": [height, width, 3],
+            "names": names,
+        }
         if images == "video":
             features[feature_name(camera)]["info"] = {
                 "video.height": height,
@@ -301,7 +328,11 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
     """The tasks, as the index of the table for whoever reads it with pandas."""
     index = "__index_level_0__"
     column = {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"}
-    note = {"index_columns": [index], "columns": [{**column, "metadata": None}], "column_indexes": []}
+    note = {
+        "index_columns": [index],
+        "columns": [{**column, "metadata": None}],
+        "column_indexes": [],
+    }
     numbers, texts = pa.array(range(len(tasks)), pa.int64()), pa.array(tasks, pa.large_string())
     table = pa.table({"task_index": numbers, index: texts})
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), path)
@@ -313,11 +344,16 @@ def feature_name(camera: str) -> str:
 
 def place(template: str, number: int, **names: str) -> str:
     """The path of file `number` of one kind below the folder of the dataset."""
-    return template.format(chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names)
+    return template.format(
+        chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names
+    )
 
 
 def place_of(prefix: str, number: int) -> dict[str, int]:
-    return {f"{prefix}/chunk_index": number // CHUNK_FILES, f"{prefix}/file_index": number % CHUNK_FILES}
+    return {
+        f"{prefix}/chunk_index": number // CHUNK_FILES,
+        f"{prefix}/file_index": number % CHUNK_FILES,
+    }
 
 
 def whole(rate_hz: float) -> int | float:

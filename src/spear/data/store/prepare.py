@@ -75,11 +75,15 @@ def prepare(
         store = EpisodeStore(folder)
         _notice_units(store, path, logged)
         if store.failed().all():
-            notice(f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it")
+            notice(
+                f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it"
+            )
         else:
             save_sketches(store)
         write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
-        write_text(folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2))
+        write_text(
+            folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2)
+        )
         folder.replace(out)
         shutil.rmtree(work, ignore_errors=True)
     return good, skipped.reasons
@@ -91,7 +95,9 @@ def planned(
     """The request that `prepare` will note, the pieces of the split with their lengths, and whether gripper
     commands are logged. Writes nothing; raises `SpearError` for a layout, or an `out`, that does not fit."""
     source = formats.open_dataset(path)
-    todo: list[tuple[str, int]] = []  # pieces of the split as the readers take them, with their lengths
+    todo: list[
+        tuple[str, int]
+    ] = []  # pieces of the split as the readers take them, with their lengths
     for name, start, end in split_ranges(formats.episode_counts(source), split, path):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
@@ -113,7 +119,9 @@ def planned(
     if not (out / REQUEST).is_file():
         check_new(out)
     else:
-        made = read_json(out / REQUEST, "remove that folder") | {"shards": None}  # no part of the request
+        made = read_json(out / REQUEST, "remove that folder") | {
+            "shards": None
+        }  # no part of the request
         if other := difference(made, request):
             why = f"{out} was prepared from other episodes, or in another way ({other})"
             raise SpearError(f"{why}: remove that folder, or choose another --out")
@@ -158,17 +166,23 @@ def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
         notice(f"{path}: {remark}")
     ours = logged_layout(store.path, None)
     arms = [make_recording(vars(e), ours, e.source) for e in first]
-    checks = check_gripper(arms if logged else [dataclasses.replace(arm, command=None) for arm in arms])
+    checks = check_gripper(
+        arms if logged else [dataclasses.replace(arm, command=None) for arm in arms]
+    )
     wrong: list[Check | None] = [check for check in checks if check.verdict == "wrong"]
     seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
     ends, most = (max(map(np.max, seen)), 1 - min(map(np.min, seen))), max(map(np.ptp, seen))
     if not wrong and most > MOVES * min(ends):  # it may be in another unit
-        wrong = [span(seen, told if most > MOVES else ()) or comes_late([*zip(seen, told, strict=True)])]
+        wrong = [
+            span(seen, told if most > MOVES else ()) or comes_late([*zip(seen, told, strict=True)])
+        ]
     for check in filter(None, wrong):
         notice(f"{path}: {check.name}: {check.words}")
 
 
-def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Skipped) -> Iterator[Episode]:
+def good_episodes(
+    path: str | Path, split: str, layout: Path | None, skipped: Skipped
+) -> Iterator[Episode]:
     """The good episodes of a dataset in any format; the others go to `skipped`.
 
     Raises SpearError when too many are bad, or nothing good is left.
@@ -183,7 +197,9 @@ def good_episodes(path: str | Path, split: str, layout: Path | None, skipped: Sk
 def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
     """The good episodes of a split with their canonical actions, and why not the others."""
     good, reasons = list[Episode](), list[str]()
-    for episode in formats.read_episodes(path, split, how.layout, lambda error: reasons.append(str(error))):
+    for episode in formats.read_episodes(
+        path, split, how.layout, lambda error: reasons.append(str(error))
+    ):
         try:
             good.append(_ready(episode, how))
         except SpearError as error:
@@ -218,7 +234,11 @@ def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
         if small.shape != image.shape or (size is not None and encoded[:2] != b"\xff\xd8"):
             encoded = encode_jpeg(small, how.quality)
         fitted.append(encoded)
-    return fitted if len(levels) > 1 and not is_frozen(episode.images[camera], episode.position) else ()
+    return (
+        fitted
+        if len(levels) > 1 and not is_frozen(episode.images[camera], episode.position)
+        else ()
+    )
 
 
 def open_store(
@@ -232,7 +252,10 @@ def open_store(
     if isinstance(formats.open_dataset(path), EpisodeStore):
         return formats.open_split(path, split), []
     whole = Path(path).resolve()
-    target = Path(work_dir) / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
+    target = (
+        Path(work_dir)
+        / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
+    )
     reasons = prepare(path, target, split)[1] if is_first_process() else []
     while not target.is_dir():
         time.sleep(0.5)

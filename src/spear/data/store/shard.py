@@ -25,7 +25,9 @@ FORMAT = "spear.episodes.2"
 def lists(offsets: Array, rows: Array) -> pa.Array:
     """[N] or [N, d] rows as one list per episode of N_e · d numbers."""
     values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-    return pa.LargeListArray.from_arrays(pa.array(offsets * (rows.size // len(rows)), pa.int64()), values)
+    return pa.LargeListArray.from_arrays(
+        pa.array(offsets * (rows.size // len(rows)), pa.int64()), values
+    )
 
 
 def flat_rows(column: pa.Array, width: int, steps: int) -> Array:
@@ -62,7 +64,9 @@ class Shard:
         self.action_mask = flat_rows(columns["action_mask"], 1, steps)[:, 0]
         self.images = images
         places = (name for name in columns if name.startswith(PLACE_PREFIX))
-        self.places = {n.removeprefix(PLACE_PREFIX): flat_rows(columns[n], 2, steps) for n in places}
+        self.places = {
+            n.removeprefix(PLACE_PREFIX): flat_rows(columns[n], 2, steps) for n in places
+        }
         self.known = np.add.reduceat(self.action_mask != 0, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -107,10 +111,14 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
     offsets = np.cumsum([0] + [len(e) for e in episodes])
     text = pa.large_string()
     words = {"instruction": text, "source": text, "rate_hz": pa.float64(), "success": pa.bool_()}
-    columns = {name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()}
+    columns = {
+        name: pa.array([getattr(e, name) for e in episodes], kind) for name, kind in words.items()
+    }
     for name in ("position", "rotation", "gripper", "action", "action_mask"):
         kind = np.uint8 if name == "action_mask" else np.float32
-        columns[name] = lists(offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes]))
+        columns[name] = lists(
+            offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes])
+        )
     with open(path.with_suffix(".images"), "wb") as file:
         for camera in sorted({camera for e in episodes for camera in e.images}):
             images = [image for e in episodes for image in e.images.get(camera, [b""] * len(e))]
@@ -139,7 +147,9 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             note = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
             if note.pop("format", None) != FORMAT:
-                raise SpearError(f"other format: {path}: expected {FORMAT!r}; prepare or record it again")
+                raise SpearError(
+                    f"other format: {path}: expected {FORMAT!r}; prepare or record it again"
+                )
             shard = Shard(reader.get_batch(0), images)
         if (size := images.stat().st_size) != int(note.pop("bytes")):
             raise SpearError(f"truncated or changed: {images}: it has {size} bytes; copy it again")
@@ -148,4 +158,6 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         raise SpearError(f"missing file: {error.filename}: copy the folder again") from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
         why = first_line(error)
-        raise SpearError(f"corrupt or truncated shard: {path}: {why}; delete it or write it again") from error
+        raise SpearError(
+            f"corrupt or truncated shard: {path}: {why}; delete it or write it again"
+        ) from error

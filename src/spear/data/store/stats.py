@@ -30,7 +30,10 @@ class RowStats:
 
     def add(self, values: Array) -> Self:
         """Take in one episode's rows [T, d]; returns itself."""
-        self._columns, self._kind = self._columns or [QuantileSketch() for _ in values.T], values.dtype
+        self._columns, self._kind = (
+            self._columns or [QuantileSketch() for _ in values.T],
+            values.dtype,
+        )
         for sketch, column in zip(self._columns, values.T, strict=True):
             sketch.add(column)
         return self
@@ -38,7 +41,9 @@ class RowStats:
     def total(self) -> Stats:
         """Statistics of everything added."""
         rows = self._columns
-        low, high = (np.array([getattr(s, n) for s in rows]).astype(self._kind) for n in ("low", "high"))
+        low, high = (
+            np.array([getattr(s, n) for s in rows]).astype(self._kind) for n in ("low", "high")
+        )
         spread = np.array([np.sqrt(s.squares / s.count) for s in rows])
         found = {"min": low, "max": high, "mean": np.array([s.mean for s in rows]), "std": spread}
         found["count"] = np.array([rows[0].count])
@@ -82,7 +87,9 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
     """
     samples: dict[str, ImageSample] = {}
     for camera, images in episode.images.items():
-        steps = np.unique(np.linspace(0, len(images) - 1, min(len(images), MOST_FRAMES)).round().astype(int))
+        steps = np.unique(
+            np.linspace(0, len(images) - 1, min(len(images), MOST_FRAMES)).round().astype(int)
+        )
         for step in steps.tolist():
             where = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(images[step], where)
@@ -134,7 +141,10 @@ class QuantileSketch:
             total, apart = self.count + len(piece), mean - self.mean
             self.mean += apart * len(piece) / total
             self.squares += squares + apart**2 * self.count * len(piece) / total
-            self.low, self.high = min(self.low, float(piece.min())), max(self.high, float(piece.max()))
+            self.low, self.high = (
+                min(self.low, float(piece.min())),
+                max(self.high, float(piece.max())),
+            )
             self.count = total
             self._levels[0] = np.concatenate([self._levels[0], piece])
             self._compact()
@@ -148,7 +158,11 @@ class QuantileSketch:
         """All of it, for `from_arrays`."""
         moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
         levels = {f"level {i}": values for i, values in enumerate(self._levels)}
-        return {"moments": np.array(moments, np.float64), "keep_odd": np.array(self._keep_odd), **levels}
+        return {
+            "moments": np.array(moments, np.float64),
+            "keep_odd": np.array(self._keep_odd),
+            **levels,
+        }
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":

@@ -45,11 +45,20 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     rng, begin = np.random.default_rng([seed, 3]), off_grid(task, seed, *official)
     own, behind = list(env.obj_names), list(env.objects_excluded_from_greenscreening)
     places, more = clutter(begin.places, [name for name in NAMES if name not in own], rng)
-    turns = [[math.cos(angle), 0, 0, math.sin(angle)] for angle in rng.uniform(0, math.pi, len(more))]
+    turns = [
+        [math.cos(angle), 0, 0, math.sin(angle)] for angle in rng.uniform(0, math.pi, len(more))
+    ]
     env.obj_names, env.objects_excluded_from_greenscreening = [*own, *more], [*behind, *more]
-    env.model_db = {**{name: {} for name in more}, **env.model_db}  # without a density: that of water
+    env.model_db = {
+        **{name: {} for name in more},
+        **env.model_db,
+    }  # without a density: that of water
     try:
-        rebuild(env, torch.from_numpy(places)[None], torch.from_numpy(np.vstack([begin.turns, *turns]))[None])
+        rebuild(
+            env,
+            torch.from_numpy(places)[None],
+            torch.from_numpy(np.vstack([begin.turns, *turns]))[None],
+        )
     finally:
         env.obj_names, env.objects_excluded_from_greenscreening = own, behind
     env.scene.set_ambient_light(list(0.3 * rng.uniform(0.3, 2.0) + rng.uniform(-0.05, 0.05, 3)))
@@ -72,7 +81,9 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
         background = env._rgb_overlay_images[CAMERA]
         seen["rgb"] = env._green_sceen_rgb(seen["rgb"], seen["segmentation"], background)
     image, depth, ids = (seen[key][0].numpy() for key in ("rgb", "depth", "segmentation"))
-    hand = [int(x.per_scene_id) for x in env.agent.robot.links if any(part in x.name for part in HAND)]
+    hand = [
+        int(x.per_scene_id) for x in env.agent.robot.links if any(part in x.name for part in HAND)
+    ]
     shown = [(name, actor) for name, actor in env.objs.items() if name in (*behind, *more)]
     actors = {NAMES.get(n, n.replace("_", " ")): [int(x.per_scene_id)] for n, x in shown}
     names, instances = {}, np.zeros(ids.shape[:2], np.int32)
@@ -122,7 +133,9 @@ def fitted(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     scale, left, top, across, down = placed((w, h), size)
     rows, columns = (((np.arange(n) + 0.5) / scale).astype(int) for n in (down, across))
     around = ((top, height - down - top), (left, width - across - left))
-    depth, instances = (np.pad(x[np.ix_(rows, columns)], around) for x in (frame.depth, frame.instances))
+    depth, instances = (
+        np.pad(x[np.ix_(rows, columns)], around) for x in (frame.depth, frame.instances)
+    )
     found, counts = np.unique(instances, return_counts=True)
     sides, ends = instances[:, [left, left + across - 1]], instances[[top, top + down - 1]]
     counts[np.isin(found, sides if left else ends if top else 0)] = 0

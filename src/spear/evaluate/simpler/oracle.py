@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from spear.evaluate.simpler.tasks import TASKS, Task, Truth
-from spear.geometry import quat_canonical, quat_exp, quat_log, quat_to_euler, quat_to_matrix, step_action
+from spear.geometry import (
+    quat_canonical,
+    quat_exp,
+    quat_log,
+    quat_to_euler,
+    quat_to_matrix,
+    step_action,
+)
 from spear.types import Array
 
 MAX_STEP = 0.03

@@ -68,7 +68,9 @@ def demonstrate(
             return record(task, seeds[first:], size, workers, assets, policy)
 
         sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
-        written[task] = collect(out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE)
+        written[task] = collect(
+            out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE
+        )
     return written
 
 
@@ -112,7 +114,9 @@ def record_episode(
         action, pushed = push(oracle.act(task, moment.truth), moment.steps, seen, seed)
         picture = fit_image(seen["observation/image"], size[1], size[0])
         tape.add({"external": picture}, seen["observation/state"], action, pushed)
-        moment = process.run(convert(action[None], seen["observation/state"], moment.observation), True)
+        moment = process.run(
+            convert(action[None], seen["observation/state"], moment.observation), True
+        )
         fulfilled = fulfilled + 1 if moment.success else 0
     source = source_of(task, seed, policy is not None, "simpler")
     success = fulfilled >= AFTER or moment.success
@@ -125,7 +129,12 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     ManiSkill, its assets or a renderer are missing."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
-    settings = {"scenes": len(seeds), "first_seed": seeds[0], "size": size, "simulator": simulator(assets)}
+    settings = {
+        "scenes": len(seeds),
+        "first_seed": seeds[0],
+        "size": size,
+        "simulator": simulator(assets),
+    }
     words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
     return label_jobs(out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers)
 

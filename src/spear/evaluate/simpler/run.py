@@ -85,7 +85,9 @@ class OracleAgent(Agent):
 
     name = "oracle"
 
-    def act(self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]) -> Sequence[Array]:
+    def act(
+        self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Array]:
         return [oracle.act(env.task, env.moment.truth)[None] for env in envs]
 
 
@@ -112,9 +114,13 @@ class Simpler:
         with ThreadPoolExecutor(self._batch) as threads:
             while waiting or scenes:
                 new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
-                scenes += threads.map(lambda pair: self._start(family, pair[0], pair[1], image), new)
+                scenes += threads.map(
+                    lambda pair: self._start(family, pair[0], pair[1], image), new
+                )
                 # The robot's adapter wants a picture, also where nobody looked through the camera.
-                observations = [self._robot.read({**UNSEEN, **s.moment.observation}) for s in scenes]
+                observations = [
+                    self._robot.read({**UNSEEN, **s.moment.observation}) for s in scenes
+                ]
                 chunks = agent.act(scenes, observations)
                 todo = partial(self._execute, image=image, filming=filming)
                 ended = list(threads.map(todo, scenes, chunks, observations))
@@ -126,7 +132,10 @@ class Simpler:
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
         ended = [*[None] * (len(track) - 1), outcome.success]
-        return [video.compose(p, None, outcome.instruction, e) for p, e in zip(track, ended, strict=True)]
+        return [
+            video.compose(p, None, outcome.instruction, e)
+            for p, e in zip(track, ended, strict=True)
+        ]
 
     def close(self) -> None:
         for process in self._processes:
@@ -149,7 +158,12 @@ class Simpler:
         return SimplerScene(task, seed, moment, process, seen)
 
     def _execute(
-        self, scene: SimplerScene, chunk: Array, observation: Mapping[str, Any], image: bool, filming: bool
+        self,
+        scene: SimplerScene,
+        chunk: Array,
+        observation: Mapping[str, Any],
+        image: bool,
+        filming: bool,
     ) -> bool:
         """Steps one scene until it is time to look again; True when its episode has ended."""
         check_replan(self._options.replan, len(chunk))

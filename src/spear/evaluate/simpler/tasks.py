@@ -46,7 +46,9 @@ TASKS: dict[str, Task] = {
     "PutCarrotOnPlateInScene-v1": Task(24, 60, 2),
     "PutEggplantInBasketScene-v1": Task(64, 120, 2, -0.005, 0.03, (0.02, 0.03), 0.0),
     "PutSpoonOnTableClothInScene-v1": Task(24, 60, 2, 0.03),
-    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(24, 60, 4, 0.0, 0.002, (0.12, 0.12), 0.065),
+    "StackGreenCubeOnYellowCubeBakedTexInScene-v1": Task(
+        24, 60, 4, 0.0, 0.002, (0.12, 0.12), 0.065
+    ),
 }
 """ManiSkill's names, in the order of the paper's table."""
 
@@ -79,12 +81,16 @@ def off_grid(task: Task, seed: int, places: Array, turns: Array) -> Start:
         spread = rng.uniform(-1, 1, place[:, :2].shape) * task.around
         place[:, :2] = np.where(moves[:, None], middle + spread, place[:, :2])
         angle = rng.uniform(-math.pi / 4, math.pi / 4)
-        about = torch.tensor([math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64)
+        about = torch.tensor(
+            [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64
+        )
         turn[0] = quat_multiply(about, torch.from_numpy(turn[0])).numpy()
         start = Start(place, turn, rng.normal(0, 0.05, 6))
         if pdist(place[:, :2]).min() >= task.apart and not is_official(start, places, turns):
             return start
-    where = f"SIMPLER: no start off the grid {task.around} m around its middle, {task.apart} m apart"
+    where = (
+        f"SIMPLER: no start off the grid {task.around} m around its middle, {task.apart} m apart"
+    )
     raise SpearError(f"{where}: give its Task more `around`, or less `apart`")
 
 

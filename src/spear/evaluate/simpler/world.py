@@ -59,7 +59,9 @@ def check_assets(folder: Path | None) -> Path:
         if not (root / "data" / where).is_dir():
             lacks = f"SIMPLER's assets: {root}: has no data/{where}"
             cure = f"run python -m mani_skill.utils.download_asset {name}"
-            raise SpearError(f"{lacks}: {cure}, or give the folder that has it (--assets or MS_ASSET_DIR)")
+            raise SpearError(
+                f"{lacks}: {cure}, or give the folder that has it (--assets or MS_ASSET_DIR)"
+            )
     return root
 
 
@@ -69,7 +71,9 @@ def assets_hash(root: Path) -> str:
     for where in ASSETS.values():
         files = (path for path in (data / where).rglob("*") if path.is_file())
         found += sorted((path.relative_to(data).as_posix(), path) for path in files)
-    return hash_files(file for file in found if "/." not in file[0])  # without what downloading left behind
+    return hash_files(
+        file for file in found if "/." not in file[0]
+    )  # without what downloading left behind
 
 
 def simulator(assets: Path) -> str:
@@ -82,14 +86,18 @@ class SimplerWorld:
 
     def __init__(self, task: str) -> None:
         if task not in TASKS:
-            raise SpearError(f"SIMPLER: {task}: its process lacks it: import it where your script begins")
+            raise SpearError(
+                f"SIMPLER: {task}: its process lacks it: import it where your script begins"
+            )
         self._env = _make(task)
         self._mode = self._env._obs_mode
         self._name, self._task = task, TASKS[task]
         self._official = places, turns = self._env.xyz_configs, self._env.quat_configs
         self._grid = np.asarray(places, np.float64), np.asarray(turns, np.float64)
         if len(places) * len(turns) != self._task.starts:
-            raise SpearError(f"SIMPLER: {task}: has {len(places) * len(turns)} starts: say so in its Task")
+            raise SpearError(
+                f"SIMPLER: {task}: has {len(places) * len(turns)} starts: say so in its Task"
+            )
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
         """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
@@ -98,7 +106,9 @@ class SimplerWorld:
             rebuild(self._env, *self._official, start)
         else:
             begin = off_grid(self._task, start, *self._grid)
-            rebuild(self._env, torch.from_numpy(begin.places)[None], torch.from_numpy(begin.turns)[None])
+            rebuild(
+                self._env, torch.from_numpy(begin.places)[None], torch.from_numpy(begin.turns)[None]
+            )
             joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
             joints[:6] += begin.joints
             self._env.agent.reset(init_qpos=joints)
@@ -116,9 +126,13 @@ class SimplerWorld:
             before, self._before = arm._target_pose, self._truth()
             self._success = bool(self._env.step(row)[-1]["success"])
             self._steps += 1
-            if arm._target_qpos is arm._start_qpos:  # as the controller marks a pose that it cannot reach
+            if (
+                arm._target_qpos is arm._start_qpos
+            ):  # as the controller marks a pose that it cannot reach
                 self._unreachable += 1
-                arm._target_pose = before  # or commands would add up far outside, and none back be noticed
+                arm._target_pose = (
+                    before  # or commands would add up far outside, and none back be noticed
+                )
             self._notice()
             if filming:
                 pictures.append(self.picture())
@@ -126,7 +140,9 @@ class SimplerWorld:
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
         """A scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
-        return fitted(look(self._env, self._task, self._grid, seed), size, f"simpler/{self._name}/{seed}")
+        return fitted(
+            look(self._env, self._task, self._grid, seed), size, f"simpler/{self._name}/{seed}"
+        )
 
     def picture(self) -> Array:
         """What the camera sees, [480, 640, 3] uint8, with the photograph behind it."""
@@ -179,7 +195,8 @@ class SimplerWorld:
             commanded=_ours(_pose(controllers["arm"]._target_pose)),
             measured=measured,
             opening=opened,
-            open=self._steps == 0 or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
+            open=self._steps == 0
+            or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
             still=self._before is None or at_rest(self._before, measured, opened),
             closing=self._before is not None and opened < self._before.opening - STILL[2],
             source=in_base(base, _pose(env.objs[source].pose)),
@@ -210,7 +227,9 @@ def in_base(base: Array, pose: Array) -> Array:
 
 def _ours(link: Array) -> Array:
     """A pose [7] of link `ee_gripper_link` as that of our end-effector frame, at the same place."""
-    return np.concatenate([link[:3], quat_canonical(torch.from_numpy(orientation(link[3:]))).numpy()])
+    return np.concatenate(
+        [link[:3], quat_canonical(torch.from_numpy(orientation(link[3:]))).numpy()]
+    )
 
 
 def _pose(pose: Any) -> Array:
@@ -232,7 +251,11 @@ def _make(task: str) -> Any:
     warnings.filterwarnings("ignore")  # that its files and ours are as they are
     logging.getLogger("mani_skill ").setLevel(logging.ERROR)  # with a space, as ManiSkill calls it
     try:
-        options: Any = {"obs_mode": "rgb+segmentation", "sim_backend": "cpu", "render_backend": "cpu"}
+        options: Any = {
+            "obs_mode": "rgb+segmentation",
+            "sim_backend": "cpu",
+            "render_backend": "cpu",
+        }
         return gymnasium.make(task, num_envs=1, **options).unwrapped
     except RuntimeError as error:
         raise NoRenderer(first_line(error)) from error
@@ -242,7 +265,9 @@ class SimplerProcess:
     """A `SimplerWorld` in a process of its own. Calls block; use one thread per process to run several."""
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
-        os.environ["MS_ASSET_DIR"] = str(check_assets(assets))  # ManiSkill reads it when a script begins
+        os.environ["MS_ASSET_DIR"] = str(
+            check_assets(assets)
+        )  # ManiSkill reads it when a script begins
         context = multiprocessing.get_context("spawn")
         self._task, self._worker = task, ProcessPoolExecutor(1, context, initializer=follow_parent)
         with uninterrupted():
@@ -268,7 +293,9 @@ class SimplerProcess:
         except BrokenProcessPool:
             if self._begun.exception():
                 raise SpearError(NOT_BEGUN) from None
-            raise NoRenderer("its process crashed; if it was out of memory, run fewer at once") from None
+            raise NoRenderer(
+                "its process crashed; if it was out of memory, run fewer at once"
+            ) from None
 
 
 @functools.cache

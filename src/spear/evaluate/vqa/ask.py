@@ -52,7 +52,9 @@ def ask(
     meant, names = understand(question) or (None, [])
     family = family or meant
     if trust and trust.tells_absent and names and (lacking := missing(model, image, names, view)):
-        seen = (f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items())
+        seen = (
+            f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items()
+        )
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, view, distributions=True)[0]
     if held := answer.distribution:
@@ -61,7 +63,9 @@ def ask(
     if not trust or not held:
         return answer, said
     if meant is None or family != meant:  # intervals were measured with known wordings
-        form = PROMPTS[family or "distance"][0].format(x="the mug", y="the bowl", p=POINTS["closest"][0])
+        form = PROMPTS[family or "distance"][0].format(
+            x="the mug", y="the bowl", p=POINTS["closest"][0]
+        )
         said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
     elif family not in trust.factors:
         said += "\n  how sure this is, was not measured for this kind of question"
@@ -85,14 +89,18 @@ def understand(question: str) -> tuple[str, list[str]] | None:
         for prompt in PROMPTS[family]:
             form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
             form = re.sub(
-                r"\\{([xy])\\}", r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)", form
+                r"\\{([xy])\\}",
+                r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)",
+                form,
             )
             if found := re.fullmatch(form, text, re.IGNORECASE):
                 return family, [name for _, name in sorted(found.groupdict().items())]
     return None
 
 
-def missing(model: VlmBundle, image: Array, names: Sequence[str], view: str = "external") -> dict[str, str]:
+def missing(
+    model: VlmBundle, image: Array, names: Sequence[str], view: str = "external"
+) -> dict[str, str]:
     """Those of these objects that the model does not find in an image, and what it sees instead: it points at
     each and names what is there. Only a model that was taught both can be asked (`Trust.tells_absent`)."""
     points = [PROMPTS["centre_2d"][0].format(x=with_article(name, True)) for name in names]
@@ -132,7 +140,9 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     unit = processor.coordinates.unit
     if other := next((label for label in labels if label.unit != unit), None):
         units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"
-        raise SpearError(f"{where}: {units}: label with a point map of that unit, or ask another model")
+        raise SpearError(
+            f"{where}: {units}: label with a point map of that unit, or ask another model"
+        )
     return labels
 
 

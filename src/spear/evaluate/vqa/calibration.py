@@ -80,7 +80,9 @@ class Trust:
             return None
         said = read_as(Trust, path, "remove it")
         if other := changed(folder, said.files):
-            notice(f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate")
+            notice(
+                f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate"
+            )
             return None
         return said
 
@@ -153,13 +155,17 @@ class Calibration:
         return float(np.mean(np.abs(np.subtract(self.curve, LEVELS))))
 
 
-def calibrate(answers: Sequence[tuple[int, Certainty, float]], scale: float | None = None) -> Calibration:
+def calibrate(
+    answers: Sequence[tuple[int, Certainty, float]], scale: float | None = None
+) -> Calibration:
     """From (image, certainty, relative error in percent) of each of a family's answers.
 
     scale: what `Trust` multiplies the family's spread with."""
     images, certain, errors = zip(*answers, strict=True)
     below = np.concatenate([c.below for c in certain])
-    spread, off = (100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off"))
+    spread, off = (
+        100 * np.concatenate([getattr(c, name) for c in certain]) for name in ("spread", "off")
+    )
     order = np.argsort(spread, kind="stable")
     groups = int(np.clip(len(order) // PER_GROUP, 1, MOST_GROUPS))
     parts = [(spread[rows], off[rows]) for rows in np.array_split(order, groups)]

@@ -56,7 +56,11 @@ class Measure:
         """A value with its unit; an estimate as "12.3 mm [10.1, 14.0]"."""
         form = ".0%" if self.statistic == "rate" else ".1f" if self.unit else ".2f"
         unit = f" {self.unit}" if self.unit else ""
-        return value.say(form, 1.0, unit) if isinstance(value, Estimate) else format(value, form) + unit
+        return (
+            value.say(form, 1.0, unit)
+            if isinstance(value, Estimate)
+            else format(value, form) + unit
+        )
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -110,7 +114,10 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
     if question.family == "back_projection":
         apart = image_points(answer) - image_points(question.segments)
         pixels = np.linalg.norm(apart * (label.width, label.height), axis=1)
-        return {"relative": 100 * float(np.linalg.norm(apart, axis=1).mean()), "pixels": float(pixels.mean())}
+        return {
+            "relative": 100 * float(np.linalg.norm(apart, axis=1).mean()),
+            "pixels": float(pixels.mean()),
+        }
     truth, said, far = numbers(question.segments), numbers(answer), scales(question, label)
     found: dict[str, float] = {}
     if question.family in ("distance", "chain_of_thought"):
@@ -155,7 +162,9 @@ def constant_guess(questions: Sequence[Question]) -> list[Segments]:
     return _guess(questions, [1.0] * len(questions))
 
 
-def depth_guess(questions: Sequence[Question], labels: Sequence[LabeledImage]) -> list[Segments] | None:
+def depth_guess(
+    questions: Sequence[Question], labels: Sequence[LabeledImage]
+) -> list[Segments] | None:
     """The same in units of the depth of each question's image, which is the median z of its boxed objects'
     centres; None for image locations, which have none."""
     if questions[0].family == "back_projection":

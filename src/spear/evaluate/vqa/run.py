@@ -25,7 +25,10 @@ from spear.util.progress import ProgressBar, tracked
 
 
 def evaluate(
-    model: VlmBundle, labels: Sequence[LabeledImage], options: QuestionOptions, trust: Trust | None = None
+    model: VlmBundle,
+    labels: Sequence[LabeledImage],
+    options: QuestionOptions,
+    trust: Trust | None = None,
 ) -> Scores:
     """Ask questions of each family about each image, all in the model's unit, and score the answers, and the
     intervals that `trust` gives them, unless it was measured on some of these images: there they hold by
@@ -35,11 +38,15 @@ def evaluate(
     questions = questions_about(labels, families, options.per_image, options.seed)
     free: dict[str, list[bool]] = {family: [] for family, some in questions.items() if some}
     if not free:
-        raise SpearError("no questions: no object in these labels can be asked about: see spear label show")
+        raise SpearError(
+            "no questions: no object in these labels can be asked about: see spear label show"
+        )
     if absent := ", ".join(family for family in families if family not in free):
         notice(f"left out, since no object in these labels can be asked so: {absent}")
     if trust and (known := {*trust.sources} & {label.source for label in labels}):
-        notice(f"calibrated on {len(known)} of these images: its intervals are not judged: take other ones")
+        notice(
+            f"calibrated on {len(known)} of these images: its intervals are not judged: take other ones"
+        )
         trust = None
     pictures = [decode_image(label.image, label.source) for label in labels]
 
@@ -58,10 +65,15 @@ def evaluate(
     return summarize(asked, free, labels, options.decode, trust)
 
 
-def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str) -> Trust:
+def measure_trust(
+    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str
+) -> Trust:
     """How far the model can be trusted: from `scores` of questions about these images, and from two objects
     that are in each and two that are not. where: the images, in words."""
-    rng, names = np.random.default_rng(0), sorted({o.name for label in labels for o in label.objects})
+    rng, names = (
+        np.random.default_rng(0),
+        sorted({o.name for label in labels for o in label.objects}),
+    )
     found: dict[bool, list[bool]] = {True: [], False: []}
     for label in tracked(labels, ProgressBar("naming", len(labels), "images")):
         image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
@@ -70,11 +82,17 @@ def measure_trust(model: VlmBundle, labels: Sequence[LabeledImage], scores: Scor
             asked = rng.permutation(some)[:2].tolist() if some else []
             lacking = missing(model, image, asked) if asked else {}
             found[there] += [name not in lacking for name in asked]
-    sure = {f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration}
+    sure = {
+        f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration
+    }
     factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
-    present, absent = (float(np.mean(named)) if named else 1.0 - there for there, named in found.items())
+    present, absent = (
+        float(np.mean(named)) if named else 1.0 - there for there, named in found.items()
+    )
     sources = [label.source for label in labels]
-    return Trust(f"{counted(len(labels), 'images')} of {where}", factors, present, absent, sources=sources)
+    return Trust(
+        f"{counted(len(labels), 'images')} of {where}", factors, present, absent, sources=sources
+    )
 
 
 def questions_about(
@@ -90,7 +108,9 @@ def questions_about(
     return questions
 
 
-def _asked(image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode) -> Asked:
+def _asked(
+    image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode
+) -> Asked:
     """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
     if (said := answer.distribution) is None:
         return Asked(image, label, question, answer.segments)

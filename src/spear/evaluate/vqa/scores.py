@@ -116,7 +116,14 @@ class Scores:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headers and cells of the main table, as text."""
-        headers = ["question", "n", "median error [95 %]", "of the distance", "constant guess", "depth only"]
+        headers = [
+            "question",
+            "n",
+            "median error [95 %]",
+            "of the distance",
+            "constant guess",
+            "depth only",
+        ]
         rows = []
         for family, s in self.families.items():
             main = "error" if self.unit == "metre" else "relative"
@@ -133,7 +140,10 @@ class Scores:
         for family, s in self.families.items():
             for name, estimate in s.measures.items():
                 if name not in ("relative", "error", "pixels"):
-                    cells = [_said(name, e) for e in (estimate, s.constant.get(name), s.depth_only.get(name))]
+                    cells = [
+                        _said(name, e)
+                        for e in (estimate, s.constant.get(name), s.depth_only.get(name))
+                    ]
                     rows.append([family.replace("_", " "), MEASURES[name].title, *cells])
         return ["question", "what", "value [95 %]", "constant guess", "depth only"], rows
 
@@ -149,11 +159,22 @@ class Scores:
 
     def certainty_rows(self) -> tuple[list[str], list[list[str]]]:
         """How often the truth lies in the central intervals, and what the spread tells of the error."""
-        rows, inside = [], [*dict.fromkeys(name for c in self.calibration.values() for name in c.coverage)]
+        rows, inside = (
+            [],
+            [*dict.fromkeys(name for c in self.calibration.values() for name in c.coverage)],
+        )
         for family, c in self.calibration.items():
             covered = [c.coverage[n].say(".0%") if n in c.coverage else "–" for n in inside]
             halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
-            rows.append([family.replace("_", " "), str(c.n), *covered, f"{100 * c.miss:.0f} points", *halves])
+            rows.append(
+                [
+                    family.replace("_", " "),
+                    str(c.n),
+                    *covered,
+                    f"{100 * c.miss:.0f} points",
+                    *halves,
+                ]
+            )
         return ["question", "numbers", *inside, "off by", "surer half", "other half"], rows
 
 
@@ -170,7 +191,9 @@ def summarize(
     for family, freely in free.items():
         rows = [a for a in asked if a.question.family == family]
         scores[family] = _score(rows, freely)
-        if sure := [(a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None]:
+        if sure := [
+            (a.image, a.certainty, a.measures["relative"]) for a in rows if a.certainty is not None
+        ]:
             readings[family] = _readings([a for a in rows if a.certainty is not None])
             calibration[family] = calibrate(sure, factors.get(family))
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibration, asked)

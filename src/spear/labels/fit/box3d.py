@@ -22,10 +22,25 @@ from scipy.spatial import ConvexHull, QhullError
 from spear.labels.fit.points import UP_PRIOR
 from spear.types import Array, Box3D
 
-SIGNS = np.array([(x, y, z) for y in (-1, 1) for x, z in ((-1, -1), (1, -1), (1, 1), (-1, 1))], float)
+SIGNS = np.array(
+    [(x, y, z) for y in (-1, 1) for x, z in ((-1, -1), (1, -1), (1, 1), (-1, 1))], float
+)
 """[8, 3] which side of the box each vertex is on, along its right, down and away axes."""
 
-EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
+EDGES = (
+    (0, 1),
+    (1, 2),
+    (2, 3),
+    (3, 0),
+    (4, 5),
+    (5, 6),
+    (6, 7),
+    (7, 4),
+    (0, 4),
+    (1, 5),
+    (2, 6),
+    (3, 7),
+)
 """The 12 edges, as pairs of vertex numbers."""
 
 _TRIPLES = np.array(list(combinations(range(7), 3)))
@@ -100,7 +115,9 @@ def _camera_like(axes: Array) -> tuple[list[int], Array]:
     """Which column of `axes` [3, 3], with which sign, is the box's right, down and away axis."""
     up = int(np.argmax(np.abs(UP_PRIOR @ axes)))
     first, second = (i for i in range(3) if i != up)
-    right, away = (first, second) if abs(axes[0, first]) >= abs(axes[0, second]) else (second, first)
+    right, away = (
+        (first, second) if abs(axes[0, first]) >= abs(axes[0, second]) else (second, first)
+    )
     x = 1.0 if axes[0, right] >= 0 else -1.0
     down = -1.0 if UP_PRIOR @ axes[:, up] >= 0 else 1.0
     forward = np.cross(x * axes[:, right], down * axes[:, up])
@@ -170,12 +187,18 @@ def _rotation(turn: Array) -> Array:
     """Rodrigues' formula: the matrix [3, 3] of a rotation vector [3], rad. (SciPy's checks cost too much.)"""
     angle = math.sqrt(turn @ turn)
     cross = _CROSS @ turn
-    rise, bend = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)
+    rise, bend = (
+        (math.sin(angle) / angle, (1 - math.cos(angle)) / angle**2) if angle > 1e-9 else (1.0, 0.5)
+    )
     return _EYE + rise * cross + bend * (cross @ cross)
 
 
 def fit_box(
-    points: Array, up: Array | None = None, support: float | None = None, margin: float = 0, noise: float = 0
+    points: Array,
+    up: Array | None = None,
+    support: float | None = None,
+    margin: float = 0,
+    noise: float = 0,
 ) -> Box3D:
     """The oriented box of an object of which only the side that faces the camera is seen.
 
@@ -193,7 +216,9 @@ def fit_box(
     Returns the box; no side is thinner than a thousandth of the longest.
     """
     points = np.asarray(points, np.float64)
-    blur = 0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))  # smoothing takes the other half
+    blur = (
+        0.5 * noise * float(np.linalg.norm(points.mean(axis=0)))
+    )  # smoothing takes the other half
     if up is not None:
         # For sure: noise hides the bend of round things, for which there is a better guess.
         stands = partial(_is_box, points, noise=0.8 * blur, flat=_FLAT / 3)
@@ -224,7 +249,12 @@ def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> b
 
 
 def _boxed(
-    points: Array, axes: Array, margin: float, noise: float, support: float | None, found: Faces | None
+    points: Array,
+    axes: Array,
+    margin: float,
+    noise: float,
+    support: float | None,
+    found: Faces | None,
 ) -> Box3D:
     """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given); faces
     that were `found` are where they are."""
@@ -247,7 +277,9 @@ def _boxed(
     return make_box(axes @ ((low + high) / 2), np.maximum(size, max(1e-3 * size.max(), 1e-9)), axes)
 
 
-def _hidden_back(along: Array, axes: Array, middle: Array, low: Array, high: Array) -> tuple[Array, Array]:
+def _hidden_back(
+    along: Array, axes: Array, middle: Array, low: Array, high: Array
+) -> tuple[Array, Array]:
     """How far a round object goes on behind its outline, at its level axes' lower and upper ends, [2] each.
 
     What is seen of a box fills its faces, and its far edge is where it ends. A round thing bends away from
@@ -303,7 +335,9 @@ def _smallest_volume(points: Array) -> Array:
     try:
         hull = ConvexHull(points)
     except (QhullError, ValueError):
-        return np.linalg.eigh(np.cov((points - points.mean(axis=0)).T) if len(points) > 1 else np.eye(3))[1]
+        return np.linalg.eigh(
+            np.cov((points - points.mean(axis=0)).T) if len(points) > 1 else np.eye(3)
+        )[1]
     corners = points[hull.vertices]
     normals = hull.equations[:, :3]
     normals = normals[:: max(1, len(normals) // 48)]
@@ -318,7 +352,9 @@ def _smallest_volume(points: Array) -> Array:
 def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     """{"closest", "furthest"}: the seen points [3] nearest to and furthest from the camera; "centre"."""
     distances = np.einsum("ij,ij->i", points, points)
-    near, far = (np.asarray(points[i], np.float32) for i in (distances.argmin(), distances.argmax()))
+    near, far = (
+        np.asarray(points[i], np.float32) for i in (distances.argmin(), distances.argmax())
+    )
     return {"closest": near, "furthest": far, "centre": box.center}
 
 
@@ -359,5 +395,7 @@ SYMMETRIES = np.array([(SIGNS[:, turn] * flip @ SIGNS.T).argmax(axis=1) for turn
 def vertex_error(a: Array, b: Array) -> float:
     """Mean distance between the vertices [8, 3] of two boxes (both in `order_vertices` order), for the
     relabelling of one of them, among the box's 48 symmetries, that makes it least."""
-    distances = np.linalg.norm(np.asarray(a, np.float64)[SYMMETRIES] - np.asarray(b, np.float64), axis=-1)
+    distances = np.linalg.norm(
+        np.asarray(a, np.float64)[SYMMETRIES] - np.asarray(b, np.float64), axis=-1
+    )
     return float(distances.mean(axis=1).min())

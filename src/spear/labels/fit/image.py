@@ -46,7 +46,11 @@ def iou2d(a: Array, b: Array) -> Array:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
     shared = np.prod(np.maximum(sides, 0), axis=-1)
-    union = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - shared
+    union = (
+        np.prod(a[..., 2:] - a[..., :2], axis=-1)
+        + np.prod(b[..., 2:] - b[..., :2], axis=-1)
+        - shared
+    )
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
@@ -63,7 +67,9 @@ def lit_part(image: Array) -> Array:
     black bar, as films and padded pictures have: over 5 % of them is brighter than 24 (our choice)."""
     lit = image.max(axis=2) > 24
     bright = [np.flatnonzero(lit.mean(axis=1 - axis) > 0.05) for axis in (0, 1)]
-    return np.array([b[[0, -1]] if len(b) else (0, n - 1) for b, n in zip(bright, lit.shape, strict=True)])
+    return np.array(
+        [b[[0, -1]] if len(b) else (0, n - 1) for b, n in zip(bright, lit.shape, strict=True)]
+    )
 
 
 def clip(boxes: Array, height: int, width: int) -> Array:

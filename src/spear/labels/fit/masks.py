@@ -41,7 +41,9 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     """The mask [height, width] bool of run lengths; `SpearError` when they do not add up to its size."""
     counts = np.asarray(runs, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
-        raise SpearError(f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again")
+        raise SpearError(
+            f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again"
+        )
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape((height, width), order="F")
 
 
@@ -50,8 +52,15 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
     `SpearError` for a polygon of an odd number of coordinates, fewer than three points, or not finite."""
     for polygon in polygons:
         corners = np.asarray(polygon, np.float64)
-        if corners.ndim != 1 or len(corners) % 2 or len(corners) < 6 or not np.isfinite(corners).all():
-            raise SpearError(f"polygon of size {corners.size}: give x, y of three points or more, finite")
+        if (
+            corners.ndim != 1
+            or len(corners) % 2
+            or len(corners) < 6
+            or not np.isfinite(corners).all()
+        ):
+            raise SpearError(
+                f"polygon of size {corners.size}: give x, y of three points or more, finite"
+            )
     coco = need("pycocotools.mask", "label", "a COCO polygon")
     return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
@@ -65,7 +74,9 @@ def run_lengths(text: str) -> list[int]:
     filled up with what was in memory.
     """
     if rest := re.sub(r"^([P-o]*[0-O])*", "", text):
-        raise SpearError(f"compressed mask: {rest[:20]!r} is none, or cut off: give the whole string")
+        raise SpearError(
+            f"compressed mask: {rest[:20]!r} is none, or cut off: give the whole string"
+        )
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):
         value = sum((ord(letter) - 48 & 31) << 5 * place for place, letter in enumerate(number))
@@ -106,7 +117,9 @@ def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
     z = depth[where]
     low, high = z[part == main].min(), z[part == main].max()
     middle = ndimage.median(z, part, np.arange(len(sizes)))
-    stays = (sizes >= 0.2 * sizes[main]) & (middle > low * (1 - limit)) & (middle < high * (1 + limit))
+    stays = (
+        (sizes >= 0.2 * sizes[main]) & (middle > low * (1 - limit)) & (middle < high * (1 + limit))
+    )
     result = np.zeros_like(mask)
     result[where] = stays[part]
     return result
@@ -124,11 +137,21 @@ def above_support(
     smooth = ndimage.uniform_filter(np.where(own, above, 0.0), 3) / np.maximum(total, 1e-9)
     limit = max(LEVEL, noise) * float(np.median(points[own][:, 2])) if own.any() else 0.0
     kept: Array = mask & ~(own & (smooth < limit))
-    return kept if own.any() and np.median(above[own]) > 2 * limit and kept.sum() > 0.3 * mask.sum() else mask
+    return (
+        kept
+        if own.any() and np.median(above[own]) > 2 * limit and kept.sum() > 0.3 * mask.sum()
+        else mask
+    )
 
 
 def snap(
-    mask: Array, points: Array, known: Array, taken: Array, plane: Plane | None, pixels: int, noise: float
+    mask: Array,
+    points: Array,
+    known: Array,
+    taken: Array,
+    plane: Plane | None,
+    pixels: int,
+    noise: float,
 ) -> Array:
     """The mask [h, w] with the pixels within `pixels` of its outline decided anew.
 
@@ -156,7 +179,9 @@ def snap(
         beside = outside & ~taken & ndimage.binary_dilation(reach, iterations=3)
         above = points @ plane.up - _level(points[beside], plane)
         limit = max(LEVEL, 2.5 * noise) * float(np.median(points[core][:, 2]))
-        if np.median(above[core]) > 2 * limit:  # a thing as flat as the error cannot be told by its height
+        if (
+            np.median(above[core]) > 2 * limit
+        ):  # a thing as flat as the error cannot be told by its height
             meet = band & ~apart & np.isfinite(front) & (mask | ~taken)
             result[meet] = above[meet] > limit
     result[apart] = nearer[apart]
@@ -176,7 +201,9 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise:
     inner = inner if inner.any() else mask
     inverse, own = _inverse(points, mask), inner[tuple(pixels.T)]
     # The inside is smoothed without the outline, which would pull it along.
-    values = np.where(own, _value(inverse, inner, pixels, noise), _value(inverse, mask, pixels, noise))
+    values = np.where(
+        own, _value(inverse, inner, pixels, noise), _value(inverse, mask, pixels, noise)
+    )
     expected = np.full(len(pixels), np.nan)
     expected[~own] = _continued(inverse, inner, pixels[~own], 1.5 * erosion, noise)
     with np.errstate(invalid="ignore"):
@@ -204,7 +231,9 @@ def _value(values: Array, where: Array, pixels: Array, noise: float) -> Array:
     padded = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
     width, flat = padded.shape[1], padded.ravel()
     at = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
-    five = np.stack([(flat[at + k] + flat[at - k]) / 2 for k in (0, 1, width - 1, width, width + 1)])
+    five = np.stack(
+        [(flat[at + k] + flat[at - k]) / 2 for k in (0, 1, width - 1, width, width + 1)]
+    )
     five.sort(axis=0)
     last = np.maximum(np.isfinite(five).sum(axis=0) - 1, 0)
     low, high = (np.take_along_axis(five, n[None], axis=0)[0] for n in (last // 2, (last + 1) // 2))

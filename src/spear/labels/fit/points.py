@@ -86,7 +86,9 @@ def support_plane(points: Array, up: Array | None = None) -> Plane | None:
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     heights = np.einsum("ij,ij->i", normals, a)
     near = np.abs(normals @ points.T - heights[:, None]) < limit
-    towards = -np.sign(heights) * (normals @ (UP_PRIOR if up is None else np.asarray(up, np.float64)))
+    towards = -np.sign(heights) * (
+        normals @ (UP_PRIOR if up is None else np.asarray(up, np.float64))
+    )
     level = towards > np.cos(np.radians(50.0 if up is None else 10.0))
     votes = near.sum(axis=1) * np.where(level, 1.0, 0.4 * (towards > 0) if up is None else 0.0)
     inside = near[np.argmax(votes)]

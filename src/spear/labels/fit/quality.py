@@ -16,7 +16,14 @@ VISIBLE = 0.7
 error of the centre is three times that of the others (our choice, from benchmarks/labels/accuracy.py)."""
 EDGE = 0.05
 """… of whose outline at most this fraction is cut by the image's edge: how far it goes on is not known."""
-LEAST = {"visible": VISIBLE, "points": 30.0, "known": 0.8, "whole": 0.5, "stability": 0.6, "compact": 0.4}
+LEAST = {
+    "visible": VISIBLE,
+    "points": 30.0,
+    "known": 0.8,
+    "whole": 0.5,
+    "stability": 0.6,
+    "compact": 0.4,
+}
 """… whose scores are at least these (our choice). The others stay in the labels, with their scores."""
 
 
@@ -69,7 +76,9 @@ def box_errors(box: Box3D, true: Box3D) -> tuple[float, float, float]:
     return center, vertex_error(box.vertices, true.vertices), iou(box, true)
 
 
-def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible: float = 0.0) -> Accuracy:
+def compare(
+    labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible: float = 0.0
+) -> Accuracy:
     """Median errors of labels against the frames they were made from (pairwise, in order): of every labelled
     box against the true box of the instance that its mask covers most.
 
@@ -80,7 +89,9 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
     missed = 0
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
-            raise SpearError(f"{frame.source or 'frame'}: no instances or boxes: give frames that have both")
+            raise SpearError(
+                f"{frame.source or 'frame'}: no instances or boxes: give frames that have both"
+            )
         found: dict[int, tuple[float, tuple[float, ...]]] = {}
         for o in label.objects:
             instance = instance_of(o, label, frame)
@@ -90,6 +101,8 @@ def compare(labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible
         rows += [errors for visible, errors in found.values() if visible >= min_visible]
         missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
     if not rows:
-        raise SpearError("accuracy: no labelled box has a true box: give frames with instances and boxes")
+        raise SpearError(
+            "accuracy: no labelled box has a true box: give frames with instances and boxes"
+        )
     center, vertex, overlap = np.median(rows, axis=0).tolist()
     return Accuracy(len(rows), center, vertex, overlap, missed)

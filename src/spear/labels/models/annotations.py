@@ -59,7 +59,9 @@ class Annotation:
         rows, columns = self.size
         if not same_view((height, width), self.size):
             sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
-            raise SpearError(f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized")
+            raise SpearError(
+                f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized"
+            )
         return rows, columns
 
 
@@ -94,15 +96,21 @@ class FileDetector:
     def __init__(self, annotations: Annotations, otherwise: Detector | None = None) -> None:
         self.annotations, self.otherwise = annotations, otherwise
         self.name = _name(annotations, otherwise)
-        self.bill: Callable[[], str] = getattr(otherwise, "bill", str)  # of the other images' detector
+        self.bill: Callable[[], str] = getattr(
+            otherwise, "bill", str
+        )  # of the other images' detector
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The annotated objects of each image, in the file's order; those with an empty box are left out."""
         found = [self.annotations.of(frame) for frame in frames]
-        unknown = [frame for frame, annotated in zip(frames, found, strict=True) if annotated is None]
+        unknown = [
+            frame for frame, annotated in zip(frames, found, strict=True) if annotated is None
+        ]
         if unknown and self.otherwise is None:
             lacks = f"{unknown[0].source}: not in {self.annotations.name}"
-            raise SpearError(f"{lacks}: name images as that file does, or add a detector for the others")
+            raise SpearError(
+                f"{lacks}: name images as that file does, or add a detector for the others"
+            )
         others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
         results = []
         for frame, annotated in zip(frames, found, strict=True):
@@ -125,13 +133,17 @@ class FileSegmenter:
         self.annotations, self.otherwise = annotations, otherwise
         self.name = _name(annotations, otherwise)
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
         results = list(map(self._masks, frames, detections))
         rest = [(f, d, *r) for f, d, r in zip(frames, detections, results, strict=True) if r[1]]
         if rest and self.otherwise is None:
             frame, found, _, missing = rest[0]
-            lacks = f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}"
+            lacks = (
+                f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}"
+            )
             raise SpearError(f"{lacks}: add a segmenter for objects without one")
         if rest and self.otherwise:
             wanted = [[found[i] for i in missing] for _, found, _, missing in rest]
@@ -205,8 +217,12 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
         size = sizes[a["image_id"]]
         one = _coco_annotation(a, categories[a["category_id"]], size)
         whole = np.array([0, 0, *size[::-1]], np.float64) if one.box2d is None else one.box2d
-        crowd = replace(one, outline=lambda height, width: np.zeros((height, width), bool), box2d=whole)
-        objects[a["image_id"]] += [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
+        crowd = replace(
+            one, outline=lambda height, width: np.zeros((height, width), bool), box2d=whole
+        )
+        objects[a["image_id"]] += (
+            [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
+        )
 
     def find(source: str) -> list[Annotation] | None:
         asked = _parts(source)
@@ -217,7 +233,9 @@ def _coco(content: Mapping[str, Any], file: str) -> Find:
                 common[image] = length
         best = [image for image, length in common.items() if length == max(common.values())]
         if len(best) > 1:
-            raise SpearError(f"{source}: fits {len(best)} images of coco {file}: name its folder too")
+            raise SpearError(
+                f"{source}: fits {len(best)} images of coco {file}: name its folder too"
+            )
         if best and answered.setdefault(best[0], source) != source:
             other = f"{answered[best[0]]} and {source}"
             raise SpearError(f"{other}: one image of coco {file} fits both: name its folder too")
@@ -245,8 +263,12 @@ def _outline(segmentation: Any) -> Callable[[int, int], Array]:
 
     def outline(height: int, width: int) -> Array:
         if size != (height, width):
-            raise SpearError(f"mask of {size[1]}×{size[0]} in an image of {width}×{height}: repair the file")
-        return decode_mask(run_lengths(counts) if isinstance(counts, str) else counts, height, width)
+            raise SpearError(
+                f"mask of {size[1]}×{size[0]} in an image of {width}×{height}: repair the file"
+            )
+        return decode_mask(
+            run_lengths(counts) if isinstance(counts, str) else counts, height, width
+        )
 
     return outline
 
@@ -279,14 +301,18 @@ def _relations(content: Mapping[str, Any]) -> Find:
         raise ValueError("it is empty")
 
     def find(source: str) -> list[Annotation] | None:
-        parts = [re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in _parts(source)]
+        parts = [
+            re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in _parts(source)
+        ]
         take = max((i for i, part in enumerate(parts) if part in takes), default=None)
         if take is None:
             return None
         cameras = takes[parts[take]]
         camera = next((part for part in parts[take + 1 : -1] if part in cameras), None)
         number = re.search(r"\d+$", parts[-1])
-        return None if camera is None or number is None else cameras[camera].get(int(number.group()))
+        return (
+            None if camera is None or number is None else cameras[camera].get(int(number.group()))
+        )
 
     return find
 

@@ -74,7 +74,12 @@ class GeminiDetector:
     """
 
     def __init__(
-        self, model: str = MODEL, *, cache: Path, vocabulary: Sequence[str] = (), per_minute: int = 0
+        self,
+        model: str = MODEL,
+        *,
+        cache: Path,
+        vocabulary: Sequence[str] = (),
+        per_minute: int = 0,
     ) -> None:
         self.model, self.cache, self.pause = model, cache, 60 / (per_minute or np.inf)
         self.prompt = prompt_for(vocabulary)
@@ -86,7 +91,9 @@ class GeminiDetector:
             raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
         genai = need("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
-        self._address = os.environ.get("GOOGLE_GEMINI_BASE_URL", ADDRESS)  # where the client reads it too
+        self._address = os.environ.get(
+            "GOOGLE_GEMINI_BASE_URL", ADDRESS
+        )  # where the client reads it too
         options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT))
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
         self._config = genai.types.GenerateContentConfig(
@@ -96,10 +103,14 @@ class GeminiDetector:
             thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING),
         )
         # the client's HTTP library is one of the two
-        libraries = (importlib.import_module(n) for n in ("httpx2", "httpx") if importlib.util.find_spec(n))
+        libraries = (
+            importlib.import_module(n) for n in ("httpx2", "httpx") if importlib.util.find_spec(n)
+        )
         self._offline = tuple(library.TransportError for library in libraries)
         self._lock = threading.Lock()
-        self._last: dict[str, list[Detection] | SpearError] = {}  # by key, of a batch with a failure in it
+        self._last: dict[
+            str, list[Detection] | SpearError
+        ] = {}  # by key, of a batch with a failure in it
         self._fatal: str | None = None
         self._held = 0.0  # no request before then (monotonic seconds)
         self.usage = Counter[str]()
@@ -110,8 +121,12 @@ class GeminiDetector:
             found = list(threads.map(self._detect, frames))
         for failure in found:
             if isinstance(failure, SpearError):
-                if len(frames) > 1:  # the pipeline asks again image by image, which must cost nothing
-                    self._last = {self._digest(f.image): one for f, one in zip(frames, found, strict=True)}
+                if (
+                    len(frames) > 1
+                ):  # the pipeline asks again image by image, which must cost nothing
+                    self._last = {
+                        self._digest(f.image): one for f, one in zip(frames, found, strict=True)
+                    }
                 raise failure
         return [one for one in found if not isinstance(one, SpearError)]
 
@@ -182,7 +197,9 @@ class GeminiDetector:
     def _wait_for_turn(self) -> None:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""
         if self._fatal is None and (why := unreachable(self._address)):
-            self._stop(f"cannot reach the service ({why}): check the network and label again, {OTHERWISE}")
+            self._stop(
+                f"cannot reach the service ({why}): check the network and label again, {OTHERWISE}"
+            )
         while self._fatal is None:
             with self._lock:
                 rest = self._held - time.monotonic()
@@ -200,15 +217,25 @@ class GeminiDetector:
         """Seconds until the next attempt after an error of the service; `SpearError` when it is pointless."""
         details = json.dumps(error.details, default=str)
         if error.code in _FATAL or "API_KEY_INVALID" in details:
-            hint = "choose another model" if error.code == 404 else f"check the key in {' or '.join(KEYS)}"
+            hint = (
+                "choose another model"
+                if error.code == 404
+                else f"check the key in {' or '.join(KEYS)}"
+            )
             raise self._stop(f"{reason}: {hint}")
         if error.code not in _AGAIN:
-            raise SpearError(f"{where}: Gemini refused ({reason}): change the settings, or leave it out")
+            raise SpearError(
+                f"{where}: Gemini refused ({reason}): change the settings, or leave it out"
+            )
         # google.rpc.RetryInfo, as in "38s", and the header; a date there is not read
         asked = re.findall(r'"retryDelay": "(\d+\.?\d*)s"', details)
-        asked += re.findall(r"^\d+\.?\d*$", getattr(error.response, "headers", {}).get("retry-after", ""))
+        asked += re.findall(
+            r"^\d+\.?\d*$", getattr(error.response, "headers", {}).get("retry-after", "")
+        )
         advised = max(map(float, asked), default=None)
-        if "PerDay" in details or (advised or 0) > LONGEST_WAIT:  # as Google names the quota of a day
+        if (
+            "PerDay" in details or (advised or 0) > LONGEST_WAIT
+        ):  # as Google names the quota of a day
             when = "tomorrow" if "PerDay" in details else f"in {advised:.0f} s"
             raise self._stop(f"no quota left ({reason}): label again {when}")
         if advised is None:
@@ -269,7 +296,9 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     for item in items:
         label = " ".join(item.label.lower().split())
         sides = (height, width) * 2
-        y0, x0, y1, x1 = (np.clip(v / 1000, 0, 1) * n for v, n in zip(item.box_2d, sides, strict=True))
+        y0, x0, y1, x1 = (
+            np.clip(v / 1000, 0, 1) * n for v, n in zip(item.box_2d, sides, strict=True)
+        )
         pixels = np.array([x0, y0, x1, y1], np.float32)
         again = any(d.name == label and float(iou2d(d.box2d, pixels)) > 0.9 for d in found)
         if label and min(x1 - x0, y1 - y0) >= 1 and not again:
@@ -280,7 +309,9 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
 def answer_text(response: Any, where: str) -> str:
     """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
     if (feedback := response.prompt_feedback) and feedback.block_reason:
-        raise SpearError(f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out")
+        raise SpearError(
+            f"{where}: Gemini blocked the image ({feedback.block_reason.value}): leave it out"
+        )
     end = response.candidates[0].finish_reason if response.candidates else None
     if end not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):
         raise SpearError(f"{where}: Gemini refused to answer ({end.value}): leave the image out")

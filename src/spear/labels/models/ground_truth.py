@@ -15,7 +15,9 @@ GROUND_TRUTH = "ground-truth"
 
 
 def _missing(frame: Frame, what: str) -> SpearError:
-    return SpearError(f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model")
+    return SpearError(
+        f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model"
+    )
 
 
 def instance_boxes(frame: Frame) -> dict[int, Array]:
@@ -24,7 +26,9 @@ def instance_boxes(frame: Frame) -> dict[int, Array]:
         raise _missing(frame, "instance map")
     found = dict(enumerate(ndimage.find_objects(frame.instances), 1))
     seen = {i: found[i] for i in frame.names if found.get(i)}
-    return {i: np.array([x.start, y.start, x.stop, y.stop], np.float32) for i, (y, x) in seen.items()}
+    return {
+        i: np.array([x.start, y.start, x.stop, y.stop], np.float32) for i, (y, x) in seen.items()
+    }
 
 
 class GroundTruth:
@@ -41,7 +45,9 @@ class GroundTruth:
             found.append([Detection(frame.names[i], box) for i, box in seen])
         return found
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """For each frame, masks [n, h, w] bool: of the instance of the detection's name whose tight box
         overlaps it most (IoU > 0.5); empty where none does."""
         found = []

@@ -45,11 +45,19 @@ def needs(name: str, batch: int, longest: int, names: int) -> Needs:
             levels = network.get_image_embeddings(torch.zeros(batch, 3, side, side))
             for place in range(batch):
                 one = [level[place : place + 1] for level in levels]
-                network(image_embeddings=one, input_boxes=torch.zeros(1, AT_ONCE, 4), multimask_output=False)
+                network(
+                    image_embeddings=one,
+                    input_boxes=torch.zeros(1, AT_ONCE, 4),
+                    multimask_output=False,
+                )
         elif name == "owlv2":  # Grounding DINO looks at numbers
             vision, text = network.config.vision_config, network.config.text_config
             ids = torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long)
             side = vision.image_size
-            network(pixel_values=torch.zeros(batch, 3, side, side), input_ids=ids, attention_mask=ids + 1)
+            network(
+                pixel_values=torch.zeros(batch, 3, side, side),
+                input_ids=ids,
+                attention_mask=ids + 1,
+            )
     count = sum(weight.numel() for weight in network.parameters())
     return Needs(count, weights, meter.peak - weights, work.get_total_flops() / batch)

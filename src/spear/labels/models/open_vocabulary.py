@@ -103,13 +103,17 @@ class GroundingDinoDetector(_OpenVocabulary):
         results = []
         for box, score, which in zip(boxes, scores, chosen, strict=True):
             keep = score > self.threshold
-            results.append(_detections(box[keep], score[keep], [names[i] for i in which[keep].tolist()]))
+            results.append(
+                _detections(box[keep], score[keep], [names[i] for i in which[keep].tolist()])
+            )
         return results
 
     def _spans(self, tokens: Sequence[int]) -> list[list[int]]:
         """The places of each name's tokens in a prompt."""
         tokenizer = self._processor.tokenizer
-        ends = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        ends = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids} - {
+            tokenizer.unk_token_id
+        }
         runs = groupby(range(len(tokens)), lambda place: tokens[place] in ends)
         return [list(places) for end, places in runs if not end]
 
@@ -144,7 +148,9 @@ class Owlv2Detector(_OpenVocabulary):
         return [tidy(d, h, w, self.overlap) for d, (h, w) in zip(found, sizes, strict=True)]
 
 
-def tidy(detections: Sequence[Detection], height: int, width: int, overlap: float) -> list[Detection]:
+def tidy(
+    detections: Sequence[Detection], height: int, width: int, overlap: float
+) -> list[Detection]:
     """Detections, best first, cut at the edge of the image; without those of less than a pixel, without a
     name, or on a better one (see `suppress`)."""
     if not detections:
@@ -164,7 +170,9 @@ def _names(vocabulary: Sequence[str], who: str) -> list[str]:
     """Each name once, in lower case, without the marks that end a name in a prompt."""
     if isinstance(vocabulary, str):
         raise SpearError(f"{who}: the vocabulary is one text: give a list of names")
-    names = [" ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary]
+    names = [
+        " ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary
+    ]
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
         raise SpearError(f'{who}: nothing to look for: name it, as in --vocabulary "mug, spoon"')

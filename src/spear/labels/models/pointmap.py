@@ -23,7 +23,9 @@ class MogePointMap:
     The model is moved to the device (`choose_device`). name: of its weights, for the label's provenance.
     """
 
-    def __init__(self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto") -> None:
+    def __init__(
+        self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto"
+    ) -> None:
         chosen = choose_device(device)
         # mixed precision, as MoGe does
         self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32
@@ -41,16 +43,22 @@ class MogePointMap:
             groups[frame.image.shape].append(index)
         results: dict[int, PointMapResult] = {}
         for members in groups.values():
-            images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(0, 3, 1, 2)
+            images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(
+                0, 3, 1, 2
+            )
             found = infer(self.model, images, dtype=self.dtype)
-            results |= {i: self._result(found, row, frames[i].source) for row, i in enumerate(members)}
+            results |= {
+                i: self._result(found, row, frames[i].source) for row, i in enumerate(members)
+            }
         return [results[index] for index in range(len(frames))]
 
     def _result(self, found: Geometry, row: int, source: str) -> PointMapResult:
         mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
         camera = found.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
-            raise SpearError(f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out")
+            raise SpearError(
+                f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out"
+            )
         points = found.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 

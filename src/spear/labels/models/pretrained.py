@@ -32,7 +32,9 @@ def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ..
     how = {"dtype": torch.float32, "output_loading_info": True, "use_safetensors": True}
     network, info = load_processor(cls, kind, model, **how)
     if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise SpearError(f"{model}: weights are missing ({len(lacking)}, first {lacking[0]}): give it whole")
+        raise SpearError(
+            f"{model}: weights are missing ({len(lacking)}, first {lacking[0]}): give it whole"
+        )
     network.register_forward_hook(refuse_nan)
     return network.to(where).eval()
 
@@ -50,7 +52,9 @@ def enough_memory(images: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise SpearError(f"memory is full with {counted(images, 'images')} at a time: give fewer") from error
+        raise SpearError(
+            f"memory is full with {counted(images, 'images')} at a time: give fewer"
+        ) from error
 
 
 def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
@@ -58,11 +62,17 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
     path = Path(model).expanduser()
     local = path.exists() or not is_hub_name(model)
     if local and not path.is_dir():
-        raise SpearError(f"{model}: no such folder: give the folder of a model, or its name on the Hub")
+        raise SpearError(
+            f"{model}: no such folder: give the folder of a model, or its name on the Hub"
+        )
     options["local_files_only"] = local or bool(hub_unreachable())
     name, _, revision = (str(path), "", "") if local else model.partition("@")
     try:
         return cls.from_pretrained(name, revision=revision or "main", **options)
-    except Exception as error:  # names that do not exist and broken files raise errors of many kinds
+    except (
+        Exception
+    ) as error:  # names that do not exist and broken files raise errors of many kinds
         why = f"cannot load this {kind} model ({first_line(error)})"
-        raise SpearError(f"{model}: {why}: check name and network, or give {kind}=FOLDER") from error
+        raise SpearError(
+            f"{model}: {why}: check name and network, or give {kind}=FOLDER"
+        ) from error

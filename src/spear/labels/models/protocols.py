@@ -51,7 +51,9 @@ class Segmenter(Protocol):
 
     name: str
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """For each image, the masks [n, h, w] bool of its n detections (a network reads only their boxes)."""
 
 

@@ -31,7 +31,9 @@ class Sam2Segmenter:
         self._side = int(self._network.config.prompt_encoder_config.image_size)
         self.name = f"sam2 {model} (box prompts)"
 
-    def segment(self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]) -> list[Array]:
+    def segment(
+        self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
+    ) -> list[Array]:
         """For each frame, masks [n, h, w] bool."""
         pairs = zip(frames, detections, strict=True)
         masks = [np.zeros((len(found), *frame.image.shape[:2]), bool) for frame, found in pairs]
@@ -39,7 +41,9 @@ class Sam2Segmenter:
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
         with torch.inference_mode(), enough_memory(len(busy)):
-            levels = self._network.get_image_embeddings(pixels.to(self._network.device, self._network.dtype))
+            levels = self._network.get_image_embeddings(
+                pixels.to(self._network.device, self._network.dtype)
+            )
             for place, i in enumerate(busy):
                 height, width = frames[i].image.shape[:2]
                 boxes = np.stack([d.box2d for d in detections[i]]).astype(np.float32)
@@ -52,7 +56,9 @@ class Sam2Segmenter:
                     ).pred_masks[0, :, 0]
                     for some in prompts.split(AT_ONCE, dim=1)
                 ]
-                masks[i] = np.concatenate([postprocess(some, height, width).cpu().numpy() for some in found])
+                masks[i] = np.concatenate(
+                    [postprocess(some, height, width).cpu().numpy() for some in found]
+                )
         return masks
 
 
@@ -63,7 +69,9 @@ def preprocess(image: Array, side: int) -> torch.Tensor:
     normalised with ImageNet's statistics, as SAM 2 was trained.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    pixels = F.interpolate(
+        pixels, (side, side), mode="bilinear", align_corners=False, antialias=True
+    )
     return standardize(pixels[0].round().clamp(0, 255) / 255)
 
 
@@ -74,4 +82,9 @@ def scale_boxes(boxes: Array, height: int, width: int, side: int) -> torch.Tenso
 
 def postprocess(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Mask logits [n, h', w'], resampled bilinearly -> masks [n, height, width] bool: positive is inside."""
-    return F.interpolate(logits[None].float(), (height, width), mode="bilinear", align_corners=False)[0] > 0
+    return (
+        F.interpolate(logits[None].float(), (height, width), mode="bilinear", align_corners=False)[
+            0
+        ]
+        > 0
+    )

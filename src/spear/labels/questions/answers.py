@@ -69,7 +69,9 @@ def _one(fit: Fit, say: Callable[[LabeledObject, LabeledImage], Segments | None]
 
 
 def _two(
-    fit: Fit, say: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None], tries: int = 1
+    fit: Fit,
+    say: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
+    tries: int = 1,
 ) -> Maker:
     """Asks about two objects what `say` answers; of other two when it says nothing, `tries` times in all."""
 
@@ -112,7 +114,11 @@ def _keypoint(scene: Scene, rng: Random) -> Draft | None:
     if not scene.solid:
         return None
     o, point = pick(scene.solid, rng), pick(tuple(POINTS), rng)
-    return {"x": _noun(o, rng), "p": pick(POINTS[point], rng)}, o.keypoints[point].tolist(), (o.name,)
+    return (
+        {"x": _noun(o, rng), "p": pick(POINTS[point], rng)},
+        o.keypoints[point].tolist(),
+        (o.name,),
+    )
 
 
 def _back_projection(o: LabeledObject, label: LabeledImage) -> Segments | None:
@@ -125,7 +131,13 @@ def _closer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     if abs(first - second) < NEAR_TIE * max(first, second):
         return None
     closer = a.name if first < second else b.name
-    return [f"the {a.name} is ", first, f" and the {b.name} is ", second, f" so the {closer} is closer"]
+    return [
+        f"the {a.name} is ",
+        first,
+        f" and the {b.name} is ",
+        second,
+        f" so the {closer} is closer",
+    ]
 
 
 def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
@@ -144,7 +156,9 @@ def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
 
 def _pixel(x: float, y: float, label: LabeledImage) -> Pixel:
     """A place given in pixels, cut at the image's edge."""
-    return Pixel(*(min(max(p / n, 0.0), 1.0 - 1e-6) for p, n in ((x, label.width), (y, label.height))))
+    return Pixel(
+        *(min(max(p / n, 0.0), 1.0 - 1e-6) for p, n in ((x, label.width), (y, label.height)))
+    )
 
 
 def _corners(o: LabeledObject, label: LabeledImage) -> Segments:
@@ -166,7 +180,9 @@ def _what_at(scene: Scene, rng: Random) -> Draft | None:
         u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
         place = _pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
         pixel = int(place.x * label.width) * label.height + int(place.y * label.height)
-        there = [x for x in label.objects if np.searchsorted(np.cumsum(x.mask), pixel, side="right") % 2]
+        there = [
+            x for x in label.objects if np.searchsorted(np.cumsum(x.mask), pixel, side="right") % 2
+        ]
         if min(there, key=lambda x: sum(x.mask[1::2]), default=None) is o:
             return {"p": str(place)}, [o.name], (o.name,)
     return None
@@ -178,7 +194,11 @@ def _exists(scene: Scene, rng: Random) -> Draft | None:
         name, answer = pick(shown, rng), "yes"
     else:
         name, answer = pick(EVERYDAY, rng), "no"
-        if any(is_a(part, name) for other in shown for part in (other, *other.replace("_", " ").split())):
+        if any(
+            is_a(part, name)
+            for other in shown
+            for part in (other, *other.replace("_", " ").split())
+        ):
             return None
     return {"x": with_article(name, definite=False)}, [answer], (name,)
 
@@ -218,7 +238,9 @@ MAKERS: Mapping[str, Maker] = {
     "exists": _exists,
     "count": _count,
     "which_side": _one("flat", lambda o, label: _left_or_right(_middle(o, label).x - 0.5)),
-    "left_or_right": _two("flat", lambda a, b, seen: _left_or_right(_middle(a, seen).x - _middle(b, seen).x)),
+    "left_or_right": _two(
+        "flat", lambda a, b, seen: _left_or_right(_middle(a, seen).x - _middle(b, seen).x)
+    ),
     "list": _list,
     "pixel_point": _pixel_point,
 }

@@ -23,7 +23,13 @@ from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
 from spear.labels.questions.templates import FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
-NUMBERS: Mapping[str, int] = {"box_vertices": 24, "keypoint": 3, "offset": 3, "distance": 1, "pixel_point": 3}
+NUMBERS: Mapping[str, int] = {
+    "box_vertices": 24,
+    "keypoint": 3,
+    "offset": 3,
+    "distance": 1,
+    "pixel_point": 3,
+}
 """Families whose answers are numbers alone -> how many."""
 PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
 """Families whose answers are image locations alone -> how many."""
@@ -79,7 +85,11 @@ def generate(
     if not 1 <= fewest <= most:
         raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
     check_known("question family", MAKERS, *families)
-    flat = [o for o in label.objects if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)]
+    flat = [
+        o
+        for o in label.objects
+        if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)
+    ]
     scene = Scene(label, askable(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
     questions: dict[tuple[Any, ...], Question] = {}

@@ -20,7 +20,17 @@ from spear.util.files import write_text
 if TYPE_CHECKING:
     from spear.tokens import CoordinateTokenizer
 
-SCORES = ("detection", "points", "visible", "edge", "known", "whole", "planarity", "stability", "compact")
+SCORES = (
+    "detection",
+    "points",
+    "visible",
+    "edge",
+    "known",
+    "whole",
+    "planarity",
+    "stability",
+    "compact",
+)
 
 
 class TokenUse(NamedTuple):
@@ -54,7 +64,9 @@ class Statistics:
     reasons: Counter[str] = field(default_factory=Counter)
     distances: "array[float]" = field(default_factory=lambda: array("d"))
     sizes: "array[float]" = field(default_factory=lambda: array("d"))
-    scores: "dict[str, array[float]]" = field(default_factory=lambda: {name: array("d") for name in SCORES})
+    scores: "dict[str, array[float]]" = field(
+        default_factory=lambda: {name: array("d") for name in SCORES}
+    )
 
     @property
     def objects(self) -> int:
@@ -95,8 +107,12 @@ def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> To
     inside = every.clip(coordinates.edges[0], coordinates.edges[-1])
     counts = np.bincount(coordinates.encode(every), minlength=coordinates.bins)
     share = counts[counts > 0] / max(len(every), 1)
-    evenness = float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(every) else 0.0
-    return TokenUse(counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness)
+    evenness = (
+        float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(every) else 0.0
+    )
+    return TokenUse(
+        counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness
+    )
 
 
 def skip_reasons(folder: Path) -> Counter[str]:
@@ -111,11 +127,21 @@ def skip_reasons(folder: Path) -> Counter[str]:
 def write_card(folder: Path) -> None:
     """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the shards."""
     skipped = skip_reasons(folder).total()
-    files = {"questions": (folder / QUESTIONS).is_file() and QUESTIONS, "skipped": skipped and SKIPPED}
-    more = "".join(f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file)
+    files = {
+        "questions": (folder / QUESTIONS).is_file() and QUESTIONS,
+        "skipped": skipped and SKIPPED,
+    }
+    more = "".join(
+        f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file
+    )
     were = "image was" if skipped == 1 else "images were"
     words = f"{skipped:,} {were} skipped (`{SKIPPED}`)." if skipped else "No image was skipped."
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     found = statistics(read(folder, pixels=False))
-    counts = {"images": counted(found.images, "images"), "objects": counted(found.objects, "objects")}
-    write_text(folder / "README.md", template.format(found=found, more=more, skipped=words, **counts))
+    counts = {
+        "images": counted(found.images, "images"),
+        "objects": counted(found.objects, "objects"),
+    }
+    write_text(
+        folder / "README.md", template.format(found=found, more=more, skipped=words, **counts)
+    )

@@ -30,7 +30,10 @@ _SCHEMA = pa.schema({**_TEXTS, "objects": pa.list_(pa.string()), "unit": pa.stri
 
 
 def ask(
-    label: LabeledImage, seed: int, pairs: tuple[int, int] = (1, 4), families: Sequence[str] = FAMILIES
+    label: LabeledImage,
+    seed: int,
+    pairs: tuple[int, int] = (1, 4),
+    families: Sequence[str] = FAMILIES,
 ) -> list[Question]:
     """The questions about one image; `pairs` and `families` as for `generate`."""
     digest = hashlib.sha256(label.source.encode()).digest()
@@ -72,10 +75,17 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
                 said = json.loads(row["segments"])
                 segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in said]
                 objects = tuple(row["objects"])
-                yield row["source"], Question(row["family"], row["prompt"], segments, objects, row["unit"])
+                yield (
+                    row["source"],
+                    Question(row["family"], row["prompt"], segments, objects, row["unit"]),
+                )
 
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
     words = {"source": source, "answer": spoken(question.segments, question.unit)}
-    return vars(question) | words | {"segments": json.dumps(segments), "objects": list(question.objects)}
+    return (
+        vars(question)
+        | words
+        | {"segments": json.dumps(segments), "objects": list(question.objects)}
+    )

@@ -32,9 +32,12 @@ SIZES = 512
 class FewRows:
     """The layers of a `Stack` for at most `ROWS` tokens; see `can_do`."""
 
-    def __init__(self, layers: Sequence[Any], heads: int, width: int, eps: float, scale: float) -> None:
+    def __init__(
+        self, layers: Sequence[Any], heads: int, width: int, eps: float, scale: float
+    ) -> None:
         self.layers = [
-            (each.before_attention, each.before_mlp, *map(_weights, _products(each))) for each in layers
+            (each.before_attention, each.before_mlp, *map(_weights, _products(each)))
+            for each in layers
         ]
         self.heads, self.width, self.eps, self.scale = heads, width, eps, scale
         place = self.layers[0][0].device
@@ -51,9 +54,15 @@ class FewRows:
     @staticmethod
     def can_run(x: Tensor, window: Any) -> bool:
         """Whether these are few tokens [B, S, D], in at most two blocks."""
-        return x.dtype == torch.bfloat16 and x.shape[0] * x.shape[1] <= ROWS and len(window.queries) < 3
+        return (
+            x.dtype == torch.bfloat16
+            and x.shape[0] * x.shape[1] <= ROWS
+            and len(window.queries) < 3
+        )
 
-    def __call__(self, x: Tensor, turns: tuple[Tensor, ...], window: Any, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, turns: tuple[Tensor, ...], window: Any, bias: Tensor | None
+    ) -> Tensor:
         """As of `Stack`, before the last norm."""
         (batch, length, depth), (cos, sin) = x.shape, turns
         heads, width, rows, both = self.heads, self.width, batch * length, length * self.heads
@@ -64,7 +73,12 @@ class FewRows:
         parts = x.new_empty(batch, chunks, each, width, dtype=torch.float32)
         peaks, masses = x.new_empty(2, batch, chunks, each, dtype=torch.float32).unbind(0)
         x, middle = x.reshape(rows, depth).contiguous(), x.new_empty(rows, inner)
-        strides = cos.stride(0), cos.stride(1), window.places[0].stride(0), window.places[0].stride(1)
+        strides = (
+            cos.stride(0),
+            cos.stride(1),
+            window.places[0].stride(0),
+            window.places[0].stride(1),
+        )
         # What a norm needs the kernel before it leaves: rows times its scale, and their squares in parts.
         count = depth // ONE.value
         normed = torch.empty_like(x), x.new_empty(count, height, dtype=torch.float32)
@@ -72,14 +86,20 @@ class FewRows:
         _start[count,](x, self.layers[0][0], *normed, rows, depth, height)
         turned = length, *strides, heads, width, *norm
         attended, grown = (rows, heads * width, depth, height), (rows, inner, depth, height)
-        halves, columns, most = width // 2 // TWO.value, inner // TWO.value, triton.next_power_of_2(chunks)
+        halves, columns, most = (
+            width // 2 // TWO.value,
+            inner // TWO.value,
+            triton.next_power_of_2(chunks),
+        )
         sums, add = (parts, peaks, masses), self.pipelined["add"]
         after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
         each_layer = zip(self.layers, after, window.places, window.seen, strict=True)
         for index, (weights, scale, place, seen) in enumerate(each_layer):
             _, before_mlp, qkv, out, gate_up, down = weights
             keys, values = seen[-1]
-            _qkv[heads + 2, halves](*normed, qkv, cos, sin, query, place, *turned, **self.pipelined["qkv"])
+            _qkv[heads + 2, halves](
+                *normed, qkv, cos, sin, query, place, *turned, **self.pipelined["qkv"]
+            )
             window.wait(index)
             hidden = keys if bias is None else bias
             seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
@@ -99,7 +119,9 @@ def _products(layer: Any) -> tuple[Any, ...]:
 
 
 def _is_plain(layer: Any) -> bool:
-    if layer.after_mlp is not None or any(p.weight is None or p.bias is not None for p in _products(layer)):
+    if layer.after_mlp is not None or any(
+        p.weight is None or p.bias is not None for p in _products(layer)
+    ):
         return False
     weights = [product.weight for product in _products(layer)]
     return all(w.dtype == torch.bfloat16 and w.shape[1] % SIZES == 0 for w in weights)
@@ -107,7 +129,11 @@ def _is_plain(layer: Any) -> bool:
 
 def _weights(fused: Any) -> Tensor:
     """The weights of linear layers that read the same input, [out, in]."""
-    return torch.cat([layer.weight for layer in fused.layers]) if fused.weight is None else fused.weight
+    return (
+        torch.cat([layer.weight for layer in fused.layers])
+        if fused.weight is None
+        else fused.weight
+    )
 
 
 @triton.jit
@@ -160,7 +186,9 @@ def _two(
     `scaled`, without 1 / rms, and the sums of their squares in `count` parts."""
     _take_over(EARLY)
     part = tl.arange(0, PARTS)[:, None]
-    sums = tl.load(squares + part * ROWS + tl.arange(0, ROWS)[None, :], mask=part < count, other=0.0)
+    sums = tl.load(
+        squares + part * ROWS + tl.arange(0, ROWS)[None, :], mask=part < count, other=0.0
+    )
     a = tl.zeros([SHARES, ROWS, TWO], tl.float32)
     b = tl.zeros([SHARES, ROWS, TWO], tl.float32)
     for begin in range(0, depth, PIECE):
@@ -210,9 +238,15 @@ def _attend(
     sum of the weights by which `_combine` puts them together. The `first` tokens see less than the others."""
     _take_over(EARLY)
     chunk, batch = tl.program_id(0), tl.program_id(1)
-    row, place, at = tl.arange(0, ROWS), chunk * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDTH)[None, :]
+    row, place, at = (
+        tl.arange(0, ROWS),
+        chunk * KEYS + tl.arange(0, KEYS),
+        tl.arange(0, WIDTH)[None, :],
+    )
     known = row < length * HEADS
-    q = tl.load(query + (batch * length * HEADS + row)[:, None] * WIDTH + at, mask=known[:, None], other=0.0)
+    q = tl.load(
+        query + (batch * length * HEADS + row)[:, None] * WIDTH + at, mask=known[:, None], other=0.0
+    )
     here = batch * batch_stride + place[:, None] * WIDTH + at
     k = tl.load(keys + here, mask=place[:, None] < end, other=0.0)
     v = tl.load(values + here, mask=place[:, None] < end, other=0.0)
@@ -274,7 +308,11 @@ def _gate_up(
     """GELU of the gate, by its tanh approximation, x σ(2u), times up: [rows, inner]."""
     column = tl.program_id(0) * TWO + tl.arange(0, TWO)
     second = weight + inner * depth
-    gate, up = _two(scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY)
+    gate, up = _two(
+        scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY
+    )
     row = tl.arange(0, ROWS)[:, None]
     grown = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    tl.store(out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows)
+    tl.store(
+        out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows
+    )

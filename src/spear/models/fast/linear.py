@@ -48,7 +48,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or (_MKL_IS_FAST and x.dtype == torch.float32 and not weight.is_mkldnn)
-        or (x.numel() == x.shape[-1] and not weight.is_mkldnn)  # one row: nothing to gain from a layout
+        or (
+            x.numel() == x.shape[-1] and not weight.is_mkldnn
+        )  # one row: nothing to gain from a layout
     ):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -113,7 +115,9 @@ class FastLinear(nn.Linear):
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is linear and no more: no forward and no hook of a user's belongs to it. (Of hooks on
     whole blocks, which run as one here, nobody knows.)"""
-    own = type(layer).forward in (nn.Linear.forward, FastLinear.forward) and "forward" not in vars(layer)
+    own = type(layer).forward in (nn.Linear.forward, FastLinear.forward) and "forward" not in vars(
+        layer
+    )
     return own and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
@@ -228,7 +232,9 @@ def _stamp(places: Places) -> list[int]:
         stamp += (id(module), id(type(module)), len(state), *hooks)
         for weight in state["_parameters"].values():
             if weight is not None:
-                version = 0 if weight.is_inference() else weight._version  # those made in inference mode
+                version = (
+                    0 if weight.is_inference() else weight._version
+                )  # those made in inference mode
                 stamp += (place := weight.data_ptr(), version)
                 if place and weight.is_cpu:
                     stamp.append(_BITS[weight.element_size()].from_address(place).value)

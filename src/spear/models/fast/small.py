@@ -23,7 +23,9 @@ from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
 BLOCK = 128
 """Rows that an MLP runs at once: what is between its products stays in the cache (our choice)."""
 A = math.sqrt(2 / math.pi)
-TWO_A = torch.tensor(2 * A, device="cpu")  # as a tensor: a Python number would be made one at every use
+TWO_A = torch.tensor(
+    2 * A, device="cpu"
+)  # as a tensor: a Python number would be made one at every use
 
 
 class PairedKVCache(StaticKVCache):
@@ -33,7 +35,9 @@ class PairedKVCache(StaticKVCache):
         """As of its base, whose two places are complex numbers, each [B, tokens, kv heads, head_dim / 2]."""
         window = super().window(start, blocks)
         pairs = (place.unflatten(-1, (-1, 2)) for place in window.places)
-        return replace(window, places=[torch.view_as_complex(pair).transpose(2, 3) for pair in pairs])
+        return replace(
+            window, places=[torch.view_as_complex(pair).transpose(2, 3) for pair in pairs]
+        )
 
 
 class SmallStack(Stack):
@@ -54,7 +58,12 @@ class SmallStack(Stack):
         linears = [getattr(part, name) for part, named in own for name in named]
         q, k, v, o, gate, up, down = (linear.weight.detach().float() for linear in linears)
         half = self.width // 2
-        qkv = torch.cat([q * self.scale, k, v]).unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
+        qkv = (
+            torch.cat([q * self.scale, k, v])
+            .unflatten(0, (-1, 2, half))
+            .transpose(1, 2)
+            .flatten(0, 2)
+        )
         out = o.unflatten(1, (-1, 2, half)).transpose(2, 3).flatten(1)
         norms = layer.input_layernorm, layer.post_attention_layernorm
         before, after = (scale_of(norm) * math.sqrt(q.shape[1]) for norm in norms)
@@ -67,12 +76,16 @@ class SmallStack(Stack):
             return cache
         _, _, batch, _, places, _ = cache.whole.shape
         copy = self.cache(batch, places, torch.float32, cache.whole.device)
-        copy.whole.unflatten(-1, (-1, 2)).copy_(cache.whole.unflatten(-1, (2, -1)).transpose(-1, -2))
+        copy.whole.unflatten(-1, (-1, 2)).copy_(
+            cache.whole.unflatten(-1, (2, -1)).transpose(-1, -2)
+        )
         return copy
 
     def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What turns the pairs of queries and keys at positions [B, S]: [B, S, 1, d / 2] complex."""
-        cos, sin = (part[..., self.width // 2 :] for part in super().rotations(places, torch.float32))
+        cos, sin = (
+            part[..., self.width // 2 :] for part in super().rotations(places, torch.float32)
+        )
         return (torch.complex(cos.contiguous(), sin.contiguous()),)
 
     def __call__(
@@ -88,7 +101,9 @@ class SmallStack(Stack):
         (batch, length, width), (turn,), queries = x.shape, rotations, window.queries
         x = x.reshape(-1, width)
         count = range(len(self.layers))[::-1]
-        for left, weights, place, seen in zip(count, self._weights, window.places, window.seen, strict=True):
+        for left, weights, place, seen in zip(
+            count, self._weights, window.places, window.seen, strict=True
+        ):
             qkv, out, gate_up, down = weights
             found = torch.mm(self._unit(x), qkv).view(batch, length, -1, self.width // 2, 2)
             parts = (self.heads, self.groups, self.groups)
@@ -135,7 +150,12 @@ def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
     here = all(w.device.type == "cpu" and not isinstance(w, FakeTensor) for w in weights)
     if not fitting or not here or max(map(torch.numel, weights)) >= CACHED:
         return None
-    parts = [part for layer in layers for half in (layer.self_attn, layer.mlp) for part in half.children()]
+    parts = [
+        part
+        for layer in layers
+        for half in (layer.self_attn, layer.mlp)
+        for part in half.children()
+    ]
     return SmallStack(model) if all(isinstance(p, GELUTanh) or is_plain(p) for p in parts) else None
 
 

@@ -40,7 +40,11 @@ class StaticKVCache:
     """Keys and values of every layer in buffers of a fixed size, [2, B, kv heads, places, head_dim] each."""
 
     def __init__(
-        self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.whole = torch.empty(layers, 2, *shape, dtype=dtype, device=device)
         self.layers = self.whole.unbind(0)
@@ -50,7 +54,9 @@ class StaticKVCache:
         """Where new tokens go and what they see; see `Window`. Made once for many steps."""
         queries = [count for count, _ in blocks]
         places = [held[:, :, :, start : start + sum(queries)] for held in self.layers]
-        seen = [[(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs]
+        seen = [
+            [(keys[:, :end], values[:, :end]) for _, end in blocks] for keys, values in self._pairs
+        ]
         return Window(places, queries, seen)
 
 
@@ -110,7 +116,9 @@ class CudaGraphCache:
         self._graphs: OrderedDict[Hashable, Recorded | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable) -> Tensor:
+    def __call__(
+        self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable
+    ) -> Tensor:
         """function(inputs). There is a graph per options, and per names, shapes and types of the inputs. One
         that cannot be recorded, perhaps for want of memory, is said by a notice, and the others have theirs.
         """
@@ -136,10 +144,14 @@ class CudaGraphCache:
 
 def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Recorded:
     places = {name: tensor.clone() for name, tensor in inputs.items()}
-    device = next(iter(places.values())).device  # of a thread's current GPU the graph would be empty
+    device = next(
+        iter(places.values())
+    ).device  # of a thread's current GPU the graph would be empty
     aside, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     aside.wait_stream(here)
-    with torch.cuda.stream(aside):  # compilers, autotuners and lazy initialisations do their work here
+    with torch.cuda.stream(
+        aside
+    ):  # compilers, autotuners and lazy initialisations do their work here
         for _ in range(_WARM_UPS):
             function(places)
     here.wait_stream(aside)
@@ -158,7 +170,9 @@ class Stack:
 
     kind = StaticKVCache
 
-    def __init__(self, model: GemmaModel | Gemma2Model, packed: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self, model: GemmaModel | Gemma2Model, packed: bool = False, compiled: bool = False
+    ) -> None:
         config: Any = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps
@@ -181,7 +195,9 @@ class Stack:
         self._before: Any = type(self)._project
         self._after: Any = type(self)._finish
         if compiled:
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # which float32 does without here
+            warnings.filterwarnings(
+                "ignore", "TensorFloat32 tensor cores"
+            )  # which float32 does without here
             # With few rows, small kernels take most of the time on a GPU; compiled, they become one.
             self._before, self._after = torch.compile(self._before), torch.compile(self._after)
             # One length, then any; the VLM and the expert; prompts and single tokens: more variants than 8.
@@ -189,7 +205,9 @@ class Stack:
             limits.recompile_limit = max(limits.recompile_limit, 32)
         self.replay = CudaGraphCache()
 
-    def cache(self, batch: int, places: int, dtype: torch.dtype, device: torch.device) -> StaticKVCache:
+    def cache(
+        self, batch: int, places: int, dtype: torch.dtype, device: torch.device
+    ) -> StaticKVCache:
         """Room for the keys and values of so many tokens."""
         return self.kind(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
@@ -224,7 +242,12 @@ class Stack:
         keys_only  the last layer stops at its keys and values, and the result is its input.
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
-        if self.few is not None and wanted is None and not keys_only and self.few.can_run(x, window):
+        if (
+            self.few is not None
+            and wanted is None
+            and not keys_only
+            and self.few.can_run(x, window)
+        ):
             with torch.cuda.device_of(x):  # Triton launches on a thread's current GPU
                 return self._norm(self.few(x, rotations, window, bias), self.norm)
         for index, layer in enumerate(self.layers):
@@ -245,7 +268,9 @@ class Stack:
         """Queries [B · kv heads, S · query heads per kv head, d]; keys and values [2, B, kv heads, S, d]."""
         batch, length, _ = x.shape
         qkv = layer.qkv.concatenated(self._norm(x, layer.before_attention))
-        both, value = qkv.view(batch, length, -1, self.width).tensor_split((self.heads + self.groups,), dim=2)
+        both, value = qkv.view(batch, length, -1, self.width).tensor_split(
+            (self.heads + self.groups,), dim=2
+        )
         # Rotary position embeddings, of queries and keys together: [B, S, heads, d].
         rotated = torch.addcmul(both * cos, both.roll(self.width // 2, dims=-1), sin)
         query, key = rotated.tensor_split((self.heads,), dim=2)
@@ -270,7 +295,11 @@ class Stack:
         return x + self._norm(layer.down(self.activation(gate) * up)[0], layer.after_mlp)
 
     def _attend(
-        self, query: Tensor, seen: list[tuple[Tensor, Tensor]], queries: list[int], bias: Tensor | None
+        self,
+        query: Tensor,
+        seen: list[tuple[Tensor, Tensor]],
+        queries: list[int],
+        bias: Tensor | None,
     ) -> Tensor:
         """Attention in which the query heads of a key-value head are rows of one product."""
         each = self.heads // self.groups
@@ -282,7 +311,9 @@ class Stack:
                 # PyTorch's fused attention sees one head: so it needs no copies of keys and values.
                 mask = None if hidden is None else hidden[:, None]
                 qkv = (part[:, None], keys[:, None], values[:, None])
-                fused = nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=self.scale)
+                fused = nn.functional.scaled_dot_product_attention(
+                    *qkv, attn_mask=mask, scale=self.scale
+                )
                 out.append(fused[:, 0])
                 continue
             if self.scale == 1 and hidden is None and self.softcap is None:
@@ -332,7 +363,9 @@ class Prefilled:
         if not self.padded:
             return None
         after = self.valid.new_ones(self.valid.shape[0], room)
-        return as_bias(torch.cat([self.valid, after], dim=1), dtype).repeat_interleave(groups, dim=0)[:, None]
+        return as_bias(torch.cat([self.valid, after], dim=1), dtype).repeat_interleave(
+            groups, dim=0
+        )[:, None]
 
 
 def prefill(
@@ -353,7 +386,9 @@ def prefill(
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
     parts = [
-        torch.ones(batch, count, dtype=torch.bool, device=x.device) if known is None else known.bool()
+        torch.ones(batch, count, dtype=torch.bool, device=x.device)
+        if known is None
+        else known.bool()
         for known, count in ((image_valid, features.shape[1]), (text_valid, text.shape[1]))
     ]
     valid = torch.cat(parts, dim=1)

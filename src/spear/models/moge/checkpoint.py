@@ -103,7 +103,9 @@ def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
     width = checkpoint.weights[f"{_BACKBONE[checkpoint.version]}cls_token"].shape[-1]
     names = {size[0]: name for name, size in ENCODERS.items()}
     if width not in names:
-        raise SpearError(f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}")
+        raise SpearError(
+            f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}"
+        )
     config = dinov2_config(names[width])
     fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
     more = ("image_size", "use_mask_token", "position_offset")
@@ -121,9 +123,13 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
     weights, config = _read(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     if f"{_BACKBONE[version]}cls_token" not in weights:
-        raise SpearError(f"not a MoGe checkpoint: {path} has no backbone.cls_token: download it again")
+        raise SpearError(
+            f"not a MoGe checkpoint: {path} has no backbone.cls_token: download it again"
+        )
     if not isinstance(config, dict):
-        raise SpearError(f"checkpoint incomplete: {path} has no model_config: use the published file")
+        raise SpearError(
+            f"checkpoint incomplete: {path} has no model_config: use the published file"
+        )
     return Checkpoint(path, weights, config, version)
 
 
@@ -138,7 +144,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) ->
     model.load_state_dict(state, assign=next(model.parameters()).is_meta)
 
 
-def _match(model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]) -> dict[str, str]:
+def _match(
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]
+) -> dict[str, str]:
     """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
     expected = published_shapes(model, checkpoint.version, prefixes)
@@ -150,7 +158,9 @@ def _match(model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused:
     for name, values in _CONSTANTS.items():
         key = name if checkpoint.version == 1 else f"encoder.{name}"
         if not torch.allclose(weights[key].float().flatten(), torch.tensor(values), atol=1e-3):
-            raise SpearError(f"{where}: {key} is not ImageNet's: use one of the published checkpoints")
+            raise SpearError(
+                f"{where}: {key} is not ImageNet's: use one of the published checkpoints"
+            )
     return {ours: published_name(ours, prefixes) for ours in model.state_dict()}
 
 
@@ -162,7 +172,9 @@ def published_shapes(
     for ours, tensor in model.state_dict().items():
         name = published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
         shapes[name] = ((3 if ".attn.qkv." in name else 1) * tensor.shape[0], *tensor.shape[1:])
-    return shapes | {f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS}
+    return shapes | {
+        f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS
+    }
 
 
 def published_name(ours: str, prefixes: Prefixes) -> str:
@@ -180,8 +192,12 @@ def _read(path: Path) -> tuple[Weights, Any]:
         why = f"{path} is not a PyTorch file of tensors and plain data alone"
         raise SpearError(f"checkpoint refused: {why}: use the published file") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise SpearError(f"broken checkpoint: {path}: {first_line(error)}: download it again") from error
+        raise SpearError(
+            f"broken checkpoint: {path}: {first_line(error)}: download it again"
+        ) from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise SpearError(f"not a MoGe checkpoint: {path} holds no weights by name: use the published file")
+        raise SpearError(
+            f"not a MoGe checkpoint: {path} holds no weights by name: use the published file"
+        )
     return weights, content.get("model_config")

@@ -70,7 +70,11 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     map of fewer than two known points has focal 1 and shift 0.
     """
     height, width = points.shape[1:3]
-    uv = view_plane(width, height, device=points.device).permute(2, 0, 1).expand(len(points), -1, -1, -1)
+    uv = (
+        view_plane(width, height, device=points.device)
+        .permute(2, 0, 1)
+        .expand(len(points), -1, -1, -1)
+    )
     maps = torch.cat([points.float().permute(0, 3, 1, 2), uv, mask[:, None].float()], dim=1)
     maps = nn.functional.interpolate(maps, (FIT_SIDE, FIT_SIDE), mode="nearest")
     rows = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()

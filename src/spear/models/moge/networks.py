@@ -20,7 +20,11 @@ from spear.models.vision import MogeEncoder, standardize
 from spear.types import Unit
 
 PATCH = 14
-ENCODERS = {"dinov2_vits14": (384, 12, 6), "dinov2_vitb14": (768, 12, 12), "dinov2_vitl14": (1024, 24, 16)}
+ENCODERS = {
+    "dinov2_vits14": (384, 12, 6),
+    "dinov2_vitb14": (768, 12, 12),
+    "dinov2_vitl14": (1024, 24, 16),
+}
 """DINOv2's names -> (width, layers, attention heads)."""
 
 
@@ -42,7 +46,11 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     """The config of one of `ENCODERS` as MoGe uses it. Raises `SpearError` for another name."""
     check_known("MoGe encoder", ENCODERS, encoder)
     width, layers, heads = ENCODERS[encoder]
-    ours: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    ours: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
     ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1}
     ours |= {"use_mask_token": False, "attn_implementation": "sdpa"}
     return Dinov2Config(**ours)
@@ -53,7 +61,9 @@ def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) 
     for key, value in fixed.items():
         if config.get(key, value) != value:
             why = f"{part}{key} is {config[key]!r}, only {value!r} is"
-            raise SpearError(f"MoGe config not supported: {why}: use one of the published checkpoints")
+            raise SpearError(
+                f"MoGe config not supported: {why}: use one of the published checkpoints"
+            )
 
 
 def conv3(width: int, out: int) -> nn.Conv2d:
@@ -94,7 +104,10 @@ def view_plane(
     ratio = width / height if aspect is None else aspect
     diagonal = math.sqrt(1 + ratio**2)
     ends = [(n - 1) / n * span / diagonal for n, span in ((width, ratio), (height, 1.0))]
-    u, v = (torch.linspace(-end, end, n, device=device) for end, n in zip(ends, (width, height), strict=True))
+    u, v = (
+        torch.linspace(-end, end, n, device=device)
+        for end, n in zip(ends, (width, height), strict=True)
+    )
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
@@ -153,7 +166,10 @@ class MogeV1(nn.Module):
         if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
             self.most_tokens = int(config["trained_area_range"][1]) // PATCH**2
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
-        read, depth = config.get("intermediate_layers", 4), self.encoder.backbone.config.num_hidden_layers
+        read, depth = (
+            config.get("intermediate_layers", 4),
+            self.encoder.backbone.config.num_hidden_layers,
+        )
         self.layers = range(depth - read, depth)
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
@@ -167,11 +183,17 @@ class MogeV1(nn.Module):
         factor = math.sqrt(num_tokens * PATCH**2 / (height * width))
         size = int(height * factor), int(width * factor)
         if min(size) < PATCH:
-            raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
-        resized = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            raise SpearError(
+                f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
+            )
+        resized = nn.functional.interpolate(
+            images, size, mode="bicubic", antialias=True, align_corners=False
+        )
         patches = [side // PATCH * PATCH for side in size]
         normal = standardize(resized)
-        cut = nn.functional.interpolate(normal, patches, mode="bilinear", antialias=True, align_corners=False)
+        cut = nn.functional.interpolate(
+            normal, patches, mode="bilinear", antialias=True, align_corners=False
+        )
         return cut, size
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
@@ -200,14 +222,17 @@ class MogeV1Head(nn.Module):
             for before, after in pairwise((project, *widths))
         )
         self.output_block = nn.ModuleList(
-            nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1)) for out in (3, 1)
+            nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1))
+            for out in (3, 1)
         )
 
     def forward(self, layers: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Features [B, width, rows, columns] of each layer -> [B, 3, height, width] and [B, 1, height, width]
         at size (height, width), whose aspect the uv channels have throughout."""
         height, width = size
-        x = torch.stack([p(layer) for p, layer in zip(self.projects, layers, strict=True)]).sum(dim=0)
+        x = torch.stack([p(layer) for p, layer in zip(self.projects, layers, strict=True)]).sum(
+            dim=0
+        )
         for block in self.upsample_blocks:
             x = block(with_uv(x, width / height))
         x = with_uv(resize(x, height, width), width / height)
@@ -239,7 +264,9 @@ class MogeV2(nn.Module):
         width, project = self.encoder.backbone.config.hidden_size, encoder["dim_out"]
         self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
         names = "neck", "points_head", "mask_head"  # some have normals as well
-        self.neck, self.points_head, self.mask_head = (ConvStack(name, config[name]) for name in names)
+        self.neck, self.points_head, self.mask_head = (
+            ConvStack(name, config[name]) for name in names
+        )
         layers: list[nn.Module] = []
         for before, after in pairwise(config["scale_head"]["dims"]):
             layers += [nn.Linear(before, after), nn.ReLU()]
@@ -252,9 +279,13 @@ class MogeV2(nn.Module):
         aspect = width / height
         rows, columns = round(math.sqrt(num_tokens / aspect)), round(math.sqrt(num_tokens * aspect))
         if min(rows, columns) < 1:
-            raise SpearError(f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it")
+            raise SpearError(
+                f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
+            )
         size = (rows * PATCH, columns * PATCH)
-        cut = nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        cut = nn.functional.interpolate(
+            images, size, mode="bilinear", antialias=True, align_corners=False
+        )
         return standardize(cut)
 
     def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +302,9 @@ class MogeV2(nn.Module):
         features, token = self.encode(self.cut(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
-        sizes = ((columns << level, rows << level) for level in range(1, len(self.neck.input_blocks)))
+        sizes = (
+            (columns << level, rows << level) for level in range(1, len(self.neck.input_blocks))
+        )
         finer = [uv_channels(batch, *size, width / height, features) for size in sizes]
         levels = self.neck([with_uv(features, width / height), *finer])
         raw = [head(levels)[-1] for head in (self.points_head, self.mask_head)]
@@ -289,7 +322,10 @@ class ConvStack(nn.Module):
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         super().__init__()
-        norms = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}  # when not given
+        norms = {
+            "res_block_in_norm": "layer_norm",
+            "res_block_hidden_norm": "group_norm",
+        }  # when not given
         check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
         widths = config["dim_res_blocks"]
 

@@ -92,7 +92,9 @@ def _expert_names(shards: Shards) -> dict[str, str]:
     names = shards.names(_RENAMED)
     other = f"another architecture: {shards.folder}"
     if any(".dense." in name or name.startswith("time_mlp_") for name in names):
-        raise SpearError(f"{other} is a π0.5, whose norms depend on time: give a π0 (lerobot/pi0_base)")
+        raise SpearError(
+            f"{other} is a π0.5, whose norms depend on time: give a π0 (lerobot/pi0_base)"
+        )
     if "expert.layers.0.self_attn.q_proj.weight" not in names:
         raise SpearError(f"{other} holds no action expert: give a π0 (lerobot/pi0_base)")
     return names
@@ -109,12 +111,18 @@ def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> d
         return shards.weights[names[name]].shape[0]
 
     return {
-        **{name: said[name] for name in ("rms_norm_eps", "rope_parameters", "hidden_act") if name in said},
+        **{
+            name: said[name]
+            for name in ("rms_norm_eps", "rope_parameters", "hidden_act")
+            if name in said
+        },
         "hidden_size": rows("input_layernorm"),
         "intermediate_size": rows("mlp.gate_proj"),
         "num_attention_heads": rows("self_attn.q_proj") // head_dim,
         "num_key_value_heads": rows("self_attn.k_proj") // head_dim,
-        "num_hidden_layers": len({n.split(".")[2] for n in names if n.startswith("expert.layers.")}),
+        "num_hidden_layers": len(
+            {n.split(".")[2] for n in names if n.startswith("expert.layers.")}
+        ),
         "head_dim": head_dim,
     }
 
@@ -153,7 +161,11 @@ def _new(name: str, weight: Tensor, config: Spear1Config) -> Key:
         norm = name.endswith("norm.weight")
         how = "0 (a scale of 1)" if norm else f"N(0, {config.expert_config.initializer_range}²)"
     elif name.endswith("bias"):
-        how = "the action that stays" if _is_clean(config) and name.startswith("action_out_proj") else "0"
+        how = (
+            "the action that stays"
+            if _is_clean(config) and name.startswith("action_out_proj")
+            else "0"
+        )
     else:
         how = f"N(0, {'0.01' if name.startswith('action_out_proj') else '1'} / {shape[1]})"
     return Key(name, shape, "new", how)

@@ -43,7 +43,13 @@ _RENAMED = (
     ("vision_tower.vision_model.", "vision_tower."),
 )
 """PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one after the other."""
-_NOT_OURS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_bidirectional_attention")
+_NOT_OURS = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "use_bidirectional_attention",
+)
 """Fields of a part's config that describe the file it came from, or what our masks say."""
 
 
@@ -71,7 +77,9 @@ def plan_backbones(
     if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
         stored[EMBEDDINGS], head = head, None
     if EMBEDDINGS not in stored:
-        raise SpearError(f"checkpoint incomplete: {shards.folder} has no token embeddings: copy it again")
+        raise SpearError(
+            f"checkpoint incomplete: {shards.folder} has no token embeddings: copy it again"
+        )
     table = stored[EMBEDDINGS]
     rows = shards.weights[table].shape[0]
     if rows != published.text_config.vocab_size:
@@ -99,10 +107,14 @@ def plan_backbones(
         for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
             name = f"moge_projector.linear.{part}"
             keys.append(Key(name, tuple(wanted[name].shape), "new", how))
-        parts.insert(0, _moge_part(config, encoder.path))  # first, while there is room for its float32 copy
+        parts.insert(
+            0, _moge_part(config, encoder.path)
+        )  # first, while there is room for its float32 copy
         sources["MoGe"] = origin(str(moge), encoder.path.parent)
     if head is not None:
-        keys.append(Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings"))
+        keys.append(
+            Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings")
+        )
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}
     keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
@@ -135,7 +147,9 @@ def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
     mismatch = f"vocabulary mismatch: {folder}: its tokenizer has"
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
-    if len(tokenizer) > rows + 1:  # the image token may lie one past the embeddings: it is never embedded
+    if (
+        len(tokenizer) > rows + 1
+    ):  # the image token may lie one past the embeddings: it is never embedded
         raise SpearError(f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: {_BOTH}")
     return tokenizer, extend_tokenizer(tokenizer, bins)
 
@@ -173,7 +187,10 @@ def _vocabulary(
         shards.read_into(source, table[:rows])
         if head is not None and not (
             shards.weights[head].shape == (rows, width)
-            and all(torch.equal(piece.to(dtype), table[:rows][place]) for place, piece in shards.pieces(head))
+            and all(
+                torch.equal(piece.to(dtype), table[:rows][place])
+                for place, piece in shards.pieces(head)
+            )
         ):
             raise SpearError(f"{shards.folder}: {head} is not {source}: SPEAR-VLM ties both")
         table[known:end] = init_new_embeddings(table[:known], end - known, generator)
@@ -195,7 +212,9 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
 def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
     names = encoder_names(encoder, checkpoint)
     ours = encoder.state_dict().items()
-    keys = [Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours]
+    keys = [
+        Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours
+    ]
     for name, weight in checkpoint.weights.items():
         if name not in names.values():
             why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"

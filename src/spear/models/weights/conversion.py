@@ -59,7 +59,10 @@ class KeyReport:
     def check(self, where: str) -> None:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
         if wrong := [(keys[0], len(keys)) for status in PROBLEMS if (keys := self.of(status))]:
-            said = (f"weights {k.status}: {n}, first {k.name} {list(k.shape)} ({k.note})" for k, n in wrong)
+            said = (
+                f"weights {k.status}: {n}, first {k.name} {list(k.shape)} ({k.note})"
+                for k, n in wrong
+            )
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
@@ -71,7 +74,10 @@ class KeyReport:
             like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
             groups.setdefault(like, []).append(key)
         ends = ((keys[0], keys[-1], len(keys)) for keys in groups.values())
-        return [(Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n) for a, b, n in ends]
+        return [
+            (Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n)
+            for a, b, n in ends
+        ]
 
     def parameters(self) -> int:
         """Parameters of the new model."""
@@ -88,13 +94,18 @@ class KeyReport:
         if not any(whole["action expert"]):
             whole = {"SPEAR-VLM": whole["all"]}
         rows = [("module", "parameters", "loaded", "new")]
-        rows += [(name, f"{a + b:,}", f"{a:,}", f"{b:,}") for name, (a, b) in {**modules, **whole}.items()]
+        rows += [
+            (name, f"{a + b:,}", f"{a:,}", f"{b:,}")
+            for name, (a, b) in {**modules, **whole}.items()
+        ]
         return _columns(rows, right=(1, 2, 3))
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
         for key, count in self.folded():
-            rows.append((key.status, key.name, " × ".join(map(str, key.shape)) or "1", str(count), key.note))
+            rows.append(
+                (key.status, key.name, " × ".join(map(str, key.shape)) or "1", str(count), key.note)
+            )
         counts = {status: len(self.of(status)) for status in get_args(Status)}
         total = ", ".join(f"{n} {s}" for s, n in counts.items() if n or s in ("loaded", "new"))
         return f"{_columns(rows, right=(3,))}\n\n{self.module_table()}\n\n{total}"
@@ -141,7 +152,9 @@ class Conversion(Generic[Model]):
             )
         model, info = loaded
         new = {key.name for key in self.report.of("new") if "[" not in key.name}
-        assert set(info["missing_keys"]) == new and not info["unexpected_keys"], "the report is wrong"
+        assert set(info["missing_keys"]) == new and not info["unexpected_keys"], (
+            "the report is wrong"
+        )
         check_finite(model, ", ".join(self.sources.values()))
         return model.eval()
 
@@ -168,7 +181,9 @@ class Conversion(Generic[Model]):
             free = shutil.disk_usage(part).free
             if free < size:
                 lacks = f"{size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free"
-                raise SpearError(f"no room for {folder.parent}: {lacks}: make room, or give another folder")
+                raise SpearError(
+                    f"no room for {folder.parent}: {lacks}: make room, or give another folder"
+                )
             model = self.run(dtype, seed)
             with quiet():
                 model.save_pretrained(part, max_shard_size=MOST)
@@ -180,14 +195,18 @@ class Conversion(Generic[Model]):
                 "converted": dict(self.sources),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": seed,
-                "simulator_only": all(simulator_only(Path(source)) for source in self.sources.values()),
+                "simulator_only": all(
+                    simulator_only(Path(source)) for source in self.sources.values()
+                ),
             }
             save_made_by(part, made)
             (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
         except (OSError, SafetensorError) as error:
-            raise SpearError(f"cannot write {folder}: {first_line(error)}: give another folder") from error
+            raise SpearError(
+                f"cannot write {folder}: {first_line(error)}: give another folder"
+            ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return model

@@ -28,11 +28,18 @@ def locate(name: str | Path) -> Path:
     path, shipped = Path(name), SHIPPED / str(name)
     if path.is_dir():
         if path != shipped and (shipped / "config.json").is_file():
-            notice(f"{path}: this folder is taken, not the weights of that name that come with the package")
+            notice(
+                f"{path}: this folder is taken, not the weights of that name that come with the package"
+            )
         if ((final := path / "final") / "config.json").is_file():
             steps = made_by(final).get("recipe", {}).get("optimization", {}).get("steps", math.inf)
-            if any(int(saved.name[5:]) > steps for saved in path.glob("checkpoints/step-" + 8 * "[0-9]")):
-                notice(f"{path}: weights of step {steps:,}, newer are not finished: give its command again")
+            if any(
+                int(saved.name[5:]) > steps
+                for saved in path.glob("checkpoints/step-" + 8 * "[0-9]")
+            ):
+                notice(
+                    f"{path}: weights of step {steps:,}, newer are not finished: give its command again"
+                )
             return final
         if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
             raise SpearError(f"{path}: its training is not finished: give the same command again")
@@ -65,7 +72,9 @@ def made_by(folder: Path) -> Mapping[str, Any]:
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    return read_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(exclude_unset=True)
+    return read_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(
+        exclude_unset=True
+    )
 
 
 def save_made_by(folder: Path, said: Mapping[str, Any]) -> None:
@@ -94,7 +103,9 @@ def check_together(folder: Path) -> None:
     Weights with the normalizer.json or the words of another training fit by shape, and act wrongly.
     """
     if other := changed(folder, made_by(folder).get("files", {})):
-        notice(f"{folder}: {', '.join(other)}: not as saved with the rest: copy the whole folder again")
+        notice(
+            f"{folder}: {', '.join(other)}: not as saved with the rest: copy the whole folder again"
+        )
 
 
 def changed(folder: Path, saved: Mapping[str, str]) -> list[str]:

@@ -40,10 +40,14 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
     """
     folder = Path(folder)
     if dtype is not None and not dtype.is_floating_point:
-        raise SpearError(f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16")
+        raise SpearError(
+            f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16"
+        )
     check(cls, folder)
     check_together(folder)
-    how: Any = dict.fromkeys(("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True)
+    how: Any = dict.fromkeys(
+        ("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True
+    )
     try:
         with quiet():
             loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
@@ -54,7 +58,9 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
         if info[problem]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem])
             what = f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
-            raise SpearError(f"checkpoint does not fit its config: {folder}: {what}: save the model again")
+            raise SpearError(
+                f"checkpoint does not fit its config: {folder}: {what}: save the model again"
+            )
     check_finite(model, str(folder))
     return model.eval()
 
@@ -63,7 +69,9 @@ def check_finite(model: nn.Module, where: str) -> None:
     """Raise SpearError, naming the first, when a weight is NaN or infinite."""
     for name, weight in model.state_dict().items():
         if weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
-            raise SpearError(f"{where}: {name} is NaN or infinite: copy it again, or give another dtype")
+            raise SpearError(
+                f"{where}: {name} is NaN or infinite: copy it again, or give another dtype"
+            )
 
 
 def architecture(folder: Path) -> str:
@@ -91,12 +99,16 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     Raises SpearError for a folder that is not a whole checkpoint of `cls`, or one of quantised weights.
     """
     if not folder.is_dir():
-        raise SpearError(f"checkpoint not found: {folder}: give a folder with config.json and safetensors")
+        raise SpearError(
+            f"checkpoint not found: {folder}: give a folder with config.json and safetensors"
+        )
     kind = architecture(folder)
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if (kind, wanted) == ("spear_vlm", "spear1"):
-        raise SpearError(f"{folder}: is a SPEAR-VLM: train a policy from it with `spear train … --init`")
+        raise SpearError(
+            f"{folder}: is a SPEAR-VLM: train a policy from it with `spear train … --init`"
+        )
     check_known(f"architecture in {folder / 'config.json'}:", [wanted], kind)
     shards = Shards.open(folder, wanted)
     shards.precision(shards.weights)
@@ -133,7 +145,9 @@ class Shards:
                 with safe_open(file, framework="pt") as opened:
                     for key in opened.keys():  # noqa: SIM118
                         if key in weights:
-                            raise SpearError(f"{key} is in two files: {weights[key].file} and {file}")
+                            raise SpearError(
+                                f"{key} is in two files: {weights[key].file} and {file}"
+                            )
                         part = opened.get_slice(key)
                         weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
@@ -156,7 +170,9 @@ class Shards:
         names = {renamed(stored, rules): stored for stored in self.weights}
         if lost := self.weights.keys() - names.values():
             both = f"{min(lost)} and {names[renamed(min(lost), rules)]}"
-            raise SpearError(f"{self.folder}: {both} are one weight under two names: remove one of them")
+            raise SpearError(
+                f"{self.folder}: {both} are one weight under two names: remove one of them"
+            )
         return names
 
     def precision(self, keys: Iterable[str]) -> torch.dtype:
@@ -226,7 +242,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the errors of its parser have no class of their own
-        raise SpearError(f"broken tokenizer: {folder}: {first_line(error)}: copy it again") from error
+        raise SpearError(
+            f"broken tokenizer: {folder}: {first_line(error)}: copy it again"
+        ) from error
 
 
 def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -236,7 +254,9 @@ def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
     """What is wrong with a file's tensors, in one line: how many, and the first with its shape; or ""."""
     other = [name for name in expected if name in found and found[name] != expected[name]]
     wrong = (
@@ -244,7 +264,9 @@ def difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
         ("unknown", [f"{name} {list(found[name])}" for name in found if name not in expected]),
         ("of the wrong shape", [f"{n} {list(found[n])}, not {list(expected[n])}" for n in other]),
     )
-    return "; ".join(f"weights {what}: {len(names)}, first {min(names)}" for what, names in wrong if names)
+    return "; ".join(
+        f"weights {what}: {len(names)}, first {min(names)}" for what, names in wrong if names
+    )
 
 
 def find(name: Path | str, what: str) -> Path:
@@ -267,13 +289,19 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
 
     need_on_hub(name, instead)
     repository, _, revision = name.partition("@")
-    which: dict[str, Any] = {"revision": revision or None, "local_files_only": bool(hub_unreachable())}
+    which: dict[str, Any] = {
+        "revision": revision or None,
+        "local_files_only": bool(hub_unreachable()),
+    }
     try:
         if file is not None:
             return Path(hf_hub_download(repository, file, **which))
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **which))
     except Exception as error:  # the client's errors and its transport's have no common base
-        what, cure = f"cannot get {name} from the Hugging Face Hub", "check the name and the network"
+        what, cure = (
+            f"cannot get {name} from the Hugging Face Hub",
+            "check the name and the network",
+        )
         raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
 
 
@@ -294,7 +322,9 @@ def _weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise SpearError(f"broken checkpoint: {index}: {error}: copy it again") from error
         if alone.is_file() and alone not in files:
-            raise SpearError(f"two checkpoints in one folder: {index} and {alone.name}: remove the older")
+            raise SpearError(
+                f"two checkpoints in one folder: {index} and {alone.name}: remove the older"
+            )
     for file in files:
         if not file.is_file():
             raise SpearError(f"checkpoint incomplete: {file} is missing: copy it again")

@@ -40,7 +40,10 @@ class Published:
                 return policy
             if self.kind == "PaliGemma":
                 inner = vlm_config(size)
-                inner.moge_config, inner.text_config = None, transformers.AutoConfig.for_model(**self.config)
+                inner.moge_config, inner.text_config = (
+                    None,
+                    transformers.AutoConfig.for_model(**self.config),
+                )
                 return SpearVLMForConditionalGeneration(inner)
             kind: Any = getattr(transformers, self.kind)
             return kind(kind.config_class(**self.config))
@@ -58,5 +61,7 @@ class Published:
 
 
 _FILE = Path(__file__).with_suffix(".toml")
-PUBLISHED = {name: Published(**fields) for name, fields in tomllib.loads(_FILE.read_text("utf-8")).items()}
+PUBLISHED = {
+    name: Published(**fields) for name, fields in tomllib.loads(_FILE.read_text("utf-8")).items()
+}
 """By the names that `spear convert expected` and the labeller's options take."""
