@@ -22,7 +22,7 @@ from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
 from spear.serve.service import Service
-from spear.train.tasks import robot_inputs
+from spear.train.tasks import encode_robot_batch
 from spear.types import Action
 from spear.util.images import fit_image
 
@@ -175,7 +175,7 @@ def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy
     raw = {"images": images, "views": {}, "action": np.zeros((1, 5, 8), np.float32)}
     raw |= {"position": state[None, :3], "rotation": state[None, 3:7], "gripper": state[7:]}
     raw |= {"action_mask": np.ones((1, 5), bool), "instruction": [seen["prompt"]]}
-    learned, acted = robot_inputs(nano.processor, nano.normalizer, raw), nano.inputs([seen])
+    learned, acted = encode_robot_batch(nano.processor, nano.normalizer, raw), nano.inputs([seen])
     for name in ("state", "input_ids", "pixel_values"):
         torch.testing.assert_close(acted[name], learned[name])
 

@@ -105,7 +105,7 @@ def memory_mb(pids: list[int]) -> float:
 
 def watch_memory(task: Ours, samples: int) -> None:
     """Print the memory of the loader's processes over many samples."""
-    source = loop.batches(cast(loop.Task, task), 0, 10**5, workers=CORES)
+    source = loop.load_batches(cast(loop.Task, task), 0, 10**5, workers=CORES)
     every = max(1, samples // task.batch_size // 10)
     seen = []
     for count in range(samples // task.batch_size):

@@ -22,7 +22,7 @@ from spear.models.presets import preset
 from spear.models.processing import Processor
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
-from spear.train.tasks import robot_inputs
+from spear.train.tasks import encode_robot_batch
 from spear.types import RATE_HZ, Array, Episode
 from spear.util.images import decode_image, encode_jpeg, fit_image
 
@@ -66,7 +66,7 @@ class Ours:
         self.batch_size = batch_size
 
     def batch(self, step: int) -> dict[str, Any]:
-        return robot_inputs(
+        return encode_robot_batch(
             self.processor, self.normalizer, self.samples.batch(step, self.batch_size)
         )
 
@@ -116,7 +116,7 @@ class Video:
 
 def loaded(task: Any) -> Iterator[int]:
     """Batches that come from two loader processes; yields how many samples are in each."""
-    for _ in loop.batches(task, 0, 10**5, workers=CORES):
+    for _ in loop.load_batches(task, 0, 10**5, workers=CORES):
         yield task.batch_size
 
 

@@ -27,8 +27,8 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.models.devices import keep_freed_memory
 from spear.train.build import build
 from spear.train.optimize import Stepper
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 
 JEMALLOC = {
     "LD_PRELOAD": ctypes.util.find_library("jemalloc") or "",
@@ -43,8 +43,8 @@ def measure(
 ) -> tuple[list[float], float, float]:
     """Milliseconds of each step, page faults per step, and the most memory that the process had, MB."""
     torch.set_num_threads(1)
-    stage = recipe("nano-vla").changed(batch_size=batch_size)
-    _, task, _ = build(stage, Inputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
+    stage = get_recipe("nano-vla").with_changes(batch_size=batch_size)
+    _, task, _ = build(stage, TrainingInputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
     step = Stepper(task, stage.optimization, seed=0)
     for number in range(steps):
         step(0, task.batch(number))

@@ -26,7 +26,7 @@ from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import quat_distance, quat_log, sphere_exp
 from spear.policy import Spear1Policy
-from spear.train.tasks import robot_inputs
+from spear.train.tasks import encode_robot_batch
 from spear.types import Action
 
 TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
@@ -71,7 +71,9 @@ def measure(policy: Spear1Policy, store: EpisodeStore, count: int) -> dict[str, 
     samples = TrainingSamples(Mixture([("unseen", store, 1.0)]), views, model.config.horizon)
     found: dict[str, list[Tensor]] = {}
     for batch in range(-(-count // BATCH)):
-        inputs = robot_inputs(policy.processor, policy.normalizer, samples.batch(batch, BATCH))
+        inputs = encode_robot_batch(
+            policy.processor, policy.normalizer, samples.batch(batch, BATCH)
+        )
         data, mask = Action.from_vector(inputs.pop("actions")), inputs.pop("action_mask")
         state = inputs.pop("state")
         prefix = model.prefix(**inputs)

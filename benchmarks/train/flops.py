@@ -22,8 +22,8 @@ from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 
 SHARED = ("nano-siglip", "nano-vlm-0")
 WITH_3D = ("nano-depth", "nano-vlm-1", "nano-vlm-2", "nano-vla")
@@ -32,9 +32,9 @@ WITHOUT = "nano-vla-no-3d"
 
 def operations(name: str, labels: Path, episodes: Path, batches: int) -> float:
     """Of one training step of a recipe."""
-    stores = [("sim", EpisodeStore(episodes), 1.0)] if recipe(name).kind == "vla" else []
-    _, task, _ = build(recipe(name), Inputs([labels], stores))
-    step = Stepper(task, recipe(name).optimization, seed=0)
+    stores = [("sim", EpisodeStore(episodes), 1.0)] if get_recipe(name).kind == "vla" else []
+    _, task, _ = build(get_recipe(name), TrainingInputs([labels], stores))
+    step = Stepper(task, get_recipe(name).optimization, seed=0)
     total = 0
     for number in range(batches):
         batch = task.batch(number)
@@ -56,7 +56,10 @@ def main(labels: Path, episodes: Path, batches: int = 3) -> None:
     print("| recipe | GFLOP per step | steps | PFLOP |\n|---|---|---|---|")
     sums: dict[str, float] = {}
     for name in (*SHARED, *WITH_3D, WITHOUT):
-        each, steps = operations(name, labels, episodes, batches), recipe(name).optimization.steps
+        each, steps = (
+            operations(name, labels, episodes, batches),
+            get_recipe(name).optimization.steps,
+        )
         sums[name] = each * steps
         print(
             f"| `{name}` | {each / 1e9:.1f} | {steps:,} | {each * steps / 1e15:.3f} |", flush=True

@@ -29,8 +29,8 @@ from spear.train import loop
 from spear.train.build import build
 from spear.train.log import Logger
 from spear.train.optimize import Stepper
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 
 AHEAD = 6
 """Steps of the loop that are not counted: as many as the loader may have made batches for, and a little
@@ -54,10 +54,10 @@ def main(
         batch_size: robot steps per training step.
     """
     torch.set_num_threads(threads)
-    stage = recipe("nano-vla")
+    stage = get_recipe("nano-vla")
     changes = {"batch_size": batch_size} | ({} if labels else {"question_images": 0})
-    inputs = Inputs([labels] if labels else (), [("sim", EpisodeStore(episodes), 1.0)])
-    _, task, _ = build(stage.changed(**changes), inputs)
+    inputs = TrainingInputs([labels] if labels else (), [("sim", EpisodeStore(episodes), 1.0)])
+    _, task, _ = build(stage.with_changes(**changes), inputs)
     opt = stage.optimization
     step = Stepper(task, opt, seed=0)
     for _ in range(3):
@@ -65,7 +65,7 @@ def main(
     bare, whole, waited = [], [], []
     first = 0
     with tempfile.TemporaryDirectory() as folder:
-        source = loop.batches(task, 0, 10**5, workers=1)
+        source = loop.load_batches(task, 0, 10**5, workers=1)
         with Logger(Path(folder), first_step=0, total=(AHEAD + steps) * rounds) as logger:
             next(source)
             (loader,) = (process.pid for process in multiprocessing.active_children())

@@ -24,8 +24,8 @@ from spear.models.devices import keep_freed_memory
 from spear.models.weights.folders import locate
 from spear.train.build import build
 from spear.train.optimize import Stepper
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 
 WAYS = {"new": (1, 1), "few": (vlm.LENGTHS, vlm.TARGETS)}
 """Sizes → multiples of what they are."""
@@ -35,8 +35,8 @@ def measure(labels: Path, init: str, steps: int) -> list[float]:
     """Milliseconds of each step."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    stage = recipe("nano-vlm-2").changed(steps=steps)
-    _, task, _ = build(stage, Inputs([labels], [], locate(init)))
+    stage = get_recipe("nano-vlm-2").with_changes(steps=steps)
+    _, task, _ = build(stage, TrainingInputs([labels], [], locate(init)))
     step = Stepper(task, stage.optimization, seed=0)
     times = []
     for number in range(steps):

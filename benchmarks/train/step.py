@@ -30,8 +30,8 @@ from spear.policy import locate
 from spear.sim.record import record
 from spear.train.build import build
 from spear.train.optimize import Stepper
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 
 WAYS = ("bf16", "fp32")
 
@@ -48,12 +48,12 @@ def measure(root: Path, name: str, precision: str, steps: int) -> list[float]:
     """Milliseconds of each step after three to warm up."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    stage = recipe(name).changed(precision=precision)
+    stage = get_recipe(name).with_changes(precision=precision)
     acts = stage.kind == "vla"
     episodes = [("made", EpisodeStore(root / "episodes"), 1.0)] if acts else []
     asks = not acts or stage.question_images
     init = locate("nano") if acts else None
-    _, task, _ = build(stage, Inputs([root / "labels"] if asks else (), episodes, init))
+    _, task, _ = build(stage, TrainingInputs([root / "labels"] if asks else (), episodes, init))
     step = Stepper(task, stage.optimization, seed=0)
     batches = [task.batch(i) for i in range(3)]
     times = []

@@ -25,7 +25,7 @@ from lerobot_policy_spear.robots import columns
 
 from spear.errors import SpearError
 from spear.train.optimize import learning_rate
-from spear.train.recipes import recipe
+from spear.train.recipes import get_recipe
 
 MOTORS = ["base", "shoulder", "elbow", "wrist_1", "wrist_2", "wrist_3"]
 KEYS = [f"{name}.pos" for name in (*MOTORS, "gripper")]
@@ -70,7 +70,7 @@ def resume(saved: Path, steps: int) -> None:
     )
     state = saved.parents[1] / "last" / "training_state" / "scheduler_state.json"
     step, (rate, *_) = (json.loads(state.read_text())[key] for key in ("last_epoch", "_last_lr"))
-    opt = recipe("nano-post").optimization
+    opt = get_recipe("nano-post").optimization
     assert step == steps and np.isclose(rate, opt.final_lr * opt.lr), (step, rate)
     preset = PreTrainedConfig.from_pretrained(saved).get_scheduler_preset()
     factor = preset.build(optim.SGD([zeros(1)], lr=1.0), 4000).lr_lambdas[0]

@@ -27,8 +27,8 @@ from spear.report.page import render, spaced
 from spear.report.plot import bars, rate_bars
 from spear.report.vqa import figure
 from spear.sim.scene import FAMILIES
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 from spear.train.run import train
 from spear.util.files import write_text
 from spear.util.images import picture
@@ -157,8 +157,8 @@ def real_episodes(out: Path, data: Path | None) -> Values:
     weights = (locate("nano") / "model.safetensors").read_bytes()
     key = hashlib.sha256(str(learned.path.resolve()).encode() + weights).hexdigest()[:8]
     run = out / f"fine-tuned-{key}"
-    inputs = Inputs(episodes=[(data.name, learned, 1.0)], init=locate("nano"))
-    tuned = train(recipe("nano-post").changed(steps=FINE_TUNE_STEPS), run, inputs)
+    inputs = TrainingInputs(episodes=[(data.name, learned, 1.0)], init=locate("nano"))
+    tuned = train(get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS), run, inputs)
     scores = [
         open_loop.score("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
         open_loop.score_mean_action(learned, held_out),

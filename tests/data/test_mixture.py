@@ -155,8 +155,8 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     """The batches of the training loop, made by none, one or two processes, and from the middle on."""
     samples = TrainingSamples(mixture, VIEWS, augment=1.0)
     task = SimpleNamespace(batch=lambda step: samples.batch(step, 3))
-    runs = [list(loop.batches(task, 2, 7, workers)) for workers in (0, 1, 2)]
-    runs.append(list(loop.batches(task, 2, 4, 2)) + list(loop.batches(task, 4, 7, 1)))
+    runs = [list(loop.load_batches(task, 2, 7, workers)) for workers in (0, 1, 2)]
+    runs.append(list(loop.load_batches(task, 2, 4, 2)) + list(loop.load_batches(task, 4, 7, 1)))
     for other in runs[1:]:
         np.testing.assert_equal(other, runs[0])
 

@@ -18,7 +18,7 @@ from refusals import refuses
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.stats import QuantileSketch
-from spear.train.tasks import robot_inputs
+from spear.train.tasks import encode_robot_batch
 from spear.types import Action
 
 
@@ -136,7 +136,7 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
         "instruction": ["go"] * 3,
         "dataset": np.array([1, 0, 1]),
     }
-    batch = robot_inputs(words, both, raw)
+    batch = encode_robot_batch(words, both, raw)
     assert batch["pixel_values"]["external"].shape == (3, 3, 2, 4)
     assert (batch["pixel_values"]["external"][:, 0, 1, 3] == 9).all()
     np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])

@@ -23,8 +23,8 @@ from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.loop import RunOptions
 from spear.train.optimize import Task
-from spear.train.options import Inputs, Optimization, Recipe
-from spear.train.recipes import recipe
+from spear.train.options import Optimization, Recipe, TrainingInputs
+from spear.train.recipes import get_recipe
 from spear.train.run import train
 from spear.train.tasks import VlaTask
 
@@ -48,8 +48,10 @@ def run_recipe(
     **changes: Any,
 ) -> Path:
     """`train` with a recipe of this name, changed, in this process on the CPU; returns `out/final`."""
-    stage = (recipe(name) if isinstance(name, str) else name).changed(**changes)
-    inputs = Inputs([labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge)
+    stage = (get_recipe(name) if isinstance(name, str) else name).with_changes(**changes)
+    inputs = TrainingInputs(
+        [labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge
+    )
     return train(stage, out, inputs, RunOptions(workers=0, log_every=1), "cpu")
 
 
@@ -116,7 +118,7 @@ class Acting:
 
     def __init__(self) -> None:
         self.model = spear1()
-        self.stage = recipe("nano-vla").changed(question_weight=0.5, flow_samples=2)
+        self.stage = get_recipe("nano-vla").with_changes(question_weight=0.5, flow_samples=2)
 
     def batch(self, step: int) -> dict[str, Any]:
         ids, mask = text(2, 6, seed=step)

@@ -22,27 +22,27 @@ from spear.policy import load_vlm, locate
 from spear.tokens import init_new_embeddings
 from spear.train.build import build
 from spear.train.optimize import store_weights
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 from spear.train.tasks import DepthTask, load_labels
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     """Labels, and the shipped SPEAR-VLM."""
     folder = tmp_path_factory.mktemp("labels")
     write_labels((labelled(i) for i in range(12)), folder / "labels-00000.parquet")
-    return Inputs(labels=[folder], init=locate("nano-vlm"))
+    return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
 
 
 @pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
 def test_a_stage_with_new_tokens(
-    bins: int, spacing: str | None, inputs: Inputs, tmp_path: Path
+    bins: int, spacing: str | None, inputs: TrainingInputs, tmp_path: Path
 ) -> None:
     begun = load_vlm(inputs.init)
     before = begun.model.get_parameter("language_model.embed_tokens.weight")
     model, task, save = build(
-        recipe("nano-vlm-2").changed(bins=bins, spacing=spacing, batch_size=2), inputs
+        get_recipe("nano-vlm-2").with_changes(bins=bins, spacing=spacing, batch_size=2), inputs
     )
     assert isinstance(model, SpearVLMForConditionalGeneration)
     first = model.config.coordinate_start
@@ -67,24 +67,24 @@ def test_a_stage_with_new_tokens(
     assert answer.distribution.probabilities.shape == (24, bins)
 
 
-def test_numbers_that_no_3d_token_means_are_said(inputs: Inputs, tmp_path: Path) -> None:
+def test_numbers_that_no_3d_token_means_are_said(inputs: TrainingInputs, tmp_path: Path) -> None:
     """As when a VLM of a tabletop goes on with images of rooms: its answers would end at the last token."""
     write_labels(
         (labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet"
     )
     rooms = dataclasses.replace(inputs, labels=[tmp_path / "rooms"])
     with pytest.warns(Notice, match="outside of the 3D tokens.*bins=1024$"):
-        build(recipe("nano-vlm-2").changed(batch_size=2), rooms)
+        build(get_recipe("nano-vlm-2").with_changes(batch_size=2), rooms)
     for changes, given in (
         ({"bins": 1024}, rooms),
         ({"families": ["what_at"]}, rooms),
         ({}, inputs),
     ):
         with no_warning():
-            build(recipe("nano-vlm-2").changed(batch_size=2, **changes), given)
+            build(get_recipe("nano-vlm-2").with_changes(batch_size=2, **changes), given)
 
 
-def test_labels_that_do_not_go_together_are_said(inputs: Inputs, tmp_path: Path) -> None:
+def test_labels_that_do_not_go_together_are_said(inputs: TrainingInputs, tmp_path: Path) -> None:
     shard = tmp_path / "labels-00002.parquet"
     write_labels([dataclasses.replace(labelled(0), unit="relative")], shard)
     with no_warning():
@@ -111,7 +111,8 @@ def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(tmp_path: Pat
     mine = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
     with pytest.warns(Notice, match="random weights"):
         model, task, _ = build(
-            recipe("nano-post").changed(batch_size=1), Inputs((), mine, tmp_path / "vlm")
+            get_recipe("nano-post").with_changes(batch_size=1),
+            TrainingInputs((), mine, tmp_path / "vlm"),
         )
     made = model.get_submodule("expert").config
     assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
@@ -127,45 +128,47 @@ def test_a_policy_is_trained_on_in_the_units_that_it_has(tmp_path: Path) -> None
         ("nano-vlm", {}, "quantile"),
         ("nano", {"normalization": "minmax"}, "minmax"),
     ):
-        stage = recipe("nano-post", batch_size=1, **changes)
+        stage = get_recipe("nano-post", batch_size=1, **changes)
         with pytest.warns(Notice, match="'external': .* black bars"):  # as acting says it, too
-            _, task, _ = build(stage, Inputs((), mine, locate(name)))
+            _, task, _ = build(stage, TrainingInputs((), mine, locate(name)))
         assert task.normalizer == Normalizer.fit([(mine[0][1], 1.0)], mode)
 
 
 def test_what_a_mapping_of_settings_drops_is_said() -> None:
     with pytest.warns(Notice, match="rotation_loss, rotation_weight"):
-        assert recipe("nano-vla", flow={"steps": 5}).flow == {"steps": 5}
+        assert get_recipe("nano-vla", flow={"steps": 5}).flow == {"steps": 5}
     with no_warning():
-        recipe("nano-vla", lr_scale={}, flow={"rotation_loss": "mse", "rotation_weight": 1.0})
+        get_recipe("nano-vla", lr_scale={}, flow={"rotation_loss": "mse", "rotation_weight": 1.0})
 
 
 def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
     write_labels((labelled(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
-    _, naming, _ = build(recipe("nano-siglip").changed(batch_size=1), Inputs([tmp_path]))
+    _, naming, _ = build(
+        get_recipe("nano-siglip").with_changes(batch_size=1), TrainingInputs([tmp_path])
+    )
     depth = DepthTask(torch.nn.Identity(), {"wrist": [(labelled(0).image, np.ones((4, 4)))]}, 1, 0)
     for step in range(8):
         assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
 
 
 def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
-    given = Inputs(
+    given = TrainingInputs(
         episodes=[("it", stored([make(0)], tmp_path / "mine"), 1.0)], init=locate("nano")
     )
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
-        model, _, save = build(recipe("nano-post").changed(committed=committed), given)
+        model, _, save = build(get_recipe("nano-post").with_changes(committed=committed), given)
         assert model.config.committed == expected
         save(tmp_path / "out")
         given = dataclasses.replace(given, init=tmp_path / "out")
     own: Any = model.flow
-    model, _, _ = build(recipe("nano-post").changed(flow={"rotation_weight": 7.0}), given)
+    model, _, _ = build(get_recipe("nano-post").with_changes(flow={"rotation_weight": 7.0}), given)
     assert (
         model.flow
         == dataclasses.replace(own, rotation_weight=7.0)
         == FlowConfig(**model.config.flow)
     )
     model.to(torch.bfloat16)  # as a checkpoint in it is loaded
-    store_weights(model, recipe("nano-post").optimization)
+    store_weights(model, get_recipe("nano-post").optimization)
     assert float(model.vlm.language_model.embed_tokens.embed_scale) == pytest.approx(
         192**0.5, rel=1e-6
     )

@@ -17,8 +17,8 @@ from spear.data.store.episode_store import write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.labels.store import write_labels
 from spear.policy import locate
-from spear.train.options import Inputs, check_inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs, check_inputs
+from spear.train.recipes import get_recipe
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str,
     words: dict[str, Any] = {word: Path(word) for word in given.split() if word != "episodes"}
     if "episodes" in given:
         words["episodes"] = [("mine", None, 1.0)]
-    refuses(f"recipe {name} .*{key}", check_inputs, recipe(name), Inputs(**words))
+    refuses(f"recipe {name} .*{key}", check_inputs, get_recipe(name), TrainingInputs(**words))
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,11 @@ def test_keys_that_a_recipe_does_not_use_are_refused(
     ],
 )
 def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any) -> None:
-    refuses(key, recipe("nano-vla").changed, **{key: value})
+    refuses(key, get_recipe("nano-vla").changed, **{key: value})
 
 
 def test_values_are_taken_as_json_has_them() -> None:
-    stage = recipe("nano-vla").changed(frozen=["vlm.moge"], betas=[0.5, 0.9], lr=1, pairs=[2, 2])
+    stage = get_recipe("nano-vla").with_changes(
+        frozen=["vlm.moge"], betas=[0.5, 0.9], lr=1, pairs=[2, 2]
+    )
     assert stage.optimization.lr == 1 and stage.questions.pairs == [2, 2]

@@ -22,7 +22,7 @@ from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
 from spear.train.checkpoint import newest
-from spear.train.loop import batches
+from spear.train.loop import load_batches
 from spear.train.options import Optimization
 from spear.util.ledger import lock
 from train_tiny import Broken, Regression, go, rows, start
@@ -65,7 +65,7 @@ def test_one_of_all_processes_gives_the_notices(
     show = lambda message, *_: print(message, file=sys.stderr, flush=True)  # noqa: E731
     monkeypatch.setattr(warnings, "showwarning", show)
     task = SimpleNamespace(batch=lambda step: {"said": notice(f"odd batch {step}")})
-    assert len(list(batches(task, 0, 4, workers))) == 4
+    assert len(list(load_batches(task, 0, 4, workers))) == 4
     assert capfd.readouterr().err.count("odd batch") == said
 
 

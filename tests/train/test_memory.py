@@ -76,7 +76,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
     "changes", [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}]
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
-    stage = STAGE.changed(preset="tiny", **changes)
+    stage = STAGE.with_changes(preset="tiny", **changes)
     planned, (stepper, given_out) = memory.training(stage, as_on_gpu=False), allocated(stage)
     assert planned.total == pytest.approx(given_out, rel=0.05)
     learning = sum(p.numel() for p in stepper.learning.values())
@@ -89,7 +89,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
 
 
 def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = memory.training(STAGE.changed(gradient_checkpointing=True, accumulate=8, ema=0))
+    last = memory.training(STAGE.with_changes(gradient_checkpointing=True, accumulate=8, ema=0))
     assert last.activations < 0.6 * whole.activations and last.weights == whole.weights
     assert last.moments == whole.moments and last.averaged == 0 < whole.averaged
     monkeypatch.setattr(memory, "training", lambda stage: whole)
@@ -97,23 +97,23 @@ def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.Monkey
     assert [list(changes) for changes, _ in memory.plans(STAGE)] == [
         names[:count] for count in range(5)
     ]
-    asking = STAGE.changed(
+    asking = STAGE.with_changes(
         batch_size=48, question_images=3
     )  # training cannot share 3 images among 6 pieces
     assert [c["accumulate"] for c, _ in memory.plans(asking) if "accumulate" in c] == []
-    assert [c for c, _ in memory.plans(STAGE.changed(batch_size=4))][-1]["accumulate"] == 4
+    assert [c for c, _ in memory.plans(STAGE.with_changes(batch_size=4))][-1]["accumulate"] == 4
 
 
 def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
     pytest.importorskip("peft")
     lora = memory.training(
-        STAGE.changed(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower"))
+        STAGE.with_changes(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower"))
     )
     assert lora.learning < whole.learning <= whole.parameters < lora.parameters
     assert lora.weights > whole.weights
-    asked = memory.training(STAGE.changed(question_images=4))
+    asked = memory.training(STAGE.with_changes(question_images=4))
     assert asked.weights == whole.weights and asked.activations > whole.activations
-    assert memory.training(STAGE.changed(kind="vlm")).weights < whole.weights
+    assert memory.training(STAGE.with_changes(kind="vlm")).weights < whole.weights
 
 
 def test_the_command_says_what_fits_and_what_would_make_it_fit(

@@ -13,7 +13,7 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
 from spear.train import recipes
 from spear.train.optimize import apply_freeze
-from spear.train.recipes import RECIPES, recipe
+from spear.train.recipes import RECIPES, get_recipe
 from spear.types import RATE_HZ
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
@@ -21,14 +21,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 
 
 def test_recipes_and_model_have_the_papers_numbers() -> None:
-    numbers = [(recipe(name).batch_size, recipe(name).optimization.steps) for name in PAPER]
+    numbers = [(get_recipe(name).batch_size, get_recipe(name).optimization.steps) for name in PAPER]
     assert numbers == [(512, 2000), (512, 10_000), (2048, 300_000), *2 * [(256, 50_000)]]
-    assert recipe("vlm-stage1").coordinate_rows_only
-    for stage in map(recipe, PAPER[:2]):
+    assert get_recipe("vlm-stage1").coordinate_rows_only
+    for stage in map(get_recipe, PAPER[:2]):
         mix, tokens = stage.questions, (stage.smooth_tokens, stage.bins, stage.spacing)
         assert (mix.coordinate_weight, mix.coordinate_smoothing, mix.pairs) == (2.0, 0.0, (1, 4))
         assert set(mix.families) == set(FAMILIES) and tokens == (False, None, None)
-    for stage in map(recipe, PAPER[2:]):
+    for stage in map(get_recipe, PAPER[2:]):
         assert (
             stage.optimization.ema > 0
             and stage.normalization == "quantile"
@@ -40,8 +40,8 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
             0.0,
             {},
         )
-    assert {recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
-    bridge, droid = (dataclasses.asdict(recipe(name)) for name in PAPER[3:])
+    assert {get_recipe(name).preset for name in (*PAPER, "finetune-lora")} == {"spear1"}
+    bridge, droid = (dataclasses.asdict(get_recipe(name)) for name in PAPER[3:])
     assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
     # The model: where the paper is silent, π0's numbers, or our choice, which `FlowConfig` says.
     config = spear1_config(preset("spear1"))
@@ -88,7 +88,7 @@ def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
         Path(recipes.__file__).with_suffix(".toml").read_text()
     ).items():
         keys.pop("like", "")
-        RECIPES[name].changed(**keys)
+        RECIPES[name].with_changes(**keys)
 
 
 def test_every_recipe_names_modules_that_exist_and_the_papers_freeze_what_it_says() -> None:

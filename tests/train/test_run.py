@@ -31,8 +31,8 @@ from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.loop import RunOptions
-from spear.train.options import Inputs
-from spear.train.recipes import recipe
+from spear.train.options import TrainingInputs
+from spear.train.recipes import get_recipe
 from spear.train.run import mixture, train
 from train_tiny import rows, run_recipe, save_policy
 
@@ -217,8 +217,8 @@ def test_a_finished_folder_is_not_given_to_others(
 
 
 def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
-    inputs = Inputs((), [("made", stored([make(0)], tmp_path / "store"), 1.0)], tiny)
-    stage = recipe("nano-post").changed(preset="tiny", steps=1, batch_size=1)
+    inputs = TrainingInputs((), [("made", stored([make(0)], tmp_path / "store"), 1.0)], tiny)
+    stage = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
     with (
         pytest.warns(Notice, match="lr is not reached: warmup takes 50"),
         pytest.warns(match="fsdp"),
@@ -227,7 +227,7 @@ def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
     said = json.loads((final / "recipe.json").read_text())
     assert said["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
     assert not said["sharded"] and said["learned"].split() == inputs.episodes[0][1].marks()
-    more = stage.changed(steps=2, batch_size=2, accumulate=2)
+    more = stage.with_changes(steps=2, batch_size=2, accumulate=2)
     with pytest.warns(Notice, match="accumulate is 1"):
         train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
 

@@ -10,7 +10,7 @@ from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.train.options import QuestionMix
-from spear.train.recipes import recipe
+from spear.train.recipes import get_recipe
 from spear.train.tasks import QuestionSamples, VlaTask, patch_targets
 from spear.types import Action, LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
@@ -110,7 +110,7 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
 
 def test_questions_beside_the_actions_count_by_their_weight() -> None:
     acting, nothing = Acting(), None
-    stage = recipe("nano-vla").changed(question_weight=0.25, flow_samples=2)
+    stage = get_recipe("nano-vla").with_changes(question_weight=0.25, flow_samples=2)
     task = VlaTask(acting.model, *[nothing] * 3, stage, object())  # type: ignore[arg-type]
     batch = acting.batch(0)
     batch["action_mask"][1, 1:] = False

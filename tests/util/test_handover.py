@@ -79,7 +79,7 @@ def test_batches_stay_as_they_are_while_they_are_held(held: int) -> None:
     """However many the one who trains keeps, more than there are slots included."""
     task = SimpleNamespace(batch=lambda step: {"deep": {"step": torch.full((100, 100), step)}})
     kept: list[torch.Tensor] = []
-    for step, batch in enumerate(loop.batches(task, 0, 60, workers=2)):
+    for step, batch in enumerate(loop.load_batches(task, 0, 60, workers=2)):
         kept = [*kept, batch["deep"]["step"]][-1 - held :]
         for age, one in enumerate(reversed(kept)):
             assert (one == step - age).all()

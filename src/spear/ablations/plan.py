@@ -20,7 +20,7 @@ from spear.models.presets import preset
 from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
 from spear.train.options import Recipe
-from spear.train.recipes import RECIPES, recipe
+from spear.train.recipes import RECIPES, get_recipe
 from spear.types import FlowConfig
 from spear.util.ledger import fingerprint, hash_ends, lock
 from spear.util.options import key_values
@@ -222,19 +222,19 @@ def _recipe(
     stage: Stage, row: Row, options: AblationOptions, changes: Mapping[str, Any], data: Data
 ) -> Recipe:
     """A row's stage as it will run. What a row is about it keeps, whatever the changes to all recipes."""
-    plain = recipe(stage.recipe)
+    plain = get_recipe(stage.recipe)
     policy_pace = (
         1.0 if options.budget is None else options.budget / RECIPES[POLICY].optimization.steps
     )
     pace = policy_pace if plain.kind == "vla" else options.pretraining
     steps = round(plain.optimization.steps * (stage.length * LENGTHS.get(stage.recipe, 1.0)) * pace)
     given = SETTINGS.get(stage.recipe, {}), changes, stage.changes
-    one = plain.changed(**{key: value for part in given for key, value in part.items()})
+    one = plain.with_changes(**{key: value for part in given for key, value in part.items()})
     flow = {key: value for part in given for key, value in part.get("flow", {}).items()}
-    one = one.changed(flow=flow) if flow else one
-    one = one.changed(steps=max(1, steps) if stage.length else 0)
+    one = one.with_changes(flow=flow) if flow else one
+    one = one.with_changes(steps=max(1, steps) if stage.length else 0)
     if 0 < row.images < 1:
-        one = one.changed(most_images=max(1, round(row.images * data.images)))
+        one = one.with_changes(most_images=max(1, round(row.images * data.images)))
     return one
 
 

@@ -17,7 +17,7 @@ from spear.util.options import Changes, Folder, Options, Within
 class Stage:
     """One training of a row.
 
-    recipe   of `spear.train.recipes`; changes: as in `Recipe.changed`.
+    recipe   of `spear.train.recipes`; changes: as in `Recipe.with_changes`.
     length   factor on the recipe's steps; 0 only puts the network together.
     moge     the pretrained depth encoder joins.
     again    continues the stage before it on the same data: in another order.

@@ -15,7 +15,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, counted
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, journals, merge, read_journal
-from spear.train.options import Inputs
+from spear.train.options import TrainingInputs
 from spear.util.ledger import lock
 
 Job = Training | Scoring
@@ -122,7 +122,7 @@ def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[st
         init = final(out, job.before)
     robots = [("sim", EpisodeStore(data.episodes), 1.0)] if job.recipe.kind == "vla" else []
     asks = job.recipe.kind != "vla" or job.recipe.question_images or init is None
-    inputs = Inputs(
+    inputs = TrainingInputs(
         [data.labels] if asks else [], robots, init, job.moge.folder if job.moge else None
     )
     folder = out / "stages" / job.folder

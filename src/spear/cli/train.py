@@ -7,7 +7,7 @@ from pathlib import Path
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, counted, is_first_process
-from spear.train.options import Inputs, PlanOptions, TrainOptions, check_inputs
+from spear.train.options import PlanOptions, TrainingInputs, TrainOptions, check_inputs
 from spear.util.options import key_values
 
 
@@ -24,14 +24,14 @@ def train(options: TrainOptions) -> None:
         torchrun --nproc-per-node 8 --no-python spear train post-train-bridge … --parallel fsdp
     """
     from spear.models.presets import preset
-    from spear.train.recipes import RECIPES, recipe
+    from spear.train.recipes import RECIPES, get_recipe
 
     if options.recipe == "list":
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
     changes = key_values(options.set, preset=options.preset, steps=options.steps)
-    stage = recipe(options.recipe, **changes)
+    stage = get_recipe(options.recipe, **changes)
     preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
@@ -48,7 +48,7 @@ def train(options: TrainOptions) -> None:
     how = RunOptions(
         options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp"
     )
-    run.check(stage, out, Inputs(options.labels, (), init, moge), how, options.device)
+    run.check(stage, out, TrainingInputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)
     if options.episodes and not any("external" in cameras(path) for path in options.episodes):
@@ -56,7 +56,7 @@ def train(options: TrainOptions) -> None:
             "--episodes: no camera external, which a policy acts by: name one so in spear.json"
         )
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
-    inputs = Inputs(
+    inputs = TrainingInputs(
         options.labels, run.mixture(options.episodes, stores, options.shares), init, moge
     )
     final = run.train(stage, out, inputs, how, options.device)
@@ -79,7 +79,7 @@ def plan(options: PlanOptions) -> None:
 
     from spear.models.presets import preset
     from spear.train import memory
-    from spear.train.recipes import recipe
+    from spear.train.recipes import get_recipe
 
     capacity = memory.usable(options.gpu)
     changes = key_values(options.set, preset=options.preset, batch_size=options.batch_size)
@@ -96,7 +96,7 @@ def plan(options: PlanOptions) -> None:
             room = f"{options.gpu} (usable {_gib(capacity)})"
             print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
         return
-    stage = recipe(options.recipe, **changes)
+    stage = get_recipe(options.recipe, **changes)
     for changes, needed in memory.plans(stage):
         if not changes:
             pieces = stage.optimization.accumulate
@@ -164,7 +164,9 @@ def ablations(options: AblationOptions) -> None:
         init, moge = (
             part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge)
         )
-        check(job.recipe, Inputs([options.labels] if options.labels else (), (), init, moge))
+        check(
+            job.recipe, TrainingInputs([options.labels] if options.labels else (), (), init, moge)
+        )
     data = obtain(options, say)
     todo = make_plan(options, data, start)
     pages = lambda: write(todo, fill(todo, out, data), out)  # noqa: E731

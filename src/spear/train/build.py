@@ -25,7 +25,7 @@ from spear.models.weights import load as weights
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
-from spear.train.options import Inputs, Recipe, check_inputs
+from spear.train.options import Recipe, TrainingInputs, check_inputs
 from spear.types import LabeledImage
 from spear.util.images import decode_image
 
@@ -36,7 +36,7 @@ Labels = dict[str, list[LabeledImage]]
 
 
 def build(
-    stage: Recipe, inputs: Inputs, seed: int = 0
+    stage: Recipe, inputs: TrainingInputs, seed: int = 0
 ) -> tuple[torch.nn.Module, Task, Callable[[Path], None]]:
     """A recipe's model, the task that trains it, before the first step, and what saves the result.
 
@@ -61,7 +61,7 @@ def build(
     return model, task, save
 
 
-def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
+def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     """Raises `SpearError` for what is wrong with a recipe, its labels, `init` and `moge`, as far as a
     moment's look can tell: no weights and no demonstrations are read.
 
@@ -129,7 +129,7 @@ def check(stage: Recipe, inputs: Inputs) -> tuple[Recipe, Preset]:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
         empty_model(stage, spear1_config(size, config) if acts else config)
-    return stage.changed(**shares), size
+    return stage.with_changes(**shares), size
 
 
 def normalization(stage: Recipe, init: Path | None) -> Mode:
@@ -154,7 +154,7 @@ def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.n
     return model
 
 
-def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
+def _depth(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
     model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(size).moge_config))
     views: dict[str, DepthImages] = {}
     for path in sorted(path for folder in inputs.labels for path in folder.glob("depth/*/")):
@@ -165,7 +165,7 @@ def _depth(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     return model, tasks.DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
 
 
-def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
+def _naming(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
     known = tasks.load_labels(inputs.labels, list(size.image_sizes))
     processor, vlm = _new_vlm(stage, size, inputs.labels, known, seed)
     names = _names(known)
@@ -180,7 +180,7 @@ def _naming(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     return model, task, [vlm.save_pretrained, processor.save]
 
 
-def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
+def _vlm(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
     labels = inputs.labels
     known = tasks.load_labels(labels, list(size.image_sizes))
     if inputs.init is None:
@@ -203,7 +203,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
     return model, task, [model.save_pretrained, processor.save]
 
 
-def _vla(stage: Recipe, size: Preset, inputs: Inputs, seed: int) -> Built:
+def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
     labels, init, episodes = inputs.labels, inputs.init, inputs.episodes
     known = tasks.load_labels(labels, list(size.image_sizes))
     if init is None:

@@ -64,7 +64,7 @@ def _batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError
     return slots.put(batch, worker.id) if worker else batch
 
 
-def batches(
+def load_batches(
     task: Task,
     first: int,
     last: int,
@@ -197,7 +197,7 @@ def run(
         if parallel.rank() == 0:
             logger = Logger(out, first, opt.steps, how.log_every)
         try:
-            made = batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
+            made = load_batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
             with logger as log, _noted() as signals, contextlib.closing(made) as ahead:
                 saved, blocked = time.monotonic(), 0.0
                 for step in range(first, opt.steps):

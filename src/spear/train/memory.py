@@ -196,7 +196,7 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
     counts = range(len(choices) + 1)
     for count in tracked(counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")):
         changes = dict(choices[:count])
-        yield changes, training(stage.changed(**changes))
+        yield changes, training(stage.with_changes(**changes))
 
 
 def flags(changes: Mapping[str, Any]) -> str:

@@ -141,7 +141,7 @@ class Recipe:
     lora_rank: Count = 0
     lora_alpha: Positive = 16.0
 
-    def changed(self, **changes: Any) -> "Recipe":
+    def with_changes(self, **changes: Any) -> "Recipe":
         """With fields of its own, its optimisation or its question mix replaced.
 
         Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
@@ -149,10 +149,10 @@ class Recipe:
         for key, value in changes.items():
             check_known("recipe key", _HOME, key)
             _check(_HOME[key], key, value)
-        return self.replaced(**changes)
+        return self.with_fields(**changes)
 
-    def replaced(self, **keys: Any) -> "Recipe":
-        """As `changed`, of keys and values that are known to be right."""
+    def with_fields(self, **keys: Any) -> "Recipe":
+        """As `with_changes`, of keys and values that are known to be right."""
         new: dict[type, dict[str, Any]] = {part: {} for part in (Recipe, Optimization, QuestionMix)}
         for key, value in keys.items():
             new[_HOME[key]][key] = value
@@ -210,7 +210,7 @@ UNUSED["depth"] = f"{UNUSED['naming']} moge bins spacing"
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """What a stage learns from and starts from.
 
     labels    folders of labelled images ("depth", "naming" and "vlm" recipes; "vla": for questions beside).
@@ -225,7 +225,7 @@ class Inputs:
     moge: Path | None = None
 
 
-def check_inputs(stage: Recipe, given: "Inputs | TrainOptions") -> None:
+def check_inputs(stage: Recipe, given: "TrainingInputs | TrainOptions") -> None:
     """Whether a recipe needs and takes what is given to it; looks at nothing on disk.
 
     Raises `SpearError` for what is missing, and for what would change nothing.

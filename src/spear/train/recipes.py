@@ -17,20 +17,20 @@ def _load() -> dict[str, Recipe]:
     ).items():
         like = found.get(table.pop("like", ""), _EMPTY)
         keys: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        found[name] = like.replaced(name=name, **keys)
+        found[name] = like.with_fields(name=name, **keys)
     return found
 
 
 RECIPES = _load()
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
+def get_recipe(name: str, **changes: Any) -> Recipe:
     """The recipe of that name, changed; says what is gone where a mapping of its own takes another's place.
 
-    Raises `SpearError` with the nearest name when there is none, and as `Recipe.changed` does.
+    Raises `SpearError` with the nearest name when there is none, and as `Recipe.with_changes` does.
     """
     check_known("recipe", RECIPES, name)
-    found = RECIPES[name].changed(**changes)
+    found = RECIPES[name].with_changes(**changes)
     for key, value in changes.items():
         was = getattr(RECIPES[name], key, None) or getattr(RECIPES[name].optimization, key, None)
         if isinstance(value, dict) and value and (gone := dict(was or {}).keys() - value.keys()):

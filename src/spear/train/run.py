@@ -27,7 +27,7 @@ from spear.models.weights.load import Shards
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import newest
 from spear.train.loop import RunOptions
-from spear.train.options import Inputs, Recipe
+from spear.train.options import Recipe, TrainingInputs
 from spear.util.files import check_writable
 from spear.util.ledger import alone, below, hash_ends, plain
 
@@ -37,7 +37,11 @@ TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "
 
 
 def train(
-    stage: Recipe, out: Path, inputs: Inputs, how: RunOptions | None = None, device: str = "auto"
+    stage: Recipe,
+    out: Path,
+    inputs: TrainingInputs,
+    how: RunOptions | None = None,
+    device: str = "auto",
 ) -> Path:
     """Run a recipe and return `out/final`. Episodes that failed are left out, unless the run began with them.
 
@@ -147,7 +151,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def check(
-    stage: Recipe, out: Path, inputs: Inputs, how: RunOptions, device: str
+    stage: Recipe, out: Path, inputs: TrainingInputs, how: RunOptions, device: str
 ) -> tuple[Recipe, torch.device, dict[str, Any]]:
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
     recipe as it is `settled`, its device, and what it is of. Demonstrations may be still to make."""
@@ -166,7 +170,7 @@ def check(
     return stage, place, about
 
 
-def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
+def _about(stage: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
     """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
     may_change = ("optimization", "batch_size", "description")  # while a run is continued
     recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
@@ -187,7 +191,7 @@ def _about(stage: Recipe, inputs: Inputs) -> dict[str, Any]:
     return plain({**recipe, **opt, **_of_episodes(inputs), **marks})
 
 
-def _of_episodes(inputs: Inputs) -> dict[str, Any]:
+def _of_episodes(inputs: TrainingInputs) -> dict[str, Any]:
     """The part of `_about` that the episodes have, without a look at other files."""
     stores = [
         [n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}"] for n, s, w in inputs.episodes
@@ -196,7 +200,7 @@ def _of_episodes(inputs: Inputs) -> dict[str, Any]:
     return dict(zip(EPISODES, (stores, shown), strict=True))
 
 
-def _simulator_only(inputs: Inputs) -> bool:
+def _simulator_only(inputs: TrainingInputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
     shards = [path for folder in inputs.labels for path in below(folder, "labels*.parquet")]
     sources = [
@@ -212,7 +216,7 @@ def _simulator_only(inputs: Inputs) -> bool:
 def mixture(
     folders: Sequence[Path], stores: Sequence[EpisodeStore], shares: Sequence[float]
 ) -> list[tuple[str, EpisodeStore, float]]:
-    """Datasets with their names and shares of each batch, as `Inputs.episodes`; several are told on stderr.
+    """Datasets with their names and shares of each batch, as `TrainingInputs.episodes`.
 
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
     """

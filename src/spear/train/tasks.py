@@ -331,7 +331,7 @@ class VlaTask:
 
     def batch(self, step: int) -> Batch:
         """Network inputs of one step: pixels, prompt, state, action chunk and mask; and questions."""
-        batch = robot_inputs(
+        batch = encode_robot_batch(
             self.processor, self.normalizer, self.samples.batch(step, self.stage.batch_size)
         )
         if self.questions is not None:
@@ -352,7 +352,9 @@ class VlaTask:
         return total, parts
 
 
-def robot_inputs(processor: Processor, normalizer: Normalizer, raw: Mapping[str, Any]) -> Batch:
+def encode_robot_batch(
+    processor: Processor, normalizer: Normalizer, raw: Mapping[str, Any]
+) -> Batch:
     """A batch of `TrainingSamples` as network inputs, each row normalised as its dataset is."""
     tensors = {
         k: torch.from_numpy(np.ascontiguousarray(raw[k]))

@@ -16,7 +16,7 @@ from spear.data.actions import HORIZON
 from spear.errors import SpearError
 from spear.train.optimize import learning_rate
 from spear.train.options import Optimization, Recipe
-from spear.train.recipes import recipe
+from spear.train.recipes import get_recipe
 from spear.types import RATE_HZ
 
 from .robots import Robot, choose
@@ -33,7 +33,7 @@ class Spear1SchedulerConfig(LRSchedulerConfig):
 
     def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
         """For the optimiser's groups."""
-        own = recipe(self.recipe).optimization
+        own = get_recipe(self.recipe).optimization
         warmup = round(self.num_warmup_steps * min(1.0, num_training_steps / own.steps))
         opt = dataclasses.replace(own, steps=num_training_steps, warmup=warmup)
         return LambdaLR(optimizer, lambda step: learning_rate(step, opt))
@@ -90,7 +90,7 @@ class Spear1Config(PreTrainedConfig):
     @property
     def stage(self) -> Recipe:
         """The recipe."""
-        return recipe(self.recipe)
+        return get_recipe(self.recipe)
 
     @property
     def optimization(self) -> Optimization:

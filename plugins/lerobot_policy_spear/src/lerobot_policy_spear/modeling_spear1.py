@@ -23,7 +23,7 @@ from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import camera_key
 from spear.errors import SpearError, notice
 from spear.train.optimize import apply_freeze, make_optimizer
-from spear.train.tasks import robot_inputs
+from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
@@ -159,7 +159,7 @@ class Spear1Policy(PreTrainedPolicy):
             self._batches.append(raw)
             if len(self._batches) * len(states) >= SAMPLES:
                 self.spear.known, self._begins, self._batches = self._known(), None, []
-        inputs = robot_inputs(self.spear.processor, self.spear.normalizer, raw)
+        inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, raw)
         put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)
         put["actions"] = Action.from_vector(put["actions"])
         output = self.model(**put, flow_samples=self.config.stage.flow_samples)
