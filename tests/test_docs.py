@@ -90,10 +90,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = re.compile(r"(?<![\w/])((?:benchmarks|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)")
-    code = (
-        file for room in ("src", "benchmarks", "scripts") for file in (ROOT / room).rglob("*.py")
+    named = re.compile(
+        r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"
     )
+    rooms = ("src", "benchmarks", "experiments", "scripts")
+    code = (file for room in rooms for file in (ROOT / room).rglob("*.py"))
     files = [*PAGES, *code]
     names = {
         (file, name)
@@ -104,8 +105,18 @@ def test_files_that_are_named_exist() -> None:
     assert not [(file, name) for file, name in names if not (ROOT / name).exists()]
 
 
+def test_experiments_that_are_named_can_be_run() -> None:
+    readmes = (ROOT / "experiments").rglob("*.md")
+    code = [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
+    for file in [*PAGES, *readmes, *code]:
+        for name in re.findall(r"-m (experiments(?:\.\w+)+)", file.read_text()):
+            module = ROOT.joinpath(*name.split("."))
+            assert (module / "__main__.py").exists() or module.with_suffix(".py").exists(), file
+
+
 def test_scripts_end_as_commands_do() -> None:
-    scripts = {file: file.read_text() for file in (ROOT / "benchmarks").rglob("*.py")}
+    files = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
+    scripts = {file: file.read_text() for file in files}
     assert not [
         f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)
     ]

@@ -79,7 +79,7 @@ class FlowConfig:
     geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1: the paper adds it).
     geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
                       it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
-                      benchmarks/train/flow_losses.py, see docs/train.md).
+                      experiments/flow_losses, see docs/train.md).
     *_weight          of the parts in the total (1: the paper adds them; the gripper's is our choice).
     steps             Euler steps from noise to an action, when acting (10: π0's; the paper does not say). How
                       many are best depends on the model (docs/nano.md).

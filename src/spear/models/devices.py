@@ -86,7 +86,7 @@ def keep_freed_memory() -> bool:
 
     Returns whether it can: on Linux with glibc. Without it glibc gives most large tensors' memory back to the
     system, which in every step hands out cleared pages again, one by one. On a CPU that is up to a twelfth of
-    a nano training step (`benchmarks/train/allocator.py`); on a GPU PyTorch has a cache of its own.
+    a nano training step (`experiments/memory_allocator`); on a GPU PyTorch has a cache of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(

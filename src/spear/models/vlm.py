@@ -22,7 +22,7 @@ IGNORE = -100
 """The label of a place that is not to be learned."""
 LENGTHS, TARGETS = 8, 64
 """In training, lengths of texts and counts of targets are filled up to multiples of these: tensors of ever
-new sizes break the heap into pieces, and every step takes longer (`benchmarks/train/sizes.py`)."""
+new sizes break the heap into pieces, and every step takes longer (`experiments/tensor_sizes`)."""
 
 
 @strict

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     [..., in] -> [..., out]. weight: [out, in], or that in oneDNN's own layout. Measured on AMD with AVX-512,
     one thread, against PyTorch's own: 2.1 times as fast for 560 rows and 2,048 × 2,048; for 5 rows and
     1,024 × 4,096 1.6 times, packed 5 times (bfloat16: 1.2, 2.3). On Intel, and on AMD without AVX-512, MKL is
-    faster, except for packed weights that no cache holds: `benchmarks/models/products.py`.
+    faster, except for packed weights that no cache holds: `experiments/cpu_matrix_products`.
     """
     if (
         not _ONEDNN

@@ -2,7 +2,7 @@
 policy says "close", but the fingers, pressed on the table, stay open.
 
     spear evaluate --policy nano --scenes 200 --out runs/a
-    python benchmarks/evaluate/pressed.py runs/a --policy nano --family spoon_on_towel
+    python -m experiments.pressed_fingers runs/a --policy nano --family spoon_on_towel
 
 Each episode is run alone, so rounding lets some of them succeed.
 """

@@ -1,8 +1,8 @@
 """How many 3D tokens, and which: bins at quantiles (the paper) or equally wide, 256, 1,024 or 4,096 of them.
 
-    python benchmarks/train/tokenizer_study.py quantise --labels runs/labels/external   # rounding alone
-    python benchmarks/train/tokenizer_study.py commands --labels runs/labels            # what to train
-    python benchmarks/train/tokenizer_study.py table --out runs/tokenizer               # the results
+    python -m experiments.tokenizer quantise --labels runs/labels/external   # rounding alone
+    python -m experiments.tokenizer commands --labels runs/labels            # what to train
+    python -m experiments.tokenizer table --out runs/tokenizer               # the results
 
 All trainings start from the same stage 0 (which has not used its 3D tokens), with the same seed, data and
 steps. `coordinate_smoothing` is 2 bins at 1,024 and the same share of the bins at other counts. A command

@@ -1,7 +1,7 @@
 """What a loader's order costs in randomness: how much more the means of batches vary than those of single
 steps drawn at random from the whole dataset.
 
-    python benchmarks/data/randomness.py runs/episodes --batch-sizes 32 256 2048
+    python -m experiments.loader_randomness runs/episodes --batch-sizes 32 256 2048
 
 Orders, of the steps of recorded or prepared episodes:
 

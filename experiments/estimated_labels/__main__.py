@@ -1,7 +1,7 @@
 """What estimated labels cost SPEAR-VLM: the same scenes, labelled from the truth and by the estimated path.
 
-    python benchmarks/labels/proof.py make --scenes 13056 --out runs/proof    # prints what to run next
-    python benchmarks/labels/proof.py table --out runs/proof
+    python -m experiments.estimated_labels make --scenes 13056 --out runs/proof    # prints what to run next
+    python -m experiments.estimated_labels table --out runs/proof
 
 `make` writes OUT/true and OUT/estimated, as `spear train --labels` reads them. The estimated path is the
 pipeline that labels photographs, fed with stand-ins for its models, whose errors depend on the image alone:
@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 from tyro.extras import SubcommandApp
 
-from accuracy import WrongMasks, wrong_depth
 from spear.cli import guarded
 from spear.errors import SpearError
 from spear.labels.fit.image import clip
@@ -44,6 +43,10 @@ from spear.labels.store import read
 from spear.models.presets import preset
 from spear.sim.render import clutter_frame
 from spear.types import Array, Frame, LabeledImage
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "labels"))
+from accuracy import WrongMasks, wrong_depth  # noqa: E402
 
 MISSED, OFF = 0.05, 1.0
 """Fraction of objects that are not found; standard deviation of the others' box edges, pixels (our

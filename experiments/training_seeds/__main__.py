@@ -1,6 +1,6 @@
 """Success of trainings with several seeds, evaluated on the same scenes: the mean, and the difference of two.
 
-    python benchmarks/evaluate/over_seeds.py --first runs/a1 runs/a2 runs/a3 --second runs/b1 runs/b2 runs/b3
+    python -m experiments.training_seeds --first runs/a1 runs/a2 runs/a3 --second runs/b1 runs/b2 runs/b3
 
 Each folder is what `spear evaluate` wrote for one seed. Intervals are over seeds and scenes, as in the tables
 of the ablations (`spear.evaluate.stats`).

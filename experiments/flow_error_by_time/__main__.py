@@ -1,7 +1,7 @@
 """Where on the way from noise to data a policy's flow is wrong: its error at each time τ.
 
     spear record --episodes 20 --first-seed 90000 --out runs/unseen
-    python benchmarks/train/error_by_time.py runs/a/final runs/b/final --episodes runs/unseen
+    python -m experiments.flow_error_by_time runs/a/final runs/b/final --episodes runs/unseen
 
 At a state between noise and a demonstrated chunk, the network says a velocity or a clean action; either names
 the end of the way. The table has how far that end is from the demonstrated action: translation, mm, and

@@ -1,7 +1,7 @@
 """Which loss teaches a rotation's flow: the paper's cosine, the cosine of directions, squared errors; and δ.
 
-    python benchmarks/train/flow_losses.py --out runs/flow-losses              # prints the table; continues
-    python benchmarks/train/flow_losses.py --out runs/flow-losses --steps 12000 --losses cosine-0.1 mse
+    python -m experiments.flow_losses --out runs/flow-losses              # prints the table; continues
+    python -m experiments.flow_losses --out runs/flow-losses --steps 12000 --losses cosine-0.1 mse
 
 A small conditional problem: three numbers decide where a translation, a rotation and a gripper are (smooth
 random functions, other ones for every seed), and an MLP learns the flow there, by `spear.flow` from the noise

@@ -1,7 +1,7 @@
 """Products of few rows on a CPU: PyTorch's own, with weights as [in, out] too, oneDNN's, and with its own
 layout.
 
-    python benchmarks/models/products.py
+    python -m experiments.cpu_matrix_products
 
 `spear.models.fast.linear` chooses between them. Prints microseconds per product, the best of some rounds, one
 thread, as PyTorch's own / [in, out] / oneDNN's / packed. Like the layers of a network, the weights take

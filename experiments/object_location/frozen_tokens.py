@@ -1,6 +1,6 @@
 """How much of where things are is in SPEAR-VLM's visual tokens, and how much of it its answers say.
 
-    python benchmarks/evaluate/probe.py --labels runs/labels [--model nano] [--images 300] [--steps 8000]
+    python -m experiments.object_location.frozen_tokens --labels runs/labels [--images 300] [--steps 8000]
 
 A small transformer that is trained for nothing else reads box centres off the frozen visual tokens: it sees
 all tokens of an image and the name of one object. It learns from the labelled images of the folder; it and
@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import nn
 
-from shifted import centres, report
+from experiments.object_location.shifted_images import centres, report
 from spear.cli import guarded
 from spear.evaluate.vqa.ask import find_images
 from spear.evaluate.vqa.measures import numbers

@@ -1,6 +1,6 @@
 """Where SPEAR-VLM's errors come from: the same questions about pictures that are shifted by a few pixels.
 
-    python benchmarks/evaluate/shifted.py [--model nano] [--images 100] [--pixels 8]
+    python -m experiments.object_location.shifted_images [--model nano] [--images 100] [--pixels 8]
 
 Each held-out scene is asked about as it is, and shifted by so many pixels left, right, up and down (edges
 repeated); answers are moved back along the image at their depth. If the error came from what is seen, the

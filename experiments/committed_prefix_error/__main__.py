@@ -1,6 +1,6 @@
 """Does a policy that goes on from given actions make up for what is wrong in them?
 
-    python benchmarks/evaluate/made_up_for.py POLICY EPISODES [--delay 1]
+    python -m experiments.committed_prefix_error POLICY EPISODES [--delay 1]
 
 For policies trained with `--set committed=N`. Steps of recorded episodes are asked about twice, with the same
 noise: given the next actions as they were demonstrated, and given the last of them with its translation off

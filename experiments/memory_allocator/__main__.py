@@ -1,7 +1,7 @@
 """A training step on a CPU with and without `keep_freed_memory`, and with jemalloc where it is installed:
 time, and pages that the system had to hand out.
 
-    python benchmarks/train/allocator.py --episodes runs/episodes --labels runs/labels
+    python -m experiments.memory_allocator --episodes runs/episodes --labels runs/labels
 
 Each way in processes of its own, in turn; processor time (the system's for the process included) of
 nano-vla's step on ever new batches, one thread.

@@ -1,7 +1,7 @@
 """How a step of nano-vlm-2 on a CPU slows down as training goes on: with tensors of ever new sizes, and with
 sizes filled up to few ones, as `spear train` does.
 
-    python benchmarks/train/sizes.py --labels runs/labels
+    python -m experiments.tensor_sizes --labels runs/labels
 
 Each way in a process of its own, in turn; processor time of a new batch and its step, one thread.
 """
