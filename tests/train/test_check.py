@@ -211,7 +211,7 @@ def test_keys_that_a_recipe_does_not_use_are_refused(
     ],
 )
 def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any) -> None:
-    refuses(key, get_recipe("nano-vla").changed, **{key: value})
+    refuses(key, get_recipe("nano-vla").with_changes, **{key: value})
 
 
 def test_values_are_taken_as_json_has_them() -> None:

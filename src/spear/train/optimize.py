@@ -12,7 +12,7 @@ from spear.errors import SpearError, need
 from spear.models.layers import recompute_layers
 from spear.train import parallel
 from spear.train.log import NotFinite
-from spear.train.options import Optimization, matches
+from spear.train.options import Optimization, is_under
 
 Batch = dict[str, Any]
 """Tensors by name, dicts of them, and what else a task's loss needs."""
@@ -55,14 +55,14 @@ def apply_freeze(model: torch.nn.Module, opt: Optimization) -> None:
     """
     names = [n for n, _ in model.named_parameters()]
     for prefix in (*opt.frozen, *opt.trained, *opt.lr_scale):
-        if not any(matches(n, prefix) for n in names):
+        if not any(is_under(n, prefix) for n in names):
             tops = ", ".join(sorted({n.rsplit(".", 1)[0] for n in names})[:6])
             raise SpearError(
                 f"freeze schedule names {prefix!r}: no such module (there are {tops}, …)"
             )
     for name, parameter in model.named_parameters():
-        learns = not opt.trained or any(matches(name, p) for p in opt.trained)
-        learns = learns and not any(matches(name, p) for p in opt.frozen)
+        learns = not opt.trained or any(is_under(name, p) for p in opt.trained)
+        learns = learns and not any(is_under(name, p) for p in opt.frozen)
         parameter.requires_grad_(learns or ".lora_" in name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SpearError(
@@ -106,7 +106,7 @@ def make_optimizer(model: torch.nn.Module, opt: Optimization, part: Any = ()) ->
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            prefixes = [p for p in opt.lr_scale if matches(name, p)]
+            prefixes = [p for p in opt.lr_scale if is_under(name, p)]
             scale = opt.lr_scale[max(prefixes, key=len)] if prefixes else 1.0
             groups.setdefault((scale, parameter.ndim >= 2 and name not in part), []).append(
                 parameter

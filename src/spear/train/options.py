@@ -1,6 +1,6 @@
-"""What a training is told: recipes and the values they take, what it learns from, the commands' options.
+"""Recipes and the values they may take, the inputs of a training, and the options of its commands.
 
-Nothing here needs PyTorch, so that help, lists and mistakes are shown at once.
+Nothing here needs PyTorch, so that help texts, lists and mistakes are shown at once.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Kind = Literal["depth", "naming", "vlm", "vla"]
 Precision = Literal["bf16", "fp32"]
 Count = Annotated[int, Ge(0)]
-Some = Annotated[int, Ge(1)]
-Amount = Annotated[float, Ge(0)]
+PositiveCount = Annotated[int, Ge(1)]
+NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
@@ -32,90 +32,108 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights move; the part of a recipe that the loop reads.
+    """How the weights are updated: the part of a recipe that the training loop reads.
 
+    steps             number of optimization steps.
     lr                peak learning rate.
     lr_scale          module prefix -> factor on `lr`; the longest matching prefix wins.
     frozen            module prefixes that do not learn.
-    trained           if not empty: only these prefixes learn (then `frozen` is applied within them).
-    schedule          "cosine" to `final_lr` x lr after `warmup` linear steps, or "constant" after it.
-    weight_decay, betas  AdamW's (our choice). grad_clip: the norm beyond which gradients are scaled down.
-    ema               decay of the averaged weights; 0 turns averaging off. Ramped up as (1+k)/(10+k).
-    precision         "bf16" autocasts forward passes where that is fast (`models.devices`); not the weights.
-    frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, at half the memory.
-    accumulate        pieces in which a process works through its batch; their gradients are averaged. A run
-                      that is continued keeps its pieces (`spear.train.parallel`).
-    max_skipped       steps whose loss or gradient is not finite are skipped; more than so many end the run.
-    gradient_checkpointing  layers run again on the way back instead of being kept (`spear.models.layers`).
+    trained           if not empty, only these prefixes learn (and `frozen` is applied within them).
+    schedule          "cosine" decays to `final_lr` x lr after `warmup` linear steps; "constant"
+                      keeps lr after the warmup.
+    weight_decay, betas  AdamW's settings (our choice).
+    grad_clip         norm to which larger gradients are scaled down.
+    ema               decay of the EMA weights, ramped up as (1+k)/(10+k); 0 turns averaging off.
+    precision         "bf16" runs forward passes under autocast where that is fast
+                      (`spear.models.devices`); the weights stay in float32.
+    frozen_precision  "bf16" keeps frozen linear layers and token embeddings in bfloat16, which
+                      takes half the memory.
+    accumulate        pieces into which a process divides its batch; their gradients are averaged.
+                      A resumed run keeps its pieces (`spear.train.parallel`).
+    gradient_checkpointing  layers run again in the backward pass instead of keeping their
+                      activations (`spear.models.layers`).
+    max_skipped       steps whose loss or gradient is not finite are skipped; more than this many
+                      end the run.
     """
 
     steps: Count
-    lr: Amount
-    lr_scale: Mapping[str, Amount] = field(default_factory=dict)
+    lr: NonNegative
+    lr_scale: Mapping[str, NonNegative] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Count = 100
     final_lr: Fraction = 0.05
-    weight_decay: Amount = 0.01
+    weight_decay: NonNegative = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     grad_clip: Positive = 1.0
     ema: Decay = 0.999
     precision: Precision = "bf16"
     frozen_precision: Precision = "fp32"
-    accumulate: Some = 1
+    accumulate: PositiveCount = 1
     gradient_checkpointing: bool = False
     max_skipped: Count = 10
 
     def __post_init__(self) -> None:
-        if self.frozen_precision == "bf16" and self.precision == "fp32":  # which could not use them
-            raise SpearError("frozen_precision bf16 needs precision bf16: set both, or neither")
+        # Without autocast, a layer in float32 cannot use weights in bfloat16.
+        if self.frozen_precision == "bf16" and self.precision == "fp32":
+            raise SpearError("frozen_precision bf16 needs precision bf16. Set both, or neither.")
 
 
 @dataclass(frozen=True)
 class QuestionMix:
     """Which questions a batch asks.
 
-    families             of `spear.labels.questions.generate`; a name given twice is drawn twice as often.
-    pairs                fewest and most question/answer pairs per image (paper: 1 to 4).
-    wrist                fraction of batches drawn from wrist-camera images, where there are any (our choice);
-                         None: their share of all images.
+    families             question types of `spear.labels.questions.generate`; a name that is given
+                         twice is drawn twice as often.
+    pairs                fewest and most question-answer pairs per image (paper: 1 to 4).
+    wrist                fraction of batches from wrist-camera images, where there are any (our
+                         choice); None: the wrist images' fraction of all images.
     coordinate_weight    the paper's λ: factor on the loss of 3D tokens.
-    coordinate_smoothing standard deviation, in bins, of a 3D token's Gaussian target; 0 is one-hot (paper).
-    most_images          ask only about the first so many labelled images of each view (0: about all).
+    coordinate_smoothing standard deviation, in bins, of a 3D token's Gaussian target; 0 is one-hot
+                         (paper).
+    most_images          ask only about the first so many labeled images of each view (0: all).
     """
 
     families: tuple[str, ...] = FAMILIES
-    pairs: tuple[Some, Some] = (1, 4)
+    pairs: tuple[PositiveCount, PositiveCount] = (1, 4)
     wrist: Fraction | None = None
-    coordinate_weight: Amount = 2.0
-    coordinate_smoothing: Amount = 0.0
+    coordinate_weight: NonNegative = 2.0
+    coordinate_smoothing: NonNegative = 0.0
     most_images: Count = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of training.
+    """A named training configuration: one stage of training.
 
-    kind          "depth" (the MoGe-style encoder alone), "naming" (the SigLIP-style one), "vlm" or "vla".
+    kind          "depth" (the MoGe-style encoder alone), "naming" (the SigLIP-style encoder),
+                  "vlm" or "vla".
     preset        the model's size (`spear.models.presets`).
-    moge          False leaves the MoGe branch out (stage 0: a plain PaliGemma).
-    coordinate_rows_only  of the token embeddings only the 3D tokens' rows learn (the paper's VLM stage 1).
-    smooth_tokens  new 3D tokens start out alike where their bins are alike (`spear.tokens`; our choice).
-    bins, spacing  how many 3D tokens, and where the edges of their bins lie: new ones, fitted to the labels.
-                  None: those of `--init`; without one, the preset's number, at quantiles (the paper).
+    moge          False omits the MoGe branch (stage 0: a plain PaliGemma).
+    coordinate_rows_only  of the token embeddings, only the 3D tokens' rows learn (the paper's VLM
+                  stage 1).
+    smooth_tokens  new 3D tokens start similar where their bins are close (`spear.tokens`; our
+                  choice).
+    bins, spacing  number and spacing of new 3D tokens, which are fitted to the labels. None keeps
+                  those of `--init`; without `--init`: the preset's number, at quantiles (paper).
+    questions     which questions a batch asks.
     batch_size    images per step ("vlm", "depth") or robot steps per step ("vla").
-    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all (our choice).
-    question_images, question_weight  images with 3D questions beside a batch (0: none), their weight (ours).
-    augment       strength of photometric augmentation, 0 to 1.
-    normalization  of translations: "quantile" (the paper), "minmax" or "meanstd"; also of positions (ours).
-                  None: as the policy of `--init`; a new one "quantile".
-    normalize_each  each dataset by its own statistics, instead of all by those of the mixture (for ablation).
-    flow          fields of `spear.flow.FlowConfig` that differ from the preset's, or those of `--init`.
-    committed     the longest delay to learn to act under: so many actions at a chunk's beginning may be given
-                  (`spear.flow.sample_held`). None: as the policy of `--init` did; a new one 0, the paper's.
+    flow_samples  draws of (noise, τ) per robot step; the prefix is computed once for all of them
+                  (our choice).
+    question_images, question_weight  images with 3D questions in addition to a robot batch (0:
+                  none), and the factor on their loss (our choice).
+    augment       strength of the photometric augmentation, 0 to 1.
+    normalization  of translations and positions: "quantile" (paper), "minmax" or "meanstd". None:
+                  that of the policy in `--init`; a new policy has "quantile".
+    normalize_each  normalize each dataset by its own statistics instead of those of the mixture
+                  (for an ablation).
+    flow          fields of `spear.flow.FlowConfig` that differ from the preset's or from `--init`.
+    committed     longest delay to train for: up to so many actions at the beginning of a chunk may
+                  be committed already (`spear.flow.sample_held`). None: that of the policy in
+                  `--init`; a new policy has 0 (paper).
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
-    lora_alpha    they count alpha / rank (`spear.train.optimize`).
+    lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
     """
 
     name: str
@@ -123,16 +141,16 @@ class Recipe:
     preset: str
     description: str
     optimization: Optimization
-    batch_size: Some
+    batch_size: PositiveCount
     moge: bool = True
     coordinate_rows_only: bool = False
     smooth_tokens: bool = False
     bins: Annotated[int, Ge(2)] | None = None
     spacing: Literal["quantile", "uniform"] | None = None
     questions: QuestionMix = QuestionMix()
-    flow_samples: Some = 1
+    flow_samples: PositiveCount = 1
     question_images: Count = 0
-    question_weight: Amount = 1.0
+    question_weight: NonNegative = 1.0
     augment: Fraction = 0.0
     normalization: Literal["quantile", "minmax", "meanstd"] | None = None
     normalize_each: bool = False
@@ -142,80 +160,134 @@ class Recipe:
     lora_alpha: Positive = 16.0
 
     def with_changes(self, **changes: Any) -> "Recipe":
-        """With fields of its own, its optimisation or its question mix replaced.
+        """Return a copy with other values of its own, its optimization's or its questions' fields.
 
-        Raises `SpearError` for an unknown key, suggesting the nearest, and for a value that is not allowed.
+        Args:
+            changes: values by key, as `--set` takes them.
+
+        Raises:
+            SpearError: for an unknown key (naming the nearest) or a value that is not allowed.
+
+        Example:
+            >>> from spear.train.recipes import get_recipe
+            >>> get_recipe("nano-post").with_changes(lr=1e-5, batch_size=8).optimization.lr
+            1e-05
         """
         for key, value in changes.items():
-            check_known("recipe key", _HOME, key)
-            _check(_HOME[key], key, value)
-        return self.with_fields(**changes)
+            check_known("recipe key", _CLASS_OF_KEY, key)
+            _check_value(_CLASS_OF_KEY[key], key, value)
+        return self.with_values(**changes)
 
-    def with_fields(self, **keys: Any) -> "Recipe":
-        """As `with_changes`, of keys and values that are known to be right."""
-        new: dict[type, dict[str, Any]] = {part: {} for part in (Recipe, Optimization, QuestionMix)}
-        for key, value in keys.items():
-            new[_HOME[key]][key] = value
-        opt = dataclasses.replace(self.optimization, **new[Optimization])
-        mix = dataclasses.replace(self.questions, **new[QuestionMix])
-        return dataclasses.replace(self, optimization=opt, questions=mix, **new[Recipe])
-
-
-_HOME = {
-    f.name: part
-    for part in (Recipe, Optimization, QuestionMix)
-    for f in dataclasses.fields(part)
-    if f.name not in ("optimization", "questions")
-}
-"""Key of a recipe -> the class that has it."""
+    def with_values(self, **values: Any) -> "Recipe":
+        """Do what `with_changes` does, without checking the keys and values."""
+        values_of_class: dict[type, dict[str, Any]] = {
+            Recipe: {},
+            Optimization: {},
+            QuestionMix: {},
+        }
+        for key, value in values.items():
+            values_of_class[_CLASS_OF_KEY[key]][key] = value
+        return dataclasses.replace(
+            self,
+            optimization=dataclasses.replace(self.optimization, **values_of_class[Optimization]),
+            questions=dataclasses.replace(self.questions, **values_of_class[QuestionMix]),
+            **values_of_class[Recipe],
+        )
 
 
-def matches(name: str, prefix: str) -> bool:
-    """Whether a prefix of modules covers a parameter or module of this name."""
+def _class_of_key() -> dict[str, type]:
+    """Recipe keys are flat: map each to the class that has the field."""
+    class_of_key: dict[str, type] = {}
+    for owner in (Recipe, Optimization, QuestionMix):
+        for owner_field in dataclasses.fields(owner):
+            class_of_key[owner_field.name] = owner
+    del class_of_key["optimization"]
+    del class_of_key["questions"]
+    return class_of_key
+
+
+_CLASS_OF_KEY = _class_of_key()
+
+
+def is_under(name: str, prefix: str) -> bool:
+    """Return whether a parameter or module is the module `prefix`, or inside it.
+
+    >>> is_under("vlm.moge.layers", "vlm.moge"), is_under("vlm.moge_projector", "vlm.moge")
+    (True, False)
+    """
     return name == prefix or name.startswith(prefix + ".")
 
 
-def _check(part: type, key: str, value: Any) -> None:
-    """Raises `SpearError` for a value that is not of a dataclass's field's type, or not in its range."""
+def _check_value(owner: type, key: str, value: Any) -> None:
+    """Check a recipe's value against the type and the range of its field."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    hint = get_type_hints(part, include_extras=True)[key]
+    hint = get_type_hints(owner, include_extras=True)[key]
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     try:
-        # Through JSON, in which lists are tuples and whole numbers are numbers, but words and flags are not.
+        # JSON lets lists be tuples and whole numbers be floats, but not words or flags be numbers.
         TypeAdapter(hint, config=strict).validate_json(json.dumps(value))
     except (ValidationError, TypeError) as error:
-        words = [
-            word
-            for h in (hint, *get_args(hint))
-            if get_origin(h) is Literal
-            for word in get_args(h)
-        ]
-        if words:
-            raise unknown_name(key, str(value), words) from error
+        choices = _choices(hint)
+        if choices:
+            raise unknown_name(key, str(value), choices) from error
         raise SpearError(f"recipe key {key} is {value!r}: {first_line(error)}") from error
+
     if key == "pairs" and value[0] > value[1]:
-        raise SpearError(f"recipe key {key} is {value}: the fewest come first")
+        raise SpearError(f"recipe key {key} is {value}. Give the smaller number first.")
     if key == "families":
-        known = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
-        check_known(f"family of questions (recipe key {key})", known, *(value or [""]))
+        known_families = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
+        families = value or [""]  # an empty list has a name that is not known, too
+        for family in families:
+            check_known(f"question type (recipe key {key})", known_families, family)
 
 
-_ACTS = "flow_samples question_images question_weight normalization normalize_each flow committed"
-_ASKS = "families pairs wrist most_images question_weight coordinate_weight coordinate_smoothing"
-UNUSED = {"vla": "coordinate_rows_only smooth_tokens", "vlm": _ACTS}
-UNUSED["naming"] = f"{_ACTS} {_ASKS} {UNUSED['vla']} augment lora_rank lora_alpha"
-UNUSED["depth"] = f"{UNUSED['naming']} moge bins spacing"
-"""Kind -> the keys of a recipe that change nothing in it; `_ASKS` nothing where no questions are asked."""
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a hint such as `Literal["a", "b"] | None` allows."""
+    choices: list[str] = []
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is Literal:
+            choices.extend(get_args(option))
+    return choices
+
+
+_POLICY_KEYS = {
+    "flow_samples",
+    "question_images",
+    "question_weight",
+    "normalization",
+    "normalize_each",
+    "flow",
+    "committed",
+}
+_QUESTION_KEYS = {
+    "families",
+    "pairs",
+    "wrist",
+    "most_images",
+    "question_weight",
+    "coordinate_weight",
+    "coordinate_smoothing",
+}
+_VLM_KEYS = {"coordinate_rows_only", "smooth_tokens"}
+_NAMING_UNUSED = _POLICY_KEYS | _QUESTION_KEYS | _VLM_KEYS | {"augment", "lora_rank", "lora_alpha"}
+UNUSED_KEYS: dict[Kind, set[str]] = {
+    "vla": _VLM_KEYS,
+    "vlm": _POLICY_KEYS,
+    "naming": _NAMING_UNUSED,
+    "depth": _NAMING_UNUSED | {"moge", "bins", "spacing"},
+}
+"""Kind of recipe -> the keys that have no effect in it."""
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a stage learns from and starts from.
+    """What a training learns from and starts from.
 
-    labels    folders of labelled images ("depth", "naming" and "vlm" recipes; "vla": for questions beside).
-    episodes  (name, store, share of the batches) of robot demonstrations ("vla").
-    init      the `final` folder of an earlier stage; None starts from random weights.
+    labels    folders of labeled images ("depth", "naming" and "vlm" recipes; for "vla" recipes,
+              the images that its questions are about).
+    episodes  (name, store, sampling weight) of each dataset of robot demonstrations ("vla").
+    init      the `final` folder of an earlier training; None starts from random weights.
     moge      the `final` folder of a "depth" recipe, whose encoder joins SPEAR-VLM.
     """
 
@@ -225,96 +297,145 @@ class TrainingInputs:
     moge: Path | None = None
 
 
-def check_inputs(stage: Recipe, given: "TrainingInputs | TrainOptions") -> None:
-    """Whether a recipe needs and takes what is given to it; looks at nothing on disk.
+def check_inputs(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
+    """Check that a recipe has the inputs that it needs, and nothing that it would ignore.
 
-    Raises `SpearError` for what is missing, and for what would change nothing.
+    This reads nothing from disk. Raises `SpearError` for the first input that is missing, and for
+    the first input or change (`--set`) that would have no effect.
     """
-    name, acts = stage.name, stage.kind == "vla"
-    if acts and not given.episodes:
-        raise SpearError(f"recipe {name} learns from demonstrations: give --episodes FOLDER")
-    if given.episodes and not acts:
-        raise SpearError(f"recipe {name} learns from labelled images: leave --episodes out")
-    if not given.labels and (not acts or not given.init or stage.question_images):
-        start = "--init NAME to start from, or " if acts and not given.init else ""
-        raise SpearError(f"recipe {name} needs {start}--labels FOLDER (see `spear label --help`)")
-    if acts and given.labels and given.init and not stage.question_images:
+    _check_data(recipe, inputs)
+    _check_initial_weights(recipe, inputs)
+
+    unused_keys = _unused_keys(recipe)
+    for change in getattr(inputs, "set", ()):
+        if change.partition("=")[0] in unused_keys:
+            raise SpearError(
+                f"--set {change}: recipe {recipe.name} does not use this key. Leave it out."
+            )
+
+
+def _check_data(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
+    """Check that the demonstrations and the labeled images are those that the recipe needs."""
+    is_policy = recipe.kind == "vla"
+    if is_policy and not inputs.episodes:
+        raise SpearError(f"recipe {recipe.name} learns from demonstrations. Add --episodes FOLDER.")
+    if inputs.episodes and not is_policy:
+        raise SpearError(f"recipe {recipe.name} learns from labeled images. Leave --episodes out.")
+
+    # A new model also needs labels: its tokenizer and its 3D tokens are made from them.
+    needs_labels = not is_policy or not inputs.init or recipe.question_images > 0
+    if needs_labels and not inputs.labels:
+        init_option = "--init NAME to start from, or " if is_policy and not inputs.init else ""
         raise SpearError(
-            f"recipe {name} asks no questions: leave --labels out, or --set question_images=2"
+            f"recipe {recipe.name} needs {init_option}--labels FOLDER. `spear label --help` shows "
+            "how to make one."
         )
-    if given.init and stage.kind in ("depth", "naming"):
-        raise SpearError(f"recipe {name} begins with random weights: leave --init out")
-    if given.moge and not (stage.kind == "vlm" and stage.moge and given.init):
-        where = (
-            "without --init" if stage.kind == "vlm" and stage.moge else f"of kind {stage.kind!r}"
-        )
+    if inputs.labels and not needs_labels:
         raise SpearError(
-            f"recipe {name} {where} takes no --moge: it joins the VLM of an earlier stage"
+            f"recipe {recipe.name} asks no questions. Leave --labels out, or add "
+            "--set question_images=2."
         )
-    silent = _ASKS if acts and not stage.question_images else ""
-    opt, unused = stage.optimization, f"{UNUSED[stage.kind]} {silent}".split()
-    unused += [] if stage.lora_rank else ["lora_alpha"]
-    unused += ["final_lr"] if opt.schedule == "constant" else []
-    part = opt.trained or opt.lr_scale  # all, where all learn
-    still = [p for p in opt.lr_scale if any(matches(p, frozen) for frozen in opt.frozen)]
-    still += [
-        p for p in opt.lr_scale if not any(matches(p, one) or matches(one, p) for one in part)
-    ]
-    adapted = ("vlm.language_model" if acts else "language_model",) if stage.lora_rank else ()
-    idle = [p for p in still if not any(matches(one, p) or matches(p, one) for one in adapted)]
-    unused += ["lr_scale"] if idle else []
-    if useless := [word for word in getattr(given, "set", ()) if word.partition("=")[0] in unused]:
-        raise SpearError(f"--set {useless[0]}: recipe {name} does not use it: leave it out")
+
+
+def _check_initial_weights(recipe: Recipe, inputs: "TrainingInputs | TrainOptions") -> None:
+    """Check that the recipe can begin with the weights of `--init` and `--moge`."""
+    if inputs.init and recipe.kind in ("depth", "naming"):
+        raise SpearError(f"recipe {recipe.name} begins with random weights. Leave --init out.")
+
+    is_vlm_with_moge = recipe.kind == "vlm" and recipe.moge
+    if inputs.moge and not (is_vlm_with_moge and inputs.init):
+        reason = "without --init" if is_vlm_with_moge else f"of kind {recipe.kind!r}"
+        raise SpearError(
+            f"recipe {recipe.name} {reason} takes no --moge, because MoGe's encoder joins the VLM "
+            "of an earlier stage. Leave it out."
+        )
+
+
+def _unused_keys(recipe: Recipe) -> set[str]:
+    """Return the keys that have no effect in a recipe."""
+    unused = set(UNUSED_KEYS[recipe.kind])
+    if recipe.kind == "vla" and not recipe.question_images:
+        unused |= _QUESTION_KEYS
+    if not recipe.lora_rank:
+        unused.add("lora_alpha")
+    if recipe.optimization.schedule == "constant":
+        unused.add("final_lr")
+    if any(not _can_learn(prefix, recipe) for prefix in recipe.optimization.lr_scale):
+        unused.add("lr_scale")
+    return unused
+
+
+def _can_learn(prefix: str, recipe: Recipe) -> bool:
+    """Return whether a recipe trains anything inside the module `prefix`."""
+    opt = recipe.optimization
+    if recipe.lora_rank:  # LoRA matrices learn in frozen modules, too
+        language_model = "vlm.language_model" if recipe.kind == "vla" else "language_model"
+        if _overlaps(prefix, language_model):
+            return True
+    if any(is_under(prefix, frozen) for frozen in opt.frozen):
+        return False
+    return not opt.trained or any(_overlaps(prefix, trained) for trained in opt.trained)
+
+
+def _overlaps(prefix: str, other: str) -> bool:
+    """Return whether one of two modules is inside the other."""
+    return is_under(prefix, other) or is_under(other, prefix)
 
 
 class TrainOptions(Options):
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """Name of the recipe, or list."""
+    """Name of the recipe, or list to print all recipes."""
     out: Folder = None
-    """Folder for checkpoints, logs and the result (OUT/final); default: runs/RECIPE."""
+    """Write checkpoints, logs and the result (OUT/final) to this folder; default: runs/RECIPE."""
     labels: tuple[Path, ...] = ()
-    """Folders of labelled images, from spear label; every image of a camera counts the same."""
+    """Folders of labeled images from spear label; all images of a camera are drawn equally
+    often."""
     episodes: tuple[Path, ...] = ()
     """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
     split: Split = "train"
     shares: Annotated[tuple[float, ...], Within(1e-9, 1e9)] = ()
-    """Shares of the folders in each batch, one for each. Without them: those in the list of known datasets
-    (spear data datasets) where all are in it, otherwise equal ones."""
+    """Sampling weights of the folders of --episodes, one for each. Default: the weights in the list
+    of known datasets (spear data datasets) if all are in it, otherwise equal weights."""
     init: Name = None
-    """Where to start from: a trained folder, or the name of weights that come with this package (nano, the
-    policy; nano-vlm-0, before it learns 3D). Without it, training starts from random weights."""
+    """Start from this trained folder, or from weights that come with this package (nano, the
+    policy; nano-vlm-0, a VLM before it learns 3D). Without it, training starts from random
+    weights."""
     moge: Name = None
-    """Trained folder of a depth recipe, whose encoder SPEAR-VLM begins with, or nano-depth (built in)."""
+    """Trained folder of a depth recipe, or nano-depth (comes with this package): SPEAR-VLM begins
+    with its encoder."""
     preset: Name = None
-    """Model size, when it shall not be the recipe's: nano, small or spear1."""
+    """Model size, one of {nano,small,spear1}; default: the recipe's."""
     steps: Number = None
-    """Number of steps, when it shall not be the recipe's."""
+    """Number of steps; default: the recipe's."""
     seed: Seed = 0
     device: Device = "auto"
     save_every: Annotated[int, Within(1)] = 500
-    """Steps between checkpoints. They are also written every three minutes, on SIGTERM and on Ctrl-C."""
+    """Steps between checkpoints. One is also written every three minutes, on SIGTERM and on
+    Ctrl-C."""
     workers: Annotated[int, Within(1, 1024)] = 1
-    """Processes that make batches, for each that trains; more help where it waits for data."""
+    """Processes that load batches, per training process; more help where training waits for
+    data."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What each of several processes (torchrun) holds: ddp, the whole model; fsdp, its share of it."""
+    """What each process holds when torchrun starts several: ddp, the whole model; fsdp, its part of
+    it."""
     set: Changes = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shares and len(self.shares) != len(self.episodes):
-            count, folders = len(self.shares), len(self.episodes)
             raise SpearError(
-                f"--shares: {count}, folders of --episodes: {folders}: give one for each"
+                f"--shares has {len(self.shares)} numbers and --episodes {len(self.episodes)} "
+                "folders. Give one number for each folder."
             )
 
 
 class PlanOptions(Options):
     recipe: str = "finetune-lora"
-    """A policy's or VLM's recipe (spear train list shows them), or inference."""
+    """Name of a policy's or VLM's recipe (spear train list shows them), or inference."""
     preset: Name = None
-    """Model size, when it shall not be the recipe's: nano, small or spear1."""
+    """Model size, one of {nano,small,spear1}; default: the recipe's."""
     gpu: str = "24GB"
     """Memory of the GPU as it is sold, such as 24GB."""
     batch_size: Annotated[Number, Within(1)] = None
-    """Examples per training step (inference: observations at once), when not the recipe's."""
+    """Examples per training step (with inference: observations at once); default: the recipe's."""
     set: Changes = ()

@@ -1,4 +1,4 @@
-"""The training stages of recipes.toml, by name: what learns, on what, for how long."""
+"""The training recipes of recipes.toml, by name."""
 
 import tomllib
 from pathlib import Path
@@ -7,34 +7,49 @@ from typing import Any
 from spear.errors import check_known, notice
 from spear.train.options import Optimization, Recipe
 
-_EMPTY = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
+_DEFAULTS = Recipe("", "vla", "", "", Optimization(steps=0, lr=0.0), batch_size=1)
 
 
-def _load() -> dict[str, Recipe]:
-    found: dict[str, Recipe] = {}
-    for name, table in tomllib.loads(
-        Path(__file__).with_suffix(".toml").read_text("utf-8")
-    ).items():
-        like = found.get(table.pop("like", ""), _EMPTY)
-        keys: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        found[name] = like.with_fields(name=name, **keys)
-    return found
+def _load_recipes() -> dict[str, Recipe]:
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+    recipes: dict[str, Recipe] = {}
+    for name, table in tables.items():
+        base = recipes.get(table.pop("like", ""), _DEFAULTS)
+        values: dict[str, Any] = {}
+        for key, value in table.items():
+            values[key] = tuple(value) if isinstance(value, list) else value
+        recipes[name] = base.with_values(name=name, **values)
+    return recipes
 
 
-RECIPES = _load()
+RECIPES = _load_recipes()
 
 
 def get_recipe(name: str, **changes: Any) -> Recipe:
-    """The recipe of that name, changed; says what is gone where a mapping of its own takes another's place.
+    """Return the recipe of that name, with changes.
 
-    Raises `SpearError` with the nearest name when there is none, and as `Recipe.with_changes` does.
+    A mapping such as `flow` replaces the recipe's as a whole; a notice names the settings that the
+    recipe thereby loses.
+
+    Args:
+        name: one of `RECIPES`.
+        changes: values by key, as `Recipe.with_changes` takes them.
+
+    Raises:
+        SpearError: for an unknown name, naming the nearest, and as `Recipe.with_changes` does.
     """
     check_known("recipe", RECIPES, name)
-    found = RECIPES[name].with_changes(**changes)
+    original = RECIPES[name]
+    recipe = original.with_changes(**changes)
+
     for key, value in changes.items():
-        was = getattr(RECIPES[name], key, None) or getattr(RECIPES[name].optimization, key, None)
-        if isinstance(value, dict) and value and (gone := dict(was or {}).keys() - value.keys()):
+        if not isinstance(value, dict) or not value:
+            continue
+        settings = getattr(original, key, None) or getattr(original.optimization, key, None) or {}
+        dropped = sorted(settings.keys() - value.keys())
+        if dropped:
             notice(
-                f"{key} replaces all of recipe {name}'s: {', '.join(sorted(gone))} is not set any more"
+                f"{key} replaces all settings of recipe {name} under this key. "
+                f"No longer set: {', '.join(dropped)}."
             )
-    return found
+    return recipe
