@@ -89,9 +89,10 @@ def _parts(row: dict[str, Any]) -> Iterator[Part]:
         yield Part(**row)
 
 
-def _catalogue() -> dict[str, Kind]:
-    tables = _tuples(tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")))
-    palette = tables.pop("palette")
+def _catalogue(file_name: str) -> dict[str, Kind]:
+    """The kinds of objects that a file beside this one describes, by name."""
+    tables = _tuples(tomllib.loads(Path(__file__).with_name(file_name).read_text("utf-8")))
+    palette = tables.pop("palette", {})
     for table in tables.values():
         rows = [
             {**row, "color": palette.get(row.get("color"), row.get("color"))}
@@ -101,8 +102,12 @@ def _catalogue() -> dict[str, Kind]:
     return {name: Kind(name, **table) for name, table in tables.items()}
 
 
-KINDS = _catalogue()
+_TASK_KINDS = _catalogue("objects.toml")
+_OTHER_KINDS = _catalogue("objects_wild.toml")
+KINDS = _TASK_KINDS | _OTHER_KINDS
 """Every kind of object, by name."""
+TASK_FREE_KINDS = tuple(_OTHER_KINDS)
+"""Kinds that no task uses: clutter in wild worlds."""
 CUBES = tuple(name for name in KINDS if name.endswith("cube"))
 GRASPABLE = tuple(name for name, kind in KINDS.items() if kind.grasp is not None)
 SUPPORTS = ("plate", "bowl", "basket", "towel")

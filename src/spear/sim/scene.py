@@ -64,8 +64,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Look:
-    """How a scene looks: the external camera and what it looks at (m, base frame), the material and colour of
-    each of the `SURFACES`, light."""
+    """How a scene looks: the external camera and what it looks at (m, base frame), the material and color of
+    each of the `SURFACES`, and the light.
+
+    fovy_deg           the external camera's vertical view angle, degrees.
+    fill_lights        further lights, each with its direction and color.
+    table_half_size_m  half the table's extent along x and y, m; None is the usual table.
+    table_height_m     of the table above the floor, m; None is the usual height.
+    has_four_walls     whether the room is closed, so that a camera may look anywhere.
+    is_robot_visible   whether pictures show the robot. It is there in any case.
+    """
 
     camera: Vec3
     target: Vec3
@@ -73,6 +81,12 @@ class Look:
     light: Vec3
     diffuse: Color
     ambient: Color
+    fovy_deg: float = FOVY
+    fill_lights: tuple[tuple[Vec3, Color], ...] = ()
+    table_half_size_m: tuple[float, float] | None = None
+    table_height_m: float | None = None
+    has_four_walls: bool = False
+    is_robot_visible: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, SUBSTEPS, Floats, Servo, length
 from spear.sim.objects import KINDS, Kind
-from spear.sim.scene import FOVY, SOURCE, TARGET, SceneSpec
+from spear.sim.scene import SOURCE, TARGET, Look, SceneSpec
+from spear.sim.textures import UNSEEN_TEXTURES, WILD_TEXTURES, draw_texture
 
 SIMULATOR = f"MuJoCo {mujoco.__version__}"
 """Another one is another physics, and makes other pictures."""
@@ -28,6 +29,12 @@ NEAR = 0.045
 """The gripper has reached an object when the middle of its finger tips is this close to it, m."""
 LIFTED = 0.02
 """An object held by both fingers is grasped when it is this much higher than at the start, m."""
+
+_FURTHER_WALLS = (
+    ("wall_left", (3.0, 0.02, 1.6), (0.3, 2.4, 0.6)),
+    ("wall_front", (0.02, 3.0, 1.6), (3.0, 0.0, 0.6)),
+)
+"""Name, half-sizes and position of the walls that only closed rooms have, m, base frame."""
 
 _SOLIDS = ("box", "cylinder", "capsule", "ellipsoid")
 _SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _SOLIDS}
@@ -230,16 +237,33 @@ def base_spec() -> mujoco.MjSpec:
             pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
             texture.data = np.repeat(pixels[..., None], 3, axis=-1).tobytes()
             material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
+    for name in (*WILD_TEXTURES, *UNSEEN_TEXTURES):
+        _add_material(spec, name, draw_texture(name))
     return spec
+
+
+def _add_material(spec: mujoco.MjSpec, name: str, gray: NDArray[np.uint8]) -> None:
+    """Add a material with a gray texture [n, n] to a model."""
+    side = len(gray)
+    texture = spec.add_texture(
+        name=name, type=mujoco.mjtTexture.mjTEXTURE_2D, width=side, height=side, nchannel=3
+    )
+    texture.data = np.repeat(gray[..., None], 3, axis=-1).tobytes()
+    material = spec.add_material(
+        name=name, specular=0.2, shininess=0.3, texuniform=True, texrepeat=[3, 3]
+    )
+    material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
 
 
 def _compile(scene: SceneSpec) -> mujoco.MjModel:
     spec = base_spec().copy()
     look = scene.look
-    for name in ("table", "floor", "wall", "wall_side"):
-        geom = spec.geom(name)
-        geom.material, color = look.surfaces[name.partition("_")[0]]
-        geom.rgba = [*color, 1.0]
+    _furnish(spec, look)
+    for geom in spec.worldbody.geoms:
+        surface = geom.name.partition("_")[0]
+        if surface in look.surfaces:
+            geom.material, color = look.surfaces[surface]
+            geom.rgba = [*color, 1.0]
     for i, thing in enumerate(scene.things):
         kind = KINDS[thing.kind]
         body = spec.worldbody.add_body(name=f"object{i}", pos=thing.position, quat=thing.rotation)
@@ -264,6 +288,38 @@ def _compile(scene: SceneSpec) -> mujoco.MjModel:
     right /= length(right)
     camera, light = model.camera("external"), model.light("light")
     mujoco.mju_mat2Quat(camera.quat, np.stack([right, np.cross(back, right), back], axis=1).ravel())
-    camera.pos, camera.fovy = look.camera, FOVY
+    camera.pos, camera.fovy = look.camera, look.fovy_deg
     light.dir, light.diffuse, light.ambient = look.light, look.diffuse, look.ambient
+    if not look.is_robot_visible:
+        first, last = model.body("link0").id, model.body("finger2").id
+        is_robot = (model.geom_bodyid >= first) & (model.geom_bodyid <= last)
+        model.geom_rgba[is_robot, 3] = 0.0  # MuJoCo draws nothing that is fully transparent
     return model
+
+
+def _furnish(spec: mujoco.MjSpec, look: Look) -> None:
+    """Table, floor, walls and further lights, where a world has others than the usual ones."""
+    if look.table_half_size_m is not None:
+        half_x, half_y = look.table_half_size_m
+        spec.geom("table").size[:2] = half_x, half_y
+    if look.table_height_m is not None:
+        spec.geom("floor").pos[2] = -look.table_height_m
+    if look.has_four_walls:
+        for name, size, position in _FURTHER_WALLS:
+            spec.worldbody.add_geom(
+                name=name,
+                type=mujoco.mjtGeom.mjGEOM_BOX,
+                size=size,
+                pos=position,
+                contype=0,
+                conaffinity=0,
+            )
+    for direction, color in look.fill_lights:
+        spec.worldbody.add_light(
+            type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
+            castshadow=False,
+            dir=direction,
+            diffuse=color,
+            ambient=(0.0, 0.0, 0.0),
+            specular=(0.0, 0.0, 0.0),
+        )

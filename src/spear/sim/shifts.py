@@ -1,0 +1,288 @@
+"""Shifts: scenes that differ from those of training along one axis, by one of three levels.
+
+The axes are those of LIBERO-Plus (arXiv 2510.13626); their levels here are our choice. Six of them change
+the scene and stand here: camera, light, background, layout, robot, language. The seventh, noise, changes what
+the policy is shown and when its answer counts (`spear.evaluate.noise`).
+
+The same scene, axis and level always give the same result, and an axis changes nothing but what it says.
+"""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spear.errors import SpearError, check_known
+from spear.sim.objects import GRASPABLE, TASK_FREE_KINDS
+from spear.sim.scene import (
+    DISTRACTORS,
+    FOVY,
+    SOURCE,
+    START,
+    SURFACES,
+    SYNONYMS,
+    TARGET,
+    Look,
+    Quat,
+    SceneSpec,
+)
+from spear.sim.textures import UNSEEN_TEXTURES
+from spear.sim.worlds import CameraOrbit, add_clutter, any_color, color_near, light_from_above
+
+SCENE_AXES = ("camera", "light", "background", "layout", "robot", "language")
+AXES = (*SCENE_AXES, "noise")
+LEVELS = (1, 2, 3)
+
+_STREAM = 103
+"""First number of the seeds of the random streams here, so that they differ from those of scenes."""
+
+MIN_CAMERA_ELEVATION_DEG = 12.0
+MAX_CAMERA_ELEVATION_DEG = 78.0
+"""Lower, the table hides itself; higher, "up" in the picture is undefined."""
+TRAINING_START_RANGE_M = 0.08
+"""How far from `START` the gripper begins in training, along each axis, m."""
+TRAINING_YAW_DEG = 30.0
+"""How far the gripper is turned at the start in training, degrees."""
+MIN_START_HEIGHT_M = 0.12
+"""The gripper never begins lower than this: it would stand in the objects."""
+
+_WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+UNSEEN_TEMPLATES: dict[str, Sequence[str]] = _WORDS["unseen_templates"]
+UNSEEN_SYNONYMS: dict[str, Sequence[str]] = _WORDS["unseen_synonyms"]
+POLITE_PREFIXES: Sequence[str] = _WORDS["politeness"]["prefixes"]
+POLITE_SUFFIXES: Sequence[str] = _WORDS["politeness"]["suffixes"]
+
+
+@dataclass(frozen=True)
+class CameraLevel:
+    """How far the external camera is moved: each value is the end of a symmetric range."""
+
+    azimuth_deg: float
+    elevation_deg: float
+    distance_factor: float
+    fovy_deg: float
+
+
+@dataclass(frozen=True)
+class LightLevel:
+    """How far the light changes; its direction is anywhere above at every level."""
+
+    brightness_factor: float
+    warmth: float
+
+
+CAMERA_LEVELS = {
+    1: CameraLevel(azimuth_deg=15, elevation_deg=10, distance_factor=1.15, fovy_deg=3),
+    2: CameraLevel(azimuth_deg=30, elevation_deg=20, distance_factor=1.3, fovy_deg=8),
+    3: CameraLevel(azimuth_deg=60, elevation_deg=30, distance_factor=1.6, fovy_deg=15),
+}
+LIGHT_LEVELS = {
+    1: LightLevel(brightness_factor=1.3, warmth=0.10),
+    2: LightLevel(brightness_factor=1.8, warmth=0.25),
+    3: LightLevel(brightness_factor=2.5, warmth=0.40),
+}
+BACKGROUND_COLOR_DISTANCE = 0.25
+"""Level 1: how far each part of a surface's color is moved at most. Levels 2 and 3: any color."""
+NUM_CLUTTER = {1: 3, 2: 6, 3: 9}
+START_DISTANCE_M = {1: 0.04, 2: 0.08, 3: 0.12}
+"""How far beyond training's range the gripper may begin, m."""
+START_TURN_DEG = {1: 15.0, 2: 30.0, 3: 45.0}
+"""How far beyond training's range the gripper may be turned at the start, degrees."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One axis at one level.
+
+    >>> Shift.parse("camera:2")
+    Shift(axis='camera', level=2)
+    """
+
+    axis: str
+    level: int
+
+    def __str__(self) -> str:
+        return f"{self.axis}:{self.level}"
+
+    @staticmethod
+    def parse(text: str) -> "Shift":
+        """Read "AXIS:LEVEL", or "AXIS", which is level 2. Raises `SpearError` for anything else."""
+        axis, colon, level_text = text.partition(":")
+        check_known("shift", AXES, axis)
+        if not colon:
+            return Shift(axis, 2)
+        if level_text not in [str(level) for level in LEVELS]:
+            raise SpearError(
+                f"Shift {text!r} has no level {level_text!r}. Write {axis}:1, {axis}:2 or {axis}:3."
+            )
+        return Shift(axis, int(level_text))
+
+
+def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
+    """The same task, shifted.
+
+    Args:
+        scene: as `spear.sim.scene.sample_scene` draws it, perhaps placed in another world.
+        shift: which axis changes and how much. "noise" leaves the scene as it is.
+
+    Returns:
+        The scene with that axis changed and nothing else.
+    """
+    rng = np.random.default_rng(
+        [_STREAM, AXES.index(shift.axis), shift.level, *scene.family.encode(), scene.seed]
+    )
+    if shift.axis == "camera":
+        return _with_look(scene, _shift_camera(scene.look, CAMERA_LEVELS[shift.level], rng))
+    if shift.axis == "light":
+        return _with_look(scene, _shift_light(scene.look, LIGHT_LEVELS[shift.level], rng))
+    if shift.axis == "background":
+        return _with_look(scene, _shift_background(scene.look, shift.level, rng))
+    if shift.axis == "layout":
+        kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
+        kinds = _without_task_objects(scene, kinds)
+        things = add_clutter(scene.things, kinds, NUM_CLUTTER[shift.level], rng)
+        return dataclasses.replace(scene, things=things)
+    if shift.axis == "robot":
+        return dataclasses.replace(
+            scene,
+            ee_position=_shift_start_position(shift.level, rng),
+            ee_rotation=_shift_start_rotation(shift.level, rng),
+        )
+    if shift.axis == "language":
+        return dataclasses.replace(scene, instruction=_shift_words(scene, shift.level, rng))
+    return scene
+
+
+def _with_look(scene: SceneSpec, look: Look) -> SceneSpec:
+    return dataclasses.replace(scene, look=look)
+
+
+def _shift_camera(look: Look, level: CameraLevel, rng: np.random.Generator) -> Look:
+    orbit = CameraOrbit.of(look)
+    elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
+    log_factor = math.log(level.distance_factor)
+    moved = CameraOrbit(
+        target=orbit.target,
+        azimuth_deg=orbit.azimuth_deg + rng.uniform(-level.azimuth_deg, level.azimuth_deg),
+        elevation_deg=float(
+            np.clip(elevation_deg, MIN_CAMERA_ELEVATION_DEG, MAX_CAMERA_ELEVATION_DEG)
+        ),
+        distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
+    )
+    return dataclasses.replace(
+        look,
+        camera=moved.position(),
+        fovy_deg=FOVY + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
+        has_four_walls=True,
+    )
+
+
+def _shift_light(look: Look, level: LightLevel, rng: np.random.Generator) -> Look:
+    log_factor = math.log(level.brightness_factor)
+    factor = math.exp(rng.uniform(-log_factor, log_factor))
+    warmth = rng.uniform(-level.warmth, level.warmth)
+    tint = np.array([1 + warmth, 1.0, 1 - warmth])
+    diffuse = np.clip(np.array(look.diffuse) * factor * tint, 0, 1)
+    ambient = np.clip(np.array(look.ambient) * factor * tint, 0, 1)
+    return dataclasses.replace(
+        look,
+        light=light_from_above(rng),
+        diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
+        ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
+    )
+
+
+def _shift_background(look: Look, level: int, rng: np.random.Generator) -> Look:
+    surfaces = {}
+    for name in SURFACES:
+        material, color = look.surfaces[name]
+        if level == 1:
+            color = color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
+        else:
+            color = any_color(rng)
+        if level == 3:
+            material = str(rng.choice(tuple(UNSEEN_TEXTURES)))
+        surfaces[name] = (material, color)
+    return dataclasses.replace(look, surfaces=surfaces)
+
+
+def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Kinds that cannot be mistaken for the source or the target of the task."""
+    task_kinds = {scene.things[SOURCE].kind, scene.things[TARGET].kind}
+    return tuple(kind for kind in kinds if kind not in task_kinds)
+
+
+def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
+    """A start outside the box from which training starts, by up to the level's distance along one axis."""
+    inner = TRAINING_START_RANGE_M
+    outer = inner + START_DISTANCE_M[level]
+    offset = rng.uniform(-outer, outer, 3)
+    axis = int(rng.integers(0, 3))
+    sign = 1.0 if axis == 2 else float(rng.choice([-1.0, 1.0]))  # downward there is no room
+    offset[axis] = sign * rng.uniform(inner, outer)
+    x, y, z = START + offset
+    return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
+
+
+def _shift_start_rotation(level: int, rng: np.random.Generator) -> Quat:
+    """Turned about the vertical by more than in training."""
+    extra_deg = rng.uniform(0, START_TURN_DEG[level])
+    yaw = math.radians(TRAINING_YAW_DEG + extra_deg) * float(rng.choice([-1.0, 1.0]))
+    return math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)
+
+
+def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
+    """Level 1: unseen templates. Level 2: unseen synonyms too, and politeness. Level 3: relations too."""
+    source, target = scene.things[SOURCE], scene.things[TARGET]
+    is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
+    template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)
+    if level == 1:
+        source_name = _pick_word(SYNONYMS.get(source.kind, (source.kind,)), rng)
+        target_name = _pick_word(SYNONYMS.get(target.kind, (target.kind,)), rng)
+        return template.format(source=source_name, target=target_name)
+
+    source_name = _pick_word(UNSEEN_SYNONYMS.get(source.kind, (source.kind,)), rng)
+    target_name = _pick_word(UNSEEN_SYNONYMS.get(target.kind, (target.kind,)), rng)
+    if level == 3:
+        source_name = describe_by_relation(scene, SOURCE) or source_name
+    sentence = template.format(source=source_name, target=target_name)
+    return _pick_word(POLITE_PREFIXES, rng) + sentence + _pick_word(POLITE_SUFFIXES, rng)
+
+
+def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
+    """Describe an object by where it lies, if only one object fits the description.
+
+    Left and right are those of the external camera's picture. None where several objects fit.
+    """
+    lateral = _picture_coordinates(scene)
+    candidates = [i for i, thing in enumerate(scene.things) if thing.kind in GRASPABLE]
+    anchors = [i for i in range(len(scene.things)) if i != index]
+    for anchor in anchors:
+        for word, sign in (("left", -1), ("right", 1)):
+            matching = [
+                i
+                for i in candidates
+                if i != anchor and sign * (lateral[i] - lateral[anchor]) > 0.03
+            ]
+            if matching == [index]:
+                return f"thing {word} of the {scene.things[anchor].kind}"
+    return None
+
+
+def _picture_coordinates(scene: SceneSpec) -> list[float]:
+    """How far right of the picture's middle each object lies, m."""
+    backward = np.subtract(scene.look.camera, scene.look.target)
+    right = np.array([-backward[1], backward[0]]) / math.hypot(backward[0], backward[1])
+    coordinates = []
+    for thing in scene.things:
+        offset = np.subtract(thing.position, scene.look.target)
+        coordinates.append(float(offset[0] * right[0] + offset[1] * right[1]))
+    return coordinates
+
+
+def _pick_word(words: Sequence[str], rng: np.random.Generator) -> str:
+    return words[int(rng.integers(len(words)))]

@@ -1,0 +1,226 @@
+"""Worlds: in which surroundings the scenes of the simulator stand.
+
+    default  the table, camera and light that `spear.sim.scene` draws. Nothing here changes it.
+    lab:N    laboratory number N: one camera, table, wall and light, drawn once and used by all its scenes.
+    wild     other surroundings in every scene: camera anywhere around the table, any colors and textures,
+             several lights, tables and floors of other sizes and heights, and clutter that no task uses.
+
+A world changes surroundings only. The objects of a task, where they lie and what is asked for stay those of
+the scene's seed, so that two worlds can be compared on the same tasks.
+
+All ranges are our choice.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from spear.errors import SpearError
+from spear.sim.objects import KINDS, TASK_FREE_KINDS, Color, Vec3
+from spear.sim.scene import FOVY, SURFACES, Look, SceneSpec, Thing
+from spear.sim.textures import WILD_TEXTURES
+
+DEFAULT = "default"
+WILD = "wild"
+_LAB = re.compile(r"lab:(\d{1,6})")
+
+_WILD_STREAM = 101
+_LAB_STREAM = 102
+"""First numbers of the seeds of the random streams here, so that they differ from those of scenes."""
+
+CLUTTER_AREA_M = ((0.22, 0.80), (-0.40, 0.40))
+"""Where clutter may lie: x and y ranges on the table, m, base frame. Larger than where tasks happen."""
+CLUTTER_GAP_M = 0.015
+"""Free space between clutter and what lay there before, m."""
+
+
+@dataclass(frozen=True)
+class CameraOrbit:
+    """Where a camera is, seen from the point that it looks at.
+
+    azimuth_deg    about the vertical axis; 0 looks along −x at the robot, positive is to the robot's left.
+    elevation_deg  above the horizon.
+    distance_m     from the point.
+    """
+
+    target: Vec3
+    azimuth_deg: float
+    elevation_deg: float
+    distance_m: float
+
+    @staticmethod
+    def of(look: Look) -> "CameraOrbit":
+        """The orbit of the external camera of a scene."""
+        x, y, z = np.subtract(look.camera, look.target)
+        return CameraOrbit(
+            target=look.target,
+            azimuth_deg=math.degrees(math.atan2(y, x)),
+            elevation_deg=math.degrees(math.atan2(z, math.hypot(x, y))),
+            distance_m=math.sqrt(x * x + y * y + z * z),
+        )
+
+    def position(self) -> Vec3:
+        """Of the camera, m, base frame."""
+        azimuth = math.radians(self.azimuth_deg)
+        elevation = math.radians(self.elevation_deg)
+        horizontal = self.distance_m * math.cos(elevation)
+        return (
+            self.target[0] + horizontal * math.cos(azimuth),
+            self.target[1] + horizontal * math.sin(azimuth),
+            self.target[2] + self.distance_m * math.sin(elevation),
+        )
+
+
+def check_world(name: str) -> str:
+    """Return `name` if there is such a world. Raises `SpearError` otherwise."""
+    if name in (DEFAULT, WILD) or _LAB.fullmatch(name):
+        return name
+    raise SpearError(
+        f"There is no world {name!r}. Choose default, wild, or lab:N with a number N, such as lab:3."
+    )
+
+
+def lab_of_scene(seed: int, num_labs: int) -> str:
+    """The lab, of `num_labs`, in which the scene of a seed stands.
+
+    >>> lab_of_scene(10_005, 4)
+    'lab:1'
+    """
+    return f"lab:{seed % num_labs}"
+
+
+def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
+    """The same task in the surroundings of a world.
+
+    Args:
+        scene: as `spear.sim.scene.sample_scene` or `clutter_scene` draws it.
+        name: "default", "wild" or "lab:N".
+
+    Returns:
+        The scene with other surroundings. The same scene and name always give the same result.
+
+    Raises:
+        SpearError: there is no such world.
+    """
+    check_world(name)
+    if name == DEFAULT:
+        return scene
+
+    lab = _LAB.fullmatch(name)
+    if lab:
+        rng = np.random.default_rng([_LAB_STREAM, int(lab[1])])
+        return dataclasses.replace(scene, look=_lab_look(scene.look, rng))
+
+    rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
+    look = _wild_look(scene.look, rng)
+    num_clutter = int(rng.integers(0, 5))
+    things = add_clutter(scene.things, TASK_FREE_KINDS, num_clutter, rng)
+    return dataclasses.replace(scene, look=look, things=things)
+
+
+def without_robot(scene: SceneSpec) -> SceneSpec:
+    """The same scene, whose pictures do not show the robot."""
+    return dataclasses.replace(scene, look=dataclasses.replace(scene.look, is_robot_visible=False))
+
+
+def add_clutter(
+    things: tuple[Thing, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
+) -> tuple[Thing, ...]:
+    """Lay up to `number` further objects on the table, as far as there is room. They keep their distance."""
+    result = list(things)
+    for _ in range(number):
+        name = str(rng.choice(kinds))
+        thing = _find_free_place(name, result, rng)
+        if thing is not None:
+            result.append(thing)
+    return tuple(result)
+
+
+def any_color(rng: np.random.Generator) -> Color:
+    """Any color, uniform in red, green and blue from 0.05 to 0.95."""
+    red, green, blue = rng.uniform(0.05, 0.95, 3)
+    return float(red), float(green), float(blue)
+
+
+def color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
+    """A color whose parts each differ by at most `distance`."""
+    red, green, blue = np.clip(color + rng.uniform(-distance, distance, 3), 0, 1)
+    return float(red), float(green), float(blue)
+
+
+def light_from_above(rng: np.random.Generator) -> Vec3:
+    """The direction of a light, uniform over the hemisphere, at least 15° above the horizon."""
+    azimuth = rng.uniform(-math.pi, math.pi)
+    height = rng.uniform(math.sin(math.radians(15)), 1)
+    horizontal = math.sqrt(1 - height * height)
+    return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
+
+
+def _wild_look(look: Look, rng: np.random.Generator) -> Look:
+    orbit = CameraOrbit.of(look)
+    center = np.array(look.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
+    camera = CameraOrbit(
+        target=(float(center[0]), float(center[1]), float(center[2])),
+        azimuth_deg=orbit.azimuth_deg + rng.uniform(-60, 60),
+        elevation_deg=rng.uniform(15, 70),
+        distance_m=orbit.distance_m * math.exp(rng.uniform(math.log(0.6), math.log(1.6))),
+    )
+    textures = (*WILD_TEXTURES, "plain", "wood", "planks", "cloth", "tiles")
+    warmth = rng.uniform(-0.12, 0.12)
+    brightness = rng.uniform(0.3, 0.8)
+    fill_lights = []
+    for _ in range(int(rng.integers(0, 3))):
+        fill_lights.append((light_from_above(rng), color_near((0.2, 0.2, 0.2), 0.1, rng)))
+    return dataclasses.replace(
+        look,
+        camera=camera.position(),
+        target=camera.target,
+        fovy_deg=float(rng.uniform(30, 65)),
+        surfaces={name: (str(rng.choice(textures)), any_color(rng)) for name in SURFACES},
+        light=light_from_above(rng),
+        diffuse=color_near((brightness + warmth, brightness, brightness - warmth), 0.02, rng),
+        ambient=color_near((0.4, 0.4, 0.4), 0.12, rng),
+        fill_lights=tuple(fill_lights),
+        table_half_size_m=(float(rng.uniform(0.5, 0.9)), float(rng.uniform(0.5, 1.1))),
+        table_height_m=float(rng.uniform(0.4, 1.1)),
+        has_four_walls=True,
+    )
+
+
+def _lab_look(look: Look, rng: np.random.Generator) -> Look:
+    """A laboratory: a wild world drawn once, with the camera where a person would mount it."""
+    wild = _wild_look(look, rng)
+    orbit = CameraOrbit.of(wild)
+    target = (0.48, 0.01, 0.09)
+    camera = CameraOrbit(
+        target=target,
+        azimuth_deg=float(rng.uniform(-34, 86)),
+        elevation_deg=float(np.clip(orbit.elevation_deg, 20, 60)),
+        distance_m=float(rng.uniform(0.75, 1.2)),
+    )
+    return dataclasses.replace(
+        wild, camera=camera.position(), target=target, fovy_deg=float(rng.uniform(FOVY, 50))
+    )
+
+
+def _find_free_place(name: str, others: list[Thing], rng: np.random.Generator) -> Thing | None:
+    """A place for an object where it touches no other; None after 30 attempts."""
+    kind = KINDS[name]
+    (min_x, max_x), (min_y, max_y) = CLUTTER_AREA_M
+    for _ in range(30):
+        x = float(rng.uniform(min_x, max_x))
+        y = float(rng.uniform(min_y, max_y))
+        is_free = True
+        for other in others:
+            distance = math.hypot(x - other.position[0], y - other.position[1])
+            if distance < kind.radius + KINDS[other.kind].radius + CLUTTER_GAP_M:
+                is_free = False
+        if is_free:
+            yaw = float(rng.uniform(-math.pi, math.pi))
+            rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
+            color = color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
+            return Thing(name, (x, y, kind.height), rotation, color)
+    return None

@@ -1,0 +1,166 @@
+"""Each shift changes what it says, by its level, and nothing else."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from spear.errors import SpearError
+from spear.sim.objects import TASK_FREE_KINDS
+from spear.sim.scene import FAMILIES, START, SYNONYMS, TEMPLATES, SceneSpec, sample_scene
+from spear.sim.shifts import (
+    AXES,
+    CAMERA_LEVELS,
+    LEVELS,
+    NUM_CLUTTER,
+    SCENE_AXES,
+    TRAINING_START_RANGE_M,
+    UNSEEN_SYNONYMS,
+    UNSEEN_TEMPLATES,
+    Shift,
+    describe_by_relation,
+    shift_scene,
+)
+from spear.sim.textures import UNSEEN_TEXTURES
+from spear.sim.worlds import CameraOrbit
+
+CHANGED_FIELDS = {
+    "camera": {"look"},
+    "light": {"look"},
+    "background": {"look"},
+    "layout": {"things"},
+    "robot": {"ee_position", "ee_rotation"},
+    "language": {"instruction"},
+    "noise": set(),
+}
+CHANGED_LOOK_FIELDS = {
+    "camera": {"camera", "fovy_deg", "has_four_walls"},
+    "light": {"light", "diffuse", "ambient"},
+    "background": {"surfaces"},
+}
+
+
+def differing_fields(first: object, second: object) -> set[str]:
+    names = [field.name for field in dataclasses.fields(first)]  # type: ignore[arg-type]
+    return {name for name in names if getattr(first, name) != getattr(second, name)}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("axis", AXES)
+def test_an_axis_changes_only_what_it_says(axis: str, level: int) -> None:
+    scene = sample_scene("put_on", 5)
+
+    shifted = shift_scene(scene, Shift(axis, level))
+
+    assert differing_fields(scene, shifted) == CHANGED_FIELDS[axis]
+    if axis in CHANGED_LOOK_FIELDS:
+        assert differing_fields(scene.look, shifted.look) <= CHANGED_LOOK_FIELDS[axis]
+
+
+@pytest.mark.parametrize("axis", SCENE_AXES)
+def test_the_same_seed_gives_the_same_shift(axis: str) -> None:
+    scene = sample_scene("put_in_basket", 9)
+
+    assert shift_scene(scene, Shift(axis, 2)) == shift_scene(scene, Shift(axis, 2))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_camera_moves_within_its_level(level: int) -> None:
+    limits = CAMERA_LEVELS[level]
+
+    for seed in range(30):
+        scene = sample_scene("stack_cube", seed)
+        before = CameraOrbit.of(scene.look)
+        after = CameraOrbit.of(shift_scene(scene, Shift("camera", level)).look)
+
+        assert abs(after.azimuth_deg - before.azimuth_deg) <= limits.azimuth_deg + 1e-6
+        assert abs(after.elevation_deg - before.elevation_deg) <= limits.elevation_deg + 1e-6
+        ratio = after.distance_m / before.distance_m
+        assert 1 / limits.distance_factor - 1e-6 <= ratio <= limits.distance_factor + 1e-6
+
+
+def test_background_textures_of_level_3_appear_nowhere_else() -> None:
+    scene = sample_scene("put_on", 2)
+
+    surfaces = shift_scene(scene, Shift("background", 3)).look.surfaces
+
+    assert {material for material, _ in surfaces.values()} <= set(UNSEEN_TEXTURES)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_clutter_is_of_unseen_kinds_from_level_2(level: int) -> None:
+    counts = []
+    for seed in range(10):
+        scene = sample_scene("put_on", seed)
+        added = shift_scene(scene, Shift("layout", level)).things[len(scene.things) :]
+        counts.append(len(added))
+
+        assert {thing.kind for thing in added} <= set(TASK_FREE_KINDS)
+
+    assert np.mean(counts) > 0.8 * NUM_CLUTTER[level]  # a full table has no room for all
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_gripper_begins_outside_the_range_of_training(level: int) -> None:
+    for seed in range(30):
+        scene = shift_scene(sample_scene("put_on", seed), Shift("robot", level))
+        offset = np.abs(np.array(scene.ee_position) - START)
+        yaw = 2 * math.atan2(scene.ee_rotation[3], scene.ee_rotation[0])
+
+        assert offset.max() >= TRAINING_START_RANGE_M
+        assert abs(yaw) >= math.radians(30) - 1e-9
+
+
+def seen_instructions() -> set[str]:
+    texts = set()
+    for family in FAMILIES:
+        for seed in range(10_000, 10_300):
+            texts.add(sample_scene(family, seed).instruction)
+    return texts
+
+
+def test_shifted_instructions_were_never_seen() -> None:
+    seen = seen_instructions()
+
+    for family in FAMILIES:
+        for level in LEVELS:
+            text = shift_scene(sample_scene(family, 3), Shift("language", level)).instruction
+            assert text not in seen
+
+
+def test_unseen_words_do_not_stand_among_those_of_training() -> None:
+    for name, templates in UNSEEN_TEMPLATES.items():
+        assert not set(templates) & set(TEMPLATES[name])
+    for kind, synonyms in UNSEEN_SYNONYMS.items():
+        new_words = set(synonyms) - {kind}
+        assert not new_words & set(SYNONYMS.get(kind, ()))
+
+
+def scene_with_a_relation() -> SceneSpec:
+    for seed in range(100):
+        scene = sample_scene("put_on", seed)
+        if describe_by_relation(scene, 1):
+            return scene
+    raise AssertionError("no scene has an object that a relation describes")
+
+
+def test_a_relation_names_another_object_of_the_scene() -> None:
+    scene = scene_with_a_relation()
+
+    description = describe_by_relation(scene, 1)
+
+    assert description is not None
+    anchor = description.rpartition(" of the ")[2]
+    assert anchor in {thing.kind for thing in scene.things}
+    assert anchor != scene.things[1].kind
+
+
+@pytest.mark.parametrize("text", ["camera:4", "camera:x", "camera:"])
+def test_a_level_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(SpearError, match="camera:1, camera:2 or camera:3"):
+        Shift.parse(text)
+
+
+def test_an_axis_alone_is_its_second_level() -> None:
+    assert Shift.parse("light") == Shift("light", 2)

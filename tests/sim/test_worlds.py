@@ -1,0 +1,111 @@
+"""Worlds change the surroundings of a scene and nothing of its task."""
+
+import numpy as np
+import pytest
+
+from spear.errors import SpearError
+from spear.sim.objects import TASK_FREE_KINDS
+from spear.sim.render import frame_of
+from spear.sim.scene import clutter_scene, sample_scene
+from spear.sim.world import GRIPPER, World
+from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
+
+
+@pytest.mark.parametrize("world", ["wild", "lab:3"])
+def test_a_world_keeps_the_task(world: str) -> None:
+    scene = sample_scene("put_on", 7)
+
+    placed = place_in_world(scene, world)
+
+    assert placed.things[: len(scene.things)] == scene.things
+    assert placed.instruction == scene.instruction
+    assert placed.ee_position == scene.ee_position
+    assert placed.look != scene.look
+
+
+def test_the_default_world_changes_nothing() -> None:
+    scene = sample_scene("stack_cube", 3)
+
+    assert place_in_world(scene, "default") is scene
+
+
+@pytest.mark.parametrize("world", ["wild", "lab:3"])
+def test_the_same_seed_gives_the_same_world(world: str) -> None:
+    scene = sample_scene("put_on", 7)
+
+    assert place_in_world(scene, world) == place_in_world(scene, world)
+
+
+def test_all_scenes_of_a_lab_look_alike() -> None:
+    first = place_in_world(sample_scene("put_on", 7), "lab:3").look
+    second = place_in_world(sample_scene("stack_cube", 8), "lab:3").look
+    other_lab = place_in_world(sample_scene("put_on", 7), "lab:4").look
+
+    assert first == second
+    assert first != other_lab
+
+
+def test_every_wild_scene_looks_different() -> None:
+    looks = [place_in_world(sample_scene("put_on", seed), "wild").look for seed in range(20)]
+
+    assert len({look.camera for look in looks}) == 20
+    assert len({look.surfaces["table"] for look in looks}) == 20
+
+
+def test_wild_cameras_stay_in_their_ranges() -> None:
+    nominal = CameraOrbit.of(sample_scene("put_on", 0).look)
+
+    for seed in range(50):
+        look = place_in_world(sample_scene("put_on", seed), "wild").look
+        orbit = CameraOrbit.of(look)
+
+        assert 15 <= orbit.elevation_deg <= 70
+        assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
+        assert 30 <= look.fovy_deg <= 65
+
+
+def test_clutter_is_of_kinds_that_no_task_uses() -> None:
+    scenes = [sample_scene("put_on", seed) for seed in range(20)]
+    clutter = []
+    for scene in scenes:
+        clutter += place_in_world(scene, "wild").things[len(scene.things) :]
+
+    assert clutter
+    assert {thing.kind for thing in clutter} <= set(TASK_FREE_KINDS)
+
+
+def test_pictures_without_the_robot_do_not_show_it() -> None:
+    scene = place_in_world(clutter_scene(10_004), "wild")
+
+    shown = frame_of(World(scene), "external", (168, 126))
+    hidden = frame_of(World(without_robot(scene)), "external", (168, 126))
+
+    assert GRIPPER in shown.names.values()
+    assert GRIPPER not in hidden.names.values()
+    assert not np.array_equal(shown.image, hidden.image)
+
+
+def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
+    frame = frame_of(World(place_in_world(clutter_scene(10_001), "wild")), "external", (280, 210))
+    assert frame.boxes and frame.instances is not None and frame.intrinsics is not None
+
+    for instance, vertices in frame.boxes.items():
+        rows, columns = np.nonzero(frame.instances == instance)
+        projected = vertices @ frame.intrinsics.T
+        pixels = projected[:, :2] / projected[:, 2:]
+
+        assert pixels[:, 0].min() - 2 <= columns.min()
+        assert columns.max() <= pixels[:, 0].max() + 2
+        assert pixels[:, 1].min() - 2 <= rows.min()
+        assert rows.max() <= pixels[:, 1].max() + 2
+
+
+def test_scenes_are_spread_over_the_labs() -> None:
+    labs = {lab_of_scene(seed, 4) for seed in range(10_000, 10_040)}
+
+    assert labs == {"lab:0", "lab:1", "lab:2", "lab:3"}
+
+
+def test_an_unknown_world_is_refused() -> None:
+    with pytest.raises(SpearError, match="no world 'mars'"):
+        place_in_world(sample_scene("put_on", 0), "mars")
