@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(SOURCE.rglob("*.py"))
 }
 
-BASIC = {"errors", "types", "util", "geometry"}
+BASIC = {"errors", "types", "util", "geometry", "gripper"}
 LOW = BASIC | {"flow", "tokens"}
 MIDDLE = LOW | {"sim", "data", "models", "labels"}
 HIGH = MIDDLE | {"policy", "chunks", "embodiments", "serve", "train", "evaluate"}
@@ -27,10 +27,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": {"errors"},
     "util": {"errors", "types"},
     "geometry": {"errors", "types"},
+    "gripper": {"errors", "types"},
     "flow": {"errors", "types", "geometry"},
     "tokens": {"errors", "types", "util"},
     "sim": BASIC,
-    "data": BASIC | {"sim"},
+    "checks": BASIC,
+    "data": BASIC | {"checks"},
+    "sim_data": BASIC | {"sim", "data"},
     "models": LOW,
     "labels": LOW | {"sim", "data", "models"},
     "chunks": BASIC,
@@ -38,13 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embodiments": BASIC | {"sim"},
     "serve": BASIC | {"chunks", "embodiments"},
     "train": MIDDLE - {"sim"},
-    "evaluate": MIDDLE | {"policy", "chunks", "embodiments", "serve"},
-    "ablations": HIGH,
-    "report": HIGH | {"ablations"},
+    "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
+    "audit": BASIC | {"checks", "data"},
+    "ablations": HIGH | {"sim_data"},
+    "report": HIGH | {"ablations", "audit"},
     "ui": HIGH,
     "demo": HIGH | {"report"},
     "doctor": HIGH | {"__init__"},
-    "cli": HIGH | {"ablations", "report", "ui", "demo", "doctor", "__init__"},
+    "cli": HIGH | {"sim_data", "audit", "ablations", "report", "ui", "demo", "doctor", "__init__"},
 }
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data import audit
-from spear.data.hypotheses import Recording
-from spear.data.senses import check_cameras, check_gripper
+from spear.audit import dataset_audit as audit
+from spear.audit.hypotheses import Recording
+from spear.checks.senses import check_cameras, check_gripper
 from spear.errors import SpearError
 
 DRAWS, SIZES = 200, (5, 8, 16)

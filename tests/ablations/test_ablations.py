@@ -30,7 +30,6 @@ from spear.ablations.plan import (
 from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
 from spear.ablations.run import done, final, run, scored
 from spear.ablations.table import fill, judge
-from spear.data.demonstrations import demonstrate
 from spear.evaluate import closed_loop
 from spear.evaluate.compare import references
 from spear.evaluate.results import Journal, Outcome
@@ -40,6 +39,7 @@ from spear.models.presets import PRESETS, preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.report.ablations import write
 from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim_data.demonstrations import demonstrate
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
 from spear.types import Action

@@ -156,7 +156,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused
 def test_interrupted_is_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("spear.data.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("spear.audit.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
     assert main(["data", "inspect", "x"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 

@@ -11,9 +11,10 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from data_tiny import make
 from spear.data import actions as rules
-from spear.data.actions import binarize_gripper, check_episode, chunk, episode_actions, resample
+from spear.data.actions import check_episode, chunk, episode_actions, resample
 from spear.data.readers.formats import read_episodes
 from spear.geometry import apply_step, quat_distance
+from spear.gripper import binarize_commands, binarize_gripper, commands_from_motion
 from spear.types import Episode
 
 
@@ -102,19 +103,19 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
         ([0.6] * 4, [1] * 4),
     ):
         often = np.interp(np.arange(6 * len(told) - 5) / 6, np.arange(len(told)), opening)
-        np.testing.assert_array_equal(rules.obeyed_commands(often, 30.0)[3::6], told[:-1])
+        np.testing.assert_array_equal(commands_from_motion(often, 30.0)[3::6], told[:-1])
         episode = dataclasses.replace(
             smooth_episode(0, len(told)), gripper=np.array(opening, np.float32)
         )
         np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], told)
     trigger = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
-    np.testing.assert_array_equal(rules.told_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
+    np.testing.assert_array_equal(binarize_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
     for half_open in (0.46 + 0.54 * trigger, 0.1 + 0.48 * trigger):
         np.testing.assert_array_equal(
-            rules.told_commands(half_open, 10.0), [1] * 2 + [0] * 6 + [1] * 4
+            binarize_commands(half_open, 10.0), [1] * 2 + [0] * 6 + [1] * 4
         )
     pulses = np.array([1, 0, 1, 0, 0, 1])
-    np.testing.assert_array_equal(rules.told_commands(pulses, 30.0), pulses)
+    np.testing.assert_array_equal(binarize_commands(pulses, 30.0), pulses)
     assert rules.RULES == 4  # whoever changes what is expected here, or of resampling, raises it
 
 

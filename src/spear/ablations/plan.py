@@ -60,8 +60,8 @@ def look_at(labels: Path, episodes: Path) -> Data:
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
     """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
-    from spear.data.demonstrations import demonstrate  # here: a plan does without PyTorch
     from spear.labels.scenes import label_scenes
+    from spear.sim_data.demonstrations import demonstrate  # here: a plan does without PyTorch
 
     (labels, episodes), sizes = _folders(options), dict(preset(PRESET).image_sizes)
     with lock(options.out / "locks" / "data", wait=True):

@@ -109,8 +109,8 @@ def record(options: RecordOptions) -> None:
         spear record --episodes 3000 --out runs/episodes
         spear record --policy nano --first-seed 40000 --out runs/corrections
     """
-    from spear.data.demonstrations import demonstrate
     from spear.models.presets import preset as find_preset
+    from spear.sim_data.demonstrations import demonstrate
 
     o, sizes = options, find_preset(options.preset).image_sizes
     how = o.first_seed, sizes, o.workers

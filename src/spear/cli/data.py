@@ -9,13 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from spear.data.options import (
-    AuditOptions,
-    DescribeOptions,
-    ExportOptions,
-    InspectOptions,
-    PrepareOptions,
-)
+from spear.audit.options import AuditOptions, DescribeOptions, InspectOptions
+from spear.data.options import ExportOptions, PrepareOptions
 from spear.errors import SpearError, Undecided, check_known, counted
 from spear.util.files import write_text
 
@@ -33,7 +28,7 @@ def inspect(options: InspectOptions) -> None:
         spear data inspect bridge_dataset/1.0.0
         spear data inspect my_lerobot_dataset --out look.html
     """
-    from spear.data.inspect import inspect as describe
+    from spear.audit.inspect import inspect as describe
 
     path, out, layout = options.path, options.out, options.layout
     _check_layout(path, layout)
@@ -57,7 +52,7 @@ def describe(options: DescribeOptions) -> None:
         spear data describe my_robot
         spear data describe my_robot --out my_robot/spear.json
     """
-    from spear.data.describe import describe as propose
+    from spear.audit.describe import describe as propose
     from spear.data.readers.formats import open_dataset
     from spear.data.readers.spec import SPEC_FILE
 
@@ -166,7 +161,7 @@ def audit(options: AuditOptions) -> None:
         spear data audit bridge_dataset/1.0.0
         spear data audit my_lerobot_dataset --out audit.html
     """
-    from spear.data.audit import audit as run
+    from spear.audit.dataset_audit import audit as run
     from spear.report.audit import conclusion, text, write_audit_page
 
     _check_layout(options.path, options.layout)

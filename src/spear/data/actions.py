@@ -14,76 +14,13 @@ import torch
 
 from spear.errors import SpearError, counted
 from spear.geometry import UNIT_TOLERANCE, quat_canonical, quat_normalize, quat_slerp, step_action
+from spear.gripper import commands_from_motion
 from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
 RULES = 4
 """Raised when a recording becomes other steps or actions than before: what is prepared is then made again."""
-CLOSED_BELOW, OPEN_ABOVE, MOVES_BY = 0.4, 0.6, 0.1
-"""Hysteresis of the gripper, openings in 0 … 1; and the change per second that is a motion (our choice)."""
-MOVED, STILL, REST_S = 0.15, 0.02, 0.4
-"""A gripper that opened or closed by so much was told to; so little is no motion; a rest, s (our choice)."""
-
-
-def binarize_gripper(opening: Array) -> Array:
-    """[T] openings to commands 0 or 1, float32, with hysteresis.
-
-    Above 0.6 is open, below 0.4 closed, between them the last one is kept (at the start: the nearer one).
-    """
-    state = np.full(len(opening), np.nan, np.float32)
-    state[opening > OPEN_ABOVE] = 1
-    state[opening < CLOSED_BELOW] = 0
-    if np.isnan(state[0]):
-        state[0] = float(opening[0] >= 0.5)
-    last = np.maximum.accumulate(np.where(np.isnan(state), 0, np.arange(len(state))))
-    return state[last]
-
-
-def obeyed_commands(opening: Array, rate_hz: float) -> Array:
-    """[T + 1] measured openings to the commands, 0 or 1, [T] of the steps between them.
-
-    A gripper that moved by `MOVED` was told to, from the first step of that motion on: around a wide object
-    it rests half open. Of closings with rests between them the last counts: before it the gripper was only
-    made narrower, to reach for something.
-    """
-    turns: list[tuple[int, int]] = []  # from which step it is told what
-    top = bottom = opening[0]
-    high = low = 0  # where it was last at the top, and at the bottom
-    for step, now in enumerate(opening):
-        top, bottom = max(top, now), min(bottom, now)
-        high, low = step if now > top - STILL else high, step if now < bottom + STILL else low
-        for told, moved, since in ((0, top - now, high), (1, now - bottom, low)):
-            if moved >= MOVED and (not turns or turns[-1][1] != told):
-                turns.append((since, told))
-                top = bottom = now
-                high = low = step
-    command = np.full(len(opening) - 1, 1 - turns[0][1] if turns else opening[0] >= 0.5, np.float32)
-    rest = max(1, round(REST_S * rate_hz))
-    for (start, told), (end, _) in zip(turns, [*turns[1:], (len(opening), 1)], strict=False):
-        way = opening[start:end]
-        rests = [at for at in range(rest, len(way)) if np.ptp(way[at - rest : at + 1]) < STILL]
-        rests = [at for at in rests if min(way[0] - way[at], way[at] - way[at:].min()) >= MOVED]
-        command[start + max(rests, default=0) :] = told
-    return command
-
-
-def told_commands(told: Array, rate_hz: float) -> Array:
-    """[T] commands 0 or 1 from openings [T] that were told: many on the way of a trigger or a leader's hand.
-    Steps of the motion have the command that it leads to. It is one from its second step on, by what it did
-    in 0.2 s, a step at 5 Hz. Those that are never below 0.4, or never above 0.6, but move (around a wide
-    object, say) tell what `obeyed_commands` makes of them."""
-    if np.ptp(told) >= MOVED and not (told.min() < CLOSED_BELOW and told.max() > OPEN_ABOVE):
-        return obeyed_commands(np.append(told[:1], told), rate_hz)
-    steps, at = max(1, round(rate_hz / RATE_HZ)), np.arange(len(told))
-    now, before = (
-        told[np.maximum(at - d, 0)] - told[np.maximum(at - d - steps, 0)] for d in (0, 1)
-    )
-    speed, command = (now * before > 0) * now * rate_hz / steps, binarize_gripper(told)
-    for step in reversed(range(len(command) - 1)):
-        if speed[step] * (command[step + 1] - command[step]) > MOVES_BY:
-            command[step] = command[step + 1]
-    return command
 
 
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
@@ -104,12 +41,12 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
 def episode_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
-    Without logged ones the gripper was told what it did (`obeyed_commands`). The last is not known.
+    Without logged ones the gripper was told what it did (`commands_from_motion`). The last is not known.
     """
     known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
     if episode.action is not None:
         return episode.action, known
-    command = obeyed_commands(np.append(episode.gripper, episode.gripper[-1]), episode.rate_hz)
+    command = commands_from_motion(np.append(episode.gripper, episode.gripper[-1]), episode.rate_hz)
     known = known & (np.arange(len(episode)) < len(episode) - 1)
     return derive_actions(episode.position, episode.rotation, command), known
 

@@ -7,25 +7,12 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import File, Layout, Number, Options, Split, Within
+from spear.util.options import Layout, Number, Options, Split, Within
 
 _SOURCE = "An RLDS or LeRobot dataset, or episodes written by this program."
 Source = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
 MOST_PIXELS = 8192
 """The largest side of an image that is asked for."""
-
-
-class InspectOptions(Options):
-    path: Source
-    out: File = None
-    """Write a page to this file."""
-    layout: Layout = None
-
-
-class DescribeOptions(Options):
-    path: Source
-    out: File = None
-    """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
 
 
 class Conversion(Options):
@@ -77,13 +64,4 @@ class ExportOptions(Options):
     split: Split = "train"
     images: Literal["image", "video"] = "image"
     """Images as they are (image), or as AV1 video (video), which is much smaller and a little blurred."""
-    layout: Layout = None
-
-
-class AuditOptions(Options):
-    path: Source
-    out: File = None
-    """Write a page with plots to this file."""
-    split: Annotated[str | None, arg(metavar="SPLIT")] = None
-    """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the first."""
     layout: Layout = None

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from spear.checks.senses import FROZEN_M
 from spear.data.mixture import TrainingSamples
-from spear.data.senses import FROZEN_M
 from spear.errors import notice
 from spear.geometry import quat_distance
 from spear.types import Array

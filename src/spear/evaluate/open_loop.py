@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.data.actions import HORIZON, binarize_gripper, chunk, episode_actions, resample
+from spear.data.actions import HORIZON, chunk, episode_actions, resample
 from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
+from spear.gripper import binarize_gripper
 from spear.types import Array, Episode, Policy
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, tracked

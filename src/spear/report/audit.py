@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.data.audit import EPISODES, STEPS, Finding, Margin, Part, Report, size
-from spear.data.hypotheses import integrate_translations
+from spear.audit.dataset_audit import EPISODES, STEPS, Finding, Margin, Part, Report, size
+from spear.audit.hypotheses import integrate_translations
 from spear.errors import counted
 from spear.report.page import render
 from spear.report.plot import GREY, Axis, Bar, Line, bars, chart

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spear.audit.dataset_audit import episode_steps
+from spear.audit.inspect import inspect, layout_known
 from spear.data.actions import episode_actions
-from spear.data.audit import episode_steps
-from spear.data.inspect import inspect, layout_known
 from spear.data.readers.formats import check_good, episode_counts, made, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE

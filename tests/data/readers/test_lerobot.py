@@ -13,9 +13,9 @@ import pytest
 
 from data_tiny import LAYOUT, copied, edit, make
 from refusals import refuses
-from spear.data.audit import audit
-from spear.data.describe import describe
-from spear.data.inspect import inspect
+from spear.audit.dataset_audit import audit
+from spear.audit.describe import describe
+from spear.audit.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import open_lerobot
 from spear.data.readers.rlds import open_rlds

@@ -17,9 +17,9 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same, copied, edit, write_records
 from refusals import refuses
-from spear.data.audit import audit
-from spear.data.describe import describe
-from spear.data.inspect import inspect
+from spear.audit.dataset_audit import audit
+from spear.audit.describe import describe
+from spear.audit.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.layout import column, episode_from, openings
 from spear.data.readers.rlds import open_rlds

@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import refuses
-from spear.data.hypotheses import JUDGED
+from spear.audit.hypotheses import JUDGED
 from spear.data.readers.layout import (
     FORMS,
     column,

@@ -14,7 +14,6 @@ import torch
 
 from refusals import refuses
 from spear import embodiments
-from spear.data.demonstrations import SETTINGS
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
 from spear.evaluate.compare import beside
@@ -29,6 +28,7 @@ from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.scenes import label_frames
+from spear.sim_data.demonstrations import SETTINGS
 from spear.types import Frame
 from spear.util.images import decode_image
 

@@ -10,14 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import (
-    check_actions,
-    check_episode,
-    derive_actions,
-    first_bad,
-    told_commands,
-)
-from spear.data.readers.spec import ANGLE_UNITS, ANGLES, LENGTH_UNITS, DatasetSpec, RotationFormat
+from spear.data.actions import check_actions, check_episode, derive_actions, first_bad
+from spear.data.readers.spec import ANGLES, DatasetSpec, RotationFormat
 from spear.errors import SpearError
 from spear.geometry import (
     euler_to_quat,
@@ -27,8 +21,10 @@ from spear.geometry import (
     quat_multiply,
     quat_rotate,
 )
+from spear.gripper import binarize_commands, observed_openings
 from spear.types import CONTROL, FASTEST, FASTEST_TURN, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 Steps = Mapping[str, Any]
 """An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not."""
@@ -83,7 +79,7 @@ def episode_from(steps: Steps, spec: DatasetSpec, source: str) -> Episode:
         if spec.source is not None:
             own["source"] = _text(steps, spec.source, source)
         return check_actions(dataclasses.replace(episode, **own))
-    command = None if command is None else told_commands(command, episode.rate_hz)
+    command = None if command is None else binarize_commands(command, episode.rate_hz)
     if spec.drop_idle:
         episode, command = _without_idle(episode, command)
     if command is None:
@@ -187,7 +183,7 @@ def openings(steps: Steps, spec: DatasetSpec, source: str) -> tuple[Array, Array
         told = found
     else:
         return found, None
-    return np.append(found[:1], found[:-1]) if np.allclose(found, told, atol=1e-3) else found, told
+    return observed_openings(found, told), told
 
 
 def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], source: str) -> Array:

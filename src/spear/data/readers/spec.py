@@ -51,9 +51,6 @@ RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
 ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
-LENGTH_UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
-ANGLE_UNITS = {"rad": 1.0, "deg": math.pi / 180}
-"""Unit -> metres; unit -> radians."""
 SPEC_FILE = "spear.json"
 
 
@@ -85,8 +82,8 @@ class DatasetSpec:
     instruction      column of the instruction, the same in all steps.
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
-    length_unit      of positions and of logged translations; see `LENGTH_UNITS`.
-    angle_unit       of the numbers in `rotation` and `logged_rotation` where angles; see `ANGLE_UNITS`.
+    length_unit      of positions and of logged translations; see `util.units`.
+    angle_unit       of the numbers in `rotation` and `logged_rotation` where angles; see `util.units`.
     tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame to ours:
                      parallel to the base frame when the gripper points down and its fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.

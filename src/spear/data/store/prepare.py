@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from spear.checks.recording import Recording
+from spear.checks.senses import MOVES, Check, check_gripper, comes_late, doubts, is_frozen, span
 from spear.data.actions import RULES, resample, with_actions
-from spear.data.audit import logged_layout, make_recording
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
 from spear.data.readers.splits import split_ranges
-from spear.data.senses import MOVES, Check, check_gripper, comes_late, doubts, is_frozen, span
 from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
@@ -164,8 +164,7 @@ def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
     first = [store.without_images(index) for index in range(min(len(store), 100))]
     for remark in doubts(first):
         notice(f"{path}: {remark}")
-    ours = logged_layout(store.path, None)
-    arms = [make_recording(vars(e), ours, e.source) for e in first]
+    arms = [Recording.from_episode(e) for e in first]
     checks = check_gripper(
         arms if logged else [dataclasses.replace(arm, command=None) for arm in arms]
     )

@@ -13,7 +13,6 @@ from queue import SimpleQueue
 import numpy as np
 
 from spear import embodiments
-from spear.data.demonstrations import check_seed, collect
 from spear.errors import check_known
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import NAMES
@@ -22,6 +21,7 @@ from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
 from spear.labels.scenes import Job, jobs_of, label_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
+from spear.sim_data.demonstrations import check_seed, collect
 from spear.types import RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import in_order
@@ -53,8 +53,8 @@ def demonstrate(
     policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError` as `spear.data.demonstrations.demonstrate`, and where ManiSkill, its assets or a renderer are
-    missing.
+    `SpearError` as `spear.sim_data.demonstrations.demonstrate`, and where ManiSkill, its assets or a
+    renderer are missing.
     """
     check_known("task", TASKS, *tasks)
     check_seed(first_seed)

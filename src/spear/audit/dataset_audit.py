@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 
-from spear.data.actions import check_instruction, check_norm
-from spear.data.hypotheses import (
+from spear.audit.hypotheses import (
     UNSCALED,
     Fit,
     Reading,
@@ -29,6 +28,17 @@ from spear.data.hypotheses import (
     translation_fits,
     turning_otherwise,
 )
+from spear.checks.senses import (
+    Check,
+    Verdict,
+    View,
+    check_cameras,
+    check_gripper,
+    check_rate,
+    doubts,
+    look,
+)
+from spear.data.actions import check_instruction, check_norm
 from spear.data.readers.formats import check_good, episode_counts, made, open_dataset, open_split
 from spear.data.readers.layout import (
     FORMS,
@@ -43,16 +53,6 @@ from spear.data.readers.layout import (
     to_quaternion,
 )
 from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
-from spear.data.senses import (
-    Check,
-    Verdict,
-    View,
-    check_cameras,
-    check_gripper,
-    check_rate,
-    doubts,
-    look,
-)
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from spear.checks.recording import Recording, are_degrees
 from spear.data.readers.layout import FORMS
-from spear.data.readers.spec import ANGLE_UNITS, LENGTH_UNITS, RECORDED_ONLY
+from spear.data.readers.spec import RECORDED_ONLY
 from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_rotate
 from spear.types import Array
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
 SHIFTS = (-1, 0, 1, 2)
 """Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
@@ -38,30 +40,6 @@ Scale = tuple[str, str, float]
 UNSCALED = "unit quaternion"
 JUDGED = tuple(form for form in FORMS if form not in RECORDED_ONLY)
 """Ways to write an orientation that are tried."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What the audit needs of one episode of T steps, as its dataset has it.
-
-    position     [T, 3] end-effector position, base frame.
-    rotation     [T, d] its orientation, written in whatever way.
-    translation  [T, 3] logged translations, or None.
-    turn         [T, d] logged rotations, or None.
-    valid        [T] bool, False where the action is none (the last step of derived actions, disturbances).
-    rate_hz      steps per second.
-    opening, command   [T] of the gripper, measured and commanded, 0 closed … 1 open, or None.
-    """
-
-    source: str
-    position: Array
-    rotation: Array
-    translation: Array | None
-    turn: Array | None
-    valid: Array
-    rate_hz: float
-    opening: Array | None = None
-    command: Array | None = None
 
 
 class Reading(NamedTuple):
@@ -185,7 +163,7 @@ def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
     """
     unit = UNSCALED
     if rotation.shape[1] == 3:
-        unit = "deg" if np.abs(rotation).max(initial=0) > 2.1 * np.pi else "rad"
+        unit = "deg" if are_degrees(rotation) else "rad"
     values = _vector(rotation * ANGLE_UNITS.get(unit, 1.0))
     return {name: _quaternions(name, values).numpy() for name in _forms(rotation)}, unit
 

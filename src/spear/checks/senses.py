@@ -12,11 +12,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from spear.data.actions import CLOSED_BELOW, OPEN_ABOVE, told_commands
-from spear.data.hypotheses import LENGTH_UNITS, Recording, state_quaternions
+from spear.checks.recording import Recording, are_degrees
 from spear.errors import SpearError, counted
+from spear.gripper import CLOSED_BELOW, OPEN_ABOVE, binarize_commands
 from spear.types import FASTEST, RATE_HZ, Array, Episode
 from spear.util.images import decode_image
+from spear.util.units import LENGTH_UNITS
 
 Verdict = Literal["agrees", "wrong", "cannot tell", "not said"]
 MOVES, RESTS = 0.1, 0.02
@@ -70,7 +71,7 @@ def doubts(recordings: Sequence[Recording | Episode]) -> list[str]:
             f"positions are up to {far:.2g} m from the base: steps, or another unit (length_unit)"
         )
     rotation = np.concatenate([r.rotation for r in recordings])
-    if state_quaternions(rotation)[1] == "deg":
+    if are_degrees(rotation):
         most = f"orientations go up to {np.abs(rotation).max():.4g}"
         remarks.append(f"{most}: degrees, where the layout has radians (angle_unit)")
     return remarks
@@ -106,7 +107,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     )
     if strength >= FOLLOWS:
         wrong = wrong or comes_late(
-            [(seen, told_commands(told, rate)) for seen, told, rate in commanded]
+            [(seen, binarize_commands(told, rate)) for seen, told, rate in commanded]
         )
         checks = [
             Check("gripper", verdict, words),

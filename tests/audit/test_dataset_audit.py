@@ -11,14 +11,14 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make
 from refusals import Command, refuses
+from spear.audit.dataset_audit import Report, audit, claims, judge, make_recording
+from spear.audit.hypotheses import Recording
+from spear.checks.senses import Check, check_cameras, look
 from spear.cli import main
 from spear.data.actions import derive_actions
-from spear.data.audit import Report, audit, claims, judge, make_recording
-from spear.data.hypotheses import Recording
 from spear.data.options import Conversion
 from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import REGISTRY
-from spear.data.senses import Check, check_cameras, look
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
 from spear.report.audit import conclusion, text
@@ -233,7 +233,7 @@ def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
     undecided = dataclasses.replace(
         audit(exported), parts=[], checks=[Check("grip", "cannot tell", "shut")]
     )
-    monkeypatch.setattr("spear.data.audit.audit", lambda *_: undecided)
+    monkeypatch.setattr("spear.audit.dataset_audit.audit", lambda *_: undecided)
     assert main(["data", "audit", str(exported)]) == 3
     assert str(capsys.readouterr()).count("(shut)") == 1  # its verdict is said once
 

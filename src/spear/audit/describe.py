@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data import hypotheses
-from spear.data.audit import MARGIN, UNEXPLAINED
+from spear.audit import hypotheses
+from spear.audit.dataset_audit import MARGIN, UNEXPLAINED
+from spear.checks.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
 from spear.data.readers.formats import episode_counts, open_dataset
 from spear.data.readers.layout import Sources, is_depth, leaves
 from spear.data.readers.lerobot import JOINT, LeRobotFolder
-from spear.data.readers.spec import ANGLES, LENGTH_UNITS
-from spear.data.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
+from spear.data.readers.spec import ANGLES
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import IMAGE_BEGINS
+from spear.util.units import LENGTH_UNITS
 
 EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
 """Episodes that are read, those in which columns are sought, and whose images are looked at; numbers that a

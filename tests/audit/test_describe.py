@@ -13,10 +13,10 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import copied, edit
 from refusals import refuses
+from spear.audit.dataset_audit import audit
+from spear.audit.describe import describe
+from spear.audit.inspect import inspect
 from spear.cli import main
-from spear.data.audit import audit
-from spear.data.describe import describe
-from spear.data.inspect import inspect
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.spec import REGISTRY
 

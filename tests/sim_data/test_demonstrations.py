@@ -9,9 +9,9 @@ import pytest
 
 from data_tiny import assert_same, edit
 from refusals import refuses
-from spear.data.demonstrations import SETTINGS, demonstrate
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.sim.record import Acts
+from spear.sim_data.demonstrations import SETTINGS, demonstrate
 from spear.util.ledger import lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}

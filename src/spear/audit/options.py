@@ -1,0 +1,30 @@
+"""Options of the commands that inspect, describe and audit robot data."""
+
+from typing import Annotated
+
+from tyro.conf import arg
+
+from spear.data.options import Source
+from spear.util.options import File, Layout, Options
+
+
+class InspectOptions(Options):
+    path: Source
+    out: File = None
+    """Write a page to this file."""
+    layout: Layout = None
+
+
+class DescribeOptions(Options):
+    path: Source
+    out: File = None
+    """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
+
+
+class AuditOptions(Options):
+    path: Source
+    out: File = None
+    """Write a page with plots to this file."""
+    split: Annotated[str | None, arg(metavar="SPLIT")] = None
+    """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the first."""
+    layout: Layout = None
