@@ -17,10 +17,10 @@ from spear.checks.senses import Check, check_cameras, look
 from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.options import Conversion
-from spear.data.readers.layout import franka_pose
 from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
+from spear.embodiments.kinematics import franka_pose
 from spear.report.audit import conclusion, text
 from spear.util.images import encode_jpeg
 

@@ -167,7 +167,12 @@ def test_neither_simpler_takes_the_others_observations() -> None:
 
 
 def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
-    from spear.sim import control
+    from spear.embodiments.inverse_kinematics import (
+        JOINT_LOWER_RAD,
+        JOINT_UPPER_RAD,
+        MAX_JOINT_SPEED_RAD_S,
+        compute_ee_pose,
+    )
 
     robot = embodiments.load("droid")
     seen = robot.example()
@@ -177,7 +182,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     joints = robot.controls["joint_position"].convert(chunk(), state, seen)
     assert joints.shape == (15, 8)
     for row, position, facing in zip(joints[2::3], positions, turns, strict=True):
-        at, orientation = control.pose(row[:7])
+        at, orientation = compute_ee_pose(row[:7])
         assert (
             np.linalg.norm(at - position) < 1e-3
             and (turn(orientation).inv() * facing).magnitude() < 5e-3
@@ -196,7 +201,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     )  # too fast for one action
     velocity = robot.controls["joint_velocity"].convert(turned, state, seen)[:, :7]
     assert np.abs(velocity[3:6]).max() > 0.1  # what is lost is made up for
-    at, orientation = control.pose(seen[droid.JOINTS] + 0.2 * velocity.sum(axis=0))
+    at, orientation = compute_ee_pose(seen[droid.JOINTS] + 0.2 * velocity.sum(axis=0))
     ends, facing = walked(state, turned)
     assert (
         np.linalg.norm(at - ends[-1]) < 1e-3
@@ -206,10 +211,10 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     speed = (
         np.abs(np.diff(hurried, axis=0, prepend=seen[droid.JOINTS][None]))
         * 15
-        / control.SPEED_LIMIT
+        / MAX_JOINT_SPEED_RAD_S
     )
     assert speed.max() == pytest.approx(1, abs=1e-4)
-    assert (hurried > control.JOINT_LOWER).all() and (hurried < control.JOINT_UPPER).all()
+    assert (hurried > JOINT_LOWER_RAD).all() and (hurried < JOINT_UPPER_RAD).all()
     rows = robot.controls["cartesian_position"].convert(chunk(), state, seen)
     hand_in_flange = Rotation.from_euler("ZX", [-45, 180], degrees=True)
     for row, position, facing in zip(rows[2::3], positions, turns, strict=True):

@@ -12,7 +12,15 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import refuses
-from spear.data.readers.layout import franka_pose
+from spear.embodiments.inverse_kinematics import (
+    HOME_JOINTS_RAD,
+    JOINT_LOWER_RAD,
+    JOINT_UPPER_RAD,
+    MAX_JOINT_SPEED_RAD_S,
+    compute_ee_pose,
+    solve_joints,
+)
+from spear.embodiments.kinematics import franka_pose
 from spear.sim import control
 from spear.sim.control import FLOOR, check_action
 from spear.sim.scene import sample_scene
@@ -26,9 +34,9 @@ def as_rotation(quat: np.ndarray) -> Rotation:
 
 
 def test_forward_kinematics_equal_the_published_parameters() -> None:
-    joints = np.random.default_rng(0).uniform(control.JOINT_LOWER, control.JOINT_UPPER, (50, 7))
+    joints = np.random.default_rng(0).uniform(JOINT_LOWER_RAD, JOINT_UPPER_RAD, (50, 7))
     for row, position, rotation in zip(joints, *franka_pose(joints), strict=True):
-        at, turned = control.pose(row)
+        at, turned = compute_ee_pose(row)
         np.testing.assert_allclose(at, position, atol=1e-9)
         np.testing.assert_allclose(
             *[as_rotation(one).as_matrix() for one in (turned, rotation)], atol=1e-9
@@ -40,26 +48,34 @@ def test_inverse_kinematics_reaches_poses_over_the_table_inside_the_limits() -> 
     for _ in range(40):
         position = rng.uniform([0.35, -0.25, 0.02], [0.62, 0.25, 0.35])
         lean = Rotation.from_rotvec(rng.uniform([-0.25, -0.25, -1.2], [0.25, 0.25, 1.2]))
-        joints = control.solve(
-            control.HOME, position, lean.as_quat(scalar_first=True), iterations=60
+        joints = solve_joints(
+            HOME_JOINTS_RAD,
+            position,
+            lean.as_quat(scalar_first=True),
+            iterations=60,
         )
-        at, turn = control.pose(joints)
+        at, turn = compute_ee_pose(joints)
         assert (
             np.linalg.norm(at - position) < 1e-3
             and (as_rotation(turn).inv() * lean).magnitude() < 5e-3
         )
-        assert (joints > control.JOINT_LOWER).all() and (joints < control.JOINT_UPPER).all()
+        assert (joints > JOINT_LOWER_RAD).all() and (joints < JOINT_UPPER_RAD).all()
 
 
 def test_threads_that_solve_at_once_find_what_each_finds_alone() -> None:
     rng = np.random.default_rng(3)
     tasks = [(rng.uniform([0.35, -0.2, 0.05], [0.6, 0.2, 0.3]), STILL) for _ in range(40)]
-    alone = [control.solve(control.HOME, *task) for task in tasks]
+    alone = [solve_joints(HOME_JOINTS_RAD, *task) for task in tasks]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as threads:
-            together = list(threads.map(lambda task: control.solve(control.HOME, *task), tasks))
+            together = list(
+                threads.map(
+                    lambda task: solve_joints(HOME_JOINTS_RAD, *task),
+                    tasks,
+                )
+            )
     finally:
         sys.setswitchinterval(interval)
     np.testing.assert_array_equal(together, alone)
@@ -105,11 +121,11 @@ def test_wild_actions_never_make_it_unstable_nor_leave_the_limits() -> None:
             world.servo.move(rng.normal(0, 0.5, 3), quat / np.linalg.norm(quat), rng.random())
             asked = np.abs(world.servo._command - before)
             assert (
-                asked <= control.SPEED_LIMIT * control.SUBSTEPS * world.model.opt.timestep + 1e-9
+                asked <= MAX_JOINT_SPEED_RAD_S * control.SUBSTEPS * world.model.opt.timestep + 1e-9
             ).all()
             joints = world.data.qpos[world.servo._joints]
-            assert (joints > control.JOINT_LOWER - 0.02).all() and (
-                joints < control.JOINT_UPPER + 0.02
+            assert (joints > JOINT_LOWER_RAD - 0.02).all() and (
+                joints < JOINT_UPPER_RAD + 0.02
             ).all()
             assert np.isfinite(world.data.qpos).all() and np.abs(world.data.qvel).max() < 100
         assert world.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number == 0

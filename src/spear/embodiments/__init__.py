@@ -1,7 +1,7 @@
 """Robots, one file each: their observations as SPEAR-1 wants them, SPEAR-1's actions as they take them.
 
-A file in this folder (all but tools.py), or any Python file of yours, that has an `EMBODIMENT` is a robot;
-its name is the file's. docs/robots.md shows how to write one.
+A file in this folder that has an `EMBODIMENT`, or any such Python file of yours, is a robot; its name is the
+file's. docs/robots.md shows how to write one.
 """
 
 import importlib
@@ -17,7 +17,8 @@ __all__ = ["Control", "Embodiment", "Observation", "load", "names"]
 
 def names() -> list[str]:
     """The robots that come with this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "tools")
+    modules = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(modules - {"tools", "kinematics", "inverse_kinematics"})
 
 
 def load(name: str) -> Embodiment:

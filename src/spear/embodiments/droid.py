@@ -8,8 +8,8 @@ would be smaller than in training if the model's own were added to them.
 
 Ours: the end-effector is the point between the fingers of the Franka hand, 0.1034 m from the flange; a
 chunk's five actions at 5 Hz become fifteen rows at 15 Hz on straight lines (joints) or geodesics (poses);
-joints come from the inverse kinematics of `spear.sim.control`, which stays inside the joint limits and goes
-as near as it can.
+joints come from `spear.embodiments.inverse_kinematics`, which stays inside the joint limits and goes as near
+as it can.
 """
 
 import itertools
@@ -45,11 +45,11 @@ def observe(observation: Observation, camera: str = IMAGE) -> dict[str, Any]:
     joints = read.radians(read.numbers(observation, JOINTS, 7), JOINTS)
     closed = read.opening(observation, GRIPPER, float(read.numbers(observation, GRIPPER, 1)[0]))
     arm = _kinematics()
-    beyond = np.maximum(arm.JOINT_LOWER - joints, joints - arm.JOINT_UPPER)
+    beyond = np.maximum(arm.JOINT_LOWER_RAD - joints, joints - arm.JOINT_UPPER_RAD)
     if beyond.max() > BEYOND:
         which = f"{JOINTS}: joint {beyond.argmax() + 1} is where a Franka's cannot be"
         notice(f"{which}: check their order, signs and unit before the arm moves")
-    position, rotation = arm.pose(joints)
+    position, rotation = arm.compute_ee_pose(joints)
     return {
         "observation/image": unpadded(read.image(observation, camera)),
         "observation/wrist_image": unpadded(read.image(observation, WRIST)),
@@ -73,7 +73,9 @@ def unpadded(image: Array) -> Array:
 
 def joint_positions(actions: Array, state: Array, observation: Observation) -> Array:
     """[3 H, 8] float32: joint angles (rad) and gripper, within the arm's speed."""
-    steps = _steps(actions, state, observation, _kinematics().SPEED_LIMIT * ROWS / RATE_HZ)
+    steps = _steps(
+        actions, state, observation, _kinematics().MAX_JOINT_SPEED_RAD_S * ROWS / RATE_HZ
+    )
     rows = read.numbers(observation, JOINTS, 7) + np.repeat(steps / ROWS, ROWS, axis=0).cumsum(
         axis=0
     )
@@ -105,9 +107,9 @@ def cartesian_positions(actions: Array, state: Array, observation: Observation) 
 
 def _kinematics() -> Any:
     need("mujoco", "sim", "droid")
-    from spear.sim import control
+    from spear.embodiments import inverse_kinematics
 
-    return control
+    return inverse_kinematics
 
 
 def _steps(actions: Array, state: Array, observation: Observation, fastest: Any) -> Array:
@@ -116,7 +118,7 @@ def _steps(actions: Array, state: Array, observation: Observation, fastest: Any)
     arm, steps = _kinematics(), []
     at = wanted = read.numbers(observation, JOINTS, 7)
     for position, rotation in zip(*read.targets(state, actions), strict=True):
-        wanted = arm.solve(
+        wanted = arm.solve_joints(
             wanted, position, rotation, posture=wanted
         )  # the elbow stays where it is
         steps.append((wanted - at) / max(1.0, (np.abs(wanted - at) / fastest).max()))

@@ -12,7 +12,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, Floats, length
+from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
+from spear.sim.control import FINGER_TRAVEL
 from spear.sim.scene import SOURCE, TARGET
 from spear.sim.world import World, placed
 
@@ -60,7 +61,7 @@ def _approach(world: World, position: Floats, yaw: float, tilt: float) -> Aim:
     point, directions, width = _grasp(world)
     goal_yaw = _nearest_yaw(yaw, directions)
     turn = abs(_wrap(goal_yaw - yaw))
-    side = length(point[:2] - position[:2])
+    side = euclidean_norm(point[:2] - position[:2])
     error = side + _TURN_WEIGHT * (turn + tilt)
     goal = point + np.array([0, 0, np.clip(1.6 * (error - 0.012), 0, HOVER)])
     aligned = side < 0.008 and abs(point[2] - position[2]) < 0.008 and turn < 0.09 and tilt < 0.09
@@ -74,7 +75,7 @@ def _carry(world: World, position: Floats, yaw: float, tilt: float) -> Aim:
     goal_yaw = _placing_yaw(world, yaw)
     turn = abs(_wrap(goal_yaw - yaw))
     offset = world.position(TARGET)[:2] - world.position(SOURCE)[:2]
-    side = length(offset)
+    side = euclidean_norm(offset)
     error = side + _TURN_WEIGHT * (turn + tilt)
     underside, release = _underside(world), _release_height(world)
     height = min(max(CARRY, release), release + float(np.clip(2.0 * (error - 0.010), 0, 1)))
@@ -157,11 +158,11 @@ def _action(
     step = goal - position
     low = max(0.0, step[2] - 0.015)
     step[:2] *= max(0.0, 1.0 - low / 0.04)
-    step *= min(1.0, MAX_TRANSLATION / max(length(step), 1e-9))
+    step *= min(1.0, MAX_TRANSLATION / max(euclidean_norm(step), 1e-9))
     upright = np.array([math.cos(goal_yaw / 2), 0, 0, math.sin(goal_yaw / 2)])
     vector, delta = np.empty(3), np.empty(4)
     mujoco.mju_subQuat(vector, upright, rotation)
-    angle = length(vector)
+    angle = euclidean_norm(vector)
     mujoco.mju_axisAngle2Quat(delta, vector / max(angle, 1e-9), min(angle, MAX_ROTATION))
     return np.concatenate([step, delta, [opening]]).astype(np.float32)
 

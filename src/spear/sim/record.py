@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from spear.embodiments.inverse_kinematics import euclidean_norm
 from spear.sim import expert
-from spear.sim.control import length
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Size
 from spear.types import RATE_HZ, Array, Episode
@@ -181,7 +181,7 @@ class Pushes:
             return self.policy.act(self.policy.folder, observation, seed, step), True
         move, vector = rng.normal(0, how.translation, 3), rng.normal(0, how.rotation, 3)
         vector[2] += rng.normal(0, how.twist)
-        angle = length(vector)
+        angle = euclidean_norm(vector)
         quat = np.array([math.cos(angle / 2), *(math.sin(angle / 2) * vector / max(angle, 1e-9))])
         opening = 1.0 if holding and rng.random() < how.drop else action[7]
         if self.missed:

@@ -13,7 +13,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, SUBSTEPS, Floats, Servo, length
+from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
+from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, SUBSTEPS, Servo
 from spear.sim.objects import KINDS, Kind
 from spear.sim.scene import SOURCE, TARGET, Look, SceneSpec
 from spear.sim.textures import UNSEEN_TEXTURES, WILD_TEXTURES, draw_texture
@@ -148,9 +149,9 @@ def milestones(world: World) -> dict[str, bool]:
         world.positions() - world.start,
         world.model.body_dofadr[world.bodies[SOURCE].index],
     )
-    speed = length(world.data.qvel[start : start + 3])
+    speed = euclidean_norm(world.data.qvel[start : start + 3])
     return {
-        "reached": length(ee - world.position(SOURCE)) < NEAR,
+        "reached": euclidean_norm(ee - world.position(SOURCE)) < NEAR,
         "grasped": bool(touching == 2 and displaced[SOURCE, 2] > LIFTED),
         "success": touching == 0 and speed < SLOW and placed(world),
         "wrong_object_moved": bool((np.linalg.norm(displaced[2:], axis=1) > MOVED).any()),
@@ -202,7 +203,7 @@ def _euler_quat(euler: tuple[float, float, float]) -> Floats:
 
 @functools.cache
 def base_spec() -> mujoco.MjSpec:
-    """What every scene shares (world.xml, with the arm in arm.xml), and its materials."""
+    """What every scene shares (world.xml, with the arm in franka.xml), and its materials."""
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_suffix(".xml")))
     rng = np.random.default_rng(0)
     n = 128
@@ -283,9 +284,9 @@ def _compile(scene: SceneSpec) -> mujoco.MjModel:
             geom.contype, geom.conaffinity = (1, 3) if part.solid else (0, 0)
     model = spec.compile()
     back = np.array(look.camera) - look.target
-    back /= length(back)
+    back /= euclidean_norm(back)
     right = np.cross([0, 0, 1.0], back)
-    right /= length(right)
+    right /= euclidean_norm(right)
     camera, light = model.camera("external"), model.light("light")
     mujoco.mju_mat2Quat(camera.quat, np.stack([right, np.cross(back, right), back], axis=1).ravel())
     camera.pos, camera.fovy = look.camera, look.fovy_deg

@@ -15,7 +15,6 @@ from spear.data.readers.layout import (
     FORMS,
     column,
     episode_from,
-    franka_pose,
     recorded_pose,
     to_quaternion,
 )
@@ -29,6 +28,7 @@ from spear.data.readers.spec import (
     missing,
     read_spec,
 )
+from spear.embodiments.kinematics import franka_pose
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: spec for name, spec in REGISTRY.items() if spec.weight is not None}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from spear.data.actions import check_actions, check_episode, derive_actions, first_bad
 from spear.data.readers.spec import ANGLES, DatasetSpec, RotationFormat
+from spear.embodiments.kinematics import franka_pose
 from spear.errors import SpearError
 from spear.geometry import (
     euler_to_quat,
@@ -19,7 +20,6 @@ from spear.geometry import (
     quat_canonical,
     quat_exp,
     quat_multiply,
-    quat_rotate,
 )
 from spear.gripper import binarize_commands, observed_openings
 from spear.types import CONTROL, FASTEST, FASTEST_TURN, Array, Episode
@@ -382,44 +382,3 @@ def to_quaternion(values: Array, layout: RotationFormat, source: str = "") -> Ar
             wrong = f"not a rotation: {source} step {step}: the numbers are no rotation written as {layout}"
             raise SpearError(f"{wrong}; check the layout")
     return convert(tensor).numpy()
-
-
-_DH = (
-    (0.0, 0.333, 0.0),
-    (0.0, 0.0, -math.pi / 2),
-    (0.0, 0.316, math.pi / 2),
-    (0.0825, 0.0, math.pi / 2),
-    (-0.0825, 0.384, -math.pi / 2),
-    (0.0, 0.0, math.pi / 2),
-    (0.088, 0.0, math.pi / 2),
-    (0.0, 0.107 + 0.1034, 0.0),
-)
-"""Franka's published parameters (Craig's convention) of each joint: a m, d m, α rad. The last, which does not
-move: from joint 7 to the flange, and on to the point between the tips of Franka's own fingers."""
-_HAND = -math.pi / 4
-"""By how much the hand is turned on the flange, rad."""
-
-
-def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
-    """Joint angles [T, 7] of a Franka, rad, to positions [T, 3], m, and quaternions [T, 4] in the base frame.
-
-    The pose is that of our end-effector frame: between the finger tips of Franka's own hand, parallel to the
-    base frame when the gripper points straight down. Raises SpearError for other than 7 columns of radians.
-    """
-    if joints.ndim != 2 or joints.shape[1] != 7:
-        raise SpearError(
-            f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7"
-        )
-    if len(joints) and np.abs(joints).max() > 2 * math.pi:
-        raise SpearError(
-            f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected"
-        )
-    angles = torch.from_numpy(np.insert(joints.astype(np.float64), 7, _HAND, axis=1))
-    position, rotation = angles.new_zeros(3), angles.new_tensor([1, 0, 0, 0])
-    x, _, z = torch.eye(3, dtype=torch.float64)
-    for (a, d, alpha), angle in zip(_DH, angles.T, strict=True):
-        turn = quat_multiply(quat_exp(alpha * x), quat_exp(angle[:, None] * z))
-        step = angles.new_tensor([a, -d * math.sin(alpha), d * math.cos(alpha)])
-        position, rotation = position + quat_rotate(rotation, step), quat_multiply(rotation, turn)
-    half_turn = angles.new_tensor([0, 1, 0, 0])  # about x, which makes the hand's axes ours
-    return position.numpy(), quat_canonical(quat_multiply(rotation, half_turn)).numpy()

@@ -1,0 +1,96 @@
+"""Forward kinematics of the Franka arm: joint angles to end-effector poses.
+
+This module needs no simulator, so dataset readers use it for recordings that contain joint angles only. It
+computes all steps of a recording at once. `spear.embodiments.inverse_kinematics` computes one pose at a time
+on MuJoCo's model of the same arm and also solves the inverse problem; a test compares the two.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear.errors import SpearError
+from spear.geometry import quat_canonical, quat_exp, quat_multiply, quat_rotate
+from spear.types import Array
+
+NUM_JOINTS = 7
+FLANGE_OFFSET_M = 0.107  # from the frame of joint 7 to the flange
+FINGER_TIP_OFFSET_M = (
+    0.1034  # from the flange to the point between the tips of Franka's own fingers
+)
+HAND_ANGLE_RAD = -math.pi / 4  # the hand is mounted on the flange at this angle
+
+
+class _Link(NamedTuple):
+    """Denavit-Hartenberg parameters of one joint in Craig's convention."""
+
+    a_m: float
+    d_m: float
+    alpha_rad: float
+
+
+_LINKS = (
+    _Link(0.0, 0.333, 0.0),
+    _Link(0.0, 0.0, -math.pi / 2),
+    _Link(0.0, 0.316, math.pi / 2),
+    _Link(0.0825, 0.0, math.pi / 2),
+    _Link(-0.0825, 0.384, -math.pi / 2),
+    _Link(0.0, 0.0, math.pi / 2),
+    _Link(0.088, 0.0, math.pi / 2),
+    _Link(0.0, FLANGE_OFFSET_M + FINGER_TIP_OFFSET_M, 0.0),  # fixed: joint 7 to the finger tips
+)
+"""Franka's published parameters: https://frankaemika.github.io/docs/control_parameters.html."""
+
+
+def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
+    """Compute the end-effector poses of a Franka from its joint angles.
+
+    The pose is that of our end-effector frame: between the finger tips of Franka's own hand, and parallel to
+    the base frame when the gripper points straight down.
+
+    Args:
+        joints: [T, 7] joint angles, rad.
+        source: where the angles come from, for error messages.
+
+    Returns:
+        Positions [T, 3] (m) and canonical unit quaternions [T, 4] (w, x, y, z) in the base frame, float64.
+
+    Raises:
+        SpearError: the array has other than 7 columns, or its numbers are no radians.
+
+    Example:
+        >>> position, rotation = franka_pose(np.array([[0, -0.785, 0, -2.356, 0, 1.571, 0.785]]))
+        >>> position.round(2)
+        array([[0.31, 0.  , 0.49]])
+    """
+    if joints.ndim != 2 or joints.shape[1] != NUM_JOINTS:
+        raise SpearError(
+            f"wrong shape: {source}: joint angles are {joints.shape}, but a Franka has 7"
+        )
+    if len(joints) and np.abs(joints).max() > 2 * math.pi:
+        raise SpearError(
+            f"{np.abs(joints).max():.3g} is no joint angle: {source}: radians are expected"
+        )
+
+    angles = torch.from_numpy(
+        np.insert(joints.astype(np.float64), NUM_JOINTS, HAND_ANGLE_RAD, axis=1)
+    )
+    position = angles.new_zeros(3)
+    rotation = angles.new_tensor([1, 0, 0, 0])
+    x_axis = angles.new_tensor([1, 0, 0])
+    z_axis = angles.new_tensor([0, 0, 1])
+    for link, angle in zip(_LINKS, angles.T, strict=True):
+        offset = angles.new_tensor(
+            [link.a_m, -link.d_m * math.sin(link.alpha_rad), link.d_m * math.cos(link.alpha_rad)]
+        )
+        link_rotation = quat_multiply(
+            quat_exp(link.alpha_rad * x_axis), quat_exp(angle[:, None] * z_axis)
+        )
+        position = position + quat_rotate(rotation, offset)
+        rotation = quat_multiply(rotation, link_rotation)
+
+    half_turn_about_x = angles.new_tensor([0, 1, 0, 0])  # from the hand's axes to ours
+    ee_rotation = quat_canonical(quat_multiply(rotation, half_turn_about_x))
+    return position.numpy(), ee_rotation.numpy()
