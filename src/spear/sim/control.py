@@ -1,10 +1,8 @@
-"""The arm, and from end-effector actions to joint motion: inverse kinematics and the servo that follows it.
+"""From end-effector actions to joint motion: the servo that follows the inverse kinematics.
 
-The arm has seven joints with the published Franka kinematics, a parallel gripper and a wrist camera;
-`embodiments/franka.xml` describes it, and world.xml puts it at a table. The base stands at the origin of the
-base frame, on the table surface (z = 0). The end-effector frame (site "ee") lies between the finger tips and
-is parallel to the base frame when the gripper points straight down: x forward, y along the closing direction, z up, away from the
-finger tips (our choice, and BridgeData's: the orientation of a gripper pointing down is near the identity).
+`embodiments/franka.xml` describes the arm, and world.xml puts it at a table. The base stands at the origin of
+the base frame, on the table surface (z = 0). The axes of the end-effector frame are our choice, and
+BridgeData's: the orientation of a gripper pointing down is near the identity.
 
 A damped-least-squares solver turns end-effector targets into joint angles, which stiff position servos follow
 during the 0.2 s of a control step. Each target adds to the one before, which is kept close to where the arm
