@@ -16,7 +16,7 @@ from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import SpearError
 from spear.labels.engine import run_ray
-from spear.labels.inputs import find
+from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
 from spear.policy import Spear1Policy
@@ -48,15 +48,15 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     tmp_path: Path,
 ) -> None:
     source = photos(tmp_path / "photos", 21)
-    label_folder(find(str(source)), tmp_path / "labels", engine(), {}, WORK)
+    label_folder(list_images(str(source)), tmp_path / "labels", engine(), {}, WORK)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
     broken = partial(run_ray, (no_key, BoxSegmenter, SlopePointMap), WORK)
-    refuses("set ONE", label_folder, find(str(source)), tmp_path / "none", broken, {}, WORK)
+    refuses("set ONE", label_folder, list_images(str(source)), tmp_path / "none", broken, {}, WORK)
     assert not (tmp_path / "none").exists()
     for number in (0, 2):
         (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
     done = label_folder(
-        find(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK
+        list_images(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK
     )
     assert (done.before, done.done) == (8, 21)
     assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole

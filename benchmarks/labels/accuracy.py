@@ -22,12 +22,17 @@ import tyro
 from scipy import ndimage
 
 from spear.cli import guarded
-from spear.labels.fit.box3d import box_from_vertices, make_box
+from spear.labels.fit.box3d import make_box, make_box_from_vertices
 from spear.labels.fit.masks import decode_mask
-from spear.labels.fit.quality import box_errors, compare, failings, instance_of
+from spear.labels.fit.quality import (
+    compare_labels,
+    compute_box_errors,
+    find_failed_scores,
+    find_instance,
+)
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
-from spear.labels.pipeline import label
+from spear.labels.pipeline import label_images
 from spear.labels.scenes import label_frames
 from spear.sim.render import frame_of
 from spear.sim.scene import clutter_scene
@@ -91,7 +96,7 @@ def open3d_boxes(points: Array) -> list[Box3D] | None:
         boxes = cloud.get_oriented_bounding_box(), cloud.get_minimal_oriented_bounding_box()
     except RuntimeError:
         return None
-    return [box_from_vertices(np.asarray(box.get_box_points())) for box in boxes]
+    return [make_box_from_vertices(np.asarray(box.get_box_points())) for box in boxes]
 
 
 @dataclasses.dataclass
@@ -109,7 +114,7 @@ def measure(
 ) -> Comparison:
     """Label what is `seen`, and compare with the truth of `frames`."""
     result = Comparison([], [], [])
-    labels = label(seen, GroundTruth(), segmenter, GroundTruth(), exact)
+    labels = label_images(seen, GroundTruth(), segmenter, GroundTruth(), exact)
     for image, frame, given in zip(labels, frames, seen, strict=True):
         assert frame.depth is not None and given.depth is not None and frame.boxes is not None
         (geometry,) = GroundTruth().predict([given])
@@ -117,7 +122,7 @@ def measure(
         scale = float(np.median(frame.depth[both] / given.depth[both]))
         rows, occluded, asked = [], [], []
         for o in image.objects:
-            instance = instance_of(o, image, frame)
+            instance = find_instance(o, image, frame)
             points = geometry.points[decode_mask(o.mask, image.height, image.width) & geometry.mask]
             if (
                 o.box3d is None
@@ -125,13 +130,13 @@ def measure(
                 or (theirs := open3d_boxes(points)) is None
             ):
                 continue
-            true = box_from_vertices(frame.boxes[instance])
+            true = make_box_from_vertices(frame.boxes[instance])
             boxes = [
                 make_box(scale * b.center, scale * b.size, b.rotation) for b in (o.box3d, *theirs)
             ]
-            rows.append([box_errors(box, true) for box in boxes])
+            rows.append([compute_box_errors(box, true) for box in boxes])
             occluded.append(o.scores["visible"] < OCCLUDED)
-            asked.append(not failings(o.scores))
+            asked.append(not find_failed_scores(o.scores))
         result.errors.append(np.array(rows).reshape(-1, len(METHODS), 3))
         result.occluded.append(np.array(occluded, bool))
         result.asked.append(np.array(asked, bool))
@@ -208,7 +213,7 @@ def main(
             ("wrist", (112, 112)),
         ):
             frames = frames_of(camera, size)
-            a = compare(list(label_frames(iter(frames))), frames)
+            a = compare_labels(list(label_frames(iter(frames))), frames)
             print(
                 f"| {camera} {size[0]}×{size[1]} | {a.n} | {1000 * a.center:.1f} mm | "
                 f"{1000 * a.vertex:.1f} mm "

@@ -34,12 +34,17 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from spear.cli import guarded
-from spear.labels.fit.box3d import box_from_vertices, iou, make_box, vertex_error
+from spear.labels.fit.box3d import (
+    compute_iou_3d,
+    compute_vertex_error,
+    make_box,
+    make_box_from_vertices,
+)
 from spear.labels.fit.image import unproject
 from spear.labels.fit.points import subsample
-from spear.labels.fit.quality import failings
+from spear.labels.fit.quality import find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
-from spear.labels.pipeline import label
+from spear.labels.pipeline import label_images
 from spear.types import Array, Box3D, Frame
 from spear.util import processes
 
@@ -194,7 +199,7 @@ def rivals(points: Array) -> list[Box3D]:
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points))
     cloud = cloud.remove_statistical_outlier(nb_neighbors=20, std_ratio=2.0)[0]
     boxes = cloud.get_oriented_bounding_box(), cloud.get_minimal_oriented_bounding_box()
-    corners = (box_from_vertices(np.asarray(box.get_box_points())) for box in boxes)
+    corners = (make_box_from_vertices(np.asarray(box.get_box_points())) for box in boxes)
     return [principal(np.asarray(cloud.points)), *corners]
 
 
@@ -204,7 +209,9 @@ def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
     truth = (GroundTruth(),) * 3
     found: list[list[tuple[float, float]]] = []
     asked = far = 0
-    for image, frame, boxes in zip(label(frames, *truth, exact=False), frames, truths, strict=True):
+    for image, frame, boxes in zip(
+        label_images(frames, *truth, exact=False), frames, truths, strict=True
+    ):
         (thing,) = image.objects
         if thing.box3d is None:
             continue
@@ -212,9 +219,12 @@ def measure(row: tuple[str, int, int, int], count: int) -> dict[str, Any]:
         fitted = [thing.box3d, *rivals(geometry.points[(frame.instances > 0) & geometry.mask])]
         off = [1000 * float(np.linalg.norm(box.center - boxes[0].center)) for box in fitted]
         found.append(
-            [(o, max(iou(box, true) for true in boxes)) for o, box in zip(off, fitted, strict=True)]
+            [
+                (o, max(compute_iou_3d(box, true) for true in boxes))
+                for o, box in zip(off, fitted, strict=True)
+            ]
         )
-        if not failings(thing.scores):
+        if not find_failed_scores(thing.scores):
             asked += 1
             far += off[0] > FAR
     numbers: dict[str, Any] = dict(zip(("scene", "leak", "noise", "hidden"), row, strict=True))
@@ -229,7 +239,7 @@ def flips(scene: str, count: int) -> int:
     are more than three times as far apart as they would be, relabelled."""
     truth = (GroundTruth(),) * 3
     pair = [
-        label((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False)
+        label_images((f for f, _ in images(scene, 0, noise, 0, count)), *truth, exact=False)
         for noise in (0, 2)
     ]
     found = 0
@@ -237,7 +247,7 @@ def flips(scene: str, count: int) -> int:
         one, two = (image.objects[0].box3d for image in (a, b))
         if one is not None and two is not None:
             ordered = float(np.linalg.norm(one.vertices - two.vertices, axis=1).mean())
-            found += ordered > max(3 * vertex_error(one.vertices, two.vertices), 0.01)
+            found += ordered > max(3 * compute_vertex_error(one.vertices, two.vertices), 0.01)
     return found
 
 

@@ -19,7 +19,7 @@ import tyro
 
 from spear.cli import guarded
 from spear.labels.engine import run_local
-from spear.labels.inputs import find
+from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
@@ -85,7 +85,7 @@ def high_water(pid: int) -> float:
 def run(folder: Path, workers: int) -> None:
     """Label, in this process."""
     label_folder(
-        find(str(folder / "photos")),
+        list_images(str(folder / "photos")),
         folder / "labels",
         partial(run_local, (StandIn, StandIn, StandIn), workers),
         {},

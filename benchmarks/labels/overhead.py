@@ -23,9 +23,9 @@ import tyro
 
 from spear.cli import guarded
 from spear.labels.engine import run_local
-from spear.labels.inputs import find, read
+from spear.labels.inputs import list_images, read_images
 from spear.labels.options import WorkOptions
-from spear.labels.pipeline import detect, locate, segment
+from spear.labels.pipeline import detect_objects, predict_point_maps, segment_objects
 from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
 
@@ -71,13 +71,15 @@ def main(
 def networks_alone(source: Path, images: int, seconds: float, batch_size: int) -> float:
     """Seconds per image of the three networks, on images that are in memory."""
     model = StandIn(seconds)
-    works = read([item for item, _ in zip(find(str(source)), range(batch_size), strict=False)])
-    for stage in (detect, segment, locate):
+    works = read_images(
+        [item for item, _ in zip(list_images(str(source)), range(batch_size), strict=False)]
+    )
+    for stage in (detect_objects, segment_objects, predict_point_maps):
         stage(works, model)
     begun = time.perf_counter()
     batches = images // batch_size
     for _ in range(batches):
-        for stage in (detect, segment, locate):
+        for stage in (detect_objects, segment_objects, predict_point_maps):
             stage(works, model)
     return (time.perf_counter() - begun) / (batches * batch_size)
 
@@ -88,7 +90,9 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
     model = StandIn(seconds)
     makers = (lambda: model, lambda: model, lambda: model)
     engine = partial(run_local, makers, workers)
-    done = label_folder(find(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size))
+    done = label_folder(
+        list_images(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size)
+    )
     assert model.begun is not None
     return (time.perf_counter() - model.begun) / done.done
 

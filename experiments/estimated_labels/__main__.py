@@ -33,13 +33,13 @@ from tyro.extras import SubcommandApp
 
 from spear.cli import guarded
 from spear.errors import SpearError
-from spear.labels.fit.image import clip
-from spear.labels.fit.quality import VISIBLE, compare
+from spear.labels.fit.image import clip_boxes
+from spear.labels.fit.quality import MIN_VISIBLE, compare_labels
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
-from spear.labels.pipeline import label
-from spear.labels.scenes import Labelled, label_frames, label_scenes
-from spear.labels.store import read
+from spear.labels.pipeline import label_images
+from spear.labels.scenes import LabelFrames, label_frames, label_scenes
+from spear.labels.store import read_labels
 from spear.models.presets import preset
 from spear.sim.render import clutter_frame
 from spear.types import Array, Frame, LabeledImage
@@ -69,7 +69,7 @@ class WrongBoxes:
         rng = np.random.default_rng((1, _seed(frame)))
         height, width = frame.image.shape[:2]
         return [
-            dataclasses.replace(d, box2d=clip(d.box2d + rng.normal(0, OFF, 4), height, width))
+            dataclasses.replace(d, box2d=clip_boxes(d.box2d + rng.normal(0, OFF, 4), height, width))
             for d in found
             if rng.random() >= MISSED
         ]
@@ -98,7 +98,7 @@ class WrongDepth:
     name: str = "wrong-depth"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """As `spear.labels.models.protocols.PointMap`."""
+        """As `spear.labels.models.protocols.PointMapModel`."""
         return GroundTruth().predict([wrong_depth(f, _seed(f), self.most_scale) for f in frames])
 
 
@@ -109,7 +109,7 @@ def _seed(frame: Frame) -> int:
 def estimated(frames: Iterator[Frame], most_scale: float) -> Iterator[LabeledImage]:
     """Labels of frames by the path that photographs take."""
     unaided = (dataclasses.replace(frame, extrinsics=None) for frame in frames)
-    return label(unaided, WrongBoxes(), EitherMasks(), WrongDepth(most_scale))
+    return label_images(unaided, WrongBoxes(), EitherMasks(), WrongDepth(most_scale))
 
 
 @app.command
@@ -136,7 +136,7 @@ def make(
         moge: the depth encoder after stage 0, for the commands.
     """
     sizes = dict(preset("nano").image_sizes)
-    ways: tuple[Labelled, ...] = (label_frames, partial(estimated, most_scale=scale))
+    ways: tuple[LabelFrames, ...] = (label_frames, partial(estimated, most_scale=scale))
     for arm, how in zip(ARMS, ways, strict=True):
         label_scenes(out / arm, scenes, sizes, first_seed, workers, labelled=how)
     checked = range(first_seed, first_seed + min(check, scenes))
@@ -146,7 +146,9 @@ def make(
     for view, size in sizes.items():
         frames = [clutter_frame(seed, view, size) for seed in checked]
         for arm in ARMS:
-            a = compare(islice(read(out / arm / view), len(frames)), frames, VISIBLE)
+            a = compare_labels(
+                islice(read_labels(out / arm / view), len(frames)), frames, MIN_VISIBLE
+            )
             print(
                 f"| {arm} | {view} | {a.n} | {1000 * a.center:.1f} mm | {1000 * a.vertex:.1f} mm | "
                 f"{a.iou:.2f} "

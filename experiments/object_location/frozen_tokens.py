@@ -26,8 +26,8 @@ from spear.cli import guarded
 from spear.evaluate.vqa.ask import find_images
 from spear.evaluate.vqa.measures import numbers
 from spear.evaluate.vqa.run import questions_about
-from spear.labels.questions.generate import askable
-from spear.labels.store import choose
+from spear.labels.questions.generate import find_askable_objects
+from spear.labels.store import select_labels
 from spear.policy import VlmBundle, load_vlm
 from spear.types import LabeledImage
 from spear.util.images import decode_image
@@ -104,8 +104,8 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bundle = load_vlm(model)
-    known = choose(labels / "external", most)
-    asked_of = [(i, o) for i, label in enumerate(known) for o in askable(label)]
+    known = select_labels(labels / "external", most)
+    asked_of = [(i, o) for i, label in enumerate(known) for o in find_askable_objects(label)]
     names = sorted({o.name for _, o in asked_of})
     held_out = list(find_images("sim", images, "external", bundle.processor))
     asked = questions_about(held_out, ("box_vertices",), 2, 0)["box_vertices"]

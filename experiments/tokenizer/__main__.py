@@ -26,10 +26,10 @@ from tyro.extras import SubcommandApp
 from spear.cli import guarded
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import scales
-from spear.labels.fit.box3d import iou, nearest_box
-from spear.labels.questions.statistics import token_use
-from spear.labels.questions.store import ask
-from spear.labels.store import read
+from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
+from spear.labels.questions.statistics import compute_token_usage
+from spear.labels.questions.store import generate_label_questions
+from spear.labels.store import read_labels
 from spear.tokens import CoordinateTokenizer, Spacing
 from spear.types import Array, LabeledImage, Question, Unit
 
@@ -54,7 +54,7 @@ def quantise(
         images: at most so many, the first.
         per_image: questions about each.
     """
-    found = list(islice(read(labels, pixels=False), images))
+    found = list(islice(read_labels(labels, pixels=False), images))
     asked = [_asked(label, per_image) for label in found]
     fitted = np.concatenate([q.values for some in asked[::2] for _, q in some])
     tested = [pair for some in asked[1::2] for pair in some]
@@ -74,7 +74,9 @@ def quantise(
 
 
 def _asked(label: LabeledImage, per_image: int) -> list[tuple[LabeledImage, Question]]:
-    return [(label, q) for q in ask(label, 0, (per_image, per_image), FAMILIES)]
+    return [
+        (label, q) for q in generate_label_questions(label, 0, (per_image, per_image), FAMILIES)
+    ]
 
 
 def _row(
@@ -85,7 +87,7 @@ def _row(
 ) -> str:
     factor, name = (1000, "mm") if unit == "metre" else (1, "units")
     values = np.concatenate([q.values for _, q in tested])
-    use = token_use(values.tolist(), tokens)
+    use = compute_token_usage(values.tolist(), tokens)
     lost = factor * np.abs(tokens.decode(tokens.encode(values)) - values)
     points: list[float] = []
     relative: list[float] = []
@@ -97,7 +99,9 @@ def _row(
         points.append(factor * apart)
         relative.append(100 * apart / scales(question, label)[0])
         if question.family == "box_vertices" and len(overlap) < 200:
-            overlap.append(iou(nearest_box(_points(rounded)), nearest_box(_points(truth))))
+            overlap.append(
+                compute_iou_3d(fit_nearest_box(_points(rounded)), fit_nearest_box(_points(truth)))
+            )
     return (
         f"| {spacing} | {tokens.bins:,} | {np.median(lost):.2f} {name} | {lost.mean():.2f} | "
         f"{np.quantile(lost, 0.99):.1f} | {np.median(points):.1f} {name} | {np.median(relative):.2f} % | "

@@ -18,7 +18,7 @@ from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
-from spear.labels.fit.quality import compare
+from spear.labels.fit.quality import compare_labels
 from spear.labels.scenes import label_frames
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report.comparison import ending, open_loop_charts
@@ -96,7 +96,11 @@ def labelled_scenes() -> Values:
         )
         for i, label in enumerate(labels[:4])
     ]
-    return {"pictures": pictures, "accuracy": compare(labels, frames), "scenes": LABEL_SCENES}
+    return {
+        "pictures": pictures,
+        "accuracy": compare_labels(labels, frames),
+        "scenes": LABEL_SCENES,
+    }
 
 
 def answers(vlm: VlmBundle) -> Values:

@@ -11,7 +11,7 @@ from data_tiny import make
 from refusals import Command
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.labels.sources import items
+from spear.labels.sources import list_items
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, done: Command) -> Non
     assert "layout        described by" in text and "1 × push the block 0" in text
     done("data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0")
     assert len(EpisodeStore(tmp_path / "again")) == 2
-    listed = list(items([str(out)], per_episode=2))
+    listed = list(list_items([str(out)], per_episode=2))
     assert [item.key for item in listed] == [
         f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)
     ]

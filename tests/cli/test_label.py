@@ -16,11 +16,11 @@ from refusals import Command
 from rgbd_folders import write_scannet
 from spear.cli import main
 from spear.doctor import Machine
-from spear.labels import components
-from spear.labels.fit.quality import compare
-from spear.labels.models import needs
+from spear.labels import model_factories
+from spear.labels.fit.quality import compare_labels
+from spear.labels.models import resources
 from spear.labels.questions.store import read_questions
-from spear.labels.store import read
+from spear.labels.store import read_labels
 
 TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
 
@@ -36,7 +36,7 @@ def test_scenes_are_labelled_asked_and_shown(
     assert all(
         words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about")
     )
-    labels = list(read(out))
+    labels = list(read_labels(out))
     assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
     assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
     run = json.loads((out / "run.json").read_text())
@@ -104,7 +104,7 @@ def test_a_plan_says_what_labelling_costs_and_gets_nothing(
     )
     assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
     assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
-    need = needs.needs("moge", 2, 840, 8)
+    need = resources.estimate_resources("moge", 2, 840, 8)
     tokens, width = 2500, 1024  # ViT-L's matrix products, without MoGe's head
     encoder = 24 * (24 * tokens * width**2 + 4 * tokens**2 * width)
     assert 1.1 * encoder < need.flops < 1.5 * encoder
@@ -126,7 +126,7 @@ def test_the_bill_comes_however_the_work_ends(
         "sam2:Sam2Segmenter": BoxSegmenter,
         "pointmap:load_pointmap": SlopePointMap,
     }
-    monkeypatch.setattr(components, "_make", lambda place, *_: made[place]())
+    monkeypatch.setattr(model_factories, "_make", lambda place, *_: made[place]())
     (boxes := tmp_path / "boxes.json").write_text(
         '{"images": [], "annotations": [], "categories": []}'
     )
@@ -159,9 +159,14 @@ def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
     assert "2 labelled images" in done(*command)
     (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
     assert aside["source"] == str(folder / "color" / "0.png")
-    assert [label.source for label in read(out)] == [str(folder / f"color/{i}.png") for i in (1, 2)]
+    assert [label.source for label in read_labels(out)] == [
+        str(folder / f"color/{i}.png") for i in (1, 2)
+    ]
     assert (
-        compare(read(out), [replace(f, names=frames[2].names) for f in frames[1:]]).center < 0.005
+        compare_labels(
+            read_labels(out), [replace(f, names=frames[2].names) for f in frames[1:]]
+        ).center
+        < 0.005
     )
     depth.write_bytes((folder / "depth" / "1.png").read_bytes())
     assert "3 labelled images" in done(*command)

@@ -17,7 +17,7 @@ from data_tiny import png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
 from spear.evaluate.vqa.ask import read_picture
-from spear.labels.inputs import Item, find, read
+from spear.labels.inputs import Item, list_images, read_images
 from spear.util.images import decode_image
 
 
@@ -27,7 +27,7 @@ def grey(items: Sequence[Item], **options: int) -> list[int | str]:
         str(work.error)
         if work.frame is None or work.error
         else round(float(work.frame.image.mean()))
-        for work in read(items, **options)
+        for work in read_images(items, **options)
     ]
 
 
@@ -66,7 +66,7 @@ def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path
     Image.fromarray(lying).save(file := tmp_path / "photo.jpg", quality=95, exif=exif)
     tarred(tmp_path / "photos.tar", {"photo.jpg": file.read_bytes()})
     pq.write_table(pa.table({"image": [file.read_bytes()]}), tmp_path / "photos.parquet")
-    works = read(list(find(str(tmp_path))))
+    works = read_images(list(list_images(str(tmp_path))))
     seen = [work.frame.image for work in works if work.frame] + [
         decode_image(w.encoded) for w in works
     ]
@@ -86,15 +86,21 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png(value))
     (tmp_path / "notes.txt").write_text("no image")
-    items = list(find(str(tmp_path)))
+    items = list(list_images(str(tmp_path)))
     names = [Path(i.key).relative_to(tmp_path).as_posix() for i in items]
     assert names == ["a.png", "b/1.PNG", "b/2.png", "c.png"]
     assert grey(items) == [5, 10, 20, 30] and pickle.loads(pickle.dumps(items)) == items
-    assert [Path(i.key).name for i in find(f"{tmp_path}/**/*.png")] == ["a.png", "2.png", "c.png"]
-    assert [i.key for i in find(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
-    assert list(find(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
-    assert list(find(f"{tmp_path}/**")) == items  # the pattern names a folder and each file in it
-    assert [i.key for i in find(f"{tmp_path}/**", besides=tmp_path / "b")] == [
+    assert [Path(i.key).name for i in list_images(f"{tmp_path}/**/*.png")] == [
+        "a.png",
+        "2.png",
+        "c.png",
+    ]
+    assert [i.key for i in list_images(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
+    assert list(list_images(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
+    assert (
+        list(list_images(f"{tmp_path}/**")) == items
+    )  # the pattern names a folder and each file in it
+    assert [i.key for i in list_images(f"{tmp_path}/**", besides=tmp_path / "b")] == [
         items[0].key,
         items[-1].key,
     ]
@@ -104,10 +110,10 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
         (tmp_path / "b" / name).touch()
     aside = pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts")
     with aside, pytest.warns(Notice, match="b/old: left out"):
-        assert list(find(str(tmp_path))) == items
+        assert list(list_images(str(tmp_path))) == items
     (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
     with pytest.warns(Notice):
-        assert [i.key for i in find(str(tmp_path))][-1] == str(tmp_path / "z.MPO")
+        assert [i.key for i in list_images(str(tmp_path))][-1] == str(tmp_path / "z.MPO")
 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> Non
     table = pa.table({"image": rows, "label": list(range(6))})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
     pq.write_table(pa.table({"jpg": [png(80)], "n": [1]}), tmp_path / "u.parquet")
-    items = list(find(str(tmp_path)))
+    items = list(list_images(str(tmp_path)))
     assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [
         "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
     ]  # fmt: skip
@@ -128,11 +134,11 @@ def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> Non
 
 def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
     film(tmp_path / "film.mp4")
-    items = list(find(str(tmp_path / "film.mp4"), rate=2.5))
+    items = list(list_images(str(tmp_path / "film.mp4"), rate=2.5))
     assert [i.key.rpartition("#")[2] for i in items] == [str(4 * n) for n in range(10)]
     assert np.abs(np.array([int(v) for v in grey(items)]) - 20 * np.arange(10)).max() <= 2
     assert abs(int(grey([items[7]])[0]) - 140) <= 2  # alone, after a seek
-    every = list(find(str(tmp_path / "film.mp4"), rate=1000))
+    every = list(list_images(str(tmp_path / "film.mp4"), rate=1000))
     assert len(every) == 40
     assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
     assert "ends before 99.00 s" in str(grey([items[9], items[0]._replace(place=99.0)])[1])
@@ -140,7 +146,7 @@ def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
 
 def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
     film(tmp_path / "film.mp4", frames=2, aspect=Fraction(4, 3))
-    (work,) = read(list(find(str(tmp_path / "film.mp4"))))
+    (work,) = read_images(list(list_images(str(tmp_path / "film.mp4"))))
     assert work.frame is not None and work.frame.image.shape == (48, 85, 3)
 
 
@@ -149,10 +155,10 @@ def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Pat
     path = next((shared / "data/lerobot/v2.1_video").rglob("*.mp4"))
     with av.open(str(path)) as container:
         truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    items = list(find(str(path), rate=1000))
+    items = list(list_images(str(path), rate=1000))
     assert len(items) == len(truth)
     chosen = [2, 3, 5, len(truth) - 1]
-    for work, index in zip(read([items[i] for i in chosen]), chosen, strict=True):
+    for work, index in zip(read_images([items[i] for i in chosen]), chosen, strict=True):
         np.testing.assert_array_equal(work.frame.image, truth[index])
 
 
@@ -169,21 +175,21 @@ def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
     )
     for name in names:
         film(small / name, frames=10)
-    assert {Path(i.path).name for i in find(str(tmp_path / "takes"))} == {
+    assert {Path(i.path).name for i in list_images(str(tmp_path / "takes"))} == {
         "cam01.mp4",
         "aria01_214-1.mp4",
     }
     film(take / "frame_aligned_videos" / "cam02.mp4", frames=30)
-    keys = [i.key for i in find(str(tmp_path))]
+    keys = [i.key for i in list_images(str(tmp_path))]
     assert keys == [str(take / "frame_aligned_videos" / f"cam02.mp4#{n}") for n in (0, 10, 20)]
 
 
 def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
     for name, data in {"good": png(7), "tiny": png(7, 1, 1), "zero": b""}.items():
         (tmp_path / f"{name}.png").write_bytes(data)
-    items = list(find(str(tmp_path)))
+    items = list(list_images(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))
-    kinds = [type(work.error) for work in read([*items, gone])]
+    kinds = [type(work.error) for work in read_images([*items, gone])]
     assert kinds == [type(None), SpearError, SpearError, RetryableError]
     good, tiny, zero, missing = grey([*items, gone])
     assert good == 7
@@ -216,5 +222,5 @@ def test_bad_input_is_named(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:5700])
     pq.write_table(pa.table({"x": ["y"]}), tmp_path / "words.parquet")
     pq.write_table(pa.table({"a": [b"y"], "b": [b"y"]}), tmp_path / "two.parquet")
-    said = refuses("", list, find(str(tmp_path / name)))
+    said = refuses("", list, list_images(str(tmp_path / name)))
     assert hint in said and str(tmp_path) in said

@@ -11,11 +11,11 @@ from labels_tiny import WORDS, save_grounding_dino, save_sam2
 from moge_reference import random_v1
 from refusals import refuses
 from spear.labels.models.open_vocabulary import GroundingDinoDetector
-from spear.labels.models.pointmap import MogePointMap
+from spear.labels.models.pointmap import MogePointMapModel
 from spear.labels.models.sam2 import Sam2Segmenter
-from spear.labels.pipeline import label
-from spear.labels.questions.generate import FAMILIES, generate
-from spear.labels.store import read, write_labels
+from spear.labels.pipeline import label_images
+from spear.labels.questions.generate import FAMILIES, generate_questions
+from spear.labels.store import read_labels, write_labels
 from spear.types import Frame
 from spear.util.images import decode_image
 
@@ -32,11 +32,13 @@ def test_a_photograph_goes_through_the_whole_graph(
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
-    pointmap = MogePointMap(deepcopy(random_v1()), device="cpu")
+    pointmap = MogePointMapModel(deepcopy(random_v1()), device="cpu")
     monkeypatch.setattr(pointmap.model, "most_tokens", 60)
-    monkeypatch.setattr("spear.labels.objects.LEAST_POINTS", 8)
-    write_labels(label([photo], detector, segmenter, pointmap, True), tmp_path / "labels.parquet")
-    (seen,) = read(tmp_path / "labels.parquet")
+    monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
+    write_labels(
+        label_images([photo], detector, segmenter, pointmap, True), tmp_path / "labels.parquet"
+    )
+    (seen,) = read_labels(tmp_path / "labels.parquet")
 
     assert (seen.width, seen.height, seen.unit) == (300, 200, "relative")
     assert np.abs(decode_image(seen.image).astype(int) - photo.image).mean() < 3
@@ -48,10 +50,12 @@ def test_a_photograph_goes_through_the_whole_graph(
     assert boxed
     # random networks find nothing that is good enough to be asked about: make it so
     good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
-    asked = generate(replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES)
+    asked = generate_questions(
+        replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES
+    )
     assert asked and {question.unit for question in asked} == {"relative"}
     parts = {"its 0 points": pointmap.model, "Sam2": segmenter._network, "Dino": detector._network}
     for said, part in parts.items():
         for weights in part.parameters():
             weights.data.fill_(np.nan)  # in each before those that are broken already
-        refuses(said, list, label([photo], detector, segmenter, pointmap, True))
+        refuses(said, list, label_images([photo], detector, segmenter, pointmap, True))

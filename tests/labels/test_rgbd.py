@@ -13,11 +13,11 @@ from refusals import refuses
 from rgbd_folders import millimetres, write_plain, write_scannet
 from spear.errors import Notice
 from spear.labels.fit.image import unproject
-from spear.labels.fit.quality import compare
-from spear.labels.inputs import contents
-from spear.labels.pipeline import label
-from spear.labels.rgbd import Scene, align_depth, read_matrix
-from spear.labels.sources import items
+from spear.labels.fit.quality import compare_labels
+from spear.labels.inputs import read_contents
+from spear.labels.pipeline import label_images
+from spear.labels.rgbd import RgbdScene, align_depth, read_matrix
+from spear.labels.sources import list_items
 from spear.types import Frame
 
 
@@ -30,7 +30,7 @@ def truth() -> list[Frame]:
 def test_a_plain_folder_gives_its_frames_back_also_with_json(
     tmp_path: Path, truth: list[Frame]
 ) -> None:
-    scene = Scene(folder := write_plain(tmp_path / "s", [*truth] * 4))
+    scene = RgbdScene(folder := write_plain(tmp_path / "s", [*truth] * 4))
     assert [Path(source).stem for source in scene.sources] == [
         str(i) for i in range(12)
     ]  # by number
@@ -46,9 +46,9 @@ def test_a_plain_folder_gives_its_frames_back_also_with_json(
     known = {"fx": k[0, 0], "fy": k[1, 1], "cx": k[0, 2] - 0.5, "cy": k[1, 2] - 0.5}
     (folder / "intrinsics.json").write_text(json.dumps(known))
     (folder / "color").rename(folder / "rgb")
-    np.testing.assert_allclose(Scene(folder)[0].intrinsics, k)
+    np.testing.assert_allclose(RgbdScene(folder)[0].intrinsics, k)
     (folder / "intrinsics.json").write_text(json.dumps(known | {"width": 108, "height": 64}))
-    refuses("108×64", Scene(folder).__getitem__, 0)
+    refuses("108×64", RgbdScene(folder).__getitem__, 0)
 
 
 @pytest.mark.parametrize(("off", "slack"), [(0, 0.001), (1, 0.002)])
@@ -58,14 +58,14 @@ def test_a_scan_gives_the_true_boxes(
     """Also where its outlines are off by a pixel, as those of a scan are."""
     frames = [replace(frame, names=truth[0].names) for frame in truth]
     seen = [replace(frame, instances=np.roll(frame.instances, off, axis=1)) for frame in frames]
-    scene = Scene(write_scannet(tmp_path / "s", seen))
+    scene = RgbdScene(write_scannet(tmp_path / "s", seen))
     read = [scene[i] for i in range(len(scene.sources))]
     assert read[0].names == truth[0].names  # the wall is no object
     file = scene.folder / "instance-filt" / "0.png"
     Image.fromarray(np.asarray(Image.open(file))[:, :64]).save(file)
     refuses(r"instance-filt/0\.png", lambda: scene[0])
-    result = compare(label(read, *TRUTH), frames)
-    exact = compare(label(frames, *TRUTH), frames)
+    result = compare_labels(label_images(read, *TRUTH), frames)
+    exact = compare_labels(label_images(frames, *TRUTH), frames)
     assert result.n == exact.n >= 14
     assert result.center < exact.center + slack and result.vertex < exact.vertex + 2 * slack
 
@@ -80,7 +80,7 @@ def test_exif_turns_no_colour(
     folder = write_plain(tmp_path / "s", truth[:1])
     (folder / "color" / "0.png").unlink()
     Image.fromarray(truth[0].image).save((folder / "color" / "0").with_suffix(ending), exif=exif)
-    frame = Scene(folder)[0]
+    frame = RgbdScene(folder)[0]
     assert (frame.image == truth[0].image).all()
     assert frame.turned == (orientation != 6)  # so that annotations of it are refused
 
@@ -89,7 +89,7 @@ def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: P
     folder = write_plain(tmp_path / "s", truth[:1])
     millimetres(truth[0].depth[1::2, 1::2]).save(folder / "depth" / "0.png")
     blocks = truth[0].depth[1::2, 1::2].repeat(2, axis=0).repeat(2, axis=1)
-    np.testing.assert_allclose(Scene(folder)[0].depth, blocks, atol=5.1e-4)
+    np.testing.assert_allclose(RgbdScene(folder)[0].depth, blocks, atol=5.1e-4)
 
 
 def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(
@@ -97,29 +97,29 @@ def test_what_has_no_depth_is_said_and_what_is_no_image_is_none(
 ) -> None:
     folder = write_plain(tmp_path / "s", truth)
     (folder / "color" / "0.json").write_text("{}")
-    assert len(list(items([f"rgbd:{folder}"]))) == 3
+    assert len(list(list_items([f"rgbd:{folder}"]))) == 3
     with pytest.warns(Notice, match="rgbd:"):
-        assert len([*items([str(folder)])]) == 6  # its depth as photos
+        assert len([*list_items([str(folder)])]) == 6  # its depth as photos
     (folder / "depth" / "1.png").rename(folder / "depth" / "01.png")
     with pytest.warns(Notice, match="1 color"):
-        left = items([f"rgbd:{folder.rename(tmp_path / 't')}"])
+        left = list_items([f"rgbd:{folder.rename(tmp_path / 't')}"])
         assert [Path(item.key).name for item in left] == ["0.png", "2.png"]
 
 
 def test_a_frame_of_which_a_file_has_changed_shows(truth: list[Frame], tmp_path: Path) -> None:
-    scene = Scene(folder := write_scannet(tmp_path / "s", truth))
+    scene = RgbdScene(folder := write_scannet(tmp_path / "s", truth))
     for name in ("color/1.png", "depth/1.png", "instance-filt/1.png", "pose/1.txt"):
         before = [scene.stamp(i) for i in range(3)]
         shutil.copy(folder / name.replace("1", "2"), folder / name)
         assert [scene.stamp(i) == mark for i, mark in enumerate(before)] == [True, False, True], (
             name
         )
-    (old,) = contents([next(items([f"rgbd:{folder}"]))])
+    (old,) = read_contents([next(list_items([f"rgbd:{folder}"]))])
     np.savetxt(
         folder / "intrinsic" / "intrinsic_color.txt", [[200, 0, 48], [0, 200, 32], [0, 0, 1]]
     )
-    assert Scene(folder).stamp(0) != scene.stamp(0)
-    (new,) = contents([next(items([f"rgbd:{folder}"]))])
+    assert RgbdScene(folder).stamp(0) != scene.stamp(0)
+    (new,) = read_contents([next(list_items([f"rgbd:{folder}"]))])
     assert old.intrinsics[0, 0] != new.intrinsics[0, 0] == 200  # in one process, as in a notebook
 
 
@@ -144,7 +144,7 @@ def test_a_lost_camera_has_no_pose_and_unknown_depth_is_zero(
     steps = np.asarray(millimetres(truth[0].depth)).copy()
     steps[0, 0], steps[0, 1] = 0, 65535
     Image.fromarray(steps).save(folder / "depth" / "0.png")
-    frame = Scene(folder)[0]
+    frame = RgbdScene(folder)[0]
     assert frame.extrinsics is None
     assert (
         frame.depth is not None and frame.depth[0, 0] == frame.depth[0, 1] == 0 < frame.depth[0, 2]
@@ -216,10 +216,10 @@ def test_what_is_wrong_is_said(
 ) -> None:
     folder = write_plain(tmp_path / "s", truth[:1])
     spoil(folder)
-    refuses(message, lambda: Scene(folder)[0])
+    refuses(message, lambda: RgbdScene(folder)[0])
 
 
 def test_cameras_in_two_places_are_refused(tmp_path: Path, truth: list[Frame]) -> None:
     folder = write_scannet(tmp_path / "s", truth[:1])
     np.savetxt(folder / "intrinsic" / "extrinsic_depth.txt", np.eye(4) + 0.03 * np.eye(4, k=3))
-    refuses("extrinsic_depth", Scene, folder)
+    refuses("extrinsic_depth", RgbdScene, folder)

@@ -18,10 +18,10 @@ from labels_stand_ins import engine, photos
 from processes import until
 from refusals import refuses
 from spear.errors import Notice, SpearError
-from spear.labels.inputs import find
+from spear.labels.inputs import list_images
 from spear.labels.options import LabelOptions, WorkOptions
-from spear.labels.run import Progress, label_folder, prepare
-from spear.labels.store import count, read
+from spear.labels.run import LabelingProgress, label_folder, prepare_run
+from spear.labels.store import count_labels, read_labels
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 UNREACHED = (0.0, "none", ("00000.png", "00004.png", "00010.png", "00020.png"))
@@ -36,7 +36,7 @@ def run(
     shard: int = 8,
     stop: int | None = None,
     retry_skipped: bool = False,
-) -> Progress:
+) -> LabelingProgress:
     """stop: the batches of three images after which the user does."""
 
     def stopped(batches: Any) -> Any:
@@ -45,7 +45,7 @@ def run(
             raise KeyboardInterrupt
 
     work = WorkOptions(shard_size=shard, batch_size=3)
-    return label_folder(find(str(source)), out, stopped, SETTINGS, work, retry_skipped)
+    return label_folder(list_images(str(source)), out, stopped, SETTINGS, work, retry_skipped)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,16 +61,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
-    assert run(source, out) == Progress(total=21, before=0, done=21, skipped=3)
+    assert run(source, out) == LabelingProgress(total=21, before=0, done=21, skipped=3)
     return out
 
 
 def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whole: Path) -> None:
     shards = [f"labels-{number:05d}.parquet" for number in range(3)]
     assert list(contents(whole)) == ["README.md", *shards, "run.json", "skipped.parquet"]
-    labels = list(read(whole))
+    labels = list(read_labels(whole))
     good = [source / f"{i:05d}.png" for i in range(21) if i not in (3, 5, 7)]
-    assert [label.source for label in labels] == [*map(str, good)] and count(whole) == 18
+    assert [label.source for label in labels] == [*map(str, good)] and count_labels(whole) == 18
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None and block.box3d.center[2] == pytest.approx(1.15, abs=0.2)
@@ -89,17 +89,21 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
 
 def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
-    assert run(source, out, detector=UNREACHED) == Progress(21, 0, 21, skipped=7, retryable=4)
+    assert run(source, out, detector=UNREACHED) == LabelingProgress(
+        21, 0, 21, skipped=7, retryable=4
+    )
     rows = pq.read_table(out / "skipped.parquet").to_pylist()
     assert tuple(Path(row["source"]).name for row in rows if row["retryable"]) == UNREACHED[2]
     before = contents(out)
-    assert run(source, out) == Progress(21, 21, 21, skipped=7, retryable=4)
+    assert run(source, out) == LabelingProgress(21, 21, 21, skipped=7, retryable=4)
     assert contents(out) == before  # nothing is tried again unless asked
     done = run(source, out, detector=(0.0, "none", ("00004.png",)), retry_skipped=True)
-    assert done == Progress(21, 0, 21, skipped=4, retryable=1)
-    assert run(source, out, workers=2, retry_skipped=True) == Progress(21, 13, 21, skipped=3)
+    assert done == LabelingProgress(21, 0, 21, skipped=4, retryable=1)
+    assert run(source, out, workers=2, retry_skipped=True) == LabelingProgress(
+        21, 13, 21, skipped=3
+    )
     assert contents(out) == contents(whole)
-    assert run(source, out, retry_skipped=True) == Progress(21, 21, 21, skipped=3)
+    assert run(source, out, retry_skipped=True) == LabelingProgress(21, 21, 21, skipped=3)
 
 
 def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(source, out, shard=17, retry_skipped=True, stop=2)
     assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
-    assert run(source, out, shard=17, retry_skipped=True) == Progress(21, 0, 21, skipped=3)
+    assert run(source, out, shard=17, retry_skipped=True) == LabelingProgress(21, 0, 21, skipped=3)
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -127,9 +131,9 @@ def test_what_was_replaced_since_is_found_out(
     (made := tmp_path / "made").mkdir()
     given = LabelOptions(photos=(str(source),), detector=detector.format(made), vocabulary="mug")
 
-    def labelled() -> Progress:
-        settings, work = prepare(given)[2], WorkOptions(shard_size=8)
-        return label_folder(find(str(source)), tmp_path / "out", engine(0), settings, work)
+    def labelled() -> LabelingProgress:
+        settings, work = prepare_run(given)[2], WorkOptions(shard_size=8)
+        return label_folder(list_images(str(source)), tmp_path / "out", engine(0), settings, work)
 
     (made / "one").write_text("first")
     assert labelled().done == labelled().before == 21
@@ -210,12 +214,14 @@ def _group(leader: int) -> list[int]:
 
 def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, shard: int = 8) -> str:
     work = WorkOptions(shard_size=shard, batch_size=3)
-    return refuses("", label_folder, find(str(source)), out, engine(), settings or SETTINGS, work)
+    return refuses(
+        "", label_folder, list_images(str(source)), out, engine(), settings or SETTINGS, work
+    )
 
 
 def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
     before = contents(whole)
-    assert run(source, whole) == Progress(total=21, before=21, done=21, skipped=3)
+    assert run(source, whole) == LabelingProgress(total=21, before=21, done=21, skipped=3)
     assert '"bright" there, "owlv2" here' in refused(
         source, whole, {**SETTINGS, "detector": "owlv2"}
     )
@@ -254,12 +260,12 @@ def test_an_image_that_was_replaced_is_labelled_again_with_those_beside_it(tmp_p
     (out / "questions.parquet").touch()  # about what is no longer there
     shutil.copy(folder / "00008.png", folder / "00009.png")  # which had as many bytes
     with pytest.warns(Notice, match="1 image changed"):
-        assert run(folder, out) == Progress(10, 8, 10, 0)
+        assert run(folder, out) == LabelingProgress(10, 8, 10, 0)
     run(folder, tmp_path / "anew", workers=2)  # which change nothing
     assert contents(out) == contents(tmp_path / "anew")
     for path in folder.iterdir():
         os.utime(path, (0, 0))  # as in a copy
-    assert run(folder, out) == Progress(10, 10, 10, 0)
+    assert run(folder, out) == LabelingProgress(10, 10, 10, 0)
 
 
 def test_too_many_failures_stop_the_run_before_they_are_kept(tmp_path: Path) -> None:
@@ -283,13 +289,13 @@ def test_the_settings_of_a_run_that_was_refused_do_not_bind(tmp_path: Path) -> N
     refuses(
         "no API key",
         label_folder,
-        find(str(source)),
+        list_images(str(source)),
         out,
         no_key,
         {"detector": "bright"},
         WorkOptions(),
     )
-    label_folder(find(str(source)), out, engine(), {"detector": "other"}, WorkOptions())
+    label_folder(list_images(str(source)), out, engine(), {"detector": "other"}, WorkOptions())
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     settings, there = {"detector": "bright"}, 'detector is "other" there, "bright" here'
-    refuses(there, label_folder, find(str(source)), out, no_key, settings, WorkOptions())
+    refuses(there, label_folder, list_images(str(source)), out, no_key, settings, WorkOptions())

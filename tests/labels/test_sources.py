@@ -11,10 +11,10 @@ from data_tiny import make, png
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import Notice
-from spear.labels.inputs import contents, read
+from spear.labels.inputs import read_contents, read_images
 from spear.labels.scenes import label_frames, label_scenes
-from spear.labels.sources import items, kept_for_testing
-from spear.labels.store import read as read_labels
+from spear.labels.sources import is_held_out, list_items
+from spear.labels.store import read_labels as read_labels
 from spear.types import Episode, Frame, LabeledImage
 
 
@@ -26,10 +26,10 @@ def episode(steps: int, camera: str, first: int) -> Episode:
 
 def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     write_episodes([episode(10, "external", 0), episode(2, "front", 100)], tmp_path / "robot")
-    found = list(items([str(tmp_path / "robot")], per_episode=4))
+    found = list(list_items([str(tmp_path / "robot")], per_episode=4))
     places = [item.key.rpartition("#")[2] for item in found]
     assert places == [f"{e}/{n}-of-4" for e in (0, 1) for n in (1, 2, 3, 4)]
-    works = read(found)
+    works = read_images(found)
     assert [work.frame.image[0, 0, 0] for work in works if work.frame is not None] == [
         0,
         3,
@@ -40,8 +40,10 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     ]
     assert all("only 2 steps" in str(work.error) for work in works[6:])
     write_episodes([episode(10, "external", 0), episode(3, "front", 100)], tmp_path / "anew")
-    again = list(items([str(tmp_path / "anew")], per_episode=4))
-    same = [now == then for now, then in zip(contents(again), contents(found), strict=True)]
+    again = list(list_items([str(tmp_path / "anew")], per_episode=4))
+    same = [
+        now == then for now, then in zip(read_contents(again), read_contents(found), strict=True)
+    ]
     assert again[0].stamp != found[0].stamp and same == [True] * 6 + [False] * 2
 
 
@@ -49,8 +51,8 @@ def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
     "kind", ["sim:", "sim/clutter/", "simpler:", "simpler/PutCarrotOnPlateInScene-v1/"]
 )
 def test_scenes_that_are_kept_for_testing_are_known_by_their_seed(kind: str) -> None:
-    assert kept_for_testing(f"{kind}9999") and not kept_for_testing(f"{kind}10000")
-    assert not kept_for_testing("photos/sim/7.jpg")
+    assert is_held_out(f"{kind}9999") and not is_held_out(f"{kind}10000")
+    assert not is_held_out("photos/sim/7.jpg")
 
 
 def test_the_same_image_given_twice_is_labelled_once(
@@ -59,15 +61,15 @@ def test_the_same_image_given_twice_is_labelled_once(
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(3))
     given = [str(tmp_path / "b.png"), f"{tmp_path}/", f"{tmp_path}/./*.png"]
-    assert [Path(item.key).name for item in items(given)] == ["b.png", "a.png"]
+    assert [Path(item.key).name for item in list_items(given)] == ["b.png", "a.png"]
     monkeypatch.chdir(tmp_path)
-    assert [item.key for item in items([".", str(tmp_path)])] == ["./a.png", "./b.png"]
+    assert [item.key for item in list_items([".", str(tmp_path)])] == ["./a.png", "./b.png"]
 
 
 def test_names_that_are_no_text_are_named_in_text(tmp_path: Path) -> None:
     for letter in (b"\xe8", b"\xe9"):  # as Latin-1 has them, in files of old disks and archives
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")).write_bytes(png(3))
-    works = read(list(items([str(tmp_path)])))
+    works = read_images(list(list_items([str(tmp_path)])))
     assert [work.error for work in works] == [None, None]
     assert len({work.source.encode() for work in works}) == 2
 

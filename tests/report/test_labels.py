@@ -13,10 +13,10 @@ import pytest
 from labels_scenes import TRUTH, random_frame
 from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
-from spear.labels.pipeline import label
-from spear.labels.questions.store import ask, read_questions, write_questions
+from spear.labels.pipeline import label_images
+from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
-from spear.labels.store import choose, count, write_labels
+from spear.labels.store import count_labels, select_labels, write_labels
 from spear.report.labels import label_page, write_rerun
 from spear.types import Frame, LabeledImage
 
@@ -29,7 +29,7 @@ def frames() -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def labels(frames: list[Frame]) -> list[LabeledImage]:
-    return list(label(frames, *TRUTH))
+    return list(label_images(frames, *TRUTH))
 
 
 @pytest.fixture
@@ -47,7 +47,9 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     kept = list(read_questions(folder))
     assert images == 12 and counts.total() == len(kept) > 12 and set(counts) == set(families)
     expected = [
-        (item.source, question) for item in labels for question in ask(item, 3, families=families)
+        (item.source, question)
+        for item in labels
+        for question in generate_label_questions(item, 3, families=families)
     ]
     assert [source for source, _ in kept] == [source for source, _ in expected]
     for (_, a), (_, b) in zip(kept, expected, strict=True):
@@ -61,7 +63,7 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     write_questions(folder, seed=4, pairs=(2, 2), families=("distance",))
     assert {question.family for _, question in read_questions(folder)} == {"distance"}
     assert "config_name: questions" in (folder / "README.md").read_text()
-    assert count(folder) == 12  # the questions are not taken for labels
+    assert count_labels(folder) == 12  # the questions are not taken for labels
     refuses(
         "pixel_point", write_questions, folder, families=("distance", "pixel_point")
     )  # without depth
@@ -70,7 +72,7 @@ def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
 
 def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_path: Path) -> None:
     write_questions(folder)
-    shown = choose(folder, 5)
+    shown = select_labels(folder, 5)
     assert [item.source for item in shown] == [f"scene & {n}" for n in (0, 2, 4, 7, 9)]
     out = tmp_path / "page.html"
     label_page(folder, shown, out)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spear.labels.fit.box3d import SIGNS
+from spear.labels.fit.box3d import VERTEX_SIGNS
 from spear.labels.fit.image import unproject
 from spear.labels.models.ground_truth import GroundTruth
 from spear.types import Array, Box3D, Frame
@@ -42,7 +42,9 @@ def render(boxes: list[Block], names: list[str], pitch: float = 40.0, **size: in
             hit = (near <= far) & (near > 0) & (near < depth)
             depth = np.where(hit, near, depth)
             instances[hit] = number
-            true[number] = (np.asarray(center) + SIGNS * half @ turn.T - origin) @ pose[:3, :3]
+            true[number] = (np.asarray(center) + VERTEX_SIGNS * half @ turn.T - origin) @ pose[
+                :3, :3
+            ]
     image = np.full((height, width, 3), 90, np.uint8)
     for number in true:
         image[instances == number] = (40 * number % 256, 200 - 20 * number % 200, 70 * number % 256)

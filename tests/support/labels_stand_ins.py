@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import RetryableError, SpearError
-from spear.labels.engine import Makers, run_local
+from spear.labels.engine import ModelFactories, run_local
 from spear.labels.fit.image import unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
@@ -87,7 +87,7 @@ def noise(seed: int, height: int = 40, width: int = 60) -> Frame:
     return Frame(image, source=f"{seed}.jpg")
 
 
-def graph(*detector: Any) -> Makers:
+def graph(*detector: Any) -> ModelFactories:
     return partial(BrightDetector, *detector), BoxSegmenter, SlopePointMap
 
 

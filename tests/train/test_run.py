@@ -21,9 +21,9 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import Notice
-from spear.labels.inputs import digest
+from spear.labels.inputs import hash_content
 from spear.labels.scenes import label_scenes
-from spear.labels.store import read
+from spear.labels.store import read_labels
 from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -104,7 +104,9 @@ def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
         "learned"
     ].split()
     asked = [
-        digest(one.image) for view in ("external", "wrist") for one in read(walked.labels / view)
+        hash_content(one.image)
+        for view in ("external", "wrist")
+        for one in read_labels(walked.labels / view)
     ]
     assert sorted(learned) == sorted(asked + walked.episodes.marks())
 

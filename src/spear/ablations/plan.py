@@ -15,7 +15,7 @@ from typing import Any
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, counted
-from spear.labels.store import count
+from spear.labels.store import count_labels
 from spear.models.presets import preset
 from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES, TRAIN_SEED
@@ -52,7 +52,7 @@ class Data:
 def look_at(labels: Path, episodes: Path) -> Data:
     """What is in two folders; there may be no episodes yet. `SpearError` for one without labelled images."""
     view = labels / "external"
-    images = count(view if view.is_dir() else labels)
+    images = count_labels(view if view.is_dir() else labels)
     kinds = "*.parquet", "*.arrow", "*.txt"
     keys = [hash_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
     return Data(labels, episodes, images, keys[1] if episodes.is_dir() else "", keys[0])

@@ -188,7 +188,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import find_images
     from spear.evaluate.vqa.calibration import FILE, Trust
-    from spear.labels.inputs import digest
+    from spear.labels.inputs import hash_content
     from spear.models.weights.folders import made_by
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
@@ -215,7 +215,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
             f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)"
         )
     learned = {*made_by(locate(o.model)).get("learned", "").split()}
-    if both := sum(digest(label.image) in learned for label in labels):
+    if both := sum(hash_content(label.image) in learned for label in labels):
         notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
     trust = None if o.calibrate else Trust.load(locate(o.model))
     scores = run.evaluate(bundle, labels, asked, trust)

@@ -68,7 +68,7 @@ def label(options: LabelOptions) -> None:
             )
     else:
         from spear.labels.scenes import label_scenes
-        from spear.labels.sources import scene_numbers
+        from spear.labels.sources import parse_scene_seeds
         from spear.models.presets import preset
 
         out, scene, workers = options.out, options.scene, options.work.workers
@@ -77,7 +77,7 @@ def label(options: LabelOptions) -> None:
             from spear.evaluate.simpler.record import label_tasks
 
             images = label_tasks(
-                out, scene_numbers(options.photos[0], "simpler"), sizes["external"], workers
+                out, parse_scene_seeds(options.photos[0], "simpler"), sizes["external"], workers
             )
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
@@ -93,16 +93,16 @@ def _plan(options: LabelOptions) -> None:
     import torch
 
     from spear.doctor import machine
-    from spear.labels.components import split
-    from spear.labels.models.gemini import MAX_TOKENS, input_tokens
-    from spear.labels.models.needs import needs
-    from spear.labels.run import prepare
+    from spear.labels.model_factories import split_description
+    from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
+    from spear.labels.models.resources import estimate_resources
+    from spear.labels.run import prepare_run
     from spear.models.devices import choose_device
     from spear.models.weights.published import PUBLISHED
 
     if not options.photos:
         raise SpearError("--plan: name the PHOTOS that shall be labelled")
-    device, (_, listing, settings) = choose_device(options.device), prepare(options)
+    device, (_, listing, settings) = choose_device(options.device), prepare_run(options)
     images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
     print(
@@ -110,13 +110,16 @@ def _plan(options: LabelOptions) -> None:
     )
     found = []
     for part in ("detector", "segmenter", "pointmap"):
-        name, model = split(getattr(options, part).rpartition("+")[2])
+        name, model = split_description(getattr(options, part).rpartition("+")[2])
         said = f"not known before it is loaded: {model}" if name in PUBLISHED else "no network"
         if name == "gemini":
-            each = input_tokens(words)
-            said = f"per image about {each:,} tokens in, at most {MAX_TOKENS:,} out; all {each * images:,} in"
+            each = estimate_input_tokens(words)
+            said = (
+                f"per image about {each:,} tokens in, at most {MAX_OUTPUT_TOKENS:,} out; "
+                f"all {each * images:,} in"
+            )
         elif name in PUBLISHED and not model:
-            found.append(needs(name, batch, longest, len(words) or 8))
+            found.append(estimate_resources(name, batch, longest, len(words) or 8))
             said = f"{found[-1]}: {PUBLISHED[name].repository}"
         print(f"  {name:<15} {said}")
     if found:
@@ -165,11 +168,11 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels
         spear label show runs/my_labels --images 6 --rerun labels.rrd
     """
-    from spear.labels.store import choose
+    from spear.labels.store import select_labels
     from spear.report.labels import label_page, write_rerun
 
     folder = _shards(options.labels)
-    shown = choose(folder, options.images)
+    shown = select_labels(folder, options.images)
     target = options.out or options.labels / "show.html"
     label_page(folder, shown, target)
     print(f"open {target.resolve()}")
@@ -185,20 +188,22 @@ def _shards(labels: Path) -> Path:
 
 def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMapResult | None]":
     """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
-    from spear.labels.components import component
-    from spear.labels.inputs import read
-    from spear.labels.pipeline import admit, locate
-    from spear.labels.sources import items
+    from spear.labels.inputs import read_images
+    from spear.labels.model_factories import resolve_factory
+    from spear.labels.pipeline import admit_frame, predict_point_maps
+    from spear.labels.sources import list_items
     from spear.types import Frame
     from spear.util.images import decode_image
 
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
     run = read_json(folder / "run.json", "leave out --rerun, or copy the folder again")
-    works = [admit(Frame(decode_image(label.image), source=label.source)) for label in labels]
+    works = [admit_frame(Frame(decode_image(label.image), source=label.source)) for label in labels]
     if run["pointmap"] == "ground-truth":
-        found = {item.key: item for item in items(run["inputs"], run["rate"], run["per_episode"])}
-        works = read([found[label.source] for label in labels if label.source in found])
-    locate(works, component("point map", run["pointmap"], LabelOptions())())
+        found = {
+            item.key: item for item in list_items(run["inputs"], run["rate"], run["per_episode"])
+        }
+        works = read_images([found[label.source] for label in labels if label.source in found])
+    predict_point_maps(works, resolve_factory("point map", run["pointmap"], LabelOptions())())
     located = {work.source: work.geometry for work in works}
     return [located.get(label.source) for label in labels]

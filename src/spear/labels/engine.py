@@ -19,14 +19,20 @@ import numpy as np
 import pyarrow as pa
 
 from spear.errors import Notice, RetryableError, need
-from spear.labels.inputs import Item, read
-from spear.labels.models.protocols import Detector, PointMap, Segmenter
+from spear.labels.inputs import Item, read_images
+from spear.labels.models.protocols import Detector, PointMapModel, Segmenter
 from spear.labels.options import WorkOptions
-from spear.labels.pipeline import Work, detect, lift, locate, segment
+from spear.labels.pipeline import (
+    PendingImage,
+    detect_objects,
+    fit_boxes,
+    predict_point_maps,
+    segment_objects,
+)
 from spear.labels.store import to_table
 from spear.util import processes
 
-Makers = tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMap]]
+ModelFactories = tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMapModel]]
 """Of detector, segmenter and point map: each makes its component, and can be sent to another process."""
 
 
@@ -38,7 +44,7 @@ class SkippedImage(NamedTuple):
     retryable: bool
 
 
-class Done(NamedTuple):
+class LabeledBatch(NamedTuple):
     """A labelled batch: rows of `store.SCHEMA`, what was skipped, `Work.digest` of all, and its notices."""
 
     labels: pa.Table
@@ -47,14 +53,14 @@ class Done(NamedTuple):
     notes: Sequence[str] = ()
 
 
-Engine = Callable[[Iterable[Sequence[Item]]], Generator[Done, None, None]]
+Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None]]
 """Batches of items → the labels of each, in order."""
 
 
-def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
+def locate_and_pack(works: list[PendingImage], pointmap: PointMapModel) -> None:
     """`locate`; then keep only what `finish` needs, for the way to another process: no pixels (they are
     encoded already), no truth, and masks eight pixels to a byte."""
-    locate(works, pointmap)
+    predict_point_maps(works, pointmap)
     for work in works:
         if work.error is not None or work.frame is None or work.masks is None:
             work.frame = work.masks = work.geometry = None
@@ -64,7 +70,7 @@ def locate_and_pack(works: list[Work], pointmap: PointMap) -> None:
             work.masks = np.packbits(work.masks, axis=-1)
 
 
-def finish(works: Sequence[Work]) -> Done:
+def finish_batch(works: Sequence[PendingImage]) -> LabeledBatch:
     """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
 
     An image at which this breaks down is skipped like any other: among millions there is always one.
@@ -80,22 +86,29 @@ def finish(works: Sequence[Work]) -> Done:
             assert work.frame is not None and work.masks is not None
             masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1]).view(bool)
             with catch_warnings(action="always", category=Notice, record=True) as said:
-                labels.append(lift(replace(work, masks=masks)))
+                labels.append(fit_boxes(replace(work, masks=masks)))
             notes |= {str(one.message) for one in said}
         except Exception as error:
             reason = f"fitting boxes: {type(error).__name__}: {error}"
             skipped.append(SkippedImage(work.source, reason, False))
-    return Done(to_table(labels), skipped, [work.digest for work in works], sorted(notes))
+    return LabeledBatch(to_table(labels), skipped, [work.digest for work in works], sorted(notes))
 
 
-Stage = Callable[[list[Work], Any], None]
-STAGES: Sequence[Stage] = (partial(detect, need_objects=True), segment, locate_and_pack)
+Stage = Callable[[list[PendingImage], Any], None]
+STAGES: Sequence[Stage] = (
+    partial(detect_objects, need_objects=True),
+    segment_objects,
+    locate_and_pack,
+)
 """What is done with a batch by each of the three components, in order."""
 
 
 def run_local(
-    makers: Makers, workers: int, batches: Iterable[Sequence[Item]], longest: int | None = 840
-) -> Generator[Done, None, None]:
+    makers: ModelFactories,
+    workers: int,
+    batches: Iterable[Sequence[Item]],
+    longest: int | None = 840,
+) -> Generator[LabeledBatch, None, None]:
     """Label batches on this computer. The components are made here, before a worker begins. However the work
     ends, what a component has to be paid for is printed.
 
@@ -109,17 +122,19 @@ def run_local(
     components = [make() for make in makers]
     try:
         with processes.pool(workers, __name__, advice) as pool:
-            works = processes.in_order(pool, partial(read, longest=longest), batches, workers + 1)
+            works = processes.in_order(
+                pool, partial(read_images, longest=longest), batches, workers + 1
+            )
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
-            yield from processes.in_order(pool, finish, works, workers + 1)
+            yield from processes.in_order(pool, finish_batch, works, workers + 1)
     finally:
         for component in components:
             if hasattr(component, "bill") and (bill := component.bill()):
                 print(bill, flush=True)
 
 
-def _through(stage: Stage, component: Any, works: list[Work]) -> list[Work]:
+def _through(stage: Stage, component: Any, works: list[PendingImage]) -> list[PendingImage]:
     stage(works, component)
     return works
 
@@ -131,14 +146,17 @@ class _Network:
         self.make, self.stage = make, stage
         self.component: Any = None
 
-    def call(self, works: list[Work]) -> list[Work]:
+    def call(self, works: list[PendingImage]) -> list[PendingImage]:
         self.component = self.component or self.make()
         return _through(self.stage, self.component, works)
 
 
 def run_ray(
-    makers: Makers, work: WorkOptions, batches: Iterable[Sequence[Item]], longest: int | None = 840
-) -> Generator[Done, None, None]:
+    makers: ModelFactories,
+    work: WorkOptions,
+    batches: Iterable[Sequence[Item]],
+    longest: int | None = 840,
+) -> Generator[LabeledBatch, None, None]:
     """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
 
     work: its `copies` and `gpus`, of detector, segmenter and point map, count. longest: as for `read`. Raises
@@ -156,7 +174,7 @@ def run_ray(
                 _Network
             )
             networks.append(cycle([actor.remote(make, stage) for _ in range(copies)]))
-        reader, finisher = ray.remote(read), ray.remote(finish)
+        reader, finisher = ray.remote(read_images), ray.remote(finish_batch)
         ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
         waiting: deque[Any] = deque()
         for batch in batches:

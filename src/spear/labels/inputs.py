@@ -26,12 +26,12 @@ from PIL import Image
 
 from spear.data.readers.video import opened
 from spear.errors import RetryableError, SpearError, notice
-from spear.labels.pipeline import Work, admit
-from spear.labels.store import reading
+from spear.labels.pipeline import PendingImage, admit_frame
+from spear.labels.store import explain_read_errors
 from spear.types import Array, Frame
 from spear.util.images import encode_jpeg, load_oriented
 
-IMAGES = (
+IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
     ".jpe",
@@ -44,14 +44,14 @@ IMAGES = (
     ".tiff",
     ".ppm",
 )
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 """Endings of files that are images, and of those that are videos."""
-UNREAD = re.compile(
+UNSUPPORTED_SUFFIX = re.compile(
     r"\.(hei[cf]|hif|avif|jxl|jp2|gif|raw|dng|cr[23]|nef|arw|orf|rw2|exr|p[gn]m|tga"
     r"|3g[p2]|mpe?g|m?ts|wmv|flv|ogv|t?[gx]z|bz2|zip|7z|rar)"
 )
 """Endings of files that may hold pictures, which nobody here reads."""
-TAKE = "frame_aligned_videos"
+TAKE_VIDEO_FOLDER = "frame_aligned_videos"
 """The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""
 _NOT_COLOUR = re.compile(r"_(1201-[12]|211-1)\.mp4$")
 """Streams of the Aria glasses that are not its colour camera (214-1): those for tracking, and of the eyes."""
@@ -79,12 +79,12 @@ class Item(NamedTuple):
     stamp: str | None = None
 
 
-def stamp_of(*paths: str | Path) -> str:
+def compute_stamp(*paths: str | Path) -> str:
     """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see `digest`."""
     return " ".join(f"{said.st_size}:{said.st_mtime_ns}" for said in map(os.stat, paths))
 
 
-def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
+def list_images(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
     argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
@@ -107,7 +107,7 @@ def find(argument: str, rate: float = 1.0, besides: Path | None = None) -> Itera
     items = chain.from_iterable(_listing(name, rate, entered, unread) for name in names)
     if (first := next(items, None)) is None:
         raise SpearError(
-            f"{argument}: no image ({', '.join(IMAGES)}), .tar, .parquet or video there"
+            f"{argument}: no image ({', '.join(IMAGE_SUFFIXES)}), .tar, .parquet or video there"
         )
     yield first
     yield from items
@@ -130,7 +130,7 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
     """The items of a folder, or of a file by its ending; none for an ending that is none of ours, and of a
     folder that was entered before (a link may lead back)."""
     ending = os.path.splitext(path)[1].lower()
-    unread.update([ending] if UNREAD.fullmatch(ending) else [])
+    unread.update([ending] if UNSUPPORTED_SUFFIX.fullmatch(ending) else [])
     if os.path.isdir(path):
         if (real := os.path.realpath(path)) in entered:
             return
@@ -140,21 +140,23 @@ def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) ->
         ):
             notice(f"{path}: left out, it holds labels: for its images, give its labels-*.parquet")
             return
-    if os.path.isdir(os.path.join(path, TAKE)):
-        for video in _take_videos(os.path.join(path, TAKE)):
-            yield from find_video(video, rate)
+    if os.path.isdir(os.path.join(path, TAKE_VIDEO_FOLDER)):
+        for video in _take_videos(os.path.join(path, TAKE_VIDEO_FOLDER)):
+            yield from list_video_frames(video, rate)
     elif os.path.isdir(path):
         for name in sorted(os.listdir(path)):
             if not name.startswith("."):
                 yield from _listing(os.path.join(path, name), rate, entered, unread)
-    elif ending in IMAGES:
-        yield Item(path, read_file, path, stamp=stamp_of(path) if os.path.isfile(path) else None)
+    elif ending in IMAGE_SUFFIXES:
+        yield Item(
+            path, read_file, path, stamp=compute_stamp(path) if os.path.isfile(path) else None
+        )
     elif ending == ".tar":
-        yield from find_tar(path)
+        yield from list_tar(path)
     elif ending == ".parquet":
-        yield from find_parquet(path)
-    elif ending in VIDEOS:
-        yield from find_video(path, rate)
+        yield from list_parquet(path)
+    elif ending in VIDEO_SUFFIXES:
+        yield from list_video_frames(path, rate)
 
 
 def read_file(path: str, places: Sequence[None]) -> Iterator[Content]:
@@ -163,13 +165,13 @@ def read_file(path: str, places: Sequence[None]) -> Iterator[Content]:
         yield Path(path).read_bytes()
 
 
-def find_tar(path: str) -> Iterator[Item]:
+def list_tar(path: str) -> Iterator[Item]:
     """The images in an uncompressed tar file (a WebDataset shard, for instance)."""
     try:
         with tarfile.open(path, "r:") as tar:
-            stamp = stamp_of(path)
+            stamp = compute_stamp(path)
             for member in tar:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGES:
+                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
                     place = member.offset_data, member.size
                     yield Item(f"{path}/{member.name}", read_tar, path, place, stamp)
                 tar.members = []  # type: ignore[attr-defined] # the list of what was seen would grow without end
@@ -193,12 +195,12 @@ def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
             yield file.read(size)
 
 
-def find_parquet(path: str) -> Iterator[Item]:
+def list_parquet(path: str) -> Iterator[Item]:
     """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
-    with reading(Path(path), "copy it again, or leave it out"):
+    with explain_read_errors(Path(path), "copy it again, or leave it out"):
         file = pq.ParquetFile(path)
     column = _image_column(file.schema_arrow, path)
-    number, stamp = count(), stamp_of(path)
+    number, stamp = count(), compute_stamp(path)
     for group in range(file.num_row_groups):
         for place in range(file.metadata.row_group(group).num_rows):
             yield Item(f"{path}#{next(number)}", read_parquet, path, (column, group, place), stamp)
@@ -207,13 +209,13 @@ def find_parquet(path: str) -> Iterator[Item]:
 def read_parquet(path: str, places: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
     """Images in a Parquet file, by (column, row group, row in it)."""
     for column, group, row in places:
-        value = row_group(path, column, group)[row].as_py()
+        value = read_row_group(path, column, group)[row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         yield value if isinstance(value, bytes) else SpearError("this row has no image: fill it in")
 
 
 @lru_cache(maxsize=1)
-def row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
+def read_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
     return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
@@ -238,7 +240,7 @@ def _image_column(schema: pa.Schema, path: str) -> str:
     raise SpearError(f"{path}: {found}: name the one with the images `image`")
 
 
-def find_video(path: str, rate: float) -> Iterator[Item]:
+def list_video_frames(path: str, rate: float) -> Iterator[Item]:
     """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number, which
     supposes a constant frame rate. A rate above the video's gives every frame once.
 
@@ -249,14 +251,14 @@ def find_video(path: str, rate: float) -> Iterator[Item]:
         frames = stream.frames or round((container.duration or 0) / 1e6 * per_second)
     if not frames:
         raise SpearError(f"{path}: this video does not say how long it is: remux it to .mp4")
-    stamp = stamp_of(path)
+    stamp = compute_stamp(path)
     for index, _ in groupby(int(number / rate * per_second + 1e-6) for number in count()):
         if index >= frames:
             return
-        yield Item(f"{path}#{index}", read_frames, path, index / per_second, stamp)
+        yield Item(f"{path}#{index}", read_video_frames, path, index / per_second, stamp)
 
 
-def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
+def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     """The frames [h, w, 3] uint8 RGB of a video shown at rising `times` (s), each decoded once.
 
     Raises `SpearError` at a time after the last frame that is there, and where the video breaks.
@@ -281,7 +283,7 @@ def read_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     raise SpearError(f"{path}: the video ends before {wanted[0]:.2f} s: copy it again")
 
 
-def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
+def read_images(items: Sequence[Item], longest: int | None = None) -> list[PendingImage]:
     """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is skipped.
 
     items    in the order of `find`, so that neighbours in one file are read together.
@@ -290,16 +292,16 @@ def read(items: Sequence[Item], longest: int | None = None) -> list[Work]:
     """
     return [
         _work(item.key, content, longest)
-        for item, content in zip(items, contents(items), strict=True)
+        for item, content in zip(items, read_contents(items), strict=True)
     ]
 
 
-def digest(content: Content) -> str:
+def hash_content(content: Content) -> str:
     """A short hash of what a reader gives."""
     return hashlib.sha256(pickle.dumps(content, protocol=5)).hexdigest()[:16]
 
 
-def contents(items: Sequence[Item]) -> Iterator[Content]:
+def read_contents(items: Sequence[Item]) -> Iterator[Content]:
     """What the readers give; when one breaks down, that is the reason for all that it did not give."""
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         places = [item.place for item in group]
@@ -318,8 +320,8 @@ def contents(items: Sequence[Item]) -> Iterator[Content]:
         yield from [reason] * missing
 
 
-def _work(key: str, content: Content, longest: int | None) -> Work:
-    hashed = digest(content)
+def _work(key: str, content: Content, longest: int | None) -> PendingImage:
+    hashed = hash_content(content)
     try:
         if isinstance(content, SpearError):
             raise content
@@ -327,18 +329,20 @@ def _work(key: str, content: Content, longest: int | None) -> Work:
             load_oriented(content, key) if isinstance(content, bytes) else (content, False)
         )
     except SpearError as error:
-        return Work(key, None, error, digest=hashed)
+        return PendingImage(key, None, error, digest=hashed)
     frame = (
-        content if isinstance(content, Frame) else Frame(shrink(content, longest), turned=turned)
+        content
+        if isinstance(content, Frame)
+        else Frame(shrink_image(content, longest), turned=turned)
     )
-    work = admit(dataclasses.replace(frame, source=key))
+    work = admit_frame(dataclasses.replace(frame, source=key))
     work.digest = hashed
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work
 
 
-def shrink(image: Array, longest: int | None) -> Array:
+def shrink_image(image: Array, longest: int | None) -> Array:
     """[h, w, 3] uint8, made smaller until its longer side is `longest` pixels; aspect kept."""
     height, width = image.shape[:2]
     if longest is None or max(height, width) <= longest:

@@ -4,18 +4,25 @@ from functools import partial
 
 import numpy as np
 
-from spear.labels.fit.box3d import fit_box, keypoints
-from spear.labels.fit.image import iou2d, tight_box
-from spear.labels.fit.masks import above_support, clean_points, encode_mask, erode, main_part, snap
-from spear.labels.fit.points import NEAR, Plane, inliers, subsample
-from spear.labels.fit.quality import planarity, stability
+from spear.labels.fit.box3d import find_keypoints, fit_box
+from spear.labels.fit.image import compute_iou_2d, compute_tight_box
+from spear.labels.fit.masks import (
+    clean_points,
+    encode_mask,
+    erode,
+    keep_main_part,
+    remove_support,
+    snap_outline,
+)
+from spear.labels.fit.points import TOUCHING_FRACTION, Plane, find_inliers, subsample
+from spear.labels.fit.quality import compute_planarity, compute_stability
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, LabeledObject
 
-MARGIN = 0.3
+MARGIN_PX = 0.3
 """Pixels that an object is taken to reach beyond the centres of its outermost ones: less than half of one,
 since the outermost of many is near the edge. Our choice, measured."""
-LEAST_POINTS, MOST_POINTS = 12, 600
+MIN_POINTS, MAX_POINTS = 12, 600
 """Objects with fewer clean points get no box; so many are kept of each, up to half from its outline."""
 LINKED = 0.04
 """Pixels of a mask belong together when their depths differ by less than this fraction (our choice)."""
@@ -51,7 +58,7 @@ def label_object(
     2D box and the mask's. With a box also: "planarity" and "stability", see `quality`; and "compact", how
     wide it is seen, as a fraction of how far the box goes into the depth, at most 1.
     """
-    x0, y0, x1, y1 = tight_box(mask).astype(int).tolist()
+    x0, y0, x1, y1 = compute_tight_box(mask).astype(int).tolist()
     box2d = np.asarray(detection.box2d, np.float32)
     if x1 == 0:
         scores = {"detection": detection.score, "points": 0.0, "visible": 0.0}
@@ -63,10 +70,10 @@ def label_object(
     focal = float(pointmap.intrinsics[0, 0])
     if band:
         others = taken[window] & ~inside
-        inside = main_part(inside, points, known, max(LINKED, 12.0 / focal, 4 * noise))
+        inside = keep_main_part(inside, points, known, max(LINKED, 12.0 / focal, 4 * noise))
         if plane is not None:
-            inside = above_support(inside, points, known, others, plane, noise)
-        snapped = snap(inside, points, known, others, plane, band, noise)
+            inside = remove_support(inside, points, known, others, plane, noise)
+        snapped = snap_outline(inside, points, known, others, plane, band, noise)
         inside = snapped if snapped.any() else inside
     near = band and max(
         band, round(NEAR_EDGE * max(mask.shape))
@@ -81,18 +88,21 @@ def label_object(
     }
     scores |= {
         "known": float(pointmap.mask[mask].mean()),
-        "whole": float(iou2d(box2d, tight_box(mask))),
+        "whole": float(compute_iou_2d(box2d, compute_tight_box(mask))),
     }
     box, points3d = None, {}
-    if len(cloud) >= LEAST_POINTS:
+    if len(cloud) >= MIN_POINTS:
         distance = float(np.median(cloud[:, 2]))
         up, support = (None, None) if plane is None else (plane.up, _support(cloud, beside, plane))
         fit = partial(
-            fit_box, up=up, support=support, margin=MARGIN * distance / focal, noise=noise
+            fit_box, up=up, support=support, margin=MARGIN_PX * distance / focal, noise=noise
         )
         box = fit(cloud)
-        points3d = keypoints(cloud, box)
-        scores |= {"planarity": planarity(cloud), "stability": stability(cloud, box, fit)}
+        points3d = find_keypoints(cloud, box)
+        scores |= {
+            "planarity": compute_planarity(cloud),
+            "stability": compute_stability(cloud, box, fit),
+        }
         # A mask that leaks on to what is behind makes a box much deeper than it is seen wide.
         width = distance / focal * float(np.hypot(*np.ptp(np.argwhere(inside), axis=0)))
         scores["compact"] = min(1.0, width / max(float(np.ptp(box.vertices[:, 2])), 1e-9))
@@ -103,10 +113,10 @@ def _cloud(inside: Array, points: Array, erosion: int, noise: float) -> Array:
     """At most `MOST_POINTS` clean points [n, 3] of a mask [h, w], out of the image's [h, w, 3]. Its outline,
     which bounds the box, is kept more densely."""
     inner = erode(inside, 1)
-    outline = subsample(np.argwhere(inside & ~inner), MOST_POINTS // 2)
-    pixels = np.concatenate([outline, subsample(np.argwhere(inner), MOST_POINTS - len(outline))])
+    outline = subsample(np.argwhere(inside & ~inner), MAX_POINTS // 2)
+    pixels = np.concatenate([outline, subsample(np.argwhere(inner), MAX_POINTS - len(outline))])
     cloud = clean_points(inside, points, pixels, erosion, noise).astype(np.float64)
-    return cloud[inliers(cloud)]
+    return cloud[find_inliers(cloud)]
 
 
 def _outline(
@@ -129,7 +139,7 @@ def _outline(
             total += int(np.count_nonzero(border))
             border &= known[here] & known[there]
             p, q = points[here][border], points[there][border]
-            limit = NEAR * p[:, 2]
+            limit = TOUCHING_FRACTION * p[:, 2]
             occluded += int(np.count_nonzero(q[:, 2] < p[:, 2] - limit))
             gap = q - p
             beside.append(q[np.einsum("ij,ij->i", gap, gap) < limit * limit])
@@ -151,7 +161,7 @@ def _support(cloud: Array, beside: Array, plane: Plane) -> float | None:
     """
     heights = cloud @ plane.up
     low, high = np.quantile(heights, (0.05, 1.0))
-    reach = NEAR * float(np.median(cloud[:, 2]))
+    reach = TOUCHING_FRACTION * float(np.median(cloud[:, 2]))
     contact = beside @ plane.up
     contact = contact[contact < min(low + 0.25 * (high - low), high - 0.1 * reach)]
     if len(contact) >= 3:

@@ -12,25 +12,31 @@ from typing import Any, TypeVar
 import numpy as np
 
 from spear.errors import SpearError, notice
-from spear.labels.fit.image import lit_part
-from spear.labels.fit.points import PLANE_POINTS, noise_level, subsample, support_plane
+from spear.labels.fit.image import find_lit_part
+from spear.labels.fit.points import MAX_PLANE_POINTS, estimate_noise, fit_support_plane, subsample
 from spear.labels.models.ground_truth import GROUND_TRUTH
-from spear.labels.models.protocols import Detection, Detector, PointMap, PointMapResult, Segmenter
+from spear.labels.models.protocols import (
+    Detection,
+    Detector,
+    PointMapModel,
+    PointMapResult,
+    Segmenter,
+)
 from spear.labels.objects import label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
 
 T = TypeVar("T")
-MIN_SIDE = 16
+MIN_SIDE_PX = 16
 """Images with a shorter side than this hold nothing to label."""
-LARGE = 0.1
+MAX_OBJECT_FRACTION = 0.1
 """Objects with a larger share of the image than this may be what others stand on: a table (our choice)."""
-EMPTY = "no object was found"
+NO_OBJECTS_REASON = "no object was found"
 """Why an image is skipped in which nothing was found, which is no failure."""
 
 
 @dataclass
-class Work:
+class PendingImage:
     """One image on its way through the stages; each stage fills in its part.
 
     source      where the image came from: the label's source.
@@ -57,11 +63,11 @@ class Work:
     lit: Any = None
 
 
-def label(
+def label_images(
     frames: Iterable[Frame],
     detector: Detector,
     segmenter: Segmenter,
-    pointmap: PointMap,
+    pointmap: PointMapModel,
     exact: bool | None = None,
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, as they come, one label each; without any detection it has no objects.
@@ -72,17 +78,17 @@ def label(
     Raises `SpearError` for the first image that is bad or that a model refuses.
     """
     source = iter(frames)
-    while works := [admit(frame) for frame in islice(source, 8)]:
-        detect(works, detector)
-        segment(works, segmenter)
-        locate(works, pointmap)
+    while works := [admit_frame(frame) for frame in islice(source, 8)]:
+        detect_objects(works, detector)
+        segment_objects(works, segmenter)
+        predict_point_maps(works, pointmap)
         for work in works:
             if work.error is not None:
                 raise work.error
-            yield lift(work, exact)
+            yield fit_boxes(work, exact)
 
 
-def admit(frame: Frame) -> Work:
+def admit_frame(frame: Frame) -> PendingImage:
     """The work of labelling a frame, skipped when its image is not [h, w, 3] uint8 or too small."""
     image, error = frame.image, None
     if (
@@ -97,22 +103,24 @@ def admit(frame: Frame) -> Work:
             else type(image).__name__
         )
         error = SpearError(f"image is {got}: convert it to [h, w, 3] uint8 RGB")
-    elif min(image.shape[:2]) < MIN_SIDE:
+    elif min(image.shape[:2]) < MIN_SIDE_PX:
         size = f"{image.shape[1]}×{image.shape[0]}"
-        error = SpearError(f"image is {size} pixels: give at least {MIN_SIDE}×{MIN_SIDE}")
-    return Work(frame.source, frame, error, lit=None if error else lit_part(image))
+        error = SpearError(f"image is {size} pixels: give at least {MIN_SIDE_PX}×{MIN_SIDE_PX}")
+    return PendingImage(frame.source, frame, error, lit=None if error else find_lit_part(image))
 
 
-def detect(works: Sequence[Work], detector: Detector, need_objects: bool = False) -> None:
+def detect_objects(
+    works: Sequence[PendingImage], detector: Detector, need_objects: bool = False
+) -> None:
     """Find the objects of each image. With `need_objects`, images in which none is found are skipped."""
     for work, found in _answers(works, lambda good, frames: detector.detect(frames)):
         work.detections = found
         work.provenance["detector"] = detector.name
         if need_objects and not found:
-            work.error = SpearError(EMPTY)
+            work.error = SpearError(NO_OBJECTS_REASON)
 
 
-def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
+def segment_objects(works: Sequence[PendingImage], segmenter: Segmenter) -> None:
     """Outline the objects of each image."""
     answers = _answers(
         works, lambda good, frames: segmenter.segment(frames, [w.detections for w in good])
@@ -122,7 +130,7 @@ def segment(works: Sequence[Work], segmenter: Segmenter) -> None:
         work.provenance["segmenter"] = segmenter.name
 
 
-def locate(works: Sequence[Work], pointmap: PointMap) -> None:
+def predict_point_maps(works: Sequence[PendingImage], pointmap: PointMapModel) -> None:
     """Predict the point map of each image."""
     for work, geometry in _answers(works, lambda good, frames: pointmap.predict(frames)):
         work.geometry = geometry
@@ -130,8 +138,9 @@ def locate(works: Sequence[Work], pointmap: PointMap) -> None:
 
 
 def _answers(
-    works: Sequence[Work], call: Callable[[Sequence[Work], Sequence[Frame]], list[T]]
-) -> list[tuple[Work, T]]:
+    works: Sequence[PendingImage],
+    call: Callable[[Sequence[PendingImage], Sequence[Frame]], list[T]],
+) -> list[tuple[PendingImage, T]]:
     """The answer to each good image by a model, which gets the works and their frames; when it refuses them,
     image by image, skipping those that it refuses alone."""
     good = [work for work in works if work.error is None]
@@ -145,7 +154,7 @@ def _answers(
         return []
 
 
-def lift(work: Work, exact: bool | None = None) -> LabeledImage:
+def fit_boxes(work: PendingImage, exact: bool | None = None) -> LabeledImage:
     """Fit the boxes of an image that has gone through all models; `exact` as in `label`. Points that are NaN,
     infinite or behind the camera count as unknown."""
     assert work.frame is not None and work.masks is not None and work.geometry is not None
@@ -158,16 +167,16 @@ def lift(work: Work, exact: bool | None = None) -> LabeledImage:
         said = work.provenance
         exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
     up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-    small = work.masks[work.masks.mean(axis=(1, 2)) < LARGE]
+    small = work.masks[work.masks.mean(axis=(1, 2)) < MAX_OBJECT_FRACTION]
     seen = geometry.points[
-        tuple(subsample(np.argwhere(known & ~small.any(axis=0)), PLANE_POINTS).T)
+        tuple(subsample(np.argwhere(known & ~small.any(axis=0)), MAX_PLANE_POINTS).T)
     ]
-    plane = support_plane(seen, up)
-    if plane is None and up is not None and (plane := support_plane(seen)):
+    plane = fit_support_plane(seen, up)
+    if plane is None and up is not None and (plane := fit_support_plane(seen)):
         notice(
             "poses fit no level surface that is seen, so are not used: are they camera to world, z up?"
         )
-    taken, noise = np.asarray(work.masks.any(axis=0)), noise_level(geometry.points, known)
+    taken, noise = np.asarray(work.masks.any(axis=0)), estimate_noise(geometry.points, known)
     given = geometry, plane, exact, taken, noise, work.lit
     return LabeledImage(
         image=work.encoded or encode_jpeg(frame.image),

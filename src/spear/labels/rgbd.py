@@ -25,13 +25,13 @@ import numpy as np
 from PIL import Image
 
 from spear.errors import SpearError
-from spear.labels.fit.image import nearest, same_view
-from spear.labels.inputs import IMAGES, stamp_of
+from spear.labels.fit.image import have_same_aspect, resize_nearest
+from spear.labels.inputs import IMAGE_SUFFIXES, compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.images import load_oriented
 
-COLOUR_FOLDERS = ("color", "colour", "rgb", "image", "images")
+COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
 """Parts of the room that are no objects: they keep their instance numbers but get no name (our choice)."""
 UNIT = 0.001
@@ -40,7 +40,7 @@ NEAREST = 0.05
 """Metres that every scene reaches beyond: depth that does not is in another unit (our choice)."""
 
 
-class Scene:
+class RgbdScene:
     """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`. A frame is read
     when it is asked for, and a `SpearError` there concerns no other. alone: colour images without depth.
 
@@ -74,7 +74,8 @@ class Scene:
         stem = self._pairs[index][0].stem
         others = self.folder / "pose" / f"{stem}.txt", self.folder / "instance-filt" / f"{stem}.png"
         files = (*self._pairs[index], *filter(Path.is_file, others))
-        return f"{zlib.crc32(repr((self.camera, self.depth_camera, self.names)).encode())} {stamp_of(*files)}"
+        checksum = zlib.crc32(repr((self.camera, self.depth_camera, self.names)).encode())
+        return f"{checksum} {compute_stamp(*files)}"
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
@@ -85,7 +86,7 @@ class Scene:
             raise SpearError(f"{color}: {what}: give the intrinsics of images of this size")
         depth_camera = self.depth_camera
         if depth_camera is None:
-            if not same_view(image.shape[:2], depth.shape):
+            if not have_same_aspect(image.shape[:2], depth.shape):
                 what = f"{columns}×{rows} depth, {width}×{height} color"
                 raise SpearError(
                     f"{depth_file}: {what}: register the depth to the color camera first"
@@ -106,11 +107,11 @@ class Scene:
         path, instances = self.folder / "instance-filt" / f"{color.stem}.png", None
         if self.names is not None and path.is_file():
             instances = _read_png(path)
-            if not same_view(image.shape[:2], instances.shape):
+            if not have_same_aspect(image.shape[:2], instances.shape):
                 raise SpearError(
                     f"{path}: {instances.shape}, not of the {width}×{height} image: replace it"
                 )
-            instances = nearest(instances, height, width).astype(np.int32)
+            instances = resize_nearest(instances, height, width).astype(np.int32)
         return Frame(
             image=image,
             depth=align_depth(depth, depth_camera, self.camera, height, width),
@@ -224,12 +225,12 @@ def _read_png(path: Path) -> Array:
 
 def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
-    color = next((folder / name for name in COLOUR_FOLDERS if (folder / name).is_dir()), None)
+    color = next((folder / name for name in COLOR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
         what = "no RGB-D scene (no color/ or no depth/)"
         raise SpearError(f"{folder}: {what}: give both and intrinsics.txt, or a ScanNet scan")
     depths = {path.stem: path for path in (folder / "depth").glob("*.png")}
-    images = [path for path in color.iterdir() if path.suffix.lower() in IMAGES]
+    images = [path for path in color.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not (pairs := [(path, depths[path.stem]) for path in images if path.stem in depths]):
         raise SpearError(
             f"{folder}: no image in {color.name}/ has a depth PNG of its name in depth/"

@@ -27,30 +27,37 @@ import pyarrow as pa
 
 import spear
 from spear.errors import SpearError, counted, notice
-from spear.labels.components import makers, split
-from spear.labels.engine import Engine, Makers, SkippedImage, run_local, run_ray
-from spear.labels.inputs import Item, contents, digest, stamp_of
+from spear.labels.engine import Engine, ModelFactories, SkippedImage, run_local, run_ray
+from spear.labels.inputs import Item, compute_stamp, hash_content, read_contents
+from spear.labels.model_factories import resolve_factories, split_description
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
-from spear.labels.pipeline import EMPTY
-from spear.labels.questions.statistics import write_card
-from spear.labels.sources import items as find_items
-from spear.labels.store import SCHEMA, SKIPPED, ParquetWriter, drop_questions, footer, sweep
+from spear.labels.pipeline import NO_OBJECTS_REASON
+from spear.labels.questions.statistics import write_dataset_card
+from spear.labels.sources import list_items as find_items
+from spear.labels.store import (
+    SCHEMA,
+    SKIPPED_FILE,
+    ParquetWriter,
+    read_footer,
+    remove_outdated_questions,
+    remove_temporary_files,
+)
 from spear.util.files import check_own
 from spear.util.ledger import Skipped, alone, same_settings
 from spear.util.options import changed
 from spear.util.progress import ProgressBar
 
-FOOTER = "spear.labels"
+FOOTER_KEY = "spear.labels"
 """Key in a shard's footer of a JSON object: a hash of the `keys` of its items, `skipped`, a `SkippedImage`
 for each skipped image, and `stamps` and `digests` (`Work.digest`) of all items."""
-SETTINGS = "run.json"
-MOST_BAD = 0.5
+SETTINGS_FILE = "run.json"
+MAX_FAILED_FRACTION = 0.5
 """The run stops when a larger share of the images fail; images without objects do not count."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class LabelingProgress:
     """How far a run came, in images: `done` of `total`, `before` of them by earlier commands; `skipped`, and
     of these `retryable` for a reason that may pass. rate: of this command, in words."""
 
@@ -62,9 +69,9 @@ class Progress:
     rate: str = dataclasses.field(default="", compare=False)
 
 
-def label_photos(options: LabelOptions) -> Progress:
+def label_photos(options: LabelOptions) -> LabelingProgress:
     """Label `options.photos`; how far it came. `SpearError`: an idle option, or as in `label_folder`."""
-    chosen, listing, settings = prepare(options)
+    chosen, listing, settings = prepare_run(options)
     work = options.work
     if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
         raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
@@ -73,10 +80,10 @@ def label_photos(options: LabelOptions) -> Progress:
     return label_folder(listing, options.out, engine, settings, work, options.retry_skipped)
 
 
-def prepare(options: LabelOptions) -> tuple[Makers, Iterator[Item], dict[str, Any]]:
+def prepare_run(options: LabelOptions) -> tuple[ModelFactories, Iterator[Item], dict[str, Any]]:
     """What makes the components, the listing of `options.photos`, and the settings; nothing is loaded.
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
-    chosen = makers(options)
+    chosen = resolve_factories(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
     true = next(
         (p for p in ("detector", "segmenter", "pointmap") if getattr(options, p) == GROUND_TRUTH),
@@ -90,17 +97,21 @@ def prepare(options: LabelOptions) -> tuple[Makers, Iterator[Item], dict[str, An
     settings = {"inputs": inputs, "vocabulary": options.names} | {
         n: getattr(options, n) for n in kept
     }
-    parts = (split(said.partition("+")[0]) for said in (options.detector, options.segmenter))
+    parts = (
+        split_description(said.partition("+")[0]) for said in (options.detector, options.segmenter)
+    )
     if files := {path: Path(path).read_bytes() for name, path in parts if name == "file" and path}:
         settings["annotations"] = {
             path: hashlib.sha256(text).hexdigest() for path, text in files.items()
         }
     ends = (
-        split(s.rpartition("+")[2]) for s in (options.detector, options.segmenter, options.pointmap)
+        split_description(s.rpartition("+")[2])
+        for s in (options.detector, options.segmenter, options.pointmap)
     )
     local = [Path(path) for name, path in ends if name != "file" and path and os.path.exists(path)]
     settings |= {
-        f"files of {p}": stamp_of(p, *sorted(filter(Path.is_file, p.rglob("*")))) for p in local
+        f"files of {p}": compute_stamp(p, *sorted(filter(Path.is_file, p.rglob("*"))))
+        for p in local
     }
     return chosen, find_items(inputs, options.rate, options.per_episode, options.out), settings
 
@@ -112,7 +123,7 @@ def label_folder(
     settings: Mapping[str, Any],
     work: WorkOptions,
     retry_skipped: bool = False,
-) -> Progress:
+) -> LabelingProgress:
     """Label items into a folder, or finish what was begun there.
 
     items     the input; all of it is kept in memory, half a kilobyte for each image.
@@ -124,18 +135,18 @@ def label_folder(
     """
     if not (shards := _chunks(list(items), work.shard_size)):
         raise SpearError("no image to label: give photos, folders, videos or episodes")
-    check_own(out, SETTINGS, "label")
-    with alone(out, "labelling into", SETTINGS):
+    check_own(out, SETTINGS_FILE, "label")
+    with alone(out, "labelling into", SETTINGS_FILE):
         begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
         whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
-        same_settings(out / SETTINGS, whole, begun)
-        sweep(out)
+        same_settings(out / SETTINGS_FILE, whole, begun)
+        remove_temporary_files(out)
         kept = _kept(out, shards, retry_skipped)
         if len(kept) < len(shards):
-            drop_questions(out)
+            remove_outdated_questions(out)
         total, before = sum(map(len, shards)), sum(len(shards[number]) for number in kept)
         skipped = sum(map(len, kept.values()))
-        bad = Skipped(MOST_BAD, "images", patience=200)
+        bad = Skipped(MAX_FAILED_FRACTION, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
         todo = (pair for pair in enumerate(shards) if pair[0] not in kept)
         ours, theirs = tee(
@@ -155,22 +166,24 @@ def label_folder(
                             notice(note)
                         skipped += len(done.skipped)
                         for source, why, _ in done.skipped:
-                            if why != EMPTY:
+                            if why != NO_OBJECTS_REASON:
                                 bad(why if source in why else f"{source}: {why}")
                         bar.update(bar.done + len(batch), f"{skipped:,} skipped")
                         bad.check(bar.done - before - len(bad.reasons), finished=bar.done == total)
                     kept[number], stamps = refused, [item.stamp for item in shards[number]]
                     said = {"keys": _keys(shards[number]), "skipped": refused}
                     writer.commit(
-                        {FOOTER: json.dumps({**said, "stamps": stamps, "digests": hashes})}
+                        {FOOTER_KEY: json.dumps({**said, "stamps": stamps, "digests": hashes})}
                     )
         schema = pa.schema({"source": pa.string(), "reason": pa.string(), "retryable": pa.bool_()})
-        with ParquetWriter(out / SKIPPED, schema, rows_per_group=4096) as writer:
+        with ParquetWriter(out / SKIPPED_FILE, schema, rows_per_group=4096) as writer:
             aside = [image for number in sorted(kept) for image in kept[number]]
             writer.write(pa.Table.from_pylist([image._asdict() for image in aside], schema))
             writer.commit()
-        write_card(out)
-    return Progress(total, before, bar.done, skipped, sum(i.retryable for i in aside), bar.rate())
+        write_dataset_card(out)
+    return LabelingProgress(
+        total, before, bar.done, skipped, sum(i.retryable for i in aside), bar.rate()
+    )
 
 
 def _keys(members: Sequence[Item]) -> str:
@@ -183,7 +196,10 @@ def _kept(
     """What was skipped of the finished shards that stay, by number."""
     kept, changed = {}, 0
     for path in sorted(out.glob("labels-*.parquet")):
-        said, digits = json.loads(footer(path, FOOTER) or "{}"), path.stem.removeprefix("labels-")
+        said, digits = (
+            json.loads(read_footer(path, FOOTER_KEY) or "{}"),
+            path.stem.removeprefix("labels-"),
+        )
         if "digests" not in said or not digits.isdecimal():
             raise SpearError(f"{path}: not of this run: move it elsewhere")
         number, skipped = int(digits), [SkippedImage(*image) for image in said["skipped"]]
@@ -193,8 +209,10 @@ def _kept(
             )
         parts = zip(shards[number], said["stamps"], said["digests"], strict=True)
         doubtful = [(item, then) for item, stamp, then in parts if item.stamp != stamp]
-        found = contents([item for item, _ in doubtful])
-        others = sum(digest(now) != then for now, (_, then) in zip(found, doubtful, strict=True))
+        found = read_contents([item for item, _ in doubtful])
+        others = sum(
+            hash_content(now) != then for now, (_, then) in zip(found, doubtful, strict=True)
+        )
         if not others and not (retry_skipped and any(image.retryable for image in skipped)):
             kept[number] = skipped
         changed += others

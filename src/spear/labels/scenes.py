@@ -13,8 +13,14 @@ import numpy as np
 
 import spear
 from spear.labels.models.ground_truth import GroundTruth
-from spear.labels.pipeline import label
-from spear.labels.store import count, drop_questions, sweep, write_depth, write_labels
+from spear.labels.pipeline import label_images
+from spear.labels.store import (
+    count_labels,
+    remove_outdated_questions,
+    remove_temporary_files,
+    write_depth,
+    write_labels,
+)
 from spear.types import Frame, LabeledImage
 from spear.util import processes
 from spear.util.files import check_own, write_text
@@ -22,21 +28,21 @@ from spear.util.ledger import alone, same_settings
 from spear.util.progress import ProgressBar
 
 Size = tuple[int, int]
-Job = tuple[str, range]
+SceneJob = tuple[str, range]
 """Scenes of a kind, by their seeds."""
-Frames = Callable[[Job], Iterator[tuple[str, list[Frame]]]]
+RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
 """A job → what each view sees of its scenes. A function of a module, for other processes."""
-Labelled = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
+LabelFrames = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
 """Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
-SCENES_PER_JOB = 32
-WORDING = "wording.txt"
+MAX_SCENES_PER_JOB = 32
+INSTRUCTIONS_FILE = "wording.txt"
 """The instructions that the simulator gives, by which such a folder is known: the first file in it."""
 
 
 def label_frames(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
     """Frames with ground truth → labels."""
     truth = GroundTruth()
-    return label(frames, truth, truth, truth)
+    return label_images(frames, truth, truth, truth)
 
 
 def label_scenes(
@@ -45,7 +51,7 @@ def label_scenes(
     sizes: Mapping[str, Size],
     first_seed: int,
     workers: int = 2,
-    labelled: Labelled = label_frames,
+    labelled: LabelFrames = label_frames,
 ) -> int:
     """Label `scenes` clutter scenes from seed `first_seed` on, one image per view; returns the images.
 
@@ -54,27 +60,34 @@ def label_scenes(
     """
     from spear.sim.world import SIMULATOR
 
-    jobs = jobs_of("", range(first_seed, first_seed + scenes), SCENES_PER_JOB)
+    jobs = split_into_jobs("", range(first_seed, first_seed + scenes), MAX_SCENES_PER_JOB)
     settings = {"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR}
-    return label_jobs(
-        out, jobs, partial(_clutter, sizes), list(sizes), settings, wording, workers, labelled
+    return label_scene_jobs(
+        out,
+        jobs,
+        partial(_clutter, sizes),
+        list(sizes),
+        settings,
+        collect_instructions,
+        workers,
+        labelled,
     )
 
 
-def jobs_of(kind: str, seeds: range, most: int) -> list[Job]:
+def split_into_jobs(kind: str, seeds: range, most: int) -> list[SceneJob]:
     """Scenes of a kind, in jobs of `most`."""
     return [(kind, seeds[i : i + most]) for i in range(0, len(seeds), most)]
 
 
-def label_jobs(
+def label_scene_jobs(
     out: Path,
-    jobs: Sequence[Job],
-    frames: Frames,
+    jobs: Sequence[SceneJob],
+    frames: RenderScenes,
     views: Sequence[str],
     settings: Mapping[str, Any],
     words: Callable[[], Sequence[str]],
     workers: int = 2,
-    labelled: Labelled = label_frames,
+    labelled: LabelFrames = label_frames,
 ) -> int:
     """Label simulated scenes; returns how many images the folder holds.
 
@@ -84,19 +97,19 @@ def label_jobs(
     or labels of other settings.
     """
     scenes = sum(len(seeds) for _, seeds in jobs)
-    check_own(out, WORDING, "label")
+    check_own(out, INSTRUCTIONS_FILE, "label")
     advice = "use fewer --workers, and run the same command again"
-    with alone(out, "labelling into", WORDING, "run.json"):
-        if not (out / WORDING).is_file():
-            write_text(out / WORDING, "".join(f"{line}\n" for line in words()))
+    with alone(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
+        if not (out / INSTRUCTIONS_FILE).is_file():
+            write_text(out / INSTRUCTIONS_FILE, "".join(f"{line}\n" for line in words()))
         begun = any(out.glob("*/labels-*.parquet"))
         same_settings(out / "run.json", {"spear": spear.__version__, **settings}, begun=begun)
         for view in views:
-            sweep(out / view)
-            sweep(out / "depth" / view)
+            remove_temporary_files(out / view)
+            remove_temporary_files(out / "depth" / view)
         todo = [job for job in enumerate(jobs) if not all(_holds(out, view, job) for view in views)]
         for view in views if todo else ():
-            drop_questions(out / view)
+            remove_outdated_questions(out / view)
         before = scenes - sum(len(seeds) for _, (_, seeds) in todo)
         bar = ProgressBar("labelling", scenes, "scenes", before)
         with bar, processes.pool(workers if workers > 1 else 0, __name__, advice) as pool:
@@ -104,10 +117,10 @@ def label_jobs(
                 pool, partial(_make, out, frames, labelled), todo, workers
             ):
                 bar.update(bar.done + made)
-    return sum(count(out / view) for view in views)
+    return sum(count_labels(out / view) for view in views)
 
 
-def wording() -> list[str]:
+def collect_instructions() -> list[str]:
     """The instructions that the simulator gives, for the vocabulary of a small tokenizer."""
     from spear.sim.scene import FAMILIES, TRAIN_SEED, sample_scene
 
@@ -121,13 +134,13 @@ def _shard(out: Path, view: str, index: int) -> Path:
     return out / view / f"labels-{index:05d}.parquet"
 
 
-def _holds(out: Path, view: str, job: tuple[int, Job]) -> bool:
+def _holds(out: Path, view: str, job: tuple[int, SceneJob]) -> bool:
     index, (_, seeds) = job
     shard = _shard(out, view, index)
-    return shard.is_file() and count(shard) >= len(seeds)
+    return shard.is_file() and count_labels(shard) >= len(seeds)
 
 
-def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -> int:
+def _make(out: Path, frames: RenderScenes, labelled: LabelFrames, job: tuple[int, SceneJob]) -> int:
     """Label the scenes of a job (number, job): shard `number` of every view, which comes last."""
     index, (_, seeds) = job
     for view, seen in frames(job[1]):
@@ -138,7 +151,7 @@ def _make(out: Path, frames: Frames, labelled: Labelled, job: tuple[int, Job]) -
     return len(seeds)
 
 
-def _clutter(sizes: Mapping[str, Size], job: Job) -> Iterator[tuple[str, list[Frame]]]:
+def _clutter(sizes: Mapping[str, Size], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
     """The frames of clutter scenes of the embedded simulator."""
     from spear.sim.render import frame_of
     from spear.sim.scene import clutter_scene

@@ -13,19 +13,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from spear.errors import SpearError, counted, notice
-from spear.labels.inputs import Content, Item, find, row_group
-from spear.labels.rgbd import Scene
+from spear.labels.inputs import Content, Item, list_images, read_row_group
+from spear.labels.rgbd import RgbdScene
 from spear.sim.scene import TRAIN_SEED
 from spear.types import Episode
 
-_scene = lru_cache(maxsize=1)(Scene)
-CAMERA = "external"
+_scene = lru_cache(maxsize=1)(RgbdScene)
+PREFERRED_CAMERA = "external"
 """The camera of robot episodes that is labelled; the first by name when there is none of this name."""
 SIM_SIZE = (840, 630)
 """Width and height of the simulator's images, in pixels: what the paper labelled at."""
 
 
-def items(
+def list_items(
     arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4, besides: Path | None = None
 ) -> Iterator[Item]:
     """The images behind all arguments, one after the other; one that is met again is passed over.
@@ -35,7 +35,7 @@ def items(
     per_episode  frames of each robot episode, spread evenly from its first to its last.
     Raises `SpearError`: an argument with nothing to label in it.
     """
-    for kept in (_scene, _episode, row_group):
+    for kept in (_scene, _episode, read_row_group):
         kept.cache_clear()  # by an earlier listing in this process: files may have changed since
     seen: set[str] = set()
     for argument in arguments:
@@ -52,7 +52,7 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
     from spear.data.readers.formats import find_format
 
     if argument.startswith("sim:"):
-        return (Item(f"sim:{n}", read_scenes, "", n) for n in scene_numbers(argument, "sim"))
+        return (Item(f"sim:{n}", read_scenes, "", n) for n in parse_scene_seeds(argument, "sim"))
     if argument.startswith("rgbd:"):
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
@@ -68,10 +68,10 @@ def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -
         notice(
             f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth"
         )
-    return find(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
+    return list_images(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
 
 
-def scene_numbers(argument: str, simulator: str) -> range:
+def parse_scene_seeds(argument: str, simulator: str) -> range:
     """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything else."""
     if not (match := re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)):
         raise SpearError(
@@ -83,7 +83,7 @@ def scene_numbers(argument: str, simulator: str) -> range:
     return range(first, last + 1)
 
 
-def kept_for_testing(source: str) -> bool:
+def is_held_out(source: str) -> bool:
     """Whether a labelled image of this source shows a held-out scene, of either simulator."""
     seed = re.match(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)", source)
     return seed is not None and int(seed[1]) < TRAIN_SEED
@@ -125,7 +125,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
         if isinstance(episode, SpearError):
             yield episode
             continue
-        camera = CAMERA if CAMERA in episode.images else min(episode.images)
+        camera = PREFERRED_CAMERA if PREFERRED_CAMERA in episode.images else min(episode.images)
         steps = len(episode)
         if number < steps:  # frame `number` of `count` that are spread evenly
             yield bytes(

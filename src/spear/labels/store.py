@@ -19,11 +19,11 @@ from spear.errors import SpearError, first_line, notice
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import writing
 
-SKIPPED = "skipped.parquet"
-QUESTIONS = "questions.parquet"
+SKIPPED_FILE = "skipped.parquet"
+QUESTIONS_FILE = "questions.parquet"
 """Files that may lie beside the shards in their folder."""
 ROWS_PER_GROUP = 16
-STRIDE = 4
+DEPTH_STRIDE = 4
 """Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch size."""
 
 _VECTOR = pa.list_(pa.float32())
@@ -107,18 +107,18 @@ class ParquetWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files that killed writers have left in a folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def drop_questions(folder: Path) -> None:
+def remove_outdated_questions(folder: Path) -> None:
     """Remove the questions of a folder to which labels are about to come that they do not ask about."""
-    if (folder / QUESTIONS).is_file():
-        (folder / QUESTIONS).unlink()
+    if (folder / QUESTIONS_FILE).is_file():
+        (folder / QUESTIONS_FILE).unlink()
         notice(
-            f"{folder / QUESTIONS}: removed, it lacks what is labelled now: `spear questions` asks again"
+            f"{folder / QUESTIONS_FILE}: removed, it lacks what is labelled now: `spear questions` asks again"
         )
 
 
@@ -135,28 +135,28 @@ def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(label) for label in labels], SCHEMA)
 
 
-def read(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
+def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
     """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
 
     pixels: False leaves images and masks empty, which is quicker. `SpearError`: no shard, or a broken one.
     """
-    for shard in shards_in(path):
+    for shard in find_shards(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
             yield from _labels(shard, file, group, pixels=pixels)
 
 
-def count(path: str | Path) -> int:
+def count_labels(path: str | Path) -> int:
     """How many labels a shard or folder holds; raises as `read`."""
-    return sum(_open(shard).metadata.num_rows for shard in shards_in(path))
+    return sum(_open(shard).metadata.num_rows for shard in find_shards(path))
 
 
-def choose(path: str | Path, images: int) -> list[LabeledImage]:
+def select_labels(path: str | Path, images: int) -> list[LabeledImage]:
     """At most `images` labels, spread evenly over a shard or folder; only their row groups are read."""
-    total, first, found = count(path), 0, list[LabeledImage]()
+    total, first, found = count_labels(path), 0, list[LabeledImage]()
     shown = min(images, total)
     wanted = [i * total // shown for i in range(shown)]
-    for shard in shards_in(path):
+    for shard in find_shards(path):
         file = _open(shard)
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
@@ -166,7 +166,7 @@ def choose(path: str | Path, images: int) -> list[LabeledImage]:
     return found
 
 
-def shards_in(path: str | Path) -> list[Path]:
+def find_shards(path: str | Path) -> list[Path]:
     """The shards of a folder in order, or the one shard given."""
     path = Path(path)
     shards = (
@@ -179,13 +179,13 @@ def shards_in(path: str | Path) -> list[Path]:
     return shards
 
 
-def footer(path: Path, key: str) -> bytes | None:
+def read_footer(path: Path, key: str) -> bytes | None:
     """What a shard's footer holds under `key`."""
     return (_open(path).metadata.metadata or {}).get(key.encode())
 
 
 @contextmanager
-def reading(path: Path, advice: str = "delete it and label it again") -> Iterator[None]:
+def explain_read_errors(path: Path, advice: str = "delete it and label it again") -> Iterator[None]:
     """Turns the errors of reading a Parquet file into one line that says what to do."""
     try:
         yield
@@ -201,7 +201,7 @@ def reading(path: Path, advice: str = "delete it and label it again") -> Iterato
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    with reading(path):
+    with explain_read_errors(path):
         file = pq.ParquetFile(path)
     if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
         lacks = ", ".join(sorted(missing))
@@ -216,7 +216,7 @@ def _labels(
     rows: Sequence[int] | None = None,
     pixels: bool = True,
 ) -> list[LabeledImage]:
-    with reading(shard):
+    with explain_read_errors(shard):
         columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
         table = file.read_row_group(group, columns=columns, use_threads=False)
         return [_from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
@@ -289,7 +289,7 @@ def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
     for image, depth in rows:
         assert depth is not None
         small = np.ascontiguousarray(
-            depth[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE], np.float16
+            depth[DEPTH_STRIDE // 2 :: DEPTH_STRIDE, DEPTH_STRIDE // 2 :: DEPTH_STRIDE], np.float16
         )
         height, width = small.shape
         found.append({"image": image, "depth": small.tobytes(), "height": height, "width": width})
@@ -307,7 +307,7 @@ def read_depth(folder: Path) -> DepthImages:
     """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is broken."""
     if not (files := sorted(folder.glob("*.parquet"))):
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
-    with reading(folder):
+    with explain_read_errors(folder):
         rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
         depths = (
             np.frombuffer(r["depth"], np.float16).reshape(r["height"], r["width"]) for r in rows

@@ -7,7 +7,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import image_points, numbers
-from spear.labels.fit.box3d import EDGES
+from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
 from spear.types import Array, LabeledImage, Segments
@@ -106,7 +106,7 @@ def _mark(canvas: Image.Image, points: Array, colour: Colour) -> None:
     pen, thick = ImageDraw.Draw(canvas), max(2, canvas.width // 190)
     at = [(float(x), float(y)) for x, y in points]
     for rim, ink in ((2, RIM), (0, colour)):
-        for a, b in EDGES if len(at) == 8 else ():
+        for a, b in BOX_EDGES if len(at) == 8 else ():
             near = {a, b} <= {0, 1, 4, 5}
             pen.line([at[a], at[b]], fill=ink, width=(thick if near else (thick + 1) // 2) + rim)
         for x, y in at if len(at) != 8 else ():

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 
 from spear.errors import need
-from spear.labels.fit.box3d import EDGES
+from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.models.protocols import PointMapResult
-from spear.labels.questions.generate import spoken, why_not_asked
-from spear.labels.questions.statistics import Statistics, skip_reasons, statistics, token_use
-from spear.labels.questions.store import ask, read_questions
-from spear.labels.store import read
+from spear.labels.questions.generate import find_exclusion_reasons, format_answer
+from spear.labels.questions.statistics import (
+    Statistics,
+    compute_statistics,
+    compute_token_usage,
+    count_skip_reasons,
+)
+from spear.labels.questions.store import generate_label_questions, read_questions
+from spear.labels.store import read_labels
 from spear.report.draw import colors, draw_label
 from spear.report.page import render, spaced
 from spear.report.plot import histogram
@@ -39,10 +44,10 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
 
     Raises SpearError for no labels, or labels of several units.
     """
-    found = statistics(read(folder, pixels=False))
+    found = compute_statistics(read_labels(folder, pixels=False))
     questions, written = _questions(folder)
     families = Counter(q.family for some in questions.values() for q in some)
-    skipped = skip_reasons(folder)
+    skipped = count_skip_reasons(folder)
     names = Counter(
         name for some in questions.values() for q in some for name in q.objects
     ).most_common()
@@ -77,7 +82,9 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
 
 def say(answer: Segments, label: LabeledImage, width: int) -> str:
     """An answer about `label`, in its unit, as a person reads it, in at most so many letters."""
-    return shorten(spoken(answer, label.unit, (label.width, label.height)), width, placeholder=" …")
+    return shorten(
+        format_answer(answer, label.unit, (label.width, label.height)), width, placeholder=" …"
+    )
 
 
 def _questions(folder: Path) -> tuple[Mapping[str, list[Question]], bool]:
@@ -87,14 +94,14 @@ def _questions(folder: Path) -> tuple[Mapping[str, list[Question]], bool]:
         questions[source].append(question)
     written = bool(questions)
     if not written:
-        for label in read(folder, pixels=False):
-            questions[label.source] = ask(label, seed=0)
+        for label in read_labels(folder, pixels=False):
+            questions[label.source] = generate_label_questions(label, seed=0)
     return questions, written
 
 
 def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     """An image with all that is known of it, what is asked about it, and the answers."""
-    why = zip(label.objects, why_not_asked(label), strict=True)
+    why = zip(label.objects, find_exclusion_reasons(label), strict=True)
     return {
         "source": label.source,
         "image": picture(draw_label(label, max(1, round(WIDTH / label.width)), masks=True)),
@@ -126,7 +133,7 @@ def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | Non
     if len(set(fitted)) < 2:
         return None
     tokenizer = CoordinateTokenizer.fit(fitted)
-    use = token_use([v for image in numbers[1::2] for v in image], tokenizer)
+    use = compute_token_usage([v for image in numbers[1::2] for v in image], tokenizer)
     grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
     chart = histogram(grouped, "lowest", "highest")
     return {"bins": tokenizer.bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
@@ -154,7 +161,7 @@ def write_rerun(
         stream.log("source", rr.TextDocument(label.source))
         tinted = zip(label.objects, colors(len(label.objects)), strict=True)
         boxed = [(o, o.box3d, c) for o, c in tinted if o.box3d is not None]
-        edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in EDGES]
+        edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in BOX_EDGES]
         points = [
             (p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()
         ]

@@ -12,9 +12,9 @@ from spear.data.normalize import Mode, Normalizer
 from spear.data.seen import Seen
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
-from spear.labels.questions.generate import all_texts
+from spear.labels.questions.generate import iterate_tokenizer_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
-from spear.labels.store import DepthImages, read_depth, shards_in
+from spear.labels.store import DepthImages, find_shards, read_depth
 from spear.models.presets import Preset, preset, spear1_config, vlm_config
 from spear.models.processing import LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
@@ -85,7 +85,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
                 view.is_file()
             ):  # what a run says of its labels, and compares, it looks for in folders
                 raise SpearError(f"--labels {folder}: a file: give the folder that it is in")
-            shards_in(view)
+            find_shards(view)
     horizon = size.horizon
     config: Any = vlm_config(size)
     if init is not None:
@@ -300,7 +300,7 @@ def _new_vlm(
 ) -> tuple[Processor, SpearVLM]:
     """A tokenizer for our questions' wording and the texts in each `wording.txt`, with fitted 3D tokens; and
     a VLM with random weights, in which location and 3D tokens are alike where their places are alike."""
-    texts = list(all_texts(_names(labels)))
+    texts = list(iterate_tokenizer_texts(_names(labels)))
     for wording in (folder / "wording.txt" for folder in folders):
         texts += wording.read_text("utf-8").splitlines() if wording.is_file() else []
     processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))

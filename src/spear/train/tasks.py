@@ -19,11 +19,11 @@ from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.errors import SpearError, counted, notice
 from spear.labels.fit.masks import decode_mask
-from spear.labels.inputs import digest
-from spear.labels.questions.generate import generate
+from spear.labels.inputs import hash_content
+from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import FAMILIES
-from spear.labels.sources import kept_for_testing
-from spear.labels.store import DepthImages, read, read_depth, shards_in
+from spear.labels.sources import is_held_out
+from spear.labels.store import DepthImages, find_shards, read_depth, read_labels
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS, MogeForDepth, PatchClassification
@@ -176,15 +176,15 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     found: dict[str, list[LabeledImage]] = {}
     for folder in folders:
         for view, path in view_folders(folder, views).items():
-            note_missing(path, shards_in(path), "run its command again")
-            found.setdefault(view, []).extend(compact(one) for one in read(path))
+            note_missing(path, find_shards(path), "run its command again")
+            found.setdefault(view, []).extend(compact(one) for one in read_labels(path))
     every = [one for labels in found.values() for one in labels]
     if len(units := {one.unit for one in every}) > 1:
         raise SpearError(
             f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time"
         )
     of_all = f"of {counted(len(every), 'labelled images')}"
-    if tests := sum(kept_for_testing(one.source) for one in every):
+    if tests := sum(is_held_out(one.source) for one in every):
         notice(f"{tests:,} {of_all} from scenes kept for testing")
     if twice := len(every) - len({(one.source, one.image) for one in every}):
         notice(f"{twice:,} {of_all} are the same as others, and count twice: give each folder once")
@@ -261,7 +261,7 @@ class QuestionSamples:
             row = int(rng.integers(len(labels)))
             label = labels[row]
             depth = None if self.depth is None else self.depth[view][row][1]
-            asked = generate(label, rng, self.mix.pairs, self.mix.families, depth=depth)
+            asked = generate_questions(label, rng, self.mix.pairs, self.mix.families, depth=depth)
             if not asked:
                 continue
             image = decode_image(label.image, label.source)
@@ -278,7 +278,11 @@ class QuestionSamples:
     def marks(self) -> list[str]:
         """What tells each image that is asked about from others, wherever it lies."""
         drawn = [*self.labels.values()][: 2 if self.wrist else 1]
-        return [digest(one.image) for some in drawn for one in some[: self.mix.most_images or None]]
+        return [
+            hash_content(one.image)
+            for some in drawn
+            for one in some[: self.mix.most_images or None]
+        ]
 
 
 def fit_coordinates(
@@ -294,7 +298,9 @@ def answers(labels: Sequence[LabeledImage], seed: int, most: int, families: Sequ
     """The numbers that questions about `most` of the labels at the most, drawn by chance, have as answers."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))[:most]
-    questions = (one for index in order for one in generate(labels[index], rng, (4, 4), families))
+    questions = (
+        one for index in order for one in generate_questions(labels[index], rng, (4, 4), families)
+    )
     return np.array([value for one in questions for value in one.values])
 
 

@@ -16,7 +16,7 @@ from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
-from spear.labels.fit.box3d import EDGES
+from spear.labels.fit.box3d import BOX_EDGES
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.scene import FAMILIES, FOVY, START
 from spear.types import Array
@@ -46,7 +46,7 @@ class Studio:
             "model": self.name,
             "unit": self.vlm.processor.coordinates.unit,
             "families": list(FAMILIES),
-            "edges": [list(e) for e in EDGES],
+            "edges": [list(e) for e in BOX_EDGES],
             "default_fov": FOVY,
             "measured": self.trust and {"missed": 1 - self.trust.names_present},
             **(self.shelf.about if self.shelf else {}),

@@ -15,7 +15,7 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
 from spear.evaluate.vqa.run import evaluate
-from spear.labels.questions.templates import FAMILIES, PROMPTS
+from spear.labels.questions.templates import FAMILIES, PROMPT_TEMPLATES
 from spear.models.weights.folders import SHIPPED, simulator_only
 from spear.policy import VlmBundle, load_vlm
 from spear.util.ledger import fingerprint
@@ -30,7 +30,7 @@ def nano() -> VlmBundle:
 
 def test_every_wording_is_understood() -> None:
     for family in FAMILIES:
-        for prompt in PROMPTS[family]:
+        for prompt in PROMPT_TEMPLATES[family]:
             question = prompt.format(x="the red cube", y="a mug", p="nearest")
             names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
             for said in (question, question.lower() + " ", f"Up to scale: {question}"):

@@ -19,8 +19,8 @@ from spear.evaluate.vqa.ask import words
 from spear.evaluate.vqa.calibration import Certainty, calibrate, factor, uncertainty
 from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
-from spear.labels.fit.box3d import iou, make_box, nearest_box
-from spear.labels.inputs import digest
+from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box, make_box
+from spear.labels.inputs import hash_content
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
@@ -70,7 +70,7 @@ class Oracle:
 def ask_oracle(
     oracle: Oracle, labels: list[LabeledImage], monkeypatch: pytest.MonkeyPatch, **options: object
 ) -> Scores:
-    real = vqa.generate
+    real = vqa.generate_questions
 
     def remember(*args: object, **kwargs: object) -> list[Question]:
         """Makes prompts unique per image, so that the oracle can look them up."""
@@ -82,7 +82,7 @@ def ask_oracle(
         return asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(vqa, "generate", remember)
+        patch.setattr(vqa, "generate_questions", remember)
         return vqa.evaluate(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
 
 
@@ -187,11 +187,11 @@ def test_the_nearest_box_of_a_box_is_itself_and_noise_does_not_break_it() -> Non
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     true = make_box(np.array([0.1, 0, 1.0]), np.array([0.1, 0.2, 0.05]), axes)
-    assert iou(nearest_box(true.vertices), true) == pytest.approx(1, abs=1e-4)
-    noisy = nearest_box(true.vertices + rng.normal(0, 0.003, (8, 3)))
-    assert 0.8 < iou(noisy, true) < 0.999
+    assert compute_iou_3d(fit_nearest_box(true.vertices), true) == pytest.approx(1, abs=1e-4)
+    noisy = fit_nearest_box(true.vertices + rng.normal(0, 0.003, (8, 3)))
+    assert 0.8 < compute_iou_3d(noisy, true) < 0.999
     np.testing.assert_allclose(noisy.rotation.T @ noisy.rotation, np.eye(3), atol=1e-5)
-    assert iou(nearest_box(np.ones((8, 3))), true) == pytest.approx(0)
+    assert compute_iou_3d(fit_nearest_box(np.ones((8, 3))), true) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(("too_sure", "inside"), [(1.0, 0.8), (3.0, 0.331)])
@@ -257,7 +257,7 @@ def test_the_command_writes_a_page(
     tmp_path: Path, done: Command, refused: Command, monkeypatch: Any
 ) -> None:
     labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
-    said, learned = list[str](), {"learned": digest(labels[2].image)}
+    said, learned = list[str](), {"learned": hash_content(labels[2].image)}
     monkeypatch.setattr("spear.cli.evaluate.notice", said.append)
     monkeypatch.setattr("spear.models.weights.folders.made_by", lambda folder: learned)
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")

@@ -6,14 +6,14 @@ from scipy.spatial.transform import Rotation
 
 from labels_scenes import camera, rotation, seen_sides
 from spear.labels.fit.box3d import (
-    SIGNS,
-    box_from_vertices,
+    VERTEX_SIGNS,
+    compute_iou_3d,
+    compute_vertex_error,
+    find_keypoints,
     fit_box,
-    iou,
-    keypoints,
     make_box,
+    make_box_from_vertices,
     order_vertices,
-    vertex_error,
 )
 from spear.types import Array, Box3D
 
@@ -28,7 +28,7 @@ def random_box(rng: np.random.Generator, spread: float = 0.1) -> Box3D:
 def on_table(size: Array, yaw: float, pitch: float = 40.0) -> Array:
     """Vertices, camera frame, of a box that stands at the origin of the base, turned by yaw."""
     _, pose = camera(pitch=pitch)
-    return (SIGNS * size / 2 @ rotation(yaw).T - pose[:3, 3]) @ pose[:3, :3]
+    return (VERTEX_SIGNS * size / 2 @ rotation(yaw).T - pose[:3, 3]) @ pose[:3, :3]
 
 
 @given(seeds)
@@ -38,7 +38,7 @@ def test_order_does_not_depend_on_the_order_given(seed: int) -> None:
     mixed, expected = box.vertices[rng.permutation(8)], order_vertices(box.vertices)
     np.testing.assert_array_equal(order_vertices(mixed), expected)
     np.testing.assert_array_equal(order_vertices(expected), expected)
-    again = box_from_vertices(mixed)
+    again = make_box_from_vertices(mixed)
     np.testing.assert_allclose(again.vertices, box.vertices, atol=1e-5)
     np.testing.assert_allclose(again.size, box.size, atol=1e-5)
     assert np.linalg.det(box.rotation) == pytest.approx(1, abs=1e-5)
@@ -85,7 +85,7 @@ def test_iou_agrees_with_sampling_where_faces_lie_in_one_plane(
     points = a.center + (rng.uniform(-0.5, 0.5, (20_000, 3)) * a.size) @ a.rotation.T
     inside = (np.abs((points - b.center) @ b.rotation) <= b.size / 2 + 1e-6).all(axis=1).mean()
     both, volumes = inside * np.prod(a.size), np.prod(a.size) + np.prod(b.size)
-    assert iou(a, b) == pytest.approx(both / (volumes - both), abs=0.015)
+    assert compute_iou_3d(a, b) == pytest.approx(both / (volumes - both), abs=0.015)
 
 
 @given(seeds)
@@ -100,11 +100,11 @@ def test_iou_identities(seed: int) -> None:
     ):
         along = shift * box.size[0] * box.rotation[:, 0]
         other = make_box(box.center + along, box.size / shrink, box.rotation)
-        assert iou(box, other) == pytest.approx(expected, 1e-4)
+        assert compute_iou_3d(box, other) == pytest.approx(expected, 1e-4)
     cube = make_box(np.zeros(3), np.ones(3), np.eye(3))
     shared = 2 * (np.sqrt(2) - 1)  # with the same cube turned by 45 degrees
     turned = make_box(np.zeros(3), np.ones(3), rotation(np.pi / 4))
-    assert iou(cube, turned) == pytest.approx(shared / (2 - shared), 1e-5)
+    assert compute_iou_3d(cube, turned) == pytest.approx(shared / (2 - shared), 1e-5)
 
 
 @given(seeds)
@@ -112,11 +112,12 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
     rng = np.random.default_rng(seed)
     box = random_box(rng)
     relabelled = (
-        box.center + (SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
+        box.center
+        + (VERTEX_SIGNS[:, [2, 0, 1]] * [1, -1, 1] * box.size[[0, 1, 2]] / 2) @ box.rotation.T
     )
-    assert vertex_error(relabelled, box.vertices) == pytest.approx(0, abs=1e-6)
+    assert compute_vertex_error(relabelled, box.vertices) == pytest.approx(0, abs=1e-6)
     shift = rng.normal(size=3) * 1e-3
-    assert vertex_error(box.vertices + shift, box.vertices) == pytest.approx(
+    assert compute_vertex_error(box.vertices + shift, box.vertices) == pytest.approx(
         np.linalg.norm(shift), rel=1e-2
     )
 
@@ -125,13 +126,14 @@ def test_vertex_error_ignores_relabelling_only(seed: int) -> None:
 @example(seed=33554431, yaw=3.0)  # a face that is hardly seen
 def test_upright_fit_reaches_the_support(seed: int, yaw: float) -> None:
     rng = np.random.default_rng(seed)
-    true = box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
+    true = make_box_from_vertices(on_table(rng.uniform(0.05, 0.2, 3), yaw))
     up = -true.rotation[:, 1]
     points = seen_sides(true, rng, 0.0)
     height = (points @ up).min()
     upper = points[points @ up > height + 0.5 * true.size[1]]  # the lower half is hidden
     assert (
-        iou(fit_box(upper, up, support=height), true) > 0.85 and iou(fit_box(upper, up), true) < 0.6
+        compute_iou_3d(fit_box(upper, up, support=height), true) > 0.85
+        and compute_iou_3d(fit_box(upper, up), true) < 0.6
     )
 
 
@@ -155,7 +157,7 @@ def test_full_fit_finds_a_box_in_any_orientation(seed: int) -> None:
     true = random_box(rng)
     assume(np.abs(true.center @ true.rotation).min() > 0.1)
     solid = true.center + (rng.uniform(-0.5, 0.5, (3000, 3)) * true.size) @ true.rotation.T
-    assert iou(fit_box(solid), true) > 0.7
+    assert compute_iou_3d(fit_box(solid), true) > 0.7
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -169,6 +171,6 @@ def test_keypoints_are_the_extremes() -> None:
     """In their distance from the camera, which is not their depth."""
     points = np.array([[0, 0, 1.2], [1.5, 0, 1.8], [0.9, 0, 1.0], [0, 0, 2.0], [0, 0.5, 1.5]])
     box = fit_box(points)
-    found = keypoints(points, box)
+    found = find_keypoints(points, box)
     np.testing.assert_allclose([found["closest"], found["furthest"]], points[:2], rtol=1e-6)
     np.testing.assert_allclose(found["centre"], box.vertices.mean(0), atol=1e-6)

@@ -15,11 +15,11 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from labels_scenes import camera, render, seen_sides
-from spear.labels.fit.box3d import fit_box, iou, make_box, vertex_error
-from spear.labels.fit.quality import compare, failings
+from spear.labels.fit.box3d import compute_iou_3d, compute_vertex_error, fit_box, make_box
+from spear.labels.fit.quality import compare_labels, find_failed_scores
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
-from spear.labels.pipeline import label
+from spear.labels.pipeline import label_images
 from spear.types import Array, Box3D, Frame
 
 seeds = st.integers(0, 2**32 - 1)
@@ -48,8 +48,8 @@ def test_a_leaking_mask_does_not_move_the_box(height: float, pixels: int) -> Non
     frame = replace(
         render([(np.array([0, 0, height]), SIZE, 0.4)], ["box"], pitch=20.0), extrinsics=None
     )
-    result = compare(
-        label([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame]
+    result = compare_labels(
+        label_images([frame], GroundTruth(), Leaks(pixels), GroundTruth(), exact=False), [frame]
     )
     assert result.center < 0.012 and result.iou > 0.7
 
@@ -58,10 +58,10 @@ def test_what_is_left_of_a_leak_shows_in_a_score() -> None:
     frame = render([(np.array([0, 0, 0.18]), SIZE, 0.4)], ["box"], pitch=20.0)
     truth = GroundTruth()
     for pixels, why in ((0, ()), (3, ("compact",))):
-        (image,) = label(
+        (image,) = label_images(
             [frame], truth, Leaks(pixels), truth, exact=True
         )  # takes masks as they are
-        assert failings(image.objects[0].scores) == why
+        assert find_failed_scores(image.objects[0].scores) == why
 
 
 def on_table(turn: Rotation, size: Array) -> tuple[Box3D, Array, float]:
@@ -84,7 +84,9 @@ def test_a_box_that_leans_gets_a_box_that_leans(seed: int, noise: float) -> None
     assume(
         np.sort(np.abs(ray @ true.rotation))[1] > 0.35
     )  # at least two of its sides are seen well
-    assert iou(fit_box(seen_sides(true, rng, noise), up, support, noise=noise), true) > 0.65
+    assert (
+        compute_iou_3d(fit_box(seen_sides(true, rng, noise), up, support, noise=noise), true) > 0.65
+    )
 
 
 @given(seeds, st.floats(-40, 40))
@@ -96,4 +98,4 @@ def test_a_standing_box_stands_and_noise_does_not_change_its_order(seed: int, ya
     found = fit_box(seen_sides(true, rng, 0.0025), up, support, noise=0.0025)
     assert np.abs(found.rotation.T @ up).max() > 0.999
     assert np.linalg.norm(found.vertices - true.vertices, axis=1).mean() < 0.012
-    assert vertex_error(found.vertices, true.vertices) < 0.012
+    assert compute_vertex_error(found.vertices, true.vertices) < 0.012

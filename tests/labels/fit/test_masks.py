@@ -7,8 +7,8 @@ from scipy import ndimage
 from labels_scenes import render
 from refusals import refuses
 from spear.labels.fit.image import unproject
-from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap
-from spear.labels.fit.points import inliers, noise_level, support_plane
+from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap_outline
+from spear.labels.fit.points import estimate_noise, find_inliers, fit_support_plane
 from spear.types import Array, Frame
 
 BLOCKS = [
@@ -35,12 +35,14 @@ def overlap(a: Array, b: Array) -> float:
 def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float) -> None:
     points, known, instances = parts(frame)
     points = unproject(ndimage.gaussian_filter(frame.depth, blur), frame.intrinsics)
-    plane = support_plane(points[known & (instances == 0)])
+    plane = fit_support_plane(points[known & (instances == 0)])
     for number in (1, 2):
         true = instances == number
         moved = ndimage.binary_dilation if pixels > 0 else ndimage.binary_erosion
         mask = moved(true, iterations=abs(pixels)) if pixels else true
-        found = snap(mask, points, known, (instances > 0) & ~mask, plane, max(abs(pixels), 1), 0.0)
+        found = snap_outline(
+            mask, points, known, (instances > 0) & ~mask, plane, max(abs(pixels), 1), 0.0
+        )
         assert overlap(found, true) > (0.93 if blur == 0 else 0.86)
         if pixels:
             assert overlap(found, true) > overlap(mask, true)
@@ -49,23 +51,25 @@ def test_a_wrong_outline_finds_its_place(frame: Frame, pixels: int, blur: float)
 def test_points_far_from_all_others_are_left_out() -> None:
     points = np.random.default_rng(0).uniform((-0.05, -0.05, 0.95), (0.05, 0.05, 1.05), (400, 3))
     lonely = points[:4] + np.array([[0.3, 0, 0], [0, 0.3, 0], [0, 0, 0.3], [0, 0, -0.3]])
-    assert inliers(np.concatenate([points, lonely])).tolist() == [True] * 400 + [False] * 4
-    assert inliers(np.concatenate([points[:12], lonely])).all()  # too few to tell
+    assert find_inliers(np.concatenate([points, lonely])).tolist() == [True] * 400 + [False] * 4
+    assert find_inliers(np.concatenate([points[:12], lonely])).all()  # too few to tell
 
 
 def test_a_mask_too_thin_to_have_an_inside_stays(frame: Frame) -> None:
     points, known, _ = parts(frame)
     thin = np.zeros_like(known)
     thin[60, 40:80] = True
-    assert (snap(thin, points, known, np.zeros_like(thin), None, 1, 0.0) == thin).all()
+    assert (snap_outline(thin, points, known, np.zeros_like(thin), None, 1, 0.0) == thin).all()
 
 
 def test_a_sheet_on_the_table_keeps_its_mask() -> None:
     frame = render([(np.array([0, 0, 0.0005]), np.array([0.15, 0.15, 0.001]), 0.2)], ["towel"])
     points, known, instances = parts(frame)
-    plane = support_plane(points[known & (instances == 0)])
+    plane = fit_support_plane(points[known & (instances == 0)])
     mask = ndimage.binary_dilation(instances == 1)
-    assert overlap(snap(mask, points, known, np.zeros_like(mask), plane, 1, 0.0), mask) > 0.99
+    assert (
+        overlap(snap_outline(mask, points, known, np.zeros_like(mask), plane, 1, 0.0), mask) > 0.99
+    )
 
 
 def cleaned(mask: Array, points: Array, erosion: int, noise: float) -> Array:
@@ -105,8 +109,8 @@ def test_smoothing_takes_noise_and_leaves_shape(frame: Frame) -> None:
 def test_noise_is_measured(frame: Frame, noise: float) -> None:
     points, known, _ = parts(frame)
     noisy = points * (1 + noise * np.random.default_rng(0).normal(size=known.shape))[..., None]
-    assert noise_level(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
-    assert noise_level(noisy, np.zeros_like(known)) == 0.0
+    assert estimate_noise(noisy, known) == pytest.approx(noise, rel=0.1, abs=1e-5)
+    assert estimate_noise(noisy, np.zeros_like(known)) == 0.0
 
 
 def test_run_lengths_go_column_by_column_and_start_with_zeros() -> None:

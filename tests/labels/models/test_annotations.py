@@ -13,15 +13,15 @@ from PIL import Image
 
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
-from spear.labels.components import component
-from spear.labels.fit.masks import decode_mask, encode_mask, polygon_mask, run_lengths
-from spear.labels.inputs import find, read
+from spear.labels.fit.masks import decode_mask, decode_run_lengths, encode_mask, rasterize_polygons
+from spear.labels.inputs import list_images, read_images
+from spear.labels.model_factories import resolve_factory
 from spear.labels.models.annotations import (
     Annotation,
     Annotations,
     FileDetector,
     FileSegmenter,
-    decompress,
+    decompress_lz_string,
     open_annotations,
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
@@ -79,7 +79,7 @@ def test_a_picture_turned_unseen_is_refused(
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (width, 40)).save(tmp_path / name, exif=exif)
-    (work,) = read(list(find(str(tmp_path / name))))
+    (work,) = read_images(list(list_images(str(tmp_path / name))))
     known = Annotations("known", lambda _: [outlined("cup", 20, 20, size=(40, width))])
     refuses("EXIF", FileDetector(known).detect, [work.frame])
     refuses("EXIF", FileSegmenter(known).segment, [work.frame], [[CUP]])
@@ -126,11 +126,12 @@ def test_detections_of_others_get_the_mask_that_they_overlap() -> None:
 def test_annotations_come_first_and_leave_the_rest_to_another(tmp_path: Path) -> None:
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    alone = component("detector", f"file:{path}", LabelOptions())()
-    both = component("detector", f"file:{path}+ground-truth", LabelOptions())()
+    alone = resolve_factory("detector", f"file:{path}", LabelOptions())()
+    both = resolve_factory("detector", f"file:{path}+ground-truth", LabelOptions())()
     assert "boxes.json" in alone.name and both.name == f"{alone.name}, otherwise ground-truth"
     assert (
-        "ground-truth" in component("segmenter", f"file:{path}+ground-truth", LabelOptions())().name
+        "ground-truth"
+        in resolve_factory("segmenter", f"file:{path}+ground-truth", LabelOptions())().name
     )
 
 
@@ -143,22 +144,22 @@ def test_compressed_strings_are_those_of_pycocotools(
     h: int, w: int, seed: int, share: float
 ) -> None:
     mask = np.random.default_rng(seed).random((h, w)) < share
-    assert run_lengths(compressed(mask)) == encode_mask(mask)
+    assert decode_run_lengths(compressed(mask)) == encode_mask(mask)
     assert (decode_mask(encode_mask(mask), h, w) == mask).all()
     long = np.zeros((1000, 100 * w), bool)
     long[7:40, 2] = long[100 * h // 5 :, 90] = True
-    assert run_lengths(compressed(long)) == encode_mask(long)
+    assert decode_run_lengths(compressed(long)) == encode_mask(long)
 
 
 @pytest.mark.parametrize(
     ("read", "wrong"),
     [
-        *((run_lengths, text) for text in ("01 2", "0é", "0\x7f", "0P")),
+        *((decode_run_lengths, text) for text in ("01 2", "0é", "0\x7f", "0P")),
         *(
-            (lambda polygon: polygon_mask([polygon], 6, 8), polygon)
+            (lambda polygon: rasterize_polygons([polygon], 6, 8), polygon)
             for polygon in ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, float("nan")], [])
         ),
-        *((decompress, text) for text in ("", "A", "A*", "____", "EoFQtg2gTARgDAM")),
+        *((decompress_lz_string, text) for text in ("", "A", "A*", "____", "EoFQtg2gTARgDAM")),
     ],
 )
 def test_what_is_no_mask_polygon_or_compressed_text_is_refused(read: Any, wrong: Any) -> None:
@@ -278,7 +279,7 @@ def relations(folder: Path, second: str | None = None) -> Annotations:
 
 @given(st.text(st.sampled_from("0123OPQabc`z\x7fé€日"), max_size=300))
 def test_decompresses_what_lz_string_compresses(text: str) -> None:
-    assert decompress(compress(text)) == text
+    assert decompress_lz_string(compress(text)) == text
 
 
 def test_annotated_masks_are_used_as_they_are(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from labels_stand_ins import noise
 from refusals import refuses
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
-from spear.labels.models.gemini import PROMPT, GeminiDetector, Unusable, parse
-from spear.labels.pipeline import admit, detect
+from spear.labels.models.gemini import PROMPT, GeminiDetector, UnusableAnswerError, parse_detections
+from spear.labels.pipeline import admit_frame, detect_objects
 from spear.types import Frame
 
 pytest.importorskip("google.genai")
@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "secret-key")
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
@@ -57,7 +57,7 @@ def found(detections: Any) -> list[tuple[str, list[float]]]:
 def test_the_request_holds_image_prompt_and_schema(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_SIDE", 200)
+    monkeypatch.setattr(module, "MAX_SIDE_PX", 200)
     smooth = np.linspace(0, 255, 400 * 100 * 3).reshape(100, 400, 3).astype(np.uint8)
     detector(model="gemini-x", vocabulary=["cup", "fork"]).detect([Frame(smooth)])
     (request,) = server.requests
@@ -86,14 +86,14 @@ def test_boxes_outside_the_image_are_cut_or_left_out_and_an_answer_may_stand_in_
         {"label": "cup", "box_2d": [101, 100, 500, 600.5]},
         {"label": "mug", "box_2d": [100, 100, 500, 600]},
     ]
-    assert found(parse(json.dumps(answer), 100, 50)) == [
+    assert found(parse_detections(json.dumps(answer), 100, 50)) == [
         ("cut", [45, 0, 50, 30]),
         ("cup", [5, 10, 30, 50]),
         ("mug", [5, 10, 30, 50]),
     ]
     alone = json.dumps(answer[5:6])
     for fenced in (f"```json\n{alone}\n```", f"Here it is:\n```\n{alone}\n```\n"):
-        assert found(parse(fenced, 100, 50)) == [("cup", [5, 10, 30, 50])]
+        assert found(parse_detections(fenced, 100, 50)) == [("cup", [5, 10, 30, 50])]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_boxes_outside_the_image_are_cut_or_left_out_and_an_answer_may_stand_in_
     ],
 )
 def test_answers_that_are_not_as_asked_are_unusable(answer: str, named: str) -> None:
-    with pytest.raises(Unusable, match=named):
-        parse(answer, 10, 10)
+    with pytest.raises(UnusableAnswerError, match=named):
+        parse_detections(answer, 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.M
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "CONCURRENCY", 1)
+    monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
     detector(per_minute=20).detect([noise(i) for i in range(4)])
     assert clock.now == pytest.approx(9.0) and len(server.requests) == 4
 
@@ -164,7 +164,7 @@ def test_overload_ends_or_concerns_one_image(
     assert [d.name for d in gemini.detect([noise(0)])[0]] == ["red cup"]
     assert gemini.usage["requests"] == len(server.requests) == 4
     server.replies = [*[overloaded] * 3, boxes(CUP)]
-    monkeypatch.setattr(module, "ATTEMPTS", 3)
+    monkeypatch.setattr(module, "MAX_ATTEMPTS", 3)
     gemini = detector()
     with pytest.raises(RetryableError, match=r"0\.jpg: .*503"):
         gemini.detect([noise(0)])
@@ -262,10 +262,10 @@ def test_known_answers_make_no_request(server: Server, tmp_path: Path) -> None:
 def test_in_the_pipeline_nothing_is_asked_twice(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CONCURRENCY", 1)
+    monkeypatch.setattr(module, "MAX_CONCURRENT_REQUESTS", 1)
     server.replies = [Reply(body={"promptFeedback": {"blockReason": "SAFETY"}}), boxes(CUP)]
-    gemini, works = detector(), [admit(noise(i)) for i in range(4)]
-    detect(works, gemini)
+    gemini, works = detector(), [admit_frame(noise(i)) for i in range(4)]
+    detect_objects(works, gemini)
     assert [w.source for w in works if w.error is None and w.detections] == [
         "1.jpg",
         "2.jpg",
@@ -293,6 +293,6 @@ def test_without_a_network_it_says_so_once_and_stops(monkeypatch: pytest.MonkeyP
         gemini = detector()
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(0)])
-        monkeypatch.setattr(module, "ATTEMPTS", 10**9)  # would never return if it tried again
+        monkeypatch.setattr(module, "MAX_ATTEMPTS", 10**9)  # would never return if it tried again
         with pytest.raises(RetryableError, match="network"):
             gemini.detect([noise(1)])

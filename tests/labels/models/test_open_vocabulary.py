@@ -8,7 +8,11 @@ import torch
 from labels_stand_ins import noise
 from labels_tiny import save_grounding_dino, save_owlv2
 from refusals import refuses
-from spear.labels.models.open_vocabulary import GroundingDinoDetector, Owlv2Detector, tidy
+from spear.labels.models.open_vocabulary import (
+    GroundingDinoDetector,
+    Owlv2Detector,
+    clean_detections,
+)
 from spear.labels.models.protocols import Detection
 
 THINGS = ["red cup", "forks", "plate", "Steel Bowl."]
@@ -85,7 +89,7 @@ def test_a_long_vocabulary_is_asked_in_several_prompts(
     parts = [
         GroundingDinoDetector(dino, vocabulary=part).detect([noise(0)])[0] for _, part in prompts
     ]
-    assert rows(found) == rows(tidy([d for part in parts for d in part], 40, 60, 0.7))
+    assert rows(found) == rows(clean_detections([d for part in parts for d in part], 40, 60, 0.7))
 
 
 def test_owlv2_scores_are_those_of_its_query(owl: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +112,7 @@ def test_tidy_keeps_the_best_of_what_is_inside() -> None:
         Detection("fork", np.array([39.5, 0, 50, 10]), 0.9),
         Detection("plate", np.array([30, 10, 60, 40]), 0.3),
     ]
-    assert rows(tidy(found, 20, 40, 0.7)) == [
+    assert rows(clean_detections(found, 20, 40, 0.7)) == [
         ("mug", [0, 0, 10, 9.5], 0.8),
         ("plate", [30, 10, 40, 20], 0.3),
     ]

@@ -10,13 +10,13 @@ from labels_stand_ins import noise
 from moge_reference import checkpoint, random_v1, reference
 from refusals import refuses
 from spear.labels.fit.image import project
-from spear.labels.models.pointmap import MogePointMap
+from spear.labels.models.pointmap import MogePointMapModel
 from spear.models.moge.infer import infer
 
 
 def test_images_of_all_sizes_come_back_in_order() -> None:
     frames = [noise(0), noise(1, 56, 42), noise(2)]
-    pointmap = MogePointMap(random_v1(), device="cpu")
+    pointmap = MogePointMapModel(random_v1(), device="cpu")
     for one, result in zip(frames, pointmap.predict(frames), strict=True):
         assert result.points.shape == one.image.shape and result.points.dtype == np.float32
         assert (
@@ -31,7 +31,7 @@ def test_images_of_all_sizes_come_back_in_order() -> None:
 
 
 def test_points_lie_on_the_rays_of_their_pixels() -> None:
-    (found,) = MogePointMap(random_v1(), device="cpu").predict([noise(0)])
+    (found,) = MogePointMapModel(random_v1(), device="cpu").predict([noise(0)])
     y, x = np.mgrid[:40, :60] + 0.5
     np.testing.assert_allclose(
         project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2
@@ -42,7 +42,7 @@ def test_points_lie_on_the_rays_of_their_pixels() -> None:
 def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
     model = copy.deepcopy(reference(shared, 2))
     model.most_tokens = 20
-    pointmap = MogePointMap(model, checkpoint(shared, 2).path.name, device="cpu")
+    pointmap = MogePointMapModel(model, checkpoint(shared, 2).path.name, device="cpu")
     assert pointmap.name == "moge-2 reference-v2.pt"
     one = noise(0)
     (found,) = pointmap.predict([one])
@@ -58,7 +58,7 @@ def test_points_to_which_no_camera_fits_are_an_error() -> None:
     model = copy.deepcopy(random_v1())
     last = model.head.output_block[0][2]
     last.bias.data[2] = 200.0  # exp(200) overflows
-    refuses(r"0\.jpg: no camera fits", MogePointMap(model, device="cpu").predict, [noise(0)])
+    refuses(r"0\.jpg: no camera fits", MogePointMapModel(model, device="cpu").predict, [noise(0)])
     last.bias.data[2] = 0.0
     last.weight.data[:2] *= -1  # mirrored: only a negative focal length fits
-    refuses(r"0\.jpg: no camera fits", MogePointMap(model, device="cpu").predict, [noise(0)])
+    refuses(r"0\.jpg: no camera fits", MogePointMapModel(model, device="cpu").predict, [noise(0)])

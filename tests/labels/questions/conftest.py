@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from labels_scenes import TRUTH, random_frame
-from spear.labels.pipeline import label
+from spear.labels.pipeline import label_images
 from spear.types import LabeledImage
 
 NAMES = ("carrot", "green cube", "bowl", "plate", "eggplant", "spoon")
@@ -16,4 +16,4 @@ def labels() -> list[LabeledImage]:
     rng = np.random.default_rng(1)
     frames = [random_frame(rng, objects=int(rng.integers(1, 7)), names=NAMES) for _ in range(12)]
     frames += [random_frame(rng, objects=6, names=NAMES[:4]) for _ in range(6)]
-    return list(label(frames, *TRUTH))
+    return list(label_images(frames, *TRUTH))

@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
 from spear.labels.fit.box3d import make_box
-from spear.labels.questions.generate import FAMILIES, generate
-from spear.labels.questions.templates import UNITS, is_a
+from spear.labels.questions.generate import FAMILIES, generate_questions
+from spear.labels.questions.templates import UNIT_TEMPLATES, is_a
 from spear.types import LabeledImage, LabeledObject, Question
 
 NAMES = (
@@ -33,7 +33,7 @@ def test_answers_about_scenes(labels: list[LabeledImage]) -> None:
         for unit in ("metre", "relative"):
             for image in labels:
                 label = replace(image, unit=unit)
-                questions = generate(label, rng)
+                questions = generate_questions(label, rng)
                 assert wrong(label, questions) == []
                 seen.update(q.family for q in questions)
     assert min(seen[family] for family in FAMILIES) > 10
@@ -60,7 +60,7 @@ def test_answers_about_made_up_labels(seed: int) -> None:
     k = np.array([[150.0, 0, 96], [0, 150, 64], [0, 0, 1]])
     label = LabeledImage(b"", 192, 128, k, objects, rng.choice(["metre", "relative"]), "made up")
     for _ in range(4):
-        assert wrong(label, generate(label, rng, (4, 4))) == []
+        assert wrong(label, generate_questions(label, rng, (4, 4))) == []
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_names_that_could_mean_another_are_ambiguous(kind: str, also: str, not_a
 def test_the_wording_says_relative_units_and_only_them(labels: list[LabeledImage]) -> None:
     rng, wordings = np.random.default_rng(0), Counter()
     for image in labels * 8:
-        metric = generate(image, np.random.default_rng(int(rng.integers(99))))
+        metric = generate_questions(image, np.random.default_rng(int(rng.integers(99))))
         assert not any(re.search("relative|scale|metre|unit", q.prompt) for q in metric)
-        for q in generate(replace(image, unit="relative"), rng):
-            patterns = {w: re.escape(w).replace(r"\{\}", ".*") for w in UNITS["relative"]}
+        for q in generate_questions(replace(image, unit="relative"), rng):
+            patterns = {w: re.escape(w).replace(r"\{\}", ".*") for w in UNIT_TEMPLATES["relative"]}
             found = [w for w, pattern in patterns.items() if re.fullmatch(pattern, q.prompt)]
             wordings.update(found)
             assert len(found) == (q.family != "back_projection") and q.unit == "relative"
-    assert len(wordings) == len(UNITS["relative"])
+    assert len(wordings) == len(UNIT_TEMPLATES["relative"])

@@ -12,8 +12,12 @@ from labels_scenes import random_frame
 from refusals import refuses
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import encode_mask
-from spear.labels.questions.generate import all_texts, askable, generate
-from spear.labels.questions.templates import EVERYDAY, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
+from spear.labels.questions.generate import (
+    find_askable_objects,
+    generate_questions,
+    iterate_tokenizer_texts,
+)
+from spear.labels.questions.templates import EVERYDAY_NAMES, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.labels.store import read_depth, write_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
@@ -26,7 +30,12 @@ from spear.util.images import encode_jpeg
 @pytest.fixture(scope="module")
 def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]:
     rng, families = np.random.default_rng(2), FAMILIES + FAMILIES_2D
-    return [(x, q) for _ in range(30) for x in labels for q in generate(x, rng, families=families)]
+    return [
+        (x, q)
+        for _ in range(30)
+        for x in labels
+        for q in generate_questions(x, rng, families=families)
+    ]
 
 
 def one(image: LabeledImage, name: str) -> LabeledObject:
@@ -91,8 +100,10 @@ def test_every_2d_answer_follows_from_the_label(
 
 def test_what_a_name_speaks_of_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
     image = replace(labels[0], objects=[replace(labels[0].objects[0], name="bowl_of apples")])
-    asked = [generate(image, np.random.default_rng(s), (1, 1), ["exists"]) for s in range(400)]
-    absent = {q.objects[0] for some in asked for q in some} & set(EVERYDAY)
+    asked = [
+        generate_questions(image, np.random.default_rng(s), (1, 1), ["exists"]) for s in range(400)
+    ]
+    absent = {q.objects[0] for some in asked for q in some} & set(EVERYDAY_NAMES)
     assert "banana" in absent and not absent & {"apple", "bowl"}
 
 
@@ -100,8 +111,8 @@ def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(
     labels: list[LabeledImage],
 ) -> None:
     rng = np.random.default_rng(0)
-    image = next(x for x in labels if len(askable(x)) >= 2)
-    a, b = askable(image)[:2]
+    image = next(x for x in labels if len(find_askable_objects(x)) >= 2)
+    a, b = find_askable_objects(image)[:2]
     for stretch, expected in ((1.03, False), (1.1, True)):
         moved = (
             a.box3d.center
@@ -110,25 +121,26 @@ def test_near_ties_are_not_compared_nor_boxes_off_the_image_projected(
             * stretch
         )
         pair = replace(image, objects=[replace(a, box3d=replace(a.box3d, center=moved)), b])
-        assert bool(generate(pair, rng, families=["chain_of_thought"])) is expected
+        assert bool(generate_questions(pair, rng, families=["chain_of_thought"])) is expected
     vertices = a.box3d.vertices.copy()
     vertices[0, 0] += 5
     wide = replace(image, objects=[replace(a, box3d=replace(a.box3d, vertices=vertices))])
-    assert generate(wide, np.random.default_rng(0), families=["back_projection"]) == []
+    assert generate_questions(wide, np.random.default_rng(0), families=["back_projection"]) == []
 
 
 def test_the_seed_decides_one_to_four_different_questions(labels: list[LabeledImage]) -> None:
     asked = [
-        [generate(x, rng) for x in labels] for rng in (np.random.default_rng(s) for s in (5, 5, 6))
+        [generate_questions(x, rng) for x in labels]
+        for rng in (np.random.default_rng(s) for s in (5, 5, 6))
     ]
     assert asked[0] == asked[1] != asked[2]
     rng = np.random.default_rng(0)
-    image = max(labels, key=lambda x: len(askable(x)))
+    image = max(labels, key=lambda x: len(find_askable_objects(x)))
     sizes, seen = Counter(), Counter()
     for _ in range(200):
-        asked = generate(image, rng)
+        asked = generate_questions(image, rng)
         sizes[len(asked)] += 1
-        seen.update(q.family for q in generate(image, rng, pairs=(1, 1)))
+        seen.update(q.family for q in generate_questions(image, rng, pairs=(1, 1)))
         assert len({(q.family, q.objects, tuple(q.segments)) for q in asked}) == len(asked)
     assert set(sizes) == {1, 2, 3, 4} and min(sizes.values()) > 25
     assert min(seen[f] for f in FAMILIES) > 0.5 * max(seen.values())
@@ -138,12 +150,14 @@ def test_tokenizer_text_covers_every_word_used(
     questions: list[tuple[LabeledImage, Question]],
 ) -> None:
     names = {o.name for x, _ in questions for o in x.objects}
-    known = {w for text in all_texts([*names, "mug"]) for w in re.findall(r"\w+", text)}
+    known = {
+        w for text in iterate_tokenizer_texts([*names, "mug"]) for w in re.findall(r"\w+", text)
+    }
     answers = [s for _, q in questions for s in q.segments if isinstance(s, str)]
     used = {
         w for text in [q.prompt for _, q in questions] + answers for w in re.findall(r"\w+", text)
     }
-    assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY)
+    assert {w for w in used if not re.fullmatch(r"loc\d{4}", w)} - known <= set(EVERYDAY_NAMES)
 
 
 def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImage]) -> None:
@@ -153,18 +167,22 @@ def test_what_is_asked_to_be_named_is_seen_at_the_point(labels: list[LabeledImag
     mask[:, : image.width // 2] = True  # the right half shows something else
     box = np.array([0, 0, image.width, image.height], np.float32)
     halved = replace(image, objects=[replace(o, box2d=box, mask=encode_mask(mask))])
-    asked = [generate(halved, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
+    asked = [
+        generate_questions(halved, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)
+    ]
     places = [int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for some in asked for q in some]
     assert len(places) > 40 and max(places) <= 512 and np.ptp(places) > 100
     mask[:, 2 * image.width // 5 :] = False  # what lies on it
     shirt = replace(o, name="shirt", box2d=box / 1000, mask=encode_mask(mask))
     both = replace(halved, objects=[*halved.objects, shirt])
-    asked = [generate(both, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)]
+    asked = [
+        generate_questions(both, np.random.default_rng(s), (1, 1), ["what_at"]) for s in range(50)
+    ]
     others = [q for some in asked for q in some if "shirt" not in q.objects]
     places = {int(re.findall(r"<loc(\d{4})>", q.prompt)[1]) for q in others}
     assert len(places) > 3 and 400 <= min(places) <= max(places) <= 512
     unseen = replace(halved, objects=[replace(halved.objects[0], mask=())])
-    assert not generate(unseen, np.random.default_rng(0), families=["what_at"])
+    assert not generate_questions(unseen, np.random.default_rng(0), families=["what_at"])
 
 
 @pytest.mark.parametrize("size", [(160, 120), (159, 119)])
@@ -180,7 +198,9 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     depth = load_depth([tmp_path], {"external": [label]})["external"][0][1]
     truth = unproject(frame.depth, frame.intrinsics)
     asked = [
-        q for _ in range(50) for q in generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)
+        q
+        for _ in range(50)
+        for q in generate_questions(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)
     ]
     assert len(asked) == 200
     for question in asked:
@@ -188,9 +208,9 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
         near = truth[round(y * height - 0.5), round(x * width - 0.5)]
         assert question.values == pytest.approx(near.tolist(), abs=0.02)
     assert (
-        generate(label, rng, (4, 4), FAMILIES_PIXEL) == []
+        generate_questions(label, rng, (4, 4), FAMILIES_PIXEL) == []
     )  # without depth there is nothing to ask
-    assert generate(label, rng, (4, 4), FAMILIES_PIXEL, depth=np.zeros_like(depth)) == []
+    assert generate_questions(label, rng, (4, 4), FAMILIES_PIXEL, depth=np.zeros_like(depth)) == []
 
 
 def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
-from spear.labels.scenes import Job, jobs_of, label_jobs
+from spear.labels.scenes import SceneJob, label_scene_jobs, split_into_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.sim_data.demonstrations import check_seed, collect
 from spear.types import RATE_HZ, Episode, Frame
@@ -125,10 +125,10 @@ def record_episode(
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
     """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
-    returns the images. The rest is as in `spear.labels.scenes.label_jobs`. Raises `SpearError` where
+    returns the images. The rest is as in `spear.labels.scenes.label_scene_jobs`. Raises `SpearError` where
     ManiSkill, its assets or a renderer are missing."""
     assets = check_assets(None)
-    jobs = [job for task in TASKS for job in jobs_of(task, seeds, SCENES_PER_JOB)]
+    jobs = [job for task in TASKS for job in split_into_jobs(task, seeds, SCENES_PER_JOB)]
     settings = {
         "scenes": len(seeds),
         "first_seed": seeds[0],
@@ -136,10 +136,14 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
         "simulator": simulator(assets),
     }
     words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
-    return label_jobs(out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers)
+    return label_scene_jobs(
+        out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers
+    )
 
 
-def _frames(size: tuple[int, int], assets: Path, job: Job) -> Iterator[tuple[str, list[Frame]]]:
+def _frames(
+    size: tuple[int, int], assets: Path, job: SceneJob
+) -> Iterator[tuple[str, list[Frame]]]:
     task, seeds = job
     with contextlib.closing(SimplerProcess(task, assets)) as process:
         yield VIEW, [process.look(seed, size) for seed in seeds]

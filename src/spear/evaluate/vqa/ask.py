@@ -9,10 +9,16 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
-from spear.labels.questions.generate import FAMILIES, in_short, spoken
-from spear.labels.questions.templates import POINTS, PROMPTS, UNITS, is_a, with_article
+from spear.labels.questions.generate import FAMILIES, abbreviate_unit, format_answer
+from spear.labels.questions.templates import (
+    KEYPOINT_NAMES,
+    PROMPT_TEMPLATES,
+    UNIT_TEMPLATES,
+    is_a,
+    with_article,
+)
 from spear.labels.scenes import label_frames
-from spear.labels.store import choose
+from spear.labels.store import select_labels
 from spear.models.processing import Processor
 from spear.models.readout import Decode, with_numbers
 from spear.policy import Answer, VlmBundle
@@ -63,8 +69,8 @@ def ask(
     if not trust or not held:
         return answer, said
     if meant is None or family != meant:  # intervals were measured with known wordings
-        form = PROMPTS[family or "distance"][0].format(
-            x="the mug", y="the bowl", p=POINTS["closest"][0]
+        form = PROMPT_TEMPLATES[family or "distance"][0].format(
+            x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0]
         )
         said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
     elif family not in trust.factors:
@@ -74,19 +80,21 @@ def ask(
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
             ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
-        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {in_short(answer.unit)}"
+        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {abbreviate_unit(answer.unit)}"
     return answer, said
 
 
 def understand(question: str) -> tuple[str, list[str]] | None:
     """The family of a 3D question in one of its known wordings, and the objects that it names."""
     text = " ".join(question.split())
-    for before, after in (wording.split("{}") for some in UNITS.values() for wording in some):
+    for before, after in (
+        wording.split("{}") for some in UNIT_TEMPLATES.values() for wording in some
+    ):
         text = text.removeprefix(before).removesuffix(after)
     text = text.rstrip(" ?.")
-    point = "|".join(re.escape(word) for words in POINTS.values() for word in words)
+    point = "|".join(re.escape(word) for words in KEYPOINT_NAMES.values() for word in words)
     for family in FAMILIES:
-        for prompt in PROMPTS[family]:
+        for prompt in PROMPT_TEMPLATES[family]:
             form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
             form = re.sub(
                 r"\\{([xy])\\}",
@@ -103,22 +111,24 @@ def missing(
 ) -> dict[str, str]:
     """Those of these objects that the model does not find in an image, and what it sees instead: it points at
     each and names what is there. Only a model that was taught both can be asked (`Trust.tells_absent`)."""
-    points = [PROMPTS["centre_2d"][0].format(x=with_article(name, True)) for name in names]
+    points = [PROMPT_TEMPLATES["centre_2d"][0].format(x=with_article(name, True)) for name in names]
     places = model.answer([image] * len(names), points, "centre_2d", view)
-    what = [PROMPTS["what_at"][0].format(p=answer.segments[0]) for answer in places]
+    what = [PROMPT_TEMPLATES["what_at"][0].format(p=answer.segments[0]) for answer in places]
     answers = model.answer([image] * len(names), what, "what_at", view, max_new_tokens=8)
     seen = [words(answer, image) for answer in answers]
     return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
 
 
 def words(answer: Answer, image: Array) -> str:
-    """An answer to read (`spoken`), image points in pixels of `image`; a box by its centre and vertices."""
+    """An answer to read, image points in pixels of `image`; a box by its centre and vertices."""
     values = answer.values
     if len(values) == len(answer.segments) == 24:
         vertices = np.reshape(values, (8, 3))
-        centre, *ends = (spoken(place, answer.unit) for place in (vertices.mean(0), *vertices))
+        centre, *ends = (
+            format_answer(place, answer.unit) for place in (vertices.mean(0), *vertices)
+        )
         return "\n  ".join([f"centre {centre}; vertices:", *ends])
-    return spoken(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
+    return format_answer(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
 
 
 def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:
@@ -136,7 +146,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
         labels = list(label_frames(frames))
     else:
         folder = Path(where)
-        labels = choose(folder / view if (folder / view).is_dir() else folder, images)
+        labels = select_labels(folder / view if (folder / view).is_dir() else folder, images)
     unit = processor.coordinates.unit
     if other := next((label for label in labels if label.unit != unit), None):
         units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import numpy as np
 
 from spear.evaluate.stats import Estimate
-from spear.labels.fit.box3d import iou, nearest_box
-from spear.labels.questions.answers import distance
+from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
+from spear.labels.questions.answers import compute_distance
 from spear.models.readout import with_numbers
 from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
@@ -102,7 +102,7 @@ def scales(question: Question, label: LabeledImage) -> Array:
     if question.family == "keypoint":
         return np.full(3, np.linalg.norm(truth))
     if question.family == "offset":
-        found = {o.name: distance(o) for o in label.objects if o.box3d is not None}
+        found = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
         return np.full(3, np.mean([found[name] for name in question.objects]))
     return np.abs(truth)
 
@@ -135,7 +135,9 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
         found["vertex_relative"] = 100 * vertex / float(far[0])
         if label.unit == "metre":
             found["vertex"] = 1000 * vertex
-        overlap = iou(nearest_box(said.reshape(8, 3)), nearest_box(truth.reshape(8, 3)))
+        overlap = compute_iou_3d(
+            fit_nearest_box(said.reshape(8, 3)), fit_nearest_box(truth.reshape(8, 3))
+        )
         found |= {"iou": overlap, "iou_25": float(overlap >= 0.25), "iou_50": float(overlap >= 0.5)}
     if question.family == "chain_of_thought":
         named, (first, second) = closer_named(answer, question.objects), question.objects

@@ -15,7 +15,7 @@ from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
 from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
-from spear.labels.questions.generate import FAMILIES, askable, generate
+from spear.labels.questions.generate import FAMILIES, find_askable_objects, generate_questions
 from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODES, Decode, with_numbers
 from spear.policy import Answer, VlmBundle
@@ -78,7 +78,7 @@ def measure_trust(
     for label in tracked(labels, ProgressBar("naming", len(labels), "images")):
         image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
         others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
-        for there, some in ((True, [o.name for o in askable(label)]), (False, others)):
+        for there, some in ((True, [o.name for o in find_askable_objects(label)]), (False, others)):
             asked = rng.permutation(some)[:2].tolist() if some else []
             lacking = missing(model, image, asked) if asked else {}
             found[there] += [name not in lacking for name in asked]
@@ -103,7 +103,7 @@ def questions_about(
     questions: dict[str, list[tuple[int, Question]]] = {f: [] for f in families}
     for index, label in enumerate(labels):
         for family in families:
-            asked = generate(label, rng, (per_image, per_image), families=(family,))
+            asked = generate_questions(label, rng, (per_image, per_image), families=(family,))
             questions[family] += [(index, q) for q in asked]
     return questions
 

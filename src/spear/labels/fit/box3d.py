@@ -22,12 +22,12 @@ from scipy.spatial import ConvexHull, QhullError
 from spear.labels.fit.points import UP_PRIOR
 from spear.types import Array, Box3D
 
-SIGNS = np.array(
+VERTEX_SIGNS = np.array(
     [(x, y, z) for y in (-1, 1) for x, z in ((-1, -1), (1, -1), (1, 1), (-1, 1))], float
 )
 """[8, 3] which side of the box each vertex is on, along its right, down and away axes."""
 
-EDGES = (
+BOX_EDGES = (
     (0, 1),
     (1, 2),
     (2, 3),
@@ -57,10 +57,10 @@ _FLAT = 0.03
 _ROUND = 0.85
 """An object is round when fewer of its seen points than this lie on the faces that the camera sees."""
 
-STEPS = 8
-ENOUGH = 2e-3
+MAX_NUM_STEPS = 8
+MIN_TURN_RAD = 2e-3
 """rad: the last turn is smaller."""
-LEAST = 0.08
+MIN_FACE_FRACTION = 0.08
 """A face with a smaller share of the points is not taken for one."""
 _EYE = np.eye(3)
 _CROSS = np.cross(_EYE[:, None], _EYE).transpose(2, 1, 0)
@@ -72,19 +72,19 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
     order, signs = _camera_like(axes)
     rotation = axes[:, order] * signs
     size = np.asarray(size)[list(order)]
-    vertices = center + (SIGNS * (size / 2)) @ rotation.T
+    vertices = center + (VERTEX_SIGNS * (size / 2)) @ rotation.T
     return Box3D(*(np.asarray(a, np.float32) for a in (vertices, center, size, rotation)))
 
 
-def box_from_vertices(vertices: Array) -> Box3D:
+def make_box_from_vertices(vertices: Array) -> Box3D:
     """The `Box3D` of eight vertices [8, 3] in any order."""
-    return nearest_box(order_vertices(vertices))
+    return fit_nearest_box(order_vertices(vertices))
 
 
-def nearest_box(vertices: Array) -> Box3D:
+def fit_nearest_box(vertices: Array) -> Box3D:
     """The box nearest to eight vertices [8, 3] in the order of this module, which need not be one: its axes
     are the rotation nearest to the mean edges, its size their lengths along them (our choice)."""
-    edges = vertices.T @ SIGNS / 4  # columns: right, down, away
+    edges = vertices.T @ VERTEX_SIGNS / 4  # columns: right, down, away
     left, _, right = np.linalg.svd(edges / np.maximum(np.linalg.norm(edges, axis=0), 1e-12))
     axes = left @ right
     return make_box(vertices.mean(0), np.maximum((edges * axes).sum(0), 1e-6), axes)
@@ -108,7 +108,7 @@ def order_vertices(vertices: Array) -> Array:
     axes = unit[_TRIPLES[np.argmin(cosines[i, j] + cosines[i, k] + cosines[j, k])]].T
     order, signs = _camera_like(axes)
     along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)
-    return v[(along @ SIGNS.T).argmax(axis=0)]
+    return v[(along @ VERTEX_SIGNS.T).argmax(axis=0)]
 
 
 def _camera_like(axes: Array) -> tuple[list[int], Array]:
@@ -125,7 +125,7 @@ def _camera_like(axes: Array) -> tuple[list[int], Array]:
 
 
 @dataclass(frozen=True)
-class Faces:
+class VisibleFaces:
     """Axes [3, 3] (columns) and the faces that the camera sees: for each axis, where along it its face is
     (`at` [3], NaN without one) and on which side of the points (`side` [3], -1 lower, 1 upper).
 
@@ -138,7 +138,7 @@ class Faces:
     misfit: float
 
 
-def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
+def fit_faces(points: Array, axes: Array, about: Array | None = None) -> VisibleFaces:
     """The faces of points [n, 3] (camera frame) whose axes are near `axes` [3, 3] (columns).
 
     about: [3] the only direction about which the axes may turn; any where it is None.
@@ -153,14 +153,14 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
     at = np.where(side > 0, high, low)
     seen = np.abs(camera - (low + high) / 2) > 0.5 * (high - low)
     if not seen.any():
-        return Faces(axes, np.full(3, np.nan), side, np.inf)
+        return VisibleFaces(axes, np.full(3, np.nan), side, np.inf)
     every, half = np.arange(len(points)), len(points) // 2
     turn = np.ones(3)
-    for step in range(STEPS + 1):
+    for step in range(MAX_NUM_STEPS + 1):
         off = np.where(seen, along - at, np.inf)
         nearest = np.abs(off).argmin(axis=1)
         error = off[every, nearest]
-        if step == STEPS or float(turn @ turn) < ENOUGH**2:
+        if step == MAX_NUM_STEPS or float(turn @ turn) < MIN_TURN_RAD**2:
             break
         # np.median without its checks, which cost more than the rest of it.
         scale = 2.0 * float(np.partition(np.abs(error), half)[half]) + 1e-6
@@ -179,8 +179,8 @@ def faces(points: Array, axes: Array, about: Array | None = None) -> Faces:
         at = at + change[-3:]
         along = centred @ axes
     share = np.bincount(nearest, minlength=3) / len(points)
-    found = np.where(seen & (share >= LEAST), at + middle @ axes, np.nan)
-    return Faces(axes, found, side, float(np.abs(error).mean()))
+    found = np.where(seen & (share >= MIN_FACE_FRACTION), at + middle @ axes, np.nan)
+    return VisibleFaces(axes, found, side, float(np.abs(error).mean()))
 
 
 def _rotation(turn: Array) -> Array:
@@ -223,18 +223,20 @@ def fit_box(
         # For sure: noise hides the bend of round things, for which there is a better guess.
         stands = partial(_is_box, points, noise=0.8 * blur, flat=_FLAT / 3)
         level = _upright(points, up)
-        upright = faces(points, level, up)
+        upright = fit_faces(points, level, up)
         flat = stands(upright)
         if not flat:
             # Whether a face that the camera hardly sees is one shows only along better axes.
-            upright = min(upright, faces(points, upright.axes, up), key=lambda found: found.misfit)
+            upright = min(
+                upright, fit_faces(points, upright.axes, up), key=lambda found: found.misfit
+            )
             flat = stands(upright)
         if flat:
             return _boxed(points, upright.axes, margin, noise, support, upright)
     start = _smallest_volume(points)
-    free = faces(points, start)
+    free = fit_faces(points, start)
     if up is not None:
-        free = min(free, faces(points, upright.axes), key=lambda found: found.misfit)
+        free = min(free, fit_faces(points, upright.axes), key=lambda found: found.misfit)
         if free.misfit > _TILTED * upright.misfit or not _is_box(points, free, blur):
             return _boxed(points, level, margin, noise, support, None)
     if _is_box(points, free, blur):
@@ -242,7 +244,7 @@ def fit_box(
     return _boxed(points, start, margin, noise, None, None)
 
 
-def _is_box(points: Array, found: Faces, noise: float, flat: float = _FLAT) -> bool:
+def _is_box(points: Array, found: VisibleFaces, noise: float, flat: float = _FLAT) -> bool:
     """Whether the points lie on the faces, as far as the noise of their depth lets that be seen."""
     size = float(np.median(np.ptp(points @ found.axes, axis=0)))
     return found.misfit < flat * size + noise
@@ -254,7 +256,7 @@ def _boxed(
     margin: float,
     noise: float,
     support: float | None,
-    found: Faces | None,
+    found: VisibleFaces | None,
 ) -> Box3D:
     """The tight box along `axes` [3, 3] (columns; the last one up, where a support height is given); faces
     that were `found` are where they are."""
@@ -349,7 +351,7 @@ def _smallest_volume(points: Array) -> Array:
     return _upright(corners, normals[np.argmin(volumes)])
 
 
-def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
+def find_keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     """{"closest", "furthest"}: the seen points [3] nearest to and furthest from the camera; "centre"."""
     distances = np.einsum("ij,ij->i", points, points)
     near, far = (
@@ -358,7 +360,7 @@ def keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     return {"closest": near, "furthest": far, "centre": box.center}
 
 
-def iou(a: Box3D, b: Box3D) -> float:
+def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     """Volume of the intersection of two boxes over that of their union; exact up to rounding."""
     # A convex intersection is the hull of each box's corners inside the other and of where edges cross faces.
     corners = np.concatenate([_inside(a, b), _inside(b, a)])
@@ -375,8 +377,8 @@ def _inside(a: Box3D, b: Box3D) -> Array:
     axes, half = b.rotation.astype(np.float64), b.size.astype(np.float64) / 2
     center = b.center.astype(np.float64)
     local = (a.vertices.astype(np.float64) - center) @ axes
-    start = local[[i for i, _ in EDGES]]
-    step = local[[j for _, j in EDGES]] - start
+    start = local[[i for i, _ in BOX_EDGES]]
+    step = local[[j for _, j in BOX_EDGES]] - start
     with np.errstate(divide="ignore", invalid="ignore"):
         at = (np.concatenate([-half, half]) - np.tile(start, 2)) / np.tile(step, 2)  # [12, 6]
     edge, face = np.nonzero((at >= 0) & (at <= 1))
@@ -388,11 +390,13 @@ def _inside(a: Box3D, b: Box3D) -> Array:
 
 
 _WAYS = product(permutations(range(3)), product((-1, 1), repeat=3))
-SYMMETRIES = np.array([(SIGNS[:, turn] * flip @ SIGNS.T).argmax(axis=1) for turn, flip in _WAYS])
+SYMMETRIES = np.array(
+    [(VERTEX_SIGNS[:, turn] * flip @ VERTEX_SIGNS.T).argmax(axis=1) for turn, flip in _WAYS]
+)
 """[48, 8] the relabellings of a box's vertices that keep it a box."""
 
 
-def vertex_error(a: Array, b: Array) -> float:
+def compute_vertex_error(a: Array, b: Array) -> float:
     """Mean distance between the vertices [8, 3] of two boxes (both in `order_vertices` order), for the
     relabelling of one of them, among the box's 48 symmetries, that makes it least."""
     distances = np.linalg.norm(

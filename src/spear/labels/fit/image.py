@@ -30,18 +30,18 @@ def project(points: Array, intrinsics: Array) -> Array:
     return image[..., :2] / image[..., 2:]
 
 
-def same_view(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def have_same_aspect(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether images of these sizes (height, width) may be one resized, up to a pixel of rounding."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(other)
 
 
-def nearest(image: Array, height: int, width: int) -> Array:
+def resize_nearest(image: Array, height: int, width: int) -> Array:
     """An image [h, w] at another size: each pixel the one of `image` in which its centre lies."""
     sizes = zip((height, width), image.shape, strict=True)
     return image[np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(np.intp) for n, m in sizes))]
 
 
-def iou2d(a: Array, b: Array) -> Array:
+def compute_iou_2d(a: Array, b: Array) -> Array:
     """Intersection over union of boxes [..., 4] with boxes [..., 4]: [...], 0 where both are empty."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
@@ -54,7 +54,7 @@ def iou2d(a: Array, b: Array) -> Array:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def tight_box(mask: Array) -> Array:
+def compute_tight_box(mask: Array) -> Array:
     """The box [4] float32 around the pixels of a mask [h, w]; zeros when there are none."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -62,7 +62,7 @@ def tight_box(mask: Array) -> Array:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def lit_part(image: Array) -> Array:
+def find_lit_part(image: Array) -> Array:
     """[2, 2] the first and last row and the first and last column of an image [h, w, 3] uint8 that are in no
     black bar, as films and padded pictures have: over 5 % of them is brighter than 24 (our choice)."""
     lit = image.max(axis=2) > 24
@@ -72,18 +72,18 @@ def lit_part(image: Array) -> Array:
     )
 
 
-def clip(boxes: Array, height: int, width: int) -> Array:
+def clip_boxes(boxes: Array, height: int, width: int) -> Array:
     """The part of each box [n, 4] inside an image, [n, 4] float32."""
     return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
 
 
-def suppress(boxes: Array, scores: Array, overlap: float) -> Array:
+def suppress_overlaps(boxes: Array, scores: Array, overlap: float) -> Array:
     """Non-maximum suppression: the numbers [k] of the boxes [n, 4] to keep, best score [n] first.
 
     A box goes when one that is kept overlaps it by more than this IoU. Of equal scores the earlier stays.
     """
     kept: list[int] = []
     for i in np.argsort(-np.asarray(scores), kind="stable").tolist():
-        if not kept or float(iou2d(boxes[kept], boxes[i]).max()) <= overlap:
+        if not kept or float(compute_iou_2d(boxes[kept], boxes[i]).max()) <= overlap:
             kept.append(i)
     return np.array(kept, np.intp)

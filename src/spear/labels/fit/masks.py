@@ -16,16 +16,16 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from spear.errors import SpearError, need
-from spear.labels.fit.points import NEAR, Plane
+from spear.labels.fit.points import TOUCHING_FRACTION, Plane
 from spear.types import Array
 
-APART = 0.01
+SEPARATION_FRACTION = 0.01
 """Object and background that differ in depth by more than this fraction of it are told apart by it."""
-FLYING = 0.005
+FLYING_FRACTION = 0.005
 """A pixel of the outline flies when the inside leads to another depth by more than this fraction of it."""
-LEVEL = 0.0025
+ON_SUPPORT_FRACTION = 0.0025
 """Exact points nearer to the support than this fraction of their distance may lie on it."""
-NOISY = 5e-4
+MIN_SMOOTHED_NOISE = 5e-4
 """Relative depth noise (`points.noise_level`) from which on depth is smoothed."""
 
 
@@ -47,7 +47,7 @@ def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape((height, width), order="F")
 
 
-def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
+def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
     """The union [height, width] bool of polygons, each x0, y0, x1, y1, … in pixels, filled by COCO's rule.
     `SpearError` for a polygon of an odd number of coordinates, fewer than three points, or not finite."""
     for polygon in polygons:
@@ -65,7 +65,7 @@ def polygon_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -
     return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
 
-def run_lengths(text: str) -> list[int]:
+def decode_run_lengths(text: str) -> list[int]:
     """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
 
     Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
@@ -93,7 +93,7 @@ def erode(mask: Array, pixels: int) -> Array:
     return mask
 
 
-def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
+def keep_main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
     """The pixels of a mask [h, w] that are connected in depth to most of it: neighbours belong to one part
     when their depths differ by less than `limit`, a fraction of them. Masks leak over edges, on to what is
     far behind. Another part stays if it has a fifth of the pixels of the largest and is as far away:
@@ -125,7 +125,7 @@ def main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
     return result
 
 
-def above_support(
+def remove_support(
     mask: Array, points: Array, known: Array, taken: Array, plane: Plane, noise: float
 ) -> Array:
     """The mask [h, w] without the pixels that lie on the support, on to which it leaks, but for that of a
@@ -135,7 +135,9 @@ def above_support(
     own = mask & known
     total = ndimage.uniform_filter(own.astype(np.float64), 3)
     smooth = ndimage.uniform_filter(np.where(own, above, 0.0), 3) / np.maximum(total, 1e-9)
-    limit = max(LEVEL, noise) * float(np.median(points[own][:, 2])) if own.any() else 0.0
+    limit = (
+        max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[own][:, 2])) if own.any() else 0.0
+    )
     kept: Array = mask & ~(own & (smooth < limit))
     return (
         kept
@@ -144,7 +146,7 @@ def above_support(
     )
 
 
-def snap(
+def snap_outline(
     mask: Array,
     points: Array,
     known: Array,
@@ -172,13 +174,13 @@ def snap(
     front[band] = _continued(inverse, core, wanted, 2 * pixels + 1, noise)
     back[band] = _continued(inverse, outside, wanted, 2 * pixels + 1, noise)
     with np.errstate(invalid="ignore"):
-        apart = band & (np.abs(front - back) > APART * inverse)
+        apart = band & (np.abs(front - back) > SEPARATION_FRACTION * inverse)
         nearer = np.abs(inverse - front) < np.abs(inverse - back)
     result = mask.copy()
     if plane is not None:
         beside = outside & ~taken & ndimage.binary_dilation(reach, iterations=3)
         above = points @ plane.up - _level(points[beside], plane)
-        limit = max(LEVEL, 2.5 * noise) * float(np.median(points[core][:, 2]))
+        limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
         if (
             np.median(above[core]) > 2 * limit
         ):  # a thing as flat as the error cannot be told by its height
@@ -195,7 +197,7 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise:
     would lose the outline with them. Noisy depth is smoothed.
     """
     found = points[tuple(pixels.T)]
-    if erosion == 0 and noise < NOISY:
+    if erosion == 0 and noise < MIN_SMOOTHED_NOISE:
         return found
     inner = erode(mask, erosion)
     inner = inner if inner.any() else mask
@@ -207,7 +209,7 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise:
     expected = np.full(len(pixels), np.nan)
     expected[~own] = _continued(inverse, inner, pixels[~own], 1.5 * erosion, noise)
     with np.errstate(invalid="ignore"):
-        values = np.where(np.abs(values - expected) > FLYING * expected, expected, values)
+        values = np.where(np.abs(values - expected) > FLYING_FRACTION * expected, expected, values)
     return found / (found[:, 2] * values)[:, None]
 
 
@@ -219,14 +221,14 @@ def _inverse(points: Array, where: Array) -> Array:
 def _level(beside: Array, plane: Plane) -> float:
     """The height of the support near an object: of the points [n, 3] beside it that are near the plane."""
     heights = beside @ plane.up
-    heights = heights[np.abs(heights - plane.height) < 2 * NEAR * beside[:, 2]]
+    heights = heights[np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * beside[:, 2]]
     return float(np.median(heights)) if len(heights) >= 8 else plane.height
 
 
 def _value(values: Array, where: Array, pixels: Array, noise: float) -> Array:
     """The `values` [h, w] of `pixels` [n, 2]; if they are noisy the median of each and of the means of the
     pairs opposite each other around it, as far as they are `where`. Pairs shift no slopes and no borders."""
-    if noise < NOISY:
+    if noise < MIN_SMOOTHED_NOISE:
         return np.asarray(values[tuple(pixels.T)])
     padded = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
     width, flat = padded.shape[1], padded.ravel()
@@ -253,5 +255,5 @@ def _continued(values: Array, source: Array, wanted: Array, reach: float, noise:
     behind = np.clip(2 * there - here, 0, np.array(values.shape) - 1)
     base = _value(values, source, there, noise)
     step = np.where(source[tuple(behind.T)], base - _value(values, source, behind, noise), 0.0)
-    result[near] = base + np.clip(step, -NEAR * base, NEAR * base)
+    result[near] = base + np.clip(step, -TOUCHING_FRACTION * base, TOUCHING_FRACTION * base)
     return result

@@ -11,11 +11,11 @@ UP_PRIOR = np.array([0.0, -np.cos(np.radians(35.0)), -np.sin(np.radians(35.0))])
 """Up in the camera frame, for a camera that looks 35° down: what "up" means until a plane says it better
 (our choice). A level camera and one that looks 80° down are both within 45° of it."""
 
-NEAR = 0.02
+TOUCHING_FRACTION = 0.02
 """Two points of neighbouring pixels belong to touching surfaces when they are nearer to each other than this
 fraction of their distance from the camera (our choice)."""
 
-PLANE_POINTS = 600  # of a background are enough to find its plane (our choice)
+MAX_PLANE_POINTS = 600  # of a background are enough to find its plane (our choice)
 _GOLDEN = (np.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -36,7 +36,7 @@ def subsample(points: Array, most: int) -> Array:
     return points[((np.arange(most) * _GOLDEN % 1.0) * n).astype(np.intp)]
 
 
-def inliers(points: Array) -> Array:
+def find_inliers(points: Array) -> Array:
     """Statistical outlier removal: which points [n, 3] are no further from their neighbours than usual.
 
     A point stays when its mean distance to its nearest 8 is at most the mean over all points plus 3 standard
@@ -49,7 +49,7 @@ def inliers(points: Array) -> Array:
     return spread <= spread.mean() + 3.0 * spread.std()
 
 
-def noise_level(points: Array, known: Array) -> float:
+def estimate_noise(points: Array, known: Array) -> float:
     """How noisy depth is from pixel to pixel, as a fraction of itself (a standard deviation).
 
     Along a row, inverse depth is straight on every plane, so its second difference is noise; the median over
@@ -66,7 +66,7 @@ def noise_level(points: Array, known: Array) -> float:
     return float(1.4826 * np.median(bend[three]) / np.sqrt(6.0))
 
 
-def support_plane(points: Array, up: Array | None = None) -> Plane | None:
+def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
     """The largest level plane among the points [n, 3] of a scene's background (RANSAC with a fixed seed: of
     planes through three points each, with those nearer than 1 % of the median distance from the camera).
 
@@ -77,7 +77,7 @@ def support_plane(points: Array, up: Array | None = None) -> Plane | None:
 
     Returns the plane, refined on all its points and facing the camera; None when under a fifth lie on one.
     """
-    points = np.asarray(subsample(points, PLANE_POINTS), np.float64)
+    points = np.asarray(subsample(points, MAX_PLANE_POINTS), np.float64)
     if len(points) < 30:
         return None
     limit = 0.01 * float(np.median(np.linalg.norm(points, axis=1)))

@@ -16,8 +16,14 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError
-from spear.labels.fit.image import clip, iou2d, nearest, same_view, tight_box
-from spear.labels.fit.masks import decode_mask, polygon_mask, run_lengths
+from spear.labels.fit.image import (
+    clip_boxes,
+    compute_iou_2d,
+    compute_tight_box,
+    have_same_aspect,
+    resize_nearest,
+)
+from spear.labels.fit.masks import decode_mask, decode_run_lengths, rasterize_polygons
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 from spear.util.files import read_json
@@ -43,9 +49,11 @@ class Annotation:
         `SpearError` as in `mask_in`."""
         if self.box2d is None:
             mask = self.mask_in(height, width)
-            return tight_box(mask) if mask is not None else np.zeros(4, np.float32)
+            return compute_tight_box(mask) if mask is not None else np.zeros(4, np.float32)
         rows, columns = self._annotated_size(height, width)
-        return clip(self.box2d * np.array([width / columns, height / rows] * 2), height, width)
+        return clip_boxes(
+            self.box2d * np.array([width / columns, height / rows] * 2), height, width
+        )
 
     def mask_in(self, height: int, width: int) -> Array | None:
         """The mask [height, width] bool in an image of this size (nearest pixel); None without an outline.
@@ -53,11 +61,11 @@ class Annotation:
         if self.outline is None:
             return None
         rows, columns = self._annotated_size(height, width)
-        return nearest(self.outline(rows, columns), height, width)
+        return resize_nearest(self.outline(rows, columns), height, width)
 
     def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
-        if not same_view((height, width), self.size):
+        if not have_same_aspect((height, width), self.size):
             sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
             raise SpearError(
                 f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized"
@@ -65,7 +73,7 @@ class Annotation:
         return rows, columns
 
 
-Find = Callable[[str], list[Annotation] | None]
+FindAnnotations = Callable[[str], list[Annotation] | None]
 """What is annotated in the image of a source (see `Frame`); None for one that is not known. `SpearError` for
 a source that fits several images."""
 
@@ -75,7 +83,7 @@ class Annotations:
     """A file of annotations. `name` goes into the label's provenance."""
 
     name: str
-    find: Find
+    find: FindAnnotations
 
     def of(self, frame: Frame) -> list[Annotation] | None:
         """What `find` knows of an image. `SpearError` where it cannot be told whether it was annotated as it
@@ -162,7 +170,7 @@ class FileSegmenter:
             (annotated[j].name != detection.name, -overlap, i, j)
             for i, detection in enumerate(detections)
             for j, box in enumerate(boxes)
-            if (overlap := float(iou2d(detection.box2d, box))) > 0.5
+            if (overlap := float(compute_iou_2d(detection.box2d, box))) > 0.5
         )
         matched: dict[int, int] = {}
         for _, _, i, j in pairs:
@@ -195,7 +203,7 @@ def _parts(path: str) -> list[str]:
     return [part for part in re.split(r"[\\/#]+", path) if part not in ("", ".")]
 
 
-def _coco(content: Mapping[str, Any], file: str) -> Find:
+def _coco(content: Mapping[str, Any], file: str) -> FindAnnotations:
     """The objects in a COCO JSON file, by image.
 
     An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
@@ -258,7 +266,7 @@ def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int]) -> 
 def _outline(segmentation: Any) -> Callable[[int, int], Array]:
     """(height, width) → mask [height, width] of a COCO `segmentation`."""
     if isinstance(segmentation, list):
-        return lambda height, width: polygon_mask(segmentation, height, width)
+        return lambda height, width: rasterize_polygons(segmentation, height, width)
     counts, size = segmentation["counts"], tuple(segmentation["size"])
 
     def outline(height: int, width: int) -> Array:
@@ -267,13 +275,13 @@ def _outline(segmentation: Any) -> Callable[[int, int], Array]:
                 f"mask of {size[1]}×{size[0]} in an image of {width}×{height}: repair the file"
             )
         return decode_mask(
-            run_lengths(counts) if isinstance(counts, str) else counts, height, width
+            decode_run_lengths(counts) if isinstance(counts, str) else counts, height, width
         )
 
     return outline
 
 
-def _relations(content: Mapping[str, Any]) -> Find:
+def _relations(content: Mapping[str, Any]) -> FindAnnotations:
     """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
 
     The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`, `cam04`),
@@ -318,14 +326,14 @@ def _relations(content: Mapping[str, Any]) -> Find:
 
 
 def _packed(encoded: str, height: int, width: int) -> Array:
-    return decode_mask(run_lengths(decompress(encoded)), height, width)
+    return decode_mask(decode_run_lengths(decompress_lz_string(encoded)), height, width)
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-$"
 _VALUES = {letter: value for value, letter in enumerate(_LETTERS)}
 
 
-def decompress(text: str) -> str:
+def decompress_lz_string(text: str) -> str:
     """Undo lz-string's `compressToEncodedURIComponent`, in which the compressed run lengths are written.
 
     The letters are a stream of bits, six each, highest first. The numbers in it are written lowest bit first

@@ -23,8 +23,8 @@ from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from spear.errors import RetryableError, SpearError, counted, first_line, need
-from spear.labels.fit.image import iou2d
-from spear.labels.inputs import shrink
+from spear.labels.fit.image import compute_iou_2d
+from spear.labels.inputs import shrink_image
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
@@ -32,21 +32,21 @@ from spear.util.images import encode_jpeg
 from spear.util.network import unreachable
 
 MODEL = "gemini-3.8-flash"
-KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
+KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
 """Where the key is looked for in the environment, in this order."""
-ADDRESS = "https://generativelanguage.googleapis.com"
-OTHERWISE = 'or find objects without it: --detector owlv2 --vocabulary "mug, spoon"'
-MAX_TOKENS = 16384
+SERVICE_URL = "https://generativelanguage.googleapis.com"
+ALTERNATIVE_ADVICE = 'or find objects without it: --detector owlv2 --vocabulary "mug, spoon"'
+MAX_OUTPUT_TOKENS = 16384
 """Of an answer with its thinking; ends the rare answer that repeats itself for ever."""
-THINKING = "low"
+THINKING_LEVEL = "low"
 """How much it thinks before it answers."""
-MAX_SIDE = 1536
+MAX_SIDE_PX = 1536
 """Larger images are sent scaled down to this many pixels."""
-CONCURRENCY, TIMEOUT = 8, 120.0
+MAX_CONCURRENT_REQUESTS, TIMEOUT_S = 8, 120.0
 """Requests at the same time, and seconds for one."""
-ATTEMPTS, ANSWERS = 6, 2
+MAX_ATTEMPTS, MAX_UNUSABLE_ANSWERS = 6, 2
 """Requests per image before it is given up, overload included; and unusable answers that are paid for."""
-FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0
+FIRST_WAIT_S, MAX_WAIT_S = 1.0, 120.0
 """Seconds after the first failure, doubled after each, and at most. Who asks for more has no quota left."""
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
@@ -82,25 +82,27 @@ class GeminiDetector:
         per_minute: int = 0,
     ) -> None:
         self.model, self.cache, self.pause = model, cache, 60 / (per_minute or np.inf)
-        self.prompt = prompt_for(vocabulary)
+        self.prompt = build_prompt(vocabulary)
         prompt = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
-        self.name = f"gemini {model} (prompt {prompt}, thinking {THINKING}, max side {MAX_SIDE})"
-        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
+        self.name = (
+            f"gemini {model} (prompt {prompt}, thinking {THINKING_LEVEL}, max side {MAX_SIDE_PX})"
+        )
+        key = next((value for name in KEY_VARIABLES if (value := os.environ.get(name))), None)
         if key is None:
-            get = f"set {KEYS[0]} (get one at https://aistudio.google.com/apikey)"
-            raise SpearError(f"Gemini: no key: {get}, {OTHERWISE}")
+            get = f"set {KEY_VARIABLES[0]} (get one at https://aistudio.google.com/apikey)"
+            raise SpearError(f"Gemini: no key: {get}, {ALTERNATIVE_ADVICE}")
         genai = need("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
         self._address = os.environ.get(
-            "GOOGLE_GEMINI_BASE_URL", ADDRESS
+            "GOOGLE_GEMINI_BASE_URL", SERVICE_URL
         )  # where the client reads it too
-        options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT))
+        options = genai.types.HttpOptions(api_version="v1beta", timeout=int(1000 * TIMEOUT_S))
         self._client = genai.Client(api_key=key, vertexai=False, http_options=options)
         self._config = genai.types.GenerateContentConfig(
             response_mime_type="application/json",
             response_schema=SCHEMA,
-            max_output_tokens=MAX_TOKENS,
-            thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING),
+            max_output_tokens=MAX_OUTPUT_TOKENS,
+            thinking_config=genai.types.ThinkingConfig(thinking_level=THINKING_LEVEL),
         )
         # the client's HTTP library is one of the two
         libraries = (
@@ -117,7 +119,7 @@ class GeminiDetector:
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, as Gemini lists them."""
-        with ThreadPoolExecutor(CONCURRENCY) as threads:
+        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as threads:
             found = list(threads.map(self._detect, frames))
         for failure in found:
             if isinstance(failure, SpearError):
@@ -144,7 +146,7 @@ class GeminiDetector:
             return known
         path = self.cache / key[:2] / f"{key}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = parse(json.loads(path.read_bytes())["text"], *frame.image.shape[:2])
+            found = parse_detections(json.loads(path.read_bytes())["text"], *frame.image.shape[:2])
             with self._lock:
                 self.usage["cached"] += 1
             return found
@@ -159,36 +161,36 @@ class GeminiDetector:
         return found
 
     def _digest(self, image: Array) -> str:
-        asked = [self.model, self.prompt, SCHEMA, THINKING, None, MAX_SIDE, image.shape]
+        asked = [self.model, self.prompt, SCHEMA, THINKING_LEVEL, None, MAX_SIDE_PX, image.shape]
         return hashlib.sha256(json.dumps(asked).encode() + image.tobytes()).hexdigest()
 
     def _ask(self, frame: Frame) -> tuple[str, list[Detection]]:
         """The text of a usable answer, and what is in it."""
-        sent = encode_jpeg(shrink(frame.image, MAX_SIDE))
+        sent = encode_jpeg(shrink_image(frame.image, MAX_SIDE_PX))
         contents = [self._types.Part.from_bytes(data=sent, mime_type="image/jpeg"), self.prompt]
         where, reason, unusable = frame.source or "image", "", 0
-        for attempt in range(ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             self._wait_for_turn()
             # less up to half by chance, so that many clients do not come back at once
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt) * random.uniform(0.5, 1.0)
+            wait = min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 asked = {"model": self.model, "contents": contents, "config": self._config}
                 response = self._client.models.generate_content(**asked)
                 self._count(response.usage_metadata)
-                text = answer_text(response, where)
-                return text, parse(text, *frame.image.shape[:2])
+                text = extract_text(response, where)
+                return text, parse_detections(text, *frame.image.shape[:2])
             except self._errors.APIError as error:
                 self._count()
                 reason = self._said(f"{error.code} {error.status or ''}: {error.message or ''}")
                 wait = self._wait(error, reason, where, wait)
             except self._offline as error:
                 reason = self._said(f"no connection: {first_line(error)}")
-            except Unusable as error:
+            except UnusableAnswerError as error:
                 reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
             except ValueError as error:  # the client could not read the response
                 self._count()
                 reason, unusable = self._said(f"unreadable response: {error}"), unusable + 1
-            if unusable == ANSWERS or attempt + 1 == ATTEMPTS:
+            if unusable == MAX_UNUSABLE_ANSWERS or attempt + 1 == MAX_ATTEMPTS:
                 break
             time.sleep(wait)
         tried = f"no answer by Gemini in {counted(attempt + 1, 'attempts')}"
@@ -198,7 +200,7 @@ class GeminiDetector:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""
         if self._fatal is None and (why := unreachable(self._address)):
             self._stop(
-                f"cannot reach the service ({why}): check the network and label again, {OTHERWISE}"
+                f"cannot reach the service ({why}): check the network and label again, {ALTERNATIVE_ADVICE}"
             )
         while self._fatal is None:
             with self._lock:
@@ -220,7 +222,7 @@ class GeminiDetector:
             hint = (
                 "choose another model"
                 if error.code == 404
-                else f"check the key in {' or '.join(KEYS)}"
+                else f"check the key in {' or '.join(KEY_VARIABLES)}"
             )
             raise self._stop(f"{reason}: {hint}")
         if error.code not in _AGAIN:
@@ -233,9 +235,7 @@ class GeminiDetector:
             r"^\d+\.?\d*$", getattr(error.response, "headers", {}).get("retry-after", "")
         )
         advised = max(map(float, asked), default=None)
-        if (
-            "PerDay" in details or (advised or 0) > LONGEST_WAIT
-        ):  # as Google names the quota of a day
+        if "PerDay" in details or (advised or 0) > MAX_WAIT_S:  # as Google names the quota of a day
             when = "tomorrow" if "PerDay" in details else f"in {advised:.0f} s"
             raise self._stop(f"no quota left ({reason}): label again {when}")
         if advised is None:
@@ -257,18 +257,18 @@ class GeminiDetector:
                 self.usage["output"] += tokens.thoughts_token_count or 0
 
 
-def prompt_for(vocabulary: Sequence[str]) -> str:
+def build_prompt(vocabulary: Sequence[str]) -> str:
     """What Gemini is asked about every image."""
     return PROMPT + (VOCABULARY.format(names=", ".join(vocabulary)) if vocabulary else "")
 
 
-def input_tokens(vocabulary: Sequence[str]) -> int:
+def estimate_input_tokens(vocabulary: Sequence[str]) -> int:
     """About what asking about an image takes, by Google's rules: at most 1,120 tokens for a picture (Gemini 3
     at its default resolution), and one for four characters of the prompt and the answer's schema."""
-    return 1120 + len(prompt_for(vocabulary) + json.dumps(SCHEMA)) // 4
+    return 1120 + len(build_prompt(vocabulary) + json.dumps(SCHEMA)) // 4
 
 
-class Unusable(ValueError):
+class UnusableAnswerError(ValueError):
     """An answer that is not what was asked for."""
 
 
@@ -283,7 +283,7 @@ class _Object(BaseModel):
 _OBJECTS = TypeAdapter(list[_Object])
 
 
-def parse(text: str, height: int, width: int) -> list[Detection]:
+def parse_detections(text: str, height: int, width: int) -> list[Detection]:
     """Gemini's answer as detections in pixels; `Unusable` when it is not what the schema says. Boxes are cut
     at the edge of the image; left out are those of less than a pixel inside it, and a box that was given
     before (same label, IoU above 0.9)."""
@@ -291,7 +291,7 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
     try:
         items = _OBJECTS.validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
-        raise Unusable(first_line(error)) from error
+        raise UnusableAnswerError(first_line(error)) from error
     found: list[Detection] = []
     for item in items:
         label = " ".join(item.label.lower().split())
@@ -300,13 +300,13 @@ def parse(text: str, height: int, width: int) -> list[Detection]:
             np.clip(v / 1000, 0, 1) * n for v, n in zip(item.box_2d, sides, strict=True)
         )
         pixels = np.array([x0, y0, x1, y1], np.float32)
-        again = any(d.name == label and float(iou2d(d.box2d, pixels)) > 0.9 for d in found)
+        again = any(d.name == label and float(compute_iou_2d(d.box2d, pixels)) > 0.9 for d in found)
         if label and min(x1 - x0, y1 - y0) >= 1 and not again:
             found.append(Detection(label, pixels))
     return found
 
 
-def answer_text(response: Any, where: str) -> str:
+def extract_text(response: Any, where: str) -> str:
     """The answer's text; `SpearError` when Gemini refused, `Unusable` when it is cut off or empty."""
     if (feedback := response.prompt_feedback) and feedback.block_reason:
         raise SpearError(
@@ -316,7 +316,7 @@ def answer_text(response: Any, where: str) -> str:
     if end not in ("STOP", "MAX_TOKENS", "MALFORMED_RESPONSE", None):
         raise SpearError(f"{where}: Gemini refused to answer ({end.value}): leave the image out")
     if end == "MAX_TOKENS":
-        raise Unusable("cut off at the limit of tokens")
+        raise UnusableAnswerError("cut off at the limit of tokens")
     if not response.text:
-        raise Unusable("empty")
+        raise UnusableAnswerError("empty")
     return str(response.text)

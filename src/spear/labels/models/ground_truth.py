@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from spear.errors import SpearError
-from spear.labels.fit.image import iou2d, unproject
+from spear.labels.fit.image import compute_iou_2d, unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
@@ -20,7 +20,7 @@ def _missing(frame: Frame, what: str) -> SpearError:
     )
 
 
-def instance_boxes(frame: Frame) -> dict[int, Array]:
+def find_instance_boxes(frame: Frame) -> dict[int, Array]:
     """Tight 2D box [4] of each visible, named instance: x0, y0, x1, y1, pixels, the upper ends exclusive."""
     if frame.instances is None:
         raise _missing(frame, "instance map")
@@ -40,7 +40,7 @@ class GroundTruth:
         """The named instances of each frame of at least 12 visible pixels, by instance id."""
         found = []
         for frame in frames:
-            boxes = sorted(instance_boxes(frame).items())
+            boxes = sorted(find_instance_boxes(frame).items())
             seen = [(i, box) for i, box in boxes if np.count_nonzero(frame.instances == i) >= 12]
             found.append([Detection(frame.names[i], box) for i, box in seen])
         return found
@@ -52,12 +52,14 @@ class GroundTruth:
         overlaps it most (IoU > 0.5); empty where none does."""
         found = []
         for frame, wanted in zip(frames, detections, strict=True):
-            boxes = instance_boxes(frame)
+            boxes = find_instance_boxes(frame)
             assert frame.instances is not None
             found.append(np.zeros((len(wanted), *frame.instances.shape), bool))
             for mask, detection in zip(found[-1], wanted, strict=True):
                 candidates = [i for i in boxes if frame.names[i] == detection.name]
-                overlaps = [(float(iou2d(boxes[i], detection.box2d)), -i) for i in candidates]
+                overlaps = [
+                    (float(compute_iou_2d(boxes[i], detection.box2d)), -i) for i in candidates
+                ]
                 overlap, best = max(overlaps, default=(0.0, 0))
                 if overlap > 0.5:
                     mask[:] = frame.instances == -best

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.fit.image import clip, suppress
-from spear.labels.models.pretrained import enough_memory, load_model, load_processor
+from spear.labels.fit.image import clip_boxes, suppress_overlaps
+from spear.labels.models.pretrained import explain_full_memory, load_model, load_processor
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
@@ -61,7 +61,7 @@ class _OpenVocabulary:
         """What the network is given about images and what is told with each, and what it says."""
         inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
         inputs = inputs.to(self._network.device, self._network.dtype)
-        with torch.inference_mode(), enough_memory(len(images)):
+        with torch.inference_mode(), explain_full_memory(len(images)):
             return inputs, self._network(**inputs)
 
 
@@ -86,7 +86,7 @@ class GroundingDinoDetector(_OpenVocabulary):
                 for i, detections in zip(numbers, said, strict=True):
                     found[i] += detections
             for i in numbers:
-                found[i] = tidy(found[i], height, width, self.overlap)
+                found[i] = clean_detections(found[i], height, width, self.overlap)
         return found
 
     def _read(
@@ -145,18 +145,20 @@ class Owlv2Detector(_OpenVocabulary):
             outputs, threshold=self.threshold, target_sizes=sizes, text_labels=names
         )
         found = [_detections(r["boxes"], r["scores"], r["text_labels"]) for r in results]
-        return [tidy(d, h, w, self.overlap) for d, (h, w) in zip(found, sizes, strict=True)]
+        return [
+            clean_detections(d, h, w, self.overlap) for d, (h, w) in zip(found, sizes, strict=True)
+        ]
 
 
-def tidy(
+def clean_detections(
     detections: Sequence[Detection], height: int, width: int, overlap: float
 ) -> list[Detection]:
     """Detections, best first, cut at the edge of the image; without those of less than a pixel, without a
     name, or on a better one (see `suppress`)."""
     if not detections:
         return []
-    boxes = clip(np.stack([d.box2d for d in detections]), height, width)
-    kept = suppress(boxes, np.array([d.score for d in detections]), overlap)
+    boxes = clip_boxes(np.stack([d.box2d for d in detections]), height, width)
+    kept = suppress_overlaps(boxes, np.array([d.score for d in detections]), overlap)
     found = [replace(detections[i], box2d=boxes[i]) for i in kept.tolist()]
     return [d for d in found if d.name and (d.box2d[2:] - d.box2d[:2]).min() >= 1]
 

@@ -16,7 +16,7 @@ from spear.models.moge.networks import MogeV1, MogeV2
 from spear.types import Frame
 
 
-class MogePointMap:
+class MogePointMapModel:
     """The point map of a MoGe v1 (unit "relative") or MoGe-2 (unit "metre").
 
     Images of equal size go through the network as one batch, so the batch size is that of `predict`'s caller.
@@ -63,7 +63,7 @@ class MogePointMap:
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 
 
-def load_pointmap(model: Path | str, device: str = "auto") -> MogePointMap:
+def load_point_map_model(model: Path | str, device: str = "auto") -> MogePointMapModel:
     """With the weights of a published checkpoint; model as for `spear.models.moge.checkpoint.load_moge`."""
     name = Path(model).name if Path(model).is_file() else str(model)
-    return MogePointMap(load_moge(model), name, device)
+    return MogePointMapModel(load_moge(model), name, device)

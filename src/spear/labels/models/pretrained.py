@@ -47,7 +47,7 @@ def refuse_nan(network: Any, given: Any, said: Any) -> None:
 
 
 @contextmanager
-def enough_memory(images: int) -> Iterator[None]:
+def explain_full_memory(images: int) -> Iterator[None]:
     """Turns a full accelerator into a `SpearError`, after which the pipeline tries fewer images at a time."""
     try:
         yield

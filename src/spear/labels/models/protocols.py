@@ -57,7 +57,7 @@ class Segmenter(Protocol):
         """For each image, the masks [n, h, w] bool of its n detections (a network reads only their boxes)."""
 
 
-class PointMap(Protocol):
+class PointMapModel(Protocol):
     """Predicts the geometry of whole images. `name` goes into the label's provenance."""
 
     name: str

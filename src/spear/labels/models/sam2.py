@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from spear.labels.models.pretrained import enough_memory, load_model
+from spear.labels.models.pretrained import explain_full_memory, load_model
 from spear.labels.models.protocols import Detection
 from spear.models.vision import standardize
 from spear.types import Array, Frame
 
-AT_ONCE = 16
+MAX_BOXES_PER_CALL = 16
 """Boxes per call of the mask decoder, and masks blown up to the size of the image at a time."""
 
 
@@ -40,7 +40,7 @@ class Sam2Segmenter:
         if not (busy := [i for i, found in enumerate(detections) if found]):
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side) for i in busy])
-        with torch.inference_mode(), enough_memory(len(busy)):
+        with torch.inference_mode(), explain_full_memory(len(busy)):
             levels = self._network.get_image_embeddings(
                 pixels.to(self._network.device, self._network.dtype)
             )
@@ -54,7 +54,7 @@ class Sam2Segmenter:
                         input_boxes=some,
                         multimask_output=False,  # three masks are for ambiguous prompts, which a box is not
                     ).pred_masks[0, :, 0]
-                    for some in prompts.split(AT_ONCE, dim=1)
+                    for some in prompts.split(MAX_BOXES_PER_CALL, dim=1)
                 ]
                 masks[i] = np.concatenate(
                     [postprocess(some, height, width).cpu().numpy() for some in found]

@@ -12,17 +12,17 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from spear.labels.questions.templates import EVERYDAY, POINTS, is_a, with_article
-from spear.labels.store import STRIDE
+from spear.labels.questions.templates import EVERYDAY_NAMES, KEYPOINT_NAMES, is_a, with_article
+from spear.labels.store import DEPTH_STRIDE
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segments
 
-NEAR_TIE = 0.05
+MIN_RELATIVE_GAP = 0.05
 """Distances that differ by less than this fraction of the larger are not compared, nor places nearer to each
 other than this fraction of the image's width (our choice)."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class QuestionScene:
     """A label, and its objects fit for 3D questions (`solid`) and for 2D ones (`flat`).
 
     depth  of the image's pixels, where it is known, as `store.write_depth` keeps it: of the middle one of
@@ -39,12 +39,12 @@ T = TypeVar("T")
 Random = np.random.Generator
 Draft = tuple[dict[str, str], Segments, tuple[str, ...]]
 """What fills a template ({"x": name, …}), the answer, and the names asked about."""
-Maker = Callable[[Scene, Random], Draft | None]
+Maker = Callable[[QuestionScene, Random], Draft | None]
 """Asks about a scene at random; None when it does not allow the question drawn."""
 Fit = Literal["solid", "flat"]
 
 
-def pick(items: Sequence[T], rng: Random) -> T:
+def draw_one(items: Sequence[T], rng: Random) -> T:
     """One of `items`, all alike likely."""
     return items[int(rng.random() * len(items))]
 
@@ -57,11 +57,11 @@ def _noun(o: LabeledObject, rng: Random) -> str:
 def _one(fit: Fit, say: Callable[[LabeledObject, LabeledImage], Segments | None]) -> Maker:
     """Asks about one object what `say` answers."""
 
-    def make(scene: Scene, rng: Random) -> Draft | None:
+    def make(scene: QuestionScene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, fit)
         if not objects:
             return None
-        o = pick(objects, rng)
+        o = draw_one(objects, rng)
         said = say(o, scene.label)
         return None if said is None else ({"x": _noun(o, rng)}, said, (o.name,))
 
@@ -75,7 +75,7 @@ def _two(
 ) -> Maker:
     """Asks about two objects what `say` answers; of other two when it says nothing, `tries` times in all."""
 
-    def make(scene: Scene, rng: Random) -> Draft | None:
+    def make(scene: QuestionScene, rng: Random) -> Draft | None:
         objects: Sequence[LabeledObject] = getattr(scene, fit)
         for _ in range(tries if len(objects) > 1 else 0):
             first = int(rng.random() * len(objects))
@@ -93,13 +93,13 @@ def _box(o: LabeledObject) -> Box3D:
     return o.box3d
 
 
-def distance(o: LabeledObject) -> float:
+def compute_distance(o: LabeledObject) -> float:
     """From the camera to the middle of the object's box, in the label's unit."""
     x, y, z = _box(o).center.tolist()
     return sqrt(x * x + y * y + z * z)
 
 
-def pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
+def project_to_pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     """Where points [n, 3] appear; None outside the image or behind the camera."""
     (fx, skew, cx), (_, fy, cy), _ = label.intrinsics.tolist()
     found: list[Pixel | None] = []
@@ -110,25 +110,25 @@ def pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     return found
 
 
-def _keypoint(scene: Scene, rng: Random) -> Draft | None:
+def _keypoint(scene: QuestionScene, rng: Random) -> Draft | None:
     if not scene.solid:
         return None
-    o, point = pick(scene.solid, rng), pick(tuple(POINTS), rng)
+    o, point = draw_one(scene.solid, rng), draw_one(tuple(KEYPOINT_NAMES), rng)
     return (
-        {"x": _noun(o, rng), "p": pick(POINTS[point], rng)},
+        {"x": _noun(o, rng), "p": draw_one(KEYPOINT_NAMES[point], rng)},
         o.keypoints[point].tolist(),
         (o.name,),
     )
 
 
 def _back_projection(o: LabeledObject, label: LabeledImage) -> Segments | None:
-    corners = [pixel for pixel in pixels(_box(o).vertices, label) if pixel is not None]
+    corners = [pixel for pixel in project_to_pixels(_box(o).vertices, label) if pixel is not None]
     return [*corners] if len(corners) == 8 else None
 
 
 def _closer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
-    first, second = distance(a), distance(b)
-    if abs(first - second) < NEAR_TIE * max(first, second):
+    first, second = compute_distance(a), compute_distance(b)
+    if abs(first - second) < MIN_RELATIVE_GAP * max(first, second):
         return None
     closer = a.name if first < second else b.name
     return [
@@ -140,7 +140,7 @@ def _closer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     ]
 
 
-def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
+def _pixel_point(scene: QuestionScene, rng: Random) -> Draft | None:
     """Where a pixel drawn at random is in 3D, whatever it shows."""
     if scene.depth is None:
         return None
@@ -149,7 +149,7 @@ def _pixel_point(scene: Scene, rng: Random) -> Draft | None:
     if not (np.isfinite(z) and z > 0):
         return None
     label = scene.label
-    x, y = (place * STRIDE + STRIDE // 2 + 0.5 for place in (column, row))
+    x, y = (place * DEPTH_STRIDE + DEPTH_STRIDE // 2 + 0.5 for place in (column, row))
     point = z * np.linalg.solve(label.intrinsics, [x, y, 1.0])
     return {"p": str(Pixel(x / label.width, y / label.height))}, point.tolist(), ()
 
@@ -170,11 +170,11 @@ def _middle(o: LabeledObject, label: LabeledImage) -> Pixel:
     return _pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
 
 
-def _what_at(scene: Scene, rng: Random) -> Draft | None:
+def _what_at(scene: QuestionScene, rng: Random) -> Draft | None:
     """Which object is at a point: one of its pixels in the middle of its 2D box, in no smaller mask."""
     if not scene.flat:
         return None
-    o, label = pick(scene.flat, rng), scene.label
+    o, label = draw_one(scene.flat, rng), scene.label
     x0, y0, x1, y1 = o.box2d.tolist()
     for _ in range(4):
         u, v = 0.3 + 0.4 * rng.random(), 0.3 + 0.4 * rng.random()
@@ -188,12 +188,12 @@ def _what_at(scene: Scene, rng: Random) -> Draft | None:
     return None
 
 
-def _exists(scene: Scene, rng: Random) -> Draft | None:
+def _exists(scene: QuestionScene, rng: Random) -> Draft | None:
     shown = [o.name for o in scene.label.objects]
     if shown and rng.random() < 0.5:
-        name, answer = pick(shown, rng), "yes"
+        name, answer = draw_one(shown, rng), "yes"
     else:
-        name, answer = pick(EVERYDAY, rng), "no"
+        name, answer = draw_one(EVERYDAY_NAMES, rng), "no"
         if any(
             is_a(part, name)
             for other in shown
@@ -203,32 +203,32 @@ def _exists(scene: Scene, rng: Random) -> Draft | None:
     return {"x": with_article(name, definite=False)}, [answer], (name,)
 
 
-def _count(scene: Scene, rng: Random) -> Draft | None:
+def _count(scene: QuestionScene, rng: Random) -> Draft | None:
     shown = [o.name for o in scene.label.objects]
-    name = pick(shown if shown and rng.random() < 0.8 else EVERYDAY, rng)
+    name = draw_one(shown if shown and rng.random() < 0.8 else EVERYDAY_NAMES, rng)
     called, meant = (sum(is_a(other, name, exact) for other in shown) for exact in (True, False))
     return ({"x": name}, [str(called)], (name,)) if called == meant else None
 
 
 def _left_or_right(gap: float) -> Segments | None:
     """Which side something is on that is so far right of the other, in widths of the image."""
-    return None if abs(gap) < NEAR_TIE else ["left" if gap < 0 else "right"]
+    return None if abs(gap) < MIN_RELATIVE_GAP else ["left" if gap < 0 else "right"]
 
 
-def _list(scene: Scene, rng: Random) -> Draft | None:
+def _list(scene: QuestionScene, rng: Random) -> Draft | None:
     objects = sorted(scene.label.objects, key=lambda o: _middle(o, scene.label).x)
     places = [_middle(o, scene.label).x for o in objects]
-    if not objects or any(b - a < NEAR_TIE / 2 for a, b in pairwise(places)):
+    if not objects or any(b - a < MIN_RELATIVE_GAP / 2 for a, b in pairwise(places)):
         return None
     names = tuple(o.name for o in objects)
     return {}, [", ".join(names)], names
 
 
-MAKERS: Mapping[str, Maker] = {
+DRAFTERS: Mapping[str, Maker] = {
     "box_vertices": _one("solid", lambda o, label: _box(o).vertices.ravel().tolist()),
     "keypoint": _keypoint,
     "offset": _two("solid", lambda a, b, label: (_box(b).center - _box(a).center).tolist()),
-    "distance": _one("solid", lambda o, label: [distance(o)]),
+    "distance": _one("solid", lambda o, label: [compute_distance(o)]),
     "back_projection": _one("solid", _back_projection),
     # a near-tie is no reason to ask about something else
     "chain_of_thought": _two("solid", _closer, tries=4),

@@ -18,9 +18,16 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.labels.fit.quality import failings
-from spear.labels.questions.answers import MAKERS, Scene, pick, pixels
-from spear.labels.questions.templates import FAMILIES, POINTS, PROMPTS, UNITS, is_a, with_article
+from spear.labels.fit.quality import find_failed_scores
+from spear.labels.questions.answers import DRAFTERS, QuestionScene, draw_one, project_to_pixels
+from spear.labels.questions.templates import (
+    FAMILIES,
+    KEYPOINT_NAMES,
+    PROMPT_TEMPLATES,
+    UNIT_TEMPLATES,
+    is_a,
+    with_article,
+)
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
 NUMBERS: Mapping[str, int] = {
@@ -38,7 +45,7 @@ MIN_VISIBLE_2D = 0.6
 """Objects less of whose outline is seen are not asked about in 2D (our choice)."""
 
 
-def why_not_asked(label: LabeledImage) -> list[tuple[str, ...]]:
+def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
     """For each object of a label, all that keeps 3D questions from asking about it; empty for a good one.
 
     "ambiguous": its name also fits another object of the image. "no box". "outside": its centre is not in the
@@ -50,8 +57,8 @@ def why_not_asked(label: LabeledImage) -> list[tuple[str, ...]]:
         if o.box3d is None:
             found.append((*why, "no box"))
             continue
-        outside = ("outside",) if pixels(o.box3d.center[None], label) == [None] else ()
-        found.append((*why, *outside, *failings(o.scores)))
+        outside = ("outside",) if project_to_pixels(o.box3d.center[None], label) == [None] else ()
+        found.append((*why, *outside, *find_failed_scores(o.scores)))
     return found
 
 
@@ -59,12 +66,14 @@ def _alone(o: LabeledObject, label: LabeledImage) -> bool:
     return sum(is_a(other.name, o.name) for other in label.objects) == 1
 
 
-def askable(label: LabeledImage) -> list[LabeledObject]:
+def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:
     """The objects that 3D questions are asked about."""
-    return [o for o, why in zip(label.objects, why_not_asked(label), strict=True) if not why]
+    return [
+        o for o, why in zip(label.objects, find_exclusion_reasons(label), strict=True) if not why
+    ]
 
 
-def generate(
+def generate_questions(
     label: LabeledImage,
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
@@ -84,36 +93,36 @@ def generate(
     fewest, most = pairs
     if not 1 <= fewest <= most:
         raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
-    check_known("question family", MAKERS, *families)
+    check_known("question family", DRAFTERS, *families)
     flat = [
         o
         for o in label.objects
         if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)
     ]
-    scene = Scene(label, askable(label), flat, depth)
+    scene = QuestionScene(label, find_askable_objects(label), flat, depth)
     wanted = fewest + int(rng.random() * (most - fewest + 1))
     questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(4 * wanted):
-        family = pick(families, rng)
-        if (answer := MAKERS[family](scene, rng)) is None:
+        family = draw_one(families, rng)
+        if (answer := DRAFTERS[family](scene, rng)) is None:
             continue
         words, segments, objects = answer
         key = (family, objects, tuple(segments))
         if key in questions:
             continue
-        prompt = pick(PROMPTS[family], rng).format_map(words)
-        if len(UNITS[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
-            prompt = pick(UNITS[label.unit], rng).format(prompt)
+        prompt = draw_one(PROMPT_TEMPLATES[family], rng).format_map(words)
+        if len(UNIT_TEMPLATES[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
+            prompt = draw_one(UNIT_TEMPLATES[label.unit], rng).format(prompt)
         questions[key] = Question(family, prompt, segments, objects, label.unit)
         if len(questions) == wanted:
             break
     return list(questions.values())
 
 
-def spoken(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
+def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
     """An answer as a person reads it: numbers to three decimals with their unit, in threes where nothing else
     is said; image locations in pixels of an image of `size` (width, height), or as PaliGemma's tokens."""
-    measure = in_short(unit)
+    measure = abbreviate_unit(unit)
     numbers = [f"{s:.3f}" for s in segments if isinstance(s, float)]
     if 1 < len(numbers) == len(segments):
         points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
@@ -129,21 +138,21 @@ def spoken(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) 
     return " ".join(said)
 
 
-def in_short(unit: Unit) -> str:
+def abbreviate_unit(unit: Unit) -> str:
     """A unit as it stands after a number."""
     return "m" if unit == "metre" else "units"
 
 
-def all_texts(names: Sequence[str]) -> Iterator[str]:
+def iterate_tokenizer_texts(names: Sequence[str]) -> Iterator[str]:
     """Every template with every name, and every worded answer: a small tokenizer is trained on them."""
-    points = [word for synonyms in POINTS.values() for word in synonyms]
+    points = [word for synonyms in KEYPOINT_NAMES.values() for word in synonyms]
     for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
-            for family, templates in PROMPTS.items():
+            for family, templates in PROMPT_TEMPLATES.items():
                 fillings = points if family == "keypoint" else [""]
                 yield from (t.format_map({**words, "p": p}) for t in templates for p in fillings)
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
-    yield from (wording.format("") for wordings in UNITS.values() for wording in wordings)
+    yield from (wording.format("") for wordings in UNIT_TEMPLATES.values() for wording in wordings)
     yield from ("yes", "no", "left", "right", *map(str, range(10)))

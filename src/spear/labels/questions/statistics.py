@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from spear.errors import SpearError, counted
-from spear.labels.questions.generate import why_not_asked
-from spear.labels.store import QUESTIONS, SKIPPED, read, reading
+from spear.labels.questions.generate import find_exclusion_reasons
+from spear.labels.store import QUESTIONS_FILE, SKIPPED_FILE, explain_read_errors, read_labels
 from spear.types import LabeledImage, Unit
 from spear.util.files import write_text
 
@@ -33,7 +33,7 @@ SCORES = (
 )
 
 
-class TokenUse(NamedTuple):
+class TokenUsage(NamedTuple):
     """How often each 3D token (bin) occurs in the answers: `counts`; how many bins are `unused`, and how many
     numbers `outside` all; `evenness`, 1 where all are used alike, 1 / bins where only one is: exp(entropy) /
     bins."""
@@ -79,7 +79,7 @@ class Statistics:
         return len(self.distances)
 
 
-def statistics(labels: Iterable[LabeledImage]) -> Statistics:
+def compute_statistics(labels: Iterable[LabeledImage]) -> Statistics:
     """Count what labels hold, in one pass that keeps no image. `SpearError`: they are in several units."""
     found = Statistics()
     for label in labels:
@@ -89,7 +89,7 @@ def statistics(labels: Iterable[LabeledImage]) -> Statistics:
             raise SpearError(f"{which}: give labels of one unit")
         found.images += 1
         found.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
-        for o, why in zip(label.objects, why_not_asked(label), strict=True):
+        for o, why in zip(label.objects, find_exclusion_reasons(label), strict=True):
             found.names[o.name] += 1
             found.reasons.update(why)
             found.asked += not why
@@ -101,7 +101,7 @@ def statistics(labels: Iterable[LabeledImage]) -> Statistics:
     return found
 
 
-def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUse:
+def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUsage:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
     every = np.asarray(values, np.float64)
     inside = every.clip(coordinates.edges[0], coordinates.edges[-1])
@@ -110,34 +110,36 @@ def token_use(values: Sequence[float], coordinates: "CoordinateTokenizer") -> To
     evenness = (
         float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(every) else 0.0
     )
-    return TokenUse(
+    return TokenUsage(
         counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness
     )
 
 
-def skip_reasons(folder: Path) -> Counter[str]:
+def count_skip_reasons(folder: Path) -> Counter[str]:
     """Why images of a folder were skipped → images, without paths, numbers and what is in brackets."""
-    path = folder / SKIPPED
-    with reading(path):
+    path = folder / SKIPPED_FILE
+    with explain_read_errors(path):
         reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
     short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)
     return Counter(re.sub(r"\d+(\.\d+)?", "N", reason)[:120] for reason in short)
 
 
-def write_card(folder: Path) -> None:
+def write_dataset_card(folder: Path) -> None:
     """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the shards."""
-    skipped = skip_reasons(folder).total()
+    skipped = count_skip_reasons(folder).total()
     files = {
-        "questions": (folder / QUESTIONS).is_file() and QUESTIONS,
-        "skipped": skipped and SKIPPED,
+        "questions": (folder / QUESTIONS_FILE).is_file() and QUESTIONS_FILE,
+        "skipped": skipped and SKIPPED_FILE,
     }
     more = "".join(
         f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file
     )
     were = "image was" if skipped == 1 else "images were"
-    words = f"{skipped:,} {were} skipped (`{SKIPPED}`)." if skipped else "No image was skipped."
+    words = (
+        f"{skipped:,} {were} skipped (`{SKIPPED_FILE}`)." if skipped else "No image was skipped."
+    )
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    found = statistics(read(folder, pixels=False))
+    found = compute_statistics(read_labels(folder, pixels=False))
     counts = {
         "images": counted(found.images, "images"),
         "objects": counted(found.objects, "objects"),

@@ -17,10 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.errors import check_known
-from spear.labels.questions.generate import generate, spoken
-from spear.labels.questions.statistics import write_card
+from spear.labels.questions.generate import format_answer, generate_questions
+from spear.labels.questions.statistics import write_dataset_card
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
-from spear.labels.store import QUESTIONS, ParquetWriter, count, read, reading
+from spear.labels.store import (
+    QUESTIONS_FILE,
+    ParquetWriter,
+    count_labels,
+    explain_read_errors,
+    read_labels,
+)
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
@@ -29,7 +35,7 @@ _SCHEMA = pa.schema({**_TEXTS, "objects": pa.list_(pa.string()), "unit": pa.stri
 """answer: for people to read; segments: exact, as JSON (texts, numbers, {"pixel": [x, y]})."""
 
 
-def ask(
+def generate_label_questions(
     label: LabeledImage,
     seed: int,
     pairs: tuple[int, int] = (1, 4),
@@ -38,7 +44,7 @@ def ask(
     """The questions about one image; `pairs` and `families` as for `generate`."""
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
-    return generate(label, rng, pairs, families)
+    return generate_questions(label, rng, pairs, families)
 
 
 def write_questions(
@@ -51,25 +57,29 @@ def write_questions(
     """
     check_known("question family about labels", (*FAMILIES, *FAMILIES_2D), *families)
     counts: Counter[str] = Counter()
-    bar = ProgressBar("asking", count(folder), "images")
-    with ParquetWriter(folder / QUESTIONS, _SCHEMA, rows_per_group=4096) as writer, bar:
-        labels = read(folder, pixels="what_at" in families)  # it is about what a mask covers
+    bar = ProgressBar("asking", count_labels(folder), "images")
+    with ParquetWriter(folder / QUESTIONS_FILE, _SCHEMA, rows_per_group=4096) as writer, bar:
+        labels = read_labels(folder, pixels="what_at" in families)  # it is about what a mask covers
         while some := list(islice(labels, 256)):
-            asked = [(label.source, q) for label in some for q in ask(label, seed, pairs, families)]
+            asked = [
+                (label.source, q)
+                for label in some
+                for q in generate_label_questions(label, seed, pairs, families)
+            ]
             counts.update(question.family for _, question in asked)
             writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))
             bar.update(bar.done + len(some))
         writer.commit()
-    write_card(folder)
+    write_dataset_card(folder)
     return bar.done, counts
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     """(source of the image, question) in the order of the labels; nothing when none were written.
     `SpearError` when the file is broken."""
-    if not (path := folder / QUESTIONS).is_file():
+    if not (path := folder / QUESTIONS_FILE).is_file():
         return
-    with reading(path, "write it again with `spear questions`"):
+    with explain_read_errors(path, "write it again with `spear questions`"):
         for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
             for row in batch.to_pylist():
                 said = json.loads(row["segments"])
@@ -83,7 +93,7 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
 
 def _to_row(source: str, question: Question) -> dict[str, Any]:
     segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
-    words = {"source": source, "answer": spoken(question.segments, question.unit)}
+    words = {"source": source, "answer": format_answer(question.segments, question.unit)}
     return (
         vars(question)
         | words

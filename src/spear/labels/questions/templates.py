@@ -28,15 +28,15 @@ FAMILIES_2D = (
 FAMILIES_PIXEL = ("pixel_point",)
 """3D questions that know of no object: the paper's ablation."""
 
-PROMPTS = _tuples("prompts")
+PROMPT_TEMPLATES = _tuples("prompts")
 """Question family → its wordings."""
-POINTS = _tuples("points")
+KEYPOINT_NAMES = _tuples("points")
 """Keypoint → its names."""
-UNITS = _tuples("units")
+UNIT_TEMPLATES = _tuples("units")
 """Unit → how a question says it."""
-EVERYDAY = _tuples("names")["everyday"]
+EVERYDAY_NAMES = _tuples("names")["everyday"]
 """Names of things that one may ask for in vain."""
-SAME = tuple(map(frozenset, _DATA["names"]["same"]))
+SYNONYM_GROUPS = tuple(map(frozenset, _DATA["names"]["same"]))
 """Groups of words that people use for the same thing."""
 _ASIDE = re.compile(
     r"[(\[,;:]|\b(?:of|on|in|at|by|with|without|from|for|to|under|over|behind|beside|inside|near|next|above|below|"
@@ -73,5 +73,5 @@ def _meaning(name: str) -> tuple[str, frozenset[str], frozenset[str]]:
     head = re.findall(r"\w+", _ASIDE.split(name)[0]) or re.findall(r"\w+", name) or [name]
     words = set(re.findall(r"\w+", _ASIDE.sub(" ", name))) - {"a", "an", "the", head[-1]}
     forms = {head[-1]} | {re.sub(end, to, head[-1]) for end, to in _PLURALS}
-    forms |= {f"#{i}" for i, group in enumerate(SAME) if forms & set(group)}
+    forms |= {f"#{i}" for i, group in enumerate(SYNONYM_GROUPS) if forms & set(group)}
     return head[-1], frozenset(forms), frozenset(words)

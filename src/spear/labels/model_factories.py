@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import SpearError, check_known
-from spear.labels.engine import Makers
+from spear.labels.engine import ModelFactories
 from spear.labels.options import LabelOptions
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import need_on_hub
 from spear.util.options import changed
 
-KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+MODELS_BY_ROLE: dict[str, dict[str, tuple[str, ...]]] = {
     "detector": {
         "gemini": ("gemini:GeminiDetector", "model", "vocabulary", "cache", "per_minute"),
         "grounding-dino": (
@@ -48,18 +48,18 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {
 """Kind of component → name → what makes it, FILE:NAME of `spear.labels.models`, and the options it takes."""
 
 
-def component(kind: str, description: str, options: LabelOptions) -> Callable[[], Any]:
+def resolve_factory(kind: str, description: str, options: LabelOptions) -> Callable[[], Any]:
     """What makes a component: kind is one of `KINDS`. Raises `SpearError` for a name or file that does not
     exist, before anything is loaded; made, it raises what the component itself complains about."""
     first, plus, otherwise = description.partition("+")
-    name, argument = split(first)
-    check_known(kind, KINDS[kind], name)
-    place, *takes = KINDS[kind][name]
+    name, argument = split_description(first)
+    check_known(kind, MODELS_BY_ROLE[kind], name)
+    place, *takes = MODELS_BY_ROLE[kind][name]
     if name == "file":
         if not (argument and Path(argument).is_file()):
             raise SpearError(f"{kind} {first!r}: no such file: write file:PATH")
         return partial(
-            _from_file, place, argument, component(kind, otherwise, options) if plus else None
+            _from_file, place, argument, resolve_factory(kind, otherwise, options) if plus else None
         )
     if plus:
         raise SpearError(f"{kind} {description!r}: only file:… can leave the rest to another")
@@ -94,22 +94,24 @@ def _class(place: str) -> Any:
     return getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
 
 
-def split(description: str) -> tuple[str, str | None]:
+def split_description(description: str) -> tuple[str, str | None]:
     """NAME, and what follows the first = or :, or None."""
     name, *argument = re.split("[=:]", description, maxsplit=1)
     return name, argument[0] if argument else None
 
 
-def makers(options: LabelOptions) -> Makers:
+def resolve_factories(options: LabelOptions) -> ModelFactories:
     """What makes the components; nothing is loaded yet. `SpearError`: an unknown name, an idle option."""
     described = dict(
-        zip(KINDS, (options.detector, options.segmenter, options.pointmap), strict=True)
+        zip(MODELS_BY_ROLE, (options.detector, options.segmenter, options.pointmap), strict=True)
     )
     detector, segmenter, pointmap = (
-        component(kind, said, options) for kind, said in described.items()
+        resolve_factory(kind, said, options) for kind, said in described.items()
     )
-    last = ((kind, split(said.rpartition("+")[2])[0]) for kind, said in described.items())
-    taken = {part for kind, name in last for part in KINDS[kind][name]}
+    last = (
+        (kind, split_description(said.rpartition("+")[2])[0]) for kind, said in described.items()
+    )
+    taken = {part for kind, name in last for part in MODELS_BY_ROLE[kind][name]}
     if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
         what = f"{min(idle)} says nothing to {', '.join(described.values())}"
         raise SpearError(f"{what}: leave it out, or choose a component that takes it")

@@ -6,12 +6,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from spear.labels.models.sam2 import AT_ONCE
+from spear.labels.models.sam2 import MAX_BOXES_PER_CALL
 from spear.models.meter import Meter, give_storage
 from spear.models.weights.published import PUBLISHED
 
 
-class Needs(NamedTuple):
+class Resources(NamedTuple):
     """Of a network in float32: parameters and their bytes; the bytes beside them at the fullest moment of a
     batch; floating-point operations per image. The last two are 0 where only real numbers would tell."""
 
@@ -25,7 +25,7 @@ class Needs(NamedTuple):
         return f"{self.parameters / 1e6:.0f} M parameters, {self.weights / 2**30:.2f} GiB, activations {more}"
 
 
-def needs(name: str, batch: int, longest: int, names: int) -> Needs:
+def estimate_resources(name: str, batch: int, longest: int, names: int) -> Resources:
     """What a network of `PUBLISHED` needs for so many images at a time, each 4:3 and `longest` pixels wide.
 
     names: how many are looked for.
@@ -47,7 +47,7 @@ def needs(name: str, batch: int, longest: int, names: int) -> Needs:
                 one = [level[place : place + 1] for level in levels]
                 network(
                     image_embeddings=one,
-                    input_boxes=torch.zeros(1, AT_ONCE, 4),
+                    input_boxes=torch.zeros(1, MAX_BOXES_PER_CALL, 4),
                     multimask_output=False,
                 )
         elif name == "owlv2":  # Grounding DINO looks at numbers
@@ -60,4 +60,4 @@ def needs(name: str, batch: int, longest: int, names: int) -> Needs:
                 attention_mask=ids + 1,
             )
     count = sum(weight.numel() for weight in network.parameters())
-    return Needs(count, weights, meter.peak - weights, work.get_total_flops() / batch)
+    return Resources(count, weights, meter.peak - weights, work.get_total_flops() / batch)
