@@ -39,7 +39,7 @@ def operations(name: str, labels: Path, episodes: Path, batches: int) -> float:
     for number in range(batches):
         batch = task.batch(number)
         with FlopCounterMode(display=False) as counter:
-            step(number, batch)
+            step(number, [batch])
         total += counter.get_total_flops()
     return total / batches
 

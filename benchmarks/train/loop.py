@@ -61,7 +61,7 @@ def main(
     opt = stage.optimization
     step = Stepper(task, opt, seed=0)
     for _ in range(3):
-        step(0, task.batch(0))
+        step(0, [task.batch(0)])
     bare, whole, waited = [], [], []
     first = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def main(
                         asked = time.perf_counter()
                         batch = next(source)
                         waits += time.perf_counter() - asked
-                        logger.log(first, step(first, batch))
+                        logger.log(first, step(first, [batch]))
                         kept.append(batch)
                         first += 1
                     whole.append(time.perf_counter() - begun)
@@ -89,7 +89,7 @@ def main(
                     os.kill(loader, signal.SIGSTOP)
                     begun = time.perf_counter()
                     for batch in kept:
-                        step(0, batch)
+                        step(0, [batch])
                     bare.append(time.perf_counter() - begun)
             finally:
                 os.kill(loader, signal.SIGCONT)

@@ -47,11 +47,11 @@ def measure(
     _, task, _ = build(stage, TrainingInputs([labels], [("sim", EpisodeStore(episodes), 1.0)]))
     step = Stepper(task, stage.optimization, seed=0)
     for number in range(steps):
-        step(0, task.batch(number))
+        step(0, [task.batch(number)])
     before, times = resource.getrusage(resource.RUSAGE_SELF), []
     for number in range(steps, 2 * steps):
         batch, begun = task.batch(number), time.process_time()
-        step(0, batch)
+        step(0, [batch])
         times.append(1000 * (time.process_time() - begun))
     after = resource.getrusage(resource.RUSAGE_SELF)
     return times, (after.ru_minflt - before.ru_minflt) / steps, after.ru_maxrss / 1024

@@ -41,7 +41,7 @@ def measure(labels: Path, init: str, steps: int) -> list[float]:
     times = []
     for number in range(steps):
         begun = time.process_time()
-        step(number, task.batch(number))
+        step(number, [task.batch(number)])
         times.append(1000 * (time.process_time() - begun))
     return times
 

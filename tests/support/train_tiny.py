@@ -114,7 +114,7 @@ class Broken(Regression):
 class Acting:
     """`VlaTask` on made-up batches, with `VlmTask`'s embeddings of which some rows learn."""
 
-    learning_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
+    trainable_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.model = spear1()

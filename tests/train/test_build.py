@@ -21,7 +21,7 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm, locate
 from spear.tokens import init_new_embeddings
 from spear.train.build import build
-from spear.train.optimize import store_weights
+from spear.train.optimize import set_weight_precision
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.tasks import DepthTask, load_labels
@@ -168,7 +168,7 @@ def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -
         == FlowConfig(**model.config.flow)
     )
     model.to(torch.bfloat16)  # as a checkpoint in it is loaded
-    store_weights(model, get_recipe("nano-post").optimization)
+    set_weight_precision(model, get_recipe("nano-post").optimization)
     assert float(model.vlm.language_model.embed_tokens.embed_scale) == pytest.approx(
         192**0.5, rel=1e-6
     )

@@ -52,12 +52,15 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
     for fast, used in ((True, asked), (False, plain)):
         monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: fast)
         out = tmp_path / str(fast)
-        assert loop.settled(asked, out, CPU) == used and loop.settled(plain, out, CPU) == plain
-        go(Regression(), loop.settled(asked, out, CPU), out)
+        assert (
+            loop.resolve_optimization(asked, out, CPU) == used
+            and loop.resolve_optimization(plain, out, CPU) == plain
+        )
+        go(Regression(), loop.resolve_optimization(asked, out, CPU), out)
         monkeypatch.setattr(
             loop, "bfloat16_is_fast", lambda _, fast=fast: not fast
         )  # on another machine
-        assert loop.settled(asked, out, CPU) == used
+        assert loop.resolve_optimization(asked, out, CPU) == used
 
 
 def test_a_small_network_acts_by_one_thread() -> None:
@@ -139,7 +142,7 @@ def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]
     stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
     with Placed() as placed:
         for step in range(2):
-            stepper(step, task.batch(step))
+            stepper(step, [task.batch(step)])
     inside = {p for p in placed.adrift if "tests/" not in p and "torch/utils/checkpoint" not in p}
     assert placed.made > 20 and not inside
 

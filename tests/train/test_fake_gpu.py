@@ -78,7 +78,7 @@ def step(stepper: Stepper) -> None:
     batch = tree_map_only(torch.Tensor, FAKE.from_tensor, stepper.task.batch(0))
     looks.clear()
     with FAKE:
-        found = [stepper(number, batch) for number in range(2)]
+        found = [stepper(number, [batch]) for number in range(2)]
     assert looks == 2 * [len(found[0])] and "grad_norm" in found[0]
 
 
@@ -96,11 +96,11 @@ def check(device: str, root: Path, **changes: Any) -> None:
     """Steps, averages and checkpoints stay on the device; a checkpoint is copied from it."""
     stepper = prepared(device, gradient_checkpointing=True, frozen=("vlm.moge",), **changes)
     step(stepper)
-    assert stepper.ema is not None and stepper.ema.keys() == stepper.learning.keys()
+    assert stepper.ema is not None and stepper.ema.keys() == stepper.trainable.keys()
     with FAKE, Checkpoints(root, stepper) as checkpoints:
-        held = checkpoints._tensors()
+        held = checkpoints._collect_tensors()
         assert {tensor.device.type for tensor in held.values()} == {device}
-        assert len(held) > 3 * len(stepper.learning)
+        assert len(held) > 3 * len(stepper.trainable)
         written: list[Any] = []
         checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
         looks.clear()
@@ -109,10 +109,12 @@ def check(device: str, root: Path, **changes: Any) -> None:
         copies = written[0][1]
         assert copies.keys() == held.keys() and len(looks) == 1
         assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
-        checkpoints._make_moments(
-            dict.fromkeys(stepper.learning, 2.0)
+        checkpoints._create_moments(
+            dict.fromkeys(stepper.trainable, 2.0)
         )  # what a checkpoint is read into
-        assert {tensor.device.type for tensor in checkpoints._tensors().values()} == {device}
+        assert {tensor.device.type for tensor in checkpoints._collect_tensors().values()} == {
+            device
+        }
 
 
 def several() -> None:

@@ -52,7 +52,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
         v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()
     }
     stepper = Stepper(SimpleNamespace(model=model, loss=loss), stage.optimization, seed=0)
-    stepper(0, batch)
+    stepper(0, [batch])
     stepper.optimizer.zero_grad()
     held = sum(t.untyped_storage().nbytes() for t in model.state_dict().values())
     held += sum(t.nbytes for state in stepper.optimizer.state.values() for t in state.values())
@@ -60,7 +60,7 @@ def allocated(stage: Recipe) -> tuple[Stepper, int]:
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         mark = torch.empty(12_345, dtype=torch.uint8)
-        stepper(1, batch)
+        stepper(1, [batch])
     events, todo = [], list(profile.profiler.kineto_results.experimental_event_tree())
     while todo:
         event = todo.pop()
@@ -79,7 +79,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
     stage = STAGE.with_changes(preset="tiny", **changes)
     planned, (stepper, given_out) = memory.training(stage, as_on_gpu=False), allocated(stage)
     assert planned.total == pytest.approx(given_out, rel=0.05)
-    learning = sum(p.numel() for p in stepper.learning.values())
+    learning = sum(p.numel() for p in stepper.trainable.values())
     assert planned.learning == learning and planned.parameters >= learning
     assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
     assert planned.moments == 8 * learning

@@ -41,35 +41,35 @@ class Line(Regression):
 
 
 def slow_run(root: Path) -> None:
-    parallel.start()
+    parallel.join_process_group()
     go(Line(pause=0.05), OPT, root / "killed", save_every=2)
 
 
 def told_run(root: Path) -> None:
     """Until one of the processes is told to end."""
-    parallel.start()
+    parallel.join_process_group()
     go(Line(pause=0.05), OPT, root / "told")
 
 
 def runs(root: Path) -> None:
-    parallel.start()
-    assert parallel.world() == 2
+    parallel.join_process_group()
+    assert parallel.get_world_size() == 2
     for name in ("line", "killed", "told"):
         go(Line(), OPT, root / name)
     go(Acting(), WHOLE, root / "ddp")
     task = Acting()
     go(task, WHOLE, root / "fsdp", sharded=True)
     parallel.unshard(task.model)
-    if parallel.rank() == 0:
+    if parallel.get_rank() == 0:
         task.model.save_pretrained(root / "plain")
     go(Acting(), HALF, root / "from-two", sharded=True)
     go(Acting(), WHOLE, root / "from-one", sharded=True)
-    other = replace(OPT, lr=1e-2 * (1 + parallel.rank()))
-    refuses("process 1 .*lr.*seed", go, Line(), other, root, seed=parallel.rank())
+    other = replace(OPT, lr=1e-2 * (1 + parallel.get_rank()))
+    refuses("process 1 .*lr.*seed", go, Line(), other, root, seed=parallel.get_rank())
     go(Broken({7}), OPT, root / "skipped")
-    with pytest.raises(SpearError if parallel.rank() == 0 else SystemExit) as stop:
+    with pytest.raises(SpearError if parallel.get_rank() == 0 else SystemExit) as stop:
         go(Broken({7, 8}), replace(OPT, max_skipped=1), root / "stopped")
-    (root / f"stopped-{parallel.rank()}").write_text(str(stop.value))
+    (root / f"stopped-{parallel.get_rank()}").write_text(str(stop.value))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Any) -> None:
     assert losses[3] is None and None not in losses[:3] + losses[4:]
     kept = [path.name for path in (two.root / "skipped" / "not-finite").iterdir()]
     assert kept == ["step-00000004-piece-00000007.safetensors"]
-    assert "1 step skipped" in (two.root / "stopped-0").read_text()
+    assert "1 skipped step" in (two.root / "stopped-0").read_text()
     assert (two.root / "stopped-1").read_text() == "2"
 
 
@@ -179,7 +179,13 @@ def test_pieces_that_cannot_be_shared_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go(Line(), replace(OPT, steps=2, accumulate=6), tmp_path)
-    monkeypatch.setattr(parallel, "world", lambda: 4)
-    refuses(r"6 pieces.* 4 processes.* 1, 2, 3, 6", loop.settled, OPT, tmp_path, parallel.CPU)
-    monkeypatch.setattr(parallel, "world", lambda: 3)
-    assert loop.settled(OPT, tmp_path, parallel.CPU).accumulate == 2
+    monkeypatch.setattr(parallel, "get_world_size", lambda: 4)
+    refuses(
+        r"6 pieces.* 4 processes.* 1, 2, 3, 6",
+        loop.resolve_optimization,
+        OPT,
+        tmp_path,
+        parallel.CPU,
+    )
+    monkeypatch.setattr(parallel, "get_world_size", lambda: 3)
+    assert loop.resolve_optimization(OPT, tmp_path, parallel.CPU).accumulate == 2

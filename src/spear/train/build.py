@@ -69,7 +69,9 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     """
     init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
     pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
-    shares = {name: parallel.share(getattr(stage, name), name, pieces) for name in names}
+    shares = {
+        name: parallel.divide_into_pieces(getattr(stage, name), name, pieces) for name in names
+    }
     size = preset(stage.preset)
     size = dataclasses.replace(
         size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None
@@ -150,7 +152,7 @@ def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.n
         if stage.lora_rank:
             optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
     optimize.apply_freeze(model, stage.optimization)
-    optimize.store_weights(model, stage.optimization)
+    optimize.set_weight_precision(model, stage.optimization)
     return model
 
 

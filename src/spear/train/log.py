@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress line, `log.jsonl`, TensorBoard, and batches that were skipped."""
+"""The record of a run: a progress line, `log.jsonl`, TensorBoard events, and skipped batches."""
 
 import json
 import math
@@ -15,34 +15,30 @@ from torch.utils._pytree import tree_flatten_with_path
 from spear.util.files import write_bytes, write_text
 from spear.util.progress import ProgressBar
 
-FOLDER = "not-finite"
-"""Where in a run's folder the batches are whose loss or gradient is not finite."""
+SKIPPED_BATCHES = (
+    "not-finite"  # folder in a run's folder: batches whose loss or gradient is inf, nan
+)
 
 
 class Logger:
-    """Progress on screen, `log.jsonl` and TensorBoard events (when it is installed) in a run's folder.
+    """Writes a run's progress to the screen, to `log.jsonl`, and to TensorBoard if it is installed.
 
-    What was said of steps after `first_step` is dropped: they will be run again.
+    Lines in `log.jsonl` about steps after `first_step` are removed, because a resumed run repeats
+    these steps.
     """
 
-    def __init__(self, out: Path, first_step: int, total: int, every: int = 20) -> None:
+    def __init__(self, out: Path, first_step: int, num_steps: int, log_every: int = 20) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.total, self.every = total, every
-        self.started, self.first = time.perf_counter(), first_step
-        self.waited, self.written = 0.0, self.started
-        path = out / "log.jsonl"
-        lines = (
-            path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
-        )
-        write_text(path, "".join(line for line in lines if _step(line) <= first_step))
-        self.file = path.open("a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board: Any = None
-        else:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
-        self.bar, self.info = ProgressBar(out.name, total, "steps", first_step), ""
+        self._first_step = first_step
+        self._num_steps = num_steps
+        self._log_every = log_every
+        self._start_time = time.perf_counter()
+        self._last_line_time = self._start_time
+        self._waited_s = 0.0  # since the last line
+        self._file = _open_log(out / "log.jsonl", first_step)
+        self._board = _open_tensorboard(out / "tensorboard", first_step)
+        self._info = ""
+        self.bar = ProgressBar(out.name, num_steps, "steps", first_step)
 
     def __enter__(self) -> Self:
         self.bar.__enter__()
@@ -50,90 +46,126 @@ class Logger:
 
     def __exit__(self, *error: object) -> None:
         self.bar.__exit__(*error)
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def log(
-        self, step: int, values: Mapping[str, float], lr: float = 0.0, waited: float = 0.0
+        self, step: int, values: Mapping[str, float], lr: float = 0.0, waited_s: float = 0.0
     ) -> None:
-        """Count a finished step (0-based); every so often, and at the last, write its values down.
+        """Count a finished step (0-based), and write its values every `log_every` steps.
 
-        waited: seconds that the step waited for its batch.
+        The values of the last step are always written. waited_s: how long the step waited for its
+        batch.
         """
-        done = step + 1
-        self.waited += waited
-        if done % self.every == 0 or done == self.total:
-            now = time.perf_counter()
-            rate = (done - self.first) / (now - self.started)
-            stalled = self.waited / max(now - self.written, 1e-9)
-            self.waited, self.written = 0.0, now
-            numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            row = {
-                "step": done,
-                **numbers,
-                "lr": lr,
-                "steps_per_s": rate,
-                "data_wait": round(stalled, 4),
-            }
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            if self.board is not None:
-                for key, value in {
-                    **values,
-                    "lr": lr,
-                    "steps_per_s": rate,
-                    "data_wait": stalled,
-                }.items():
-                    self.board.add_scalar(key, value, done)
-            short = " ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "grad_norm")
-            self.info = f"waits for data {stalled:.0%}, {short}"
-        self.bar.update(done, self.info)
+        num_done = step + 1
+        self._waited_s += waited_s
+        if num_done % self._log_every == 0 or num_done == self._num_steps:
+            self._write(num_done, values, lr)
+        self.bar.update(num_done, self._info)
+
+    def _write(self, num_done: int, values: Mapping[str, float], lr: float) -> None:
+        now = time.perf_counter()
+        steps_per_s = (num_done - self._first_step) / (now - self._start_time)
+        data_wait = self._waited_s / max(now - self._last_line_time, 1e-9)
+        self._waited_s = 0.0
+        self._last_line_time = now
+
+        json_values = {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
+        row = {
+            "step": num_done,
+            **json_values,
+            "lr": lr,
+            "steps_per_s": steps_per_s,
+            "data_wait": round(data_wait, 4),
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+        if self._board is not None:
+            rates = {"lr": lr, "steps_per_s": steps_per_s, "data_wait": data_wait}
+            for name, value in {**values, **rates}.items():
+                self._board.add_scalar(name, value, num_done)
+
+        shown = [f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm"]
+        self._info = f"waits for data {data_wait:.0%}, {' '.join(shown)}"
 
 
-@dataclass
-class NotFinite(Exception):
-    """A step that was not done, because its loss or its gradient is not finite; the weights are as before.
+def _open_log(path: Path, first_step: int) -> Any:
+    """Open `log.jsonl` for appending, after removing the lines about steps after `first_step`."""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    lines = text.splitlines(keepends=True)
+    write_text(path, "".join(line for line in lines if _step_of(line) <= first_step))
+    return path.open("a", encoding="utf-8")
 
-    what      "loss" or "gradient". values: the loss, its parts and the gradient's norm.
-    suspects  this process's pieces, from 0, that may be the cause: of a gradient, all.
+
+def _step_of(line: str) -> float:
+    """Return the step of a line in the log; infinity for a broken line, such as a cut off last one.
+
+    >>> _step_of('{"step": 20, "loss": 0.5}' + chr(10)), _step_of('{"step": 4')
+    (20.0, inf)
     """
-
-    what: str
-    suspects: list[int]
-    values: dict[str, float]
-
-
-def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> None:
-    """Write a piece's batch, tensors in dicts, under `out`, by paths such as "questions/input_ids".
-
-    number: of the piece; with the seed it gives the random numbers (`spear.train.optimize.step_generator`).
-    """
-    leaves: Any = tree_flatten_with_path(batch)[0]
-    tensors = {"/".join(key.key for key in place): value.contiguous() for place, value in leaves}
-    path = out / FOLDER / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
-    write_bytes(
-        path, save(tensors, {"batch": json.dumps({"step": step, "number": number, "seed": seed})})
-    )
-
-
-def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A batch that `save_batch` wrote, and its step (from 0), number and seed."""
-    batch: dict[str, Any] = {}
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["batch"])
-        for key in file.keys():  # noqa: SIM118  (no mapping)
-            *folders, name = key.split("/")
-            place = batch
-            for folder in folders:
-                place = place.setdefault(folder, {})
-            place[name] = file.get_tensor(key)
-    return batch, about
-
-
-def _step(line: str) -> float:
-    """Of which step a line of the log is; infinite for one that is broken, as the last may be cut off."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, LookupError, TypeError):
         return math.inf
+
+
+def _open_tensorboard(folder: Path, first_step: int) -> Any:
+    """Return a writer of TensorBoard events, or None if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
+
+
+@dataclass
+class NonFiniteStep(Exception):
+    """A step that was not carried out because its loss or its gradient is not finite.
+
+    quantity        "loss" or "gradient".
+    suspect_pieces  indices, from 0, of this process's pieces that may be the cause; for a gradient,
+                    all of them.
+    values          the loss, its parts and the gradient's norm.
+    """
+
+    quantity: str
+    suspect_pieces: list[int]
+    values: dict[str, float]
+
+
+def save_batch(out: Path, step: int, number: int, seed: int, batch: dict[str, Any]) -> None:
+    """Write a piece of a batch, tensors in dicts, to OUT/not-finite.
+
+    The keys of the file are paths such as "questions/input_ids". The piece's number and the seed
+    determine its random numbers (`spear.train.optimize.step_generator`).
+    """
+    leaves: Any = tree_flatten_with_path(batch)[0]
+    tensors = {}
+    for keys, tensor in leaves:
+        tensors["/".join(key.key for key in keys)] = tensor.contiguous()
+
+    metadata = {"batch": json.dumps({"step": step, "number": number, "seed": seed})}
+    path = out / SKIPPED_BATCHES / f"step-{step + 1:08d}-piece-{number:08d}.safetensors"
+    write_bytes(path, save(tensors, metadata))
+
+
+def load_batch(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read a piece of a batch that `save_batch` wrote.
+
+    Returns:
+        The batch, and a dict of its step (from 0), its number and the run's seed.
+    """
+    batch: dict[str, Any] = {}
+    with safe_open(path, "pt") as file:
+        origin = json.loads(file.metadata()["batch"])
+        for key in file.keys():  # noqa: SIM118  (a file is no mapping)
+            *groups, name = key.split("/")
+            group_values = batch
+            for group in groups:
+                group_values = group_values.setdefault(group, {})
+            group_values[name] = file.get_tensor(key)
+    return batch, origin

@@ -1,7 +1,8 @@
-"""The one training loop. It knows steps, checkpoints and logs; it knows nothing about images or robots.
+"""The training loop. It knows steps, checkpoints and logs; it knows nothing about images or robots.
 
-A run is a pure function of (task, settings, seed): the batch of step k depends on (seed, k) alone, and so
-does every random draw inside the model: a killed run continues to the same losses, on a CPU bit for bit.
+A run is a pure function of (task, settings, seed): the batch of step k depends on (seed, k) alone,
+and so does every random draw inside the model. A killed run therefore continues to the same losses,
+on a CPU bit for bit.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,31 @@ import torch
 from spear.errors import SpearError, counted, silence
 from spear.models.devices import bfloat16_is_fast
 from spear.train import parallel
-from spear.train.checkpoint import Checkpoints, newest
-from spear.train.log import FOLDER, Logger, NotFinite, save_batch
+from spear.train.checkpoint import Checkpoints, find_newest
+from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
 from spear.util.handover import Handed, Slots
 from spear.util.ledger import alone, plain
 
+NUM_BATCHES_AHEAD = 4  # batches that each worker loads in advance (our choice)
+MAX_SAVING_SHARE = 1 / 50  # part of the time that checkpoints between `save_every` may take
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes, whatever it trains.
+    """How a run is carried out, whatever it trains.
 
-    seed        two runs with the same seed give the same weights.
-    workers     processes that make batches ahead; 0: this one does.
-    save_every, log_every  steps between checkpoints, and between lines of the log.
-    save_minutes  a checkpoint is also written after so long, as far as that takes a fiftieth of the time.
-    device      where the model is put; None leaves it where it is.
-    sharded     weights, gradients, moments and averages are divided among the processes (`parallel.shard`).
+    seed          two runs with the same seed give the same weights.
+    workers       processes that load batches in advance; 0: the training process does it itself.
+    save_every    steps between checkpoints.
+    save_minutes  a checkpoint is also written after so many minutes, but less often if writing
+                  would take more than a fiftieth of the time.
+    log_every     steps between lines of the log.
+    device        where the model is moved to; None leaves it where it is.
+    sharded       weights, gradients, moments and EMA weights are divided among the processes
+                  (`parallel.shard`).
     """
 
     seed: int = 0
@@ -50,18 +58,190 @@ class RunOptions:
     sharded: bool = False
 
 
-AHEAD = 4
-"""Batches that each worker makes ahead (our choice)."""
+def run(
+    task: Task,
+    opt: Optimization,
+    out: Path,
+    options: RunOptions | None = None,
+    run_settings: Mapping[str, Any] | None = None,
+    changeable_settings: Mapping[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints`.
+
+    On SIGTERM and SIGINT all processes finish their step, save a checkpoint, and raise `SystemExit`
+    (143) or `KeyboardInterrupt`.
+
+    Args:
+        task: the model, its batches and its loss.
+        opt: how the weights are updated.
+        out: the run's folder, for checkpoints and logs.
+        options: seed, workers, device and so on.
+        run_settings: what the run is made from, by name. A run is resumed only with the same.
+        changeable_settings: settings that may change when a run is resumed, as `opt` may;
+            checkpoints record them.
+
+    Returns:
+        The EMA weights by parameter name, or the plain weights when averaging is off.
+
+    Raises:
+        SpearError: for a checkpoint of another seed, model or run, or of a later step than
+            `opt.steps`; after more than `opt.max_skipped` steps that were not finite; when a
+            process is lost; when another process trains into `out`.
+    """
+    options = options or RunOptions()
+
+    # What is trained, with which settings.
+    opt = resolve_optimization(opt, out, options.device or parallel.CPU)
+    stepper = Stepper(task, opt, options.seed, options.device, options.sharded)
+    settings: dict[str, Any] = {
+        "seed": options.seed,
+        "pieces": parallel.get_world_size() * opt.accumulate,
+        "optimization": {**dataclasses.asdict(opt), **(changeable_settings or {})},
+        "about": dict(run_settings or {}),
+    }
+
+    # One run at a time may write to the folder.
+    run_lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if parallel.get_rank() == 0:
+        run_lock = alone(out, "training into")
+    with run_lock, Checkpoints(out / "checkpoints", stepper) as checkpoints:
+        # Continue where the newest checkpoint is, on all processes.
+        progress = _Progress()
+        checkpoint = find_checkpoint_to_resume(out, options.seed, settings["about"], opt.steps)
+        _check_processes_agree(checkpoint, options, settings)
+        if checkpoint is not None:
+            path, state = checkpoint
+            checkpoints.load(path, state["counts"])
+            progress.resume(state, settings)
+
+        # Train.
+        logger: Logger | None = None
+        if parallel.get_rank() == 0:
+            logger = Logger(out, progress.first_step, opt.steps, options.log_every)
+        saver = _Saver(checkpoints, settings, progress, options, opt.steps)
+        with _explain_lost_process():
+            _train_steps(stepper, saver, logger, out)
+
+    parallel.wait_for_all_processes()
+    return stepper.result()
 
 
-def _batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError:
-    """An error is returned, since raised in a worker it would bring a traceback."""
-    try:
-        batch = task.batch(number)
-    except SpearError as error:
-        return error
-    worker = torch.utils.data.get_worker_info()
-    return slots.put(batch, worker.id) if worker else batch
+def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: Path) -> None:
+    """Run the steps that are left: load, update, log, save."""
+    opt = stepper.opt
+    progress = saver.progress
+    loader = load_batches(
+        stepper.task,
+        progress.first_step,
+        opt.steps,
+        saver.options.workers,
+        opt.accumulate,
+        stepper.device,
+    )
+    with (
+        logger or contextlib.nullcontext(),
+        _catch_stop_signal() as signals,
+        contextlib.closing(loader) as batches,
+    ):
+        saver.start_clock()
+        for step in range(progress.first_step, opt.steps):
+            # Wait for the batches.
+            wait_start = time.perf_counter()
+            pieces = list(itertools.islice(batches, opt.accumulate))
+            waited_s = time.perf_counter() - wait_start
+
+            # Forward, backward and update. A step that is not finite leaves the weights unchanged.
+            try:
+                values = stepper(step, pieces)
+            except NonFiniteStep as problem:
+                values = problem.values
+                progress.num_skipped += 1
+                _save_suspects(problem, step, pieces, stepper.seed, out)
+                _report_skip(problem, step, progress.num_skipped, opt.max_skipped, out, logger)
+
+            # Log.
+            if logger is not None:
+                lr = opt.lr * learning_rate(step, opt)
+                logger.log(step, values, lr, waited_s)
+
+            # Save when it is time, or when one process was told to stop: all processes do the same.
+            own_signal = signals[0] if signals else 0
+            is_overdue, stop_signal = parallel.max_over_processes([saver.is_overdue(), own_signal])
+            if is_overdue or stop_signal or saver.is_due(step):
+                saver.save(step)
+            if stop_signal:
+                saver.checkpoints.wait()
+                _stop(step, stop_signal, logger)
+
+
+@dataclass
+class _Progress:
+    """How far a run has come, as its checkpoints record it.
+
+    num_skipped       steps that were not finite, so far.
+    earlier_minutes   time that the run took before this process continued it.
+    earlier_settings  settings that were changed when the run was resumed.
+    """
+
+    first_step: int = 0
+    num_skipped: int = 0
+    earlier_minutes: float = 0.0
+    earlier_settings: list[dict[str, Any]] = field(default_factory=list)
+    start_time: float = field(default_factory=time.monotonic)
+
+    def resume(self, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.first_step = state["step"]
+        self.num_skipped = state["skipped"]
+        self.earlier_minutes = state["minutes"]
+        self.earlier_settings = list_earlier_settings(state, settings["optimization"])
+
+
+class _Saver:
+    """Decides when to write a checkpoint, and writes it."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        settings: Mapping[str, Any],
+        progress: _Progress,
+        options: RunOptions,
+        num_steps: int,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.settings = settings
+        self.progress = progress
+        self.options = options
+        self._num_steps = num_steps
+        self._last_save_time = 0.0
+        self._last_save_took_s = 0.0
+
+    def start_clock(self) -> None:
+        self._last_save_time = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is written after this step (0-based) in any case."""
+        num_done = step + 1
+        return num_done % self.options.save_every == 0 or num_done == self._num_steps
+
+    def is_overdue(self) -> bool:
+        """Return whether the last checkpoint of this process is too long ago."""
+        interval_s = max(60 * self.options.save_minutes, self._last_save_took_s / MAX_SAVING_SHARE)
+        return time.monotonic() - self._last_save_time >= interval_s
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after this step (0-based)."""
+        save_start = time.monotonic()
+        minutes = (save_start - self.progress.start_time) / 60
+        state = {
+            "settings": self.settings,
+            "skipped": self.progress.num_skipped,
+            "earlier": self.progress.earlier_settings,
+            "minutes": self.progress.earlier_minutes + minutes,
+        }
+        self.checkpoints.save(step + 1, state)
+        self._last_save_time = time.monotonic()
+        self._last_save_took_s = self._last_save_time - save_start
 
 
 def load_batches(
@@ -72,26 +252,36 @@ def load_batches(
     accumulate: int = 1,
     device: torch.device = parallel.CPU,
 ) -> Generator[Batch, None, None]:
-    """The batches of steps first … last-1, in order, made ahead by `workers` processes (0: in this one).
+    """Yield this process's pieces of the batches of steps first … last-1, in order.
 
-    `accumulate` of them per step: those that as many processes would take. For a GPU they are in pinned
-    memory, from which it copies while it works.
+    Args:
+        task: whose `batch` makes a piece from its number.
+        first: the first step.
+        last: the step behind the last one.
+        workers: processes that load in advance (0: this one loads).
+        accumulate: pieces per step.
+        device: where the batches will be used. For a GPU they are in pinned memory, from which it
+            copies while it computes.
     """
-    numbers = [n for step in range(first, last) for n in parallel.numbers(step, accumulate)]
-    pinned = device.type == "cuda"
-    # Two steps' batches are held at most: those before may still be bound to a name.
-    slots = Slots(workers, 0 if pinned else AHEAD + 2 * accumulate)
+    numbers: list[int] = []
+    for step in range(first, last):
+        numbers.extend(parallel.get_piece_numbers(step, accumulate))
+
+    is_pinned = device.type == "cuda"
+    # In addition to the batches ahead, two steps' batches are in use: those of the last step may
+    # still be bound to a name.
+    slots_per_worker = 0 if is_pinned else NUM_BATCHES_AHEAD + 2 * accumulate
+    slots = Slots(workers, slots_per_worker)
     loader: Any = torch.utils.data.DataLoader(
         numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
-        collate_fn=functools.partial(_batch, task, slots),
+        collate_fn=functools.partial(_make_batch, task, slots),
         num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        multiprocessing_context="fork"
-        if workers
-        else None,  # which copies no labels, whatever is usual
-        worker_init_fn=_serve if workers else None,
-        pin_memory=pinned,
+        prefetch_factor=NUM_BATCHES_AHEAD if workers else None,
+        # Forked workers share the labels instead of copying them, whatever the default is.
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_init_worker if workers else None,
+        pin_memory=is_pinned,
     )
     for batch in loader:
         if isinstance(batch, SpearError):
@@ -99,198 +289,204 @@ def load_batches(
         yield slots.take(batch) if isinstance(batch, Handed) else batch
 
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
+def _make_batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError:
+    """Make a piece; an error is returned, since PyTorch adds a traceback to one that is raised."""
+    try:
+        batch = task.batch(number)
+    except SpearError as error:
+        return error
+    worker = torch.utils.data.get_worker_info()
+    return slots.put(batch, worker.id) if worker else batch
 
 
-def _serve(worker: int) -> None:
-    """A signal to all processes ends the work when the step is done. The first worker gives the notices."""
+def _init_worker(worker: int) -> None:
+    """Let the first worker alone give notices, and leave signals to the training process.
+
+    The training process ends its workers when the step is done.
+    """
     if worker > 0:
         silence()
-    for number in _STOPPING:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def _noted() -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT is put into the list that this gives; the next acts as ever, and all do in
-    other threads than the main one, which cannot take signals."""
-    came: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _STOPPING if main}
+def _catch_stop_signal() -> Iterator[list[int]]:
+    """Put the first SIGTERM or SIGINT into the list that this yields.
 
-    def restore(*given: Any) -> None:
-        came.extend(given[:1])
-        for known, handler in before.items():
-            signal.signal(known, handler)
+    A second signal has its default effect, and so has every signal if this is not the main thread,
+    because only the main thread can catch signals.
+    """
+    received: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
-    for known, handler in before.items():
+    def restore_handlers() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, _frame: Any) -> None:
+        received.append(number)
+        restore_handlers()
+
+    for number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(known, restore)
+            signal.signal(number, catch)
     try:
-        yield came
+        yield received
     finally:
-        restore()
+        restore_handlers()
 
 
-def settled(opt: Optimization, out: Path, device: torch.device) -> Optimization:
-    """`opt` with the pieces per process and the precision in which the run in `out` is continued.
+def _stop(step: int, stop_signal: int, logger: Logger | None) -> None:
+    """End this process as the signal asks for."""
+    if logger is not None:
+        logger.bar.say(f"stopped, saved at step {step + 1}; the same command continues")
+    if stop_signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + stop_signal)
 
-    Without a run there: in bfloat16 only where that is fast. Raises `SpearError` when the run's pieces cannot
-    be shared among the processes that there are.
+
+@contextlib.contextmanager
+def _explain_lost_process() -> Iterator[None]:
+    """Turn PyTorch's errors about a lost process into a `SpearError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not parallel.is_process_lost(error):
+            raise
+        raise SpearError(
+            f"process {parallel.get_rank()}: another process of this run is gone. Read that "
+            "process's message; the same command continues from the last checkpoint."
+        ) from error
+
+
+def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> Optimization:
+    """Return `opt` with the precision and the pieces per process that the run in `out` will have.
+
+    A new run uses bfloat16 only where that is fast. A resumed run keeps its precision and its
+    number of pieces. Raises `SpearError` if the processes cannot share the run's pieces.
     """
-    found = newest(out / "checkpoints")
-    full: dict[str, Any] = {"precision": "fp32", "frozen_precision": "fp32"}
-    if found is None:
-        return opt if bfloat16_is_fast(device) else dataclasses.replace(opt, **full)
-    before = found[1]["settings"]
-    if before["optimization"].get("precision") == "fp32":
-        opt = dataclasses.replace(opt, **full)
-    pieces = before["pieces"]
-    if pieces % parallel.world():
-        fitting = ", ".join(str(n) for n in range(1, pieces + 1) if pieces % n == 0)
-        has = f"{out} holds a run whose batches have {counted(pieces, 'pieces')}"
-        which = f"which {parallel.world()} processes cannot share"
-        raise SpearError(f"{has}, {which}: use {fitting}, or a new --out")
-    return dataclasses.replace(opt, accumulate=pieces // parallel.world())
+    in_float32 = dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
+    checkpoint = find_newest(out / "checkpoints")
+    if checkpoint is None:
+        return opt if bfloat16_is_fast(device) else in_float32
+
+    _, state = checkpoint
+    settings = state["settings"]
+    if settings["optimization"].get("precision") == "fp32":
+        opt = in_float32
+
+    num_pieces = settings["pieces"]
+    world_size = parallel.get_world_size()
+    if num_pieces % world_size:
+        divisors = [str(n) for n in range(1, num_pieces + 1) if num_pieces % n == 0]
+        raise SpearError(
+            f"{out} holds a run whose batches have {counted(num_pieces, 'pieces')}, which "
+            f"{world_size} processes cannot share. Use {', '.join(divisors)} processes, or a new "
+            "--out."
+        )
+    return dataclasses.replace(opt, accumulate=num_pieces // world_size)
 
 
-def run(
-    task: Task,
-    opt: Optimization,
-    out: Path,
-    how: RunOptions | None = None,
-    about: Mapping[str, Any] | None = None,
-    changing: Mapping[str, Any] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Train to `opt.steps`, continuing from the newest checkpoint in `out/checkpoints` if there is one.
-
-    On SIGTERM and SIGINT all processes finish the step and save: `SystemExit` (143) or `KeyboardInterrupt`.
-
-    about: what the run is of, by name; a run continues only where all of it is the same. changing: what may
-    change meanwhile, as `opt` may; the checkpoints say what it was.
-    Returns the averaged (EMA) weights by parameter name, or the plain ones when averaging is off.
-    Raises `SpearError` for a checkpoint of another seed, model or run, or of a later step than `opt.steps`;
-    after more than `opt.max_skipped` steps that were not finite; when a process is gone, or `out` is in use.
-    """
-    how = how or RunOptions()
-    opt = settled(opt, out, how.device or parallel.CPU)
-    stepper = Stepper(task, opt, how.seed, how.device, how.sharded)
-    settings: dict[str, Any] = {
-        "seed": how.seed,
-        "pieces": parallel.world() * opt.accumulate,
-        "optimization": {**dataclasses.asdict(opt), **(changing or {})},
-        "about": dict(about or {}),
-    }
-    own = alone(out, "training into") if parallel.rank() == 0 else contextlib.nullcontext()
-    with own, Checkpoints(out / "checkpoints", stepper) as checkpoints:
-        first, skipped, minutes, began, earlier = 0, 0, 0.0, time.monotonic(), []
-        found = state_to_continue(out, how.seed, settings["about"], opt.steps)
-        every = {"begins at step": found[1]["step"] if found else 0, "save_every": how.save_every}
-        every |= {"sharded": how.sharded, "seed": how.seed, "pieces": settings["pieces"]}
-        parallel.check_alike({**every, **settings["optimization"], **settings["about"]})
-        if found is not None:
-            latest, state = found
-            checkpoints.load(latest, state["counts"])
-            first, skipped, minutes = state["step"], state["skipped"], state["minutes"]
-            earlier = history(state, settings["optimization"])
-        logger: Logger | contextlib.nullcontext[None] = contextlib.nullcontext()
-        if parallel.rank() == 0:
-            logger = Logger(out, first, opt.steps, how.log_every)
-        try:
-            made = load_batches(task, first, opt.steps, how.workers, opt.accumulate, stepper.device)
-            with logger as log, _noted() as signals, contextlib.closing(made) as ahead:
-                saved, blocked = time.monotonic(), 0.0
-                for step in range(first, opt.steps):
-                    begun = time.perf_counter()
-                    pieces = list(itertools.islice(ahead, opt.accumulate))
-                    waited = time.perf_counter() - begun
-                    try:
-                        values = stepper(step, *pieces)
-                    except NotFinite as problem:
-                        skipped, values = skipped + 1, problem.values
-                        numbers = parallel.numbers(step, len(pieces))
-                        for index in problem.suspects:
-                            save_batch(out, step, numbers[index], how.seed, pieces[index])
-                        _report(problem, step, skipped, opt.max_skipped, out, log)
-                    if log is not None:
-                        log.log(step, values, opt.lr * learning_rate(step, opt), waited)
-                    passed = time.monotonic() - saved >= max(60 * how.save_minutes, 50 * blocked)
-                    late, stopped = parallel.most(passed, *signals[:1] or [0])
-                    if late or stopped or (step + 1) % how.save_every == 0 or step + 1 == opt.steps:
-                        begun = time.monotonic()
-                        state = {"settings": settings, "skipped": skipped, "earlier": earlier}
-                        state["minutes"] = minutes + (begun - began) / 60
-                        checkpoints.save(step + 1, state)
-                        saved = time.monotonic()
-                        blocked = saved - begun
-                    if stopped:
-                        checkpoints.wait()
-                        if log is not None:
-                            log.bar.say(
-                                f"stopped, saved at step {step + 1}; the same command continues"
-                            )
-                        raise (
-                            KeyboardInterrupt
-                            if stopped == signal.SIGINT
-                            else SystemExit(128 + stopped)
-                        )
-        except RuntimeError as error:
-            if not parallel.lost(error):
-                raise
-            what = f"process {parallel.rank()}: another process of this run is gone"
-            cure = "see what it said; the same command continues from the last checkpoint"
-            raise SpearError(f"{what}: {cure}") from error
-    parallel.wait()
-    return stepper.result()
-
-
-def state_to_continue(
-    out: Path, seed: int, about: Mapping[str, Any], steps: int
+def find_checkpoint_to_resume(
+    out: Path, seed: int, run_settings: Mapping[str, Any], steps: int
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in `out/checkpoints` and its state, if there is one; `SpearError` unless its run
-    has this seed, what is known `about` it is the same, and it is at no later a step."""
-    found = newest(out / "checkpoints")
-    if found is None:
+    """Return the newest checkpoint in `out/checkpoints` and its state, or None for a new run.
+
+    Raises `SpearError` if the checkpoint's run has another seed or another one of these run
+    settings, or has done more than `steps` steps.
+    """
+    checkpoint = find_newest(out / "checkpoints")
+    if checkpoint is None:
         if (out / "final" / "recipe.json").is_file():
             raise SpearError(
-                f"{out} holds a result without checkpoints: use a new --out, or move it away"
+                f"{out} holds a result without checkpoints. Use a new --out, or move it away."
             )
         return None
-    _, state = found
-    there = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
-    here = {"seed": seed, **about}
-    for name in there:
-        if name in here and there[name] != here[name]:
-            other = f"another {name} ({there[name]}, not {here[name]})"
-            raise SpearError(f"{out} holds a run with {other}: use the same, or a new --out")
+
+    _, state = checkpoint
+    stored_settings = {"seed": state["settings"]["seed"], **state["settings"]["about"]}
+    new_settings = {"seed": seed, **run_settings}
+    for name, stored_value in stored_settings.items():
+        if name in new_settings and stored_value != new_settings[name]:
+            raise SpearError(
+                f"{out} holds a run with another {name} ({stored_value}, not "
+                f"{new_settings[name]}). Use the same one, or a new --out."
+            )
     if state["step"] > steps:
         raise SpearError(
-            f"{out} holds {counted(state['step'], 'steps')}, more than {steps}: use a new --out"
+            f"{out} holds {counted(state['step'], 'steps')}, more than {steps}. Use a new --out."
         )
-    return found
+    return checkpoint
 
 
-def history(state: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a run of this `state` was set to before it was changed (last to `settings`), until which step."""
-    now, before = plain(settings), state["settings"]["optimization"]
-    changed = {
-        k: v for k, v in before.items() if k != "accumulate" and now.get(k) != v
-    }  # pieces stay
-    return [*state["earlier"], *([{"until_step": state["step"], **changed}] if changed else [])]
-
-
-def _report(
-    problem: NotFinite, step: int, skipped: int, most: int, out: Path, log: Logger | None
+def _check_processes_agree(
+    checkpoint: tuple[Path, dict[str, Any]] | None, options: RunOptions, settings: dict[str, Any]
 ) -> None:
-    """Say that a step was skipped, or, when it was one too many, end the run on all processes."""
-    where = f"step {step + 1}: the {problem.what} is not finite"
-    if skipped <= most:
-        if log is not None:
-            log.bar.say(
-                f"{where}: skipped ({skipped} of at most {most}); its batch is in {out / FOLDER}"
+    """Check that all processes continue the same run in the same way."""
+    parallel.check_same_settings(
+        {
+            "begins at step": checkpoint[1]["step"] if checkpoint else 0,
+            "save_every": options.save_every,
+            "sharded": options.sharded,
+            "seed": options.seed,
+            "pieces": settings["pieces"],
+            **settings["optimization"],
+            **settings["about"],
+        }
+    )
+
+
+def list_earlier_settings(
+    state: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the settings that a run had before they were changed, each with its last step.
+
+    state: of the checkpoint that is resumed. settings: the optimization's settings from now on.
+    """
+    new_settings = plain(settings)
+    changed = {}
+    for name, value in state["settings"]["optimization"].items():
+        # A run keeps its pieces, so `accumulate` differs only with the number of processes.
+        if name != "accumulate" and new_settings.get(name) != value:
+            changed[name] = value
+    if not changed:
+        return list(state["earlier"])
+    return [*state["earlier"], {"until_step": state["step"], **changed}]
+
+
+def _save_suspects(
+    problem: NonFiniteStep, step: int, pieces: list[Batch], seed: int, out: Path
+) -> None:
+    """Write the pieces that may have caused a step that is not finite."""
+    numbers = parallel.get_piece_numbers(step, len(pieces))
+    for index in problem.suspect_pieces:
+        save_batch(out, step, numbers[index], seed, pieces[index])
+
+
+def _report_skip(
+    problem: NonFiniteStep,
+    step: int,
+    num_skipped: int,
+    max_skipped: int,
+    out: Path,
+    logger: Logger | None,
+) -> None:
+    """Say that a step was skipped; if it was one too many, end the run on all processes."""
+    event = f"step {step + 1}: the {problem.quantity} is not finite"
+    folder = out / SKIPPED_BATCHES
+    if num_skipped <= max_skipped:
+        if logger is not None:
+            logger.bar.say(
+                f"{event}; the step is skipped ({num_skipped} of at most {max_skipped}), and its "
+                f"batch is in {folder}"
             )
         return
-    if log is None:
-        raise SystemExit(2)  # process 0 says why
-    cure = f"look at their batches in {out / FOLDER}, lower the learning rate, or allow more (max_skipped)"
-    raise SpearError(f"{where}, and {counted(most, 'steps')} skipped before: {cure}")
+    if logger is None:
+        raise SystemExit(2)  # process 0 explains it
+    raise SpearError(
+        f"{event}, after {counted(max_skipped, 'skipped steps')}. Look at their batches in "
+        f"{folder}, lower the learning rate, or allow more with --set max_skipped."
+    )

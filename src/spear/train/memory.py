@@ -80,7 +80,7 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
             f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe"
         )
     size, opt = preset(stage.preset), stage.optimization
-    pieces = parallel.share(stage.batch_size, "batch_size", opt.accumulate)
+    pieces = parallel.divide_into_pieces(stage.batch_size, "batch_size", opt.accumulate)
     model = _empty_model(stage, size, as_on_gpu)
     recompute_layers(model, opt.gradient_checkpointing)
     with FakeTensorMode(), Meter() as meter:
@@ -143,7 +143,7 @@ def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
         **_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples
     ).loss
     if stage.question_images:
-        images = parallel.share(
+        images = parallel.divide_into_pieces(
             stage.question_images, "question_images", stage.optimization.accumulate
         )
         total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)

@@ -25,7 +25,7 @@ from spear.models.devices import choose_device, keep_freed_memory
 from spear.models.weights.folders import contents, made_by, save_made_by, simulator_only
 from spear.models.weights.load import Shards
 from spear.train import build, loop, parallel
-from spear.train.checkpoint import newest
+from spear.train.checkpoint import find_newest
 from spear.train.loop import RunOptions
 from spear.train.options import Recipe, TrainingInputs
 from spear.util.files import check_writable
@@ -49,7 +49,7 @@ def train(
     is missing, or as `build` and `loop.run` do.
     """
     how = how or RunOptions()
-    found, key = newest(out / "checkpoints"), EPISODES[0]
+    found, key = find_newest(out / "checkpoints"), EPISODES[0]
     if (
         not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]
     ):  # did not begin so
@@ -61,12 +61,16 @@ def train(
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
-    opt, single, steps = stage.optimization, parallel.world() == 1, asked.steps
+    opt, single, steps = stage.optimization, parallel.get_world_size() == 1, asked.steps
     why = "as it began" if found else "faster on this CPU"
     changing = {"batch_size": stage.batch_size}
-    earlier = loop.history(found[1], {**dataclasses.asdict(opt), **changing}) if found else []
+    earlier = (
+        loop.list_earlier_settings(found[1], {**dataclasses.asdict(opt), **changing})
+        if found
+        else []
+    )
     size = (
-        stage.batch_size / opt.accumulate / parallel.world() if stage.committed else 0
+        stage.batch_size / opt.accumulate / parallel.get_world_size() if stage.committed else 0
     )  # `with_mistakes`
     otherwise = found is not None and earlier != found[1]["earlier"]
     was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
@@ -92,8 +96,8 @@ def train(
             parameters[key].copy_(value)
     if parallel.is_sharded(model):
         parallel.unshard(model)
-    final, found = out / "final", newest(out / "checkpoints")
-    if parallel.rank() == 0:
+    final, found = out / "final", find_newest(out / "checkpoints")
+    if parallel.get_rank() == 0:
         torch.nn.Module.to(
             model, "cpu", torch.float32
         )  # wherever and in whatever precision it was trained
@@ -109,7 +113,7 @@ def train(
             "simulator_only": _simulator_only(inputs),
             "learned": " ".join(dict.fromkeys(learned)),
             "minutes": round(found[1]["minutes"], 2) if found else 0.0,
-            "processes": parallel.world(),
+            "processes": parallel.get_world_size(),
             "sharded": how.sharded and not single,
             "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
             "threads": torch.get_num_threads(),
@@ -138,7 +142,7 @@ def train(
                 shutil.rmtree(final, ignore_errors=True)
                 part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
-    parallel.wait()
+    parallel.wait_for_all_processes()
     return final
 
 
@@ -157,15 +161,17 @@ def check(
     recipe as it is `settled`, its device, and what it is of. Demonstrations may be still to make."""
     place = choose_device(device)
     check_no_input(out, "train")
-    parallel.start(place)
-    stage = dataclasses.replace(stage, optimization=loop.settled(stage.optimization, out, place))
+    parallel.join_process_group(place)
+    stage = dataclasses.replace(
+        stage, optimization=loop.resolve_optimization(stage.optimization, out, place)
+    )
     build.check(stage, inputs)
     stage = dataclasses.replace(stage, normalization=build.normalization(stage, inputs.init))
     for begun_with in filter(None, (inputs.init, inputs.moge)):
         made_by(begun_with)  # what they say is a part of the result
     about = _about(stage, inputs)
     known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
-    loop.state_to_continue(out, how.seed, known, stage.optimization.steps)
+    loop.find_checkpoint_to_resume(out, how.seed, known, stage.optimization.steps)
     check_writable(out / "log.jsonl")
     return stage, place, about
 

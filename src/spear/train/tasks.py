@@ -316,7 +316,7 @@ class VlmTask:
         self.model, self.questions, self.batch = model, samples, samples.batch
         ids = model.config.coordinate_ids
         rows = {"language_model.embed_tokens.weight": (ids.start, ids.stop)}
-        self.learning_rows = rows if coordinate_rows_only else {}
+        self.trainable_rows = rows if coordinate_rows_only else {}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """λ-weighted cross-entropy and its parts."""
