@@ -21,7 +21,7 @@ from spear.evaluate.options import SimplerOptions
 from spear.evaluate.simpler.record import demonstrate
 from spear.evaluate.simpler.run import OracleAgent, evaluate
 from spear.evaluate.simpler.tasks import TASKS, Task
-from spear.sim.scene import TRAIN_SEED
+from spear.util.held_out import FIRST_TRAIN_SEED
 
 NAME = "PutSpoonOnPlate-v1"
 SPOON, PLATE = "bridge_spoon_generated_modified", "bridge_plate_objaverse_larger"
@@ -56,7 +56,7 @@ TASKS[NAME] = Task(starts=24, steps=60, turns=2, along=0.03, around=(0.1, 0.1), 
 def main(what: str, count: int, where: str) -> None:
     if what == "record":
         ((written, tried),) = demonstrate(
-            Path(where), [NAME], count, TRAIN_SEED, height=128
+            Path(where), [NAME], count, FIRST_TRAIN_SEED, height=128
         ).values()
         print(f"demonstrations that succeeded, in {where}: {written} of {tried}")
     else:

@@ -32,8 +32,7 @@ from spear.labels.fit.quality import (
 )
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
-from spear.labels.pipeline import label_images
-from spear.labels.scenes import label_frames
+from spear.labels.pipeline import label_images, label_with_ground_truth
 from spear.sim.render import frame_of
 from spear.sim.scene import clutter_scene
 from spear.sim.world import GRIPPER, World
@@ -213,7 +212,7 @@ def main(
             ("wrist", (112, 112)),
         ):
             frames = frames_of(camera, size)
-            a = compare_labels(list(label_frames(iter(frames))), frames)
+            a = compare_labels(list(label_with_ground_truth(iter(frames))), frames)
             print(
                 f"| {camera} {size[0]}×{size[1]} | {a.n} | {1000 * a.center:.1f} mm | "
                 f"{1000 * a.vertex:.1f} mm "

@@ -23,11 +23,11 @@ import tyro
 
 from spear.cli import guarded
 from spear.data.store.episode_store import EpisodeStore, write_episodes
-from spear.labels.scenes import label_scenes
 from spear.models.devices import keep_freed_memory
 from spear.models.presets import PRESETS
 from spear.policy import locate
 from spear.sim.record import record
+from spear.sim_data.label_scenes import label_scenes
 from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs

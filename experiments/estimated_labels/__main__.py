@@ -37,11 +37,11 @@ from spear.labels.fit.image import clip_boxes
 from spear.labels.fit.quality import MIN_VISIBLE, compare_labels
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
-from spear.labels.pipeline import label_images
-from spear.labels.scenes import LabelFrames, label_frames, label_scenes
+from spear.labels.pipeline import label_images, label_with_ground_truth
 from spear.labels.store import read_labels
 from spear.models.presets import preset
 from spear.sim.render import clutter_frame
+from spear.sim_data.label_scenes import LabelFrames, label_scenes
 from spear.types import Array, Frame, LabeledImage
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +136,9 @@ def make(
         moge: the depth encoder after stage 0, for the commands.
     """
     sizes = dict(preset("nano").image_sizes)
-    ways: tuple[LabelFrames, ...] = (label_frames, partial(estimated, most_scale=scale))
+    ways: tuple[LabelFrames, ...] = (label_with_ground_truth, partial(estimated, most_scale=scale))
     for arm, how in zip(ARMS, ways, strict=True):
-        label_scenes(out / arm, scenes, sizes, first_seed, workers, labelled=how)
+        label_scenes(out / arm, scenes, sizes, first_seed, workers, label_frames=how)
     checked = range(first_seed, first_seed + min(check, scenes))
     print(
         "| labels | view | boxes | centre | vertex | IoU | not found |\n|---|---|---|---|---|---|---|"

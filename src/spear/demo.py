@@ -19,7 +19,7 @@ from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.fit.quality import compare_labels
-from spear.labels.scenes import label_frames
+from spear.labels.pipeline import label_with_ground_truth
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.report.comparison import ending, open_loop_charts
 from spear.report.draw import draw_label
@@ -88,7 +88,7 @@ def make(out: Path, data: Path | None = None) -> Path:
 def labelled_scenes() -> Values:
     """(a) Scenes labelled by the pipeline, with the error of its boxes against the simulator's true ones."""
     frames = list(held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
-    labels = list(label_frames(iter(frames)))
+    labels = list(label_with_ground_truth(iter(frames)))
     pictures = [
         (
             picture(draw_label(label, scale=4)),
@@ -106,7 +106,9 @@ def labelled_scenes() -> Values:
 def answers(vlm: VlmBundle) -> Values:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
     labels = list(
-        label_frames(held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"]))
+        label_with_ground_truth(
+            held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])
+        )
     )
     scores = vqa.evaluate(vlm, labels, QuestionOptions())
     boxes = [

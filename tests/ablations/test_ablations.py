@@ -38,11 +38,12 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, preset, spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.report.ablations import write
-from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.scene import FAMILIES
 from spear.sim_data.demonstrations import demonstrate
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
 from spear.types import Action
+from spear.util.held_out import FIRST_TRAIN_SEED
 
 DATA = Data(Path("labels"), Path("episodes"), 13_056, "data", "labels")
 ROTATIONS = next(table.rows for table in TABLES if table.name == "rotation")
@@ -293,11 +294,13 @@ def test_other_families_are_left_out(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     pytest.importorskip("mujoco")
-    from spear.labels.scenes import label_scenes
+    from spear.sim_data.label_scenes import label_scenes
 
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 3, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
-    demonstrate(folder / "episodes", ("put_on",), 1, TRAIN_SEED, preset("nano").image_sizes, 1)
+    demonstrate(
+        folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, preset("nano").image_sizes, 1
+    )
     return look_at(folder / "labels", folder / "episodes")
 
 

@@ -12,10 +12,12 @@ from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import Notice
 from spear.labels.inputs import read_contents, read_images
-from spear.labels.scenes import label_frames, label_scenes
-from spear.labels.sources import is_held_out, list_items
+from spear.labels.pipeline import label_with_ground_truth
+from spear.labels.sources import list_items
 from spear.labels.store import read_labels as read_labels
+from spear.sim_data.label_scenes import label_scenes
 from spear.types import Episode, Frame, LabeledImage
+from spear.util.held_out import is_held_out
 
 
 def episode(steps: int, camera: str, first: int) -> Episode:
@@ -77,7 +79,7 @@ def test_names_that_are_no_text_are_named_in_text(tmp_path: Path) -> None:
 def by_hand(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
     return (
         dataclasses.replace(label, source=f"by hand/{label.source}")
-        for label in label_frames(frames)
+        for label in label_with_ground_truth(frames)
     )
 
 
@@ -88,7 +90,7 @@ def never(frames: Iterator[Frame]) -> Iterator[LabeledImage]:
 def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
     sizes = {"external": (96, 64), "wrist": (64, 64)}
-    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=by_hand) == 4
+    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, label_frames=by_hand) == 4
     for view, (width, height) in sizes.items():
         labels = list(read_labels(tmp_path / view))
         assert [label.source for label in labels] == [
@@ -97,16 +99,21 @@ def test_scenes_are_labelled_in_the_way_that_is_asked_for(tmp_path: Path) -> Non
         assert all((label.width, label.height) == (width, height) for label in labels)
         assert (tmp_path / "depth" / view / "depth-00000.parquet").is_file()
     assert "carrot" in (tmp_path / "wording.txt").read_text()
-    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, labelled=never) == 4
+    assert label_scenes(tmp_path, 2, sizes, 10_000, workers=1, label_frames=never) == 4
     (tmp_path / "wrist/labels-00000.parquet").unlink()
     (tmp_path / "external/questions.parquet").touch()
     with pytest.warns(Notice, match="spear questions"):
         label_scenes(tmp_path, 2, sizes, 10_000, workers=1)
     assert not (tmp_path / "external/questions.parquet").exists()
     assert label_scenes(tmp_path, 3, sizes, 10_000, workers=1) == 6
-    assert label_scenes(tmp_path, 1, sizes, 10_000, workers=1, labelled=never) == 6
+    assert label_scenes(tmp_path, 1, sizes, 10_000, workers=1, label_frames=never) == 6
     for key, value in {"first_seed": 10_001, "sizes": {**sizes, "wrist": (48, 48)}}.items():
         wanted = {"scenes": 2, "sizes": sizes, "first_seed": 10_000, key: value}
         refuses(
-            f"other settings: {key} is", label_scenes, tmp_path, **wanted, workers=1, labelled=never
+            f"other settings: {key} is",
+            label_scenes,
+            tmp_path,
+            **wanted,
+            workers=1,
+            label_frames=never,
         )

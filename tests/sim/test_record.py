@@ -13,14 +13,15 @@ from scipy.spatial.transform import Rotation
 from data_tiny import assert_same
 from spear.sim.record import Acts, Disturbance, record, record_episode
 from spear.sim.render import Renderer
-from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.scene import FAMILIES
+from spear.util.held_out import FIRST_TRAIN_SEED
 
 SIZES = (96, 72), (48, 48)
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
 
 def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
-    episode = record_episode("spoon_on_towel", TRAIN_SEED + 1, *SIZES, Disturbance(start=0))
+    episode = record_episode("spoon_on_towel", FIRST_TRAIN_SEED + 1, *SIZES, Disturbance(start=0))
     assert episode.success and episode.rate_hz == 5
     for name, size in zip(("external", "wrist"), SIZES, strict=True):
         assert len(episode.images[name]) == len(episode)
@@ -35,7 +36,7 @@ def test_commands_are_what_the_poses_then_do(renderer: Renderer) -> None:
 
 
 def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> None:
-    tasks = [(family, TRAIN_SEED + seed) for family in FAMILIES for seed in range(2)]
+    tasks = [(family, FIRST_TRAIN_SEED + seed) for family in FAMILIES for seed in range(2)]
     episodes = [record_episode(*task, *SIZES, Disturbance(start=0.15)) for task in tasks]
     masks = np.concatenate([episode.action_mask for episode in episodes])
     assert 0.03 < (~masks).mean() < 0.4
@@ -51,12 +52,12 @@ def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> No
 
 
 def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:
-    tasks = [("stack_cube", TRAIN_SEED), ("put_in_basket", TRAIN_SEED + 3)]
+    tasks = [("stack_cube", FIRST_TRAIN_SEED), ("put_in_basket", FIRST_TRAIN_SEED + 3)]
     one = list(record(tasks, *SIZES, workers=1))
     two = list(record(tasks, *SIZES, workers=2))
     assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
     for a, b in zip(
-        [*one, record_episode("stack_cube", TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True
+        [*one, record_episode("stack_cube", FIRST_TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True
     ):
         assert_same(a, b)
 
@@ -72,10 +73,10 @@ def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
         return NOTHING
 
     episode = record_episode(
-        "stack_cube", TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay)
+        "stack_cube", FIRST_TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay)
     )
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)
     assert (stayed == ~episode.action_mask).all() and 0.1 < stayed.mean() < 0.9
     assert len(set(seeds)) == stayed.sum()
-    assert episode.source != record_episode("stack_cube", TRAIN_SEED + 2, *SIZES).source
+    assert episode.source != record_episode("stack_cube", FIRST_TRAIN_SEED + 2, *SIZES).source

@@ -22,7 +22,6 @@ from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
 from spear.errors import Notice
 from spear.labels.inputs import hash_content
-from spear.labels.scenes import label_scenes
 from spear.labels.store import read_labels
 from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
@@ -30,6 +29,7 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
 from spear.policy import Spear1Policy, load_vlm
+from spear.sim_data.label_scenes import label_scenes
 from spear.train.loop import RunOptions
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe

@@ -18,10 +18,11 @@ from spear.errors import SpearError, check_known, counted
 from spear.labels.store import count_labels
 from spear.models.presets import preset
 from spear.models.weights.folders import locate
-from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.scene import FAMILIES
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, get_recipe
 from spear.types import FlowConfig
+from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.ledger import fingerprint, hash_ends, lock
 from spear.util.options import key_values
 
@@ -60,8 +61,8 @@ def look_at(labels: Path, episodes: Path) -> Data:
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
     """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
-    from spear.labels.scenes import label_scenes
     from spear.sim_data.demonstrations import demonstrate  # here: a plan does without PyTorch
+    from spear.sim_data.label_scenes import label_scenes
 
     (labels, episodes), sizes = _folders(options), dict(preset(PRESET).image_sizes)
     with lock(options.out / "locks" / "data", wait=True):
@@ -73,7 +74,7 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
             part = episodes.with_name(f".part-{episodes.name}")  # all or none
-            demonstrate(part, settle(options.families), DEMONSTRATIONS, TRAIN_SEED, sizes)
+            demonstrate(part, settle(options.families), DEMONSTRATIONS, FIRST_TRAIN_SEED, sizes)
             part.replace(episodes)
         return look_at(labels, episodes)
 

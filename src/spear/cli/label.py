@@ -57,8 +57,9 @@ def label(options: LabelOptions) -> None:
         return
     if options.photos and not simpler:
         from spear.labels.run import label_photos
+        from spear.sim_data.label_scenes import list_scenes
 
-        done = label_photos(options)
+        done = label_photos(options, list_scenes)
         labelled = counted(done.done - done.skipped, "labelled images")
         said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
         print(", ".join(filter(None, said)))
@@ -67,9 +68,9 @@ def label(options: LabelOptions) -> None:
                 f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again"
             )
     else:
-        from spear.labels.scenes import label_scenes
         from spear.labels.sources import parse_scene_seeds
         from spear.models.presets import preset
+        from spear.sim_data.label_scenes import label_scenes
 
         out, scene, workers = options.out, options.scene, options.work.workers
         sizes = preset(scene.preset).image_sizes
@@ -99,10 +100,14 @@ def _plan(options: LabelOptions) -> None:
     from spear.labels.run import prepare_run
     from spear.models.devices import choose_device
     from spear.models.weights.published import PUBLISHED
+    from spear.sim_data.label_scenes import list_scenes
 
     if not options.photos:
         raise SpearError("--plan: name the PHOTOS that shall be labelled")
-    device, (_, listing, settings) = choose_device(options.device), prepare_run(options)
+    device, (_, listing, settings) = (
+        choose_device(options.device),
+        prepare_run(options, list_scenes),
+    )
     images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
     print(
@@ -192,6 +197,7 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
     from spear.labels.model_factories import resolve_factory
     from spear.labels.pipeline import admit_frame, predict_point_maps
     from spear.labels.sources import list_items
+    from spear.sim_data.label_scenes import list_scenes
     from spear.types import Frame
     from spear.util.images import decode_image
 
@@ -200,9 +206,8 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
     run = read_json(folder / "run.json", "leave out --rerun, or copy the folder again")
     works = [admit_frame(Frame(decode_image(label.image), source=label.source)) for label in labels]
     if run["pointmap"] == "ground-truth":
-        found = {
-            item.key: item for item in list_items(run["inputs"], run["rate"], run["per_episode"])
-        }
+        items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)
+        found = {item.key: item for item in items}
         works = read_images([found[label.source] for label in labels if label.source in found])
     predict_point_maps(works, resolve_factory("point map", run["pointmap"], LabelOptions())())
     located = {work.source: work.geometry for work in works}

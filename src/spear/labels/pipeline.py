@@ -14,7 +14,7 @@ import numpy as np
 from spear.errors import SpearError, notice
 from spear.labels.fit.image import find_lit_part
 from spear.labels.fit.points import MAX_PLANE_POINTS, estimate_noise, fit_support_plane, subsample
-from spear.labels.models.ground_truth import GROUND_TRUTH
+from spear.labels.models.ground_truth import GROUND_TRUTH, GroundTruth
 from spear.labels.models.protocols import (
     Detection,
     Detector,
@@ -86,6 +86,12 @@ def label_images(
             if work.error is not None:
                 raise work.error
             yield fit_boxes(work, exact)
+
+
+def label_with_ground_truth(frames: Iterable[Frame]) -> Iterator[LabeledImage]:
+    """Label frames from their own ground truth, in the place of all three models."""
+    truth = GroundTruth()
+    return label_images(frames, truth, truth, truth)
 
 
 def admit_frame(frame: Frame) -> PendingImage:

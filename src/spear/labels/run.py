@@ -34,6 +34,7 @@ from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import NO_OBJECTS_REASON
 from spear.labels.questions.statistics import write_dataset_card
+from spear.labels.sources import ListScenes
 from spear.labels.sources import list_items as find_items
 from spear.labels.store import (
     SCHEMA,
@@ -69,9 +70,9 @@ class LabelingProgress:
     rate: str = dataclasses.field(default="", compare=False)
 
 
-def label_photos(options: LabelOptions) -> LabelingProgress:
+def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -> LabelingProgress:
     """Label `options.photos`; how far it came. `SpearError`: an idle option, or as in `label_folder`."""
-    chosen, listing, settings = prepare_run(options)
+    chosen, listing, settings = prepare_run(options, list_scenes)
     work = options.work
     if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
         raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
@@ -80,7 +81,9 @@ def label_photos(options: LabelOptions) -> LabelingProgress:
     return label_folder(listing, options.out, engine, settings, work, options.retry_skipped)
 
 
-def prepare_run(options: LabelOptions) -> tuple[ModelFactories, Iterator[Item], dict[str, Any]]:
+def prepare_run(
+    options: LabelOptions, list_scenes: ListScenes | None = None
+) -> tuple[ModelFactories, Iterator[Item], dict[str, Any]]:
     """What makes the components, the listing of `options.photos`, and the settings; nothing is loaded.
     Raises `SpearError`: an unknown component, an option that says nothing, an input without its truth."""
     chosen = resolve_factories(options)
@@ -113,7 +116,11 @@ def prepare_run(options: LabelOptions) -> tuple[ModelFactories, Iterator[Item], 
         f"files of {p}": compute_stamp(p, *sorted(filter(Path.is_file, p.rglob("*"))))
         for p in local
     }
-    return chosen, find_items(inputs, options.rate, options.per_episode, options.out), settings
+    return (
+        chosen,
+        find_items(inputs, options.rate, options.per_episode, options.out, list_scenes),
+        settings,
+    )
 
 
 def label_folder(

@@ -8,25 +8,29 @@ sim:10000-10499                                                 scenes of the si
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from spear.errors import SpearError, counted, notice
 from spear.labels.inputs import Content, Item, list_images, read_row_group
 from spear.labels.rgbd import RgbdScene
-from spear.sim.scene import TRAIN_SEED
 from spear.types import Episode
+
+ListScenes = Callable[[range], Iterator[Item]]
+"""Seeds → the simulator's scenes of these seeds, as items."""
 
 _scene = lru_cache(maxsize=1)(RgbdScene)
 PREFERRED_CAMERA = "external"
 """The camera of robot episodes that is labelled; the first by name when there is none of this name."""
-SIM_SIZE = (840, 630)
-"""Width and height of the simulator's images, in pixels: what the paper labelled at."""
 
 
 def list_items(
-    arguments: Sequence[str], rate: float = 1.0, per_episode: int = 4, besides: Path | None = None
+    arguments: Sequence[str],
+    rate: float = 1.0,
+    per_episode: int = 4,
+    besides: Path | None = None,
+    list_scenes: ListScenes | None = None,
 ) -> Iterator[Item]:
     """The images behind all arguments, one after the other; one that is met again is passed over.
 
@@ -39,7 +43,7 @@ def list_items(
         kept.cache_clear()  # by an earlier listing in this process: files may have changed since
     seen: set[str] = set()
     for argument in arguments:
-        for item in _items(os.path.normpath(argument), rate, per_episode, besides):
+        for item in _items(os.path.normpath(argument), rate, per_episode, besides, list_scenes):
             if len(arguments) > 1:
                 if (name := os.path.abspath(item.key)) in seen:
                     continue
@@ -48,11 +52,19 @@ def list_items(
             yield item._replace(key=item.key.encode(errors="backslashreplace").decode())
 
 
-def _items(argument: str, rate: float, per_episode: int, besides: Path | None) -> Iterator[Item]:
+def _items(
+    argument: str,
+    rate: float,
+    per_episode: int,
+    besides: Path | None,
+    list_scenes: ListScenes | None,
+) -> Iterator[Item]:
     from spear.data.readers.formats import find_format
 
     if argument.startswith("sim:"):
-        return (Item(f"sim:{n}", read_scenes, "", n) for n in parse_scene_seeds(argument, "sim"))
+        if list_scenes is None:
+            raise SpearError(f"{argument}: scenes of the simulator are not an input here")
+        return list_scenes(parse_scene_seeds(argument, "sim"))
     if argument.startswith("rgbd:"):
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
@@ -81,20 +93,6 @@ def parse_scene_seeds(argument: str, simulator: str) -> range:
     if last < first:
         raise SpearError(f"{argument}: ends before it begins: write {simulator}:{last}-{first}")
     return range(first, last + 1)
-
-
-def is_held_out(source: str) -> bool:
-    """Whether a labelled image of this source shows a held-out scene, of either simulator."""
-    seed = re.match(r"sim(?:pler)?[:/](?:[^/]+/)?(\d+)", source)
-    return seed is not None and int(seed[1]) < TRAIN_SEED
-
-
-def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
-    """Clutter scenes of the simulator, seen by its external camera."""
-    from spear.sim.render import clutter_frame
-
-    for seed in seeds:
-        yield clutter_frame(seed, "external", SIM_SIZE)
 
 
 def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:

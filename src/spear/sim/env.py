@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from spear.sim.control import check_action
 from spear.sim.render import Size, own_renderer
-from spear.sim.scene import TRAIN_SEED, sample_scene
+from spear.sim.scene import sample_scene
 from spear.sim.world import World, milestones
 from spear.types import RATE_HZ
+from spear.util.held_out import FIRST_TRAIN_SEED
 
 MAX_STEPS = 60
 """Control steps of an episode: 12 s (our choice)."""
@@ -77,7 +78,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         """Start the scene of `seed`; without a seed, one of the held-out scenes at random."""
         super().reset(seed=seed)
         if seed is None:
-            seed = int(self.np_random.integers(0, TRAIN_SEED))
+            seed = int(self.np_random.integers(0, FIRST_TRAIN_SEED))
         self.load(World(sample_scene(self.family, seed)))
         return self.observe(), self._info(False)
 

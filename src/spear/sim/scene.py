@@ -1,6 +1,6 @@
 """What a scene contains, as pure data, and how scenes are drawn at random from a seed.
 
-The same seed always gives the same scene. Seeds below `TRAIN_SEED` are held out for evaluation.
+The same seed always gives the same scene. Seeds below `FIRST_TRAIN_SEED` are held out for evaluation.
 """
 
 import math
@@ -13,12 +13,11 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.sim.objects import CUBES, GRASPABLE, KINDS, SUPPORTS, Color, Vec3
+from spear.util.held_out import FIRST_TRAIN_SEED
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
 TARGET, SOURCE = 0, 1
 """Of the objects in a scene with a task: where the source, which is to be moved, goes."""
-TRAIN_SEED = 10_000
-"""The first seed of training data."""
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
 FOVY = 36.5
@@ -112,9 +111,9 @@ class SceneSpec:
 
 def held_out_seeds(first: int, count: int) -> range:
     """`count` seeds from `first` on. Raises `SpearError` where training uses one, or there is none."""
-    if count < 1 or first < 0 or first + count > TRAIN_SEED:
+    if count < 1 or first < 0 or first + count > FIRST_TRAIN_SEED:
         which = f"scenes {first} … {first + count - 1}" if count > 0 else f"{count} scenes"
-        known = f"held-out seeds are 0 … {TRAIN_SEED - 1}"
+        known = f"held-out seeds are 0 … {FIRST_TRAIN_SEED - 1}"
         raise SpearError(f"{which}: {known}: choose scenes among them")
     return range(first, first + count)
 

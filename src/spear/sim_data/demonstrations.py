@@ -13,10 +13,11 @@ from spear.data.store.episode_store import (
 from spear.errors import SpearError, check_known
 from spear.sim.record import Acts, record, source_of
 from spear.sim.render import Size
-from spear.sim.scene import FAMILIES, TRAIN_SEED
+from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR
 from spear.types import Episode
 from spear.util.files import check_own
+from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.images import decode_image
 from spear.util.ledger import alone, fingerprint, same_settings
 from spear.util.progress import ProgressBar, tracked
@@ -58,8 +59,10 @@ def demonstrate(
 
 def check_seed(first: int) -> None:
     """Raises `SpearError` for scenes that are kept for testing."""
-    if first < TRAIN_SEED:
-        raise SpearError(f"--first-seed {first}: below {TRAIN_SEED} are scenes kept for testing")
+    if first < FIRST_TRAIN_SEED:
+        raise SpearError(
+            f"--first-seed {first}: below {FIRST_TRAIN_SEED} are scenes kept for testing"
+        )
 
 
 def collect(

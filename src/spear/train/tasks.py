@@ -22,7 +22,6 @@ from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import FAMILIES
-from spear.labels.sources import is_held_out
 from spear.labels.store import DepthImages, find_shards, read_depth, read_labels
 from spear.models.processing import Processor, window
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -34,6 +33,7 @@ from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, Question
 from spear.util.files import note_missing
+from spear.util.held_out import is_held_out
 from spear.util.images import decode_image, fit_image
 
 Targets = tuple[bytes, Array, Array, Array, Array]

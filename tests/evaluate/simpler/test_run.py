@@ -27,7 +27,7 @@ from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_step, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
-from spear.labels.scenes import label_frames
+from spear.labels.pipeline import label_with_ground_truth
 from spear.sim_data.demonstrations import SETTINGS
 from spear.types import Frame
 from spear.util.images import decode_image
@@ -146,7 +146,9 @@ def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
     assert (process.reset(3, True).observation["observation/image"] == before).all()
     seen = [("carrot" in frame.names.values(), len(frame.names)) for frame in frames]
     assert len(set(seen)) > 1, "no clutter"
-    boxes = [(o, frame) for frame in frames for o in next(label_frames(iter([frame]))).objects]
+    boxes = [
+        (o, frame) for frame in frames for o in next(label_with_ground_truth(iter([frame]))).objects
+    ]
     cubes = [(o, frame) for o, frame in boxes if o.name.endswith("block") and o.box3d is not None]
     assert len(cubes) >= 6
     np.testing.assert_allclose(

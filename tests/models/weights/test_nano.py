@@ -14,7 +14,7 @@ from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
-from spear.labels.scenes import label_frames
+from spear.labels.pipeline import label_with_ground_truth
 from spear.models.presets import PRESETS
 from spear.models.weights.folders import SHIPPED, locate, made_by
 from spear.policy import Spear1Policy, load_vlm
@@ -47,7 +47,9 @@ def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) ->
 
 
 def test_the_vlm_sees_where_things_are() -> None:
-    labels = list(label_frames(held_out_frames(12, 500, PRESETS["nano"].image_sizes["external"])))
+    labels = list(
+        label_with_ground_truth(held_out_frames(12, 500, PRESETS["nano"].image_sizes["external"]))
+    )
     for name, part, families in (
         ("nano", 0.6, ("keypoint",)),
         ("nano-vlm", 0.35, ("keypoint", "offset")),

@@ -19,9 +19,9 @@ from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
-from spear.labels.scenes import SceneJob, label_scene_jobs, split_into_jobs
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.sim_data.demonstrations import check_seed, collect
+from spear.sim_data.label_scenes import SceneJob, label_scene_jobs, split_into_jobs
 from spear.types import RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import in_order
@@ -125,8 +125,8 @@ def record_episode(
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
     """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
-    returns the images. The rest is as in `spear.labels.scenes.label_scene_jobs`. Raises `SpearError` where
-    ManiSkill, its assets or a renderer are missing."""
+    returns the images. The rest is as in `label_scene_jobs`. Raises `SpearError` where ManiSkill, its assets
+    or a renderer are missing."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in split_into_jobs(task, seeds, SCENES_PER_JOB)]
     settings = {

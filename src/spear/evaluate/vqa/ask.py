@@ -9,6 +9,7 @@ import numpy as np
 
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED, Trust
+from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import FAMILIES, abbreviate_unit, format_answer
 from spear.labels.questions.templates import (
     KEYPOINT_NAMES,
@@ -17,7 +18,6 @@ from spear.labels.questions.templates import (
     is_a,
     with_article,
 )
-from spear.labels.scenes import label_frames
 from spear.labels.store import select_labels
 from spear.models.processing import Processor
 from spear.models.readout import Decode, with_numbers
@@ -143,7 +143,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     check_known("view", processor.image_sizes, view)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
         frames = held_out_frames(images, sim_seed(where), processor.image_sizes[view], view)
-        labels = list(label_frames(frames))
+        labels = list(label_with_ground_truth(frames))
     else:
         folder = Path(where)
         labels = select_labels(folder / view if (folder / view).is_dir() else folder, images)

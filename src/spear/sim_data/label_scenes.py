@@ -1,0 +1,223 @@
+"""Labels simulated scenes: the labeler at work, with the simulator's ground truth as its three models.
+
+`label_scenes` writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and the same two
+under `depth/` (images with metric depth, on which the encoder is pretrained). `list_scenes` and `read_scenes`
+make scenes one more kind of input of `spear label`, as `sim:SEED-SEED`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import spear
+from spear.labels.inputs import Content, Item
+from spear.labels.pipeline import label_with_ground_truth
+from spear.labels.store import (
+    count_labels,
+    remove_outdated_questions,
+    remove_temporary_files,
+    write_depth,
+    write_labels,
+)
+from spear.types import Frame, LabeledImage
+from spear.util import processes
+from spear.util.files import check_own, write_text
+from spear.util.held_out import FIRST_TRAIN_SEED
+from spear.util.ledger import alone, same_settings
+from spear.util.progress import ProgressBar
+
+Size = tuple[int, int]
+"""Width and height of an image, in pixels."""
+SceneJob = tuple[str, range]
+"""The kind of some scenes, and their seeds."""
+RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
+"""A job → each view, with its frames of the scenes. A function of a module, for other processes."""
+LabelFrames = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
+"""Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
+
+IMAGE_SIZE_PX = (840, 630)  # width and height of `sim:` images: the size at which the paper labeled
+MAX_SCENES_PER_JOB = 32
+NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
+INSTRUCTIONS_FILE = "wording.txt"
+"""The simulator's instructions. The file is written first and marks a folder of scene labels."""
+
+
+def list_scenes(seeds: range) -> Iterator[Item]:
+    """The scenes of these seeds as items of `spear.labels.sources.list_items`."""
+    for seed in seeds:
+        yield Item(f"sim:{seed}", read_scenes, "", seed)
+
+
+def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
+    """Render clutter scenes with the external camera; scenes are in no file, so `path` is empty."""
+    from spear.sim.render import clutter_frame
+
+    for seed in seeds:
+        yield clutter_frame(seed, "external", IMAGE_SIZE_PX)
+
+
+def label_scenes(
+    out: Path,
+    scenes: int,
+    sizes: Mapping[str, Size],
+    first_seed: int,
+    workers: int = 2,
+    label_frames: LabelFrames = label_with_ground_truth,
+) -> int:
+    """Label clutter scenes, one image per view; more scenes continue where fewer ended.
+
+    Args:
+        out: Folder to write to.
+        scenes: How many scenes to label.
+        sizes: View ("external", "wrist") → width and height, in pixels.
+        first_seed: Seed of the first scene; the others follow it.
+        workers: As in `label_scene_jobs`.
+        label_frames: As in `label_scene_jobs`.
+
+    Returns:
+        The number of images in the folder.
+
+    Raises:
+        SpearError: As in `label_scene_jobs`.
+    """
+    from spear.sim.world import SIMULATOR
+
+    return label_scene_jobs(
+        out,
+        split_into_jobs("", range(first_seed, first_seed + scenes), MAX_SCENES_PER_JOB),
+        partial(_render_clutter, sizes),
+        views=list(sizes),
+        settings={"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR},
+        collect=collect_instructions,
+        workers=workers,
+        label_frames=label_frames,
+    )
+
+
+def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
+    """Divide scenes of a kind into jobs of at most `max_scenes`."""
+    return [(kind, seeds[i : i + max_scenes]) for i in range(0, len(seeds), max_scenes)]
+
+
+def label_scene_jobs(
+    out: Path,
+    jobs: Sequence[SceneJob],
+    render: RenderScenes,
+    views: Sequence[str],
+    settings: Mapping[str, Any],
+    collect: Callable[[], Sequence[str]],
+    workers: int = 2,
+    label_frames: LabelFrames = label_with_ground_truth,
+) -> int:
+    """Label simulated scenes. An interrupted run keeps its finished jobs and continues with the others.
+
+    Args:
+        out: Folder to write to.
+        jobs: The scenes.
+        render: Renders the scenes of one job.
+        views: The names of the views that `render` gives.
+        settings: What the labels depend on, JSON-able. A continued run must have the same.
+        collect: Returns the instructions that are written to `INSTRUCTIONS_FILE`.
+        workers: Processes that label; with fewer than two, this process does.
+        label_frames: How frames are labeled. The depth images are ground truth in any case.
+
+    Returns:
+        The number of images in the folder.
+
+    Raises:
+        SpearError: The folder holds other files or labels of other settings. Nothing is written then.
+    """
+    num_scenes = _count_scenes(jobs)
+    check_own(out, INSTRUCTIONS_FILE, "label")
+    advice = "use fewer --workers, and run the same command again"
+
+    with alone(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
+        # The files that mark the folder as one of scene labels, with these settings
+        if not (out / INSTRUCTIONS_FILE).is_file():
+            write_text(out / INSTRUCTIONS_FILE, "".join(f"{line}\n" for line in collect()))
+        has_labels = any(out.glob("*/labels-*.parquet"))
+        same_settings(out / "run.json", {"spear": spear.__version__, **settings}, has_labels)
+
+        # What an earlier run has finished, and what it left behind
+        for view in views:
+            remove_temporary_files(out / view)
+            remove_temporary_files(out / "depth" / view)
+        open_jobs = [
+            (index, job)
+            for index, job in enumerate(jobs)
+            if not _is_finished(out, views, index, job)
+        ]
+        if open_jobs:
+            for view in views:
+                remove_outdated_questions(out / view)
+
+        # Label the other jobs
+        num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
+        bar = ProgressBar("labelling", num_scenes, "scenes", num_finished)
+        label_job = partial(_label_job, out, render, label_frames)
+        num_processes = workers if workers > 1 else 0
+        with bar, processes.pool(num_processes, __name__, advice) as pool:
+            for num_labeled in processes.in_order(pool, label_job, open_jobs, workers):
+                bar.update(bar.done + num_labeled)
+
+    return sum(count_labels(out / view) for view in views)
+
+
+def collect_instructions() -> list[str]:
+    """The instructions that the simulator gives, sorted, for the vocabulary of a small tokenizer."""
+    from spear.sim.scene import FAMILIES, sample_scene
+
+    end = FIRST_TRAIN_SEED + 1_000_000
+    seeds = np.random.default_rng(0).integers(FIRST_TRAIN_SEED, end, NUM_INSTRUCTION_SCENES)
+    instructions = set()
+    for i, seed in enumerate(seeds):
+        instructions.add(sample_scene(FAMILIES[i % 4], int(seed)).instruction)
+    return sorted(instructions)
+
+
+def _count_scenes(jobs: Iterable[SceneJob]) -> int:
+    return sum(len(seeds) for _, seeds in jobs)
+
+
+def _get_shard(out: Path, view: str, index: int) -> Path:
+    return out / view / f"labels-{index:05d}.parquet"
+
+
+def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> bool:
+    """Whether the shards of a job contain all its scenes, in every view."""
+    _, seeds = job
+    for view in views:
+        shard = _get_shard(out, view, index)
+        if not shard.is_file() or count_labels(shard) < len(seeds):
+            return False
+    return True
+
+
+def _label_job(
+    out: Path, render: RenderScenes, label_frames: LabelFrames, numbered_job: tuple[int, SceneJob]
+) -> int:
+    """Label the scenes of job `index` into the shards of that number; returns how many scenes it has."""
+    index, job = numbered_job
+    for view, frames in render(job):
+        labels = list(label_frames(iter(frames)))
+        pairs = zip(labels, frames, strict=True)
+        depth = [(label.image, frame.depth) for label, frame in pairs]
+        write_depth(depth, out / "depth" / view / f"depth-{index:05d}.parquet")
+        write_labels(labels, _get_shard(out, view, index))  # last: this finishes the view
+    _, seeds = job
+    return len(seeds)
+
+
+def _render_clutter(sizes: Mapping[str, Size], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
+    """The frames of clutter scenes of the embedded simulator."""
+    from spear.sim.render import frame_of
+    from spear.sim.scene import clutter_scene
+    from spear.sim.world import World
+
+    _, seeds = job
+    worlds = [World(clutter_scene(seed)) for seed in seeds]
+    for view, size in sizes.items():
+        yield view, [frame_of(world, view, size) for world in worlds]
