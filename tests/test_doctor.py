@@ -9,7 +9,7 @@ import torch
 from refusals import Command, refuses
 from spear import doctor
 from spear.cli import main
-from spear.models.presets import preset
+from spear.models.presets import get_preset
 from spear.train.memory import Memory
 
 
@@ -24,14 +24,14 @@ def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> Non
 def test_a_way_that_differs_or_raises_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = doctor.fast
+    real = doctor.sample_fast
 
     def broken(model: Any, *rest: Any) -> torch.Tensor:
         if model.dtype == torch.bfloat16:
             raise RuntimeError("no kernel")
         return real(model, *rest) + 3e-4
 
-    monkeypatch.setattr(doctor, "fast", broken)
+    monkeypatch.setattr(doctor, "sample_fast", broken)
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
     monkeypatch.setattr(doctor, "inference", lambda *_: Memory(2**25, 0, 0, 0, 0, 1, 0))  # as well
     assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
@@ -42,7 +42,7 @@ def test_a_way_that_differs_or_raises_is_named(
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def examined(available: int) -> str:
         (tmp_path / "meminfo").write_text(f"MemFree: 9 kB\nMemAvailable: {available} kB\n")
-        return next(doctor.examine(preset("nano"), torch.device("cpu"), repeats=1)).dtype
+        return next(doctor.examine(get_preset("nano"), torch.device("cpu"), repeats=1)).dtype
 
     monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))

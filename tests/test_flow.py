@@ -15,7 +15,7 @@ from refusals import refuses
 from spear import flow
 from spear.flow import FlowConfig
 from spear.geometry import apply_step, quat_canonical, quat_distance, quat_exp, quat_multiply
-from spear.models.presets import preset
+from spear.models.presets import get_preset
 from spear.types import Action
 
 S3, LINEAR = FlowConfig(), FlowConfig(rotation="linear")
@@ -274,7 +274,7 @@ def test_one_guess_for_sparse_turns() -> None:
     data = dataclasses.replace(robot_data((1, n)), rotation=quat_exp(turns))
     for config, found in (
         (FlowConfig(prediction="clean"), 0.0),
-        (FlowConfig(**preset("nano").flow), 0.2),
+        (FlowConfig(**get_preset("nano").flow), 0.2),
     ):
         guess = torch.tensor([0.0, 0.0, 0.1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([guess], lr=0.01)

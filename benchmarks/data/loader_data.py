@@ -18,7 +18,7 @@ from spear.data.mixture import Mixture, Sample, TrainingSamples
 from spear.data.normalize import Normalizer
 from spear.data.readers.lerobot import open_lerobot
 from spear.data.store.episode_store import EpisodeStore
-from spear.models.presets import preset
+from spear.models.presets import get_preset
 from spear.models.processing import Processor
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
@@ -62,7 +62,7 @@ class Ours:
         self.samples = TrainingSamples(mixture, VIEWS)
         self.normalizer = Normalizer.fit([(store, 1.0) for store in mixture.stores])
         values = np.random.default_rng(0).normal(size=4000)
-        self.processor = Processor.build(preset("nano"), WORDS, CoordinateTokenizer.fit(values))
+        self.processor = Processor.build(get_preset("nano"), WORDS, CoordinateTokenizer.fit(values))
         self.batch_size = batch_size
 
     def batch(self, step: int) -> dict[str, Any]:

@@ -131,7 +131,9 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
                 state, image = change(
                     step["observation/state"].astype(np.float64), step["observation/image"]
                 )
-                pixels = processor.image(np.ascontiguousarray(image), "external")[None].numpy()
+                pixels = processor.prepare_image(np.ascontiguousarray(image), "external")[
+                    None
+                ].numpy()
                 noted[name] += any(known.unlike(state[None], {"external": pixels}))
     for name in CHANGES:
         print(f"{name:<42} noted in {noted[name]} of {count} steps")

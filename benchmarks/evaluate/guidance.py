@@ -37,7 +37,7 @@ class Guided(Spear1Policy):
         if committed is None:
             return super().predict(inputs)
         with torch.no_grad():
-            prefix = self.model.prefix(**given)
+            prefix = self.model.encode_prefix(**given)
         config, wanted, held = self.model.flow, committed.actions, committed.held
         place, count = torch.arange(held.shape[1], device=held.device), held.sum(-1, keepdim=True)
         c = ((count - place) / (count - self.delay + 1).clamp_min(1)).clamp(0, 1)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.cli import guarded
-from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, published_name
+from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, to_published_name
 from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
 
@@ -119,7 +119,7 @@ def write_moge(path: Path, size: str) -> None:
     weights: dict[str, torch.Tensor] = {}
     config = {"encoder": encoder, "remap_output": "exp"}
     for ours, weight in MogeV1(config).state_dict().items():
-        name = published_name(ours, _PREFIXES[1])
+        name = to_published_name(ours, _PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
     for name, values in _CONSTANTS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)

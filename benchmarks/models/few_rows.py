@@ -20,8 +20,8 @@ from spear.cli import guarded
 from spear.doctor import machine
 from spear.models.fast.few_rows import FewRows
 from spear.models.fast.stack import CudaGraphCache, Stack
-from spear.models.layers import language_model
-from spear.models.presets import PRESETS, TOKEN_IDS
+from spear.models.layers import build_language_model
+from spear.models.presets import PRESETS, SPECIAL_TOKEN_IDS
 from timing import race
 
 
@@ -39,8 +39,8 @@ def main(
     fields = size.expert if device == "cuda" else {**size.expert, **small}
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
-        config: Any = GemmaConfig(**{**fields, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)})
-        model: Any = language_model(config)
+        config: Any = GemmaConfig(**{**fields, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)})
+        model: Any = build_language_model(config)
         model.to(kind).eval()
         for weight in model.parameters():
             if weight.dim() == 1:

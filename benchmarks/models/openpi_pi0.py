@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from spear.models.presets import Preset
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
 from timing import Elsewhere
 
@@ -69,7 +69,7 @@ class OpenPi(Elsewhere):
             "expert": size.expert,
             "rows": ours.vlm.language_model.embed_tokens.weight.shape[0],
             "horizon": size.horizon,
-            "state": STATE_FEATURES,
+            "state": NUM_STATE_FEATURES,
             "action": ACTION_DIM,
             "dtype": str(ours.dtype).removeprefix("torch."),
             "device": ours.device.type,

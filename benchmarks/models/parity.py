@@ -68,13 +68,13 @@ def compare(name: str, layers: int) -> str:
     seen = ({"external": images[:, 0], "wrist": images[:, 1]}, ids, mask)
     noisy = Action.from_vector(noise)
     flow = -theirs(timestep=1 - time, **reference).logits
-    velocity = ours.predict(ours.prefix(*seen), state, noisy, time).to_vector()
+    velocity = ours.predict(ours.encode_prefix(*seen), state, noisy, time).to_vector()
     goal = theirs.sample_actions(num_steps=10, **reference)[..., :3]
     actions = ours.sample_actions(*seen, state, steps=10, noise=noisy).translation
 
     rounded = ours.to(torch.bfloat16)
     drift = rounded.vlm(*asked).logits
-    slower = rounded.predict(rounded.prefix(*seen), state, noisy, time).to_vector()
+    slower = rounded.predict(rounded.encode_prefix(*seen), state, noisy, time).to_vector()
     real = mask.bool()
     millions = sum(p.numel() for p in ours.parameters()) / 1e6
     numbers = [

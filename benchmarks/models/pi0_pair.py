@@ -12,8 +12,8 @@ import torch
 from transformers import GemmaConfig, PaliGemmaConfig, PI0Config
 from transformers import PI0ForConditionalGeneration as Pi0
 
-from spear.models.presets import PRESETS, Preset, spear1_config
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.presets import PRESETS, Preset, build_spear1_config
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM, Action
 
 VOCABULARY, IMAGE_TOKEN = 2048, 2047
@@ -73,7 +73,7 @@ def one(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     """SPEAR-1 with random weights."""
     torch.manual_seed(0)
     with torch.device(device):  # a GPU draws three billion random numbers in no time
-        return Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
+        return Spear1ForActionPrediction(build_spear1_config(size)).eval().to(dtype)
 
 
 def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
@@ -102,7 +102,7 @@ def pair(size: Preset, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         vlm_config=vlm,
         dit_config=dit,
         chunk_size=size.horizon,
-        max_state_dim=STATE_FEATURES,
+        max_state_dim=NUM_STATE_FEATURES,
         max_action_dim=ACTION_DIM,
     )
     with torch.device(device):
@@ -127,7 +127,7 @@ def observation(
         0, 256, (batch, views, 3, side, side), generator=generator, dtype=torch.uint8
     )
     ids = torch.randint(3, 1000, (batch, text), generator=generator)
-    state = torch.randn(batch, STATE_FEATURES, generator=generator)
+    state = torch.randn(batch, NUM_STATE_FEATURES, generator=generator)
     noise = torch.randn(batch, size.horizon, ACTION_DIM, generator=generator)
     before = torch.full((batch, views * (side // patch) ** 2), IMAGE_TOKEN)
     ours = {

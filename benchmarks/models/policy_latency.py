@@ -32,8 +32,8 @@ from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
 from spear.cli import guarded
 from spear.doctor import Machine, machine
-from spear.models.presets import spear1_config
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.presets import build_spear1_config
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import Action
 from timing import Times, race
 
@@ -43,7 +43,9 @@ STEPS, TEXT = 10, 48
 def plain(model: Spear1ForActionPrediction, given: dict[str, Any]) -> Action:
     """Actions as `sample_actions` is checked against: the trained network, step by step."""
     with torch.no_grad():
-        prefix = model.prefix(given["pixel_values"], given["input_ids"], given["attention_mask"])
+        prefix = model.encode_prefix(
+            given["pixel_values"], given["input_ids"], given["attention_mask"]
+        )
         return flow.integrate(
             lambda noisy, time: model.predict(prefix, given["state"], noisy, time),
             given["noise"],
@@ -106,7 +108,7 @@ def whole(
     """SPEAR-1 as the preset has it, an observation of all its views, and their tokens."""
     size = dataclasses.replace(SIZES[name], vocabulary=2048)
     with torch.device(device):
-        model = Spear1ForActionPrediction(spear1_config(size)).eval().to(dtype)
+        model = Spear1ForActionPrediction(build_spear1_config(size)).eval().to(dtype)
     patch = size.vision["patch_size"]
     given = {
         "pixel_values": {
@@ -115,7 +117,7 @@ def whole(
         },
         "input_ids": torch.randint(3, 1000, (batch, TEXT), device=device),
         "attention_mask": None,
-        "state": torch.randn(batch, STATE_FEATURES, device=device),
+        "state": torch.randn(batch, NUM_STATE_FEATURES, device=device),
         "noise": flow.sample_noise((batch, size.horizon), model.flow, device=device),
     }
     return model, given, [w // patch * (h // patch) for w, h in size.image_sizes.values()]

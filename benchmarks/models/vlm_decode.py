@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from pi0_pair import SIZES, reduced
 from spear.cli import guarded
-from spear.models.decode import greedy
-from spear.models.presets import vlm_config
+from spear.models.decode import decode_greedily
+from spear.models.presets import build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from timing import Times, race
 
@@ -37,7 +37,7 @@ def pair(name: str, layers: int | None, dtype: torch.dtype, device: str) -> tupl
     size = dataclasses.replace(reduced(name, layers), vocabulary=SIZES[name].vocabulary)
     torch.manual_seed(0)
     with torch.device(device):
-        ours = SpearVLMForConditionalGeneration(vlm_config(size)).eval()
+        ours = SpearVLMForConditionalGeneration(build_vlm_config(size)).eval()
     rows = size.vocabulary + size.bins
     config = PaliGemmaConfig(
         vision_config={
@@ -117,7 +117,7 @@ def main(
                 grammar = [(first, last)] * NUMBERS
 
                 def answer() -> torch.Tensor:
-                    return greedy(
+                    return decode_greedily(
                         ours,  # noqa: B023
                         {"external": image},  # noqa: B023
                         ids,  # noqa: B023

@@ -39,7 +39,7 @@ from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label_images, label_with_ground_truth
 from spear.labels.store import read_labels
-from spear.models.presets import preset
+from spear.models.presets import get_preset
 from spear.sim.render import clutter_frame
 from spear.sim_data.label_scenes import LabelFrames, label_scenes
 from spear.types import Array, Frame, LabeledImage
@@ -135,7 +135,7 @@ def make(
         init: SPEAR-VLM after stage 0, for the commands.
         moge: the depth encoder after stage 0, for the commands.
     """
-    sizes = dict(preset("nano").image_sizes)
+    sizes = dict(get_preset("nano").image_sizes)
     ways: tuple[LabelFrames, ...] = (label_with_ground_truth, partial(estimated, most_scale=scale))
     for arm, how in zip(ARMS, ways, strict=True):
         label_scenes(out / arm, scenes, sizes, first_seed, workers, label_frames=how)

@@ -76,7 +76,7 @@ def measure(policy: Spear1Policy, store: EpisodeStore, count: int) -> dict[str, 
         )
         data, mask = Action.from_vector(inputs.pop("actions")), inputs.pop("action_mask")
         state = inputs.pop("state")
-        prefix = model.prefix(**inputs)
+        prefix = model.encode_prefix(**inputs)
         generator = torch.Generator().manual_seed(batch)
         noise = flow.sample_noise(mask.shape, model.flow, generator)
         predict = lambda s, t, p=prefix, x=state: model.predict(p, x, s, t)  # noqa: E731

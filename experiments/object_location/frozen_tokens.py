@@ -67,8 +67,8 @@ def visual_tokens(model: VlmBundle, labels: Sequence[LabeledImage]) -> torch.Ten
     found = []
     for start in range(0, len(labels), 64):
         images = (decode_image(label.image) for label in labels[start : start + 64])
-        pixels = torch.stack([model.processor.image(image, "external") for image in images])
-        found.append(model.model.image_features(pixels)[0])
+        pixels = torch.stack([model.processor.prepare_image(image, "external") for image in images])
+        found.append(model.model.encode_views(pixels)[0])
     return torch.cat(found)
 
 

@@ -27,7 +27,7 @@ from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 
-WAYS = {"new": (1, 1), "few": (vlm.LENGTHS, vlm.TARGETS)}
+WAYS = {"new": (1, 1), "few": (vlm.PAD_LENGTH_TO_MULTIPLE, vlm.PAD_NUM_TARGETS_TO_MULTIPLE)}
 """Sizes → multiples of what they are."""
 
 
@@ -60,7 +60,7 @@ def main(
         rounds: processes of each way. way: used by the processes that are started.
     """
     if way:
-        vlm.LENGTHS, vlm.TARGETS = WAYS[way]
+        vlm.PAD_LENGTH_TO_MULTIPLE, vlm.PAD_NUM_TARGETS_TO_MULTIPLE = WAYS[way]
         print(json.dumps(measure(labels, init, steps)))
         return
     found: dict[str, list[list[float]]] = {name: [] for name in WAYS}

@@ -23,12 +23,18 @@ from transformers import AutoModel
 import spear
 from spear.errors import SpearError, first_line
 from spear.flow import FlowConfig, sample_noise
-from spear.models.devices import bfloat16_is_fast
+from spear.models.devices import is_bfloat16_fast
 from spear.models.fast.linear import CPU, HAS_BFLOAT16, linear
 from spear.models.fast.stack import Inputs
-from spear.models.presets import Preset, spear1_config
-from spear.models.sampling import AGREES, SAMPLER, difference, fast, plain
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.presets import Preset, build_spear1_config
+from spear.models.sampling import (
+    MAX_RELATIVE_DIFFERENCE,
+    get_sampler,
+    relative_difference,
+    sample_fast,
+    sample_plain,
+)
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.weights.folders import SHIPPED
 from spear.models.weights.load import load
 from spear.train.memory import GIB, inference
@@ -43,7 +49,7 @@ class Way:
     """One way to compute actions.
 
     milliseconds  median of an observation. least: what the machine needs for its operations and weights.
-    apart         `sampling.difference` from the plain network in the first type that was tried.
+    apart         `sampling.relative_difference` from the plain network in the first type that was tried.
     held, planned bytes of GPU memory that it took, and that `spear plan` says; held is None on a CPU.
     problem       why it did not run, or is too far from the plain network; else empty.
     """
@@ -142,7 +148,7 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
         found.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
     quick = (
-        "faster matrix products than in" if bfloat16_is_fast(device) else "only saves memory beside"
+        "faster matrix products than in" if is_bfloat16_fast(device) else "only saves memory beside"
     )
     found.append(("bfloat16", f"{quick} float32 on {device.type}"))
     weights = "the weights of this package" if size.name == "nano" else "random weights"
@@ -173,14 +179,14 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
     for dtype in fits:
         model = _model(size, dtype, device)
         least = 1000 * machine(device.type, dtype).least(*_phases(model, inputs))
-        sampler = SAMPLER(model, True)
+        sampler = get_sampler(model, True)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "plain network": partial(plain, model, inputs, model.flow.steps),
-            "fast": partial(fast, model, sampler, inputs, model.flow.steps, False),
+            "plain network": partial(sample_plain, model, inputs, model.flow.steps),
+            "fast": partial(sample_fast, model, sampler, inputs, model.flow.steps, False),
         }
         if device.type == "cuda":
             ways["fast, as a CUDA graph"] = partial(
-                fast, model, sampler, inputs, model.flow.steps, True
+                sample_fast, model, sampler, inputs, model.flow.steps, True
             )
         for name, run in ways.items():
             word = str(dtype).removeprefix("torch.")
@@ -191,11 +197,11 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
                 yield Way(name, word, problem=first_line(error))
                 continue
             truth = found if truth is None else truth
-            apart = difference(found, truth)
+            apart = relative_difference(found, truth)
             problem = (
                 ""
-                if apart <= AGREES[dtype]
-                else f"more than {AGREES[dtype]:g} from the plain network"
+                if apart <= MAX_RELATIVE_DIFFERENCE[dtype]
+                else f"more than {MAX_RELATIVE_DIFFERENCE[dtype]:g} from the plain network"
             )
             yield Way(
                 name, word, statistics.median(times), least, apart, held, planned[dtype], problem
@@ -208,11 +214,11 @@ def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
         return load(Spear1ForActionPrediction, SHIPPED / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
     with device:  # and in this type from the start: a large model would not fit twice
-        return AutoModel.from_config(spear1_config(size), dtype=dtype).eval()
+        return AutoModel.from_config(build_spear1_config(size), dtype=dtype).eval()
 
 
 def _observation(size: Preset, device: torch.device) -> Inputs:
-    """One of all views, without padding: arguments of `sampling.sample`."""
+    """One of all views, without padding: arguments of `sampling.sample_actions`."""
     draw = torch.Generator().manual_seed(0)
     given: dict[str, torch.Tensor] = {
         f"pixels/{view}": torch.randint(
@@ -221,7 +227,7 @@ def _observation(size: Preset, device: torch.device) -> Inputs:
         for view, (width, height) in size.image_sizes.items()
     }
     given["input_ids"] = torch.randint(3, size.vocabulary, (1, TEXT), generator=draw)
-    given["state"] = torch.zeros(1, STATE_FEATURES)
+    given["state"] = torch.zeros(1, NUM_STATE_FEATURES)
     given["noise"] = sample_noise((1, size.horizon), FlowConfig(**size.flow), draw).to_vector()
     return {name: tensor.to(device) for name, tensor in given.items()}
 
@@ -234,7 +240,7 @@ def _phases(model: Any, inputs: Inputs) -> list[tuple[float, float]]:
     flops = []
     for count in (1, 2):
         with FlopCounterMode(display=False) as counter:
-            plain(model, inputs, count)
+            sample_plain(model, inputs, count)
         flops.append(counter.get_total_flops())
     step = flops[1] - flops[0]
     return [(flops[0] - step, whole * wide), *[(step, expert * wide)] * model.flow.steps]

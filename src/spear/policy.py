@@ -17,9 +17,9 @@ from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.models.decode import Watched, greedy
-from spear.models.devices import bfloat16_is_fast, choose_device, few_threads, keep_freed_memory
-from spear.models.processing import Processor, moved
+from spear.models.decode import LogitRecorder, decode_greedily
+from spear.models.devices import choose_device, is_bfloat16_fast, keep_freed_memory, limit_threads
+from spear.models.processing import Processor, map_pixel
 from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -79,13 +79,15 @@ class VlmBundle:
         if not prompts:
             return []
         device, tokens = self.model.device, self.processor.coordinate_ids
-        pixels = torch.stack([self.processor.image(image, view) for image in images])
+        pixels = torch.stack([self.processor.prepare_image(image, view) for image in images])
         sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
-        framed = [self.processor.framed(*both, view) for both in zip(prompts, sizes, strict=True)]
-        text = self.processor.prompts(framed)
-        watched = Watched((tokens.start, tokens.stop)) if distributions else None
-        with few_threads(self.model, len(prompts)):
-            ids = greedy(
+        framed = [
+            self.processor.map_text_pixels(*both, view) for both in zip(prompts, sizes, strict=True)
+        ]
+        text = self.processor.encode_prompts(framed)
+        watched = LogitRecorder((tokens.start, tokens.stop)) if distributions else None
+        with limit_threads(self.model, len(prompts)):
+            ids = decode_greedily(
                 self.model,
                 {view: pixels.to(device)},
                 text["input_ids"].to(device),
@@ -99,9 +101,9 @@ class VlmBundle:
             probable = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
         answers = []
         for index, (row, size) in enumerate(zip(ids.tolist(), sizes, strict=True)):
-            said = self.processor.read_answer(row)
+            said = self.processor.decode_answer(row)
             places = [
-                moved(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said
+                map_pixel(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said
             ]
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
@@ -114,9 +116,9 @@ class VlmBundle:
             return None
         check_known("question family", (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL), family)
         if family in NUMBERS or family in PIXELS:
-            return self.processor.grammar(NUMBERS.get(family, 0), PIXELS.get(family, 0))
+            return self.processor.coordinate_grammar(NUMBERS.get(family, 0), PIXELS.get(family, 0))
         in_words = {"chain_of_thought": 2, "what_at": 0}  # with so many numbers between the words
-        return self.processor.worded(in_words[family]) if family in in_words else None
+        return self.processor.free_text_grammar(in_words[family]) if family in in_words else None
 
 
 def load_vlm(
@@ -144,7 +146,7 @@ def _load(
     if not isinstance(kind, torch.dtype):
         raise unknown_name("dtype", str(dtype), ["float32", "bfloat16", "float16"])
     model = read(folder, kind)
-    if model.dtype == torch.bfloat16 and not bfloat16_is_fast(place):
+    if model.dtype == torch.bfloat16 and not is_bfloat16_fast(place):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
     torch.nn.Module.to(model, place)
     if place.type == "cpu":
@@ -243,7 +245,7 @@ class Spear1Policy:
         """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
         if not observations:
             return []
-        with few_threads(self.model, len(observations)):
+        with limit_threads(self.model, len(observations)):
             actions = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
@@ -266,7 +268,7 @@ class Spear1Policy:
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
         pixels, there = self._pixels(observations)
         self._watch.look(self.known, observations, states.numpy(), pixels, there)
-        text = self.processor.instructions([o["prompt"] for o in observations], self.cut)
+        text = self.processor.encode_instructions([o["prompt"] for o in observations], self.cut)
         padded = not bool(
             text["attention_mask"].all()
         )  # the network is faster when it need not look
@@ -310,7 +312,9 @@ class Spear1Policy:
             if any(sent):  # a view that nobody has costs nothing
                 width, height = self.image_sizes[view]
                 blank = torch.zeros(3, height, width, dtype=torch.uint8)
-                fitted = (blank if i is None else self.processor.image(i, view) for i in images)
+                fitted = (
+                    blank if i is None else self.processor.prepare_image(i, view) for i in images
+                )
                 pixels[view] = torch.stack([*fitted])
         return pixels, there
 

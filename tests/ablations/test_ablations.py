@@ -35,7 +35,7 @@ from spear.evaluate.compare import references
 from spear.evaluate.results import Journal, Outcome
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
-from spear.models.presets import PRESETS, preset, spear1_config
+from spear.models.presets import PRESETS, build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.report.ablations import write
 from spear.sim.scene import FAMILIES
@@ -84,7 +84,7 @@ def test_every_row_has_its_published_number_and_something_to_compare_with() -> N
 def test_every_row_names_modules_that_its_network_has() -> None:
     models = {}
     for moge in (True, False):
-        config = spear1_config(preset("nano"))
+        config = build_spear1_config(get_preset("nano"))
         if not moge:
             config.vlm_config.moge_config = None
         with torch.device("meta"):
@@ -299,7 +299,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 3, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
     demonstrate(
-        folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, preset("nano").image_sizes, 1
+        folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, get_preset("nano").image_sizes, 1
     )
     return look_at(folder / "labels", folder / "episodes")
 

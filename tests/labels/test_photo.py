@@ -33,7 +33,7 @@ def test_a_photograph_goes_through_the_whole_graph(
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
     pointmap = MogePointMapModel(deepcopy(random_v1()), device="cpu")
-    monkeypatch.setattr(pointmap.model, "most_tokens", 60)
+    monkeypatch.setattr(pointmap.model, "max_tokens", 60)
     monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
     write_labels(
         label_images([photo], detector, segmenter, pointmap, True), tmp_path / "labels.parquet"

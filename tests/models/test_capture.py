@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from spear.models import decode, sampling
 from spear.models.fast import linear, stack
-from spear.models.meter import give_storage
-from spear.models.presets import PRESETS, Preset, spear1_config
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.meter import allocate_storage
+from spear.models.presets import PRESETS, Preset, build_spear1_config
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
 
 Tensor = torch.Tensor
@@ -114,13 +114,13 @@ def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
 
 
 def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
-    """Arguments of `sampling.sample`; full: with padding, missing views and committed actions."""
+    """Arguments of `sampling.sample_actions`; full: with padding, missing views and committed actions."""
     actions = torch.float32, (size.horizon, ACTION_DIM)
     sizes = size.image_sizes.items()
     given = {f"pixels/{view}": (torch.uint8, (3, high, wide)) for view, (wide, high) in sizes}
     given |= {
         "input_ids": (torch.long, (6,)),
-        "state": (torch.float32, (STATE_FEATURES,)),
+        "state": (torch.float32, (NUM_STATE_FEATURES,)),
         "noise": actions,
     }
     if full:
@@ -133,11 +133,11 @@ def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, 
 
 
 def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
-    sampler = sampling.SAMPLER(model, True)
-    sampler.moments(3)  # made before a graph is recorded
+    sampler = sampling.get_sampler(model, True)
+    sampler.time_embeddings(3)  # made before a graph is recorded
     with torch.no_grad(), Watch(model.device.type) as watch:
         if way == "plain":
-            sampling.plain(model, inputs, 3)
+            sampling.sample_plain(model, inputs, 3)
         else:
             sampling._sample(model, sampler, inputs, 3)
     return watch
@@ -152,11 +152,11 @@ def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
     name, device, dtype = request.param
     with torch.device("meta"):  # with fake tensors, drawing weights would look at some
         model = Spear1ForActionPrediction._from_config(
-            spear1_config(SIZES[name]), dtype=dtype
+            build_spear1_config(SIZES[name]), dtype=dtype
         ).eval()
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         if device == "cuda":
-            give_storage(model, device)
+            allocate_storage(model, device)
         yield SIZES[name], model
 
 
@@ -231,9 +231,9 @@ def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
         device="", wait_event=said.append, wait_stream=lambda _: said.append("joined"),
         record_event=lambda: said.append("layer") or said.count("layer") - 1,
     )  # fmt: skip
-    model = Spear1ForActionPrediction._from_config(spear1_config(SIZES["nano"])).eval()
+    model = Spear1ForActionPrediction._from_config(build_spear1_config(SIZES["nano"])).eval()
     given = {n: torch.ones_like(t) for n, t in observation(SIZES["nano"], 1, False, "cpu").items()}
-    sampler = sampling.SAMPLER(model, False)
+    sampler = sampling.get_sampler(model, False)
     with torch.no_grad():
         alone = sampling._sample(model, sampler, given, 2)
         monkeypatch.setattr(sampling, "is_recording", lambda: True)
@@ -242,7 +242,7 @@ def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         assert torch.equal(sampling._sample(model, sampler, given, 2), alone)
         model.expert.bfloat16()
-        sampling._sample(model, sampling.SAMPLER(model, False), given, 2)  # all in turn
+        sampling._sample(model, sampling.get_sampler(model, False), given, 2)  # all in turn
     assert said == ["layer", "layer", 0, 0, 1, "joined"]
 
 

@@ -22,7 +22,7 @@ def allowed(grammar: decode.Grammar | None, said: list[int], left: int) -> set[i
     """The grammars in words: which ids may follow, `left` tokens before the limit (this one included)."""
     if grammar is None:
         return set(range(NUMBER[1]))
-    if not isinstance(grammar, decode.Worded):
+    if not isinstance(grammar, decode.FreeTextGrammar):
         return set(range(*grammar[len(said)])) if len(said) < len(grammar) else {END}
     words = {i for a, b in grammar.words for i in range(a, b)}
     numbers = set(range(*grammar.numbers))
@@ -62,8 +62,8 @@ GRAMMARS: dict[str, decode.Grammar | None] = {
     "numbers and given words": [(7, 8), NUMBER, (9, 10)],
     "nothing to choose": [(7, 8), (9, 10)],
     "nothing": [],
-    "words": decode.Worded(2, ((3, 20),), NUMBER),
-    "some words": decode.Worded(1, ((3, 9), (12, 20)), NUMBER),
+    "words": decode.FreeTextGrammar(2, ((3, 20),), NUMBER),
+    "some words": decode.FreeTextGrammar(1, ((3, 9), (12, 20)), NUMBER),
 }
 
 
@@ -79,7 +79,7 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: st
     if padded == "left":
         ids, mask = left_padded(ids, mask)
     each = {view: images[view][owners] for view in images}
-    found = decode.greedy(model, each, ids, mask if padded else None, most, grammar)
+    found = decode.decode_greedily(model, each, ids, mask if padded else None, most, grammar)
     for row in range(3):
         expected = slowly(
             model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most
@@ -90,12 +90,12 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: st
 
 
 @pytest.mark.parametrize(
-    ("grammar", "needs"), [([NUMBER] * 3, 4), (decode.Worded(2, ((3, 20),), NUMBER), 5)]
+    ("grammar", "needs"), [([NUMBER] * 3, 4), (decode.FreeTextGrammar(2, ((3, 20),), NUMBER), 5)]
 )
 def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
     ids, _ = text(1, 6)
     images = pixels(1, views=("external",))
-    refuses(f"{needs} tokens", decode.greedy, vlm(), images, ids, None, needs - 1, grammar)
+    refuses(f"{needs} tokens", decode.decode_greedily, vlm(), images, ids, None, needs - 1, grammar)
 
 
 def test_a_certain_answer_reads_the_same_every_way() -> None:
@@ -108,10 +108,12 @@ def test_a_certain_answer_reads_the_same_every_way() -> None:
     np.testing.assert_allclose(sure.quantile(1.0), high)
     with pytest.raises(ValueError, match="50"):
         sure.quantile(50)
-    assert (sure.below(low - 1e-6) == 0).all() and (sure.below(high + 1e-6) == 1).all()
-    np.testing.assert_allclose(sure.below((low + high) / 2), 0.5)
+    assert (sure.probability_below(low - 1e-6) == 0).all() and (
+        sure.probability_below(high + 1e-6) == 1
+    ).all()
+    np.testing.assert_allclose(sure.probability_below((low + high) / 2), 0.5)
     np.testing.assert_allclose(sure.spread(), 0.6826894921370859 / 2 * (high - low))
-    assert (sure.below(np.array([-99.0, 99.0])) == [0, 1]).all()
+    assert (sure.probability_below(np.array([-99.0, 99.0])) == [0, 1]).all()
 
 
 def test_mode_mean_and_median_by_hand() -> None:
@@ -123,7 +125,7 @@ def test_mode_mean_and_median_by_hand() -> None:
     p = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6
     d = Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
     for share in (0.02, 0.3, 0.5, 0.975):
-        np.testing.assert_allclose(d.below(d.quantile(share)), share, atol=1e-6)
+        np.testing.assert_allclose(d.probability_below(d.quantile(share)), share, atol=1e-6)
     refuses("did you mean 'median'", d.read, "medain")
 
 

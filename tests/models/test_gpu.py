@@ -6,7 +6,7 @@ import torch
 from models_tiny import START, TINY, actions, pixels, reference, spear1, text, vlm
 from refusals import no_warning
 from spear import flow
-from spear.models.decode import STACK, greedy
+from spear.models.decode import STACK, decode_greedily
 from spear.models.fast.stack import can_compile
 from spear.types import Action
 
@@ -45,12 +45,14 @@ def test_answers_from_graphs() -> None:
     number = (START, START + TINY.bins)
     ids, mask = text(3, 6)
     images, grammar = pixels(3, views=("external",)), [number, (7, 8), number]
-    on_cpu = greedy(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
+    on_cpu = decode_greedily(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
     model.cuda()
     moved = {view: image.cuda() for view, image in images.items()}
     with no_warning():
         for _ in range(2):
-            found = greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammar=grammar)
+            found = decode_greedily(
+                model, moved, ids.cuda(), mask.cuda(), max_new_tokens=8, grammar=grammar
+            )
             assert torch.equal(found.cpu(), on_cpu)
-    assert greedy(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12).shape[1] <= 12
+    assert decode_greedily(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12).shape[1] <= 12
     assert len(STACK(model.language_model, True, can_compile(model.device)).replay._graphs) == 1

@@ -7,7 +7,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from models_tiny import actions, pixels, spear1, text, vlm
-from spear.models.layers import FastRMSNorm, grouped_attention, recompute_layers
+from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_checkpointing
 
 
 def act(model: torch.nn.Module) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_the_same(
 ) -> None:
     model = make().train()
     loss, gradients, kept = step(model, task)
-    recompute_layers(model)
+    set_gradient_checkpointing(model)
     again, recomputed, less = step(model, task)
     assert (
         torch.equal(loss, again) and gradients.keys() == recomputed.keys() and len(gradients) > 50
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_same(
         any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
         and less < 0.7 * kept
     )
-    recompute_layers(model, on=False)
+    set_gradient_checkpointing(model, on=False)
     assert step(model, task)[2] == kept
 
 

@@ -16,8 +16,8 @@ from spear.errors import Notice
 from spear.models import sampling
 from spear.models.fast.linear import FastLinear, Fused, linear
 from spear.models.fast.stack import Stack
-from spear.models.presets import spear1_config, vlm_config
-from spear.models.sampling import SAMPLER
+from spear.models.presets import build_spear1_config, build_vlm_config
+from spear.models.sampling import get_sampler
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.types import Action
 
@@ -165,11 +165,11 @@ def test_gemma2_layers_too() -> None:
         "sliding_window": 4096,
     }
     torch.manual_seed(0)
-    inner = vlm_config(TINY)
+    inner = build_vlm_config(TINY)
     inner.text_config = Gemma2Config(
         **config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2
     )
-    model = Spear1ForActionPrediction(spear1_config(TINY, inner)).eval()
+    model = Spear1ForActionPrediction(build_spear1_config(TINY, inner)).eval()
     for padded in (False, True):
         acted(model, observation(2, ("external",), padded), actions(2, H), 3)
 
@@ -177,13 +177,13 @@ def test_gemma2_layers_too() -> None:
 def test_changed_weights_are_noticed() -> None:
     model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
     acted(model, given, noise, 2)
-    kept = SAMPLER(model, True)
-    assert SAMPLER(model, True) is kept
+    kept = get_sampler(model, True)
+    assert get_sampler(model, True) is kept
     with torch.no_grad():  # as an optimiser does it
         for parameter in model.expert.parameters():
             parameter.mul_(1.3)
     acted(model, given, noise, 2)
-    assert SAMPLER(model, True) is not kept
+    assert get_sampler(model, True) is not kept
     model.load_state_dict(spear1(seed=3).state_dict())
     acted(model, given, noise, 2)
     model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
@@ -194,9 +194,9 @@ def test_changed_weights_are_noticed() -> None:
         parameter.data.copy_(other.data)  # as averages of weights are put in place
     acted(model, given, noise, 2)
     for part in (model.vlm.vision_tower, model.vlm.moge, model.state_proj, model.action_out_proj):
-        kept, weight = SAMPLER(model, True), next(part.parameters())
+        kept, weight = get_sampler(model, True), next(part.parameters())
         weight.data = weight.clone()  # a graph would go on reading where it was
-        assert SAMPLER(model, True) is not kept
+        assert get_sampler(model, True) is not kept
 
 
 def test_a_network_that_inference_mode_made_acts_and_its_changes_are_noticed() -> None:

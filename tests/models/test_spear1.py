@@ -12,7 +12,7 @@ from transformers import AutoModel
 from models_tiny import TINY, actions, left_padded, pixels, spear1, text
 from refusals import refuses
 from spear import flow
-from spear.models.presets import spear1_config
+from spear.models.presets import build_spear1_config
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.types import Action
@@ -43,7 +43,7 @@ def activations(
             if type(module).__name__ in ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"):
                 keep = lambda m, a, out, name=name: kept.update({name: out.detach().clone()})  # noqa: E731
                 hooks.enter_context(module.register_forward_hook(keep))
-        model.predict(model.prefix(images, ids, mask), state, noisy, torch.full((B,), 0.3))
+        model.predict(model.encode_prefix(images, ids, mask), state, noisy, torch.full((B,), 0.3))
     return kept
 
 
@@ -75,11 +75,11 @@ def test_the_expert_does_not_see_padding_or_a_missing_view() -> None:
     noisy, time = actions(B, H), torch.full((B,), 0.3)
     for padded in ((ids, mask), left_padded(ids, mask)):
         together = model.predict(
-            model.prefix(images, *padded, gone), state, noisy, time
+            model.encode_prefix(images, *padded, gone), state, noisy, time
         ).to_vector()
         for row in range(B):
             one = slice(row, row + 1)
-            prefix = model.prefix(
+            prefix = model.encode_prefix(
                 {"external": images["external"][one]}, ids[one, : mask[row].sum()]
             )
             alone = model.predict(
@@ -240,7 +240,9 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
         {"vlm_config": "x"},
         {"expert_config": {"hidden_size": "x"}},
     ):
-        (folder / "config.json").write_text(json.dumps({**spear1_config(TINY).to_dict(), **wrong}))
+        (folder / "config.json").write_text(
+            json.dumps({**build_spear1_config(TINY).to_dict(), **wrong})
+        )
         assert "broken config" in broken(folder)
     unfit: dict[str, Any] = {
         "horizon": "five",
@@ -260,7 +262,7 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
         "vlm_config.text_config": 0,
     }.items():
         part, _, name = key.rpartition(".")
-        changed = spear1_config(TINY).to_dict()
+        changed = build_spear1_config(TINY).to_dict()
         (changed[part] if part else changed)[name] = value
         (folder / "config.json").write_text(json.dumps(changed))
         said = broken(folder)
@@ -276,7 +278,7 @@ def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path
     assert "missing keys, first state_proj.bias" in broken(tmp_path / "less")
     model.save_pretrained(tmp_path / "more", state_dict={**state, "tail.weight": torch.ones(2)})
     assert "unexpected keys, first tail.weight" in broken(tmp_path / "more")
-    config = spear1_config(TINY)
+    config = build_spear1_config(TINY)
     config.vlm_config.text_config.vocab_size += 1
     model.save_pretrained(tmp_path / "other")
     config.save_pretrained(tmp_path / "other")

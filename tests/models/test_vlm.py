@@ -7,17 +7,17 @@ import torch
 
 from models_tiny import START, TINY, left_padded, pixels, spear1, text, vlm
 from refusals import refuses
-from spear.models.layers import positions, prefix_lm_mask
-from spear.models.presets import preset, spear1_config, vlm_config
+from spear.models.layers import compute_position_ids, make_prefix_lm_mask
+from spear.models.presets import build_spear1_config, build_vlm_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
-from spear.models.vlm import IGNORE, token_loss
+from spear.models.vlm import IGNORE_LABEL, token_loss
 
 
 def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
     ids, mask = text(rows, length, last=START + TINY.bins)
     answer = (torch.arange(length) >= prompt) & mask.bool()
-    labels = ids.masked_fill(~answer, IGNORE)
+    labels = ids.masked_fill(~answer, IGNORE_LABEL)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -30,20 +30,22 @@ def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
     model, image = vlm(), pixels(3)["external"]
     siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
     parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
-    (fused,) = model.image_features(image)
+    (fused,) = model.encode_views(image)
     assert fused.shape == (3, 6, 32)
     torch.testing.assert_close(fused, (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)
     plain = vlm(moge=None)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("moge")})
-    torch.testing.assert_close(plain.image_features(image)[0], parts[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(fused, 0.5 * (plain.image_features(image)[0] + parts[1]))
+    torch.testing.assert_close(plain.encode_views(image)[0], parts[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(fused, 0.5 * (plain.encode_views(image)[0] + parts[1]))
 
 
 def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
     valid = torch.tensor([[1, 1, 1, 1, 0]]).bool()
-    mask = prefix_lm_mask(valid, torch.tensor([[0, 0, 1, 1, 0]]).bool())[0, 0].int()
+    mask = make_prefix_lm_mask(valid, torch.tensor([[0, 0, 1, 1, 0]]).bool())[0, 0].int()
     assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-    assert positions(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [[0, 0, 1, 2, 2]]
+    assert compute_position_ids(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [
+        [0, 0, 1, 2, 2]
+    ]
 
 
 def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
@@ -67,7 +69,7 @@ def test_loss_weighs_3d_tokens_by_lambda() -> None:
     log_p = model(images, **{k: v for k, v in inputs.items() if k != "labels"}).logits.log_softmax(
         -1
     )[:, :-1]
-    wanted = labels[:, 1:] != IGNORE
+    wanted = labels[:, 1:] != IGNORE_LABEL
     each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
     coordinate = labels[:, 1:][wanted] >= START
     weight = 1.0 + coordinate
@@ -116,12 +118,12 @@ def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> N
     refuses("no images", model, {}, ids, mask)
     refuses("patch 16, MoGe patch 8", vlm, moge={**(TINY.moge or {}), "patch_size": 8})
     refuses("head_dim is 4, the VLM's is 8", spear1, expert={**TINY.expert, "head_dim": 4})
-    refuses("did you mean 'nano'", preset, "nanno")
+    refuses("did you mean 'nano'", get_preset, "nanno")
 
 
 def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> None:
     """Of a head that says the same of each patch, whose 4 × 4 cells are 4 pixels wide."""
-    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config, cells=4))
+    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config, cells=4))
     image, said, apart = (
         pixels(3)["external"],
         torch.linspace(-1, 1, 16),
@@ -141,12 +143,12 @@ def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> Non
 )
 def test_presets_have_the_papers_size(name: str, vlm_b: float, total_b: float) -> None:
     with torch.device("meta"):
-        model = Spear1ForActionPrediction(spear1_config(preset(name)))
+        model = Spear1ForActionPrediction(build_spear1_config(get_preset(name)))
     assert next(model.parameters()).is_meta
     assert sum(p.numel() for p in model.vlm.parameters()) / 1e9 == pytest.approx(vlm_b, abs=0.01)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(total_b, abs=0.01)
-    patch = preset(name).vision["patch_size"]
-    assert all(w % patch == 0 and h % patch == 0 for w, h in preset(name).image_sizes.values())
+    patch = get_preset(name).vision["patch_size"]
+    assert all(w % patch == 0 and h % patch == 0 for w, h in get_preset(name).image_sizes.values())
 
 
 def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_the_same_loss() -> (

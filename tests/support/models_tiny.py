@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spear import flow
-from spear.models.presets import Preset, _gemma, _sizes, spear1_config, vlm_config
+from spear.models.presets import Preset, _gemma, _sizes, build_spear1_config, build_vlm_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
@@ -30,12 +30,16 @@ START = TINY.vocabulary
 def vlm(seed: int = 0, **changes: Any) -> SpearVLMForConditionalGeneration:
     """A random SPEAR-VLM of the tiny preset; changes are to the preset."""
     torch.manual_seed(seed)
-    return SpearVLMForConditionalGeneration(vlm_config(dataclasses.replace(TINY, **changes))).eval()
+    return SpearVLMForConditionalGeneration(
+        build_vlm_config(dataclasses.replace(TINY, **changes))
+    ).eval()
 
 
 def spear1(seed: int = 0, **changes: Any) -> Spear1ForActionPrediction:
     torch.manual_seed(seed)
-    return Spear1ForActionPrediction(spear1_config(dataclasses.replace(TINY, **changes))).eval()
+    return Spear1ForActionPrediction(
+        build_spear1_config(dataclasses.replace(TINY, **changes))
+    ).eval()
 
 
 def pixels(
@@ -81,6 +85,6 @@ def reference(
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
     with torch.no_grad():
-        prefix = model.prefix(**{k: v for k, v in given.items() if k != "state"})
+        prefix = model.encode_prefix(**{k: v for k, v in given.items() if k != "state"})
         predict = partial(model.predict, prefix, given["state"])
         return flow.integrate(predict, noise, steps, model.flow, committed).to_vector()

@@ -120,7 +120,7 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
     weights: dict[str, torch.Tensor] = {}
     for ours, weight in MogeV1(config).state_dict().items():
         value = weight + 0.1 * torch.randn_like(weight)
-        name = moge_checkpoint.published_name(ours, moge_checkpoint._PREFIXES[1])
+        name = moge_checkpoint.to_published_name(ours, moge_checkpoint._PREFIXES[1])
         weights[name] = torch.cat([weights[name], value]) if name in weights else value
     for name, values in moge_checkpoint._CONSTANTS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)

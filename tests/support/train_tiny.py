@@ -16,9 +16,9 @@ import torch
 from models_tiny import START, TINY, actions, pixels, spear1, text
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.models.presets import spear1_config, vlm_config
+from spear.models.presets import build_spear1_config, build_vlm_config
 from spear.models.processing import Processor, train_tokenizer
-from spear.models.spear1 import STATE_FEATURES, Spear1ForActionPrediction
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.loop import RunOptions
@@ -59,9 +59,9 @@ def save_policy(folder: Path) -> Path:
     """A random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
     processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
-    vlm = vlm_config(TINY, len(processor.tokenizer), processor.coordinate_ids.start)
+    vlm = build_vlm_config(TINY, len(processor.tokenizer), processor.coordinate_ids.start)
     torch.manual_seed(0)
-    Spear1ForActionPrediction(spear1_config(TINY, vlm)).save_pretrained(folder)
+    Spear1ForActionPrediction(build_spear1_config(TINY, vlm)).save_pretrained(folder)
     processor.save(folder)
     return folder
 
@@ -132,7 +132,9 @@ class Acting:
             },
             "input_ids": ids,
             "attention_mask": mask,
-            "state": torch.randn(2, STATE_FEATURES, generator=torch.Generator().manual_seed(step)),
+            "state": torch.randn(
+                2, NUM_STATE_FEATURES, generator=torch.Generator().manual_seed(step)
+            ),
             "actions": actions(2, TINY.horizon, seed=step).to_vector(),
             "action_mask": torch.ones(2, TINY.horizon, dtype=torch.bool),
             "questions": {

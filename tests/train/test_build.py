@@ -16,7 +16,7 @@ from spear.data.normalize import Normalizer
 from spear.errors import Notice
 from spear.flow import FlowConfig
 from spear.labels.store import write_labels
-from spear.models.presets import preset, vlm_config
+from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import load_vlm, locate
 from spear.tokens import init_new_embeddings
@@ -99,8 +99,8 @@ def test_labels_that_do_not_go_together_are_said(inputs: TrainingInputs, tmp_pat
 
 def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(tmp_path: Path) -> None:
     """A VLM of a preset's encoders may have another language model: PaliGemma 2's."""
-    processor, size = load_vlm("nano").processor, preset("nano")
-    config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
+    processor, size = load_vlm("nano").processor, get_preset("nano")
+    config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
     fields = {**config.text_config.to_dict(), **sizes, "num_key_value_heads": 3, "head_dim": 32}
     config.text_config = AutoConfig.for_model(

@@ -20,8 +20,8 @@ from torch.utils._device import _device_constructors
 from models_tiny import TINY
 from refusals import refuses
 from spear.models import devices
-from spear.models.devices import bfloat16_is_fast, choose_device, few_threads
-from spear.models.presets import vlm_config
+from spear.models.devices import choose_device, is_bfloat16_fast, limit_threads
+from spear.models.presets import build_vlm_config
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.train import loop
 from spear.train.optimize import Stepper
@@ -45,12 +45,12 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
             ("AVX2", 0),
         ):
             monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-            assert bfloat16_is_fast(CUDA) and bfloat16_is_fast(CPU) == bool(has and fast)
+            assert is_bfloat16_fast(CUDA) and is_bfloat16_fast(CPU) == bool(has and fast)
 
     asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
     plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")
     for fast, used in ((True, asked), (False, plain)):
-        monkeypatch.setattr(loop, "bfloat16_is_fast", lambda _, fast=fast: fast)
+        monkeypatch.setattr(loop, "is_bfloat16_fast", lambda _, fast=fast: fast)
         out = tmp_path / str(fast)
         assert (
             loop.resolve_optimization(asked, out, CPU) == used
@@ -58,7 +58,7 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
         )
         go(Regression(), loop.resolve_optimization(asked, out, CPU), out)
         monkeypatch.setattr(
-            loop, "bfloat16_is_fast", lambda _, fast=fast: not fast
+            loop, "is_bfloat16_fast", lambda _, fast=fast: not fast
         )  # on another machine
         assert loop.resolve_optimization(asked, out, CPU) == used
 
@@ -69,7 +69,7 @@ def test_a_small_network_acts_by_one_thread() -> None:
     try:
         small, large = (torch.nn.Linear(n, 1000, bias=False, device="meta") for n in (6400, 10**6))
         for model, inputs, used in ((small, 1, 1), (small, 32, 2), (large, 1, 4)):
-            with pytest.raises(ZeroDivisionError), few_threads(model, inputs):
+            with pytest.raises(ZeroDivisionError), limit_threads(model, inputs):
                 assert torch.get_num_threads() == used
                 raise ZeroDivisionError
             assert torch.get_num_threads() == 4
@@ -148,7 +148,7 @@ def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]
 
 
 def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
-    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(TINY).moge_config))
+    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config))
     with Placed() as placed:
         pictures = torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu")
         model(pictures, torch.ones(2, 32, 48, device="cpu")).loss.backward()

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from spear.models.meter import give_storage
+from spear.models.meter import allocate_storage
 from spear.train import optimize, parallel
 from spear.train.checkpoint import Checkpoints
 from spear.train.optimize import Stepper
@@ -53,7 +53,7 @@ def count_looks() -> None:
 def prepared(device: str, sharded: bool = False, **changes: Any) -> Stepper:
     tasks.append(task := Robot())
     with FAKE:
-        give_storage(task.model, device)
+        allocate_storage(task.model, device)
         opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
         return Stepper(task, opt, seed=0, sharded=sharded)
 

@@ -8,7 +8,7 @@ import torch
 
 from spear.data.actions import HORIZON
 from spear.labels.questions.templates import FAMILIES
-from spear.models.presets import preset, spear1_config
+from spear.models.presets import build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.tokens import CoordinateTokenizer
 from spear.train import recipes
@@ -44,7 +44,7 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
     bridge, droid = (dataclasses.asdict(get_recipe(name)) for name in PAPER[3:])
     assert {key for key in bridge if bridge[key] != droid[key]} == {"name", "description"}
     # The model: where the paper is silent, π0's numbers, or our choice, which `FlowConfig` says.
-    config = spear1_config(preset("spear1"))
+    config = build_spear1_config(get_preset("spear1"))
     weights = {f"{part}_weight": 1.0 for part in ("translation", "rotation", "gripper", "geodesic")}
     losses = {
         "rotation": "s3",
@@ -61,7 +61,7 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
         4.0,
     )
     vlm = config.vlm_config
-    assert list(preset("spear1").image_sizes.items()) == [
+    assert list(get_preset("spear1").image_sizes.items()) == [
         ("external", (280, 210)),
         ("wrist", (112, 112)),
     ]
@@ -94,7 +94,9 @@ def test_a_recipe_has_keys_and_values_that_set_would_take() -> None:
 def test_every_recipe_names_modules_that_exist_and_the_papers_freeze_what_it_says() -> None:
     with torch.device("meta"):
         sizes = {stage.preset for stage in RECIPES.values()}
-        models = {size: Spear1ForActionPrediction(spear1_config(preset(size))) for size in sizes}
+        models = {
+            size: Spear1ForActionPrediction(build_spear1_config(get_preset(size))) for size in sizes
+        }
     learned = {}
     for stage in RECIPES.values():
         if stage.kind != "depth":

@@ -121,7 +121,7 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamesp
         vlm = weights.load(SpearVLMForConditionalGeneration, walked.folders[name]).eval()
         assert (vlm.moge is None) == (name == "nano-vlm-0")
         with torch.no_grad():
-            tokens.append(vlm.image_features(pixels)[0])
+            tokens.append(vlm.encode_views(pixels)[0])
     before, start, after = tokens
     torch.testing.assert_close(start, before, rtol=1e-5, atol=1e-5)
     assert (after - before).abs().max() > 1e-4

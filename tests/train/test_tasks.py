@@ -93,7 +93,7 @@ def test_a_question_is_about_its_own_image_and_its_places_are_where_the_model_se
         for image, said in zip(pixels[batch["image_index"]].int(), batch["labels"], strict=True):
             number = round(float(image[0].max()) / 20)
             (o,) = (label.objects[0] for label in labels[view] if label.source == f"test/{number}")
-            (answer,) = processor.read_answer(said[said >= 0].tolist())
+            (answer,) = processor.decode_answer(said[said >= 0].tolist())
             if isinstance(answer, float):
                 true = float(np.linalg.norm(o.box3d.center))
                 assert processor.coordinates.encode(answer) == processor.coordinates.encode(true)

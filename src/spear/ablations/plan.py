@@ -16,7 +16,7 @@ from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage,
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, counted
 from spear.labels.store import count_labels
-from spear.models.presets import preset
+from spear.models.presets import get_preset
 from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES
 from spear.train.options import Recipe
@@ -64,7 +64,7 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
     from spear.sim_data.demonstrations import demonstrate  # here: a plan does without PyTorch
     from spear.sim_data.label_scenes import label_scenes
 
-    (labels, episodes), sizes = _folders(options), dict(preset(PRESET).image_sizes)
+    (labels, episodes), sizes = _folders(options), dict(get_preset(PRESET).image_sizes)
     with lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
@@ -244,7 +244,7 @@ def _training(
 ) -> Training:
     fields = {k: v for k, v in dataclasses.asdict(one).items() if k not in ("name", "description")}
     # rate_hz was a field of presets: the keys of scores that are kept have it.
-    size = {**dataclasses.asdict(preset(one.preset)), "rate_hz": 5.0}
+    size = {**dataclasses.asdict(get_preset(one.preset)), "rate_hz": 5.0}
     # A recipe that says what its preset or a default says is the same as one that says nothing.
     size["flow"] = {**dataclasses.asdict(FlowConfig()), **size["flow"], **fields.pop("flow")}
     if one.kind != "vla" or size["flow"]["steps"] == FlowConfig.steps:  # of acting

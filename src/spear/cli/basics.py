@@ -109,7 +109,7 @@ def record(options: RecordOptions) -> None:
         spear record --episodes 3000 --out runs/episodes
         spear record --policy nano --first-seed 40000 --out runs/corrections
     """
-    from spear.models.presets import preset as find_preset
+    from spear.models.presets import get_preset as find_preset
     from spear.sim_data.demonstrations import demonstrate
 
     o, sizes = options, find_preset(options.preset).image_sizes
@@ -137,7 +137,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
         spear record simpler --episodes 80 --out runs/simpler-episodes
     """
     from spear.evaluate.simpler.record import demonstrate
-    from spear.models.presets import preset as find_preset
+    from spear.models.presets import get_preset as find_preset
 
     o, height = options, find_preset(options.preset).image_sizes["external"][1]
     how = o.first_seed, height, o.workers, o.assets
@@ -199,10 +199,10 @@ def doctor(options: DoctorOptions) -> None:
     """
     from spear import doctor as machine
     from spear.models.devices import choose_device
-    from spear.models.presets import preset
+    from spear.models.presets import get_preset
     from spear.report.page import render
 
-    size, device = preset(options.preset), choose_device(options.device)
+    size, device = get_preset(options.preset), choose_device(options.device)
     facts = machine.about(size, device)
     lines = [f"{what}: {which}  " for what, which in facts]
     lines += ["", f"| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|"]

@@ -55,11 +55,11 @@ def convert_backbones(options: BackbonesOptions) -> None:
         spear convert backbones google/paligemma-3b-pt-224 Ruicheng/moge-vitl --coordinates runs/labels
         spear convert backbones ./paligemma-3b-pt-224 ./moge-vitl/model.pt --dry-run
     """
-    from spear.models.presets import preset
+    from spear.models.presets import get_preset
     from spear.models.processing import Processor
     from spear.models.weights.backbones import plan_backbones
 
-    size = preset(options.preset)
+    size = get_preset(options.preset)
     moge = None if options.moge == "none" else options.moge
     plan = plan_backbones(options.paligemma, moge, options.preset)
     processor = None

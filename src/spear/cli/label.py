@@ -69,11 +69,11 @@ def label(options: LabelOptions) -> None:
             )
     else:
         from spear.labels.sources import parse_scene_seeds
-        from spear.models.presets import preset
+        from spear.models.presets import get_preset
         from spear.sim_data.label_scenes import label_scenes
 
         out, scene, workers = options.out, options.scene, options.work.workers
-        sizes = preset(scene.preset).image_sizes
+        sizes = get_preset(scene.preset).image_sizes
         if simpler:
             from spear.evaluate.simpler.record import label_tasks
 

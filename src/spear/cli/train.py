@@ -23,7 +23,7 @@ def train(options: TrainOptions) -> None:
         spear train nano-post --episodes my_rlds_folder --init nano --out runs/my_robot
         torchrun --nproc-per-node 8 --no-python spear train post-train-bridge … --parallel fsdp
     """
-    from spear.models.presets import preset
+    from spear.models.presets import get_preset
     from spear.train.recipes import RECIPES, get_recipe
 
     if options.recipe == "list":
@@ -32,7 +32,7 @@ def train(options: TrainOptions) -> None:
         return
     changes = key_values(options.set, preset=options.preset, steps=options.steps)
     stage = get_recipe(options.recipe, **changes)
-    preset(stage.preset)
+    get_preset(stage.preset)
     check_inputs(stage, options)
     out = options.out or Path("runs") / stage.name
 
@@ -77,7 +77,7 @@ def plan(options: PlanOptions) -> None:
     """
     import torch
 
-    from spear.models.presets import preset
+    from spear.models.presets import get_preset
     from spear.train import memory
     from spear.train.recipes import get_recipe
 
@@ -89,7 +89,7 @@ def plan(options: PlanOptions) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             name = str(dtype).removeprefix("torch.")
             needed = memory.inference(
-                preset(options.preset or "spear1"), dtype, options.batch_size or 1
+                get_preset(options.preset or "spear1"), dtype, options.batch_size or 1
             )
             parts = f"weights {_gib(needed.weights)} + activations {_gib(needed.activations)}"
             word = "fits" if needed.total <= capacity else "does not fit"

@@ -11,43 +11,43 @@ from spear.errors import SpearError, counted
 from spear.models.fast.small import SMALL, SmallStack
 from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill, views
 
-Range = tuple[int, int]
+TokenRange = tuple[int, int]
 """Token ids [first, last)."""
 
 
 @dataclass(frozen=True)
-class Worded:
+class FreeTextGrammar:
     """The grammar of answers in free words with exactly `count` 3D tokens between them, the first and the
     last token a word. words, numbers: the ids of either; the end token is not a word."""
 
     count: int
-    words: tuple[Range, ...]
-    numbers: Range
+    words: tuple[TokenRange, ...]
+    numbers: TokenRange
 
 
-Grammar = Sequence[Range] | Worded
+Grammar = Sequence[TokenRange] | FreeTextGrammar
 """What an answer must look like. A list of ranges: for each token in order, the ids it may come from; after
 the last range the answer ends."""
 
 
 @dataclass(frozen=True)
-class Watched:
+class LogitRecorder:
     """Collects the logits [N, last - first] float32 of some ids, step by step, before a grammar forbids any;
     none after the last choice, where nothing is computed."""
 
-    ids: Range
+    ids: TokenRange
     logits: list[Tensor] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def greedy(
+def decode_greedily(
     vlm: Any,
     pixel_values: Mapping[str, Tensor],
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 64,
     grammar: Grammar | None = None,
-    watched: Watched | None = None,
+    watched: LogitRecorder | None = None,
 ) -> Tensor:
     """The likeliest token at each step, until the end token or `max_new_tokens`.
 
@@ -60,7 +60,7 @@ def greedy(
     """
     config, device = vlm.config.text_config, input_ids.device
     words: _Words | None = None
-    if grammar is None or isinstance(grammar, Worded):
+    if grammar is None or isinstance(grammar, FreeTextGrammar):
         words = _Words(grammar, input_ids, max_new_tokens, config)
         spans, least = (
             [(0, config.vocab_size)] * max_new_tokens,
@@ -94,12 +94,12 @@ def _decode(
     vlm: Any,
     layers: Stack,
     inputs: Inputs,
-    spans: Sequence[Range],
+    spans: Sequence[TokenRange],
     words: "_Words | None" = None,
-    watched: Watched | None = None,
+    watched: LogitRecorder | None = None,
 ) -> Tensor:
-    """Answers [N, T]. inputs: as `greedy` makes them. spans: of the token at every step. words: None where
-    the spans say all."""
+    """Answers [N, T]. inputs: as `decode_greedily` makes them. spans: of the token at every step. words: None
+    where the spans say all."""
     features, _ = vlm.encode_images(*views(inputs))
     text = vlm.embed_text(inputs["input_ids"])
     other = (
@@ -119,11 +119,11 @@ def _decode(
     answer: list[Tensor] = []
     for step, (low, high) in enumerate(spans):
         if watched is not None and step <= last_choice:
-            watched.logits.append(vlm.head(hidden, *watched.ids).float())
+            watched.logits.append(vlm.compute_logits(hidden, *watched.ids).float())
         if high - low == 1:
             token = torch.full_like(prefix.places, low)
         else:
-            logits = vlm.head(hidden, low, high).float()
+            logits = vlm.compute_logits(hidden, low, high).float()
             token = low + (logits.argmax(-1) if words is None else words.choose(logits))
         answer.append(token)
         if step >= last_choice:
@@ -141,9 +141,11 @@ def _decode(
 
 
 class _Words:
-    """Answers that end where they like, free or `Worded` ones, as far as they are; kept on the device."""
+    """Answers that end where they like, free or `FreeTextGrammar` ones, as far as they are."""
 
-    def __init__(self, grammar: Worded | None, prompts: Tensor, most: int, config: Any) -> None:
+    def __init__(
+        self, grammar: FreeTextGrammar | None, prompts: Tensor, most: int, config: Any
+    ) -> None:
         self.end, self.pad, self.most = config.eos_token_id, config.pad_token_id, most
         self.step, self.grammar = 0, grammar
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)

@@ -13,7 +13,7 @@ from spear.errors import SpearError, counted, unknown_name
 from spear.models.fast.linear import CPU, HAS_BFLOAT16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
-MAPPED = 2**25
+MAX_MMAP_THRESHOLD_BYTES = 2**25
 """Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
 _PARAMETERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -48,7 +48,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def bfloat16_is_fast(device: torch.device) -> bool:
+def is_bfloat16_fast(device: torch.device) -> bool:
     """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's AVX-512.
 
     With Intel's AVX-512 it takes longer, since everything beside the matrix products has to convert. On AMD's
@@ -65,7 +65,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 @contextmanager
-def few_threads(model: nn.Module, inputs: int) -> Iterator[None]:
+def limit_threads(model: nn.Module, inputs: int) -> Iterator[None]:
     """Within it, PyTorch has as many threads as a model's inference on a CPU surely gains from, if so many.
 
     One for every 100 million parameters × inputs (our choice). An action of nano takes as long by two as by
@@ -90,5 +90,5 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(
-        mallopt(M_MMAP_THRESHOLD, MAPPED) and mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD_BYTES) and mallopt(M_TRIM_THRESHOLD, -1)
     )

@@ -28,9 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-IMPLEMENTATION = "spear"
+ATTENTION_NAME = "spear"
 """The name under which Transformers knows `grouped_attention`; our configs ask for it by default."""
-CACHE = (
+CACHE_ARGUMENT = (
     "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 )
 """What Gemma and its layers call their cache: "past_key_values" in Transformers before 5.24."""
@@ -57,7 +57,7 @@ class PortableConfig(PreTrainedConfig):
         return fields
 
 
-class Apart(list[int]):
+class BlockDiagonalMask(list[int]):
     """In place of a mask: lengths of sequences that lie side by side, none of which sees another."""
 
 
@@ -66,7 +66,7 @@ def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Apart | None,
+    attention_mask: Tensor | BlockDiagonalMask | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -79,7 +79,7 @@ def grouped_attention(
     key-value head: seven times faster, forward and backward. On other devices, and for the encoders when they
     do not learn, this is Transformers' SDPA, where that can do it.
     """
-    if isinstance(attention_mask, Apart):
+    if isinstance(attention_mask, BlockDiagonalMask):
         parts = zip(*(t.split(attention_mask, dim=2) for t in (query, key, value)), strict=True)
         found = [
             grouped_attention(module, q, k, v, None, scaling, softcap, **kwargs)[0]
@@ -106,23 +106,23 @@ def grouped_attention(
     return output.view(batch, heads, length, width).transpose(1, 2), None
 
 
-AttentionInterface.register(IMPLEMENTATION, grouped_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, grouped_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def choose_attention(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config, asking for `grouped_attention` in all its parts unless the user asked for another."""
     if config._attn_implementation is None:
-        config._attn_implementation = IMPLEMENTATION
+        config._attn_implementation = ATTENTION_NAME
     return config
 
 
-def positions(valid: Tensor) -> Tensor:
+def compute_position_ids(valid: Tensor) -> Tensor:
     """[B, S] bool -> [B, S] position ids: how many valid tokens come before (padding takes no place)."""
     return (valid.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
+def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
     """PaliGemma's mask: the prefix (images and prompt) sees all of itself, the answer sees what came before.
 
     valid [B, S] bool: not padding. causal [B, S] bool: the token belongs to the answer. -> [B, 1, S, S].
@@ -132,7 +132,7 @@ def prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
     return ((earlier | ~causal[:, None, :]) & valid[:, None, :])[:, None]
 
 
-def suffix_mask(valid: Tensor, horizon: int, samples: int) -> Tensor:
+def make_suffix_mask(valid: Tensor, horizon: int, samples: int) -> Tensor:
     """The paper's block-wise mask for [proprioception, `samples` independent chunks of `horizon` actions].
 
     The state sees the prefix and itself; the actions of a chunk see the prefix, the state and each other,
@@ -148,17 +148,17 @@ def suffix_mask(valid: Tensor, horizon: int, samples: int) -> Tensor:
     return torch.cat([valid[:, None, :].expand(-1, tokens, -1), own], dim=-1)[:, None]
 
 
-def mask_for(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def prepare_mask(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as the attention that a model was asked to use takes it: Transformers' "eager" adds it."""
-    return as_bias(allowed, dtype) if model.config._attn_implementation == "eager" else allowed
+    return mask_to_bias(allowed, dtype) if model.config._attn_implementation == "eager" else allowed
 
 
-def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_to_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: 0 where attention is allowed, else the least number."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def sinusoids(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
+def embed_flow_time(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
     """π0's embedding of the flow time, [...] -> [..., width] float32: sines, cosines; geometric periods."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=time.device)
     # Angles reach 1,600 rad: rounded in another order than π0's, they would differ from those of its weights.
@@ -192,7 +192,7 @@ class KVCache:
         return keys, values
 
 
-def recompute_layers(model: nn.Module, on: bool = True) -> None:
+def set_gradient_checkpointing(model: nn.Module, on: bool = True) -> None:
     """Turn gradient checkpointing of all transformer layers in `model` on or off.
 
     Layers then keep only their input, and compute the rest again on the way back: the same losses and
@@ -208,7 +208,7 @@ def recompute_layers(model: nn.Module, on: bool = True) -> None:
 
 def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """One layer. Its keys and values go into the cache here, once, and not when the layer runs again."""
-    cache: KVCache | None = kwargs.get(CACHE)
+    cache: KVCache | None = kwargs.get(CACHE_ARGUMENT)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if cache is None or cache.frozen:
@@ -216,7 +216,7 @@ def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
     def whole(*args: Any) -> tuple[Any, Tensor, Tensor]:
         own = KVCache()
-        result = forward(*args, **{**kwargs, CACHE: own})
+        result = forward(*args, **{**kwargs, CACHE_ARGUMENT: own})
         return result, own.keys[0], own.values[0]
 
     result, keys, values = checkpoint(whole, *args, use_reentrant=False)
@@ -224,7 +224,7 @@ def _run_checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Model:
+def build_language_model(config: GemmaConfig | Gemma2Config) -> GemmaModel | Gemma2Model:
     """Transformers' Gemma, or Gemma 2 (PaliGemma 2's), same parameters and results, with `FastRMSNorm`s.
 
     Every layer of a Gemma 2 sees the whole sequence: its window of 4,096 tokens is longer than any of ours.

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 
-class Meter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make while it is on: `live` now, `peak` at most."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-def give_storage(model: torch.nn.Module, device: str = "cpu") -> None:
+def allocate_storage(model: torch.nn.Module, device: str = "cpu") -> None:
     """Replace meta tensors, which have a shape alone, by fake ones (of the mode that is on) with storage."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -41,7 +41,7 @@ class Preset:
     prompt_tokens: int = 64
 
 
-TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 """Gemma's, and the nano tokenizer's."""
 
 _PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
@@ -99,16 +99,16 @@ _ALL = (
         expert=_gemma(1024, 18, 8, intermediate_size=4096, head_dim=256),
     ),
 )
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+PRESETS: dict[str, Preset] = {size.name: size for size in _ALL}
 
 
-def preset(name: str) -> Preset:
+def get_preset(name: str) -> Preset:
     """The preset of that name; raises SpearError, suggesting the nearest name, when there is none."""
     check_known("preset", PRESETS, name)
     return PRESETS[name]
 
 
-def vlm_config(
+def build_vlm_config(
     size: Preset,
     vocabulary: int | None = None,
     coordinate_start: int | None = None,
@@ -133,7 +133,7 @@ def vlm_config(
         "text_config": {
             **size.text,
             "vocab_size": vocabulary or size.vocabulary + size.bins,
-            **TOKEN_IDS,
+            **SPECIAL_TOKEN_IDS,
         },
     }
     return SpearVLMConfig(
@@ -145,21 +145,21 @@ def vlm_config(
     )
 
 
-def spear1_config(
+def build_spear1_config(
     size: Preset, vlm: "SpearVLMConfig | None" = None, expert: Mapping[str, Any] | None = None
 ) -> "Spear1Config":
     """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default). expert: the fields
     of one that exists; a new one is as wide as the preset's and as deep as the VLM that it is around."""
-    from spear.models.spear1 import SHARED, Spear1Config
+    from spear.models.spear1 import SHARED_WITH_VLM, Spear1Config
 
     if expert is None:
         expert = {
             **size.expert,
-            **({name: getattr(vlm.text_config, name) for name in SHARED} if vlm else {}),
+            **({name: getattr(vlm.text_config, name) for name in SHARED_WITH_VLM} if vlm else {}),
         }
     return Spear1Config(
-        vlm_config=vlm or vlm_config(size),
-        expert_config={**expert, "vocab_size": 1, **dict.fromkeys(TOKEN_IDS)},
+        vlm_config=vlm or build_vlm_config(size),
+        expert_config={**expert, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)},
         horizon=size.horizon,
         flow=dict(size.flow),
     )

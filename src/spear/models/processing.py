@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from spear.errors import SpearError, check_known, notice
 from spear.models import vlm
-from spear.models.decode import Worded
-from spear.models.presets import TOKEN_IDS, Preset
+from spear.models.decode import FreeTextGrammar
+from spear.models.presets import SPECIAL_TOKEN_IDS, Preset
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question, Segments
 from spear.util.files import read_as
 from spear.util.images import fit_image, placed
 
-LOCATIONS = 1024
+NUM_LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
 """PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
 _STEP = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
@@ -33,11 +33,11 @@ _PLACE = re.compile(_STEP * 2)
 _PIECES = re.compile(rf"(?:[^<[]+|{_PLACE.pattern}|[<[](?!\S))+|[<[]")
 """Of a text, what is tokenized by itself: what opens the name of a token stands alone, but for places."""
 Size = tuple[int, int]
-SIZES_TOLD, TEXTS_KEPT = 32, 2**14
+MAX_NOTIFIED_SIZES, MAX_CACHED_TEXTS = 32, 2**14
 """Image sizes that a processor warns about, texts whose tokens it keeps: ever new ones take no memory."""
 
 
-def window(source: Size, target: Size) -> tuple[float, float, float, float]:
+def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
     """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included:
     `fit_image` puts it at whole pixels. Sizes are (width, height).
     """
@@ -46,9 +46,9 @@ def window(source: Size, target: Size) -> tuple[float, float, float, float]:
     return -left * x, -top * y, target[0] * x, target[1] * y
 
 
-def moved(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel:
+def map_pixel(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel:
     """A place in an image as one in its fitted version, or, back, the reverse, where padding has none."""
-    left, top, width, height = window(source, target)
+    left, top, width, height = visible_window(source, target)
     if max(abs(left), abs(top)) < 1e-6:
         return place
     (w, h), most = source, 1 - 1e-6
@@ -58,11 +58,11 @@ def moved(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel
     return Pixel(min(max(x, 0.0), most), min(max(y, 0.0), most))
 
 
-def fitting(source: Size, target: Size) -> str | None:
+def describe_fit(source: Size, target: Size) -> str | None:
     """What an image loses in the target's size, in words: by padding, where the aspects differ by a hundredth
     or more, and by being enlarged by a quarter or more (our choice); else None. Sizes are (width, height)."""
     (w, h), (tw, th) = source, target
-    _, _, width, height = window(source, target)
+    _, _, width, height = visible_window(source, target)
     across, down = 1 - w / width, 1 - h / height
     bars, scale = max(across, down), tw / width
     where = "left and right" if across > down else "above and below"
@@ -113,10 +113,10 @@ class Processor:
         tokenizer = train_tokenizer(texts, size.vocabulary)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
 
-    def image(self, image: Array, view: str) -> Tensor:
+    def prepare_image(self, image: Array, view: str) -> Tensor:
         """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
 
-        Gives a `Notice`, once per view and size, of what `fitting` says (for `SIZES_TOLD` sizes at most).
+        Gives a `Notice`, once per view and size, of what `describe_fit` says (`MAX_NOTIFIED_SIZES` at most).
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
@@ -124,43 +124,51 @@ class Processor:
             np.require(fit_image(image, height, width), requirements=["C", "W"])
         )
         size = (image.shape[1], image.shape[0])
-        if (view, size) not in self._told and len(self._told) < SIZES_TOLD:
-            loss = fitting(size, (width, height))
+        if (view, size) not in self._told and len(self._told) < MAX_NOTIFIED_SIZES:
+            loss = describe_fit(size, (width, height))
             advice = "give images of that aspect and size to use all of it"
             if loss is None or notice(f"images of view {view!r}: {loss}: {advice}"):
                 self._told.add((view, size))
         return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
-    def framed(self, text: str, size: Size, view: str) -> str:
+    def map_text_pixels(self, text: str, size: Size, view: str) -> str:
         """A text about an image of this (width, height), its location tokens as in what the model sees."""
 
         def there(found: re.Match[str]) -> str:
-            y, x = ((int(step) + 0.5) / LOCATIONS for step in found.groups())
-            return str(moved(Pixel(x, y), size, self.image_sizes[view]))
+            y, x = ((int(step) + 0.5) / NUM_LOCATIONS for step in found.groups())
+            return str(map_pixel(Pixel(x, y), size, self.image_sizes[view]))
 
         return _PLACE.sub(there, text)
 
-    def framed_question(self, question: Question, size: Size, view: str) -> Question:
+    def map_question_pixels(self, question: Question, size: Size, view: str) -> Question:
         """A question with its answer, likewise."""
         target = self.image_sizes[view]
-        answer = [moved(s, size, target) if isinstance(s, Pixel) else s for s in question.segments]
-        return replace(question, prompt=self.framed(question.prompt, size, view), segments=answer)
+        answer = [
+            map_pixel(s, size, target) if isinstance(s, Pixel) else s for s in question.segments
+        ]
+        return replace(
+            question, prompt=self.map_text_pixels(question.prompt, size, view), segments=answer
+        )
 
-    def prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
+    def encode_prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """input_ids and attention_mask [N, L] of texts, padded on the right.
 
         As PaliGemma's: `<bos>`, the text, a newline. Of the names of tokens in a text only places (`Pixel`)
         become tokens. Raises SpearError for an empty or too long text, unless that is to be cut, with a
-        notice, as in training, which one instruction does not end. There lengths are as `vlm.LENGTHS` says.
+        notice, as in training, which one instruction does not end. Lengths: `vlm.PAD_LENGTH_TO_MULTIPLE`.
         """
-        return self._pad([self._prompt(text, cut) for text in texts], vlm.LENGTHS if cut else 1)
+        return self._pad(
+            [self._prompt(text, cut) for text in texts], vlm.PAD_LENGTH_TO_MULTIPLE if cut else 1
+        )
 
-    def instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
+    def encode_instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
         """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
         acting: how somebody types shall not change what the robot does (our choice)."""
-        return self.prompts([" ".join(text.lower().split()).rstrip(" .!") for text in texts], cut)
+        return self.encode_prompts(
+            [" ".join(text.lower().split()).rstrip(" .!") for text in texts], cut
+        )
 
-    def questions(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+    def encode_questions(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and
         labels. Raises `SpearError` for numbers in another unit than the 3D tokens'."""
         for question in questions:
@@ -169,22 +177,27 @@ class Processor:
                 cure = f"the 3D tokens in {self.coordinates.unit!r}: use tokens fitted on labels of one unit"
                 raise SpearError(f"{what}, {cure}")
         prompts = [self._prompt(question.prompt, cut=True) for question in questions]
-        answers = [[*self.answer_ids(q.segments), self.tokenizer.eos_token_id] for q in questions]
-        batch = self._pad([p + a for p, a in zip(prompts, answers, strict=True)], vlm.LENGTHS)
+        answers = [
+            [*self.encode_answer(q.segments), self.tokenizer.eos_token_id] for q in questions
+        ]
+        batch = self._pad(
+            [p + a for p, a in zip(prompts, answers, strict=True)], vlm.PAD_LENGTH_TO_MULTIPLE
+        )
         place = torch.arange(batch["input_ids"].shape[1])
         start = torch.tensor([len(p) for p in prompts])[:, None]
         answered = (place >= start) & batch["attention_mask"].bool()
-        labels = batch["input_ids"].masked_fill(~answered, vlm.IGNORE)
+        labels = batch["input_ids"].masked_fill(~answered, vlm.IGNORE_LABEL)
         return {**batch, "token_type_ids": answered.long(), "labels": labels}
 
-    def answer_ids(self, segments: Segments) -> list[int]:
+    def encode_answer(self, segments: Segments) -> list[int]:
         """An answer as token ids: numbers as 3D tokens, pixels as two location tokens (y, then x)."""
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Pixel):
                 for fraction in (segment.y, segment.x):
                     ids.append(
-                        self.location_start + min(max(int(fraction * LOCATIONS), 0), LOCATIONS - 1)
+                        self.location_start
+                        + min(max(int(fraction * NUM_LOCATIONS), 0), NUM_LOCATIONS - 1)
                     )
             elif isinstance(segment, str):
                 ids += self._text(segment)
@@ -192,30 +205,30 @@ class Processor:
                 ids.append(self.coordinate_ids[int(self.coordinates.encode(np.float64(segment)))])
         return ids
 
-    def grammar(self, numbers: int, pixels: int) -> list[tuple[int, int]]:
+    def coordinate_grammar(self, numbers: int, pixels: int) -> list[tuple[int, int]]:
         """The grammar of answers of so many numbers, then so many pixels, and nothing else."""
         of_numbers = self.coordinate_ids.start, self.coordinate_ids.stop
-        of_pixels = self.location_start, self.location_start + LOCATIONS
+        of_pixels = self.location_start, self.location_start + NUM_LOCATIONS
         return [of_numbers] * numbers + [of_pixels] * (2 * pixels)
 
-    def worded(self, count: int) -> Worded:
+    def free_text_grammar(self, count: int) -> FreeTextGrammar:
         """The grammar of answers in words with exactly `count` numbers."""
         special = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
         between = itertools.pairwise([-1, *special, self.location_start])
         words = tuple((a + 1, b) for a, b in between if a + 1 < b)
-        return Worded(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
+        return FreeTextGrammar(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
 
-    def read_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
+    def decode_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
         """Token ids of an answer -> text, numbers (representatives of bins) and pixels, up to its end; the
-        inverse of `answer_ids`. A location token without a partner stays text."""
-        locations = range(self.location_start, self.location_start + LOCATIONS)
+        inverse of `encode_answer`. A location token without a partner stays text."""
+        locations = range(self.location_start, self.location_start + NUM_LOCATIONS)
         pieces: list[int | float | Pixel] = []  # whole numbers are tokens of text
         for token in itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids)):
             before = pieces[-1] if pieces else None
             if token in self.coordinate_ids:
                 pieces.append(float(self.coordinates.decode(token - self.coordinate_ids.start)))
             elif token in locations and isinstance(before, int) and before in locations:
-                y, x = ((step - locations.start + 0.5) / LOCATIONS for step in (before, token))
+                y, x = ((step - locations.start + 0.5) / NUM_LOCATIONS for step in (before, token))
                 pieces[-1] = Pixel(x, y)
             else:
                 pieces.append(token)
@@ -284,7 +297,7 @@ class Processor:
                 for piece in pieces
                 for i in self.tokenizer.encode(piece, add_special_tokens=False)
             ]
-            if len(self._cache) >= TEXTS_KEPT:
+            if len(self._cache) >= MAX_CACHED_TEXTS:
                 self._cache.clear()
             if len(ids) < self.prompt_tokens:  # clients of a server choose them
                 self._cache[text] = ids
@@ -300,11 +313,13 @@ class Processor:
 
 def check_tokenizer(tokenizer: Any) -> int:
     """The id of the first location token. Raises SpearError without those, or with other special tokens."""
-    ids = tokenizer.convert_tokens_to_ids([LOCATION_FORMAT.format(i) for i in (0, LOCATIONS - 1)])
-    if None in ids or ids[1] - ids[0] != LOCATIONS - 1:
+    ids = tokenizer.convert_tokens_to_ids(
+        [LOCATION_FORMAT.format(i) for i in (0, NUM_LOCATIONS - 1)]
+    )
+    if None in ids or ids[1] - ids[0] != NUM_LOCATIONS - 1:
         first = LOCATION_FORMAT.format(0)
         raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
-    for name, wanted in TOKEN_IDS.items():
+    for name, wanted in SPECIAL_TOKEN_IDS.items():
         if (found := getattr(tokenizer, name)) != wanted:
             raise SpearError(
                 f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too"
@@ -322,7 +337,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedT
     backend.decoder = decoders.ByteLevel()
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - LOCATIONS,
+        vocab_size=vocabulary - NUM_LOCATIONS,
         special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -330,5 +345,5 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedT
     backend.train_from_iterator(texts, trainer)
     how: Any = {"tokenizer_object": backend, "clean_up_tokenization_spaces": False}
     tokenizer = PreTrainedTokenizerFast(**how, **special)
-    tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(LOCATIONS)])
+    tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(NUM_LOCATIONS)])
     return tokenizer

@@ -16,10 +16,10 @@ from spear.types import Array, Pixel
 
 Decode = Literal["mode", "mean", "median"]
 """How a number is read off the probabilities of its bins."""
-DECODES: tuple[Decode, ...] = get_args(Decode)
+DECODE_METHODS: tuple[Decode, ...] = get_args(Decode)
 
 Segment = str | float | Pixel
-ONE_SIGMA = 0.6826894921370859
+ONE_SIGMA_PROBABILITY = 0.6826894921370859
 """The probability within one standard deviation of a normal's mean."""
 
 
@@ -39,7 +39,7 @@ class Distribution:
 
     def read(self, decode: Decode) -> Array:
         """[numbers] float64. Raises SpearError for an unknown way to read."""
-        check_known("decode", DECODES, decode)
+        check_known("decode", DECODE_METHODS, decode)
         if decode == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
         if decode == "mean":
@@ -63,7 +63,7 @@ class Distribution:
         low, high = self.coordinates.edges[at], self.coordinates.edges[at + 1]
         return np.asarray(low + np.clip(part, 0, 1) * (high - low))
 
-    def below(self, values: Array) -> Array:
+    def probability_below(self, values: Array) -> Array:
         """[numbers] the probability of less than `values` [numbers]; 0 or 1 outside the bins.
 
         For a calibrated model it is uniform between 0 and 1 at the true values.
@@ -76,7 +76,10 @@ class Distribution:
 
     def spread(self) -> Array:
         """[numbers] half the width of the central 68 %: the standard deviation, were it a normal."""
-        low, high = self.quantile((1 - ONE_SIGMA) / 2), self.quantile((1 + ONE_SIGMA) / 2)
+        low, high = (
+            self.quantile((1 - ONE_SIGMA_PROBABILITY) / 2),
+            self.quantile((1 + ONE_SIGMA_PROBABILITY) / 2),
+        )
         return np.asarray((high - low) / 2)
 
     def _cumulative(self) -> Array:
@@ -85,7 +88,7 @@ class Distribution:
         return np.concatenate([np.zeros((len(self), 1)), total], axis=1)
 
 
-def with_numbers(segments: Sequence[Segment], values: Array | Sequence[float]) -> list[Segment]:
+def replace_numbers(segments: Sequence[Segment], values: Array | Sequence[float]) -> list[Segment]:
     """An answer with its numbers replaced, in order."""
     numbers: Iterator[float] = iter(np.asarray(values, np.float64).tolist())
     return [next(numbers) if isinstance(s, float) else s for s in segments]

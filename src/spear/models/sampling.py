@@ -18,11 +18,11 @@ from spear.errors import first_line, notice
 from spear.models.fast.linear import Events, Fused, Prepared, branch, is_plain, is_recording, linear
 from spear.models.fast.small import if_small
 from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill, views
-from spear.models.layers import sinusoids
-from spear.models.vision import one_product
+from spear.models.layers import embed_flow_time
+from spear.models.vision import fuse_attention_projections
 from spear.types import Action
 
-AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+MAX_RELATIVE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far fast sampling may be from the plain network, as `difference` has it: where all is float32, and
 otherwise (our choice; measured: docs/speed.md)."""
 
@@ -35,7 +35,7 @@ class Sampler:
         inner, hidden = model.action_in_proj, model.action_time_mlp_in
         compiled = can_compile(inner.weight.device)
         if inner.weight.device.type != "cpu":
-            one_product(model.vlm)
+            fuse_attention_projections(model.vlm)
         # The expert reads all its weights at every flow step, for a few rows.
         small = if_small(model.expert) if packed else None
         self.expert = small or Stack(model.expert, packed, compiled)
@@ -52,10 +52,12 @@ class Sampler:
         # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
         self.advance: Any = torch.compile(flow.euler) if compiled else flow.euler
         self._moments: dict[int, Tensor] = {}
-        self.arrived = self._hidden(torch.ones(1, device=inner.weight.device))  # what is at time 1
-        self.agrees: dict[Hashable, bool] = {}  # kinds of inputs that were tried, see `_kind`
+        self.time_embedding_at_one = self._hidden(
+            torch.ones(1, device=inner.weight.device)
+        )  # what is at time 1
+        self.agreements: dict[Hashable, bool] = {}  # kinds of inputs that were tried, see `_kind`
 
-    def moments(self, steps: int) -> Tensor:
+    def time_embeddings(self, steps: int) -> Tensor:
         """What the time adds to the embedding's hidden layer, at each of the flow steps: [steps, width]."""
         if steps not in self._moments:
             with torch.inference_mode(False), torch.no_grad():
@@ -64,7 +66,7 @@ class Sampler:
         return self._moments[steps]
 
     def _hidden(self, time: Tensor) -> Tensor:
-        waves = sinusoids(1 - time, self.width, *self._periods).to(self.dtype).float()
+        waves = embed_flow_time(1 - time, self.width, *self._periods).to(self.dtype).float()
         return (waves @ self._of_time.T + self._bias).to(self._into.dtype)
 
     def embed(self, actions: Tensor, moment: Tensor) -> Tensor:
@@ -76,11 +78,11 @@ class Sampler:
         return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
 
 
-SAMPLER = Prepared(Sampler)
-"""`SAMPLER(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
+get_sampler = Prepared(Sampler)
+"""`get_sampler(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample(model: Any, inputs: Inputs, steps: int) -> Tensor:
+def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """Actions [B, H, 8], normalised units, rotations unit and canonical.
 
     model   a `Spear1ForActionPrediction`.
@@ -88,26 +90,28 @@ def sample(model: Any, inputs: Inputs, steps: int) -> Tensor:
             "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8];
             "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.Committed`).
 
-    The first inputs of each kind go through `plain` too. Where that differs, or the fast way raises, a notice
-    says so, and inputs of that kind go through `plain` from then on.
+    The first inputs of each kind go through `sample_plain` too. Where that differs, or the fast way raises, a
+    notice says so, and inputs of that kind go through `sample_plain` from then on.
     """
     if not (is_plain(model.action_in_proj) and is_plain(model.action_time_mlp_in)):  # a LoRA
-        return plain(model, inputs, steps)
+        return sample_plain(model, inputs, steps)
     autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
-    sampler = SAMPLER(model, not autocast)  # autocast cannot cast packed weights
+    sampler = get_sampler(model, not autocast)  # autocast cannot cast packed weights
     kind = _kind(inputs, autocast)
-    if kind not in sampler.agrees and not isinstance(inputs["noise"], FakeTensor):
+    if kind not in sampler.agreements and not isinstance(inputs["noise"], FakeTensor):
         return _first(model, sampler, kind, inputs, steps)
-    if sampler.agrees.get(kind, True):
-        return fast(model, sampler, inputs, steps)
-    return plain(model, inputs, steps)
+    if sampler.agreements.get(kind, True):
+        return sample_fast(model, sampler, inputs, steps)
+    return sample_plain(model, inputs, steps)
 
 
-def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True) -> Tensor:
+def sample_fast(
+    model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True
+) -> Tensor:
     """`sample` without proof. graphs: on a GPU all of it is a CUDA graph, recorded per set of shapes."""
     with torch.inference_mode():
         if graphs and inputs["noise"].device.type == "cuda":
-            sampler.moments(steps)  # made before a graph is recorded
+            sampler.time_embeddings(steps)  # made before a graph is recorded
             result = sampler.expert.replay(
                 lambda given: _sample(model, sampler, given, steps), inputs, steps
             )
@@ -117,10 +121,10 @@ def fast(model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool 
 
 
 @torch.no_grad()
-def plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
+def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """What `sample` gives, by the network as it is trained, step by step."""
     pixels, present = views(inputs)
-    prefix = model.prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
+    prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
     def predict(noisy: Action, time: Tensor) -> Action:
         return model.predict(prefix, inputs["state"], noisy, time)
@@ -129,7 +133,7 @@ def plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     return flow.integrate(predict, noise, steps, model.flow, _committed(inputs)).to_vector()
 
 
-def difference(found: Tensor, truth: Tensor) -> float:
+def relative_difference(found: Tensor, truth: Tensor) -> float:
     """The largest difference of actions [B, H, 8], as a share of the largest number; q and -q are alike."""
     apart = (found - truth).float()
     same, other = found[..., 3:7] - truth[..., 3:7], found[..., 3:7] + truth[..., 3:7]
@@ -147,19 +151,19 @@ def _kind(inputs: Inputs, autocast: bool) -> Hashable:
 
 def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int) -> Tensor:
     """The first actions of a kind, both ways; keeps whether they agree, with a notice where not."""
-    slow = plain(model, inputs, steps)
+    slow = sample_plain(model, inputs, steps)
     try:
-        found = fast(model, sampler, inputs, steps)
-        apart = difference(found, slow)
+        found = sample_fast(model, sampler, inputs, steps)
+        apart = relative_difference(found, slow)
         exact = {weight.dtype for weight in model.parameters()} == {torch.float32}
         exact = exact and not torch.is_autocast_enabled(slow.device.type)
         far = (
-            not apart <= AGREES[torch.float32 if exact else torch.bfloat16]
+            not apart <= MAX_RELATIVE_DIFFERENCE[torch.float32 if exact else torch.bfloat16]
         )  # what is no number is far
         reason = f"{apart:.2g} from the plain network" if far else ""
     except Exception as error:  # whatever a compiler may raise
         reason = first_line(error)
-    sampler.agrees[kind] = not reason
+    sampler.agreements[kind] = not reason
     if not reason:
         return found
     notice(
@@ -202,7 +206,7 @@ def _flow(model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Pref
         cache.window(start, [(1, start + 1), (horizon, end)]), awaited=prefix.wrote
     )
     actions_only = cache.window(start + 1, [(horizon, end)])
-    moments = iter(sampler.moments(steps).unbind(0))
+    moments = iter(sampler.time_embeddings(steps).unbind(0))
     state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]
     committed = _committed(inputs)
 
@@ -210,7 +214,7 @@ def _flow(model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Pref
         nonlocal state
         moment = next(moments)
         if committed is not None:
-            moment = torch.where(committed.held[..., None], sampler.arrived, moment)
+            moment = torch.where(committed.held[..., None], sampler.time_embedding_at_one, moment)
         tokens = sampler.embed(noisy.to_vector(), moment)
         if state is not None:
             hidden = expert(torch.cat([state, tokens], dim=1), turns, with_state, bias)[:, 1:]

@@ -17,15 +17,15 @@ from spear import flow
 from spear.errors import SpearError
 from spear.models import layers
 from spear.models.fast.linear import use_fast_linear
-from spear.models.sampling import sample
+from spear.models.sampling import sample_actions
 from spear.models.vlm import LossOutput, Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action
 
-STATE_FEATURES = 10
+NUM_STATE_FEATURES = 10
 """Proprioception: position 3 (normalised) + rotation 6D + gripper 1. Six numbers for the rotation because the
 quaternion of a gripper that points down sits where its sign flips (our choice)."""
-SHARED = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+SHARED_WITH_VLM = ("num_hidden_layers", "num_key_value_heads", "head_dim")
 """What of the action expert is as in the VLM, whose keys and values it reads."""
 
 
@@ -61,7 +61,7 @@ class Spear1Config(layers.PortableConfig):
         super().__post_init__(**kwargs)
         self.flow = dataclasses.asdict(flow.FlowConfig(**(self.flow or {})))
         text, expert = self.vlm_config.text_config, self.expert_config
-        for name in SHARED:
+        for name in SHARED_WITH_VLM:
             if getattr(text, name) != getattr(expert, name):
                 apart = f"{name} is {getattr(expert, name)}, the VLM's is {getattr(text, name)}"
                 raise SpearError(f"action expert does not fit the VLM: {apart}: they must be equal")
@@ -82,10 +82,10 @@ class Spear1ForActionPrediction(PreTrainedModel):
         super().__init__(layers.choose_attention(config))
         self.flow = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
-        self.expert = layers.language_model(config.expert_config)
+        self.expert = layers.build_language_model(config.expert_config)
         self.expert.embed_tokens = None  # type: ignore[assignment]  # it never sees text
         width = config.expert_config.hidden_size
-        self.state_proj = nn.Linear(STATE_FEATURES, width)
+        self.state_proj = nn.Linear(NUM_STATE_FEATURES, width)
         self.action_in_proj = nn.Linear(ACTION_DIM, width)
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
@@ -112,7 +112,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """The VLM's token embeddings."""
         return self.vlm.get_input_embeddings()
 
-    def prefix(
+    def encode_prefix(
         self,
         pixel_values: Mapping[str, Tensor],
         input_ids: Tensor,
@@ -121,7 +121,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     ) -> Prefix:
         """Images and instruction through the VLM, once per observation; arguments as in `forward`."""
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
-        prefix = self.vlm.run_text(features, valid, input_ids, attention_mask)
+        prefix = self.vlm.run_language_model(features, valid, input_ids, attention_mask)
         prefix.cache.frozen = True
         return prefix
 
@@ -140,16 +140,18 @@ class Spear1ForActionPrediction(PreTrainedModel):
         embeds = torch.cat(
             [self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1
         )
-        first = layers.positions(prefix.valid)[:, -1:] + 1  # [B, 1], where the state stands
+        first = (
+            layers.compute_position_ids(prefix.valid)[:, -1:] + 1
+        )  # [B, 1], where the state stands
         steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
-        mask = layers.suffix_mask(prefix.valid, horizon, samples)
+        mask = layers.make_suffix_mask(prefix.valid, horizon, samples)
         output = self.expert(
             inputs_embeds=embeds.to(
                 dtype
             ),  # autocast or not, the residual stream is in full precision
-            attention_mask=layers.mask_for(self.expert, mask, dtype),
+            attention_mask=layers.prepare_mask(self.expert, mask, dtype),
             position_ids=torch.cat([first, first + steps], dim=1),
-            **{layers.CACHE: prefix.cache},
+            **{layers.CACHE_ARGUMENT: prefix.cache},
             use_cache=False,
         )
         prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
@@ -159,7 +161,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
         tokens = self.action_in_proj(actions)
         # π0 counts time from the data to the noise: its embedding sees 1 − τ.
-        moment = layers.sinusoids(
+        moment = layers.embed_flow_time(
             1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period
         )
         moment = moment.expand_as(tokens).to(tokens.dtype)
@@ -184,7 +186,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
 
         pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
         input_ids       [B, L] the instruction, padded on either side; attention_mask [B, L].
-        state           [B, 10], see `STATE_FEATURES`.
+        state           [B, 10], see `NUM_STATE_FEATURES`.
         actions         [B, H, ·] in the model's normalised units.
         action_mask     [B, H] bool, the steps that count.
         flow_samples    K draws of noise and time per observation, which share its prefix (our choice), unless
@@ -214,7 +216,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
                 time = torch.where(held, 1.0, time[..., None])
                 data = flow.with_mistakes(data, held, generator, action_mask)
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
-        prefix = self.prefix(pixel_values, input_ids, attention_mask, view_mask)
+        prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
         prediction = self.predict(prefix, state, noisy, time)
         if time.dim() == 3:
             action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
@@ -248,7 +250,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs["attention_mask"] = attention_mask
         if committed is not None:
             inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
-        return Action.from_vector(sample(self, inputs, self.flow.steps if steps is None else steps))
+        return Action.from_vector(
+            sample_actions(self, inputs, self.flow.steps if steps is None else steps)
+        )
 
 
 def load_inner_vlm(

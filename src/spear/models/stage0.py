@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
 from spear.models.layers import PortableConfig, choose_attention
-from spear.models.vision import LAST_LAYERS, MogeEncoder, check_pixels
+from spear.models.vision import NUM_FEATURE_LAYERS, MogeEncoder, check_pixels
 from spear.models.vlm import LossOutput, SpearVLMForConditionalGeneration
 
-CELLS = 4
+CELLS_PER_SIDE = 4
 """A patch is cut into so many cells a side."""
 
 
@@ -47,7 +47,7 @@ class MogeForDepth(PreTrainedModel):
     def __init__(self, config: MogeDepthConfig) -> None:
         super().__init__(choose_attention(config))
         self.moge = MogeEncoder(config.moge_config)
-        self.head = nn.Linear(LAST_LAYERS * config.moge_config.hidden_size, config.cells**2)
+        self.head = nn.Linear(NUM_FEATURE_LAYERS * config.moge_config.hidden_size, config.cells**2)
         self.post_init()
 
     def forward(self, pixels: Tensor, depth: Tensor) -> LossOutput:
@@ -79,7 +79,7 @@ class PatchClassification(nn.Module):
 
     SigLIP's sigmoid loss, between patches and names: a patch's visual token shall point towards the text
     embeddings of what it shows. Two linear heads, thrown away afterwards, teach places finer than patches:
-    how much of each object each of its `CELLS` × `CELLS` cells shows, and where the centre of its largest
+    how much of each object each of its `CELLS_PER_SIDE`² cells shows, and where the centre of its largest
     object lies. names: token ids of each object name.
     """
 
@@ -93,7 +93,7 @@ class PatchClassification(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-4.0))
         width = vlm.config.text_config.hidden_size
         self.centre = nn.Linear(width, 2)
-        self.cells = nn.Linear(width, CELLS * CELLS * len(names))
+        self.cells = nn.Linear(width, CELLS_PER_SIDE * CELLS_PER_SIDE * len(names))
         nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
 
     def forward(
@@ -103,11 +103,11 @@ class PatchClassification(nn.Module):
 
         pixels   [B, 3, h, w] uint8.
         shown    [B, P, C] bool: patch p shows an object called c.
-        cells    [B, P, CELLS · CELLS, C] uint8: the share of each cell that shows it, 255 for all of it.
+        cells    [B, P, CELLS_PER_SIDE², C] uint8: the share of each cell that shows it, 255 for all of it.
         centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
         largest  [B, P] bool: there is such an object.
         """
-        tokens = self.vlm.image_features(pixels)[0]
+        tokens = self.vlm.encode_views(pixels)[0]
         embed = self.vlm.get_input_embeddings()
         names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
         directions = nn.functional.normalize(tokens.float(), dim=-1)

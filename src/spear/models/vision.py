@@ -15,12 +15,12 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVi
 
 from spear.errors import SpearError
 from spear.models.fast.linear import Fused, linear
-from spear.models.layers import IMPLEMENTATION, Apart, grouped_attention
+from spear.models.layers import ATTENTION_NAME, BlockDiagonalMask, grouped_attention
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LAST_LAYERS = 4
+NUM_FEATURE_LAYERS = 4
 """MoGe reads the last four layers of its backbone, and so does SPEAR-VLM (the paper, SPEAR-VLM)."""
 
 
@@ -108,19 +108,19 @@ class _InitializesStem:
 
     def _add_stem(self: Any, owner: nn.Module, name: str, table: Tensor) -> None:
         """Where `config.stem` is "conv": a `ConvStem` as the embedding of that name in `owner`, and the
-        `position_waves` of its patches at the end of `table` [..., places, width]."""
+        `make_sinusoidal_positions` of its patches at the end of `table` [..., places, width]."""
         if getattr(self.config, "stem", "patch") == "patch":
             getattr(owner, name).__class__ = PatchConv
         else:
             setattr(owner, name, ConvStem(self.config.hidden_size, self.config.patch_size))
             self.post_init()
             if table.device.type != "meta":
-                waves = position_waves(math.isqrt(table.shape[-2]), table.shape[-1])
+                waves = make_sinusoidal_positions(math.isqrt(table.shape[-2]), table.shape[-1])
                 others = table.shape[-2] - len(waves)  # a class token
                 init.copy_(table, nn.functional.pad(waves, (0, 0, others, 0)).expand_as(table))
 
 
-def position_waves(side: int, width: int) -> Tensor:
+def make_sinusoidal_positions(side: int, width: int) -> Tensor:
     """[side², width] sines and cosines of rows and columns, root mean square 0.7: the first positions behind
     a `ConvStem` (our choice). Near zero, as in large models, small ones hardly learn where things are."""
     place = torch.arange(side, dtype=torch.float32)
@@ -132,7 +132,7 @@ def position_waves(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
 
 
-def resample(table: Tensor, rows: int, columns: int, offset: float = 0.0) -> Tensor:
+def resample_positions(table: Tensor, rows: int, columns: int, offset: float = 0.0) -> Tensor:
     """Position embeddings [side², D], row by row, read off at rows × columns places: [rows · columns, D].
 
     Bicubic, as Transformers and MoGe do it. offset: see `DinoEmbeddings`. Done by products with constants:
@@ -166,31 +166,31 @@ def _axis(side: int, count: int, offset: float, like: Tensor) -> Tensor:
 
 class _OneProduct:
     """Goes before Transformers' attention of images: on a GPU, acting takes queries, keys and values of one
-    product. See `one_product`."""
+    product. See `fuse_attention_projections`."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         """[B, S, width] -> [B, S, width], None."""
-        ours = self.config._attn_implementation == IMPLEMENTATION
+        ours = self.config._attn_implementation == ATTENTION_NAME
         if not ours or hidden_states.device.type == "cpu" or not torch.is_inference_mode_enabled():
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
-            part.view(shape).transpose(1, 2) for part in self.together()(hidden_states)
+            part.view(shape).transpose(1, 2) for part in self.fused_projections()(hidden_states)
         )
         found, _ = grouped_attention(self, query, key, value, attention_mask, self.head_dim**-0.5)
         last = self.out_proj if hasattr(self, "out_proj") else self.o_proj
         return last(found.flatten(2)), None
 
-    def together(self: Any) -> Fused:
+    def fused_projections(self: Any) -> Fused:
         """The three, whose weights lie together from then on."""
         return Fused(self.q_proj, self.k_proj, self.v_proj)
 
 
-def one_product(model: nn.Module) -> None:
+def fuse_attention_projections(model: nn.Module) -> None:
     """Lay the weights of images' attention together, before a CUDA graph is recorded that reads them."""
     for module in model.modules():
         if isinstance(module, _OneProduct):
-            module.together()
+            module.fused_projections()
 
 
 class _SiglipAttention(_OneProduct, SiglipAttention):
@@ -202,13 +202,15 @@ class _DinoAttention(_OneProduct, Dinov2Attention):
 
 
 class SiglipEmbeddings(SiglipVisionEmbeddings):
-    """SigLIP's embeddings, with `resample`d positions."""
+    """SigLIP's embeddings, with positions by `resample_positions`."""
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """[1, patches, width] for an image of height × width pixels."""
         patch = self.patch_size
         assert isinstance(patch, int)
-        return resample(self.position_embedding.weight, height // patch, width // patch)[None]
+        return resample_positions(self.position_embedding.weight, height // patch, width // patch)[
+            None
+        ]
 
 
 class SiglipEncoder(_InitializesStem, SiglipVisionModel):
@@ -233,7 +235,7 @@ class SiglipEncoder(_InitializesStem, SiglipVisionModel):
 
 
 class DinoEmbeddings(Dinov2Embeddings):
-    """DINOv2's embeddings, with `resample`d positions.
+    """DINOv2's embeddings, with positions by `resample_positions`.
 
     With `config.position_offset` (DINOv2's own code, and so MoGe's, has 0.1) a grid of n patches is read off
     the learned one of m with the scale (n + offset) / m, not n / m as Transformers does: the positions differ
@@ -245,9 +247,9 @@ class DinoEmbeddings(Dinov2Embeddings):
         table, patch = self.position_embeddings[0], self.patch_size
         assert isinstance(patch, int)
         offset = getattr(self.config, "position_offset", 0.0)
-        return torch.cat([table[:1], resample(table[1:], height // patch, width // patch, offset)])[
-            None
-        ]
+        return torch.cat(
+            [table[:1], resample_positions(table[1:], height // patch, width // patch, offset)]
+        )[None]
 
 
 class DinoEncoder(_InitializesStem, Dinov2Model):
@@ -278,7 +280,7 @@ class MogeEncoder(nn.Module):
         normal = (normalize_pixels(view, IMAGENET_MEAN, IMAGENET_STD) for view in views)
         embedded = [self.backbone.embeddings(images) for images in normal]
         count = len(self.backbone.encoder.layer)
-        read = torch.cat(self._read(embedded, range(count - LAST_LAYERS, count)), dim=-1)
+        read = torch.cat(self._read(embedded, range(count - NUM_FEATURE_LAYERS, count)), dim=-1)
         parts = read.split([each.shape[1] for each in embedded], dim=1)
         return torch.cat([part[:, 1:] for part in parts], dim=1)
 
@@ -298,8 +300,8 @@ def run_layers(config: Any, layers: nn.ModuleList, sequences: Sequence[Tensor]) 
     """What each layer makes of sequences [B, S, D] that do not see each other, side by side. They go through
     it as one: one after the other would be more products, and smaller ones. (Where the user asked for another
     attention than ours, they go one after the other.)"""
-    one = len(sequences) > 1 and config._attn_implementation == IMPLEMENTATION
-    apart = Apart([each.shape[1] for each in sequences]) if one else None
+    one = len(sequences) > 1 and config._attn_implementation == ATTENTION_NAME
+    apart = BlockDiagonalMask([each.shape[1] for each in sequences]) if one else None
     hidden = [torch.cat(list(sequences), dim=1)] if one else list(sequences)
     for layer in layers:
         hidden = [layer(each, apart) for each in hidden]

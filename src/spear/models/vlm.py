@@ -18,9 +18,9 @@ from spear.errors import SpearError, check_known
 from spear.models import layers, vision
 from spear.models.fast.linear import linear, side_by_side, use_fast_linear
 
-IGNORE = -100
+IGNORE_LABEL = -100
 """The label of a place that is not to be learned."""
-LENGTHS, TARGETS = 8, 64
+PAD_LENGTH_TO_MULTIPLE, PAD_NUM_TARGETS_TO_MULTIPLE = 8, 64
 """In training, lengths of texts and counts of targets are filled up to multiples of these: tensors of ever
 new sizes break the heap into pieces, and every step takes longer (`experiments/tensor_sizes`)."""
 
@@ -110,19 +110,19 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         super().__init__(layers.choose_attention(config))
         width = config.text_config.hidden_size
         self.vision_tower = vision.SiglipEncoder(config.vision_config)
-        self.multi_modal_projector = projector(config.vision_config.hidden_size, width)
+        self.multi_modal_projector = build_projector(config.vision_config.hidden_size, width)
         self.moge: vision.MogeEncoder | None = None
         self.moge_projector: nn.Module | None = None
         if config.moge_config is not None:
             self.moge = vision.MogeEncoder(config.moge_config)
-            self.moge_projector = projector(
-                vision.LAST_LAYERS * config.moge_config.hidden_size, width
+            self.moge_projector = build_projector(
+                vision.NUM_FEATURE_LAYERS * config.moge_config.hidden_size, width
             )
-        self.language_model = layers.language_model(config.text_config)
+        self.language_model = layers.build_language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
 
-    def image_features(self, *views: Tensor) -> list[Tensor]:
+    def encode_views(self, *views: Tensor) -> list[Tensor]:
         """Visual tokens of views: [B, 3, h, w] uint8 -> [B, patches, width] each, patches row by row."""
         features, counts = self._encode(views)
         return list(features.split(counts, dim=1))
@@ -160,7 +160,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
                 part.copy_(view_mask[name][:, None])
         return features, valid
 
-    def run_text(
+    def run_language_model(
         self,
         features: Tensor,
         image_valid: Tensor,
@@ -177,13 +177,13 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
         causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
-        cache, mask = layers.KVCache(), layers.prefix_lm_mask(valid, causal)
+        cache, mask = layers.KVCache(), layers.make_prefix_lm_mask(valid, causal)
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
-            attention_mask=layers.mask_for(self.language_model, mask, text.dtype),
-            position_ids=layers.positions(valid),
+            attention_mask=layers.prepare_mask(self.language_model, mask, text.dtype),
+            position_ids=layers.compute_position_ids(valid),
             use_cache=False,
-            **{layers.CACHE: cache if keep_cache else None},
+            **{layers.CACHE_ARGUMENT: cache if keep_cache else None},
         )
         return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
 
@@ -192,7 +192,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 
-    def head(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    def compute_logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits of the tokens first … last − 1, by the embedding matrix. [..., D] -> [..., tokens]."""
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
@@ -200,7 +200,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
     def token_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts (see `token_loss`) of tokens [M], read off `hidden` [M, D]."""
-        c, logits = self.config, self.head(hidden)
+        c, logits = self.config, self.compute_logits(hidden)
         return token_loss(
             logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing
         )
@@ -232,22 +232,22 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             image_index = torch.arange(len(features), device=features.device)
         if labels is None:
             own = features[image_index], image_valid[image_index]
-            state = self.run_text(*own, input_ids, attention_mask, token_type_ids)
-            return LossOutput(logits=self.head(state.hidden))
+            state = self.run_language_model(*own, input_ids, attention_mask, token_type_ids)
+            return LossOutput(logits=self.compute_logits(state.hidden))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kinds = (labels != IGNORE) if token_type_ids is None else token_type_ids
+        kinds = (labels != IGNORE_LABEL) if token_type_ids is None else token_type_ids
         hidden, targets = [], []
         for rows, length in _by_length(mask, length_groups):
             own = features[image_index[rows]], image_valid[image_index[rows]]
             ids, valid, kind = (part[rows, :length] for part in (input_ids, mask, kinds))
-            state = self.run_text(*own, ids, valid, kind, keep_cache=False)
+            state = self.run_language_model(*own, ids, valid, kind, keep_cache=False)
             target = labels[rows, 1:length]
-            wanted = target != IGNORE
+            wanted = target != IGNORE_LABEL
             hidden.append(state.hidden[:, :-1][wanted])
             targets.append(target[wanted])
         read, target = torch.cat(hidden), torch.cat(targets)
-        more = -len(target) % TARGETS
-        read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE)
+        more = -len(target) % PAD_NUM_TARGETS_TO_MULTIPLE
+        read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE_LABEL)
         loss, parts = self.token_loss(read, target)
         return LossOutput(loss=loss, parts=parts)
 
@@ -261,7 +261,7 @@ def token_loss(
     weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that is a 3D token's target.
     Returns the loss and the plain means over "text" and "coordinates".
     """
-    log_p, known = logits.float().log_softmax(-1), labels != IGNORE
+    log_p, known = logits.float().log_softmax(-1), labels != IGNORE_LABEL
     is_coordinate = (labels >= coordinates.start) & (labels < coordinates.stop)
     score = log_p.gather(-1, labels[:, None].clamp_min(0))[:, 0]
     if smoothing > 0:
@@ -298,13 +298,15 @@ def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, in
             attention_mask.shape[1],
         )
         return
-    lengths = layers.positions(attention_mask.bool()).argmax(dim=1) + 1  # up to the last token
+    lengths = (
+        layers.compute_position_ids(attention_mask.bool()).argmax(dim=1) + 1
+    )  # up to the last token
     for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
-        longest = -(-int(lengths[rows[-1]]) // LENGTHS) * LENGTHS
+        longest = -(-int(lengths[rows[-1]]) // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
         yield rows, min(longest, attention_mask.shape[1])
 
 
-def projector(width: int, out: int) -> nn.Module:
+def build_projector(width: int, out: int) -> nn.Module:
     """One layer, `linear`, from an encoder's width to the language model's: [..., width] -> [..., out]."""
     return nn.Sequential(OrderedDict(linear=nn.Linear(width, out)))
 

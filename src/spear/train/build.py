@@ -15,8 +15,8 @@ from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
 from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.labels.store import DepthImages, find_shards, read_depth
-from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.processing import LOCATIONS, Processor
+from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
+from spear.models.processing import NUM_LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMConfig
@@ -72,7 +72,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     shares = {
         name: parallel.divide_into_pieces(getattr(stage, name), name, pieces) for name in names
     }
-    size = preset(stage.preset)
+    size = get_preset(stage.preset)
     size = dataclasses.replace(
         size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None
     )
@@ -89,7 +89,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
                 raise SpearError(f"--labels {folder}: a file: give the folder that it is in")
             find_shards(view)
     horizon = size.horizon
-    config: Any = vlm_config(size)
+    config: Any = build_vlm_config(size)
     if init is not None:
         found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
         inner = found.vlm_config if policy else found
@@ -130,7 +130,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     if inputs.moge is not None:
         weights.check(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
-        empty_model(stage, spear1_config(size, config) if acts else config)
+        empty_model(stage, build_spear1_config(size, config) if acts else config)
     return stage.with_changes(**shares), size
 
 
@@ -157,7 +157,7 @@ def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.n
 
 
 def _depth(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
-    model = MogeForDepth(MogeDepthConfig(moge_config=vlm_config(size).moge_config))
+    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(size).moge_config))
     views: dict[str, DepthImages] = {}
     for path in sorted(path for folder in inputs.labels for path in folder.glob("depth/*/")):
         views[path.name] = [*views.get(path.name, []), *read_depth(path)]
@@ -227,7 +227,9 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
     for _, store, _ in episodes:
         for view in views:
             if encoded := store.image(0, 0, view):  # the processor says what is lost of it
-                processor.image(decode_image(encoded, f"{store.path}: camera {view!r}"), view)
+                processor.prepare_image(
+                    decode_image(encoded, f"{store.path}: camera {view!r}"), view
+                )
     each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
     normalizer = (
         Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
@@ -248,7 +250,7 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
 
 def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
     """SPEAR-1 around a VLM, with a new action expert."""
-    model = Spear1ForActionPrediction(spear1_config(size, vlm.config))
+    model = Spear1ForActionPrediction(build_spear1_config(size, vlm.config))
     model.vlm.load_state_dict(vlm.state_dict())
     return model
 
@@ -306,7 +308,7 @@ def _new_vlm(
     for wording in (folder / "wording.txt" for folder in folders):
         texts += wording.read_text("utf-8").splitlines() if wording.is_file() else []
     processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
-    config = vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
+    config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.bins
     _weigh_numbers(config, stage)
     vlm = SpearVLM(config)
@@ -314,7 +316,7 @@ def _new_vlm(
     generator = torch.Generator().manual_seed(seed)
     words = embeddings[: processor.location_start]
     places = (
-        (processor.location_start, LOCATIONS),
+        (processor.location_start, NUM_LOCATIONS),
         (config.coordinate_start, config.coordinate_bins),
     )
     with torch.no_grad():
@@ -333,7 +335,7 @@ def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:
 
 def _with_moge(vlm: SpearVLM, size: Preset, moge: Path | None) -> SpearVLM:
     """The VLM with MoGe's encoder and a projection for it, by which no visual token changes yet."""
-    parts = {**vlm.config.to_dict(), "moge_config": vlm_config(size).moge_config.to_dict()}
+    parts = {**vlm.config.to_dict(), "moge_config": build_vlm_config(size).moge_config.to_dict()}
     model = SpearVLM(SpearVLMConfig.from_dict(parts))
     model.load_state_dict(vlm.state_dict(), strict=False)
     assert moge is not None and model.moge is not None and model.moge_projector is not None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from spear.errors import SpearError, counted, silence
-from spear.models.devices import bfloat16_is_fast
+from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, find_newest
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
@@ -371,7 +371,7 @@ def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> 
     in_float32 = dataclasses.replace(opt, precision="fp32", frozen_precision="fp32")
     checkpoint = find_newest(out / "checkpoints")
     if checkpoint is None:
-        return opt if bfloat16_is_fast(device) else in_float32
+        return opt if is_bfloat16_fast(device) else in_float32
 
     _, state = checkpoint
     settings = state["settings"]

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
-from spear.models.layers import FastRMSNorm, recompute_layers
-from spear.models.meter import Meter, give_storage
-from spear.models.presets import Preset, preset, spear1_config, vlm_config
-from spear.models.spear1 import STATE_FEATURES
+from spear.models.layers import FastRMSNorm, set_gradient_checkpointing
+from spear.models.meter import MemoryMeter, allocate_storage
+from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
+from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.train import parallel
 from spear.train.build import empty_model
 from spear.train.options import Optimization, Recipe
@@ -79,12 +79,12 @@ def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
         raise SpearError(
             f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe"
         )
-    size, opt = preset(stage.preset), stage.optimization
+    size, opt = get_preset(stage.preset), stage.optimization
     pieces = parallel.divide_into_pieces(stage.batch_size, "batch_size", opt.accumulate)
     model = _empty_model(stage, size, as_on_gpu)
-    recompute_layers(model, opt.gradient_checkpointing)
-    with FakeTensorMode(), Meter() as meter:
-        give_storage(model.train())
+    set_gradient_checkpointing(model, opt.gradient_checkpointing)
+    with FakeTensorMode(), MemoryMeter() as meter:
+        allocate_storage(model.train())
         weights = meter.live
         learning = [p for p in model.parameters() if p.requires_grad]
         learned = sum(p.nbytes for p in learning)
@@ -108,8 +108,8 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
     model: Any = _empty_model(stage, size).to(dtype).eval()
     # Without oneDNN, which a GPU does not have: it would pack weights a second time.
     without = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with without, FakeTensorMode(), Meter() as meter, torch.no_grad():
-        give_storage(model)
+    with without, FakeTensorMode(), MemoryMeter() as meter, torch.no_grad():
+        allocate_storage(model)
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
         model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
@@ -120,10 +120,10 @@ def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
 
 def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
     """`build.empty_model`, with the attention and norms of a GPU or those for CPUs."""
-    inner = vlm_config(size)
+    inner = build_vlm_config(size)
     if not stage.moge:
         inner.moge_config = None
-    config: Any = inner if stage.kind == "vlm" else spear1_config(size, inner)
+    config: Any = inner if stage.kind == "vlm" else build_spear1_config(size, inner)
     if as_on_gpu:
         config._attn_implementation = "sdpa"
     model = empty_model(stage, config)
@@ -158,7 +158,7 @@ def _observation(size: Preset, batch: int) -> dict[str, Any]:
         },
         "input_ids": torch.zeros(batch, size.prompt_tokens, dtype=torch.long),
         "attention_mask": torch.ones(batch, size.prompt_tokens, dtype=torch.long),
-        "state": torch.zeros(batch, STATE_FEATURES),
+        "state": torch.zeros(batch, NUM_STATE_FEATURES),
     }
 
 
@@ -173,7 +173,7 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     )
     owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
     ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
-    hidden = vlm.run_text(features[owners], valid[owners], ids, keep_cache=False).hidden
+    hidden = vlm.run_language_model(features[owners], valid[owners], ids, keep_cache=False).hidden
     hidden = hidden[:, -ANSWER:].flatten(0, 1)
     labels = torch.zeros(len(hidden), dtype=torch.long)
     return vlm.token_loss(hidden, labels)[0]

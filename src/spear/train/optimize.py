@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from spear.errors import SpearError, need
-from spear.models.layers import recompute_layers
+from spear.models.layers import set_gradient_checkpointing
 from spear.train import parallel
 from spear.train.log import NonFiniteStep
 from spear.train.options import Optimization, is_under
@@ -187,7 +187,7 @@ class Stepper:
         # The model: which weights learn, in which precision, where.
         apply_freeze(self.model, opt)
         set_weight_precision(self.model, opt)
-        recompute_layers(self.model, opt.gradient_checkpointing)
+        set_gradient_checkpointing(self.model, opt.gradient_checkpointing)
         if self.sharded:
             parallel.shard(self.model, self.device, in_bfloat16=opt.precision == "bf16")
         elif device is not None:

@@ -23,9 +23,9 @@ from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import FAMILIES
 from spear.labels.store import DepthImages, find_shards, read_depth, read_labels
-from spear.models.processing import Processor, window
+from spear.models.processing import Processor, visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.stage0 import CELLS, MogeForDepth, PatchClassification
+from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.tokens import CoordinateTokenizer, Spacing
 from spear.train.optimize import Batch, Loss
@@ -87,7 +87,7 @@ class PatchTask:
         ]
         images, *targets = zip(*rows, strict=True)
         jittered = (jitter(decode_image(image), rng.random(JITTER_DRAWS), 0.5) for image in images)
-        pixels = torch.stack([self.processor.image(image, view) for image in jittered])
+        pixels = torch.stack([self.processor.prepare_image(image, view) for image in jittered])
         columns = (torch.from_numpy(np.stack(column)) for column in targets)
         return {
             "pixels": pixels,
@@ -103,13 +103,13 @@ class PatchTask:
 def patch_targets(
     label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
 ) -> Targets:
-    """The encoded image, and shown [P, C] bool, cells [P, CELLS · CELLS, C] uint8, centre [P, 2] float32 and
-    largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
+    """The encoded image, and shown [P, C] bool, cells [P, CELLS_PER_SIDE², C] uint8, centre [P, 2] float32
+    and largest [P] bool of `PatchClassification.forward`, for the image fitted to `size` (width, height)."""
     rows, columns = size[1] // patch, size[0] // patch
-    left, top, *shown_size = window((label.width, label.height), size)
-    side = patch // CELLS
+    left, top, *shown_size = visible_window((label.width, label.height), size)
+    side = patch // CELLS_PER_SIDE
     shown = np.zeros((rows, columns, len(names)), bool)
-    cells = np.zeros((rows, columns, CELLS, CELLS, len(names)), np.uint8)
+    cells = np.zeros((rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE, len(names)), np.uint8)
     centre = np.zeros((rows, columns, 2), np.float32)
     most = np.full((rows, columns), LEAST, np.float32)
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
@@ -120,7 +120,9 @@ def patch_targets(
             mask = fit_image(grey, size[1], size[0])[..., 0] / np.float32(255)
         mask = mask[: rows * patch, : columns * patch]
         fine = (
-            mask.reshape(rows, CELLS, side, columns, CELLS, side).mean((2, 5)).transpose(0, 2, 1, 3)
+            mask.reshape(rows, CELLS_PER_SIDE, side, columns, CELLS_PER_SIDE, side)
+            .mean((2, 5))
+            .transpose(0, 2, 1, 3)
         )
         share = fine.mean((2, 3))
         if o.name in names:
@@ -133,7 +135,10 @@ def patch_targets(
         centre[larger] = (place - grid)[larger]
         most = np.maximum(most, share)
     flat = rows * columns
-    named, filled = shown.reshape(flat, -1), cells.reshape(flat, CELLS * CELLS, -1)
+    named, filled = (
+        shown.reshape(flat, -1),
+        cells.reshape(flat, CELLS_PER_SIDE * CELLS_PER_SIDE, -1),
+    )
     return label.image, named, filled, centre.reshape(flat, 2), (most > LEAST).reshape(flat)
 
 
@@ -268,12 +273,12 @@ class QuestionSamples:
             if self.augment > 0:
                 image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
             owners += [len(pixels)] * len(asked)
-            pixels.append(self.processor.image(image, view))
+            pixels.append(self.processor.prepare_image(image, view))
             questions += [
-                self.processor.framed_question(one, image.shape[1::-1], view) for one in asked
+                self.processor.map_question_pixels(one, image.shape[1::-1], view) for one in asked
             ]
         images = {"pixel_values": {view: torch.stack(pixels)}, "image_index": torch.tensor(owners)}
-        return {**images, **self.processor.questions(questions)}
+        return {**images, **self.processor.encode_questions(questions)}
 
     def marks(self) -> list[str]:
         """What tells each image that is asked about from others, wherever it lies."""
@@ -385,5 +390,5 @@ def encode_robot_batch(
         "state": state,
         "actions": action,
         "action_mask": torch.from_numpy(raw["action_mask"]),
-        **processor.instructions(raw["instruction"], cut=True),
+        **processor.encode_instructions(raw["instruction"], cut=True),
     }

@@ -11,7 +11,7 @@ from moge_reference import checkpoint, random_v1, reference
 from refusals import refuses
 from spear.labels.fit.image import project
 from spear.labels.models.pointmap import MogePointMapModel
-from spear.models.moge.infer import infer
+from spear.models.moge.infer import infer_geometry
 
 
 def test_images_of_all_sizes_come_back_in_order() -> None:
@@ -41,14 +41,14 @@ def test_points_lie_on_the_rays_of_their_pixels() -> None:
 
 def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
     model = copy.deepcopy(reference(shared, 2))
-    model.most_tokens = 20
+    model.max_tokens = 20
     pointmap = MogePointMapModel(model, checkpoint(shared, 2).path.name, device="cpu")
     assert pointmap.name == "moge-2 reference-v2.pt"
     one = noise(0)
     (found,) = pointmap.predict([one])
     assert found.unit == "metre" and 0 < found.mask.mean() < 1
     assert not found.points[~found.mask].any() and (found.points[found.mask][:, 2] > 0).all()
-    plain = infer(model, torch.from_numpy(one.image).permute(2, 0, 1)[None])
+    plain = infer_geometry(model, torch.from_numpy(one.image).permute(2, 0, 1)[None])
     np.testing.assert_allclose(
         found.points[found.mask], plain.points[0].numpy()[found.mask], rtol=1e-5
     )

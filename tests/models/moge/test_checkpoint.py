@@ -18,7 +18,7 @@ def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
         {"model_config": published.config, "model": published.weights}, tmp_path / "model.pt"
     )
     model = load_moge(tmp_path / "model.pt")
-    assert model.unit == "relative" and not model.training and model.most_tokens == 2500
+    assert model.unit == "relative" and not model.training and model.max_tokens == 2500
     torch.testing.assert_close(
         model.state_dict(), reference(shared, 1).state_dict(), rtol=0, atol=0
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moge_reference import arrays, error
-from spear.models.moge.infer import recover_focal_shift, unproject, view_plane
+from spear.models.moge.infer import make_view_plane, recover_focal_shift, unproject
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor]) ->
 
 
 def test_view_plane_and_unprojection_are_the_references(helpers: dict[str, torch.Tensor]) -> None:
-    assert error(view_plane(7, 5), helpers["uv.w7_h5_none"].numpy()) < 1e-6
-    assert error(view_plane(6, 8, 1.3333), helpers["uv.w6_h8_1.3333"].numpy()) < 1e-6
+    assert error(make_view_plane(7, 5), helpers["uv.w7_h5_none"].numpy()) < 1e-6
+    assert error(make_view_plane(6, 8, 1.3333), helpers["uv.w6_h8_1.3333"].numpy()) < 1e-6
     depth = helpers["unproject.depth"]
     size = torch.tensor([depth.shape[2], depth.shape[1], 1]).view(3, 1)
     intrinsics = helpers["unproject.intrinsics"] * size  # theirs are in image widths and heights
@@ -40,7 +40,7 @@ def test_view_plane_and_unprojection_are_the_references(helpers: dict[str, torch
 
 def scene(focal: float, shift: float, width: int = 90, height: int = 60) -> torch.Tensor:
     """A wavy surface [1, h, w, 3] seen by a camera, its depth off by −shift."""
-    uv = view_plane(width, height)
+    uv = make_view_plane(width, height)
     depth = 2 + 0.5 * torch.sin(7 * uv[..., 0]) * torch.cos(5 * uv[..., 1])
     return torch.cat([uv / focal * depth[..., None], depth[..., None] - shift], dim=-1)[None]
 

@@ -12,9 +12,9 @@ from transformers import Dinov2Config
 from moge_reference import arrays, checkpoint, description, error, random_v1, reference
 from refusals import refuses
 from spear.models.moge.checkpoint import fill_encoder
-from spear.models.moge.infer import infer
+from spear.models.moge.infer import infer_geometry
 from spear.models.moge.networks import MogeV1, MogeV2, dinov2_config
-from spear.models.presets import preset, vlm_config
+from spear.models.presets import build_vlm_config, get_preset
 from spear.models.vision import MogeEncoder, standardize
 
 CASES = [
@@ -41,9 +41,9 @@ def test_features_and_raw_outputs_are_the_references(shared: Path, version: int,
     about = description(shared, version)["cases"][case]["forward"]
     tokens = about["num_tokens"]
     if isinstance(model, MogeV1):
-        patches, read = model.cut(image, tokens)[0], range(8, 12)
+        patches, read = model.cut_into_patches(image, tokens)[0], range(8, 12)
     else:
-        patches, read = model.cut(image, tokens), range(5, 12, 6)
+        patches, read = model.cut_into_patches(image, tokens), range(5, 12, 6)
     assert list(patches.shape[2:]) == about["image_14_hw"]
     if "features.image_14" in expected:
         assert error(patches[0], expected["features.image_14"]) < 5e-6
@@ -87,9 +87,9 @@ def test_inference_is_the_references(shared: Path, version: int, case: str, labe
         widened = [x.half().float() if torch.is_tensor(x) else x for x in arguments]
         return plain(*widened).half()
 
-    cut = patch.object(model, "most_tokens", about["num_tokens"])
+    cut = patch.object(model, "max_tokens", about["num_tokens"])
     with cut, patch.object(torch.nn.functional, "conv2d", halves if half else conv2d):
-        found = infer(model, image, torch.float16 if half else torch.float32)
+        found = infer_geometry(model, image, torch.float16 if half else torch.float32)
     prefix, most = f"infer.{label}.", 1e-2 if half else 1e-3
     known = torch.tensor(expected[prefix + "mask"])
     assert int((known != found.mask[0]).sum()) <= (FLIPS_HALF if half else FLIPS)
@@ -123,7 +123,10 @@ def test_the_vlms_encoder_takes_moges_weights(shared: Path, version: int, case: 
 
 
 def test_the_paper_sized_vlm_has_moges_large_encoder() -> None:
-    config, large = vlm_config(preset("spear1")).moge_config, dinov2_config("dinov2_vitl14")
+    config, large = (
+        build_vlm_config(get_preset("spear1")).moge_config,
+        dinov2_config("dinov2_vitl14"),
+    )
     sizes = "hidden_size num_hidden_layers num_attention_heads mlp_ratio patch_size image_size layer_norm_eps"
     for field in f"{sizes} hidden_act position_offset use_mask_token qkv_bias".split():
         assert getattr(config, field) == getattr(large, field), field
@@ -156,11 +159,21 @@ def test_the_encoder_gives_the_same_of_pixels_and_of_normalised_images() -> None
 
 def test_what_does_not_fit_is_refused() -> None:
     model = random_v1()
-    refuses(r"wrong image type: .*torch\.float32 \(1, ", infer, model, torch.zeros(1, 3, 40, 60))
-    refuses(r"wrong image type: .*torch\.uint8 \(40, ", infer, model, torch.zeros(40, 60, 3).byte())
+    refuses(
+        r"wrong image type: .*torch\.float32 \(1, ",
+        infer_geometry,
+        model,
+        torch.zeros(1, 3, 40, 60),
+    )
+    refuses(
+        r"wrong image type: .*torch\.uint8 \(40, ",
+        infer_geometry,
+        model,
+        torch.zeros(40, 60, 3).byte(),
+    )
     refuses(
         "image of 400×2 is too thin for 24 MoGe tokens",
-        infer,
+        infer_geometry,
         model,
         torch.zeros(1, 3, 2, 400).byte(),
     )

@@ -25,7 +25,7 @@ from published_checkpoints import (
     publish_pi0,
 )
 from refusals import refuses
-from spear.models.presets import vlm_config
+from spear.models.presets import build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
@@ -113,7 +113,7 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
 
 
 def a_vlm(folder: Path) -> Path:
-    SPEAR_VLM(vlm_config(TINY14)).save_pretrained(folder)
+    SPEAR_VLM(build_vlm_config(TINY14)).save_pretrained(folder)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(
     with torch.no_grad():
         expected = -theirs(state=state, noise=noisy, timestep=1 - time, **reference).logits
         velocity = ours.predict(
-            ours.prefix(**mine), state, Action.from_vector(noisy), time
+            ours.encode_prefix(**mine), state, Action.from_vector(noisy), time
         ).to_vector()
     assert relative(velocity, expected) < 1e-5
     goal = Action.from_vector(

@@ -87,7 +87,7 @@ def test_what_a_folder_says_of_itself_in_another_type_is_refused(key: str, tmp_p
 
 
 def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spear.policy.bfloat16_is_fast", lambda _: False)
+    monkeypatch.setattr("spear.policy.is_bfloat16_fast", lambda _: False)
     with pytest.warns(Notice, match="bfloat16"):
         load_vlm("nano", dtype=torch.bfloat16)
     with no_warning():

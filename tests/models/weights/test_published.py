@@ -9,7 +9,7 @@ import torch
 from transformers import PaliGemmaConfig
 
 from spear.models.moge.checkpoint import _CONSTANTS, Checkpoint, build_moge
-from spear.models.presets import PRESETS, vlm_config
+from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
 from spear.models.weights.load import Shards, Stored
@@ -42,7 +42,7 @@ def test_paligemma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
-        vlm = SpearVLMForConditionalGeneration(vlm_config(PRESETS["spear1"]))
+        vlm = SpearVLMForConditionalGeneration(build_vlm_config(PRESETS["spear1"]))
     files = {
         "SPEAR-VLM": stored(
             vlm.config, {name: weight.shape for name, weight in vlm.state_dict().items()}

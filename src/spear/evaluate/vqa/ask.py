@@ -20,7 +20,7 @@ from spear.labels.questions.templates import (
 )
 from spear.labels.store import select_labels
 from spear.models.processing import Processor
-from spear.models.readout import Decode, with_numbers
+from spear.models.readout import Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
@@ -64,7 +64,7 @@ def ask(
         return None, f"not in the picture: {'; '.join(seen)}"
     answer = model.answer([image], [question], family, view, distributions=True)[0]
     if held := answer.distribution:
-        answer = replace(answer, segments=with_numbers(answer.segments, held.read(decode)))
+        answer = replace(answer, segments=replace_numbers(answer.segments, held.read(decode)))
     said = words(answer, image)
     if not trust or not held:
         return answer, said

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, NonNegativeFloat
 from spear.errors import notice
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.labels.questions.generate import NUMBERS
-from spear.models.readout import ONE_SIGMA, Distribution
+from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.models.weights.folders import changed, contents
 from spear.types import Array
 from spear.util.files import read_as, write_text
@@ -47,7 +47,7 @@ class Certainty:
     def of(said: Distribution, truth: Array, scales: Array) -> "Certainty":
         """From what was held possible for an answer's numbers; scales: the distances they relate to."""
         off = np.abs(said.read("median") - truth) / scales
-        return Certainty(said.below(truth), uncertainty(said) / scales, off)
+        return Certainty(said.probability_below(truth), uncertainty(said) / scales, off)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,10 @@ def calibrate(
     order = np.argsort(spread, kind="stable")
     groups = int(np.clip(len(order) // PER_GROUP, 1, MOST_GROUPS))
     parts = [(spread[rows], off[rows]) for rows in np.array_split(order, groups)]
-    bands = [Band(float(np.median(s)), float(np.quantile(e, ONE_SIGMA)), len(s)) for s, e in parts]
+    bands = [
+        Band(float(np.median(s)), float(np.quantile(e, ONE_SIGMA_PROBABILITY)), len(s))
+        for s, e in parts
+    ]
     ranked = np.array(errors)[np.argsort([float(c.spread.mean()) for c in certain], kind="stable")]
     half = (len(errors) + 1) // 2
 

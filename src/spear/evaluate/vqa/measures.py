@@ -30,7 +30,7 @@ import numpy as np
 from spear.evaluate.stats import Estimate
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.answers import compute_distance
-from spear.models.readout import with_numbers
+from spear.models.readout import replace_numbers
 from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
 
@@ -178,7 +178,7 @@ def depth_guess(
 def _guess(questions: Sequence[Question], units: Sequence[float]) -> list[Segments]:
     pairs = list(zip(questions, units, strict=True))
     usual = np.median([numbers(q.segments) / unit for q, unit in pairs], axis=0)
-    return [_words(q, with_numbers(q.segments, usual * unit), questions) for q, unit in pairs]
+    return [_words(q, replace_numbers(q.segments, usual * unit), questions) for q, unit in pairs]
 
 
 def _words(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:

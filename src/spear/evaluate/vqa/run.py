@@ -17,7 +17,7 @@ from spear.evaluate.vqa.measures import grammatical, numbers, scales
 from spear.evaluate.vqa.scores import Asked, Scores, summarize
 from spear.labels.questions.generate import FAMILIES, find_askable_objects, generate_questions
 from spear.labels.questions.templates import is_a
-from spear.models.readout import DECODES, Decode, with_numbers
+from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
@@ -114,7 +114,7 @@ def _asked(
     """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
     if (said := answer.distribution) is None:
         return Asked(image, label, question, answer.segments)
-    readings = {d: with_numbers(answer.segments, said.read(d)) for d in DECODES}
+    readings = {d: replace_numbers(answer.segments, said.read(d)) for d in DECODE_METHODS}
     certainty = None
     if len(said) and grammatical(question, answer.segments):
         certainty = Certainty.of(said, numbers(question.segments), scales(question, label))

@@ -13,7 +13,7 @@ from spear.evaluate.results import terminal_table
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, by_image, calibrate
 from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
-from spear.models.readout import DECODES, Decode
+from spear.models.readout import DECODE_METHODS, Decode
 from spear.types import LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
@@ -149,10 +149,10 @@ class Scores:
 
     def reading_rows(self) -> tuple[list[str], list[list[str]]]:
         """Median relative errors of each way of reading numbers."""
-        headers = ["question", *DECODES, "best", "mean error saved by mean", "by median"]
+        headers = ["question", *DECODE_METHODS, "best", "mean error saved by mean", "by median"]
         rows = []
         for family, r in self.readings.items():
-            errors = [f"{r.error[d]:.2f} %" for d in DECODES]
+            errors = [f"{r.error[d]:.2f} %" for d in DECODE_METHODS]
             saved = [gain.say("+.1f", 100, " %") for gain in r.gain.values()]
             rows.append([family.replace("_", " "), *errors, r.best, *saved])
         return headers, rows
@@ -230,11 +230,11 @@ def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[st
 
 
 def _readings(rows: Sequence[Asked]) -> Readings:
-    found = {d: [measure(a.question, a.readings[d], a.label) for a in rows] for d in DECODES}
+    found = {d: [measure(a.question, a.readings[d], a.label) for a in rows] for d in DECODE_METHODS}
     errors = {d: np.array([each["relative"] for each in some]) for d, some in found.items()}
     both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
     gain: dict[Decode, Estimate] = {}
-    for d in DECODES[1:]:
+    for d in DECODE_METHODS[1:]:
         pairs = by_image([a.image for a in rows], both[d])
         gain[d] = bootstrap(pairs, lambda flat: 1 - flat[1::2].sum() / max(flat[::2].sum(), 1e-12))
     return Readings({d: float(np.median(e)) for d, e in errors.items()}, gain)

@@ -11,7 +11,7 @@ from spear.errors import SpearError
 from spear.labels.models.protocols import PointMapResult
 from spear.models.devices import choose_device
 from spear.models.moge.checkpoint import load_moge
-from spear.models.moge.infer import Geometry, infer
+from spear.models.moge.infer import Geometry, infer_geometry
 from spear.models.moge.networks import MogeV1, MogeV2
 from spear.types import Frame
 
@@ -46,7 +46,7 @@ class MogePointMapModel:
             images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(
                 0, 3, 1, 2
             )
-            found = infer(self.model, images, dtype=self.dtype)
+            found = infer_geometry(self.model, images, dtype=self.dtype)
             results |= {
                 i: self._result(found, row, frames[i].source) for row, i in enumerate(members)
             }

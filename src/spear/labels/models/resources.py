@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from spear.labels.models.sam2 import MAX_BOXES_PER_CALL
-from spear.models.meter import Meter, give_storage
+from spear.models.meter import MemoryMeter, allocate_storage
 from spear.models.weights.published import PUBLISHED
 
 
@@ -35,11 +35,11 @@ def estimate_resources(name: str, batch: int, longest: int, names: int) -> Resou
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     known = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     work = FlopCounterMode(display=False, custom_mapping=known)
-    with FakeTensorMode(), Meter() as meter, work, torch.inference_mode():
-        give_storage(network)
+    with FakeTensorMode(), MemoryMeter() as meter, work, torch.inference_mode():
+        allocate_storage(network)
         weights = meter.live
         if name.startswith("moge"):
-            network(torch.zeros(batch, 3, longest * 3 // 4, longest), network.most_tokens)
+            network(torch.zeros(batch, 3, longest * 3 // 4, longest), network.max_tokens)
         elif name == "sam2":
             side = network.config.prompt_encoder_config.image_size
             levels = network.get_image_embeddings(torch.zeros(batch, 3, side, side))

@@ -17,7 +17,7 @@ from transformers import Gemma2Model, GemmaModel
 
 from spear.errors import first_line, notice
 from spear.models.fast.linear import Events, Fused, Prepared
-from spear.models.layers import as_bias, positions
+from spear.models.layers import compute_position_ids, mask_to_bias
 
 Inputs = Mapping[str, Tensor]
 Recorded = tuple[torch.cuda.CUDAGraph, Inputs, Tensor]
@@ -363,7 +363,7 @@ class Prefilled:
         if not self.padded:
             return None
         after = self.valid.new_ones(self.valid.shape[0], room)
-        return as_bias(torch.cat([self.valid, after], dim=1), dtype).repeat_interleave(
+        return mask_to_bias(torch.cat([self.valid, after], dim=1), dtype).repeat_interleave(
             groups, dim=0
         )[:, None]
 
@@ -397,7 +397,7 @@ def prefill(
     if padded and x.device.type == "cpu" and not isinstance(valid, FakeTensor):
         padded = not bool(valid.all())
     cache = layers.cache(batch, length + room, x.dtype, x.device)
-    where = positions(valid)
+    where = compute_position_ids(valid)
     prefix = Prefilled(cache, valid, padded, where[:, -1] + 1, None, wrote)
     window = replace(cache.window(0, [(length, length)]), wrote=wrote)
     rotations = layers.rotations(where, x.dtype)

@@ -84,10 +84,10 @@ def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
     Raises `SpearError` as `load_moge` does, and when the encoder is of another size or resamples its position
     embeddings in another way.
     """
-    _fill(encoder, checkpoint, encoder_names(encoder, checkpoint))
+    _fill(encoder, checkpoint, match_encoder(encoder, checkpoint))
 
 
-def encoder_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
+def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
     """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading weights."""
     offset = getattr(encoder.backbone.config, "position_offset", 0.0)
     if offset != 0.1:
@@ -98,7 +98,7 @@ def encoder_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str
     return _match(encoder, checkpoint, (("backbone.", prefix),), heads)
 
 
-def encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, told from its width."""
     width = checkpoint.weights[f"{_BACKBONE[checkpoint.version]}cls_token"].shape[-1]
     names = {size[0]: name for name, size in ENCODERS.items()}
@@ -149,7 +149,7 @@ def _match(
 ) -> dict[str, str]:
     """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
     weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
-    expected = published_shapes(model, checkpoint.version, prefixes)
+    expected = get_published_shapes(model, checkpoint.version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
     left = {f"{_BACKBONE[checkpoint.version]}mask_token", *unused} - set(expected)
     found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in left}
@@ -161,23 +161,23 @@ def _match(
             raise SpearError(
                 f"{where}: {key} is not ImageNet's: use one of the published checkpoints"
             )
-    return {ours: published_name(ours, prefixes) for ours in model.state_dict()}
+    return {ours: to_published_name(ours, prefixes) for ours in model.state_dict()}
 
 
-def published_shapes(
+def get_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of what a checkpoint must hold for a model, by the checkpoint's names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, tensor in model.state_dict().items():
-        name = published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
+        name = to_published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
         shapes[name] = ((3 if ".attn.qkv." in name else 1) * tensor.shape[0], *tensor.shape[1:])
     return shapes | {
         f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS
     }
 
 
-def published_name(ours: str, prefixes: Prefixes) -> str:
+def to_published_name(ours: str, prefixes: Prefixes) -> str:
     """The checkpoint's name of one of our weights."""
     if "backbone." in ours:
         for here, there in _DINOV2:

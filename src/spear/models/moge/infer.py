@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spear.models.moge.networks import MogeV1, MogeV2, view_plane
+from spear.models.moge.networks import MogeV1, MogeV2, make_view_plane
 from spear.models.vision import check_pixels
 from spear.types import Array
 
-FIT_SIDE = 64
+FIT_SIDE_PX = 64
 """The camera is fitted to this many rows and columns of the map, as MoGe does."""
 
 
@@ -36,7 +36,9 @@ class Geometry:
 
 
 @torch.inference_mode()
-def infer(model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.float32) -> Geometry:
+def infer_geometry(
+    model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.float32
+) -> Geometry:
     """Predict the geometry of a batch of images of one size; each point lies on the ray of its pixel.
 
     images  [B, 3, h, w] uint8, cut into the most patches that the network was trained for.
@@ -48,10 +50,10 @@ def infer(model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.flo
     check_pixels("image", images, 1)
     images = images.to(device) / 255
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = model(images, model.most_tokens)
+        output = model(images, model.max_tokens)
     mask = output.mask > 0.5
     focal, shift = recover_focal_shift(output.points, mask)
-    intrinsics = centred_intrinsics(focal, *images.shape[:1:-1])
+    intrinsics = make_centered_intrinsics(focal, *images.shape[:1:-1])
     depth = output.points[..., 2] + shift[:, None, None]
     points = unproject(depth, intrinsics)
     if output.scale is not None:
@@ -71,12 +73,12 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     height, width = points.shape[1:3]
     uv = (
-        view_plane(width, height, device=points.device)
+        make_view_plane(width, height, device=points.device)
         .permute(2, 0, 1)
         .expand(len(points), -1, -1, -1)
     )
     maps = torch.cat([points.float().permute(0, 3, 1, 2), uv, mask[:, None].float()], dim=1)
-    maps = nn.functional.interpolate(maps, (FIT_SIDE, FIT_SIDE), mode="nearest")
+    maps = nn.functional.interpolate(maps, (FIT_SIDE_PX, FIT_SIDE_PX), mode="nearest")
     rows = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()
     fits = torch.tensor([_fit(row) for row in rows], device=points.device)
     return fits[:, 0], fits[:, 1]
@@ -103,7 +105,7 @@ def _fit(rows: Array) -> tuple[float, float]:
     return project(shift)[1], float(shift[0])
 
 
-def centred_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
+def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
     """Focal lengths [B] in half diagonals -> intrinsics [B, 3, 3], pixels (centres at integer + 0.5)."""
     intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal * math.hypot(width, height) / 2

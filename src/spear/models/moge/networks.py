@@ -19,7 +19,7 @@ from spear.errors import SpearError, check_known
 from spear.models.vision import MogeEncoder, standardize
 from spear.types import Unit
 
-PATCH = 14
+PATCH_SIZE_PX = 14
 ENCODERS = {
     "dinov2_vits14": (384, 12, 6),
     "dinov2_vitb14": (768, 12, 12),
@@ -51,12 +51,12 @@ def dinov2_config(encoder: str) -> Dinov2Config:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
     }
-    ours |= {"patch_size": PATCH, "image_size": 37 * PATCH, "position_offset": 0.1}
+    ours |= {"patch_size": PATCH_SIZE_PX, "image_size": 37 * PATCH_SIZE_PX, "position_offset": 0.1}
     ours |= {"use_mask_token": False, "attn_implementation": "sdpa"}
     return Dinov2Config(**ours)
 
 
-def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+def check_supported(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Refuse a published config whose fields, where given, are not what is built here."""
     for key, value in fixed.items():
         if config.get(key, value) != value:
@@ -66,7 +66,7 @@ def check_fixed(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) 
             )
 
 
-def conv3(width: int, out: int) -> nn.Conv2d:
+def build_conv3x3(width: int, out: int) -> nn.Conv2d:
     """A 3×3 convolution that repeats the edge outwards."""
     return nn.Conv2d(width, out, 3, padding=1, padding_mode="replicate")
 
@@ -78,7 +78,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         first = nn.GroupNorm(1, width) if norms else nn.Identity()
         second = nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity()
-        one, other = conv3(width, hidden), conv3(hidden, width)
+        one, other = build_conv3x3(width, hidden), build_conv3x3(hidden, width)
         self.layers = nn.Sequential(first, nn.ReLU(), one, second, nn.ReLU(), other)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,14 +86,16 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
-def upsample(kind: str, width: int, out: int) -> nn.Sequential:
+def build_upsampler(kind: str, width: int, out: int) -> nn.Sequential:
     """[B, width, h, w] -> [B, out, 2h, 2w], learned ("conv_transpose") or "bilinear", then a convolution."""
     if kind == "bilinear":
-        return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), conv3(width, out))
-    return nn.Sequential(nn.ConvTranspose2d(width, out, 2, stride=2), conv3(out, out))
+        return nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"), build_conv3x3(width, out)
+        )
+    return nn.Sequential(nn.ConvTranspose2d(width, out, 2, stride=2), build_conv3x3(out, out))
 
 
-def view_plane(
+def make_view_plane(
     width: int, height: int, aspect: float | None = None, device: torch.device | None = None
 ) -> Tensor:
     """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
@@ -111,10 +113,10 @@ def view_plane(
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
-def uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
+def make_uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
     """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor;
     computed in float32 first: in float16 the errors of the steps would add up along a row."""
-    uv = view_plane(width, height, aspect, like.device).to(like.dtype)
+    uv = make_view_plane(width, height, aspect, like.device).to(like.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
@@ -123,7 +125,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def full_size(raw: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+def upsample_output(raw: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
     """MoGe's "exp" output (x / z, y / z, log z) [B, 3, h, w] and raw mask [B, 1, h, w] -> points [B, H, W, 3]
     and mask [B, H, W], float32, at the size of the images [B, 3, H, W]."""
     with torch.autocast(images.device.type, enabled=False):
@@ -153,7 +155,7 @@ _FIXED_STACK = {
 class MogeV1(nn.Module):
     """DINOv2's last layers, summed after a projection each, and a convolutional head.
 
-    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. most_tokens:
+    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. max_tokens:
     the most patches that it was trained to cut an image into.
     """
 
@@ -161,10 +163,10 @@ class MogeV1(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        check_fixed("", {"remap_output": "linear", **config}, _FIXED_V1)
-        self.most_tokens = int(config.get("num_tokens_range", (1200, 2500))[1])
+        check_supported("", {"remap_output": "linear", **config}, _FIXED_V1)
+        self.max_tokens = int(config.get("num_tokens_range", (1200, 2500))[1])
         if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
-            self.most_tokens = int(config["trained_area_range"][1]) // PATCH**2
+            self.max_tokens = int(config["trained_area_range"][1]) // PATCH_SIZE_PX**2
         self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
         read, depth = (
             config.get("intermediate_layers", 4),
@@ -173,23 +175,23 @@ class MogeV1(nn.Module):
         self.layers = range(depth - read, depth)
         self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
 
-    def cut(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
+    def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
         """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
 
         The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
         is too long and thin for so few tokens.
         """
         height, width = images.shape[2:]
-        factor = math.sqrt(num_tokens * PATCH**2 / (height * width))
+        factor = math.sqrt(num_tokens * PATCH_SIZE_PX**2 / (height * width))
         size = int(height * factor), int(width * factor)
-        if min(size) < PATCH:
+        if min(size) < PATCH_SIZE_PX:
             raise SpearError(
                 f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
             )
         resized = nn.functional.interpolate(
             images, size, mode="bicubic", antialias=True, align_corners=False
         )
-        patches = [side // PATCH * PATCH for side in size]
+        patches = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in size]
         normal = standardize(resized)
         cut = nn.functional.interpolate(
             normal, patches, mode="bilinear", antialias=True, align_corners=False
@@ -198,11 +200,11 @@ class MogeV1(nn.Module):
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
-        patches, size = self.cut(images, num_tokens)
+        patches, size = self.cut_into_patches(images, num_tokens)
         tokens = self.encoder.layers(patches, self.layers)
-        grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
+        grid = (patches.shape[2] // PATCH_SIZE_PX, patches.shape[3] // PATCH_SIZE_PX)
         raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
-        return MogeOutput(*full_size(raw, images))
+        return MogeOutput(*upsample_output(raw, images))
 
 
 class MogeV1Head(nn.Module):
@@ -216,13 +218,13 @@ class MogeV1Head(nn.Module):
         self.projects = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in range(layers))
         self.upsample_blocks = nn.ModuleList(
             nn.Sequential(
-                upsample("conv_transpose", before + 2, after),
+                build_upsampler("conv_transpose", before + 2, after),
                 *(ResidualBlock(after, after * times, True) for _ in range(blocks)),
             )
             for before, after in pairwise((project, *widths))
         )
         self.output_block = nn.ModuleList(
-            nn.Sequential(conv3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1))
+            nn.Sequential(build_conv3x3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1))
             for out in (3, 1)
         )
 
@@ -234,30 +236,30 @@ class MogeV1Head(nn.Module):
             dim=0
         )
         for block in self.upsample_blocks:
-            x = block(with_uv(x, width / height))
-        x = with_uv(resize(x, height, width), width / height)
+            x = block(append_uv(x, width / height))
+        x = append_uv(resize(x, height, width), width / height)
         return [block(x) for block in self.output_block]
 
 
-def with_uv(x: Tensor, aspect: float) -> Tensor:
+def append_uv(x: Tensor, aspect: float) -> Tensor:
     """[B, c, h, w] -> [B, c + 2, h, w]: where each cell lies on the view plane of an image of that aspect."""
     batch, _, height, width = x.shape
-    return torch.cat([x, uv_channels(batch, width, height, aspect, x)], dim=1)
+    return torch.cat([x, make_uv_channels(batch, width, height, aspect, x)], dim=1)
 
 
 class MogeV2(nn.Module):
     """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
 
-    config, most_tokens: as of `MogeV1`.
+    config, max_tokens: as of `MogeV1`.
     """
 
     unit: Unit = "metre"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        check_fixed("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
+        check_supported("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
         encoder = config["encoder"]
-        self.most_tokens = int(config.get("num_tokens_range", (1200, 3600))[1])
+        self.max_tokens = int(config.get("num_tokens_range", (1200, 3600))[1])
         self.encoder = MogeEncoder(dinov2_config(encoder["backbone"]))
         read, depth = encoder["intermediate_layers"], self.encoder.backbone.config.num_hidden_layers
         self.layers = range(depth - read, depth) if isinstance(read, int) else read
@@ -272,7 +274,7 @@ class MogeV2(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.scale_head = nn.Sequential(*layers[:-1])
 
-    def cut(self, images: Tensor, num_tokens: int) -> Tensor:
+    def cut_into_patches(self, images: Tensor, num_tokens: int) -> Tensor:
         """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
         `SpearError` when an image is too long and thin for so few tokens."""
         height, width = images.shape[2:]
@@ -282,7 +284,7 @@ class MogeV2(nn.Module):
             raise SpearError(
                 f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
             )
-        size = (rows * PATCH, columns * PATCH)
+        size = (rows * PATCH_SIZE_PX, columns * PATCH_SIZE_PX)
         cut = nn.functional.interpolate(
             images, size, mode="bilinear", antialias=True, align_corners=False
         )
@@ -292,24 +294,24 @@ class MogeV2(nn.Module):
         """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
         [B, width] of the last layer that is read."""
         tokens = self.encoder.layers(patches, self.layers)
-        grid = (patches.shape[2] // PATCH, patches.shape[3] // PATCH)
+        grid = (patches.shape[2] // PATCH_SIZE_PX, patches.shape[3] // PATCH_SIZE_PX)
         pairs = zip(self.output_projections, tokens, strict=True)
         projected = [projection(layer[:, 1:].mT.unflatten(2, grid)) for projection, layer in pairs]
         return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points, mask and scale of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
-        features, token = self.encode(self.cut(images, num_tokens))
+        features, token = self.encode(self.cut_into_patches(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
         sizes = (
             (columns << level, rows << level) for level in range(1, len(self.neck.input_blocks))
         )
-        finer = [uv_channels(batch, *size, width / height, features) for size in sizes]
-        levels = self.neck([with_uv(features, width / height), *finer])
+        finer = [make_uv_channels(batch, *size, width / height, features) for size in sizes]
+        levels = self.neck([append_uv(features, width / height), *finer])
         raw = [head(levels)[-1] for head in (self.points_head, self.mask_head)]
         scale = self.scale_head(token)
-        points, mask = full_size(raw, images)
+        points, mask = upsample_output(raw, images)
         return MogeOutput(points, mask.sigmoid(), scale.float()[:, 0].exp())
 
 
@@ -326,7 +328,7 @@ class ConvStack(nn.Module):
             "res_block_in_norm": "layer_norm",
             "res_block_hidden_norm": "group_norm",
         }  # when not given
-        check_fixed(f"{name}.", {**norms, **config}, _FIXED_STACK)
+        check_supported(f"{name}.", {**norms, **config}, _FIXED_STACK)
         widths = config["dim_res_blocks"]
 
         def each(value: Any, levels: int = len(widths)) -> Sequence[Any]:
@@ -337,7 +339,7 @@ class ConvStack(nn.Module):
         sizes = zip(each(config["dim_in"]), widths, strict=True)
         self.input_blocks = nn.ModuleList(nn.Conv2d(before, width, 1) for before, width in sizes)
         pairs = zip(kinds, pairwise(widths), strict=True)
-        self.resamplers = nn.ModuleList(upsample(kind, *pair) for kind, pair in pairs)
+        self.resamplers = nn.ModuleList(build_upsampler(kind, *pair) for kind, pair in pairs)
         self.res_blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
             for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)

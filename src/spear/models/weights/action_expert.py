@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from spear.errors import SpearError, check_known
-from spear.models.presets import preset, spear1_config
-from spear.models.spear1 import STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
+from spear.models.presets import build_spear1_config, get_preset
+from spear.models.spear1 import NUM_STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
 from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
 from spear.models.weights.load import Part, Shards, origin, reading
@@ -36,7 +36,7 @@ _UNUSED = {
     r"(un)?normalize_": "statistics of π0's data",
 }
 _ENDS = {
-    "state_proj": (1, STATE_FEATURES),
+    "state_proj": (1, NUM_STATE_FEATURES),
     "action_in_proj": (1, ACTION_DIM),
     "action_out_proj": (0, ACTION_DIM),
 }
@@ -69,7 +69,7 @@ def plan_policy(
         fields = _expert_fields(shards, names, inner.text_config.head_dim)
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
         sources["action expert"] = origin(expert, shards.folder)
-    config = spear1_config(preset(size), inner, fields)
+    config = build_spear1_config(get_preset(size), inner, fields)
     config.update(periods)
     with torch.device("meta"):
         wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()

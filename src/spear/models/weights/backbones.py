@@ -15,12 +15,12 @@ from transformers import PaliGemmaConfig
 from spear.errors import SpearError
 from spear.models.moge.checkpoint import (
     Checkpoint,
-    encoder_config,
-    encoder_names,
     fill_encoder,
+    make_encoder_config,
+    match_encoder,
     read_checkpoint,
 )
-from spear.models.presets import TOKEN_IDS, Preset, preset, vlm_config
+from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, get_preset
 from spear.models.processing import check_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
@@ -69,7 +69,7 @@ def plan_backbones(
     dtype that is not floating point, and a vocabulary that does not fit. What is wrong with single weights is
     in the report, and raised by `check` and `run`.
     """
-    numbers = preset(size)
+    numbers = get_preset(size)
     shards = Shards.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
     stored = shards.names(_RENAMED)
@@ -162,10 +162,10 @@ def _vlm_config(
     text, vision = ({k: v for k, v in part.items() if k not in _NOT_OURS} for part in parts)
     networks = {
         "vision_config": {**vision, "vision_use_head": False},
-        "moge_config": None if moge is None else encoder_config(moge),
-        "text_config": {**text, "vocab_size": vocabulary, **TOKEN_IDS},
+        "moge_config": None if moge is None else make_encoder_config(moge),
+        "text_config": {**text, "vocab_size": vocabulary, **SPECIAL_TOKEN_IDS},
     }
-    return vlm_config(size, coordinate_start=start, networks=networks)
+    return build_vlm_config(size, coordinate_start=start, networks=networks)
 
 
 def _vocabulary(
@@ -210,7 +210,7 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
 
 
 def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
-    names = encoder_names(encoder, checkpoint)
+    names = match_encoder(encoder, checkpoint)
     ours = encoder.state_dict().items()
     keys = [
         Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spear.models.presets import preset, spear1_config, vlm_config
+from spear.models.presets import build_spear1_config, build_vlm_config, get_preset
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Published:
         from spear.models.spear1 import Spear1ForActionPrediction
         from spear.models.vlm import SpearVLMForConditionalGeneration
 
-        size = preset("spear1")
+        size = get_preset("spear1")
         with torch.device("meta"):
             if self.kind.startswith("Moge"):
                 return getattr(networks, self.kind)(self.config)
             if self.kind == "Pi0":
-                policy = Spear1ForActionPrediction(spear1_config(size))
+                policy = Spear1ForActionPrediction(build_spear1_config(size))
                 del policy.vlm
                 return policy
             if self.kind == "PaliGemma":
-                inner = vlm_config(size)
+                inner = build_vlm_config(size)
                 inner.moge_config, inner.text_config = (
                     None,
                     transformers.AutoConfig.for_model(**self.config),
@@ -50,12 +50,12 @@ class Published:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are read of its files, by their names there. What else they hold is left out."""
-        from spear.models.moge.checkpoint import published_shapes
+        from spear.models.moge.checkpoint import get_published_shapes
         from spear.models.weights.load import renamed
 
         network = self.build()
         if self.kind.startswith("Moge"):
-            return published_shapes(network, int(self.kind[-1]))
+            return get_published_shapes(network, int(self.kind[-1]))
         found = {renamed(ours, self.names): weight for ours, weight in network.state_dict().items()}
         return {name: tuple(self.shapes.get(name, weight.shape)) for name, weight in found.items()}
 
