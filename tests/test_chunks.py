@@ -13,7 +13,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import no_warning, refuses
-from spear.chunks import REPLAN, ChunkExecutor, Pilot
+from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor, Pilot
 from spear.errors import Notice
 from spear.types import Array
 
@@ -281,7 +281,7 @@ def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
             assert think.wait(60)
         return chunk(observation["t"])
 
-    assert Pilot(policy(answer))._executor.replan == REPLAN
+    assert Pilot(policy(answer))._executor.replan == DEFAULT_REPLAN_INTERVAL
     with closing(Pilot(policy(answer), "async", replan=3)) as pilot:
         actions = [pilot.step({"t": t}) for t in range(7)]
         assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still

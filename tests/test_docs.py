@@ -17,7 +17,7 @@ from spear import cli
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import observations
 from spear.serve.client import RemotePolicy
-from spear.util.options import option_names
+from spear.util.options import list_option_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,7 @@ def joined(page: Path) -> str:
 
 def options(name: str) -> set[str]:
     known = cli.options_of(cli.load(name))
-    return {"--help", *(option_names(known) if known else ())}
+    return {"--help", *(list_option_names(known) if known else ())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

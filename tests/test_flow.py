@@ -14,7 +14,7 @@ from torch import Tensor
 from refusals import refuses
 from spear import flow
 from spear.flow import FlowConfig
-from spear.geometry import apply_step, quat_canonical, quat_distance, quat_exp, quat_multiply
+from spear.geometry import apply_action, quat_canonical, quat_distance, quat_exp, quat_multiply
 from spear.models.presets import get_preset
 from spear.types import Action
 
@@ -166,11 +166,11 @@ def test_velocity_from_the_true_clean_action_is_the_true_velocity(config: FlowCo
 def test_loss_is_zero_at_the_truth_and_only_there(config: FlowConfig) -> None:
     noise, data, time = pair(config)
     right = truth(noise, data, time, config)
-    assert abs(float(flow.loss(right, noise, data, time, config)[0])) < 1e-7
+    assert abs(float(flow.compute_loss(right, noise, data, time, config)[0])) < 1e-7
     for column, part in ((1, "translation"), (5, "rotation"), (5, "geodesic"), (7, "gripper")):
         wrong = right.to_vector().clone()
         wrong[..., column] += 0.1
-        worse = flow.loss(Action.from_vector(wrong), noise, data, time, config)
+        worse = flow.compute_loss(Action.from_vector(wrong), noise, data, time, config)
         assert float(worse[1][part]) > 1e-4
         untouched = {"rotation", "geodesic"} ^ {part} if column == 5 else {part}
         for other in worse[1].keys() - untouched - {part}:
@@ -189,7 +189,7 @@ def test_gradients_are_finite_at_every_degenerate_place(
             right = truth(start, end, time, config).to_vector()
             for prediction in (right, -right, torch.zeros_like(right), right * 1e-6, right * 30):
                 prediction = prediction.clone().requires_grad_()
-                result = flow.loss(Action.from_vector(prediction), start, end, time, config)
+                result = flow.compute_loss(Action.from_vector(prediction), start, end, time, config)
                 (gradient,) = torch.autograd.grad(result[0], prediction)
                 assert bool(torch.isfinite(result[0]))
                 assert float(result[0].detach()) < 1e-6 or not torch.equal(prediction, right)
@@ -203,7 +203,7 @@ def test_loss_gradient_equals_finite_differences(config: FlowConfig) -> None:
     start = right + 0.2 * torch.randn(right.shape, generator=generator(4), dtype=right.dtype)
 
     def total(x: Tensor) -> Tensor:
-        return flow.loss(Action.from_vector(x), noise, data, time, config)[0]
+        return flow.compute_loss(Action.from_vector(x), noise, data, time, config)[0]
 
     assert torch.autograd.gradcheck(total, (start.requires_grad_(),), atol=1e-6)
     if config.prediction == "velocity":  # right but for the speed
@@ -237,7 +237,7 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
     }
     assert np.linalg.norm(u, axis=-1).min() > 0.01
     for kind, rotation in (("cosine", cosine), ("mse", ((v - u) ** 2).sum(-1) / 4)):
-        parts = flow.loss(said, noise, data, time, FlowConfig(rotation_loss=kind))[1]  # type: ignore[arg-type]
+        parts = flow.compute_loss(said, noise, data, time, FlowConfig(rotation_loss=kind))[1]  # type: ignore[arg-type]
         assert parts["rotation"].item() == pytest.approx(rotation.mean(), rel=1e-6)
         for part, value in straight.items():
             assert parts[part].item() == pytest.approx(value, rel=1e-12)
@@ -250,7 +250,9 @@ def test_velocity_losses_are_the_papers_formulas() -> None:
         step = np.minimum(1 - t, np.inf if delta is None else delta)
         ends, signs = (after(v, step), after(u, step)), np.array([1, -1]).reshape(2, 1, 1, 1)
         chord = np.linalg.norm(ends[0] + signs * ends[1], axis=-1).min(0).mean()
-        found = flow.loss(said, noise, data, time, dataclasses.replace(S3, geodesic_step=delta))[1]
+        found = flow.compute_loss(
+            said, noise, data, time, dataclasses.replace(S3, geodesic_step=delta)
+        )[1]
         assert found["geodesic"].item() == pytest.approx(chord, rel=1e-6)
 
 
@@ -261,7 +263,7 @@ def test_clean_losses_are_angles() -> None:
     noise, time = draw((4, 5), S3), torch.rand(4).double()
     for kind, expected in (("mse", angle**2), ("cosine", math.sin(angle / 2) ** 2)):
         config = FlowConfig(prediction="clean", rotation_loss=kind)  # type: ignore[arg-type]
-        parts = flow.loss(wrong, noise, data, time, config)[1]
+        parts = flow.compute_loss(wrong, noise, data, time, config)[1]
         assert float(parts["rotation"]) == pytest.approx(expected, rel=1e-9)
         assert float(parts["geodesic"]) == pytest.approx(2 * math.sin(angle / 4), rel=1e-9)
 
@@ -282,7 +284,7 @@ def test_one_guess_for_sparse_turns() -> None:
             optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 400)
             said = dataclasses.replace(data, rotation=quat_exp(guess).expand(1, n, 4))
             optimizer.zero_grad()
-            flow.loss(said, data, data, torch.zeros(1).double(), config)[0].backward()
+            flow.compute_loss(said, data, data, torch.zeros(1).double(), config)[0].backward()
             optimizer.step()
         assert guess.tolist() == pytest.approx([0, 0, found * angle], abs=2e-3)
 
@@ -293,7 +295,7 @@ def test_weights_and_mask() -> None:
     config = FlowConfig(
         translation_weight=2, rotation_weight=3, gripper_weight=5, geodesic_weight=7
     )
-    result = flow.loss(guess, noise, data, time, config)
+    result = flow.compute_loss(guess, noise, data, time, config)
     p = result[1]
     expected = 2 * p["translation"] + 3 * (p["rotation"] + 7 * p["geodesic"]) + 5 * p["gripper"]
     torch.testing.assert_close(result[0], expected)
@@ -301,12 +303,14 @@ def test_weights_and_mask() -> None:
     mask = torch.rand(64, 5, generator=generator(6)) < 0.5
     mask[0] = False
     with pytest.raises(ValueError, match="64, 5"):
-        flow.loss(guess, noise, data, time, config, mask[:, :1])
-    masked = flow.loss(guess, noise, data, time, S3, mask)[1]
+        flow.compute_loss(guess, noise, data, time, config, mask[:, :1])
+    masked = flow.compute_loss(guess, noise, data, time, S3, mask)[1]
     flat = [x.to_vector()[mask][:, None] for x in (guess, noise, data)]
-    chosen = flow.loss(*map(Action.from_vector, flat), time[:, None].expand(64, 5)[mask], S3)[1]
+    chosen = flow.compute_loss(
+        *map(Action.from_vector, flat), time[:, None].expand(64, 5)[mask], S3
+    )[1]
     torch.testing.assert_close(masked, chosen)
-    assert float(flow.loss(guess, noise, data, time, S3, torch.zeros_like(mask))[0]) == 0
+    assert float(flow.compute_loss(guess, noise, data, time, S3, torch.zeros_like(mask))[0]) == 0
 
 
 @pytest.mark.parametrize("config", ALL, ids=name)
@@ -337,7 +341,7 @@ def test_each_action_at_a_time_of_its_own(config: FlowConfig) -> None:
         state, velocity = flow.interpolate(noise, data, time, config)
         derived = velocity_from_clean(said, state, time, config)
         whole = [x.to_vector().reshape(320, 8) for x in (state, velocity, derived)]
-        return [*whole, flow.loss(said, noise, data, time, config)[0]]
+        return [*whole, flow.compute_loss(said, noise, data, time, config)[0]]
 
     for a, b in zip(
         everything(noise, data, said, times), everything(*alone, times.flatten()), strict=True
@@ -350,7 +354,7 @@ def test_each_action_at_a_time_of_its_own(config: FlowConfig) -> None:
 @pytest.mark.parametrize("config", ALL, ids=name)
 def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) -> None:
     noise, data, _ = pair(config)
-    decided, held = robot_data((64, 5), seed=9), flow.sample_held((64, 5), 3, generator())
+    decided, held = robot_data((64, 5), seed=9), flow.sample_committed((64, 5), 3, generator())
     seen: list[tuple[Action, Tensor]] = []
 
     def predict(state: Action, time: Tensor) -> Action:
@@ -359,7 +363,7 @@ def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) ->
             data if config.prediction == "clean" else velocity_from_clean(data, state, time, config)
         )
 
-    found = flow.integrate(predict, noise, 4, config, flow.Committed(decided, held))
+    found = flow.integrate(predict, noise, 4, config, flow.CommittedPrefix(decided, held))
     for k, (state, time) in enumerate([*seen, (found, torch.ones(64, 5).double())]):
         assert torch.equal(state.to_vector()[held], decided.to_vector()[held])
         assert torch.equal(time, torch.where(held, 1.0, torch.full((64, 5), k / 4).double()))
@@ -369,27 +373,27 @@ def test_integrating_leaves_committed_actions_as_they_are(config: FlowConfig) ->
 
 
 def test_what_is_held_is_a_beginning_of_any_length_as_often() -> None:
-    held = flow.sample_held((20_000, 2, 5), 3, generator())
+    held = flow.sample_committed((20_000, 2, 5), 3, generator())
     lengths = held.sum(-1)
     assert torch.equal(held, torch.arange(5) < lengths[..., None])
     share = torch.bincount(lengths.flatten(), minlength=5) / lengths.numel()
     torch.testing.assert_close(share, torch.tensor([0.25, 0.25, 0.25, 0.25, 0]), atol=0.01, rtol=0)
-    assert not flow.sample_held((4, 5), 0, generator()).any()
+    assert not flow.sample_committed((4, 5), 0, generator()).any()
 
 
 def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     """Arms that execute both: apart by the mistakes while actions are given, together from the next on."""
     shape, count = (4000, 5), 4000
-    data, held = robot_data(shape), flow.sample_held(shape, 3, generator(5))
-    wrong = flow.with_mistakes(data, held, generator(6))
+    data, held = robot_data(shape), flow.sample_committed(shape, 3, generator(5))
+    wrong = flow.perturb_committed(data, held, generator(6))
     assert torch.equal(wrong.gripper, data.gripper)
     x, q = other_x, other_q = (
         torch.zeros(count, 3).double(),
         quat_exp(torch.ones(count, 3).double()),
     )
     for i in range(shape[1]):
-        x, q = apply_step(x, q, data.translation[:, i], data.rotation[:, i])
-        other_x, other_q = apply_step(
+        x, q = apply_action(x, q, data.translation[:, i], data.rotation[:, i])
+        other_x, other_q = apply_action(
             other_x, other_q, wrong.translation[:, i], wrong.rotation[:, i]
         )
         assert torch.equal((x - other_x).norm(dim=-1) > 1e-6, held[:, i])
@@ -402,7 +406,8 @@ def test_mistakes_of_given_actions_are_made_up_for_by_the_next() -> None:
     known = torch.rand(shape, generator=generator(8)) < 0.7
     both = data, Action(data.translation + 30 * ~known[..., None], data.rotation, data.gripper)
     made = [
-        flow.with_mistakes(x, held, generator(6), known).translation - x.translation for x in both
+        flow.perturb_committed(x, held, generator(6), known).translation - x.translation
+        for x in both
     ]
     torch.testing.assert_close(*made, rtol=0, atol=1e-9)  # whatever those are that do not count
     assert math.isclose(float(turned.square().mean().sqrt()), turn * 3**0.5, rel_tol=0.05)
@@ -415,7 +420,7 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(
     """Else the network would meet states that it has not seen in training."""
     noise, data, time = pair(config)
     longer = Action(data.translation, 15 * data.rotation, data.gripper)
-    taught = float(flow.loss(longer, noise, data, time, config)[0]) > 1e-6
+    taught = float(flow.compute_loss(longer, noise, data, time, config)[0]) > 1e-6
     assert taught == (config.rotation == "linear" and config.rotation_loss == "mse")
     states: list[Action] = []
 

@@ -122,7 +122,7 @@ def test_matrices_agree_with_scipy_everywhere() -> None:
 
 
 @pytest.mark.parametrize("convention", ["xyz", "XYZ"])
-def test_euler_agrees_with_scipy(convention: geo.Euler) -> None:
+def test_euler_agrees_with_scipy(convention: geo.EulerConvention) -> None:
     q = quats()
     same(geo.quat_to_euler(q, convention), scipy_of(q).as_euler(convention))
     angles = torch.from_numpy(scipy_of(q).as_euler(convention))
@@ -130,7 +130,7 @@ def test_euler_agrees_with_scipy(convention: geo.Euler) -> None:
 
 
 @pytest.mark.parametrize("convention", ["xyz", "XYZ"])
-def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.Euler) -> None:
+def test_euler_gives_the_rotation_back_in_gimbal_lock(convention: geo.EulerConvention) -> None:
     for pitch in [math.pi / 2 - t for t in TINY] + [-math.pi / 2 + t for t in TINY]:
         q = geo.euler_to_quat(torch.tensor([0.7, pitch, -1.9], dtype=torch.float64), convention)
         measured = geo.quat_to_euler(q, convention)
@@ -153,10 +153,10 @@ def test_poses_agree_with_homogeneous_matrices() -> None:
     m0, m1 = matrix(p0, q0), matrix(p1, q1)
     same(matrix(*geo.pose_compose(p0, q0, p1, q1)), m0 @ m1)
     same(matrix(*geo.pose_inverse(p0, q0)), torch.linalg.inv(m0))
-    translation, delta = geo.step_action(p0, q0, p1, q1)
+    translation, delta = geo.action_between_poses(p0, q0, p1, q1)
     same(translation, p1 - p0)
     same(m0[:, :3, :3] @ geo.quat_to_matrix(delta), m1[:, :3, :3])
-    position, rotation = geo.apply_step(p0, q0, translation, delta)
+    position, rotation = geo.apply_action(p0, q0, translation, delta)
     same(position, p1)
     same(rotation, geo.quat_canonical(q1))
 
@@ -238,6 +238,6 @@ def test_exp_gradient_at_zero_and_beyond() -> None:
 
 def test_unit_quat_normalises_within_tolerance_and_refuses_beyond() -> None:
     q = quats(4)
-    same(geo.unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))
+    same(geo.check_unit_quat(q * 1.0009, "state"), geo.quat_canonical(q))
     for bad in (q * 1.002, q * 0, q * math.nan):
-        refuses(r"observation/state.*\(w, x, y, z\)", geo.unit_quat, bad, "observation/state")
+        refuses(r"observation/state.*\(w, x, y, z\)", geo.check_unit_quat, bad, "observation/state")

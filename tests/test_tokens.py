@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from refusals import refuses
 from spear.tokens import (
-    BINS,
+    NUM_BINS,
     TOKEN_FORMAT,
     CoordinateTokenizer,
     extend_tokenizer,
@@ -36,12 +36,12 @@ def tokenizer() -> CoordinateTokenizer:
 
 def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -> None:
     held_out = coordinates(100_000, seed=1)
-    counts = np.bincount(tokenizer.encode(held_out), minlength=BINS)
-    expected = len(held_out) / BINS
+    counts = np.bincount(tokenizer.encode(held_out), minlength=NUM_BINS)
+    expected = len(held_out) / NUM_BINS
     # Both the edges and the counts are samples of n values: the variance of a count is twice Poisson's.
     deviation = (counts - expected) / math.sqrt(2 * expected)
     assert abs(float(deviation.std()) - 1) < 0.1 and float(np.abs(deviation).max()) < 5
-    assert tokenizer.bins == BINS
+    assert tokenizer.bins == NUM_BINS
 
 
 def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
@@ -51,14 +51,14 @@ def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
     assert (tokenizer.edges[ids] <= decoded).all() and (decoded < tokenizer.edges[ids + 1]).all()
     assert (tokenizer.edges[ids] <= x).all() and (x <= tokenizer.edges[ids + 1]).all()
     assert (tokenizer.encode(decoded) == ids).all()
-    assert (tokenizer.encode(tokenizer.decode(np.arange(BINS))) == np.arange(BINS)).all()
+    assert (tokenizer.encode(tokenizer.decode(np.arange(NUM_BINS))) == np.arange(NUM_BINS)).all()
 
 
 def test_a_representative_is_the_median_of_its_bin_and_values_out_of_range_clamp() -> None:
     fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
     assert fitted.edges.tolist() == [0, 6.5, 40] and fitted.representatives.tolist() == [1.5, 20]
     fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
-    assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, BINS - 1]
+    assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, NUM_BINS - 1]
     assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]
     assert fitted.encode(0.25).shape == () and fitted.encode(np.zeros((0, 3))).shape == (0, 3)
 
@@ -72,7 +72,7 @@ def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
     )
     for few in ([], [2.0], [2.0, 2.0, 2.0]):
         refuses("at least 2", CoordinateTokenizer.fit, few)
-    for ids in ([-1], [0, BINS]):
+    for ids in ([-1], [0, NUM_BINS]):
         refuses("1023", tokenizer.decode, ids)
 
 
@@ -128,7 +128,7 @@ def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: 
         json.dumps(good | {"edges": good["edges"][::-1]}),
         json.dumps(good | {"representatives": good["representatives"][1:]}),
         json.dumps(good | {"unit": "inch"}),
-        json.dumps(good | {"edges": [math.nan] * (BINS + 1)}),
+        json.dumps(good | {"edges": [math.nan] * (NUM_BINS + 1)}),
         json.dumps(good | {"edges": [*good["edges"][:-1], math.inf]}),
         json.dumps(good | {"edges": [0.0], "representatives": []}),
         json.dumps(good | {"edges": [good["edges"]], "representatives": [[]]}),
@@ -147,14 +147,14 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
     words = word_tokenizer()
     before, first = len(words), extend_tokenizer(words)
-    assert first == before and len(words) == before + BINS
-    names = [TOKEN_FORMAT.format(i) for i in range(BINS)]
+    assert first == before and len(words) == before + NUM_BINS
+    names = [TOKEN_FORMAT.format(i) for i in range(NUM_BINS)]
     assert names[7] == "<3d0007>"
     text = f"the mug is at {names[0]}{names[1023]} {names[512]} and"
     ids = words(text)["input_ids"]
     assert ids == [1, 2, 3, 4, first, first + 1023, first + 512, 5]
     assert names[1023] in words.decode(ids, skip_special_tokens=True)
-    assert extend_tokenizer(words) == first and len(words) == before + BINS
+    assert extend_tokenizer(words) == first and len(words) == before + NUM_BINS
 
     words.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)

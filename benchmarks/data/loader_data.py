@@ -23,7 +23,7 @@ from spear.models.processing import Processor
 from spear.tokens import CoordinateTokenizer
 from spear.train import loop
 from spear.train.tasks import encode_robot_batch
-from spear.types import RATE_HZ, Array, Episode
+from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util.images import decode_image, encode_jpeg, fit_image
 
 VIEWS = {"external": (210, 280), "wrist": (112, 112)}
@@ -76,7 +76,7 @@ class Video:
 
     def __init__(self, folder: Path, mixture: Mixture, batch_size: int) -> None:
         self.dataset, self.mixture, self.batch_size = open_lerobot(folder), mixture, batch_size
-        self.often = round(self.dataset.info.fps / RATE_HZ)
+        self.often = round(self.dataset.info.fps / CONTROL_RATE_HZ)
         self.open = functools.lru_cache(maxsize=None)(self._open)
 
     @staticmethod
@@ -128,7 +128,7 @@ def bare(mixture: Mixture, store: EpisodeStore, batch_size: int) -> Iterator[int
     """
     images = []
     for sample in itertools.chain(*(mixture.draw(step, batch_size) for step in range(4))):
-        often = round(store.rates_hz[sample.episode] / RATE_HZ)
+        often = round(store.rates_hz[sample.episode] / CONTROL_RATE_HZ)
         for camera, size in VIEWS.items():
             images.append((store.image(sample.episode, often * sample.step, camera) or b"", size))
     context = multiprocessing.get_context("fork")

@@ -30,7 +30,7 @@ import tyro
 from tyro.conf import Positional
 
 from guidance import Guided
-from spear.chunks import ChunkExecutor, Mode
+from spear.chunks import ChunkExecutor, ExecutionMode
 from spear.cli import guarded
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
@@ -41,7 +41,7 @@ from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 
 LATENCIES_MS = (0, 200, 400)
-ROWS: dict[str, tuple[Mode, int]] = {
+ROWS: dict[str, tuple[ExecutionMode, int]] = {
     "sync/1": ("sync", 1),
     "sync/3": ("sync", 3),
     "sync/5": ("sync", 5),

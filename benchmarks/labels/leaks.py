@@ -271,8 +271,8 @@ def main(
     if find_spec("open3d") is None:
         print('Open3D is not installed, so its columns are missing: pip install -e ".[bench]"\n')
     grid = list(itertools.product(scenes, leaks, noise, hidden))
-    with processes.pool(workers, __name__, "use fewer --workers") as pool:
-        found = list(processes.in_order(pool, partial(measure, count=count), grid, workers))
+    with processes.open_worker_pool(workers, __name__, "use fewer --workers") as pool:
+        found = list(processes.map_in_order(pool, partial(measure, count=count), grid, workers))
     names = [name for name in ("ours", *RIVALS) if f"{name} mm" in found[0]]
     print(
         f"| scene, leak | asked, of them far off | {' | '.join(f'{name}: mm, IoU' for name in names)} |"

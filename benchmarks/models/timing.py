@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from spear import doctor
-from spear.errors import first_line
+from spear.errors import summarize_error
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def race(
                 run()
             found[name] = []
         except Exception as error:  # whatever another project's code may raise
-            failed[name] = first_line(error)[:60]
+            failed[name] = summarize_error(error)[:60]
     for _ in range(repeats):
         for name in found:
             found[name].append(1000 * seconds(contenders[name], device, processor))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from spear import flow
 from spear.cli import guarded
-from spear.errors import unknown_name
+from spear.errors import unknown_name_error
 from spear.flow import FlowConfig
 from spear.geometry import quat_canonical, quat_distance, quat_exp
 from spear.types import Action
@@ -153,7 +153,7 @@ def total(
     name: str, said: Action, noise: Action, data: Action, time: Tensor, config: FlowConfig
 ) -> Tensor:
     """The loss of `spear.flow`; the paper's cosine as it is written is put in from the same velocities."""
-    found, parts = flow.loss(said, noise, data, time, config)
+    found, parts = flow.compute_loss(said, noise, data, time, config)
     if not name.startswith("as-written"):
         return found
     state, truth = flow.interpolate(noise, data, time, config)
@@ -240,7 +240,7 @@ def main(
     """
     for name in losses:
         if name not in LOSSES:
-            raise unknown_name("loss", name, LOSSES)
+            raise unknown_name_error("loss", name, LOSSES)
     out.mkdir(parents=True, exist_ok=True)
     print(
         f"| loss | {' | '.join(PROBLEMS)} | rarer (small) | rarer (large) | speed | translation |"

@@ -30,11 +30,11 @@ from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.statistics import compute_token_usage
 from spear.labels.questions.store import generate_label_questions
 from spear.labels.store import read_labels
-from spear.tokens import CoordinateTokenizer, Spacing
+from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.types import Array, LabeledImage, Question, Unit
 
 BINS = (256, 1024, 4096)
-SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+SPACINGS: tuple[BinSpacing, ...] = get_args(BinSpacing)
 ARMS = [(spacing, bins) for spacing, bins in product(SPACINGS, BINS)]
 FAMILIES = ("box_vertices", "keypoint", "offset", "distance")
 """Families whose numbers are points or distances: what rounding does to them can be said in one number."""
@@ -81,7 +81,7 @@ def _asked(label: LabeledImage, per_image: int) -> list[tuple[LabeledImage, Ques
 
 def _row(
     tokens: CoordinateTokenizer,
-    spacing: Spacing,
+    spacing: BinSpacing,
     tested: Sequence[tuple[LabeledImage, Question]],
     unit: Unit,
 ) -> str:
@@ -175,7 +175,7 @@ def table(out: Path = Path("runs/tokenizer")) -> None:
         print(f"| {spacing} | {bins:,} | {' | '.join(cells)} | {overlap:.2f} |")
 
 
-def _arms() -> Iterator[tuple[str, Spacing, int]]:
+def _arms() -> Iterator[tuple[str, BinSpacing, int]]:
     for spacing, bins in ARMS:
         yield f"{spacing}-{bins}", spacing, bins
 

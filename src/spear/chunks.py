@@ -8,11 +8,11 @@ async     look while actions are left, go on with them, and switch when the next
           then made other steps than the new chunk assumed. The difference is spread along the chunk, up to
           where the gripper opens or closes, so that there is no jump at the seam and the arm is then where
           the new chunk wants it; a step longer than all others takes more ticks. Before the gripper turns,
-          the arm goes slowly (`SLOW`), so that what was seen is not far away; and a chunk that was predicted
+          the arm goes slowly (`NUM_SLOW_ACTIONS`), so that what was seen is not far away; a chunk predicted
           before the gripper turned, but comes after it, is dropped: it would take that back (our choice).
 rtc       as async without that care for the gripper, but the policy is told which actions are executed until
           its chunk is there, and the chunk begins with them: real-time chunking, for policies that have
-          learned it (`spear.flow.sample_held`).
+          learned it (`spear.flow.sample_committed`).
 """
 
 import math
@@ -30,21 +30,35 @@ import numpy as np
 import torch
 
 from spear.errors import SpearError, check_known, notice
-from spear.geometry import quat_exp, quat_log, quat_multiply, quat_normalize, step_action, unit_quat
-from spear.types import ACTION_DIM, FASTEST, FASTEST_TURN, RATE_HZ, Array, Policy
+from spear.geometry import (
+    action_between_poses,
+    check_unit_quat,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_normalize,
+)
+from spear.types import (
+    ACTION_DIM,
+    CONTROL_RATE_HZ,
+    MAX_EE_SPEED_M_S,
+    MAX_EE_TURN_RAD_S,
+    Array,
+    Policy,
+)
 
-Mode = Literal["sync", "async", "rtc"]
-REPLAN = 1
+ExecutionMode = Literal["sync", "async", "rtc"]
+DEFAULT_REPLAN_INTERVAL = 1
 """Actions of a chunk of 5 that are executed before the next look, unless told otherwise. The paper does not
 say; nano succeeds more often than with 2 or 3 (docs/nano.md), in SIMPLER less often (docs/simpler.md)."""
-SLOW = 2
+NUM_SLOW_ACTIONS = 2
 """async: how many actions before the one that opens or closes the gripper are made slowly, each in one tick
 more than inference took (our choice: docs/robots.md)."""
 LEAST = 2e-3, 2e-2
 """Lengths of an action (m, rad) that no chunk's path is too short for: see `_rest`."""
-PAUSE = 1.0
+MAX_PAUSE_S = 1.0
 """Seconds without a step after which what was planned before no longer counts: the robot may be elsewhere."""
-FARTHEST, FARTHEST_TURN = FASTEST / RATE_HZ, FASTEST_TURN / RATE_HZ
+FARTHEST, FARTHEST_TURN = MAX_EE_SPEED_M_S / CONTROL_RATE_HZ, MAX_EE_TURN_RAD_S / CONTROL_RATE_HZ
 """Lengths of an action (m, rad) that nobody means."""
 REMEMBERED = 256
 """Ticks of executed actions that are kept, to know what happened since an observation."""
@@ -73,13 +87,17 @@ class ChunkExecutor:
     """
 
     def __init__(
-        self, mode: Mode = "sync", replan: int = REPLAN, most: int = 0, gripper: float = 1
+        self,
+        mode: ExecutionMode = "sync",
+        replan: int = DEFAULT_REPLAN_INTERVAL,
+        most: int = 0,
+        gripper: float = 1,
     ) -> None:
-        check_known("way of executing chunks", get_args(Mode), mode)
+        check_known("way of executing chunks", get_args(ExecutionMode), mode)
         if mode == "rtc" and not most:
             others = "async, or train with --set committed=2"
             raise SpearError(f"--execution rtc: not learned by the policy: {others}")
-        check_replan(replan)
+        check_replan_interval(replan)
         self.mode, self.replan, self.most, self.gripper = mode, replan, most, gripper
         self._waiting: list[_Chunk] = []  # until they arrive
         self._left: list[
@@ -114,7 +132,7 @@ class ChunkExecutor:
         fewer actions than are to be executed of it.
         """
         actions = check_chunk(actions).copy()  # what others do with theirs changes nothing here
-        check_replan(self.replan, len(actions))
+        check_replan_interval(self.replan, len(actions))
         observed = self.tick if observed is None else observed
         arrives = self.tick if arrives is None else arrives
         self._waiting.append(_Chunk(actions, observed, arrives))
@@ -155,7 +173,7 @@ class ChunkExecutor:
         longest = np.maximum(_lengths(np.stack([*chunk.actions, *steps])).max(axis=0), LEAST)
         for i, row in enumerate(_joined(chunk.actions, steps, done, turn)):
             share = 1 - done % 1 if i == 0 else 1.0
-            slow = turn is not None and turn - SLOW <= i < turn
+            slow = turn is not None and turn - NUM_SLOW_ACTIONS <= i < turn
             ticks = max(1, round(share * (1 + chunk.arrives - chunk.observed))) if slow else 1
             ticks = max(ticks, math.ceil((_lengths(row) / longest).max() - 1e-3))
             parts = np.repeat(_part(row, 1 / ticks)[None], ticks, axis=0)
@@ -177,13 +195,15 @@ class Pilot:
     (docs/robots.md); otherwise inference runs beside the robot, and it waits for the first only. A step that
     comes early waits for its time, as the same actions made faster would move the robot faster; the notice
     says so, for its observation is old by then. After a late one (by half a tick at most) steps are a tenth
-    shorter until they are in time again (our choice). After a pause (`PAUSE`), and with another prompt, it
+    shorter until they are in time again (our choice). After a pause (`MAX_PAUSE_S`) or another prompt, it
     begins anew; an answer that took so much longer than the one before is dropped. Raises what the policy
     raises, and `SpearError` for "rtc" with one that has not learned it, and for a server of a robot's own
     commands: poses, for one, look like steps.
     """
 
-    def __init__(self, policy: Policy, mode: Mode = "sync", replan: int = REPLAN) -> None:
+    def __init__(
+        self, policy: Policy, mode: ExecutionMode = "sync", replan: int = DEFAULT_REPLAN_INTERVAL
+    ) -> None:
         if (about := getattr(policy, "metadata", {})).get("converted"):
             robot = about["embodiment"]
             raise SpearError(f"a server for robot {robot!r}: start it with `--embodiment generic`")
@@ -200,9 +220,9 @@ class Pilot:
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """The action [8] to execute now, seeing `observation`."""
-        now, tick_s = time.monotonic(), 1 / RATE_HZ
+        now, tick_s = time.monotonic(), 1 / CONTROL_RATE_HZ
         before, self._prompt = self._prompt, observation.get("prompt")
-        if now - self._stepped > PAUSE or before != self._prompt:
+        if now - self._stepped > MAX_PAUSE_S or before != self._prompt:
             self._executor = self._begin(gripper=self._executor.gripper)
             self._asked, self._due = None, -math.inf
         if self._due - now > tick_s / 4:
@@ -235,7 +255,7 @@ class Pilot:
             (tick, future, asked), self._asked = self._asked, None
             actions = future.result()["actions"]
             before, self._took = self._took, time.monotonic() - asked
-            if self._took > before + PAUSE:
+            if self._took > before + MAX_PAUSE_S:
                 notice(
                     f"an answer took {self._took:.1f} s: dropped, as the robot may be elsewhere now"
                 )
@@ -243,7 +263,7 @@ class Pilot:
                 self._executor.give(actions, observed=tick)
 
 
-def check_replan(replan: int, horizon: int | None = None) -> None:
+def check_replan_interval(replan: int, horizon: int | None = None) -> None:
     """Raises `SpearError` where so many actions of a chunk, of `horizon` ones, cannot be executed."""
     if replan < 1 or (horizon is not None and replan > horizon):
         most = "" if horizon is None else f", and at most the {horizon} that the policy predicts"
@@ -262,7 +282,7 @@ def check_chunk(actions: Array) -> Array:
     if farthest > FARTHEST or turned > FARTHEST_TURN:
         far = f"{farthest:.2g} m, or turn by {turned:.2g} rad, in one step"
         raise SpearError(f"the policy wants to go {far}: do not move: check it with spear doctor")
-    unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
+    check_unit_quat(torch.tensor(actions[:, 3:7], dtype=torch.float64), "actions[3:7]")
     return actions
 
 
@@ -283,7 +303,7 @@ def _joined(actions: Array, made: Sequence[Array], done: float, turn: int | None
     (planned, planned_turn), (at, facing) = (
         [x[-1] for x in _path(p)] for p in (by_now, np.stack(made))
     )
-    offset, back = step_action(planned, planned_turn, at, facing)
+    offset, back = action_between_poses(planned, planned_turn, at, facing)
     fade = (1 - torch.arange(1, left + 1) / max(1, left if turn is None else turn)).clamp_min(0)[
         :, None
     ]
@@ -317,5 +337,5 @@ def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _steps(position: torch.Tensor, rotation: torch.Tensor, gripper: Array) -> Array:
     """Actions [n, 8] from each of n + 1 poses, [n + 1, 3] and [n + 1, 4], to the next; gripper [n, 1]."""
-    moves, turns = step_action(position[:-1], rotation[:-1], position[1:], rotation[1:])
+    moves, turns = action_between_poses(position[:-1], rotation[:-1], position[1:], rotation[1:])
     return np.concatenate([moves.numpy(), turns.numpy(), gripper], axis=1).astype(np.float32)

@@ -31,7 +31,7 @@ from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.run import train
 from spear.util.files import write_text
-from spear.util.images import picture
+from spear.util.images import to_jpeg_data_uri
 
 SCENES = 40
 """Closed-loop scenes per family: an interval of ± 15 points at most, in a few minutes."""
@@ -91,7 +91,7 @@ def labelled_scenes() -> Values:
     labels = list(label_with_ground_truth(iter(frames)))
     pictures = [
         (
-            picture(draw_label(label, scale=4)),
+            to_jpeg_data_uri(draw_label(label, scale=4)),
             f"scene {LABEL_SEED + i}, objects: {len(label.objects)}",
         )
         for i, label in enumerate(labels[:4])

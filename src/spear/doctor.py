@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 import spear
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import is_bfloat16_fast
 from spear.models.fast.linear import CPU, HAS_BFLOAT16, linear
@@ -194,7 +194,7 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
                 found, held = _held(run, device)
                 times = [1000 * seconds(run, device.type) for _ in range(repeats)]
             except Exception as error:  # whatever a compiler may raise
-                yield Way(name, word, problem=first_line(error))
+                yield Way(name, word, problem=summarize_error(error))
                 continue
             truth = found if truth is None else truth
             apart = relative_difference(found, truth)

@@ -16,7 +16,7 @@ class SpearError(Exception):
     code = 2
 
 
-class Undecided(SpearError):
+class UndecidedError(SpearError):
     """Nothing is wrong that could be shown, nor is it shown to be right."""
 
     code = 3
@@ -26,7 +26,7 @@ class RetryableError(SpearError):
     """A `SpearError` whose cause may pass, such as a service that cannot be reached: later it may go well."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
+def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> SpearError:
     """A `SpearError` for a name that does not exist, suggesting the nearest one that does, or its initials.
 
     >>> unknown_name("preset", "nanno", ["nano", "small"]).args[0]
@@ -42,26 +42,26 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> SpearError:
 
 
 def check_known(kind: str, known: Collection[str], *names: str) -> None:
-    """Raises `unknown_name` for the first of the names that does not exist."""
+    """Raises `unknown_name_error` for the first of the names that does not exist."""
     for name in names:
         if name not in known:
-            raise unknown_name(kind, name, known)
+            raise unknown_name_error(kind, name, known)
 
 
-def need(module: str, extra: str, what: str) -> Any:
+def import_optional(module: str, extra: str, what: str) -> Any:
     """An optional module. Raises `SpearError`, which names the extra that brings it, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpearError(needs(what, error.name or module, extra)) from error
+        raise SpearError(missing_extra_message(what, error.name or module, extra)) from error
 
 
-def needs(what: str, module: str, extra: str) -> str:
+def missing_extra_message(what: str, module: str, extra: str) -> str:
     """What is said where the module that an extra of this package brings is missing."""
     return f"{what} needs {module}: pip install 'spear-vla[{extra}]'"
 
 
-def first_line(error: BaseException | str) -> str:
+def summarize_error(error: BaseException | str) -> str:
     """The first line of an error's message; its type when it has none. Of pydantic's errors the first key
     ("features.state.dtype") and what is wrong with it, in a few words."""
     from pydantic_core import ValidationError
@@ -73,7 +73,7 @@ def first_line(error: BaseException | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def counted(number: int, things: str) -> str:
+def format_count(number: int, things: str) -> str:
     """A number and what it counts, a plural in -s: "1 image", "1,000 images"."""
     return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
 
@@ -95,7 +95,7 @@ def suppress_notices() -> Iterator[None]:
         _SAYING.reset(before)
 
 
-def silence() -> None:
+def disable_notices() -> None:
     """From now on `notice` says nothing in this process, since another one does the same work."""
     _SAYING.set(False)
 

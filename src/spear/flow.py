@@ -31,7 +31,7 @@ from spear.geometry import (
     quat_log,
     quat_multiply,
     quat_normalize,
-    sphere_angle,
+    sphere_angular_velocity,
     sphere_exp,
     sphere_log,
     sphere_slerp,
@@ -42,16 +42,16 @@ _MIN_REMAINING = 1e-4
 """Least 1 - τ that a velocity is derived from; sampled times stay ten times further from 1."""
 
 MISTAKE = 1.0, 0.1
-"""Standard deviation of what is wrong in given actions (`with_mistakes`): of translations, as a multiple of
-their own; of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else a
-given action says how fast this one is, and the next is as fast, instead of making up for it."""
+"""Standard deviation of what is wrong in given actions (`perturb_committed`): of translations, as a multiple
+of their own; of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else
+a given action says how fast this one is, and the next is as fast, instead of making up for it."""
 
 _MIN_SPEED = 1e-2
 """Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
 
 
 @dataclass(frozen=True)
-class Committed:
+class CommittedPrefix:
     """Actions of a chunk that are decided already, since they will be executed before the rest is known.
 
     actions  [..., H, ·], normalised units, unit canonical rotations; of any value where they are not held.
@@ -97,7 +97,7 @@ def sample_time(
     )
 
 
-def sample_held(
+def sample_committed(
     shape: Sequence[int], longest: int, generator: torch.Generator | None = None, device: Any = None
 ) -> Tensor:
     """Which actions of chunks are given clean, [*batch, H] bool for that shape: the first d, with d uniform
@@ -106,14 +106,14 @@ def sample_held(
     return torch.arange(shape[-1], device=device) < count
 
 
-def with_mistakes(
+def perturb_committed(
     data: Action,
     held: Tensor,
     generator: torch.Generator | None = None,
     known: Tensor | None = None,
 ) -> Action:
-    """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_held`) are a little wrong, and
-    whose first other action makes up for it: the poses after it are those demonstrated (our choice).
+    """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_committed`) are a little wrong,
+    and whose first other action makes up for it: the poses after it are those demonstrated (our choice).
 
     Demonstrations alone never show what to do about a mistake that is about to be made. Translations are
     deltas in the base frame, so their mistakes add up; a rotation is in the frame that the one before it
@@ -157,7 +157,7 @@ def interpolate(
     tau = _per_part(time, noise)
     target = quat_canonical(data.rotation)
     if config.rotation == "s3":
-        omega = sphere_angle(noise.rotation, target)
+        omega = sphere_angular_velocity(noise.rotation, target)
         rotation = quat_multiply(noise.rotation, quat_exp(tau * omega))
         rotation_velocity = quat_derivative(rotation, omega)
     else:
@@ -199,7 +199,7 @@ def prediction_to_velocity(
     )
 
 
-def loss(
+def compute_loss(
     prediction: Action,
     noise: Action,
     data: Action,
@@ -252,7 +252,7 @@ def loss(
     return total, parts
 
 
-def euler(
+def euler_step(
     state: Action, prediction: Action, time: Tensor, k: int, steps: int, config: FlowConfig
 ) -> Action:
     """Step k of `integrate`: from the state at its time to the next."""
@@ -272,16 +272,17 @@ def integrate(
     noise: Action,
     steps: int,
     config: FlowConfig,
-    committed: Committed | None = None,
-    advance: Callable[..., Action] = euler,
+    committed: CommittedPrefix | None = None,
+    advance: Callable[..., Action] = euler_step,
 ) -> Action:
     """From noise [..., H, ·] to an action in `steps` equal Euler steps; rotations end unit and canonical.
 
     predict(state, time [...]) is the network's prediction, as `config.prediction` says. On the sphere each
     step is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
 
-    What is committed stays as it is, at time 1, as in training with `sample_held`: predict gets [..., H].
-    advance: `euler`, or what computes the same.
+    What is committed stays as it is, at time 1, as in training with `sample_committed`: predict gets
+    [..., H].
+    advance: `euler_step`, or what computes the same.
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")

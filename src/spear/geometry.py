@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spear.errors import SpearError, check_known
 
-Euler = Literal["xyz", "XYZ"]
+EulerConvention = Literal["xyz", "XYZ"]
 """Angles are always given in the order (about x, about y, about z), radians.
 
 "xyz"  about fixed axes: R = Rz(yaw) Ry(pitch) Rx(roll). Roll-pitch-yaw of URDF, BridgeData and DROID.
@@ -29,7 +29,7 @@ The letters' case means what it means in scipy's `Rotation`.
 _SERIES = 1e-4
 """Squared angle below which Taylor series replace quotients; their error there is below float64 rounding."""
 
-UNIT_TOLERANCE = 1e-3
+UNIT_NORM_TOLERANCE = 1e-3
 """How far from 1 the norm of a quaternion from outside may be (ours): then it is normalised, else refused."""
 
 
@@ -62,14 +62,14 @@ def quat_canonical(q: Tensor) -> Tensor:
     return torch.where(rank < 0, -q, q)
 
 
-def unit_quat(q: Tensor, what: str) -> Tensor:
+def check_unit_quat(q: Tensor, what: str) -> Tensor:
     """Check quaternions from outside, [..., 4]: canonical and unit on return.
 
     Norms within 1e-3 of 1 are normalised; others, and values that are not finite, raise `SpearError` naming
     `what`.
     """
     error = (torch.linalg.vector_norm(q, dim=-1) - 1).abs()
-    if not bool((error <= UNIT_TOLERANCE).all()):  # also refuses NaN
+    if not bool((error <= UNIT_NORM_TOLERANCE).all()):  # also refuses NaN
         off = f"norm off by {float(error.max()):.3g}"
         raise SpearError(f"not a unit quaternion: {what} ({off}): give (w, x, y, z) with norm 1")
     return quat_canonical(quat_normalize(q))
@@ -140,7 +140,7 @@ def sphere_log(q: Tensor, target: Tensor) -> Tensor:
 
     For an antipodal pair every direction leads there: we take q ⊗ i, so the result is determined and finite.
     """
-    return quat_derivative(q, sphere_angle(q, target))
+    return quat_derivative(q, sphere_angular_velocity(q, target))
 
 
 def sphere_slerp(q: Tensor, target: Tensor, part: float) -> Tensor:
@@ -158,7 +158,7 @@ def sphere_slerp(q: Tensor, target: Tensor, part: float) -> Tensor:
     return nn.functional.normalize(point, dim=-1)
 
 
-def sphere_angle(q: Tensor, target: Tensor) -> Tensor:
+def sphere_angular_velocity(q: Tensor, target: Tensor) -> Tensor:
     """The ω [..., 3], rad, that turns q into `target` in unit time on the shorter great-circle arc of S³.
 
     Norm in [0, 2π]: unlike `quat_log(q* ⊗ target)`, the target is not replaced by its antipode.
@@ -201,8 +201,11 @@ def matrix_to_quat(matrix: Tensor) -> Tensor:
     return quat_canonical(quat_normalize(row))
 
 
-def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
-    """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `Euler`. zxy: Ry Rx Rz."""
+def euler_to_quat(angles: Tensor, convention: EulerConvention | Literal["zxy"]) -> Tensor:
+    """Angles about x, y, z [..., 3], rad, to canonical quaternion [..., 4]; see `EulerConvention`.
+
+    zxy: Ry Rx Rz.
+    """
     x, y, z = (
         quat_exp(angles * axis) for axis in torch.eye(3, dtype=angles.dtype, device=angles.device)
     )
@@ -212,13 +215,15 @@ def euler_to_quat(angles: Tensor, convention: Euler | Literal["zxy"]) -> Tensor:
     return quat_canonical(quat_multiply(quat_multiply(first, second), last))
 
 
-def quat_to_euler(q: Tensor, convention: Euler) -> Tensor:
-    """Unit quaternion [..., 4] to angles about x, y, z [..., 3], rad; y in [-π/2, π/2]; see `Euler`.
+def quat_to_euler(q: Tensor, convention: EulerConvention) -> Tensor:
+    """Unit quaternion [..., 4] to angles about x, y, z [..., 3], rad; y in [-π/2, π/2].
+
+    See `EulerConvention`.
 
     Where y = ±π/2 only a combination of the others is determined: z is set to 0. The result always gives the
     rotation back.
     """
-    check_known("Euler convention", get_args(Euler), convention)
+    check_known("Euler convention", get_args(EulerConvention), convention)
     if convention == "XYZ":
         # The transpose of Rx(a) Ry(b) Rz(c) is Rz(-c) Ry(-b) Rx(-a), which is the other convention.
         return -quat_to_euler(quat_conjugate(q), "xyz")
@@ -256,7 +261,7 @@ def pose_inverse(position: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     return -quat_rotate(inverse, position), inverse
 
 
-def step_action(
+def action_between_poses(
     position: Tensor, rotation: Tensor, next_position: Tensor, next_rotation: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The action between two poses, in the paper's frames; that these are one step apart is our reading.
@@ -269,10 +274,10 @@ def step_action(
     )
 
 
-def apply_step(
+def apply_action(
     position: Tensor, rotation: Tensor, translation: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pose after an action, the inverse of `step_action`; rotation canonical and renormalised."""
+    """The pose after an action, the inverse of `action_between_poses`; rotation canonical and unit."""
     return position + translation, quat_canonical(quat_normalize(quat_multiply(rotation, delta)))
 
 

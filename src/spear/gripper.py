@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spear.types import RATE_HZ, Array
+from spear.types import CONTROL_RATE_HZ, Array
 
 CLOSED_BELOW = 0.4  # hysteresis: a lower opening is closed
 OPEN_ABOVE = 0.6  # hysteresis: a higher opening is open
@@ -139,7 +139,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
         return commands_from_motion(np.append(command[:1], command), rate_hz)
 
     # Speed, where this step and the one before move the same way.
-    window = max(1, round(rate_hz / RATE_HZ))
+    window = max(1, round(rate_hz / CONTROL_RATE_HZ))
     change = _change_over(command, window, lag=0)
     change_before = _change_over(command, window, lag=1)
     speed_per_s = (change * change_before > 0) * change * rate_hz / window

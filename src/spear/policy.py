@@ -14,7 +14,7 @@ from spear.chunks import check_chunk
 from spear.data.normalize import Normalizer
 from spear.data.seen import Seen, Watch
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
-from spear.errors import SpearError, check_known, notice, unknown_name
+from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.labels.questions.generate import NUMBERS, PIXELS
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.decode import LogitRecorder, decode_greedily
@@ -27,7 +27,7 @@ from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
 from spear.models.weights.load import Model
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
-from spear.util.ledger import fingerprint
+from spear.util.fingerprints import fingerprint_checkpoint
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _load(
     folder, place = locate(name), choose_device(device) if isinstance(device, str) else device
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype):
-        raise unknown_name("dtype", str(dtype), ["float32", "bfloat16", "float16"])
+        raise unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
     model = read(folder, kind)
     if model.dtype == torch.bfloat16 and not is_bfloat16_fast(place):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
@@ -220,7 +220,7 @@ class Spear1Policy:
 
     @functools.cached_property
     def _files(self) -> str | None:
-        return None if self.folder is None else fingerprint(self.folder)
+        return None if self.folder is None else fingerprint_checkpoint(self.folder)
 
     @property
     def committed(self) -> int:
@@ -318,7 +318,7 @@ class Spear1Policy:
                 pixels[view] = torch.stack([*fitted])
         return pixels, there
 
-    def _committed(self, rows: Sequence[Array]) -> flow.Committed | None:
+    def _committed(self, rows: Sequence[Array]) -> flow.CommittedPrefix | None:
         """Each observation's actions [d, 8] that are decided already; None where there are none."""
         if not (most := max(map(len, rows))):
             return None
@@ -333,7 +333,7 @@ class Spear1Policy:
             self.normalizer.normalize_action(Action.from_vector(vectors)),
             self.model.device,
         )
-        return flow.Committed(actions.to(device), held.to(device))
+        return flow.CommittedPrefix(actions.to(device), held.to(device))
 
     def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
         """The noise [1, H, ·] that an observation's actions flow from."""

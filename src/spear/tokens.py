@@ -21,8 +21,8 @@ from spear.errors import SpearError, check_known
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
-BINS = 1024
-Spacing = Literal["quantile", "uniform"]
+NUM_BINS = 1024
+BinSpacing = Literal["quantile", "uniform"]
 """Where the edges of the bins lie: at quantiles of the fitted values (the paper), or at equal distances."""
 TOKEN_FORMAT = "<3d{:04d}>"
 
@@ -49,14 +49,17 @@ class CoordinateTokenizer:
 
     @staticmethod
     def fit(
-        values: ArrayLike, bins: int = BINS, unit: Unit = "metre", spacing: Spacing = "quantile"
+        values: ArrayLike,
+        bins: int = NUM_BINS,
+        unit: Unit = "metre",
+        spacing: BinSpacing = "quantile",
     ) -> "CoordinateTokenizer":
         """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
 
         Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
         Raises `SpearError` for another spacing, values that are not finite, and fewer than two different.
         """
-        check_known("spacing", get_args(Spacing), spacing)
+        check_known("spacing", get_args(BinSpacing), spacing)
         flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
         if not np.isfinite(flat).all():
             raise SpearError(
@@ -130,7 +133,7 @@ class CoordinateTokenizer:
         return CoordinateTokenizer(edges, value, unit)
 
 
-def extend_tokenizer(tokenizer: Any, bins: int = BINS) -> int:
+def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
     """Add the 3D tokens to a Hugging Face tokenizer, once; the id of the first (the others follow it).
 
     They are ordinary tokens: `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer

@@ -25,14 +25,14 @@ Unit = Literal["metre", "relative"]
 
 ACTION_DIM = 8
 """translation 3 + rotation quaternion 4 + gripper 1."""
-RATE_HZ = 5.0
+CONTROL_RATE_HZ = 5.0
 """Control steps per second (the paper)."""
-FASTEST, FASTEST_TURN = 3.0, 10.0
+MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S = 3.0, 10.0
 """Metres and radians per second that an end-effector can move and turn, and still be believed (our choice; a
 Franka moves at 1.7 m/s, its wrist turns at 2.6 rad/s)."""
 STATE_DIM = 8
 """An observed robot state: position 3 (m, base) + orientation quaternion 4 (base) + gripper opening 1."""
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and halves of characters: no instruction has one."""
 
 

@@ -110,7 +110,8 @@ def test_four_rotation_losses_ask_the_same_of_a_small_error() -> None:
     data, said = (Action(torch.zeros(1, 1, 3), q, torch.zeros(1, 1, 1)) for q in (target, guess))
     configs = [flow.FlowConfig(**flow_of(row.name)) for row in ROTATIONS[:4]]
     costs = [
-        float(flow.loss(said, data, data, torch.full((1,), 0.5), config)[0]) for config in configs
+        float(flow.compute_loss(said, data, data, torch.full((1,), 0.5), config)[0])
+        for config in configs
     ]
     assert costs == pytest.approx([costs[0]] * 4, rel=0.01)
     assert costs[0] == pytest.approx(PRESETS["nano"].flow["rotation_weight"] * 0.02**2, rel=0.01)
@@ -130,7 +131,7 @@ def test_velocities_cost_as_much_when_a_turn_is_missed() -> None:
             said = flow.prediction_to_velocity(
                 said, noise, time, replace(config, prediction="clean")
             )
-        costs.append(float(flow.loss(said, noise, data, time, config)[0]))
+        costs.append(float(flow.compute_loss(said, noise, data, time, config)[0]))
     assert costs[1] == pytest.approx(costs[0], rel=0.02)
 
 

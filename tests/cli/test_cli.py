@@ -27,7 +27,7 @@ from spear.data.store.episode_store import write_episodes
 from spear.embodiments import droid
 from spear.labels.store import write_labels
 from spear.models.weights.folders import SHIPPED
-from spear.util.options import option_names
+from spear.util.options import list_option_names
 
 
 def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_every_option_that_a_text_names_exists() -> None:
     }  # of pip and torchrun too
     for name in COMMANDS:
         if (options := options_of(load(name))) is not None:
-            known.update(option_names(options))
+            known.update(list_option_names(options))
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

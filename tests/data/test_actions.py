@@ -13,7 +13,7 @@ from data_tiny import make
 from spear.data import actions as rules
 from spear.data.actions import check_episode, chunk, episode_actions, resample
 from spear.data.readers.formats import read_episodes
-from spear.geometry import apply_step, quat_distance
+from spear.geometry import apply_action, quat_distance
 from spear.gripper import binarize_commands, binarize_gripper, commands_from_motion
 from spear.types import Episode
 
@@ -41,7 +41,7 @@ def test_following_a_chunk_reproduces_the_states(seed: int, steps: int, start: i
     )
     for h in range(5):
         act = torch.as_tensor(acts[h]).double()
-        position, rotation = apply_step(position, rotation, act[:3], act[3:7])
+        position, rotation = apply_action(position, rotation, act[:3], act[3:7])
         reached = min(start + h + 1, steps - 1)  # beyond the end the robot stays
         np.testing.assert_allclose(position, episode.position[reached], atol=1e-6)
         assert (

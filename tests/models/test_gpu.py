@@ -27,7 +27,9 @@ def test_actions_from_graphs(dtype: torch.dtype, most: float) -> None:
                 mask if padded else None,
                 torch.arange(H, device="cuda").expand(batch, H) < 2,
             )
-            begun = flow.Committed(actions(batch, H, seed=5).to("cuda"), held) if padded else None
+            begun = (
+                flow.CommittedPrefix(actions(batch, H, seed=5).to("cuda"), held) if padded else None
+            )
             given = {
                 "pixel_values": images,
                 "input_ids": ids,

@@ -15,7 +15,7 @@ from spear.models.processing import Processor, describe_fit, map_pixel, visible_
 from spear.models.vlm import IGNORE_LABEL
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
-from spear.util.images import fit_image, placed
+from spear.util.images import compute_placement, fit_image
 
 TEXTS = ["put the carrot on the plate", "where is the bowl"]
 TEXTS += ["the mug is  and the cup is  so the mug is closer"]
@@ -31,7 +31,7 @@ def test_images_are_scaled_as_pillow_does_it() -> None:
     """With antialiasing, by which networks learned to see; Pillow rounds some numbers the other way."""
     image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
     for height, width in ((40, 60), (97, 60), (250, 400)):
-        _, left, top, across, down = placed((151, 97), (width, height))
+        _, left, top, across, down = compute_placement((151, 97), (width, height))
         theirs = np.asarray(
             Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
         )

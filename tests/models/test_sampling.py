@@ -46,7 +46,7 @@ def acted(
     given: dict[str, Any],
     noise: Action,
     steps: int,
-    committed: flow.Committed | None = None,
+    committed: flow.CommittedPrefix | None = None,
 ) -> torch.Tensor:
     """The actions [B, H, 8], which must be those of the plain network."""
     found = model.sample_actions(**given, steps=steps, noise=noise, committed=committed).to_vector()
@@ -80,7 +80,7 @@ def test_committed_actions_come_back(shape: str, padded: bool) -> None:
     given, decided = observation(3, ("external", "wrist"), padded), actions(3, H, seed=5)
     free = model.sample_actions(**given, steps=4, noise=noise).to_vector()
     held = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
-    found = acted(model, given, noise, 4, flow.Committed(decided, held))
+    found = acted(model, given, noise, 4, flow.CommittedPrefix(decided, held))
     assert torch.equal(found[held], decided.to_vector()[held])
     # Where nothing is committed it is as without, whatever stands there; elsewhere the others notice.
     assert relative(found[0], free[0]) < 1e-5 and relative(found[1, 1:], free[1, 1:]) > 1e-3

@@ -146,7 +146,7 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     model.action_out_proj.register_forward_hook(lambda module, given, out: out.retain_grad())
     loss = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
     demonstrated = Action.from_vector(target.to_vector()[:, None].expand(B, 8, H, 8))
-    wanted = flow.with_mistakes(
+    wanted = flow.perturb_committed(
         demonstrated, held, same, counts[:, None].expand(B, 8, H)
     ).to_vector()
     torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
@@ -157,7 +157,7 @@ def test_committed_actions_are_given_and_teach_nothing() -> None:
     each = [said[0].detach().reshape(B, 8, H, 8), noise.to_vector(), wanted]
     alone = [Action.from_vector(x[taught][:, None]) for x in each]
     times = time[..., None].expand(B, 8, H)[taught]
-    torch.testing.assert_close(loss, flow.loss(*alone, times, model.flow)[0])
+    torch.testing.assert_close(loss, flow.compute_loss(*alone, times, model.flow)[0])
 
 
 def test_gradients_reach_expert_vlm_and_encoders() -> None:

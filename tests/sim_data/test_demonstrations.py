@@ -12,7 +12,7 @@ from refusals import refuses
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.sim.record import Acts
 from spear.sim_data.demonstrations import SETTINGS, demonstrate
-from spear.util.ledger import lock
+from spear.util.run_lock import hold_lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}
 FAMILIES = "put_on", "spoon_on_towel", "put_on"  # twice, which changes nothing
@@ -79,7 +79,7 @@ def test_a_folder_with_others_stays(whole: Path, changed: dict[str, object], wor
 
 
 def test_one_recording_at_a_time(whole: Path) -> None:
-    with lock(whole / ".lock"):
+    with hold_lock(whole / ".lock"):
         refuses("another process is recording", record, whole, episodes=3)
     assert len(EpisodeStore(whole)) == 4
 

@@ -13,7 +13,7 @@ from crc32c import crc32c
 
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.types import Episode
-from spear.util.images import encode_jpeg, encode_picture
+from spear.util.images import encode_image_file, encode_jpeg
 
 LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
 
@@ -35,7 +35,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def png(grey: int, width: int = 48, height: int = 32) -> bytes:
-    return encode_picture(np.full((height, width, 3), grey, np.uint8), "grey.png")
+    return encode_image_file(np.full((height, width, 3), grey, np.uint8), "grey.png")
 
 
 def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:

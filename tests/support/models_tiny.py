@@ -81,7 +81,7 @@ def reference(
     given: dict[str, Any],
     noise: Action,
     steps: int,
-    committed: flow.Committed | None = None,
+    committed: flow.CommittedPrefix | None = None,
 ) -> torch.Tensor:
     """Step by step through the network that is trained, with nothing worked out before."""
     with torch.no_grad():

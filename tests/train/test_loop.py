@@ -24,7 +24,7 @@ from spear.train import log, optimize
 from spear.train.checkpoint import find_newest
 from spear.train.loop import load_batches
 from spear.train.options import Optimization
-from spear.util.ledger import lock
+from spear.util.run_lock import hold_lock
 from train_tiny import Broken, Regression, go, rows, start
 
 SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
@@ -274,7 +274,10 @@ def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
         found = find_newest(tmp_path / "checkpoints")
         return 0.0 if found is None else float(found[1]["minutes"])
 
-    with lock(tmp_path / ".lock"), pytest.raises(SpearError, match="another process is training"):
+    with (
+        hold_lock(tmp_path / ".lock"),
+        pytest.raises(SpearError, match="another process is training"),
+    ):
         go(Regression(), FOUR, tmp_path)
     assert minutes() == 0.0
     go(Regression(), FOUR, tmp_path)

@@ -14,7 +14,7 @@ from spear.tokens import CoordinateTokenizer
 from spear.train import recipes
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES, get_recipe
-from spear.types import RATE_HZ
+from spear.types import CONTROL_RATE_HZ
 
 PAPER = ("vlm-stage1", "vlm-stage2", "vla-pretrain", "post-train-bridge", "post-train-droid")
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
@@ -72,7 +72,7 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
         0.0,
     )
     assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
-    assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, RATE_HZ) == (1024, 5, 5.0)
+    assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, CONTROL_RATE_HZ) == (1024, 5, 5.0)
     networks = config.expert_config, vlm.text_config, vlm.vision_config
     sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     found = [[getattr(network, field) for field in sizes] for network in networks]

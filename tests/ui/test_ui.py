@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 from data_tiny import bare_png, make, png
 from refusals import Command
 from serve_here import get, serving
-from spear.chunks import REPLAN
+from spear.chunks import DEFAULT_REPLAN_INTERVAL
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
 from spear.errors import Notice
@@ -165,7 +165,9 @@ def test_every_step_can_be_looked_at_asked_about_and_filmed_later(tab: Tab) -> N
         tab.ask("boxes", objects=names, step=0) is None and tab.view["boxes"] == passed[0]["boxes"]
     )
     assert tab.ask("boxes", objects=names) is None and tab.view["boxes"][0]["step"] == 3
-    assert REPLAN == 1 and tab.ask("predict", step=1) is None  # with the same noise as then
+    assert (
+        DEFAULT_REPLAN_INTERVAL == 1 and tab.ask("predict", step=1) is None
+    )  # with the same noise as then
     assert {**tab.view["chunk"], "ms": 0} == {**passed[2]["chunk"], "ms": 0}
     with film(tab) as opened:
         frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.util.files import check_new, write_bytes
+from spear.util.files import check_new_folder, write_bytes
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_the_folder_that_one_is_in_is_no_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in (Path(), tmp_path):
-        refuses("folder that you are in", check_new, folder)
+        refuses("folder that you are in", check_new_folder, folder)
         refuses("cannot be written", write_bytes, folder, b"new")
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from data_tiny import bare_png
 from refusals import refuses
 from spear.errors import SpearError
 from spear.types import Array
-from spear.util.images import decode_image, encode_picture, load_image
+from spear.util.images import decode_image, encode_image_file, load_image
 
 # Four flat quarters, so that lossy formats keep their colours and every turn of the image shows.
 QUARTERS = np.array([[[220, 30, 30], [30, 200, 40]], [[40, 40, 210], [240, 240, 60]]], np.uint8)
@@ -174,7 +174,7 @@ def test_flipped_bytes_end_in_an_image_or_one_clear_error(kind: str, draw: st.Da
 
 
 def test_a_picture_is_written_as_its_name_says() -> None:
-    np.testing.assert_array_equal(decode_image(encode_picture(PICTURE, "box.PNG")), PICTURE)
-    assert encode_picture(PICTURE, "box.jpg")[:3] == b"\xff\xd8\xff"
+    np.testing.assert_array_equal(decode_image(encode_image_file(PICTURE, "box.PNG")), PICTURE)
+    assert encode_image_file(PICTURE, "box.jpg")[:3] == b"\xff\xd8\xff"
     for name in ("box.txt", "box.psd", "box", "box.xbm"):  # Pillow reads .psd and does not write it
-        refuses(name, encode_picture, PICTURE, name)
+        refuses(name, encode_image_file, PICTURE, name)

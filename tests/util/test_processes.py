@@ -10,7 +10,7 @@ import pytest
 
 def run(folder: Path, *lines: str) -> str:
     """What a script with a module `loaded` beside it says on stderr."""
-    head = "import os, signal, time", "from spear.util.processes import pool"
+    head = "import os, signal, time", "from spear.util.processes import open_worker_pool"
     (folder / "script.py").write_text("\n".join((*head, *lines)))
     env = {
         **os.environ,
@@ -32,7 +32,7 @@ def test_a_script_that_its_workers_would_run_again_is_told_so(
     guard: str, said: str, tmp_path: Path
 ) -> None:
     work = (
-        "    with pool(1, 'spear.errors', '') as made:",
+        "    with open_worker_pool(1, 'spear.errors', '') as made:",
         "        made.submit(os._exit, 1).result()",
     )
     assert said in run(tmp_path, guard, *work).splitlines()[-1]
@@ -54,6 +54,10 @@ def test_an_interrupt_is_for_one_process_alone_and_waits_for_no_worker(
     heard = (
         "    signal.signal(signal.SIGINT, signal.default_int_handler)"  # where it is ignored too
     )
-    begin = 'if __name__ == "__main__":', heard, "    with pool(1, 'loaded', '') as made:"
+    begin = (
+        'if __name__ == "__main__":',
+        heard,
+        "    with open_worker_pool(1, 'loaded', '') as made:",
+    )
     work = "        made.submit(time.sleep, 600)", "        raise KeyboardInterrupt"
     assert run(tmp_path, *begin, *work).count("Traceback") == 1

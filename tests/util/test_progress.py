@@ -3,7 +3,7 @@
 import pytest
 
 from spear.util import progress
-from spear.util.progress import ProgressBar, tracked
+from spear.util.progress import ProgressBar, track_progress
 
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
@@ -11,7 +11,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: sum(now))
-    assert list(tracked("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
+    assert list(track_progress("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""  # short work
     with ProgressBar("recording", 7300, "episodes", before=100) as bar:
         for done in range(101, 150):

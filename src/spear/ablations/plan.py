@@ -14,7 +14,7 @@ from typing import Any
 
 from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, check_known, counted
+from spear.errors import SpearError, check_known, format_count
 from spear.labels.store import count_labels
 from spear.models.presets import get_preset
 from spear.models.weights.folders import locate
@@ -22,9 +22,10 @@ from spear.sim.scene import FAMILIES
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, get_recipe
 from spear.types import FlowConfig
+from spear.util.fingerprints import fingerprint_checkpoint, hash_file_ends
 from spear.util.held_out import FIRST_TRAIN_SEED
-from spear.util.ledger import fingerprint, hash_ends, lock
-from spear.util.options import key_values
+from spear.util.options import parse_key_values
+from spear.util.run_lock import hold_lock
 
 SCENES = 13_056
 FIRST_SCENE = 200_000
@@ -55,7 +56,7 @@ def look_at(labels: Path, episodes: Path) -> Data:
     view = labels / "external"
     images = count_labels(view if view.is_dir() else labels)
     kinds = "*.parquet", "*.arrow", "*.txt"
-    keys = [hash_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
+    keys = [hash_file_ends(folders, kinds)[:12] for folders in ((labels,), (labels, episodes))]
     return Data(labels, episodes, images, keys[1] if episodes.is_dir() else "", keys[0])
 
 
@@ -65,7 +66,7 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
     from spear.sim_data.label_scenes import label_scenes
 
     (labels, episodes), sizes = _folders(options), dict(get_preset(PRESET).image_sizes)
-    with lock(options.out / "locks" / "data", wait=True):
+    with hold_lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
             say(f"labelling {SCENES:,} scenes into {labels}")
@@ -188,7 +189,7 @@ def pretrained(vlm: str = "nano-vlm-0", depth: str = "nano-depth") -> tuple[Weig
     """What stands for PaliGemma's weights and for MoGe's in all rows, by names or folders. Raises
     `SpearError` where there are none."""
     one, two = locate(vlm), locate(depth)
-    return Weights(one, fingerprint(one)), Weights(two, fingerprint(two))
+    return Weights(one, fingerprint_checkpoint(one)), Weights(two, fingerprint_checkpoint(two))
 
 
 def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weights]) -> Plan:
@@ -197,7 +198,7 @@ def make_plan(options: AblationOptions, data: Data, start: tuple[Weights, Weight
     Raises `SpearError` for an unknown row, family or change.
     """
     (vlm, depth), tables, families = start, choose(options.rows), settle(options.families)
-    changes = key_values(options.set)
+    changes = parse_key_values(options.set)
     if "steps" in changes:
         raise SpearError("--set steps: every stage has its own number: use --budget")
     jobs: dict[str, Any] = {}
@@ -271,4 +272,4 @@ def describe(plan: Plan, finished: Sequence[Training | Scoring]) -> str:
             f"{name:<14} {len(jobs):7} {sum(job in finished for job in jobs):5} {span:>24}"
         )
     rows = sum(len(members) for _, members in plan.tables)
-    return "\n".join([*lines, f"{counted(rows, 'rows')}, {counted(plan.seeds, 'seeds')}"])
+    return "\n".join([*lines, f"{format_count(rows, 'rows')}, {format_count(plan.seeds, 'seeds')}"])

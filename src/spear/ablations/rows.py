@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from spear.errors import check_known
-from spear.util.options import Changes, Folder, Options, Within
+from spear.util.options import OptionalFolder, Options, Range, RecipeChanges
 
 
 @dataclass(frozen=True)
@@ -85,29 +85,29 @@ SETTINGS, LENGTHS, TABLES = _load()
 class AblationOptions(Options):
     rows: tuple[str, ...] = ()
     """Rows, or whole tables (3d, rotation, normalisation, siglip, converged, images); all without it."""
-    seeds: Annotated[int, Within(1)] = 3
+    seeds: Annotated[int, Range(1)] = 3
     """Trainings of each row."""
-    scenes: Annotated[int, Within(1)] = 200
+    scenes: Annotated[int, Range(1)] = 200
     """Held-out scenes of each task family, for every training."""
     out: Path = Path("runs/ablations")
     """Folder for everything."""
-    labels: Folder = None
+    labels: OptionalFolder = None
     """Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into OUT/labels."""
-    episodes: Folder = None
+    episodes: OptionalFolder = None
     """Folder of demonstrations, from spear record. Without it, 2,000 per family are made in OUT/episodes."""
     init: str = "nano-vlm-0"
     """What stands for PaliGemma's weights in all rows: a trained folder of nano-vlm-0, or that name for the
     one that comes with this package."""
     moge: str = "nano-depth"
     """What stands for MoGe's: the same of nano-depth."""
-    budget: Annotated[int | None, Within(1)] = None
+    budget: Annotated[int | None, Range(1)] = None
     """Steps of the full row's policy, to which all are in proportion. Without it the recipes' own 12,000."""
-    pretraining: Annotated[float, Within(1e-9, 1e9)] = 1.0
+    pretraining: Annotated[float, Range(1e-9, 1e9)] = 1.0
     """Factor on the steps of SPEAR-VLM's stages; 1: 200 and 2,600."""
     families: tuple[str, ...] = ()
     """Task families that policies learn (where demonstrations are made) and are scored on; none: all."""
-    set: Changes = ()
-    workers: Annotated[int, Within(0, 1024)] = 1
+    set: RecipeChanges = ()
+    workers: Annotated[int, Range(0, 1024)] = 1
     """Processes that prepare batches, for each training."""
     plan: bool = False
     """Only print what would be done."""

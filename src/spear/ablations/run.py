@@ -12,11 +12,11 @@ from pathlib import Path
 
 from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, journals, merge, read_journal
 from spear.train.options import TrainingInputs
-from spear.util.ledger import lock
+from spear.util.run_lock import hold_lock
 
 Job = Training | Scoring
 
@@ -84,7 +84,7 @@ def run(
         for job in waiting:
             if job.before is not None and not done(out, job.before):
                 continue
-            with lock(out / "locks" / job.key) as ours:
+            with hold_lock(out / "locks" / job.key) as ours:
                 if not ours or done(out, job):
                     continue
                 try:
@@ -105,7 +105,9 @@ def _score(job: Scoring, out: Path, say: Callable[[str], None]) -> None:
     from spear.evaluate.closed_loop import evaluate
 
     policy = job.before
-    say(f"scoring {policy.folder}, seed {policy.seed}, {counted(job.scenes, 'scenes')} per family")
+    say(
+        f"scoring {policy.folder}, seed {policy.seed}, {format_count(job.scenes, 'scenes')} per family"
+    )
     agent = load_agent(str(final(out, policy)), device="cpu")
     agent.name = policy.folder  # the folder may be moved
     journal, families = out / "scores" / policy.key, tuple(job.families)
@@ -116,7 +118,7 @@ def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[st
     from spear.train.loop import RunOptions
     from spear.train.run import train
 
-    say(f"training {job.folder}, seed {job.seed}, {counted(job.steps, 'steps')}")
+    say(f"training {job.folder}, seed {job.seed}, {format_count(job.steps, 'steps')}")
     init = job.init.folder if isinstance(job.init, Weights) else None
     if job.before is not None:
         init = final(out, job.before)

@@ -14,7 +14,7 @@ from spear.evaluate.compare import references
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.types import Array
-from spear.util.ledger import difference
+from spear.util.run_settings import describe_difference
 
 Verdict = Literal["agrees", "disagrees", "cannot tell", "cannot tell: one seed", "not run yet", "–"]
 _Results = dict[str, dict[int, Results]]
@@ -70,7 +70,7 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
             {**one.settings, "weights": ""} for each in results.values() for one in each.values()
         ]
         if others := "; ".join(
-            sorted({words for one in how if (words := difference(how[0], one))})
+            sorted({words for one in how if (words := describe_difference(how[0], one))})
         ):
             table = replace(
                 table, note=f"Not all were scored alike: {others}. {table.note}".strip()

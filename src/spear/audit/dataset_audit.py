@@ -57,7 +57,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
 from spear.types import Array
-from spear.util.ledger import Skipped
+from spear.util.skipped_items import SkippedItems
 
 BELIEVED = (*RECORDED_ONLY, "euler_ZYX")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
@@ -180,7 +180,7 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
 
 def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
     """The audit of the numbers."""
-    skipped, recordings = Skipped(MOST_SKIPPED), list[Recording]()
+    skipped, recordings = SkippedItems(MOST_SKIPPED), list[Recording]()
     for recording in made(
         episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped
     ):
@@ -222,7 +222,7 @@ def look_at_cameras(
 ) -> dict[str, list[View | None]]:
     """Camera -> what the first episodes show; None where it is absent. Too many broken ones: SpearError."""
     views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
-    skipped = Skipped(MOST_SKIPPED)
+    skipped = SkippedItems(MOST_SKIPPED)
     for source, steps in itertools.islice(
         episode_steps(path, split, list(spec.images.values())), VIEWED
     ):

@@ -22,7 +22,7 @@ from spear.data.readers.spec import ANGLES
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
-from spear.util.images import IMAGE_BEGINS
+from spear.util.images import IMAGE_MAGIC_BYTES
 from spear.util.units import LENGTH_UNITS
 
 EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
@@ -136,7 +136,7 @@ def _finite(columns: Columns) -> Columns:
 
 def _is_image(values: Sequence[Any]) -> bool:
     first = values[0] if values else b""
-    return first.startswith(IMAGE_BEGINS) and not is_depth(first)
+    return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth(first)
 
 
 def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str]:

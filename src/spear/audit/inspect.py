@@ -15,8 +15,8 @@ from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
-from spear.errors import SpearError, counted
-from spear.util.images import IMAGE_BEGINS, decode_image
+from spear.errors import SpearError, format_count
+from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
 
 SHOWN, MOST_AXES, LOOKED_AT = 5, 16, 50
 """How many instructions to show, the most frequent first; numbers of a column that are shown one by one; and
@@ -39,7 +39,7 @@ def _describe_store(store: EpisodeStore) -> str:
     rates = Counter(f"{rate:g} Hz" for rate in store.rates_hz)
     lines = [
         f"{store.path}: a store of episodes",
-        f"episodes      {len(store)}, {counted(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
+        f"episodes      {len(store)}, {format_count(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
         f"rate          {', '.join(f'{rate} (episodes: {n})' for rate, n in rates.most_common())}",
         f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
     ]
@@ -61,12 +61,12 @@ def _describe_store(store: EpisodeStore) -> str:
 
 def _store_camera(store: EpisodeStore, camera: str) -> str:
     if not (have := [i for i in range(len(store)) if store.image(i, 0, camera) is not None]):
-        return f"in none of {counted(len(store), 'episodes')}"
+        return f"in none of {format_count(len(store), 'episodes')}"
     encoded = store.image(have[0], 0, camera) or b""
     height, width = decode_image(
         encoded, f"{store.source(have[0])} step 0 camera {camera!r}"
     ).shape[:2]
-    return f"{width} x {height} pixels, in {len(have)} of {counted(len(store), 'episodes')}"
+    return f"{width} x {height} pixels, in {len(have)} of {format_count(len(store), 'episodes')}"
 
 
 def _describe_dataset(folder: Dataset) -> str:
@@ -80,7 +80,7 @@ def _describe_dataset(folder: Dataset) -> str:
     if isinstance(folder, LeRobotFolder):
         info, lengths = folder.info, [episode.length for episode in folder.episodes]
         what = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
-        steps = f", {counted(sum(lengths), 'steps')} ({_spread(lengths)} each)"
+        steps = f", {format_count(sum(lengths), 'steps')} ({_spread(lengths)} each)"
         rate, texts = (
             f"{info.fps:g} Hz",
             [task for episode in folder.episodes for task in episode.tasks],
@@ -105,7 +105,8 @@ def _describe_dataset(folder: Dataset) -> str:
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
         f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}{steps}",
-        f"looked at     {counted(len(read), 'episodes')} ({_spread([*map(row_count, read)])} steps each)",
+        f"looked at     {format_count(len(read), 'episodes')} "
+        f"({_spread([*map(row_count, read)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     return "\n".join([*lines, *cameras, *_columns(read, axes), *_instructions(texts)])
@@ -183,7 +184,7 @@ def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterat
             yield f"  {name:<34} {values.dtype}{shape}{named and f': {named}'}{span}"
             for word, ends in (("from", low), ("to", high)) if few else ():
                 yield f"  {'':<34}   {word:<5}" + "".join(f" {number:>9.4g}" for number in ends)
-        elif isinstance(values, list) and values and values[0].startswith(IMAGE_BEGINS):
+        elif isinstance(values, list) and values and values[0].startswith(IMAGE_MAGIC_BYTES):
             pixels = decode_image(values[0], name)
             blank = ", blank" if pixels.max() == pixels.min() else ""
             yield f"  {name:<34} image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"

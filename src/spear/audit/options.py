@@ -5,26 +5,26 @@ from typing import Annotated
 from tyro.conf import arg
 
 from spear.data.options import Source
-from spear.util.options import File, Layout, Options
+from spear.util.options import LayoutFile, OptionalFile, Options
 
 
 class InspectOptions(Options):
     path: Source
-    out: File = None
+    out: OptionalFile = None
     """Write a page to this file."""
-    layout: Layout = None
+    layout: LayoutFile = None
 
 
 class DescribeOptions(Options):
     path: Source
-    out: File = None
+    out: OptionalFile = None
     """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
 
 
 class AuditOptions(Options):
     path: Source
-    out: File = None
+    out: OptionalFile = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None
     """Which episodes (at most 50, or 3,000 steps, are read): train, val, train[:90%] … Default: the first."""
-    layout: Layout = None
+    layout: LayoutFile = None

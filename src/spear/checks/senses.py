@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from spear.checks.recording import Recording, are_degrees
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.gripper import CLOSED_BELOW, OPEN_ABOVE, binarize_commands
-from spear.types import FASTEST, RATE_HZ, Array, Episode
+from spear.types import CONTROL_RATE_HZ, MAX_EE_SPEED_M_S, Array, Episode
 from spear.util.images import decode_image
 from spear.util.units import LENGTH_UNITS
 
@@ -84,7 +84,7 @@ def check_rate(recordings: Sequence[Recording]) -> list[Check]:
     if SLOW <= fast <= QUICK:
         return []
     words = f"by it the arm moves at {fast:.2g} m/s when it is quickest, as few arms do"
-    return [Check("rate_hz", "wrong" if fast > FASTEST else "cannot tell", words)]
+    return [Check("rate_hz", "wrong" if fast > MAX_EE_SPEED_M_S else "cannot tell", words)]
 
 
 def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
@@ -92,7 +92,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     moving = [r for r in recordings if r.opening is not None and np.ptp(r.opening) > MOVES]
     openings = [np.asarray(r.opening) for r in moving]
     if len(moving) < FEWEST:
-        words = f"the gripper moves in {len(moving)} of {counted(len(recordings), 'episodes')}"
+        words = f"the gripper moves in {len(moving)} of {format_count(len(recordings), 'episodes')}"
         return [Check("gripper", "cannot tell", words)]
     verdict, words = sense(openings)
     commanded = [
@@ -102,9 +102,7 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
     if not commanded:
         return [wrong or Check("gripper", verdict, words)]
     late, strength = max(follows(commanded), key=lambda found: abs(found[1]))
-    said = (
-        f"the correlation of command and opening, {counted(late, 'steps')} later, is {strength:.2f}"
-    )
+    said = f"the correlation of command and opening, {format_count(late, 'steps')} later, is {strength:.2f}"
     if strength >= FOLLOWS:
         wrong = wrong or comes_late(
             [(seen, binarize_commands(told, rate)) for seen, told, rate in commanded]
@@ -151,7 +149,10 @@ def comes_late(told: Sequence[tuple[Array, Array]]) -> Check | None:
     there = np.concatenate(changes) < 0.5
     if len(there) < FEWEST or there.mean() < MOST:
         return None
-    words = f"{there.mean():.0%} of {counted(len(there), 'changes')} come when the gripper has moved already"
+    words = (
+        f"{there.mean():.0%} of {format_count(len(there), 'changes')} come when the gripper has "
+        "moved already"
+    )
     return Check(
         "gripper command", "wrong", f"{words}: leave command out, the opening tells it better"
     )
@@ -200,7 +201,9 @@ def look(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -
     decoded = (decode_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images))
     small = (Image.fromarray(p).convert("L").resize(SIZE, Image.Resampling.BOX) for p in decoded)
     frames = np.array([np.asarray(each, np.float32) for each in small])
-    apart = max(1, round(rate_hz / RATE_HZ))  # a camera may have fewer images than there are steps
+    apart = max(
+        1, round(rate_hz / CONTROL_RATE_HZ)
+    )  # a camera may have fewer images than there are steps
     moved = np.linalg.norm(position[apart:] - position[:-apart], axis=1) * rate_hz > FAST * apart
     share = (np.abs(frames[apart:] - frames[:-apart]) > CHANGED).mean((1, 2))[moved]
     blank = bool(np.ptp(frames) == 0) or is_frozen(images, position)
@@ -223,7 +226,9 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
                 if absent
                 else "its images are blank or all one"
             )
-            words = f"{why} in all of {counted(len(each), 'episodes')}: name another one in images"
+            words = (
+                f"{why} in all of {format_count(len(each), 'episodes')}: name another one in images"
+            )
             found.append(Check(f"camera {camera}", "wrong", words))
     pairs = np.array([
         (a.change, b.change)

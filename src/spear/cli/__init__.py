@@ -20,8 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import spear
-from spear.errors import Notice, SpearError, check_known, is_first_process, needs, unknown_name
-from spear.util.files import FULL, FULL_DISK, check_writable
+from spear.errors import (
+    Notice,
+    SpearError,
+    check_known,
+    is_first_process,
+    missing_extra_message,
+    unknown_name_error,
+)
+from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE, check_writable
 
 COMMANDS: dict[str, str] = {
     "label": "label:label",
@@ -120,7 +127,7 @@ def _do(args: list[str]) -> None:
     elif args[0] == "--version":
         print(spear.__version__)
     elif args[0].startswith("-"):
-        raise unknown_name("option", args[0], ["--help", "--version"])
+        raise unknown_name_error("option", args[0], ["--help", "--version"])
     elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
         print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
     else:
@@ -146,18 +153,22 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         absent = (error.name or "").split(".")[0]
         extra = next((extra for extra, brought in EXTRAS.items() if absent in brought), None)
-        return needs("this command", absent, extra) if extra else None
+        return missing_extra_message("this command", absent, extra) if extra else None
     if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
         full = "No space left" in str(error) or "Disk quota" in str(error)
-        return FULL_DISK if full else f"weights: {error}: check the file and the disk"
+        return DISK_FULL_MESSAGE if full else f"weights: {error}: check the file and the disk"
     if isinstance(error, RuntimeError) and str(error).startswith(
         "Symlink loop"
     ):  # Python's before 3.13
         return f"{error}: check the path"
     if not isinstance(error, OSError):
         return None
-    if error.errno in FULL:
-        return FULL_DISK if error.filename is None else f"{error.filename}: {FULL_DISK}"
+    if error.errno in DISK_FULL_ERRNOS:
+        return (
+            DISK_FULL_MESSAGE
+            if error.filename is None
+            else f"{error.filename}: {DISK_FULL_MESSAGE}"
+        )
     return None if error.filename is None else f"{error.filename}: {error.strerror}: check the path"
 
 
@@ -176,10 +187,10 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
     """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
     import tyro
 
-    from spear.util.options import File, option_names
+    from spear.util.options import OptionalFile, list_option_names
 
     options = options_of(function)
-    known = ["--help", *(option_names(options) if options else ())]
+    known = ["--help", *(list_option_names(options) if options else ())]
     given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     for place, option in enumerate(given):
         check_known("option", known, option)
@@ -192,7 +203,7 @@ def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list
         with contextlib.redirect_stderr(complaint):
             made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
         for field, hint in typing.get_type_hints(options or object, include_extras=True).items():
-            if hint == File and (
+            if hint == OptionalFile and (
                 file := getattr(made, field)
             ):  # before any work, which would be lost
                 check_writable(file)
@@ -233,7 +244,7 @@ def _command(args: Sequence[str]) -> str:
     for name in (" ".join(words), words[0]):
         if name in COMMANDS:
             return name
-    raise unknown_name("command", " ".join(words), COMMANDS)
+    raise unknown_name_error("command", " ".join(words), COMMANDS)
 
 
 def _help(name: str) -> str:

@@ -5,10 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import check_known, counted, notice
+from spear.errors import check_known, format_count, notice
 from spear.evaluate.options import Decode
 from spear.util.files import write_bytes, write_text
-from spear.util.options import Device, Dtype, File, Folder, Model, Name, Options, Within
+from spear.util.options import (
+    Device,
+    Dtype,
+    ModelName,
+    OptionalFile,
+    OptionalFolder,
+    OptionalName,
+    Options,
+    Range,
+)
 
 if TYPE_CHECKING:
     from spear.sim.record import Acts
@@ -19,15 +28,15 @@ class AskOptions(Options):
     """A JPEG or PNG file, or sim:SEED for a scene of the built-in simulator."""
     question: Annotated[Positional[str], arg(metavar="QUESTION")]
     """What to ask, in words."""
-    model: Model = "nano-vlm"
-    family: Name = None
+    model: ModelName = "nano-vlm"
+    family: OptionalName = None
     """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
     back_projection or chain_of_thought. Without it the model answers freely."""
     view: str = "external"
     """Which camera took it: external, or wrist."""
     decode: Decode = "median"
     """How numbers are read off the model's probabilities; the interval is around the median."""
-    draw: File = None
+    draw: OptionalFile = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""
     device: Device = "auto"
     dtype: Dtype = "float32"
@@ -48,11 +57,11 @@ def ask(options: AskOptions) -> None:
     from spear.evaluate.vqa.calibration import Trust
     from spear.models.weights.folders import simulator_only
     from spear.policy import load_vlm, locate
-    from spear.util.images import encode_picture, picture_format
+    from spear.util.images import encode_image_file, find_image_format
 
     o, folder = options, locate(options.model)
     if o.draw:
-        picture_format(str(o.draw))
+        find_image_format(str(o.draw))
     bundle = load_vlm(o.model, o.device, o.dtype)
     check_known("view", bundle.processor.image_sizes, o.view)
     picture = asking.read_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
@@ -73,7 +82,7 @@ def ask(options: AskOptions) -> None:
         from spear.report.draw import draw_answer
 
         drawn = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.family)
-        write_bytes(o.draw, encode_picture(drawn, str(o.draw)))
+        write_bytes(o.draw, encode_image_file(drawn, str(o.draw)))
 
 
 class DemonstrationOptions(Options):
@@ -81,15 +90,15 @@ class DemonstrationOptions(Options):
 
     out: Path = Path("runs/episodes")
     """Folder to write to."""
-    episodes: Annotated[int, Within(1)] = 200
+    episodes: Annotated[int, Range(1)] = 200
     """How many demonstrations per task."""
     first_seed: int = 10_000
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size to whose cameras the pictures are scaled."""
-    workers: Annotated[int, Within(1, 1024)] = 2
+    workers: Annotated[int, Range(1, 1024)] = 2
     """Processes."""
-    policy: Name = None
+    policy: OptionalName = None
     """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""
 
 
@@ -115,7 +124,7 @@ def record(options: RecordOptions) -> None:
     o, sizes = options, find_preset(options.preset).image_sizes
     how = o.first_seed, sizes, o.workers
     written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=_turns(o.policy))
-    print(f"{written} of {counted(tried, 'demonstrations')} succeeded: {o.out}")
+    print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out}")
 
 
 class RecordSimplerOptions(DemonstrationOptions):
@@ -123,7 +132,7 @@ class RecordSimplerOptions(DemonstrationOptions):
     """Folder to write to; each task has a folder of its own in it."""
     tasks: tuple[str, ...] = ()
     """ManiSkill's names; all four when none is given."""
-    assets: Folder = None
+    assets: OptionalFolder = None
     """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
@@ -143,7 +152,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     how = o.first_seed, height, o.workers, o.assets
     done = demonstrate(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
     for task, (written, tried) in done.items():
-        print(f"{written} of {counted(tried, 'demonstrations')} succeeded: {o.out / task}")
+        print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out / task}")
 
 
 def _turns(policy: str | None) -> "Acts | None":
@@ -160,7 +169,7 @@ def _turns(policy: str | None) -> "Acts | None":
 class DemoOptions(Options):
     out: Path = Path("runs/demo")
     """Folder for the page and its intermediate results."""
-    data: Folder = None
+    data: OptionalFolder = None
     """A folder with real robot episodes (RLDS, LeRobot)."""
 
 
@@ -182,7 +191,7 @@ class DoctorOptions(Options):
     preset: str = "nano"
     """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""
     device: Device = "auto"
-    out: File = Path("runs/doctor.html")
+    out: OptionalFile = Path("runs/doctor.html")
     """The page to write; None: none."""
 
 

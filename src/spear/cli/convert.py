@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known
-from spear.util.files import check_new
+from spear.util.files import check_new_folder
 from spear.util.network import is_hub_name
-from spear.util.options import Name, Options, Seed
+from spear.util.options import OptionalName, Options, Seed
 
 if TYPE_CHECKING:
     from spear.models.processing import Processor
@@ -30,7 +30,7 @@ class ConvertOptions(Options, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dry_run:
-            check_new(self.out)
+            check_new_folder(self.out)
 
 
 class BackbonesOptions(ConvertOptions, kw_only=True):
@@ -77,7 +77,7 @@ class PolicyOptions(ConvertOptions, kw_only=True):
     vlm: Annotated[Positional[str], arg(metavar="VLM")]
     """Folder of a SPEAR-VLM, or its name on the Hugging Face Hub."""
     out: Path = Path("runs/spear1")
-    expert: Name = None
+    expert: OptionalName = None
     """Folder of a π0 in safetensors, or its name on the Hub; without it the action expert is new."""
     preset: str = "spear1"
     """Preset of the chunk length, the flow and a new expert (spear1 is the paper's)."""

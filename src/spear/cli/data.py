@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from spear.audit.options import AuditOptions, DescribeOptions, InspectOptions
 from spear.data.options import ExportOptions, PrepareOptions
-from spear.errors import SpearError, Undecided, check_known, counted
+from spear.errors import SpearError, UndecidedError, check_known, format_count
 from spear.util.files import write_text
 
 if TYPE_CHECKING:
@@ -136,15 +136,15 @@ def export(options: ExportOptions) -> None:
     from spear.data.readers.splits import split_ranges
     from spear.data.store.lerobot_write import write_lerobot
     from spear.data.store.prepare import MOST_BAD, good_episodes
-    from spear.util.ledger import Skipped
-    from spear.util.progress import ProgressBar, tracked
+    from spear.util.progress import ProgressBar, track_progress
+    from spear.util.skipped_items import SkippedItems
 
-    path, split, skipped = options.path, options.split, Skipped(MOST_BAD)
+    path, split, skipped = options.path, options.split, SkippedItems(MOST_BAD)
     _check_layout(path, options.layout)
     total = sum(end - first for _, first, end in split_ranges(episode_counts(path), split, path))
     bar = ProgressBar("writing", total, "episodes")
     episodes = good_episodes(path, split, options.layout, skipped)
-    written = write_lerobot(tracked(episodes, bar), options.out, options.images)
+    written = write_lerobot(track_progress(episodes, bar), options.out, options.images)
     _report(written, options.out, skipped.reasons)
 
 
@@ -173,7 +173,7 @@ def audit(options: AuditOptions) -> None:
     if report.outcome == "contradiction":
         raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json")
     if report.outcome == "undecided":
-        raise Undecided(f"{options.path}: undecided: the line above says what cannot be told")
+        raise UndecidedError(f"{options.path}: undecided: the line above says what cannot be told")
 
 
 def datasets() -> None:
@@ -199,7 +199,7 @@ def datasets() -> None:
 def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None) -> None:
     for reason in reasons[:5]:
         print(f"skipped: {reason}", file=sys.stderr)
-    print(f"{counted(written, 'episodes')} in {folder}, {len(reasons)} skipped", file=file)
+    print(f"{format_count(written, 'episodes')} in {folder}, {len(reasons)} skipped", file=file)
 
 
 def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:

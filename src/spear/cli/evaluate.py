@@ -9,24 +9,24 @@ from rich import print as show
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, format_count, notice
 from spear.evaluate.compare import beside, references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
 from spear.evaluate.results import load
-from spear.util.files import check_own, check_writable, read_json, write_text
-from spear.util.ledger import difference
+from spear.util.files import check_no_foreign_files, check_writable, read_json, write_text
 from spear.util.options import (
-    Dataset,
+    DatasetName,
     Device,
     Dtype,
-    File,
-    Folder,
-    Model,
-    Name,
+    ModelName,
+    OptionalFile,
+    OptionalFolder,
+    OptionalName,
     Options,
-    Policy,
-    Within,
+    PolicyName,
+    Range,
 )
+from spear.util.run_settings import describe_difference
 
 
 class EvaluateOptions(Options):
@@ -85,21 +85,21 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
 
 
 class EvaluateDataOptions(Options):
-    policy: Annotated[Positional[Policy], arg(metavar="POLICY")]
+    policy: Annotated[Positional[PolicyName], arg(metavar="POLICY")]
     data: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """Folder of held-out episodes, in any format (see `spear data inspect`)."""
     split: str = "train"
     """Which of its episodes are held out: train, val, train[90%:] …"""
-    train: Folder = None
+    train: OptionalFolder = None
     """Folder of the training episodes, whose mean action is a reference (default: the same folder with
     --train-split, or else the held-out episodes)."""
-    train_split: Name = None
+    train_split: OptionalName = None
     """Which of the training folder's episodes were trained on."""
-    plot: File = None
+    plot: OptionalFile = None
     """Write a page with plots of predictions and truth to this file."""
     device: Device = "auto"
     dtype: Dtype = "float32"
-    dataset: Dataset = None
+    dataset: DatasetName = None
 
 
 def evaluate_data(options: EvaluateDataOptions) -> None:
@@ -145,7 +145,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         reference = open_loop.score_mean_action(train, held_out, horizon)
         scores = (ours, reference, open_loop.score_last_action(held_out, horizon))
     summaries = [score.summary() for score in scores]
-    rows = [[counted(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
+    rows = [[format_count(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
     rows += [
         [name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]
     ]
@@ -157,11 +157,11 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
 
 class EvaluateVqaOptions(Options):
-    model: Annotated[Positional[Model], arg(metavar="MODEL")]
+    model: Annotated[Positional[ModelName], arg(metavar="MODEL")]
     questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
     """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes
     of the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
-    images: Annotated[int, Within(1)] = 300
+    images: Annotated[int, Range(1)] = 300
     """At most so many images; of a folder, spread evenly over it."""
     asked: QuestionOptions = field(default_factory=QuestionOptions)
     device: Device = "auto"
@@ -198,7 +198,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         raise SpearError(
             "--calibrate: for all that `spear ask` may be asked: leave out --families, --view"
         )
-    check_own(o.out, "scores.json", "evaluate")
+    check_no_foreign_files(o.out, "scores.json", "evaluate")
     file = o.out / "scores.json"
     check_writable(file)
     if o.calibrate:
@@ -206,7 +206,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     there = read_json(file, "remove it, or give another --out") if file.is_file() else about
-    if others := difference({key: there.get(key) for key in about}, about):
+    if others := describe_difference({key: there.get(key) for key in about}, about):
         raise SpearError(f"{file}: these are other scores: {others}: give another --out")
     bundle = load_vlm(o.model, o.device, o.dtype)
     labels = find_images(o.questions, o.images, asked.view, bundle.processor)
@@ -233,9 +233,9 @@ class CompareOptions(Options):
     """Folder that spear evaluate wrote (or its results.json)."""
     second: Annotated[Positional[Path], arg(metavar="B")]
     """The folder (or results.json) to compare with."""
-    out: File = None
+    out: OptionalFile = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
-    films: Annotated[int, Within(0)] = 12
+    films: Annotated[int, Range(0)] = 12
     """At most so many pairs of films on the page; scenes that only one of the two solved come first. Of
     all scenes there are films where both were evaluated with --films all."""
 
@@ -266,7 +266,7 @@ def compare(options: CompareOptions) -> None:
         print(f"run differently: {setting}")
     if comparison.unshared:
         print(
-            f"left out: {counted(comparison.unshared, 'episodes')} whose scene only one of the two saw"
+            f"left out: {format_count(comparison.unshared, 'episodes')} whose scene only one of the two saw"
         )
     ours = list(zip((comparison.first, comparison.second), results, strict=True))
     published = beside(results[0])
@@ -297,5 +297,5 @@ def _report(name: str, out: Path | None, ran: int) -> None:
     results.save(out / "results.json")
     show(results.table(), *(table.table([(name, results)]) for table in beside(results)))
     more = len(results.outcomes) - ran
-    among = f", {counted(more, 'episodes')} of other commands among them" if more else ""
+    among = f", {format_count(more, 'episodes')} of other commands among them" if more else ""
     print(f"results in {out}{among}")

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.labels.options import LabelOptions, QuestionOptions
 from spear.util.files import read_json
-from spear.util.options import File, Options, Within, changed
+from spear.util.options import OptionalFile, Options, Range, list_changed_options
 
 if TYPE_CHECKING:
     from spear.labels.models.protocols import PointMapResult
@@ -40,17 +40,21 @@ def label(options: LabelOptions) -> None:
             "simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes"
         )
     of_scenes = ("scenes", "first_seed") if simpler else ("scenes", "first_seed", "preset")
-    idle = changed(options.scene, *of_scenes) if options.photos else []
+    idle = list_changed_options(options.scene, *of_scenes) if options.photos else []
     if simpler or not options.photos:
-        idle += changed(
+        idle += list_changed_options(
             options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute"
         )
-        idle += changed(options, "size", "rate", "per_episode", "retry_skipped", "device")
-        idle += changed(options.work, "engine", "batch_size", "shard_size", "copies", "gpus")
+        idle += list_changed_options(
+            options, "size", "rate", "per_episode", "retry_skipped", "device"
+        )
+        idle += list_changed_options(
+            options.work, "engine", "batch_size", "shard_size", "copies", "gpus"
+        )
     if idle:
         where = "beside PHOTOS" if options.photos else "without PHOTOS to label"
         raise SpearError(f"{idle[0]} says nothing {where}: leave it out, or name others")
-    if changed(options, "seed") and not options.questions:
+    if list_changed_options(options, "seed") and not options.questions:
         raise SpearError("--seed says nothing without --questions: leave it out, or ask for them")
     if options.plan:
         _plan(options)
@@ -60,7 +64,7 @@ def label(options: LabelOptions) -> None:
         from spear.sim_data.label_scenes import list_scenes
 
         done = label_photos(options, list_scenes)
-        labelled = counted(done.done - done.skipped, "labelled images")
+        labelled = format_count(done.done - done.skipped, "labelled images")
         said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
         print(", ".join(filter(None, said)))
         if done.retryable:
@@ -83,7 +87,7 @@ def label(options: LabelOptions) -> None:
         else:
             images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
         print(
-            f"{counted(images, 'labelled images')} in {out}; to look at them: spear label show {out}"
+            f"{format_count(images, 'labelled images')} in {out}; to look at them: spear label show {out}"
         )
     if options.questions:
         ask_about(QuestionOptions(options.out, options.seed))
@@ -111,7 +115,7 @@ def _plan(options: LabelOptions) -> None:
     images, words = sum(1 for _ in listing), settings["vocabulary"]
     batch, longest = options.work.batch_size, options.size or 840
     print(
-        f"{counted(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:"
+        f"{format_count(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:"
     )
     found = []
     for part in ("detector", "segmenter", "pointmap"):
@@ -151,18 +155,19 @@ def ask_about(options: QuestionOptions) -> None:
     images, counts = write_questions(folder, options.seed, options.pairs, families)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
     print(
-        f"{counted(counts.total(), 'questions')} about {counted(images, 'images')}: {kinds or 'none'}"
+        f"{format_count(counts.total(), 'questions')} about "
+        f"{format_count(images, 'images')}: {kinds or 'none'}"
     )
 
 
 class ShowOptions(Options):
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
-    out: File = None
+    out: OptionalFile = None
     """HTML file; default: LABELS/show.html."""
-    images: Annotated[int, Within(1)] = 24
+    images: Annotated[int, Range(1)] = 24
     """How many images to show."""
-    rerun: File = None
+    rerun: OptionalFile = None
     """Also write the images, boxes and point clouds to this file, for the Rerun viewer."""
 
 

@@ -89,7 +89,7 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     check_address(options.host, options.port)
 
     from spear import embodiments
-    from spear.chunks import check_replan
+    from spear.chunks import check_replan_interval
     from spear.models.devices import choose_device
     from spear.policy import Spear1Policy, locate
     from spear.serve.service import Service
@@ -103,7 +103,7 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
     rows = service.warm_up()
     if isinstance(options, VlaEvalOptions):
-        check_replan(options.replan, rows)
+        check_replan_interval(options.replan, rows)
     policy.reset()
     return policy, service
 

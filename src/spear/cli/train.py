@@ -6,9 +6,9 @@ from pathlib import Path
 
 from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
-from spear.errors import SpearError, counted, is_first_process
+from spear.errors import SpearError, format_count, is_first_process
 from spear.train.options import PlanOptions, TrainingInputs, TrainOptions, check_inputs
-from spear.util.options import key_values
+from spear.util.options import parse_key_values
 
 
 def train(options: TrainOptions) -> None:
@@ -30,7 +30,7 @@ def train(options: TrainOptions) -> None:
         for known in RECIPES.values():
             print(f"{known.name:<17} {known.description}")
         return
-    changes = key_values(options.set, preset=options.preset, steps=options.steps)
+    changes = parse_key_values(options.set, preset=options.preset, steps=options.steps)
     stage = get_recipe(options.recipe, **changes)
     get_preset(stage.preset)
     check_inputs(stage, options)
@@ -82,7 +82,7 @@ def plan(options: PlanOptions) -> None:
     from spear.train.recipes import get_recipe
 
     capacity = memory.usable(options.gpu)
-    changes = key_values(options.set, preset=options.preset, batch_size=options.batch_size)
+    changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
         if options.set:
             raise SpearError("--set changes recipes, and inference is none: leave it out")
@@ -101,7 +101,8 @@ def plan(options: PlanOptions) -> None:
         if not changes:
             pieces = stage.optimization.accumulate
             print(
-                f"{stage.name}, {stage.preset}, batch {stage.batch_size} in {counted(pieces, 'pieces')}\n"
+                f"{stage.name}, {stage.preset}, batch {stage.batch_size} in "
+                f"{format_count(pieces, 'pieces')}\n"
             )
             numbers = f"{needed.parameters / 1e9:.2f} B, {needed.learning / 1e9:.2f} B learn"
             for name, size in {

@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.errors import SpearError, counted
-from spear.geometry import UNIT_TOLERANCE, quat_canonical, quat_normalize, quat_slerp, step_action
+from spear.errors import SpearError, format_count
+from spear.geometry import (
+    UNIT_NORM_TOLERANCE,
+    action_between_poses,
+    quat_canonical,
+    quat_normalize,
+    quat_slerp,
+)
 from spear.gripper import commands_from_motion
-from spear.types import ACTION_DIM, RATE_HZ, Array, Episode
+from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
@@ -31,7 +37,7 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
     actions = np.zeros((len(position), ACTION_DIM), np.float32)
     actions[:, 3] = 1
     where, turn = (torch.as_tensor(np.asarray(x, np.float64)) for x in (position, rotation))
-    step, delta = step_action(where[:-1], turn[:-1], where[1:], turn[1:])
+    step, delta = action_between_poses(where[:-1], turn[:-1], where[1:], turn[1:])
     actions[:-1, :3] = step.numpy()
     actions[:-1, 3:7] = quat_normalize(delta).numpy()
     actions[:, 7] = command
@@ -71,7 +77,7 @@ def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tu
     return out, np.arange(horizon) < count
 
 
-def resample(episode: Episode, rate_hz: float = RATE_HZ) -> Episode:
+def resample(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:
     """At another rate: positions and openings linear, rotations by slerp, images the last that there was.
 
     Motions are derived from the resampled states, gripper commands are those in force at the end of each new
@@ -174,7 +180,7 @@ def check_actions(episode: Episode) -> Episode:
 def _check_length(name: str, what: str, length: int, steps: int) -> None:
     if length != steps:
         raise SpearError(
-            f"lengths: {name}: {what} has {counted(length, 'rows')} but there are {steps} steps"
+            f"lengths: {name}: {what} has {format_count(length, 'rows')} but there are {steps} steps"
         )
 
 
@@ -195,7 +201,7 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
 def check_norm(quaternion: Array, name: str, what: str) -> Array:
     """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
-    if (step := first_bad(np.abs(norm - 1) > UNIT_TOLERANCE)) is not None:
+    if (step := first_bad(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)) is not None:
         wrong = f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1"
         raise SpearError(f"{wrong}; check the layout (w x y z) or leave the episode out")
     return norm

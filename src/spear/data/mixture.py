@@ -15,8 +15,8 @@ import numpy as np
 from spear.data.actions import HORIZON, chunk, first_bad
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.types import RATE_HZ, Array, Episode
-from spear.util.images import decode_image, fit_image, placed
+from spear.types import CONTROL_RATE_HZ, Array, Episode
+from spear.util.images import compute_placement, decode_image, fit_image
 
 EPISODES_KEPT = 4096
 """Episodes, without images, that are kept in memory (our choice)."""
@@ -49,8 +49,8 @@ class Mixture:
         for name, store, weight in sources:
             if not (np.isfinite(weight) and weight > 0):
                 raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
-            if (index := first_bad(~np.isclose(store.rates_hz, RATE_HZ))) is not None:
-                rates = f"{store.rates_hz[index]:g} Hz, training is at {RATE_HZ:g}"
+            if (index := first_bad(~np.isclose(store.rates_hz, CONTROL_RATE_HZ))) is not None:
+                rates = f"{store.rates_hz[index]:g} Hz, training is at {CONTROL_RATE_HZ:g}"
                 raise SpearError(
                     f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it"
                 )
@@ -154,7 +154,7 @@ class TrainingSamples:
         if fitted is not out:
             out[...] = fitted
         if self.augment:
-            _, left, top, across, down = placed(image.shape[1::-1], out.shape[1::-1])
+            _, left, top, across, down = compute_placement(image.shape[1::-1], out.shape[1::-1])
             seen = out[
                 top : top + down, left : left + across
             ]  # what pads it stays black, as in acting

@@ -23,7 +23,7 @@ from spear.data.store.stats import QuantileSketch, weighted_quantile
 from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
 from spear.types import Action, Array
-from spear.util.files import read_as, write_bytes, write_text
+from spear.util.files import read_json_as, write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
@@ -138,7 +138,7 @@ class Normalizer:
     def load(path: str | Path) -> "Normalizer":
         """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
         advice = "take the file beside the weights"
-        return read_as(Normalizer, Path(path), advice, "cannot read normalisation statistics")
+        return read_json_as(Normalizer, Path(path), advice, "cannot read normalisation statistics")
 
 
 def save_sketches(store: EpisodeStore) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
-from spear.util.options import Layout, Number, Options, Split, Within
+from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range
 
 _SOURCE = "An RLDS or LeRobot dataset, or episodes written by this program."
 Source = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
@@ -21,11 +21,11 @@ class Conversion(Options):
     size: tuple[str, ...] = ()
     """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all cameras
     or CAMERA=WIDTHxHEIGHT for one; not stretched: training adds bars. Without it they stay as they are."""
-    rate: Annotated[float, Within(0.01, 1000)] = 5.0
+    rate: Annotated[float, Range(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
-    quality: Annotated[int, Within(1, 100)] = 95
+    quality: Annotated[int, Range(1, 100)] = 95
     """JPEG quality of images that are changed; colour is kept at full resolution (our choice)."""
-    layout: Layout = None
+    layout: LayoutFile = None
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -51,8 +51,8 @@ class PrepareOptions(Options):
     """Folders of robot data (see spear data inspect). Each of several gets a folder of its name in OUT."""
     out: Path
     """Folder to write to."""
-    split: Split = "train"
-    workers: Annotated[Number, Within(0, 1024)] = None
+    split: EpisodeSplit = "train"
+    workers: Annotated[OptionalInt, Range(0, 1024)] = None
     """Processes that read and resize; one for each processor by default. The result is the same."""
     conversion: Conversion = Conversion()
 
@@ -61,7 +61,7 @@ class ExportOptions(Options):
     path: Source
     out: Path
     """Folder to write to; it must not exist yet."""
-    split: Split = "train"
+    split: EpisodeSplit = "train"
     images: Literal["image", "video"] = "image"
     """Images as they are (image), or as AV1 video (video), which is much smaller and a little blurred."""
-    layout: Layout = None
+    layout: LayoutFile = None

@@ -20,7 +20,7 @@ from spear.data.mixture import TrainingSamples
 from spear.errors import notice
 from spear.geometry import quat_distance
 from spear.types import Array
-from spear.util.files import read_as, write_text
+from spear.util.files import read_json_as, write_text
 
 SAMPLES, LEVELS = 512, 3.0
 """Steps that are looked at, as training draws them; the least spread of colours that counts, of 255."""
@@ -180,7 +180,9 @@ class Seen:
     def load(path: Path) -> "Seen | None":
         """What `save` wrote; None where there is no such file. Raises `SpearError` for another one."""
         return (
-            read_as(Seen, path, "copy the folder again, or remove it") if path.is_file() else None
+            read_json_as(Seen, path, "copy the folder again, or remove it")
+            if path.is_file()
+            else None
         )
 
 

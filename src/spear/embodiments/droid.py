@@ -20,7 +20,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import tools as read
-from spear.errors import need, notice
+from spear.errors import import_optional, notice
 from spear.geometry import matrix_to_quat, pose_compose, pose_inverse, quat_slerp, quat_to_euler
 from spear.types import Array
 
@@ -106,7 +106,7 @@ def cartesian_positions(actions: Array, state: Array, observation: Observation) 
 
 
 def _kinematics() -> Any:
-    need("mujoco", "sim", "droid")
+    import_optional("mujoco", "sim", "droid")
     from spear.embodiments import inverse_kinematics
 
     return inverse_kinematics

@@ -13,9 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from spear.errors import SpearError, check_known, unknown_name
-from spear.geometry import apply_step, quat_canonical, quat_conjugate, quat_multiply, unit_quat
-from spear.types import ACTION_DIM, CONTROL, STATE_DIM, Array, Policy
+from spear.errors import SpearError, check_known, unknown_name_error
+from spear.geometry import (
+    apply_action,
+    check_unit_quat,
+    quat_canonical,
+    quat_conjugate,
+    quat_multiply,
+)
+from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy
 
 Observation = Mapping[str, Any]
 Shown = TypeVar("Shown", bound=dict[str, Any])
@@ -128,7 +134,7 @@ def _check_keys(
     known = {*required, *optional}
     for key in observation:
         if key not in known:
-            raise unknown_name("observation key", str(key)[:80], known)
+            raise unknown_name_error("observation key", str(key)[:80], known)
     for key, about in required.items():
         if key not in observation:
             raise SpearError(f"observation without {key!r}: send {about}")
@@ -220,7 +226,11 @@ def prompt(observation: Observation, key: str = PROMPT) -> str:
     value = observation[key]
     if isinstance(value, str) and len(value) > LONGEST_PROMPT:
         raise SpearError(f"{key}: {len(value)} characters: send at most {LONGEST_PROMPT}")
-    if not isinstance(value, str) or not any(map(str.isalnum, value)) or CONTROL.search(value):
+    if (
+        not isinstance(value, str)
+        or not any(map(str.isalnum, value))
+        or CONTROL_CHARACTERS.search(value)
+    ):
         raise SpearError(f"{key}: {_what(value)}: send an instruction in words")
     return value
 
@@ -252,7 +262,7 @@ def committed(observation: Observation) -> dict[str, Array]:
         .astype(np.float32)
     )
     position(array[:, :3], f"{COMMITTED}[0:3]")
-    array[:, 3:7] = unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()
+    array[:, 3:7] = check_unit_quat(torch.from_numpy(array[:, 3:7]), f"{COMMITTED}[3:7]").numpy()
     array[:, 7] = [opening(observation, f"{COMMITTED}[7]", value) for value in array[:, 7]]
     return {COMMITTED: array}
 
@@ -263,7 +273,7 @@ def state(position: Array, rotation: Array, gripper: float, what: str = "the ori
     Raises `SpearError` naming `what` for a quaternion whose norm is not nearly 1.
     """
     array = np.concatenate([position, rotation, [gripper]]).astype(np.float32)
-    array[3:7] = unit_quat(torch.from_numpy(array[3:7]), what).numpy()
+    array[3:7] = check_unit_quat(torch.from_numpy(array[3:7]), what).numpy()
     return array
 
 
@@ -304,7 +314,7 @@ def targets(start: Array, actions: Array) -> tuple[Array, Array]:
     )
     where, turned = [], []
     for move in torch.from_numpy(np.float64(actions)):
-        position, rotation = apply_step(position, rotation, move[:3], move[3:7])
+        position, rotation = apply_action(position, rotation, move[:3], move[3:7])
         where.append(position)
         turned.append(rotation)
     return torch.stack(where).numpy(), torch.stack(turned).numpy()

@@ -14,7 +14,7 @@ from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
 from spear.errors import SpearError, notice
 from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
-from spear.util.options import option_name
+from spear.util.options import to_option_name
 
 NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
@@ -110,7 +110,7 @@ def load_agent(policy: str, **loading: Any) -> Agent:
         loading.items() if remote or policy in ("expert", "oracle", "nothing") else ()
     ):
         if value != getattr(AgentOptions, field):
-            what = f"{option_name(field)} {value}: is for policies loaded here"
+            what = f"{to_option_name(field)} {value}: is for policies loaded here"
             raise SpearError(f"{what}: leave it out for {policy}")
     if policy in ("expert", "nothing"):
         return ExpertAgent() if policy == "expert" else IdleAgent()

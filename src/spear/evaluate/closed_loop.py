@@ -8,7 +8,7 @@ from typing import Any
 
 import mujoco
 
-from spear.chunks import SLOW, ChunkExecutor
+from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -19,7 +19,7 @@ from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import own_renderer
 from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
 from spear.sim.world import SIMULATOR, World
-from spear.types import RATE_HZ, Array
+from spear.types import CONTROL_RATE_HZ, Array
 
 
 def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
@@ -40,7 +40,7 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
         "execution": options.execution,
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
-        **({"slow_actions": SLOW} if options.execution == "async" else {}),
+        **({"slow_actions": NUM_SLOW_ACTIONS} if options.execution == "async" else {}),
     }
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
@@ -114,7 +114,7 @@ class _Tabletop:
 
 def delay_steps(latency_ms: float) -> int:
     """Control steps from a look until its chunk can be used."""
-    return math.ceil(latency_ms / 1000 * RATE_HZ - 1e-9)
+    return math.ceil(latency_ms / 1000 * CONTROL_RATE_HZ - 1e-9)
 
 
 def _execute(slot: _Slot) -> bool:

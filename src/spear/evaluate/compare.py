@@ -12,7 +12,7 @@ from importlib import resources
 
 from rich.table import Table
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.evaluate.results import Outcome, Results, terminal_table
 from spear.evaluate.stats import Estimate, paired_difference, wilson_mean
 
@@ -63,7 +63,9 @@ class Comparison:
 
     def table(self) -> Table:
         """The rows for a terminal."""
-        title = f"{self.first} against {self.second}, {counted(len(self.pairs), 'shared scenes')}"
+        title = (
+            f"{self.first} against {self.second}, {format_count(len(self.pairs), 'shared scenes')}"
+        )
         headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
         return terminal_table(title, headers, [cells(row) for row in self.rows], mean_last=True)
 

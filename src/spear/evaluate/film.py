@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from spear.errors import SpearError, need
+from spear.errors import SpearError, import_optional
 from spear.types import Array
 
 HEIGHT = 420
@@ -21,7 +21,7 @@ GREEN, RED, WHITE, GREY = (88, 214, 141), (255, 121, 108), (245, 246, 248), (30,
 
 def encoder() -> Any:
     """PyAV. Raises `SpearError` where it is missing, or was built without H.264, as PyPI's never is."""
-    av = need("av", "report", "a film")
+    av = import_optional("av", "report", "a film")
     if "libx264" not in av.codecs_available:
         raise SpearError("a film: this PyAV has no H.264 encoder: pip install --upgrade av")
     return av

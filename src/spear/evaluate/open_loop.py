@@ -21,7 +21,7 @@ from spear.geometry import quat_distance
 from spear.gripper import binarize_gripper
 from spear.types import Array, Episode, Policy
 from spear.util.images import decode_image
-from spear.util.progress import ProgressBar, tracked
+from spear.util.progress import ProgressBar, track_progress
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
 
     def predictions() -> Iterator[tuple[Episode, Array]]:
-        for episode in tracked(
+        for episode in track_progress(
             map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")
         ):
             seen = [

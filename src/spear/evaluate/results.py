@@ -20,10 +20,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
-from spear.util.files import read_as, write_text, writing
-from spear.util.ledger import difference, plain
+from spear.util.files import read_json_as, report_write_errors, write_text
+from spear.util.run_settings import describe_difference, to_plain_json
 
 HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
@@ -88,7 +88,7 @@ class Results:
         """What to know, in words, where not all scenes have ended; "" where they have."""
         left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
         return (
-            f"{counted(left, 'scenes')} left: rates may be too high; successes end first"
+            f"{format_count(left, 'scenes')} left: rates may be too high; successes end first"
             if left
             else ""
         )
@@ -152,7 +152,8 @@ class Results:
         rows.append(
             ["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5]
         )
-        title = f"{self.policy}: closed loop, {counted(len(self.outcomes), 'episodes')}, {self.seconds:.0f} s"
+        num_episodes = format_count(len(self.outcomes), "episodes")
+        title = f"{self.policy}: closed loop, {num_episodes}, {self.seconds:.0f} s"
         headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
         headers += ["steps out of reach", "steps to success"]
         return terminal_table(title, headers, rows, self.width(), mean_last=True)
@@ -193,7 +194,9 @@ def merge(parts: Sequence[Results]) -> Results:
     first = parts[0]
     found: dict[tuple[str, int], Outcome] = {}
     for part in parts:
-        if other := difference(*({"policy": p.policy, **p.settings} for p in (first, part))):
+        if other := describe_difference(
+            *({"policy": p.policy, **p.settings} for p in (first, part))
+        ):
             raise SpearError(
                 f"results of {part.policy}: {other}: only parts of one evaluation merge"
             )
@@ -240,7 +243,7 @@ class Journal:
         for path in found:
             earlier = read_journal(path)
             heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
-            if other := difference(*heads):
+            if other := describe_difference(*heads):
                 raise SpearError(
                     f"{folder}: holds other results: {other}: give another --out, or remove it"
                 )
@@ -251,11 +254,14 @@ class Journal:
             whole = self._path.read_bytes().rpartition(b"\n")[0]
             os.truncate(self._path, len(whole) + 1 if whole else 0)
         plan = {"scenes": {family: list(seeds) for family, seeds in scenes.items()}}
-        self._begin = [{"policy": policy, "settings": plain(settings)}, *([plan] if wanted else [])]
+        self._begin = [
+            {"policy": policy, "settings": to_plain_json(settings)},
+            *([plan] if wanted else []),
+        ]
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
         """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
-        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+        with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             line = {**asdict(outcome), "seconds": seconds, "wall": wall}
             lines = [*self._begin[1 if file.tell() else 0 :], line]
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -298,4 +304,6 @@ def load(path: Path) -> Results:
             )
         return results
     file = path / "results.json" if path.is_dir() else path
-    return read_as(Results, file, "give what `spear evaluate --out` wrote", "cannot read results")
+    return read_json_as(
+        Results, file, "give what `spear evaluate --out` wrote", "cannot read results"
+    )

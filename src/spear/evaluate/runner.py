@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from spear.data.readers.formats import check_no_input
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import Journal, Outcome, Results, Scenes, parse_shard
-from spear.types import RATE_HZ, Array
+from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.files import write_bytes
-from spear.util.ledger import alone
 from spear.util.progress import ProgressBar
+from spear.util.run_lock import acquire_run_lock
 
 Track = TypeVar("Track")
 
@@ -65,7 +65,7 @@ def run_evaluation(
     most = max(map(len, scenes.values()), default=0)
     if most < index:
         raise SpearError(
-            f"--shard {index}/{of}: holds no scene: make at most {counted(most, 'parts')}"
+            f"--shard {index}/{of}: holds no scene: make at most {format_count(most, 'parts')}"
         )
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
@@ -88,7 +88,7 @@ def run_evaluation(
                 again.append(outcome.seed)
                 continue
             pictures = simulator.film(outcome, tracks[outcome.seed])
-            films[name] = film = Film(outcome, video.encode(pictures, RATE_HZ))
+            films[name] = film = Film(outcome, video.encode(pictures, CONTROL_RATE_HZ))
             if options.out:
                 write_bytes(options.out / name, film.data)
         return again
@@ -100,7 +100,7 @@ def run_evaluation(
         if options.out:
             check_no_input(options.out, "evaluate")
             doing, name = f"running part {index}/{of} in", f".episodes-{index}-of-{of}.lock"
-            stack.enter_context(alone(options.out, doing, name=name))
+            stack.enter_context(acquire_run_lock(options.out, doing, name=name))
             journal = Journal(options.out, agent.name, settings, (index, of), part)
         started = time.perf_counter()
         for family, seeds in part.items():

@@ -18,7 +18,7 @@ from warnings import catch_warnings
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import Notice, RetryableError, need
+from spear.errors import Notice, RetryableError, import_optional
 from spear.labels.inputs import Item, read_images
 from spear.labels.models.protocols import Detector, PointMapModel, Segmenter
 from spear.labels.options import WorkOptions
@@ -121,13 +121,13 @@ def run_local(
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     components = [make() for make in makers]
     try:
-        with processes.pool(workers, __name__, advice) as pool:
-            works = processes.in_order(
+        with processes.open_worker_pool(workers, __name__, advice) as pool:
+            works = processes.map_in_order(
                 pool, partial(read_images, longest=longest), batches, workers + 1
             )
             for stage, component in zip(STAGES, components, strict=True):
                 works = map(partial(_through, stage, component), works)
-            yield from processes.in_order(pool, finish_batch, works, workers + 1)
+            yield from processes.map_in_order(pool, finish_batch, works, workers + 1)
     finally:
         for component in components:
             if hasattr(component, "bill") and (bill := component.bill()):
@@ -162,7 +162,7 @@ def run_ray(
     work: its `copies` and `gpus`, of detector, segmenter and point map, count. longest: as for `read`. Raises
     `SpearError`: Ray is not installed, or a component cannot be made.
     """
-    ray = need("ray", "ray", "the ray engine")
+    ray = import_optional("ray", "ray", "the ray engine")
     begun = not ray.is_initialized()
     if begun:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)

@@ -29,7 +29,7 @@ from spear.errors import RetryableError, SpearError, notice
 from spear.labels.pipeline import PendingImage, admit_frame
 from spear.labels.store import explain_read_errors
 from spear.types import Array, Frame
-from spear.util.images import encode_jpeg, load_oriented
+from spear.util.images import encode_jpeg, load_image_and_orientation
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -326,7 +326,9 @@ def _work(key: str, content: Content, longest: int | None) -> PendingImage:
         if isinstance(content, SpearError):
             raise content
         content, turned = (
-            load_oriented(content, key) if isinstance(content, bytes) else (content, False)
+            load_image_and_orientation(content, key)
+            if isinstance(content, bytes)
+            else (content, False)
         )
     except SpearError as error:
         return PendingImage(key, None, error, digest=hashed)

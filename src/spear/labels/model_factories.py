@@ -18,8 +18,8 @@ from spear.errors import SpearError, check_known
 from spear.labels.engine import ModelFactories
 from spear.labels.options import LabelOptions
 from spear.models.weights.published import PUBLISHED
-from spear.util.network import need_on_hub
-from spear.util.options import changed
+from spear.util.network import check_available_on_hub
+from spear.util.options import list_changed_options
 
 MODELS_BY_ROLE: dict[str, dict[str, tuple[str, ...]]] = {
     "detector": {
@@ -79,7 +79,7 @@ def _make(place: str, takes: list[str], name: str, model: str | None, options: L
         model = model or PUBLISHED[name].repository
         if "vocabulary" in takes and not options.names:
             raise SpearError(f'--detector {name}: name what to look for: --vocabulary "mug, spoon"')
-        need_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
+        check_available_on_hub(model, f"a folder or file that holds it, as in {name}=PATH")
     known = {
         **vars(options),
         "vocabulary": options.names,
@@ -112,7 +112,7 @@ def resolve_factories(options: LabelOptions) -> ModelFactories:
         (kind, split_description(said.rpartition("+")[2])[0]) for kind, said in described.items()
     )
     taken = {part for kind, name in last for part in MODELS_BY_ROLE[kind][name]}
-    if idle := changed(options, *({"vocabulary", "cache", "per_minute"} - taken)):
+    if idle := list_changed_options(options, *({"vocabulary", "cache", "per_minute"} - taken)):
         what = f"{min(idle)} says nothing to {', '.join(described.values())}"
         raise SpearError(f"{what}: leave it out, or choose a component that takes it")
     return detector, segmenter, pointmap

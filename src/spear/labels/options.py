@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from spear.util.options import Device, Folder, Options, Within
+from spear.util.options import Device, OptionalFolder, Options, Range
 
 
 class WorkOptions(Options):
@@ -13,24 +13,24 @@ class WorkOptions(Options):
 
     engine: Literal["local", "ray"] = "local"
     """local, or ray to use a Ray cluster."""
-    workers: Annotated[int, Within(0, 1024)] = 2
+    workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that read images and fit boxes."""
-    batch_size: Annotated[int, Within(1)] = 8
+    batch_size: Annotated[int, Range(1)] = 8
     """Images that go through a network together."""
-    shard_size: Annotated[int, Within(1)] = 256
+    shard_size: Annotated[int, Range(1)] = 256
     """Images per file. What is not in a finished file is done again after an interruption."""
-    copies: Annotated[tuple[int, int, int], Within(1)] = (1, 1, 1)
+    copies: Annotated[tuple[int, int, int], Range(1)] = (1, 1, 1)
     """With ray: how many detectors, segmenters and point maps run."""
-    gpus: Annotated[tuple[float, float, float], Within(0)] = (0.0, 0.0, 0.0)
+    gpus: Annotated[tuple[float, float, float], Range(0)] = (0.0, 0.0, 0.0)
     """With ray: GPUs for each detector, segmenter and point map; 0.5 shares one."""
 
 
 class SceneOptions(Options):
     """Scenes of the simulator, which are labelled where no photos are given."""
 
-    scenes: Annotated[int, Within(1)] = 1000
+    scenes: Annotated[int, Range(1)] = 1000
     """How many scenes to label (two images each)."""
-    first_seed: Annotated[int, Within(0)] = 10_000
+    first_seed: Annotated[int, Range(0)] = 10_000
     """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
     """Model size whose cameras are used for scenes."""
@@ -50,16 +50,16 @@ class LabelOptions(Options):
     """moge-2 (metres), moge (up to scale, as in the paper) or ground-truth."""
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
-    size: Annotated[int, Within(0)] = 840
+    size: Annotated[int, Range(0)] = 840
     """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size. Frames
     of rgbd: and sim: keep theirs."""
-    rate: Annotated[float, Within(0.001, 1000)] = 1.0
+    rate: Annotated[float, Range(0.001, 1000)] = 1.0
     """Frames per second of video."""
-    per_episode: Annotated[int, Within(1)] = 4
+    per_episode: Annotated[int, Range(1)] = 4
     """Frames of each robot episode."""
-    cache: Folder = None
+    cache: OptionalFolder = None
     """Folder of Gemini's answers, which are paid for only once; default: OUT/.answers."""
-    per_minute: Annotated[int, Within(0)] = 0
+    per_minute: Annotated[int, Range(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
     """Make the files again in which images were skipped for a reason that may pass: no network, say."""
@@ -67,7 +67,7 @@ class LabelOptions(Options):
     """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads nothing."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""
-    seed: Annotated[int, Within(0)] = 0
+    seed: Annotated[int, Range(0)] = 0
     """Decides which questions are asked."""
     device: Device = "auto"
     work: WorkOptions = WorkOptions()
@@ -82,9 +82,9 @@ class LabelOptions(Options):
 class QuestionOptions(Options):
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
-    seed: Annotated[int, Within(0)] = 0
+    seed: Annotated[int, Range(0)] = 0
     """The same seed gives the same questions."""
-    pairs: Annotated[tuple[int, int], Within(1)] = (1, 4)
+    pairs: Annotated[tuple[int, int], Range(1)] = (1, 4)
     """Fewest and most questions per image."""
     families: tuple[str, ...] = ()
     """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of

@@ -29,7 +29,7 @@ from spear.labels.fit.image import have_same_aspect, resize_nearest
 from spear.labels.inputs import IMAGE_SUFFIXES, compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import load_oriented
+from spear.util.images import load_image_and_orientation
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
@@ -79,7 +79,10 @@ class RgbdScene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_file = self._pairs[index]
-        (image, turned), depth = load_oriented(color, stored=True), read_depth(depth_file)
+        (image, turned), depth = (
+            load_image_and_orientation(color, stored=True),
+            read_depth(depth_file),
+        )
         (height, width), (rows, columns) = image.shape[:2], depth.shape
         if self.size not in ((None, None), (width, height)):
             what = f"{width}×{height} pixels, the intrinsics are of {self.size[0]}×{self.size[1]}"

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 import spear
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, format_count, notice
 from spear.labels.engine import Engine, ModelFactories, SkippedImage, run_local, run_ray
 from spear.labels.inputs import Item, compute_stamp, hash_content, read_contents
 from spear.labels.model_factories import resolve_factories, split_description
@@ -44,10 +44,12 @@ from spear.labels.store import (
     remove_outdated_questions,
     remove_temporary_files,
 )
-from spear.util.files import check_own
-from spear.util.ledger import Skipped, alone, same_settings
-from spear.util.options import changed
+from spear.util.files import check_no_foreign_files
+from spear.util.options import list_changed_options
 from spear.util.progress import ProgressBar
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import record_or_check_settings
+from spear.util.skipped_items import SkippedItems
 
 FOOTER_KEY = "spear.labels"
 """Key in a shard's footer of a JSON object: a hash of the `keys` of its items, `skipped`, a `SkippedImage`
@@ -74,7 +76,9 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
     """Label `options.photos`; how far it came. `SpearError`: an idle option, or as in `label_folder`."""
     chosen, listing, settings = prepare_run(options, list_scenes)
     work = options.work
-    if idle := changed(work, *(("copies", "gpus") if work.engine == "local" else ("workers",))):
+    if idle := list_changed_options(
+        work, *(("copies", "gpus") if work.engine == "local" else ("workers",))
+    ):
         raise SpearError(f"{idle[0]} says nothing to the {work.engine} engine: leave it out")
     local, ray = partial(run_local, chosen, work.workers), partial(run_ray, chosen, work)
     engine: Engine = partial(local if work.engine == "local" else ray, longest=options.size or None)
@@ -142,18 +146,18 @@ def label_folder(
     """
     if not (shards := _chunks(list(items), work.shard_size)):
         raise SpearError("no image to label: give photos, folders, videos or episodes")
-    check_own(out, SETTINGS_FILE, "label")
-    with alone(out, "labelling into", SETTINGS_FILE):
+    check_no_foreign_files(out, SETTINGS_FILE, "label")
+    with acquire_run_lock(out, "labelling into", SETTINGS_FILE):
         begun = any(out.glob("labels-*.parquet"))  # a run that was refused has labelled nothing
         whole = {"spear": spear.__version__, **settings, "shard_size": work.shard_size}
-        same_settings(out / SETTINGS_FILE, whole, begun)
+        record_or_check_settings(out / SETTINGS_FILE, whole, begun)
         remove_temporary_files(out)
         kept = _kept(out, shards, retry_skipped)
         if len(kept) < len(shards):
             remove_outdated_questions(out)
         total, before = sum(map(len, shards)), sum(len(shards[number]) for number in kept)
         skipped = sum(map(len, kept.values()))
-        bad = Skipped(MAX_FAILED_FRACTION, "images", patience=200)
+        bad = SkippedItems(MAX_FAILED_FRACTION, "images", patience=200)
         bar = ProgressBar("labelling", total, "images", before)
         todo = (pair for pair in enumerate(shards) if pair[0] not in kept)
         ours, theirs = tee(
@@ -225,7 +229,7 @@ def _kept(
         changed += others
     if changed:
         notice(
-            f"{out}: {counted(changed, 'images')} changed since: made again, with all in the same files"
+            f"{out}: {format_count(changed, 'images')} changed since: made again, with all in the same files"
         )
     return kept
 

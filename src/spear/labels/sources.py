@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, format_count, notice
 from spear.labels.inputs import Content, Item, list_images, read_row_group
 from spear.labels.rgbd import RgbdScene
 from spear.types import Episode
@@ -69,7 +69,7 @@ def _items(
         scene = _scene(folder := argument.removeprefix("rgbd:"))
         if scene.alone:
             notice(
-                f"{folder}: {counted(scene.alone, 'color images')} left out: none in depth/ has its name"
+                f"{folder}: {format_count(scene.alone, 'color images')} left out: none in depth/ has its name"
             )
         return (
             Item(source, read_rgbd, folder, i, scene.stamp(i))
@@ -131,7 +131,7 @@ def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> I
             )
         else:
             yield SpearError(
-                f"the episode has only {counted(steps, 'steps')}: take fewer frames of each"
+                f"the episode has only {format_count(steps, 'steps')}: take fewer frames of each"
             )
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError, first_line, notice
+from spear.errors import SpearError, notice, summarize_error
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
-from spear.util.files import writing
+from spear.util.files import report_write_errors
 
 SKIPPED_FILE = "skipped.parquet"
 QUESTIONS_FILE = "questions.parquet"
@@ -71,7 +71,7 @@ class ParquetWriter:
         self.path, self.rows_per_group = path, rows_per_group
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._waiting = schema.empty_table()
-        with writing(path):
+        with report_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._parquet = pq.ParquetWriter(self._temporary, schema, compression="zstd")
 
@@ -82,7 +82,7 @@ class ParquetWriter:
             self._write_group(self.rows_per_group)
 
     def _write_group(self, rows: int) -> None:
-        with writing(self.path):
+        with report_write_errors(self.path):
             self._parquet.write_table(self._waiting.slice(0, rows).combine_chunks())
         self._waiting = self._waiting.slice(rows)
 
@@ -90,7 +90,7 @@ class ParquetWriter:
         """Write the last rows, and `metadata` into the footer; then the file is there, on the disk."""
         if len(self._waiting):
             self._write_group(len(self._waiting))
-        with writing(self.path):
+        with report_write_errors(self.path):
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
             self._parquet.close()
@@ -197,7 +197,7 @@ def explain_read_errors(path: Path, advice: str = "delete it and label it again"
         ValueError,
         AttributeError,
     ) as error:
-        raise SpearError(f"{path}: broken ({first_line(error)}): {advice}") from error
+        raise SpearError(f"{path}: broken ({summarize_error(error)}): {advice}") from error
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.models.fast.small import SMALL, SmallStack
 from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill, views
 
@@ -70,7 +70,7 @@ def decode_greedily(
         spans = [*grammar, (config.eos_token_id, config.eos_token_id + 1)]
         least = len(spans)
     if least > max_new_tokens:
-        has = f"it has at least {counted(least, 'tokens')}"
+        has = f"it has at least {format_count(least, 'tokens')}"
         raise SpearError(f"answer too long: {has}, max_new_tokens is {max_new_tokens}: give more")
     packed = not torch.is_autocast_enabled(device.type)
     small = SMALL(vlm.language_model) if packed else None

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from spear.errors import SpearError, counted, unknown_name
+from spear.errors import SpearError, format_count, unknown_name_error
 from spear.models.fast.linear import CPU, HAS_BFLOAT16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
@@ -32,14 +32,14 @@ def choose_device(name: str = "auto") -> torch.device:
     if kind == "cpu" and not colon:
         return torch.device("cpu")
     if kind != "cuda" or (colon and not number.isdecimal()):
-        raise unknown_name("device", name, ("auto", "cpu", "cuda", "cuda:0"))
+        raise unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
     if colon and several:
         why = "several processes cannot share a GPU"
         raise SpearError(f"device {name}: {why}: give cuda, and each takes its own")
     index = int(number) if colon else int(os.environ.get("LOCAL_RANK", "0")) if several else 0
     if index >= count:
         cure = "start as many processes as there are GPUs" if several else "give another"
-        found = f"PyTorch {torch.__version__} finds {counted(count, 'GPUs') if count else 'no GPU'} here"
+        found = f"PyTorch {torch.__version__} finds {format_count(count, 'GPUs') if count else 'no GPU'} here"
         raise SpearError(f"no device cuda:{index}: {found}: {cure}, or give cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -21,7 +21,7 @@ class Preset:
     stem         "patch": one convolution per patch, as published; "conv": `spear.models.vision.ConvStem`.
     vocabulary   text tokens of the base tokenizer, without 3D tokens.
     bins         3D tokens. horizon: actions per chunk, at the steps per second of the data
-                 (`types.RATE_HZ`).
+                 (`types.CONTROL_RATE_HZ`).
     coordinate_smoothing  see `SpearVLMConfig`. flow: fields of `spear.flow.FlowConfig`.
     prompt_tokens  the longest text prompt accepted.
     """

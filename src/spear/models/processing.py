@@ -22,8 +22,8 @@ from spear.models.presets import SPECIAL_TOKEN_IDS, Preset
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
 from spear.types import Array, Pixel, Question, Segments
-from spear.util.files import read_as
-from spear.util.images import fit_image, placed
+from spear.util.files import read_json_as
+from spear.util.images import compute_placement, fit_image
 
 NUM_LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
@@ -41,7 +41,7 @@ def visible_window(source: Size, target: Size) -> tuple[float, float, float, flo
     """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included:
     `fit_image` puts it at whole pixels. Sizes are (width, height).
     """
-    _, left, top, across, down = placed(source, target)
+    _, left, top, across, down = compute_placement(source, target)
     x, y = source[0] / across, source[1] / down
     return -left * x, -top * y, target[0] * x, target[1] * y
 
@@ -253,7 +253,7 @@ class Processor:
         missing or broken, or belongs to another model."""
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)
-        saved = read_as(_Saved, folder / "processor.json", "save it again", "broken processor")
+        saved = read_json_as(_Saved, folder / "processor.json", "save it again", "broken processor")
         sizes = {view: (width, height) for view, width, height in saved.image_sizes}
         processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
         if config is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
-from spear.errors import first_line, notice
+from spear.errors import notice, summarize_error
 from spear.models.fast.linear import Events, Fused, Prepared, branch, is_plain, is_recording, linear
 from spear.models.fast.small import if_small
 from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill, views
@@ -50,7 +50,7 @@ class Sampler:
         self._onward = Fused(model.action_time_mlp_out, packed=packed and not exact)
         self._periods = model.config.min_period, model.config.max_period
         # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
-        self.advance: Any = torch.compile(flow.euler) if compiled else flow.euler
+        self.advance: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
         self._moments: dict[int, Tensor] = {}
         self.time_embedding_at_one = self._hidden(
             torch.ones(1, device=inner.weight.device)
@@ -88,7 +88,7 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     model   a `Spear1ForActionPrediction`.
     inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
             "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8];
-            "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.Committed`).
+            "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.CommittedPrefix`).
 
     The first inputs of each kind go through `sample_plain` too. Where that differs, or the fast way raises, a
     notice says so, and inputs of that kind go through `sample_plain` from then on.
@@ -162,7 +162,7 @@ def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: 
         )  # what is no number is far
         reason = f"{apart:.2g} from the plain network" if far else ""
     except Exception as error:  # whatever a compiler may raise
-        reason = first_line(error)
+        reason = summarize_error(error)
     sampler.agreements[kind] = not reason
     if not reason:
         return found
@@ -172,9 +172,13 @@ def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: 
     return slow
 
 
-def _committed(inputs: Inputs) -> flow.Committed | None:
+def _committed(inputs: Inputs) -> flow.CommittedPrefix | None:
     held = inputs.get("held")
-    return None if held is None else flow.Committed(Action.from_vector(inputs["committed"]), held)
+    return (
+        None
+        if held is None
+        else flow.CommittedPrefix(Action.from_vector(inputs["committed"]), held)
+    )
 
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:

@@ -38,7 +38,7 @@ class Spear1Config(layers.PortableConfig):
     horizon         actions per chunk (the paper: 5, at 5 Hz).
     flow            fields of `spear.flow.FlowConfig`.
     committed       the most actions at a chunk's beginning that may be decided already, as it was trained
-                    (`spear.flow.sample_held`); 0 is the paper's.
+                    (`spear.flow.sample_committed`); 0 is the paper's.
     min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
     """
 
@@ -182,7 +182,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         view_mask: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """The flow loss of a batch of demonstrations and its parts, as `spear.flow.loss` gives them.
+        """The flow loss of a batch of demonstrations and its parts, as `spear.flow.compute_loss` gives them.
 
         pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
         input_ids       [B, L] the instruction, padded on either side; attention_mask [B, L].
@@ -193,7 +193,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
                         noise [B, K, H, ·] or time [B, K] or [B, K, H] is given.
 
         With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss;
-        they are a little wrong, and the next one makes up for it (`flow.with_mistakes`).
+        they are a little wrong, and the next one makes up for it (`flow.perturb_committed`).
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
@@ -210,17 +210,17 @@ class Spear1ForActionPrediction(PreTrainedModel):
             count = noise.translation.shape[:2].numel()
             time = flow.sample_time(count, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
-                held = flow.sample_held(
+                held = flow.sample_committed(
                     (*time.shape, horizon), self.config.committed, generator, device
                 )
                 time = torch.where(held, 1.0, time[..., None])
-                data = flow.with_mistakes(data, held, generator, action_mask)
+                data = flow.perturb_committed(data, held, generator, action_mask)
         noisy, _ = flow.interpolate(noise, data, time, self.flow)
         prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
         prediction = self.predict(prefix, state, noisy, time)
         if time.dim() == 3:
             action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
-        loss, parts = flow.loss(prediction, noise, data, time, self.flow, action_mask)
+        loss, parts = flow.compute_loss(prediction, noise, data, time, self.flow, action_mask)
         return LossOutput(loss=loss, parts={k: v.detach() for k, v in parts.items()})
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         noise: Action,
         steps: int | None = None,
         view_mask: Mapping[str, Tensor] | None = None,
-        committed: flow.Committed | None = None,
+        committed: flow.CommittedPrefix | None = None,
     ) -> Action:
         """Actions [B, H, ·] by `steps` Euler steps (None: the flow's own) from noise [B, H, ·]
         (`spear.flow.sample_noise`): normalised units, unit canonical rotations.

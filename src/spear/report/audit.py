@@ -7,7 +7,7 @@ import numpy as np
 
 from spear.audit.dataset_audit import EPISODES, STEPS, Finding, Margin, Part, Report, size
 from spear.audit.hypotheses import integrate_translations
-from spear.errors import counted
+from spear.errors import format_count
 from spear.report.page import render
 from spear.report.plot import GREY, Axis, Bar, Line, bars, chart
 from spear.util.files import write_text
@@ -28,7 +28,7 @@ QUESTIONS = {
 def text(report: Report) -> str:
     """The report as a table for the terminal."""
     shown = {"report": report, "questions": QUESTIONS, "conclusion": conclusion(report)}
-    return render("audit.txt", **shown, size=size, interval=_interval, counted=counted)
+    return render("audit.txt", **shown, size=size, interval=_interval, counted=format_count)
 
 
 def conclusion(report: Report) -> str:
@@ -70,7 +70,7 @@ def conclusion(report: Report) -> str:
 
 def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
-    facts = [(f"{report.episodes:,}", f"episodes, {counted(report.steps, 'steps')}")]
+    facts = [(f"{report.episodes:,}", f"episodes, {format_count(report.steps, 'steps')}")]
     words = "of the logged {}s unexplained by their best reading"
     facts += [(f"{part.best.relative:.1%}", words.format(part.name)) for part in report.parts]
     html = render(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spear.errors import counted
+from spear.errors import format_count
 from spear.evaluate.compare import ALPHA, Comparison, Pair, Reference, cells, p_value, points
 from spear.evaluate.open_loop import OpenLoop
 from spear.evaluate.results import Outcome, Results
@@ -32,7 +32,7 @@ def comparison_page(
         (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
         (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
         tuple(points(mean.difference).split(" ", 1)),
-        (f"p {p_value(mean.p)}", f"paired test, {counted(len(c.pairs), 'shared scenes')}"),
+        (f"p {p_value(mean.p)}", f"paired test, {format_count(len(c.pairs), 'shared scenes')}"),
     ]
     groups = [
         (spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows
@@ -53,7 +53,8 @@ def comparison_page(
 
 def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
     """A self-contained document with `open_loop_charts`."""
-    title = f"{model.name}: predicted actions, the first of {counted(len(model.truth), 'held-out episodes')}"
+    num_episodes = format_count(len(model.truth), "held-out episodes")
+    title = f"{model.name}: predicted actions, the first of {num_episodes}"
     return render(
         "open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference)
     )
@@ -109,7 +110,11 @@ def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, A
 
 def ending(outcome: Outcome) -> str:
     """How an episode ended, in words."""
-    words = f"success after {counted(outcome.steps, 'steps')}" if outcome.success else "failure"
+    words = (
+        f"success after {format_count(outcome.steps, 'steps')}" if outcome.success else "failure"
+    )
     return words + (
-        f", {counted(outcome.unreachable, 'steps')} out of reach" if outcome.unreachable else ""
+        f", {format_count(outcome.unreachable, 'steps')} out of reach"
+        if outcome.unreachable
+        else ""
     )

@@ -19,14 +19,14 @@ from spear.data.actions import episode_actions
 from spear.data.readers.formats import check_good, episode_counts, made, read_episodes
 from spear.data.readers.layout import Steps, leaves
 from spear.data.readers.spec import SPEC_FILE
-from spear.errors import counted
+from spear.errors import format_count
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import render
 from spear.report.plot import GREY, XYZ, Axis, Line, chart
 from spear.types import Array, Episode
 from spear.util.files import write_text
-from spear.util.images import IMAGE_BEGINS, decode_image, picture
-from spear.util.ledger import Skipped
+from spear.util.images import IMAGE_MAGIC_BYTES, decode_image, to_jpeg_data_uri
+from spear.util.skipped_items import SkippedItems
 
 EPISODES, FRAMES = 4, 8
 """Episodes on the page, and frames in the strip of each camera."""
@@ -43,7 +43,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     The episodes shown are the first good ones; those skipped on the way are listed. Raises SpearError when
     there is no good one among the first, and for a file that cannot be written.
     """
-    skipped = Skipped(limit=1.0)
+    skipped = SkippedItems(limit=1.0)
     counts = episode_counts(path)
     split = next(iter(counts))
     known = layout is not None or layout_known(path)
@@ -75,7 +75,10 @@ def _episode(episode: Episode) -> dict[str, Any]:
     measured = Line("measured", seconds, episode.gripper, GREY)
     gripper = [measured, Line("commanded", seconds, known[:, 7], dashed=True)]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
-    source, steps = episode.source, f"{counted(len(episode), 'steps')} at {episode.rate_hz:g} Hz"
+    source, steps = (
+        episode.source,
+        f"{format_count(len(episode), 'steps')} at {episode.rate_hz:g} Hz",
+    )
     cameras = episode.images.items()
     return {
         "title": episode.instruction or "(no instruction)",
@@ -126,7 +129,7 @@ def _columns(steps: Steps, source: str) -> dict[str, Any]:
         if isinstance(values, str):
             quiet.append((name, f"not read: {values}"))
         elif not isinstance(values, np.ndarray):
-            if values[0].startswith(IMAGE_BEGINS):
+            if values[0].startswith(IMAGE_MAGIC_BYTES):
                 strips.append((name, _strip(values, f"{source} column {name!r}")))
             else:
                 quiet.append((name, bytes(values[0]).decode("utf-8", "replace")))
@@ -174,7 +177,7 @@ def _strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
         image = Image.fromarray(decode_image(images[step], f"{where} step {step}"))
         width = max(1, round(image.width * STRIP_HEIGHT / image.height))
         small = image.resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)
-        shown.append((step, picture(np.asarray(small))))
+        shown.append((step, to_jpeg_data_uri(np.asarray(small))))
     return shown
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import need
+from spear.errors import import_optional
 from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import find_exclusion_reasons, format_answer
@@ -26,7 +26,7 @@ from spear.report.plot import histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Question, Segments
 from spear.util.files import write_bytes, write_text
-from spear.util.images import decode_image, picture
+from spear.util.images import decode_image, to_jpeg_data_uri
 
 WIDTH = 640
 """Pixels across of a picture on the sheet, at least."""
@@ -104,7 +104,9 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     why = zip(label.objects, find_exclusion_reasons(label), strict=True)
     return {
         "source": label.source,
-        "image": picture(draw_label(label, max(1, round(WIDTH / label.width)), masks=True)),
+        "image": to_jpeg_data_uri(
+            draw_label(label, max(1, round(WIDTH / label.width)), masks=True)
+        ),
         "questions": [(q.prompt, say(q.segments, label, 150)) for q in questions],
         "left_out": [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons],
     }
@@ -149,7 +151,7 @@ def write_rerun(
 
     Raises SpearError where rerun-sdk is not installed, and for a file that cannot be written.
     """
-    rr = need("rerun", "view", "the Rerun viewer")
+    rr = import_optional("rerun", "view", "the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
     held = stream.memory_recording()
     stream.log("camera", rr.ViewCoordinates.RDF, static=True)

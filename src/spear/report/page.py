@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from spear.util.images import data_uri
+from spear.util.images import to_data_uri
 
 
 def render(template: str, **values: Any) -> str:
@@ -29,5 +29,5 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"spaced": spaced, "data_uri": data_uri}
+_TEMPLATES.filters |= {"spaced": spaced, "data_uri": to_data_uri}
 _TEMPLATES.globals["part"] = _TEMPLATES.get_template("parts.html.j2").module

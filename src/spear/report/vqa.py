@@ -11,7 +11,7 @@ from spear.report.draw import PREDICTION, TRUTH, draw_answers
 from spear.report.labels import say
 from spear.report.page import render, spaced
 from spear.report.plot import GREY, Axis, Line, chart
-from spear.util.images import decode_image, picture
+from spear.util.images import decode_image, to_jpeg_data_uri
 
 WIDTH = 576
 """Pixels across of a drawing, at least."""
@@ -45,7 +45,7 @@ def figure(asked: Asked) -> tuple[str, str]:
     label, measures = asked.label, asked.measures
     answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
     image, scale = decode_image(label.image, label.source), max(1, round(WIDTH / label.width))
-    drawn = picture(draw_answers(image, label.intrinsics, answers, scale))
+    drawn = to_jpeg_data_uri(draw_answers(image, label.intrinsics, answers, scale))
     words = [MEASURES[n].say(measures[n]) for n in ("error", "pixels", "relative") if n in measures]
     if "iou" in measures:
         words.append(f"IoU {measures['iou']:.2f}")

@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.serve import wire
 
 PAUSE, PATIENCE, STUCK = 0.05, 30.0, 600.0
@@ -121,7 +121,7 @@ class RemotePolicy:
             ) as error:
                 self.close()  # also of one that greets as no policy server does
                 raise SpearError(
-                    f"{self.url}: no policy server ({first_line(error)}): start one"
+                    f"{self.url}: no policy server ({summarize_error(error)}): start one"
                 ) from error
             self._greeting = self._greeting or greeting
             if greeting != self._greeting:

@@ -21,8 +21,8 @@ import spear
 from spear.chunks import check_chunk
 from spear.embodiments import Control, Embodiment
 from spear.embodiments.tools import COMMITTED, Checked, shown_to
-from spear.errors import SpearError, counted, notice, suppress_notices
-from spear.types import RATE_HZ, Policy
+from spear.errors import SpearError, format_count, notice, suppress_notices
+from spear.types import CONTROL_RATE_HZ, Policy
 
 LOG = logging.getLogger(__name__)
 RECENT = 1.0
@@ -100,8 +100,11 @@ class Service:
             ours = shown_to(self.policy, self.embodiment.read(example))
             actions = len(self.policy.infer_batch([{**ours, "prompt": "go"}])[0]["actions"])
         rows, rate_hz = len(result["actions"]), self.control.rate_hz
-        if not math.isclose(rows * RATE_HZ, actions * rate_hz):
-            apart = f"{rows} rows at rate_hz {rate_hz:g}, for {counted(actions, 'actions')} at {RATE_HZ:g} Hz"
+        if not math.isclose(rows * CONTROL_RATE_HZ, actions * rate_hz):
+            apart = (
+                f"{rows} rows at rate_hz {rate_hz:g}, for {format_count(actions, 'actions')} "
+                f"at {CONTROL_RATE_HZ:g} Hz"
+            )
             notice(f"the robot's file: {apart}: the arm goes too fast or slow, or stops early")
         return rows
 
@@ -197,7 +200,7 @@ class Batcher:
         """
         if len(self._queue) >= self._capacity:
             raise Busy(
-                f"busy: {counted(self._capacity, 'requests')} waiting already: try again in a moment"
+                f"busy: {format_count(self._capacity, 'requests')} waiting already: try again in a moment"
             )
         waiting = _Waiting(client, request, alive, asyncio.get_running_loop().create_future())
         self._seen[client] = time.perf_counter()

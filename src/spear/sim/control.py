@@ -24,7 +24,7 @@ from spear.embodiments.inverse_kinematics import (
     solve_joints,
 )
 from spear.errors import SpearError
-from spear.geometry import UNIT_TOLERANCE
+from spear.geometry import UNIT_NORM_TOLERANCE
 
 HIDDEN_GROUP = 3
 """Geom group of collision shapes that no camera sees; 1 is the robot's."""
@@ -130,7 +130,7 @@ def check_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     if not np.isfinite(values).all():
         raise SpearError(f"action: {values.tolist()}: every number must be finite")
     norm = euclidean_norm(values[3:7])
-    if abs(norm - 1.0) > UNIT_TOLERANCE:
+    if abs(norm - 1.0) > UNIT_NORM_TOLERANCE:
         raise SpearError(
             f"action: quaternion of norm {norm:.4f}: give a unit quaternion (w, x, y, z)"
         )

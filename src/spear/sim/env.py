@@ -14,7 +14,7 @@ from spear.sim.control import check_action
 from spear.sim.render import Size, own_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, milestones
-from spear.types import RATE_HZ
+from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 MAX_STEPS = 60
@@ -47,7 +47,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     target of the action was "unreachable". Reward is 1 at success, where the episode ends, else 0.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": RATE_HZ}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE_HZ}  # noqa: RUF012
 
     def __init__(
         self,

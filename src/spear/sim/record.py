@@ -19,7 +19,7 @@ from spear.embodiments.inverse_kinematics import euclidean_norm
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Size
-from spear.types import RATE_HZ, Array, Episode
+from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
@@ -82,10 +82,10 @@ def record(
     the work, to whom `policy` is sent; the episodes are the same whatever their number.
     """
     job = functools.partial(_job, image_size, wrist_size, policy)
-    with processes.pool(
+    with processes.open_worker_pool(
         workers if workers > 1 else 0, __name__, "give fewer --workers"
     ) as executor:
-        yield from processes.in_order(executor, job, tasks, ahead=2 * workers)
+        yield from processes.map_in_order(executor, job, tasks, ahead=2 * workers)
 
 
 def record_episode(
@@ -111,7 +111,7 @@ def record_episode(
         info = env.physics_step(action)
         observation = env.observe()
     source = source_of(family, seed, policy is not None)
-    return tape.episode(env.world.spec.instruction, RATE_HZ, source, bool(info["success"]))
+    return tape.episode(env.world.spec.instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
 
 
 @dataclass

@@ -16,11 +16,13 @@ from spear.sim.render import Size
 from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR
 from spear.types import Episode
-from spear.util.files import check_own
+from spear.util.files import check_no_foreign_files
+from spear.util.fingerprints import fingerprint_checkpoint
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.images import decode_image
-from spear.util.ledger import alone, fingerprint, same_settings
-from spear.util.progress import ProgressBar, tracked
+from spear.util.progress import ProgressBar, track_progress
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import record_or_check_settings
 
 SETTINGS = ".recorded.json"
 """What the demonstrations depend on that no episode tells."""
@@ -80,14 +82,14 @@ def collect(
     shard_size  how many are written at once: fewer are lost when it is killed.
     simulator   what tells it, or what it shows, from others.
     """
-    check_own(out, SHARD_GLOB, "record")
-    with alone(out, "recording into", SETTINGS):
+    check_no_foreign_files(out, SHARD_GLOB, "record")
+    with acquire_run_lock(out, "recording into", SETTINGS):
         sweep(out)
         kept, first = _look(out, sources, sizes) if shard_files(out) else (0, 0)
-        told = {"simulator": simulator, "policy": policy and fingerprint(policy.folder)}
-        same_settings(out / SETTINGS, told, bool(shard_files(out)))
+        told = {"simulator": simulator, "policy": policy and fingerprint_checkpoint(policy.folder)}
+        record_or_check_settings(out / SETTINGS, told, bool(shard_files(out)))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
-        good = (episode for episode in tracked(make(first), bar) if episode.success)
+        good = (episode for episode in track_progress(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)
 
 

@@ -24,10 +24,11 @@ from spear.labels.store import (
 )
 from spear.types import Frame, LabeledImage
 from spear.util import processes
-from spear.util.files import check_own, write_text
+from spear.util.files import check_no_foreign_files, write_text
 from spear.util.held_out import FIRST_TRAIN_SEED
-from spear.util.ledger import alone, same_settings
 from spear.util.progress import ProgressBar
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import record_or_check_settings
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
@@ -131,15 +132,17 @@ def label_scene_jobs(
         SpearError: The folder holds other files or labels of other settings. Nothing is written then.
     """
     num_scenes = _count_scenes(jobs)
-    check_own(out, INSTRUCTIONS_FILE, "label")
+    check_no_foreign_files(out, INSTRUCTIONS_FILE, "label")
     advice = "use fewer --workers, and run the same command again"
 
-    with alone(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
+    with acquire_run_lock(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
         # The files that mark the folder as one of scene labels, with these settings
         if not (out / INSTRUCTIONS_FILE).is_file():
             write_text(out / INSTRUCTIONS_FILE, "".join(f"{line}\n" for line in collect()))
         has_labels = any(out.glob("*/labels-*.parquet"))
-        same_settings(out / "run.json", {"spear": spear.__version__, **settings}, has_labels)
+        record_or_check_settings(
+            out / "run.json", {"spear": spear.__version__, **settings}, has_labels
+        )
 
         # What an earlier run has finished, and what it left behind
         for view in views:
@@ -159,8 +162,8 @@ def label_scene_jobs(
         bar = ProgressBar("labelling", num_scenes, "scenes", num_finished)
         label_job = partial(_label_job, out, render, label_frames)
         num_processes = workers if workers > 1 else 0
-        with bar, processes.pool(num_processes, __name__, advice) as pool:
-            for num_labeled in processes.in_order(pool, label_job, open_jobs, workers):
+        with bar, processes.open_worker_pool(num_processes, __name__, advice) as pool:
+            for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
                 bar.update(bar.done + num_labeled)
 
     return sum(count_labels(out / view) for view in views)

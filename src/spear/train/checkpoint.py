@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from spear.errors import SpearError
 from spear.train import parallel
 from spear.train.optimize import Stepper
-from spear.util.files import read_as
+from spear.util.files import read_json_as
 
 NUM_KEPT = 2  # checkpoints that stay in a run's folder: the newest, and one in case it is damaged
 ADVICE = "delete that folder to continue from the checkpoint before it"
@@ -82,7 +82,7 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     path = max(folder.glob(f"{_FOLDER_PATTERN}/state.json"), default=None)
     if path is None:
         return None
-    state = read_as(CheckpointState, path, ADVICE)
+    state = read_json_as(CheckpointState, path, ADVICE)
     for name in state.files:
         file = path.parent / name
         if not file.is_file():

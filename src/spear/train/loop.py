@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from spear.errors import SpearError, counted, silence
+from spear.errors import SpearError, disable_notices, format_count
 from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
 from spear.train.checkpoint import Checkpoints, find_newest
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
 from spear.train.optimize import Batch, Stepper, Task, learning_rate
 from spear.train.options import Optimization
-from spear.util.handover import Handed, Slots
-from spear.util.ledger import alone, plain
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import to_plain_json
+from spear.util.shared_batches import SharedBatchSlots, SlottedBatch
 
 NUM_BATCHES_AHEAD = 4  # batches that each worker loads in advance (our choice)
 MAX_SAVING_SHARE = 1 / 50  # part of the time that checkpoints between `save_every` may take
@@ -103,7 +104,7 @@ def run(
     # One run at a time may write to the folder.
     run_lock: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if parallel.get_rank() == 0:
-        run_lock = alone(out, "training into")
+        run_lock = acquire_run_lock(out, "training into")
     with run_lock, Checkpoints(out / "checkpoints", stepper) as checkpoints:
         # Continue where the newest checkpoint is, on all processes.
         progress = _Progress()
@@ -271,7 +272,7 @@ def load_batches(
     # In addition to the batches ahead, two steps' batches are in use: those of the last step may
     # still be bound to a name.
     slots_per_worker = 0 if is_pinned else NUM_BATCHES_AHEAD + 2 * accumulate
-    slots = Slots(workers, slots_per_worker)
+    slots = SharedBatchSlots(workers, slots_per_worker)
     loader: Any = torch.utils.data.DataLoader(
         numbers,  # type: ignore[arg-type]  # a list is a data set
         batch_size=None,
@@ -286,10 +287,12 @@ def load_batches(
     for batch in loader:
         if isinstance(batch, SpearError):
             raise batch
-        yield slots.take(batch) if isinstance(batch, Handed) else batch
+        yield slots.take(batch) if isinstance(batch, SlottedBatch) else batch
 
 
-def _make_batch(task: Task, slots: Slots, number: int) -> Batch | Handed | SpearError:
+def _make_batch(
+    task: Task, slots: SharedBatchSlots, number: int
+) -> Batch | SlottedBatch | SpearError:
     """Make a piece; an error is returned, since PyTorch adds a traceback to one that is raised."""
     try:
         batch = task.batch(number)
@@ -305,7 +308,7 @@ def _init_worker(worker: int) -> None:
     The training process ends its workers when the step is done.
     """
     if worker > 0:
-        silence()
+        disable_notices()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -383,7 +386,7 @@ def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> 
     if num_pieces % world_size:
         divisors = [str(n) for n in range(1, num_pieces + 1) if num_pieces % n == 0]
         raise SpearError(
-            f"{out} holds a run whose batches have {counted(num_pieces, 'pieces')}, which "
+            f"{out} holds a run whose batches have {format_count(num_pieces, 'pieces')}, which "
             f"{world_size} processes cannot share. Use {', '.join(divisors)} processes, or a new "
             "--out."
         )
@@ -417,7 +420,7 @@ def find_checkpoint_to_resume(
             )
     if state["step"] > steps:
         raise SpearError(
-            f"{out} holds {counted(state['step'], 'steps')}, more than {steps}. Use a new --out."
+            f"{out} holds {format_count(state['step'], 'steps')}, more than {steps}. Use a new --out."
         )
     return checkpoint
 
@@ -446,7 +449,7 @@ def list_earlier_settings(
 
     state: of the checkpoint that is resumed. settings: the optimization's settings from now on.
     """
-    new_settings = plain(settings)
+    new_settings = to_plain_json(settings)
     changed = {}
     for name, value in state["settings"]["optimization"].items():
         # A run keeps its pieces, so `accumulate` differs only with the number of processes.
@@ -487,6 +490,6 @@ def _report_skip(
     if logger is None:
         raise SystemExit(2)  # process 0 explains it
     raise SpearError(
-        f"{event}, after {counted(max_skipped, 'skipped steps')}. Look at their batches in "
+        f"{event}, after {format_count(max_skipped, 'skipped steps')}. Look at their batches in "
         f"{folder}, lower the learning rate, or allow more with --set max_skipped."
     )

@@ -24,7 +24,7 @@ from spear.train import parallel
 from spear.train.build import empty_model
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
-from spear.util.progress import ProgressBar, tracked
+from spear.util.progress import ProgressBar, track_progress
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB
@@ -194,7 +194,9 @@ def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
     ]
     choices = [(name, value) for useful, name, value in savers if useful]
     counts = range(len(choices) + 1)
-    for count in tracked(counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")):
+    for count in track_progress(
+        counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")
+    ):
         changes = dict(choices[:count])
         yield changes, training(stage.with_changes(**changes))
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
-from spear.errors import SpearError, need
+from spear.errors import SpearError, import_optional
 from spear.models.layers import set_gradient_checkpointing
 from spear.train import parallel
 from spear.train.log import NonFiniteStep
@@ -91,7 +91,7 @@ def add_adapters(model: torch.nn.Module, rank: int, alpha: float) -> Any:
     zero, so that at first nothing changes. Returns PEFT's view of the model, a `PeftModel`. Raises
     `SpearError` when PEFT is missing.
     """
-    peft: Any = need("peft", "lora", "LoRA")
+    peft: Any = import_optional("peft", "lora", "LoRA")
     # PEFT reads an attribute that Transformers deprecates.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_MODULES)

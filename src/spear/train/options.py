@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
-from spear.errors import SpearError, check_known, first_line, unknown_name
+from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
 from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
-from spear.util.options import Changes, Device, Folder, Name, Number, Options, Seed, Split, Within
+from spear.util.options import (
+    Device,
+    EpisodeSplit,
+    OptionalFolder,
+    OptionalInt,
+    OptionalName,
+    Options,
+    Range,
+    RecipeChanges,
+    Seed,
+)
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
@@ -130,7 +140,7 @@ class Recipe:
                   (for an ablation).
     flow          fields of `spear.flow.FlowConfig` that differ from the preset's or from `--init`.
     committed     longest delay to train for: up to so many actions at the beginning of a chunk may
-                  be committed already (`spear.flow.sample_held`). None: that of the policy in
+                  be committed already (`spear.flow.sample_committed`). None: that of the policy in
                   `--init`; a new policy has 0 (paper).
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
@@ -230,8 +240,8 @@ def _check_value(owner: type, key: str, value: Any) -> None:
     except (ValidationError, TypeError) as error:
         choices = _choices(hint)
         if choices:
-            raise unknown_name(key, str(value), choices) from error
-        raise SpearError(f"recipe key {key} is {value!r}: {first_line(error)}") from error
+            raise unknown_name_error(key, str(value), choices) from error
+        raise SpearError(f"recipe key {key} is {value!r}: {summarize_error(error)}") from error
 
     if key == "pairs" and value[0] > value[1]:
         raise SpearError(f"recipe key {key} is {value}. Give the smaller number first.")
@@ -385,40 +395,40 @@ def _overlaps(prefix: str, other: str) -> bool:
 class TrainOptions(Options):
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """Name of the recipe, or list to print all recipes."""
-    out: Folder = None
+    out: OptionalFolder = None
     """Write checkpoints, logs and the result (OUT/final) to this folder; default: runs/RECIPE."""
     labels: tuple[Path, ...] = ()
     """Folders of labeled images from spear label; all images of a camera are drawn equally
     often."""
     episodes: tuple[Path, ...] = ()
     """Folders of robot demonstrations: from spear record, or RLDS or LeRobot datasets."""
-    split: Split = "train"
-    shares: Annotated[tuple[float, ...], Within(1e-9, 1e9)] = ()
+    split: EpisodeSplit = "train"
+    shares: Annotated[tuple[float, ...], Range(1e-9, 1e9)] = ()
     """Sampling weights of the folders of --episodes, one for each. Default: the weights in the list
     of known datasets (spear data datasets) if all are in it, otherwise equal weights."""
-    init: Name = None
+    init: OptionalName = None
     """Start from this trained folder, or from weights that come with this package (nano, the
     policy; nano-vlm-0, a VLM before it learns 3D). Without it, training starts from random
     weights."""
-    moge: Name = None
+    moge: OptionalName = None
     """Trained folder of a depth recipe, or nano-depth (comes with this package): SPEAR-VLM begins
     with its encoder."""
-    preset: Name = None
+    preset: OptionalName = None
     """Model size, one of {nano,small,spear1}; default: the recipe's."""
-    steps: Number = None
+    steps: OptionalInt = None
     """Number of steps; default: the recipe's."""
     seed: Seed = 0
     device: Device = "auto"
-    save_every: Annotated[int, Within(1)] = 500
+    save_every: Annotated[int, Range(1)] = 500
     """Steps between checkpoints. One is also written every three minutes, on SIGTERM and on
     Ctrl-C."""
-    workers: Annotated[int, Within(1, 1024)] = 1
+    workers: Annotated[int, Range(1, 1024)] = 1
     """Processes that load batches, per training process; more help where training waits for
     data."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What each process holds when torchrun starts several: ddp, the whole model; fsdp, its part of
     it."""
-    set: Changes = ()
+    set: RecipeChanges = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -432,10 +442,10 @@ class TrainOptions(Options):
 class PlanOptions(Options):
     recipe: str = "finetune-lora"
     """Name of a policy's or VLM's recipe (spear train list shows them), or inference."""
-    preset: Name = None
+    preset: OptionalName = None
     """Model size, one of {nano,small,spear1}; default: the recipe's."""
     gpu: str = "24GB"
     """Memory of the GPU as it is sold, such as 24GB."""
-    batch_size: Annotated[Number, Within(1)] = None
+    batch_size: Annotated[OptionalInt, Range(1)] = None
     """Examples per training step (with inference: observations at once); default: the recipe's."""
-    set: Changes = ()
+    set: RecipeChanges = ()

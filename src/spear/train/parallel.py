@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spear.errors import SpearError
-from spear.util.ledger import difference
+from spear.util.run_settings import describe_difference
 
 BUCKET_SIZE = 2**25  # numbers per message of averaged gradients: 128 MiB more memory in float32
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
     settings_by_rank: list[Any] = [{}] * get_world_size()
     dist.all_gather_object(settings_by_rank, dict(settings))
     for rank, settings_of_rank in enumerate(settings_by_rank):
-        differences = difference(settings_by_rank[0], settings_of_rank)
+        differences = describe_difference(settings_by_rank[0], settings_of_rank)
         if differences:
             raise SpearError(
                 f"process {rank} (here) is of another run than process 0 (there): {differences}. "

@@ -29,7 +29,9 @@ from spear.train.checkpoint import find_newest
 from spear.train.loop import RunOptions
 from spear.train.options import Recipe, TrainingInputs
 from spear.util.files import check_writable
-from spear.util.ledger import alone, below, hash_ends, plain
+from spear.util.fingerprints import hash_file_ends, list_files_recursively
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import to_plain_json
 
 EPISODES = "--episodes", "cameras, images or instructions of --episodes"
 TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
@@ -121,7 +123,7 @@ def train(
             "spear": spear.__version__,
             "torch": torch.__version__,
         }
-        with alone(out, "training into"):
+        with acquire_run_lock(out, "training into"):
             part = out / ".part-final"
             if (
                 not final.is_dir() and (part / "recipe.json").is_file()
@@ -188,13 +190,13 @@ def _about(stage: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
             (f"settings or words of {name}", TEXTS),
         ):
             there = [folder for folder in folders if folder is not None]
-            marks[key] = hash_ends(there, kinds)[:12] if there else None
+            marks[key] = hash_file_ends(there, kinds)[:12] if there else None
     for name, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
         marks[f"weights of {name}"] = Shards.open(folder, name).digest()[:12] if folder else None
     opt = {
         k: getattr(stage.optimization, k) for k in ("frozen", "trained")
     }  # else averages would be lost
-    return plain({**recipe, **opt, **_of_episodes(inputs), **marks})
+    return to_plain_json({**recipe, **opt, **_of_episodes(inputs), **marks})
 
 
 def _of_episodes(inputs: TrainingInputs) -> dict[str, Any]:
@@ -208,7 +210,11 @@ def _of_episodes(inputs: TrainingInputs) -> dict[str, Any]:
 
 def _simulator_only(inputs: TrainingInputs) -> bool:
     """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
-    shards = [path for folder in inputs.labels for path in below(folder, "labels*.parquet")]
+    shards = [
+        path
+        for folder in inputs.labels
+        for path in list_files_recursively(folder, "labels*.parquet")
+    ]
     sources = [
         s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]
     ]

@@ -17,7 +17,7 @@ import torch
 
 from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
@@ -27,12 +27,12 @@ from spear.models.processing import Processor, visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.tokens import CoordinateTokenizer, Spacing
+from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, Question
-from spear.util.files import note_missing
+from spear.util.files import notice_missing_shards
 from spear.util.held_out import is_held_out
 from spear.util.images import decode_image, fit_image
 
@@ -181,14 +181,14 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     found: dict[str, list[LabeledImage]] = {}
     for folder in folders:
         for view, path in view_folders(folder, views).items():
-            note_missing(path, find_shards(path), "run its command again")
+            notice_missing_shards(path, find_shards(path), "run its command again")
             found.setdefault(view, []).extend(compact(one) for one in read_labels(path))
     every = [one for labels in found.values() for one in labels]
     if len(units := {one.unit for one in every}) > 1:
         raise SpearError(
             f"labels mix units ({', '.join(sorted(units))}): train on one unit at a time"
         )
-    of_all = f"of {counted(len(every), 'labelled images')}"
+    of_all = f"of {format_count(len(every), 'labelled images')}"
     if tests := sum(is_held_out(one.source) for one in every):
         notice(f"{tests:,} {of_all} from scenes kept for testing")
     if twice := len(every) - len({(one.source, one.image) for one in every}):
@@ -291,7 +291,7 @@ class QuestionSamples:
 
 
 def fit_coordinates(
-    labels: Sequence[LabeledImage], bins: int, seed: int, spacing: Spacing = "quantile"
+    labels: Sequence[LabeledImage], bins: int, seed: int, spacing: BinSpacing = "quantile"
 ) -> CoordinateTokenizer:
     """3D tokens fitted to the answers about `labels` (20,000 at most), which have one unit."""
     return CoordinateTokenizer.fit(

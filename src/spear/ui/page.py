@@ -28,7 +28,7 @@ from websockets.http11 import Request, Response
 from spear.errors import SpearError
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
-from spear.types import RATE_HZ
+from spear.types import CONTROL_RATE_HZ
 from spear.ui.scenes import Shelf, View
 from spear.ui.table import Studio, Table
 
@@ -212,7 +212,7 @@ class Session:
                 await self._send(await self._work(self._table.step, {}))
                 if not self._table.moves:
                     break
-                due = max(due + 1 / RATE_HZ, time.monotonic() - 1 / RATE_HZ)
+                due = max(due + 1 / CONTROL_RATE_HZ, time.monotonic() - 1 / CONTROL_RATE_HZ)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         finally:
             await self._send({"running": False})

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.chunks import REPLAN, ChunkExecutor
+from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, shard_files
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
 from spear.errors import SpearError, notice
@@ -25,8 +25,8 @@ from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import camera_pose, intrinsics, object_boxes, own_renderer
-from spear.types import RATE_HZ, Array
-from spear.util.images import decode_image, picture
+from spear.types import CONTROL_RATE_HZ, Array
+from spear.util.images import decode_image, to_jpeg_data_uri
 
 View = dict[str, Any]
 Again = tuple[Mapping[str, Any], Outcome | None]
@@ -46,7 +46,7 @@ class Scene:
     """An episode in the simulator, from the start of the scene of `seed`: 60 steps, 20 MB, at most. again:
     the settings of an evaluation and how one of its episodes ended, where it is run again."""
 
-    kind, rate_hz = "simulator", RATE_HZ
+    kind, rate_hz = "simulator", CONTROL_RATE_HZ
 
     def __init__(
         self, family: str, seed: int, policy: Spear1Policy, again: Again = ({}, None)
@@ -55,7 +55,12 @@ class Scene:
         self._policy, self._sizes = policy, rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"])
         seen, _ = self._env.reset(seed=seed)
-        how = {"execution": "sync", "replan": REPLAN, "latency_ms": 0.0, **settings}
+        how = {
+            "execution": "sync",
+            "replan": DEFAULT_REPLAN_INTERVAL,
+            "latency_ms": 0.0,
+            **settings,
+        }
         self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
         self.delay = delay_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
@@ -149,7 +154,7 @@ class Recording:
     states: Array
     views: Collection[str] = ("external",)
     instruction: str | None = None
-    rate_hz: float = RATE_HZ
+    rate_hz: float = CONTROL_RATE_HZ
     success: bool | None = None
 
     @property
@@ -265,4 +270,4 @@ def _gripper(state: Array) -> View:
 def _jpeg(image: Array) -> str:
     small = Image.fromarray(image)
     small.thumbnail(LARGEST_SHOWN)
-    return picture(np.asarray(small))
+    return to_jpeg_data_uri(np.asarray(small))

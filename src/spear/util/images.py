@@ -9,10 +9,10 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.types import Array
 
-IMAGE_BEGINS = (b"\xff\xd8\xff", b"\x89PNG")
+IMAGE_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG")
 """What JPEG and PNG files begin with."""
 
 
@@ -23,7 +23,7 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
     JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
     is not plain (CMYK, of no sane size, broken) `load_image` reads, as stored, or says why not.
     """
-    if encoded.startswith(IMAGE_BEGINS[0]):
+    if encoded.startswith(IMAGE_MAGIC_BYTES[0]):
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
             if colours in ("YCbCr", "RGB", "Gray") and height * width <= (
@@ -35,7 +35,9 @@ def decode_image(encoded: bytes, where: str = "an image", out: Array | None = No
     return load_image(encoded, where, stored=True)
 
 
-def placed(source: tuple[int, int], target: tuple[int, int]) -> tuple[float, int, int, int, int]:
+def compute_placement(
+    source: tuple[int, int], target: tuple[int, int]
+) -> tuple[float, int, int, int, int]:
     """Where `fit_image` puts an image: its scale, and left, top, width and height in pixels of the target.
     Sizes are (width, height)."""
     scale = min(target[0] / source[0], target[1] / source[1])
@@ -59,7 +61,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
         return image
     import torch  # here: lists and help are shown without it
 
-    _, left, top, across, down = placed((w, h), (width, height))
+    _, left, top, across, down = compute_placement((w, h), (width, height))
     planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(
         planes, (down, across), mode="bilinear", antialias=True
@@ -68,7 +70,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
     return torch.nn.functional.pad(scaled[0], around).permute(1, 2, 0).numpy()
 
 
-def picture_format(name: str) -> str:
+def find_image_format(name: str) -> str:
     """Pillow's name for the format of a file, by its ending. Raises SpearError for all but PNG and JPEG."""
     kind = Image.registered_extensions().get(Path(name).suffix.lower(), "")
     if kind not in ("PNG", "JPEG"):
@@ -76,10 +78,10 @@ def picture_format(name: str) -> str:
     return kind
 
 
-def encode_picture(image: Array, name: str) -> bytes:
-    """[h, w, 3] uint8 RGB -> the bytes of a picture file of this name. Raises as `picture_format` does."""
+def encode_image_file(image: Array, name: str) -> bytes:
+    """[h, w, 3] uint8 RGB -> the bytes of a picture file of this name. Raises as `find_image_format` does."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, picture_format(name))
+    Image.fromarray(image).save(buffer, find_image_format(name))
     return buffer.getvalue()
 
 
@@ -90,12 +92,12 @@ def encode_jpeg(image: Array, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def picture(image: Array) -> str:
+def to_jpeg_data_uri(image: Array) -> str:
     """[h, w, 3] uint8 RGB as a data URI, for an image's source in a page."""
-    return data_uri(encode_jpeg(image, quality=88), "image/jpeg")
+    return to_data_uri(encode_jpeg(image, quality=88), "image/jpeg")
 
 
-def data_uri(data: bytes, mime: str) -> str:
+def to_data_uri(data: bytes, mime: str) -> str:
     """What a page holds inside instead of a link to a file."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
@@ -116,10 +118,10 @@ def load_image(
     enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
     more than 16 bits).
     """
-    return load_oriented(source, name, longest, stored)[0]
+    return load_image_and_orientation(source, name, longest, stored)[0]
 
 
-def load_oriented(
+def load_image_and_orientation(
     source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
 ) -> tuple[Array, bool]:
     """As `load_image`, and `Frame.turned`: whether its EXIF says a turn that its size does not show."""
@@ -150,7 +152,7 @@ def load_oriented(
     except SpearError:
         raise
     except Exception as error:  # on broken files decoders raise errors of many kinds
-        reason = first_line(error).partition(" <_io.")[0]
+        reason = summarize_error(error).partition(" <_io.")[0]
         raise SpearError(
             f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG"
         ) from error

@@ -19,7 +19,7 @@ from spear.errors import SpearError
 
 
 @dataclasses.dataclass(frozen=True)
-class Within:
+class Range:
     """The range that a number, or each number of a tuple, must lie in. None and words are always allowed."""
 
     least: float
@@ -41,26 +41,26 @@ class Options:
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within)):
+            for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)):
                 for number in value if isinstance(value, tuple) else (value,):
                     if isinstance(number, int | float) and not mark.least <= number <= mark.most:
                         bound = (
                             f"most {mark.most:g}" if number > mark.most else f"least {mark.least:g}"
                         )
-                        raise SpearError(f"{option_name(name)} {number:g}: give at {bound}")
+                        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}")
 
 
-def option_name(field: str) -> str:
+def to_option_name(field: str) -> str:
     """A field as the command line has it: first_seed is --first-seed."""
     return "--" + field.replace("_", "-")
 
 
-def changed(options: Options, *names: str) -> list[str]:
+def list_changed_options(options: Options, *names: str) -> list[str]:
     """Those of the options that are not as they are by default, as the command line has them."""
-    return [option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
+    return [to_option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
 
 
-def option_names(options: type) -> list[str]:
+def list_option_names(options: type) -> list[str]:
     """The options of a dataclass, with those of dataclasses inside it; positional arguments are none.
 
     What stands below each field becomes its help, as one paragraph: tyro by itself keeps the line breaks.
@@ -77,39 +77,39 @@ def option_names(options: type) -> list[str]:
         field.metadata = MappingProxyType({**field.metadata, "help": help or None})
         hint, inner = hints[field.name], types[field.name]
         if dataclasses.is_dataclass(inner):
-            found += option_names(typing.cast(type, inner))
+            found += list_option_names(typing.cast(type, inner))
         elif Positional[int].__metadata__[0] not in getattr(hint, "__metadata__", ()):  # type: ignore[attr-defined]
-            found.append(option_name(field.name))
+            found.append(to_option_name(field.name))
             if inner is bool:
-                found.append(option_name("no_" + field.name))
+                found.append(to_option_name("no_" + field.name))
     return found
 
 
-Folder = Annotated[Path | None, arg(metavar="FOLDER")]
-File = Annotated[Path | None, arg(metavar="FILE")]
-Name = Annotated[str | None, arg(metavar="NAME")]
-Number = Annotated[int | None, arg(metavar="INT")]
-Seed = Annotated[int, Within(0), arg(help="The same seed gives the same result.")]
+OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE")]
+OptionalName = Annotated[str | None, arg(metavar="NAME")]
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+Seed = Annotated[int, Range(0), arg(help="The same seed gives the same result.")]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
 _HALF = "Precision of the weights: bfloat16 takes half the memory of float32."
 Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_HALF)]
-Policy = Annotated[
+PolicyName = Annotated[
     str, arg(help="nano (comes with this package) or a folder with a trained policy.")
 ]
 _MODEL = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
-Model = Annotated[str, arg(help=_MODEL)]
+ModelName = Annotated[str, arg(help=_MODEL)]
 _UNITS = "Of a policy whose training datasets were each normalised by itself: whose units to use."
-Dataset = Annotated[str | None, arg(metavar="NAME", help=_UNITS)]
+DatasetName = Annotated[str | None, arg(metavar="NAME", help=_UNITS)]
 _LAYOUT = "What the dataset's columns mean, as JSON, when its folder has no spear.json."
-Layout = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT)]
-Split = Annotated[
+LayoutFile = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT)]
+EpisodeSplit = Annotated[
     str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")
 ]
 _CHANGES = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4."
-Changes = Annotated[tuple[str, ...], arg(help=_CHANGES)]
+RecipeChanges = Annotated[tuple[str, ...], arg(help=_CHANGES)]
 
 
-def key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
+def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
     """KEY=VALUE words of --set; a value is read as JSON (numbers, true, lists …) if it is any, else a string.
 
     named: keys that have options of their own, with what those say (None: nothing). Raises `SpearError` for a

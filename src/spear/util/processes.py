@@ -18,11 +18,15 @@ from spear.errors import SpearError
 
 T = TypeVar("T")
 R = TypeVar("R")
-NOT_BEGUN = 'no worker process began: in a script, work goes below `if __name__ == "__main__":`'
+NO_WORKER_STARTED = (
+    'no worker process began: in a script, work goes below `if __name__ == "__main__":`'
+)
 
 
 @contextmanager
-def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecutor | None]:
+def open_worker_pool(
+    workers: int, preload: str, advice: str
+) -> Iterator[ProcessPoolExecutor | None]:
     """So many worker processes, None for none; they end with this process, however it ends.
 
     preload  the module that they need. advice is what to do when one of them is killed, for the `SpearError`.
@@ -34,14 +38,16 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     begun = context.Event()  # before the mask: it starts multiprocessing's tracker, which lifts it
-    with uninterrupted():
+    with block_interrupts():
         ensure_running()  # the server
-    executor = ProcessPoolExecutor(workers, context, initializer=follow_parent, initargs=(begun,))
+    executor = ProcessPoolExecutor(
+        workers, context, initializer=follow_parent_process, initargs=(begun,)
+    )
     try:
         yield executor
     except BrokenProcessPool as error:
         if not begun.is_set():
-            raise SpearError(NOT_BEGUN) from error
+            raise SpearError(NO_WORKER_STARTED) from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
     except (
         BaseException
@@ -56,7 +62,7 @@ def pool(workers: int, preload: str, advice: str) -> Iterator[ProcessPoolExecuto
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def block_interrupts() -> Iterator[None]:
     """What this thread starts meanwhile keeps the mask: Ctrl-C is for this process alone."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -65,7 +71,7 @@ def uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def follow_parent(begun: Event | None = None) -> None:
+def follow_parent_process(begun: Event | None = None) -> None:
     """A worker leaves interrupts to the process that it works for, and ends when that one does. begun: is
     set, as a sign that it works."""
     if begun is not None:
@@ -81,7 +87,7 @@ def follow_parent(begun: Event | None = None) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def in_order(
+def map_in_order(
     executor: Executor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
 ) -> Iterator[R]:
     """`map`, by the workers, with at most `ahead` results waiting."""

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from spear.errors import counted
+from spear.errors import format_count
 
 T = TypeVar("T")
-EVERY = 30.0
+LOG_INTERVAL_S = 30.0
 """Seconds between the lines in a log (our choice)."""
 
 
@@ -54,7 +54,7 @@ class ProgressBar:
         self.done, self._info = done, info
         if not self._bar.disable:
             self._bar.update(self._row, completed=done, description=self.text())
-        elif time.monotonic() - self._said > EVERY:
+        elif time.monotonic() - self._said > LOG_INTERVAL_S:
             self._line()
 
     def say(self, line: str) -> None:
@@ -67,7 +67,7 @@ class ProgressBar:
         if self.done < self.total and per_second:
             minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
             left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-        done = f"{self.name}: {self.done:,} of {counted(self.total, self.unit)}"
+        done = f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}"
         return ", ".join(filter(None, [done, self.rate(), left, self._info]))
 
     def rate(self) -> str:
@@ -85,7 +85,7 @@ class ProgressBar:
         self._said, self._lines = time.monotonic(), self._lines + 1
 
 
-def tracked(items: Iterable[T], bar: ProgressBar) -> Iterator[T]:
+def track_progress(items: Iterable[T], bar: ProgressBar) -> Iterator[T]:
     """The same items, counted by a bar as the next one is asked for."""
     with bar:
         for done, item in enumerate(items, bar.done + 1):

@@ -25,7 +25,7 @@ from spear.evaluate.simpler.record import demonstrate, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
-from spear.geometry import apply_step, quat_distance, quat_exp
+from spear.geometry import apply_action, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.pipeline import label_with_ground_truth
 from spear.sim_data.demonstrations import SETTINGS
@@ -88,7 +88,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
         robot.control(None)[1].convert(action, state, moment.observation), False
     ).truth
     start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
-    position, rotation = apply_step(start[:3], start[3:], move[:3], move[3:7])
+    position, rotation = apply_action(start[:3], start[3:], move[:3], move[3:7])
     np.testing.assert_allclose(after.commanded[:3], position.numpy(), atol=1e-6)
     assert (
         float(quat_distance(torch.from_numpy(after.commanded[3:]), rotation)) < 1e-3

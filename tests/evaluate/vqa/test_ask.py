@@ -18,7 +18,7 @@ from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPT_TEMPLATES
 from spear.models.weights.folders import SHIPPED, simulator_only
 from spear.policy import VlmBundle, load_vlm
-from spear.util.ledger import fingerprint
+from spear.util.fingerprints import fingerprint_checkpoint
 
 NANO = SHIPPED / "nano"
 
@@ -114,11 +114,14 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     assert Trust.load(tmp_path) is None and not simulator_only(tmp_path) and simulator_only(NANO)
     (tmp_path / "recipe.json").write_text('{"simulator_only": true}')
     (tmp_path / "config.json").write_text("{}")
-    before, trust = fingerprint(tmp_path), Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1)
+    before, trust = (
+        fingerprint_checkpoint(tmp_path),
+        Trust("2 images of sim", {"distance": 1.5}, 0.9, 0.1),
+    )
     trust.save(tmp_path)
     assert (
         Trust.load(tmp_path) == trust
-        and fingerprint(tmp_path) == before
+        and fingerprint_checkpoint(tmp_path) == before
         and simulator_only(tmp_path)
     )
     (tmp_path / "config.json").write_text("[]")

@@ -17,7 +17,7 @@ from spear.errors import SpearError
 from spear.train.optimize import learning_rate
 from spear.train.options import Optimization, Recipe
 from spear.train.recipes import get_recipe
-from spear.types import RATE_HZ
+from spear.types import CONTROL_RATE_HZ
 
 from .robots import Robot, choose
 
@@ -76,9 +76,9 @@ class Spear1Config(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fps < RATE_HZ or self.fps % RATE_HZ:
+        if self.fps < CONTROL_RATE_HZ or self.fps % CONTROL_RATE_HZ:
             raise SpearError(
-                f"--policy.fps={self.fps}: give a multiple of {RATE_HZ:g}, SPEAR-1's rate"
+                f"--policy.fps={self.fps}: give a multiple of {CONTROL_RATE_HZ:g}, SPEAR-1's rate"
             )
         if not 1 <= self.replan <= HORIZON:
             raise SpearError(f"--policy.replan={self.replan}: give 1 … {HORIZON}")
@@ -101,7 +101,7 @@ class Spear1Config(PreTrainedConfig):
     @property
     def stride(self) -> int:
         """Frames of the dataset in one action of SPEAR-1."""
-        return round(self.fps / RATE_HZ)
+        return round(self.fps / CONTROL_RATE_HZ)
 
     def robot(self) -> Robot:
         """What the numbers mean. Raises `SpearError` for those that are no end-effector's pose."""

@@ -20,7 +20,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
-from spear.chunks import PAUSE
+from spear.chunks import MAX_PAUSE_S
 from spear.data.actions import HORIZON, derive_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES
 from spear.embodiments import tools
@@ -69,7 +69,7 @@ class Pace:
     def wait(self) -> None:
         """Until the next row is due. Says so where they are asked for a quarter too fast. After a pause the
         rows that are left, and the one before, are forgotten."""
-        if time.monotonic() - self._handed > PAUSE:
+        if time.monotonic() - self._handed > MAX_PAUSE_S:
             self._rows.clear()
             self._last = None
         if (early := self._due - time.monotonic()) > 0:

@@ -14,7 +14,8 @@ from spear.data.readers.tfrecord import record_sums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, shard_files
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.ledger import Skipped, hash_ends
+from spear.util.fingerprints import hash_file_ends
+from spear.util.skipped_items import SkippedItems
 
 T = TypeVar("T")
 OnBad = Callable[[SpearError], None]
@@ -94,7 +95,7 @@ def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
     return store if chosen == list(range(len(store))) else store.subset(chosen)
 
 
-def check_good(good: int, skipped: Skipped, path: str | Path, split: str) -> None:
+def check_good(good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
     """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
     skipped.check(good, finished=good > 0)
     if good == 0:
@@ -116,7 +117,7 @@ def digest(folder: Dataset | EpisodeStore) -> str:
         map(record_sums, sorted(folder.path.glob("*.tfrecord*")))
     )  # their ends are but images
     told = "info.json", "*.jsonl", "features.json", "dataset_info.json"
-    return hash_ends(
+    return hash_file_ends(
         [folder.path], ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told), records
     )
 

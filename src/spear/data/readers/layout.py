@@ -22,7 +22,7 @@ from spear.geometry import (
     quat_multiply,
 )
 from spear.gripper import binarize_commands, observed_openings
-from spear.types import CONTROL, FASTEST, FASTEST_TURN, Array, Episode
+from spear.types import CONTROL_CHARACTERS, MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
@@ -289,7 +289,7 @@ def _words(row: Any) -> str:
     if isinstance(row, np.ndarray) and row.dtype.kind in "iu":
         row = "".join(chr(int(c)) for c in row.reshape(-1) if c)
     text = row.strip() if isinstance(row, str) else bytes.decode(row, "utf-8", "replace").strip()
-    if CONTROL.search(text):
+    if CONTROL_CHARACTERS.search(text):
         raise ValueError
     return text
 
@@ -298,10 +298,10 @@ def _check_jumps(episode: Episode) -> None:
     """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
     moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
     for change, fastest, what, check in (
-        (moved, FASTEST, "moved by {:.3g} m", "its unit (length_unit)"),
+        (moved, MAX_EE_SPEED_M_S, "moved by {:.3g} m", "its unit (length_unit)"),
         (
             _turned(episode.rotation),
-            FASTEST_TURN,
+            MAX_EE_TURN_RAD_S,
             "turned by {:.3g} rad",
             "how its rotations are written",
         ),

@@ -29,7 +29,7 @@ from spear.data.readers.layout import Sources, split_column
 from spear.data.readers.spec import DatasetSpec, Positive, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.video import read_frames
-from spear.errors import SpearError, counted, first_line, notice
+from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.util.images import encode_jpeg
 
 INFO = "meta/info.json"
@@ -185,7 +185,7 @@ class LeRobotFolder:
             ValueError,
             AttributeError,
         ) as error:  # an empty cell, rows of different lengths
-            why = f"{first_line(error)}; mend it, or leave the episode out"
+            why = f"{summarize_error(error)}; mend it, or leave the episode out"
             raise SpearError(f"broken rows: {self.name}#{index}: {why}") from error
 
     def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         AttributeError,
         pa.ArrowException,
     ) as error:
-        why = first_line(error)
+        why = summarize_error(error)
         old = why.startswith("codebase_version")
         cure = "convert it to v2.1 or v3.0" if old else "copy the dataset again"
         raise SpearError(f"unreadable: {where}: {why}; {cure}") from error
@@ -336,9 +336,11 @@ def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
         rows = pq.read_table(episode.data, filters=wanted, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
         where = f"{name}#{episode.index}: {episode.data}"
-        raise SpearError(f"cannot read: {where}: {first_line(error)}; copy it again") from error
+        raise SpearError(
+            f"cannot read: {where}: {summarize_error(error)}; copy it again"
+        ) from error
     if len(rows) != episode.length:
-        there = f"{episode.data} has {len(rows)} of its {counted(episode.length, 'rows')}"
+        there = f"{episode.data} has {len(rows)} of its {format_count(episode.length, 'rows')}"
         raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
     return rows
 
@@ -380,7 +382,7 @@ def _frames(
     """The frames of an episode as JPEG. Raises SpearError unless there is exactly one for each row."""
     slack = TIME_TOLERANCE * step
     found = list(read_frames(file, first - slack, end - slack))
-    why = f"it has {counted(len(found), 'frames')} for {counted(len(times), 'rows')}"
+    why = f"it has {format_count(len(found), 'frames')} for {format_count(len(times), 'rows')}"
     if len(found) == len(times):
         late = np.abs(np.array([time for time, _ in found]) - first - times)
         why = (

@@ -21,7 +21,7 @@ from spear.data.readers.layout import Sources, Steps, leaves, row_count
 from spear.data.readers.spec import DatasetSpec, find_spec
 from spear.data.readers.splits import split_ranges
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.types import Array
 from spear.util.files import read_json
 
@@ -215,6 +215,6 @@ def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[by
         return flat.reshape(1, *shape)
     if len(flat) % math.prod(shape):
         raise ValueError(
-            f"feature {name!r} has {counted(len(flat), 'values')}, not to fill {shape}"
+            f"feature {name!r} has {format_count(len(flat), 'values')}, not to fill {shape}"
         )
     return flat.reshape(-1, *shape)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from spear.errors import SpearError, check_known, first_line, unknown_name
+from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
 from spear.util.files import read_json
 
 AngleFormat = Literal["euler_xyz", "euler_XYZ", "euler_ZYX", "rotation_vector"]
@@ -219,8 +219,8 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
         if choices and isinstance(fields[key], str):
             known = re.findall(r"'(\w+)'", " ".join(choices))
-            raise unknown_name(f"{key} (in {path})", fields[key], known) from error
-        why = first_line(error).removeprefix(f"{key} ")
+            raise unknown_name_error(f"{key} (in {path})", fields[key], known) from error
+        why = summarize_error(error).removeprefix(f"{key} ")
         raise SpearError(
             f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}"
         ) from error

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from spear.errors import SpearError, check_known, counted
+from spear.errors import SpearError, check_known, format_count
 
 _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
@@ -37,7 +37,7 @@ def split_ranges(
         first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
         if not (0 <= first <= total and 0 <= end <= total):
             raise SpearError(
-                f"split {split!r} reaches beyond the {counted(total, 'episodes')} of {where}"
+                f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {where}"
             )
         ranges.append((name, first, end))
     if any(shared([one], ranges[:number]) for number, one in enumerate(ranges)):

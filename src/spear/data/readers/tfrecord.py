@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.types import Array
 
 Feature = list[bytes] | Array
@@ -77,7 +77,7 @@ def _broken_length(header: bytes, left: int) -> str:
     if _masked_crc(header[:8]) != crc:
         return "the checksum of its length does not match"
     return (
-        f"the file ends {counted(length + 4 - left, 'bytes')} too early"
+        f"the file ends {format_count(length + 4 - left, 'bytes')} too early"
         if length + 4 > left
         else ""
     )

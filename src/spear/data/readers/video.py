@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from spear.errors import SpearError, need
+from spear.errors import SpearError, import_optional
 from spear.types import Array
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and stream of a video. Raises SpearError for a bad file, and where it breaks off."""
-    av = need("av", "data", "a video")
+    av = import_optional("av", "data", "a video")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -56,7 +56,7 @@ class VideoWriter:
         if height % 2 or width % 2 or min(height, width) < 64:
             why = f"no video of {width} x {height} pixels: AV1 needs even sides of at least 64"
             raise SpearError(f"{why}: write images, or prepare the data first, with --size")
-        av = need("av", "data", "a video")
+        av = import_optional("av", "data", "a video")
         if "libsvtav1" not in av.codecs_available:
             raise SpearError(
                 "this PyAV has no AV1 encoder: write images, or pip install --upgrade av"

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from spear.data.store.shard import Shard, open_shard, write_shard
-from spear.errors import SpearError, counted, notice
+from spear.errors import SpearError, format_count, notice
 from spear.types import Array, Episode
-from spear.util.files import note_missing, read_json, writing
+from spear.util.files import notice_missing_shards, read_json, report_write_errors
 
 SHARD_GLOB = "episodes-*.arrow"
 REQUEST = "request.json"  # of a prepared folder: what it was made of, and how many shards it has
@@ -48,7 +48,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     temporary = folder / f".episodes-{uuid.uuid4().hex}.arrow"
     files = temporary.with_suffix(".images"), temporary  # in this order: the second makes it count
     try:
-        with writing(folder):
+        with report_write_errors(folder):
             write_shard(temporary, episodes, note)
             for number in itertools.count(len(shard_files(folder))):
                 with contextlib.suppress(FileExistsError):
@@ -94,7 +94,7 @@ class EpisodeStore:
             if (self.path / REQUEST).is_file()
             else {}
         )
-        note_missing(self.path, files, "copy it again", made.get("shards", 0))
+        notice_missing_shards(self.path, files, "copy it again", made.get("shards", 0))
         self._shards = [open_shard(file)[0] for file in files]
         self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
         self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
@@ -132,7 +132,7 @@ class EpisodeStore:
         return store
 
     def _without(self, lost: Array, why: str, wish: str) -> "EpisodeStore":
-        words = f"{self.path}: {lost.sum()} of {counted(len(self), 'episodes')} {why}"
+        words = f"{self.path}: {lost.sum()} of {format_count(len(self), 'episodes')} {why}"
         if lost.all():
             raise SpearError(f"{words}: nothing to learn from: {wish}")
         if not lost.any():

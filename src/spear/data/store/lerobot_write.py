@@ -23,9 +23,9 @@ from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.files import check_new, write_text, writing
+from spear.util.files import check_new_folder, report_write_errors, write_text
 from spear.util.images import decode_image
-from spear.util.ledger import alone
+from spear.util.run_lock import acquire_run_lock
 
 CHUNK_FILES, DATA_MB, VIDEO_MB = 1000, 100, 200
 """Files in a folder, and the sizes at which the next file begins: LeRobot's."""
@@ -52,9 +52,9 @@ def write_lerobot(
     writes it, for a bad episode or none, and when episodes differ in cameras, image size or rate.
     """
     target = Path(folder)
-    check_new(target)
+    check_new_folder(target)
     part = target.with_name(f".{target.name}.part")
-    with alone(part, "exporting in"), writing(target):
+    with acquire_run_lock(part, "exporting in"), report_write_errors(target):
         writer: _Writer | None = None
         shutil.rmtree(part / "dataset", ignore_errors=True)
         try:

@@ -33,10 +33,12 @@ from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
 from spear.util import processes
-from spear.util.files import check_new, read_json, write_text
+from spear.util.files import check_new_folder, read_json, write_text
 from spear.util.images import decode_image, encode_jpeg, fit_image
-from spear.util.ledger import Skipped, alone, difference, same_settings
 from spear.util.progress import ProgressBar
+from spear.util.run_lock import acquire_run_lock
+from spear.util.run_settings import describe_difference, record_or_check_settings
+from spear.util.skipped_items import SkippedItems
 
 BLOCK, SHARD_MB, MOST_BAD = 16, 100, 0.5
 """Episodes that are made ready at a time, images in a shard, about, and the share of bad episodes above which
@@ -67,9 +69,9 @@ def prepare(
         return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text("utf-8"))
     work = out.with_name(f".{out.name}.part")
     folder = work / "dataset"
-    with alone(work, "preparing data in", REQUEST):
+    with acquire_run_lock(work, "preparing data in", REQUEST):
         folder.mkdir(exist_ok=True)
-        same_settings(work / REQUEST, request, begun=bool(shard_files(folder)))
+        record_or_check_settings(work / REQUEST, request, is_resuming=bool(shard_files(folder)))
         good, skipped = _write_shards(path, folder, todo, how, workers)
         formats.check_good(good, skipped, path, split)
         store = EpisodeStore(folder)
@@ -117,12 +119,12 @@ def planned(
         "shard_mb": SHARD_MB,
     }
     if not (out / REQUEST).is_file():
-        check_new(out)
+        check_new_folder(out)
     else:
         made = read_json(out / REQUEST, "remove that folder") | {
             "shards": None
         }  # no part of the request
-        if other := difference(made, request):
+        if other := describe_difference(made, request):
             why = f"{out} was prepared from other episodes, or in another way ({other})"
             raise SpearError(f"{why}: remove that folder, or choose another --out")
     return request, todo, layout is not None and layout.command is not None
@@ -130,11 +132,11 @@ def planned(
 
 def _write_shards(
     path: Path, folder: Path, todo: Sequence[tuple[str, int]], how: Conversion, workers: int
-) -> tuple[int, Skipped]:
+) -> tuple[int, SkippedItems]:
     """Make the shards of all blocks (pieces of the split, each with its length) but for those that are there.
     Returns how many episodes are good, and why the others are not."""
     sweep(folder)
-    blocks, good, skipped, waiting = 0, 0, Skipped(MOST_BAD), list[Episode]()
+    blocks, good, skipped, waiting = 0, 0, SkippedItems(MOST_BAD), list[Episode]()
     for file in shard_files(folder):
         shard, note = open_shard(file)
         blocks, reasons = json.loads(note["done"])
@@ -143,9 +145,9 @@ def _write_shards(
     left, before, total = todo[blocks:], sum(n for _, n in todo[:blocks]), sum(n for _, n in todo)
     bar = ProgressBar(f"preparing {path.name}", total, "episodes", before)
     advice = "use fewer --workers, and run the same command again: it continues"
-    with bar, processes.pool(workers, __name__, advice) as pool:
+    with bar, processes.open_worker_pool(workers, __name__, advice) as pool:
         splits = [block for block, _ in left]
-        results = processes.in_order(pool, partial(make_ready, path, how), splits, workers)
+        results = processes.map_in_order(pool, partial(make_ready, path, how), splits, workers)
         for (_, length), (ready, reasons) in zip(left, results, strict=True):
             blocks, good = blocks + 1, good + len(ready)
             waiting += ready
@@ -180,7 +182,7 @@ def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
 
 
 def good_episodes(
-    path: str | Path, split: str, layout: Path | None, skipped: Skipped
+    path: str | Path, split: str, layout: Path | None, skipped: SkippedItems
 ) -> Iterator[Episode]:
     """The good episodes of a dataset in any format; the others go to `skipped`.
 

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.types import ACTION_DIM, Array, Episode
 
 PLACE_PREFIX = "place:"
@@ -157,7 +157,7 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     except FileNotFoundError as error:
         raise SpearError(f"missing file: {error.filename}: copy the folder again") from error
     except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
-        why = first_line(error)
+        why = summarize_error(error)
         raise SpearError(
             f"corrupt or truncated shard: {path}: {why}; delete it or write it again"
         ) from error

@@ -12,7 +12,7 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.sim.render import MIN_PIXELS
 from spear.sim.world import GRIPPER
 from spear.types import Array, Frame
-from spear.util.images import fit_image, placed
+from spear.util.images import compute_placement, fit_image
 
 NAMES = {
     "bridge_carrot_generated_modified": "carrot",
@@ -130,7 +130,7 @@ def fitted(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     depth is known. Instances of fewer than `MIN_PIXELS` are left out, and those that the black cuts."""
     assert frame.depth is not None and frame.instances is not None and frame.intrinsics is not None
     (width, height), (h, w) = size, frame.image.shape[:2]
-    scale, left, top, across, down = placed((w, h), size)
+    scale, left, top, across, down = compute_placement((w, h), size)
     rows, columns = (((np.arange(n) + 0.5) / scale).astype(int) for n in (down, across))
     around = ((top, height - down - top), (left, width - across - left))
     depth, instances = (

@@ -14,12 +14,12 @@ import torch
 
 from spear.evaluate.simpler.tasks import TASKS, Task, Truth
 from spear.geometry import (
+    action_between_poses,
     quat_canonical,
     quat_exp,
     quat_log,
     quat_to_euler,
     quat_to_matrix,
-    step_action,
 )
 from spear.types import Array
 
@@ -92,7 +92,7 @@ def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
     """A step of the commanded pose towards a place [3] and a gripper that points down, turned by `yaw`."""
     facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
     place, rotation = torch.from_numpy(t.commanded).split([3, 4])
-    move, rotation = step_action(place, rotation, torch.from_numpy(goal), facing)
+    move, rotation = action_between_poses(place, rotation, torch.from_numpy(goal), facing)
     turn = quat_log(rotation)
     move = move * min(1.0, MAX_STEP / max(float(move.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))

@@ -22,9 +22,9 @@ from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.sim_data.demonstrations import check_seed, collect
 from spear.sim_data.label_scenes import SceneJob, label_scene_jobs, split_into_jobs
-from spear.types import RATE_HZ, Episode, Frame
+from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
-from spear.util.processes import in_order
+from spear.util.processes import map_in_order
 
 SHARD_SIZE = 16
 """Demonstrations that are written at once: a minute or two of recording."""
@@ -97,7 +97,7 @@ def record(
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         for _ in range(min(workers, len(seeds))):  # they end first, and with them the threads
             free.put(stack.enter_context(contextlib.closing(SimplerProcess(task, assets))))
-        yield from in_order(threads, one, seeds, ahead=2 * workers)
+        yield from map_in_order(threads, one, seeds, ahead=2 * workers)
 
 
 def record_episode(
@@ -120,7 +120,7 @@ def record_episode(
         fulfilled = fulfilled + 1 if moment.success else 0
     source = source_of(task, seed, policy is not None, "simpler")
     success = fulfilled >= AFTER or moment.success
-    return tape.episode(str(moment.observation["prompt"]), RATE_HZ, source, success)
+    return tape.episode(str(moment.observation["prompt"]), CONTROL_RATE_HZ, source, success)
 
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:

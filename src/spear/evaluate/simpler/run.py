@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spear import embodiments
-from spear.chunks import check_replan
+from spear.chunks import check_replan_interval
 from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -166,7 +166,7 @@ class Simpler:
         filming: bool,
     ) -> bool:
         """Steps one scene until it is time to look again; True when its episode has ended."""
-        check_replan(self._options.replan, len(chunk))
+        check_replan_interval(self._options.replan, len(chunk))
         actions = chunk[: min(self._options.replan, TASKS[scene.task].steps - scene.steps)]
         rows = self._convert(actions, observation["observation/state"], scene.moment.observation)
         scene.moment = scene.process.run(rows, image, filming)

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
-from spear.errors import SpearError, first_line, needs
+from spear.errors import SpearError, missing_extra_message, summarize_error
 from spear.evaluate.simpler.frames import fitted, look, rebuild
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
-from spear.util.ledger import hash_files
-from spear.util.processes import NOT_BEGUN, follow_parent, uninterrupted
+from spear.util.fingerprints import hash_files
+from spear.util.processes import NO_WORKER_STARTED, block_interrupts, follow_parent_process
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """What ManiSkill calls the files that the tasks need → where they lie in its data folder."""
@@ -53,7 +53,7 @@ def check_assets(folder: Path | None) -> Path:
     """ManiSkill's asset folder: `folder`, or MS_ASSET_DIR, or ~/.maniskill. Raises `SpearError` where files
     are missing, or ManiSkill itself."""
     if find_spec("mani_skill") is None:
-        raise SpearError(needs("SIMPLER", "mani_skill", "simpler"))
+        raise SpearError(missing_extra_message("SIMPLER", "mani_skill", "simpler"))
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, where in ASSETS.items():
         if not (root / "data" / where).is_dir():
@@ -258,7 +258,7 @@ def _make(task: str) -> Any:
         }
         return gymnasium.make(task, num_envs=1, **options).unwrapped
     except RuntimeError as error:
-        raise NoRenderer(first_line(error)) from error
+        raise NoRenderer(summarize_error(error)) from error
 
 
 class SimplerProcess:
@@ -269,8 +269,11 @@ class SimplerProcess:
             check_assets(assets)
         )  # ManiSkill reads it when a script begins
         context = multiprocessing.get_context("spawn")
-        self._task, self._worker = task, ProcessPoolExecutor(1, context, initializer=follow_parent)
-        with uninterrupted():
+        self._task, self._worker = (
+            task,
+            ProcessPoolExecutor(1, context, initializer=follow_parent_process),
+        )
+        with block_interrupts():
             self._begun = self._worker.submit(int)
 
     def reset(self, start: int, image: bool, other: bool = False) -> Moment:
@@ -292,7 +295,7 @@ class SimplerProcess:
             return self._worker.submit(_answer, self._task, *call).result()
         except BrokenProcessPool:
             if self._begun.exception():
-                raise SpearError(NOT_BEGUN) from None
+                raise SpearError(NO_WORKER_STARTED) from None
             raise NoRenderer(
                 "its process crashed; if it was out of memory, run fewer at once"
             ) from None

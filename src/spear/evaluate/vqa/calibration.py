@@ -18,7 +18,7 @@ from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.models.weights.folders import changed, contents
 from spear.types import Array
-from spear.util.files import read_as, write_text
+from spear.util.files import read_json_as, write_text
 
 CENTRAL = (0.5, 0.8, 0.95)
 """The central intervals that tables report."""
@@ -78,7 +78,7 @@ class Trust:
         measured with another model is said and left out."""
         if not (path := folder / FILE).is_file():
             return None
-        said = read_as(Trust, path, "remove it")
+        said = read_json_as(Trust, path, "remove it")
         if other := changed(folder, said.files):
             notice(
                 f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spear.errors import SpearError, check_known, counted, notice
+from spear.errors import SpearError, check_known, format_count, notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import missing
 from spear.evaluate.vqa.calibration import Certainty, Trust, factor
@@ -21,7 +21,7 @@ from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
-from spear.util.progress import ProgressBar, tracked
+from spear.util.progress import ProgressBar, track_progress
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def measure_trust(
         sorted({o.name for label in labels for o in label.objects}),
     )
     found: dict[bool, list[bool]] = {True: [], False: []}
-    for label in tracked(labels, ProgressBar("naming", len(labels), "images")):
+    for label in track_progress(labels, ProgressBar("naming", len(labels), "images")):
         image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
         others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
         for there, some in ((True, [o.name for o in find_askable_objects(label)]), (False, others)):
@@ -91,7 +91,11 @@ def measure_trust(
     )
     sources = [label.source for label in labels]
     return Trust(
-        f"{counted(len(labels), 'images')} of {where}", factors, present, absent, sources=sources
+        f"{format_count(len(labels), 'images')} of {where}",
+        factors,
+        present,
+        absent,
+        sources=sources,
     )
 
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from spear.errors import SpearError, need
+from spear.errors import SpearError, import_optional
 from spear.labels.fit.points import TOUCHING_FRACTION, Plane
 from spear.types import Array
 
@@ -61,7 +61,7 @@ def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
             raise SpearError(
                 f"polygon of size {corners.size}: give x, y of three points or more, finite"
             )
-    coco = need("pycocotools.mask", "label", "a COCO polygon")
+    coco = import_optional("pycocotools.mask", "label", "a COCO polygon")
     return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
 

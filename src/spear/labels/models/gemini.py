@@ -22,14 +22,14 @@ import numpy as np
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
-from spear.errors import RetryableError, SpearError, counted, first_line, need
+from spear.errors import RetryableError, SpearError, format_count, import_optional, summarize_error
 from spear.labels.fit.image import compute_iou_2d
 from spear.labels.inputs import shrink_image
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
 from spear.util.images import encode_jpeg
-from spear.util.network import unreachable
+from spear.util.network import explain_unreachable
 
 MODEL = "gemini-3.8-flash"
 KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
@@ -91,7 +91,7 @@ class GeminiDetector:
         if key is None:
             get = f"set {KEY_VARIABLES[0]} (get one at https://aistudio.google.com/apikey)"
             raise SpearError(f"Gemini: no key: {get}, {ALTERNATIVE_ADVICE}")
-        genai = need("google.genai", "label", "Gemini")
+        genai = import_optional("google.genai", "label", "Gemini")
         self._types, self._errors, self._key = genai.types, genai.errors, key
         self._address = os.environ.get(
             "GOOGLE_GEMINI_BASE_URL", SERVICE_URL
@@ -135,7 +135,10 @@ class GeminiDetector:
     def bill(self) -> str:
         """What was asked so far, or "": requests that reached the service, tokens (out: thinking as well)."""
         used = self.usage
-        asked = f"{counted(used['requests'], 'requests')}, {counted(used['cached'], 'answers')} from cache"
+        asked = (
+            f"{format_count(used['requests'], 'requests')}, "
+            f"{format_count(used['cached'], 'answers')} from cache"
+        )
         tokens = f"{used['input']} tokens in, {used['output']} out"
         return f"{self.model}: {asked}, {tokens}" if used else ""
 
@@ -184,7 +187,7 @@ class GeminiDetector:
                 reason = self._said(f"{error.code} {error.status or ''}: {error.message or ''}")
                 wait = self._wait(error, reason, where, wait)
             except self._offline as error:
-                reason = self._said(f"no connection: {first_line(error)}")
+                reason = self._said(f"no connection: {summarize_error(error)}")
             except UnusableAnswerError as error:
                 reason, wait, unusable = self._said(f"unusable answer: {error}"), 0.0, unusable + 1
             except ValueError as error:  # the client could not read the response
@@ -193,12 +196,12 @@ class GeminiDetector:
             if unusable == MAX_UNUSABLE_ANSWERS or attempt + 1 == MAX_ATTEMPTS:
                 break
             time.sleep(wait)
-        tried = f"no answer by Gemini in {counted(attempt + 1, 'attempts')}"
+        tried = f"no answer by Gemini in {format_count(attempt + 1, 'attempts')}"
         raise RetryableError(f"{where}: {tried} ({reason}): label it again")
 
     def _wait_for_turn(self) -> None:
         """Returns when a request may be made; `RetryableError` when none is worth it any more."""
-        if self._fatal is None and (why := unreachable(self._address)):
+        if self._fatal is None and (why := explain_unreachable(self._address)):
             self._stop(
                 f"cannot reach the service ({why}): check the network and label again, {ALTERNATIVE_ADVICE}"
             )
@@ -213,7 +216,7 @@ class GeminiDetector:
 
     def _said(self, message: str) -> str:
         """The beginning of what a service says, without our key, which it may have repeated."""
-        return first_line(message.replace(self._key, "[the key]"))[:200]
+        return summarize_error(message.replace(self._key, "[the key]"))[:200]
 
     def _wait(self, error: Any, reason: str, where: str, wait: float) -> float:
         """Seconds until the next attempt after an error of the service; `SpearError` when it is pointless."""
@@ -291,7 +294,7 @@ def parse_detections(text: str, height: int, width: int) -> list[Detection]:
     try:
         items = _OBJECTS.validate_json(fenced[1] if fenced else text)
     except ValidationError as error:
-        raise UnusableAnswerError(first_line(error)) from error
+        raise UnusableAnswerError(summarize_error(error)) from error
     found: list[Detection] = []
     for item in items:
         label = " ".join(item.label.lower().split())

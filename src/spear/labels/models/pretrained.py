@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from spear.errors import SpearError, counted, first_line
+from spear.errors import SpearError, format_count, summarize_error
 from spear.models.devices import choose_device
-from spear.util.network import hub_unreachable, is_hub_name
+from spear.util.network import explain_hub_unreachable, is_hub_name
 
 
 def load_model(cls: Any, kind: str, model: str, device: str, also: tuple[str, ...] = ()) -> Any:
@@ -53,7 +53,7 @@ def explain_full_memory(images: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SpearError(
-            f"memory is full with {counted(images, 'images')} at a time: give fewer"
+            f"memory is full with {format_count(images, 'images')} at a time: give fewer"
         ) from error
 
 
@@ -65,14 +65,14 @@ def load_processor(cls: Any, kind: str, model: str, **options: Any) -> Any:
         raise SpearError(
             f"{model}: no such folder: give the folder of a model, or its name on the Hub"
         )
-    options["local_files_only"] = local or bool(hub_unreachable())
+    options["local_files_only"] = local or bool(explain_hub_unreachable())
     name, _, revision = (str(path), "", "") if local else model.partition("@")
     try:
         return cls.from_pretrained(name, revision=revision or "main", **options)
     except (
         Exception
     ) as error:  # names that do not exist and broken files raise errors of many kinds
-        why = f"cannot load this {kind} model ({first_line(error)})"
+        why = f"cannot load this {kind} model ({summarize_error(error)})"
         raise SpearError(
             f"{model}: {why}: check name and network, or give {kind}=FOLDER"
         ) from error

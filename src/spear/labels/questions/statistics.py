@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from spear.errors import SpearError, counted
+from spear.errors import SpearError, format_count
 from spear.labels.questions.generate import find_exclusion_reasons
 from spear.labels.store import QUESTIONS_FILE, SKIPPED_FILE, explain_read_errors, read_labels
 from spear.types import LabeledImage, Unit
@@ -141,8 +141,8 @@ def write_dataset_card(folder: Path) -> None:
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     found = compute_statistics(read_labels(folder, pixels=False))
     counts = {
-        "images": counted(found.images, "images"),
-        "objects": counted(found.objects, "objects"),
+        "images": format_count(found.images, "images"),
+        "objects": format_count(found.objects, "objects"),
     }
     write_text(
         folder / "README.md", template.format(found=found, more=more, skipped=words, **counts)

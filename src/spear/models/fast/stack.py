@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 
-from spear.errors import first_line, notice
+from spear.errors import notice, summarize_error
 from spear.models.fast.linear import Events, Fused, Prepared
 from spear.models.layers import compute_position_ids, mask_to_bias
 
@@ -129,7 +129,7 @@ class CudaGraphCache:
                     self._graphs[key] = _record(function, inputs)
                 except Exception as error:  # whatever a compiler may raise
                     self._graphs[key] = None
-                    notice(f"no CUDA graph ({first_line(error)}): slower, same results")
+                    notice(f"no CUDA graph ({summarize_error(error)}): slower, same results")
             self._graphs.move_to_end(key)
             while len(self._graphs) > MOST:
                 self._graphs.popitem(last=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
 from spear.models.weights.load import difference, download, renamed
@@ -193,7 +193,7 @@ def _read(path: Path) -> tuple[Weights, Any]:
         raise SpearError(f"checkpoint refused: {why}: use the published file") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise SpearError(
-            f"broken checkpoint: {path}: {first_line(error)}: download it again"
+            f"broken checkpoint: {path}: {summarize_error(error)}: download it again"
         ) from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):

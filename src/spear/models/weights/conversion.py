@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from spear.errors import SpearError, first_line
+from spear.errors import SpearError, summarize_error
 from spear.models.weights.folders import save_made_by, simulator_only
 from spear.models.weights.load import Model, Part, Shards, check_finite, quiet
-from spear.util.files import check_new
+from spear.util.files import check_new_folder
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
@@ -171,7 +171,7 @@ class Conversion(Generic[Model]):
         (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds something already, and
         when it cannot be written or does not fit on the disk.
         """
-        check_new(folder)
+        check_new_folder(folder)
         self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
         size = self.report.parameters() * (dtype or self.dtype).itemsize
@@ -205,7 +205,7 @@ class Conversion(Generic[Model]):
             part.replace(folder)
         except (OSError, SafetensorError) as error:
             raise SpearError(
-                f"cannot write {folder}: {first_line(error)}: give another folder"
+                f"cannot write {folder}: {summarize_error(error)}: give another folder"
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, StrictBool
 
 from spear.errors import SpearError, notice
-from spear.util.files import read_as
+from spear.util.files import read_json_as
 
 SHIPPED = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
@@ -72,7 +72,7 @@ def made_by(folder: Path) -> Mapping[str, Any]:
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    return read_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(
+    return read_json_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(
         exclude_unset=True
     )
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spear.errors import SpearError, check_known, first_line
+from spear.errors import SpearError, check_known, summarize_error
 from spear.models.weights.folders import check_together
 from spear.util.files import read_json
-from spear.util.network import hub_unreachable, is_hub_name, need_on_hub
+from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -52,7 +52,7 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
         with quiet():
             loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except Exception as error:  # of its networks too, which wrong numbers break
-        raise SpearError(f"cannot load checkpoint: {folder}: {first_line(error)}") from error
+        raise SpearError(f"cannot load checkpoint: {folder}: {summarize_error(error)}") from error
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -199,7 +199,7 @@ class Shards:
         try:
             return kind.from_dict(dict(self.config))
         except Exception as error:  # of all kinds, those of `strict` among them
-            where, why = self.folder / "config.json", first_line(error.__cause__ or error)
+            where, why = self.folder / "config.json", summarize_error(error.__cause__ or error)
             raise SpearError(f"broken config: {where}: {why}: copy it again") from error
 
     def pieces(self, key: str) -> Iterator[tuple[slice, Tensor]]:
@@ -243,7 +243,7 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the errors of its parser have no class of their own
         raise SpearError(
-            f"broken tokenizer: {folder}: {first_line(error)}: copy it again"
+            f"broken tokenizer: {folder}: {summarize_error(error)}: copy it again"
         ) from error
 
 
@@ -287,11 +287,11 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    need_on_hub(name, instead)
+    check_available_on_hub(name, instead)
     repository, _, revision = name.partition("@")
     which: dict[str, Any] = {
         "revision": revision or None,
-        "local_files_only": bool(hub_unreachable()),
+        "local_files_only": bool(explain_hub_unreachable()),
     }
     try:
         if file is not None:
@@ -302,7 +302,7 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
             f"cannot get {name} from the Hugging Face Hub",
             "check the name and the network",
         )
-        raise SpearError(f"{what}: {first_line(error)}: {cure}, or give {instead}") from error
+        raise SpearError(f"{what}: {summarize_error(error)}: {cure}, or give {instead}") from error
 
 
 def origin(name: Path | str, folder: Path) -> str:

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spear.types import Array
 
-SIZE = 256 * 2**20
+SLOT_BYTES = 256 * 2**20
 """Bytes of a slot, which take memory where they are written to (our choice)."""
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where in its slot a tensor lies, in bytes, and what it is."""
 
     offset: int
@@ -36,46 +36,51 @@ class Place:
         return torch.from_numpy(own).view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Handed(NamedTuple):
-    """A batch in a slot: as it was made, with a `Place` for each tensor."""
+class SlottedBatch(NamedTuple):
+    """A batch in a slot: as it was made, with a `TensorLocation` for each tensor."""
 
     slot: tuple[int, int]
     batch: dict[str, Any]
 
 
-class Slots:
+class SharedBatchSlots:
     """Slots for batches of worker processes, which are forked later: `each` for each of them, or none (0)."""
 
     def __init__(self, workers: int, each: int) -> None:
         try:
-            self._memory = [[mmap.mmap(-1, SIZE) for _ in range(each)] for _ in range(workers)]
+            self._memory = [
+                [mmap.mmap(-1, SLOT_BYTES) for _ in range(each)] for _ in range(workers)
+            ]
         except OSError:  # so much may not be asked for here: batches come as they are
             self._memory, each = [], 0
         self._taken = np.frombuffer(mmap.mmap(-1, workers * each or 1), bool)[: workers * each]
         self._taken = self._taken.reshape(workers, each)
 
-    def put(self, batch: dict[str, Any], worker: int) -> Handed | dict[str, Any]:
+    def put(self, batch: dict[str, Any], worker: int) -> SlottedBatch | dict[str, Any]:
         """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-        if sum(tensor.nbytes + ALIGNMENT for tensor in tensors) > SIZE or self._taken[worker].all():
+        if (
+            sum(tensor.nbytes + ALIGNMENT for tensor in tensors) > SLOT_BYTES
+            or self._taken[worker].all()
+        ):
             return batch
         number, end = int(self._taken[worker].argmin()), 0
         self._taken[worker, number] = True
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
 
-        def placed(tensor: torch.Tensor) -> Place:
+        def placed(tensor: torch.Tensor) -> TensorLocation:
             nonlocal end
             stride = torch.empty_like(tensor, device="meta").stride()
-            place = Place(end, tensor.dtype, tuple(tensor.shape), stride)
+            place = TensorLocation(end, tensor.dtype, tuple(tensor.shape), stride)
             place.of(slot).copy_(tensor)
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             return place
 
-        return Handed((worker, number), tree_map_only(torch.Tensor, placed, batch))
+        return SlottedBatch((worker, number), tree_map_only(torch.Tensor, placed, batch))
 
-    def take(self, handed: Handed) -> dict[str, Any]:
+    def take(self, handed: SlottedBatch) -> dict[str, Any]:
         """Here: the batch. Its slot is filled again when nobody holds a tensor of it any more."""
         worker, number = handed.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
         weakref.finalize(slot, self._taken.__setitem__, handed.slot, False)
-        return tree_map_only(Place, lambda place: place.of(slot), handed.batch)
+        return tree_map_only(TensorLocation, lambda place: place.of(slot), handed.batch)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from processes import ends_with
 from spear.train import loop
-from spear.util.handover import SIZE, Handed, Slots
+from spear.util.shared_batches import SLOT_BYTES, SharedBatchSlots, SlottedBatch
 
 BATCH: dict[str, Any] = {
     "pixels": {
@@ -29,9 +29,9 @@ BATCH: dict[str, Any] = {
 
 
 def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
-    slots, there = Slots(2, 1), Slots(2, 1)
+    slots, there = SharedBatchSlots(2, 1), SharedBatchSlots(2, 1)
     handed = there.put(BATCH, 1)  # where things lie is the same in every process
-    assert isinstance(handed, Handed)
+    assert isinstance(handed, SlottedBatch)
     ends_with(0, slots.put, BATCH, 1)
     found = slots.take(handed)
     (ours, like), (given, likewise) = tree_flatten(found), tree_flatten(BATCH)
@@ -46,9 +46,9 @@ def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
 
 
 def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
-    slots = Slots(1, 1)
+    slots = SharedBatchSlots(1, 1)
     handed = slots.put(BATCH, 0)
-    assert isinstance(handed, Handed)
+    assert isinstance(handed, SlottedBatch)
     found = slots.take(handed)
     view = found["pixels"]["external"][1:].flatten()[3:].view(3, -1)
     kept = found["state"][:, 0]
@@ -59,17 +59,20 @@ def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
     assert slots.put(BATCH, 0) is BATCH and torch.equal(kept, before)
     del kept
     gc.collect()
-    assert isinstance(slots.put(BATCH, 0), Handed)
+    assert isinstance(slots.put(BATCH, 0), SlottedBatch)
 
 
 def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
-    large = {"pixels": {"external": torch.empty(SIZE, dtype=torch.uint8)}}
-    assert Slots(1, 1).put(large, 0) is large
+    large = {"pixels": {"external": torch.empty(SLOT_BYTES, dtype=torch.uint8)}}
+    assert SharedBatchSlots(1, 1).put(large, 0) is large
 
     def limited() -> None:
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SIZE
+        most = (
+            int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            + SLOT_BYTES
+        )
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        assert Slots(1, 3).put(BATCH, 0) is BATCH
+        assert SharedBatchSlots(1, 3).put(BATCH, 0) is BATCH
 
     ends_with(0, limited)
 

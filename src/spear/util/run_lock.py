@@ -1,0 +1,89 @@
+"""Locks that let one process at a time write to a folder.
+
+A lock is held on a file, by the `filelock` library. It ends with its process, however that ends, and the
+processes that it forks do not keep it. The lock file itself stays.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from spear.errors import SpearError
+from spear.util.files import report_write_errors
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Try to hold the lock file `path` inside the `with` block, and yield whether this process holds it.
+
+    With `wait`, the call blocks until no other process holds the lock, and then always yields True.
+
+    Raises:
+        SpearError: the lock file cannot be written, or its file system has no locks.
+    """
+    import filelock  # takes longer to import than most commands take to parse their options
+
+    with report_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+
+    # A "soft" lock, which is a file that exists, would outlive a process that is killed.
+    file_lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        file_lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise SpearError(
+            f"{path}: cannot be locked ({error.strerror}): use another disk"
+        ) from error
+
+    try:
+        yield True
+    finally:
+        file_lock.release()
+
+
+@contextlib.contextmanager
+def acquire_run_lock(
+    folder: Path, doing: str, *setting_files: str, name: str = ".lock"
+) -> Iterator[None]:
+    """Create `folder` and let one process at a time work in it.
+
+    Args:
+        folder: the folder to lock.
+        doing: what the other process would be doing, for the message: "labeling into".
+        setting_files: names of files that are written before there is any work. If the work fails in a
+            folder that is new and contains nothing else, the folder is removed again.
+        name: name of the lock file. Locks of different names let several processes work in different parts
+            of one folder.
+
+    Raises:
+        SpearError: another process works in the folder.
+    """
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    with hold_lock(folder / name) as is_acquired:
+        if not is_acquired:
+            raise SpearError(f"{folder}: another process is {doing} this folder: wait for it")
+        try:
+            yield
+        except BaseException:
+            if new_folders and not _has_results(folder, {name, *setting_files}):
+                _remove_new_folders(folder, new_folders[1:])
+            raise
+
+
+def _has_results(folder: Path, ignored_names: set[str]) -> bool:
+    """Whether a folder, or one inside it, contains a file other than these."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return any(path.name not in ignored_names for path in files)
+
+
+def _remove_new_folders(folder: Path, new_parents: list[Path]) -> None:
+    """Remove a folder with its content, and those of its parents that were created for it and are empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process has written to one of them meanwhile
+        for parent in new_parents:
+            parent.rmdir()

@@ -1,0 +1,68 @@
+"""The settings of a run, recorded in its folder: a resumed run must have the same ones."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spear.errors import SpearError
+from spear.util.files import read_json, write_text
+
+_UNREADABLE_VALUE = re.compile(r"[0-9a-f]{32}|\\n")
+"""Matches hashes and texts of several lines (as JSON): it does not help a reader to see both of them."""
+
+
+def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are after writing them to JSON and reading them again: tuples become lists.
+
+    >>> to_plain_json({"size": (4, 3)})
+    {'size': [4, 3]}
+    """
+    return json.loads(json.dumps(settings))
+
+
+def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Describe in which keys two settings differ; the empty string if they are the same.
+
+    >>> describe_difference({"size": 840, "seed": 0}, {"size": 560, "seed": 0})
+    'size is 840 there, 560 here'
+    >>> describe_difference({"data": "0" * 32}, {"data": "1" * 32})
+    'data is not what it was'
+    """
+    recorded = to_plain_json(recorded)
+    current = to_plain_json(current)
+
+    differences = []
+    for key in sorted({*recorded, *current}):
+        recorded_value = recorded.get(key)
+        current_value = current.get(key)
+        if recorded_value == current_value:
+            continue
+        values = f"{json.dumps(recorded_value)} there, {json.dumps(current_value)} here"
+        if _UNREADABLE_VALUE.search(values):
+            values = "not what it was"
+        differences.append(f"{key} is {values}")
+    return "; ".join(differences)
+
+
+def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resuming: bool) -> None:
+    """Write the settings of new work to the file `path`; of resumed work, compare them with that file.
+
+    Args:
+        path: the file of settings. New work replaces an earlier one.
+        settings: what JSON can express.
+        is_resuming: whether the folder already contains work that is to be continued.
+
+    Raises:
+        SpearError: the resumed work has other settings (the message says which), or its file is missing.
+    """
+    if not is_resuming:
+        write_text(path, json.dumps(to_plain_json(settings), indent=2) + "\n")
+        return
+    difference = describe_difference(read_json(path, "choose another folder"), settings)
+    if difference:
+        raise SpearError(
+            f"{path.parent}: was begun with other settings: {difference}: use the same ones, or "
+            "another folder"
+        )
