@@ -1,6 +1,7 @@
 """Imports point one way, without circles, and `import spear` stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -43,12 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": MIDDLE - {"sim"},
     "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
     "audit": BASIC | {"checks", "data"},
-    "ablations": HIGH | {"sim_data"},
-    "report": HIGH | {"ablations", "audit"},
+    "report": HIGH | {"audit"},
     "ui": HIGH,
     "demo": HIGH | {"report"},
     "doctor": HIGH | {"__init__"},
-    "cli": HIGH | {"sim_data", "audit", "ablations", "report", "ui", "demo", "doctor", "__init__"},
+    "cli": HIGH | {"sim_data", "audit", "report", "ui", "demo", "doctor", "__init__"},
 }
 """Room -> the rooms of ours that it may import. The order is that of docs/architecture.md."""
 
@@ -85,6 +85,11 @@ def test_imports_point_one_way(here: str) -> None:
             m for m in imported(module) if room(m) not in MAY_IMPORT[here] | {here, "__init__"}
         }
         assert not wrong, f"{module} imports {sorted(wrong)}, which lie above it"
+
+
+def test_the_package_does_not_import_experiments() -> None:
+    for module, path in FILES.items():
+        assert not re.search(r"\b(from|import) experiments\b", path.read_text()), module
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

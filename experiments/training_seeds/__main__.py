@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from spear.ablations.table import successes
+from experiments.ablations.table import successes
 from spear.cli import guarded
 from spear.errors import SpearError
 from spear.evaluate.compare import compare

@@ -17,36 +17,26 @@ from unittest.mock import Mock
 import pytest
 
 import spear
-from data_tiny import make
-from labels_boxes import labelled
 from refusals import Command
 from serve_here import SPEAR
 from spear import embodiments
 from spear.cli import COMMANDS, load, main, options_of
-from spear.data.store.episode_store import write_episodes
 from spear.embodiments import droid
-from spear.labels.store import write_labels
 from spear.models.weights.folders import SHIPPED
 from spear.util.options import list_option_names
 
 
-def test_help_and_mistakes_need_none_of_the_heavy_modules(tmp_path: Path) -> None:
-    """Nor do the list of recipes and what ablations would run, with the data that it would run on."""
+def test_help_and_mistakes_need_none_of_the_heavy_modules() -> None:
+    """Nor does the list of recipes."""
     code = (
         "import sys; from spear.cli import main; assert main(['--help']) == 0;"
         "assert not {'torch', 'transformers', 'mujoco', 'av', 'jinja2', 'pyarrow'} & set(sys.modules);"
         "main(['train', 'list']); main(['train', 'nano-vla', '--set', 'lr=-1']);"
-        "main(['evaluate', 'ablations', '--seeds', '0']); both = ['--episodes', sys.argv[1], '--labels'];"
-        "assert main(['evaluate', 'ablations', '--plan', *both, sys.argv[1]]) == 0;"
         "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
-    write_episodes([make(0)], tmp_path)
-    write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(f"spear {name}" in done.stdout for name in COMMANDS) and "nano-vlm-2" in done.stdout
-    assert len(done.stderr.splitlines()) == 2
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -121,9 +111,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
-        ("evaluate ablations --set steps=3", "--budget"),
-        ("evaluate ablations --init nano-vlm-9", "nano-vlm-0"),
-        ("evaluate ablations --episodes /nowhere --plan", "/nowhere"),
+        ("evaluate ablations --rows 3d", "python -m experiments.ablations"),
         ("evaluate vqa nano /nowhere", "/nowhere"),
         ("evaluate vqa nano sim:x", "write sim:SEED"),
         ("serve nano --embodiment droid --control joints", "joint_"),

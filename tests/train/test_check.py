@@ -128,7 +128,7 @@ def test_a_vlm_with_moge_is_no_beginning_without(tmp_path: Path, refused: Comman
     assert "recipe.json" in refused("train", *broken)
 
 
-def test_evaluation_and_ablations_ask_first(
+def test_evaluation_asks_first(
     given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
@@ -140,11 +140,6 @@ def test_evaluation_and_ablations_ask_first(
         assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
     same = "nano", str(given / "mine"), "--split", "train[:1]", "--train-split", "train"
     assert "--train-split train: " in refused("evaluate", "data", *same)
-    monkeypatch.setattr("spear.ablations.plan.obtain", None)
-    words = ("--rows", "siglip", "--out", str(tmp_path / "run"), "--set", 'lr_scale={"visoin":1}')
-    assert (
-        "'visoin'" in refused("evaluate", "ablations", *words) and not (tmp_path / "run").exists()
-    )
 
 
 @pytest.mark.parametrize(

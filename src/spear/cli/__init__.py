@@ -45,7 +45,6 @@ COMMANDS: dict[str, str] = {
     "evaluate compare": "evaluate:compare",
     "evaluate reference": "evaluate:reference",
     "evaluate vqa": "evaluate:evaluate_vqa",
-    "evaluate ablations": "train:ablations",
     "serve": "serve:serve",
     "vla-eval": "serve:vla_eval",
     "data inspect": "data:inspect",
@@ -61,6 +60,9 @@ COMMANDS: dict[str, str] = {
     "doctor": "basics:doctor",
 }
 """Every command by its words, in the order of the help: where it is, as FILE:FUNCTION of this folder."""
+
+MOVED: dict[str, str] = {"evaluate ablations": "python -m experiments.ablations"}
+"""Commands that are run in another way now."""
 
 ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it."
 
@@ -242,6 +244,10 @@ def _command(args: Sequence[str]) -> str:
     """The longest command name that the arguments start with, the first of which is no option."""
     words = [w for w in args[:2] if not w.startswith("-")]
     for name in (" ".join(words), words[0]):
+        if name in MOVED:
+            raise SpearError(
+                f"spear {name}: this command has moved: clone the repository and run `{MOVED[name]}` in it"
+            )
         if name in COMMANDS:
             return name
     raise unknown_name_error("command", " ".join(words), COMMANDS)

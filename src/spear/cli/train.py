@@ -1,10 +1,7 @@
-"""`spear train`, `spear plan` (what a recipe needs of a GPU), and `spear evaluate ablations`."""
+"""`spear train` and `spear plan` (what a recipe needs of a GPU)."""
 
-import functools
-import sys
 from pathlib import Path
 
-from spear.ablations.rows import AblationOptions
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, format_count, is_first_process
 from spear.train.options import PlanOptions, TrainingInputs, TrainOptions, check_inputs
@@ -126,53 +123,3 @@ def plan(options: PlanOptions) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def ablations(options: AblationOptions) -> None:
-    """Train and score the paper's ablations at nano size, and compare them with its numbers.
-
-    Every row is trained with several seeds and scored on the same held-out scenes of the simulator; stages
-    that rows share are trained once. Stopped at any moment, the same command goes on where it was. Started
-    several times (one per core), the processes share the work. After every score the tables are written:
-    OUT/ablations.md, OUT/ablations.html with bars and the scaling curve, OUT/ablations.json.
-
-    Examples:
-        spear evaluate ablations --plan
-        spear evaluate ablations --rows 3d --budget 3000
-        spear evaluate ablations --rows siglip --families put_on put_in_basket --scenes 100
-        spear evaluate ablations --rows no-3d images --labels runs/labels --episodes runs/episodes
-    """
-    from spear.ablations.plan import Weights, describe, expected, make_plan, obtain, pretrained
-    from spear.ablations.run import done, run
-
-    out, start = options.out, pretrained(options.init, options.moge)
-    planned = make_plan(
-        options, expected(options), start
-    )  # mistakes are found before data are made
-    if options.plan:
-        print(describe(planned, [job for job in planned.jobs if done(out, job)]))
-        return
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from spear.ablations.table import fill
-    from spear.report.ablations import write
-    from spear.train.build import check
-
-    disable_progress_bar()
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    for job in {repr(job.recipe): job for job in planned.trainings}.values():
-        init, moge = (
-            part.folder if isinstance(part, Weights) else None for part in (job.init, job.moge)
-        )
-        check(
-            job.recipe, TrainingInputs([options.labels] if options.labels else (), (), init, moge)
-        )
-    data = obtain(options, say)
-    todo = make_plan(options, data, start)
-    pages = lambda: write(todo, fill(todo, out, data), out)  # noqa: E731
-    failed = run(todo, out, data, options.workers, say=say, on_score=pages)
-    for path in pages():
-        print(path)
-    if failed:
-        raise SpearError(f"{len(failed)} skipped: {'; '.join(failed)}")

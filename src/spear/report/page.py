@@ -3,18 +3,33 @@
 Everything that an HTML template is given is escaped, unless it is `Markup`, which only templates make.
 """
 
+import functools
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import (
+    BaseLoader,
+    ChoiceLoader,
+    Environment,
+    FileSystemLoader,
+    PackageLoader,
+    StrictUndefined,
+    select_autoescape,
+)
 from markupsafe import Markup
 
 from spear.util.images import to_data_uri
 
 
 def render(template: str, **values: Any) -> str:
-    """The template of this name (without .j2), filled in. HTML is `Markup`."""
-    filled = _TEMPLATES.get_template(f"{template}.j2").render(values)
-    return Markup(filled) if template.endswith(".html") else filled
+    """Fill in the template of this name (without .j2). HTML is returned as `Markup`."""
+    return render_from(None, template, **values)
+
+
+def render_from(folder: Path | None, template: str, **values: Any) -> str:
+    """The same for a page that is not part of the package: the folder's templates come first."""
+    text = _environment(folder).get_template(f"{template}.j2").render(values)
+    return Markup(text) if template.endswith(".html") else text
 
 
 def spaced(name: str) -> str:
@@ -22,12 +37,19 @@ def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("spear.report"),
-    autoescape=select_autoescape(["html.j2"]),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_TEMPLATES.filters |= {"spaced": spaced, "data_uri": to_data_uri}
-_TEMPLATES.globals["part"] = _TEMPLATES.get_template("parts.html.j2").module
+@functools.cache
+def _environment(folder: Path | None) -> Environment:
+    """The templates beside this file, after those of a folder."""
+    loaders: list[BaseLoader] = [PackageLoader("spear.report")]
+    if folder is not None:
+        loaders.insert(0, FileSystemLoader(folder))
+    environment = Environment(
+        loader=ChoiceLoader(loaders),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"spaced": spaced, "data_uri": to_data_uri}
+    environment.globals["part"] = environment.get_template("parts.html.j2").module
+    return environment

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spear.ablations.plan import Data, Plan
-from spear.ablations.rows import Row, Table
-from spear.ablations.run import scored
+from experiments.ablations.plan import Data, Plan
+from experiments.ablations.rows import Row, Table
+from experiments.ablations.run import scored
 from spear.evaluate.compare import references
 from spear.evaluate.results import Results
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds

@@ -1,4 +1,4 @@
-"""Puts a trained folder into the package, as float16: `python scripts/ship_nano.py runs/nano-vla nano`.
+"""Puts a trained folder into the package, as float16: `python -m experiments.nano.ship runs/nano-vla nano`.
 
 The name is what commands take: "nano", the policy; "nano-vlm", the SPEAR-VLM that `spear ask` asks;
 "nano-vlm-0" and "nano-depth", from which SPEAR-VLM is trained. Results are written into the model card by
@@ -46,5 +46,5 @@ def main(trained: str, name: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python scripts/ship_nano.py TRAINED_FOLDER NAME")
+        sys.exit("usage: python -m experiments.nano.ship TRAINED_FOLDER NAME")
     main(*sys.argv[1:])

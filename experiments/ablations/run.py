@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from spear.ablations.plan import Data, Plan, Scoring, Training, Weights
+from experiments.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
+from experiments.ablations.rows import LENGTHS, SETTINGS, AblationOptions, Row, Stage, Table, choose
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, format_count
 from spear.labels.store import count_labels
@@ -31,7 +31,7 @@ SCENES = 13_056
 FIRST_SCENE = 200_000
 DEMONSTRATIONS = 2000
 """Labelled scenes, and demonstrations per task family (from the first seed that is not kept for testing), as
-in scripts/train_nano.sh."""
+in experiments/nano/train.sh."""
 PRESET = "nano"
 POLICY = "nano-vla"
 """A budget is given as the steps of this recipe."""

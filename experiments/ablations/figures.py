@@ -1,6 +1,6 @@
 """Draws docs/figures/ablation_*.svg, one per question, from the episodes kept beside docs/ablations.md.
 
-    python scripts/ablation_figures.py
+    python -m experiments.ablations.figures
 
 The paper's numbers are those that `spear evaluate reference` shows.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from spear.ablations.table import successes
+from experiments.ablations.table import successes
 from spear.evaluate.compare import references
 from spear.evaluate.results import load
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.report.plot import COLOURS, Axis, Line, chart
 from spear.types import Array
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 KEY = r"\(ablations/scores/([0-9a-f]{12})\)"
 STYLE = """<style>text{font:12px sans-serif;fill:#444}.grid-line{stroke:#e3e6ea;fill:none}
 .zero-line{stroke:#555;fill:none}.whisker-line{stroke:#333;stroke-width:1.4;fill:none}</style>"""

@@ -6,13 +6,14 @@ from math import ceil, log10
 from pathlib import Path
 from typing import Any
 
-from spear.ablations.plan import Plan
-from spear.ablations.table import Filled, Line, to_json
+from experiments.ablations.plan import Plan
+from experiments.ablations.table import Filled, Line, to_json
 from spear.report import plot
-from spear.report.page import render
+from spear.report.page import render_from
 from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences
 from spear.util.files import write_text
 
+TEMPLATES = Path(__file__).with_name("templates")
 CURVE = "images"
 """The table that is also drawn as a curve."""
 
@@ -36,7 +37,7 @@ def write(plan: Plan, tables: Sequence[Filled], out: Path) -> list[Path]:
         "waiting": waiting,
         "tables": [_section(filled) for filled in tables],
     }
-    texts = [render(name, **values) for name in ("ablations.md", "ablations.html")]
+    texts = [render_from(TEMPLATES, name, **values) for name in ("ablations.md", "ablations.html")]
     files = [out / f"ablations.{ending}" for ending in ("md", "html", "json")]
     for file, text in zip(files, [*texts, json.dumps(to_json(tables), indent=1)], strict=True):
         write_text(file, text)

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from scripts.ablation_figures import DOCS, KEY, successes_of, tables
 
+from experiments.ablations.figures import DOCS, KEY, successes_of, tables
 from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
 
 TABLES = tables()

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from processes import ends_with
-from spear import flow
-from spear.ablations.plan import (
+from experiments.ablations.plan import (
     Data,
     Plan,
     Scoring,
@@ -27,9 +25,12 @@ from spear.ablations.plan import (
     make_plan,
     pretrained,
 )
-from spear.ablations.rows import SETTINGS, TABLES, AblationOptions
-from spear.ablations.run import done, final, run, scored
-from spear.ablations.table import fill, judge
+from experiments.ablations.report import write
+from experiments.ablations.rows import SETTINGS, TABLES, AblationOptions
+from experiments.ablations.run import done, final, run, scored
+from experiments.ablations.table import fill, judge
+from processes import ends_with
+from spear import flow
 from spear.evaluate import closed_loop
 from spear.evaluate.compare import references
 from spear.evaluate.results import Journal, Outcome
@@ -37,7 +38,6 @@ from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.report.ablations import write
 from spear.sim.scene import FAMILIES
 from spear.sim_data.demonstrations import demonstrate
 from spear.train.optimize import apply_freeze

@@ -1,0 +1,95 @@
+"""Train and score the paper's ablations at nano size, and compare them with its numbers.
+
+Every row is trained with several seeds, and every training is scored on the same held-out scenes of the
+simulator. Stages that rows share are trained once. Rerunning the command resumes from where it stopped.
+Start it several times (once per core) to share the work between processes. After every score the command
+writes OUT/ablations.md, OUT/ablations.html (with bars and the scaling curve) and OUT/ablations.json.
+
+Examples:
+    python -m experiments.ablations --plan
+    python -m experiments.ablations --rows 3d --budget 3000
+    python -m experiments.ablations --rows siglip --families put_on put_in_basket --scenes 100
+    python -m experiments.ablations --rows no-3d images --labels runs/labels --episodes runs/episodes
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.ablations import plan as planning
+from experiments.ablations.plan import Plan, Weights
+from experiments.ablations.rows import AblationOptions
+from experiments.ablations.run import done, run
+from spear.cli import guarded
+from spear.errors import SpearError
+from spear.train.options import TrainingInputs
+
+PROGRAM = "python -m experiments.ablations"
+
+
+def run_ablations(options: AblationOptions) -> None:
+    """Train and score everything that is missing, and write the tables. Raises `SpearError` at the end for
+    trainings that failed."""
+    # A mistake in the options is found before any data are made.
+    start = planning.pretrained(options.init, options.moge)
+    expected_plan = planning.make_plan(options, planning.expected(options), start)
+    if options.plan:
+        finished = [job for job in expected_plan.jobs if done(options.out, job)]
+        print(planning.describe(expected_plan, finished))
+        return
+
+    # From here on the networks are needed; a plan is printed without PyTorch.
+    from transformers.utils.logging import disable_progress_bar
+
+    from experiments.ablations.report import write
+    from experiments.ablations.table import fill
+
+    disable_progress_bar()
+    check_trainings(expected_plan, options)
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    data = planning.obtain(options, say)
+    plan = planning.make_plan(options, data, start)
+
+    def write_tables() -> list[object]:
+        return list(write(plan, fill(plan, options.out, data), options.out))
+
+    failed = run(plan, options.out, data, options.workers, say=say, on_score=write_tables)
+    for path in write_tables():
+        print(path)
+    if failed:
+        raise SpearError(f"{len(failed)} skipped: {'; '.join(failed)}")
+
+
+def check_trainings(plan: Plan, options: AblationOptions) -> None:
+    """Check every different recipe of a plan against the weights that it starts from."""
+    from spear.train.build import check
+
+    labels = [options.labels] if options.labels else ()
+    trainings = {repr(training.recipe): training for training in plan.trainings}
+    for training in trainings.values():
+        init = training.init.folder if isinstance(training.init, Weights) else None
+        moge = training.moge.folder if training.moge else None
+        check(training.recipe, TrainingInputs(labels, (), init, moge))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code, as `spear` commands do."""
+
+    def parse_and_run() -> None:
+        options = tyro.cli(
+            AblationOptions,
+            args=args,
+            prog=PROGRAM,
+            description=__doc__,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        run_ablations(options)
+
+    return guarded(parse_and_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
