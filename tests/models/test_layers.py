@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_same(
         any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
         and less < 0.7 * kept
     )
-    set_gradient_checkpointing(model, on=False)
+    set_gradient_checkpointing(model, enabled=False)
     assert step(model, task)[2] == kept
 
 

@@ -11,7 +11,7 @@ from spear.models.layers import compute_position_ids, make_prefix_lm_mask
 from spear.models.presets import build_spear1_config, build_vlm_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
-from spear.models.vlm import IGNORE_LABEL, token_loss
+from spear.models.vlm import IGNORE_LABEL, compute_token_loss
 
 
 def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
         target[row, START:] = gauss / gauss.sum()
     target[2, 5] = 1
     each = -(target * logits.log_softmax(-1)).sum(-1)
-    loss, _ = token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
+    loss, _ = compute_token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
     torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
 
 

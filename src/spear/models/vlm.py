@@ -1,4 +1,5 @@
-"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D coordinates."""
+"""SPEAR-VLM: PaliGemma with a second, 3D-aware visual encoder and 1,024 tokens for 3D
+coordinates."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,24 +20,30 @@ from spear.models import layers, vision
 from spear.models.fast.linear import linear, side_by_side, use_fast_linear
 
 IGNORE_LABEL = -100
-"""The label of a place that is not to be learned."""
-PAD_LENGTH_TO_MULTIPLE, PAD_NUM_TARGETS_TO_MULTIPLE = 8, 64
-"""In training, lengths of texts and counts of targets are filled up to multiples of these: tensors of ever
-new sizes break the heap into pieces, and every step takes longer (`experiments/tensor_sizes`)."""
+"""The label of a token that is not to be learned (PyTorch's default for cross-entropy)."""
+
+# In training, tensors of ever new sizes fragment the heap, and every step takes longer (measured by
+# `python -m experiments.tensor_sizes`). Sizes are therefore padded to multiples of these numbers.
+PAD_LENGTH_TO_MULTIPLE = 8  # tokens per text
+PAD_NUM_TARGETS_TO_MULTIPLE = 64  # learned tokens per batch
 
 
 @strict
 class SpearVLMConfig(layers.PortableConfig):
     """The parts of SPEAR-VLM and how it learns.
 
-    vision_config, text_config  SigLIP's and Gemma's, or Gemma 2's, as its model_type says.
-    moge_config             DINOv2's, or None for a plain PaliGemma. An extra field `stem` = "conv" in either
-                            visual config swaps the patch embedding for a `ConvStem`.
-    views                   camera names in the order of their tokens.
-    coordinate_start        id of `<3d0000>`; the 3D tokens' ids follow each other, `coordinate_bins` of them.
+    vision_config           SigLIP's config.
+    text_config             The config of Gemma, or of Gemma 2, as its `model_type` says.
+    moge_config             DINOv2's config, or None for a plain PaliGemma. In both visual configs
+                            an extra field `stem` = "conv" replaces the patch embedding by a
+                            `vision.ConvStem`.
+    views                   Camera names, in the order of their tokens.
+    coordinate_start        The id of `<3d0000>`; the ids of the other 3D tokens follow.
+    coordinate_bins         The number of 3D tokens.
     coordinate_loss_weight  λ, the weight of a 3D token in the loss (the paper: 2).
-    coordinate_smoothing    standard deviation, in bins, of the Gaussian that a 3D token's target is spread
-                            over; 0 is the paper's plain cross-entropy, more is our choice for small models.
+    coordinate_smoothing    Standard deviation, in bins, of the Gaussian over which the target of a
+                            3D token is spread. 0 is the paper's plain cross-entropy; more helps
+                            small models.
     """
 
     model_type = "spear_vlm"
@@ -55,16 +62,18 @@ class SpearVLMConfig(layers.PortableConfig):
     coordinate_loss_weight: float | int = 2.0
     coordinate_smoothing: float | int = 0.0
     initializer_range: float | int = 0.02
-    tie_word_embeddings: bool = False  # nothing to tie: the head reads the embedding matrix itself
+    tie_word_embeddings: bool = (
+        False  # nothing to tie: logits come from the embedding matrix itself
+    )
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("image_sizes", None)  # of older checkpoints: `processor.json` says it
+        kwargs.pop("image_sizes", None)  # older checkpoints have it; `processor.json` says it today
         super().__post_init__(**kwargs)
         patch = self.vision_config.patch_size
         if self.moge_config is not None and self.moge_config.patch_size != patch:
-            apart = f"SigLIP patch {patch}, MoGe patch {self.moge_config.patch_size}"
             raise SpearError(
-                f"encoder configs disagree: {apart}: both must cut the image into the same grid"
+                f"encoder configs disagree: SigLIP patch {patch}, MoGe patch"
+                f" {self.moge_config.patch_size}: both must cut the image into the same grid"
             )
 
     @property
@@ -75,7 +84,13 @@ class SpearVLMConfig(layers.PortableConfig):
 
 @dataclass
 class LossOutput(ModelOutput):
-    """loss and its parts, of answers "text" and "coordinates" (mean, nats); or logits [N, L, vocabulary]."""
+    """What a network returns: either a loss with its parts, or logits.
+
+    loss    0-d.
+    parts   Named parts of the loss, 0-d and without gradients, such as "text" and "coordinates"
+            (mean, nats).
+    logits  [N, L, vocabulary].
+    """
 
     loss: Tensor | None = None
     parts: dict[str, Tensor] | None = None
@@ -84,10 +99,11 @@ class LossOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What images and text leave for later tokens.
+    """Images and text after the language model, for the tokens that attend to them.
 
-    cache   keys and values of every layer; valid [N, S] bool: which of their places are not padding.
-    hidden  [N, L, D] the last layer's output at the text positions.
+    cache   Keys and values of every layer.
+    valid   [B, S] bool, False for padding and missing images.
+    hidden  [N, L, D] output of the last layer at the text positions.
     """
 
     cache: layers.KVCache
@@ -96,10 +112,12 @@ class Prefix:
 
 
 class SpearVLMForConditionalGeneration(PreTrainedModel):
-    """SPEAR-VLM (the paper, SPEAR-VLM): images and a question in, text with 3D tokens out.
+    """SPEAR-VLM (the paper, section "SPEAR-VLM"): images and a question in, text with 3D tokens
+    out.
 
-    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's features
-    of the same patch, each through its own linear projection. Scaling, masks and positions are PaliGemma's.
+    A sequence is [tokens of each view | text]. A visual token is the average of SigLIP's and MoGe's
+    features of the same patch, each after its own linear projection. Scaling, masks and positions
+    are PaliGemma's.
     """
 
     config: SpearVLMConfig
@@ -114,50 +132,66 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         self.moge: vision.MogeEncoder | None = None
         self.moge_projector: nn.Module | None = None
         if config.moge_config is not None:
+            moge_width = vision.NUM_FEATURE_LAYERS * config.moge_config.hidden_size
             self.moge = vision.MogeEncoder(config.moge_config)
-            self.moge_projector = build_projector(
-                vision.NUM_FEATURE_LAYERS * config.moge_config.hidden_size, width
-            )
+            self.moge_projector = build_projector(moge_width, width)
         self.language_model = layers.build_language_model(config.text_config)
         use_fast_linear(self)
         self.post_init()
 
     def encode_views(self, *views: Tensor) -> list[Tensor]:
-        """Visual tokens of views: [B, 3, h, w] uint8 -> [B, patches, width] each, patches row by row."""
-        features, counts = self._encode(views)
-        return list(features.split(counts, dim=1))
+        """Visual tokens of each view: [B, 3, h, w] uint8 -> [B, patches, width], patches row by
+        row."""
+        features, num_tokens = self._encode_side_by_side(views)
+        return list(features.split(num_tokens, dim=1))
 
-    def _encode(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Visual tokens of all views side by side, [B, T, width], and how many each has."""
+    def _encode_side_by_side(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Visual tokens of all views side by side, [B, T, width], and how many tokens each view
+        has."""
+        moge = self.moge
+        moge_projector = self.moge_projector
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
-        if (moge := self.moge) is not None and (onto := self.moge_projector) is not None:
-            encoders.append(lambda: onto(moge(*views)))
-        found = side_by_side(encoders)
+        if moge is not None and moge_projector is not None:
+            encoders.append(lambda: moge_projector(moge(*views)))
+        projected = side_by_side(encoders)
+        features = projected[0]
+        if len(projected) > 1:
+            features = 0.5 * (projected[0] + projected[1])
+
         patch = self.config.vision_config.patch_size
-        counts = [view.shape[2] // patch * (view.shape[3] // patch) for view in views]
-        return found[0] if len(found) == 1 else 0.5 * (found[0] + found[1]), counts
+        num_tokens = [view.shape[2] // patch * (view.shape[3] // patch) for view in views]
+        return features, num_tokens
 
     def encode_images(
         self, pixel_values: Mapping[str, Tensor], view_mask: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Visual tokens [B, T, width] of all views given, in the order of `config.views`; valid [B, T] bool.
+        """Encode all views of an observation, in the order of `config.views`.
 
-        pixel_values: view -> [B, 3, h, w] uint8. view_mask: view -> [B] bool, False for a missing image.
-        Raises SpearError for a view that the model does not know, or images of a wrong type.
+        Args:
+            pixel_values: View -> [B, 3, h, w] uint8.
+            view_mask: View -> [B] bool, False for a missing image.
+
+        Returns:
+            The visual tokens [B, T, width], and [B, T] bool, False for the tokens of missing
+            images.
+
+        Raises:
+            SpearError: For a view that the model does not know, for images of a wrong type or size,
+                or if there is no view at all.
         """
         check_known("view", self.config.views, *pixel_values, *(view_mask or {}))
-        given = [name for name in self.config.views if name in pixel_values]
-        for name in given:
+        views = [name for name in self.config.views if name in pixel_values]
+        for name in views:
             vision.check_pixels(name, pixel_values[name], self.config.vision_config.patch_size)
-        if not given:
-            raise SpearError(
-                f"no images: pass at least one of the views {', '.join(self.config.views)}"
-            )
-        features, counts = self._encode([pixel_values[name] for name in given])
+        if not views:
+            known_views = ", ".join(self.config.views)
+            raise SpearError(f"no images: pass at least one of the views {known_views}")
+
+        features, num_tokens = self._encode_side_by_side([pixel_values[name] for name in views])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        for name, part in zip(given, valid.split(counts, dim=1), strict=True):
+        for name, view_valid in zip(views, valid.split(num_tokens, dim=1), strict=True):
             if view_mask is not None and name in view_mask:
-                part.copy_(view_mask[name][:, None])
+                view_valid.copy_(view_mask[name][:, None])
         return features, valid
 
     def run_language_model(
@@ -169,7 +203,17 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         keep_cache: bool = True,
     ) -> Prefix:
-        """Visual tokens (of `encode_images`, one row per text) and text through the language model."""
+        """Run visual tokens (of `encode_images`, one row per text) and text through the language
+        model.
+
+        Args:
+            features: [N, T, width].
+            image_valid: [N, T] bool.
+            input_ids: [N, L].
+            attention_mask: [N, L], 0 on padding; None where there is no padding.
+            token_type_ids: [N, L], 1 on the answer, which is causal; None where there is no answer.
+            keep_cache: Whether the result has keys and values.
+        """
         text = self.embed_text(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -177,7 +221,8 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             token_type_ids = torch.zeros_like(input_ids)
         valid = torch.cat([image_valid, attention_mask.bool()], dim=1)
         causal = torch.cat([torch.zeros_like(image_valid), token_type_ids.bool()], dim=1)
-        cache, mask = layers.KVCache(), layers.make_prefix_lm_mask(valid, causal)
+        mask = layers.make_prefix_lm_mask(valid, causal)
+        cache = layers.KVCache()
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
             attention_mask=layers.prepare_mask(self.language_model, mask, text.dtype),
@@ -185,24 +230,35 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             use_cache=False,
             **{layers.CACHE_ARGUMENT: cache if keep_cache else None},
         )
-        return Prefix(cache, valid, output.last_hidden_state[:, features.shape[1] :])
+        num_visual_tokens = features.shape[1]
+        return Prefix(cache, valid, output.last_hidden_state[:, num_visual_tokens:])
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Embeddings of tokens [..., width]; float32 under autocast, even if they are kept in bfloat16."""
+        """Token embeddings [..., width]; float32 under autocast, even if the weights are
+        bfloat16."""
         text = self.language_model.embed_tokens(input_ids)
         return text.float() if torch.is_autocast_enabled(text.device.type) else text
 
     def compute_logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """Logits of the tokens first … last − 1, by the embedding matrix. [..., D] -> [..., tokens]."""
+        """Logits of the tokens first … last - 1, by the embedding matrix: [..., D] -> [...,
+        tokens]."""
         logits = linear(hidden, self.language_model.embed_tokens.weight[first:last])
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2's
-        return logits if cap is None else cap * (logits / cap).tanh()
+        softcap = getattr(
+            self.config.text_config, "final_logit_softcapping", None
+        )  # Gemma 2 has it
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
 
-    def token_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts (see `token_loss`) of tokens [M], read off `hidden` [M, D]."""
-        c, logits = self.config, self.compute_logits(hidden)
-        return token_loss(
-            logits, labels, c.coordinate_ids, c.coordinate_loss_weight, c.coordinate_smoothing
+    def compute_token_loss(
+        self, hidden: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`compute_token_loss` of the tokens whose hidden states are [M, D] and whose labels are
+        [M]."""
+        return compute_token_loss(
+            self.compute_logits(hidden),
+            labels,
+            self.config.coordinate_ids,
+            self.config.coordinate_loss_weight,
+            self.config.coordinate_smoothing,
         )
 
     def forward(
@@ -216,99 +272,144 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         view_mask: Mapping[str, Tensor] | None = None,
         length_groups: int = 1,
     ) -> LossOutput:
-        """The loss where `labels` are given, else the logits.
+        """The loss if `labels` are given, otherwise the logits.
 
-        pixel_values    view -> [B, 3, h, w] uint8.
-        input_ids       [N, L] text, padded on either side; attention_mask [N, L], 0 on padding.
-        token_type_ids  [N, L] 0 prompt (attends both ways, with the images), 1 answer (causal); None: 1 at
-                        the `labels`.
-        image_index     [N] the image in 0 … B−1 that each text belongs to; None: one text per image.
-        labels          [N, L] the token that stands at each place, −100 where it is not to be learned. Only
-                        the places that have one go through the head.
-        length_groups   with `labels`: the texts run in so many groups of similar length, to save padding.
+        Args:
+            pixel_values: View -> [B, 3, h, w] uint8.
+            input_ids: [N, L] text, padded on either side.
+            attention_mask: [N, L], 0 on padding; None where there is no padding.
+            token_type_ids: [N, L], 0 on the prompt, which sees itself and the images in both
+                directions, and 1 on the answer, which is causal. With None, tokens that have a
+                label are the answer.
+            image_index: [N] the image in 0 … B - 1 that each text belongs to; None: one text per
+                image.
+            labels: [N, L] the token that stands at each position, `IGNORE_LABEL` where it is not to
+                be learned. Logits are computed only for positions that have a label.
+            view_mask: View -> [B] bool, False for a missing image.
+            length_groups: With labels, the texts run in that many groups of similar length, to save
+                padding.
         """
         features, image_valid = self.encode_images(pixel_values, view_mask)
         if image_index is None:
             image_index = torch.arange(len(features), device=features.device)
         if labels is None:
-            own = features[image_index], image_valid[image_index]
-            state = self.run_language_model(*own, input_ids, attention_mask, token_type_ids)
-            return LossOutput(logits=self.compute_logits(state.hidden))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kinds = (labels != IGNORE_LABEL) if token_type_ids is None else token_type_ids
-        hidden, targets = [], []
-        for rows, length in _by_length(mask, length_groups):
-            own = features[image_index[rows]], image_valid[image_index[rows]]
-            ids, valid, kind = (part[rows, :length] for part in (input_ids, mask, kinds))
-            state = self.run_language_model(*own, ids, valid, kind, keep_cache=False)
-            target = labels[rows, 1:length]
-            wanted = target != IGNORE_LABEL
-            hidden.append(state.hidden[:, :-1][wanted])
-            targets.append(target[wanted])
-        read, target = torch.cat(hidden), torch.cat(targets)
-        more = -len(target) % PAD_NUM_TARGETS_TO_MULTIPLE
-        read, target = F.pad(read, (0, 0, 0, more)), F.pad(target, (0, more), value=IGNORE_LABEL)
-        loss, parts = self.token_loss(read, target)
+            prefix = self.run_language_model(
+                features[image_index],
+                image_valid[image_index],
+                input_ids,
+                attention_mask,
+                token_type_ids,
+            )
+            return LossOutput(logits=self.compute_logits(prefix.hidden))
+
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = labels != IGNORE_LABEL
+
+        hidden_per_group = []
+        targets_per_group = []
+        for rows, length in _group_by_length(attention_mask, length_groups):
+            prefix = self.run_language_model(
+                features[image_index[rows]],
+                image_valid[image_index[rows]],
+                input_ids[rows, :length],
+                attention_mask[rows, :length],
+                token_type_ids[rows, :length],
+                keep_cache=False,
+            )
+            # The hidden state of a position predicts the token of the next one.
+            next_labels = labels[rows, 1:length]
+            is_learned = next_labels != IGNORE_LABEL
+            hidden_per_group.append(prefix.hidden[:, :-1][is_learned])
+            targets_per_group.append(next_labels[is_learned])
+
+        hidden = torch.cat(hidden_per_group)
+        targets = torch.cat(targets_per_group)
+        num_padding = -len(targets) % PAD_NUM_TARGETS_TO_MULTIPLE
+        hidden = F.pad(hidden, (0, 0, 0, num_padding))
+        targets = F.pad(targets, (0, num_padding), value=IGNORE_LABEL)
+        loss, parts = self.compute_token_loss(hidden, targets)
         return LossOutput(loss=loss, parts=parts)
 
 
-def token_loss(
-    logits: Tensor, labels: Tensor, coordinates: range, weight: float, smoothing: float = 0.0
+def compute_token_loss(
+    logits: Tensor, labels: Tensor, coordinate_ids: range, weight: float, smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ (our choice), w = λ on 3D tokens (the paper), else 1.
+    """Weighted mean cross-entropy, Σ wᵢ·lossᵢ / Σ wᵢ, where w is λ on 3D tokens (the paper) and 1
+    on text.
 
-    logits [M, vocabulary], labels [M], `IGNORE` where there is none. coordinates: the ids of the 3D tokens;
-    weight: λ; smoothing: the standard deviation, in bins, of the Gaussian that is a 3D token's target.
-    Returns the loss and the plain means over "text" and "coordinates".
+    Args:
+        logits: [M, vocabulary].
+        labels: [M], `IGNORE_LABEL` where there is none.
+        coordinate_ids: The ids of the 3D tokens.
+        weight: λ.
+        smoothing: Standard deviation, in bins, of the Gaussian that is the target of a 3D token.
+
+    Returns:
+        The loss, and its unweighted means over tokens of "text" and of "coordinates".
     """
-    log_p, known = logits.float().log_softmax(-1), labels != IGNORE_LABEL
-    is_coordinate = (labels >= coordinates.start) & (labels < coordinates.stop)
-    score = log_p.gather(-1, labels[:, None].clamp_min(0))[:, 0]
+    log_p = logits.float().log_softmax(-1)
+    has_label = labels != IGNORE_LABEL
+    is_coordinate = (labels >= coordinate_ids.start) & (labels < coordinate_ids.stop)
+
+    label_log_p = log_p.gather(-1, labels[:, None].clamp_min(0))[:, 0]
     if smoothing > 0:
-        of_coordinates = log_p[:, coordinates.start : coordinates.stop]
-        smooth = _smoothed_score(of_coordinates, labels - coordinates.start, smoothing)
-        score = torch.where(is_coordinate, smooth, score)
-    losses = -score
+        coordinate_log_p = log_p[:, coordinate_ids.start : coordinate_ids.stop]
+        bins = labels - coordinate_ids.start
+        smoothed_log_p = _expected_log_probability(coordinate_log_p, bins, smoothing)
+        label_log_p = torch.where(is_coordinate, smoothed_log_p, label_log_p)
+    losses = -label_log_p
+
     coordinate = is_coordinate.float()
-    text = known.float() - coordinate
+    text = has_label.float() - coordinate
     weights = text + weight * coordinate
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
-    means = (
-        (losses.detach() * part).sum() / part.sum().clamp_min(1) for part in (text, coordinate)
-    )
-    return loss, dict(zip(("text", "coordinates"), means, strict=True))
+    parts = {
+        "text": _masked_mean(losses.detach(), text),
+        "coordinates": _masked_mean(losses.detach(), coordinate),
+    }
+    return loss, parts
 
 
-def _smoothed_score(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
-    """Expected log probability under a Gaussian cut off at 3σ and at the ends. [M, bins], [M] -> [M]."""
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _expected_log_probability(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
+    """Expected log probability under a Gaussian around each bin: [M, bins], [M] -> [M].
+
+    The Gaussian is cut off at 3σ and at the first and the last bin, and sums to 1.
+    """
     reach = max(1, round(3 * sigma))
     offsets = torch.arange(-reach, reach + 1, device=log_p.device)
-    near = bins[:, None] + offsets
-    inside = (near >= 0) & (near < log_p.shape[-1])
-    weight = torch.exp(-0.5 * (offsets / sigma) ** 2) * inside
+    neighbors = bins[:, None] + offsets
+    is_inside = (neighbors >= 0) & (neighbors < log_p.shape[-1])
+    weight = torch.exp(-0.5 * (offsets / sigma) ** 2) * is_inside
     weight = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
-    return (weight * log_p.gather(-1, near.clamp(0, log_p.shape[-1] - 1))).sum(-1)
+    return (weight * log_p.gather(-1, neighbors.clamp(0, log_p.shape[-1] - 1))).sum(-1)
 
 
-def _by_length(attention_mask: Tensor, groups: int) -> Iterator[tuple[Tensor, int]]:
-    """Texts [N, L] in `groups` groups of similar length: their rows, and to where they are needed."""
-    if groups <= 1:
-        yield (
-            torch.arange(len(attention_mask), device=attention_mask.device),
-            attention_mask.shape[1],
-        )
+def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[Tensor, int]]:
+    """Divide texts [N, L] into groups of similar length: the rows of each group, and the length it
+    needs."""
+    if num_groups <= 1:
+        all_rows = torch.arange(len(attention_mask), device=attention_mask.device)
+        yield all_rows, attention_mask.shape[1]
         return
-    lengths = (
-        layers.compute_position_ids(attention_mask.bool()).argmax(dim=1) + 1
-    )  # up to the last token
-    for rows in lengths.argsort(stable=True).tensor_split(min(groups, len(lengths))):
-        longest = -(-int(lengths[rows[-1]]) // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
-        yield rows, min(longest, attention_mask.shape[1])
+    last_position = layers.compute_position_ids(attention_mask.bool()).argmax(dim=1)
+    lengths = last_position + 1
+    num_groups = min(num_groups, len(lengths))
+    for rows in lengths.argsort(stable=True).tensor_split(num_groups):
+        longest = int(lengths[rows[-1]])
+        padded = -(-longest // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
+        yield rows, min(padded, attention_mask.shape[1])
 
 
-def build_projector(width: int, out: int) -> nn.Module:
-    """One layer, `linear`, from an encoder's width to the language model's: [..., width] -> [..., out]."""
-    return nn.Sequential(OrderedDict(linear=nn.Linear(width, out)))
+def build_projector(in_width: int, out_width: int) -> nn.Module:
+    """One layer, `linear`, from an encoder's width to the language model's: [..., in] -> [...,
+    out]."""
+    return nn.Sequential(OrderedDict(linear=nn.Linear(in_width, out_width)))
 
 
 AutoConfig.register(SpearVLMConfig.model_type, SpearVLMConfig, exist_ok=True)

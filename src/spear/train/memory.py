@@ -176,7 +176,7 @@ def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.
     hidden = vlm.run_language_model(features[owners], valid[owners], ids, keep_cache=False).hidden
     hidden = hidden[:, -ANSWER:].flatten(0, 1)
     labels = torch.zeros(len(hidden), dtype=torch.long)
-    return vlm.token_loss(hidden, labels)[0]
+    return vlm.compute_token_loss(hidden, labels)[0]
 
 
 def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
