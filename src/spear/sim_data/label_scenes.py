@@ -1,11 +1,14 @@
-"""Labels simulated scenes: the labeler at work, with the simulator's ground truth as its three models.
+"""Labels simulated scenes: the labeler at work, with the simulator's ground truth as its three
+models.
 
-`label_scenes` writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and the same two
-under `depth/` (images with metric depth, on which the encoder is pretrained). `list_scenes` and `read_scenes`
-make scenes one more kind of input of `spear label`, as `sim:SEED-SEED`.
+`label_scenes` writes a folder with `external/` and `wrist/` (shards of `spear.labels.store`) and
+the same two under `depth/` (images with metric depth, on which the encoder is pretrained).
+`list_scenes` and `read_scenes` make scenes one more kind of input of `spear label`, as
+`sim:SEED-SEED`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,12 @@ from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
+IMAGE_SIZE_PX = (840, 630)  # width and height of `sim:` images: the size at which the paper labeled
+MAX_SCENES_PER_JOB = 32
+NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
+INSTRUCTIONS_FILE = "wording.txt"
+"""The simulator's instructions. The file is written first and marks a folder of scene labels."""
+
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
 SceneJob = tuple[str, range]
@@ -37,13 +46,25 @@ SceneJob = tuple[str, range]
 RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
 """A job → each view, with its frames of the scenes. A function of a module, for other processes."""
 LabelFrames = Callable[[Iterator[Frame]], Iterator[LabeledImage]]
-"""Frames with ground truth → a label for each, in order. A function of a module, for other processes."""
+"""Frames with ground truth → a label for each, in order. A function of a module, for other
+processes."""
 
-IMAGE_SIZE_PX = (840, 630)  # width and height of `sim:` images: the size at which the paper labeled
-MAX_SCENES_PER_JOB = 32
-NUM_INSTRUCTION_SCENES = 2000  # scenes from which the instructions are collected
-INSTRUCTIONS_FILE = "wording.txt"
-"""The simulator's instructions. The file is written first and marks a folder of scene labels."""
+
+@dataclass(frozen=True)
+class SceneSource:
+    """A simulator, as far as labeling its scenes goes.
+
+    Attributes:
+        render: Renders the scenes of one job.
+        views: The names of the views that `render` gives.
+        settings: What the labels depend on, JSON-able. A continued run must have the same.
+        collect_instructions: Returns the texts for `INSTRUCTIONS_FILE`.
+    """
+
+    render: RenderScenes
+    views: Sequence[str]
+    settings: Mapping[str, Any]
+    collect_instructions: Callable[[], Sequence[str]]
 
 
 def list_scenes(seeds: range) -> Iterator[Item]:
@@ -86,16 +107,15 @@ def label_scenes(
     """
     from spear.sim.world import SIMULATOR
 
-    return label_scene_jobs(
-        out,
-        split_into_jobs("", range(first_seed, first_seed + scenes), MAX_SCENES_PER_JOB),
-        partial(_render_clutter, sizes),
-        views=list(sizes),
+    simulator = SceneSource(
+        render=partial(_render_clutter, sizes),
+        views=tuple(sizes),
         settings={"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR},
-        collect=collect_instructions,
-        workers=workers,
-        label_frames=label_frames,
+        collect_instructions=collect_instructions,
     )
+    seeds = range(first_seed, first_seed + scenes)
+    jobs = split_into_jobs("", seeds, MAX_SCENES_PER_JOB)
+    return label_scene_jobs(out, jobs, simulator, workers, label_frames)
 
 
 def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
@@ -106,10 +126,7 @@ def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
 def label_scene_jobs(
     out: Path,
     jobs: Sequence[SceneJob],
-    render: RenderScenes,
-    views: Sequence[str],
-    settings: Mapping[str, Any],
-    collect: Callable[[], Sequence[str]],
+    simulator: SceneSource,
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
 ) -> int:
@@ -118,10 +135,7 @@ def label_scene_jobs(
     Args:
         out: Folder to write to.
         jobs: The scenes.
-        render: Renders the scenes of one job.
-        views: The names of the views that `render` gives.
-        settings: What the labels depend on, JSON-able. A continued run must have the same.
-        collect: Returns the instructions that are written to `INSTRUCTIONS_FILE`.
+        simulator: Where they come from.
         workers: Processes that label; with fewer than two, this process does.
         label_frames: How frames are labeled. The depth images are ground truth in any case.
 
@@ -131,6 +145,7 @@ def label_scene_jobs(
     Raises:
         SpearError: The folder holds other files or labels of other settings. Nothing is written then.
     """
+    views = simulator.views
     num_scenes = _count_scenes(jobs)
     check_no_foreign_files(out, INSTRUCTIONS_FILE, "label")
     advice = "use fewer --workers, and run the same command again"
@@ -138,11 +153,13 @@ def label_scene_jobs(
     with acquire_run_lock(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
         # The files that mark the folder as one of scene labels, with these settings
         if not (out / INSTRUCTIONS_FILE).is_file():
-            write_text(out / INSTRUCTIONS_FILE, "".join(f"{line}\n" for line in collect()))
+            write_text(
+                out / INSTRUCTIONS_FILE,
+                "".join(f"{line}\n" for line in simulator.collect_instructions()),
+            )
         has_labels = any(out.glob("*/labels-*.parquet"))
-        record_or_check_settings(
-            out / "run.json", {"spear": spear.__version__, **settings}, has_labels
-        )
+        settings = {"spear": spear.__version__, **simulator.settings}
+        record_or_check_settings(out / "run.json", settings, has_labels)
 
         # What an earlier run has finished, and what it left behind
         for view in views:
@@ -160,7 +177,7 @@ def label_scene_jobs(
         # Label the other jobs
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
         bar = ProgressBar("labelling", num_scenes, "scenes", num_finished)
-        label_job = partial(_label_job, out, render, label_frames)
+        label_job = partial(_label_job, out, simulator.render, label_frames)
         num_processes = workers if workers > 1 else 0
         with bar, processes.open_worker_pool(num_processes, __name__, advice) as pool:
             for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
@@ -170,7 +187,8 @@ def label_scene_jobs(
 
 
 def collect_instructions() -> list[str]:
-    """The instructions that the simulator gives, sorted, for the vocabulary of a small tokenizer."""
+    """The instructions that the simulator gives, sorted, for the vocabulary of a small
+    tokenizer."""
     from spear.sim.scene import FAMILIES, sample_scene
 
     end = FIRST_TRAIN_SEED + 1_000_000
@@ -202,7 +220,8 @@ def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> 
 def _label_job(
     out: Path, render: RenderScenes, label_frames: LabelFrames, numbered_job: tuple[int, SceneJob]
 ) -> int:
-    """Label the scenes of job `index` into the shards of that number; returns how many scenes it has."""
+    """Label the scenes of job `index` into the shards of that number; returns how many scenes it
+    has."""
     index, job = numbered_job
     for view, frames in render(job):
         labels = list(label_frames(iter(frames)))

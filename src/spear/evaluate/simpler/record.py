@@ -21,7 +21,7 @@ from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
 from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
 from spear.sim_data.demonstrations import check_seed, collect
-from spear.sim_data.label_scenes import SceneJob, label_scene_jobs, split_into_jobs
+from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
 from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
@@ -129,16 +129,18 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     or a renderer are missing."""
     assets = check_assets(None)
     jobs = [job for task in TASKS for job in split_into_jobs(task, seeds, SCENES_PER_JOB)]
-    settings = {
-        "scenes": len(seeds),
-        "first_seed": seeds[0],
-        "size": size,
-        "simulator": simulator(assets),
-    }
-    words = lambda: sorted({f"the {name}" for name in NAMES.values()})  # noqa: E731
-    return label_scene_jobs(
-        out, jobs, partial(_frames, size, assets), [VIEW], settings, words, workers
+    source = SceneSource(
+        render=partial(_frames, size, assets),
+        views=[VIEW],
+        settings={
+            "scenes": len(seeds),
+            "first_seed": seeds[0],
+            "size": size,
+            "simulator": simulator(assets),
+        },
+        collect_instructions=lambda: sorted({f"the {name}" for name in NAMES.values()}),
     )
+    return label_scene_jobs(out, jobs, source, workers)
 
 
 def _frames(

@@ -1,10 +1,13 @@
-"""Masks of objects: as run lengths; and which pixels are an object's, where masks and depth are estimates.
+"""Masks of objects: as run lengths; and which pixels are an object's, where masks and depth are
+estimates.
 
-The outline of an estimated mask is off by a pixel or two, and estimated depth slides over it from the object
-to what is behind ("flying pixels"). Geometry mends both: pixels near the outline are decided anew by where
-they are in 3D, and those on it that fly take their depth from the inside. All our choice.
+The outline of an estimated mask is off by a pixel or two, and estimated depth slides over it from
+the object to what is behind ("flying pixels"). Geometry repairs both. Pixels near the outline are
+decided anew by where they are in 3D, and those on it that fly take their depth from the inside. All
+our choice.
 
-Depth is handled as its inverse, which is straight along pixels on every plane: there, continuing it is exact.
+Depth is handled as its inverse, which is straight along pixels on every plane, so that continuing
+it is exact there.
 """
 
 import re
@@ -20,240 +23,365 @@ from spear.labels.fit.points import TOUCHING_FRACTION, Plane
 from spear.types import Array
 
 SEPARATION_FRACTION = 0.01
-"""Object and background that differ in depth by more than this fraction of it are told apart by it."""
+"""Object and background that differ in depth by more than this fraction of it are separated by
+depth."""
 FLYING_FRACTION = 0.005
-"""A pixel of the outline flies when the inside leads to another depth by more than this fraction of it."""
+"""A pixel of the outline flies when the inside leads to a depth that differs by more than this
+fraction."""
 ON_SUPPORT_FRACTION = 0.0025
 """Exact points nearer to the support than this fraction of their distance may lie on it."""
 MIN_SMOOTHED_NOISE = 5e-4
-"""Relative depth noise (`points.noise_level`) from which on depth is smoothed."""
+"""Relative depth noise (`points.estimate_noise`) from which on depth is smoothed."""
+MIN_PART_FRACTION = 0.2
+"""A second part of an object has at least this fraction of the pixels of its largest part."""
+MIN_OFF_SUPPORT_FRACTION = 0.3
+"""`remove_support` leaves a mask alone if less than this fraction of it would stay."""
+MIN_LEVEL_POINTS = 8  # beside an object tell the height of the support there
 
 
 def encode_mask(mask: Array) -> list[int]:
-    """A mask [h, w] bool as run lengths, COCO's convention: alternating counts of zeros and ones, column by
-    column, zeros first (0 when the first pixel is set); they sum to h·w."""
+    """Encode a mask [h, w] bool as run lengths, by COCO's convention.
+
+    Returns:
+        Alternating counts of zeros and ones, column by column, zeros first (0 when the first pixel
+        is set). They add up to h·w.
+
+    Example:
+        >>> encode_mask(np.array([[True, False], [True, False]]))
+        [0, 2, 2]
+    """
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
     return np.diff(changes, prepend=0, append=flat.size).tolist()
 
 
 def decode_mask(runs: Sequence[int] | Array, height: int, width: int) -> Array:
-    """The mask [height, width] bool of run lengths; `SpearError` when they do not add up to its size."""
+    """Decode the run lengths of `encode_mask`.
+
+    Returns:
+        The mask [height, width] bool.
+
+    Raises:
+        SpearError: The runs do not add up to the size of the mask.
+    """
     counts = np.asarray(runs, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
         raise SpearError(
             f"mask of {counts.sum()} pixels, not {height}×{width}: label the image again"
         )
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape((height, width), order="F")
+    is_one = np.arange(len(counts)) % 2 == 1
+    return np.repeat(is_one, counts).reshape((height, width), order="F")
 
 
 def rasterize_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> Array:
-    """The union [height, width] bool of polygons, each x0, y0, x1, y1, … in pixels, filled by COCO's rule.
-    `SpearError` for a polygon of an odd number of coordinates, fewer than three points, or not finite."""
+    """Fill polygons by COCO's rule.
+
+    Args:
+        polygons: Each as x0, y0, x1, y1, … in pixels.
+        height: Of the mask.
+        width: Of the mask.
+
+    Returns:
+        The union [height, width] bool of the polygons.
+
+    Raises:
+        SpearError: A polygon has an odd number of coordinates, fewer than three points, or one that
+            is not finite.
+    """
     for polygon in polygons:
-        corners = np.asarray(polygon, np.float64)
-        if (
-            corners.ndim != 1
-            or len(corners) % 2
-            or len(corners) < 6
-            or not np.isfinite(corners).all()
-        ):
-            raise SpearError(
-                f"polygon of size {corners.size}: give x, y of three points or more, finite"
-            )
+        if not _is_polygon(np.asarray(polygon, np.float64)):
+            size = np.asarray(polygon, np.float64).size
+            raise SpearError(f"polygon of size {size}: give x, y of three points or more, finite")
     coco = import_optional("pycocotools.mask", "label", "a COCO polygon")
     return np.asarray(coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))), bool)
 
 
-def decode_run_lengths(text: str) -> list[int]:
-    """Run lengths from COCO's compressed string; `SpearError` for a string that is none, or not all of one.
+def _is_polygon(corners: Array) -> bool:
+    has_pairs = corners.ndim == 1 and len(corners) % 2 == 0
+    return has_pairs and len(corners) >= 6 and bool(np.isfinite(corners).all())
 
-    Each number is in groups of five bits, lowest first; the sixth bit is set while more groups follow, and 48
-    makes it printable: from "P" on. The last group's fifth bit is the sign. From the third on, it is the
-    difference from the run two before. Not by pycocotools, which takes a string that is cut off for a mask,
-    filled up with what was in memory.
+
+def decode_run_lengths(text: str) -> list[int]:
+    """Decode run lengths from COCO's compressed string.
+
+    Each number is in groups of five bits, lowest first. The sixth bit is set while more groups
+    follow, and 48 is added to make the letter printable, so "P" and higher continue a number. The
+    last group's fifth bit is the sign. From the third number on, it is the difference from the run
+    two before.
+
+    pycocotools is not used: it takes a string that is cut off for a mask and fills it up with what
+    was in memory.
+
+    Raises:
+        SpearError: The text is no such string, or not all of one.
     """
-    if rest := re.sub(r"^([P-o]*[0-O])*", "", text):
+    remainder = re.sub(r"^([P-o]*[0-O])*", "", text)
+    if remainder:
         raise SpearError(
-            f"compressed mask: {rest[:20]!r} is none, or cut off: give the whole string"
+            f"compressed mask: {remainder[:20]!r} is none, or cut off: give the whole string"
         )
     runs: list[int] = []
     for number in re.findall(r"[P-o]*[0-O]", text):
         value = sum((ord(letter) - 48 & 31) << 5 * place for place, letter in enumerate(number))
-        value -= (ord(number[-1]) - 48 >> 4 & 1) << 5 * len(number)
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value -= (ord(number[-1]) - 48 >> 4 & 1) << 5 * len(number)  # the sign
+        if len(runs) > 2:
+            value += runs[-2]
+        runs.append(value)
     return runs
 
 
-def erode(mask: Array, pixels: int) -> Array:
-    """The mask [h, w] without its outermost `pixels` (4-neighbourhood), but for those at the image's edge."""
-    for _ in range(pixels):
+def erode(mask: Array, num_pixels: int) -> Array:
+    """The mask [h, w] without its outermost pixels (4-neighborhood), except those at the image's
+    edge."""
+    for _ in range(num_pixels):
         padded = np.pad(mask, 1, mode="edge")
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask
 
 
-def keep_main_part(mask: Array, points: Array, known: Array, limit: float) -> Array:
-    """The pixels of a mask [h, w] that are connected in depth to most of it: neighbours belong to one part
-    when their depths differ by less than `limit`, a fraction of them. Masks leak over edges, on to what is
-    far behind. Another part stays if it has a fifth of the pixels of the largest and is as far away:
-    something stands in front of the object."""
-    where = mask & known
-    if not where.any():
+def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) -> Array:
+    """Remove the parts of a mask that leak over edges, on to what is far behind.
+
+    Neighboring pixels belong to one part when their depths differ by less than `limit`, a fraction
+    of them. The largest part stays. So does another one if it has a fifth of the largest one's
+    pixels and is as far away, since something stands in front of the object then.
+
+    Args:
+        mask: [h, w] bool.
+        points: [h, w, 3] camera frame.
+        is_known: [h, w] bool, where the points are known.
+        limit: Largest relative difference in depth between neighbors.
+    """
+    usable = mask & is_known
+    if not usable.any():
         return mask
-    number = np.cumsum(where).reshape(where.shape) - 1
-    depth = np.where(where, points[..., 2], 1.0)
-    pairs = []
+
+    # Parts: connected components of the graph of neighbors with similar depth
+    num_pixels = int(usable.sum())
+    index = np.cumsum(usable).reshape(usable.shape) - 1
+    depth = np.where(usable, points[..., 2], 1.0)
+    links = []
     for a, b in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
-        near = where[a] & where[b]
-        near &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
-        pairs.append(np.stack([number[a][near], number[b][near]]))
-    one, other = np.concatenate(pairs, axis=1)
-    count = int(where.sum())
-    links = coo_array((np.ones(len(one), bool), (one, other)), shape=(count, count))
-    part = connected_components(links, directed=False)[1]
+        is_linked = usable[a] & usable[b]
+        is_linked &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
+        links.append(np.stack([index[a][is_linked], index[b][is_linked]]))
+    starts, ends = np.concatenate(links, axis=1)
+    graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(num_pixels, num_pixels))
+    _, part = connected_components(graph, directed=False)
+
+    # Those that stay: large enough, and at the depth of the largest
     sizes = np.bincount(part)
     main = int(sizes.argmax())
-    z = depth[where]
-    low, high = z[part == main].min(), z[part == main].max()
-    middle = ndimage.median(z, part, np.arange(len(sizes)))
-    stays = (
-        (sizes >= 0.2 * sizes[main]) & (middle > low * (1 - limit)) & (middle < high * (1 + limit))
-    )
+    z = depth[usable]
+    low = z[part == main].min()
+    high = z[part == main].max()
+    median_depth = ndimage.median(z, part, np.arange(len(sizes)))
+    is_large = sizes >= MIN_PART_FRACTION * sizes[main]
+    is_as_far = (median_depth > low * (1 - limit)) & (median_depth < high * (1 + limit))
     result = np.zeros_like(mask)
-    result[where] = stays[part]
+    result[usable] = (is_large & is_as_far)[part]
     return result
 
 
 def remove_support(
-    mask: Array, points: Array, known: Array, taken: Array, plane: Plane, noise: float
+    mask: Array, points: Array, is_known: Array, occupied: Array, plane: Plane, noise: float
 ) -> Array:
-    """The mask [h, w] without the pixels that lie on the support, on to which it leaks, but for that of a
-    thing as flat as the error; arguments as in `snap`."""
-    beside = known & ~mask & ~taken & ndimage.binary_dilation(mask, iterations=4)
-    above = points @ plane.up - _level(points[beside], plane)
-    own = mask & known
-    total = ndimage.uniform_filter(own.astype(np.float64), 3)
-    smooth = ndimage.uniform_filter(np.where(own, above, 0.0), 3) / np.maximum(total, 1e-9)
-    limit = (
-        max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[own][:, 2])) if own.any() else 0.0
+    """Remove the pixels of a mask [h, w] that lie on the support, on to which the mask leaks.
+
+    The mask of a thing as flat as the error of its depth stays as it is. Arguments as in
+    `snap_outline`.
+    """
+    on_object = mask & is_known
+    if not on_object.any():
+        return mask
+    beside = is_known & ~mask & ~occupied & ndimage.binary_dilation(mask, iterations=4)
+    height = points @ plane.up - _estimate_level(points[beside], plane)
+
+    # Heights, averaged over 3 × 3 pixels of the object
+    total = ndimage.uniform_filter(on_object.astype(np.float64), 3)
+    mean_height = ndimage.uniform_filter(np.where(on_object, height, 0.0), 3) / np.maximum(
+        total, 1e-9
     )
-    kept: Array = mask & ~(own & (smooth < limit))
-    return (
-        kept
-        if own.any() and np.median(above[own]) > 2 * limit and kept.sum() > 0.3 * mask.sum()
-        else mask
-    )
+    limit = max(ON_SUPPORT_FRACTION, noise) * float(np.median(points[on_object][:, 2]))
+    trimmed: Array = mask & ~(on_object & (mean_height < limit))
+
+    is_flat = not np.median(height[on_object]) > 2 * limit
+    is_mostly_gone = not trimmed.sum() > MIN_OFF_SUPPORT_FRACTION * mask.sum()
+    return mask if is_flat or is_mostly_gone else trimmed
 
 
 def snap_outline(
     mask: Array,
     points: Array,
-    known: Array,
-    taken: Array,
+    is_known: Array,
+    occupied: Array,
     plane: Plane | None,
-    pixels: int,
+    band_px: int,
     noise: float,
 ) -> Array:
-    """The mask [h, w] with the pixels within `pixels` of its outline decided anew.
+    """Decide anew which pixels within `band_px` of a mask's outline are the object's.
 
-    Where object and background, each continued to such a pixel from where they are certain, differ in depth,
-    it belongs to the one that its own depth is nearer to. Where they meet, it belongs to the object when it
-    is higher than the support. What neither tells, the mask does; one too thin to have an inside stays.
+    Object and background are each continued to such a pixel from where they are certain. Where they
+    differ in depth, the pixel belongs to the one that its own depth is nearer to. Where they meet,
+    it belongs to the object when it is higher than the support. The mask decides where neither
+    tells, and it stays as it is when it is too thin to have an inside.
 
-    points  [h, w, 3] camera frame; known: [h, w] where they are; taken: [h, w] the pixels of other objects.
-    plane   the support, None when unknown; noise: of the depth, as a fraction of it.
+    Args:
+        mask: [h, w] bool.
+        points: [h, w, 3] camera frame.
+        is_known: [h, w] bool, where the points are known.
+        occupied: [h, w] bool, the pixels of other objects.
+        plane: The support, None when unknown.
+        band_px: Width of the band on either side of the outline.
+        noise: Of the depth, as a fraction of it.
+
+    Returns:
+        The new mask [h, w].
     """
-    core = erode(mask, pixels) & known
+    core = erode(mask, band_px) & is_known
     if not core.any():
         return mask
-    reach = ndimage.binary_dilation(mask, iterations=pixels)
-    outside, band = known & ~reach, known & reach & ~core
-    inverse, wanted = _inverse(points, known), np.argwhere(band)
-    front, back = np.full(band.shape, np.nan), np.full(band.shape, np.nan)
-    front[band] = _continued(inverse, core, wanted, 2 * pixels + 1, noise)
-    back[band] = _continued(inverse, outside, wanted, 2 * pixels + 1, noise)
+    surroundings = ndimage.binary_dilation(mask, iterations=band_px)
+    outside = is_known & ~surroundings
+    band = is_known & surroundings & ~core
+
+    # Continue object and background into the band
+    inverse = _invert_depth(points, is_known)
+    band_pixels = np.argwhere(band)
+    reach_px = 2 * band_px + 1
+    object_inverse = np.full(band.shape, np.nan)
+    object_inverse[band] = _continue_values(inverse, core, band_pixels, reach_px, noise)
+    background_inverse = np.full(band.shape, np.nan)
+    background_inverse[band] = _continue_values(inverse, outside, band_pixels, reach_px, noise)
     with np.errstate(invalid="ignore"):
-        apart = band & (np.abs(front - back) > SEPARATION_FRACTION * inverse)
-        nearer = np.abs(inverse - front) < np.abs(inverse - back)
+        gap = np.abs(object_inverse - background_inverse)
+        is_separate = band & (gap > SEPARATION_FRACTION * inverse)
+        is_object = np.abs(inverse - object_inverse) < np.abs(inverse - background_inverse)
+
     result = mask.copy()
     if plane is not None:
-        beside = outside & ~taken & ndimage.binary_dilation(reach, iterations=3)
-        above = points @ plane.up - _level(points[beside], plane)
+        beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
+        height = points @ plane.up - _estimate_level(points[beside], plane)
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
-        if (
-            np.median(above[core]) > 2 * limit
-        ):  # a thing as flat as the error cannot be told by its height
-            meet = band & ~apart & np.isfinite(front) & (mask | ~taken)
-            result[meet] = above[meet] > limit
-    result[apart] = nearer[apart]
+        # The height of a thing as flat as the error tells nothing.
+        if np.median(height[core]) > 2 * limit:
+            meets = band & ~is_separate & np.isfinite(object_inverse) & (mask | ~occupied)
+            result[meets] = height[meets] > limit
+    result[is_separate] = is_object[is_separate]
     return result
 
 
-def clean_points(mask: Array, points: Array, pixels: Array, erosion: int, noise: float) -> Array:
-    """The points [n, 3] of a mask's `pixels` [n, 2], cleaned, out of the image's [h, w, 3].
+def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noise: float) -> Array:
+    """Clean the points of some pixels of a mask.
 
-    Those of the outermost `erosion` pixels that fly are put where the inside leads to: eroding them away
+    Points of the outermost pixels that fly are moved to where the inside leads; eroding them away
     would lose the outline with them. Noisy depth is smoothed.
+
+    Args:
+        mask: [h, w] bool.
+        points: [h, w, 3] of the image, camera frame.
+        pixels: [n, 2] row and column of the pixels, all in the mask.
+        erosion_px: How many of the outermost pixels may fly; 0 if none does.
+        noise: Of the depth, as a fraction of it.
+
+    Returns:
+        The points [n, 3].
     """
-    found = points[tuple(pixels.T)]
-    if erosion == 0 and noise < MIN_SMOOTHED_NOISE:
-        return found
-    inner = erode(mask, erosion)
-    inner = inner if inner.any() else mask
-    inverse, own = _inverse(points, mask), inner[tuple(pixels.T)]
+    at_pixels = tuple(pixels.T)
+    raw_points = points[at_pixels]
+    if erosion_px == 0 and noise < MIN_SMOOTHED_NOISE:
+        return raw_points
+    inner = erode(mask, erosion_px)
+    if not inner.any():
+        inner = mask
+    is_inner = inner[at_pixels]
+    inverse = _invert_depth(points, mask)
+
     # The inside is smoothed without the outline, which would pull it along.
-    values = np.where(
-        own, _value(inverse, inner, pixels, noise), _value(inverse, mask, pixels, noise)
-    )
+    smooth_inner = _smooth_values(inverse, inner, pixels, noise)
+    smooth_all = _smooth_values(inverse, mask, pixels, noise)
+    values = np.where(is_inner, smooth_inner, smooth_all)
+
+    # Pixels of the outline take the value to which the inside leads, if they differ from it.
     expected = np.full(len(pixels), np.nan)
-    expected[~own] = _continued(inverse, inner, pixels[~own], 1.5 * erosion, noise)
+    expected[~is_inner] = _continue_values(
+        inverse, inner, pixels[~is_inner], 1.5 * erosion_px, noise
+    )
     with np.errstate(invalid="ignore"):
-        values = np.where(np.abs(values - expected) > FLYING_FRACTION * expected, expected, values)
-    return found / (found[:, 2] * values)[:, None]
+        is_flying = np.abs(values - expected) > FLYING_FRACTION * expected
+    values = np.where(is_flying, expected, values)
+    return raw_points / (raw_points[:, 2] * values)[:, None]
 
 
-def _inverse(points: Array, where: Array) -> Array:
-    """Inverse depth [h, w], NaN elsewhere."""
-    return np.where(where, 1 / np.where(where, points[..., 2], 1.0).astype(np.float64), np.nan)
+def _invert_depth(points: Array, is_known: Array) -> Array:
+    """Inverse depth [h, w], NaN where it is not known."""
+    return np.where(
+        is_known, 1 / np.where(is_known, points[..., 2], 1.0).astype(np.float64), np.nan
+    )
 
 
-def _level(beside: Array, plane: Plane) -> float:
-    """The height of the support near an object: of the points [n, 3] beside it that are near the plane."""
+def _estimate_level(beside: Array, plane: Plane) -> float:
+    """The height of the support near an object: of the points [n, 3] beside it that are near the
+    plane."""
     heights = beside @ plane.up
-    heights = heights[np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * beside[:, 2]]
-    return float(np.median(heights)) if len(heights) >= 8 else plane.height
+    is_near = np.abs(heights - plane.height) < 2 * TOUCHING_FRACTION * beside[:, 2]
+    heights = heights[is_near]
+    return float(np.median(heights)) if len(heights) >= MIN_LEVEL_POINTS else plane.height
 
 
-def _value(values: Array, where: Array, pixels: Array, noise: float) -> Array:
-    """The `values` [h, w] of `pixels` [n, 2]; if they are noisy the median of each and of the means of the
-    pairs opposite each other around it, as far as they are `where`. Pairs shift no slopes and no borders."""
+def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> Array:
+    """The `values` [h, w] of `pixels` [n, 2], smoothed if they are noisy.
+
+    A smoothed value is the median of the value itself and of the means of the four pairs of pixels
+    opposite each other around it, as far as they are `valid` [h, w]. Pairs shift no slopes and no
+    borders.
+    """
     if noise < MIN_SMOOTHED_NOISE:
         return np.asarray(values[tuple(pixels.T)])
-    padded = np.pad(np.where(where, values, np.nan), 1, constant_values=np.nan)
-    width, flat = padded.shape[1], padded.ravel()
-    at = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
-    five = np.stack(
-        [(flat[at + k] + flat[at - k]) / 2 for k in (0, 1, width - 1, width, width + 1)]
-    )
-    five.sort(axis=0)
-    last = np.maximum(np.isfinite(five).sum(axis=0) - 1, 0)
-    low, high = (np.take_along_axis(five, n[None], axis=0)[0] for n in (last // 2, (last + 1) // 2))
+    padded = np.pad(np.where(valid, values, np.nan), 1, constant_values=np.nan)
+    width = padded.shape[1]
+    flat = padded.ravel()
+    center = (pixels[:, 0] + 1) * width + pixels[:, 1] + 1
+    offsets = (0, 1, width - 1, width, width + 1)
+    pair_means = np.stack([(flat[center + k] + flat[center - k]) / 2 for k in offsets])
+
+    # The median of those that are known, which sorting puts before NaN
+    pair_means.sort(axis=0)
+    last = np.maximum(np.isfinite(pair_means).sum(axis=0) - 1, 0)
+    low = np.take_along_axis(pair_means, (last // 2)[None], axis=0)[0]
+    high = np.take_along_axis(pair_means, ((last + 1) // 2)[None], axis=0)[0]
     return np.asarray((low + high) / 2)
 
 
-def _continued(values: Array, source: Array, wanted: Array, reach: float, noise: float) -> Array:
-    """`values` [h, w] of the pixels `source` continued to the `wanted` ones [n, 2] no further than `reach`
-    pixels from one: along the straight line from the nearest and the one as far behind it. NaN elsewhere."""
-    result = np.full(len(wanted), np.nan)
+def _continue_values(
+    values: Array, source: Array, targets: Array, reach_px: float, noise: float
+) -> Array:
+    """Continue the `values` [h, w] of the pixels `source` [h, w] to other pixels along straight
+    lines.
+
+    The line leads through the nearest pixel of the source and the one as far behind it.
+
+    Args:
+        values: [h, w].
+        source: [h, w] bool.
+        targets: [n, 2] row and column of the pixels to continue to.
+        reach_px: How far from the source a target may be.
+        noise: As in `_smooth_values`.
+
+    Returns:
+        The values [n] of the targets; NaN out of reach.
+    """
+    result = np.full(len(targets), np.nan)
     if not source.any():
         return result
     distance, nearest = ndimage.distance_transform_edt(~source, return_indices=True)
-    near = distance[tuple(wanted.T)] <= reach
-    here = wanted[near]
-    there = nearest[:, here[:, 0], here[:, 1]].T
-    behind = np.clip(2 * there - here, 0, np.array(values.shape) - 1)
-    base = _value(values, source, there, noise)
-    step = np.where(source[tuple(behind.T)], base - _value(values, source, behind, noise), 0.0)
-    result[near] = base + np.clip(step, -TOUCHING_FRACTION * base, TOUCHING_FRACTION * base)
+    is_in_reach = distance[tuple(targets.T)] <= reach_px
+    target = targets[is_in_reach]
+    start = nearest[:, target[:, 0], target[:, 1]].T
+    behind = np.clip(2 * start - target, 0, np.array(values.shape) - 1)
+    base = _smooth_values(values, source, start, noise)
+    slope = base - _smooth_values(values, source, behind, noise)
+    step = np.where(source[tuple(behind.T)], slope, 0.0)
+    max_step = TOUCHING_FRACTION * base
+    result[is_in_reach] = base + np.clip(step, -max_step, max_step)
     return result

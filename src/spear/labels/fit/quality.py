@@ -1,5 +1,5 @@
-"""How good labels of objects are: their scores, the one rule that says which objects are asked about, and
-their errors against true boxes."""
+"""How good labels of objects are: their scores, the one rule that decides which objects questions
+may be about, and their errors against true boxes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ from spear.labels.fit.masks import decode_mask
 from spear.types import Array, Box3D, Frame, LabeledImage, LabeledObject
 
 MIN_VISIBLE = 0.7
-"""3D questions ask about objects of whose outline at least this fraction is their own. Below it, the median
-error of the centre is three times that of the others (our choice, from benchmarks/labels/accuracy.py)."""
+"""3D questions are about objects of whose outline at least this fraction is their own. Below it,
+the median error of the center is three times that of the others (our choice, measured by
+benchmarks/labels/accuracy.py)."""
 MAX_EDGE = 0.05
-"""… of whose outline at most this fraction is cut by the image's edge: how far it goes on is not known."""
+"""… and of whose outline the image's edge cuts at most this fraction: how far the object goes on
+outside the image is not known."""
 MIN_SCORES = {
     "visible": MIN_VISIBLE,
     "points": 30.0,
@@ -24,39 +26,61 @@ MIN_SCORES = {
     "stability": 0.6,
     "compact": 0.4,
 }
-"""… whose scores are at least these (our choice). The others stay in the labels, with their scores."""
+"""… and whose scores are at least these (our choice). The labels keep the other objects, with their
+scores."""
 
 
 def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
-    """The scores for which an object is not asked about, by name; a score that it does not have is none."""
-    low = tuple(name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit)
-    return (*low, "edge") if scores.get("edge", 0.0) > MAX_EDGE else low
+    """The names of the scores that keep questions from being about an object; a missing score never
+    does."""
+    failed = [name for name, limit in MIN_SCORES.items() if scores.get(name, limit) < limit]
+    if scores.get("edge", 0.0) > MAX_EDGE:
+        failed.append("edge")
+    return tuple(failed)
 
 
 def compute_planarity(points: Array) -> float:
-    """How flat the seen points [n >= 3, 3] are: (σ2 - σ3) / σ1 of their standard deviations along their
-    principal axes, largest first. 1 for a square sheet, 0 for a line and for a ball."""
-    third, second, first = np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(points.T)), 0))
+    """How flat the seen points [n >= 3, 3] are: 1 for a square sheet, 0 for a line and for a ball.
+
+    It is (σ2 - σ3) / σ1 of their standard deviations along their principal axes, largest first.
+    """
+    eigenvalues = np.linalg.eigvalsh(np.cov(points.T))  # smallest first
+    third, second, first = np.sqrt(np.maximum(eigenvalues, 0))
     return float((second - third) / first) if first > 0 else 0.0
 
 
 def compute_stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) -> float:
-    """How little the `box` of points [n >= 8, 3] changes when it is fitted to one half of them, or the other.
+    """How little a box changes when it is fitted to one half of its points, or to the other.
 
-    1 minus the vertices' mean distance (up to the box's symmetries) from those of `box`, as a fraction of
-    half its diagonal; not below 0. The halves are drawn at random, from a fixed seed.
+    It is 1 minus the vertices' mean distance (up to the box's symmetries) from those of `box`, as a
+    fraction of half its diagonal, and at least 0. The halves are drawn at random from a fixed seed.
+
+    Args:
+        points: [n >= 8, 3] to which the box was fitted.
+        box: The box of all points.
+        fit: Fits a box to points.
     """
     order = np.random.default_rng(0).permutation(len(points))
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
-    moved = np.mean(
-        [compute_vertex_error(fit(points[half]).vertices, box.vertices) for half in halves]
-    )
-    return max(0.0, 1.0 - float(moved) / (0.5 * float(np.linalg.norm(box.size))))
+    middle = len(order) // 2
+    errors = []
+    for half in (order[:middle], order[middle:]):
+        errors.append(compute_vertex_error(fit(points[half]).vertices, box.vertices))
+    half_diagonal = 0.5 * float(np.linalg.norm(box.size))
+    return max(0.0, 1.0 - float(np.mean(errors)) / half_diagonal)
 
 
 @dataclass(frozen=True)
 class BoxAccuracy:
-    """Medians over n boxes of what `box_errors` says; missed: true boxes of visible objects without one."""
+    """Median errors over n boxes (see `compute_box_errors`), and the true boxes without a labeled
+    one.
+
+    Attributes:
+        n: How many boxes were compared.
+        center: Median distance of the centers, in the labels' unit.
+        vertex: Median of the mean distance of the vertices, in the labels' unit.
+        iou: Median 3D intersection over union.
+        missed: True boxes of visible objects that no label has.
+    """
 
     n: int
     center: float
@@ -72,39 +96,57 @@ def find_instance(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
     return int(np.bincount(covered[covered > 0], minlength=1).argmax())
 
 
-def compute_box_errors(box: Box3D, true: Box3D) -> tuple[float, float, float]:
-    """Distance of the centres, mean distance of the vertices up to the box's symmetries, 3D IoU."""
-    center = float(np.linalg.norm(box.center - true.center))
-    return center, compute_vertex_error(box.vertices, true.vertices), compute_iou_3d(box, true)
+def compute_box_errors(box: Box3D, true_box: Box3D) -> tuple[float, float, float]:
+    """Distance of the centers, mean distance of the vertices up to the box's symmetries, and 3D
+    IoU."""
+    center_error = float(np.linalg.norm(box.center - true_box.center))
+    vertex_error = compute_vertex_error(box.vertices, true_box.vertices)
+    return center_error, vertex_error, compute_iou_3d(box, true_box)
 
 
 def compare_labels(
     labels: Iterable[LabeledImage], frames: Iterable[Frame], min_visible: float = 0.0
 ) -> BoxAccuracy:
-    """Median errors of labels against the frames they were made from (pairwise, in order): of every labelled
-    box against the true box of the instance that its mask covers most.
+    """Compare labels with the frames they were made from.
 
-    min_visible leaves out objects whose "visible" score is lower, as questions do below `VISIBLE`. Raises
-    `SpearError`: a frame without instance map or true boxes, or nothing to compare.
+    Every labeled box is compared with the true box of the instance that its mask covers most.
+
+    Args:
+        labels: The labels.
+        frames: Their frames, with ground truth, in the same order.
+        min_visible: Ignores objects whose "visible" score is lower, as questions do below
+            `MIN_VISIBLE`.
+
+    Returns:
+        The median errors.
+
+    Raises:
+        SpearError: A frame has no instance map or no true boxes, or there is nothing to compare.
     """
-    rows: list[tuple[float, ...]] = []
-    missed = 0
+    errors: list[tuple[float, ...]] = []
+    num_missed = 0
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
-            raise SpearError(
-                f"{frame.source or 'frame'}: no instances or boxes: give frames that have both"
-            )
-        found: dict[int, tuple[float, tuple[float, ...]]] = {}
+            name = frame.source or "frame"
+            raise SpearError(f"{name}: no instances or boxes: give frames that have both")
+        matched: set[int] = set()
+        errors_by_instance: dict[int, tuple[float, ...]] = {}
         for o in label.objects:
             instance = find_instance(o, label, frame)
-            if o.box3d is not None and instance in frame.boxes:
-                errors = compute_box_errors(o.box3d, make_box_from_vertices(frame.boxes[instance]))
-                found[instance] = o.scores.get("visible", 1.0), errors
-        rows += [errors for visible, errors in found.values() if visible >= min_visible]
-        missed += len((set(np.unique(frame.instances).tolist()) & set(frame.boxes)) - set(found))
-    if not rows:
+            if o.box3d is None or instance not in frame.boxes:
+                continue
+            matched.add(instance)
+            true_box = make_box_from_vertices(frame.boxes[instance])
+            errors_by_instance.pop(instance, None)  # of two boxes of one instance the last counts
+            if o.scores.get("visible", 1.0) >= min_visible:
+                errors_by_instance[instance] = compute_box_errors(o.box3d, true_box)
+        errors += errors_by_instance.values()
+        visible = set(np.unique(frame.instances).tolist()) & set(frame.boxes)
+        num_missed += len(visible - matched)
+
+    if not errors:
         raise SpearError(
             "accuracy: no labelled box has a true box: give frames with instances and boxes"
         )
-    center, vertex, overlap = np.median(rows, axis=0).tolist()
-    return BoxAccuracy(len(rows), center, vertex, overlap, missed)
+    center, vertex, overlap = np.median(errors, axis=0).tolist()
+    return BoxAccuracy(len(errors), center, vertex, overlap, num_missed)
