@@ -46,6 +46,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links out of docs/ become plain text; those to a folder of episodes lead to its file."""
-    markdown = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
-    return re.sub(r"\((ablations/scores/[0-9a-f]{12})\)", r"(\1/episodes-1-of-1.jsonl)", markdown)
+    """Links out of docs/ become plain text."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)

@@ -1,4 +1,4 @@
-"""Draws docs/figures/ablation_*.svg, one per question, from the episodes kept beside docs/ablations.md.
+"""Draws docs/figures/ablation_*.svg, one per question, from the episodes in results/scores.parquet.
 
     python -m experiments.ablations.figures
 
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.ablations.scores import find_key, load_scores
 from experiments.ablations.table import successes
 from spear.evaluate.compare import references
-from spear.evaluate.results import load
 from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
 from spear.report.plot import COLOURS, Axis, Line, chart
 from spear.types import Array
 
 DOCS = Path(__file__).parents[2] / "docs"
-KEY = r"\(ablations/scores/([0-9a-f]{12})\)"
+KEY = r"`([0-9a-f]{4})`"
 STYLE = """<style>text{font:12px sans-serif;fill:#444}.grid-line{stroke:#e3e6ea;fill:none}
 .zero-line{stroke:#555;fill:none}.whisker-line{stroke:#333;stroke-width:1.4;fill:none}</style>"""
 Rows = dict[str, list[Array]]
@@ -37,7 +37,7 @@ def tables() -> list[list[str]]:
 
 def successes_of(line: str) -> list[Array]:
     """Success [seeds, scenes] of each task family behind a line of a table."""
-    seeds = [load(DOCS / "ablations" / "scores" / key) for key in re.findall(KEY, line)]
+    seeds = [load_scores()[find_key(prefix)] for prefix in re.findall(KEY, line)]
     return successes(seeds, seeds[0].families)
 
 
