@@ -87,9 +87,9 @@ def renderer() -> Any:
     """The simulator's `Renderer`; skips where there is none."""
     pytest.importorskip("mujoco")
     from spear.errors import SpearError
-    from spear.sim.render import own_renderer
+    from spear.sim.render import get_thread_renderer
 
     try:
-        return own_renderer()
+        return get_thread_renderer()
     except SpearError as error:
         pytest.skip(str(error))

@@ -33,9 +33,9 @@ from spear.labels.fit.quality import (
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.models.protocols import Detection
 from spear.labels.pipeline import label_images, label_with_ground_truth
-from spear.sim.render import frame_of
+from spear.sim.render import render_frame
 from spear.sim.scene import clutter_scene
-from spear.sim.world import GRIPPER, World
+from spear.sim.world import GRIPPER_NAME, World
 from spear.types import Array, Box3D, Frame
 
 METHODS = ("ours", "Open3D oriented", "Open3D minimal")
@@ -196,10 +196,10 @@ def main(
     worlds = [World(clutter_scene(seed)) for seed in range(first_seed, first_seed + scenes)]
 
     def frames_of(camera: str, size: tuple[int, int]) -> list[Frame]:
-        frames = [frame_of(world, camera, size) for world in worlds]
+        frames = [render_frame(world, camera, size) for world in worlds]
         return [
             dataclasses.replace(
-                f, names={i: name for i, name in f.names.items() if name != GRIPPER}
+                f, names={i: name for i, name in f.names.items() if name != GRIPPER_NAME}
             )
             for f in frames
         ]

@@ -19,7 +19,7 @@ from pi0_pair import relative
 from spear.cli import guarded
 from spear.doctor import machine
 from spear.models.fast.few_rows import FewRows
-from spear.models.fast.stack import CudaGraphCache, Stack
+from spear.models.fast.stack import CudaGraphCache, LayerStack
 from spear.models.layers import build_language_model
 from spear.models.presets import PRESETS, SPECIAL_TOKEN_IDS
 from timing import race
@@ -45,7 +45,7 @@ def main(
         for weight in model.parameters():
             if weight.dim() == 1:
                 weight.normal_(0, 0.2)
-        stack = Stack(model, compiled=device == "cuda")
+        stack = LayerStack(model, compiled=device == "cuda")
         few = FewRows(stack.layers, stack.heads, stack.width, stack.eps, stack.scale)
         length = 1 + size.horizon
         end = prefix + length

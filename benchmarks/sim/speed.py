@@ -20,7 +20,7 @@ import numpy as np
 
 from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
-from spear.sim.record import record
+from spear.sim.record import record_episodes
 from spear.sim.scene import FAMILIES, sample_scene
 from spear.sim.world import World, base_spec
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -118,7 +118,7 @@ def main() -> None:
     print(f"steps without pictures: {1 / np.mean(blind):.0f}/s of processor time")
     tasks = [(FAMILIES[i % 4], FIRST_TRAIN_SEED + i) for i in range(4 * args.scenes)]
     begun = time.perf_counter()
-    episodes = list(record(tasks, size, wrist, workers=args.workers))
+    episodes = list(record_episodes(tasks, size, wrist, workers=args.workers))
     seconds = time.perf_counter() - begun
     steps = sum(len(episode) for episode in episodes)
     print(

@@ -26,7 +26,7 @@ from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.models.devices import keep_freed_memory
 from spear.models.presets import PRESETS
 from spear.policy import locate
-from spear.sim.record import record
+from spear.sim.record import record_episodes
 from spear.sim_data.label_scenes import label_scenes
 from spear.train.build import build
 from spear.train.optimize import Stepper
@@ -41,7 +41,9 @@ def make(root: Path) -> None:
     sizes = dict(PRESETS["nano"].image_sizes)
     label_scenes(root / "labels", 12, sizes, first_seed=10_000, workers=1)
     tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
-    write_episodes(record(tasks, sizes["external"], sizes["wrist"], workers=1), root / "episodes")
+    write_episodes(
+        record_episodes(tasks, sizes["external"], sizes["wrist"], workers=1), root / "episodes"
+    )
 
 
 def measure(root: Path, name: str, precision: str, steps: int) -> list[float]:

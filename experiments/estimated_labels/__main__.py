@@ -40,7 +40,7 @@ from spear.labels.models.protocols import Detection, PointMapResult
 from spear.labels.pipeline import label_images, label_with_ground_truth
 from spear.labels.store import read_labels
 from spear.models.presets import get_preset
-from spear.sim.render import clutter_frame
+from spear.sim.render import render_clutter_frame
 from spear.sim_data.label_scenes import LabelFrames, label_scenes
 from spear.types import Array, Frame, LabeledImage
 
@@ -144,7 +144,7 @@ def make(
         "| labels | view | boxes | centre | vertex | IoU | not found |\n|---|---|---|---|---|---|---|"
     )
     for view, size in sizes.items():
-        frames = [clutter_frame(seed, view, size) for seed in checked]
+        frames = [render_clutter_frame(seed, view, size) for seed in checked]
         for arm in ARMS:
             a = compare_labels(
                 islice(read_labels(out / arm / view), len(frames)), frames, MIN_VISIBLE

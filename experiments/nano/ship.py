@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-from spear.models.weights.folders import SHIPPED, locate, made_by, save_made_by
+from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenance, write_provenance
 
 LIMIT_MB = 20
 
@@ -21,8 +21,8 @@ LIMIT_MB = 20
 def main(trained: str, name: str) -> None:
     """Copy the folder, weights rounded to float16 (bfloat16 loses eight times as much); a card that is there
     stays."""
-    final, shipped = locate(trained), SHIPPED / name
-    part = SHIPPED / f".part-{name}"
+    final, shipped = locate(trained), BUNDLED_WEIGHTS / name
+    part = BUNDLED_WEIGHTS / f".part-{name}"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(final, part)
     weights = load_file(final / "model.safetensors")
@@ -31,7 +31,7 @@ def main(trained: str, name: str) -> None:
         part / "model.safetensors",
         {"format": "pt"},
     )
-    save_made_by(part, made_by(part))
+    write_provenance(part, read_provenance(part))
     card = shipped / "README.md"
     if card.is_file():
         shutil.copy(card, part)

@@ -24,7 +24,7 @@ import spear
 from spear.errors import SpearError, summarize_error
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import is_bfloat16_fast
-from spear.models.fast.linear import CPU, HAS_BFLOAT16, linear
+from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16, linear
 from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, build_spear1_config
 from spear.models.sampling import (
@@ -35,7 +35,7 @@ from spear.models.sampling import (
     sample_plain,
 )
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
-from spear.models.weights.folders import SHIPPED
+from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.load import load
 from spear.train.memory import GIB, inference
 
@@ -138,7 +138,7 @@ def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
         *(f"{n} {version(n)}" for n in ("torch", "transformers")),
     ]
     found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
-    named = re.search(r"^model name\s*: *(.+)", CPU, re.MULTILINE)
+    named = re.search(r"^model name\s*: *(.+)", CPU_INFO, re.MULTILINE)
     name = named[1].strip() if named else platform.machine()
     found.append(
         ("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}")
@@ -211,7 +211,7 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
 
 def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
     if size.name == "nano":
-        return load(Spear1ForActionPrediction, SHIPPED / "nano", dtype).eval().to(device)
+        return load(Spear1ForActionPrediction, BUNDLED_WEIGHTS / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
     with device:  # and in this type from the start: a large model would not fit twice
         return AutoModel.from_config(build_spear1_config(size), dtype=dtype).eval()

@@ -25,7 +25,7 @@ from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
-from spear.models.weights.load import Model
+from spear.models.weights.load import ModelT
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.fingerprints import fingerprint_checkpoint
 
@@ -135,11 +135,11 @@ def load_vlm(
 
 
 def _load(
-    read: Callable[[Path, torch.dtype], Model],
+    read: Callable[[Path, torch.dtype], ModelT],
     name: str | Path,
     device: str | torch.device,
     dtype: str | torch.dtype,
-) -> tuple[Path, Model]:
+) -> tuple[Path, ModelT]:
     """The folder of that name, and the model that is read from it, on its device."""
     folder, place = locate(name), choose_device(device) if isinstance(device, str) else device
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

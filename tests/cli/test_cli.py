@@ -22,7 +22,7 @@ from serve_here import SPEAR
 from spear import embodiments
 from spear.cli import COMMANDS, load, main, options_of
 from spear.embodiments import droid
-from spear.models.weights.folders import SHIPPED
+from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.util.options import list_option_names
 
 
@@ -93,8 +93,14 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --families put_in --policy expert", "did you mean 'put_"),
         ("evaluate --policy expert --first-seed 9999", "held-out seeds"),
         ("evaluate --policy expert --scenes 1 --shard 2/2", "2/2"),
-        (f"evaluate --policy expert --scenes 1 --out {SHIPPED / 'nano'}", "holds other files"),
-        (f"train nano-post --init nano --episodes x --out {SHIPPED / 'nano'}", "holds other files"),
+        (
+            f"evaluate --policy expert --scenes 1 --out {BUNDLED_WEIGHTS / 'nano'}",
+            "holds other files",
+        ),
+        (
+            f"train nano-post --init nano --episodes x --out {BUNDLED_WEIGHTS / 'nano'}",
+            "holds other files",
+        ),
         ("evaluate --scenes x", "--scenes x: give a whole number: see `spear evaluate --help`"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("doctor --out /etc/passwd/page.html", "/etc/passwd: is a file"),

@@ -116,7 +116,7 @@ def test_results_of_another_physics_do_not_mix(
 ) -> None:
     run(IdleAgent(), 1, out=tmp_path)
     monkeypatch.setattr(
-        closed_loop, "SIMULATOR", "MuJoCo 3.3.7"
+        closed_loop, "SIMULATOR_VERSION", "MuJoCo 3.3.7"
     )  # where the expert fails in 7 of 25 scenes
     refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
     run(IdleAgent(), 1, out=tmp_path / "async", execution="async")

@@ -174,9 +174,9 @@ def test_boxes_of_the_simulators_things(
     renderer: Any, aided: bool, vertex: float, iou: float
 ) -> None:
     """Bowls, spoons, cans, carrots: shapes of which few are boxes; also as if they were estimates."""
-    from spear.sim.render import clutter_frame
+    from spear.sim.render import render_clutter_frame
 
-    frames = [clutter_frame(seed, "external", (192, 128)) for seed in range(3000, 3012)]
+    frames = [render_clutter_frame(seed, "external", (192, 128)) for seed in range(3000, 3012)]
     frames = [
         replace(f, names={i: n for i, n in f.names.items() if "gripper" not in n}) for f in frames
     ]

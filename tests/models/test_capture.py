@@ -170,7 +170,7 @@ def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) ->
 
 def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
     size, model = empty
-    layers = decode.STACK(model.vlm.language_model, True, False)
+    layers = decode.get_layer_stack(model.vlm.language_model, True, False)
     spans = [(5, 6), (size.vocabulary, size.vocabulary + size.bins), (1, 2)]
     given = observation(size, 2, full=False, device=model.device.type)
     inputs = {name: given[name] for name in ("pixels/external", "input_ids")}
@@ -236,7 +236,7 @@ def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
     sampler = sampling.get_sampler(model, False)
     with torch.no_grad():
         alone = sampling._sample(model, sampler, given, 2)
-        monkeypatch.setattr(sampling, "is_recording", lambda: True)
+        monkeypatch.setattr(sampling, "is_capturing_graph", lambda: True)
         monkeypatch.setattr(linear, "_branches", lambda device, count: [stream])
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)

@@ -6,7 +6,7 @@ import torch
 from models_tiny import START, TINY, actions, pixels, reference, spear1, text, vlm
 from refusals import no_warning
 from spear import flow
-from spear.models.decode import STACK, decode_greedily
+from spear.models.decode import decode_greedily, get_layer_stack
 from spear.models.fast.stack import can_compile
 from spear.types import Action
 
@@ -57,4 +57,7 @@ def test_answers_from_graphs() -> None:
             )
             assert torch.equal(found.cpu(), on_cpu)
     assert decode_greedily(model, moved, ids.cuda(), mask.cuda(), max_new_tokens=12).shape[1] <= 12
-    assert len(STACK(model.language_model, True, can_compile(model.device)).replay._graphs) == 1
+    assert (
+        len(get_layer_stack(model.language_model, True, can_compile(model.device)).replay._graphs)
+        == 1
+    )

@@ -14,8 +14,8 @@ from refusals import no_warning
 from spear import flow
 from spear.errors import Notice
 from spear.models import sampling
-from spear.models.fast.linear import FastLinear, Fused, linear
-from spear.models.fast.stack import Stack
+from spear.models.fast.linear import FastLinear, FusedLinear, linear
+from spear.models.fast.stack import LayerStack
 from spear.models.presets import build_spear1_config, build_vlm_config
 from spear.models.sampling import get_sampler
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -241,7 +241,7 @@ def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed:
     layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
     x = torch.randn(2, 5, 24).to(dtype)
     with torch.no_grad():
-        for one, layer in zip(Fused(*layers, packed=packed)(x), layers, strict=True):
+        for one, layer in zip(FusedLinear(*layers, packed=packed)(x), layers, strict=True):
             exact = torch.nn.functional.linear(
                 x.double(), layer.weight.double(), layer.bias.double()
             )
@@ -260,10 +260,12 @@ def test_what_is_compiled_for_one_layer_serves_all() -> None:
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    plain, compiled = Stack(model.vlm.language_model), Stack(model.vlm.language_model)
+    plain, compiled = LayerStack(model.vlm.language_model), LayerStack(model.vlm.language_model)
     for name, place in (("_project", "_before"), ("_finish", "_after")):
         setattr(
-            compiled, place, torch.compile(getattr(Stack, name), backend=backend, fullgraph=True)
+            compiled,
+            place,
+            torch.compile(getattr(LayerStack, name), backend=backend, fullgraph=True),
         )
     with torch.inference_mode():
         x, places = torch.randn(2, 7, TEXT["hidden_size"]), torch.arange(7).expand(2, 7)

@@ -15,7 +15,7 @@ from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES
-from spear.sim.world import placed
+from spear.sim.world import is_source_on_target
 
 STILL = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 
@@ -62,7 +62,7 @@ def test_the_expert_succeeds_and_doing_nothing_fails(family: str) -> None:
         while not info["success"] and env.steps < MAX_STEPS:
             info = env.physics_step(expert.act(env.world))
         assert info["success"] and info["reached"] and info["grasped"], (family, seed)
-        assert placed(env.world) and env.steps < 40
+        assert is_source_on_target(env.world) and env.steps < 40
     env.reset(seed=0)
     for _ in range(MAX_STEPS):
         _, reward, terminated, truncated, info = env.step(STILL)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from data_tiny import assert_same
-from spear.sim.record import Acts, Disturbance, record, record_episode
+from spear.sim.record import Disturbance, InterveningPolicy, record_episode, record_episodes
 from spear.sim.render import Renderer
 from spear.sim.scene import FAMILIES
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -53,8 +53,8 @@ def test_disturbed_steps_are_masked_and_recovered_from(renderer: Renderer) -> No
 
 def test_processes_share_the_work_without_changing_it(renderer: Renderer) -> None:
     tasks = [("stack_cube", FIRST_TRAIN_SEED), ("put_in_basket", FIRST_TRAIN_SEED + 3)]
-    one = list(record(tasks, *SIZES, workers=1))
-    two = list(record(tasks, *SIZES, workers=2))
+    one = list(record_episodes(tasks, *SIZES, workers=1))
+    two = list(record_episodes(tasks, *SIZES, workers=2))
     assert [episode.source for episode in one] == [f"sim/{family}/{seed}" for family, seed in tasks]
     for a, b in zip(
         [*one, record_episode("stack_cube", FIRST_TRAIN_SEED, *SIZES)], [*two, one[0]], strict=True
@@ -73,7 +73,7 @@ def test_a_policy_takes_turns_and_is_never_a_target(renderer: Renderer) -> None:
         return NOTHING
 
     episode = record_episode(
-        "stack_cube", FIRST_TRAIN_SEED + 2, *SIZES, policy=Acts(Path("weights"), stay)
+        "stack_cube", FIRST_TRAIN_SEED + 2, *SIZES, policy=InterveningPolicy(Path("weights"), stay)
     )
     assert episode.action is not None and episode.action_mask is not None and episode.success
     stayed = (episode.action == NOTHING).all(axis=1)

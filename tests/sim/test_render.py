@@ -7,9 +7,9 @@ import pytest
 
 from refusals import refuses
 from spear.labels.fit.image import unproject
-from spear.sim.render import Renderer, clutter_frame, frame_of, own_renderer
+from spear.sim.render import Renderer, get_thread_renderer, render_clutter_frame, render_frame
 from spear.sim.scene import sample_scene
-from spear.sim.world import GRIPPER, World
+from spear.sim.world import GRIPPER_NAME, World
 from spear.types import Frame
 
 SIZE = (280, 210)
@@ -33,7 +33,7 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(
 ) -> None:
     checked = 0
     for seed in range(6):
-        frame = clutter_frame(seed, camera, SIZE)
+        frame = render_clutter_frame(seed, camera, SIZE)
         points = points_of(frame)
         for index, name in frame.names.items():
             inside, lengths = in_box(points[frame.instances == index], frame.boxes[index])
@@ -49,7 +49,7 @@ def test_points_of_an_object_lie_in_its_box_and_reach_its_sides(
 def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
     spreads = []
     for seed in range(4):
-        frame = frame_of(World(sample_scene("put_in_basket", seed)), "external", SIZE)
+        frame = render_frame(World(sample_scene("put_in_basket", seed)), "external", SIZE)
         inside, _ = in_box(points_of(frame)[frame.instances == 1], frame.boxes[1])
         spreads.append(np.ptp(inside, axis=0))
     assert np.median(spreads, axis=0).min() > 0.85
@@ -57,7 +57,7 @@ def test_an_object_seen_whole_fills_its_box(renderer: Renderer) -> None:
 
 def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
-    frame = frame_of(world, "external", SIZE)
+    frame = render_frame(world, "external", SIZE)
     points = points_of(frame).reshape(-1, 3) @ frame.extrinsics[:3, :3].T + frame.extrinsics[:3, 3]
     heights = points[
         renderer.layers(world, "external", SIZE)[2].ravel() == world.model.geom("table").id, 2
@@ -66,18 +66,18 @@ def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
 
 
 def test_labels_and_pictures_show_the_same(renderer: Renderer) -> None:
-    assert GRIPPER in clutter_frame(2, "wrist", (112, 112)).names.values()
+    assert GRIPPER_NAME in render_clutter_frame(2, "wrist", (112, 112)).names.values()
     world = World(sample_scene("put_on", 6))
     for large in (SIZE, (700, 525)):  # the buffer grows
         image, wrist = renderer.images(world, [("external", large), ("wrist", (60, 90))])
-        np.testing.assert_array_equal(image, frame_of(world, "external", large).image)
+        np.testing.assert_array_equal(image, render_frame(world, "external", large).image)
         assert image[-100:].std() > 3 and wrist.shape == (90, 60, 3) and wrist.std() > 5
-    refuses("wrst", frame_of, world, "wrst", SIZE)
+    refuses("wrst", render_frame, world, "wrst", SIZE)
 
 
 def test_threads_have_contexts_of_their_own(renderer: Renderer) -> None:
     def shot() -> tuple[Renderer, bytes]:
-        return own_renderer(), clutter_frame(0, "external", (96, 72)).image.tobytes()
+        return get_thread_renderer(), render_clutter_frame(0, "external", (96, 72)).image.tobytes()
 
     found = [shot()]
     for _ in range(2):  # one after the other: the first one's context outlives it

@@ -8,7 +8,14 @@ import pytest
 
 from spear.errors import SpearError
 from spear.sim.objects import TASK_FREE_KINDS
-from spear.sim.scene import FAMILIES, START, SYNONYMS, TEMPLATES, SceneSpec, sample_scene
+from spear.sim.scene import (
+    FAMILIES,
+    NOMINAL_START_POSITION_M,
+    SYNONYMS,
+    TEMPLATES,
+    SceneSpec,
+    sample_scene,
+)
 from spear.sim.shifts import (
     AXES,
     CAMERA_LEVELS,
@@ -26,10 +33,10 @@ from spear.sim.textures import UNSEEN_TEXTURES
 from spear.sim.worlds import CameraOrbit
 
 CHANGED_FIELDS = {
-    "camera": {"look"},
-    "light": {"look"},
-    "background": {"look"},
-    "layout": {"things"},
+    "camera": {"appearance"},
+    "light": {"appearance"},
+    "background": {"appearance"},
+    "layout": {"objects"},
     "robot": {"ee_position", "ee_rotation"},
     "language": {"instruction"},
     "noise": set(),
@@ -55,7 +62,7 @@ def test_an_axis_changes_only_what_it_says(axis: str, level: int) -> None:
 
     assert differing_fields(scene, shifted) == CHANGED_FIELDS[axis]
     if axis in CHANGED_LOOK_FIELDS:
-        assert differing_fields(scene.look, shifted.look) <= CHANGED_LOOK_FIELDS[axis]
+        assert differing_fields(scene.appearance, shifted.appearance) <= CHANGED_LOOK_FIELDS[axis]
 
 
 @pytest.mark.parametrize("axis", SCENE_AXES)
@@ -71,8 +78,8 @@ def test_the_camera_moves_within_its_level(level: int) -> None:
 
     for seed in range(30):
         scene = sample_scene("stack_cube", seed)
-        before = CameraOrbit.of(scene.look)
-        after = CameraOrbit.of(shift_scene(scene, Shift("camera", level)).look)
+        before = CameraOrbit.of(scene.appearance)
+        after = CameraOrbit.of(shift_scene(scene, Shift("camera", level)).appearance)
 
         assert abs(after.azimuth_deg - before.azimuth_deg) <= limits.azimuth_deg + 1e-6
         assert abs(after.elevation_deg - before.elevation_deg) <= limits.elevation_deg + 1e-6
@@ -83,7 +90,7 @@ def test_the_camera_moves_within_its_level(level: int) -> None:
 def test_background_textures_of_level_3_appear_nowhere_else() -> None:
     scene = sample_scene("put_on", 2)
 
-    surfaces = shift_scene(scene, Shift("background", 3)).look.surfaces
+    surfaces = shift_scene(scene, Shift("background", 3)).appearance.surfaces
 
     assert {material for material, _ in surfaces.values()} <= set(UNSEEN_TEXTURES)
 
@@ -93,7 +100,7 @@ def test_clutter_is_of_unseen_kinds_from_level_2(level: int) -> None:
     counts = []
     for seed in range(10):
         scene = sample_scene("put_on", seed)
-        added = shift_scene(scene, Shift("layout", level)).things[len(scene.things) :]
+        added = shift_scene(scene, Shift("layout", level)).objects[len(scene.objects) :]
         counts.append(len(added))
 
         assert {thing.kind for thing in added} <= set(TASK_FREE_KINDS)
@@ -105,7 +112,7 @@ def test_clutter_is_of_unseen_kinds_from_level_2(level: int) -> None:
 def test_the_gripper_begins_outside_the_range_of_training(level: int) -> None:
     for seed in range(30):
         scene = shift_scene(sample_scene("put_on", seed), Shift("robot", level))
-        offset = np.abs(np.array(scene.ee_position) - START)
+        offset = np.abs(np.array(scene.ee_position) - NOMINAL_START_POSITION_M)
         yaw = 2 * math.atan2(scene.ee_rotation[3], scene.ee_rotation[0])
 
         assert offset.max() >= TRAINING_START_RANGE_M
@@ -152,8 +159,8 @@ def test_a_relation_names_another_object_of_the_scene() -> None:
 
     assert description is not None
     anchor = description.rpartition(" of the ")[2]
-    assert anchor in {thing.kind for thing in scene.things}
-    assert anchor != scene.things[1].kind
+    assert anchor in {thing.kind for thing in scene.objects}
+    assert anchor != scene.objects[1].kind
 
 
 @pytest.mark.parametrize("text", ["camera:4", "camera:x", "camera:"])

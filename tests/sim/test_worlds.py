@@ -5,9 +5,9 @@ import pytest
 
 from spear.errors import SpearError
 from spear.sim.objects import TASK_FREE_KINDS
-from spear.sim.render import frame_of
+from spear.sim.render import render_frame
 from spear.sim.scene import clutter_scene, sample_scene
-from spear.sim.world import GRIPPER, World
+from spear.sim.world import GRIPPER_NAME, World
 from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
 
 
@@ -17,10 +17,10 @@ def test_a_world_keeps_the_task(world: str) -> None:
 
     placed = place_in_world(scene, world)
 
-    assert placed.things[: len(scene.things)] == scene.things
+    assert placed.objects[: len(scene.objects)] == scene.objects
     assert placed.instruction == scene.instruction
     assert placed.ee_position == scene.ee_position
-    assert placed.look != scene.look
+    assert placed.appearance != scene.appearance
 
 
 def test_the_default_world_changes_nothing() -> None:
@@ -37,26 +37,26 @@ def test_the_same_seed_gives_the_same_world(world: str) -> None:
 
 
 def test_all_scenes_of_a_lab_look_alike() -> None:
-    first = place_in_world(sample_scene("put_on", 7), "lab:3").look
-    second = place_in_world(sample_scene("stack_cube", 8), "lab:3").look
-    other_lab = place_in_world(sample_scene("put_on", 7), "lab:4").look
+    first = place_in_world(sample_scene("put_on", 7), "lab:3").appearance
+    second = place_in_world(sample_scene("stack_cube", 8), "lab:3").appearance
+    other_lab = place_in_world(sample_scene("put_on", 7), "lab:4").appearance
 
     assert first == second
     assert first != other_lab
 
 
 def test_every_wild_scene_looks_different() -> None:
-    looks = [place_in_world(sample_scene("put_on", seed), "wild").look for seed in range(20)]
+    looks = [place_in_world(sample_scene("put_on", seed), "wild").appearance for seed in range(20)]
 
     assert len({look.camera for look in looks}) == 20
     assert len({look.surfaces["table"] for look in looks}) == 20
 
 
 def test_wild_cameras_stay_in_their_ranges() -> None:
-    nominal = CameraOrbit.of(sample_scene("put_on", 0).look)
+    nominal = CameraOrbit.of(sample_scene("put_on", 0).appearance)
 
     for seed in range(50):
-        look = place_in_world(sample_scene("put_on", seed), "wild").look
+        look = place_in_world(sample_scene("put_on", seed), "wild").appearance
         orbit = CameraOrbit.of(look)
 
         assert 15 <= orbit.elevation_deg <= 70
@@ -68,7 +68,7 @@ def test_clutter_is_of_kinds_that_no_task_uses() -> None:
     scenes = [sample_scene("put_on", seed) for seed in range(20)]
     clutter = []
     for scene in scenes:
-        clutter += place_in_world(scene, "wild").things[len(scene.things) :]
+        clutter += place_in_world(scene, "wild").objects[len(scene.objects) :]
 
     assert clutter
     assert {thing.kind for thing in clutter} <= set(TASK_FREE_KINDS)
@@ -77,16 +77,18 @@ def test_clutter_is_of_kinds_that_no_task_uses() -> None:
 def test_pictures_without_the_robot_do_not_show_it() -> None:
     scene = place_in_world(clutter_scene(10_004), "wild")
 
-    shown = frame_of(World(scene), "external", (168, 126))
-    hidden = frame_of(World(without_robot(scene)), "external", (168, 126))
+    shown = render_frame(World(scene), "external", (168, 126))
+    hidden = render_frame(World(without_robot(scene)), "external", (168, 126))
 
-    assert GRIPPER in shown.names.values()
-    assert GRIPPER not in hidden.names.values()
+    assert GRIPPER_NAME in shown.names.values()
+    assert GRIPPER_NAME not in hidden.names.values()
     assert not np.array_equal(shown.image, hidden.image)
 
 
 def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
-    frame = frame_of(World(place_in_world(clutter_scene(10_001), "wild")), "external", (280, 210))
+    frame = render_frame(
+        World(place_in_world(clutter_scene(10_001), "wild")), "external", (280, 210)
+    )
     assert frame.boxes and frame.instances is not None and frame.intrinsics is not None
 
     for instance, vertices in frame.boxes.items():

@@ -10,7 +10,7 @@ import pytest
 from data_tiny import assert_same, edit
 from refusals import refuses
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
-from spear.sim.record import Acts
+from spear.sim.record import InterveningPolicy
 from spear.sim_data.demonstrations import SETTINGS, demonstrate
 from spear.util.run_lock import hold_lock
 
@@ -22,7 +22,7 @@ def record(
     out: Path,
     episodes: int = 2,
     first_seed: int = 10_000,
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
     **changed: object,
 ) -> tuple[int, int]:
     return demonstrate(
@@ -94,7 +94,7 @@ def test_a_recording_with_a_policy_continues_with_the_same_weights_only(tmp_path
         (tmp_path / name / "model.safetensors").write_text(name)
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     out = tmp_path / "out"
-    kept, _ = record(out, 1, policy=Acts(tmp_path / "one", still))
-    assert kept and record(out, 1, policy=Acts(tmp_path / "moved", still)) == (kept, 2)
-    refuses("policy", record, out, 2, policy=Acts(tmp_path / "other", still))
+    kept, _ = record(out, 1, policy=InterveningPolicy(tmp_path / "one", still))
+    assert kept and record(out, 1, policy=InterveningPolicy(tmp_path / "moved", still)) == (kept, 2)
+    refuses("policy", record, out, 2, policy=InterveningPolicy(tmp_path / "other", still))
     assert len(EpisodeStore(out)) == kept

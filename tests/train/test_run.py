@@ -48,12 +48,12 @@ SHORT = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Every stage run once, for two steps; "grown" is SPEAR-VLM before its first step."""
-    from spear.sim.record import record
+    from spear.sim.record import record_episodes
 
     root, sizes = tmp_path_factory.mktemp("path"), dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
-    recorded = record([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
+    recorded = record_episodes([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
     store = stored(recorded, root / "episodes")
     made = {
         name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")
@@ -201,8 +201,8 @@ def test_a_finished_folder_is_not_given_to_others(
     was = (final / "model.safetensors").read_bytes()
     with (
         monkeypatch.context() as patch
-    ):  # what `contents` reads of large files may be what does not learn
-        patch.setattr("spear.train.run.contents", lambda folder: {"model.safetensors": ""})
+    ):  # what `hash_files` reads of large files may be what does not learn
+        patch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
         changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
     assert (changed / "model.safetensors").read_bytes() != was
     earlier = json.loads((changed / "recipe.json").read_text())["earlier"]

@@ -20,7 +20,7 @@ from spear.util.options import (
 )
 
 if TYPE_CHECKING:
-    from spear.sim.record import Acts
+    from spear.sim.record import InterveningPolicy
 
 
 class AskOptions(Options):
@@ -55,7 +55,7 @@ def ask(options: AskOptions) -> None:
     """
     from spear.evaluate.vqa import ask as asking
     from spear.evaluate.vqa.calibration import Trust
-    from spear.models.weights.folders import simulator_only
+    from spear.models.weights.folders import is_simulator_only
     from spear.policy import load_vlm, locate
     from spear.util.images import encode_image_file, find_image_format
 
@@ -74,7 +74,7 @@ def ask(options: AskOptions) -> None:
         notice(
             f"not measured how sure this is: `spear evaluate vqa {o.model} sim --calibrate` does it"
         )
-    if not o.image.startswith("sim:") and simulator_only(folder):
+    if not o.image.startswith("sim:") and is_simulator_only(folder):
         notice(f"{o.model} has seen nothing but the built-in simulator: it knows little of photos")
     if o.draw and answer is None:
         notice(f"{o.draw} is not written: there is no answer to draw")
@@ -155,15 +155,15 @@ def record_simpler(options: RecordSimplerOptions) -> None:
         print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out / task}")
 
 
-def _turns(policy: str | None) -> "Acts | None":
+def _turns(policy: str | None) -> "InterveningPolicy | None":
     """What takes turns with the expert."""
     if policy is None:
         return None
     from spear.evaluate.agents import next_action
     from spear.policy import locate
-    from spear.sim.record import Acts
+    from spear.sim.record import InterveningPolicy
 
-    return Acts(locate(policy), next_action)
+    return InterveningPolicy(locate(policy), next_action)
 
 
 class DemoOptions(Options):

@@ -94,11 +94,11 @@ def convert_vlm(options: PolicyOptions) -> None:
     """
     from spear.models.processing import Processor
     from spear.models.weights.action_expert import plan_policy
-    from spear.models.weights.load import find
+    from spear.models.weights.load import find_checkpoint
     from spear.policy import locate
 
     on_hub = is_hub_name(options.vlm) and not Path(options.vlm).exists()
-    folder = find(options.vlm, "SPEAR-VLM") if on_hub else locate(options.vlm)
+    folder = find_checkpoint(options.vlm, "SPEAR-VLM") if on_hub else locate(options.vlm)
     plan = plan_policy(folder, options.expert, options.preset)
     has_one = (folder / "processor.json").is_file()
     _finish(plan, Processor.load(folder, plan.config.vlm_config) if has_one else None, options)
@@ -125,13 +125,15 @@ def convert_expected(options: ExpectedOptions) -> None:
         if options.network in ("list", name):
             print(f"{name:<15} {known.repository}@{known.revision}: {known.files}")
     if options.network != "list":
-        from spear.models.weights.conversion import Key, KeyReport
+        from spear.models.weights.conversion import ConversionReport, WeightStatus
 
         tensors = PUBLISHED[options.network].tensors()
-        report = KeyReport([Key(name, shape, "loaded", "") for name, shape in tensors.items()])
-        for key, count in report.folded():
+        report = ConversionReport(
+            [WeightStatus(name, shape, "loaded", "") for name, shape in tensors.items()]
+        )
+        for key, count in report.fold_layers():
             print(f"{count:>4} × {key.name} {list(key.shape)}")
-        print(f"{len(tensors)} tensors, {report.parameters():,} numbers")
+        print(f"{len(tensors)} tensors, {report.num_parameters():,} numbers")
 
 
 def _finish(
@@ -142,7 +144,7 @@ def _finish(
 
     kind = plan.dtype if options.dtype is None else getattr(torch, options.dtype)
     name = str(kind).removeprefix("torch.")
-    size = f"{plan.report.parameters() * kind.itemsize / 1e9:.2f} GB, {name}"
+    size = f"{plan.report.num_parameters() * kind.itemsize / 1e9:.2f} GB, {name}"
     print(plan.report)
     plan.check()
     if options.dry_run:

@@ -114,7 +114,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     """
     from spear.data.readers.splits import shared
     from spear.evaluate import open_loop
-    from spear.models.weights.folders import made_by
+    from spear.models.weights.folders import read_provenance
     from spear.policy import Spear1Policy, locate
     from spear.report.comparison import open_loop_page
 
@@ -136,7 +136,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
                 raise SpearError(
                     f"--split {o.split}: {both} of them also in --train-split {learned[1]}"
                 )
-        if both := len({*marks} & {*made_by(locate(o.policy)).get("learned", "").split()}):
+        if both := len({*marks} & {*read_provenance(locate(o.policy)).get("learned", "").split()}):
             notice(
                 f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out"
             )
@@ -189,7 +189,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     from spear.evaluate.vqa.ask import find_images
     from spear.evaluate.vqa.calibration import FILE, Trust
     from spear.labels.inputs import hash_content
-    from spear.models.weights.folders import made_by
+    from spear.models.weights.folders import read_provenance
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
@@ -214,7 +214,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         raise SpearError(
             f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)"
         )
-    learned = {*made_by(locate(o.model)).get("learned", "").split()}
+    learned = {*read_provenance(locate(o.model)).get("learned", "").split()}
     if both := sum(hash_content(label.image) in learned for label in labels):
         notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
     trust = None if o.calibrate else Trust.load(locate(o.model))

@@ -72,7 +72,7 @@ def _loaded(folder: Path) -> PolicyAgent:
 
 
 def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
-    """The first action of a policy's chunk, for `spear.sim.record.Acts`."""
+    """The first action of a policy's chunk, for `spear.sim.record.InterveningPolicy`."""
     return _loaded(folder).act([SimpleNamespace(seed=seed, steps=step)], [observation])[0][0]
 
 

@@ -16,9 +16,9 @@ from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import own_renderer
+from spear.sim.render import get_thread_renderer
 from spear.sim.scene import FAMILIES, held_out_seeds, sample_scene
-from spear.sim.world import SIMULATOR, World
+from spear.sim.world import SIMULATOR_VERSION, World
 from spear.types import CONTROL_RATE_HZ, Array
 
 
@@ -33,7 +33,7 @@ def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film
         options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes)
     )
     settings = {
-        "simulator": SIMULATOR,
+        "simulator": SIMULATOR_VERSION,
         "replan": options.replan,
         "image_size": list(agent.image_sizes["external"]),
         "wrist_size": list(agent.image_sizes["wrist"]),
@@ -66,7 +66,7 @@ class _Tabletop:
         self._options, self._sizes = options, agent.image_sizes
         self._delay = delay_steps(options.latency_ms)
         if agent.needs_images or options.films:
-            own_renderer()  # where there is none, this is said first
+            get_thread_renderer()  # where there is none, this is said first
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
@@ -108,7 +108,7 @@ class _Tabletop:
             world.data.qpos[:] = pose
             mujoco.mj_forward(world.model, world.data)
             ended = outcome.success if step == len(track) - 1 else None
-            external, wrist = own_renderer().images(world, views)
+            external, wrist = get_thread_renderer().images(world, views)
             yield video.compose(external, wrist, outcome.instruction, ended)
 
 

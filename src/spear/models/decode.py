@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from spear.errors import SpearError, format_count
-from spear.models.fast.small import SMALL, SmallStack
-from spear.models.fast.stack import STACK, Inputs, Stack, can_compile, prefill, views
+from spear.models.fast.small import SmallLayerStack, get_small_stack
+from spear.models.fast.stack import (
+    Inputs,
+    LayerStack,
+    can_compile,
+    get_layer_stack,
+    prefill,
+    split_image_inputs,
+)
 
 TokenRange = tuple[int, int]
 """Token ids [first, last)."""
@@ -73,8 +80,8 @@ def decode_greedily(
         has = f"it has at least {format_count(least, 'tokens')}"
         raise SpearError(f"answer too long: {has}, max_new_tokens is {max_new_tokens}: give more")
     packed = not torch.is_autocast_enabled(device.type)
-    small = SMALL(vlm.language_model) if packed else None
-    layers = small or STACK(vlm.language_model, packed, can_compile(device))
+    small = get_small_stack(vlm.language_model) if packed else None
+    layers = small or get_layer_stack(vlm.language_model, packed, can_compile(device))
     inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()} | {
         "input_ids": input_ids
     }
@@ -92,7 +99,7 @@ def decode_greedily(
 
 def _decode(
     vlm: Any,
-    layers: Stack,
+    layers: LayerStack,
     inputs: Inputs,
     spans: Sequence[TokenRange],
     words: "_Words | None" = None,
@@ -100,18 +107,18 @@ def _decode(
 ) -> Tensor:
     """Answers [N, T]. inputs: as `decode_greedily` makes them. spans: of the token at every step. words: None
     where the spans say all."""
-    features, _ = vlm.encode_images(*views(inputs))
+    features, _ = vlm.encode_images(*split_image_inputs(inputs))
     text = vlm.embed_text(inputs["input_ids"])
     other = (
-        isinstance(layers, SmallStack) and text.dtype != layers.dtype
+        isinstance(layers, SmallLayerStack) and text.dtype != layers.dtype
     )  # a prompt's rows are many
-    first = STACK(vlm.language_model, False, False) if other else layers
+    first = get_layer_stack(vlm.language_model, False, False) if other else layers
     prefix = prefill(first, features, text, None, inputs.get("attention_mask"), room=len(spans) - 1)
-    hidden, cache = prefix.hidden, layers.take(prefix.cache) if other else prefix.cache
+    hidden, cache = prefix.hidden, layers.adopt_cache(prefix.cache) if other else prefix.cache
     assert hidden is not None
     start, dtype = prefix.valid.shape[1], cache.whole.dtype
     bias = prefix.bias(len(spans), layers.groups, dtype)
-    places = prefix.places[:, None] + torch.arange(len(spans), device=hidden.device)
+    places = prefix.next_positions[:, None] + torch.arange(len(spans), device=hidden.device)
     turns = layers.rotations(places, dtype)
     last_choice = max(
         (step for step, (low, high) in enumerate(spans) if high - low > 1), default=-1
@@ -121,7 +128,7 @@ def _decode(
         if watched is not None and step <= last_choice:
             watched.logits.append(vlm.compute_logits(hidden, *watched.ids).float())
         if high - low == 1:
-            token = torch.full_like(prefix.places, low)
+            token = torch.full_like(prefix.next_positions, low)
         else:
             logits = vlm.compute_logits(hidden, low, high).float()
             token = low + (logits.argmax(-1) if words is None else words.choose(logits))

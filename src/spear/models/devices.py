@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spear.errors import SpearError, format_count, unknown_name_error
-from spear.models.fast.linear import CPU, HAS_BFLOAT16
+from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 MAX_MMAP_THRESHOLD_BYTES = 2**25
@@ -61,7 +61,9 @@ def is_bfloat16_fast(device: torch.device) -> bool:
         any(part in limit for part in ("AMX", "FP16", "BF16"))
         and torch.cpu._is_avx512_bf16_supported()
     )
-    return device.type != "cpu" or (HAS_BFLOAT16 and (tiles or (pairs and "AuthenticAMD" in CPU)))
+    return device.type != "cpu" or (
+        HAS_BFLOAT16 and (tiles or (pairs and "AuthenticAMD" in CPU_INFO))
+    )
 
 
 @contextmanager

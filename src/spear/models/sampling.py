@@ -15,9 +15,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
 from spear.errors import notice, summarize_error
-from spear.models.fast.linear import Events, Fused, Prepared, branch, is_plain, is_recording, linear
-from spear.models.fast.small import if_small
-from spear.models.fast.stack import Inputs, Prefilled, Stack, can_compile, prefill, views
+from spear.models.fast.linear import (
+    FusedLinear,
+    LayerEvents,
+    ModuleCache,
+    is_capturing_graph,
+    is_plain_linear,
+    linear,
+    parallel_branch,
+)
+from spear.models.fast.small import make_small_stack
+from spear.models.fast.stack import (
+    Inputs,
+    LayerStack,
+    PrefilledCache,
+    can_compile,
+    prefill,
+    split_image_inputs,
+)
 from spear.models.layers import embed_flow_time
 from spear.models.vision import fuse_attention_projections
 from spear.types import Action
@@ -37,17 +52,19 @@ class Sampler:
         if inner.weight.device.type != "cpu":
             fuse_attention_projections(model.vlm)
         # The expert reads all its weights at every flow step, for a few rows.
-        small = if_small(model.expert) if packed else None
-        self.expert = small or Stack(model.expert, packed, compiled)
+        small = make_small_stack(model.expert) if packed else None
+        self.expert = small or LayerStack(model.expert, packed, compiled)
         language = model.vlm.language_model
         exact = small and language.embed_tokens.weight.dtype == torch.float32
-        self.vlm = (if_small(language) if exact else None) or Stack(language, compiled=compiled)
+        self.vlm = (make_small_stack(language) if exact else None) or LayerStack(
+            language, compiled=compiled
+        )
         self.dtype, self.width = hidden.weight.dtype, inner.out_features
         inside = self.expert.dtype
         of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
         self._into = (of_actions @ inner.weight.detach().float()).to(inside)
         self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
-        self._onward = Fused(model.action_time_mlp_out, packed=packed and not exact)
+        self._onward = FusedLinear(model.action_time_mlp_out, packed=packed and not exact)
         self._periods = model.config.min_period, model.config.max_period
         # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
         self.advance: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
@@ -78,7 +95,7 @@ class Sampler:
         return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
 
 
-get_sampler = Prepared(Sampler)
+get_sampler = ModuleCache(Sampler)
 """`get_sampler(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
@@ -93,7 +110,9 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     The first inputs of each kind go through `sample_plain` too. Where that differs, or the fast way raises, a
     notice says so, and inputs of that kind go through `sample_plain` from then on.
     """
-    if not (is_plain(model.action_in_proj) and is_plain(model.action_time_mlp_in)):  # a LoRA
+    if not (
+        is_plain_linear(model.action_in_proj) and is_plain_linear(model.action_time_mlp_in)
+    ):  # a LoRA
         return sample_plain(model, inputs, steps)
     autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     sampler = get_sampler(model, not autocast)  # autocast cannot cast packed weights
@@ -123,7 +142,7 @@ def sample_fast(
 @torch.no_grad()
 def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """What `sample` gives, by the network as it is trained, step by step."""
-    pixels, present = views(inputs)
+    pixels, present = split_image_inputs(inputs)
     prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
 
     def predict(noisy: Action, time: Tensor) -> Action:
@@ -182,32 +201,45 @@ def _committed(inputs: Inputs) -> flow.CommittedPrefix | None:
 
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
-    pixels, present = views(inputs)
+    pixels, present = split_image_inputs(inputs)
     horizon = inputs["noise"].shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
     text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
     mask = inputs.get("attention_mask")
     # Keys and values that the expert reads in another precision are copied, once all are there.
-    wrote: Events = [] if is_recording() and text.dtype == sampler.expert.dtype else None
-    prefix = prefill(
-        sampler.vlm, features, text, valid, mask, 1 + horizon, keys_only=True, wrote=wrote
+    write_events: LayerEvents = (
+        [] if is_capturing_graph() and text.dtype == sampler.expert.dtype else None
     )
-    with branch(prefix.wrote):  # the first flow step's layers run while later ones of the prefix do
+    prefix = prefill(
+        sampler.vlm,
+        features,
+        text,
+        valid,
+        mask,
+        1 + horizon,
+        keys_only=True,
+        write_events=write_events,
+    )
+    with parallel_branch(
+        prefix.write_events
+    ):  # the first flow step's layers run while later ones of the prefix do
         return _flow(model, sampler, inputs, steps, prefix)
 
 
-def _flow(model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: Prefilled) -> Tensor:
+def _flow(
+    model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: PrefilledCache
+) -> Tensor:
     noise, expert = inputs["noise"], sampler.expert
     horizon = noise.shape[1]
-    cache, start, dtype = expert.take(prefix.cache), prefix.valid.shape[1], expert.dtype
+    cache, start, dtype = expert.adopt_cache(prefix.cache), prefix.valid.shape[1], expert.dtype
     end = start + 1 + horizon
     bias = prefix.bias(1 + horizon, expert.groups, dtype)
     ahead = torch.arange(1 + horizon, device=noise.device)
-    turns = expert.rotations(prefix.places[:, None] + ahead, dtype)
+    turns = expert.rotations(prefix.next_positions[:, None] + ahead, dtype)
     turns_after = tuple(turn[:, 1:] for turn in turns)
     # The first step runs the state and the actions, later steps the actions alone.
     with_state = replace(
-        cache.window(start, [(1, start + 1), (horizon, end)]), awaited=prefix.wrote
+        cache.window(start, [(1, start + 1), (horizon, end)]), await_events=prefix.write_events
     )
     actions_only = cache.window(start + 1, [(horizon, end)])
     moments = iter(sampler.time_embeddings(steps).unbind(0))

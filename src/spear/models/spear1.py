@@ -259,7 +259,7 @@ def load_inner_vlm(
     folder: Path, dtype: torch.dtype | None = None
 ) -> SpearVLMForConditionalGeneration:
     """The SPEAR-VLM in a folder, or inside the policy in it. Raises `SpearError` as `weights.load` does."""
-    if weights.architecture(folder) == Spear1Config.model_type:
+    if weights.read_architecture(folder) == Spear1Config.model_type:
         return weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     return weights.load(SpearVLMForConditionalGeneration, folder, dtype)
 

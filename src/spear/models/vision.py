@@ -14,7 +14,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Em
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
 from spear.errors import SpearError
-from spear.models.fast.linear import Fused, linear
+from spear.models.fast.linear import FusedLinear, linear
 from spear.models.layers import ATTENTION_NAME, BlockDiagonalMask, grouped_attention
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
@@ -181,9 +181,9 @@ class _OneProduct:
         last = self.out_proj if hasattr(self, "out_proj") else self.o_proj
         return last(found.flatten(2)), None
 
-    def fused_projections(self: Any) -> Fused:
+    def fused_projections(self: Any) -> FusedLinear:
         """The three, whose weights lie together from then on."""
-        return Fused(self.q_proj, self.k_proj, self.v_proj)
+        return FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
 
 def fuse_attention_projections(model: nn.Module) -> None:

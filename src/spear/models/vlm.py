@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, check_known
 from spear.models import layers, vision
-from spear.models.fast.linear import linear, side_by_side, use_fast_linear
+from spear.models.fast.linear import linear, run_in_parallel_streams, use_fast_linear
 
 IGNORE_LABEL = -100
 """The label of a token that is not to be learned (PyTorch's default for cross-entropy)."""
@@ -153,7 +153,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
         if moge is not None and moge_projector is not None:
             encoders.append(lambda: moge_projector(moge(*views)))
-        projected = side_by_side(encoders)
+        projected = run_in_parallel_streams(encoders)
         features = projected[0]
         if len(projected) > 1:
             features = 0.5 * (projected[0] + projected[1])

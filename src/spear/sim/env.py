@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.sim.control import check_action
-from spear.sim.render import Size, own_renderer
+from spear.sim.render import ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
-from spear.sim.world import World, milestones
+from spear.sim.world import World, measure_milestones
 from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
 
@@ -43,7 +43,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         images       whether observations have images; without them no rendering library is needed.
 
     A step is 0.2 s (5 Hz). `step` raises `SpearError` for actions that are not 8 finite numbers with a unit
-    quaternion. `info` has `spear.sim.world.milestones` (all but success: at any time so far), and whether the
+    quaternion. `info` has `measure_milestones` (all but success: at any time so far), and whether the
     target of the action was "unreachable". Reward is 1 at success, where the episode ends, else 0.
     """
 
@@ -52,8 +52,8 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def __init__(
         self,
         family: str = "put_on",
-        image_size: Size = (280, 210),
-        wrist_size: Size = (112, 112),
+        image_size: ImageSize = (280, 210),
+        wrist_size: ImageSize = (112, 112),
         images: bool = True,
         render_mode: str | None = "rgb_array",
     ) -> None:
@@ -118,7 +118,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         result: Observation = {"observation/state": state, "prompt": self.world.spec.instruction}
         if self.images:
             views = [("external", self.image_size), ("wrist", self.wrist_size)]
-            image, wrist = own_renderer().images(self.world, views)
+            image, wrist = get_thread_renderer().images(self.world, views)
             result["observation/image"], result["observation/wrist_image"] = image, wrist
         return result
 
@@ -129,10 +129,10 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     def render(self) -> NDArray[np.uint8]:
         """The external camera's image."""
-        return own_renderer().images(self.world, [("external", self.image_size)])[0]
+        return get_thread_renderer().images(self.world, [("external", self.image_size)])[0]
 
     def _info(self, unreachable: bool) -> dict[str, Any]:
-        now = milestones(self.world)
+        now = measure_milestones(self.world)
         for key in self._milestones:
             self._milestones[key] = now[key] = self._milestones[key] or now[key]
         return {**now, "unreachable": unreachable, "steps": self.steps}

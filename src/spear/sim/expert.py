@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
 from spear.sim.control import FINGER_TRAVEL
-from spear.sim.scene import SOURCE, TARGET
-from spear.sim.world import World, placed
+from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX
+from spear.sim.world import World, is_source_on_target
 
 MAX_TRANSLATION = 0.06
 """Longest step, m."""
@@ -44,10 +44,10 @@ def act(world: World) -> NDArray[np.float32]:
     """[8] the expert's action in this state (layout of `spear.types.Action`)."""
     position, rotation = world.servo.pose()
     yaw, tilt = _yaw_tilt(rotation)
-    touching = world.fingers_touching(SOURCE)
+    touching = world.fingers_touching(SOURCE_INDEX)
     # a held object may only brush the target: it is not yet down on it
     hanging = touching == 2 and _underside(world) > _release_height(world) + 0.012
-    if placed(world) and not hanging:
+    if is_source_on_target(world) and not hanging:
         aim = _leave(world, position, yaw, touching)
     elif touching == 2:
         aim = _carry(world, position, yaw, tilt)
@@ -74,7 +74,7 @@ def _carry(world: World, position: Floats, yaw: float, tilt: float) -> Aim:
     """Lift, move over the target, come down, open."""
     goal_yaw = _placing_yaw(world, yaw)
     turn = abs(_wrap(goal_yaw - yaw))
-    offset = world.position(TARGET)[:2] - world.position(SOURCE)[:2]
+    offset = world.position(TARGET_INDEX)[:2] - world.position(SOURCE_INDEX)[:2]
     side = euclidean_norm(offset)
     error = side + _TURN_WEIGHT * (turn + tilt)
     underside, release = _underside(world), _release_height(world)
@@ -88,27 +88,29 @@ def _leave(world: World, position: Floats, yaw: float, touching: int) -> Aim:
     """Let go, then go up."""
     goal = position.copy()
     if touching < 2 and world.servo.opening() > 0.6:
-        goal[2] = max(position[2], world.position(TARGET)[2] + RETREAT)
+        goal[2] = max(position[2], world.position(TARGET_INDEX)[2] + RETREAT)
     return goal, yaw, 1.0
 
 
 def _release_height(world: World) -> float:
     """Height at which the carried object's underside should be when the gripper opens, m."""
-    kind = world.bodies[TARGET].kind
-    top = float(world.position(TARGET)[2]) + kind.rim
+    kind = world.bodies[TARGET_INDEX].kind
+    top = float(world.position(TARGET_INDEX)[2]) + kind.rim
     return top + {"basket": -0.025, "bowl": -0.015}.get(kind.name, 0.004)
 
 
 def _underside(world: World) -> float:
     """Height of the lowest point of the object to be moved, m."""
-    body, down = world.bodies[SOURCE], world.matrix(SOURCE)[2]
+    body, down = world.bodies[SOURCE_INDEX], world.matrix(SOURCE_INDEX)[2]
     center, half = (body.low + body.high) / 2, (body.high - body.low) / 2
-    return float(world.position(SOURCE)[2] + (down * center).sum() - (np.abs(down) * half).sum())
+    return float(
+        world.position(SOURCE_INDEX)[2] + (down * center).sum() - (np.abs(down) * half).sum()
+    )
 
 
 def _placing_yaw(world: World, yaw: float) -> float:
     """Cubes go square on cubes, long things along the basket; else the yaw does not matter."""
-    kind, onto = world.bodies[SOURCE].kind, world.bodies[TARGET].kind
+    kind, onto = world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind
     if kind.name.endswith("cube") and onto.name.endswith("cube"):
         period = math.pi / 2
     elif (
@@ -117,17 +119,19 @@ def _placing_yaw(world: World, yaw: float) -> float:
         period = math.pi
     else:
         return yaw
-    wanted, has = (math.atan2(m[1, 0], m[0, 0]) for m in map(world.matrix, (TARGET, SOURCE)))
+    wanted, has = (
+        math.atan2(m[1, 0], m[0, 0]) for m in map(world.matrix, (TARGET_INDEX, SOURCE_INDEX))
+    )
     off = _wrap(wanted - has, period)
     return yaw + off if abs(yaw + off) <= MAX_YAW else yaw + off - math.copysign(period, off)
 
 
 def _grasp(world: World) -> tuple[Floats, list[float] | None, float]:
     """Where to take the object: point [3], gripper yaws that fit (None: any), and its width, m."""
-    kind, frame = world.bodies[SOURCE].kind, world.matrix(SOURCE)
+    kind, frame = world.bodies[SOURCE_INDEX].kind, world.matrix(SOURCE_INDEX)
     assert kind.grasp is not None
     center, half = map(np.array, kind.grasp)
-    point = world.position(SOURCE) + (frame * center).sum(1)
+    point = world.position(SOURCE_INDEX) + (frame * center).sum(1)
     top = point[2] + float((np.abs(frame[2]) * half).sum())
     point[2] = max(point[2], top - REACH_DOWN, LOWEST)
     if kind.round:

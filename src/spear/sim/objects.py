@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ObjectKind:
     """A kind of object.
 
     name    what people call it.
@@ -89,7 +89,7 @@ def _parts(row: dict[str, Any]) -> Iterator[Part]:
         yield Part(**row)
 
 
-def _catalogue(file_name: str) -> dict[str, Kind]:
+def _catalogue(file_name: str) -> dict[str, ObjectKind]:
     """The kinds of objects that a file beside this one describes, by name."""
     tables = _tuples(tomllib.loads(Path(__file__).with_name(file_name).read_text("utf-8")))
     palette = tables.pop("palette", {})
@@ -99,16 +99,16 @@ def _catalogue(file_name: str) -> dict[str, Kind]:
             for row in table["parts"]
         ]
         table["parts"] = tuple(part for row in rows for part in _parts(row))
-    return {name: Kind(name, **table) for name, table in tables.items()}
+    return {name: ObjectKind(name, **table) for name, table in tables.items()}
 
 
 _TASK_KINDS = _catalogue("objects.toml")
 _OTHER_KINDS = _catalogue("objects_wild.toml")
-KINDS = _TASK_KINDS | _OTHER_KINDS
+OBJECT_KINDS = _TASK_KINDS | _OTHER_KINDS
 """Every kind of object, by name."""
 TASK_FREE_KINDS = tuple(_OTHER_KINDS)
 """Kinds that no task uses: clutter in wild worlds."""
-CUBES = tuple(name for name in KINDS if name.endswith("cube"))
-GRASPABLE = tuple(name for name, kind in KINDS.items() if kind.grasp is not None)
+CUBES = tuple(name for name in OBJECT_KINDS if name.endswith("cube"))
+GRASPABLE = tuple(name for name, kind in OBJECT_KINDS.items() if kind.grasp is not None)
 SUPPORTS = ("plate", "bowl", "basket", "towel")
 """What things are put on or in."""

@@ -18,7 +18,7 @@ import numpy as np
 from spear.embodiments.inverse_kinematics import euclidean_norm
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import Size
+from spear.sim.render import ImageSize
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util import processes
 from spear.util.images import encode_jpeg
@@ -32,7 +32,7 @@ _EXTRA_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Acts:
+class InterveningPolicy:
     """A policy that takes turns with the expert, as it is sent to processes.
 
     folder  its weights. act: (folder, observation, seed of the scene, step) → what it does, [8]; seed and
@@ -69,12 +69,12 @@ POLICY_STARTS, POLICY_STEPS = 0.25, 8
 """Of a policy's turns: the chance per step of the expert's that one begins, and its longest, steps."""
 
 
-def record(
+def record_episodes(
     tasks: Iterable[tuple[str, int]],
-    image_size: Size = (280, 210),
-    wrist_size: Size = (112, 112),
+    image_size: ImageSize = (280, 210),
+    wrist_size: ImageSize = (112, 112),
     workers: int = 2,
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
     """An `Episode` for each (family, seed) of `tasks`, in that order; also of failures (`success` False).
 
@@ -91,16 +91,16 @@ def record(
 def record_episode(
     family: str,
     seed: int,
-    image_size: Size = (280, 210),
-    wrist_size: Size = (112, 112),
+    image_size: ImageSize = (280, 210),
+    wrist_size: ImageSize = (112, 112),
     disturbance: Disturbance = Disturbance(),
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
 ) -> Episode:
     """The expert's demonstration of one scene, disturbed, or by turns with a policy."""
     env = TabletopEnv(family, image_size, wrist_size)
     observation, info = env.reset(seed=seed)
-    push = Pushes(disturbance, np.random.default_rng([seed, 1]), policy)
-    tape = Tape()
+    push = ArmDisturber(disturbance, np.random.default_rng([seed, 1]), policy)
+    tape = EpisodeRecorder()
     while env.steps < MAX_STEPS + _EXTRA_STEPS and not info["success"]:
         action, pushed = push(expert.act(env.world), env.steps, observation, seed)
         seen = {
@@ -110,12 +110,12 @@ def record_episode(
         tape.add(seen, observation["observation/state"], action, pushed)
         info = env.physics_step(action)
         observation = env.observe()
-    source = source_of(family, seed, policy is not None)
+    source = format_episode_source(family, seed, policy is not None)
     return tape.episode(env.world.spec.instruction, CONTROL_RATE_HZ, source, bool(info["success"]))
 
 
 @dataclass
-class Tape:
+class EpisodeRecorder:
     """The steps of an episode as they come; pushed steps are masked."""
 
     steps: list[tuple[dict[str, bytes], Array, Array, bool]] = field(default_factory=list)
@@ -143,23 +143,25 @@ class Tape:
         )
 
 
-def source_of(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:
+def format_episode_source(family: str, seed: int, turns: bool, simulator: str = "sim") -> str:
     """What an episode is called; turns: a policy took turns with the expert."""
     return f"{simulator}/{family}/{seed}" + "/turns" * turns
 
 
-def _job(external: Size, wrist: Size, policy: Acts | None, task: tuple[str, int]) -> Episode:
+def _job(
+    external: ImageSize, wrist: ImageSize, policy: InterveningPolicy | None, task: tuple[str, int]
+) -> Episode:
     return record_episode(*task, external, wrist, policy=policy)
 
 
 @dataclass
-class Pushes:
+class ArmDisturber:
     """When the arm is pushed in an episode, and how: by chance, or by the policy's turns if there is one.
     left: steps that the push still lasts; missed: it is a missed grasp."""
 
     how: Disturbance
     rng: np.random.Generator
-    policy: Acts | None = None
+    policy: InterveningPolicy | None = None
     left: int = 0
     missed: bool = False
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import clutter_scene
-from spear.sim.world import GRIPPER, World, base_spec, half_extent
+from spear.sim.world import GRIPPER_NAME, World, base_spec, half_extent
 from spear.types import Frame
 
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 """Width and height, pixels."""
 CAMERAS = ("external", "wrist")
 MIN_PIXELS = 8
@@ -47,7 +47,7 @@ _OWN = threading.local()
 
 class Renderer:
     """A rendering context that any number of worlds share, until the process ends. It belongs to the thread
-    that made it; see `own_renderer`."""
+    that made it; see `get_thread_renderer`."""
 
     def __init__(self) -> None:
         self._size = width, height = (
@@ -78,7 +78,9 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._nothing = mujoco.MjvPerturb()
 
-    def images(self, world: World, views: Sequence[tuple[str, Size]]) -> list[NDArray[np.uint8]]:
+    def images(
+        self, world: World, views: Sequence[tuple[str, ImageSize]]
+    ) -> list[NDArray[np.uint8]]:
         """One [h, w, 3] uint8 image per (camera name, size), in the order asked for."""
         rectangles = self._layout([size for _, size in views])
         self._update(world, views[0][0])
@@ -95,7 +97,7 @@ class Renderer:
         ]
 
     def layers(
-        self, world: World, camera: str, size: Size
+        self, world: World, camera: str, size: ImageSize
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
         """What one camera sees: image [h, w, 3], depth [h, w] along its z (m), geom ids [h, w] or -1."""
         (rectangle,) = self._layout([size])
@@ -117,7 +119,7 @@ class Renderer:
         metres = (near * far / (near + depth[::-1] * (far - near))).astype(np.float32)
         return np.ascontiguousarray(image[::-1]), metres, self._geom_ids(codes[::-1])
 
-    def _layout(self, sizes: Sequence[Size]) -> list[mujoco.MjrRect]:
+    def _layout(self, sizes: Sequence[ImageSize]) -> list[mujoco.MjrRect]:
         width, height = sum(w for w, _ in sizes), max(h for _, h in sizes)
         self._gl.make_current()
         if width > self._size[0] or height > self._size[1]:
@@ -142,17 +144,17 @@ class Renderer:
         return lookup[np.minimum(numbers, len(lookup) - 1)]
 
 
-def own_renderer() -> Renderer:
+def get_thread_renderer() -> Renderer:
     """This thread's. Raises `SpearError` where nothing can be rendered."""
     if not hasattr(_OWN, "renderer"):
         _OWN.renderer = Renderer()
     return _OWN.renderer
 
 
-def frame_of(world: World, camera: str, size: Size) -> Frame:
+def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
     """What `camera` ("external" or "wrist") of `world` sees at `size` (width, height)."""
     check_known("camera", CAMERAS, camera)
-    image, depth, geoms = own_renderer().layers(world, camera, size)
+    image, depth, geoms = get_thread_renderer().layers(world, camera, size)
     instances = world.instance_of_geom[geoms]
     ids, counts = np.unique(instances, return_counts=True)
     seen = [int(i) for i, n in zip(ids, counts, strict=True) if i > 0 and n >= MIN_PIXELS]
@@ -164,7 +166,8 @@ def frame_of(world: World, camera: str, size: Size) -> Frame:
         depth=depth,
         instances=instances,
         names={
-            i: world.bodies[i - 1].kind.name if i <= len(world.bodies) else GRIPPER for i in seen
+            i: world.bodies[i - 1].kind.name if i <= len(world.bodies) else GRIPPER_NAME
+            for i in seen
         },
         intrinsics=intrinsics(world, camera, size),
         extrinsics=pose,
@@ -173,12 +176,12 @@ def frame_of(world: World, camera: str, size: Size) -> Frame:
     )
 
 
-def clutter_frame(seed: int, camera: str, size: Size) -> Frame:
+def render_clutter_frame(seed: int, camera: str, size: ImageSize) -> Frame:
     """A labelled picture of the scene without a task that `seed` stands for."""
-    return frame_of(World(clutter_scene(seed)), camera, size)
+    return render_frame(World(clutter_scene(seed)), camera, size)
 
 
-def intrinsics(world: World, camera: str, size: Size) -> NDArray[np.float64]:
+def intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64]:
     """[3, 3] pinhole matrix, pixels; square pixels, centred, pixel centres at integer + 0.5."""
     width, height = size
     fovy = math.radians(float(world.model.cam_fovy[world.model.camera(camera).id]))

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.sim.objects import CUBES, GRASPABLE, KINDS, SUPPORTS, Color, Vec3
+from spear.sim.objects import CUBES, GRASPABLE, OBJECT_KINDS, SUPPORTS, Color, Vec3
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 FAMILIES = ("put_on", "put_in_basket", "spoon_on_towel", "stack_cube")
-TARGET, SOURCE = 0, 1
+TARGET_INDEX, SOURCE_INDEX = 0, 1
 """Of the objects in a scene with a task: where the source, which is to be moved, goes."""
 WORKSPACE = ((0.37, 0.63), (-0.23, 0.23))
 """Where objects lie: x and y ranges on the table, m, base frame."""
-FOVY = 36.5
+EXTERNAL_CAMERA_FOV_Y_DEG = 36.5
 """The external camera's vertical view angle, degrees. One camera, as on a real robot: a degree more or less
 would hide 13 mm of depth, and no picture tells."""
-START = np.array([0.45, 0.0, 0.23])
+NOMINAL_START_POSITION_M = np.array([0.45, 0.0, 0.23])
 """Middle of the gripper's start positions, m, base frame."""
 
 COMPACT = (*CUBES, "tomato", "lemon")
@@ -52,7 +52,7 @@ Quat = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """An object in a scene: its kind, pose (m, quaternion w x y z, base frame) and colour."""
 
     kind: str
@@ -62,7 +62,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Look:
+class SceneAppearance:
     """How a scene looks: the external camera and what it looks at (m, base frame), the material and color of
     each of the `SURFACES`, and the light.
 
@@ -80,7 +80,7 @@ class Look:
     light: Vec3
     diffuse: Color
     ambient: Color
-    fovy_deg: float = FOVY
+    fovy_deg: float = EXTERNAL_CAMERA_FOV_Y_DEG
     fill_lights: tuple[tuple[Vec3, Color], ...] = ()
     table_half_size_m: tuple[float, float] | None = None
     table_height_m: float | None = None
@@ -92,7 +92,7 @@ class Look:
 class SceneSpec:
     """A scene: the objects, where the gripper starts, what to do, how it looks.
 
-    things     the objects; where there is a task, `TARGET` and `SOURCE` are indices into it.
+    things     the objects; where there is a task, `TARGET_INDEX` and `SOURCE_INDEX` are indices into it.
     ee_position, ee_rotation   the gripper's pose at the start (m, quaternion w x y z, base frame).
     opening    the gripper's opening at the start, 0 closed … 1 open.
     held       index of an object that is between the fingers at the start, or None.
@@ -100,13 +100,13 @@ class SceneSpec:
 
     family: str
     seed: int
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     ee_position: Vec3
     ee_rotation: Quat
-    look: Look
+    appearance: SceneAppearance
     instruction: str = ""
     opening: float = 1.0
-    held: int | None = None
+    held_object: int | None = None
 
 
 def held_out_seeds(first: int, count: int) -> range:
@@ -128,11 +128,11 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
         family=family,
         seed=seed,
         # drawn in this order
-        things=_place(wanted, rng),
-        ee_position=_vec(START + rng.uniform(-0.08, 0.08, 3)),
+        objects=_place(wanted, rng),
+        ee_position=_vec(NOMINAL_START_POSITION_M + rng.uniform(-0.08, 0.08, 3)),
         ee_rotation=_tilted(rng, math.radians(18), math.radians(30)),
         instruction=_instruct(family, source, target, rng),
-        look=_look(rng),
+        appearance=_sample_appearance(rng),
     )
 
 
@@ -146,7 +146,7 @@ def clutter_scene(seed: int) -> SceneSpec:
     supports = _choose(rng, SUPPORTS, int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15])))
     things = _place([*supports, *names], rng)
     opening = float(rng.choice([1.0, rng.uniform(0.0, 1.0)]))
-    graspable = [i for i, thing in enumerate(things) if KINDS[thing.kind].grasp]
+    graspable = [i for i, thing in enumerate(things) if OBJECT_KINDS[thing.kind].grasp]
     xy = np.array([rng.uniform(*WORKSPACE[0]), rng.uniform(*WORKSPACE[1])])
     if graspable and rng.random() < 0.7:
         xy = np.array(things[int(rng.choice(graspable))].position[:2]) + rng.normal(0, 0.03, 2)
@@ -156,23 +156,23 @@ def clutter_scene(seed: int) -> SceneSpec:
     return SceneSpec(
         family="clutter",
         seed=seed,
-        things=things,
+        objects=things,
         ee_position=_vec([*xy, height]),
         ee_rotation=_tilted(rng, math.radians(tilt), math.radians(90)),
         opening=opening,
-        held=held,
-        look=_look(rng),
+        held_object=held,
+        appearance=_sample_appearance(rng),
     )
 
 
-def _look(rng: np.random.Generator) -> Look:
+def _sample_appearance(rng: np.random.Generator) -> SceneAppearance:
     """Camera, surfaces and light at random around one nominal view from the front left (our choice)."""
     camera = np.array([1.12, 0.32, 0.62]) + rng.uniform(-0.04, 0.04, 3)
     target = np.array([0.48, 0.01, 0.09]) + rng.uniform(-0.02, 0.02, 3)
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), -1.0])
     warm = rng.uniform(-0.05, 0.05)
     bright = rng.uniform(0.45, 0.70)
-    return Look(
+    return SceneAppearance(
         camera=_vec(camera),
         target=_vec(target),
         surfaces={
@@ -222,10 +222,10 @@ def _choose(
     return names
 
 
-def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[Thing, ...]:
+def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[SceneObject, ...]:
     """Lay the objects apart from each other; those after the first two are left out when room is short."""
     while True:
-        things: list[Thing] = []
+        things: list[SceneObject] = []
         for i, name in enumerate(names):
             thing = _find_room(name, things, rng, gap=0.03 if i < 2 else 0.02)
             if thing is not None:
@@ -237,9 +237,9 @@ def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[Thing, ...]:
 
 
 def _find_room(
-    name: str, others: Sequence[Thing], rng: np.random.Generator, gap: float
-) -> Thing | None:
-    kind = KINDS[name]
+    name: str, others: Sequence[SceneObject], rng: np.random.Generator, gap: float
+) -> SceneObject | None:
+    kind = OBJECT_KINDS[name]
     # large things keep their middle further inside
     inset = max(0.0, kind.radius - 0.08)
     for _ in range(40):
@@ -247,12 +247,12 @@ def _find_room(
         y = rng.uniform(WORKSPACE[1][0] + inset, WORKSPACE[1][1] - inset)
         if all(
             math.hypot(x - o.position[0], y - o.position[1])
-            > kind.radius + KINDS[o.kind].radius + gap
+            > kind.radius + OBJECT_KINDS[o.kind].radius + gap
             for o in others
         ):
             yaw = rng.uniform(-math.pi, math.pi) * (0.12 if name in ("basket", "towel") else 1)
             turn = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
-            return Thing(name, _vec([x, y, kind.height]), turn, _pick(rng, kind.colors, 0.04))
+            return SceneObject(name, _vec([x, y, kind.height]), turn, _pick(rng, kind.colors, 0.04))
     return None
 
 

@@ -20,14 +20,14 @@ from spear.errors import SpearError, check_known
 from spear.sim.objects import GRASPABLE, TASK_FREE_KINDS
 from spear.sim.scene import (
     DISTRACTORS,
-    FOVY,
-    SOURCE,
-    START,
+    EXTERNAL_CAMERA_FOV_Y_DEG,
+    NOMINAL_START_POSITION_M,
+    SOURCE_INDEX,
     SURFACES,
     SYNONYMS,
-    TARGET,
-    Look,
+    TARGET_INDEX,
     Quat,
+    SceneAppearance,
     SceneSpec,
 )
 from spear.sim.textures import UNSEEN_TEXTURES
@@ -44,7 +44,7 @@ MIN_CAMERA_ELEVATION_DEG = 12.0
 MAX_CAMERA_ELEVATION_DEG = 78.0
 """Lower, the table hides itself; higher, "up" in the picture is undefined."""
 TRAINING_START_RANGE_M = 0.08
-"""How far from `START` the gripper begins in training, along each axis, m."""
+"""How far from `NOMINAL_START_POSITION_M` the gripper begins in training, along each axis, m."""
 TRAINING_YAW_DEG = 30.0
 """How far the gripper is turned at the start in training, degrees."""
 MIN_START_HEIGHT_M = 0.12
@@ -136,16 +136,16 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
         [_STREAM, AXES.index(shift.axis), shift.level, *scene.family.encode(), scene.seed]
     )
     if shift.axis == "camera":
-        return _with_look(scene, _shift_camera(scene.look, CAMERA_LEVELS[shift.level], rng))
+        return _with_look(scene, _shift_camera(scene.appearance, CAMERA_LEVELS[shift.level], rng))
     if shift.axis == "light":
-        return _with_look(scene, _shift_light(scene.look, LIGHT_LEVELS[shift.level], rng))
+        return _with_look(scene, _shift_light(scene.appearance, LIGHT_LEVELS[shift.level], rng))
     if shift.axis == "background":
-        return _with_look(scene, _shift_background(scene.look, shift.level, rng))
+        return _with_look(scene, _shift_background(scene.appearance, shift.level, rng))
     if shift.axis == "layout":
         kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
         kinds = _without_task_objects(scene, kinds)
-        things = add_clutter(scene.things, kinds, NUM_CLUTTER[shift.level], rng)
-        return dataclasses.replace(scene, things=things)
+        things = add_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
+        return dataclasses.replace(scene, objects=things)
     if shift.axis == "robot":
         return dataclasses.replace(
             scene,
@@ -157,11 +157,13 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     return scene
 
 
-def _with_look(scene: SceneSpec, look: Look) -> SceneSpec:
-    return dataclasses.replace(scene, look=look)
+def _with_look(scene: SceneSpec, look: SceneAppearance) -> SceneSpec:
+    return dataclasses.replace(scene, appearance=look)
 
 
-def _shift_camera(look: Look, level: CameraLevel, rng: np.random.Generator) -> Look:
+def _shift_camera(
+    look: SceneAppearance, level: CameraLevel, rng: np.random.Generator
+) -> SceneAppearance:
     orbit = CameraOrbit.of(look)
     elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
     log_factor = math.log(level.distance_factor)
@@ -176,12 +178,14 @@ def _shift_camera(look: Look, level: CameraLevel, rng: np.random.Generator) -> L
     return dataclasses.replace(
         look,
         camera=moved.position(),
-        fovy_deg=FOVY + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
+        fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
         has_four_walls=True,
     )
 
 
-def _shift_light(look: Look, level: LightLevel, rng: np.random.Generator) -> Look:
+def _shift_light(
+    look: SceneAppearance, level: LightLevel, rng: np.random.Generator
+) -> SceneAppearance:
     log_factor = math.log(level.brightness_factor)
     factor = math.exp(rng.uniform(-log_factor, log_factor))
     warmth = rng.uniform(-level.warmth, level.warmth)
@@ -196,7 +200,9 @@ def _shift_light(look: Look, level: LightLevel, rng: np.random.Generator) -> Loo
     )
 
 
-def _shift_background(look: Look, level: int, rng: np.random.Generator) -> Look:
+def _shift_background(
+    look: SceneAppearance, level: int, rng: np.random.Generator
+) -> SceneAppearance:
     surfaces = {}
     for name in SURFACES:
         material, color = look.surfaces[name]
@@ -212,7 +218,7 @@ def _shift_background(look: Look, level: int, rng: np.random.Generator) -> Look:
 
 def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
     """Kinds that cannot be mistaken for the source or the target of the task."""
-    task_kinds = {scene.things[SOURCE].kind, scene.things[TARGET].kind}
+    task_kinds = {scene.objects[SOURCE_INDEX].kind, scene.objects[TARGET_INDEX].kind}
     return tuple(kind for kind in kinds if kind not in task_kinds)
 
 
@@ -224,7 +230,7 @@ def _shift_start_position(level: int, rng: np.random.Generator) -> tuple[float, 
     axis = int(rng.integers(0, 3))
     sign = 1.0 if axis == 2 else float(rng.choice([-1.0, 1.0]))  # downward there is no room
     offset[axis] = sign * rng.uniform(inner, outer)
-    x, y, z = START + offset
+    x, y, z = NOMINAL_START_POSITION_M + offset
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
 
@@ -237,7 +243,7 @@ def _shift_start_rotation(level: int, rng: np.random.Generator) -> Quat:
 
 def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
     """Level 1: unseen templates. Level 2: unseen synonyms too, and politeness. Level 3: relations too."""
-    source, target = scene.things[SOURCE], scene.things[TARGET]
+    source, target = scene.objects[SOURCE_INDEX], scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)
     if level == 1:
@@ -248,7 +254,7 @@ def _shift_words(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
     source_name = _pick_word(UNSEEN_SYNONYMS.get(source.kind, (source.kind,)), rng)
     target_name = _pick_word(UNSEEN_SYNONYMS.get(target.kind, (target.kind,)), rng)
     if level == 3:
-        source_name = describe_by_relation(scene, SOURCE) or source_name
+        source_name = describe_by_relation(scene, SOURCE_INDEX) or source_name
     sentence = template.format(source=source_name, target=target_name)
     return _pick_word(POLITE_PREFIXES, rng) + sentence + _pick_word(POLITE_SUFFIXES, rng)
 
@@ -259,8 +265,8 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
     Left and right are those of the external camera's picture. None where several objects fit.
     """
     lateral = _picture_coordinates(scene)
-    candidates = [i for i, thing in enumerate(scene.things) if thing.kind in GRASPABLE]
-    anchors = [i for i in range(len(scene.things)) if i != index]
+    candidates = [i for i, thing in enumerate(scene.objects) if thing.kind in GRASPABLE]
+    anchors = [i for i in range(len(scene.objects)) if i != index]
     for anchor in anchors:
         for word, sign in (("left", -1), ("right", 1)):
             matching = [
@@ -269,17 +275,17 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
                 if i != anchor and sign * (lateral[i] - lateral[anchor]) > 0.03
             ]
             if matching == [index]:
-                return f"thing {word} of the {scene.things[anchor].kind}"
+                return f"thing {word} of the {scene.objects[anchor].kind}"
     return None
 
 
 def _picture_coordinates(scene: SceneSpec) -> list[float]:
     """How far right of the picture's middle each object lies, m."""
-    backward = np.subtract(scene.look.camera, scene.look.target)
+    backward = np.subtract(scene.appearance.camera, scene.appearance.target)
     right = np.array([-backward[1], backward[0]]) / math.hypot(backward[0], backward[1])
     coordinates = []
-    for thing in scene.things:
-        offset = np.subtract(thing.position, scene.look.target)
+    for thing in scene.objects:
+        offset = np.subtract(thing.position, scene.appearance.target)
         coordinates.append(float(offset[0] * right[0] + offset[1] * right[1]))
     return coordinates
 

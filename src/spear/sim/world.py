@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
 from spear.sim.control import FINGER_TRAVEL, HIDDEN_GROUP, SUBSTEPS, Servo
-from spear.sim.objects import KINDS, Kind
-from spear.sim.scene import SOURCE, TARGET, Look, SceneSpec
+from spear.sim.objects import OBJECT_KINDS, ObjectKind
+from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX, SceneAppearance, SceneSpec
 from spear.sim.textures import UNSEEN_TEXTURES, WILD_TEXTURES, draw_texture
 
-SIMULATOR = f"MuJoCo {mujoco.__version__}"
+SIMULATOR_VERSION = f"MuJoCo {mujoco.__version__}"
 """Another one is another physics, and makes other pictures."""
-GRIPPER = "robot gripper"
+GRIPPER_NAME = "robot gripper"
 """What the gripper is called among the instances of an image."""
 
 SLOW, MOVED = 0.02, 0.02
@@ -45,7 +45,7 @@ _SHAPES = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in _
 class Body:
     """An object of the scene: its body id in the model, and its visible extent's corners, in its frame, m."""
 
-    kind: Kind
+    kind: ObjectKind
     index: int
     low: Floats
     high: Floats
@@ -58,7 +58,7 @@ class World:
         self.spec = spec
         self.model = _compile(spec)
         self.data = mujoco.MjData(self.model)
-        kinds = enumerate(KINDS[thing.kind] for thing in spec.things)
+        kinds = enumerate(OBJECT_KINDS[thing.kind] for thing in spec.objects)
         self.bodies = tuple(
             Body(k, self.model.body(f"object{i}").id, *_extent(k)) for i, k in kinds
         )
@@ -95,8 +95,8 @@ class World:
             position[2] += 0.02
             self.servo.place(position, rotation, self.spec.opening)
             mujoco.mj_forward(self.model, self.data)
-        if self.spec.held is not None:
-            body = self.bodies[self.spec.held]
+        if self.spec.held_object is not None:
+            body = self.bodies[self.spec.held_object]
             assert body.kind.grasp is not None
             center, half = (np.array(v) for v in body.kind.grasp)
             self.servo.place(position, rotation, float(half[1]) / FINGER_TRAVEL)
@@ -135,7 +135,7 @@ class World:
         return bool((((pairs == (a, b)) | (pairs == (b, a))).all(axis=1)).any())
 
 
-def milestones(world: World) -> dict[str, bool]:
+def measure_milestones(world: World) -> dict[str, bool]:
     """How far the task of a scene is now.
 
     reached             the gripper is at the object to be moved.
@@ -143,36 +143,36 @@ def milestones(world: World) -> dict[str, bool]:
     success             it rests, released, on (in) the target.
     wrong_object_moved  an object that is neither source nor target has been displaced.
     """
-    touching = world.fingers_touching(SOURCE)
+    touching = world.fingers_touching(SOURCE_INDEX)
     ee, _ = world.servo.pose()
     displaced, start = (
         world.positions() - world.start,
-        world.model.body_dofadr[world.bodies[SOURCE].index],
+        world.model.body_dofadr[world.bodies[SOURCE_INDEX].index],
     )
     speed = euclidean_norm(world.data.qvel[start : start + 3])
     return {
-        "reached": euclidean_norm(ee - world.position(SOURCE)) < NEAR,
-        "grasped": bool(touching == 2 and displaced[SOURCE, 2] > LIFTED),
-        "success": touching == 0 and speed < SLOW and placed(world),
+        "reached": euclidean_norm(ee - world.position(SOURCE_INDEX)) < NEAR,
+        "grasped": bool(touching == 2 and displaced[SOURCE_INDEX, 2] > LIFTED),
+        "success": touching == 0 and speed < SLOW and is_source_on_target(world),
         "wrong_object_moved": bool((np.linalg.norm(displaced[2:], axis=1) > MOVED).any()),
     }
 
 
-def placed(world: World) -> bool:
+def is_source_on_target(world: World) -> bool:
     """Whether the object to be moved lies on or in the target, held or not."""
-    source, target = world.bodies[SOURCE], world.bodies[TARGET]
-    kind, frame = target.kind, world.matrix(TARGET)
+    source, target = world.bodies[SOURCE_INDEX], world.bodies[TARGET_INDEX]
+    kind, frame = target.kind, world.matrix(TARGET_INDEX)
     assert kind.inside is not None, "a scene without a task"
     if frame[2, 2] < 0.95 or not world.touching(source.index, target.index):
         return False
-    local = (frame.T * (world.position(SOURCE) - world.position(TARGET))).sum(1)
+    local = (frame.T * (world.position(SOURCE_INDEX) - world.position(TARGET_INDEX))).sum(1)
     half_x, half_y, floor = kind.inside
     x, y = local[0] / half_x, local[1] / half_y
     within = x * x + y * y < 1 if kind.inside_round else max(abs(x), abs(y)) < 1
     return bool(within and local[2] > floor)
 
 
-def _extent(kind: Kind) -> tuple[Floats, Floats]:
+def _extent(kind: ObjectKind) -> tuple[Floats, Floats]:
     """Corners of the axis-aligned box around a kind's visible parts, in its frame."""
     lows, highs, rotation = [], [], np.empty(9)
     for part in (part for part in kind.parts if part.visible):
@@ -258,15 +258,15 @@ def _add_material(spec: mujoco.MjSpec, name: str, gray: NDArray[np.uint8]) -> No
 
 def _compile(scene: SceneSpec) -> mujoco.MjModel:
     spec = base_spec().copy()
-    look = scene.look
+    look = scene.appearance
     _furnish(spec, look)
     for geom in spec.worldbody.geoms:
         surface = geom.name.partition("_")[0]
         if surface in look.surfaces:
             geom.material, color = look.surfaces[surface]
             geom.rgba = [*color, 1.0]
-    for i, thing in enumerate(scene.things):
-        kind = KINDS[thing.kind]
+    for i, thing in enumerate(scene.objects):
+        kind = OBJECT_KINDS[thing.kind]
         body = spec.worldbody.add_body(name=f"object{i}", pos=thing.position, quat=thing.rotation)
         if not kind.fixed:
             body.add_freejoint()
@@ -298,7 +298,7 @@ def _compile(scene: SceneSpec) -> mujoco.MjModel:
     return model
 
 
-def _furnish(spec: mujoco.MjSpec, look: Look) -> None:
+def _furnish(spec: mujoco.MjSpec, look: SceneAppearance) -> None:
     """Table, floor, walls and further lights, where a world has others than the usual ones."""
     if look.table_half_size_m is not None:
         half_x, half_y = look.table_half_size_m

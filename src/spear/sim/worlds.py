@@ -19,8 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.errors import SpearError
-from spear.sim.objects import KINDS, TASK_FREE_KINDS, Color, Vec3
-from spear.sim.scene import FOVY, SURFACES, Look, SceneSpec, Thing
+from spear.sim.objects import OBJECT_KINDS, TASK_FREE_KINDS, Color, Vec3
+from spear.sim.scene import (
+    EXTERNAL_CAMERA_FOV_Y_DEG,
+    SURFACES,
+    SceneAppearance,
+    SceneObject,
+    SceneSpec,
+)
 from spear.sim.textures import WILD_TEXTURES
 
 DEFAULT = "default"
@@ -52,7 +58,7 @@ class CameraOrbit:
     distance_m: float
 
     @staticmethod
-    def of(look: Look) -> "CameraOrbit":
+    def of(look: SceneAppearance) -> "CameraOrbit":
         """The orbit of the external camera of a scene."""
         x, y, z = np.subtract(look.camera, look.target)
         return CameraOrbit(
@@ -112,25 +118,27 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     lab = _LAB.fullmatch(name)
     if lab:
         rng = np.random.default_rng([_LAB_STREAM, int(lab[1])])
-        return dataclasses.replace(scene, look=_lab_look(scene.look, rng))
+        return dataclasses.replace(scene, appearance=_lab_look(scene.appearance, rng))
 
     rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
-    look = _wild_look(scene.look, rng)
+    look = _wild_look(scene.appearance, rng)
     num_clutter = int(rng.integers(0, 5))
-    things = add_clutter(scene.things, TASK_FREE_KINDS, num_clutter, rng)
-    return dataclasses.replace(scene, look=look, things=things)
+    things = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
+    return dataclasses.replace(scene, appearance=look, objects=things)
 
 
 def without_robot(scene: SceneSpec) -> SceneSpec:
     """The same scene, whose pictures do not show the robot."""
-    return dataclasses.replace(scene, look=dataclasses.replace(scene.look, is_robot_visible=False))
+    return dataclasses.replace(
+        scene, appearance=dataclasses.replace(scene.appearance, is_robot_visible=False)
+    )
 
 
 def add_clutter(
-    things: tuple[Thing, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
-) -> tuple[Thing, ...]:
+    objects: tuple[SceneObject, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
+) -> tuple[SceneObject, ...]:
     """Lay up to `number` further objects on the table, as far as there is room. They keep their distance."""
-    result = list(things)
+    result = list(objects)
     for _ in range(number):
         name = str(rng.choice(kinds))
         thing = _find_free_place(name, result, rng)
@@ -159,7 +167,7 @@ def light_from_above(rng: np.random.Generator) -> Vec3:
     return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
 
 
-def _wild_look(look: Look, rng: np.random.Generator) -> Look:
+def _wild_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     orbit = CameraOrbit.of(look)
     center = np.array(look.target) + rng.uniform(-0.06, 0.06, 3) * (1, 1, 0.5)
     camera = CameraOrbit(
@@ -190,7 +198,7 @@ def _wild_look(look: Look, rng: np.random.Generator) -> Look:
     )
 
 
-def _lab_look(look: Look, rng: np.random.Generator) -> Look:
+def _lab_look(look: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """A laboratory: a wild world drawn once, with the camera where a person would mount it."""
     wild = _wild_look(look, rng)
     orbit = CameraOrbit.of(wild)
@@ -202,13 +210,18 @@ def _lab_look(look: Look, rng: np.random.Generator) -> Look:
         distance_m=float(rng.uniform(0.75, 1.2)),
     )
     return dataclasses.replace(
-        wild, camera=camera.position(), target=target, fovy_deg=float(rng.uniform(FOVY, 50))
+        wild,
+        camera=camera.position(),
+        target=target,
+        fovy_deg=float(rng.uniform(EXTERNAL_CAMERA_FOV_Y_DEG, 50)),
     )
 
 
-def _find_free_place(name: str, others: list[Thing], rng: np.random.Generator) -> Thing | None:
+def _find_free_place(
+    name: str, others: list[SceneObject], rng: np.random.Generator
+) -> SceneObject | None:
     """A place for an object where it touches no other; None after 30 attempts."""
-    kind = KINDS[name]
+    kind = OBJECT_KINDS[name]
     (min_x, max_x), (min_y, max_y) = CLUTTER_AREA_M
     for _ in range(30):
         x = float(rng.uniform(min_x, max_x))
@@ -216,11 +229,11 @@ def _find_free_place(name: str, others: list[Thing], rng: np.random.Generator) -
         is_free = True
         for other in others:
             distance = math.hypot(x - other.position[0], y - other.position[1])
-            if distance < kind.radius + KINDS[other.kind].radius + CLUTTER_GAP_M:
+            if distance < kind.radius + OBJECT_KINDS[other.kind].radius + CLUTTER_GAP_M:
                 is_free = False
         if is_free:
             yaw = float(rng.uniform(-math.pi, math.pi))
             rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
             color = color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
-            return Thing(name, (x, y, kind.height), rotation, color)
+            return SceneObject(name, (x, y, kind.height), rotation, color)
     return None

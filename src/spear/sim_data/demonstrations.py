@@ -11,10 +11,10 @@ from spear.data.store.episode_store import (
     write_episodes,
 )
 from spear.errors import SpearError, check_known
-from spear.sim.record import Acts, record, source_of
-from spear.sim.render import Size
+from spear.sim.record import InterveningPolicy, format_episode_source, record_episodes
+from spear.sim.render import ImageSize
 from spear.sim.scene import FAMILIES
-from spear.sim.world import SIMULATOR
+from spear.sim.world import SIMULATOR_VERSION
 from spear.types import Episode
 from spear.util.files import check_no_foreign_files
 from spear.util.fingerprints import fingerprint_checkpoint
@@ -33,9 +33,9 @@ def demonstrate(
     families: Sequence[str],
     episodes: int,
     first_seed: int,
-    sizes: Mapping[str, Size],
+    sizes: Mapping[str, ImageSize],
     workers: int = 2,
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
 ) -> tuple[int, int]:
     """Record `episodes` demonstrations of each task family (none: all); how many succeeded, and of how many.
 
@@ -49,14 +49,14 @@ def demonstrate(
     check_seed(first_seed)
     each = dict.fromkeys(families or FAMILIES)  # once
     tasks = [(family, first_seed + i) for i in range(episodes) for family in each]
-    sources = [source_of(*task, policy is not None) for task in tasks]
+    sources = [format_episode_source(*task, policy is not None) for task in tasks]
 
     def make(first: int) -> Iterator[Episode]:
-        return record(
+        return record_episodes(
             tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy
         )
 
-    return collect(out, sources, make, sizes, policy, SIMULATOR)
+    return collect(out, sources, make, sizes, policy, SIMULATOR_VERSION)
 
 
 def check_seed(first: int) -> None:
@@ -71,8 +71,8 @@ def collect(
     out: Path,
     sources: Sequence[str],
     make: Callable[[int], Iterator[Episode]],
-    sizes: Mapping[str, Size],
-    policy: Acts | None,
+    sizes: Mapping[str, ImageSize],
+    policy: InterveningPolicy | None,
     simulator: str,
     shard_size: int = 256,
 ) -> tuple[int, int]:
@@ -93,7 +93,7 @@ def collect(
         return kept + write_episodes(good, out, shard_size), len(sources)
 
 
-def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, Size]) -> tuple[int, int]:
+def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, ImageSize]) -> tuple[int, int]:
     """How many of these demonstrations are there, and how many sources they are done with."""
     store = EpisodeStore(out)
     places = {source: place for place, source in enumerate(sources)}

@@ -75,10 +75,10 @@ def list_scenes(seeds: range) -> Iterator[Item]:
 
 def read_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
     """Render clutter scenes with the external camera; scenes are in no file, so `path` is empty."""
-    from spear.sim.render import clutter_frame
+    from spear.sim.render import render_clutter_frame
 
     for seed in seeds:
-        yield clutter_frame(seed, "external", IMAGE_SIZE_PX)
+        yield render_clutter_frame(seed, "external", IMAGE_SIZE_PX)
 
 
 def label_scenes(
@@ -105,12 +105,12 @@ def label_scenes(
     Raises:
         SpearError: As in `label_scene_jobs`.
     """
-    from spear.sim.world import SIMULATOR
+    from spear.sim.world import SIMULATOR_VERSION
 
     simulator = SceneSource(
         render=partial(_render_clutter, sizes),
         views=tuple(sizes),
-        settings={"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR},
+        settings={"first_seed": first_seed, "sizes": dict(sizes), "simulator": SIMULATOR_VERSION},
         collect_instructions=collect_instructions,
     )
     seeds = range(first_seed, first_seed + scenes)
@@ -235,11 +235,11 @@ def _label_job(
 
 def _render_clutter(sizes: Mapping[str, Size], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
     """The frames of clutter scenes of the embedded simulator."""
-    from spear.sim.render import frame_of
+    from spear.sim.render import render_frame
     from spear.sim.scene import clutter_scene
     from spear.sim.world import World
 
     _, seeds = job
     worlds = [World(clutter_scene(seed)) for seed in seeds]
     for view, size in sizes.items():
-        yield view, [frame_of(world, view, size) for world in worlds]
+        yield view, [render_frame(world, view, size) for world in worlds]

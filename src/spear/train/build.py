@@ -79,7 +79,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     check_known(
         "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow
     )
-    policy = init is not None and weights.architecture(init) == Spear1Config.model_type
+    policy = init is not None and weights.read_architecture(init) == Spear1Config.model_type
     FlowConfig(**size.flow)
     for folder in labels if stage.kind != "depth" else ():
         for view in tasks.view_folders(folder, list(size.image_sizes)).values():
@@ -91,7 +91,9 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     horizon = size.horizon
     config: Any = build_vlm_config(size)
     if init is not None:
-        found: Any = weights.check(Spear1ForActionPrediction if policy else SpearVLM, init)
+        found: Any = weights.check_checkpoint(
+            Spear1ForActionPrediction if policy else SpearVLM, init
+        )
         inner = found.vlm_config if policy else found
         horizon = found.horizon if policy else horizon
         if (
@@ -128,7 +130,7 @@ def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
             f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less"
         )
     if inputs.moge is not None:
-        weights.check(MogeForDepth, inputs.moge)
+        weights.check_checkpoint(MogeForDepth, inputs.moge)
     if stage.kind in ("vlm", "vla"):
         empty_model(stage, build_spear1_config(size, config) if acts else config)
     return stage.with_changes(**shares), size
@@ -213,7 +215,7 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
         model = _acting(vlm, size)
     else:
         processor = Processor.load(init)
-        if weights.architecture(init) == Spear1Config.model_type:
+        if weights.read_architecture(init) == Spear1Config.model_type:
             model = weights.load(Spear1ForActionPrediction, init)
             model.config.flow = {**(model.config.flow or {}), **stage.flow}
             model.flow = FlowConfig(**model.config.flow)

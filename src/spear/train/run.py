@@ -22,8 +22,13 @@ from spear.data.readers.spec import REGISTRY
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
-from spear.models.weights.folders import contents, made_by, save_made_by, simulator_only
-from spear.models.weights.load import Shards
+from spear.models.weights.folders import (
+    hash_files,
+    is_simulator_only,
+    read_provenance,
+    write_provenance,
+)
+from spear.models.weights.load import StoredCheckpoint
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import find_newest
 from spear.train.loop import RunOptions
@@ -59,7 +64,7 @@ def train(
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
     stage, place, about = check(stage, out, inputs, how, device)
-    begun_with = None if inputs.init is None else made_by(inputs.init)
+    begun_with = None if inputs.init is None else read_provenance(inputs.init)
     how = dataclasses.replace(how, device=place)
     if place.type == "cpu":
         keep_freed_memory()
@@ -131,7 +136,7 @@ def train(
                 part.replace(final)
             shutil.rmtree(part, ignore_errors=True)
             save(part)
-            save_made_by(part, written)
+            write_provenance(part, written)
             if final.is_dir() and _same(part, final):  # a calibration stays
                 (part / "recipe.json").replace(final / "recipe.json")
             else:
@@ -149,9 +154,9 @@ def train(
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same model; of large files `contents` sees but a part."""
-    names = contents(one)
-    return names == contents(other) and all(
+    """Whether two folders hold the same model; of large files `hash_files` sees but a part."""
+    names = hash_files(one)
+    return names == hash_files(other) and all(
         filecmp.cmp(one / n, other / n, shallow=False) for n in names
     )
 
@@ -170,7 +175,7 @@ def check(
     build.check(stage, inputs)
     stage = dataclasses.replace(stage, normalization=build.normalization(stage, inputs.init))
     for begun_with in filter(None, (inputs.init, inputs.moge)):
-        made_by(begun_with)  # what they say is a part of the result
+        read_provenance(begun_with)  # what they say is a part of the result
     about = _about(stage, inputs)
     known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
     loop.find_checkpoint_to_resume(out, how.seed, known, stage.optimization.steps)
@@ -192,7 +197,9 @@ def _about(stage: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
             there = [folder for folder in folders if folder is not None]
             marks[key] = hash_file_ends(there, kinds)[:12] if there else None
     for name, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
-        marks[f"weights of {name}"] = Shards.open(folder, name).digest()[:12] if folder else None
+        marks[f"weights of {name}"] = (
+            StoredCheckpoint.open(folder, name).digest()[:12] if folder else None
+        )
     opt = {
         k: getattr(stage.optimization, k) for k in ("frozen", "trained")
     }  # else averages would be lost
@@ -220,7 +227,7 @@ def _simulator_only(inputs: TrainingInputs) -> bool:
     ]
     sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
     before = all(
-        simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None
+        is_simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None
     )
     return before and all(source.startswith(("sim:", "sim/")) for source in sources)
 

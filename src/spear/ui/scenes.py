@@ -24,7 +24,7 @@ from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import camera_pose, intrinsics, object_boxes, own_renderer
+from spear.sim.render import camera_pose, get_thread_renderer, intrinsics, object_boxes
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.images import decode_image, to_jpeg_data_uri
 
@@ -105,7 +105,7 @@ class Scene:
                 1, round(SHOWN_WIDTHS[camera] / sizes[camera][0])
             )  # whole multiples of what it sees
             views.append((camera, (sizes[camera][0] * scale, sizes[camera][1] * scale)))
-        external, *wrist = map(_jpeg, own_renderer().images(world, views))
+        external, *wrist = map(_jpeg, get_thread_renderer().images(world, views))
         width, height = views[0][1]
         focal = float(intrinsics(world, "external", (width, height))[1, 1]) / height
         pose, corners = camera_pose(world, "external"), object_boxes(world)

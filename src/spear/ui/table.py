@@ -18,7 +18,7 @@ from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import BOX_EDGES
 from spear.policy import Spear1Policy, VlmBundle
-from spear.sim.scene import FAMILIES, FOVY, START
+from spear.sim.scene import EXTERNAL_CAMERA_FOV_Y_DEG, FAMILIES, NOMINAL_START_POSITION_M
 from spear.types import Array
 from spear.ui.scenes import Recording, Scene, Shelf, View, whole
 from spear.util.images import decode_image, load_image
@@ -27,7 +27,7 @@ Request = Mapping[str, Any]
 LARGEST_SEED = 2**31 - 1
 MOST_BOXES = 8
 """Objects that may be asked for at once (our choice)."""
-NEUTRAL = np.array([[*START, 1, 0, 0, 0, 1]], np.float32)
+NEUTRAL = np.array([[*NOMINAL_START_POSITION_M, 1, 0, 0, 0, 1]], np.float32)
 """The robot's state that a photo is given: gripper open, pointing down over the table."""
 NOTHING_YET: View = {"chunk": None, "answer": None, "recorded": None, "things": [], "objects": []}
 
@@ -47,7 +47,7 @@ class Studio:
             "unit": self.vlm.processor.coordinates.unit,
             "families": list(FAMILIES),
             "edges": [list(e) for e in BOX_EDGES],
-            "default_fov": FOVY,
+            "default_fov": EXTERNAL_CAMERA_FOV_Y_DEG,
             "measured": self.trust and {"missed": 1 - self.trust.names_present},
             **(self.shelf.about if self.shelf else {}),
         }

@@ -16,11 +16,11 @@ from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
 from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
 from spear.evaluate.vqa.run import evaluate
 from spear.labels.questions.templates import FAMILIES, PROMPT_TEMPLATES
-from spear.models.weights.folders import SHIPPED, simulator_only
+from spear.models.weights.folders import BUNDLED_WEIGHTS, is_simulator_only
 from spear.policy import VlmBundle, load_vlm
 from spear.util.fingerprints import fingerprint_checkpoint
 
-NANO = SHIPPED / "nano"
+NANO = BUNDLED_WEIGHTS / "nano"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
     options = QuestionOptions(per_image=1, families=("distance", "keypoint", "box_vertices"))
     labels = find_images("sim:300", 24, "external", nano.processor)
     for name, vlm in (("nano", nano), ("nano-vlm", load_vlm("nano-vlm"))):
-        trust = Trust.load(SHIPPED / name)
+        trust = Trust.load(BUNDLED_WEIGHTS / name)
         assert trust is not None and trust.tells_absent
         found = evaluate(vlm, labels, options, trust).calibration
         for family in options.families:
@@ -111,7 +111,9 @@ def test_the_factor_is_the_smallest_that_holds_so_many() -> None:
 
 
 def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) -> None:
-    assert Trust.load(tmp_path) is None and not simulator_only(tmp_path) and simulator_only(NANO)
+    assert (
+        Trust.load(tmp_path) is None and not is_simulator_only(tmp_path) and is_simulator_only(NANO)
+    )
     (tmp_path / "recipe.json").write_text('{"simulator_only": true}')
     (tmp_path / "config.json").write_text("{}")
     before, trust = (
@@ -122,7 +124,7 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     assert (
         Trust.load(tmp_path) == trust
         and fingerprint_checkpoint(tmp_path) == before
-        and simulator_only(tmp_path)
+        and is_simulator_only(tmp_path)
     )
     (tmp_path / "config.json").write_text("[]")
     with pytest.warns(Notice, match="config.json"):
@@ -133,4 +135,4 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
         (tmp_path / FILE).write_text(json.dumps(asdict(trust) | {key: bad}))
         refuses(f"{FILE}.*{key}", Trust.load, tmp_path)
     (tmp_path / "recipe.json").write_text("[]")
-    refuses("recipe.json", simulator_only, tmp_path)
+    refuses("recipe.json", is_simulator_only, tmp_path)

@@ -259,7 +259,7 @@ def test_the_command_writes_a_page(
     labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
     said, learned = list[str](), {"learned": hash_content(labels[2].image)}
     monkeypatch.setattr("spear.cli.evaluate.notice", said.append)
-    monkeypatch.setattr("spear.models.weights.folders.made_by", lambda folder: learned)
+    monkeypatch.setattr("spear.models.weights.folders.read_provenance", lambda folder: learned)
     write_labels(labels, tmp_path / "labels/external/labels-00000.parquet")
     out = tmp_path / "out"
     command = [

@@ -9,7 +9,7 @@ from transformers import Sam2Model
 from labels_tiny import save_sam2
 from refusals import refuses
 from spear.labels.models.pretrained import load_model
-from spear.models.weights.load import download
+from spear.models.weights.load import download_from_hub
 
 
 def load(model: str | Path, **changes: Any) -> Any:
@@ -33,7 +33,7 @@ def test_without_a_network_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://nowhere.invalid")
     refuses(r"no/body.*sam2=FOLDER", load, "no/body")
-    refuses(r"no/body.*a file", download, "no/body", "a file", "model.pt")
+    refuses(r"no/body.*a file", download_from_hub, "no/body", "a file", "model.pt")
 
 
 def test_missing_weights_are_not_made_up(folder: Path) -> None:

@@ -30,8 +30,8 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.backbones import EMBEDDINGS, plan_backbones
-from spear.models.weights.folders import simulator_only
-from spear.models.weights.load import Shards
+from spear.models.weights.folders import is_simulator_only
+from spear.models.weights.load import StoredCheckpoint
 from spear.tokens import init_new_embeddings
 from spear.types import Action
 
@@ -61,18 +61,22 @@ def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
     moge = publish_moge(tmp_path / "model.pt")
     plan = plan_backbones(folder, moge, "tiny14")
     report, model = plan.report, plan.run()
-    assert {key.name.split("[")[0] for key in report.of("loaded", "new")} == set(model.state_dict())
-    assert report.parameters() == sum(p.numel() for p in model.parameters())
-    published = set(Shards.open(folder, "PaliGemma").weights) | set(torch.load(moge)["model"])
-    left = {key.name for key in report.of("left out")}
-    assert {key.note.split(": ")[-1] for key in report.of("loaded")} | left == published
+    assert {key.name.split("[")[0] for key in report.with_status("loaded", "new")} == set(
+        model.state_dict()
+    )
+    assert report.num_parameters() == sum(p.numel() for p in model.parameters())
+    published = set(StoredCheckpoint.open(folder, "PaliGemma").weights) | set(
+        torch.load(moge)["model"]
+    )
+    left = {key.name for key in report.with_status("left out")}
+    assert {key.note.split(": ")[-1] for key in report.with_status("loaded")} | left == published
     assert left >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
-    assert sorted(key.name for key in report.of("new")) == [
+    assert sorted(key.name for key in report.with_status("new")) == [
         f"{EMBEDDINGS}[{ROWS}:{ROWS + TINY14.bins}]",
         "moge_projector.linear.bias",
         "moge_projector.linear.weight",
     ]
-    assert report.of("missing", "refused") == []
+    assert report.with_status("missing", "refused") == []
 
 
 @pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
@@ -171,13 +175,15 @@ def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_n
     model = plan.run()
     ends = ("state_proj", "action_in_proj", "action_out_proj")
     new = {f"{end}.{part}" for end in ends for part in ("weight", "bias")}
-    assert {key.name for key in plan.report.of("new")} == new
-    left = {key.name: key.note for key in plan.report.of("left out")}
+    assert {key.name for key in plan.report.with_status("new")} == new
+    left = {key.name: key.note for key in plan.report.with_status("left out")}
     assert left["model.state_proj.weight"] == "its states and actions mean other numbers"
     assert "normalize_inputs.buffer_observation_state.mean" in left
-    stored = (Shards.open(folder, "one") for folder in (tmp_path / "vlm", expert))
-    assert len(plan.report.of("loaded", "left out")) == sum(len(one.weights) for one in stored)
-    assert plan.report.of("missing", "refused") == []
+    stored = (StoredCheckpoint.open(folder, "one") for folder in (tmp_path / "vlm", expert))
+    assert len(plan.report.with_status("loaded", "left out")) == sum(
+        len(one.weights) for one in stored
+    )
+    assert plan.report.with_status("missing", "refused") == []
     published = pi0(state=32, action=32)
     layers = (model.expert.layers[1], published.model.dit.layers[1])
     assert torch.equal(*(layer.mlp.up_proj.weight for layer in layers))
@@ -192,9 +198,9 @@ def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path)
     plan.save(tmp_path / "before")
     (folder / "recipe.json").write_text('{"simulator_only": true}')
     plan.save(tmp_path / "after")
-    assert simulator_only(tmp_path / "after") and not simulator_only(tmp_path / "before")
+    assert is_simulator_only(tmp_path / "after") and not is_simulator_only(tmp_path / "before")
     models = [plan.run(seed=seed) for seed in (0, 0, 1)]
-    for key in plan.report.of("new"):
+    for key in plan.report.with_status("new"):
         drawn, same, other = (model.state_dict()[key.name] for model in models)
         assert torch.equal(drawn, same)
         if key.note.startswith("N("):
@@ -323,4 +329,4 @@ def test_names_on_the_hub_are_read_from_the_cache(
     (cached / "refs" / "main").write_text("0123456789")
     plan = plan_backbones("google/tiny", None, "tiny14")
     assert plan.sources == {"PaliGemma": "google/tiny@0123456789"}
-    assert plan.report.of("missing", "refused") == []
+    assert plan.report.with_status("missing", "refused") == []

@@ -16,24 +16,24 @@ from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import held_out_frames
 from spear.labels.pipeline import label_with_ground_truth
 from spear.models.presets import PRESETS
-from spear.models.weights.folders import SHIPPED, locate, made_by
+from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenance
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-vlm", "nano-vlm-0", "nano-depth"])
 def test_they_are_small_and_have_a_card(name: str) -> None:
-    assert sum(f.stat().st_size for f in (SHIPPED / name).rglob("*") if f.is_file()) < 20e6
-    card = (SHIPPED / name / "README.md").read_text()
+    assert sum(f.stat().st_size for f in (BUNDLED_WEIGHTS / name).rglob("*") if f.is_file()) < 20e6
+    card = (BUNDLED_WEIGHTS / name / "README.md").read_text()
     assert all(word in card for word in ("Data", "Training", "Results", "Limits"))
     assert (
-        "_name_or_path" not in (SHIPPED / name / "config.json").read_text()
+        "_name_or_path" not in (BUNDLED_WEIGHTS / name / "config.json").read_text()
     )  # of whoever trained them
 
 
 @pytest.mark.parametrize("name", ["nano-vlm-0", "nano-depth"])
 def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) -> None:
-    made = json.loads((SHIPPED / name / "recipe.json").read_text())["recipe"]
+    made = json.loads((BUNDLED_WEIGHTS / name / "recipe.json").read_text())["recipe"]
     today = json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))
     for one in (made, today):
         del one["optimization"]["precision"]  # float32 where the CPU has no bfloat16
@@ -75,15 +75,16 @@ def test_a_folder_named_like_weights_is_said(
         assert locate("nano") == Path("nano")
     with no_warning():
         assert (
-            locate(tmp_path / "nano").is_absolute() and locate(SHIPPED / "nano") == SHIPPED / "nano"
+            locate(tmp_path / "nano").is_absolute()
+            and locate(BUNDLED_WEIGHTS / "nano") == BUNDLED_WEIGHTS / "nano"
         )
-        assert locate("nano-vlm") == SHIPPED / "nano-vlm"
+        assert locate("nano-vlm") == BUNDLED_WEIGHTS / "nano-vlm"
 
 
 @pytest.mark.parametrize("key", ["files", "learned", "simulator_only"])
 def test_what_a_folder_says_of_itself_in_another_type_is_refused(key: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps({"seed": 0, key: ["model.safetensors"]}))
-    refuses(rf"recipe\.json.*{key}", made_by, tmp_path)
+    refuses(rf"recipe\.json.*{key}", read_provenance, tmp_path)
 
 
 def test_a_precision_that_only_saves_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

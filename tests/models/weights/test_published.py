@@ -12,14 +12,16 @@ from spear.models.moge.checkpoint import _CONSTANTS, Checkpoint, build_moge
 from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
-from spear.models.weights.load import Shards, Stored
+from spear.models.weights.load import StoredCheckpoint, StoredTensor
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import is_hub_name
 
 
-def stored(config: Any, tensors: dict[str, Any]) -> Shards:
-    weights = {name: Stored(Path("x"), tuple(shape), "BF16") for name, shape in tensors.items()}
-    return Shards(Path("nowhere"), config.to_dict(), weights)
+def stored(config: Any, tensors: dict[str, Any]) -> StoredCheckpoint:
+    weights = {
+        name: StoredTensor(Path("x"), tuple(shape), "BF16") for name, shape in tensors.items()
+    }
+    return StoredCheckpoint(Path("nowhere"), config.to_dict(), weights)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
@@ -34,10 +36,10 @@ def test_paligemma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PaliGemmaConfig(
         vision_config=vision, text_config=dict(known.config), projection_dim=width
     )
-    monkeypatch.setattr(Shards, "open", lambda *_: stored(config, tensors))
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored(config, tensors))
     report = backbones.plan_backbones("nowhere", None).report
     report.check("")
-    assert len(report.of("loaded")) == len(tensors) and not report.of("left out")
+    assert len(report.with_status("loaded")) == len(tensors) and not report.with_status("left out")
 
 
 def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +51,12 @@ def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         "π0": stored(vlm.config, PUBLISHED["pi0"].tensors()),
     }
-    monkeypatch.setattr(Shards, "open", lambda _, what: files[what])
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: files[what])
     report = action_expert.plan_policy("a", "b").report
     report.check("")
-    ends = {key.name for key in report.of("new")}  # states and actions have other sizes there
+    ends = {
+        key.name for key in report.with_status("new")
+    }  # states and actions have other sizes there
     assert ends == {
         f"{layer}.{part}" for layer in action_expert._ENDS for part in ("weight", "bias")
     }

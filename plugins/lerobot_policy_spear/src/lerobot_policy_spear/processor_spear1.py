@@ -25,7 +25,7 @@ from lerobot.processor.factory import (
 
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
-from spear.models.weights.load import check
+from spear.models.weights.load import check_checkpoint
 from spear.policy import locate
 from spear.util.images import fit_image
 
@@ -79,7 +79,9 @@ def make_spear1_pre_post_processors(
 ]:
     """What LeRobot calls for a new policy; a saved one brings its own."""
     folder = locate(config.checkpoint)
-    sizes = Processor.load(folder, check(Spear1ForActionPrediction, folder).vlm_config).image_sizes
+    sizes = Processor.load(
+        folder, check_checkpoint(Spear1ForActionPrediction, folder).vlm_config
+    ).image_sizes
     fit = FitImagesProcessorStep({key: list(sizes[view]) for key, view in config.views().items()})
     usual = make_default_policy_processor_steps(config)
     before = [usual.rename_observations, fit, usual.add_batch_dim, usual.to_device, usual.normalize]

@@ -10,7 +10,7 @@ import torch
 from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, Task, off_grid
 from spear.geometry import quat_exp, quat_multiply
 from spear.sim.render import MIN_PIXELS
-from spear.sim.world import GRIPPER
+from spear.sim.world import GRIPPER_NAME
 from spear.types import Array, Frame
 from spear.util.images import compute_placement, fit_image
 
@@ -87,7 +87,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     shown = [(name, actor) for name, actor in env.objs.items() if name in (*behind, *more)]
     actors = {NAMES.get(n, n.replace("_", " ")): [int(x.per_scene_id)] for n, x in shown}
     names, instances = {}, np.zeros(ids.shape[:2], np.int32)
-    for number, (name, members) in enumerate({GRIPPER: hand, **actors}.items(), 1):
+    for number, (name, members) in enumerate({GRIPPER_NAME: hand, **actors}.items(), 1):
         instances[np.isin(ids[..., 0], members)] = number
         names[number] = name
     camera = sensor.get_params()

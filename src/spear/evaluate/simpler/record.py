@@ -19,7 +19,13 @@ from spear.evaluate.simpler.frames import NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
 from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
-from spear.sim.record import Acts, Disturbance, Pushes, Tape, source_of
+from spear.sim.record import (
+    ArmDisturber,
+    Disturbance,
+    EpisodeRecorder,
+    InterveningPolicy,
+    format_episode_source,
+)
 from spear.sim_data.demonstrations import check_seed, collect
 from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
 from spear.types import CONTROL_RATE_HZ, Episode, Frame
@@ -44,7 +50,7 @@ def demonstrate(
     height: int,
     workers: int = 2,
     assets: Path | None = None,
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Record `episodes` demonstrations of each task (none: all), each task in a folder of its name in `out`;
     how many succeeded, and of how many.
@@ -67,7 +73,9 @@ def demonstrate(
         def make(first: int, task: str = task) -> Iterator[Episode]:
             return record(task, seeds[first:], size, workers, assets, policy)
 
-        sources = [source_of(task, seed, policy is not None, "simpler") for seed in seeds]
+        sources = [
+            format_episode_source(task, seed, policy is not None, "simpler") for seed in seeds
+        ]
         written[task] = collect(
             out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE
         )
@@ -80,7 +88,7 @@ def record(
     size: tuple[int, int],
     workers: int,
     assets: Path | None = None,
-    policy: Acts | None = None,
+    policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
     """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
     (quality 95) of size (width, height)."""
@@ -101,13 +109,17 @@ def record(
 
 
 def record_episode(
-    process: SimplerProcess, task: str, seed: int, size: tuple[int, int], policy: Acts | None = None
+    process: SimplerProcess,
+    task: str,
+    seed: int,
+    size: tuple[int, int],
+    policy: InterveningPolicy | None = None,
 ) -> Episode:
     """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
     robot = embodiments.load(ROBOT)
     convert = robot.control(None)[1].convert
-    push = Pushes(PUSHES, np.random.default_rng([seed, 1]), policy)
-    tape = Tape()
+    push = ArmDisturber(PUSHES, np.random.default_rng([seed, 1]), policy)
+    tape = EpisodeRecorder()
     moment, fulfilled = process.reset(seed, True, other=True), 0
     while moment.steps < TASKS[task].steps and fulfilled < AFTER:
         seen = robot.read(moment.observation)
@@ -118,7 +130,7 @@ def record_episode(
             convert(action[None], seen["observation/state"], moment.observation), True
         )
         fulfilled = fulfilled + 1 if moment.success else 0
-    source = source_of(task, seed, policy is not None, "simpler")
+    source = format_episode_source(task, seed, policy is not None, "simpler")
     success = fulfilled >= AFTER or moment.success
     return tape.episode(str(moment.observation["prompt"]), CONTROL_RATE_HZ, source, success)
 

@@ -169,8 +169,8 @@ def held_out_frames(
 ) -> Iterator[Frame]:
     """Scenes first_seed, first_seed + 1, … as a camera of `size` (width, height) sees them, with their truth.
     Raises SpearError for seeds that training uses (10,000 and above)."""
-    from spear.sim.render import clutter_frame
+    from spear.sim.render import render_clutter_frame
     from spear.sim.scene import held_out_seeds
 
     for seed in held_out_seeds(first_seed, scenes):
-        yield clutter_frame(seed, camera, size)
+        yield render_clutter_frame(seed, camera, size)

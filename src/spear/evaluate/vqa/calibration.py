@@ -16,7 +16,7 @@ from spear.errors import notice
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
-from spear.models.weights.folders import changed, contents
+from spear.models.weights.folders import find_changed_files, hash_files
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
@@ -60,7 +60,7 @@ class Trust:
                   distribution (its median) lie at most `TRUSTED` of the truths.
     names_present, names_absent  how often the model names an object as it should, asked for what is where it
                   points for it: one that is in the image, and one that is not.
-    files         as `contents` of the folder says, of the model that was measured.
+    files         as `hash_files` of the folder says, of the model that was measured.
     sources       of these images: their bytes are the renderer's and the encoder's, too.
     """
 
@@ -79,7 +79,7 @@ class Trust:
         if not (path := folder / FILE).is_file():
             return None
         said = read_json_as(Trust, path, "remove it")
-        if other := changed(folder, said.files):
+        if other := find_changed_files(folder, said.files):
             notice(
                 f"{path}: of another model ({', '.join(other)}): measure it again with --calibrate"
             )
@@ -89,7 +89,7 @@ class Trust:
     def save(self, folder: Path) -> Path:
         """Write the file of the model in a folder, and return its path."""
         path = folder / FILE
-        write_text(path, json.dumps({**asdict(self), "files": contents(folder)}, indent=1) + "\n")
+        write_text(path, json.dumps({**asdict(self), "files": hash_files(folder)}, indent=1) + "\n")
         return path
 
     @property

@@ -30,7 +30,7 @@ SIZES = 512
 
 
 class FewRows:
-    """The layers of a `Stack` for at most `ROWS` tokens; see `can_do`."""
+    """The layers of a `LayerStack` for at most `ROWS` tokens; see `can_do`."""
 
     def __init__(
         self, layers: Sequence[Any], heads: int, width: int, eps: float, scale: float
@@ -63,7 +63,7 @@ class FewRows:
     def __call__(
         self, x: Tensor, turns: tuple[Tensor, ...], window: Any, bias: Tensor | None
     ) -> Tensor:
-        """As of `Stack`, before the last norm."""
+        """As of `LayerStack`, before the last norm."""
         (batch, length, depth), (cos, sin) = x.shape, turns
         heads, width, rows, both = self.heads, self.width, batch * length, length * self.heads
         inner, height = self.layers[0][-1].shape[1], 8 if rows <= 8 else ROWS

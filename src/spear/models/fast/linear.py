@@ -1,6 +1,6 @@
 """Linear layers as inference runs them: by oneDNN on a CPU, several as one, packed where they are read often.
 
-What is worked out of a network's weights is kept by `Prepared` until they change.
+What is worked out of a network's weights is kept by `ModuleCache` until they change.
 """
 
 import ctypes
@@ -16,20 +16,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 Value = TypeVar("Value")
 Places = list[tuple[dict[str, Any], str]]
-Events = list[torch.Event] | None
+LayerEvents = list[torch.Event] | None
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether this CPU computes in bfloat16. With AVX2 alone oneDNN refuses, and PyTorch is many times slower."""
 _DTYPES = (torch.float32, torch.bfloat16) if HAS_BFLOAT16 else (torch.float32,)
-CACHED = 2**19
+MAX_CACHED_ELEMENTS = 2**19
 """Weights of fewer elements (2 MB in float32) stay in a core's cache between uses (our choice)."""
 _BITS: dict[int, Any] = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _INFO = Path("/proc/cpuinfo")
-CPU = _INFO.read_text(encoding="utf-8") if _INFO.is_file() else ""
+CPU_INFO = _INFO.read_text(encoding="utf-8") if _INFO.is_file() else ""
 """What Linux says about the processor."""
 # PyTorch gives float32 products on a CPU to MKL, which does not use AMD's AVX-512.
-_MKL_IS_FAST = torch.backends.mkl.is_available() and ("GenuineIntel" in CPU or "avx512f" not in CPU)
+_MKL_IS_FAST = torch.backends.mkl.is_available() and (
+    "GenuineIntel" in CPU_INFO or "avx512f" not in CPU_INFO
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,10 +61,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 _BRANCHES: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
-def side_by_side(works: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+def run_in_parallel_streams(works: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
     """Results of works none of which needs another's. A CUDA graph that is being recorded runs them at once:
     one image's layers leave most of a GPU idle."""
-    if not is_recording():
+    if not is_capturing_graph():
         return [work() for work in works]
     here = torch.cuda.current_stream()
     streams = _branches(here.device, len(works) - 1)
@@ -78,7 +80,7 @@ def side_by_side(works: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
 
 
 @contextmanager
-def branch(events: Events) -> Iterator[None]:
+def parallel_branch(events: LayerEvents) -> Iterator[None]:
     """In a CUDA graph that is being recorded, what is done here runs beside what this stream was given after
     the first of some events; then the stream waits for it. With None it is done as ever."""
     if events is None:
@@ -92,7 +94,7 @@ def branch(events: Events) -> Iterator[None]:
     here.wait_stream(stream)
 
 
-def is_recording() -> bool:
+def is_capturing_graph() -> bool:
     """Whether a CUDA graph is being recorded."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -112,7 +114,7 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is linear and no more: no forward and no hook of a user's belongs to it. (Of hooks on
     whole blocks, which run as one here, nobody knows.)"""
     own = type(layer).forward in (nn.Linear.forward, FastLinear.forward) and "forward" not in vars(
@@ -128,7 +130,7 @@ def use_fast_linear(model: nn.Module) -> None:
             module.__class__ = FastLinear
 
 
-class Fused:
+class FusedLinear:
     """Linear layers that read the same input, as one, for inference.
 
     On a GPU their weights become parts of one tensor, and stay the layers' own. On a CPU that gains nothing,
@@ -140,7 +142,7 @@ class Fused:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        plain = [layer for layer in layers if is_plain(layer)]
+        plain = [layer for layer in layers if is_plain_linear(layer)]
         kinds = {(m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
         if len(plain) < len(layers) or len(kinds) > 1:
             return
@@ -191,7 +193,7 @@ def _share_storage(weights: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-class Prepared(Generic[Value]):
+class ModuleCache(Generic[Value]):
     """`make(module, *options)`, kept while the module lives and its weights stay what and where they are.
 
     The result must not refer to the module itself. It is kept beside the module, not in it: copies and

@@ -1,9 +1,10 @@
 """The layers of a small Gemma on a CPU, where what is around the products takes as long as they do.
 
-Half as many operations as in `Stack`, for the same numbers up to rounding: the norms' scales and attention's
-are parts of the weights, the two numbers that a rotary embedding turns together are neighbours and so one
-complex number, products add the residuals, and what is between them stays in the core's cache. In float32:
-for a flow step or an answer's next token, products in bfloat16 cost more to set up than they save.
+Half as many operations as in `LayerStack`, for the same numbers up to rounding: the norms' scales and
+attention's are parts of the weights, the two numbers that a rotary embedding turns together are neighbours
+and so one complex number, products add the residuals, and what is between them stays in the core's cache.
+In float32: for a flow step or an answer's next token, products in bfloat16 cost more to set up than they
+save.
 """
 
 import math
@@ -17,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
 
-from spear.models.fast.linear import CACHED, Prepared, is_plain
-from spear.models.fast.stack import Stack, StaticKVCache, Window, scale_of
+from spear.models.fast.linear import MAX_CACHED_ELEMENTS, ModuleCache, is_plain_linear
+from spear.models.fast.stack import LayerStack, StaticKVCache, Window, norm_scale
 
 BLOCK = 128
 """Rows that an MLP runs at once: what is between its products stays in the cache (our choice)."""
@@ -40,8 +41,8 @@ class PairedKVCache(StaticKVCache):
         )
 
 
-class SmallStack(Stack):
-    """As `Stack`, with a copy of the weights and `PairedKVCache`s, all float32."""
+class SmallLayerStack(LayerStack):
+    """As `LayerStack`, with a copy of the weights and `PairedKVCache`s, all float32."""
 
     kind = PairedKVCache
 
@@ -66,11 +67,11 @@ class SmallStack(Stack):
         )
         out = o.unflatten(1, (-1, 2, half)).transpose(2, 3).flatten(1)
         norms = layer.input_layernorm, layer.post_attention_layernorm
-        before, after = (scale_of(norm) * math.sqrt(q.shape[1]) for norm in norms)
+        before, after = (norm_scale(norm) * math.sqrt(q.shape[1]) for norm in norms)
         whole = qkv * before, out, torch.cat([gate, up]) * after, down
         return [weight.T.contiguous() for weight in whole]
 
-    def take(self, cache: StaticKVCache) -> StaticKVCache:
+    def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
         """Itself, or a copy in pairs."""
         if isinstance(cache, PairedKVCache):
             return cache
@@ -97,7 +98,7 @@ class SmallStack(Stack):
         keys_only: bool = False,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """As of `Stack`."""
+        """As of `LayerStack`."""
         (batch, length, width), (turn,), queries = x.shape, rotations, window.queries
         x = x.reshape(-1, width)
         count = range(len(self.layers))[::-1]
@@ -142,13 +143,13 @@ def _gelu(x: Tensor) -> Tensor:
     return torch.addcmul(TWO_A, x, x, value=2 * 0.044715 * A).mul_(x).sigmoid_().mul_(x)
 
 
-def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
+def make_small_stack(model: GemmaModel | Gemma2Model) -> SmallLayerStack | None:
     """The layers of a Gemma, if they are small, plain, and on a CPU with MKL, whose products begin first."""
     layers: Any = model.layers
     weights = [p for p in layers.parameters() if p.dim() == 2]
     fitting = torch.backends.mkl.is_available() and not isinstance(model, Gemma2Model)
     here = all(w.device.type == "cpu" and not isinstance(w, FakeTensor) for w in weights)
-    if not fitting or not here or max(map(torch.numel, weights)) >= CACHED:
+    if not fitting or not here or max(map(torch.numel, weights)) >= MAX_CACHED_ELEMENTS:
         return None
     parts = [
         part
@@ -156,8 +157,12 @@ def if_small(model: GemmaModel | Gemma2Model) -> SmallStack | None:
         for half in (layer.self_attn, layer.mlp)
         for part in half.children()
     ]
-    return SmallStack(model) if all(isinstance(p, GELUTanh) or is_plain(p) for p in parts) else None
+    return (
+        SmallLayerStack(model)
+        if all(isinstance(p, GELUTanh) or is_plain_linear(p) for p in parts)
+        else None
+    )
 
 
-SMALL = Prepared(if_small)
-"""`SMALL(model)`: `if_small`, kept."""
+get_small_stack = ModuleCache(make_small_stack)
+"""`get_small_stack(model)`: `make_small_stack`, kept."""

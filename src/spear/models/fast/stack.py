@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 
 from spear.errors import notice, summarize_error
-from spear.models.fast.linear import Events, Fused, Prepared
+from spear.models.fast.linear import FusedLinear, LayerEvents, ModuleCache
 from spear.models.layers import compute_position_ids, mask_to_bias
 
 Inputs = Mapping[str, Tensor]
@@ -27,7 +27,7 @@ MOST = 8
 _WARM_UPS, _RECORDING = 3, threading.Lock()
 
 
-def views(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_image_inputs(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Pixels and presence, by view."""
     pixels, present = (
         {name.removeprefix(kind): t for name, t in inputs.items() if name.startswith(kind)}
@@ -67,26 +67,26 @@ class Window:
     places   per layer: where the new tokens' keys and values go.
     queries  tokens per block.
     seen     per layer and block: keys and values, [B · kv heads, places seen, head_dim].
-    wrote    for `branch`: takes an event per layer, when its keys and values are there; None: nobody waits.
-    awaited  those of the places before these, which another stream fills.
+    write_events  takes an event per layer, when its keys and values are written; None: nobody waits.
+    await_events  those of the places before these, which another stream fills.
     """
 
     places: list[Tensor]
     queries: list[int]
     seen: list[list[tuple[Tensor, Tensor]]]
-    wrote: Events = None
-    awaited: Events = None
+    write_events: LayerEvents = None
+    await_events: LayerEvents = None
 
     def write(self, layer: int, held: Tensor) -> None:
         """Puts a layer's new keys and values [2, B, kv heads, S, d] in their places."""
         self.places[layer].copy_(held)
-        if self.wrote is not None:
-            self.wrote.append(torch.cuda.current_stream().record_event())
+        if self.write_events is not None:
+            self.write_events.append(torch.cuda.current_stream().record_event())
 
     def wait(self, layer: int) -> None:
         """Before a layer's keys and values are read."""
-        if self.awaited:
-            torch.cuda.current_stream().wait_event(self.awaited[layer])
+        if self.await_events:
+            torch.cuda.current_stream().wait_event(self.await_events[layer])
 
 
 class Layer:
@@ -95,15 +95,15 @@ class Layer:
     def __init__(self, layer: Any, packed: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         second = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2
-        self.before_attention = scale_of(layer.input_layernorm)
-        self.after_attention = scale_of(layer.post_attention_layernorm) if second else None
+        self.before_attention = norm_scale(layer.input_layernorm)
+        self.after_attention = norm_scale(layer.post_attention_layernorm) if second else None
         before_mlp = layer.pre_feedforward_layernorm if second else layer.post_attention_layernorm
-        self.before_mlp = scale_of(before_mlp)
-        self.after_mlp = scale_of(layer.post_feedforward_layernorm) if second else None
-        self.qkv = Fused(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
-        self.out = Fused(attention.o_proj, packed=packed)
-        self.gate_up = Fused(mlp.gate_proj, mlp.up_proj, packed=packed)
-        self.down = Fused(mlp.down_proj, packed=packed)
+        self.before_mlp = norm_scale(before_mlp)
+        self.after_mlp = norm_scale(layer.post_feedforward_layernorm) if second else None
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj, packed=packed)
+        self.out = FusedLinear(attention.o_proj, packed=packed)
+        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj, packed=packed)
+        self.down = FusedLinear(mlp.down_proj, packed=packed)
 
 
 class CudaGraphCache:
@@ -162,10 +162,10 @@ def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> Recorded:
     return graph, places, result
 
 
-class Stack:
+class LayerStack:
     """All layers of a Gemma or Gemma 2 and its last norm.
 
-    packed: see `Fused`. compiled: what is before and after attention by `torch.compile`, once for all layers.
+    packed: see `FusedLinear`. compiled: `torch.compile` what is before and after attention, for all layers.
     """
 
     kind = StaticKVCache
@@ -183,7 +183,7 @@ class Stack:
         self.softcap: float | None = getattr(one.self_attn, "attn_logit_softcapping", None)
         self.activation: Any = one.mlp.act_fn
         self.rotary = model.rotary_emb
-        self.norm = scale_of(model.norm)
+        self.norm = norm_scale(model.norm)
         self.layers = [Layer(layer, packed) for layer in model.layers]
         self.few: Any = None
         if compiled:
@@ -211,7 +211,7 @@ class Stack:
         """Room for the keys and values of so many tokens."""
         return self.kind(len(self.layers), (batch, self.groups, places, self.width), dtype, device)
 
-    def take(self, cache: StaticKVCache) -> StaticKVCache:
+    def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
         """What another stack left in a cache, as this one reads it: itself, or a copy in its precision."""
         if cache.whole.dtype == self.dtype:
             return cache
@@ -238,7 +238,7 @@ class Stack:
         """Embeddings [B, S, D] of the window's tokens -> the last layer's output, after the last norm; their
         keys and values are left in the cache.
 
-        bias       [B · kv heads, 1, places] added to all scores, or None: see `Prefilled.bias`.
+        bias       [B · kv heads, 1, places] added to all scores, or None: see `PrefilledCache.bias`.
         keys_only  the last layer stops at its keys and values, and the result is its input.
         wanted     [B] the one token of each row that is needed, of a window of one block: gives [B, 1, D].
         """
@@ -341,22 +341,22 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Prefilled:
+class PrefilledCache:
     """A prefix of S tokens after `prefill`.
 
     cache   keys and values of every layer, with room behind them.
     valid   [B, S] bool, False for padding and missing images; padded: whether any is False.
-    places  [B] the position after the last valid token.
+    next_positions  [B] the position after the last valid token.
     hidden  [B, D] the last layer's output at the last valid token; None where the cache alone was wanted.
-    wrote   as `prefill` was given it; see `Window`.
+    write_events   as `prefill` was given it; see `Window`.
     """
 
     cache: StaticKVCache
     valid: Tensor
     padded: bool
-    places: Tensor
+    next_positions: Tensor
     hidden: Tensor | None
-    wrote: Events
+    write_events: LayerEvents
 
     def bias(self, room: int, groups: int, dtype: torch.dtype) -> Tensor | None:
         """[B · kv heads, 1, places] added to the scores of the prefix and `room` places after it; or None."""
@@ -369,19 +369,19 @@ class Prefilled:
 
 
 def prefill(
-    layers: Stack,
+    layers: LayerStack,
     features: Tensor,
     text: Tensor,
     image_valid: Tensor | None,
     text_valid: Tensor | None,
     room: int,
     keys_only: bool = False,
-    wrote: Events = None,
-) -> Prefilled:
+    write_events: LayerEvents = None,
+) -> PrefilledCache:
     """Visual tokens [B, T, D] and text embeddings [B, L, D], which see each other, through the layers.
 
     image_valid [B, T] bool, text_valid [B, L]: None where all are valid, which saves masks.
-    room: tokens that are to follow. keys_only: see `Stack`. wrote: see `Window`.
+    room: tokens that are to follow. keys_only: see `LayerStack`. write_events: see `Window`.
     """
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
@@ -398,8 +398,8 @@ def prefill(
         padded = not bool(valid.all())
     cache = layers.cache(batch, length + room, x.dtype, x.device)
     where = compute_position_ids(valid)
-    prefix = Prefilled(cache, valid, padded, where[:, -1] + 1, None, wrote)
-    window = replace(cache.window(0, [(length, length)]), wrote=wrote)
+    prefix = PrefilledCache(cache, valid, padded, where[:, -1] + 1, None, write_events)
+    window = replace(cache.window(0, [(length, length)]), write_events=write_events)
     rotations = layers.rotations(where, x.dtype)
     # Of all places with as many valid ones before them as the last token, it is the first.
     wanted = None if keys_only else where.argmax(-1)
@@ -407,7 +407,7 @@ def prefill(
     return prefix if keys_only else replace(prefix, hidden=found[:, 0])
 
 
-def scale_of(norm: nn.Module) -> Tensor:
+def norm_scale(norm: nn.Module) -> Tensor:
     """What Gemma's RMSNorm multiplies by, float32."""
     return 1 + norm.weight.detach().float()  # type: ignore[operator]
 
@@ -417,5 +417,5 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-STACK = Prepared(Stack)
-"""`STACK(model, packed, compiled)`: the layers of a Gemma, ready to run."""
+get_layer_stack = ModuleCache(LayerStack)
+"""`get_layer_stack(model, packed, compiled)`: the layers of a Gemma, ready to run."""

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from spear.errors import SpearError, summarize_error
 from spear.models.moge.networks import ENCODERS, MogeV1, MogeV2, dinov2_config
 from spear.models.vision import IMAGENET_MEAN, IMAGENET_STD, MogeEncoder
-from spear.models.weights.load import difference, download, renamed
+from spear.models.weights.load import (
+    describe_tensor_differences,
+    download_from_hub,
+    rename_prefixes,
+)
 from spear.util.network import is_hub_name
 
 Weights = Mapping[str, Tensor]
@@ -119,7 +123,7 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
         if path.exists() or path.suffix == ".pt" or not is_hub_name(str(name)):
             known = "a name on the Hub such as Ruicheng/moge-vitl"
             raise SpearError(f"MoGe checkpoint not found: {path}: give a .pt file, or {known}")
-        path = download(str(name), "a local model.pt", file="model.pt")
+        path = download_from_hub(str(name), "a local model.pt", file="model.pt")
     weights, config = _read(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
     if f"{_BACKBONE[version]}cls_token" not in weights:
@@ -153,7 +157,7 @@ def _match(
     # DINOv2's own training needs the mask token, MoGe does not.
     left = {f"{_BACKBONE[checkpoint.version]}mask_token", *unused} - set(expected)
     found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in left}
-    if wrong := difference(expected, found):
+    if wrong := describe_tensor_differences(expected, found):
         raise SpearError(f"{where}: {wrong}: download it again, or report this line")
     for name, values in _CONSTANTS.items():
         key = name if checkpoint.version == 1 else f"encoder.{name}"
@@ -182,7 +186,7 @@ def to_published_name(ours: str, prefixes: Prefixes) -> str:
     if "backbone." in ours:
         for here, there in _DINOV2:
             ours = ours.replace(here, there)
-    return renamed(ours, prefixes)
+    return rename_prefixes(ours, prefixes)
 
 
 def _read(path: Path) -> tuple[Weights, Any]:

@@ -17,8 +17,19 @@ from spear.errors import SpearError, check_known
 from spear.models.presets import build_spear1_config, get_preset
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1Config, Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMConfig
-from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, origin, reading
+from spear.models.weights.conversion import (
+    Conversion,
+    ConversionReport,
+    WeightStatus,
+    match_weights,
+    report_unused_weights,
+)
+from spear.models.weights.load import (
+    StoredCheckpoint,
+    WeightReader,
+    describe_source,
+    make_weight_reader,
+)
 from spear.types import ACTION_DIM
 
 _RENAMED = (
@@ -57,18 +68,18 @@ def plan_policy(
 
     Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
     """
-    stored = Shards.open(vlm, "SPEAR-VLM")
-    sources = {"SPEAR-VLM": origin(vlm, stored.folder)}
+    stored = StoredCheckpoint.open(vlm, "SPEAR-VLM")
+    sources = {"SPEAR-VLM": describe_source(vlm, stored.folder)}
     kind = str(stored.config.get("model_type"))
     check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
     inner, dtype = stored.read_config(SpearVLMConfig), stored.precision(stored.weights)
     fields, periods = None, {}
     if expert is not None:
-        shards = Shards.open(expert, "π0")
+        shards = StoredCheckpoint.open(expert, "π0")
         names = _expert_names(shards)
         fields = _expert_fields(shards, names, inner.text_config.head_dim)
         periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
-        sources["action expert"] = origin(expert, shards.folder)
+        sources["action expert"] = describe_source(expert, shards.folder)
     config = build_spear1_config(get_preset(size), inner, fields)
     config.update(periods)
     with torch.device("meta"):
@@ -76,18 +87,22 @@ def plan_policy(
     inside = {k: v for k, v in wanted.items() if k.startswith("vlm.")}
     outside = {k: v for k, v in wanted.items() if k not in inside}
     ours = {f"vlm.{name}": name for name in stored.weights}
-    keys, found = match(inside, stored, ours, "SPEAR-VLM")
-    keys += left_over({o: n for o, n in ours.items() if o not in inside}, stored, {}, "SPEAR-VLM")
-    parts = [reading(stored, found)]
+    keys, found = match_weights(inside, stored, ours, "SPEAR-VLM")
+    keys += report_unused_weights(
+        {o: n for o, n in ours.items() if o not in inside}, stored, {}, "SPEAR-VLM"
+    )
+    parts = [make_weight_reader(stored, found)]
     if expert is None:
         keys += [_new(name, weight, config) for name, weight in outside.items()]
     else:
         of_expert, more = _pi0(outside, shards, names, config)
         keys, parts = keys + of_expert, parts + more
-    return Conversion(Spear1ForActionPrediction, config, KeyReport(keys), parts, dtype, sources)
+    return Conversion(
+        Spear1ForActionPrediction, config, ConversionReport(keys), parts, dtype, sources
+    )
 
 
-def _expert_names(shards: Shards) -> dict[str, str]:
+def _expert_names(shards: StoredCheckpoint) -> dict[str, str]:
     """Our names -> π0's, of all its weights. Raises `SpearError` when it is not a π0."""
     names = shards.names(_RENAMED)
     other = f"another architecture: {shards.folder}"
@@ -100,7 +115,9 @@ def _expert_names(shards: Shards) -> dict[str, str]:
     return names
 
 
-def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> dict[str, Any]:
+def _expert_fields(
+    shards: StoredCheckpoint, names: Mapping[str, str], head_dim: int
+) -> dict[str, Any]:
     """The sizes of π0's expert, from the shapes of its weights, and what its config says beside them."""
     said = shards.config.get("dit_config") or {}
 
@@ -128,8 +145,11 @@ def _expert_fields(shards: Shards, names: Mapping[str, str], head_dim: int) -> d
 
 
 def _pi0(
-    wanted: Mapping[str, Tensor], shards: Shards, names: Mapping[str, str], config: Spear1Config
-) -> tuple[list[Key], list[Part]]:
+    wanted: Mapping[str, Tensor],
+    shards: StoredCheckpoint,
+    names: Mapping[str, str],
+    config: Spear1Config,
+) -> tuple[list[WeightStatus], list[WeightReader]]:
     """The keys of π0's expert, and what reads them."""
     # The ends whose states or actions are not ours, or that predict something else.
     other = {"action_out_proj"} if _is_clean(config) else set()
@@ -138,23 +158,27 @@ def _pi0(
         if stored is not None and shards.weights[stored].shape[axis] != ours:
             other.add(layer)
     fresh = [name for name in wanted if name.split(".")[0] in other]
-    keys, found = match({k: v for k, v in wanted.items() if k not in fresh}, shards, names, "π0")
+    keys, found = match_weights(
+        {k: v for k, v in wanted.items() if k not in fresh}, shards, names, "π0"
+    )
     last = {ours: name for ours, name in found.items() if ours.startswith("action_out_proj.")}
     negated = "negated: π0's velocity points to the noise"
     keys = [replace(k, note=f"{k.note}, {negated}") if k.name in last else k for k in keys]
     keys += [_new(name, wanted[name], config) for name in fresh]
     rest = {ours: name for ours, name in names.items() if ours not in wanted or ours in fresh}
     others = dict.fromkeys(fresh, "its states and actions mean other numbers")
-    keys += left_over(rest, shards, {**others, **_UNUSED}, "the action expert")
-    parts = [reading(shards, {ours: name for ours, name in found.items() if ours not in last})]
-    return keys, [*parts, reading(shards, last, sign=-1.0)]
+    keys += report_unused_weights(rest, shards, {**others, **_UNUSED}, "the action expert")
+    parts = [
+        make_weight_reader(shards, {ours: name for ours, name in found.items() if ours not in last})
+    ]
+    return keys, [*parts, make_weight_reader(shards, last, sign=-1.0)]
 
 
 def _is_clean(config: Spear1Config) -> bool:
     return (config.flow or {})["prediction"] == "clean"
 
 
-def _new(name: str, weight: Tensor, config: Spear1Config) -> Key:
+def _new(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus:
     """A new weight, with the initialisation that `Spear1ForActionPrediction` gives it."""
     shape = tuple(weight.shape)
     if name.startswith("expert."):
@@ -168,4 +192,4 @@ def _new(name: str, weight: Tensor, config: Spear1Config) -> Key:
         )
     else:
         how = f"N(0, {'0.01' if name.startswith('action_out_proj') else '1'} / {shape[1]})"
-    return Key(name, shape, "new", how)
+    return WeightStatus(name, shape, "new", how)

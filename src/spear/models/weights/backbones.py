@@ -24,8 +24,20 @@ from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, ge
 from spear.models.processing import check_tokenizer
 from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
-from spear.models.weights.conversion import Conversion, Key, KeyReport, left_over, match
-from spear.models.weights.load import Part, Shards, load_tokenizer, origin, reading
+from spear.models.weights.conversion import (
+    Conversion,
+    ConversionReport,
+    WeightStatus,
+    match_weights,
+    report_unused_weights,
+)
+from spear.models.weights.load import (
+    StoredCheckpoint,
+    WeightReader,
+    describe_source,
+    load_tokenizer,
+    make_weight_reader,
+)
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -70,7 +82,7 @@ def plan_backbones(
     in the report, and raised by `check` and `run`.
     """
     numbers = get_preset(size)
-    shards = Shards.open(paligemma, "PaliGemma")
+    shards = StoredCheckpoint.open(paligemma, "PaliGemma")
     published = _paligemma_config(shards)
     stored = shards.names(_RENAMED)
     head = stored.pop("lm_head.weight", None)
@@ -98,32 +110,36 @@ def plan_backbones(
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
     wanted = model.state_dict()
     plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
-    keys, names = match(plain, shards, stored, "PaliGemma")
+    keys, names = match_weights(plain, shards, stored, "PaliGemma")
     of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.bins)
-    keys, parts = keys + of_vocabulary, [grow, reading(shards, names)]
-    sources = {"PaliGemma": origin(paligemma, shards.folder)}
+    keys, parts = keys + of_vocabulary, [grow, make_weight_reader(shards, names)]
+    sources = {"PaliGemma": describe_source(paligemma, shards.folder)}
     if encoder is not None and model.moge is not None:
         keys += _moge_keys(model.moge, encoder)
         for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
             name = f"moge_projector.linear.{part}"
-            keys.append(Key(name, tuple(wanted[name].shape), "new", how))
+            keys.append(WeightStatus(name, tuple(wanted[name].shape), "new", how))
         parts.insert(
             0, _moge_part(config, encoder.path)
         )  # first, while there is room for its float32 copy
-        sources["MoGe"] = origin(str(moge), encoder.path.parent)
+        sources["MoGe"] = describe_source(str(moge), encoder.path.parent)
     if head is not None:
         keys.append(
-            Key(head, shards.weights[head].shape, "left out", "tied to the token embeddings")
+            WeightStatus(
+                head, shards.weights[head].shape, "left out", "tied to the token embeddings"
+            )
         )
     rest = {ours: name for ours, name in stored.items() if ours not in wanted}
-    keys += left_over(rest, shards, _UNUSED, "SPEAR-VLM")
+    keys += report_unused_weights(rest, shards, _UNUSED, "SPEAR-VLM")
     place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
-    report = KeyReport(sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place))))
+    report = ConversionReport(
+        sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place)))
+    )
     kind, dtype = SpearVLMForConditionalGeneration, shards.precision([table, *names.values()])
     return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
-def _paligemma_config(shards: Shards) -> Any:
+def _paligemma_config(shards: StoredCheckpoint) -> Any:
     """The `PaliGemmaConfig` of a folder, checked to be one that SPEAR-VLM can be made from."""
     kind, where = shards.config.get("model_type"), shards.folder / "config.json"
     other = f"another architecture: {where}"
@@ -169,18 +185,18 @@ def _vlm_config(
 
 
 def _vocabulary(
-    shards: Shards, source: str, head: str | None, start: int, bins: int
-) -> tuple[list[Key], Part]:
+    shards: StoredCheckpoint, source: str, head: str | None, start: int, bins: int
+) -> tuple[list[WeightStatus], WeightReader]:
     """The embeddings in their parts, known rows and new 3D tokens, and how they are read. head: its copy."""
     rows, width = shards.weights[source].shape
     known, end = min(rows, start), start + bins
     loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
     keys = [
-        Key(f"{EMBEDDINGS}[:{known}]", (known, width), "loaded", loaded),
-        Key(f"{EMBEDDINGS}[{known}:{end}]", (end - known, width), "new", drawn),
+        WeightStatus(f"{EMBEDDINGS}[:{known}]", (known, width), "loaded", loaded),
+        WeightStatus(f"{EMBEDDINGS}[{known}:{end}]", (end - known, width), "new", drawn),
     ]
     if rows > end:
-        keys.append(Key(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
+        keys.append(WeightStatus(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
 
     def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
         table = torch.empty(max(rows, end), width, dtype=dtype)
@@ -199,7 +215,7 @@ def _vocabulary(
     return keys, part
 
 
-def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
+def _moge_part(config: SpearVLMConfig, path: Path) -> WeightReader:
     def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         with torch.device("meta"):
             encoder = MogeEncoder(copy.deepcopy(config.moge_config))
@@ -209,16 +225,17 @@ def _moge_part(config: SpearVLMConfig, path: Path) -> Part:
     return part
 
 
-def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[Key]:
+def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
     names = match_encoder(encoder, checkpoint)
     ours = encoder.state_dict().items()
     keys = [
-        Key(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}") for n, weight in ours
+        WeightStatus(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}")
+        for n, weight in ours
     ]
     for name, weight in checkpoint.weights.items():
         if name not in names.values():
             why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
             if name.endswith(("image_mean", "image_std")):
                 why = "ImageNet's, checked"
-            keys.append(Key(name, tuple(weight.shape), "left out", why))
+            keys.append(WeightStatus(name, tuple(weight.shape), "left out", why))
     return keys

@@ -15,8 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from spear.errors import SpearError, summarize_error
-from spear.models.weights.folders import save_made_by, simulator_only
-from spear.models.weights.load import Model, Part, Shards, check_finite, quiet
+from spear.models.weights.folders import is_simulator_only, write_provenance
+from spear.models.weights.load import (
+    ModelT,
+    StoredCheckpoint,
+    WeightReader,
+    check_finite,
+    quiet_transformers,
+)
 from spear.util.files import check_new_folder
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
@@ -34,7 +40,7 @@ _ABOUT = {
 
 
 @dataclass(frozen=True)
-class Key:
+class WeightStatus:
     """One weight. name: ours; for what is left out or refused, the checkpoint's.
 
     note  loaded: where from; new: its initialisation; else why.
@@ -47,18 +53,20 @@ class Key:
 
 
 @dataclass(frozen=True)
-class KeyReport:
+class ConversionReport:
     """Every weight of a conversion: the new model's and the checkpoints'. Prints as a table."""
 
-    keys: Sequence[Key]
+    keys: Sequence[WeightStatus]
 
-    def of(self, *status: Status) -> list[Key]:
+    def with_status(self, *status: Status) -> list[WeightStatus]:
         """The keys of these statuses."""
         return [key for key in self.keys if key.status in status]
 
     def check(self, where: str) -> None:
         """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
-        if wrong := [(keys[0], len(keys)) for status in PROBLEMS if (keys := self.of(status))]:
+        if wrong := [
+            (keys[0], len(keys)) for status in PROBLEMS if (keys := self.with_status(status))
+        ]:
             said = (
                 f"weights {k.status}: {n}, first {k.name} {list(k.shape)} ({k.note})"
                 for k, n in wrong
@@ -66,28 +74,28 @@ class KeyReport:
             also = "compare with `spear convert expected`, or report this line"
             raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
-    def folded(self) -> list[tuple[Key, int]]:
+    def fold_layers(self) -> list[tuple[WeightStatus, int]]:
         """The keys, each with a count: numbered layers are one line, unless something is wrong with them."""
-        groups: dict[tuple[str, ...], list[Key]] = {}
+        groups: dict[tuple[str, ...], list[WeightStatus]] = {}
         for key in self.keys:
             place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
             like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
             groups.setdefault(like, []).append(key)
         ends = ((keys[0], keys[-1], len(keys)) for keys in groups.values())
         return [
-            (Key(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n)
+            (WeightStatus(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n)
             for a, b, n in ends
         ]
 
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Parameters of the new model."""
-        return sum(math.prod(key.shape) for key in self.of("loaded", "new"))
+        return sum(math.prod(key.shape) for key in self.with_status("loaded", "new"))
 
     def module_table(self) -> str:
         """Parameters per module, and of each model as a whole."""
         modules: dict[str, list[int]] = {}
         whole = {"SPEAR-VLM": [0, 0], "action expert": [0, 0], "all": [0, 0]}
-        for key in self.of("loaded", "new"):
+        for key in self.with_status("loaded", "new"):
             part = "action expert" if key.name.startswith(_EXPERT) else "SPEAR-VLM"
             for count in (modules.setdefault(_module(key.name), [0, 0]), whole[part], whole["all"]):
                 count[key.status == "new"] += math.prod(key.shape)
@@ -102,17 +110,17 @@ class KeyReport:
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
-        for key, count in self.folded():
+        for key, count in self.fold_layers():
             rows.append(
                 (key.status, key.name, " × ".join(map(str, key.shape)) or "1", str(count), key.note)
             )
-        counts = {status: len(self.of(status)) for status in get_args(Status)}
+        counts = {status: len(self.with_status(status)) for status in get_args(Status)}
         total = ", ".join(f"{n} {s}" for s, n in counts.items() if n or s in ("loaded", "new"))
         return f"{_columns(rows, right=(3,))}\n\n{self.module_table()}\n\n{total}"
 
 
 @dataclass(frozen=True)
-class Conversion(Generic[Model]):
+class Conversion(Generic[ModelT]):
     """A new model whose every weight has been found a place, before any is read.
 
     config    the new model's. report: what became of each weight.
@@ -122,10 +130,10 @@ class Conversion(Generic[Model]):
     tokenizer a Hugging Face tokenizer with the 3D tokens, where the sources had one.
     """
 
-    cls: type[Model]
+    cls: type[ModelT]
     config: PreTrainedConfig
-    report: KeyReport
-    parts: Sequence[Part]
+    report: ConversionReport
+    parts: Sequence[WeightReader]
     dtype: torch.dtype
     sources: Mapping[str, str]
     tokenizer: Any = None
@@ -134,7 +142,7 @@ class Conversion(Generic[Model]):
         """Raise `SpearError`, naming the first, when a weight is missing or refused."""
         self.report.check(", ".join(self.sources.values()))
 
-    def run(self, dtype: torch.dtype | None = None, seed: int = 0) -> Model:
+    def run(self, dtype: torch.dtype | None = None, seed: int = 0) -> ModelT:
         """The model in evaluation mode, on the CPU. The same seed gives the same new weights.
 
         Beside the weights in `dtype` there is never more in memory than a piece of a file and the covariance
@@ -145,13 +153,13 @@ class Conversion(Generic[Model]):
         weights: dict[str, Tensor] = {}
         for part in self.parts:
             weights |= part(dtype, torch.Generator().manual_seed(seed))
-        with torch.random.fork_rng(devices=[]), quiet():
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
             loaded: Any = self.cls.from_pretrained(
                 None, config=self.config, state_dict=weights, dtype=dtype, output_loading_info=True
             )
         model, info = loaded
-        new = {key.name for key in self.report.of("new") if "[" not in key.name}
+        new = {key.name for key in self.report.with_status("new") if "[" not in key.name}
         assert set(info["missing_keys"]) == new and not info["unexpected_keys"], (
             "the report is wrong"
         )
@@ -164,7 +172,7 @@ class Conversion(Generic[Model]):
         dtype: torch.dtype | None = None,
         seed: int = 0,
         also: Callable[[Path], Any] | None = None,
-    ) -> Model:
+    ) -> ModelT:
         """`run`, and write the model as sharded safetensors with a model card, whole or not at all.
 
         `recipe.json` says what the model was made of. also: writes more files into the folder
@@ -174,7 +182,7 @@ class Conversion(Generic[Model]):
         check_new_folder(folder)
         self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
-        size = self.report.parameters() * (dtype or self.dtype).itemsize
+        size = self.report.num_parameters() * (dtype or self.dtype).itemsize
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -185,7 +193,7 @@ class Conversion(Generic[Model]):
                     f"no room for {folder.parent}: {lacks}: make room, or give another folder"
                 )
             model = self.run(dtype, seed)
-            with quiet():
+            with quiet_transformers():
                 model.save_pretrained(part, max_shard_size=MOST)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(part)
@@ -196,10 +204,10 @@ class Conversion(Generic[Model]):
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "seed": seed,
                 "simulator_only": all(
-                    simulator_only(Path(source)) for source in self.sources.values()
+                    is_simulator_only(Path(source)) for source in self.sources.values()
                 ),
             }
-            save_made_by(part, made)
+            write_provenance(part, made)
             (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
@@ -214,7 +222,7 @@ class Conversion(Generic[Model]):
     def _card(self, name: str) -> str:
         """The README.md, with the header that the Hub reads. The licence is that of PaliGemma's weights."""
         title, pipeline, use = _ABOUT[self.config.model_type]
-        new = [key for key, _ in self.report.folded() if key.status == "new"]
+        new = [key for key, _ in self.report.fold_layers() if key.status == "new"]
         fresh = ["These weights are new and untrained:", ""]
         fresh += [f"- `{key.name}` {list(key.shape)}: {key.note}" for key in new]
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
@@ -231,9 +239,9 @@ class Conversion(Generic[Model]):
         )
 
 
-def match(
-    wanted: Mapping[str, Tensor], shards: Shards, stored: Mapping[str, str], where: str
-) -> tuple[list[Key], dict[str, str]]:
+def match_weights(
+    wanted: Mapping[str, Tensor], shards: StoredCheckpoint, stored: Mapping[str, str], where: str
+) -> tuple[list[WeightStatus], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
     wanted  our names -> tensors (their shapes count, so the meta device will do).
@@ -242,28 +250,28 @@ def match(
     Returns a key for each (loaded, missing, or refused for its shape) and the names of the loaded ones:
     ours -> stored. Raises `SpearError` for a dtype that is not plain floating point.
     """
-    keys: list[Key] = []
+    keys: list[WeightStatus] = []
     names: dict[str, str] = {}
     for ours, tensor in wanted.items():
         shape = tuple(tensor.shape)
         if ours not in stored:
-            keys.append(Key(ours, shape, "missing", f"not in {where}"))
+            keys.append(WeightStatus(ours, shape, "missing", f"not in {where}"))
             continue
         theirs = stored[ours]
         shards.dtype(theirs)
         found = shards.weights[theirs].shape
         if found != shape:
             note = f"its shape is {list(found)}, its config says {list(shape)}"
-            keys.append(Key(theirs, found, "refused", note))
+            keys.append(WeightStatus(theirs, found, "refused", note))
         else:
-            keys.append(Key(ours, shape, "loaded", f"{where}: {theirs}"))
+            keys.append(WeightStatus(ours, shape, "loaded", f"{where}: {theirs}"))
             names[ours] = theirs
     return keys, names
 
 
-def left_over(
-    stored: Mapping[str, str], shards: Shards, unused: Mapping[str, str], what: str
-) -> Iterator[Key]:
+def report_unused_weights(
+    stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], what: str
+) -> Iterator[WeightStatus]:
     """The keys of weights that the new model has no place for: left out where it is known why, else refused.
 
     stored: names as ours would be -> names in `shards`. unused: patterns of the former's beginnings -> why
@@ -272,7 +280,9 @@ def left_over(
     for ours, name in stored.items():
         why = next((reason for pattern, reason in unused.items() if re.match(pattern, ours)), None)
         note = f"{what} has no such weight" if why is None else why
-        yield Key(name, shards.weights[name].shape, "refused" if why is None else "left out", note)
+        yield WeightStatus(
+            name, shards.weights[name].shape, "refused" if why is None else "left out", note
+        )
 
 
 def _module(name: str) -> str:

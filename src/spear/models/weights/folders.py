@@ -12,7 +12,7 @@ from pydantic import BaseModel, StrictBool
 from spear.errors import SpearError, notice
 from spear.util.files import read_json_as
 
-SHIPPED = Path(__file__).parents[2] / "weights"
+BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
 """Where the weights that come with the package lie: a folder per name."""
 _PIECE, _PIECES = 2**16, 64
 """A larger file is known by its size and so many pieces of so many bytes, spread over all of it."""
@@ -25,14 +25,19 @@ def locate(name: str | Path) -> Path:
 
     Raises `SpearError` when there is none, or none yet.
     """
-    path, shipped = Path(name), SHIPPED / str(name)
+    path, shipped = Path(name), BUNDLED_WEIGHTS / str(name)
     if path.is_dir():
         if path != shipped and (shipped / "config.json").is_file():
             notice(
                 f"{path}: this folder is taken, not the weights of that name that come with the package"
             )
         if ((final := path / "final") / "config.json").is_file():
-            steps = made_by(final).get("recipe", {}).get("optimization", {}).get("steps", math.inf)
+            steps = (
+                read_provenance(final)
+                .get("recipe", {})
+                .get("optimization", {})
+                .get("steps", math.inf)
+            )
             if any(
                 int(saved.name[5:]) > steps
                 for saved in path.glob("checkpoints/step-" + 8 * "[0-9]")
@@ -46,20 +51,20 @@ def locate(name: str | Path) -> Path:
         return path
     if (shipped / "config.json").is_file():
         return shipped
-    names = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
+    names = ", ".join(sorted(p.parent.name for p in BUNDLED_WEIGHTS.glob("*/config.json")))
     known = f"the name of one that comes with this package: {names}"
     raise SpearError(f"no model {str(name)!r}: give a folder with a trained one, or {known}")
 
 
-def simulator_only(folder: Path) -> bool:
+def is_simulator_only(folder: Path) -> bool:
     """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
     package, and those whose training says so. Raises `SpearError` for a broken recipe.json."""
-    said = made_by(folder).get("simulator_only", False)
-    return said or folder.resolve().is_relative_to(SHIPPED.resolve())
+    said = read_provenance(folder).get("simulator_only", False)
+    return said or folder.resolve().is_relative_to(BUNDLED_WEIGHTS.resolve())
 
 
-class MadeBy(BaseModel, extra="allow"):
-    """What of a recipe.json is asked for; files: as of `contents`, learned: marks of episodes and images."""
+class Provenance(BaseModel, extra="allow"):
+    """What of a recipe.json is asked for; files: of `hash_files`; learned: fingerprints of training data."""
 
     recipe: dict[str, Any] = {}
     files: dict[str, str] = {}
@@ -67,23 +72,23 @@ class MadeBy(BaseModel, extra="allow"):
     simulator_only: StrictBool = False
 
 
-def made_by(folder: Path) -> Mapping[str, Any]:
+def read_provenance(folder: Path) -> Mapping[str, Any]:
     """What a trained folder says about itself (recipe.json); nothing where somebody else saved it."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    return read_json_as(MadeBy, path, "copy the folder again, or remove this file").model_dump(
+    return read_json_as(Provenance, path, "copy the folder again, or remove this file").model_dump(
         exclude_unset=True
     )
 
 
-def save_made_by(folder: Path, said: Mapping[str, Any]) -> None:
+def write_provenance(folder: Path, said: Mapping[str, Any]) -> None:
     """Write what a folder says about itself, and of which files it is whole; the last thing that is saved."""
-    text = json.dumps({**said, "files": contents(folder)}, indent=1)
+    text = json.dumps({**said, "files": hash_files(folder)}, indent=1)
     (folder / "recipe.json").write_text(text, encoding="utf-8")
 
 
-def contents(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """The files that make up the model in a folder: name → a short hash."""
     found = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _APART):
@@ -97,18 +102,18 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_together(folder: Path) -> None:
+def warn_about_changed_files(folder: Path) -> None:
     """Say on stderr which files of a trained or converted folder are not those that were saved together.
 
     Weights with the normalizer.json or the words of another training fit by shape, and act wrongly.
     """
-    if other := changed(folder, made_by(folder).get("files", {})):
+    if other := find_changed_files(folder, read_provenance(folder).get("files", {})):
         notice(
             f"{folder}: {', '.join(other)}: not as saved with the rest: copy the whole folder again"
         )
 
 
-def changed(folder: Path, saved: Mapping[str, str]) -> list[str]:
-    """Which files of a folder are missing, or others than when these were its `contents`."""
-    here = contents(folder) if saved else {}
+def find_changed_files(folder: Path, saved: Mapping[str, str]) -> list[str]:
+    """Which files of a folder are missing, or others than when these were its `hash_files`."""
+    here = hash_files(folder) if saved else {}
     return [name for name in saved if here.get(name) != saved[name]]

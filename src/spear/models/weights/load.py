@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from spear.errors import SpearError, check_known, summarize_error
-from spear.models.weights.folders import check_together
+from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json
 from spear.util.network import check_available_on_hub, explain_hub_unreachable, is_hub_name
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 """The files of a repository on the Hub that belong to a checkpoint."""
@@ -29,10 +29,10 @@ _WHOLE = "give the folder of a whole checkpoint"
 _PIECE = 8 * 2**20
 """Bytes read at a time. A file is closed after each piece, so that what was read of it leaves the memory."""
 _END = 4096
-"""Bytes at the end of each weight that `Shards.digest` reads: in embeddings, where the 3D tokens are."""
+"""Bytes at the end of each weight that `digest` reads: in embeddings, where the 3D tokens are."""
 
 
-def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None) -> Model:
+def load(cls: type[ModelT], folder: Path | str, dtype: torch.dtype | None = None) -> ModelT:
     """The model of a class saved in a folder by `save_pretrained`, in evaluation mode.
 
     dtype: None keeps the one that its config names. Raises SpearError, naming the file, when something is
@@ -43,13 +43,13 @@ def load(cls: type[Model], folder: Path | str, dtype: torch.dtype | None = None)
         raise SpearError(
             f"wrong dtype: {dtype}: weights are floating-point: give float32 or bfloat16"
         )
-    check(cls, folder)
-    check_together(folder)
+    check_checkpoint(cls, folder)
+    warn_about_changed_files(folder)
     how: Any = dict.fromkeys(
         ("local_files_only", "output_loading_info", "ignore_mismatched_sizes"), True
     )
     try:
-        with quiet():
+        with quiet_transformers():
             loaded: Any = cls.from_pretrained(folder, dtype=dtype or "auto", **how)
     except Exception as error:  # of its networks too, which wrong numbers break
         raise SpearError(f"cannot load checkpoint: {folder}: {summarize_error(error)}") from error
@@ -74,13 +74,13 @@ def check_finite(model: nn.Module, where: str) -> None:
             )
 
 
-def architecture(folder: Path) -> str:
+def read_architecture(folder: Path) -> str:
     """The `model_type` of a checkpoint folder. Raises SpearError when its config is missing or broken."""
     return str(read_json(folder / "config.json", _WHOLE).get("model_type"))
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Transformers without progress bars, and without warnings about weights, which we check ourselves."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
+def check_checkpoint(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint of `cls`, whose weights are listed, not read.
 
     Raises SpearError for a folder that is not a whole checkpoint of `cls`, or one of quantised weights.
@@ -102,7 +102,7 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
         raise SpearError(
             f"checkpoint not found: {folder}: give a folder with config.json and safetensors"
         )
-    kind = architecture(folder)
+    kind = read_architecture(folder)
     assert cls.config_class is not None
     wanted = cls.config_class.model_type
     if (kind, wanted) == ("spear_vlm", "spear1"):
@@ -110,13 +110,13 @@ def check(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
             f"{folder}: is a SPEAR-VLM: train a policy from it with `spear train … --init`"
         )
     check_known(f"architecture in {folder / 'config.json'}:", [wanted], kind)
-    shards = Shards.open(folder, wanted)
+    shards = StoredCheckpoint.open(folder, wanted)
     shards.precision(shards.weights)
     return shards.read_config(cls.config_class)
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A weight in a file; dtype as safetensors calls it ("F32", "BF16", "I8" …)."""
 
     file: Path
@@ -125,21 +125,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Shards:
+class StoredCheckpoint:
     """A checkpoint folder whose weights have been listed, not read. config: of config.json, or empty."""
 
     folder: Path
     config: Mapping[str, Any]
-    weights: Mapping[str, Stored]
+    weights: Mapping[str, StoredTensor]
 
     @staticmethod
-    def open(name: Path | str, what: str) -> "Shards":
+    def open(name: Path | str, what: str) -> "StoredCheckpoint":
         """A local folder, or a name on the Hub. what: the kind of checkpoint, for the error messages.
 
         Raises `SpearError` when it is not found, incomplete or broken.
         """
-        folder = find(name, what)
-        weights: dict[str, Stored] = {}
+        folder = find_checkpoint(name, what)
+        weights: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -149,13 +149,13 @@ class Shards:
                                 f"{key} is in two files: {weights[key].file} and {file}"
                             )
                         part = opened.get_slice(key)
-                        weights[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                        weights[key] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise SpearError(f"broken checkpoint: {file}: {error}: copy it again") from error
         if not weights:
             raise SpearError(f"checkpoint incomplete: {folder} holds no weights: copy it again")
         file = folder / "config.json"
-        return Shards(folder, read_json(file, _WHOLE) if file.is_file() else {}, weights)
+        return StoredCheckpoint(folder, read_json(file, _WHOLE) if file.is_file() else {}, weights)
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raises `SpearError` unless it is a plain floating-point one."""
@@ -166,10 +166,10 @@ class Shards:
         return _FLOATS[stored.dtype]
 
     def names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """The weights' names as `renamed` by these rules -> stored. `SpearError` where two become one."""
-        names = {renamed(stored, rules): stored for stored in self.weights}
+        """The weights, renamed by these rules -> stored names. `SpearError` where two become one."""
+        names = {rename_prefixes(stored, rules): stored for stored in self.weights}
         if lost := self.weights.keys() - names.values():
-            both = f"{min(lost)} and {names[renamed(min(lost), rules)]}"
+            both = f"{min(lost)} and {names[rename_prefixes(min(lost), rules)]}"
             raise SpearError(
                 f"{self.folder}: {both} are one weight under two names: remove one of them"
             )
@@ -219,11 +219,13 @@ class Shards:
         return out
 
 
-Part = Callable[[torch.dtype, torch.Generator], dict[str, Tensor]]
+WeightReader = Callable[[torch.dtype, torch.Generator], dict[str, Tensor]]
 """Some of a new model's weights, by name, in a dtype; what is random in them comes from the generator."""
 
 
-def reading(shards: Shards, names: Mapping[str, str], sign: float = 1.0) -> Part:
+def make_weight_reader(
+    shards: StoredCheckpoint, names: Mapping[str, str], sign: float = 1.0
+) -> WeightReader:
     """The weights of `shards` under new names (new -> stored), file after file, times `sign`."""
     order = sorted(names, key=lambda ours: (str(shards.weights[names[ours]].file), ours))
 
@@ -247,14 +249,14 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+def rename_prefixes(name: str, rules: Iterable[tuple[str, str]]) -> str:
     """A name whose beginning is exchanged, by one rule (there, here) after the other."""
     for there, here in rules:
         name = here + name.removeprefix(there) if name.startswith(there) else name
     return name
 
 
-def difference(
+def describe_tensor_differences(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> str:
     """What is wrong with a file's tensors, in one line: how many, and the first with its shape; or ""."""
@@ -269,7 +271,7 @@ def difference(
     )
 
 
-def find(name: Path | str, what: str) -> Path:
+def find_checkpoint(name: Path | str, what: str) -> Path:
     """The folder of a checkpoint: a local one, or, for a name on the Hub, the one it is kept in."""
     folder = Path(name)
     if folder.is_dir():
@@ -277,10 +279,10 @@ def find(name: Path | str, what: str) -> Path:
     if folder.exists() or not is_hub_name(str(name)):
         needed = "its folder (config.json and safetensors), or its name on the Hub"
         raise SpearError(f"{what} not found: {folder}: give {needed}")
-    return download(str(name), "a local folder")
+    return download_from_hub(str(name), "a local folder")
 
 
-def download(name: str, instead: str, file: str | None = None) -> Path:
+def download_from_hub(name: str, instead: str, file: str | None = None) -> Path:
     """One file of a repository, or (file None) the folder of its checkpoint, from the local cache if there.
 
     instead: what to give when there is no network. Raises `SpearError`, naming the reason.
@@ -305,7 +307,7 @@ def download(name: str, instead: str, file: str | None = None) -> Path:
         raise SpearError(f"{what}: {summarize_error(error)}: {cure}, or give {instead}") from error
 
 
-def origin(name: Path | str, folder: Path) -> str:
+def describe_source(name: Path | str, folder: Path) -> str:
     """What was read, to be found again: a name on the Hub with its revision, which its folder is called."""
     unsaid = is_hub_name(str(name)) and "@" not in str(name) and folder.parent.name == "snapshots"
     return f"{name}@{folder.name}" if unsaid else str(name)

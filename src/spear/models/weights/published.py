@@ -51,12 +51,15 @@ class Published:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The tensors that are read of its files, by their names there. What else they hold is left out."""
         from spear.models.moge.checkpoint import get_published_shapes
-        from spear.models.weights.load import renamed
+        from spear.models.weights.load import rename_prefixes
 
         network = self.build()
         if self.kind.startswith("Moge"):
             return get_published_shapes(network, int(self.kind[-1]))
-        found = {renamed(ours, self.names): weight for ours, weight in network.state_dict().items()}
+        found = {
+            rename_prefixes(ours, self.names): weight
+            for ours, weight in network.state_dict().items()
+        }
         return {name: tuple(self.shapes.get(name, weight.shape)) for name, weight in found.items()}
 
 
