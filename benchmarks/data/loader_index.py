@@ -25,7 +25,7 @@ from spear.cli import guarded
 from spear.data.mixture import Mixture
 from spear.data.normalize import Normalizer, write_sketches
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.prepare import SHARD_MB
+from spear.data.store.prepare import MAX_SHARD_MIB
 from spear.data.store.shard import write_shard
 from spear.data.store.stats import QuantileSketch
 from spear.types import Episode
@@ -37,7 +37,7 @@ def write_dataset(
     folder: Path, number: int, frames: int, episode_steps: int, step_bytes: int
 ) -> None:
     """A prepared dataset and its statistics, its images zeros."""
-    per_shard = max(1, (SHARD_MB << 20) // (step_bytes * episode_steps))
+    per_shard = max(1, (MAX_SHARD_MIB << 20) // (step_bytes * episode_steps))
     count = max(1, round(frames / episode_steps))
     folder.mkdir(parents=True)
     written: dict[int, Path] = {}  # by how many episodes are in the shard

@@ -62,7 +62,9 @@ def look_at(labels: Path, episodes: Path) -> Data:
 
 def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data:
     """What is given, or made in OUT as for the shipped weights: by one process, while others wait."""
-    from spear.sim_data.demonstrations import demonstrate  # here: a plan does without PyTorch
+    from spear.sim_data.demonstrations import (
+        record_demonstrations,  # here: a plan does without PyTorch
+    )
     from spear.sim_data.label_scenes import label_scenes
 
     (labels, episodes), sizes = _folders(options), dict(get_preset(PRESET).image_sizes)
@@ -75,7 +77,9 @@ def obtain(options: AblationOptions, say: Callable[[str], None] = print) -> Data
         if options.episodes is None and not episodes.is_dir():
             say(f"recording {DEMONSTRATIONS:,} demonstrations of each family into {episodes}")
             part = episodes.with_name(f".part-{episodes.name}")  # all or none
-            demonstrate(part, settle(options.families), DEMONSTRATIONS, FIRST_TRAIN_SEED, sizes)
+            record_demonstrations(
+                part, settle(options.families), DEMONSTRATIONS, FIRST_TRAIN_SEED, sizes
+            )
             part.replace(episodes)
         return look_at(labels, episodes)
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from spear.data.readers.formats import dataset_name, episode_counts
+from spear.data.readers.formats import count_episodes, get_dataset_name
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.prepare import open_store
 from spear.errors import SpearError
@@ -180,7 +180,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
     summaries = [s.summary() for s in scores]
     ours, mean = (s["translation_mm"].value for s in summaries[:2])
     return {
-        "source": dataset_name(data),
+        "source": get_dataset_name(data),
         "learned": len(learned),
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,
@@ -198,7 +198,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
 
 def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
     """The first episodes of a dataset for learning and the last of those for testing, prepared once."""
-    name, total = next(iter(episode_counts(source).items()))
+    name, total = next(iter(count_episodes(source).items()))
     count = min(MOST_EPISODES, total)
     cut = count - max(1, round(HELD_OUT * count))
     if cut < 1:
@@ -206,5 +206,7 @@ def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
             f"too few episodes: {source}: its split {name!r} has {count}: give at least 2"
         )
     splits = f"{name}[:{cut}]", f"{name}[{cut}:{count}]"
-    learned, held_out = (open_store(source, out, split)[0].demonstrations() for split in splits)
+    learned, held_out = (
+        open_store(source, out, split)[0].select_demonstrations() for split in splits
+    )
     return learned, held_out

@@ -205,7 +205,7 @@ class Spear1Policy:
         steps = model.flow.steps if steps is None else steps
         known = Seen.load(folder / "seen.json")
         return Spear1Policy(
-            model, processor, normalizer.of(dataset), steps, seed, folder, dataset, known
+            model, processor, normalizer.for_dataset(dataset), steps, seed, folder, dataset, known
         )
 
     @property

@@ -17,7 +17,7 @@ from spear.checks.senses import Check, check_cameras, look
 from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.options import Conversion
-from spear.data.readers.spec import REGISTRY
+from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import franka_pose

@@ -17,8 +17,8 @@ from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
 from spear.audit.inspect import inspect
 from spear.cli import main
+from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.spec import REGISTRY
 
 described = cache(describe)  # for folders that no test changes
 

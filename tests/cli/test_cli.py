@@ -161,7 +161,9 @@ def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPat
         OSError(errno.ENOSPC, "No space left on device"),
         weights("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
-        monkeypatch.setattr("spear.data.readers.spec.missing", Mock(side_effect=error))
+        monkeypatch.setattr(
+            "spear.data.readers.dataset_layout.find_missing_fields", Mock(side_effect=error)
+        )
         assert "the disk is full: free some space" in refused("data", "datasets")
 
 

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from data_tiny import make
 from spear.data import actions as rules
-from spear.data.actions import check_episode, chunk, episode_actions, resample
+from spear.data.actions import canonicalize_actions, check_episode, extract_chunk, resample_episode
 from spear.data.readers.formats import read_episodes
 from spear.geometry import apply_action, quat_distance
 from spear.gripper import binarize_commands, binarize_gripper, commands_from_motion
@@ -33,8 +33,8 @@ def smooth_episode(seed: int, steps: int, rate_hz: float = 5.0) -> Episode:
 def test_following_a_chunk_reproduces_the_states(seed: int, steps: int, start: int) -> None:
     episode = smooth_episode(seed, steps)
     start = start % steps
-    actions, valid = episode_actions(episode)
-    acts, mask = chunk(actions, valid, start)
+    actions, valid = canonicalize_actions(episode)
+    acts, mask = extract_chunk(actions, valid, start)
     assert mask.sum() == min(5, steps - 1 - start)
     position, rotation = (
         torch.as_tensor(x[start]).double() for x in (episode.position, episode.rotation)
@@ -57,7 +57,7 @@ def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
     rotation = np.stack([r.as_quat(scalar_first=True) for r in (before, after)])
     position = np.array([[0.1, 0, 0], [0.15, 0, 0]])
     episode = dataclasses.replace(smooth_episode(0, 2), position=position, rotation=rotation)
-    actions, _ = episode_actions(check_episode(episode))
+    actions, _ = canonicalize_actions(check_episode(episode))
     np.testing.assert_allclose(actions[0, :3], [0.05, 0, 0], atol=1e-6)
     expected = Rotation.from_euler("x", 10, degrees=True).as_quat(scalar_first=True)
     np.testing.assert_allclose(actions[0, 3:7], expected, atol=1e-6)
@@ -66,13 +66,13 @@ def test_a_step_along_the_base_and_a_turn_about_the_gripper() -> None:
 def test_a_masked_step_masks_the_rest_of_its_chunks() -> None:
     actions = np.arange(80, dtype=np.float32).reshape(10, 8)
     valid = np.arange(10) != 4
-    acts, mask = chunk(actions, valid, 2, horizon=6)
+    acts, mask = extract_chunk(actions, valid, 2, horizon=6)
     np.testing.assert_array_equal(mask, [True, True, False, False, False, False])
     np.testing.assert_array_equal(acts[:2], actions[2:4])
     np.testing.assert_array_equal(acts[2:], [[0, 0, 0, 1, 0, 0, 0, actions[3, 7]]] * 4)
-    acts, mask = chunk(actions, valid, 4)
+    acts, mask = extract_chunk(actions, valid, 4)
     assert not mask.any() and acts[0, 7] == actions[4, 7]
-    acts, mask = chunk(actions, valid, 8)
+    acts, mask = extract_chunk(actions, valid, 8)
     np.testing.assert_array_equal(mask, [True, True, False, False, False])
     np.testing.assert_array_equal(acts[2:, 7], actions[9, 7])
 
@@ -107,7 +107,7 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
         episode = dataclasses.replace(
             smooth_episode(0, len(told)), gripper=np.array(opening, np.float32)
         )
-        np.testing.assert_array_equal(episode_actions(episode)[0][:, 7], told)
+        np.testing.assert_array_equal(canonicalize_actions(episode)[0][:, 7], told)
     trigger = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
     np.testing.assert_array_equal(binarize_commands(trigger, 10.0), [1] * 3 + [0] * 6 + [1] * 3)
     for half_open in (0.46 + 0.54 * trigger, 0.1 + 0.48 * trigger):
@@ -116,12 +116,13 @@ def test_gripper_commands_have_hysteresis_and_are_the_next_opening() -> None:
         )
     pulses = np.array([1, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(binarize_commands(pulses, 30.0), pulses)
-    assert rules.RULES == 4  # whoever changes what is expected here, or of resampling, raises it
+    # Whoever changes what is expected here, or of resampling, raises the version.
+    assert rules.ACTION_RULES_VERSION == 4
 
 
 def test_what_real_grippers_were_told_shows_in_their_openings(shared: Path) -> None:
     told = list(read_episodes(shared / "data" / "bridge_v2_sample"))
-    found = [episode_actions(dataclasses.replace(e, action=None))[0] for e in told]
+    found = [canonicalize_actions(dataclasses.replace(e, action=None))[0] for e in told]
     right = [a[:-1, 7] == b.action[:-1, 7] for a, b in zip(found, told, strict=True)]
     assert (
         np.concatenate(right).mean() > 0.95
@@ -131,7 +132,7 @@ def test_what_real_grippers_were_told_shows_in_their_openings(shared: Path) -> N
 @given(st.integers(0, 1000), st.integers(2, 40), st.sampled_from([3.0, 10.0, 12.5, 15.0]))
 def test_resampling_agrees_with_scipy(seed: int, steps: int, rate: float) -> None:
     episode = smooth_episode(seed, steps, rate)
-    slow = resample(episode)
+    slow = resample_episode(episode)
     times, new = np.arange(steps) / rate, np.arange(len(slow)) / 5.0
     assert slow.rate_hz == 5.0 and new[-1] <= times[-1] + 1e-6 < new[-1] + 0.2 + 2e-6
     new = np.minimum(new, times[-1])
@@ -154,7 +155,7 @@ def test_resampling_keeps_commands_and_masks() -> None:
     episode, action = smooth_episode(1, 9, 10.0), np.zeros((9, 8), np.float32)
     action[:, 3], action[:, 7] = 1, [1, 1, 1, 0, 0, 0, 1, 1, 1]
     mask = np.arange(9) != 5
-    slow = resample(dataclasses.replace(episode, action=action, action_mask=mask))
+    slow = resample_episode(dataclasses.replace(episode, action=action, action_mask=mask))
     assert slow.action is not None and slow.action_mask is not None and len(slow) == 5
     np.testing.assert_array_equal(slow.action[:, 7], [1, 0, 0, 1, 1])
     np.testing.assert_array_equal(slow.action_mask, [True, True, False, True, False])
@@ -162,4 +163,4 @@ def test_resampling_keeps_commands_and_masks() -> None:
         slow.action[:4, :3], np.diff(episode.position[::2], axis=0), atol=1e-6
     )
     same = dataclasses.replace(episode, rate_hz=5.0)
-    assert resample(same) is same
+    assert resample_episode(same) is same

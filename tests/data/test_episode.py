@@ -8,7 +8,7 @@ import pytest
 
 from data_tiny import assert_same, make
 from refusals import refuses
-from spear.data.actions import with_actions
+from spear.data.actions import add_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.types import Episode
 
@@ -46,7 +46,7 @@ def test_round_trip_over_shards_with_missing_parts(tmp_path: Path) -> None:
     assert len(store) == 7 and store.cameras == ["external", "wrist"]
     np.testing.assert_array_equal(store.lengths, [len(e) for e in episodes])
     for before, after in zip(episodes, store, strict=True):
-        assert_same(with_actions(before), after, 1e-7)
+        assert_same(add_actions(before), after, 1e-7)
     assert store.image(5, 4, "wrist") == episodes[5].images["wrist"][4]
     assert store.image(2, 1, "wrist") is None and store.image(2, 1, "overhead") is None
     some = store.subset([6, 1])

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from data_tiny import make, png, stored
 from refusals import refuses
-from spear.data.actions import episode_actions
+from spear.data.actions import canonicalize_actions
 from spear.data.mixture import Mixture, TrainingSamples, jitter
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
@@ -129,13 +129,13 @@ def test_the_order_depends_on_seed_and_step_alone(
     order = [mixture.draw(step, batch) for step in steps]
     for sample in (sample for drawn in order for sample in drawn):
         episode = sources[sample.source][1].without_images(sample.episode)
-        assert episode_actions(episode)[1][sample.step]
+        assert canonicalize_actions(episode)[1][sample.step]
         state, action, mask = mixture.arrays(sample, 5)
         seen = [getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")]
         np.testing.assert_array_equal(state, np.hstack(seen))
         assert mask[0] and action.shape == (5, 8)
     whole = [store.without_images(e) for _, store, _ in sources for e in range(len(store))]
-    assert len(mixture) == sum(int(episode_actions(episode)[1].sum()) for episode in whole)
+    assert len(mixture) == sum(int(canonicalize_actions(episode)[1].sum()) for episode in whole)
 
     workers = data.draw(st.integers(1, 4))
     found = {}

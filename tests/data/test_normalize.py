@@ -105,23 +105,25 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
 def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
     small = make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
     large = make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
-    Normalizer.fit_each([("small", small, 1.0), ("large", large, 1.0)]).save(tmp_path / "n.json")
+    Normalizer.fit_per_dataset([("small", small, 1.0), ("large", large, 1.0)]).save(
+        tmp_path / "n.json"
+    )
     both = Normalizer.load(tmp_path / "n.json")
     for name, store in (("small", small), ("large", large)):
-        assert both.of(name) == Normalizer.fit([(store, 5.0)])
-    np.testing.assert_allclose(both.of("small").translation_scale, 0.0098, rtol=0.05)
-    refuses("say which one", both.of, None)
-    refuses("did you mean 'small'", both.of, "smal")
+        assert both.for_dataset(name) == Normalizer.fit([(store, 5.0)])
+    np.testing.assert_allclose(both.for_dataset("small").translation_scale, 0.0098, rtol=0.05)
+    refuses("say which one", both.for_dataset, None)
+    refuses("did you mean 'small'", both.for_dataset, "smal")
     whole = Normalizer.fit([(small, 1.0), (large, 1.0)])
-    assert dataclasses.replace(both, datasets={}) == whole and whole.of(None) is whole
-    refuses("same name", Normalizer.fit_each, [("a", small, 1.0), ("a", large, 1.0)])
+    assert dataclasses.replace(both, datasets={}) == whole and whole.for_dataset(None) is whole
+    refuses("same name", Normalizer.fit_per_dataset, [("a", small, 1.0), ("a", large, 1.0)])
 
 
 def test_training_rows_are_normalised_by_their_own_dataset() -> None:
     own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
     both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
     words = SimpleNamespace(
-        instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
+        encode_instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
     )
     image = np.zeros((3, 2, 4, 3), np.uint8)
     image[:, 1, 3, 0] = 9

@@ -13,8 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from refusals import no_warning, refuses
 from spear import embodiments
-from spear.data.readers.layout import episode_from
-from spear.data.readers.spec import REGISTRY
+from spear.data.readers.build_episode import build_episode
+from spear.data.readers.dataset_layout import REGISTRY
 from spear.embodiments import droid
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
@@ -249,7 +249,7 @@ def test_a_robot_and_its_dataset_mean_the_same_pose(name: str, dataset: str) -> 
     steps |= {"action": np.eye(rows, 7), "action_dict/gripper_position": np.eye(rows, 1)}
     steps[spec.instruction] = [b"go"] * rows
     steps |= {spec.success: [b"a/success/b.h5"] * rows} if spec.success else {}
-    episode = episode_from(steps, spec, dataset)
+    episode = build_episode(steps, spec, dataset)
     state = robot.read(seen)["observation/state"]
     np.testing.assert_allclose(episode.position[0], state[:3], atol=1e-6)
     assert (turn(episode.rotation[0]).inv() * turn(state[3:7])).magnitude() < 1e-5

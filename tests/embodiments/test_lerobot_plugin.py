@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make
 from refusals import refuses
-from spear.data.actions import with_actions
+from spear.data.actions import add_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES, write_lerobot
 from spear.types import Array
 
@@ -163,7 +163,7 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
 def test_frames_of_episodes_that_failed_do_not_count(tmp_path: Path) -> None:
     """As in `spear train`; but columns of these names in others' datasets mean what they mean there."""
     episodes = [
-        with_actions(make(i, success=success)) for i, success in enumerate((True, False, None))
+        add_actions(make(i, success=success)) for i, success in enumerate((True, False, None))
     ]
     write_lerobot(iter(episodes), tmp_path / "exported", "image")
     info = json.loads((tmp_path / "exported" / "meta" / "info.json").read_text())

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make, stored
 from refusals import Command, refuses
-from spear.data.actions import chunk, episode_actions
+from spear.data.actions import canonicalize_actions, extract_chunk
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
@@ -48,9 +48,11 @@ class Replay:
         self.error = error
         self.chunks: dict[bytes, Array] = {}
         for e in store:
-            actions, valid = episode_actions(e)
+            actions, valid = canonicalize_actions(e)
             for step, seen in enumerate(observations(e)):
-                self.chunks[seen["observation/state"].tobytes()] = chunk(actions, valid, step)[0]
+                self.chunks[seen["observation/state"].tobytes()] = extract_chunk(
+                    actions, valid, step
+                )[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         out = np.stack([self.chunks[o["observation/state"].tobytes()] for o in observations])
@@ -93,7 +95,7 @@ def test_the_mean_rotation_is_the_same_for_both_signs() -> None:
 def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
     train, held_out = stores
     reference = score_mean_action(train, held_out)
-    actions = np.concatenate([episode_actions(e)[0][:-1] for e in train])
+    actions = np.concatenate([canonicalize_actions(e)[0][:-1] for e in train])
     np.testing.assert_allclose(reference.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
     summary = reference.summary()
     assert summary["translation_mm"].value > 5
@@ -113,12 +115,12 @@ def test_the_last_action_is_what_was_done_a_step_before(
         assert all(len(one.episodes[0]["chunk_end_mm"]) == 12 - horizon for one in both)
     reference = score_last_action(held_out)
     for index, e in enumerate(held_out):
-        actions, _ = episode_actions(e)
+        actions, _ = canonicalize_actions(e)
         np.testing.assert_array_equal(
             reference.predicted[index], [[0, 0, 0, 1, 0, 0, 0, 1], *actions[:-1]]
         )
     # By hand, of the second episode: the errors of its last known step, whose chunk is one action long.
-    actions, _ = episode_actions(held_out[1])
+    actions, _ = canonicalize_actions(held_out[1])
     last = reference.episodes[1]
     expected = 1000 * np.linalg.norm(actions[9, :3] - actions[10, :3])
     assert last["translation_mm"][-1] == pytest.approx(expected, rel=1e-4)

@@ -39,7 +39,7 @@ from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.sim.scene import FAMILIES
-from spear.sim_data.demonstrations import demonstrate
+from spear.sim_data.demonstrations import record_demonstrations
 from spear.train.optimize import apply_freeze
 from spear.train.recipes import RECIPES
 from spear.types import Action
@@ -299,7 +299,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
     folder = tmp_path_factory.mktemp("data")
     label_scenes(folder / "labels", 3, dict(PRESETS["nano"].image_sizes), 10_000, workers=1)
-    demonstrate(
+    record_demonstrations(
         folder / "episodes", ("put_on",), 1, FIRST_TRAIN_SEED, get_preset("nano").image_sizes, 1
     )
     return look_at(folder / "labels", folder / "episodes")

@@ -11,7 +11,7 @@ from data_tiny import assert_same, edit
 from refusals import refuses
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.sim.record import InterveningPolicy
-from spear.sim_data.demonstrations import SETTINGS, demonstrate
+from spear.sim_data.demonstrations import SETTINGS_FILE, record_demonstrations
 from spear.util.run_lock import hold_lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}
@@ -25,7 +25,7 @@ def record(
     policy: InterveningPolicy | None = None,
     **changed: object,
 ) -> tuple[int, int]:
-    return demonstrate(
+    return record_demonstrations(
         out, FAMILIES, episodes, first_seed, {**SIZES, **changed}, workers=0, policy=policy
     )
 
@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_path: Path) -> None:
     write_episodes([EpisodeStore(whole)[i] for i in range(3)], out := tmp_path / "stopped")
-    shutil.copy(whole / SETTINGS, out)
+    shutil.copy(whole / SETTINGS_FILE, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob(SHARD_GLOB)}
     (out / "episodes-00001.images").touch()  # stopped between the two files of a shard
     assert record(out) == (4, 4) and (out / "episodes-00001.arrow").is_file()
@@ -52,14 +52,14 @@ def test_a_stopped_recording_continues_behind_its_last_shard(whole: Path, tmp_pa
         "sim/put_on/10002",
         "sim/spoon_on_towel/10002",
     ]
-    edit(out / SETTINGS, lambda told: told.update(simulator="MuJoCo 3.7.0"))
+    edit(out / SETTINGS_FILE, lambda told: told.update(simulator="MuJoCo 3.7.0"))
     refuses("simulator is", record, out, episodes=4)
 
 
 def test_a_demonstration_that_failed_is_not_missed(whole: Path, tmp_path: Path) -> None:
     """It is not in the folder, and what comes after it shows that it had its turn."""
     write_episodes([EpisodeStore(whole)[i] for i in (0, 2, 3)], out := tmp_path / "failed")
-    shutil.copy(whole / SETTINGS, out)
+    shutil.copy(whole / SETTINGS_FILE, out)
     assert record(out) == (3, 4)
 
 

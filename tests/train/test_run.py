@@ -15,8 +15,8 @@ from data_tiny import make, stored
 from models_tiny import TINY
 from refusals import refuses
 from spear import embodiments
-from spear.data.readers.formats import dataset_name
-from spear.data.readers.spec import REGISTRY
+from spear.data.readers.dataset_layout import REGISTRY
+from spear.data.readers.formats import get_dataset_name
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store
@@ -108,7 +108,7 @@ def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
         for view in ("external", "wrist")
         for one in read_labels(walked.labels / view)
     ]
-    assert sorted(learned) == sorted(asked + walked.episodes.marks())
+    assert sorted(learned) == sorted(asked + walked.episodes.episode_fingerprints())
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamespace) -> None:
@@ -228,7 +228,10 @@ def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
         final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
     said = json.loads((final / "recipe.json").read_text())
     assert said["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
-    assert not said["sharded"] and said["learned"].split() == inputs.episodes[0][1].marks()
+    assert (
+        not said["sharded"]
+        and said["learned"].split() == inputs.episodes[0][1].episode_fingerprints()
+    )
     more = stage.with_changes(steps=2, batch_size=2, accumulate=2)
     with pytest.warns(Notice, match="accumulate is 1"):
         train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
@@ -242,7 +245,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
         folder.parent.mkdir()
         write_lerobot([make(number)], folder)
         stores.append(open_store(folder, tmp_path / "work")[0])
-        assert dataset_name(folder) == name
+        assert get_dataset_name(folder) == name
     assert [s.source(0) for s in stores] == ["made#0", "made#1"]
 
 
@@ -301,7 +304,7 @@ def test_failed_and_unseen_episodes_are_not_learned(
     refuses("2 of 2 episodes failed", learned, "3", "bad")
     refuses("side", learned, "4", "blind")
     with monkeypatch.context() as earlier:  # versions that learned from them
-        earlier.setattr(EpisodeStore, "demonstrations", lambda store: store)
+        earlier.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
         with_failures = learned("5", "every")
         assert with_failures != expected
         learned("6", "every", steps=1)

@@ -38,21 +38,28 @@ from spear.checks.senses import (
     doubts,
     look,
 )
-from spear.data.actions import check_instruction, check_norm
-from spear.data.readers.formats import check_good, episode_counts, made, open_dataset, open_split
-from spear.data.readers.layout import (
-    FORMS,
-    Sources,
-    Steps,
-    column,
-    instruction,
-    numbers,
-    openings,
-    recorded_pose,
-    success,
-    to_quaternion,
+from spear.data.actions import check_instruction, check_unit_norm
+from spear.data.readers.build_episode import (
+    read_instruction,
+    read_openings,
+    read_pose,
+    read_success,
 )
-from spear.data.readers.spec import ANGLES, RECORDED_ONLY, DatasetSpec, RotationFormat
+from spear.data.readers.columns import RawEpisodes, Steps, read_column, read_numbers
+from spear.data.readers.dataset_layout import (
+    ANGLE_FORMATS,
+    RECORDED_ONLY,
+    DatasetLayout,
+    RotationFormat,
+)
+from spear.data.readers.formats import (
+    check_enough_good,
+    convert_episodes,
+    count_episodes,
+    open_dataset,
+    open_store_split,
+)
+from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.geometry import quat_multiply
@@ -63,10 +70,10 @@ BELIEVED = (*RECORDED_ONLY, "euler_ZYX")
 """Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
 UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
 """Formats that no other numbers could be."""
-WIDTHS = {width for width, _ in FORMS.values()}
+WIDTHS = {width for width, _ in ROTATION_FORMATS.values()}
 """How many numbers an orientation may have."""
 _OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
-STORE = DatasetSpec("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
+STORE = DatasetLayout("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
 EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
 """How much of a dataset to read, of how many episodes the images, and the share that may be bad."""
 MARGIN, UNEXPLAINED = 0.01, 1 / 3
@@ -155,7 +162,7 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
     split is the first one where None; layout is the dataset's own where None. Bad episodes are skipped.
     Raises SpearError for a layout without logged actions, and where no episode is good and of five steps.
     """
-    split = split or next(iter(episode_counts(path)))
+    split = split or next(iter(count_episodes(path)))
     spec = logged_layout(path, layout)
     report = _judge(path, split, spec)
     findings = [
@@ -164,8 +171,9 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
     forms: list[str] = []
     if findings and all(f.question != "state" or f.verdict != "wrong" for f in findings):
         # If the states are written otherwise, frames and signs of the actions look wrong as well.
-        width = FORMS.get(str(spec.rotation_format), (0, None))[0]
-        for form in (f for f in FORMS if f != spec.rotation_format and FORMS[f][0] == width):
+        width = ROTATION_FORMATS.get(str(spec.rotation_format), (0, None))[0]
+        same_width = [f for f in ROTATION_FORMATS if ROTATION_FORMATS[f][0] == width]
+        for form in (f for f in same_width if f != spec.rotation_format):
             with contextlib.suppress(SpearError):
                 other = _judge(
                     path, split, replace(spec, rotation_format=cast(RotationFormat, form))
@@ -178,16 +186,16 @@ def audit(path: str | Path, split: str | None = None, layout: Path | None = None
     )
 
 
-def _judge(path: str | Path, split: str, spec: DatasetSpec) -> Report:
+def _judge(path: str | Path, split: str, spec: DatasetLayout) -> Report:
     """The audit of the numbers."""
     skipped, recordings = SkippedItems(MOST_SKIPPED), list[Recording]()
-    for recording in made(
+    for recording in convert_episodes(
         episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped
     ):
         recordings.append(recording)
         if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
             break
-    check_good(len(recordings), skipped, path, split)
+    check_enough_good(len(recordings), skipped, path, split)
     judged = (
         replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
     )
@@ -218,7 +226,7 @@ def _check_form(report: Report, said: str) -> list[Check]:
 
 
 def look_at_cameras(
-    path: str | Path, split: str, spec: DatasetSpec
+    path: str | Path, split: str, spec: DatasetLayout
 ) -> dict[str, list[View | None]]:
     """Camera -> what the first episodes show; None where it is absent. Too many broken ones: SpearError."""
     views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
@@ -229,11 +237,11 @@ def look_at_cameras(
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            position, _, _ = recorded_pose(steps, spec, source)
+            position, _, _ = read_pose(steps, spec, source)
             for camera, where in spec.images.items():
                 seen = None
                 with contextlib.suppress(SpearError):
-                    if isinstance(images := column(steps, where, source), list):
+                    if isinstance(images := read_column(steps, where, source), list):
                         seen = look(
                             images, position, rate_of(steps, spec), f"{source} camera {camera!r}"
                         )
@@ -244,41 +252,42 @@ def look_at_cameras(
     return {camera: found for camera, found in views.items() if found}
 
 
-def check_words(path: str | Path, split: str, spec: DatasetSpec) -> list[Check]:
+def check_words(path: str | Path, split: str, spec: DatasetLayout) -> list[Check]:
     """What is wrong where instruction or success can be read of none of the first episodes."""
     folder, reasons = open_dataset(path), dict[str, list[str]]()
     if isinstance(folder, EpisodeStore):  # which refuses them when it is written
         return []
-    read = itertools.islice(folder.steps(split, ()), VIEWED)
+    read = itertools.islice(folder.read_steps(split, ()), VIEWED)
     first = [(steps, source) for source, steps in read if not isinstance(steps, SpearError)]
-    for (steps, source), what in itertools.product(first, (instruction, success)):
+    readers = {"instruction": read_instruction, "success": read_success}
+    for (steps, source), (name, read_field) in itertools.product(first, readers.items()):
         try:
-            if isinstance(said := what(steps, spec, source), str):
+            if isinstance(said := read_field(steps, spec, source), str):
                 check_instruction(said, source)
         except SpearError as error:
-            reasons.setdefault(what.__name__, []).append(str(error))
+            reasons.setdefault(name, []).append(str(error))
     return [
         Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)
     ]
 
 
-def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> Sources:
+def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
     """The steps of a dataset's episodes, with the columns of images that are asked for; None for all."""
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
-        return folder.steps(split, images)
-    store = open_split(path, split)
+        return folder.read_steps(split, images)
+    store = open_store_split(path, split)
     read = store.__getitem__ if images or images is None else store.without_images
     return ((e.source, vars(e)) for e in map(read, range(len(store))))
 
 
-def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
+def logged_layout(path: str | Path, layout: Path | None) -> DatasetLayout:
     """The layout of a dataset, which must name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         images = {camera: f"images/{camera}" for camera in folder.cameras}
         return replace(STORE, rate_hz=float(folder.rates_hz[0]), images=images)
-    spec = folder.spec(layout)
+    spec = folder.load_layout(layout)
     if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
         add = 'logged_translation and logged_rotation, for example "logged_translation": "action[0:3]"'
         raise SpearError(
@@ -287,18 +296,18 @@ def logged_layout(path: str | Path, layout: Path | None) -> DatasetSpec:
     return spec
 
 
-def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
+def make_recording(steps: Steps, spec: DatasetLayout, source: str) -> Recording:
     """One episode's states and logged actions. Raises SpearError where shapes do not fit, or one is NaN."""
     names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
     if spec.action is not None:
         names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
-    logged = [None if n is None else numbers(steps, n, source) for n in names]
-    position, rotation, form = recorded_pose(steps, spec, source)
+    logged = [None if n is None else read_numbers(steps, n, source) for n in names]
+    position, rotation, form = read_pose(steps, spec, source)
     said = spec if spec.action is None else replace(spec, command=f"{spec.action}[7]")
-    opening, command = openings(steps, said, source)
+    opening, command = read_openings(steps, said, source)
     valid = np.ones(len(position), bool)
     if spec.action_mask is not None:
-        valid = numbers(steps, spec.action_mask, source).reshape(-1) != 0
+        valid = read_numbers(steps, spec.action_mask, source).reshape(-1) != 0
     said_of, written = (
         ("position", "rotation", "logged translation", "logged rotation"),
         sorted(WIDTHS),
@@ -316,14 +325,14 @@ def make_recording(steps: Steps, spec: DatasetSpec, source: str) -> Recording:
     elif form in BELIEVED:
         rotation = quaternions
     elif form.startswith("quat"):
-        check_norm(rotation, source, "rotation")
+        check_unit_norm(rotation, source, "rotation")
     rate = rate_of(steps, spec)
     return Recording(
         source, position, rotation, logged[0], logged[1], valid, rate, opening, command
     )
 
 
-def rate_of(steps: Steps, spec: DatasetSpec) -> float:
+def rate_of(steps: Steps, spec: DatasetLayout) -> float:
     """Steps per second of an episode: those of a store each have their own."""
     rate = steps.get("rate_hz")
     assert spec.rate_hz is not None
@@ -357,7 +366,7 @@ def judge(
     return Report(path, len(recordings), steps, parts, doubts(recordings), recordings, checks)
 
 
-def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
+def claims(spec: DatasetLayout) -> dict[str, dict[str, str | None]]:
     """What a layout says of its logged actions: part -> question -> answer, None where it does not say."""
     kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
     form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
@@ -366,7 +375,7 @@ def claims(spec: DatasetSpec) -> dict[str, dict[str, str | None]]:
     shift = None if spec.action is None else "0"
     shared = {"kind": kind, "signs": "+++", "shift": shift, "state": spec.rotation_format}
     rate = "/s" if kind == "velocity" else ""
-    unit = spec.angle_unit + rate if form in ANGLES else UNSCALED
+    unit = spec.angle_unit + rate if form in ANGLE_FORMATS else UNSCALED
     frames = [own.get(part, frame) for part in ("translation", "rotation")]
     return {
         "translation": {**shared, "frame": frames[0], "unit": spec.length_unit + rate, "form": "-"},

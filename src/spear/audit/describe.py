@@ -15,10 +15,10 @@ import numpy as np
 from spear.audit import hypotheses
 from spear.audit.dataset_audit import MARGIN, UNEXPLAINED
 from spear.checks.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
-from spear.data.readers.formats import episode_counts, open_dataset
-from spear.data.readers.layout import Sources, is_depth, leaves
-from spear.data.readers.lerobot import JOINT, LeRobotFolder
-from spear.data.readers.spec import ANGLES
+from spear.data.readers.columns import RawEpisodes, is_depth_png, walk_columns
+from spear.data.readers.dataset_layout import ANGLE_FORMATS
+from spear.data.readers.formats import count_episodes, open_dataset
+from spear.data.readers.lerobot import JOINT_NAME_PATTERN, LeRobotFolder
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
@@ -76,9 +76,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise SpearError(
             f"nothing to describe: {path} is a store of episodes, whose columns are known"
         )
-    split = next(iter(episode_counts(path)))
-    read = itertools.islice(folder.steps(split, images=()), EPISODES)
-    episodes = [dict(leaves(steps)) for _, steps in read if not isinstance(steps, SpearError)]
+    split = next(iter(count_episodes(path)))
+    read = itertools.islice(folder.read_steps(split, images=()), EPISODES)
+    episodes = [dict(walk_columns(steps)) for _, steps in read if not isinstance(steps, SpearError)]
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
     has = [
@@ -89,7 +89,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     episodes = [each for each, columns in zip(episodes, has, strict=True) if columns == usual]
     facts = {"tool_rotation": "no column can say it: see docs/data.md"}
     rate = folder.info.fps if isinstance(folder, LeRobotFolder) else 5.0
-    found: dict[str, Any] = {"images": _cameras(folder.steps(split), facts, rate)}
+    found: dict[str, Any] = {"images": _cameras(folder.read_steps(split), facts, rate)}
     won = (n for n, v in episodes[0].items() if n.endswith("success") and isinstance(v, np.ndarray))
     found |= [("success", name) for name in won if any(np.ravel(e[name])[-1] > 0 for e in episodes)]
     if not isinstance(folder, LeRobotFolder):
@@ -109,7 +109,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
     finite = _finite(columns)
     named: Joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
-    joints: Joints = lambda where: [*named(where), *JOINT.findall(where)]  # noqa: E731
+    joints: Joints = lambda where: [*named(where), *JOINT_NAME_PATTERN.findall(where)]  # noqa: E731
     taken = _motion(found, facts, finite, rate, joints)
     if isinstance(folder, LeRobotFolder) and (form := folder.quaternion(str(found["rotation"]))):
         found["rotation_format"], facts["rotation_format"] = form, "by the names of its components"
@@ -136,14 +136,14 @@ def _finite(columns: Columns) -> Columns:
 
 def _is_image(values: Sequence[Any]) -> bool:
     first = values[0] if values else b""
-    return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth(first)
+    return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
 
-def _cameras(read: Sources, facts: dict[str, str], rate: float) -> dict[str, str]:
+def _cameras(read: RawEpisodes, facts: dict[str, str], rate: float) -> dict[str, str]:
     """Our camera name -> column; at the wrist is one whose name or motion says so."""
     changes: dict[str, list[float]] = {}
     for source, steps in itertools.islice(read, VIEWED):
-        for name, values in leaves(steps) if not isinstance(steps, SpearError) else ():
+        for name, values in walk_columns(steps) if not isinstance(steps, SpearError) else ():
             if isinstance(values, list) and _is_image(values):
                 all_count = np.arange(3 * len(values)).reshape(
                     -1, 3
@@ -230,7 +230,7 @@ def _motion(
     written, values = equal[0], turn.of(columns)
     form, (_, unit) = written.reading.state, hypotheses.state_quaternions(np.concatenate(values))
     found |= {"rotation": turn.name(columns), "rotation_format": form}
-    read = unit if form in ANGLES else written.reading.unit
+    read = unit if form in ANGLE_FORMATS else written.reading.unit
     found["angle_unit"] = "deg" if read.startswith("deg") else "rad"
     found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
     facts["rotation"] = _why(act.name(columns), written)

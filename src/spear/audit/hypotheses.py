@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from spear.checks.recording import Recording, are_degrees
-from spear.data.readers.layout import FORMS
-from spear.data.readers.spec import RECORDED_ONLY
+from spear.data.readers.dataset_layout import RECORDED_ONLY
+from spear.data.readers.rotation_formats import ROTATION_FORMATS
 from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_rotate
 from spear.types import Array
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
@@ -38,7 +38,7 @@ APART = 0.1
 Scale = tuple[str, str, float]
 """Kind, unit, and the factor to metres or radians per step."""
 UNSCALED = "unit quaternion"
-JUDGED = tuple(form for form in FORMS if form not in RECORDED_ONLY)
+JUDGED = tuple(form for form in ROTATION_FORMATS if form not in RECORDED_ONLY)
 """Ways to write an orientation that are tried."""
 
 
@@ -138,12 +138,12 @@ def _vector(values: Array) -> torch.Tensor:
 
 
 def _quaternions(form: str, values: torch.Tensor) -> torch.Tensor:
-    return quat_normalize(FORMS[form][1](values))
+    return quat_normalize(ROTATION_FORMATS[form][1](values))
 
 
 def _forms(values: Array) -> list[str]:
     """The ways in which numbers [N, d] may be meant as rotations."""
-    return [name for name in JUDGED if FORMS[name][0] == values.shape[1]]
+    return [name for name in JUDGED if ROTATION_FORMATS[name][0] == values.shape[1]]
 
 
 def state_forms(values: Array) -> list[str]:

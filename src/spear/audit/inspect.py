@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from spear.data.readers.columns import Steps, count_steps, walk_columns
+from spear.data.readers.dataset_layout import (
+    LAYOUT_FILE,
+    REGISTRY,
+    DatasetLayout,
+    find_missing_fields,
+)
 from spear.data.readers.formats import Dataset, open_dataset
-from spear.data.readers.layout import Steps, leaves, row_count
 from spear.data.readers.lerobot import LeRobotFolder
 from spear.data.readers.rlds import RldsFolder
-from spear.data.readers.spec import REGISTRY, SPEC_FILE, DatasetSpec, missing
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, format_count
@@ -72,7 +77,9 @@ def _store_camera(store: EpisodeStore, camera: str) -> str:
 def _describe_dataset(folder: Dataset) -> str:
     found = _some_episodes(folder)
     reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
-    if not (read := [dict(leaves(steps)) for steps in found if not isinstance(steps, SpearError)]):
+    if not (
+        read := [dict(walk_columns(steps)) for steps in found if not isinstance(steps, SpearError)]
+    ):
         raise SpearError(
             f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}"
         )
@@ -94,9 +101,9 @@ def _describe_dataset(folder: Dataset) -> str:
                 cameras.append(f"  {name.replace('.', '/'):<34} {kind}, {size}")
     else:
         what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""
-        rate, instruction = "not known", DatasetSpec.instruction
+        rate, instruction = "not known", DatasetLayout.instruction
         with contextlib.suppress(SpearError):  # RLDS does not hold the rate: the layout does
-            spec = folder.spec()
+            spec = folder.load_layout()
             rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
         words = [each.get(instruction) for each in read]
         texts = [w[0].decode("utf-8", "replace") for w in words if isinstance(w, list)]
@@ -104,9 +111,9 @@ def _describe_dataset(folder: Dataset) -> str:
         f"{folder.path}: {what}",
         f"layout        {_layout_of(folder.name, folder.path)}",
         f"rate          {rate}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.lengths.items())}{steps}",
+        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.split_lengths.items())}{steps}",
         f"looked at     {format_count(len(read), 'episodes')} "
-        f"({_spread([*map(row_count, read)])} steps each)",
+        f"({_spread([*map(count_steps, read)])} steps each)",
         *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
     ]
     return "\n".join([*lines, *cameras, *_columns(read, axes), *_instructions(texts)])
@@ -117,7 +124,9 @@ def _some_episodes(folder: Dataset) -> list[Steps | SpearError]:
     if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
         return [
             steps
-            for _, steps in itertools.islice(folder.steps(next(iter(folder.splits))), LOOKED_AT)
+            for _, steps in itertools.islice(
+                folder.read_steps(next(iter(folder.splits))), LOOKED_AT
+            )
         ]
     count = len(folder.episodes)
     numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
@@ -150,13 +159,13 @@ def layout_known(path: str | Path) -> bool:
 
 def _layout_of(name: str, folder: Path) -> str:
     """Whether it is known what the columns of a dataset mean, and from where."""
-    if (folder / SPEC_FILE).is_file():
-        return f"described by {folder / SPEC_FILE}"
+    if (folder / LAYOUT_FILE).is_file():
+        return f"described by {folder / LAYOUT_FILE}"
     if name not in REGISTRY:
         return "not known: see spear data describe"
-    unknown = missing(REGISTRY[name])
+    unknown = find_missing_fields(REGISTRY[name])
     return (
-        f"not known well enough ({', '.join(unknown)}): {SPEC_FILE} can say it"
+        f"not known well enough ({', '.join(unknown)}): {LAYOUT_FILE} can say it"
         if unknown
         else "known"
     )

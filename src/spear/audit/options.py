@@ -4,25 +4,25 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from spear.data.options import Source
+from spear.data.options import DatasetFolder
 from spear.util.options import LayoutFile, OptionalFile, Options
 
 
 class InspectOptions(Options):
-    path: Source
+    path: DatasetFolder
     out: OptionalFile = None
     """Write a page to this file."""
     layout: LayoutFile = None
 
 
 class DescribeOptions(Options):
-    path: Source
+    path: DatasetFolder
     out: OptionalFile = None
     """Write it to this new file, instead of showing it; it is found as FOLDER/spear.json."""
 
 
 class AuditOptions(Options):
-    path: Source
+    path: DatasetFolder
     out: OptionalFile = None
     """Write a page with plots to this file."""
     split: Annotated[str | None, arg(metavar="SPLIT")] = None

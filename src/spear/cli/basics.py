@@ -119,11 +119,13 @@ def record(options: RecordOptions) -> None:
         spear record --policy nano --first-seed 40000 --out runs/corrections
     """
     from spear.models.presets import get_preset as find_preset
-    from spear.sim_data.demonstrations import demonstrate
+    from spear.sim_data.demonstrations import record_demonstrations
 
     o, sizes = options, find_preset(options.preset).image_sizes
     how = o.first_seed, sizes, o.workers
-    written, tried = demonstrate(o.out, o.families, o.episodes, *how, policy=_turns(o.policy))
+    written, tried = record_demonstrations(
+        o.out, o.families, o.episodes, *how, policy=_turns(o.policy)
+    )
     print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out}")
 
 

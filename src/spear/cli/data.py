@@ -53,14 +53,14 @@ def describe(options: DescribeOptions) -> None:
         spear data describe my_robot --out my_robot/spear.json
     """
     from spear.audit.describe import describe as propose
+    from spear.data.readers.dataset_layout import LAYOUT_FILE
     from spear.data.readers.formats import open_dataset
-    from spear.data.readers.spec import SPEC_FILE
 
     path, out = options.path, options.out
     if out is not None and out.exists():
         raise SpearError(f"--out {out}: it exists already: correct it, or choose another name")
     text = json.dumps(propose(path), indent=2, ensure_ascii=False)
-    file = open_dataset(path).path / SPEC_FILE  # of RLDS in the folder of the version
+    file = open_dataset(path).path / LAYOUT_FILE  # of RLDS in the folder of the version
     advice = (
         "is there already: take from this what it lacks"
         if file.exists()
@@ -83,8 +83,8 @@ def prepare(options: PrepareOptions) -> None:
         spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
         spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
     """
-    from spear.data.readers.formats import cameras, dataset_name
-    from spear.data.store.prepare import planned
+    from spear.data.readers.formats import get_dataset_name, list_cameras
+    from spear.data.store.prepare import plan_preparation
     from spear.data.store.prepare import prepare as run
 
     if not options.paths:
@@ -92,10 +92,10 @@ def prepare(options: PrepareOptions) -> None:
     how = options.conversion
     for path in options.paths:
         _check_layout(path, how.layout)
-    names = [dataset_name(path) for path in options.paths]
+    names = [get_dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
         raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
-    seen = [cameras(path, how.layout) for path in options.paths]
+    seen = [list_cameras(path, how.layout) for path in options.paths]
     check_known(
         "camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name)
     )
@@ -105,7 +105,7 @@ def prepare(options: PrepareOptions) -> None:
         target = options.out if len(names) == 1 else options.out / name
         own = tuple(size for size in how.size if size.rpartition("=")[0] in ("", *there))
         jobs.append((path, target, options.split, replace(how, size=own)))
-        planned(*jobs[-1])  # what is wrong with the last is said before the first is made
+        plan_preparation(*jobs[-1])  # what is wrong with the last is said before the first is made
     for job in jobs:
         written, reasons = run(*job, workers)
         _report(written, job[1], reasons)
@@ -132,18 +132,18 @@ def export(options: ExportOptions) -> None:
     Example:
         spear data export runs/episodes --out my_lerobot_dataset --images video
     """
-    from spear.data.readers.formats import episode_counts
-    from spear.data.readers.splits import split_ranges
+    from spear.data.readers.formats import count_episodes
+    from spear.data.readers.splits import parse_split
     from spear.data.store.lerobot_write import write_lerobot
-    from spear.data.store.prepare import MOST_BAD, good_episodes
+    from spear.data.store.prepare import MAX_BAD_SHARE, read_good_episodes
     from spear.util.progress import ProgressBar, track_progress
     from spear.util.skipped_items import SkippedItems
 
-    path, split, skipped = options.path, options.split, SkippedItems(MOST_BAD)
+    path, split, skipped = options.path, options.split, SkippedItems(MAX_BAD_SHARE)
     _check_layout(path, options.layout)
-    total = sum(end - first for _, first, end in split_ranges(episode_counts(path), split, path))
+    total = sum(end - first for _, first, end in parse_split(count_episodes(path), split, path))
     bar = ProgressBar("writing", total, "episodes")
-    episodes = good_episodes(path, split, options.layout, skipped)
+    episodes = read_good_episodes(path, split, options.layout, skipped)
     written = write_lerobot(track_progress(episodes, bar), options.out, options.images)
     _report(written, options.out, skipped.reasons)
 
@@ -182,12 +182,12 @@ def datasets() -> None:
     Example:
         spear data datasets
     """
-    from spear.data.readers.spec import REGISTRY, missing
+    from spear.data.readers.dataset_layout import REGISTRY, find_missing_fields
 
     for name, spec in sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0)):
         weight = f"{spec.weight:5.1f} %" if spec.weight is not None else "      -"
         rate = f"{spec.rate_hz:g} Hz" if spec.rate_hz else "rate not known"
-        unknown = missing(spec)
+        unknown = find_missing_fields(spec)
         note = (
             f"not readable yet: {', '.join(unknown)} not known"
             if unknown
@@ -203,12 +203,12 @@ def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | N
 
 
 def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
-    """What `split_ranges` finds. Raises `SpearError` for a folder without a format, a layout or this split;
+    """What `parse_split` finds. Raises `SpearError` for a folder without a format, a layout or this split;
     makes nothing."""
-    from spear.data.readers.formats import cameras, episode_counts
-    from spear.data.readers.splits import split_ranges
+    from spear.data.readers.formats import count_episodes, list_cameras
+    from spear.data.readers.splits import parse_split
 
-    ranges, there = split_ranges(episode_counts(path), split, path), cameras(path)
+    ranges, there = parse_split(count_episodes(path), split, path), list_cameras(path)
     if not {"external", "wrist"} & {*there}:
         raise SpearError(
             f"{path}: no camera external or wrist, but {', '.join(there)}: name them so"

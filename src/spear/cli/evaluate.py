@@ -112,7 +112,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
         spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
-    from spear.data.readers.splits import shared
+    from spear.data.readers.splits import count_shared_episodes
     from spear.evaluate import open_loop
     from spear.models.weights.folders import read_provenance
     from spear.policy import Spear1Policy, locate
@@ -122,17 +122,21 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
     held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
     known = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
-    if known and (both := shared(held, trained)):
+    if known and (both := count_shared_episodes(held, trained)):
         where = f"--split {o.split}: {both} of its episodes also in --train-split {learned[1]}"
         raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
     model.cut = True  # its training cut the instructions of these episodes, too
     with TemporaryDirectory() as scratch:
-        held_out = open_episodes(o.data, Path(scratch) / "held-out", o.split).demonstrations()
-        train, marks = held_out, held_out.marks()
+        held_out = open_episodes(
+            o.data, Path(scratch) / "held-out", o.split
+        ).select_demonstrations()
+        train, marks = held_out, held_out.episode_fingerprints()
         if o.train or o.train_split:
-            train = open_episodes(learned[0], Path(scratch) / "train", learned[1]).demonstrations()
-            if both := len({*marks} & {*train.marks()}):
+            train = open_episodes(
+                learned[0], Path(scratch) / "train", learned[1]
+            ).select_demonstrations()
+            if both := len({*marks} & {*train.episode_fingerprints()}):
                 raise SpearError(
                     f"--split {o.split}: {both} of them also in --train-split {learned[1]}"
                 )

@@ -35,7 +35,7 @@ def train(options: TrainOptions) -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from spear.data.readers.formats import cameras
+    from spear.data.readers.formats import list_cameras
     from spear.policy import locate
     from spear.train import run
     from spear.train.loop import RunOptions
@@ -48,7 +48,7 @@ def train(options: TrainOptions) -> None:
     run.check(stage, out, TrainingInputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)
-    if options.episodes and not any("external" in cameras(path) for path in options.episodes):
+    if options.episodes and not any("external" in list_cameras(path) for path in options.episodes):
         raise SpearError(
             "--episodes: no camera external, which a policy acts by: name one so in spear.json"
         )

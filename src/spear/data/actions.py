@@ -3,7 +3,7 @@
 An action is a translation delta in the base frame, a rotation delta in the end-effector frame (unit
 quaternion) and an absolute gripper command (1 open, 0 closed): `spear.types.Action`, here as numpy rows [8].
 Logged commands are used when an episode has them; otherwise actions are derived from the states: the step
-that was made in fact. That happens once, when an episode is written (`with_actions`).
+that was made in fact. That happens once, when an episode is written (`add_actions`).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
 HORIZON = 5
 """Actions in a chunk (the paper)."""
-RULES = 4
+ACTION_RULES_VERSION = 4
 """Raised when a recording becomes other steps or actions than before: what is prepared is then made again."""
 
 
@@ -44,7 +44,7 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
     return actions
 
 
-def episode_actions(episode: Episode) -> tuple[Array, Array]:
+def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
     """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
 
     Without logged ones the gripper was told what it did (`commands_from_motion`). The last is not known.
@@ -57,13 +57,15 @@ def episode_actions(episode: Episode) -> tuple[Array, Array]:
     return derive_actions(episode.position, episode.rotation, command), known
 
 
-def with_actions(episode: Episode) -> Episode:
+def add_actions(episode: Episode) -> Episode:
     """The episode with its canonical actions and their mask, as files keep it."""
-    actions, known = episode_actions(episode)
+    actions, known = canonicalize_actions(episode)
     return dataclasses.replace(episode, action=actions, action_mask=known)
 
 
-def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tuple[Array, Array]:
+def extract_chunk(
+    actions: Array, valid: Array, step: int, horizon: int = HORIZON
+) -> tuple[Array, Array]:
     """The chunk that starts at `step`: actions [H, 8] float32 and which of them are targets [H] bool.
 
     From the episode's end or the first invalid action on it stays (no motion, the gripper as it was), masked.
@@ -77,7 +79,7 @@ def chunk(actions: Array, valid: Array, step: int, horizon: int = HORIZON) -> tu
     return out, np.arange(horizon) < count
 
 
-def resample(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:
+def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:
     """At another rate: positions and openings linear, rotations by slerp, images the last that there was.
 
     Motions are derived from the resampled states, gripper commands are those in force at the end of each new
@@ -128,7 +130,7 @@ def check_episode(episode: Episode) -> Episode:
     """
     name, steps = episode.source, len(episode)
     if steps == 0:
-        raise no_steps(name)
+        raise empty_episode_error(name)
     check_instruction(episode.instruction, name)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
@@ -157,7 +159,7 @@ def check_instruction(text: str, name: str) -> None:
         )
 
 
-def no_steps(name: str) -> SpearError:
+def empty_episode_error(name: str) -> SpearError:
     """What is said of an episode without steps."""
     return SpearError(f"empty episode: {name}: it has no steps; leave it out")
 
@@ -184,7 +186,7 @@ def _check_length(name: str, what: str, length: int, steps: int) -> None:
         )
 
 
-def first_bad(bad: Any) -> int | None:
+def find_first(bad: Any) -> int | None:
     """The number of the first row that is bad [N] bool; None where none is."""
     return int(bad.argmax()) if bad.any() else None
 
@@ -193,27 +195,27 @@ def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(f"wrong shape: {name}: {what} is {array.shape}, expected {shape}")
-    if (step := first_bad(~np.isfinite(array.reshape(shape[0], -1)).all(axis=1))) is not None:
+    if (step := find_first(~np.isfinite(array.reshape(shape[0], -1)).all(axis=1))) is not None:
         raise SpearError(f"not a number: {name} step {step}: {what} is {array[step].tolist()}")
     return array
 
 
-def check_norm(quaternion: Array, name: str, what: str) -> Array:
+def check_unit_norm(quaternion: Array, name: str, what: str) -> Array:
     """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
-    if (step := first_bad(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)) is not None:
+    if (step := find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)) is not None:
         wrong = f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1"
         raise SpearError(f"{wrong}; check the layout (w x y z) or leave the episode out")
     return norm
 
 
 def _unit(name: str, what: str, quaternion: Array) -> Array:
-    unit = quaternion / check_norm(quaternion, name, what)[:, None]
+    unit = quaternion / check_unit_norm(quaternion, name, what)[:, None]
     return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
 
 
 def _opening(name: str, what: str, opening: Array) -> Array:
-    if (step := first_bad((opening < -1e-3) | (opening > 1 + 1e-3))) is not None:
+    if (step := find_first((opening < -1e-3) | (opening > 1 + 1e-3))) is not None:
         raise SpearError(
             f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.actions import HORIZON, chunk, first_bad
+from spear.data.actions import HORIZON, extract_chunk, find_first
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import CONTROL_RATE_HZ, Array, Episode
@@ -49,7 +49,7 @@ class Mixture:
         for name, store, weight in sources:
             if not (np.isfinite(weight) and weight > 0):
                 raise SpearError(f"bad weight {weight}: dataset {name!r}: weights must be positive")
-            if (index := first_bad(~np.isclose(store.rates_hz, CONTROL_RATE_HZ))) is not None:
+            if (index := find_first(~np.isclose(store.rates_hz, CONTROL_RATE_HZ))) is not None:
                 rates = f"{store.rates_hz[index]:g} Hz, training is at {CONTROL_RATE_HZ:g}"
                 raise SpearError(
                     f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it"
@@ -89,7 +89,7 @@ class Mixture:
         """State [8], action chunk [H, 8] and its mask [H] of a sample."""
         episode, t = self.episode(sample), sample.step
         assert episode.action is not None and episode.action_mask is not None  # a store has them
-        acted, mask = chunk(episode.action, episode.action_mask, t, horizon)
+        acted, mask = extract_chunk(episode.action, episode.action_mask, t, horizon)
         state = np.concatenate(
             [episode.position[t], episode.rotation[t], episode.gripper[t : t + 1]]
         )

@@ -28,11 +28,11 @@ from spear.util.files import read_json_as, write_bytes, write_text
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
 Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-SMALLEST_SCALES = (1e-3,) * 3 + (1e-2,) * 3
+MIN_SCALES = (1e-3,) * 3 + (1e-2,) * 3
 """Metres, of translations (in a step of 0.2 s) and positions. An axis that varies less is scaled as if it
 varied by so much: its noise is not blown up, and what is predicted for it stays small (our choice)."""
 STATE_VECTOR_DIM = 10
-SKETCHES = "sketches.npz"
+SKETCHES_FILE = "sketches.npz"
 """Of a prepared dataset: the quantiles of its translations and positions, taken when it was prepared."""
 
 
@@ -42,7 +42,7 @@ class Normalizer:
 
     Values outside the fitted range are not clipped, so that the inverse is exact.
     `samples` is the number of steps it was fitted on. `datasets` is empty, or, for the ablation, has a
-    normalizer of its own for each dataset, by name and in the order of the mixture (see `of`).
+    normalizer of its own for each dataset, by name and in the order of the mixture (see `for_dataset`).
     """
 
     mode: Mode
@@ -55,7 +55,7 @@ class Normalizer:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @staticmethod
-    def fit_each(
+    def fit_per_dataset(
         stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile"
     ) -> "Normalizer":
         """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
@@ -67,7 +67,7 @@ class Normalizer:
         whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
         return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
 
-    def of(self, dataset: str | None) -> "Normalizer":
+    def for_dataset(self, dataset: str | None) -> "Normalizer":
         """The one to use for a dataset: this one, unless datasets have their own.
 
         Raises SpearError when they have and `dataset` is None (with more than one) or not among them.
@@ -103,7 +103,7 @@ class Normalizer:
         share = np.array(weights) / sum(weights)
         axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
         offset, scale = zip(*axes, strict=True)
-        scale = tuple(map(max, scale, SMALLEST_SCALES))
+        scale = tuple(map(max, scale, MIN_SCALES))
         samples = sum(columns[0].count for columns, _ in seen)
         return Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], samples)
 
@@ -144,29 +144,29 @@ class Normalizer:
 def save_sketches(store: EpisodeStore) -> None:
     """Write the sketches of a prepared dataset's demonstrations beside its index: none reads it all again."""
     with suppress_notices():
-        learned = store.demonstrations()
+        learned = store.select_demonstrations()
     write_sketches(learned, _sketch(learned))
 
 
 def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> None:
     """Write the six sketches of a store, and of which episodes they are."""
-    arrays: dict[str, Any] = {"of": np.array(store.digest())}
+    arrays: dict[str, Any] = {"of": np.array(store.fingerprint())}
     for axis, sketch in enumerate(sketches):
         arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_bytes(store.path / SKETCHES, buffer.getvalue())
+    write_bytes(store.path / SKETCHES_FILE, buffer.getvalue())
 
 
 def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
     """Six sketches of the known steps of a store, in one pass: translation x, y, z, position x, y, z."""
-    file = store.path / SKETCHES
-    if store.whole and file.is_file():
+    file = store.path / SKETCHES_FILE
+    if store.is_complete and file.is_file():
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 names = arrays.files
                 if (
-                    "of" in names and str(arrays["of"]) == store.digest()
+                    "of" in names and str(arrays["of"]) == store.fingerprint()
                 ):  # no shards came, went or changed
                     parts = [
                         {n[2:]: arrays[n] for n in names if n.startswith(f"{i} ")} for i in range(6)

@@ -10,8 +10,8 @@ from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range
 
 _SOURCE = "An RLDS or LeRobot dataset, or episodes written by this program."
-Source = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
-MOST_PIXELS = 8192
+DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
+MAX_IMAGE_SIDE_PX = 8192
 """The largest side of an image that is asked for."""
 
 
@@ -34,7 +34,7 @@ class Conversion(Options):
         for word in self.size:
             camera, _, text = word.rpartition("=")
             numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
-            if len(numbers) != 2 or not all(0 < n <= MOST_PIXELS for n in numbers):
+            if len(numbers) != 2 or not all(0 < n <= MAX_IMAGE_SIDE_PX for n in numbers):
                 raise SpearError(
                     f"--size {word}: write it as 280x210, or for one camera as wrist=112x112"
                 )
@@ -58,7 +58,7 @@ class PrepareOptions(Options):
 
 
 class ExportOptions(Options):
-    path: Source
+    path: DatasetFolder
     out: Path
     """Folder to write to; it must not exist yet."""
     split: EpisodeSplit = "train"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.data.actions import HORIZON, chunk, episode_actions, resample
+from spear.data.actions import HORIZON, canonicalize_actions, extract_chunk, resample_episode
 from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras
 from spear.errors import SpearError
@@ -75,7 +75,7 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
 
     def predictions() -> Iterator[tuple[Episode, Array]]:
         for episode in track_progress(
-            map(resample, store), ProgressBar(f"asking {name}", len(store), "episodes")
+            map(resample_episode, store), ProgressBar(f"asking {name}", len(store), "episodes")
         ):
             seen = [
                 {**o, "seed": step} for step, o in enumerate(observations(episode, cameras(policy)))
@@ -105,7 +105,7 @@ def score_mean_action(
     train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
 ) -> OpenLoop:
     """The same errors for always predicting the mean action of `train`, in chunks as long as the policy's."""
-    known = [action[valid] for action, valid in map(episode_actions, _without_images(train))]
+    known = [action[valid] for action, valid in map(canonicalize_actions, _without_images(train))]
     constant = mean_action(np.concatenate(known))
     chunks = ((e, np.tile(constant, (len(e), horizon, 1))) for e in _without_images(held_out))
     return _score("mean action", chunks)
@@ -119,21 +119,21 @@ def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoo
         still = np.array(
             [[0, 0, 0, 1, 0, 0, 0, binarize_gripper(episode.gripper[:1])[0]]], np.float32
         )
-        before = np.concatenate([still, episode_actions(episode)[0][:-1]])
+        before = np.concatenate([still, canonicalize_actions(episode)[0][:-1]])
         return episode, np.repeat(before[:, None], horizon, axis=1)
 
     return _score("last action", map(repeated, _without_images(held_out)))
 
 
 def _without_images(store: EpisodeStore) -> list[Episode]:
-    return [resample(store.without_images(i)) for i in range(len(store))]
+    return [resample_episode(store.without_images(i)) for i in range(len(store))]
 
 
 def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoop:
     """From episodes with the chunks [T, H, 8] that are predicted at each of their steps."""
     errors, predicted, truth = [], [], []
     for episode, chunks in predictions:
-        actions, valid = episode_actions(episode)
+        actions, valid = canonicalize_actions(episode)
         errors.append(_errors(chunks, actions, valid))
         predicted.append(chunks[:, 0])
         truth.append(np.where(valid[:, None], actions, np.nan))
@@ -148,7 +148,7 @@ def _errors(chunks: Array, actions: Array, valid: Array) -> dict[str, Array]:
     rotation_deg      [N] angle between the two step rotations.
     gripper_accuracy  [N] bool, both commands on the same side of half open.
     """
-    targets = [chunk(actions, valid, step, chunks.shape[1]) for step in range(len(chunks))]
+    targets = [extract_chunk(actions, valid, step, chunks.shape[1]) for step in range(len(chunks))]
     truth, known = np.stack([t for t, _ in targets]), np.stack([k for _, k in targets])
     apart = chunks[..., :3] - truth[..., :3]
     angle = quat_distance(torch.as_tensor(chunks[..., 3:7]), torch.as_tensor(truth[..., 3:7]))

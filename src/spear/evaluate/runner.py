@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from spear.data.readers.formats import check_no_input
+from spear.data.readers.formats import check_holds_no_input
 from spear.errors import SpearError, format_count
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
@@ -98,7 +98,7 @@ def run_evaluation(
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         if options.out:
-            check_no_input(options.out, "evaluate")
+            check_holds_no_input(options.out, "evaluate")
             doing, name = f"running part {index}/{of} in", f".episodes-{index}-of-{of}.lock"
             stack.enter_context(acquire_run_lock(options.out, doing, name=name))
             journal = Journal(options.out, agent.name, settings, (index, of), part)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spear.data.readers.video import opened
+from spear.data.readers.video import open_video
 from spear.errors import RetryableError, SpearError, notice
 from spear.labels.pipeline import PendingImage, admit_frame
 from spear.labels.store import explain_read_errors
@@ -246,7 +246,7 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
 
     Raises `SpearError`: not a video, or one that does not say how long it is.
     """
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         per_second = float(stream.average_rate or stream.guessed_rate or rate)
         frames = stream.frames or round((container.duration or 0) / 1e6 * per_second)
     if not frames:
@@ -264,7 +264,7 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
     Raises `SpearError` at a time after the last frame that is there, and where the video breaks.
     """
     wanted = list(times)
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         start = float((stream.start_time or 0) * stream.time_base)
         half = 0.5 / float(stream.average_rate or 1000)
         container.seek(int((start + wanted[0]) / stream.time_base), stream=stream)

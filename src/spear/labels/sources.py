@@ -105,10 +105,15 @@ def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
 
 
 def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
-    from spear.data.readers.formats import digest, episode_counts, find_format, open_dataset
+    from spear.data.readers.formats import (
+        count_episodes,
+        find_format,
+        fingerprint_dataset,
+        open_dataset,
+    )
 
-    ours, stamp = find_format(folder) == "store", digest(open_dataset(folder))
-    for split, count in episode_counts(folder).items():
+    ours, stamp = find_format(folder) == "store", fingerprint_dataset(open_dataset(folder))
+    for split, count in count_episodes(folder).items():
         name = folder if ours else f"{folder}/{split}"
         for index in range(count):
             for number in range(per_episode):

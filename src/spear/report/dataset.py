@@ -15,10 +15,15 @@ from PIL import Image
 
 from spear.audit.dataset_audit import episode_steps
 from spear.audit.inspect import inspect, layout_known
-from spear.data.actions import episode_actions
-from spear.data.readers.formats import check_good, episode_counts, made, read_episodes
-from spear.data.readers.layout import Steps, leaves
-from spear.data.readers.spec import SPEC_FILE
+from spear.data.actions import canonicalize_actions
+from spear.data.readers.columns import Steps, walk_columns
+from spear.data.readers.dataset_layout import LAYOUT_FILE
+from spear.data.readers.formats import (
+    check_enough_good,
+    convert_episodes,
+    count_episodes,
+    read_episodes,
+)
 from spear.errors import format_count
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import render
@@ -44,23 +49,23 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     there is no good one among the first, and for a file that cannot be written.
     """
     skipped = SkippedItems(limit=1.0)
-    counts = episode_counts(path)
+    counts = count_episodes(path)
     split = next(iter(counts))
     known = layout is not None or layout_known(path)
     episodes: Iterator[dict[str, Any]]
     if known:
         episodes = map(_episode, read_episodes(path, split, layout, skipped))
     else:
-        episodes = made(episode_steps(path, split, None), _columns, skipped)
+        episodes = convert_episodes(episode_steps(path, split, None), _columns, skipped)
     shown = list(itertools.islice(episodes, EPISODES))
-    check_good(len(shown), skipped, path, split)
+    check_enough_good(len(shown), skipped, path, split)
     html = render(
         "dataset.html",
         title=f"Dataset: {Path(path).resolve().name}",
         facts=[(f"{n:,}", f"episodes in split {name}") for name, n in counts.items()],
         text=inspect(path),
         known=known,
-        spec_file=SPEC_FILE,
+        spec_file=LAYOUT_FILE,
         reasons=skipped.reasons,
         episodes=shown,
     )
@@ -68,7 +73,7 @@ def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
 
 
 def _episode(episode: Episode) -> dict[str, Any]:
-    actions, valid = episode_actions(episode)
+    actions, valid = canonicalize_actions(episode)
     known = np.where(valid[:, None], actions, np.nan)
     turn = np.degrees(quat_log(torch.tensor(known[:, 3:7])).numpy())
     seconds = np.arange(len(episode)) / episode.rate_hz
@@ -123,7 +128,7 @@ def _columns(steps: Steps, source: str) -> dict[str, Any]:
     """An episode by its columns: images, charts of the numbers that change, words about all else."""
     strips, quiet = [], []
     charts: list[str] = []
-    for name, values in leaves(steps):
+    for name, values in walk_columns(steps):
         if not len(values):
             continue
         if isinstance(values, str):

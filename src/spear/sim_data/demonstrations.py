@@ -6,8 +6,8 @@ from pathlib import Path
 from spear.data.store.episode_store import (
     SHARD_GLOB,
     EpisodeStore,
-    shard_files,
-    sweep,
+    list_shards,
+    remove_unfinished_shards,
     write_episodes,
 )
 from spear.errors import SpearError, check_known
@@ -24,11 +24,11 @@ from spear.util.progress import ProgressBar, track_progress
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
-SETTINGS = ".recorded.json"
+SETTINGS_FILE = ".recorded.json"
 """What the demonstrations depend on that no episode tells."""
 
 
-def demonstrate(
+def record_demonstrations(
     out: Path,
     families: Sequence[str],
     episodes: int,
@@ -46,7 +46,7 @@ def demonstrate(
     `SpearError`, before it writes, for an unknown family, scenes kept for testing, and a folder of others.
     """
     check_known("task family", FAMILIES, *families)
-    check_seed(first_seed)
+    check_training_seed(first_seed)
     each = dict.fromkeys(families or FAMILIES)  # once
     tasks = [(family, first_seed + i) for i in range(episodes) for family in each]
     sources = [format_episode_source(*task, policy is not None) for task in tasks]
@@ -56,10 +56,10 @@ def demonstrate(
             tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy
         )
 
-    return collect(out, sources, make, sizes, policy, SIMULATOR_VERSION)
+    return record_successes(out, sources, make, sizes, policy, SIMULATOR_VERSION)
 
 
-def check_seed(first: int) -> None:
+def check_training_seed(first: int) -> None:
     """Raises `SpearError` for scenes that are kept for testing."""
     if first < FIRST_TRAIN_SEED:
         raise SpearError(
@@ -67,7 +67,7 @@ def check_seed(first: int) -> None:
         )
 
 
-def collect(
+def record_successes(
     out: Path,
     sources: Sequence[str],
     make: Callable[[int], Iterator[Episode]],
@@ -76,18 +76,18 @@ def collect(
     simulator: str,
     shard_size: int = 256,
 ) -> tuple[int, int]:
-    """Write the successful ones of these episodes; the rest is as in `demonstrate`.
+    """Write the successful ones of these episodes; the rest is as in `record_demonstrations`.
 
     sources     the episodes' names, in order; make(i) makes them from number i on.
     shard_size  how many are written at once: fewer are lost when it is killed.
     simulator   what tells it, or what it shows, from others.
     """
     check_no_foreign_files(out, SHARD_GLOB, "record")
-    with acquire_run_lock(out, "recording into", SETTINGS):
-        sweep(out)
-        kept, first = _look(out, sources, sizes) if shard_files(out) else (0, 0)
+    with acquire_run_lock(out, "recording into", SETTINGS_FILE):
+        remove_unfinished_shards(out)
+        kept, first = _look(out, sources, sizes) if list_shards(out) else (0, 0)
         told = {"simulator": simulator, "policy": policy and fingerprint_checkpoint(policy.folder)}
-        record_or_check_settings(out / SETTINGS, told, bool(shard_files(out)))
+        record_or_check_settings(out / SETTINGS_FILE, told, bool(list_shards(out)))
         bar = ProgressBar("recording", len(sources), "demonstrations", first)
         good = (episode for episode in track_progress(make(first), bar) if episode.success)
         return kept + write_episodes(good, out, shard_size), len(sources)

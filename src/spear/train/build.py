@@ -225,7 +225,7 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
     if stage.committed is not None:
         model.config.committed = stage.committed
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
-    episodes = [(name, store.seen_by(views), share) for name, store, share in episodes]
+    episodes = [(name, store.select_cameras(views), share) for name, store, share in episodes]
     for _, store, _ in episodes:
         for view in views:
             if encoded := store.image(0, 0, view):  # the processor says what is lost of it
@@ -234,7 +234,9 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
                 )
     each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
     normalizer = (
-        Normalizer.fit_each(episodes, mode) if stage.normalize_each else Normalizer.fit(each, mode)
+        Normalizer.fit_per_dataset(episodes, mode)
+        if stage.normalize_each
+        else Normalizer.fit(each, mode)
     )
     samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
     questions = None

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 import spear
-from spear.data.readers.formats import check_no_input, dataset_name
-from spear.data.readers.spec import REGISTRY
+from spear.data.readers.dataset_layout import REGISTRY
+from spear.data.readers.formats import check_holds_no_input, get_dataset_name
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import is_first_process, notice
 from spear.models.devices import choose_device, keep_freed_memory
@@ -60,7 +60,9 @@ def train(
     if (
         not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]
     ):  # did not begin so
-        kept = [(name, store.demonstrations(), share) for name, store, share in inputs.episodes]
+        kept = [
+            (name, store.select_demonstrations(), share) for name, store, share in inputs.episodes
+        ]
         inputs = dataclasses.replace(inputs, episodes=kept)
     asked = stage.optimization
     stage, place, about = check(stage, out, inputs, how, device)
@@ -109,7 +111,9 @@ def train(
             model, "cpu", torch.float32
         )  # wherever and in whatever precision it was trained
         learned = (begun_with or {}).get("learned", "").split()
-        learned += (mark for _, store, _ in inputs.episodes for mark in store.marks())
+        learned += (
+            mark for _, store, _ in inputs.episodes for mark in store.episode_fingerprints()
+        )
         learned += samples.marks() if (samples := getattr(task, "questions", None)) else ()
         written = {
             "recipe": dataclasses.asdict(stage),
@@ -167,7 +171,7 @@ def check(
     """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
     recipe as it is `settled`, its device, and what it is of. Demonstrations may be still to make."""
     place = choose_device(device)
-    check_no_input(out, "train")
+    check_holds_no_input(out, "train")
     parallel.join_process_group(place)
     stage = dataclasses.replace(
         stage, optimization=loop.resolve_optimization(stage.optimization, out, place)
@@ -209,9 +213,10 @@ def _about(stage: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
 def _of_episodes(inputs: TrainingInputs) -> dict[str, Any]:
     """The part of `_about` that the episodes have, without a look at other files."""
     stores = [
-        [n, f"{len(s)} episodes ({s.digest()[:12]}), share {w:g}"] for n, s, w in inputs.episodes
+        [n, f"{len(s)} episodes ({s.fingerprint()[:12]}), share {w:g}"]
+        for n, s, w in inputs.episodes
     ]
-    shown = [s.digest(seen=True)[:12] for _, s, _ in inputs.episodes]
+    shown = [s.fingerprint(seen=True)[:12] for _, s, _ in inputs.episodes]
     return dict(zip(EPISODES, (stores, shown), strict=True))
 
 
@@ -240,7 +245,7 @@ def mixture(
     shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
     """
     names, sources = (
-        [*map(dataset_name, folders)],
+        [*map(get_dataset_name, folders)],
         [store.source(0).partition("/")[0] for store in stores],
     )
     known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
@@ -250,7 +255,7 @@ def mixture(
             f"{name} {share / sum(chosen):.1%}" for name, share in zip(names, chosen, strict=True)
         )
         print(f"mixture: {', '.join(parts)}", file=sys.stderr)
-        marks = [mark for store in stores for mark in {*store.marks()}]
+        marks = [mark for store in stores for mark in {*store.episode_fingerprints()}]
         if twice := len(marks) - len({*marks}):
             notice(
                 f"more than one dataset has {twice} of the episodes, which count in each: give them once"

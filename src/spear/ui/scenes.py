@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor
-from spear.data.store.episode_store import EpisodeStore, shard_files
+from spear.data.store.episode_store import EpisodeStore, list_shards
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
 from spear.errors import SpearError, notice
 from spear.evaluate import results
@@ -200,7 +200,7 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self._held: EpisodeStore | Sequence[results.Outcome]
         self._settings: dict[str, Any] = {}
-        if shard_files(folder):
+        if list_shards(folder):
             self._held = store = EpisodeStore(folder)
             first = [store.without_images(i) for i in range(min(len(store), MOST_LISTED))]
             self._titles = [

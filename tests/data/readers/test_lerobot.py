@@ -35,7 +35,9 @@ def lerobot(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def raw(shared: Path) -> list[Any]:
     """The same episodes as the RLDS folder has them."""
-    return [steps for _, steps in open_rlds(shared / "data/bridge_v2_sample").steps("train[:8]")]
+    return [
+        steps for _, steps in open_rlds(shared / "data/bridge_v2_sample").read_steps("train[:8]")
+    ]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -44,7 +46,7 @@ def test_what_the_library_wrote_is_read_exactly(
 ) -> None:
     folder = open_lerobot(lerobot / version)
     assert folder.info.codebase_version == version[:4] and folder.info.fps == 5
-    assert folder.lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
+    assert folder.split_lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
     assert [e.length for e in folder.episodes] == [10] * 8 and len(folder.tasks) == 4
     for episode, steps in zip(folder.episodes, raw, strict=True):
         got = folder.read(episode.index)
@@ -154,7 +156,7 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
     for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice
         edit(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
         with pytest.warns(Notice, match="splits"):
-            assert open_lerobot(folder).lengths["train"] == int(splits["train"][2:])
+            assert open_lerobot(folder).split_lengths["train"] == int(splits["train"][2:])
     for name, key in (
         ("tasks", "task_index"),
         ("episodes", "episode_index"),

@@ -20,11 +20,12 @@ from refusals import refuses
 from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
 from spear.audit.inspect import inspect
+from spear.data.readers.build_episode import build_episode, read_openings
+from spear.data.readers.columns import read_column
+from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
-from spear.data.readers.layout import column, episode_from, openings
 from spear.data.readers.rlds import open_rlds
-from spear.data.readers.spec import REGISTRY
-from spear.data.readers.splits import split_ranges
+from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import example_class, read_records
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
@@ -65,7 +66,7 @@ def test_equal_to_what_tensorflow_datasets_reads(bridge: Path, shared: Path) -> 
     """All numbers, texts and flags exactly; images to within the difference between two JPEG decoders."""
     arrays = np.load(shared / "fixtures" / "rlds" / "bridge_by_tfds.npz")
     truth = json.loads((shared / "fixtures" / "rlds" / "bridge_by_tfds.json").read_text())
-    read = list(open_rlds(bridge).steps("train"))
+    read = list(open_rlds(bridge).read_steps("train"))
     assert len(read) == len(truth) == 25
     for index, ((source, steps), expected) in enumerate(zip(read, truth, strict=True)):
         assert source == f"bridge_dataset/train#{index}"
@@ -107,23 +108,23 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         "all": [("train", 0, 25), ("val", 0, 4)],
     }
     for split, ranges in expected.items():
-        assert split_ranges(folder.lengths, split, copy) == ranges, split
+        assert parse_split(folder.split_lengths, split, copy) == ranges, split
     assert folder.splits["train"][1][0].name == "bridge_dataset-train.tfrecord-00001-of-00002"
     for bad in ("train[", "train[5]", "train[a:b]", "train[:]", "train[1:2:3]", "train[5%:2]", ""):
-        refuses("unreadable split", split_ranges, folder.lengths, bad, copy)
-    refuses("did you mean 'train'", split_ranges, folder.lengths, "trian[:5]", copy)
+        refuses("unreadable split", parse_split, folder.split_lengths, bad, copy)
+    refuses("did you mean 'train'", parse_split, folder.split_lengths, "trian[:5]", copy)
     for twice in ("train+train", "train[:60%]+val+train[40%:]", "all+val[:1]"):
-        refuses("twice", split_ranges, folder.lengths, twice, copy)
+        refuses("twice", parse_split, folder.split_lengths, twice, copy)
     for far in ("train[:26]", "train[-26:]", "train[:101%]"):
-        refuses("beyond the 25 episodes", split_ranges, folder.lengths, far, copy)
+        refuses("beyond the 25 episodes", parse_split, folder.split_lengths, far, copy)
 
 
 def test_bridge_episodes_are_canonical(bridge: Path) -> None:
-    sources = [source for source, _ in open_rlds(bridge).steps("train[20%:28%]+train[-1:]")]
+    sources = [source for source, _ in open_rlds(bridge).read_steps("train[20%:28%]+train[-1:]")]
     assert sources == [f"bridge_dataset/train#{i}" for i in (5, 6, 24)]
     episodes = list(read_episodes(bridge))
     assert len(episodes) == 25
-    for episode, (_, steps) in zip(episodes, open_rlds(bridge).steps("train"), strict=True):
+    for episode, (_, steps) in zip(episodes, open_rlds(bridge).read_steps("train"), strict=True):
         state = steps["observation"]["state"]
         np.testing.assert_array_equal(episode.position, state[:, :3])
         got = Rotation.from_quat(episode.rotation, scalar_first=True)
@@ -295,7 +296,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
     }
     (copy / "spear.json").write_text(json.dumps(mine))
     episode = next(read_episodes(copy))
-    steps = next(open_rlds(copy).steps("train"))[1]
+    steps = next(open_rlds(copy).read_steps("train"))[1]
     state = steps["observation"]["state"]
     assert episode.action is None and episode.rate_hz == 10 and episode.source == "my_arm/train#0"
     assert list(episode.images["external"]) == steps["observation"]["image_1"]
@@ -341,7 +342,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
 def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     """Not only the pose: a NaN of the gripper's command would be a gripper that is always closed."""
     spec = REGISTRY["bridge_dataset"]
-    ((source, raw),) = open_rlds(copy).steps("train[:1]")
+    ((source, raw),) = open_rlds(copy).read_steps("train[:1]")
     for where in (
         "action[6]",
         "observation/state[6]",
@@ -350,43 +351,43 @@ def test_every_column_of_a_layout_is_checked(copy: Path) -> None:
     ):
         name, _, index = where.rstrip("]").partition("[")
         steps = deepcopy(raw)
-        column(steps, name, source)[3, int(index)] = np.nan
-        refuses(rf"{source} step 3: {re.escape(name)}", episode_from, steps, spec, source)
+        read_column(steps, name, source)[3, int(index)] = np.nan
+        refuses(rf"{source} step 3: {re.escape(name)}", build_episode, steps, spec, source)
     own = dataclasses.replace(spec, success="reward")  # whoever wrote it
-    assert episode_from(raw, spec, source).success is None
+    assert build_episode(raw, spec, source).success is None
     for reward, success in ((0, False), (1, True), (-1, None)):
         assert (
-            episode_from({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success
+            build_episode({**raw, "reward": np.append(np.zeros(9), reward)}, own, source).success
             is success
         )
     unknown = {**raw, "reward": np.append(np.zeros(9), np.nan)}
-    refuses(rf"{source} step 9: reward", episode_from, unknown, own, source)
+    refuses(rf"{source} step 9: reward", build_episode, unknown, own, source)
     where = "episode_metadata/file_path"
     assert where == REGISTRY["droid"].success
     own = dataclasses.replace(spec, success=where)
     for folder, success in (("failure", False), ("success", True), ("unsuccessful", None)):
         paths = [f"gs://a/success-rates/{folder}/2023-04-21/trajectory.h5".encode()] * 10
-        assert episode_from({**raw, where: paths}, own, source).success is success
+        assert build_episode({**raw, where: paths}, own, source).success is success
     own = dataclasses.replace(spec, action="mine", action_mask="reward")
     unknown["mine"] = np.tile([0, 0, 0, 1.0, 0, 0, 0, 1], (10, 1))
-    refuses(rf"{source} step 9: reward", episode_from, unknown, own, source)
+    refuses(rf"{source} step 9: reward", build_episode, unknown, own, source)
     own = dataclasses.replace(spec, action="language_instruction")
-    refuses("no numbers in column 'language_instruction'", episode_from, raw, own, source)
+    refuses("no numbers in column 'language_instruction'", build_episode, raw, own, source)
     narrow = dataclasses.replace(spec, gripper_range=(0.0, 0.08))
-    refuses(r"step 0: .*gripper_range is \[0, 0\.08\].* to 1", episode_from, raw, narrow, source)
+    refuses(r"step 0: .*gripper_range is \[0, 0\.08\].* to 1", build_episode, raw, narrow, source)
     broken = deepcopy(raw)
     broken["observation"]["image_0"][4] = b"\xff\xd8no image"
     refuses(
-        r"train#0 step 4 camera 'external': [^<]*$", episode_from, broken, spec, source
+        r"train#0 step 4 camera 'external': [^<]*$", build_episode, broken, spec, source
     )  # and no address
 
 
 def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
-    ((source, raw),) = open_rlds(copy).steps("train[5:6]")
+    ((source, raw),) = open_rlds(copy).read_steps("train[5:6]")
     steps, spec = deepcopy(raw), REGISTRY["bridge_dataset"]
     steps["observation"]["state"][2:5] = steps["observation"]["state"][2]
-    whole = episode_from(steps, spec, source)
-    busy = episode_from(steps, dataclasses.replace(spec, drop_idle=True), source)
+    whole = build_episode(steps, spec, source)
+    busy = build_episode(steps, dataclasses.replace(spec, drop_idle=True), source)
     assert len(whole) == 10 and len(busy) == 8 == len(busy.images["external"])
     np.testing.assert_array_equal(busy.position, whole.position[[0, 1, 4, 5, 6, 7, 8, 9]])
     assert busy.action is not None and REGISTRY["droid"].drop_idle
@@ -399,10 +400,10 @@ def test_idle_steps_are_left_out_where_the_layout_says_so(copy: Path) -> None:
     steps["action"][:, 6] = 1
     for roll in np.linspace(-1, 1, 20):
         steps["observation"]["state"][:] = [0.3, 0, 0.2, roll, 0.4, -0.7, 1]
-        assert len(episode_from(steps, still, source)) == 1
+        assert len(build_episode(steps, still, source)) == 1
     # What creeps, each step by less than counts, moves: else it would be the action of the step before.
     steps["observation"]["state"][1:, 0] += 0.01 + 0.0019 * np.arange(9)
-    crept = episode_from(steps, dataclasses.replace(still, rate_hz=1), source)
+    crept = build_episode(steps, dataclasses.replace(still, rate_hz=1), source)
     assert crept.action is not None and 0.01 <= crept.action[:, 0].max() < 0.013
 
 
@@ -414,7 +415,7 @@ def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> N
         "command_range": (0, 1),
     }
     steps = {"state": np.array([0.08, 0, 0.04]), "action": np.array([1, 0.0003, 0.5])}
-    both = openings(steps, dataclasses.replace(REGISTRY["bridge_dataset"], **said), "it")
+    both = read_openings(steps, dataclasses.replace(REGISTRY["bridge_dataset"], **said), "it")
     np.testing.assert_allclose(both, ([1, 1, 0], [1, 0, 0.5]), atol=1e-3)
 
 
@@ -444,10 +445,10 @@ def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path
         copy / "features.json",
         lambda features: columns(features)["action"]["tensor"].update(shape=wrong),
     )
-    _, error = next(open_rlds(copy).steps("train"))
+    _, error = next(open_rlds(copy).read_steps("train"))
     assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(error))
     edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
-    refuses(r"1\.0\.0: .* 0\.1\.0", open_rlds(copy).spec)
+    refuses(r"1\.0\.0: .* 0\.1\.0", open_rlds(copy).load_layout)
     for name in ("features.json", "dataset_info.json"):
         (copy / name).write_text("[]")
         refuses(name, open_rlds, copy)

@@ -17,8 +17,8 @@ import pytest
 from data_tiny import assert_same, edit, make, png, stored
 from processes import ends_with
 from refusals import refuses
-from spear.data.actions import derive_actions, episode_actions, resample
-from spear.data.normalize import SKETCHES, Normalizer
+from spear.data.actions import canonicalize_actions, derive_actions, resample_episode
+from spear.data.normalize import SKETCHES_FILE, Normalizer
 from spear.data.options import Conversion
 from spear.data.readers.formats import find_format, read_episodes
 from spear.data.store import prepare as preparing
@@ -54,7 +54,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards_of_one_block() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "BLOCK", 2)
-        patch.setattr(preparing, "SHARD_MB", 0.0)
+        patch.setattr(preparing, "MAX_SHARD_MIB", 0.0)
         yield
 
 
@@ -81,10 +81,14 @@ def test_the_same_episodes_are_in_it(recorded: Path, whole: Path) -> None:
     before = [e for e in read_episodes(recorded) if e.source != "made#4"]
     store = EpisodeStore(whole)
     assert find_format(whole) == "store" and len(store) == COUNT - 1
-    assert store.cameras == ["external", "wrist"] and store.whole and not store.subset([0]).whole
+    assert (
+        store.cameras == ["external", "wrist"]
+        and store.is_complete
+        and not store.subset([0]).is_complete
+    )
     for i, (old, ours) in enumerate(zip(before, store, strict=True)):
-        expected = resample(old)
-        action, mask = episode_actions(expected)
+        expected = resample_episode(old)
+        action, mask = canonicalize_actions(expected)
         np.testing.assert_array_equal(store.known[i], mask.sum())
         unseen = dataclasses.replace(expected, images={}, action=action, action_mask=mask)
         for got in (ours, store.without_images(i)):
@@ -106,29 +110,29 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
         [(store.subset(range(len(store))), 1.0)]
     )
     assert (
-        open_store(whole, tmp_path)[0].whole
-        and not open_store(whole, tmp_path, "train[1:]")[0].whole
+        open_store(whole, tmp_path)[0].is_complete
+        and not open_store(whole, tmp_path, "train[1:]")[0].is_complete
     )
     good = store.subset([i for i, episode in enumerate(store) if episode.success is not False])
-    assert Normalizer.fit([(store.demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])
+    assert Normalizer.fit([(store.select_demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    (copy / SKETCHES).write_bytes(b"no statistics")
-    refuses(SKETCHES, Normalizer.fit, [(EpisodeStore(copy).demonstrations(), 1.0)])
+    (copy / SKETCHES_FILE).write_bytes(b"no statistics")
+    refuses(SKETCHES_FILE, Normalizer.fit, [(EpisodeStore(copy).select_demonstrations(), 1.0)])
     Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
-    shutil.copy(whole / SKETCHES, copy)
+    shutil.copy(whole / SKETCHES_FILE, copy)
     for file in copy.glob(
         "episodes-00004.*"
     ):  # another shard in the place of one, of as many known steps
         shutil.copy(file, copy / f"episodes-00001{file.suffix}")
-    other = EpisodeStore(copy).demonstrations()
-    assert other.known.sum() == store.demonstrations().known.sum()
+    other = EpisodeStore(copy).select_demonstrations()
+    assert other.known.sum() == store.select_demonstrations().known.sum()
     assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit(
         [(other.subset(range(len(other))), 1.0)]
     )
     for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder
         shutil.copy(file, copy / f"episodes-00006{file.suffix}")
     more = EpisodeStore(copy)
-    assert len(more) == len(store) + 2 and more.whole
+    assert len(more) == len(store) + 2 and more.is_complete
     assert Normalizer.fit([(more, 1.0)]) == Normalizer.fit([(more.subset(range(len(more))), 1.0)])
 
 
@@ -137,8 +141,8 @@ def test_episodes_that_all_failed_are_kept_with_one_notice(tmp_path: Path) -> No
     write_episodes([make(i, success=False) for i in range(3)], tmp_path / "arm")
     with pytest.warns(Notice, match=f"{tmp_path / 'arm'}: .*failed") as said:
         assert prepare(tmp_path / "arm", tmp_path / "out") == (3, [])
-    assert len(said) == 1 and not (tmp_path / "out" / SKETCHES).exists()
-    refuses("failed", EpisodeStore(tmp_path / "out").demonstrations)
+    assert len(said) == 1 and not (tmp_path / "out" / SKETCHES_FILE).exists()
+    refuses("failed", EpisodeStore(tmp_path / "out").select_demonstrations)
 
 
 def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
@@ -177,8 +181,10 @@ def test_a_killed_run_ends_the_same(
     assert finished == min(6, kill_at // 4)
     read = []
     with pytest.MonkeyPatch.context() as patch:
-        real = preparing.make_ready
-        patch.setattr(preparing, "make_ready", lambda *given: (read.append(given), real(*given))[1])
+        real = preparing.prepare_block
+        patch.setattr(
+            preparing, "prepare_block", lambda *given: (read.append(given), real(*given))[1]
+        )
         written, reasons = run(recorded, out)
     assert len(read) == 6 - finished  # nothing is done twice
     assert written == COUNT - 1 and len(reasons) == 1 and files(out) == files(whole)
@@ -318,8 +324,8 @@ def test_a_store_is_known_by_content(
     recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = EpisodeStore(recorded)
-    assert store.subset(range(3)).digest() != store.subset(range(1, 4)).digest()
-    assert store.subset(range(COUNT)).digest() == store.digest()
+    assert store.subset(range(3)).fingerprint() != store.subset(range(1, 4)).fingerprint()
+    assert store.subset(range(COUNT)).fingerprint() == store.fingerprint()
     kinds: dict[str, Any] = {
         "words": {"instruction": "push"},
         "size": {"size": (48, 48)},
@@ -328,9 +334,9 @@ def test_a_store_is_known_by_content(
     words, size, same = (
         stored([make(0, **changes)], tmp_path / name) for name, changes in kinds.items()
     )
-    assert words.digest() == size.digest() == same.digest()  # the motions
+    assert words.fingerprint() == size.fingerprint() == same.fingerprint()  # the motions
     hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
-    assert len({store.digest(seen=True) for store in (words, size, same, hand)}) == 4
+    assert len({store.fingerprint(seen=True) for store in (words, size, same, hand)}) == 4
     prepared = tmp_path / "hand-prepared"
     assert prepare(same.path, tmp_path / "again")[0] == prepare(hand.path, prepared)[0] == 1
     for other in (words, size):
@@ -342,7 +348,7 @@ def test_a_store_is_known_by_content(
     shutil.rmtree(folder)
     write_lerobot([make(1)], folder)  # as many, at the same place
     refuses("other episodes", prepare, folder, tmp_path / "out")
-    monkeypatch.setattr(preparing, "RULES", 0)
+    monkeypatch.setattr(preparing, "ACTION_RULES_VERSION", 0)
     refuses("rules is", prepare, hand.path, prepared)
 
 

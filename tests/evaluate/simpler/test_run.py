@@ -28,7 +28,7 @@ from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_action, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.pipeline import label_with_ground_truth
-from spear.sim_data.demonstrations import SETTINGS
+from spear.sim_data.demonstrations import SETTINGS_FILE
 from spear.types import Frame
 from spear.util.images import decode_image
 
@@ -169,7 +169,7 @@ def test_recording_goes_on_behind_what_is_written(
         f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)
     ]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
-    (tmp_path / TASK / SETTINGS).write_text('{"assets": "of before"}')
+    (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of before"}')
     refuses("assets", demonstrate, tmp_path, [TASK], 2, *how)
 
 

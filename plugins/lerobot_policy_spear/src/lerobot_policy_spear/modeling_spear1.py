@@ -18,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from spear import policy as spear
-from spear.data.normalize import SMALLEST_SCALES, Mode, Normalizer
+from spear.data.normalize import MIN_SCALES, Mode, Normalizer
 from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import camera_key
 from spear.errors import SpearError, notice
@@ -247,7 +247,7 @@ def fit(
     if mode == "meanstd":
         low, high = seen.mean(0) - seen.std(0), seen.mean(0) + seen.std(0)
     offset = tuple(((high + low) / 2).tolist())
-    scale = tuple(np.maximum((high - low) / 2, SMALLEST_SCALES).tolist())
+    scale = tuple(np.maximum((high - low) / 2, MIN_SCALES).tolist())
     normalizer = Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
     return normalizer, float(np.mean(begins))
 

@@ -6,25 +6,26 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from spear.data.readers.layout import Sources, episode_from
+from spear.data.readers.build_episode import build_episode
+from spear.data.readers.columns import RawEpisodes
 from spear.data.readers.lerobot import INFO, LeRobotFolder, open_lerobot
 from spear.data.readers.rlds import RldsFolder, open_rlds, rlds_folders
-from spear.data.readers.splits import split_ranges
+from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import record_sums
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, shard_files
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
 from spear.errors import SpearError
 from spear.types import Episode
 from spear.util.fingerprints import hash_file_ends
 from spear.util.skipped_items import SkippedItems
 
 T = TypeVar("T")
-OnBad = Callable[[SpearError], None]
+OnError = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
 """A folder that other tools wrote: its metadata are read, its episodes are not yet."""
 FORMATS: Mapping[
     str, tuple[str, Callable[[Path], object], Callable[[Path], Dataset | EpisodeStore]]
 ] = {
-    "store": (f"a store of episodes ({SHARD_GLOB})", shard_files, EpisodeStore),
+    "store": (f"a store of episodes ({SHARD_GLOB})", list_shards, EpisodeStore),
     "rlds": ("an RLDS dataset (features.json)", rlds_folders, open_rlds),
     "lerobot": (f"a LeRobot dataset ({INFO})", lambda path: (path / INFO).is_file(), open_lerobot),
 }
@@ -36,7 +37,7 @@ def find_format(path: str | Path) -> str | None:
     return next((name for name, (_, holds, _) in FORMATS.items() if holds(Path(path))), None)
 
 
-def check_no_input(out: Path, action: str) -> None:
+def check_holds_no_input(out: Path, action: str) -> None:
     """Raises SpearError for a folder to `action` into that holds robot data, a model or labels."""
     kinds = "config.json", "labels-*.parquet", "external/labels-*.parquet"
     if find_format(out) is not None or any(any(out.glob(kind)) for kind in kinds):
@@ -54,25 +55,30 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
 
 def read_episodes(
-    path: str | Path, split: str = "train", dataset: Path | None = None, on_bad: OnBad | None = None
+    path: str | Path,
+    split: str = "train",
+    dataset: Path | None = None,
+    on_bad: OnError | None = None,
 ) -> Iterator[Episode]:
     """Episodes of a folder in any format, in our conventions, at their own rate, checked.
 
     split     which episodes: "train", "train[:20%]", … (see `spear.data.readers.splits`).
-    dataset   the layout; None for the dataset's own (see `find_spec`).
+    dataset   the layout; None for the dataset's own (see `find_layout`).
     Whatever is wrong with an episode raises SpearError naming it, or is reported to `on_bad` instead.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
-        yield from open_split(path, split)
+        yield from open_store_split(path, split)
         return
-    spec = folder.spec(dataset)
-    yield from made(
-        folder.steps(split, spec.images.values()), partial(episode_from, spec=spec), on_bad
+    spec = folder.load_layout(dataset)
+    yield from convert_episodes(
+        folder.read_steps(split, spec.images.values()), partial(build_episode, spec=spec), on_bad
     )
 
 
-def made(read: Sources, make: Callable[..., T], on_bad: OnBad | None) -> Iterator[T]:
+def convert_episodes(
+    read: RawEpisodes, make: Callable[..., T], on_bad: OnError | None
+) -> Iterator[T]:
     """What `make` makes of each episode's steps and `source`; what is wrong is as in `read_episodes`."""
     for source, steps in read:
         try:
@@ -85,17 +91,17 @@ def made(read: Sources, make: Callable[..., T], on_bad: OnBad | None) -> Iterato
             on_bad(error)
 
 
-def open_split(path: str | Path, split: str = "train") -> EpisodeStore:
+def open_store_split(path: str | Path, split: str = "train") -> EpisodeStore:
     """The episodes of a store that a split names; all of them are "train"."""
     store = EpisodeStore(path)
-    ranges = split_ranges({"train": len(store)}, split, path)
+    ranges = parse_split({"train": len(store)}, split, path)
     chosen = [i for _, first, end in ranges for i in range(first, end)]
     if not chosen:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
     return store if chosen == list(range(len(store))) else store.subset(chosen)
 
 
-def check_good(good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
+def check_enough_good(good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
     """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
     skipped.check(good, finished=good > 0)
     if good == 0:
@@ -103,16 +109,16 @@ def check_good(good: int, skipped: SkippedItems, path: str | Path, split: str) -
         raise SpearError(f"no good episode: {path} split {split!r}{why}")
 
 
-def episode_counts(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, int]:
+def count_episodes(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, int]:
     """Split name -> number of episodes, of a path or of what is there, opened."""
     folder = open_dataset(data) if isinstance(data, str | Path) else data
-    return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.lengths
+    return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.split_lengths
 
 
-def digest(folder: Dataset | EpisodeStore) -> str:
+def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
     """What tells the data of a folder from others; the larger part of them is not read."""
     if isinstance(folder, EpisodeStore):
-        return folder.digest() + folder.digest(seen=True)
+        return folder.fingerprint() + folder.fingerprint(seen=True)
     records = b"".join(
         map(record_sums, sorted(folder.path.glob("*.tfrecord*")))
     )  # their ends are but images
@@ -122,13 +128,17 @@ def digest(folder: Dataset | EpisodeStore) -> str:
     )
 
 
-def cameras(path: str | Path, layout: Path | None = None) -> list[str]:
+def list_cameras(path: str | Path, layout: Path | None = None) -> list[str]:
     """The cameras of a folder's episodes, by our names. Raises SpearError where its columns are not known."""
     folder = open_dataset(path)
-    return folder.cameras if isinstance(folder, EpisodeStore) else list(folder.spec(layout).images)
+    return (
+        folder.cameras
+        if isinstance(folder, EpisodeStore)
+        else list(folder.load_layout(layout).images)
+    )
 
 
-def dataset_name(path: str | Path) -> str:
+def get_dataset_name(path: str | Path) -> str:
     """What a dataset is called: as RLDS says; or as its folder, or the one above a version (1.0.0)."""
     if find_format(path) == "rlds":
         return open_rlds(path).name

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from spear.data.actions import first_bad, no_steps
-from spear.data.readers.layout import Sources, split_column
-from spear.data.readers.spec import DatasetSpec, Positive, find_spec
-from spear.data.readers.splits import split_ranges
+from spear.data.actions import empty_episode_error, find_first
+from spear.data.readers.columns import RawEpisodes, parse_column
+from spear.data.readers.dataset_layout import DatasetLayout, Positive, find_layout
+from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.util.images import encode_jpeg
@@ -37,7 +37,7 @@ TASK = "task"
 """Our name of the column of instructions."""
 TIME_TOLERANCE, DRIFT = 0.25, 0.05
 """How far a row or a frame may be from its place in time, and how wrong a mean step, in steps (ours)."""
-JOINT = re.compile(
+JOINT_NAME_PATTERN = re.compile(
     r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$"
 )
 """What names of joints have in them."""
@@ -111,7 +111,7 @@ class LeRobotFolder:
     episodes: list[LeRobotEpisode]
 
     @property
-    def lengths(self) -> dict[str, int]:
+    def split_lengths(self) -> dict[str, int]:
         """Split name -> number of episodes."""
         return {name: end - first for name, (first, end) in self.splits.items()}
 
@@ -120,9 +120,9 @@ class LeRobotFolder:
         """Features that are images or videos."""
         return [name for name, f in self.info.features.items() if f.dtype in ("image", "video")]
 
-    def spec(self, given: Path | None = None) -> DatasetSpec:
-        """What its columns mean; see `find_spec`. Raises SpearError also where its metadata contradict it."""
-        spec = find_spec(
+    def load_layout(self, given: Path | None = None) -> DatasetLayout:
+        """Load the layout (see `find_layout`). Raises SpearError where the metadata contradict it."""
+        spec = find_layout(
             self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps}
         )
         if spec.rate_hz != self.info.fps:
@@ -142,7 +142,7 @@ class LeRobotFolder:
 
     def joints(self, where: str) -> list[str]:
         """Those components of a column that are joints by their names."""
-        return [name for name in self.axes(where) if JOINT.search(name)]
+        return [name for name in self.axes(where) if JOINT_NAME_PATTERN.search(name)]
 
     def quaternion(self, where: str) -> str | None:
         """The format of a column whose components' names end in w, x, y and z, as those of a quaternion."""
@@ -151,16 +151,16 @@ class LeRobotFolder:
 
     def axes(self, where: str) -> list[str]:
         """The names of a column's components."""
-        path, span = split_column(where)
+        path, span = parse_column(where)
         axes = next((f.axes for name, f in self.info.features.items() if _column(name) == path), [])
         return axes[span or slice(None)]
 
-    def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
+    def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
         """The step arrays of each episode of a split, in order.
 
         images  the columns of images to read, such as "observation/images/top"; None for all.
         """
-        for name, first, end in split_ranges(self.lengths, split, self.path):
+        for name, first, end in parse_split(self.split_lengths, split, self.path):
             start = self.splits[name][0]
             for index in range(start + first, start + end):
                 try:
@@ -177,7 +177,7 @@ class LeRobotFolder:
         seen = (name for name in self.cameras if not self.info.features[name].depth)
         wanted = {name for name in seen if images is None or _column(name) in images}
         if not self.episodes[index].length:
-            raise no_steps(f"{self.name}#{index}")
+            raise empty_episode_error(f"{self.name}#{index}")
         try:
             return self._read(self.episodes[index], wanted)
         except (
@@ -198,7 +198,7 @@ class LeRobotFolder:
         if not np.isfinite(times).all():
             raise ValueError("a timestamp is missing")
         apart = np.diff(times) * self.info.fps  # in steps
-        row = first_bad(np.abs(apart - 1) > 2 * TIME_TOLERANCE)
+        row = find_first(np.abs(apart - 1) > 2 * TIME_TOLERANCE)
         if row is not None and abs(np.median(apart) - 1) < 2 * TIME_TOLERANCE:
             raise ValueError(
                 f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one"

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.actions import no_steps
-from spear.data.readers.layout import Sources, Steps, leaves, row_count
-from spear.data.readers.spec import DatasetSpec, find_spec
-from spear.data.readers.splits import split_ranges
+from spear.data.actions import empty_episode_error
+from spear.data.readers.columns import RawEpisodes, Steps, count_steps, walk_columns
+from spear.data.readers.dataset_layout import DatasetLayout, find_layout
+from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError, format_count
 from spear.types import Array
@@ -41,13 +41,13 @@ class RldsFolder:
     features: Mapping[str, Any]
 
     @property
-    def lengths(self) -> dict[str, int]:
+    def split_lengths(self) -> dict[str, int]:
         """Split name -> number of episodes."""
         return {name: sum(length for _, length in shards) for name, shards in self.splits.items()}
 
-    def spec(self, given: Path | None = None) -> DatasetSpec:
-        """What its columns mean; see `find_spec`. Raises SpearError for a version known to be broken."""
-        spec = find_spec(self.name, self.path, given)
+    def load_layout(self, given: Path | None = None) -> DatasetLayout:
+        """What its columns mean; see `find_layout`. Raises SpearError for a version known to be broken."""
+        spec = find_layout(self.name, self.path, given)
         if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
             why = spec.facts.get("newest", "")
             raise SpearError(
@@ -55,10 +55,10 @@ class RldsFolder:
             )
         return spec
 
-    def steps(self, split: str, images: Collection[str] | None = None) -> Sources:
+    def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
         """The step arrays of each episode of a split, nested as in `features.json`: all images, always. What
         is said once for an episode is a column, too ("episode_metadata/file_path"), the same in all rows."""
-        for name, first, end in split_ranges(self.lengths, split, self.path):
+        for name, first, end in parse_split(self.split_lengths, split, self.path):
             before = 0
             for file, length in self.splits[name]:
                 low, high = max(first - before, 0), min(end - before, length)
@@ -72,10 +72,12 @@ class RldsFolder:
         try:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
-            if not (rows := row_count(steps)):
-                return no_steps(f"{file} record {index}")
+            if not (rows := count_steps(steps)):
+                return empty_episode_error(f"{file} record {index}")
             once = {
-                n: v for n, v in leaves(episode) if np.size(v) and not isinstance(v, list | str)
+                n: v
+                for n, v in walk_columns(episode)
+                if np.size(v) and not isinstance(v, list | str)
             }
             return {name: _in_rows(value, rows) for name, value in once.items()} | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:

@@ -9,7 +9,7 @@ from spear.errors import SpearError, check_known, format_count
 _SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 
-def split_ranges(
+def parse_split(
     lengths: Mapping[str, int], split: str, where: str | Path
 ) -> list[tuple[str, int, int]]:
     """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them (but -1%
@@ -40,13 +40,15 @@ def split_ranges(
                 f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {where}"
             )
         ranges.append((name, first, end))
-    if any(shared([one], ranges[:number]) for number, one in enumerate(ranges)):
+    if any(count_shared_episodes([one], ranges[:number]) for number, one in enumerate(ranges)):
         raise SpearError(f"split {split!r} has episodes of {where} twice: name each of them once")
     return ranges
 
 
-def shared(ranges: Iterable[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]) -> int:
-    """How many episodes are in both, ranges as `split_ranges` gives them."""
+def count_shared_episodes(
+    ranges: Iterable[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]
+) -> int:
+    """How many episodes are in both, ranges as `parse_split` gives them."""
     pairs = ((a, b) for a in ranges for b in others if a[0] == b[0])
     return sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a, b in pairs)
 

@@ -14,7 +14,7 @@ from spear.types import Array
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and stream of a video. Raises SpearError for a bad file, and where it breaks off."""
     av = import_optional("av", "data", "a video")
     try:
@@ -34,9 +34,9 @@ def opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
 def read_frames(path: Path, first: float, end: float) -> Iterator[tuple[float, Array]]:
     """(time in s, frame [h, w, 3] uint8 RGB) of all frames of a video with first <= time < end.
 
-    Raises SpearError as `opened` does.
+    Raises SpearError as `open_video` does.
     """
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         if first > 0:
             container.seek(int(first / stream.time_base), stream=stream)
         for frame in container.decode(stream):

@@ -22,9 +22,11 @@ from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
 
 SHARD_GLOB = "episodes-*.arrow"
-REQUEST = "request.json"  # of a prepared folder: what it was made of, and how many shards it has
+REQUEST_FILE = (
+    "request.json"  # of a prepared folder: what it was made of, and how many shards it has
+)
 DIGESTED = 1000
-"""Episodes whose numbers `EpisodeStore.digest` reads (our choice)."""
+"""Episodes whose numbers `EpisodeStore.fingerprint` reads (our choice)."""
 
 
 def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
@@ -33,10 +35,10 @@ def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 
     A shard appears complete or not at all, and takes the next free number, so several processes may append
     to one folder. Raises SpearError for a bad episode, and for a full disk (what is written stays readable).
     """
-    from spear.data.actions import check_episode, with_actions  # here: to read takes no PyTorch
+    from spear.data.actions import add_actions, check_episode  # here: to read takes no PyTorch
 
     folder.mkdir(parents=True, exist_ok=True)
-    checked, written = (with_actions(check_episode(episode)) for episode in episodes), 0
+    checked, written = (add_actions(check_episode(episode)) for episode in episodes), 0
     while shard := list(itertools.islice(checked, shard_size)):
         add_shard(shard, folder, {})
         written += len(shard)
@@ -50,7 +52,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     try:
         with report_write_errors(folder):
             write_shard(temporary, episodes, note)
-            for number in itertools.count(len(shard_files(folder))):
+            for number in itertools.count(len(list_shards(folder))):
                 with contextlib.suppress(FileExistsError):
                     for file in files:
                         os.link(file, folder / f"episodes-{number:05d}{file.suffix}")
@@ -60,7 +62,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
             file.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_unfinished_shards(folder: Path) -> None:
     """Remove what killed writers have left of shards, from a folder to which nobody else is writing."""
     images = (
         file
@@ -71,7 +73,7 @@ def sweep(folder: Path) -> None:
         file.unlink()
 
 
-def shard_files(folder: Path) -> list[Path]:
+def list_shards(folder: Path) -> list[Path]:
     """The shards of a folder, in order."""
     return sorted(folder.glob(SHARD_GLOB))
 
@@ -81,17 +83,17 @@ class EpisodeStore:
 
     Every episode has canonical actions and a mask of those that are known.
     lengths, known and rates_hz [E] are each episode's steps, those with a known action, and steps per second;
-    `whole` is False for a `subset`. Raises SpearError for a folder without episodes, or with a broken file.
+    `is_complete` is False for a `subset`. Raises SpearError for a folder without episodes, or a broken file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.whole = True
-        if not (files := shard_files(self.path)):
+        self.is_complete = True
+        if not (files := list_shards(self.path)):
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
         made = (
-            read_json(self.path / REQUEST, "copy it again")
-            if (self.path / REQUEST).is_file()
+            read_json(self.path / REQUEST_FILE, "copy it again")
+            if (self.path / REQUEST_FILE).is_file()
             else {}
         )
         notice_missing_shards(self.path, files, "copy it again", made.get("shards", 0))
@@ -105,16 +107,16 @@ class EpisodeStore:
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
         """A store of only these episodes, in this order, sharing the mapped files."""
         store, chosen = copy.copy(self), np.asarray(indices, np.int64)
-        store.whole = False
+        store.is_complete = False
         for name in ("_ids", "lengths", "known", "rates_hz"):
             setattr(store, name, getattr(self, name)[chosen])
         return store
 
-    def demonstrations(self) -> "EpisodeStore":
+    def select_demonstrations(self) -> "EpisodeStore":
         """Without the episodes that are known to have failed (a notice). SpearError where none is left."""
-        return self._without(self.failed(), "failed", "give others")
+        return self._without(self.failed_mask(), "failed", "give others")
 
-    def seen_by(self, cameras: Collection[str]) -> "EpisodeStore":
+    def select_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
         """Without the episodes that none of these cameras has seen; a notice names others that have."""
         none = [np.zeros(len(shard), bool) for shard in self._shards]
         lengths = [
@@ -139,10 +141,10 @@ class EpisodeStore:
             return self
         notice(f"{words}: left out")
         store = self.subset(np.flatnonzero(~lost).tolist())
-        store.whole = self.whole
+        store.is_complete = self.is_complete
         return store
 
-    def failed(self) -> Array:
+    def failed_mask(self) -> Array:
         """[E] bool: which episodes are known to have failed."""
         success = [ended for shard in self._shards for ended in shard.words["success"].to_pylist()]
         return np.array([ended is False for ended in success])[self._ids]
@@ -178,7 +180,7 @@ class EpisodeStore:
         shard, row = self._find(index)
         return str(shard.words["source"][row].as_py())
 
-    def digest(self, seen: bool = False) -> str:
+    def fingerprint(self, seen: bool = False) -> str:
         """What tells these episodes from others: all sources and lengths, and the numbers of some; or, with
         `seen`, all instructions and cameras, and the lengths of some encoded images."""
         digest = hashlib.sha256(self.lengths.tobytes())
@@ -202,7 +204,7 @@ class EpisodeStore:
                 digest.update(rows[steps].tobytes())
         return digest.hexdigest()
 
-    def marks(self) -> list[str]:
+    def episode_fingerprints(self) -> list[str]:
         """What tells each episode from others, wherever it lies: its length, first, middle and last pose."""
         each = map(self.without_images, range(len(self)))
         some = (

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.actions import check_episode, with_actions
-from spear.data.readers.spec import SPEC_FILE
+from spear.data.actions import add_actions, check_episode
+from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
@@ -58,7 +58,7 @@ def write_lerobot(
         writer: _Writer | None = None
         shutil.rmtree(part / "dataset", ignore_errors=True)
         try:
-            for episode in map(with_actions, map(check_episode, episodes)):
+            for episode in map(add_actions, map(check_episode, episodes)):
                 samples = sample_images(episode)
                 writer = writer or _Writer(part / "dataset", samples, episode.rate_hz, images)
                 writer.add(episode, samples)
@@ -136,7 +136,7 @@ class _Writer:
         for name in self.features:
             for which, values in stats.get(name, {}).items():
                 row[f"stats/{name}/{which}"] = values.tolist()
-        self.waiting.append(row | place_of("meta/episodes", self.meta_files))
+        self.waiting.append(row | file_indices("meta/episodes", self.meta_files))
         for name, values in rows.items():
             self.rows[name].add(values)
         self.episodes += 1
@@ -167,7 +167,7 @@ class _Writer:
 
     @property
     def _data_path(self) -> Path:
-        return self.folder / place(DATA_PATH, self.data_files)
+        return self.folder / file_path(DATA_PATH, self.data_files)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         if self._data is None:
@@ -182,7 +182,7 @@ class _Writer:
             ]
             rows[feature_name(camera)] = cells
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
-        return place_of("data", self.data_files)
+        return file_indices("data", self.data_files)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the frames of an episode; returns where they are."""
@@ -191,7 +191,7 @@ class _Writer:
             self._videos.pop(camera).close()
             self.video_files[camera] += 1
         if camera not in self._videos:
-            path = self.folder / place(VIDEO_PATH, self.video_files[camera], video_key=name)
+            path = self.folder / file_path(VIDEO_PATH, self.video_files[camera], video_key=name)
             self._videos[camera] = VideoWriter(path, *self.sizes[camera], self.rate_hz)
         video = self._videos[camera]
         first = video.frames
@@ -201,7 +201,7 @@ class _Writer:
             check_size(image.shape[:2], self.sizes[camera], where)
             video.write(image)
         return {
-            **place_of(f"videos/{name}", self.video_files[camera]),
+            **file_indices(f"videos/{name}", self.video_files[camera]),
             f"videos/{name}/from_timestamp": first / self.rate_hz,
             f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
         }
@@ -215,7 +215,7 @@ class _Writer:
 
     def _write_episodes(self) -> None:
         """Write a file of `meta/episodes` from what is waiting for it."""
-        path = self.folder / place(EPISODES_PATH, self.meta_files)
+        path = self.folder / file_path(EPISODES_PATH, self.meta_files)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.waiting), path)
         self.waiting, self.meta_files = [], self.meta_files + 1
@@ -245,23 +245,23 @@ class _Writer:
             "chunks_size": CHUNK_FILES,
             "data_files_size_in_mb": DATA_MB,
             "video_files_size_in_mb": VIDEO_MB,
-            "fps": whole(self.rate_hz),
+            "fps": int_if_whole(self.rate_hz),
             "splits": {"train": f"0:{self.episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
-        layout = our_layout(self.sizes)
+        layout = describe_layout(self.sizes)
         for name, content in {
             "meta/stats.json": lists,
             "meta/info.json": info,
-            SPEC_FILE: layout,
+            LAYOUT_FILE: layout,
         }.items():
             write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
         write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
 
 
-def our_layout(cameras: Iterable[str]) -> dict[str, Any]:
+def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
     """What `spear.json` says of the columns."""
     return {
         "images": {camera: f"observation/images/{camera}" for camera in cameras},
@@ -294,7 +294,7 @@ def make_features(
                 "video.codec": "av1",
                 "video.pix_fmt": "yuv420p",
                 "video.is_depth_map": False,
-                "video.fps": whole(rate_hz),
+                "video.fps": int_if_whole(rate_hz),
                 "video.channels": 3,
                 "has_audio": False,
             }
@@ -342,20 +342,20 @@ def feature_name(camera: str) -> str:
     return f"observation.images.{camera}"
 
 
-def place(template: str, number: int, **names: str) -> str:
+def file_path(template: str, number: int, **names: str) -> str:
     """The path of file `number` of one kind below the folder of the dataset."""
     return template.format(
         chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names
     )
 
 
-def place_of(prefix: str, number: int) -> dict[str, int]:
+def file_indices(prefix: str, number: int) -> dict[str, int]:
     return {
         f"{prefix}/chunk_index": number // CHUNK_FILES,
         f"{prefix}/file_index": number % CHUNK_FILES,
     }
 
 
-def whole(rate_hz: float) -> int | float:
+def int_if_whole(rate_hz: float) -> int | float:
     """LeRobot's rates are whole numbers where they can be."""
     return int(rate_hz) if rate_hz == int(rate_hz) else rate_hz

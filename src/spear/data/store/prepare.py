@@ -23,12 +23,18 @@ import numpy as np
 
 from spear.checks.recording import Recording
 from spear.checks.senses import MOVES, Check, check_gripper, comes_late, doubts, is_frozen, span
-from spear.data.actions import RULES, resample, with_actions
+from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
-from spear.data.readers.splits import split_ranges
-from spear.data.store.episode_store import REQUEST, EpisodeStore, add_shard, shard_files, sweep
+from spear.data.readers.splits import parse_split
+from spear.data.store.episode_store import (
+    REQUEST_FILE,
+    EpisodeStore,
+    add_shard,
+    list_shards,
+    remove_unfinished_shards,
+)
 from spear.data.store.shard import open_shard
 from spear.errors import SpearError, is_first_process, notice
 from spear.types import Episode
@@ -40,10 +46,10 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import describe_difference, record_or_check_settings
 from spear.util.skipped_items import SkippedItems
 
-BLOCK, SHARD_MB, MOST_BAD = 16, 100, 0.5
+BLOCK, MAX_SHARD_MIB, MAX_BAD_SHARE = 16, 100, 0.5
 """Episodes that are made ready at a time, images in a shard, about, and the share of bad episodes above which
 preparing is given up (our choice)."""
-SKIPPED = "skipped.json"
+SKIPPED_FILE = "skipped.json"
 
 
 def prepare(
@@ -64,34 +70,37 @@ def prepare(
     most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
     """
     path, out, how = Path(path), Path(out_dir), how or Conversion()
-    request, todo, logged = planned(path, out, split, how)
-    if (out / REQUEST).is_file():
-        return len(EpisodeStore(out)), json.loads((out / SKIPPED).read_text("utf-8"))
+    request, todo, logged = plan_preparation(path, out, split, how)
+    if (out / REQUEST_FILE).is_file():
+        return len(EpisodeStore(out)), json.loads((out / SKIPPED_FILE).read_text("utf-8"))
     work = out.with_name(f".{out.name}.part")
     folder = work / "dataset"
-    with acquire_run_lock(work, "preparing data in", REQUEST):
+    with acquire_run_lock(work, "preparing data in", REQUEST_FILE):
         folder.mkdir(exist_ok=True)
-        record_or_check_settings(work / REQUEST, request, is_resuming=bool(shard_files(folder)))
+        record_or_check_settings(
+            work / REQUEST_FILE, request, is_resuming=bool(list_shards(folder))
+        )
         good, skipped = _write_shards(path, folder, todo, how, workers)
-        formats.check_good(good, skipped, path, split)
+        formats.check_enough_good(good, skipped, path, split)
         store = EpisodeStore(folder)
         _notice_units(store, path, logged)
-        if store.failed().all():
+        if store.failed_mask().all():
             notice(
                 f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it"
             )
         else:
             save_sketches(store)
-        write_text(folder / SKIPPED, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
+        write_text(folder / SKIPPED_FILE, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
         write_text(
-            folder / REQUEST, json.dumps(request | {"shards": len(shard_files(folder))}, indent=2)
+            folder / REQUEST_FILE,
+            json.dumps(request | {"shards": len(list_shards(folder))}, indent=2),
         )
         folder.replace(out)
         shutil.rmtree(work, ignore_errors=True)
     return good, skipped.reasons
 
 
-def planned(
+def plan_preparation(
     path: Path, out: Path, split: str, how: Conversion
 ) -> tuple[dict[str, Any], list[tuple[str, int]], bool]:
     """The request that `prepare` will note, the pieces of the split with their lengths, and whether gripper
@@ -100,28 +109,28 @@ def planned(
     todo: list[
         tuple[str, int]
     ] = []  # pieces of the split as the readers take them, with their lengths
-    for name, start, end in split_ranges(formats.episode_counts(source), split, path):
+    for name, start, end in parse_split(formats.count_episodes(source), split, path):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
             todo.append((f"{name}[{first}:{last}]", last - first))
     # what its columns mean; and says what is wrong with that before anything is written
-    layout = source.spec(how.layout) if isinstance(source, formats.Dataset) else None
+    layout = source.load_layout(how.layout) if isinstance(source, formats.Dataset) else None
     meant = repr(layout and dataclasses.replace(layout, facts={}, weight=None))
     request = {
         "path": str(path.resolve()),
-        "data": formats.digest(source),
+        "data": formats.fingerprint_dataset(source),
         "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
         "layout": hashlib.sha256(meant.encode()).hexdigest(),
         "size": dict(sorted(how.sizes.items())),
         "rate": how.rate,
-        "rules": RULES,
+        "rules": ACTION_RULES_VERSION,
         "quality": how.quality,
-        "shard_mb": SHARD_MB,
+        "shard_mb": MAX_SHARD_MIB,
     }
-    if not (out / REQUEST).is_file():
+    if not (out / REQUEST_FILE).is_file():
         check_new_folder(out)
     else:
-        made = read_json(out / REQUEST, "remove that folder") | {
+        made = read_json(out / REQUEST_FILE, "remove that folder") | {
             "shards": None
         }  # no part of the request
         if other := describe_difference(made, request):
@@ -135,9 +144,9 @@ def _write_shards(
 ) -> tuple[int, SkippedItems]:
     """Make the shards of all blocks (pieces of the split, each with its length) but for those that are there.
     Returns how many episodes are good, and why the others are not."""
-    sweep(folder)
-    blocks, good, skipped, waiting = 0, 0, SkippedItems(MOST_BAD), list[Episode]()
-    for file in shard_files(folder):
+    remove_unfinished_shards(folder)
+    blocks, good, skipped, waiting = 0, 0, SkippedItems(MAX_BAD_SHARE), list[Episode]()
+    for file in list_shards(folder):
         shard, note = open_shard(file)
         blocks, reasons = json.loads(note["done"])
         good, skipped.reasons = good + len(shard), skipped.reasons + reasons
@@ -147,7 +156,7 @@ def _write_shards(
     advice = "use fewer --workers, and run the same command again: it continues"
     with bar, processes.open_worker_pool(workers, __name__, advice) as pool:
         splits = [block for block, _ in left]
-        results = processes.map_in_order(pool, partial(make_ready, path, how), splits, workers)
+        results = processes.map_in_order(pool, partial(prepare_block, path, how), splits, workers)
         for (_, length), (ready, reasons) in zip(left, results, strict=True):
             blocks, good = blocks + 1, good + len(ready)
             waiting += ready
@@ -155,7 +164,7 @@ def _write_shards(
             skipped.check(good)
             bar.update(bar.done + length, f"{len(skipped.reasons)} skipped")
             images = (image for e in waiting for images in e.images.values() for image in images)
-            if waiting and (blocks == len(todo) or sum(map(len, images)) >= SHARD_MB * 2**20):
+            if waiting and (blocks == len(todo) or sum(map(len, images)) >= MAX_SHARD_MIB * 2**20):
                 add_shard(waiting, folder, {"done": json.dumps([blocks, skipped.reasons[told:]])})
                 waiting, told = [], len(skipped.reasons)
     return good, skipped
@@ -181,7 +190,7 @@ def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
         notice(f"{path}: {check.name}: {check.words}")
 
 
-def good_episodes(
+def read_good_episodes(
     path: str | Path, split: str, layout: Path | None, skipped: SkippedItems
 ) -> Iterator[Episode]:
     """The good episodes of a dataset in any format; the others go to `skipped`.
@@ -192,10 +201,10 @@ def good_episodes(
     for count, episode in enumerate(formats.read_episodes(path, split, layout, skipped), 1):
         skipped.check(count)
         yield episode
-    formats.check_good(count, skipped, path, split)
+    formats.check_enough_good(count, skipped, path, split)
 
 
-def make_ready(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
+def prepare_block(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
     """The good episodes of a split with their canonical actions, and why not the others."""
     good, reasons = list[Episode](), list[str]()
     for episode in formats.read_episodes(
@@ -212,7 +221,7 @@ def _ready(episode: Episode, how: Conversion) -> Episode:
     if unknown := set(how.sizes) - {"", *episode.images}:
         known = ", ".join(sorted(episode.images))
         raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
-    episode = with_actions(resample(episode, how.rate))
+    episode = add_actions(resample_episode(episode, how.rate))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
     images = {camera: fitted for camera in episode.images if (fitted := _fit(episode, camera, how))}
@@ -251,7 +260,7 @@ def open_store(
     `work_dir` whose name depends on path and split; of several processes by the first, and the others wait.
     """
     if isinstance(formats.open_dataset(path), EpisodeStore):
-        return formats.open_split(path, split), []
+        return formats.open_store_split(path, split), []
     whole = Path(path).resolve()
     target = (
         Path(work_dir)

@@ -22,7 +22,7 @@ PLACE_PREFIX = "place:"
 FORMAT = "spear.episodes.2"
 
 
-def lists(offsets: Array, rows: Array) -> pa.Array:
+def to_list_column(offsets: Array, rows: Array) -> pa.Array:
     """[N] or [N, d] rows as one list per episode of N_e · d numbers."""
     values = pa.array(np.ascontiguousarray(rows).reshape(-1))
     return pa.LargeListArray.from_arrays(
@@ -30,8 +30,8 @@ def lists(offsets: Array, rows: Array) -> pa.Array:
     )
 
 
-def flat_rows(column: pa.Array, width: int, steps: int) -> Array:
-    """The inverse of `lists`: [steps, width], a view."""
+def to_rows(column: pa.Array, width: int, steps: int) -> Array:
+    """The inverse of `to_list_column`: [steps, width], a view."""
     values = column.values.to_numpy(zero_copy_only=True).reshape(-1, width)
     if len(values) != steps:
         raise ValueError("columns have different numbers of steps")
@@ -57,16 +57,14 @@ class Shard:
             raise ValueError("a rate_hz is not above 0")
         self.offsets = columns["gripper"].offsets.to_numpy()
         steps = int(self.offsets[-1])
-        self.position = flat_rows(columns["position"], 3, steps)
-        self.rotation = flat_rows(columns["rotation"], 4, steps)
-        self.gripper = flat_rows(columns["gripper"], 1, steps)[:, 0]
-        self.action = flat_rows(columns["action"], ACTION_DIM, steps)
-        self.action_mask = flat_rows(columns["action_mask"], 1, steps)[:, 0]
+        self.position = to_rows(columns["position"], 3, steps)
+        self.rotation = to_rows(columns["rotation"], 4, steps)
+        self.gripper = to_rows(columns["gripper"], 1, steps)[:, 0]
+        self.action = to_rows(columns["action"], ACTION_DIM, steps)
+        self.action_mask = to_rows(columns["action_mask"], 1, steps)[:, 0]
         self.images = images
         places = (name for name in columns if name.startswith(PLACE_PREFIX))
-        self.places = {
-            n.removeprefix(PLACE_PREFIX): flat_rows(columns[n], 2, steps) for n in places
-        }
+        self.places = {n.removeprefix(PLACE_PREFIX): to_rows(columns[n], 2, steps) for n in places}
         self.known = np.add.reduceat(self.action_mask != 0, self.offsets[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -116,7 +114,7 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
     }
     for name in ("position", "rotation", "gripper", "action", "action_mask"):
         kind = np.uint8 if name == "action_mask" else np.float32
-        columns[name] = lists(
+        columns[name] = to_list_column(
             offsets, np.concatenate([np.asarray(getattr(e, name), kind) for e in episodes])
         )
     with open(path.with_suffix(".images"), "wb") as file:
@@ -124,7 +122,7 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
             images = [image for e in episodes for image in e.images.get(camera, [b""] * len(e))]
             lengths = np.array([len(image) for image in images])
             places = np.stack([file.tell() + np.cumsum(lengths) - lengths, lengths], axis=1)
-            columns[PLACE_PREFIX + camera] = lists(offsets, places)
+            columns[PLACE_PREFIX + camera] = to_list_column(offsets, places)
             file.writelines(images)
         note = {"format": FORMAT, "bytes": str(file.tell()), **note}
         _to_disk(file)

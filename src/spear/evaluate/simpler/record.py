@@ -26,7 +26,7 @@ from spear.sim.record import (
     InterveningPolicy,
     format_episode_source,
 )
-from spear.sim_data.demonstrations import check_seed, collect
+from spear.sim_data.demonstrations import check_training_seed, record_successes
 from spear.sim_data.label_scenes import SceneJob, SceneSource, label_scene_jobs, split_into_jobs
 from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
@@ -59,11 +59,11 @@ def demonstrate(
     policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
 
     The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError` as `spear.sim_data.demonstrations.demonstrate`, and where ManiSkill, its assets or a
-    renderer are missing.
+    `SpearError` as `spear.sim_data.demonstrations.record_demonstrations`, and where ManiSkill, its assets or
+    a renderer are missing.
     """
     check_known("task", TASKS, *tasks)
-    check_seed(first_seed)
+    check_training_seed(first_seed)
     shown = simulator(check_assets(assets))
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
@@ -76,7 +76,7 @@ def demonstrate(
         sources = [
             format_episode_source(task, seed, policy is not None, "simpler") for seed in seeds
         ]
-        written[task] = collect(
+        written[task] = record_successes(
             out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE
         )
     return written

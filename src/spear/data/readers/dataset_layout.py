@@ -1,7 +1,7 @@
 """What is known of each robot dataset, as data: where its columns are and what they mean.
 
 The datasets are in `oxe.toml`. One that is not there is described in a file `spear.json` in its folder, with
-the fields of `DatasetSpec`, the rest from the entry that "like" names (docs/finetune.md has an example).
+the fields of `DatasetLayout`, the rest from the entry that "like" names (docs/finetune.md has an example).
 
 A column is a path below the steps, with an optional range of its last dimension: "observation/state[0:3]".
 LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
@@ -49,9 +49,9 @@ franka_joints    a Franka's seven joint angles, the column of both positions and
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
-ANGLES = (*get_args(AngleFormat), *RECORDED_ONLY)
+ANGLE_FORMATS = (*get_args(AngleFormat), *RECORDED_ONLY)
 """Formats that have a unit."""
-SPEC_FILE = "spear.json"
+LAYOUT_FILE = "spear.json"
 
 
 def _two_readings(span: tuple[float, float]) -> tuple[float, float]:
@@ -73,7 +73,7 @@ Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_unit_n
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
-class DatasetSpec:
+class DatasetLayout:
     """One dataset's layout and conventions. None is "not known"; `facts` says what is behind a value.
 
     robot, rate_hz   the arm, and steps per second.
@@ -132,7 +132,7 @@ class DatasetSpec:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-OF_ITS_COLUMNS = {
+DEPENDENT_FIELDS = {
     "images": ("image_aspect",),
     "gripper": ("command", "command_range"),
     "action": ("command", "command_range", "tool_rotation", "drop_idle"),
@@ -148,33 +148,33 @@ _NEEDED = (
 )
 
 
-def missing(spec: DatasetSpec) -> list[str]:
+def find_missing_fields(spec: DatasetLayout) -> list[str]:
     """Fields without which no episode can be read, and which are not known."""
     return [name for name in _NEEDED if not getattr(spec, name)]
 
 
-def find_spec(
+def find_layout(
     name: str, folder: Path, given: Path | None = None, defaults: Mapping[str, Any] | None = None
-) -> DatasetSpec:
+) -> DatasetLayout:
     """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
 
     defaults  what the dataset's format says itself (its rate …), before the registry and after `spear.json`.
     Raises SpearError for a dataset of which too little is known, a column of two cameras, and a bad file.
     """
-    path = given or folder / SPEC_FILE
+    path = given or folder / LAYOUT_FILE
     if path.is_file() or given is not None:
-        spec = read_spec(path, name, defaults)
+        spec = read_layout_file(path, name, defaults)
     elif name in REGISTRY:
         spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
     else:
-        hint = f"`spear data describe {folder}` proposes a {SPEC_FILE}"
+        hint = f"`spear data describe {folder}` proposes a {LAYOUT_FILE}"
         raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
     check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
     if len({*spec.images.values()}) < len(spec.images):
         raise SpearError(
             f"images (in {path}): two cameras are the same column: leave one of them out"
         )
-    if unknown := missing(spec):
+    if unknown := find_missing_fields(spec):
         why = "; ".join(
             f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown
         )
@@ -182,17 +182,19 @@ def find_spec(
     return spec
 
 
-def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) -> DatasetSpec:
+def read_layout_file(
+    path: Path, name: str, defaults: Mapping[str, Any] | None = None
+) -> DatasetLayout:
     """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, if bad."""
     fields = read_json(path, "give a file like spear.json")
     like = fields.pop("like", None)
-    known = {*(f.name for f in dataclasses.fields(DatasetSpec)), "like"} - {
+    known = {*(f.name for f in dataclasses.fields(DatasetLayout)), "like"} - {
         "weight"
     }  # see --shares
     check_known(f"key (in {path})", known, *fields)
     check_known(f"dataset (like, in {path})", REGISTRY, *([] if like is None else [str(like)]))
     base = dict(vars(REGISTRY[like])) if like is not None else {}
-    for own, bound in OF_ITS_COLUMNS.items():  # which says nothing of other columns
+    for own, bound in DEPENDENT_FIELDS.items():  # which says nothing of other columns
         for key in bound if own in fields else ():
             base.pop(key, None)
     spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
@@ -201,7 +203,7 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
         raise SpearError(
             f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out"
         )
-    for key in OF_ITS_COLUMNS["action"] if spec.action is not None else ():
+    for key in DEPENDENT_FIELDS["action"] if spec.action is not None else ():
         if key in fields:
             raise SpearError(
                 f"{key} (in {path}): actions are taken as they are: leave it, or action, out"
@@ -209,11 +211,11 @@ def read_spec(path: Path, name: str, defaults: Mapping[str, Any] | None = None) 
     return spec
 
 
-def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
-    """A `DatasetSpec` of fields as JSON or TOML have them; the SpearError for a bad value names its key."""
+def _spec(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
+    """A `DatasetLayout` of fields as JSON or TOML have them; the SpearError for a bad value names its key."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
-        return DatasetSpec(**values)
+        return DatasetLayout(**values)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
@@ -226,7 +228,7 @@ def _spec(fields: Mapping[str, Any], path: Path) -> DatasetSpec:
         ) from error
 
 
-def _load() -> dict[str, DatasetSpec]:
+def _load() -> dict[str, DatasetLayout]:
     file = resources.files("spear.data.readers").joinpath("oxe.toml")
     tables = tomllib.loads(file.read_text("utf-8"))
     families, found = tables.pop("families"), {}
@@ -238,5 +240,5 @@ def _load() -> dict[str, DatasetSpec]:
     return found
 
 
-REGISTRY: Mapping[str, DatasetSpec] = _load()
+REGISTRY: Mapping[str, DatasetLayout] = _load()
 """Dataset name -> what is known of it."""

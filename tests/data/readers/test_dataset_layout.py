@@ -11,23 +11,19 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.audit.hypotheses import JUDGED
-from spear.data.readers.layout import (
-    FORMS,
-    column,
-    episode_from,
-    recorded_pose,
-    to_quaternion,
-)
-from spear.data.readers.spec import (
-    ANGLES,
+from spear.data.readers.build_episode import build_episode, read_pose
+from spear.data.readers.columns import read_column
+from spear.data.readers.dataset_layout import (
+    ANGLE_FORMATS,
     RECORDED_ONLY,
     REGISTRY,
-    DatasetSpec,
+    DatasetLayout,
     RotationFormat,
-    find_spec,
-    missing,
-    read_spec,
+    find_layout,
+    find_missing_fields,
+    read_layout_file,
 )
+from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
 from spear.embodiments.kinematics import franka_pose
 from spear.util.images import encode_jpeg
 
@@ -74,13 +70,15 @@ def test_everything_has_a_source_or_is_said_not_to_be_known(name: str) -> None:
     spec = REGISTRY[name]
     assert spec.robot and spec.rate_hz and spec.images and spec.instruction
     assert "external" in spec.images and all(len(fact) > 5 for fact in spec.facts.values())
-    unknown = missing(spec)
+    unknown = find_missing_fields(spec)
     if unknown:
-        refuses(f"'{name}': {unknown[0]}", find_spec, name, Path("nowhere"))
+        refuses(f"'{name}': {unknown[0]}", find_layout, name, Path("nowhere"))
         assert set(unknown) & set(spec.facts), f"{name}: say why {unknown} is not known"
 
 
-@pytest.mark.parametrize("name", sorted(n for n, s in REGISTRY.items() if not missing(s)))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, s in REGISTRY.items() if not find_missing_fields(s))
+)
 def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     """Columns exactly where the layout says, filled with one known motion, give that motion back."""
     spec = REGISTRY[name]
@@ -120,7 +118,7 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     steps[spec.instruction] = [b"do it"] * 4
     if spec.success is not None:
         steps[spec.success] = np.zeros(4, bool)
-    episode = episode_from(steps, spec, name)
+    episode = build_episode(steps, spec, name)
     np.testing.assert_allclose(episode.position, where, atol=1e-6)
     assert episode.success is (None if spec.success is None else False)
     tool = Rotation.from_quat(spec.tool_rotation, scalar_first=True)
@@ -129,7 +127,9 @@ def test_each_readable_layout_reads_a_plausible_episode(name: str) -> None:
     np.testing.assert_allclose(episode.gripper, [1, 1, 0, 1] if same else 4 * [0.75], atol=1e-6)
     if spec.command is not None:
         for way in (spec, dataclasses.replace(spec, command=None))[: 1 + same]:
-            np.testing.assert_array_equal(episode_from(steps, way, name).action[:, 7], [1, 0, 1, 0])
+            np.testing.assert_array_equal(
+                build_episode(steps, way, name).action[:, 7], [1, 0, 1, 0]
+            )
 
 
 def test_a_pose_written_row_after_row_is_refused() -> None:
@@ -151,9 +151,10 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
 
 def test_what_the_audit_may_find_a_layout_can_say() -> None:
     named = {name for part in get_args(RotationFormat) for name in get_args(part)}
-    assert named == set(WRITTEN) | {"franka_joints"} and set(FORMS) == set(WRITTEN)
+    assert named == set(WRITTEN) | {"franka_joints"} and set(ROTATION_FORMATS) == set(WRITTEN)
     assert set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
-    assert {form for form in JUDGED if FORMS[form][0] == 3} == set(ANGLES) - set(RECORDED_ONLY)
+    angle_formats = {form for form in JUDGED if ROTATION_FORMATS[form][0] == 3}
+    assert angle_formats == set(ANGLE_FORMATS) - set(RECORDED_ONLY)
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
@@ -168,12 +169,12 @@ def test_millimetres_and_degrees_are_what_the_layout_says(layout: RotationFormat
     """The same poses in other units, where a format has any; joint angles have no length."""
     joints = layout == "franka_joints"
     numbers = JOINTS if joints else WRITTEN[layout](TURN)
-    spec = DatasetSpec("mine", position="at", rotation="turn", rotation_format=layout)
-    first = recorded_pose({"at": JOINTS if joints else WHERE, "turn": numbers}, spec, "mine")
+    spec = DatasetLayout("mine", position="at", rotation="turn", rotation_format=layout)
+    first = read_pose({"at": JOINTS if joints else WHERE, "turn": numbers}, spec, "mine")
     other = dataclasses.replace(spec, length_unit="mm", angle_unit="deg")
-    degrees = np.degrees(numbers) if layout in ANGLES else numbers
+    degrees = np.degrees(numbers) if layout in ANGLE_FORMATS else numbers
     steps = {"at": degrees if joints else 1000 * WHERE, "turn": degrees}
-    for one, same in zip(first[:2], recorded_pose(steps, other, "mine")[:2], strict=True):
+    for one, same in zip(first[:2], read_pose(steps, other, "mine")[:2], strict=True):
         np.testing.assert_allclose(same, one, atol=1e-12)
 
 
@@ -181,14 +182,14 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
     layout = tmp_path / "layout.json"
     for key, value in (("weight", 9.0), ("image_aspect", {"externl": 1.5})):
         layout.write_text(json.dumps({"like": "bridge_dataset", key: value}))
-        refuses(rf"{key}.*external|{key}'.*images", find_spec, "mine", tmp_path, layout)
+        refuses(rf"{key}.*external|{key}'.*images", find_layout, "mine", tmp_path, layout)
     layout.write_text(
         json.dumps({"like": "bridge_dataset", "gripper": "mine[6]", "command_range": [1, 0]})
     )
-    refuses("command_range", read_spec, layout, "mine")
+    refuses("command_range", read_layout_file, layout, "mine")
     layout.write_text(json.dumps({"like": "taco_play", "action": "act"}))
     assert (
-        read_spec(layout, "mine").tool_rotation
+        read_layout_file(layout, "mine").tool_rotation
         == (1, 0, 0, 0)
         != REGISTRY["taco_play"].tool_rotation
     )
@@ -198,16 +199,20 @@ def test_keys_of_a_layout_that_would_change_nothing_are_refused(tmp_path: Path) 
         ({"action": "act"}, "drop_idle", True),
     ):
         layout.write_text(json.dumps({"like": "fractal20220817_data", **named, key: value}))
-        refuses(f"{key}.*action", read_spec, layout, "mine")
+        refuses(f"{key}.*action", read_layout_file, layout, "mine")
 
 
 def test_names_with_slashes_in_them_are_found() -> None:
     inner = {"present/xyz": np.arange(6.0).reshape(2, 3)}
     steps = {"observation": inner, "observation/state": np.ones((2, 4))}
     np.testing.assert_array_equal(
-        column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]]
+        read_column(steps, "observation/present/xyz[0:2]", "x"), [[0, 1], [3, 4]]
     )
-    np.testing.assert_array_equal(column(steps, "observation/state[3]", "x"), [1, 1])
+    np.testing.assert_array_equal(read_column(steps, "observation/state[3]", "x"), [1, 1])
     refuses(
-        r"no 'present' \(there is: present/xyz\)", column, steps, "observation/present/abc", "x"
+        r"no 'present' \(there is: present/xyz\)",
+        read_column,
+        steps,
+        "observation/present/abc",
+        "x",
     )
