@@ -1,4 +1,5 @@
-"""Executing chunks: k of H, standing still, no jump at the seam, means on S³; a pilot that never waits."""
+"""Executing action chunks: k of H actions, no jump at the seam, care for the gripper; and the
+pilot."""
 
 import math
 import threading
@@ -13,358 +14,616 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import no_warning, refuses
-from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor, Pilot
+from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor, ExecutionMode, Pilot
 from spear.errors import Notice
 from spear.types import Array
 
 
-def chunk(first: float, horizon: int = 5, turn: Sequence[float] = (0, 0, 0)) -> Array:
-    """Actions that move by first, first + 1, … mm along x and turn by `turn` each."""
-    rows = np.zeros((horizon, 8))
-    rows[:, 0] = 0.001 * (first + np.arange(horizon))
-    rows[:, 3:7] = Rotation.from_rotvec(turn).as_quat(scalar_first=True)
-    return rows.astype(np.float32)
+def make_chunk(first_mm: float, horizon: int = 5, turn: Sequence[float] = (0, 0, 0)) -> Array:
+    """Actions that move by first_mm, first_mm + 1, … along x and turn by the rotation vector each.
+
+    The gripper is closed.
+    """
+    actions = np.zeros((horizon, 8))
+    actions[:, 0] = 0.001 * (first_mm + np.arange(horizon))
+    actions[:, 3:7] = Rotation.from_rotvec(turn).as_quat(scalar_first=True)
+    return actions.astype(np.float32)
 
 
-def policy(answer: Callable[[Mapping[str, Any]], Array]) -> Any:
-    """One that answers an observation with that chunk."""
+def make_policy(answer: Callable[[Mapping[str, Any]], Array]) -> Any:
+    """A policy that answers an observation with the chunk of this function."""
     return SimpleNamespace(infer=lambda observation: {"actions": answer(observation)})
 
 
 def drive(
-    executor: ChunkExecutor, ticks: int, delay: int = 0, **shape: Any
+    executor: ChunkExecutor, num_ticks: int, delay: int = 0, **chunk_options: Any
 ) -> tuple[list[int], list[Array]]:
-    """Runs a policy whose chunk at tick t says t, t + 1, … mm: the ticks when it looked, the actions."""
-    looked, actions = [], []
-    for tick in range(ticks):
-        if executor.wants():
-            looked.append(tick)
-            executor.give(chunk(tick, **shape), arrives=tick + delay)
-        actions.append(executor.next())
-    return looked, actions
+    """Run a policy whose chunk at tick t moves by t, t + 1, … mm; the ticks of inference and the
+    actions."""
+    inference_ticks = []
+    actions = []
+    for tick in range(num_ticks):
+        if executor.needs_chunk():
+            inference_ticks.append(tick)
+            executor.add_chunk(make_chunk(tick, **chunk_options), arrival_tick=tick + delay)
+        actions.append(executor.next_action())
+    return inference_ticks, actions
 
 
-def millimetres(actions: Sequence[Array]) -> list[float]:
-    return [round(1000 * float(a[0]), 3) for a in actions]
+def execute(executor: ChunkExecutor, num_ticks: int) -> list[Array]:
+    return [executor.next_action() for _ in range(num_ticks)]
+
+
+def x_mm(actions: Sequence[Array]) -> list[float]:
+    return [round(1000 * float(action[0]), 3) for action in actions]
+
+
+def total_translation(actions: Sequence[Array]) -> Array:
+    return sum(action[:3] for action in actions)
+
+
+def total_rotation(actions: Sequence[Array]) -> Rotation:
+    rotations = [Rotation.from_quat(action[3:7], scalar_first=True) for action in actions]
+    return math.prod(rotations, start=Rotation.identity())
+
+
+# sync
+
+
+def test_sync_executes_the_first_k_actions_of_each_chunk_unchanged() -> None:
+    executor = ChunkExecutor("sync", replan_interval=3)
+
+    inference_ticks, actions = drive(executor, 7)
+
+    assert inference_ticks == [0, 3, 6]
+    assert x_mm(actions) == [0, 1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(actions[3], make_chunk(3)[0])
+
+
+def test_sync_stands_still_while_it_waits_for_a_chunk() -> None:
+    executor = ChunkExecutor("sync", replan_interval=2)
+
+    inference_ticks, actions = drive(executor, 8, delay=2)
+
+    assert inference_ticks == [0, 4]
+    assert x_mm(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
+
+
+def test_before_the_first_chunk_there_is_no_motion_and_the_gripper_is_open() -> None:
+    action = ChunkExecutor("sync").next_action()
+
+    assert action.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_without_actions_the_gripper_stays_as_last_commanded() -> None:
+    executor = ChunkExecutor("sync")
+    half_closed = make_chunk(0, 1)
+    half_closed[:, 7] = 0.25
+    executor.add_chunk(half_closed)
+
+    actions = execute(executor, 2)
+
+    assert actions[1][7] == 0.25
+
+
+# async: when it observes
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_async_moves_on_while_the_next_chunk_is_computed(delay: int) -> None:
+    inference_ticks, actions = drive(ChunkExecutor("async", replan_interval=5), 14, delay=delay)
+
+    actions_after_first_chunk = actions[delay:]
+    for action in actions_after_first_chunk[1:]:
+        assert action[:3].any()
+    assert len(inference_ticks) >= 14 // 5
+    # The policy foresees its own steps, so that chunks agree wherever they overlap.
+    steps = np.diff([action[0] for action in actions_after_first_chunk[:5]])
+    np.testing.assert_allclose(steps, 0.001, atol=1e-7)
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_async_with_interval_1_observes_as_soon_as_a_chunk_has_arrived(delay: int) -> None:
+    inference_ticks, _ = drive(ChunkExecutor("async", replan_interval=1), 9, delay=delay)
+
+    assert inference_ticks == [0, *range(delay, 9, delay)]
+
+
+@pytest.mark.parametrize("replan_interval", [2, 5])
+def test_without_delay_async_does_the_same_as_sync(replan_interval: int) -> None:
+    async_ticks, async_actions = drive(ChunkExecutor("async", replan_interval), 11)
+    sync_ticks, sync_actions = drive(ChunkExecutor("sync", replan_interval), 11)
+
+    assert async_ticks == sync_ticks
+    np.testing.assert_array_equal(async_actions, sync_actions)
+
+
+# async: the seam between two chunks
+
+
+@pytest.fixture
+def seam() -> tuple[list[Array], Array]:
+    """The actions from a new chunk's observation on, two of them by the chunk before it; and the
+    chunk."""
+    executor = ChunkExecutor("async", replan_interval=3)
+    old_chunk = make_chunk(10, turn=(0, 0, 0.3))
+    new_chunk = make_chunk(0, turn=(0.05, 0, 0))
+
+    executor.add_chunk(old_chunk)
+    actions_before = execute(executor, 3)
+    assert executor.needs_chunk()
+    executor.add_chunk(new_chunk, arrival_tick=executor.tick + 2)
+    actions = execute(executor, 5)
+
+    np.testing.assert_array_equal([*actions_before, *actions[:2]], old_chunk)
+    return actions, new_chunk
+
+
+def test_async_ends_where_the_new_chunk_wants_to(seam: tuple[list[Array], Array]) -> None:
+    actions, new_chunk = seam
+
+    np.testing.assert_allclose(
+        total_translation(actions), total_translation(list(new_chunk)), atol=1e-7
+    )
+    difference = total_rotation(actions).inv() * total_rotation(list(new_chunk))
+    assert difference.magnitude() < 1e-5
+
+
+def test_async_makes_up_for_the_difference_in_equal_steps(seam: tuple[list[Array], Array]) -> None:
+    actions, new_chunk = seam
+    joined_x = np.array([action[0] for action in actions[2:]])
+
+    corrections = joined_x - new_chunk[2:, 0]
+
+    assert corrections[0] < 0  # it went too far while it waited
+    np.testing.assert_allclose(corrections, corrections[0], atol=1e-7)
+
+
+def test_async_makes_up_for_a_rotation_in_equal_parts() -> None:
+    """The new chunk turns about x while the arm turns about z, and goes straight from there."""
+    executor = ChunkExecutor("async", replan_interval=3)
+    new_chunk = make_chunk(0)
+    new_chunk[:2, 3:7] = make_chunk(0, turn=(0.5, 0, 0))[0, 3:7]
+    executor.add_chunk(make_chunk(0, turn=(0, 0, 0.4)))
+    execute(executor, 3)
+    executor.add_chunk(new_chunk, arrival_tick=executor.tick + 2)
+    execute(executor, 2)
+
+    rotations = [action[3:7] for action in execute(executor, 3)]
+
+    np.testing.assert_allclose(rotations[1:], rotations[:2], atol=1e-6)
+    assert rotations[0][0] < 0.99
+
+
+def test_the_difference_is_made_up_for_before_the_gripper_closes() -> None:
+    executor = ChunkExecutor("async")
+    with_open_gripper = make_chunk(10) + np.eye(8)[7]
+    closes_at_fourth = make_chunk(0)
+    closes_at_fourth[:3, 7] = 1
+
+    executor.add_chunk(with_open_gripper)
+    actions = execute(executor, 1)
+    executor.add_chunk(closes_at_fourth, observed_tick=0, arrival_tick=1)
+    actions += execute(executor, 4)
+
+    assert [action[7] for action in actions] == [1] * 5
+    np.testing.assert_allclose(
+        total_translation(actions), closes_at_fourth[:3, :3].sum(0), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(("delay", "closing_index"), [(1, 1), (2, 2), (2, 4), (4, 4)])
+def test_making_up_for_the_difference_is_no_faster_than_the_chunks(
+    delay: int, closing_index: int
+) -> None:
+    executor = ChunkExecutor("async")
+    forth = make_chunk(0, turn=(0, 0, 0.2))
+    forth[:, 0] = 0.05
+    forth[:, 7] = 1
+    back = make_chunk(0, turn=(0, 0, -0.2))
+    back[:, 0] = -0.05
+    back[:closing_index, 7] = 1
+
+    executor.add_chunk(forth)
+    actions = execute(executor, 1)
+    executor.add_chunk(back, observed_tick=0, arrival_tick=delay)
+    actions += execute(executor, 30)
+
+    x_m = np.stack(actions)[:, 0]
+    rotations = Rotation.from_quat(np.stack(actions)[:, 3:7], scalar_first=True)
+    assert np.abs(x_m).max() <= 0.0501
+    assert rotations.magnitude().max() <= 0.201
+    # The gripper closes where the policy wanted it to.
+    until_closed = [action[7] for action in actions].index(0) + 1
+    wanted_x_m = back[: closing_index + 1, 0].sum()
+    wanted_turn_rad = -0.2 * (closing_index + 1)
+    np.testing.assert_allclose(x_m[:until_closed].sum(), wanted_x_m, atol=1e-6)
+    turn_rad = rotations[:until_closed].as_rotvec()[:, 2].sum()
+    assert turn_rad == pytest.approx(wanted_turn_rad, abs=1e-5)
+
+
+# async: care for the gripper
+
+
+def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
+    """A policy that moves by 10 mm per action and closes the gripper at 80 mm, wherever it is.
+
+    Returns the motion of each tick, mm, and whether the gripper is closed.
+    """
+    executor = ChunkExecutor("async")
+    actions: list[Array] = []
+    for tick in range(24):
+        if executor.needs_chunk():
+            position_mm = sum(x_mm(actions))
+            chunk = make_chunk(10)
+            chunk[:, 0] = 0.01
+            chunk[:, 7] = position_mm + 10 * np.arange(5) < 75
+            executor.add_chunk(chunk, arrival_tick=tick + delay)
+        actions.append(executor.next_action())
+    is_closed = np.array([action[7] < 0.5 for action in actions])
+    return np.array(x_mm(actions)), is_closed
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_async_closes_the_gripper_once_and_where_the_policy_wants_it(delay: int) -> None:
+    moved_mm, is_closed = drive_to_closing_at_80_mm(delay)
+    closing_tick = int(is_closed.argmax())
+
+    assert is_closed[closing_tick:].all()
+    assert moved_mm[:closing_tick].sum() == pytest.approx(80, abs=6)
+    assert (moved_mm[delay:] > 0).all()
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_async_goes_slowly_before_the_gripper_closes_and_only_there(delay: int) -> None:
+    moved_mm, is_closed = drive_to_closing_at_80_mm(delay)
+    closing_tick = int(is_closed.argmax())
+
+    is_slow = np.isclose(moved_mm, 10 / (1 + delay), atol=0.01)
+    assert is_slow[closing_tick - 1 - delay : closing_tick].all()
+    np.testing.assert_allclose(moved_mm[~is_slow][delay:], 10)
+    if delay:
+        assert is_slow.sum() <= 2 * (1 + delay) + 1
+
+
+def test_a_chunk_from_before_the_gripper_closed_is_dropped() -> None:
+    executor = ChunkExecutor("async")
+    closes_at_third = make_chunk(1)
+    closes_at_third[:2, 7] = 1
+    stays_open = make_chunk(50)
+    stays_open[:, 7] = 1
+
+    executor.add_chunk(closes_at_third)
+    actions = execute(executor, 2)
+    executor.add_chunk(stays_open, arrival_tick=3)
+    actions += execute(executor, 2)
+    assert executor.needs_chunk()
+    executor.add_chunk(stays_open, observed_tick=2, arrival_tick=4)
+    actions += execute(executor, 1)
+
+    np.testing.assert_array_equal(actions, closes_at_third)
+
+
+def test_rather_no_motion_than_a_chunk_from_before_the_gripper_closed() -> None:
+    executor = ChunkExecutor("async")
+    closes_at_once = make_chunk(1, horizon=1)
+    stays_open = make_chunk(50)
+    stays_open[:, 7] = 1
+    executor.add_chunk(closes_at_once)
+    execute(executor, 1)
+
+    executor.add_chunk(stays_open, observed_tick=0)
+    action = executor.next_action()
+
+    assert action[[0, 7]].tolist() == [0, 0]
+
+
+def test_a_chunk_from_after_the_gripper_closed_may_open_it() -> None:
+    executor = ChunkExecutor("async")
+    closes_at_once = make_chunk(1, horizon=1)
+    stays_open = make_chunk(50)
+    stays_open[:, 7] = 1
+    executor.add_chunk(closes_at_once)
+    execute(executor, 2)
+
+    executor.add_chunk(stays_open)
+
+    assert executor.next_action()[7] == 1
+
+
+def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:
+    executor = ChunkExecutor("async")
+    chunk = make_chunk(1)
+    chunk[:, 7] = [0, 1, 0, 1, 0]
+
+    for tick in range(40):
+        if executor.needs_chunk():
+            executor.add_chunk(chunk, arrival_tick=tick + 1)
+        executor.next_action()
+
+    assert sum(step is not None for step in executor._executed) > 40 // 3
+
+
+# rtc
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_rtc_commits_what_is_executed_until_the_chunk_arrives(delay: int) -> None:
+    executor = ChunkExecutor("rtc", max_committed=2)
+    inference_ticks, prefixes, chunks, actions = [], [], [], []
+    for tick in range(12):
+        if executor.needs_chunk():
+            committed = executor.committed_actions().get("committed", np.zeros((0, 8), np.float32))
+            chunk = make_chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0))  # unlike the one before
+            chunk[: len(committed)] = committed
+            inference_ticks.append(tick)
+            prefixes.append(committed)
+            chunks.append(chunk)
+            executor.add_chunk(chunk, arrival_tick=tick + delay)
+        actions.append(executor.next_action())
+
+    earliest = max(delay, 1)
+    assert inference_ticks == [0, *range(earliest, 12, earliest)]
+    assert [mm == 0 for mm in x_mm(actions)] == [True] * delay + [False] * (12 - delay)
+    for tick, prefix, chunk in zip(inference_ticks[1:], prefixes[1:], chunks[1:], strict=True):
+        assert len(prefix) == delay
+        executed = actions[tick : tick + max(2 * delay, 1)]
+        np.testing.assert_allclose(executed, chunk[: len(executed)], atol=1e-6)
+
+
+def add_a_chunk_that_comes_later_than_the_policy_has_learned(executor: ChunkExecutor) -> Array:
+    """The last action before the chunk, which comes 3 ticks after its observation."""
+    executor.add_chunk(make_chunk(10))
+    executor.next_action()
+    executor.add_chunk(make_chunk(10, horizon=6)[1:], arrival_tick=executor.tick + 3)
+    return execute(executor, 3)[-1]
+
+
+def test_rtc_joins_a_chunk_that_comes_later_than_the_policy_has_learned() -> None:
+    rtc = ChunkExecutor("rtc", max_committed=1)
+    plain_async = ChunkExecutor("async", replan_interval=1)
+    action_before = add_a_chunk_that_comes_later_than_the_policy_has_learned(rtc)
+    add_a_chunk_that_comes_later_than_the_policy_has_learned(plain_async)
+
+    assert rtc.needs_chunk()
+    assert len(rtc.committed_actions()["committed"]) == 1
+    action = rtc.next_action()
+
+    assert x_mm([action]) == x_mm([plain_async.next_action()])
+    assert x_mm([action]) != x_mm([action_before])
+
+
+def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
+    executor = ChunkExecutor("rtc", max_committed=1)
+    add_a_chunk_that_comes_later_than_the_policy_has_learned(executor)
+    executor.next_action()
+
+    executor.add_chunk(make_chunk(-60), observed_tick=executor.tick - 3)
+    actions = execute(executor, 3)
+
+    assert -61 < min(x_mm(actions)) < -50
+    assert {step.fraction for step in executor._planned} == {1}
+
+
+# what it accepts
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "rtc"])
+def test_a_robots_program_may_change_the_arrays_that_it_gets_and_gives(mode: ExecutionMode) -> None:
+    """Millimeters in place, an inverted gripper, a buffer that the policy uses again."""
+
+    def run(spoil: bool) -> list[Array]:
+        executor = ChunkExecutor(mode, replan_interval=2, max_committed=2)
+        buffer = make_chunk(0)
+        actions = []
+        for tick in range(12):
+            if executor.needs_chunk():
+                buffer[:] = make_chunk(tick)
+                executor.add_chunk(buffer, arrival_tick=tick + 1)
+                buffer *= 0 if spoil else 1
+            action = executor.next_action()
+            actions.append(action.copy())
+            if spoil:
+                action[:3] *= 1000
+                action[7] = 1 - action[7]
+        return actions
+
+    np.testing.assert_array_equal(run(spoil=True), run(spoil=False))
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    refuses("asynch", ChunkExecutor, "asynch")
+
+
+def test_a_replan_interval_of_0_is_refused() -> None:
+    refuses("replan 0", ChunkExecutor, replan_interval=0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_chunk_shorter_than_the_replan_interval_is_refused(mode: ExecutionMode) -> None:
+    executor = ChunkExecutor(mode, replan_interval=9)
+
+    refuses(r"replan 9.* 5 ", executor.add_chunk, make_chunk(0))
+
+
+def test_rtc_without_a_committed_prefix_is_refused() -> None:
+    refuses("--execution rtc", ChunkExecutor, "rtc")
+
+
+@pytest.mark.parametrize(
+    "bad_chunk",
+    [np.nan * make_chunk(0), make_chunk(0)[:, :7], make_chunk(0)[0], 0 * make_chunk(0)],
+    ids=["not finite", "7 columns", "one action", "zero quaternions"],
+)
+def test_what_is_no_chunk_moves_no_robot(bad_chunk: Array) -> None:
+    with closing(Pilot(make_policy(lambda _: bad_chunk))) as pilot:
+        refuses("actions", pilot.step, {})
+
+
+# Pilot
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
+    """Ticks take no time."""
+    monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)
 
 
-def test_sync_executes_k_of_h_untouched_and_stands_still_while_it_waits() -> None:
-    looked, actions = drive(ChunkExecutor("sync", replan=3), 7)
-    assert looked == [0, 3, 6] and millimetres(actions) == [0, 1, 2, 3, 4, 5, 6]
-    np.testing.assert_array_equal(actions[3], chunk(3)[0])
-    looked, actions = drive(ChunkExecutor("sync", replan=2), 8, delay=2)
-    assert looked == [0, 4] and millimetres(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
-    assert actions[0][3] == 1 and actions[0][7] == 1
-    executor, closing = ChunkExecutor("sync"), chunk(0, 1)
-    closing[:, 7] = 0.25
-    executor.give(closing)
-    executor.next()
-    assert executor.next()[7] == 0.25
-
-
-def test_async_moves_on_and_agrees_with_a_policy_that_is_consistent() -> None:
-    for delay in (1, 2):
-        looked, actions = drive(ChunkExecutor("async", replan=5), 14, delay=delay)
-        # the policy foresees its own steps, so that chunks agree wherever they overlap
-        moving = actions[delay:]
-        np.testing.assert_allclose(np.diff([a[0] for a in moving[:5]]), 0.001, atol=1e-7)
-        assert not any((a[:3] == 0).all() for a in moving[1:]) and len(looked) >= 14 // 5
-        looked, _ = drive(ChunkExecutor("async", replan=1), 9, delay=delay)
-        assert looked == [0, *range(delay, 9, delay)]  # again as soon as a chunk is there
-    for replan in (2, 5):  # without delay it is the same as sync
-        one, two = (drive(ChunkExecutor(mode, replan=replan), 11) for mode in ("async", "sync"))  # type: ignore[arg-type]
-        assert one[0] == two[0]
-        np.testing.assert_array_equal(one[1], two[1])
-
-
-def test_async_ends_where_the_new_chunk_wants_and_does_not_jump() -> None:
-    executor = ChunkExecutor("async", replan=3)
-    old, new = chunk(10, turn=(0, 0, 0.3)), chunk(0, turn=(0.05, 0, 0))
-    executor.give(old)
-    before = [executor.next() for _ in range(3)]
-    assert executor.wants()
-    executor.give(new, arrives=executor.tick + 2)
-    during = [executor.next() for _ in range(2)]
-    np.testing.assert_array_equal([*before, *during], old)
-    after = [executor.next() for _ in range(3)]
-    assert (
-        after[0][0] < new[2][0]
-    )  # it went too far while it waited, and gives that back step by step
-    np.testing.assert_allclose(sum(a[:3] for a in [*during, *after]), new[:, :3].sum(0), atol=1e-7)
-    turned, wanted = (
-        math.prod(
-            [Rotation.from_quat(a[3:7], scalar_first=True) for a in way], start=Rotation.identity()
-        )
-        for way in ([*during, *after], new)
-    )
-    assert (turned.inv() * wanted).magnitude() < 1e-5
-    gaps = np.array([a[0] for a in after]) - new[2:, 0]
-    np.testing.assert_allclose(gaps, gaps[0], atol=1e-7)
-
-
-def test_async_gives_a_turn_back_in_equal_parts() -> None:
-    """The new chunk turned about x while the arm turned about z, and goes straight from there."""
-    executor, new = ChunkExecutor("async", replan=3), chunk(0)
-    new[:2, 3:7] = chunk(0, turn=(0.5, 0, 0))[0, 3:7]
-    executor.give(chunk(0, turn=(0, 0, 0.4)))
-    for step in range(5):
-        if step == 3:
-            executor.give(new, arrives=executor.tick + 2)
-        executor.next()
-    after = [executor.next()[3:7] for _ in range(3)]
-    np.testing.assert_allclose(after[1:], after[:2], atol=1e-6)
-    assert after[0][0] < 0.99
-
-
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_async_goes_slowly_to_where_the_gripper_closes_and_takes_nothing_back(delay: int) -> None:
-    """Of a policy that goes 10 mm an action and closes the gripper at 80 mm, wherever it is."""
-    executor, done = ChunkExecutor("async"), list[Array]()
-    for tick in range(24):
-        at = sum(millimetres(done))
-        if executor.wants():
-            said = chunk(10)
-            said[:, 0] = 0.01
-            said[:, 7] = at + 10 * np.arange(5) < 75
-            executor.give(said, arrives=tick + delay)
-        done.append(executor.next())
-    moved, closed = np.array(millimetres(done)), np.array([a[7] < 0.5 for a in done])
-    first = int(closed.argmax())
-    assert closed[first:].all() and abs(moved[:first].sum() - 80) < 6 and (moved[delay:] > 0).all()
-    slow = np.isclose(moved, 10 / (1 + delay), atol=0.01)
-    assert slow[first - 1 - delay : first].all() and np.isclose(moved[~slow][delay:], 10).all()
-    assert not delay or sum(slow) <= 2 * (1 + delay) + 1
-
-
-def test_a_chunk_from_before_the_gripper_closed_is_dropped() -> None:
-    executor, old, new = ChunkExecutor("async"), chunk(1), chunk(50)
-    old[:2, 7] = new[:, 7] = 1
-    executor.give(old)
-    done = [executor.next() for _ in range(2)]
-    executor.give(new, arrives=3)
-    done += [executor.next() for _ in range(2)]
-    assert executor.wants()
-    executor.give(new, observed=2, arrives=4)
-    done.append(executor.next())
-    np.testing.assert_array_equal(done, old)
-    executor.give(new, observed=2)
-    assert executor.next()[[0, 7]].tolist() == [0, 0]  # rather nothing than what it says
-    executor.give(new)
-    assert executor.next()[7] == 1
-
-
-def test_the_way_back_to_a_chunks_path_ends_where_the_gripper_closes() -> None:
-    executor, new = ChunkExecutor("async"), chunk(0)
-    executor.give(chunk(10) + np.eye(8)[7])
-    made, new[:3, 7] = [executor.next()], 1
-    executor.give(new, observed=0, arrives=1)
-    made += [executor.next() for _ in range(4)]
-    assert [a[7] for a in made] == [1] * 5
-    np.testing.assert_allclose(sum(a[:3] for a in made), new[:3, :3].sum(0), atol=1e-7)
-
-
-@pytest.mark.parametrize(("delay", "closes"), [(1, 1), (2, 2), (2, 4), (4, 4)])
-def test_the_way_back_is_no_faster_than_the_chunks(delay: int, closes: int) -> None:
-    executor, there, back = (
-        ChunkExecutor("async"),
-        chunk(0, turn=(0, 0, 0.2)),
-        chunk(0, turn=(0, 0, -0.2)),
-    )
-    there[:, [0, 7]], back[:, 0], back[:closes, 7] = (0.05, 1), -0.05, 1
-    executor.give(there)
-    made = [executor.next()]
-    executor.give(back, observed=0, arrives=delay)
-    made += [executor.next() for _ in range(30)]
-    moves, turns = (
-        np.stack(made)[:, 0],
-        Rotation.from_quat(np.stack(made)[:, 3:7], scalar_first=True),
-    )
-    assert np.abs(moves).max() <= 0.0501 and turns.magnitude().max() <= 0.201
-    count = [a[7] for a in made].index(0) + 1  # the gripper closes where the policy wanted it
-    np.testing.assert_allclose(moves[:count].sum(), back[: closes + 1, 0].sum(), atol=1e-6)
-    assert turns[:count].as_rotvec()[:, 2].sum() == pytest.approx(-0.2 * (closes + 1), abs=1e-5)
-
-
-def test_async_goes_on_although_the_gripper_is_to_open_or_close_at_every_action() -> None:
-    executor, given = ChunkExecutor("async"), chunk(1)
-    given[:, 7] = [0, 1, 0, 1, 0]
-    for tick in range(40):
-        if executor.wants():
-            executor.give(given, arrives=tick + 1)
-        executor.next()
-    assert sum(action is not None for action in executor._executed) > 40 // 3
-
-
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_rtc_tells_what_will_be_done_and_goes_on_from_it(delay: int) -> None:
-    executor = ChunkExecutor("rtc", most=2)
-    looked, told, said, done = [], [], [], []
-    for tick in range(12):
-        if executor.wants():
-            looked.append(tick)
-            told.append(executor.told().get("committed", np.zeros((0, 8), np.float32)))
-            said.append(
-                chunk(50 * tick + 25, turn=(0, 0.01 * tick, 0))
-            )  # elsewhere than the chunk before
-            said[-1][: len(told[-1])] = told[-1]
-            executor.give(said[-1], arrives=tick + delay)
-        done.append(executor.next())
-    assert looked == [0, *range(max(delay, 1), 12, max(delay, 1))]  # as soon as it may
-    assert [mm == 0 for mm in millimetres(done)] == [True] * delay + [False] * (12 - delay)
-    for tick, begins, actions in zip(looked[1:], told[1:], said[1:], strict=True):
-        assert len(begins) == delay
-        now = done[tick : tick + max(2 * delay, 1)]
-        np.testing.assert_allclose(now, actions[: len(now)], atol=1e-6)
-
-
-def test_rtc_with_a_policy_that_is_later_than_it_has_learned_has_no_jump() -> None:
-    executor, late = ChunkExecutor("rtc", most=1), ChunkExecutor("async", replan=1)
-    for one in (executor, late):
-        one.give(chunk(10))
-        one.next()
-        one.give(chunk(10, horizon=6)[1:], arrives=one.tick + 3)
-        before = [one.next() for _ in range(3)]
-    assert executor.wants() and len(executor.told()["committed"]) == 1
-    assert millimetres([executor.next()]) == millimetres([late.next()]) != millimetres(before[-1:])
-    executor.give(chunk(-60), observed=executor.tick - 3)
-    back = [executor.next() for _ in range(3)]
-    assert -61 < min(millimetres(back)) < -50 and {share for _, share in executor._left} == {1}
-
-
-@pytest.mark.parametrize("mode", ["sync", "async", "rtc"])
-def test_what_a_robots_program_does_with_its_action_changes_no_other(mode: str) -> None:
-    """Millimetres in place, a gripper turned round, a buffer that the policy uses again."""
-
-    def run(spoil: bool) -> list[Array]:
-        executor, buffer, done = ChunkExecutor(mode, replan=2, most=2), chunk(0), []  # type: ignore[arg-type]
-        for tick in range(12):
-            if executor.wants():
-                buffer[:] = chunk(tick)
-                executor.give(buffer, arrives=tick + 1)
-                buffer *= 0 if spoil else 1
-            done.append((action := executor.next()).copy())
-            if spoil:
-                action[:3] *= 1000
-                action[7] = 1 - action[7]
-        return done
-
-    np.testing.assert_array_equal(run(True), run(False))
-
-
-def test_bad_settings_are_refused() -> None:
-    refuses("asynch", ChunkExecutor, "asynch")
-    refuses("replan 0", ChunkExecutor, replan=0)
-    for mode in ("sync", "async"):
-        refuses(r"replan 9.* 5 ", ChunkExecutor(mode, replan=9).give, chunk(0))
-    refuses("--execution rtc", ChunkExecutor, "rtc")
-
-
-@pytest.mark.parametrize("bad", [np.nan * chunk(0), chunk(0)[:, :7], chunk(0)[0], 0 * chunk(0)])
-def test_what_is_no_chunk_moves_no_robot(bad: Array) -> None:
-    with closing(Pilot(policy(lambda _: bad))) as pilot:
-        refuses("actions", pilot.step, {})
+def test_the_pilot_has_the_default_replan_interval() -> None:
+    with closing(Pilot(make_policy(lambda _: make_chunk(0)))) as pilot:
+        assert pilot._executor.replan_interval == DEFAULT_REPLAN_INTERVAL
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_the_pilot_goes_on_while_the_policy_thinks() -> None:
-    think = threading.Event()
-    asked: list[int] = []
+def test_the_pilot_goes_on_while_the_policy_computes() -> None:
+    may_answer = threading.Event()
+    observed_ticks: list[int] = []
 
     def answer(observation: Mapping[str, Any]) -> Array:
-        asked.append(observation["t"])
-        if len(asked) > 1:
-            assert think.wait(60)
-        return chunk(observation["t"])
+        observed_ticks.append(observation["t"])
+        if len(observed_ticks) > 1:
+            assert may_answer.wait(60)
+        return make_chunk(observation["t"])
 
-    assert Pilot(policy(answer))._executor.replan == DEFAULT_REPLAN_INTERVAL
-    with closing(Pilot(policy(answer), "async", replan=3)) as pilot:
+    with closing(Pilot(make_policy(answer), "async", replan_interval=3)) as pilot:
         actions = [pilot.step({"t": t}) for t in range(7)]
-        assert millimetres(actions) == [0, 1, 2, 3, 4, 0, 0]  # nothing left: it stands still
-        think.set()
-        pilot._asked[1].result(60)
-        assert asked == [0, 3]
-        think.clear()
-        # two steps were made since t = 3: the new chunk goes on with its third, while it looks again
-        assert millimetres([pilot.step({"t": 7})]) == [5]
-        think.set()
-        assert pilot._asked[1].result(60) and asked == [0, 3, 7]
+        assert x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]  # without actions it stands still
+
+        may_answer.set()
+        assert pilot._inference is not None
+        pilot._inference.result.result(60)
+        assert observed_ticks == [0, 3]
+
+        # Two steps were made since t = 3: the new chunk goes on with its third, while the next is
+        # computed.
+        may_answer.clear()
+        assert x_mm([pilot.step({"t": 7})]) == [5]
+        may_answer.set()
+        assert pilot._inference.result.result(60)
+        assert observed_ticks == [0, 3, 7]
+
+
+def answer_after_50_ms(observation: Mapping[str, Any]) -> Array:
+    time.sleep(0.05)
+    return make_chunk(observation["t"])
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_the_pilot_waits_in_sync_and_looks_again_after_a_pause_and_with_another_prompt() -> None:
-    def answer(observation: Mapping[str, Any]) -> Array:
-        time.sleep(0.05)
-        return chunk(observation["t"])
+def test_the_pilot_in_sync_waits_for_every_chunk() -> None:
+    with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
+        actions = [pilot.step({"t": t}) for t in range(1, 9)]
 
-    with closing(Pilot(policy(answer), "sync", replan=3)) as pilot:
-        assert millimetres([pilot.step({"t": t}) for t in range(1, 9)]) == [1, 2, 3, 4, 5, 6, 7, 8]
-        pilot._stepped -= 2  # seconds pass
-        assert millimetres([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
-        assert millimetres([pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]) == [80, 81]
+    assert x_mm(actions) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_an_answer_of_another_time_is_dropped(
-    no_waiting: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("no_waiting")
+def test_the_pilot_begins_anew_after_a_pause() -> None:
+    with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
+        pilot.step({"t": 1})
+        pilot._last_step_time_s -= 2  # as if so many seconds had passed
+
+        assert x_mm([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_the_pilot_begins_anew_with_another_prompt() -> None:
+    with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
+        pilot.step({"t": 1})
+
+        actions = [pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]
+
+    assert x_mm(actions) == [80, 81]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_answer_that_took_much_longer_than_the_one_before_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock, thought = [100.0], iter([9.0, 0.1, 3.0, 0.1, 0.1, 3.0, 3.5])
+    clock_s = [100.0]
+    inference_times_s = iter([9.0, 0.1, 3.0, 0.1, 0.1, 3.0, 3.5])
 
     def answer(observation: Mapping[str, Any]) -> Array:
-        clock[0] += next(thought)
-        return (chunk(observation["t"]) + 0.25 * np.eye(8)[7]).astype(np.float32)
+        clock_s[0] += next(inference_times_s)
+        return (make_chunk(observation["t"]) + 0.25 * np.eye(8)[7]).astype(np.float32)
 
-    monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
-    with closing(Pilot(policy(answer), "sync")) as pilot, pytest.warns(Notice, match="took 3.0 s"):
-        said = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
-    assert millimetres(said) == [1, 2, 0, 4, 5, 0, 7]
-    assert {float(action[7]) for action in said} == {0.25}  # the gripper holds what it holds
+    monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock_s[0])
+    with (
+        closing(Pilot(make_policy(answer), "sync")) as pilot,
+        pytest.warns(Notice, match=r"took 3\.0 s"),
+    ):
+        actions = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
+
+    assert x_mm(actions) == [1, 2, 0, 4, 5, 0, 7]
+    assert {float(action[7]) for action in actions} == {0.25}  # the gripper stays as it is
 
 
-@pytest.mark.parametrize("late", [0, 3])
-def test_one_late_step_leaves_no_observation_waiting(
-    late: int, monkeypatch: pytest.MonkeyPatch
+class Clock:
+    """A clock that stands still, except while the pilot sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        self.sleeps_s: list[float] = []
+        monkeypatch.setattr("spear.chunks.time.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("spear.chunks.time.sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps_s.append(seconds)
+        self.now_s += seconds
+
+    def wait_until(self, time_s: float) -> None:
+        self.now_s = max(self.now_s, time_s)
+
+
+@pytest.mark.parametrize("late_tick", [0, 3])
+def test_after_one_late_step_the_pilot_is_soon_in_time_again(
+    late_tick: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a first answer that takes long: who calls in time again is served in time again."""
-    clock, slept = [100.0], list[float]()
+    clock = Clock(monkeypatch)
+    step_times_s = []
 
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        clock[0] += seconds
-
-    monkeypatch.setattr("spear.chunks.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("spear.chunks.time.sleep", sleep)
-    pilot, stepped = Pilot(policy(lambda _: chunk(0)), "sync"), list[float]()
-    with no_warning():
+    with no_warning(), closing(Pilot(make_policy(lambda _: make_chunk(0)), "sync")) as pilot:
         for tick in range(12):
-            clock[0] = max(clock[0], 100 + 0.2 * tick + 0.08 * (tick == late))
+            clock.wait_until(100 + 0.2 * tick + 0.08 * (tick == late_tick))
             pilot.step({})
-            stepped.append(clock[0])
-    np.testing.assert_allclose(slept[late + 5 :], 0, atol=1e-9)
-    assert slept[late + 1] > 0 and np.diff(stepped).min() > 0.1799
-    with pytest.warns(Notice, match="waits"):  # at 10 Hz: as many steps as before, and it is said
-        for tick in range(20):
-            clock[0] = max(clock[0], 102.4 + 0.1 * tick)
+            step_times_s.append(clock.now_s)
+
+    np.testing.assert_allclose(clock.sleeps_s[late_tick + 5 :], 0, atol=1e-9)
+    assert clock.sleeps_s[late_tick + 1] > 0
+    assert np.diff(step_times_s).min() > 0.1799
+
+
+def test_steps_that_come_too_often_wait_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    with (
+        closing(Pilot(make_policy(lambda _: make_chunk(0)), "sync")) as pilot,
+        pytest.warns(Notice, match="waits"),
+    ):
+        for tick in range(20):  # at 10 Hz
+            clock.wait_until(100 + 0.1 * tick)
             pilot.step({})
-    assert clock[0] - stepped[-1] > 0.2 * 20 - 0.1 - 1e-6
-    pilot.close()
+
+    assert clock.now_s - 100 > 0.2 * 19 - 0.1 - 1e-6
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_the_pilot_asks_about_what_was_seen_then() -> None:
-    camera, ready, seen = np.zeros(1), threading.Event(), list[float]()
+def test_the_policy_gets_the_image_of_the_step_although_the_camera_overwrites_it() -> None:
+    camera_buffer = np.zeros(1)
+    may_answer = threading.Event()
+    seen_images: list[float] = []
 
     def answer(observation: Mapping[str, Any]) -> Array:
-        assert not seen or ready.wait(60)
-        seen.append(float(observation["image"][0]))
-        return chunk(0)
+        if seen_images:
+            assert may_answer.wait(60)
+        seen_images.append(float(observation["image"][0]))
+        return make_chunk(0)
 
-    with closing(Pilot(policy(answer), "async")) as pilot:
-        for tick in range(3):  # a camera that writes each picture over the last
-            camera[0] = tick
-            pilot.step({"image": camera})
-        ready.set()
-        assert pilot._asked is not None and pilot._asked[1].result(60) and seen == [0, 1]
+    with closing(Pilot(make_policy(answer), "async")) as pilot:
+        for tick in range(3):
+            camera_buffer[0] = tick
+            pilot.step({"image": camera_buffer})
+        may_answer.set()
+        assert pilot._inference is not None
+        assert pilot._inference.result.result(60)
+
+    assert seen_images == [0, 1]

@@ -70,24 +70,28 @@ class Recorder(ChunkExecutor):
         self._before: np.ndarray | None = None
         self._speaks: list[Any] | None = None  # the rows of the chunk that chose the last motion
 
-    def next(self) -> np.ndarray:
+    def next_action(self) -> np.ndarray:
         """As it is; notes it where it does not go on with the same chunk."""
-        action = super().next()
-        speaks = None if self._executed[-1] is None else self._left
+        action = super().next_action()
+        speaks = None if self._executed[-1] is None else self._planned
         if self._before is not None and speaks is not self._speaks:
             self.seams.append(float(np.linalg.norm(action[:3] - self._before) * 1000))
         if self._before is not None or speaks is not None:  # the first motion has nothing before it
             self._before, self._speaks = action[:3], speaks
         return action
 
-    def _turn(self, actions: Iterable[np.ndarray]) -> int | None:
+    def _find_gripper_change(self, actions: Iterable[np.ndarray]) -> int | None:
         """As it is, or never."""
-        return None if self.careless else super()._turn(actions)
+        return None if self.careless else super()._find_gripper_change(actions)
 
-    def told(self) -> dict[str, Any]:
+    def committed_actions(self) -> dict[str, Any]:
         """As it is, or with all that is left."""
-        rows = [row for row, _ in self._left]
-        return {"committed": np.stack(rows)} if self.tells_all and rows else super().told()
+        rows = [step.action for step in self._planned]
+        return (
+            {"committed": np.stack(rows)}
+            if self.tells_all and rows
+            else super().committed_actions()
+        )
 
 
 def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._outcome) -> Outcome:

@@ -120,7 +120,7 @@ def test_results_of_another_physics_do_not_mix(
     )  # where the expert fails in 7 of 25 scenes
     refuses("MuJoCo 3.3.7", run, IdleAgent(), 2, out=tmp_path)
     run(IdleAgent(), 1, out=tmp_path / "async", execution="async")
-    monkeypatch.setattr(closed_loop, "SLOW", 9)
+    monkeypatch.setattr(closed_loop, "NUM_SLOW_ACTIONS", 9)
     refuses("slow_actions", run, IdleAgent(), 2, out=tmp_path / "async", execution="async")
 
 

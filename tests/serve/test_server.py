@@ -276,7 +276,7 @@ def test_rows_that_move_an_arm_at_another_pace_are_said(rate_hz: float, rows_of_
 
 
 def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spear.chunks.RATE_HZ", math.inf)
+    monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)
     with serving(Homing(seconds=0.02)) as server:
         policy = RemotePolicy(url(server))
         places = [0.1 + 0.05 * i for i in range(8)]
@@ -286,7 +286,7 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
         for (
             x
         ) in places:  # as an episode ends while its last chunk is computed, and the next one begins
-            with closing(Pilot(policy, "async", replan=3)) as pilot:
+            with closing(Pilot(policy, "async", replan_interval=3)) as pilot:
                 np.testing.assert_allclose(
                     [pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5
                 )

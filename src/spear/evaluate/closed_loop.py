@@ -80,15 +80,15 @@ class _Tabletop:
             while waiting and free:
                 env, how, replan = free.pop(), self._options.execution, self._options.replan
                 env.load(World(sample_scene(family, waiting.pop())))
-                chunks = ChunkExecutor(how, replan, most=agent.committed)
+                chunks = ChunkExecutor(how, replan, max_committed=agent.committed)
                 slots.append(_Slot(env, chunks, [env.world.data.qpos.copy()]))
             seen = [
-                {**(s.env.observe() if agent.needs_images else {}), **s.chunks.told()}
+                {**(s.env.observe() if agent.needs_images else {}), **s.chunks.committed_actions()}
                 for s in slots
             ]
             running = []
             for slot, chunk in zip(slots, agent.act([s.env for s in slots], seen), strict=True):
-                slot.chunks.give(chunk, arrives=slot.chunks.tick + self._delay)
+                slot.chunks.add_chunk(chunk, arrival_tick=slot.chunks.tick + self._delay)
                 if _execute(slot):
                     yield _outcome(slot), time.perf_counter() - slot.started, slot.poses
                     free.append(slot.env)
@@ -119,8 +119,8 @@ def delay_steps(latency_ms: float) -> int:
 
 def _execute(slot: _Slot) -> bool:
     """Steps one scene until it is time to look again; True when its episode has ended."""
-    while not slot.chunks.wants():
-        slot.info = slot.env.physics_step(slot.chunks.next())
+    while not slot.chunks.needs_chunk():
+        slot.info = slot.env.physics_step(slot.chunks.next_action())
         slot.poses.append(slot.env.world.data.qpos.copy())
         slot.unreachable += slot.info["unreachable"]
         if slot.info["success"] or slot.env.steps >= MAX_STEPS:

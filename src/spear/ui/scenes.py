@@ -61,7 +61,9 @@ class Scene:
             "latency_ms": 0.0,
             **settings,
         }
-        self.executor = ChunkExecutor(how["execution"], how["replan"], most=policy.committed)
+        self.executor = ChunkExecutor(
+            how["execution"], how["replan"], max_committed=policy.committed
+        )
         self.delay = delay_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
         self._steps = [(seen, self._look(seen, {}, self._env.world.spec.instruction))]

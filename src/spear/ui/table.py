@@ -120,13 +120,14 @@ class Table:
         if not self.moves:
             raise SpearError("this episode is over: reset it, or choose another scene")
         view: View = {}
-        if scene.executor.wants():
+        if scene.executor.needs_chunk():
             actions, view["chunk"] = self._predict(
-                {**scene.observation(step), **scene.executor.told()}, step
+                {**scene.observation(step), **scene.executor.committed_actions()}, step
             )
-            scene.executor.give(actions, arrives=scene.executor.tick + scene.delay)
+            arrival_tick = scene.executor.tick + scene.delay
+            scene.executor.add_chunk(actions, arrival_tick=arrival_tick)
             self._told = self._instruction
-        scene.execute(scene.executor.next(), self._told)
+        scene.execute(scene.executor.next_action(), self._told)
         view |= scene.look(scene.newest)
         if self._following and self._asked:
             view |= self.boxes({"objects": self._asked})

@@ -11,7 +11,8 @@ MAX_LARGE_FILES_READ = 1000  # about so many files per folder, if they are large
 
 
 def list_files_recursively(folder: Path, pattern: str) -> list[Path]:
-    """All files whose name matches a pattern ("*.parquet") in a folder and the folders in it, sorted.
+    """All files whose name matches a pattern ("*.parquet") in a folder and the folders in it,
+    sorted.
 
     Symbolic links to folders are followed, but no folder is entered twice.
     """
@@ -29,10 +30,11 @@ def list_files_recursively(folder: Path, pattern: str) -> list[Path]:
 
 
 def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: bytes = b"") -> str:
-    """Hash `prefix` and the names, sizes and ends of all files in these folders that match the patterns.
+    """Hash `prefix` and the names, sizes and ends of all files in these folders that match the
+    patterns.
 
-    Large files are not read completely, and of more than `MAX_LARGE_FILES_READ` files in a folder only some
-    of the large ones are read at all.
+    Large files are not read completely, and of more than `MAX_LARGE_FILES_READ` files in a folder
+    only some of the large ones are read at all.
     """
     digest = hashlib.sha256(prefix)
     for folder in folders:

@@ -1,7 +1,7 @@
 """Locks that let one process at a time write to a folder.
 
-A lock is held on a file, by the `filelock` library. It ends with its process, however that ends, and the
-processes that it forks do not keep it. The lock file itself stays.
+A lock is held on a file, by the `filelock` library. It ends with its process, however that ends,
+and the processes that it forks do not keep it. The lock file itself stays.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from spear.util.files import report_write_errors
 
 @contextlib.contextmanager
 def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Try to hold the lock file `path` inside the `with` block, and yield whether this process holds it.
+    """Try to hold the lock file `path` inside the `with` block, and yield whether this process
+    holds it.
 
     With `wait`, the call blocks until no other process holds the lock, and then always yields True.
 
@@ -55,10 +56,10 @@ def acquire_run_lock(
     Args:
         folder: the folder to lock.
         doing: what the other process would be doing, for the message: "labeling into".
-        setting_files: names of files that are written before there is any work. If the work fails in a
-            folder that is new and contains nothing else, the folder is removed again.
-        name: name of the lock file. Locks of different names let several processes work in different parts
-            of one folder.
+        setting_files: names of files that are written before there is any work. If the work fails
+            in a folder that is new and contains nothing else, the folder is removed again.
+        name: name of the lock file. Locks of different names let several processes work in
+            different parts of one folder.
 
     Raises:
         SpearError: another process works in the folder.
@@ -82,7 +83,8 @@ def _has_results(folder: Path, ignored_names: set[str]) -> bool:
 
 
 def _remove_new_folders(folder: Path, new_parents: list[Path]) -> None:
-    """Remove a folder with its content, and those of its parents that were created for it and are empty."""
+    """Remove a folder with its content, and those of its parents that were created for it and are
+    empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # another process has written to one of them meanwhile
         for parent in new_parents:

@@ -10,7 +10,8 @@ from spear.errors import SpearError
 from spear.util.files import read_json, write_text
 
 _UNREADABLE_VALUE = re.compile(r"[0-9a-f]{32}|\\n")
-"""Matches hashes and texts of several lines (as JSON): it does not help a reader to see both of them."""
+"""Matches hashes and texts of several lines (as JSON): it does not help a reader to see both of
+them."""
 
 
 def to_plain_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def describe_difference(recorded: Mapping[str, Any], current: Mapping[str, Any])
 
 
 def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resuming: bool) -> None:
-    """Write the settings of new work to the file `path`; of resumed work, compare them with that file.
+    """Write the settings of new work to the file `path`; of resumed work, compare them with that
+    file.
 
     Args:
         path: the file of settings. New work replaces an earlier one.
@@ -55,7 +57,8 @@ def record_or_check_settings(path: Path, settings: Mapping[str, Any], is_resumin
         is_resuming: whether the folder already contains work that is to be continued.
 
     Raises:
-        SpearError: the resumed work has other settings (the message says which), or its file is missing.
+        SpearError: the resumed work has other settings (the message says which), or its file is
+            missing.
     """
     if not is_resuming:
         write_text(path, json.dumps(to_plain_json(settings), indent=2) + "\n")

@@ -7,7 +7,8 @@ from spear.errors import SpearError
 
 @dataclass
 class SkippedItems:
-    """Collects the reasons for which items were skipped, and stops the work when there are too many.
+    """Collects the reasons for which items were skipped, and stops the work when there are too
+    many.
 
     Attributes:
         limit: the largest fraction of items that may be skipped.
@@ -26,7 +27,8 @@ class SkippedItems:
         self.reasons.append(str(reason))
 
     def check(self, good: int, finished: bool = False) -> None:
-        """Raise `SpearError` if too many items were skipped, compared with this number of good ones.
+        """Raise `SpearError` if too many items were skipped, compared with this number of good
+        ones.
 
         Finished work is always judged, unfinished work once `patience` items have been seen.
         """
