@@ -21,7 +21,7 @@ FILES = {
 BASIC = {"errors", "types", "util", "geometry", "gripper"}
 LOW = BASIC | {"flow", "tokens"}
 MIDDLE = LOW | {"sim", "data", "models", "labels"}
-HIGH = MIDDLE | {"policy", "chunks", "embodiments", "serve", "train", "evaluate"}
+HIGH = MIDDLE | {"monitor", "policy", "chunks", "embodiments", "serve", "train", "evaluate"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -35,13 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embodiments": BASIC,
     "sim": BASIC | {"embodiments"},
     "data": BASIC | {"checks", "embodiments"},
+    "monitor": BASIC | {"data"},
     "models": LOW,
     "labels": LOW | {"data", "models"},
     "sim_data": BASIC | {"sim", "data", "labels"},
     "chunks": BASIC,
-    "policy": MIDDLE - {"sim"} | {"chunks", "embodiments"},
+    "policy": MIDDLE - {"sim"} | {"monitor", "chunks", "embodiments"},
     "serve": BASIC | {"chunks", "embodiments"},
-    "train": MIDDLE - {"sim"},
+    "train": MIDDLE - {"sim"} | {"monitor"},
     "evaluate": MIDDLE | {"sim_data", "policy", "chunks", "embodiments", "serve"},
     "audit": BASIC | {"checks", "data"},
     "report": HIGH | {"audit"},

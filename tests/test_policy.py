@@ -2,26 +2,20 @@
 
 import dataclasses
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.transform import Rotation
 
-from data_tiny import edit, make, stored
+from data_tiny import edit
 from refusals import no_warning, refuses
-from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Normalizer
-from spear.data.seen import LATER, LOOKED_AT, RobotCheck, Seen
-from spear.embodiments import load
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
 from spear.policy import Spear1Policy, load_vlm, locate
-from spear.serve.service import Service
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action
 from spear.util.images import fit_image
@@ -232,166 +226,3 @@ def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path)
     refuses(r"views do not match: .*wrist", load_vlm, views)
     load_vlm("nano").model.save_pretrained(tmp_path / "vlm")
     refuses("SPEAR-VLM", Spear1Policy.load, tmp_path / "vlm")
-
-
-def test_what_training_never_had_is_noted_once(nano: Spear1Policy, tmp_path: Path) -> None:
-    mixture = Mixture([("it", stored([make(i) for i in range(3)], tmp_path), 1.0)])
-    made = Seen.of(TrainingSamples(mixture, {"external": (40, 50)}, augment=1.0), 32)
-    steps = [make(i).position[:-1] for i in range(3)]
-    np.testing.assert_allclose(
-        [made.low, made.high], [f(steps, (0, 1)) for f in (np.min, np.max)], atol=1e-6
-    )
-    turns = Rotation.from_quat(
-        np.concatenate([make(i).rotation[:-1] for i in range(3)]), scalar_first=True
-    )
-    most = (turns.mean().inv() * turns).magnitude().max()  # the mean is of steps as they were drawn
-    assert made.turned == pytest.approx(most, abs=0.05)
-    assert made.redder["external"][0] == pytest.approx(80 - 90, abs=3)  # red grows from 20 to 140
-    assert (
-        made.opposite == 1 and made.begins == make(0).gripper[0]
-    )  # it is opened and closed in turn
-    made.save(tmp_path / "seen.json")
-    assert Seen.load(tmp_path / "seen.json") == made and Seen.load(tmp_path / "none.json") is None
-    dataclasses.replace(made, facing=made.facing[:3]).save(tmp_path / "seen.json")
-    refuses("seen.json.*facing", Seen.load, tmp_path / "seen.json")
-    (tmp_path / "seen.json").write_text("{}")
-    refuses("seen.json.*low", Seen.load, tmp_path / "seen.json")
-
-    down, across = np.mgrid[:70:210j, :140:280j]
-    image = (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)
-    batch = {
-        "position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]),
-        "rotation": np.eye(4)[[1, 1]],
-    }
-    batch |= {
-        "gripper": np.ones(2),
-        "action": np.ones((2, 5, 8)),
-        "views": dict.fromkeys("ew", [True] * 2),
-    }
-    batch["images"] = {"e": image[None].repeat(2, 0), "w": 255 - image[None].repeat(2, 0)}
-    exchanged = Seen.of_batches([batch], 0.9).unlike(
-        STATE[None], {"e": 255 - image.transpose(2, 0, 1)[None]}
-    )
-    assert any("exchanged with camera 'w'" in words for _, words in exchanged)
-    batch |= {"images": {"external": batch["images"]["e"]}, "views": {"external": [True] * 2}}
-    known = Seen.of_batches([batch], 0.9)
-    for changes, said in (
-        ({}, ""),
-        ({"image": image[..., ::-1]}, "'external': red and blue"),
-        ({"image": image[:, ::-1]}, "'external' is as if flipped left to right"),
-        ({"image": 0 * image}, "'external' shows nothing"),
-        ({"wrist": image[:, :210]}, "with observation/wrist_image"),
-        ({"state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
-        ({"state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
-        ({"state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}, "gripper begins at 0.00"),
-    ):
-        again = dataclasses.replace(nano, known=known)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                again.inputs([observation(**({"image": image, "wrist": None} | changes))])
-        found = [m for m in (str(w.message) for w in caught) if "unlike" in m or "wrist" in m]
-        assert len(found) == bool(said) and said in "".join(found)
-
-
-def test_a_gripper_that_does_the_opposite_is_told_from_a_slow_one() -> None:
-    told = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s
-    slow = np.convolve(np.concatenate([np.ones(7), told]), np.ones(8) / 8, "valid")  # within 1.6 s
-    other, half = 1 - slow, 0.5 + 0 * slow
-    ways = (slow, 0, 0, 0), (other, 0, 0, 1), (half, 0, 0, 0), (other, 2, 0, 0), (other, 0, 0.3, 0)
-    for reads, last, apart, inverted in ways:  # the last: two arms, 0.3 m apart, in turn
-        check, found, rows = RobotCheck(), 0, np.zeros((5, 8), np.float32)
-        for step, (opening, command) in enumerate(zip(reads, told, strict=True)):
-            found += len([*check.otherwise(np.array([step % 2 * apart, *np.zeros(6), opening]))])
-            rows[:, 7], rows[5 - last :, 7] = (
-                command,
-                1 - command,
-            )  # which of them is executed is unknown
-            check.told(rows)
-            rows[:, 7] = 1 - rows[:, 7]  # as a program for the other convention does in place
-        assert found == inverted
-
-
-@pytest.mark.parametrize("robots", [["a", "b"], []])
-def test_robots_that_are_answered_together_are_checked_one_by_one(
-    nano: Spear1Policy, robots: Sequence[str], monkeypatch: Any, recwarn: pytest.WarningsRecorder
-) -> None:
-    open_one = Action.from_vector(torch.eye(8)[[3, 7]].sum(0).expand(2, 5, 8))
-    policy = dataclasses.replace(nano)
-    monkeypatch.setattr(policy, "predict", lambda inputs: open_one)
-    service, plain = (
-        Service(policy, load("generic")),
-        {k: v for k, v in observation().items() if k != "seed"},
-    )
-    both = [plain, {**plain, "observation/state": STATE * [1, 1, 1, 1, 1, 1, 1, 0]}]
-    service.answer([plain, plain])  # nobody's, as a server warms up
-    for _ in range(LOOKED_AT + 1):
-        service.answer(both, robots)
-    said = [words for w in recwarn if "gripper" in (words := str(w.message))]
-    assert ["begins" in words for words in said] == [True, False][: len(robots)]
-    assert all(words.startswith("robot 2: ") for words in said)  # else it may be the first's again
-
-
-def test_a_robot_that_comes_when_others_have_long_acted_is_looked_at_as_they_were(
-    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(2, 5, 8))
-    monkeypatch.setattr(policy, "predict", lambda inputs: still)
-    service, plain = Service(policy, load("generic")), load("generic").example()
-    far = {**plain, "observation/state": plain["observation/state"] + np.eye(8)[1] - np.eye(8)[7]}
-    for robot, sent in [("first", plain)] * (LOOKED_AT // 4 + 1) + [
-        ("second", far),
-        ("third", far),
-    ]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                service.answer([plain, sent], ["first", robot])
-        said = " ".join(str(w.message) for w in caught)
-        assert [said.count(words) for words in ("gripper begins", "y is 1.00 m")] == [
-            robot != "first"
-        ] * 2
-
-
-@pytest.mark.parametrize("fails", ["frozen", "shows nothing", ""])
-def test_a_camera_that_fails_later_is_noted(
-    nano: Spear1Policy,
-    fails: str,
-    monkeypatch: pytest.MonkeyPatch,
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    policy, still = dataclasses.replace(nano), Action.from_vector(torch.eye(8)[3].expand(1, 5, 8))
-    monkeypatch.setattr(policy, "predict", lambda inputs: still)
-    sent = {**load("generic").example(), "seed": 0}
-    for step in range(LOOKED_AT + LATER + 1):
-        sent["observation/state"][0] += 0.002 * (fails == "frozen")
-        sent["observation/image"] = sent["observation/image"] * (
-            fails != "shows nothing" or step < LOOKED_AT
-        )
-        policy.infer(sent)
-    found = [words for w in recwarn if "camera 'external'" in (words := str(w.message))]
-    assert len(found) == bool(fails) and fails in "".join(found)
-
-
-def test_a_state_that_no_longer_comes_is_noted() -> None:
-    check, found = RobotCheck(), list[str]()
-    for step in range(9):
-        found += [key for key, _ in check.otherwise(STATE + 1e-6 * min(step, 3))]
-        check.told(np.full((5, 8), 0.02))
-    assert found == ["state"]
-
-
-def test_an_arm_that_goes_along_other_axes_is_noted() -> None:
-    rng, state = np.random.default_rng(0), STATE.copy()
-    for goes, axes, signs in (
-        ("", [0, 1, 2], [1, 1, 1]),
-        ("-x -y z", [0, 1, 2], [-1, -1, 1]),
-        ("y -z x", [2, 0, 1], [1, -1, 1]),
-    ):
-        check, found, chunk = RobotCheck(), [], np.ones((5, 8))
-        for step in range(80):
-            found += check.otherwise(state)
-            chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
-            check.told(chunk)
-            state[:3] += (chunk[: 1 + step % 3, :3].sum(0) * signs)[axes] + rng.normal(0, 0.004, 3)
-        assert [f"along {goes}:" in words for _, words in found] == [True] * bool(goes)

@@ -20,12 +20,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from spear.data.seen import LOOKED_AT, RobotCheck, Seen
 from spear.data.store.prepare import open_store
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.open_loop import observations
 from spear.geometry import quat_multiply
 from spear.models.processing import Processor
+from spear.monitor.distribution import TrainingDistribution
+from spear.monitor.drift import NUM_FIRST_OBSERVATIONS
+from spear.monitor.motion import MotionChecks
+from spear.monitor.observations import check_first_state, check_observations
 from spear.policy import Spear1Policy, locate
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
@@ -83,24 +86,26 @@ ACTING: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
 def noted_by_acting(policy: Spear1Policy, seeds: range, mistake: str) -> tuple[bool, bool]:
     """Whether a mistake is noted at the first observation in held-out scenes, and whether it is by what
     follows, within 256."""
-    agent, check, seen, known = PolicyAgent(policy, "policy"), RobotCheck(), 0, policy.known
+    agent, check, seen, known = PolicyAgent(policy, "policy"), MotionChecks(), 0, policy.known
     assert known is not None, "the policy has no seen.json"
     read, told = ACTING[mistake]
     sizes = agent.image_sizes["external"], agent.image_sizes["wrist"]
     for seed in seeds:
         env = TabletopEnv(FAMILIES[seed % len(FAMILIES)], *sizes)
         observation, info = env.reset(seed=seed)
-        check.told(None)
+        check.set_chunk(None)
         while not info["success"] and env.steps < MAX_STEPS:
             state = read(observation["observation/state"])
             if not seen:
-                at_once = bool(known.unlike_at_first(state)) or any(known.unlike(state[None], {}))
-            if any(check.otherwise(state)):
+                at_once = any(check_first_state(known, state)) or any(
+                    check_observations(known, state[None], {})
+                )
+            if check.check(state):
                 return at_once, True
-            if (seen := seen + 1) > 4 * LOOKED_AT:  # not every chunk tells
+            if (seen := seen + 1) > 4 * NUM_FIRST_OBSERVATIONS:  # not every chunk tells
                 return at_once, False
             chunk = agent.act([env], [{**observation, "observation/state": state}])[0]
-            check.told(chunk)
+            check.set_chunk(chunk)
             observation, _, _, _, info = env.step(told(chunk[0]).astype(np.float32))
     raise AssertionError("more seeds than these are needed")
 
@@ -119,7 +124,7 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
             )
         return
     folder = locate(policy)
-    known, processor = Seen.load(folder / "seen.json"), Processor.load(folder)
+    known, processor = TrainingDistribution.load(folder / "seen.json"), Processor.load(folder)
     assert known is not None, f"{policy}: has no seen.json"
     noted: Counter[str] = Counter()
     count = 0
@@ -134,7 +139,7 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
                 pixels = processor.prepare_image(np.ascontiguousarray(image), "external")[
                     None
                 ].numpy()
-                noted[name] += any(known.unlike(state[None], {"external": pixels}))
+                noted[name] += any(check_observations(known, state[None], {"external": pixels}))
     for name in CHANGES:
         print(f"{name:<42} noted in {noted[name]} of {count} steps")
 

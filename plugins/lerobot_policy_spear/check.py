@@ -128,7 +128,8 @@ def compare(saved: Path, data: Path) -> None:
     ours, worst = Spear1Policy.load(saved / "spear"), 0.0
     assert ours.known, "no seen.json"
     print(
-        f"seen.json: cameras {', '.join(ours.known.redder)}; episodes begin at {ours.known.begins:g}"
+        f"seen.json: cameras {', '.join(ours.known.red_minus_blue)}; "
+        f"episodes begin at {ours.known.mean_initial_opening:g}"
     )
     rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
     frames = LeRobotDataset(f"local/{data.name}", root=data)

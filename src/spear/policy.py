@@ -12,7 +12,6 @@ import torch
 from spear import flow
 from spear.chunks import check_chunk
 from spear.data.normalize import Normalizer
-from spear.data.seen import Seen, Watch
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.labels.questions.generate import NUMBERS, PIXELS
@@ -26,6 +25,8 @@ from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.models.weights.folders import locate
 from spear.models.weights.load import ModelT
+from spear.monitor.distribution import TrainingDistribution
+from spear.monitor.drift import DriftMonitor
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.fingerprints import fingerprint_checkpoint
 
@@ -173,10 +174,10 @@ class Spear1Policy:
     seed: int = 0
     folder: Path | None = None
     dataset: str | None = None
-    known: Seen | None = None
+    known: TrainingDistribution | None = None
     cut: bool = False
     _observed: int = field(default=0, init=False, repr=False)
-    _watch: Watch = field(default_factory=Watch, init=False, repr=False)
+    _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
     @staticmethod
     def load(
@@ -203,7 +204,7 @@ class Spear1Policy:
             )
         processor = Processor.load(folder, model.config.vlm_config)
         steps = model.flow.steps if steps is None else steps
-        known = Seen.load(folder / "seen.json")
+        known = TrainingDistribution.load(folder / "seen.json")
         return Spear1Policy(
             model, processor, normalizer.for_dataset(dataset), steps, seed, folder, dataset, known
         )
@@ -235,7 +236,7 @@ class Spear1Policy:
     def reset(self) -> None:
         """Start the noise again, so that a run repeats."""
         self._observed = 0
-        self._watch.reset()
+        self._monitor.reset()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
@@ -251,7 +252,7 @@ class Spear1Policy:
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
         told = [{"actions": check_chunk(chunk)} for chunk in chunks]
-        self._watch.told(observations, chunks)
+        self._monitor.record_commands(observations, chunks)
         return told
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
@@ -267,7 +268,7 @@ class Spear1Policy:
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
         pixels, there = self._pixels(observations)
-        self._watch.look(self.known, observations, states.numpy(), pixels, there)
+        self._monitor.check_batch(self.known, observations, states.numpy(), pixels, there)
         text = self.processor.encode_instructions([o["prompt"] for o in observations], self.cut)
         padded = not bool(
             text["attention_mask"].all()
@@ -303,12 +304,14 @@ class Spear1Policy:
         for key, view in keys.items():
             images = [o.get(key) for o in observations]
             sent = there[view] = [image is not None for image in images]
-            learned = self.known is None or view in self.known.redder  # training had that camera
+            learned = (
+                self.known is None or view in self.known.red_minus_blue
+            )  # training had that camera
             without = "the policy was trained without that camera"
             if learned and not all(sent):
-                self._watch.note(key, f"observations without {key}: send it, unless {without}")
+                self._monitor.report(key, f"observations without {key}: send it, unless {without}")
             elif not learned and any(sent):
-                self._watch.note(key, f"observations with {key}: {without}: leave it out")
+                self._monitor.report(key, f"observations with {key}: {without}: leave it out")
             if any(sent):  # a view that nobody has costs nothing
                 width, height = self.image_sizes[view]
                 blank = torch.zeros(3, height, width, dtype=torch.uint8)

@@ -9,7 +9,6 @@ import torch
 
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Mode, Normalizer
-from spear.data.seen import Seen
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
@@ -22,6 +21,7 @@ from spear.models.stage0 import MogeDepthConfig, MogeForDepth, PatchClassificati
 from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
+from spear.monitor.distribution import TrainingDistribution
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
@@ -247,7 +247,8 @@ def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
 
     def save(out: Path) -> None:
         normalizer.save(out / "normalizer.json")
-        Seen.of(samples, stage.batch_size).save(out / "seen.json")
+        seen = TrainingDistribution.from_samples(samples, stage.batch_size)
+        seen.save(out / "seen.json")
 
     return model, task, (model.save_pretrained, processor.save, save)
 

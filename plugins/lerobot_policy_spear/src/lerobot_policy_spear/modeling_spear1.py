@@ -19,9 +19,9 @@ from torch import Tensor
 
 from spear import policy as spear
 from spear.data.normalize import MIN_SCALES, Mode, Normalizer
-from spear.data.seen import SAMPLES, Seen
 from spear.embodiments.tools import camera_key
 from spear.errors import SpearError, notice
+from spear.monitor.distribution import NUM_SAMPLES, TrainingDistribution
 from spear.train.optimize import apply_freeze, make_optimizer
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
@@ -106,11 +106,11 @@ class Spear1Policy(PreTrainedPolicy):
         if known := self._known():
             known.save(folder / "seen.json")
 
-    def _known(self) -> Seen | None:
+    def _known(self) -> TrainingDistribution | None:
         """What it saw in training, as far as that has come."""
         if self._begins is None or not self._batches:
             return self.spear.known
-        return Seen.of_batches(self._batches, self._begins)
+        return TrainingDistribution.from_batches(self._batches, self._begins)
 
     def get_optim_params(self) -> list[dict[str, Any]]:
         """The recipe's groups."""
@@ -157,7 +157,7 @@ class Spear1Policy(PreTrainedPolicy):
         }
         if self._begins is not None:
             self._batches.append(raw)
-            if len(self._batches) * len(states) >= SAMPLES:
+            if len(self._batches) * len(states) >= NUM_SAMPLES:
                 self.spear.known, self._begins, self._batches = self._known(), None, []
         inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, raw)
         put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)

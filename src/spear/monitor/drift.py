@@ -1,0 +1,145 @@
+"""The drift monitor of one policy: it runs the checks for each robot and reports each finding once."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spear.errors import notice
+from spear.monitor.distribution import TrainingDistribution
+from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionChecks
+from spear.monitor.observations import Finding, check_first_state, check_observations
+from spear.types import Array
+
+NUM_FIRST_OBSERVATIONS = 64  # of each robot, all of which are compared with training;
+OBSERVATION_INTERVAL = 16  # after them one in this many is compared
+MAX_ROBOTS = 1024  # of more robots, the one not heard from for longest is forgotten
+
+
+class RobotMonitor:
+    """What the monitor remembers of one robot. `number` counts robots from 1."""
+
+    def __init__(self, number: int = 1) -> None:
+        self.message_prefix = f"robot {number}: " if number > 1 else ""
+        self.num_observations = 0
+        self.reported_keys: set[str] = set()
+        self.motion = MotionChecks()
+        self.frozen_cameras = FrozenCameraCheck()
+
+
+class DriftMonitor:
+    """Reports what differs from training in the observations and the motions of the robots of a policy."""
+
+    def __init__(self) -> None:
+        self._reported_keys: set[str] = set()
+        self._robots: dict[Hashable, RobotMonitor] = {}  # the one heard from last is last
+
+    def reset(self) -> None:
+        """Begin a new run: commands that were sent before it no longer count."""
+        for monitor in self._robots.values():
+            monitor.motion.set_chunk(None)
+            monitor.num_observations = 0
+
+    def check_batch(
+        self,
+        expected: TrainingDistribution | None,
+        observations: Sequence[Mapping[str, Any]],
+        states: Array,
+        pixels: Mapping[str, torch.Tensor],
+        is_present: Mapping[str, Sequence[bool]],
+    ) -> None:
+        """Check a batch of observations, each of any robot, and report what is found.
+
+        Args:
+            expected: the summary of the training data, if the policy has one.
+            observations: B observations; those of a server's robots have an attribute `robot`.
+            states: [B, 8] states as `spear.types.Policy` has them.
+            pixels: camera → [B, 3, h, w] uint8 images as the model sees them.
+            is_present: camera → [B], whether the observation has that camera.
+        """
+        robots = _robots_of(observations)
+        monitors = {}
+        for robot, state in zip(robots, states, strict=True):
+            monitors[robot] = self._check_state(expected, robot, state)
+
+        for robot, monitor in monitors.items():
+            rows = [row for row, sender in enumerate(robots) if sender == robot]
+            images = {}
+            for camera in pixels:
+                if all(is_present[camera][row] for row in rows):
+                    images[camera] = pixels[camera][rows].numpy()
+            if len(rows) == 1:
+                for finding in monitor.frozen_cameras.check(states[rows[0]], images):
+                    self._report_finding(finding, monitor)
+            monitor.num_observations += len(rows)
+            if expected and _is_due(monitor.num_observations, len(rows)):
+                for finding in check_observations(expected, states[rows], images):
+                    self._report_unlike_training(finding, monitor)
+
+    def record_commands(self, observations: Sequence[Mapping[str, Any]], chunks: Array) -> None:
+        """Remember the action chunks [B, H, 8] that answer a batch of observations."""
+        robots = _robots_of(observations)
+        for robot, chunk in zip(robots, chunks, strict=True):
+            monitor = self._robots.get(robot)
+            if monitor is not None:
+                is_only_chunk = robots.count(robot) == 1  # of several, any may be executed
+                monitor.motion.set_chunk(chunk if is_only_chunk else None)
+
+    def report(self, key: str, message: str) -> None:
+        """Print a message, unless one with that key was printed before."""
+        if key not in self._reported_keys and notice(message):
+            self._reported_keys.add(key)
+
+    def _report_finding(self, finding: Finding, monitor: RobotMonitor) -> None:
+        """Print a finding, unless one with its key was printed for that robot before."""
+        is_new = finding.key not in monitor.reported_keys
+        if is_new and notice(monitor.message_prefix + finding.message):
+            monitor.reported_keys.add(finding.key)
+
+    def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
+        message = f"observations unlike those of training: {finding.message}"
+        self._report_finding(Finding(finding.key, message), monitor)
+
+    def _check_state(
+        self, expected: TrainingDistribution | None, robot: Hashable, state: Array
+    ) -> RobotMonitor:
+        """Check a robot's state [8], its first one against training and later ones against its commands."""
+        is_new_robot = robot not in self._robots
+        monitor = self._find_or_add_robot(robot)
+        if is_new_robot and expected:
+            for finding in check_first_state(expected, state):
+                self._report_unlike_training(finding, monitor)
+
+        # Where training's own grippers do the opposite of their commands, a robot's may as well.
+        is_gripper_checked = (
+            expected is not None and expected.opposite_gripper_share < MAX_OPPOSITE_SHARE / 2
+        )
+        for finding in monitor.motion.check(state):
+            if finding.key != "gripper" or is_gripper_checked:
+                notice(monitor.message_prefix + finding.message)
+        return monitor
+
+    def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:
+        """Return a robot's monitor, which now counts as the one heard from last."""
+        monitor = self._robots.pop(robot, None)
+        if monitor is None:
+            # None stands for unnamed robots, such as the example at a server's start, and is not counted.
+            num_named_robots = len(self._robots.keys() - {None})
+            monitor = RobotMonitor(num_named_robots + 1)
+        self._robots[robot] = monitor
+        if len(self._robots) > MAX_ROBOTS:
+            longest_unheard = next(iter(self._robots))
+            del self._robots[longest_unheard]
+        return monitor
+
+
+def _is_due(num_observations: int, num_new: int) -> bool:
+    """Return whether the `num_new` observations that were counted last are compared with training."""
+    if num_observations <= NUM_FIRST_OBSERVATIONS:
+        return True
+    return num_observations % OBSERVATION_INTERVAL < num_new
+
+
+def _robots_of(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """Return who sent each observation, None where it does not say."""
+    return [getattr(observation, "robot", None) for observation in observations]

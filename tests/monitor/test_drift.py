@@ -1,0 +1,203 @@
+"""The drift monitor behind a policy: what it reports, once, and of which robot."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spear.embodiments import load
+from spear.monitor.distribution import TrainingDistribution
+from spear.monitor.drift import NUM_FIRST_OBSERVATIONS, OBSERVATION_INTERVAL
+from spear.monitor.observations import check_observations
+from spear.policy import Spear1Policy
+from spear.serve.service import Service
+from spear.types import Action, Array
+
+STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+CLOSED_STATE = STATE * [1, 1, 1, 1, 1, 1, 1, 0]
+
+
+def make_image() -> Array:
+    """A reddish image [210, 280, 3] that becomes brighter to the right and the bottom."""
+    down, across = np.mgrid[:70:210j, :140:280j]
+    return (down[..., None] + across[..., None] + [20, 10, 0]).astype(np.uint8)
+
+
+IMAGE = make_image()
+
+
+def make_observation(**changes: Any) -> dict[str, Any]:
+    return {
+        "observation/image": IMAGE,
+        "observation/state": STATE,
+        "prompt": "put the carrot on the plate",
+        "seed": 1,
+        **changes,
+    }
+
+
+def make_distribution(images: dict[str, Array]) -> TrainingDistribution:
+    """A summary of two steps with the gripper open, both with the images that are given by camera."""
+    batch = {
+        "position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]),
+        "rotation": np.eye(4)[[1, 1]],
+        "gripper": np.ones(2),
+        "action": np.ones((2, 5, 8)),
+        "views": {camera: [True, True] for camera in images},
+        "images": {camera: np.stack([image, image]) for camera, image in images.items()},
+    }
+    return TrainingDistribution.from_batches([batch], 0.9)
+
+
+def with_constant_actions(
+    policy: Spear1Policy, action: torch.Tensor, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> Spear1Policy:
+    """A policy with a new monitor that always predicts the same action [8]."""
+    actions = Action.from_vector(action.expand(batch_size, 5, 8))
+    constant = dataclasses.replace(policy)
+    monkeypatch.setattr(constant, "predict", lambda inputs: actions)
+    return constant
+
+
+def collect_notices(policy: Spear1Policy, observations: Sequence[dict[str, Any]]) -> list[str]:
+    """The monitor's notices of observations, in order."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for observation in observations:
+            policy.inputs([observation])
+    messages = [str(warning.message) for warning in caught]
+    return [message for message in messages if "unlike" in message or "wrist" in message]
+
+
+def test_exchanged_cameras_are_found() -> None:
+    expected = make_distribution({"left": IMAGE, "right": 255 - IMAGE})
+
+    findings = check_observations(
+        expected, STATE[None], {"left": 255 - IMAGE.transpose(2, 0, 1)[None]}
+    )
+
+    assert any("exchanged with camera 'right'" in finding.message for finding in findings)
+
+
+def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Policy) -> None:
+    policy = dataclasses.replace(nano, known=make_distribution({"external": IMAGE}))
+
+    assert collect_notices(policy, [make_observation()]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observation/image": IMAGE[..., ::-1]}, "'external': red and blue"),
+        ({"observation/image": IMAGE[:, ::-1]}, "'external' is as if flipped left to right"),
+        ({"observation/image": 0 * IMAGE}, "'external' shows nothing"),
+        ({"observation/wrist_image": IMAGE[:, :210]}, "with observation/wrist_image"),
+        ({"observation/state": STATE + np.eye(8)[1]}, "y is 1.00 m"),
+        ({"observation/state": STATE[[0, 1, 2, 4, 3, 5, 6, 7]]}, "turned by 180°"),
+        ({"observation/state": CLOSED_STATE}, "gripper begins at 0.00"),
+    ],
+)
+def test_what_is_unlike_training_is_reported_once(
+    nano: Spear1Policy, changes: dict[str, Array], message: str
+) -> None:
+    policy = dataclasses.replace(nano, known=make_distribution({"external": IMAGE}))
+    observation = make_observation(**changes)
+
+    notices = collect_notices(policy, [observation, observation])
+
+    assert len(notices) == 1
+    assert message in notices[0]
+
+
+@pytest.mark.parametrize(
+    ("robots", "expected"),
+    [
+        pytest.param(["a", "b"], ["begins", "opposite"], id="named"),
+        pytest.param([], [], id="unnamed"),
+    ],
+)
+def test_robots_that_are_answered_together_are_checked_one_by_one(
+    nano: Spear1Policy,
+    robots: list[str],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    open_gripper = torch.eye(8)[[3, 7]].sum(0)
+    policy = with_constant_actions(nano, open_gripper, 2, monkeypatch)
+    service = Service(policy, load("generic"))
+    rng = np.random.default_rng(0)
+    open_robot = {
+        "observation/image": rng.integers(0, 256, (210, 280, 3), dtype=np.uint8),
+        "observation/wrist_image": rng.integers(0, 256, (112, 112, 3), dtype=np.uint8),
+        "observation/state": STATE,
+        "prompt": "put the carrot on the plate",
+    }
+    closed_robot = {**open_robot, "observation/state": CLOSED_STATE}
+
+    service.answer([open_robot, open_robot])  # nobody's, as a server warms up
+    for _ in range(NUM_FIRST_OBSERVATIONS + 1):
+        service.answer([open_robot, closed_robot], robots)
+
+    messages = [str(warning.message) for warning in recwarn]
+    notices = [message for message in messages if "gripper" in message]
+    assert len(notices) == len(expected)
+    for notice, words in zip(notices, expected, strict=True):
+        assert notice.startswith("robot 2: ")  # the robots of the warm-up are not counted
+        assert words in notice
+
+
+def test_a_robot_that_comes_late_is_compared_with_training_as_the_first_one_was(
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stay = torch.eye(8)[3]
+    policy = with_constant_actions(nano, stay, 2, monkeypatch)
+    service = Service(policy, load("generic"))
+    usual = load("generic").example()
+    far_state = usual["observation/state"] + np.eye(8)[1] - np.eye(8)[7]
+    far_and_closed = {**usual, "observation/state": far_state}
+
+    def count_notices(robot: str, observation: dict[str, Any]) -> tuple[int, int]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                service.answer([usual, observation], ["first", robot])
+        messages = " ".join(str(warning.message) for warning in caught)
+        return messages.count("gripper begins"), messages.count("y is 1.00 m")
+
+    for _ in range(NUM_FIRST_OBSERVATIONS // 4 + 1):
+        assert count_notices("first", usual) == (0, 0)
+
+    assert count_notices("second", far_and_closed) == (1, 1)
+    assert count_notices("third", far_and_closed) == (1, 1)
+
+
+@pytest.mark.parametrize("failure", ["frozen", "shows nothing", ""])
+def test_a_camera_that_fails_later_is_reported_once(
+    nano: Spear1Policy,
+    failure: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    stay = torch.eye(8)[3]
+    policy = with_constant_actions(nano, stay, 1, monkeypatch)
+    observation = {**load("generic").example(), "seed": 0}
+
+    for step in range(NUM_FIRST_OBSERVATIONS + OBSERVATION_INTERVAL + 1):
+        if failure == "frozen":
+            observation["observation/state"][0] += 0.002
+        if failure == "shows nothing" and step >= NUM_FIRST_OBSERVATIONS:
+            observation["observation/image"] = np.zeros_like(observation["observation/image"])
+        policy.infer(observation)
+
+    messages = [str(warning.message) for warning in recwarn]
+    notices = [message for message in messages if "camera 'external'" in message]
+    if not failure:
+        assert not notices
+    else:
+        assert len(notices) == 1
+        assert failure in notices[0]

@@ -1,0 +1,84 @@
+"""Checks of what a robot does with its commands: inverted grippers, other axes, states that stay."""
+
+import numpy as np
+import pytest
+
+from spear.monitor.motion import MotionChecks
+from spear.types import Array
+
+STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+
+COMMANDS = np.repeat([1.0, 0.0] * 5, 13)  # open for 2.6 s, closed for 2.6 s, five times
+SLOW_OPENINGS = np.convolve(np.concatenate([np.ones(7), COMMANDS]), np.ones(8) / 8, "valid")
+"""A gripper that takes 1.6 s to open or to close."""
+
+
+@pytest.mark.parametrize(
+    ("openings", "num_late_commands", "distance_m", "num_findings"),
+    [
+        pytest.param(SLOW_OPENINGS, 0, 0, 0, id="slow"),
+        pytest.param(1 - SLOW_OPENINGS, 0, 0, 1, id="inverted"),
+        pytest.param(np.full_like(SLOW_OPENINGS, 0.5), 0, 0, 0, id="half open"),
+        pytest.param(1 - SLOW_OPENINGS, 2, 0, 0, id="inverted, but unknown which command counts"),
+        pytest.param(1 - SLOW_OPENINGS, 0, 0.3, 0, id="two arms in turn, 0.3 m apart"),
+    ],
+)
+def test_only_a_gripper_that_does_the_opposite_is_found(
+    openings: Array, num_late_commands: int, distance_m: float, num_findings: int
+) -> None:
+    checks = MotionChecks()
+    findings = []
+    chunk = np.zeros((5, 8), np.float32)
+
+    for step, (opening, command) in enumerate(zip(openings, COMMANDS, strict=True)):
+        x = step % 2 * distance_m
+        findings += checks.check(np.array([x, *np.zeros(6), opening]))
+        chunk[:, 7] = command
+        chunk[5 - num_late_commands :, 7] = 1 - command
+        checks.set_chunk(chunk)
+        chunk[:, 7] = 1 - chunk[:, 7]  # as a program for the other convention does in place
+
+    assert len(findings) == num_findings
+
+
+def test_a_state_that_no_longer_changes_is_found_once() -> None:
+    checks = MotionChecks()
+    findings = []
+
+    for step in range(9):
+        findings += checks.check(STATE + 1e-6 * min(step, 3))
+        checks.set_chunk(np.full((5, 8), 0.02))
+
+    assert [finding.key for finding in findings] == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("expected_axes", "order", "signs"),
+    [
+        ("", [0, 1, 2], [1, 1, 1]),
+        ("-x -y z", [0, 1, 2], [-1, -1, 1]),
+        ("y -z x", [2, 0, 1], [1, -1, 1]),
+    ],
+)
+def test_an_arm_that_goes_along_other_axes_is_found(
+    expected_axes: str, order: list[int], signs: list[int]
+) -> None:
+    rng = np.random.default_rng(0)
+    checks = MotionChecks()
+    findings = []
+    state = STATE.copy()
+    chunk = np.ones((5, 8))
+
+    for step in range(80):
+        findings += checks.check(state)
+        chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
+        checks.set_chunk(chunk)
+        num_executed = 1 + step % 3
+        commanded = chunk[:num_executed, :3].sum(0)
+        state[:3] += (commanded * signs)[order] + rng.normal(0, 0.004, 3)
+
+    if not expected_axes:
+        assert not findings
+    else:
+        [finding] = findings
+        assert f"along {expected_axes}:" in finding.message
