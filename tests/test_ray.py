@@ -58,7 +58,7 @@ def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_bega
     done = label_folder(
         list_images(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK
     )
-    assert (done.before, done.done) == (8, 21)
+    assert (done.num_before, done.num_done) == (8, 21)
     assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
 
 

@@ -94,7 +94,7 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
         list_images(str(source)), out, engine, {}, WorkOptions(batch_size=batch_size)
     )
     assert model.begun is not None
-    return (time.perf_counter() - model.begun) / done.done
+    return (time.perf_counter() - model.begun) / done.num_done
 
 
 if __name__ == "__main__":

@@ -124,9 +124,9 @@ def test_the_bill_comes_however_the_work_ends(
     folder = photos(tmp_path / "photos", 3, bad=False)
     made: dict[str, Any] = {
         "sam2:Sam2Segmenter": BoxSegmenter,
-        "pointmap:load_pointmap": SlopePointMap,
+        "pointmap:load_point_map_model": SlopePointMap,
     }
-    monkeypatch.setattr(model_factories, "_make", lambda place, *_: made[place]())
+    monkeypatch.setattr(model_factories, "_make_model", lambda entry, *_: made[entry.location]())
     (boxes := tmp_path / "boxes.json").write_text(
         '{"images": [], "annotations": [], "categories": []}'
     )

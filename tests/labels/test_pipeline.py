@@ -86,7 +86,7 @@ def test_a_pose_in_another_convention_is_not_used_and_said_also_of_a_worker(
         stage(works, model)
     without, other = (finish_batch([work]) for work in works)
     assert without.labels == other.labels and len(other.labels) == 1
-    assert not without.notes and "camera to world" in other.notes[0]
+    assert not without.notices and "camera to world" in other.notices[0]
 
 
 def test_half_an_object_is_not_asked_about() -> None:

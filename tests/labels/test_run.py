@@ -61,7 +61,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an undisturbed run makes."""
     out = tmp_path_factory.mktemp("whole") / "labels"
-    assert run(source, out) == LabelingProgress(total=21, before=0, done=21, skipped=3)
+    assert run(source, out) == LabelingProgress(
+        num_total=21, num_before=0, num_done=21, num_skipped=3
+    )
     return out
 
 
@@ -90,20 +92,20 @@ def test_every_image_is_labelled_or_set_aside_with_its_reason(source: Path, whol
 def test_what_did_not_get_through_is_tried_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     assert run(source, out, detector=UNREACHED) == LabelingProgress(
-        21, 0, 21, skipped=7, retryable=4
+        21, 0, 21, num_skipped=7, num_retryable=4
     )
     rows = pq.read_table(out / "skipped.parquet").to_pylist()
     assert tuple(Path(row["source"]).name for row in rows if row["retryable"]) == UNREACHED[2]
     before = contents(out)
-    assert run(source, out) == LabelingProgress(21, 21, 21, skipped=7, retryable=4)
+    assert run(source, out) == LabelingProgress(21, 21, 21, num_skipped=7, num_retryable=4)
     assert contents(out) == before  # nothing is tried again unless asked
     done = run(source, out, detector=(0.0, "none", ("00004.png",)), retry_skipped=True)
-    assert done == LabelingProgress(21, 0, 21, skipped=4, retryable=1)
+    assert done == LabelingProgress(21, 0, 21, num_skipped=4, num_retryable=1)
     assert run(source, out, workers=2, retry_skipped=True) == LabelingProgress(
-        21, 13, 21, skipped=3
+        21, 13, 21, num_skipped=3
     )
     assert contents(out) == contents(whole)
-    assert run(source, out, retry_skipped=True) == LabelingProgress(21, 21, 21, skipped=3)
+    assert run(source, out, retry_skipped=True) == LabelingProgress(21, 21, 21, num_skipped=3)
 
 
 def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
@@ -117,7 +119,9 @@ def test_trying_again_may_be_interrupted(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(source, out, shard=17, retry_skipped=True, stop=2)
     assert (out / "labels-00000.parquet").read_bytes() == first and not list(out.glob(".*.tmp"))
-    assert run(source, out, shard=17, retry_skipped=True) == LabelingProgress(21, 0, 21, skipped=3)
+    assert run(source, out, shard=17, retry_skipped=True) == LabelingProgress(
+        21, 0, 21, num_skipped=3
+    )
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -136,7 +140,7 @@ def test_what_was_replaced_since_is_found_out(
         return label_folder(list_images(str(source)), tmp_path / "out", engine(0), settings, work)
 
     (made / "one").write_text("first")
-    assert labelled().done == labelled().before == 21
+    assert labelled().num_done == labelled().num_before == 21
     (made / "one").write_text("another")
     refuses(key, labelled)
 
@@ -221,7 +225,9 @@ def refused(source: Path, out: Path, settings: dict[str, Any] | None = None, sha
 
 def test_the_difference_to_another_run_is_named(source: Path, whole: Path, tmp_path: Path) -> None:
     before = contents(whole)
-    assert run(source, whole) == LabelingProgress(total=21, before=21, done=21, skipped=3)
+    assert run(source, whole) == LabelingProgress(
+        num_total=21, num_before=21, num_done=21, num_skipped=3
+    )
     assert '"bright" there, "owlv2" here' in refused(
         source, whole, {**SETTINGS, "detector": "owlv2"}
     )

@@ -64,12 +64,13 @@ def label(options: LabelOptions) -> None:
         from spear.sim_data.label_scenes import list_scenes
 
         done = label_photos(options, list_scenes)
-        labelled = format_count(done.done - done.skipped, "labelled images")
-        said = f"{labelled} in {options.out}", f"{done.skipped:,} skipped", done.rate
+        labelled = format_count(done.num_done - done.num_skipped, "labelled images")
+        said = f"{labelled} in {options.out}", f"{done.num_skipped:,} skipped", done.rate
         print(", ".join(filter(None, said)))
-        if done.retryable:
+        if done.num_retryable:
             print(
-                f"{done.retryable:,} of them for a reason that may pass: --retry-skipped tries these again"
+                f"{done.num_retryable:,} of them for a reason that may pass: "
+                "--retry-skipped tries these again"
             )
     else:
         from spear.labels.sources import parse_scene_seeds
@@ -98,7 +99,7 @@ def _plan(options: LabelOptions) -> None:
     import torch
 
     from spear.doctor import machine
-    from spear.labels.model_factories import split_description
+    from spear.labels.model_factories import parse_description
     from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
     from spear.labels.models.resources import estimate_resources
     from spear.labels.run import prepare_run
@@ -119,7 +120,7 @@ def _plan(options: LabelOptions) -> None:
     )
     found = []
     for part in ("detector", "segmenter", "pointmap"):
-        name, model = split_description(getattr(options, part).rpartition("+")[2])
+        name, model = parse_description(getattr(options, part).rpartition("+")[2])
         said = f"not known before it is loaded: {model}" if name in PUBLISHED else "no network"
         if name == "gemini":
             each = estimate_input_tokens(words)
@@ -215,5 +216,5 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
         found = {item.key: item for item in items}
         works = read_images([found[label.source] for label in labels if label.source in found])
     predict_point_maps(works, resolve_factory("point map", run["pointmap"], LabelOptions())())
-    located = {work.source: work.geometry for work in works}
+    located = {work.source: work.point_map for work in works}
     return [located.get(label.source) for label in labels]

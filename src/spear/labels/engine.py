@@ -1,14 +1,15 @@
-"""The two engines, which do the same: read → detect → segment → locate → finish.
+"""The two engines, which do the same: read → detect → segment → predict point maps → fit boxes.
 
-The local one runs the networks in this process, and all else in worker processes; only a few batches are on
-their way at any time. The other is Ray's, on one machine or a cluster: the networks are actors that keep
-their component, reading and finishing are tasks, and inputs must be at the same paths on every node. Batches
-come out in the order in which they went in; images in which nothing is found are skipped.
+The local one runs the networks in this process and everything else in worker processes; only a few
+batches are in progress at any time. The other one is Ray's, on one machine or a cluster: the
+networks are actors that keep their model, reading and box fitting are tasks, and inputs must be at
+the same paths on every node. Batches come out in the order in which they went in. Images without
+objects are skipped.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -30,14 +31,23 @@ from spear.labels.pipeline import (
     segment_objects,
 )
 from spear.labels.store import to_table
+from spear.types import LabeledImage
 from spear.util import processes
 
+DEFAULT_MAX_SIDE_PX = 840  # the paper's
+
 ModelFactories = tuple[Callable[[], Detector], Callable[[], Segmenter], Callable[[], PointMapModel]]
-"""Of detector, segmenter and point map: each makes its component, and can be sent to another process."""
+"""Make the detector, the segmenter and the point-map model. They can be sent to another process."""
 
 
 class SkippedImage(NamedTuple):
-    """A skipped image, and why; retryable: the reason may pass."""
+    """A skipped image.
+
+    Attributes:
+        source: The key of its item.
+        reason: Why it was skipped.
+        retryable: Whether the reason may pass, such as a network that cannot be reached.
+    """
 
     source: str
     reason: str
@@ -45,149 +55,206 @@ class SkippedImage(NamedTuple):
 
 
 class LabeledBatch(NamedTuple):
-    """A labelled batch: rows of `store.SCHEMA`, what was skipped, `Work.digest` of all, and its notices."""
+    """A labeled batch.
+
+    Attributes:
+        labels: Rows of `store.SCHEMA`.
+        skipped: The images without a label.
+        content_hashes: `PendingImage.content_hash` of all images.
+        notices: The notices about them, each once.
+    """
 
     labels: pa.Table
     skipped: list[SkippedImage]
-    digests: list[str]
-    notes: Sequence[str] = ()
+    content_hashes: list[str]
+    notices: Sequence[str] = ()
 
 
 Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None]]
 """Batches of items → the labels of each, in order."""
 
 
-def locate_and_pack(works: list[PendingImage], pointmap: PointMapModel) -> None:
-    """`locate`; then keep only what `finish` needs, for the way to another process: no pixels (they are
-    encoded already), no truth, and masks eight pixels to a byte."""
-    predict_point_maps(works, pointmap)
-    for work in works:
-        if work.error is not None or work.frame is None or work.masks is None:
-            work.frame = work.masks = work.geometry = None
-        else:
-            image = work.frame.image[..., :0]
-            work.frame = replace(work.frame, image=image, depth=None, instances=None, boxes=None)
-            work.masks = np.packbits(work.masks, axis=-1)
+def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel) -> None:
+    """Predict point maps; then keep only what `finish_batch` needs, for the way to another process.
 
-
-def finish_batch(works: Sequence[PendingImage]) -> LabeledBatch:
-    """Fit the boxes of a batch that `locate_and_pack` has left, and make rows of its labels.
-
-    An image at which this breaks down is skipped like any other: among millions there is always one.
+    Pixels, which are encoded already, and ground truth are dropped, and masks packed eight pixels
+    to a byte.
     """
-    labels, skipped, notes = [], [], set[str]()
-    for work in works:
-        if work.error is not None:
-            skipped.append(
-                SkippedImage(work.source, str(work.error), isinstance(work.error, RetryableError))
+    predict_point_maps(images, point_map_model)
+    for image in images:
+        if image.error is not None or image.frame is None or image.masks is None:
+            image.frame = None
+            image.masks = None
+            image.point_map = None
+        else:
+            no_pixels = image.frame.image[..., :0]  # keeps the size of the image
+            image.frame = replace(
+                image.frame, image=no_pixels, depth=None, instances=None, boxes=None
             )
+            image.masks = np.packbits(image.masks, axis=-1)
+
+
+def finish_batch(images: Sequence[PendingImage]) -> LabeledBatch:
+    """Fit the boxes of a batch that `predict_and_pack` has packed, and make rows of its labels.
+
+    An image at which this breaks down is skipped like any other: among millions there is always
+    one.
+    """
+    labels = []
+    skipped = []
+    notices = set[str]()
+    for image in images:
+        if image.error is not None:
+            is_retryable = isinstance(image.error, RetryableError)
+            skipped.append(SkippedImage(image.source, str(image.error), is_retryable))
             continue
         try:
-            assert work.frame is not None and work.masks is not None
-            masks = np.unpackbits(work.masks, axis=-1, count=work.frame.image.shape[1]).view(bool)
-            with catch_warnings(action="always", category=Notice, record=True) as said:
-                labels.append(fit_boxes(replace(work, masks=masks)))
-            notes |= {str(one.message) for one in said}
+            with catch_warnings(action="always", category=Notice, record=True) as caught:
+                labels.append(_unpack_and_fit(image))
+            notices.update(str(warning.message) for warning in caught)
         except Exception as error:
             reason = f"fitting boxes: {type(error).__name__}: {error}"
-            skipped.append(SkippedImage(work.source, reason, False))
-    return LabeledBatch(to_table(labels), skipped, [work.digest for work in works], sorted(notes))
+            skipped.append(SkippedImage(image.source, reason, retryable=False))
+    content_hashes = [image.content_hash for image in images]
+    return LabeledBatch(to_table(labels), skipped, content_hashes, sorted(notices))
+
+
+def _unpack_and_fit(image: PendingImage) -> LabeledImage:
+    assert image.frame is not None and image.masks is not None
+    width = image.frame.image.shape[1]
+    masks = np.unpackbits(image.masks, axis=-1, count=width).view(bool)
+    return fit_boxes(replace(image, masks=masks))
 
 
 Stage = Callable[[list[PendingImage], Any], None]
 STAGES: Sequence[Stage] = (
-    partial(detect_objects, need_objects=True),
+    partial(detect_objects, skip_empty=True),
     segment_objects,
-    locate_and_pack,
+    predict_and_pack,
 )
-"""What is done with a batch by each of the three components, in order."""
+"""What each of the three models does with a batch, in order."""
 
 
 def run_local(
-    makers: ModelFactories,
+    factories: ModelFactories,
     workers: int,
     batches: Iterable[Sequence[Item]],
-    longest: int | None = 840,
+    longest: int | None = DEFAULT_MAX_SIDE_PX,
 ) -> Generator[LabeledBatch, None, None]:
-    """Label batches on this computer. The components are made here, before a worker begins. However the work
-    ends, what a component has to be paid for is printed.
+    """Label batches on this computer.
 
-    workers  processes that read images, fit boxes and encode; 0 does all that in this process.
-    batches  items that go through the networks together.
-    longest  as for `read` (the paper: 840 pixels).
+    The models are made here, before a worker starts. However the work ends, the usage of a model
+    that has to be paid for is printed.
 
-    Raises `SpearError`: a component cannot be made, or a worker was killed.
+    Args:
+        factories: Make the models.
+        workers: Processes that read images, fit boxes and encode; 0 does all that in this process.
+        batches: Items that go through the networks together.
+        longest: As for `read_images`.
+
+    Raises:
+        SpearError: A model cannot be made, or a worker was killed.
     """
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
-    components = [make() for make in makers]
+    models = [make_model() for make_model in factories]
+    num_ahead = workers + 1
+    read = partial(read_images, longest=longest)
     try:
         with processes.open_worker_pool(workers, __name__, advice) as pool:
-            works = processes.map_in_order(
-                pool, partial(read_images, longest=longest), batches, workers + 1
-            )
-            for stage, component in zip(STAGES, components, strict=True):
-                works = map(partial(_through, stage, component), works)
-            yield from processes.map_in_order(pool, finish_batch, works, workers + 1)
+            pending = processes.map_in_order(pool, read, batches, num_ahead)
+            for stage, model in zip(STAGES, models, strict=True):
+                pending = _run_stage_on_all(stage, model, pending)
+            yield from processes.map_in_order(pool, finish_batch, pending, num_ahead)
     finally:
-        for component in components:
-            if hasattr(component, "bill") and (bill := component.bill()):
-                print(bill, flush=True)
+        for model in models:
+            _print_bill(model)
 
 
-def _through(stage: Stage, component: Any, works: list[PendingImage]) -> list[PendingImage]:
-    stage(works, component)
-    return works
+def _print_bill(model: Any) -> None:
+    bill = model.bill() if hasattr(model, "bill") else ""
+    if bill:
+        print(bill, flush=True)
 
 
-class _Network:
-    """An actor with a component, made when the first batch comes, through which batches go."""
+def _run_stage(stage: Stage, model: Any, images: list[PendingImage]) -> list[PendingImage]:
+    stage(images, model)
+    return images
 
-    def __init__(self, make: Callable[[], Any], stage: Stage) -> None:
-        self.make, self.stage = make, stage
-        self.component: Any = None
 
-    def call(self, works: list[PendingImage]) -> list[PendingImage]:
-        self.component = self.component or self.make()
-        return _through(self.stage, self.component, works)
+def _run_stage_on_all(
+    stage: Stage, model: Any, batches: Iterable[list[PendingImage]]
+) -> Iterator[list[PendingImage]]:
+    for images in batches:
+        yield _run_stage(stage, model, images)
+
+
+class _NetworkActor:
+    """A Ray actor through which batches go. It makes its model when the first batch comes."""
+
+    def __init__(self, make_model: Callable[[], Any], stage: Stage) -> None:
+        self.make_model = make_model
+        self.stage = stage
+        self.model: Any = None
+
+    def call(self, images: list[PendingImage]) -> list[PendingImage]:
+        if self.model is None:
+            self.model = self.make_model()
+        return _run_stage(self.stage, self.model, images)
 
 
 def run_ray(
-    makers: ModelFactories,
+    factories: ModelFactories,
     work: WorkOptions,
     batches: Iterable[Sequence[Item]],
-    longest: int | None = 840,
+    longest: int | None = DEFAULT_MAX_SIDE_PX,
 ) -> Generator[LabeledBatch, None, None]:
-    """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on this machine.
+    """Label batches with Ray: the cluster of RAY_ADDRESS, the one running here, or a new one on
+    this machine.
 
-    work: its `copies` and `gpus`, of detector, segmenter and point map, count. longest: as for `read`. Raises
-    `SpearError`: Ray is not installed, or a component cannot be made.
+    Args:
+        factories: Make the models.
+        work: Its `copies` and `gpus`, of detector, segmenter and point-map model, are used.
+        batches: Items that go through the networks together.
+        longest: As for `read_images`.
+
+    Raises:
+        SpearError: Ray is not installed, or a model cannot be made.
     """
     ray = import_optional("ray", "ray", "the ray engine")
-    begun = not ray.is_initialized()
-    if begun:
+    is_started_here = not ray.is_initialized()
+    if is_started_here:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
-        networks = []
-        for make, stage, copies, gpus in zip(makers, STAGES, work.copies, work.gpus, strict=True):
-            # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
-            actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(
-                _Network
-            )
-            networks.append(cycle([actor.remote(make, stage) for _ in range(copies)]))
-        reader, finisher = ray.remote(read_images), ray.remote(finish_batch)
-        ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
-        waiting: deque[Any] = deque()
+        actors_of_stages = _start_actors(ray, factories, work)
+        reader = ray.remote(read_images)
+        finisher = ray.remote(finish_batch)
+        max_ahead = int(ray.cluster_resources().get("CPU", 1)) + 2 * sum(work.copies)
+        results: deque[Any] = deque()
         for batch in batches:
-            works = reader.remote(list(batch), longest)
-            for network in networks:
-                works = next(network).call.remote(works)
-            waiting.append(finisher.remote(works))
-            if len(waiting) > ahead:
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
+            images = reader.remote(list(batch), longest)
+            for actors in actors_of_stages:
+                images = next(actors).call.remote(images)
+            results.append(finisher.remote(images))
+            if len(results) > max_ahead:
+                yield ray.get(results.popleft())
+        while results:
+            yield ray.get(results.popleft())
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     finally:
-        if begun:
+        if is_started_here:
             ray.shutdown()
+
+
+def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[Iterator[Any]]:
+    """For each stage its actors, to be used in turn."""
+    actors_of_stages = []
+    stages = zip(factories, STAGES, work.copies, work.gpus, strict=True)
+    for make_model, stage, num_copies, num_gpus in stages:
+        # No CPUs are reserved for networks: three would leave none for the rest on a small machine.
+        actor_class = ray.remote(
+            num_cpus=0, num_gpus=num_gpus, max_restarts=-1, max_task_retries=-1
+        )(_NetworkActor)
+        actors = [actor_class.remote(make_model, stage) for _ in range(num_copies)]
+        actors_of_stages.append(cycle(actors))
+    return actors_of_stages

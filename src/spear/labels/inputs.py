@@ -1,8 +1,8 @@
 """The images in files, as items: listed one after the other, each with a key that stays the same.
 
-An `Item` says where an image is and how to read it, and holds no pixels, so listing is cheap and any process
-can read any item. `find` lists image files, folders, globs, tar shards, Parquet files and videos; robot
-episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
+An `Item` says where an image is and how to read it, and holds no pixels, so listing is cheap and
+any process can read any item. `find` lists image files, folders, globs, tar shards, Parquet files
+and videos; robot episodes, RGB-D scenes and the simulator are listed by `spear.labels.sources`.
 """
 
 import dataclasses
@@ -52,12 +52,15 @@ UNSUPPORTED_SUFFIX = re.compile(
 )
 """Endings of files that may hold pictures, which nobody here reads."""
 TAKE_VIDEO_FOLDER = "frame_aligned_videos"
-"""The folder of an EgoExo4D take with one video per camera, and smaller copies in `downscaled/448`."""
+"""The folder of an EgoExo4D take with one video per camera, and smaller copies in
+`downscaled/448`."""
 _NOT_COLOUR = re.compile(r"_(1201-[12]|211-1)\.mp4$")
-"""Streams of the Aria glasses that are not its colour camera (214-1): those for tracking, and of the eyes."""
+"""Streams of the Aria glasses that are not its colour camera (214-1): those for tracking, and of
+the eyes."""
 
 Content = bytes | Array | Frame | SpearError
-"""What a reader gives: an encoded image, pixels [h, w, 3] uint8 RGB, a frame, or why there is none."""
+"""What a reader gives: an encoded image, pixels [h, w, 3] uint8 RGB, a frame, or why there is
+none."""
 Reader = Callable[[str, Sequence[Any]], Iterator[Content]]
 """(path, places in it) → the content of each place. A function of a module, for other processes."""
 
@@ -69,7 +72,8 @@ class Item(NamedTuple):
     reader  reads it, together with the items next to it of the same path.
     path    the file or folder that it is in.
     place   where in there; None for a file of its own.
-    stamp   of what it is read from: while it is the same, so is the image. None where nothing can change.
+    stamp   of what it is read from: while it is the same, so is the image. None where nothing can
+    change.
     """
 
     key: str
@@ -80,16 +84,17 @@ class Item(NamedTuple):
 
 
 def compute_stamp(*paths: str | Path) -> str:
-    """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see `digest`."""
+    """Sizes (bytes) and times of change (ns) of files. A copy of a file has another one: see
+    `digest`."""
     return " ".join(f"{said.st_size}:{said.st_mtime_ns}" for said in map(os.stat, paths))
 
 
 def list_images(argument: str, rate: float = 1.0, besides: Path | None = None) -> Iterator[Item]:
     """The images behind one argument, in an order that stays the same, without reading them.
 
-    argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these (hidden
-    files, other endings and folders of labels are passed over; an EgoExo4D take gives the frames of its
-    cameras), or a glob of all that. rate: frames per second of video.
+    argument: an image, a tar shard, a Parquet file with images, a video, a folder of any of these
+    (hidden files, other endings and folders of labels are passed over; an EgoExo4D take gives the
+    frames of its cameras), or a glob of all that. rate: frames per second of video.
 
     Raises `SpearError`: nothing there, no image in there, or an archive that cannot be listed.
     """
@@ -117,7 +122,8 @@ def list_images(argument: str, rate: float = 1.0, besides: Path | None = None) -
 
 
 def _take_videos(folder: str) -> list[str]:
-    """The videos of a take's colour cameras: of full size, or the smaller copies if these are all."""
+    """The videos of a take's colour cameras: of full size, or the smaller copies if these are
+    all."""
     for place in (folder, os.path.join(folder, "downscaled", "448")):
         if names := sorted(
             n for n in glob.glob("*.mp4", root_dir=place) if not _NOT_COLOUR.search(n)
@@ -127,8 +133,8 @@ def _take_videos(folder: str) -> list[str]:
 
 
 def _listing(path: str, rate: float, entered: set[str], unread: Counter[str]) -> Iterator[Item]:
-    """The items of a folder, or of a file by its ending; none for an ending that is none of ours, and of a
-    folder that was entered before (a link may lead back)."""
+    """The items of a folder, or of a file by its ending; none for an ending that is none of ours,
+    and of a folder that was entered before (a link may lead back)."""
     ending = os.path.splitext(path)[1].lower()
     unread.update([ending] if UNSUPPORTED_SUFFIX.fullmatch(ending) else [])
     if os.path.isdir(path):
@@ -196,7 +202,8 @@ def read_tar(path: str, places: Sequence[tuple[int, int]]) -> Iterator[Content]:
 
 
 def list_parquet(path: str) -> Iterator[Item]:
-    """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes it."""
+    """The rows of a Parquet file with a column of encoded images, as Hugging Face `datasets` writes
+    it."""
     with explain_read_errors(Path(path), "copy it again, or leave it out"):
         file = pq.ParquetFile(path)
     column = _image_column(file.schema_arrow, path)
@@ -241,8 +248,8 @@ def _image_column(schema: pa.Schema, path: str) -> str:
 
 
 def list_video_frames(path: str, rate: float) -> Iterator[Item]:
-    """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number, which
-    supposes a constant frame rate. A rate above the video's gives every frame once.
+    """The frames of a video that are shown at 0, 1/rate, 2/rate, … s, keyed by their frame number,
+    which supposes a constant frame rate. A rate above the video's gives every frame once.
 
     Raises `SpearError`: not a video, or one that does not say how long it is.
     """
@@ -284,10 +291,12 @@ def read_video_frames(path: str, times: Sequence[float]) -> Iterator[Array]:
 
 
 def read_images(items: Sequence[Item], longest: int | None = None) -> list[PendingImage]:
-    """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is skipped.
+    """Read images, encode them as they are kept, and begin their `Work`; what cannot be read is
+    skipped.
 
     items    in the order of `find`, so that neighbours in one file are read together.
-    longest  images with a longer side are made smaller, aspect kept, until it is this long (pixels); frames
+    longest  images with a longer side are made smaller, aspect kept, until it is this long
+    (pixels); frames
              with ground truth stay as they are. None leaves all as they are.
     """
     return [
@@ -302,7 +311,8 @@ def hash_content(content: Content) -> str:
 
 
 def read_contents(items: Sequence[Item]) -> Iterator[Content]:
-    """What the readers give; when one breaks down, that is the reason for all that it did not give."""
+    """What the readers give; when one breaks down, that is the reason for all that it did not
+    give."""
     for (reader, path), group in groupby(items, key=lambda item: (item.reader, item.path)):
         places = [item.place for item in group]
         missing = len(places)
@@ -331,14 +341,14 @@ def _work(key: str, content: Content, longest: int | None) -> PendingImage:
             else (content, False)
         )
     except SpearError as error:
-        return PendingImage(key, None, error, digest=hashed)
+        return PendingImage(key, None, error, content_hash=hashed)
     frame = (
         content
         if isinstance(content, Frame)
         else Frame(shrink_image(content, longest), turned=turned)
     )
     work = admit_frame(dataclasses.replace(frame, source=key))
-    work.digest = hashed
+    work.content_hash = hashed
     if work.error is None:
         work.encoded = encode_jpeg(frame.image)
     return work

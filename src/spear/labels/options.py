@@ -42,8 +42,9 @@ class LabelOptions(Options):
     out: Path = Path("runs/labels")
     """Folder to write to."""
     detector: str = "gemini"
-    """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or ground-truth. A
-    model of your choice: owlv2=HUB_NAME_OR_FOLDER. file:A.json+gemini: Gemini does what the file lacks."""
+    """gemini (its key in GEMINI_API_KEY), grounding-dino, owlv2, file:ANNOTATIONS.json or
+    ground-truth. A model of your choice: owlv2=HUB_NAME_OR_FOLDER. file:A.json+gemini: Gemini does
+    what the file lacks."""
     segmenter: str = "sam2"
     """sam2, file:ANNOTATIONS.json or ground-truth."""
     pointmap: str = "moge-2"
@@ -51,8 +52,8 @@ class LabelOptions(Options):
     vocabulary: str = ""
     """Names of objects to look for, separated by commas."""
     size: Annotated[int, Range(0)] = 840
-    """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their size. Frames
-    of rgbd: and sim: keep theirs."""
+    """Larger photos are labelled and kept at so many pixels on their longer side; 0 keeps their
+    size. Frames of rgbd: and sim: keep theirs."""
     rate: Annotated[float, Range(0.001, 1000)] = 1.0
     """Frames per second of video."""
     per_episode: Annotated[int, Range(1)] = 4
@@ -62,9 +63,11 @@ class LabelOptions(Options):
     per_minute: Annotated[int, Range(0)] = 0
     """Most requests to Gemini in a minute, by each detector; 0 leaves that to the service."""
     retry_skipped: bool = False
-    """Make the files again in which images were skipped for a reason that may pass: no network, say."""
+    """Make the files again in which images were skipped for a reason that may pass: no network,
+    say."""
     plan: bool = False
-    """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads nothing."""
+    """Only say what labelling PHOTOS would cost: memory, time, Gemini's tokens. Downloads
+    nothing."""
     questions: bool = False
     """Also write questions and answers, as spear questions does."""
     seed: Annotated[int, Range(0)] = 0
@@ -74,7 +77,7 @@ class LabelOptions(Options):
     scene: SceneOptions = SceneOptions()
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def vocabulary_names(self) -> tuple[str, ...]:
         """The vocabulary, name by name."""
         return tuple(name.strip() for name in self.vocabulary.split(",") if name.strip())
 
@@ -87,5 +90,5 @@ class QuestionOptions(Options):
     pairs: Annotated[tuple[int, int], Range(1)] = (1, 4)
     """Fewest and most questions per image."""
     families: tuple[str, ...] = ()
-    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought; all of
-    them when none is given."""
+    """Kinds of question: box_vertices, keypoint, offset, distance, back_projection,
+    chain_of_thought; all of them when none is given."""

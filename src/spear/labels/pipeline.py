@@ -1,19 +1,25 @@
-"""Images in, 3D-labelled images out: detect → segment → point map → box.
+"""Images in, 3D-labeled images out: detect → segment → predict point maps → fit boxes.
 
-Each stage is a function on a batch of `Work`. `label` runs them one after the other; the engines
-(`spear.labels.engine`) run the same functions in processes or on a cluster.
+Each stage is a function on a batch of `PendingImage`s. `label_images` runs them one after the
+other; the engines (`spear.labels.engine`) run the same functions in processes or on a cluster.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from spear.errors import SpearError, notice
 from spear.labels.fit.image import find_lit_part
-from spear.labels.fit.points import MAX_PLANE_POINTS, estimate_noise, fit_support_plane, subsample
+from spear.labels.fit.points import (
+    MAX_PLANE_POINTS,
+    Plane,
+    estimate_noise,
+    fit_support_plane,
+    subsample,
+)
 from spear.labels.models.ground_truth import GROUND_TRUTH, GroundTruth
 from spear.labels.models.protocols import (
     Detection,
@@ -22,33 +28,36 @@ from spear.labels.models.protocols import (
     PointMapResult,
     Segmenter,
 )
-from spear.labels.objects import label_object
+from spear.labels.objects import ImageGeometry, label_object
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import encode_jpeg
 
 T = TypeVar("T")
-MIN_SIDE_PX = 16
-"""Images with a shorter side than this hold nothing to label."""
+
+MIN_SIDE_PX = 16  # an image with a shorter side contains nothing to label
+BATCH_SIZE = 8  # images that `label_images` hands to a model at a time
 MAX_OBJECT_FRACTION = 0.1
-"""Objects with a larger share of the image than this may be what others stand on: a table (our choice)."""
+"""Objects with a larger fraction of the image may be what others stand on: a table (our choice)."""
 NO_OBJECTS_REASON = "no object was found"
-"""Why an image is skipped in which nothing was found, which is no failure."""
+"""Why an image without objects is skipped; this counts as no failure."""
 
 
 @dataclass
 class PendingImage:
     """One image on its way through the stages; each stage fills in its part.
 
-    source      where the image came from: the label's source.
-    frame       the image; None when it could not be read.
-    error       why it is skipped, by all later stages too; None while all is well.
-    encoded     the image as it is kept; None leaves encoding to `lift`.
-    detections  of `detect`.
-    masks       [n, h, w] bool, of `segment`.
-    geometry    of `locate`.
-    provenance  names of the models so far, as in `LabeledImage`.
-    digest      a short hash of what was read; empty for other images.
-    lit         the ends of the image without black bars, as `lit_part`.
+    Attributes:
+        source: Where the image came from; the label's source.
+        frame: The image; None when it could not be read.
+        error: Why the image is skipped, by all later stages too; None while all is well.
+        encoded: The image as it is stored; None leaves encoding to `fit_boxes`.
+        detections: Filled in by `detect_objects`.
+        masks: [n, h, w] bool, filled in by `segment_objects`.
+        point_map: Filled in by `predict_point_maps`.
+        provenance: Names of the models so far, as in `LabeledImage`.
+        content_hash: A short hash of what was read; empty for images that were not read from a
+            file.
+        lit_part: The part of the image without black bars, as `find_lit_part` returns it.
     """
 
     source: str
@@ -57,142 +66,208 @@ class PendingImage:
     encoded: bytes | None = None
     detections: Sequence[Detection] = ()
     masks: Array | None = None
-    geometry: PointMapResult | None = None
+    point_map: PointMapResult | None = None
     provenance: dict[str, str] = field(default_factory=dict)
-    digest: str = ""
-    lit: Any = None
+    content_hash: str = ""
+    lit_part: Array | None = None
 
 
 def label_images(
     frames: Iterable[Frame],
     detector: Detector,
     segmenter: Segmenter,
-    pointmap: PointMapModel,
+    point_map_model: PointMapModel,
     exact: bool | None = None,
 ) -> Iterator[LabeledImage]:
-    """Label images with 3D boxes, as they come, one label each; without any detection it has no objects.
+    """Label images with 3D boxes, as they come; an image without any detection gets a label without
+    objects.
 
-    frames    images, with ground truth where the models read it; these get eight at a time.
-    exact     whether masks and depth are true; None: where they are ground truth, not measured.
+    Args:
+        frames: The images, with ground truth where the models read it.
+        detector: Finds and names objects.
+        segmenter: Outlines them.
+        point_map_model: Predicts the 3D point of every pixel.
+        exact: Whether masks and depth are exact. None: they are where both are ground truth of a
+            simulator, not measured.
 
-    Raises `SpearError` for the first image that is bad or that a model refuses.
+    Yields:
+        One label per frame, in order.
+
+    Raises:
+        SpearError: An image is bad, or a model refuses it.
     """
-    source = iter(frames)
-    while works := [admit_frame(frame) for frame in islice(source, 8)]:
-        detect_objects(works, detector)
-        segment_objects(works, segmenter)
-        predict_point_maps(works, pointmap)
-        for work in works:
-            if work.error is not None:
-                raise work.error
-            yield fit_boxes(work, exact)
+    remaining = iter(frames)
+    while batch := list(islice(remaining, BATCH_SIZE)):
+        images = [admit_frame(frame) for frame in batch]
+        detect_objects(images, detector)
+        segment_objects(images, segmenter)
+        predict_point_maps(images, point_map_model)
+        for image in images:
+            if image.error is not None:
+                raise image.error
+            yield fit_boxes(image, exact)
 
 
 def label_with_ground_truth(frames: Iterable[Frame]) -> Iterator[LabeledImage]:
-    """Label frames from their own ground truth, in the place of all three models."""
+    """Label frames from their own ground truth, which takes the place of all three models."""
     truth = GroundTruth()
     return label_images(frames, truth, truth, truth)
 
 
 def admit_frame(frame: Frame) -> PendingImage:
-    """The work of labelling a frame, skipped when its image is not [h, w, 3] uint8 or too small."""
-    image, error = frame.image, None
-    if (
-        not isinstance(image, np.ndarray)
-        or image.ndim != 3
-        or image.shape[2] != 3
-        or image.dtype != np.uint8
-    ):
-        got = (
-            f"{image.dtype} {image.shape}"
-            if isinstance(image, np.ndarray)
-            else type(image).__name__
-        )
-        error = SpearError(f"image is {got}: convert it to [h, w, 3] uint8 RGB")
-    elif min(image.shape[:2]) < MIN_SIDE_PX:
-        size = f"{image.shape[1]}×{image.shape[0]}"
-        error = SpearError(f"image is {size} pixels: give at least {MIN_SIDE_PX}×{MIN_SIDE_PX}")
-    return PendingImage(frame.source, frame, error, lit=None if error else find_lit_part(image))
+    """Begin the labeling of a frame; it is skipped if its image is not [h, w, 3] uint8, or too
+    small."""
+    problem = _find_problem(frame.image)
+    if problem is not None:
+        return PendingImage(frame.source, frame, SpearError(problem))
+    return PendingImage(frame.source, frame, lit_part=find_lit_part(frame.image))
+
+
+def _find_problem(image: Array) -> str | None:
+    """Why an image cannot be labeled, or None."""
+    if not isinstance(image, np.ndarray):
+        return f"image is {type(image).__name__}: convert it to [h, w, 3] uint8 RGB"
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        return f"image is {image.dtype} {image.shape}: convert it to [h, w, 3] uint8 RGB"
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE_PX:
+        return f"image is {width}×{height} pixels: give at least {MIN_SIDE_PX}×{MIN_SIDE_PX}"
+    return None
 
 
 def detect_objects(
-    works: Sequence[PendingImage], detector: Detector, need_objects: bool = False
+    images: Sequence[PendingImage], detector: Detector, skip_empty: bool = False
 ) -> None:
-    """Find the objects of each image. With `need_objects`, images in which none is found are skipped."""
-    for work, found in _answers(works, lambda good, frames: detector.detect(frames)):
-        work.detections = found
-        work.provenance["detector"] = detector.name
-        if need_objects and not found:
-            work.error = SpearError(NO_OBJECTS_REASON)
+    """Find the objects of each image. With `skip_empty`, images without objects are skipped from
+    then on."""
+
+    def detect(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[list[Detection]]:
+        return detector.detect(frames)
+
+    for image, detections in _apply_model(images, detect):
+        image.detections = detections
+        image.provenance["detector"] = detector.name
+        if skip_empty and not detections:
+            image.error = SpearError(NO_OBJECTS_REASON)
 
 
-def segment_objects(works: Sequence[PendingImage], segmenter: Segmenter) -> None:
+def segment_objects(images: Sequence[PendingImage], segmenter: Segmenter) -> None:
     """Outline the objects of each image."""
-    answers = _answers(
-        works, lambda good, frames: segmenter.segment(frames, [w.detections for w in good])
-    )
-    for work, masks in answers:
-        work.masks = masks
-        work.provenance["segmenter"] = segmenter.name
+
+    def segment(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[Array]:
+        return segmenter.segment(frames, [image.detections for image in batch])
+
+    for image, masks in _apply_model(images, segment):
+        image.masks = masks
+        image.provenance["segmenter"] = segmenter.name
 
 
-def predict_point_maps(works: Sequence[PendingImage], pointmap: PointMapModel) -> None:
-    """Predict the point map of each image."""
-    for work, geometry in _answers(works, lambda good, frames: pointmap.predict(frames)):
-        work.geometry = geometry
-        work.provenance["pointmap"] = pointmap.name
+def predict_point_maps(images: Sequence[PendingImage], point_map_model: PointMapModel) -> None:
+    """Predict the 3D point of every pixel of each image."""
+
+    def predict(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[PointMapResult]:
+        return point_map_model.predict(frames)
+
+    for image, point_map in _apply_model(images, predict):
+        image.point_map = point_map
+        image.provenance["pointmap"] = point_map_model.name
 
 
-def _answers(
-    works: Sequence[PendingImage],
+def _apply_model(
+    images: Sequence[PendingImage],
     call: Callable[[Sequence[PendingImage], Sequence[Frame]], list[T]],
 ) -> list[tuple[PendingImage, T]]:
-    """The answer to each good image by a model, which gets the works and their frames; when it refuses them,
-    image by image, skipping those that it refuses alone."""
-    good = [work for work in works if work.error is None]
-    try:
-        frames = [work.frame for work in good if work.frame is not None]
-        return list(zip(good, call(good, frames), strict=True)) if good else []
-    except SpearError as error:
-        if len(good) > 1:
-            return [pair for work in good for pair in _answers([work], call)]
-        good[0].error = error
+    """Call a model with the images that are not skipped, and pair each of them with its result.
+
+    If the model refuses the batch, it is called again image by image, and the images that it
+    refuses alone are skipped.
+    """
+    active = [image for image in images if image.error is None]
+    if not active:
         return []
+    frames = [image.frame for image in active if image.frame is not None]
+    try:
+        return list(zip(active, call(active, frames), strict=True))
+    except SpearError as error:
+        if len(active) == 1:
+            active[0].error = error
+            return []
+    pairs = []
+    for image in active:
+        pairs += _apply_model([image], call)
+    return pairs
 
 
-def fit_boxes(work: PendingImage, exact: bool | None = None) -> LabeledImage:
-    """Fit the boxes of an image that has gone through all models; `exact` as in `label`. Points that are NaN,
-    infinite or behind the camera count as unknown."""
-    assert work.frame is not None and work.masks is not None and work.geometry is not None
-    frame, geometry = work.frame, work.geometry
-    known = (
-        geometry.mask & np.isfinite(geometry.points).all(axis=-1) & (geometry.points[..., 2] > 0)
+def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
+    """Fit the boxes of an image that has gone through all models.
+
+    Points that are NaN, infinite or behind the camera count as unknown.
+
+    Args:
+        image: The image.
+        exact: As in `label_images`.
+    """
+    assert image.frame is not None and image.masks is not None and image.point_map is not None
+    assert image.lit_part is not None
+    frame = image.frame
+    points = image.point_map.points
+    is_valid = np.isfinite(points).all(axis=-1) & (points[..., 2] > 0)
+    point_map = replace(image.point_map, mask=image.point_map.mask & is_valid)
+
+    geometry = ImageGeometry(
+        point_map=point_map,
+        support_plane=_find_support_plane(point_map, image.masks, frame.extrinsics),
+        is_exact=_has_exact_masks_and_depth(image) if exact is None else exact,
+        occupied=np.asarray(image.masks.any(axis=0)),
+        noise=estimate_noise(points, point_map.mask),
+        lit_part=image.lit_part,
     )
-    geometry = replace(geometry, mask=known)
-    if exact is None:
-        said = work.provenance
-        exact = said["segmenter"] == said["pointmap"] == GROUND_TRUTH and not frame.measured
-    up = None if frame.extrinsics is None else frame.extrinsics[2, :3]
-    small = work.masks[work.masks.mean(axis=(1, 2)) < MAX_OBJECT_FRACTION]
-    seen = geometry.points[
-        tuple(subsample(np.argwhere(known & ~small.any(axis=0)), MAX_PLANE_POINTS).T)
-    ]
-    plane = fit_support_plane(seen, up)
-    if plane is None and up is not None and (plane := fit_support_plane(seen)):
+    objects = []
+    for detection, mask in zip(image.detections, image.masks, strict=True):
+        objects.append(label_object(detection, mask, geometry))
+
+    height, width = frame.image.shape[:2]
+    return LabeledImage(
+        image=image.encoded or encode_jpeg(frame.image),
+        width=width,
+        height=height,
+        intrinsics=np.asarray(point_map.intrinsics, np.float64),
+        objects=objects,
+        unit=point_map.unit,
+        source=image.source,
+        provenance=image.provenance,
+    )
+
+
+def _has_exact_masks_and_depth(image: PendingImage) -> bool:
+    assert image.frame is not None
+    models = (image.provenance["segmenter"], image.provenance["pointmap"])
+    return models == (GROUND_TRUTH, GROUND_TRUTH) and not image.frame.measured
+
+
+def _find_support_plane(
+    point_map: PointMapResult, masks: Array, extrinsics: Array | None
+) -> Plane | None:
+    """The plane that the objects of an image stand on, or None.
+
+    Args:
+        point_map: Of the image.
+        masks: [n, h, w] bool, of its objects. Large ones may be the support, so their pixels count.
+        extrinsics: [4, 4] camera → world with z up, when known.
+    """
+    small_masks = masks[masks.mean(axis=(1, 2)) < MAX_OBJECT_FRACTION]
+    is_background = point_map.mask & ~small_masks.any(axis=0)
+    pixels = subsample(np.argwhere(is_background), MAX_PLANE_POINTS)
+    background = point_map.points[tuple(pixels.T)]
+    if extrinsics is None:
+        return fit_support_plane(background)
+
+    plane = fit_support_plane(background, up=extrinsics[2, :3])
+    if plane is not None:
+        return plane
+    plane = fit_support_plane(background)
+    if plane is not None:
         notice(
             "poses fit no level surface that is seen, so are not used: are they camera to world, z up?"
         )
-    taken, noise = np.asarray(work.masks.any(axis=0)), estimate_noise(geometry.points, known)
-    given = geometry, plane, exact, taken, noise, work.lit
-    return LabeledImage(
-        image=work.encoded or encode_jpeg(frame.image),
-        width=frame.image.shape[1],
-        height=frame.image.shape[0],
-        intrinsics=np.asarray(geometry.intrinsics, np.float64),
-        objects=[
-            label_object(d, m, *given) for d, m in zip(work.detections, work.masks, strict=True)
-        ],
-        unit=geometry.unit,
-        source=work.source,
-        provenance=work.provenance,
-    )
+    return plane

@@ -2,14 +2,16 @@
 
 A plain folder. Both images show the same view; the depth image may have fewer pixels.
 
-    color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`; as stored, whatever its EXIF says
-    depth/NAME.png    16 bits, millimetres along z; 0 and 65535 are unknown
-    intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image, the first pixel's centre at 0 (as in
+    color/NAME.jpg    or another image format, in one of `COLOUR_FOLDERS`; as stored, whatever its
+    EXIF says depth/NAME.png    16 bits, millimetres along z; 0 and 65535 are unknown
+    intrinsics.txt    a 3×3 or 4×4 matrix in pixels of the colour image, the first pixel's centre at
+    0 (as in
                       OpenCV, ROS and ScanNet); or intrinsics.json with fx, fy, cx, cy
-    pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z forward
+    pose/NAME.txt     optional: 4×4, camera → world, metres, world z up; camera x right, y down, z
+    forward
 
-A ScanNet scan as its own tools export it. The depth image is laid over the colour image along the rays of the
-two cameras, which stand in one place.
+A ScanNet scan as its own tools export it. The depth image is laid over the colour image along the
+rays of the two cameras, which stand in one place.
 
     color/N.jpg, depth/N.png    depth in millimetres, 0 unknown
     pose/N.txt                  as above; frames that were lost (-inf) have no extrinsics
@@ -33,7 +35,8 @@ from spear.util.images import load_image_and_orientation
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE = frozenset({"wall", "floor", "ceiling"})
-"""Parts of the room that are no objects: they keep their instance numbers but get no name (our choice)."""
+"""Parts of the room that are no objects: they keep their instance numbers but get no name (our
+choice)."""
 UNIT = 0.001
 """Metres per step of the depth images."""
 NEAREST = 0.05
@@ -41,10 +44,12 @@ NEAREST = 0.05
 
 
 class RgbdScene:
-    """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`. A frame is read
-    when it is asked for, and a `SpearError` there concerns no other. alone: colour images without depth.
+    """The frames of a ScanNet scan or a plain folder: `scene[i]`, from `scene.sources[i]`. A frame
+    is read when it is asked for, and a `SpearError` there concerns no other. alone: colour images
+    without depth.
 
-    Raises `SpearError` for a folder that is neither or incomplete, and for a scan of cameras in two places.
+    Raises `SpearError` for a folder that is neither or incomplete, and for a scan of cameras in two
+    places.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -129,10 +134,11 @@ class RgbdScene:
 
 
 def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width: int) -> Array:
-    """Depth [h, w] along z, seen by the camera `k_depth` [3, 3] (pixel centres at +0.5, without skew), as the
-    camera `k_image` in the same place and direction sees it.
+    """Depth [h, w] along z, seen by the camera `k_depth` [3, 3] (pixel centres at +0.5, without
+    skew), as the camera `k_image` in the same place and direction sees it.
 
-    Returns [height, width]: each pixel the nearest one of `depth` on its ray, 0 where that saw nothing of it.
+    Returns [height, width]: each pixel the nearest one of `depth` on its ray, 0 where that saw
+    nothing of it.
     """
     chosen = []
     for axis, size, most in ((1, height, depth.shape[0]), (0, width, depth.shape[1])):
@@ -145,7 +151,8 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
 
 
 def read_depth(path: Path) -> Array:
-    """A 16-bit depth PNG → [h, w] float32 metres; 0 and 65535 (unknown) become 0; else `SpearError`."""
+    """A 16-bit depth PNG → [h, w] float32 metres; 0 and 65535 (unknown) become 0; else
+    `SpearError`."""
     steps = _read_png(path)
     if steps.dtype == np.uint8:
         raise SpearError(f"{path}: 8 bits are no depth: give a 16-bit PNG")
@@ -158,7 +165,8 @@ def read_depth(path: Path) -> Array:
 
 
 def read_matrix(path: Path) -> Array:
-    """A 3×3 or 4×4 matrix from a text file, one row per line; `SpearError` for another or no file."""
+    """A 3×3 or 4×4 matrix from a text file, one row per line; `SpearError` for another or no
+    file."""
     try:
         matrix = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError) as error:
@@ -173,9 +181,9 @@ def read_matrix(path: Path) -> Array:
 
 
 def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
-    """Intrinsics [3, 3] with pixel centres at +0.5, from a file in which the first pixel's centre is at 0: a
-    text file with a matrix, or JSON; and the images' width and height, where JSON says them. `SpearError`
-    where they are missing or not in pixels."""
+    """Intrinsics [3, 3] with pixel centres at +0.5, from a file in which the first pixel's centre
+    is at 0: a text file with a matrix, or JSON; and the images' width and height, where JSON says
+    them. `SpearError` where they are missing or not in pixels."""
     size: tuple[object, object] = None, None
     if path.suffix == ".json":
         values = read_json(path, "give fx, fy, cx, cy in pixels")
@@ -200,8 +208,8 @@ def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
 
 
 def read_pose(path: Path) -> Array | None:
-    """A pose [4, 4] from a text file; None when there is no file, or it says that the camera was lost.
-    `SpearError` for anything else."""
+    """A pose [4, 4] from a text file; None when there is no file, or it says that the camera was
+    lost. `SpearError` for anything else."""
     pose = read_matrix(path) if path.is_file() else None
     if pose is None or not np.isfinite(pose).all():
         return None
@@ -227,7 +235,8 @@ def _read_png(path: Path) -> Array:
 
 
 def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
-    """Colour and depth files of the same name, by number, then by name; how many colour files have none."""
+    """Colour and depth files of the same name, by number, then by name; how many colour files have
+    none."""
     color = next((folder / name for name in COLOR_FOLDERS if (folder / name).is_dir()), None)
     if color is None or not (folder / "depth").is_dir():
         what = "no RGB-D scene (no color/ or no depth/)"

@@ -1,9 +1,11 @@
-"""All that can be labelled, as items: photos and videos, robot episodes, RGB-D scenes, the simulator.
+"""All that can be labelled, as items: photos and videos, robot episodes, RGB-D scenes, the
+simulator.
 
 photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
-runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         robot episodes: frames spread over each
-rgbd:scene0000_00                                               frames with true depth
-sim:10000-10499                                                 scenes of the simulator, with all truth
+runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         robot episodes: frames spread over
+each rgbd:scene0000_00                                               frames with true depth
+sim:10000-10499                                                 scenes of the simulator, with all
+truth
 """
 
 import os
@@ -22,14 +24,15 @@ ListScenes = Callable[[range], Iterator[Item]]
 
 _scene = lru_cache(maxsize=1)(RgbdScene)
 PREFERRED_CAMERA = "external"
-"""The camera of robot episodes that is labelled; the first by name when there is none of this name."""
+"""The camera of robot episodes that is labelled; the first by name when there is none of this
+name."""
 
 
 def list_items(
     arguments: Sequence[str],
     rate: float = 1.0,
     per_episode: int = 4,
-    besides: Path | None = None,
+    excluded_folder: Path | None = None,
     list_scenes: ListScenes | None = None,
 ) -> Iterator[Item]:
     """The images behind all arguments, one after the other; one that is met again is passed over.
@@ -43,7 +46,9 @@ def list_items(
         kept.cache_clear()  # by an earlier listing in this process: files may have changed since
     seen: set[str] = set()
     for argument in arguments:
-        for item in _items(os.path.normpath(argument), rate, per_episode, besides, list_scenes):
+        for item in _items(
+            os.path.normpath(argument), rate, per_episode, excluded_folder, list_scenes
+        ):
             if len(arguments) > 1:
                 if (name := os.path.abspath(item.key)) in seen:
                     continue
@@ -56,7 +61,7 @@ def _items(
     argument: str,
     rate: float,
     per_episode: int,
-    besides: Path | None,
+    excluded_folder: Path | None,
     list_scenes: ListScenes | None,
 ) -> Iterator[Item]:
     from spear.data.readers.formats import find_format
@@ -80,11 +85,16 @@ def _items(
         notice(
             f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth"
         )
-    return list_images(argument, rate, besides) if photos else _find_episodes(argument, per_episode)
+    return (
+        list_images(argument, rate, excluded_folder)
+        if photos
+        else _find_episodes(argument, per_episode)
+    )
 
 
 def parse_scene_seeds(argument: str, simulator: str) -> range:
-    """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything else."""
+    """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything
+    else."""
     if not (match := re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)):
         raise SpearError(
             f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499"
@@ -122,7 +132,8 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
 
 
 def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
-    """Frames of a dataset of any format, by (split, episode, number of the frame, frames per episode)."""
+    """Frames of a dataset of any format, by (split, episode, number of the frame, frames per
+    episode)."""
     for split, index, number, count in places:
         episode = _episode(folder, split, index)
         if isinstance(episode, SpearError):

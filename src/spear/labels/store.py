@@ -1,7 +1,8 @@
-"""Parquet files, each written whole or not at all: shards of labelled images, and images with depth.
+"""Parquet files, each written whole or not at all: shards of labelled images, and images with
+depth.
 
-A shard has one row per image. Its column `image` is {bytes, path}, as Hugging Face `datasets` has it, and is
-marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
+A shard has one row per image. Its column `image` is {bytes, path}, as Hugging Face `datasets` has
+it, and is marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
 """
 
 import json
@@ -24,7 +25,8 @@ QUESTIONS_FILE = "questions.parquet"
 """Files that may lie beside the shards in their folder."""
 ROWS_PER_GROUP = 16
 DEPTH_STRIDE = 4
-"""Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch size."""
+"""Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch
+size."""
 
 _VECTOR = pa.list_(pa.float32())
 _SHAPES = {"vertices": (8, 3), "center": (3,), "size": (3,), "rotation": (3, 3)}
@@ -61,8 +63,8 @@ _WITHOUT_PIXELS = [name for name in SCHEMA.names if name not in ("image", "objec
 class ParquetWriter:
     """Writes to a temporary name beside `path`; `commit` gives the file its name.
 
-    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the file
-    depend on its rows alone, not on how they were handed over.
+    Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the
+    file depend on its rows alone, not on how they were handed over.
 
     Raises `SpearError`: the disk is full, or the file cannot be written.
     """
@@ -87,7 +89,8 @@ class ParquetWriter:
         self._waiting = self._waiting.slice(rows)
 
     def commit(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the last rows, and `metadata` into the footer; then the file is there, on the disk."""
+        """Write the last rows, and `metadata` into the footer; then the file is there, on the
+        disk."""
         if len(self._waiting):
             self._write_group(len(self._waiting))
         with report_write_errors(self.path):
@@ -114,7 +117,8 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def remove_outdated_questions(folder: Path) -> None:
-    """Remove the questions of a folder to which labels are about to come that they do not ask about."""
+    """Remove the questions of a folder to which labels are about to come that they do not ask
+    about."""
     if (folder / QUESTIONS_FILE).is_file():
         (folder / QUESTIONS_FILE).unlink()
         notice(
@@ -123,7 +127,8 @@ def remove_outdated_questions(folder: Path) -> None:
 
 
 def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
-    """Write labels to one shard, such as FOLDER/labels-00000.parquet; nothing stays when `labels` raises."""
+    """Write labels to one shard, such as FOLDER/labels-00000.parquet; nothing stays when `labels`
+    raises."""
     with ParquetWriter(path, SCHEMA) as writer:
         for label in labels:
             writer.write(to_table([label]))
@@ -136,9 +141,11 @@ def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
 
 
 def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
-    """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a time.
+    """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a
+    time.
 
-    pixels: False leaves images and masks empty, which is quicker. `SpearError`: no shard, or a broken one.
+    pixels: False leaves images and masks empty, which is quicker. `SpearError`: no shard, or a
+    broken one.
     """
     for shard in find_shards(path):
         file = _open(shard)
@@ -152,7 +159,8 @@ def count_labels(path: str | Path) -> int:
 
 
 def select_labels(path: str | Path, images: int) -> list[LabeledImage]:
-    """At most `images` labels, spread evenly over a shard or folder; only their row groups are read."""
+    """At most `images` labels, spread evenly over a shard or folder; only their row groups are
+    read."""
     total, first, found = count_labels(path), 0, list[LabeledImage]()
     shown = min(images, total)
     wanted = [i * total // shown for i in range(shown)]
@@ -283,8 +291,8 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
 
 
 def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
-    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, on which a small
-    depth encoder is pretrained. Raises `SpearError` when it cannot be written."""
+    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, on
+    which a small depth encoder is pretrained. Raises `SpearError` when it cannot be written."""
     found = []
     for image, depth in rows:
         assert depth is not None
@@ -304,7 +312,8 @@ DepthImages = list[tuple[bytes, Array]]
 
 
 def read_depth(folder: Path) -> DepthImages:
-    """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is broken."""
+    """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is
+    broken."""
     if not (files := sorted(folder.glob("*.parquet"))):
         raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
     with explain_read_errors(folder):
