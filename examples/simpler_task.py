@@ -18,8 +18,8 @@ from mani_skill.utils.registration import register_env
 
 from spear.evaluate.agents import load_agent
 from spear.evaluate.options import SimplerOptions
-from spear.evaluate.simpler.record import demonstrate
-from spear.evaluate.simpler.run import OracleAgent, evaluate
+from spear.evaluate.simpler.record import record_demonstrations
+from spear.evaluate.simpler.run import OracleAgent, evaluate_simpler
 from spear.evaluate.simpler.tasks import TASKS, Task
 from spear.util.held_out import FIRST_TRAIN_SEED
 
@@ -55,13 +55,13 @@ TASKS[NAME] = Task(starts=24, steps=60, turns=2, along=0.03, around=(0.1, 0.1), 
 
 def main(what: str, count: int, where: str) -> None:
     if what == "record":
-        ((written, tried),) = demonstrate(
+        ((written, tried),) = record_demonstrations(
             Path(where), [NAME], count, FIRST_TRAIN_SEED, height=128
         ).values()
         print(f"demonstrations that succeeded, in {where}: {written} of {tried}")
     else:
         agent = OracleAgent() if where == "oracle" else load_agent(where)
-        results, _ = evaluate(agent, SimplerOptions(scenes=count, tasks=(NAME,)))
+        results, _ = evaluate_simpler(agent, SimplerOptions(scenes=count, tasks=(NAME,)))
         print(f"{sum(o.success for o in results.outcomes)} of {len(results.outcomes)} succeeded")
 
 

@@ -16,7 +16,7 @@ from spear.cli import main
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
 from spear.evaluate import film as video
-from spear.evaluate.vqa.calibration import FILE
+from spear.evaluate.vqa.calibration import CALIBRATION_FILE
 from spear.policy import locate
 
 
@@ -34,7 +34,7 @@ def test_ask_answers_in_metres_and_draws(
 ) -> None:
     """With weights whose answers nobody has measured."""
     model = shutil.copytree(locate("nano"), tmp_path / "nano")
-    (model / FILE).unlink()
+    (model / CALIBRATION_FILE).unlink()
     ask = ["ask", "--model", str(model)]
     assert main([*ask, "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
     said = capsys.readouterr()

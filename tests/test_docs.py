@@ -15,7 +15,7 @@ import pytest
 from serve_here import SPEAR, started
 from spear import cli
 from spear.data.readers.formats import read_episodes
-from spear.evaluate.open_loop import observations
+from spear.evaluate.open_loop import build_observations
 from spear.serve.client import RemotePolicy
 from spear.util.options import list_option_names
 
@@ -165,7 +165,7 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
         found = re.search(r"ws://\S+", said)
         assert found, said
         with closing(RemotePolicy(found[0])) as policy:
-            actions = policy.infer(observations(episode)[0])["actions"]
+            actions = policy.infer(build_observations(episode)[0])["actions"]
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
     assert actions.shape == (5, 8) and np.isfinite(actions).all()

@@ -22,7 +22,7 @@ import torch
 
 from spear.data.store.prepare import open_store
 from spear.evaluate.agents import PolicyAgent
-from spear.evaluate.open_loop import observations
+from spear.evaluate.open_loop import build_observations
 from spear.geometry import quat_multiply
 from spear.models.processing import Processor
 from spear.monitor.distribution import TrainingDistribution
@@ -130,7 +130,9 @@ def main(policy: str, data: str | None = None, split: str = "train") -> None:
     count = 0
     with TemporaryDirectory() as scratch:
         store, _ = open_store(Path(data), Path(scratch), split)
-        for step in (step for episode in store for step in observations(episode, ["external"])):
+        for step in (
+            step for episode in store for step in build_observations(episode, ["external"])
+        ):
             count += 1
             for name, change in CHANGES.items():
                 state, image = change(

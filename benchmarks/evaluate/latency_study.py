@@ -34,7 +34,7 @@ from spear.chunks import ChunkExecutor, ExecutionMode
 from spear.cli import guarded
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
-from spear.evaluate.compare import cells, compare
+from spear.evaluate.compare import compare_results, format_row
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
 from spear.policy import Spear1Policy
@@ -133,7 +133,7 @@ def cell(
         own = {f.name: getattr(agent.policy, f.name) for f in fields(Spear1Policy) if f.init}
         guided = Guided(**own, delay=latency_ms // 200)
         agent = PolicyAgent(guided, agent.name, agent.weights)
-    return closed_loop.evaluate(agent, options)[0]
+    return closed_loop.evaluate_tabletop(agent, options)[0]
 
 
 def noted(out: Path, row: str, latency_ms: int, name: str) -> np.ndarray:
@@ -169,7 +169,7 @@ def main(
     for row in rows or known:
         for latency in LATENCIES_MS:
             found[row, latency] = cell(agent, row, latency, scenes, out, families)
-            mean = found[row, latency].mean()
+            mean = found[row, latency].mean_success()
             text = f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], n = {mean.n}"
             seams, still = smoothness(out, row, latency), np.mean(noted(out, row, latency, STILL))
             print(
@@ -180,7 +180,7 @@ def main(
     print("\n| execution / k | " + " | ".join(f"{latency} ms" for latency in LATENCIES_MS) + " |")
     print("|---|" + "---|" * len(LATENCIES_MS))
     for row in known:
-        means = [found[row, latency].mean() for latency in LATENCIES_MS]
+        means = [found[row, latency].mean_success() for latency in LATENCIES_MS]
         print(
             f"| {row} | "
             + " | ".join(f"{m.value:.1%} [{m.low:.0%}, {m.high:.0%}]" for m in means)
@@ -191,21 +191,21 @@ def main(
         print(f"| {row} | " + " | ".join(smoothness(out, row, ms) for ms in LATENCIES_MS) + " |")
     print("\nOf the undelayed success of sync/1:")
     for row in known:
-        whole = found["sync/1", 0].mean().value or float("nan")
+        whole = found["sync/1", 0].mean_success().value or float("nan")
         print(
             f"{row:9} "
-            + ", ".join(f"{found[row, ms].mean().value / whole:.2f}" for ms in LATENCIES_MS)
+            + ", ".join(f"{found[row, ms].mean_success().value / whole:.2f}" for ms in LATENCIES_MS)
         )
     print(
         "\nAgainst sync/1 at the same latency, paired: n, both, difference in points [95 %], p, won : lost"
     )
     for row in known[1:]:
         for latency in LATENCIES_MS:
-            gap = compare(found[row, latency], found["sync/1", latency]).mean
-            print(f"{row:9} {latency:4} ms: " + ", ".join(cells(gap)[1:]))
+            gap = compare_results(found[row, latency], found["sync/1", latency]).mean
+            print(f"{row:9} {latency:4} ms: " + ", ".join(format_row(gap)[1:]))
     print("\nPer family:")
     for (row, latency), results in found.items():
-        rates = ", ".join(f"{f} {results.summary(f).success.value:.0%}" for f in results.families)
+        rates = ", ".join(f"{f} {results.summarize(f).success.value:.0%}" for f in results.families)
         print(f"{row:9} {latency:4} ms: {rates}")
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from experiments.ablations.scores import find_key, load_scores
 from experiments.ablations.table import successes
-from spear.evaluate.compare import references
-from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
+from spear.evaluate.compare import load_references
+from spear.evaluate.stats import Estimate, estimate_difference_over_seeds, estimate_mean_over_seeds
 from spear.report.plot import COLOURS, Axis, Line, chart
 from spear.types import Array
 
@@ -86,7 +86,7 @@ def parts(three: Rows, long: Rows) -> None:
     """What each choice of the paper brings over the other, here and there."""
 
     def published(table: str, choice: str, other: str) -> float:
-        means = references()[table].means
+        means = load_references()[table].means
         return means[choice] - means[other]
 
     full = three["full method"]
@@ -116,7 +116,7 @@ def parts(three: Rows, long: Rows) -> None:
         ("velocities", three["velocity"], full, np.nan),
     ]
     places = [float(place) for place in range(len(found))]
-    ours = [difference_over_seeds(with_it, without) for _, with_it, without, _ in found]
+    ours = [estimate_difference_over_seeds(with_it, without) for _, with_it, without, _ in found]
     here = points(places, ours, "here, with its 95 % interval", COLOURS[0], joined=False)
     beside, theirs = [place + 0.12 for place in places], [there for *_, there in found]
     paper = Line("paper", beside, theirs, COLOURS[1], dots=True, joined=False)
@@ -136,7 +136,9 @@ def demonstrations(long: Rows, some: Rows) -> None:
             n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)
         }
         x = [log10(n) + shift for n in rows]
-        lines.append(points(x, [mean_over_seeds(row) for row in rows.values()], title, colour))
+        lines.append(
+            points(x, [estimate_mean_over_seeds(row) for row in rows.values()], title, colour)
+        )
         lines.append(trainings([place + shift for place in x], [*rows.values()], colour))
     ticks = [(log10(n), f"{n:,}") for n in (250, 500, 1000, 2000)]
     across = Axis("demonstrations of each family (3,500 steps)", (2.33, 3.37), ticks)
@@ -147,7 +149,7 @@ def images(curve: Rows) -> None:
     """Success over 3D-labelled images, and every training."""
     numbers = [int(name.replace(",", "").replace("none", "0")) for name in curve]
     x = [log10(max(n, 16)) for n in numbers]
-    found = [mean_over_seeds(row) for row in curve.values()]
+    found = [estimate_mean_over_seeds(row) for row in curve.values()]
     lines = [
         points(
             x, found, "three trainings each, the last two (dots beside the intervals)", COLOURS[0]

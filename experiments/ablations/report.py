@@ -69,8 +69,8 @@ def _cells(line: Line, filled: Filled) -> dict[str, str]:
     if filled.table.name == CURVE:
         cells["3D-labelled images"] = f"{line.images:,}"
     success, against = line.success, line.against
-    cells["success, % [95 %]"] = "not run yet" if success is None else success.say(".1f", 100)
-    cells["difference, points [95 %]"] = "–" if against is None else against.say("+.1f", 100)
+    cells["success, % [95 %]"] = "not run yet" if success is None else success.to_text(".1f", 100)
+    cells["difference, points [95 %]"] = "–" if against is None else against.to_text("+.1f", 100)
     if filled.source:
         theirs, apart = line.published, line.published_against
         cells["paper (theirs), %"] = "–" if theirs is None else f"{theirs:.1f}"
@@ -86,7 +86,7 @@ def _bars(filled: Filled) -> str:
     for line in filled.lines:
         e, rows = line.success, [Bar("here", None, "not run yet")]
         if e is not None:
-            rows = [Bar("here", e.value, e.say(".1f", 100), e.low, e.high)]
+            rows = [Bar("here", e.value, e.to_text(".1f", 100), e.low, e.high)]
         if line.published is not None:
             rows.append(
                 Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs")

@@ -14,7 +14,7 @@ from experiments.ablations.plan import Data, Plan, Scoring, Training, Weights
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import Results, journals, merge, read_journal
+from spear.evaluate.results import Results, find_journals, merge_results, read_journal
 from spear.train.options import TrainingInputs
 from spear.util.run_lock import hold_lock
 
@@ -28,9 +28,9 @@ def final(out: Path, training: Training) -> Path:
 
 def scored(out: Path, scoring: Scoring) -> Results | None:
     """The episodes of a scoring once all have ended, those of its scenes and families only; None before."""
-    if not (found := journals(out / "scores" / scoring.before.key)):
+    if not (found := find_journals(out / "scores" / scoring.before.key)):
         return None
-    whole = merge([read_journal(path) for path in found])
+    whole = merge_results([read_journal(path) for path in found])
     outcomes = [
         o for o in whole.outcomes if o.seed < scoring.scenes and o.family in scoring.families
     ]
@@ -102,7 +102,7 @@ def run(
 
 def _score(job: Scoring, out: Path, say: Callable[[str], None]) -> None:
     from spear.evaluate.agents import load_agent  # here: a plan does without PyTorch
-    from spear.evaluate.closed_loop import evaluate
+    from spear.evaluate.closed_loop import evaluate_tabletop
 
     policy = job.before
     say(
@@ -111,7 +111,7 @@ def _score(job: Scoring, out: Path, say: Callable[[str], None]) -> None:
     agent = load_agent(str(final(out, policy)), device="cpu")
     agent.name = policy.folder  # the folder may be moved
     journal, families = out / "scores" / policy.key, tuple(job.families)
-    evaluate(agent, TabletopOptions(job.scenes, out=journal, families=families))
+    evaluate_tabletop(agent, TabletopOptions(job.scenes, out=journal, families=families))
 
 
 def _train(job: Training, out: Path, data: Data, workers: int, say: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ from tyro.conf import Positional
 
 from spear.cli import guarded
 from spear.errors import SpearError
-from spear.evaluate.results import Results, journals, merge, read_journal
+from spear.evaluate.results import Outcome, Results, find_journals, merge_results, read_journal
 
 SCORES = Path(__file__).with_name("results") / "scores.parquet"
 SCHEMA = pa.schema(
@@ -57,7 +57,7 @@ def load_scores(path: Path = SCORES) -> dict[str, Results]:
 
     scores = {}
     for key, rows in rows_by_key.items():
-        outcomes = [{field: row[field] for field in OUTCOME_FIELDS} for row in rows]
+        outcomes = [Outcome(**{field: row[field] for field in OUTCOME_FIELDS}) for row in rows]
         seconds = sum(row["seconds"] if row["wall"] is None else row["wall"] for row in rows)
         settings = json.loads(rows[0]["settings"])
         scores[key] = Results(rows[0]["policy"], settings, outcomes, seconds)
@@ -74,7 +74,7 @@ def find_key(prefix: str, path: Path = SCORES) -> str:
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of a finished scoring, OUT/scores/KEY, in the order of its journals."""
-    for journal in journals(folder):
+    for journal in find_journals(folder):
         lines = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
         header = lines[0]
         settings = json.dumps(header["settings"])
@@ -86,8 +86,8 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 def is_finished(folder: Path) -> bool:
     """Whether all scenes that a folder's journals name have ended."""
-    parts = [read_journal(journal) for journal in journals(folder)]
-    return bool(parts) and not merge(parts).unfinished()
+    parts = [read_journal(journal) for journal in find_journals(folder)]
+    return bool(parts) and not merge_results(parts).describe_unfinished()
 
 
 def add_scores(out: Positional[Path], scores: Path = SCORES) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 from experiments.ablations.plan import Data, Plan
 from experiments.ablations.rows import Row, Table
 from experiments.ablations.run import scored
-from spear.evaluate.compare import references
+from spear.evaluate.compare import load_references
 from spear.evaluate.results import Results
-from spear.evaluate.stats import Estimate, difference_over_seeds, mean_over_seeds
+from spear.evaluate.stats import Estimate, estimate_difference_over_seeds, estimate_mean_over_seeds
 from spear.types import Array
 from spear.util.run_settings import describe_difference
 
@@ -57,7 +57,7 @@ def fill(plan: Plan, out: Path, data: Data) -> list[Filled]:
     """The tables of a plan with what has been scored so far."""
     filled = []
     for table, rows in plan.tables:
-        reference = references()[table.reference] if table.reference else None
+        reference = load_references()[table.reference] if table.reference else None
         means = dict(reference.means) if reference else {}
         found = {
             r.name: {s: scored(out, plan.scoring(r.name, s)) for s in range(plan.seeds)}
@@ -122,15 +122,17 @@ def _line(
     against = None
     if row != first and shared:
         pair = ([each[seed] for seed in shared] for each in (own, other))
-        against = difference_over_seeds(*(successes(seeds, plan.families) for seeds in pair))
+        against = estimate_difference_over_seeds(
+            *(successes(seeds, plan.families) for seeds in pair)
+        )
     published, base = means.get(row.title), means.get(first.title)
     apart = None if row == first or published is None or base is None else published - base
     return Line(
         row,
-        mean_over_seeds(successes([own[seed] for seed in sorted(own)], plan.families))
+        estimate_mean_over_seeds(successes([own[seed] for seed in sorted(own)], plan.families))
         if own
         else None,
-        [own[seed].mean().value for seed in sorted(own)],
+        [own[seed].mean_success().value for seed in sorted(own)],
         against,
         published,
         apart,

@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from spear.cli import guarded
 from spear.data.readers.formats import read_episodes
-from spear.evaluate.open_loop import observations
+from spear.evaluate.open_loop import build_observations
 from spear.policy import Spear1Policy
 
 OFF, BATCH = 0.008, 64
@@ -45,7 +45,7 @@ def main(
     errors = []
     for episode in islice(read_episodes(episodes), most):
         assert episode.action is not None
-        looks = list(enumerate(observations(episode, model.image_sizes)))
+        looks = list(enumerate(build_observations(episode, model.image_sizes)))
         for step, seen in looks[2 : -model.model.config.horizon + 1 : 4]:
             given = np.array(episode.action[step : step + delay], np.float32)
             errors.append(rng.normal(0, OFF, 3))

@@ -23,9 +23,9 @@ from torch import nn
 
 from experiments.object_location.shifted_images import centres, report
 from spear.cli import guarded
-from spear.evaluate.vqa.ask import find_images
-from spear.evaluate.vqa.measures import numbers
-from spear.evaluate.vqa.run import questions_about
+from spear.evaluate.vqa.ask import load_labeled_images
+from spear.evaluate.vqa.measures import extract_numbers
+from spear.evaluate.vqa.run import generate_questions_by_family
 from spear.labels.questions.generate import find_askable_objects
 from spear.labels.store import select_labels
 from spear.policy import VlmBundle, load_vlm
@@ -107,10 +107,10 @@ def main(
     known = select_labels(labels / "external", most)
     asked_of = [(i, o) for i, label in enumerate(known) for o in find_askable_objects(label)]
     names = sorted({o.name for _, o in asked_of})
-    held_out = list(find_images("sim", images, "external", bundle.processor))
-    asked = questions_about(held_out, ("box_vertices",), 2, 0)["box_vertices"]
+    held_out = list(load_labeled_images("sim", images, "external", bundle.processor))
+    asked = generate_questions_by_family(held_out, ("box_vertices",), 2, 0)["box_vertices"]
     asked = [(i, q) for i, q in asked if q.objects[0] in names]
-    truth = np.stack([numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
+    truth = np.stack([extract_numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
 
     tokens, seen = visual_tokens(bundle, known), visual_tokens(bundle, held_out)
     mean, spread = tokens.mean((0, 1)), tokens.std((0, 1)) + 1e-5

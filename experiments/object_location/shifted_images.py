@@ -18,10 +18,10 @@ import tyro
 
 from spear.cli import guarded
 from spear.evaluate.stats import bootstrap
-from spear.evaluate.vqa.ask import find_images
-from spear.evaluate.vqa.calibration import by_image
-from spear.evaluate.vqa.measures import numbers
-from spear.evaluate.vqa.run import questions_about
+from spear.evaluate.vqa.ask import load_labeled_images
+from spear.evaluate.vqa.calibration import group_by_image
+from spear.evaluate.vqa.measures import extract_numbers
+from spear.evaluate.vqa.run import generate_questions_by_family
 from spear.policy import VlmBundle, load_vlm
 from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image
@@ -67,8 +67,10 @@ def errors(said: Array, truth: Array) -> Array:
 def report(name: str, said: Array, truth: Array, owners: list[int]) -> None:
     """Print the errors, resampled by the image that owns each."""
     off = dict(zip(("all", "along", "across"), errors(said, truth).T, strict=True))
-    found = {k: bootstrap(by_image(owners, column)) for k, column in off.items()}
-    print(f"{name:13}", ", ".join(f"{k} {estimate.say('.1f')}" for k, estimate in found.items()))
+    found = {k: bootstrap(group_by_image(owners, column)) for k, column in off.items()}
+    print(
+        f"{name:13}", ", ".join(f"{k} {estimate.to_text('.1f')}" for k, estimate in found.items())
+    )
 
 
 def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
@@ -79,10 +81,10 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     """
     torch.set_num_threads(1)
     bundle = load_vlm(model)
-    labels = list(find_images("sim", images, "external", bundle.processor))
-    asked = questions_about(labels, ("box_vertices",), 2, 0)["box_vertices"]
+    labels = list(load_labeled_images("sim", images, "external", bundle.processor))
+    asked = generate_questions_by_family(labels, ("box_vertices",), 2, 0)["box_vertices"]
     owners = [image for image, _ in asked]
-    truth = np.stack([numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
+    truth = np.stack([extract_numbers(q.segments).reshape(8, 3).mean(0) for _, q in asked])
     ways = [(0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
     said = [centres(bundle, labels, asked, *way) for way in ways]
     print(f"{len(asked)} questions about {images} scenes, shifts of {pixels} pixels; mm")

@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Prints each failed episode of these evaluations, and how many were held open for long."""
     agent = load_agent(policy)
-    outcomes = [o for folder in folders for o in results.load(folder).outcomes]
+    outcomes = [o for folder in folders for o in results.load_results(folder).outcomes]
     failed = [o.seed for o in outcomes if o.family == family and not o.success]
     again = [pressed(agent, family, seed) for seed in failed]
     for seed, (success, count) in zip(failed, again, strict=True):

@@ -25,7 +25,7 @@ from tyro.extras import SubcommandApp
 
 from spear.cli import guarded
 from spear.errors import SpearError
-from spear.evaluate.vqa.measures import scales
+from spear.evaluate.vqa.measures import compute_error_scales
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.statistics import compute_token_usage
 from spear.labels.questions.store import generate_label_questions
@@ -97,7 +97,7 @@ def _row(
         rounded = np.asarray(tokens.decode(tokens.encode(truth)))
         apart = np.linalg.norm(_points(rounded) - _points(truth), axis=1).mean()
         points.append(factor * apart)
-        relative.append(100 * apart / scales(question, label)[0])
+        relative.append(100 * apart / compute_error_scales(question, label)[0])
         if question.family == "box_vertices" and len(overlap) < 200:
             overlap.append(
                 compute_iou_3d(fit_nearest_box(_points(rounded)), fit_nearest_box(_points(truth)))

@@ -16,9 +16,9 @@ import tyro
 from experiments.ablations.table import successes
 from spear.cli import guarded
 from spear.errors import SpearError
-from spear.evaluate.compare import compare
-from spear.evaluate.results import load
-from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
+from spear.evaluate.compare import compare_results
+from spear.evaluate.results import load_results
+from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
 
 
 def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
@@ -29,7 +29,7 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     """
     if len({folder.resolve() for folder in (*first, *second)}) < len(first) + len(second):
         raise SpearError("a folder is given twice: give one per seed")
-    found = [[load(folder) for folder in folders] for folders in (first, second) if folders]
+    found = [[load_results(folder) for folder in folders] for folders in (first, second) if folders]
     families = found[0][0].families
     scenes = [
         {(o.family, o.seed) for o in results.outcomes} for seeds in found for results in seeds
@@ -37,7 +37,9 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
     if any(seen != scenes[0] for seen in scenes):
         raise SpearError("the folders hold different scenes: evaluate all on the same")
     every = [results for seeds in found for results in seeds]
-    for words in sorted({words for one in every for words in compare(every[0], one).settings}):
+    for words in sorted(
+        {words for one in every for words in compare_results(every[0], one).settings}
+    ):
         print(f"run differently: {words}")
     tables = [successes(seeds, families) for seeds in found]
     for folders, table in zip((first, second), tables, strict=False):
@@ -47,9 +49,11 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
             print(
                 f"  {family:<46} {100 * success.mean():5.1f} %  ({each}; n = {success.shape[1]} each)"
             )
-        print(f"  {'mean':<46} {mean_over_seeds(table).say('.1f', 100, ' %')}")
+        print(f"  {'mean':<46} {estimate_mean_over_seeds(table).to_text('.1f', 100, ' %')}")
     if second:
-        print(f"difference: {difference_over_seeds(*tables).say('+.1f', 100, ' points')}")
+        print(
+            f"difference: {estimate_difference_over_seeds(*tables).to_text('+.1f', 100, ' points')}"
+        )
 
 
 if __name__ == "__main__":

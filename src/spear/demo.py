@@ -17,7 +17,7 @@ from spear.evaluate import closed_loop, film, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.ask import held_out_frames
+from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.fit.quality import compare_labels
 from spear.labels.pipeline import label_with_ground_truth
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
@@ -57,7 +57,7 @@ def make(out: Path, data: Path | None = None) -> Path:
     Raises SpearError when the package has no trained weights, or for data that cannot be read.
     """
     log, started = Console(stderr=True), time.perf_counter()
-    film.encoder()  # what is wrong is said before minutes of other work
+    film.import_encoder()  # what is wrong is said before minutes of other work
     if data is not None:
         _split(data, out)
     vlm, policy = load_vlm("nano-vlm"), Spear1Policy.load("nano")
@@ -87,7 +87,7 @@ def make(out: Path, data: Path | None = None) -> Path:
 
 def labelled_scenes() -> Values:
     """(a) Scenes labelled by the pipeline, with the error of its boxes against the simulator's true ones."""
-    frames = list(held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
+    frames = list(render_held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
     labels = list(label_with_ground_truth(iter(frames)))
     pictures = [
         (
@@ -107,10 +107,10 @@ def answers(vlm: VlmBundle) -> Values:
     """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
     labels = list(
         label_with_ground_truth(
-            held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])
+            render_held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])
         )
     )
-    scores = vqa.evaluate(vlm, labels, QuestionOptions())
+    scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
     boxes = [
         a for a in scores.asked if a.question.family == "box_vertices" and "error" in a.measures
     ]
@@ -127,21 +127,26 @@ def answers(vlm: VlmBundle) -> Values:
 def robot_at_work(policy: Spear1Policy) -> Values:
     """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
     ours = PolicyAgent(policy, "SPEAR-1 nano")
-    result, films = closed_loop.evaluate(ours, TabletopOptions(SCENES, films=1, families=FAMILIES))
+    result, films = closed_loop.evaluate_tabletop(
+        ours, TabletopOptions(SCENES, films=1, families=FAMILIES)
+    )
     unseen = TabletopOptions(SCENES, films=0, families=FAMILIES)
     results = [
         result,
-        *(closed_loop.evaluate(agent, unseen)[0] for agent in (ExpertAgent(), IdleAgent())),
+        *(
+            closed_loop.evaluate_tabletop(agent, unseen)[0]
+            for agent in (ExpertAgent(), IdleAgent())
+        ),
     ]
     rows = []
     for family in FAMILIES:
-        s = result.summary(family)
+        s = result.summarize(family)
         steps = "–" if s.steps is None else f"{s.steps:.0f} ({s.steps / 5:.0f} s)"
         numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
         rows.append([spaced(family), *numbers, steps])
-    every = result.summary().success
+    every = result.summarize().success
     rates = [
-        (spaced(f), rate_bars([(r.policy, r.summary(f).success) for r in results]))
+        (spaced(f), rate_bars([(r.policy, r.summarize(f).success) for r in results]))
         for f in FAMILIES
     ]
     captions = [
@@ -149,7 +154,7 @@ def robot_at_work(policy: Spear1Policy) -> Values:
     ]
     shown = [(one.data, caption) for one, caption in zip(films, captions, strict=True)]
     fact = (
-        f"{result.mean().value:.0%}",
+        f"{result.mean_success().value:.0%}",
         f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}",
     )
     return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
@@ -166,10 +171,10 @@ def real_episodes(out: Path, data: Path | None) -> Values:
     inputs = TrainingInputs(episodes=[(data.name, learned, 1.0)], init=locate("nano"))
     tuned = train(get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS), run, inputs)
     scores = [
-        open_loop.score("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
+        open_loop.score_policy("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
         open_loop.score_mean_action(learned, held_out),
         open_loop.score_last_action(held_out),
-        open_loop.score("before fine-tuning", Spear1Policy.load("nano"), held_out),
+        open_loop.score_policy("before fine-tuning", Spear1Policy.load("nano"), held_out),
     ]
     names = {
         "translation_mm": ("translation of one step, mm", ".2f"),
@@ -177,7 +182,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
         "rotation_deg": ("rotation of one step, degrees", ".2f"),
         "gripper_accuracy": ("gripper command right", ".0%"),
     }
-    summaries = [s.summary() for s in scores]
+    summaries = [s.summarize() for s in scores]
     ours, mean = (s["translation_mm"].value for s in summaries[:2])
     return {
         "source": get_dataset_name(data),
@@ -186,7 +191,7 @@ def real_episodes(out: Path, data: Path | None) -> Values:
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(s.name for s in scores)],
         "rows": [
-            [words, *(s[name].say(f) for s in summaries)] for name, (words, f) in names.items()
+            [words, *(s[name].to_text(f) for s in summaries)] for name, (words, f) in names.items()
         ],
         "charts": open_loop_charts(scores[0], scores[1]),
         "fact": (

@@ -15,9 +15,9 @@ from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.tools import IMAGE_SIZES
 from spear.errors import Notice, SpearError
 from spear.evaluate.agents import PolicyAgent, load_agent
-from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import load
+from spear.evaluate.results import load_results
 from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
 from spear.serve.service import Service
@@ -58,8 +58,8 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
             port, agent = server.port, load_agent(f"ws://127.0.0.1:{server.port}")
             assert agent.weights == weights
             with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
-                evaluate(agent, replace(options, scenes=scenes))
-    assert len(load(tmp_path).outcomes) == 2
+                evaluate_tabletop(agent, replace(options, scenes=scenes))
+    assert len(load_results(tmp_path).outcomes) == 2
     assert (
         Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
     )
@@ -92,7 +92,7 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
 
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
-    here, _ = evaluate(PolicyAgent(Homing(), "here"), options)
+    here, _ = evaluate_tabletop(PolicyAgent(Homing(), "here"), options)
     with serving() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:
-        there, _ = evaluate(PolicyAgent(remote, "there"), options)
+        there, _ = evaluate_tabletop(PolicyAgent(remote, "there"), options)
     assert here.outcomes == there.outcomes

@@ -14,8 +14,8 @@ import pytest
 from refusals import refuses
 from spear.evaluate import closed_loop
 from spear.evaluate import film as video
-from spear.evaluate.agents import NOTHING, Agent, ExpertAgent, IdleAgent, PolicyAgent
-from spear.evaluate.closed_loop import evaluate
+from spear.evaluate.agents import IDLE_ACTION, Agent, ExpertAgent, IdleAgent, PolicyAgent
+from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
 from spear.types import Array
@@ -24,7 +24,9 @@ SMALL = {"external": (48, 32), "wrist": (24, 24)}
 
 
 def run(agent: Agent, scenes: int, *families: str, **options: Any) -> Results:
-    return evaluate(agent, TabletopOptions(scenes, families=families or ("put_on",), **options))[0]
+    return evaluate_tabletop(
+        agent, TabletopOptions(scenes, families=families or ("put_on",), **options)
+    )[0]
 
 
 class Half(ExpertAgent):
@@ -43,7 +45,7 @@ class Half(ExpertAgent):
             raise KeyboardInterrupt
         self.scenes |= {e.world.spec.seed for e in envs}
         pairs = zip(super().act(envs, observations), envs, strict=True)
-        return [a if e.world.spec.seed % 2 == 0 else NOTHING[None] for a, e in pairs]
+        return [a if e.world.spec.seed % 2 == 0 else IDLE_ACTION[None] for a, e in pairs]
 
 
 class Wander:
@@ -86,16 +88,16 @@ def test_a_policy_with_one_camera_sees_that_one_only(view: str) -> None:
 def test_films_are_made_in_both_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "HEIGHT", 60)
     one = TabletopOptions(2, out=tmp_path, films=1, families=("put_on",))
-    results, films = evaluate(Half(), one)
+    results, films = evaluate_tabletop(Half(), one)
     assert [o.success for o in results.outcomes] == [True, False]
     assert [f.outcome for f in films] == results.outcomes
     for film in films:
         with av.open(io.BytesIO(film.data)) as container:
             assert sum(1 for _ in container.decode(video=0)) == film.outcome.steps + 1 + 5
     (tmp_path / "put_on-success-0.mp4").unlink()
-    again, films = evaluate(Half(), one)
+    again, films = evaluate_tabletop(Half(), one)
     assert again.outcomes == results.outcomes and [f.outcome.seed for f in films] == [0]
-    assert evaluate(Half(), one)[1] == []
+    assert evaluate_tabletop(Half(), one)[1] == []
 
 
 def test_an_interrupted_sharded_evaluation_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import Command, refuses
-from spear.evaluate.compare import compare, p_value
+from spear.evaluate.compare import compare_results, format_p_value
 from spear.evaluate.results import Outcome, Results
 from spear.report.comparison import comparison_page, filmed_pairs
 
@@ -24,14 +24,14 @@ def results(name: str, wins: dict[str, str], first_seed: int = 0) -> Results:
 
 def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
     first = results("x", {"a": "xx.x", "b": "xx"})
-    c = compare(
+    c = compare_results(
         replace(first, outcomes=list(first.outcomes)[::-1]), results("y", {"a": "x.....", "c": "x"})
     )
     assert [r.name for r in c.rows[:-1]] == ["a"]
     row = c.rows[0]
     assert (row.only_first, row.only_second, row.difference.n, c.unshared) == (2, 0, 4, 5)
     assert row.difference.value == pytest.approx(0.5) and row.p > 0.05 and row.difference.low < 0
-    few = compare(
+    few = compare_results(
         results("x", {"a": "x" * 6 + "." * 6}), results("y", {"a": "." * 6 + "x" + "." * 5})
     )
     assert few.mean.p > 0.05 and few.mean.difference.low < 0  # 6 : 1 of 12 is no difference yet
@@ -40,30 +40,39 @@ def test_pairs_by_scene_not_by_order_and_leaves_out_the_rest() -> None:
 def test_the_mean_weighs_families_equally_and_the_verdict_follows_its_interval() -> None:
     first = results("x", {"a": "x" * 5 + "." * 5, "b": "x" * 4 + "." * 16})
     second = results("y", {"a": "." * 10, "b": "." * 20})
-    c = compare(first, second)
+    c = compare_results(first, second)
     assert c.mean.difference.value == pytest.approx((0.5 + 0.2) / 2)
     assert all(row.p > c.mean.p for row in c.rows[:-1])
     assert c.verdict().startswith("x is better than y: +35.0 points [+")
-    assert compare(second, first).verdict() == c.verdict()
-    none = compare(results("x", {"a": "xx..x"}), results("y", {"a": "x.x.x"}))
+    assert compare_results(second, first).verdict() == c.verdict()
+    none = compare_results(results("x", {"a": "xx..x"}), results("y", {"a": "x.x.x"}))
     assert none.verdict().startswith("No difference shown between x and y")
     assert none.mean.difference.low < 0 < none.mean.difference.high
-    assert [p_value(p) for p in (1e-9, 0.0213, 0.5)] == ["< 0.0001", "= 0.021", "= 0.50"]
+    assert [format_p_value(p) for p in (1e-9, 0.0213, 0.5)] == ["< 0.0001", "= 0.021", "= 0.50"]
 
 
 def test_other_settings_are_named_and_other_scenes_refused() -> None:
     first, second = results("x", {"a": "x."}), results("y", {"a": "xx"})
-    found = compare(first, replace(second, settings={"replan": 2, "scenes": 9, "new": 1})).settings
+    found = compare_results(
+        first, replace(second, settings={"replan": 2, "scenes": 9, "new": 1})
+    ).settings
     assert found == ["replan: 5 and 2", "new: not said and 1"]
     for pair in ((first, second), (second, first)):
-        refuses("starts", compare, pair[0], replace(pair[1], settings={"starts": "off the grid"}))
-    refuses("x and z", compare, first, results("z", {"a": "x"}, first_seed=7))
+        refuses(
+            "starts",
+            compare_results,
+            pair[0],
+            replace(pair[1], settings={"starts": "off the grid"}),
+        )
+    refuses("x and z", compare_results, first, results("z", {"a": "x"}, first_seed=7))
     changed = [replace(o, instruction="something else") for o in second.outcomes]
-    refuses("scene 0", compare, first, replace(second, outcomes=changed))
+    refuses("scene 0", compare_results, first, replace(second, outcomes=changed))
 
 
 def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Path) -> None:
-    c = compare(results("x", {"a": "xxx", "b": ".x"}), results("y", {"a": "x..", "b": "x."}))
+    c = compare_results(
+        results("x", {"a": "xxx", "b": ".x"}), results("y", {"a": "x..", "b": "x."})
+    )
     a, b = tmp_path / "a", tmp_path / "b"
     films = {a: ("a-success-0", "a-success-1", "a-success-2", "b-failure-0", "b-success-1")}
     films[b] = ("a-success-0", "a-failure-1", "a-failure-2", "b-success-0")

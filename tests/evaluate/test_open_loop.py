@@ -15,11 +15,11 @@ from spear.data.actions import canonicalize_actions, extract_chunk
 from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
+    build_observations,
     mean_action,
-    observations,
-    score,
     score_last_action,
     score_mean_action,
+    score_policy,
 )
 from spear.report.comparison import open_loop_page
 from spear.types import Array, Episode
@@ -49,7 +49,7 @@ class Replay:
         self.chunks: dict[bytes, Array] = {}
         for e in store:
             actions, valid = canonicalize_actions(e)
-            for step, seen in enumerate(observations(e)):
+            for step, seen in enumerate(build_observations(e)):
                 self.chunks[seen["observation/state"].tobytes()] = extract_chunk(
                     actions, valid, step
                 )[0]
@@ -72,7 +72,7 @@ def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
 def test_a_known_mistake_is_measured(
     stores: tuple[EpisodeStore, EpisodeStore], error: float
 ) -> None:
-    summary = score("replay", Replay(stores[1], error), stores[1]).summary()
+    summary = score_policy("replay", Replay(stores[1], error), stores[1]).summarize()
     assert summary["translation_mm"].value == pytest.approx(1000 * error, rel=1e-3, abs=1e-6)
     assert summary["chunk_end_mm"].value == pytest.approx(5000 * error, rel=1e-3, abs=1e-6)
     assert summary["rotation_deg"].value == pytest.approx(0, abs=0.05)
@@ -97,10 +97,10 @@ def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore
     reference = score_mean_action(train, held_out)
     actions = np.concatenate([canonicalize_actions(e)[0][:-1] for e in train])
     np.testing.assert_allclose(reference.predicted[0][0][:3], actions[:, :3].mean(0), rtol=1e-5)
-    summary = reference.summary()
+    summary = reference.summarize()
     assert summary["translation_mm"].value > 5
     assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
-    page = open_loop_page(score("replay", Replay(held_out), held_out), reference)
+    page = open_loop_page(score_policy("replay", Replay(held_out), held_out), reference)
     assert (
         page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
     )
@@ -141,12 +141,12 @@ def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[st
             )
             return super().infer_batch(observations)
 
-    score("asked", Asked(store), store)
+    score_policy("asked", Asked(store), store)
     assert seen == {"observation/image", *(["observation/left_image"] if "left" in views else [])}
 
 
 def test_a_policy_with_a_wrist_camera_alone_sees_through_it() -> None:
     e = episode(0)
     e.images["wrist"] = e.images.pop("external")
-    assert all("observation/wrist_image" in seen for seen in observations(e, ["wrist"]))
-    refuses("external", observations, e, ["external"])
+    assert all("observation/wrist_image" in seen for seen in build_observations(e, ["wrist"]))
+    refuses("external", build_observations, e, ["external"])

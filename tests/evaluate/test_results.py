@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.evaluate.results import Journal, Outcome, Results, load, merge
+from spear.evaluate.results import Journal, Outcome, Results, load_results, merge_results
 
 HOW = {"replan": 5, "weights": "x"}
 
@@ -29,14 +29,14 @@ def journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -> Jour
 
 def test_summary_counts_per_family_and_the_mean_weighs_families_equally() -> None:
     r = results({"a": [True, False, True, True], "b": [False, False]})
-    assert r.summary("a").success.value == r.summary("a").grasped.value == 0.75
-    assert r.summary("a").steps == pytest.approx((10 + 12 + 13) / 3)
+    assert r.summarize("a").success.value == r.summarize("a").grasped.value == 0.75
+    assert r.summarize("a").steps == pytest.approx((10 + 12 + 13) / 3)
     assert (
         r.families == ["a", "b"]
-        and r.summary("b").steps is None
-        and r.summary("b").reached.value == 1
+        and r.summarize("b").steps is None
+        and r.summarize("b").reached.value == 1
     )
-    assert r.summary().success.n == 6 and r.mean().value == pytest.approx(0.375)
+    assert r.summarize().success.n == 6 and r.mean_success().value == pytest.approx(0.375)
 
 
 def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_a_file_gives_the_same_results_and_a_broken_one_is_named(tmp_path: Path)
     )
     path = tmp_path / "deep" / "r.json"
     r.save(path)
-    assert load(path) == r and [p.name for p in path.parent.iterdir()] == ["r.json"]
+    assert load_results(path) == r and [p.name for p in path.parent.iterdir()] == ["r.json"]
     for text in ("", "[]", '{"policy": "x"}', '{"outcomes": [{"family": "a"}]}'):
         path.write_text(text)
-        refuses(r"r\.json", load, path)
+        refuses(r"r\.json", load_results, path)
     path.unlink()
-    refuses(r"r\.json", load, path)
+    refuses(r"r\.json", load_results, path)
     r.save(tmp_path / "results.json")  # nor is one replaced by what begins anew
     refuses("without journals", journal, tmp_path, range(1))
 
@@ -64,16 +64,16 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
         again = journal(tmp_path, range(0))
         assert sorted(seed for _, seed in again.done) == [0, 1]
     again.add(outcome(2), 9.0, 1.5)
-    assert path.read_bytes() == whole and load(tmp_path).outcomes == [
+    assert path.read_bytes() == whole and load_results(tmp_path).outcomes == [
         outcome(0),
         outcome(1),
         outcome(2),
     ]
     path.write_bytes(whole.replace(b'"steps": 10', b'"steps": {}'))
-    refuses("not a journal", load, tmp_path)
+    refuses("not a journal", load_results, tmp_path)
     path.write_bytes(whole[:5])  # in its head
     journal(tmp_path, range(1))
-    assert load(tmp_path).outcomes == [outcome(0)] and load(tmp_path).seconds == 1.5
+    assert load_results(tmp_path).outcomes == [outcome(0)] and load_results(tmp_path).seconds == 1.5
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,19 @@ def test_results_of_another_policy_or_settings_do_not_mix(
 ) -> None:
     journal(tmp_path, range(1))
     refuses(f"{named} is", Journal, tmp_path, policy, settings, (2, 2), {})
-    refuses(f"{named} is", merge, [load(tmp_path), Results(policy, settings, [outcome(1)], 1.0)])
+    refuses(
+        f"{named} is",
+        merge_results,
+        [load_results(tmp_path), Results(policy, settings, [outcome(1)], 1.0)],
+    )
 
 
 def test_parts_come_together_and_contradictions_are_refused(tmp_path: Path) -> None:
     one, two = (
         Results("me", {"r": 1}, [outcome(s) for s in seeds], 1.0) for seeds in ((2, 0), (1, 0))
     )
-    assert [o.seed for o in merge([one, two]).outcomes] == [0, 1, 2]
-    refuses("scene 0", merge, [one, replace(two, outcomes=[outcome(0, success=False)])])
+    assert [o.seed for o in merge_results([one, two]).outcomes] == [0, 1, 2]
+    refuses("scene 0", merge_results, [one, replace(two, outcomes=[outcome(0, success=False)])])
     for nonsense in (b"nonsense\n", b"\xff\n"):
         (tmp_path / "episodes-2-of-2.jsonl").write_bytes(nonsense)
-        refuses("episodes-2-of-2", load, tmp_path)
+        refuses("episodes-2-of-2", load_results, tmp_path)

@@ -12,9 +12,9 @@ import pytest
 from spear.errors import SpearError
 from spear.evaluate import film
 from spear.evaluate.agents import Agent, IdleAgent
-from spear.evaluate.compare import compare
+from spear.evaluate.compare import compare_results
 from spear.evaluate.options import EpisodeOptions, Films
-from spear.evaluate.results import Outcome, Results, load
+from spear.evaluate.results import Outcome, Results, load_results
 from spear.evaluate.runner import run_evaluation
 
 IDLE = IdleAgent()
@@ -57,7 +57,7 @@ class Parity:
 
 @pytest.fixture(autouse=True)
 def _tracks_are_films(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(film, "encode", lambda track, rate_hz: track.encode())
+    monkeypatch.setattr(film, "encode_film", lambda track, rate_hz: track.encode())
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_films_that_cost_are_made_of_few_episodes_and_few_are_in_memory(
 ) -> None:
     simulator, options = Parity(), EpisodeOptions(films=films, out=tmp_path)
     results, found = run_evaluation(simulator, IDLE, {"a": range(20)}, {}, options)
-    assert simulator.ran == ran and simulator.most <= 3 and results.mean().value == 0.5
+    assert simulator.ran == ran and simulator.most <= 3 and results.mean_success().value == 0.5
     assert {f.data.decode() for f in found} == {f"a {f.outcome.seed}" for f in found}
     lines = [
         json.loads(line)
         for line in (tmp_path / "episodes-1-of-1.jsonl").read_text().splitlines()[2:]
     ]
     assert all(line["seconds"] == 2.5 for line in lines)  # its own, whatever runs beside it
-    assert results.seconds >= sum(line["wall"] for line in lines) == load(tmp_path).seconds
+    assert results.seconds >= sum(line["wall"] for line in lines) == load_results(tmp_path).seconds
     assert len(found) == len(list(tmp_path.glob("*.mp4"))) == made
 
 
@@ -99,18 +99,21 @@ def test_what_was_stopped_is_not_taken_for_the_whole(tmp_path: Path) -> None:
         options = EpisodeOptions(out=tmp_path, shard=shard)
         with suppress(KeyboardInterrupt):
             run_evaluation(simulator, IDLE, {"a": range(scenes)}, {}, options)
-        return load(tmp_path).unfinished()
+        return load_results(tmp_path).describe_unfinished()
 
     assert (
         run(Stopped(), 8, "1/1").startswith("4 scenes")
-        and "UNFINISHED: 4" in load(tmp_path).width()
+        and "UNFINISHED: 4" in load_results(tmp_path).describe_precision()
     )
-    whole = Results("other", {}, load(tmp_path).outcomes, 1.0)
-    assert [words.partition(" ")[0] for words in compare(load(tmp_path), whole).settings] == [
-        f"{IDLE.name}:"
-    ]
+    whole = Results("other", {}, load_results(tmp_path).outcomes, 1.0)
+    assert [
+        words.partition(" ")[0] for words in compare_results(load_results(tmp_path), whole).settings
+    ] == [f"{IDLE.name}:"]
     assert run(Parity(), 8, "1/2").startswith("4 ") and run(Parity(), 12, "2/2") == ""
-    assert run(Parity(), 12, "1/1") == "" and "UNFINISHED" not in load(tmp_path).width()
+    assert (
+        run(Parity(), 12, "1/1") == ""
+        and "UNFINISHED" not in load_results(tmp_path).describe_precision()
+    )
 
 
 def test_one_that_ends_otherwise_has_no_film(
@@ -118,7 +121,11 @@ def test_one_that_ends_otherwise_has_no_film(
 ) -> None:
     options = EpisodeOptions(films=1, out=tmp_path)
     results, made = run_evaluation(Parity(fickle=True), IDLE, {"a": range(3)}, {}, options)
-    assert results.mean().value == 0 and made == [] and "no film of a 0" in capsys.readouterr().err
+    assert (
+        results.mean_success().value == 0
+        and made == []
+        and "no film of a 0" in capsys.readouterr().err
+    )
 
 
 def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> None:

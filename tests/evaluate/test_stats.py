@@ -12,12 +12,12 @@ from scipy.stats import binomtest
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.stats import (
     bootstrap,
-    difference_over_seeds,
-    mean_over_seeds,
-    paired_difference,
-    samples_for,
-    wilson,
-    wilson_mean,
+    estimate_difference_over_seeds,
+    estimate_mean_over_seeds,
+    estimate_mean_proportion,
+    estimate_paired_difference,
+    estimate_proportion,
+    find_num_samples,
 )
 from spear.types import Array
 
@@ -25,7 +25,7 @@ from spear.types import Array
 @given(st.integers(1, 400), st.floats(0, 1))
 def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
     k = round(fraction * n)
-    ours = wilson(k, n)
+    ours = estimate_proportion(k, n)
     theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
     assert (ours.low, ours.high) == pytest.approx(
         (max(0, theirs.low), min(1, theirs.high)), abs=1e-12
@@ -36,18 +36,18 @@ def test_wilson_agrees_with_scipy(n: int, fraction: float) -> None:
 @pytest.mark.parametrize(
     ("function", "nonsense"),
     [
-        *((wilson, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
+        *((estimate_proportion, counts) for counts in ((0, 0), (3, 2), (-1, 4))),
         *(
-            (paired_difference, (each,))
+            (estimate_paired_difference, (each,))
             for each in ([], [([0.2], [0.9])], [([True], [True, False])])
         ),
-        (mean_over_seeds, ([np.full((2, 4), np.nan)],)),
+        (estimate_mean_over_seeds, ([np.full((2, 4), np.nan)],)),
         (bootstrap, ([np.array([])],)),
         *(
-            (mean_over_seeds, (t,))
+            (estimate_mean_over_seeds, (t,))
             for t in ([], [np.zeros((0, 4))], [np.zeros((2, 4)), np.zeros((3, 4))])
         ),
-        (difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
+        (estimate_difference_over_seeds, ([np.zeros((2, 4))], [np.zeros((2, 5))])),
     ],
 )
 def test_nonsense_is_refused(function: Callable[..., object], nonsense: tuple[Any, ...]) -> None:
@@ -64,12 +64,15 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
             hard + 0.05 * rng.standard_normal(60) < 0.7,
             hard + 0.05 * rng.standard_normal(60) < 0.6,
         )
-        d, _ = paired_difference([(a.tolist(), b.tolist())])
+        d, _ = estimate_paired_difference([(a.tolist(), b.tolist())])
         assert d.low <= d.value <= d.high
         covered += d.low <= 0.1 <= d.high
         widths.append(d.high - d.low)
-    assert covered / 400 >= 0.93 and np.mean(widths) < wilson(42, 60).high - wilson(42, 60).low
-    same, _ = paired_difference([([True] * 30, [True] * 30)])
+    assert (
+        covered / 400 >= 0.93
+        and np.mean(widths) < estimate_proportion(42, 60).high - estimate_proportion(42, 60).low
+    )
+    same, _ = estimate_paired_difference([([True] * 30, [True] * 30)])
     assert same.value == 0 and same.low < 0 < same.high
 
 
@@ -86,7 +89,7 @@ def test_the_interval_leaves_out_zero_exactly_where_p_is_small(
         (np.repeat(first, n).tolist(), np.repeat(second, n).tolist()) for n in counts if any(n)
     ]
     if strata:
-        d, p = paired_difference(strata)
+        d, p = estimate_paired_difference(strata)
         assert (p < 0.05) == (d.low > 0 or d.high < 0) and d.low <= d.value <= d.high
 
 
@@ -94,7 +97,7 @@ def test_the_interval_leaves_out_zero_exactly_where_p_is_small(
 def test_equals_are_seldom_told_apart(n: int, either: float) -> None:
     rng = np.random.default_rng(0)
     found = [rng.choice(3, n, p=[either, either, 1 - 2 * either]) for _ in range(2000)]
-    assert np.mean([paired_difference([(f == 0, f == 1)])[1] < 0.05 for f in found]) < 0.06
+    assert np.mean([estimate_paired_difference([(f == 0, f == 1)])[1] < 0.05 for f in found]) < 0.06
 
 
 def test_means_over_unlike_families_cover_the_truth() -> None:
@@ -104,20 +107,20 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
     covered = inside = 0
     for _ in range(400):
         drawn = [(rng.random(n) < p, rng.random(n) < q) for p, q, n in rates]
-        d, _ = paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
-        e = wilson_mean([(int(a.sum()), a.size) for a, _ in drawn])
+        d, _ = estimate_paired_difference([(a.tolist(), b.tolist()) for a, b in drawn])
+        e = estimate_mean_proportion([(int(a.sum()), a.size) for a, _ in drawn])
         assert d.n == e.n == 75
         covered += d.low <= truth <= d.high
         inside += e.low <= mean <= e.high
     assert 0.93 <= covered / 400 < 1 and inside / 400 >= 0.93
-    assert wilson_mean([(3, 10), (9, 10)]) == wilson(12, 20)
-    assert wilson_mean([(10, 10), (0, 1000)]).value == 0.5
+    assert estimate_mean_proportion([(3, 10), (9, 10)]) == estimate_proportion(12, 20)
+    assert estimate_mean_proportion([(10, 10), (0, 1000)]).value == 0.5
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_samples_for_is_the_smallest_number(rate: float) -> None:
-    n = samples_for(0.05, rate)
-    assert samples_for(0.05) == 381 == TabletopOptions().scenes
+    n = find_num_samples(0.05, rate)
+    assert find_num_samples(0.05) == 381 == TabletopOptions().scenes
     enough, few = (
         binomtest(round(rate * m), m).proportion_ci(0.95, "wilson") for m in (2 * n, n // 2)
     )
@@ -131,12 +134,12 @@ def test_bootstrap_resamples_groups_not_values() -> None:
     apart = bootstrap([np.array([v]) for g in groups for v in g], np.mean)
     assert together.value == pytest.approx(apart.value) and together.n == 20
     assert together.high - together.low > 4 * (apart.high - apart.low)
-    assert "[" not in bootstrap(groups[:1], np.mean).say(
+    assert "[" not in bootstrap(groups[:1], np.mean).to_text(
         ".3f"
     )  # of one nothing is known about others
     for won in (True, False):  # as of values that all are alike, no two draws differ
-        assert bootstrap([np.full(9, won)] * 20, np.mean) == wilson(20 * won, 20)
-    assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == wilson(8, 12)
+        assert bootstrap([np.full(9, won)] * 20, np.mean) == estimate_proportion(20 * won, 20)
+    assert bootstrap(np.arange(12)[:, None] < 8, np.mean) == estimate_proportion(8, 12)
     few = [bootstrap(rng.normal(size=(6, 1)), np.mean) for _ in range(200)]
     assert np.mean([e.low < 0 < e.high for e in few]) > 0.9
 
@@ -165,7 +168,7 @@ def test_a_difference_over_seeds_covers_the_truth(spread: float, seeds: int) -> 
     for _ in range(runs):
         hard = [1.5 * rng.standard_normal(50) for _ in range(2)]
         own = [spread * rng.standard_normal(seeds) for _ in range(2)]
-        d = difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
+        d = estimate_difference_over_seeds(*([draw(rng, 0.6, h, one) for h in hard] for one in own))
         assert d.low <= d.value <= d.high
         covered += d.low <= 0 <= d.high
         widths.append(d.half_width)
@@ -184,14 +187,16 @@ def test_a_mean_over_seeds_covers_the_truth_over_unlike_families() -> None:
     covered = 0
     for _ in range(200):
         own = 0.3 * rng.standard_normal(3)
-        e = mean_over_seeds([draw(rng, rate, rng.standard_normal(60), own) for rate in (0.9, 0.3)])
+        e = estimate_mean_over_seeds(
+            [draw(rng, rate, rng.standard_normal(60), own) for rate in (0.9, 0.3)]
+        )
         covered += e.low <= truth <= e.high
     assert covered / 200 >= 0.93
 
 
 def test_at_the_edges_seeds_give_the_interval_of_independent_episodes() -> None:
     none = [np.zeros((3, 20), bool), np.zeros((3, 20), bool)]
-    assert mean_over_seeds(none) == wilson_mean([(0, 60), (0, 60)])
-    same = difference_over_seeds(none, none)
+    assert estimate_mean_over_seeds(none) == estimate_mean_proportion([(0, 60), (0, 60)])
+    same = estimate_difference_over_seeds(none, none)
     assert same.value == 0 and same.low < 0 < same.high
-    assert mean_over_seeds([np.array([[True, False, True]])]).n == 3
+    assert estimate_mean_over_seeds([np.array([[True, False, True]])]).n == 3

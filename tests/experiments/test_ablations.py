@@ -32,7 +32,7 @@ from experiments.ablations.table import fill, judge
 from processes import ends_with
 from spear import flow
 from spear.evaluate import closed_loop
-from spear.evaluate.compare import references
+from spear.evaluate.compare import load_references
 from spear.evaluate.results import Journal, Outcome
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
@@ -76,7 +76,9 @@ def test_every_row_has_its_published_number_and_something_to_compare_with() -> N
     for table in TABLES:
         assert table.against in [row.name for row in table.rows]
         if table.reference:
-            assert set(references()[table.reference].means) <= {row.title for row in table.rows}
+            assert set(load_references()[table.reference].means) <= {
+                row.title for row in table.rows
+            }
     every = [row.name for table in TABLES for row in table.rows] + [table.name for table in TABLES]
     assert len(set(every)) == len(every)
 

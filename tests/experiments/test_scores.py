@@ -8,8 +8,8 @@ import pytest
 from experiments.ablations.figures import KEY, successes_of, tables
 from experiments.ablations.scores import add_scores, find_key, load_scores
 from spear.errors import SpearError
-from spear.evaluate.results import Journal, Outcome, load
-from spear.evaluate.stats import difference_over_seeds, mean_over_seeds
+from spear.evaluate.results import Journal, Outcome, load_results
+from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
 
 TABLES = tables()
 LINES = [
@@ -32,7 +32,7 @@ def test_a_published_success_rate_is_that_of_the_kept_episodes(
     families = successes_of(table[number])
 
     assert sum(family.size for family in families) >= 200
-    assert f"| {mean_over_seeds(families).say('.1f', 100)} |" in table[number]
+    assert f"| {estimate_mean_over_seeds(families).to_text('.1f', 100)} |" in table[number]
 
 
 @pytest.mark.parametrize(("table", "number"), LINES)
@@ -42,9 +42,9 @@ def test_a_published_difference_is_that_of_the_kept_episodes(table: list[str], n
     if line == baseline:
         return
 
-    difference = difference_over_seeds(successes_of(line), successes_of(baseline))
+    difference = estimate_difference_over_seeds(successes_of(line), successes_of(baseline))
 
-    assert f"| {difference.say('+.1f', 100)} |" in line
+    assert f"| {difference.to_text('+.1f', 100)} |" in line
 
 
 def test_every_kept_score_is_published() -> None:
@@ -70,7 +70,7 @@ def test_a_finished_score_is_read_back_as_its_journal_says(tmp_path: Path) -> No
     add_scores(tmp_path, tmp_path / "scores.parquet")
 
     results = load_scores(tmp_path / "scores.parquet")["0123456789ab"]
-    journal = load(folder)
+    journal = load_results(folder)
     assert sorted(results.outcomes, key=lambda outcome: outcome.seed) == journal.outcomes
     assert results.policy == journal.policy
     assert results.settings == journal.settings

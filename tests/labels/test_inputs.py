@@ -16,7 +16,7 @@ from PIL import Image
 from data_tiny import png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
-from spear.evaluate.vqa.ask import read_picture
+from spear.evaluate.vqa.ask import load_picture
 from spear.labels.inputs import Item, list_images, read_images
 from spear.util.images import decode_image
 
@@ -70,7 +70,7 @@ def test_a_photo_of_a_phone_held_upright_stands_whatever_it_is_in(tmp_path: Path
     seen = [work.frame.image for work in works if work.frame] + [
         decode_image(w.encoded) for w in works
     ]
-    for image in [*seen, read_picture(str(file), (64, 32)).image]:
+    for image in [*seen, load_picture(str(file), (64, 32)).image]:
         assert image.shape == (64, 32, 3) and image[:12].min() > 200 and image[20:].max() < 50
     assert len(seen) == 6
 

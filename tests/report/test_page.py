@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from spear.evaluate.stats import wilson
+from spear.evaluate.stats import estimate_proportion
 from spear.report.page import render
 from spear.report.plot import Axis, Bar, Line, bars, chart, differences, rate_bars
 
@@ -29,10 +29,22 @@ def test_text_is_escaped_and_nothing_comes_from_outside() -> None:
 
 
 def test_bars_are_as_long_as_the_rates() -> None:
-    html = bars([("carrot", rate_bars([("SPEAR-1", wilson(30, 40)), ("nothing", wilson(0, 40))]))])
+    html = bars(
+        [
+            (
+                "carrot",
+                rate_bars(
+                    [
+                        ("SPEAR-1", estimate_proportion(30, 40)),
+                        ("nothing", estimate_proportion(0, 40)),
+                    ]
+                ),
+            )
+        ]
+    )
     assert "width:75.0%" in html and "75% [60%, 86%]" in html and "0% [0%, 9%]" in html
     assert "width:100.0%" in bars([("", [Bar("much too long", 9.7, "970 %")])])
-    assert "left:50.0%" in differences([("same", wilson(0, 40))])
+    assert "left:50.0%" in differences([("same", estimate_proportion(0, 40))])
 
 
 def test_lines_and_maps_are_drawn_to_scale_and_lines_broken_where_nothing_is_known() -> None:

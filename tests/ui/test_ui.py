@@ -244,7 +244,7 @@ def test_recorded_episodes_are_replayed(
     assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
     drawn = list[None]()
     monkeypatch.setattr(
-        video, "compose", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2]
+        video, "compose_frame", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2]
     )
     tab.socket.send(json.dumps({"do": "film"}))
     Tab(server).socket.close()  # has its picture, as the film of the tab that has gone has ended
@@ -299,7 +299,7 @@ def test_an_evaluations_failure_is_run_again(
 
     monkeypatch.setattr(agent, "act", act)
     options = TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, replan=2)
-    closed_loop.evaluate(agent, replace(options, execution="async", latency_ms=200.0))
+    closed_loop.evaluate_tabletop(agent, replace(options, execution="async", latency_ms=200.0))
     monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(policy, "steps", 3)
@@ -369,7 +369,9 @@ def test_boxes_say_how_sure_they_are(
     trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
     monkeypatch.setattr(studio, "trust", trust)
     monkeypatch.setattr(
-        ask, "missing", lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"}
+        ask,
+        "find_absent_objects",
+        lambda vlm, image, names: {n: "bowl" for n in names if n == "zebra"},
     )
     assert tab.ask("boxes", objects=names) is None
     (box,) = tab.view["boxes"]

@@ -64,11 +64,13 @@ def ask(options: AskOptions) -> None:
         find_image_format(str(o.draw))
     bundle = load_vlm(o.model, o.device, o.dtype)
     check_known("view", bundle.processor.image_sizes, o.view)
-    picture = asking.read_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
+    picture = asking.load_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
     trust = (
         Trust.load(folder) if o.view == "external" else None
     )  # it was measured with images of that one
-    answer, said = asking.ask(bundle, picture.image, o.question, o.family, o.decode, trust, o.view)
+    answer, said = asking.ask_question(
+        bundle, picture.image, o.question, o.family, o.decode, trust, o.view
+    )
     print(said)
     if trust is None and o.view == "external":
         notice(
@@ -147,12 +149,12 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     Example:
         spear record simpler --episodes 80 --out runs/simpler-episodes
     """
-    from spear.evaluate.simpler.record import demonstrate
+    from spear.evaluate.simpler.record import record_demonstrations
     from spear.models.presets import get_preset as find_preset
 
     o, height = options, find_preset(options.preset).image_sizes["external"][1]
     how = o.first_seed, height, o.workers, o.assets
-    done = demonstrate(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
+    done = record_demonstrations(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
     for task, (written, tried) in done.items():
         print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out / task}")
 
@@ -161,11 +163,11 @@ def _turns(policy: str | None) -> "InterveningPolicy | None":
     """What takes turns with the expert."""
     if policy is None:
         return None
-    from spear.evaluate.agents import next_action
+    from spear.evaluate.agents import predict_next_action
     from spear.policy import locate
     from spear.sim.record import InterveningPolicy
 
-    return InterveningPolicy(locate(policy), next_action)
+    return InterveningPolicy(locate(policy), predict_next_action)
 
 
 class DemoOptions(Options):

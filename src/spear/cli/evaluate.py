@@ -10,9 +10,9 @@ from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, format_count, notice
-from spear.evaluate.compare import beside, references
+from spear.evaluate.compare import find_matching_references, load_references
 from spear.evaluate.options import AgentOptions, QuestionOptions, SimplerOptions, TabletopOptions
-from spear.evaluate.results import load
+from spear.evaluate.results import load_results
 from spear.util.files import check_no_foreign_files, check_writable, read_json, write_text
 from spear.util.options import (
     DatasetName,
@@ -49,7 +49,7 @@ def evaluate(options: EvaluateOptions) -> None:
         spear evaluate --policy nano --shard 2/5 --films failures
     """
     from spear.evaluate.agents import load_agent
-    from spear.evaluate.closed_loop import evaluate as run
+    from spear.evaluate.closed_loop import evaluate_tabletop as run
 
     ran, _ = run(load_agent(**vars(options.agent)), options.loop)
     _report(options.agent.policy, options.loop.out, len(ran.outcomes))
@@ -80,7 +80,7 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     if who.policy == "expert":
         raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
     agent = run.OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who))
-    ran, _ = run.evaluate(agent, options.loop)
+    ran, _ = run.evaluate_simpler(agent, options.loop)
     _report(who.policy, options.loop.out, len(ran.outcomes))
 
 
@@ -144,14 +144,15 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
             notice(
                 f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out"
             )
-        ours = open_loop.score(o.policy, model, held_out)
+        ours = open_loop.score_policy(o.policy, model, held_out)
         horizon = model.model.config.horizon
         reference = open_loop.score_mean_action(train, held_out, horizon)
         scores = (ours, reference, open_loop.score_last_action(held_out, horizon))
-    summaries = [score.summary() for score in scores]
+    summaries = [score.summarize() for score in scores]
     rows = [[format_count(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
     rows += [
-        [name.replace("_", " "), *(s[name].say(".3f") for s in summaries)] for name in summaries[0]
+        [name.replace("_", " "), *(s[name].to_text(".3f") for s in summaries)]
+        for name in summaries[0]
     ]
     for head, *cells in rows:
         print(f"{head:<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
@@ -190,8 +191,8 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
         spear evaluate vqa runs/nano-vlm-2 sim:1000 --images 200 --calibrate --out runs/calibrated
     """
     from spear.evaluate.vqa import run
-    from spear.evaluate.vqa.ask import find_images
-    from spear.evaluate.vqa.calibration import FILE, Trust
+    from spear.evaluate.vqa.ask import load_labeled_images
+    from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Trust
     from spear.labels.inputs import hash_content
     from spear.models.weights.folders import read_provenance
     from spear.policy import load_vlm, locate
@@ -206,14 +207,14 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     file = o.out / "scores.json"
     check_writable(file)
     if o.calibrate:
-        check_writable(locate(o.model) / FILE)
+        check_writable(locate(o.model) / CALIBRATION_FILE)
     about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
     about |= {"model": o.model, "questions": o.questions, "--images": o.images}
     there = read_json(file, "remove it, or give another --out") if file.is_file() else about
     if others := describe_difference({key: there.get(key) for key in about}, about):
         raise SpearError(f"{file}: these are other scores: {others}: give another --out")
     bundle = load_vlm(o.model, o.device, o.dtype)
-    labels = find_images(o.questions, o.images, asked.view, bundle.processor)
+    labels = load_labeled_images(o.questions, o.images, asked.view, bundle.processor)
     if o.calibrate and len(labels) < 100:
         raise SpearError(
             f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)"
@@ -222,7 +223,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     if both := sum(hash_content(label.image) in learned for label in labels):
         notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
     trust = None if o.calibrate else Trust.load(locate(o.model))
-    scores = run.evaluate(bundle, labels, asked, trust)
+    scores = run.evaluate_vqa(bundle, labels, asked, trust)
     scores.save(file, about)
     write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
     show(*scores.tables())
@@ -254,17 +255,17 @@ def compare(options: CompareOptions) -> None:
         spear evaluate compare runs/mine runs/evaluate
         spear evaluate compare runs/mine runs/evaluate --out compare.html
     """
-    from spear.evaluate.compare import compare as pair_up
+    from spear.evaluate.compare import compare_results as pair_up
     from spear.report.comparison import comparison_page
 
     first, second = options.first, options.second
-    results = load(first), load(second)
+    results = load_results(first), load_results(second)
     one, other = (given if given.is_dir() else given.parent for given in (first, second))
     if one.resolve() == other.resolve():
         raise SpearError(f"{first} and {second}: are the same results: name two that differ")
     same = results[0].policy == results[1].policy
     comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
-    show(comparison.table())
+    show(comparison.to_table())
     print(comparison.verdict())
     for setting in comparison.settings:
         print(f"run differently: {setting}")
@@ -273,9 +274,9 @@ def compare(options: CompareOptions) -> None:
             f"left out: {format_count(comparison.unshared, 'episodes')} whose scene only one of the two saw"
         )
     ours = list(zip((comparison.first, comparison.second), results, strict=True))
-    published = beside(results[0])
+    published = find_matching_references(results[0])
     for table in published:
-        show(table.table(ours))
+        show(table.to_table(ours))
     if options.out:
         write_text(
             options.out, comparison_page(comparison, (one, other), options.films, published, ours)
@@ -291,15 +292,18 @@ def reference() -> None:
     Example:
         spear evaluate reference
     """
-    show(*(table.table() for table in references().values()))
+    show(*(table.to_table() for table in load_references().values()))
 
 
 def _report(name: str, out: Path | None, ran: int) -> None:
     """Write results.json into a folder, and print all its results (`ran`: those asked for now)."""
     assert out is not None
-    results = load(out)
+    results = load_results(out)
     results.save(out / "results.json")
-    show(results.table(), *(table.table([(name, results)]) for table in beside(results)))
+    show(
+        results.to_table(),
+        *(table.to_table([(name, results)]) for table in find_matching_references(results)),
+    )
     more = len(results.outcomes) - ran
     among = f", {format_count(more, 'episodes')} of other commands among them" if more else ""
     print(f"results in {out}{among}")

@@ -16,7 +16,7 @@ from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
 from spear.util.options import to_option_name
 
-NOTHING = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
+IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
 
 
@@ -71,7 +71,9 @@ def _loaded(folder: Path) -> PolicyAgent:
     return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
 
-def next_action(folder: Path, observation: Mapping[str, Any], seed: int, step: int) -> Array:
+def predict_next_action(
+    folder: Path, observation: Mapping[str, Any], seed: int, step: int
+) -> Array:
     """The first action of a policy's chunk, for `spear.sim.record.InterveningPolicy`."""
     return _loaded(folder).act([SimpleNamespace(seed=seed, steps=step)], [observation])[0][0]
 
@@ -97,7 +99,7 @@ class IdleAgent(Agent):
     def act(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        return [NOTHING[None]] * len(envs)
+        return [IDLE_ACTION[None]] * len(envs)
 
 
 def load_agent(policy: str, **loading: Any) -> Agent:

@@ -22,7 +22,7 @@ from spear.sim.world import SIMULATOR_VERSION, World
 from spear.types import CONTROL_RATE_HZ, Array
 
 
-def evaluate(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
+def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
     """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family; the films made now.
 
     Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
@@ -64,7 +64,7 @@ class _Tabletop:
 
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
         self._options, self._sizes = options, agent.image_sizes
-        self._delay = delay_steps(options.latency_ms)
+        self._delay = count_latency_steps(options.latency_ms)
         if agent.needs_images or options.films:
             get_thread_renderer()  # where there is none, this is said first
 
@@ -109,10 +109,10 @@ class _Tabletop:
             mujoco.mj_forward(world.model, world.data)
             ended = outcome.success if step == len(track) - 1 else None
             external, wrist = get_thread_renderer().images(world, views)
-            yield video.compose(external, wrist, outcome.instruction, ended)
+            yield video.compose_frame(external, wrist, outcome.instruction, ended)
 
 
-def delay_steps(latency_ms: float) -> int:
+def count_latency_steps(latency_ms: float) -> int:
     """Control steps from a look until its chunk can be used."""
     return math.ceil(latency_ms / 1000 * CONTROL_RATE_HZ - 1e-9)
 

@@ -13,10 +13,10 @@ from importlib import resources
 from rich.table import Table
 
 from spear.errors import SpearError, format_count
-from spear.evaluate.results import Outcome, Results, terminal_table
-from spear.evaluate.stats import Estimate, paired_difference, wilson_mean
+from spear.evaluate.results import Outcome, Results, build_terminal_table
+from spear.evaluate.stats import Estimate, estimate_mean_proportion, estimate_paired_difference
 
-ALPHA = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 """Below this p-value we say that one is better."""
 Pair = tuple[Outcome, Outcome]
 
@@ -24,7 +24,7 @@ Pair = tuple[Outcome, Outcome]
 @dataclass(frozen=True)
 class Row:
     """One family, or the mean of the families, on the shared scenes: the success rates, their difference and
-    its p (`stats.paired_difference`), and how many scenes only one of the two solved."""
+    its p (`stats.estimate_paired_difference`), and how many scenes only one of the two solved."""
 
     name: str
     first: Estimate
@@ -54,23 +54,31 @@ class Comparison:
 
     def verdict(self) -> str:
         """The answer in one sentence, from the mean over the families."""
-        d, chance = self.mean.difference, f"p {p_value(self.mean.p)}, n = {self.mean.difference.n}"
-        if self.mean.p >= ALPHA:
-            return f"No difference shown between {self.first} and {self.second}: {points(d)}, {chance}."
+        d, chance = (
+            self.mean.difference,
+            f"p {format_p_value(self.mean.p)}, n = {self.mean.difference.n}",
+        )
+        if self.mean.p >= SIGNIFICANCE_LEVEL:
+            both = f"{self.first} and {self.second}"
+            return f"No difference shown between {both}: {format_points(d)}, {chance}."
         better, worse = (self.first, self.second) if d.value > 0 else (self.second, self.first)
         gap = d if d.value > 0 else Estimate(-d.value, -d.high, -d.low, d.n)
-        return f"{better} is better than {worse}: {points(gap)}, {chance}."
+        return f"{better} is better than {worse}: {format_points(gap)}, {chance}."
 
-    def table(self) -> Table:
+    def to_table(self) -> Table:
         """The rows for a terminal."""
         title = (
             f"{self.first} against {self.second}, {format_count(len(self.pairs), 'shared scenes')}"
         )
         headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
-        return terminal_table(title, headers, [cells(row) for row in self.rows], mean_last=True)
+        return build_terminal_table(
+            title, headers, [format_row(row) for row in self.rows], mean_last=True
+        )
 
 
-def compare(first: Results, second: Results, names: tuple[str, str] | None = None) -> Comparison:
+def compare_results(
+    first: Results, second: Results, names: tuple[str, str] | None = None
+) -> Comparison:
     """Success of `first` minus `second`, paired on the scenes that both have seen. names: the policies', if
     none are given. Raises `SpearError` when they share no scene, or one is not the same in both."""
     a, b = names or (first.policy, second.policy)
@@ -103,25 +111,27 @@ def compare(first: Results, second: Results, names: tuple[str, str] | None = Non
     keys = [k for k in {**first.settings, **second.settings} if k not in same]
     both = [(k, *(r.settings.get(k, "not said") for r in (first, second))) for k in keys]
     settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
-    settings += [f"{n}: {words}" for n, r in ((a, first), (b, second)) if (words := r.unfinished())]
+    settings += [
+        f"{n}: {words}" for n, r in ((a, first), (b, second)) if (words := r.describe_unfinished())
+    ]
     return Comparison(a, b, rows, pairs, unshared, settings)
 
 
-def cells(row: Row) -> list[str]:
+def format_row(row: Row) -> list[str]:
     """name, n, both rates, difference with interval, p, scenes that only one solved: as text."""
     d = row.difference
     rates = [f"{row.first.value:.1%}", f"{row.second.value:.1%}"]
     decided = f"{row.only_first} : {row.only_second}"
-    gap = d.say("+.1f", 100)
-    return [row.name, str(d.n), *rates, gap, p_value(row.p).removeprefix("= "), decided]
+    gap = d.to_text("+.1f", 100)
+    return [row.name, str(d.n), *rates, gap, format_p_value(row.p).removeprefix("= "), decided]
 
 
-def points(difference: Estimate) -> str:
+def format_points(difference: Estimate) -> str:
     """A difference of rates, as "+35.0 points [+20.1, +47.2]"."""
-    return difference.say("+.1f", 100, " points")
+    return difference.to_text("+.1f", 100, " points")
 
 
-def p_value(p: float) -> str:
+def format_p_value(p: float) -> str:
     """A p-value with its sign: "= 0.021" or "< 0.0001"."""
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
 
@@ -131,9 +141,9 @@ def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
     wins = [([x.success for x, _ in pairs], [y.success for _, y in pairs]) for pairs in strata]
     decided = [x.success for pairs in strata for x, y in pairs if x.success != y.success]
     only = sum(decided), len(decided) - sum(decided)
-    first = wilson_mean([(sum(x), len(x)) for x, _ in wins])
-    second = wilson_mean([(sum(y), len(y)) for _, y in wins])
-    gap, p = paired_difference(wins)
+    first = estimate_mean_proportion([(sum(x), len(x)) for x, _ in wins])
+    second = estimate_mean_proportion([(sum(y), len(y)) for _, y in wins])
+    gap, p = estimate_paired_difference(wins)
     return Row(name, first, second, gap, *only, p)
 
 
@@ -166,24 +176,24 @@ class Reference:
         for name, results in ours:
             here = set(results.families)
             found = [
-                results.summary(family).success if family in here else None
+                results.summarize(family).success if family in here else None
                 for family in self.families
             ]
-            found.append(results.mean() if here == set(self.families) else None)
+            found.append(results.mean_success() if here == set(self.families) else None)
             lines.append([f"{name} (measured here)", *map(_points, found)])
         return lines
 
-    def table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
+    def to_table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
         """The same for a terminal."""
         caption = f"Published numbers: {self.source}. {self.note}".strip()
-        return terminal_table(self.title, self.headers(), self.cells(ours), caption)
+        return build_terminal_table(self.title, self.headers(), self.cells(ours), caption)
 
 
 def _points(e: Estimate | None) -> str:
     return "–" if e is None else f"{100 * e.value:.1f} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
 
 
-def references() -> dict[str, Reference]:
+def load_references() -> dict[str, Reference]:
     """All published tables, by name."""
     folder = resources.files("spear.evaluate").joinpath("reference")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
@@ -193,7 +203,7 @@ def references() -> dict[str, Reference]:
     }
 
 
-def beside(results: Results) -> list[Reference]:
+def find_matching_references(results: Results) -> list[Reference]:
     """The published tables that hold a task of these results, and these starts."""
     own = set() if "starts" in results.settings else set(results.families)
-    return [r for r in references().values() if own & set(r.families)]
+    return [r for r in load_references().values() if own & set(r.families)]

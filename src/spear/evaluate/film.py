@@ -19,7 +19,7 @@ BAR = 44
 GREEN, RED, WHITE, GREY = (88, 214, 141), (255, 121, 108), (245, 246, 248), (30, 33, 39)
 
 
-def encoder() -> Any:
+def import_encoder() -> Any:
     """PyAV. Raises `SpearError` where it is missing, or was built without H.264, as PyPI's never is."""
     av = import_optional("av", "report", "a film")
     if "libx264" not in av.codecs_available:
@@ -27,7 +27,7 @@ def encoder() -> Any:
     return av
 
 
-def compose(
+def compose_frame(
     external: Array, wrist: Array | None, caption: str, outcome: bool | None = None
 ) -> Array:
     """One film frame: [h, w, 3] uint8 with even sides, the external view left, the wrist view right,
@@ -51,10 +51,10 @@ def compose(
     return np.asarray(frame)
 
 
-def encode(frames: Iterable[Array], rate_hz: float) -> bytes:
+def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
     """Frames [h, w, 3] uint8 of one size -> an MP4 file with H.264. The last frame stays for a second, so
     that a looping film shows its outcome. Raises as `encoder` does."""
-    av = encoder()
+    av = import_encoder()
     buffer, rate = io.BytesIO(), Fraction(rate_hz).limit_denominator(1000)
     with av.open(buffer, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=rate, options={"crf": "26", "preset": "veryfast"})

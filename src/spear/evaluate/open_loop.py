@@ -25,7 +25,7 @@ from spear.util.progress import ProgressBar, track_progress
 
 
 @dataclass(frozen=True)
-class OpenLoop:
+class OpenLoopErrors:
     """One policy's open-loop errors on some episodes.
 
     episodes   of each its errors by name, see `_errors`.
@@ -38,7 +38,7 @@ class OpenLoop:
     predicted: Sequence[Array]
     truth: Sequence[Array]
 
-    def summary(self) -> dict[str, Estimate]:
+    def summarize(self) -> dict[str, Estimate]:
         """Means with intervals that resample whole episodes (steps of one episode depend on each other).
         Raises SpearError where there is nothing to take a mean of."""
         if not any(len(e["chunk_end_mm"]) for e in self.episodes):
@@ -49,7 +49,7 @@ class OpenLoop:
         return {name: bootstrap([e[name] for e in self.episodes], np.mean) for name in names}
 
 
-def observations(
+def build_observations(
     episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)
 ) -> list[dict[str, Any]]:
     """What a policy with these cameras would have seen at each of the T steps (`spear.types.Policy`)."""
@@ -70,7 +70,7 @@ def observations(
     return seen
 
 
-def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoop:
+def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoopErrors:
     """A policy against the actions of every episode of a store, at 5 Hz, each step's whole chunk."""
 
     def predictions() -> Iterator[tuple[Episode, Array]]:
@@ -78,7 +78,8 @@ def score(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> Op
             map(resample_episode, store), ProgressBar(f"asking {name}", len(store), "episodes")
         ):
             seen = [
-                {**o, "seed": step} for step, o in enumerate(observations(episode, cameras(policy)))
+                {**o, "seed": step}
+                for step, o in enumerate(build_observations(episode, cameras(policy)))
             ]
             chunks: list[Array] = []
             for start in range(0, len(seen), batch):
@@ -103,7 +104,7 @@ def mean_action(actions: Array) -> Array:
 
 def score_mean_action(
     train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
-) -> OpenLoop:
+) -> OpenLoopErrors:
     """The same errors for always predicting the mean action of `train`, in chunks as long as the policy's."""
     known = [action[valid] for action, valid in map(canonicalize_actions, _without_images(train))]
     constant = mean_action(np.concatenate(known))
@@ -111,7 +112,7 @@ def score_mean_action(
     return _score("mean action", chunks)
 
 
-def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoop:
+def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoopErrors:
     """The same errors for doing again, a whole chunk long, what was done in the step before; in an episode's
     first step, for standing still, the gripper as it is."""
 
@@ -129,7 +130,7 @@ def _without_images(store: EpisodeStore) -> list[Episode]:
     return [resample_episode(store.without_images(i)) for i in range(len(store))]
 
 
-def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoop:
+def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoopErrors:
     """From episodes with the chunks [T, H, 8] that are predicted at each of their steps."""
     errors, predicted, truth = [], [], []
     for episode, chunks in predictions:
@@ -137,7 +138,7 @@ def _score(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoop:
         errors.append(_errors(chunks, actions, valid))
         predicted.append(chunks[:, 0])
         truth.append(np.where(valid[:, None], actions, np.nan))
-    return OpenLoop(name, errors, predicted, truth)
+    return OpenLoopErrors(name, errors, predicted, truth)
 
 
 def _errors(chunks: Array, actions: Array, valid: Array) -> dict[str, Array]:

@@ -21,13 +21,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from spear.errors import SpearError, format_count
-from spear.evaluate.stats import Estimate, samples_for, wilson, wilson_mean
+from spear.evaluate.stats import (
+    Estimate,
+    estimate_mean_proportion,
+    estimate_proportion,
+    find_num_samples,
+)
 from spear.util.files import read_json_as, report_write_errors, write_text
 from spear.util.run_settings import describe_difference, to_plain_json
 
-HALF_WIDTH = 0.05
+TARGET_HALF_WIDTH = 0.05
 """How well a family's success rate is to be known: ± 5 points."""
-Scenes = Mapping[str, Sequence[int]]
+ScenesByFamily = Mapping[str, Sequence[int]]
 """Family → the seeds of its scenes."""
 MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
 """The yes-or-no fields of an `Outcome`."""
@@ -84,7 +89,7 @@ class Results:
     seconds: float
     wanted: frozenset[tuple[str, int]] = frozenset()
 
-    def unfinished(self) -> str:
+    def describe_unfinished(self) -> str:
         """What to know, in words, where not all scenes have ended; "" where they have."""
         left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
         return (
@@ -98,28 +103,31 @@ class Results:
         """The families that were evaluated, in the order in which they were asked for."""
         return list(dict.fromkeys(o.family for o in self.outcomes))
 
-    def mean(self) -> Estimate:
-        """The mean of the families' success rates, each counting the same (`stats.wilson_mean`)."""
+    def mean_success(self) -> Estimate:
+        """The mean of the families' success rates, each counting the same."""
         rows = [[o.success for o in self.outcomes if o.family == f] for f in self.families]
-        return wilson_mean([(sum(row), len(row)) for row in rows])
+        return estimate_mean_proportion([(sum(row), len(row)) for row in rows])
 
-    def width(self) -> str:
+    def describe_precision(self) -> str:
         """In words: how wide the intervals are, and how many scenes make them ±5 points."""
-        rates = [self.summary(f).success for f in self.families]
+        rates = [self.summarize(f).success for f in self.families]
         widest = max(rates, key=lambda e: e.half_width)
-        text = f"intervals: ±{100 * self.mean().half_width:.1f} points for the mean, "
+        text = f"intervals: ±{100 * self.mean_success().half_width:.1f} points for the mean, "
         text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
-        text = f"UNFINISHED: {words}. {text}" if (words := self.unfinished()) else text
-        if widest.half_width <= HALF_WIDTH:
+        text = f"UNFINISHED: {words}. {text}" if (words := self.describe_unfinished()) else text
+        if widest.half_width <= TARGET_HALF_WIDTH:
             return text
-        need = max(samples_for(HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
-        return f"{text}. ±{100 * HALF_WIDTH:.0f} points need up to {need} scenes per family"
+        need = max(find_num_samples(TARGET_HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
+        return f"{text}. ±{100 * TARGET_HALF_WIDTH:.0f} points need up to {need} scenes per family"
 
-    def summary(self, family: str | None = None) -> Summary:
+    def summarize(self, family: str | None = None) -> Summary:
         """The numbers of one family, or of all episodes together."""
         chosen = [o for o in self.outcomes if family in (None, o.family)]
         steps = [o.steps for o in chosen if o.success]
-        rates = (wilson(sum(getattr(o, name) for o in chosen), len(chosen)) for name in MILESTONES)
+        rates = (
+            estimate_proportion(sum(getattr(o, name) for o in chosen), len(chosen))
+            for name in MILESTONES
+        )
         success, reached, grasped, wrong = rates
         lost, mean = (
             float(np.mean([o.unreachable for o in chosen])),
@@ -133,22 +141,22 @@ class Results:
             "policy": self.policy,
             "settings": self.settings,
             "seconds": self.seconds,
-            "mean_success": self.mean().value,
-            "summary": {f: asdict(self.summary(f)) for f in self.families},
+            "mean_success": self.mean_success().value,
+            "summary": {f: asdict(self.summarize(f)) for f in self.families},
             "outcomes": [asdict(o) for o in self.outcomes],
             "wanted": sorted(self.wanted),
         }
         write_text(path, json.dumps(content, indent=1))
 
-    def table(self) -> Table:
+    def to_table(self) -> Table:
         """The summaries for a terminal."""
         rows = []
         for family in self.families:
-            s = self.summary(family)
+            s = self.summarize(family)
             rates = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.wrong_object)]
             steps = [f"{s.unreachable:.1f}", "" if s.steps is None else f"{s.steps:.0f}"]
-            rows.append([family, s.success.say(".0%"), *rates, *steps])
-        mean = self.mean()
+            rows.append([family, s.success.to_text(".0%"), *rates, *steps])
+        mean = self.mean_success()
         rows.append(
             ["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5]
         )
@@ -156,10 +164,10 @@ class Results:
         title = f"{self.policy}: closed loop, {num_episodes}, {self.seconds:.0f} s"
         headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
         headers += ["steps out of reach", "steps to success"]
-        return terminal_table(title, headers, rows, self.width(), mean_last=True)
+        return build_terminal_table(title, headers, rows, self.describe_precision(), mean_last=True)
 
 
-def terminal_table(
+def build_terminal_table(
     title: str,
     headers: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -188,7 +196,7 @@ def terminal_table(
     return table
 
 
-def merge(parts: Sequence[Results]) -> Results:
+def merge_results(parts: Sequence[Results]) -> Results:
     """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed, each
     once. Raises `SpearError` when policies or settings differ, or a scene ended differently."""
     first = parts[0]
@@ -230,13 +238,13 @@ class Journal:
         policy: str,
         settings: Mapping[str, Any],
         shard: tuple[int, int],
-        scenes: Scenes,
+        scenes: ScenesByFamily,
     ) -> None:
         """Opens a journal, or goes on with it, to run these scenes. `SpearError`: of other settings."""
         folder.mkdir(parents=True, exist_ok=True)
         self.done: dict[tuple[str, int], Outcome] = {}
         wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
-        if not (found := journals(folder)) and (folder / "results.json").is_file():
+        if not (found := find_journals(folder)) and (folder / "results.json").is_file():
             raise SpearError(
                 f"{folder}: holds results.json without journals: give another --out, or move it"
             )
@@ -271,7 +279,7 @@ class Journal:
         self.done[outcome.family, outcome.seed] = outcome
 
 
-def journals(folder: Path) -> list[Path]:
+def find_journals(folder: Path) -> list[Path]:
     """The journals of a folder that say at least who acted."""
     return sorted(p for p in folder.glob("episodes-*-of-*.jsonl") if b"\n" in p.read_bytes())
 
@@ -293,11 +301,11 @@ def read_journal(path: Path) -> Results:
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
 
 
-def load(path: Path) -> Results:
+def load_results(path: Path) -> Results:
     """The results in a folder (its journals together, or else its results.json), or in a results file. Raises
     `SpearError` when there are none, or when they do not belong together."""
-    if path.is_dir() and (found := journals(path)):
-        results = merge([read_journal(p) for p in found])
+    if path.is_dir() and (found := find_journals(path)):
+        results = merge_results([read_journal(p) for p in found])
         if not results.outcomes:
             raise SpearError(
                 f"results: {path}: no episode has ended there: run `spear evaluate` again"

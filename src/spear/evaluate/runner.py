@@ -11,7 +11,7 @@ from spear.errors import SpearError, format_count
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
-from spear.evaluate.results import Journal, Outcome, Results, Scenes, parse_shard
+from spear.evaluate.results import Journal, Outcome, Results, ScenesByFamily, parse_shard
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.files import write_bytes
 from spear.util.progress import ProgressBar
@@ -50,7 +50,7 @@ class Simulator(Protocol[Track]):
 def run_evaluation(
     simulator: Simulator[Track],
     agent: Agent,
-    scenes: Scenes,
+    scenes: ScenesByFamily,
     settings: dict[str, Any],
     options: EpisodeOptions,
 ) -> tuple[Results, list[Film]]:
@@ -69,7 +69,7 @@ def run_evaluation(
         )
     part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
     if options.films:
-        video.encoder()
+        video.import_encoder()
     films: dict[str, Film] = {}
 
     def make_films(ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
@@ -88,7 +88,7 @@ def run_evaluation(
                 again.append(outcome.seed)
                 continue
             pictures = simulator.film(outcome, tracks[outcome.seed])
-            films[name] = film = Film(outcome, video.encode(pictures, CONTROL_RATE_HZ))
+            films[name] = film = Film(outcome, video.encode_film(pictures, CONTROL_RATE_HZ))
             if options.out:
                 write_bytes(options.out / name, film.data)
         return again

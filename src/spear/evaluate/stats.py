@@ -22,7 +22,7 @@ from spear.types import Array
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal."""
-FEWEST = 6
+MIN_BOOTSTRAP_UNITS = 6
 """Units that a bootstrap needs: of five, not even the range from least to most holds the median in 95 %."""
 
 
@@ -40,10 +40,10 @@ class Estimate:
         """Half the interval's width: the number is known to about ± this."""
         return (self.high - self.low) / 2
 
-    def say(self, form: str, scale: float = 1.0, unit: str = "") -> str:
+    def to_text(self, form: str, scale: float = 1.0, unit: str = "") -> str:
         """As text, each number times `scale` in this format, `unit` behind the first.
 
-        >>> Estimate(0.8, 0.49, 0.943, 10).say(".1f", 100)
+        >>> Estimate(0.8, 0.49, 0.943, 10).to_text(".1f", 100)
         '80.0 [49.0, 94.3]'
         """
         value, low, high = (
@@ -52,7 +52,7 @@ class Estimate:
         return value + unit + (f" (n = {self.n})" if math.isnan(self.low) else f" [{low}, {high}]")
 
 
-def wilson(successes: int, n: int) -> Estimate:
+def estimate_proportion(successes: int, n: int) -> Estimate:
     """A proportion with Wilson's score interval, which stays inside [0, 1] and is honest at 0 and n.
 
     >>> e = wilson(8, 10); round(e.value, 3), round(e.low, 3), round(e.high, 3)
@@ -63,7 +63,7 @@ def wilson(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, *_score_interval(successes / n, n), n)
 
 
-def wilson_mean(counts: Sequence[tuple[int, int]]) -> Estimate:
+def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
     """The mean of several proportions, each counting the same, from (successes, n) of each.
 
     Wilson's interval at the number of samples that a single proportion would need for the same largest
@@ -71,12 +71,12 @@ def wilson_mean(counts: Sequence[tuple[int, int]]) -> Estimate:
     proportions that differ vary less than that, never too narrow (our choice). With very unequal n it can be
     a little.
     """
-    mean = float(np.mean([wilson(k, n).value for k, n in counts]))
+    mean = float(np.mean([estimate_proportion(k, n).value for k, n in counts]))
     effective = len(counts) ** 2 / sum(1 / n for _, n in counts)
     return Estimate(mean, *_score_interval(mean, effective), sum(n for _, n in counts))
 
 
-def samples_for(half_width: float, rate: float = 0.5) -> int:
+def find_num_samples(half_width: float, rate: float = 0.5) -> int:
     """The smallest n at which Wilson's interval around `rate` is at most ±half_width wide.
 
     >>> samples_for(0.05), samples_for(0.05, 0.9)
@@ -85,7 +85,7 @@ def samples_for(half_width: float, rate: float = 0.5) -> int:
     return next(n for n in itertools.count(1) if np.ptp(_score_interval(rate, n)) <= 2 * half_width)
 
 
-def paired_difference(
+def estimate_paired_difference(
     strata: Sequence[tuple[Sequence[bool], Sequence[bool]]],
 ) -> tuple[Estimate, float]:
     """The difference of two success rates, first - second, on the same scenes, and its two-sided p-value.
@@ -130,7 +130,7 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
 
     units = [np.asarray(g, np.float64).ravel() for g in groups if np.size(g)]
     value, count = float(statistic(np.concatenate(units))), len(units)
-    if count < FEWEST:
+    if count < MIN_BOOTSTRAP_UNITS:
         return Estimate(value, math.nan, math.nan, count)
     wider = stdtrit(count - 1, 0.975)
     if all(np.asarray(g).dtype == bool for g in groups):
@@ -151,13 +151,15 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
     return Estimate(value, float(low), float(high), count)
 
 
-def mean_over_seeds(strata: Sequence[Array]) -> Estimate:
+def estimate_mean_over_seeds(strata: Sequence[Array]) -> Estimate:
     """The mean over strata (task families, each counting the same) of success [seeds, scenes] bool."""
     tables = _checked(strata)
-    return _wider(_crossed(tables), wilson_mean([(int(t.sum()), t.size) for t in tables]), 0.0)
+    return _wider(
+        _crossed(tables), estimate_mean_proportion([(int(t.sum()), t.size) for t in tables]), 0.0
+    )
 
 
-def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
+def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
     """Mean success of `first` minus that of `second` on the same scenes; arguments as in `mean_over_seeds`,
     seeds and scenes paired by their order."""
     a, b = _checked(first), _checked(second)
@@ -165,7 +167,7 @@ def difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Es
         raise ValueError(f"difference: {[x.shape for x in a]} against {[y.shape for y in b]}")
     crossed = _crossed([x.astype(float) - y for x, y in zip(a, b, strict=True)])
     pairs = [(x.ravel().tolist(), y.ravel().tolist()) for x, y in zip(a, b, strict=True)]
-    return _wider(crossed, paired_difference(pairs)[0], -1.0)
+    return _wider(crossed, estimate_paired_difference(pairs)[0], -1.0)
 
 
 def _score_interval(p: float, n: float) -> tuple[float, float]:

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from spear.errors import format_count
-from spear.evaluate.compare import ALPHA, Comparison, Pair, Reference, cells, p_value, points
-from spear.evaluate.open_loop import OpenLoop
+from spear.evaluate.compare import (
+    SIGNIFICANCE_LEVEL,
+    Comparison,
+    Pair,
+    Reference,
+    format_p_value,
+    format_points,
+    format_row,
+)
+from spear.evaluate.open_loop import OpenLoopErrors
 from spear.evaluate.results import Outcome, Results
 from spear.report.page import render, spaced
 from spear.report.plot import COLOURS, GREY, Axis, Line, bars, chart, differences, rate_bars
@@ -31,8 +39,11 @@ def comparison_page(
     facts = [
         (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
         (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
-        tuple(points(mean.difference).split(" ", 1)),
-        (f"p {p_value(mean.p)}", f"paired test, {format_count(len(c.pairs), 'shared scenes')}"),
+        tuple(format_points(mean.difference).split(" ", 1)),
+        (
+            f"p {format_p_value(mean.p)}",
+            f"paired test, {format_count(len(c.pairs), 'shared scenes')}",
+        ),
     ]
     groups = [
         (spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows
@@ -42,16 +53,16 @@ def comparison_page(
         title=f"{c.first} against {c.second}",
         facts=facts,
         comparison=c,
-        alpha=ALPHA,
+        alpha=SIGNIFICANCE_LEVEL,
         rates=bars(groups),
         differences=differences([(spaced(r.name), r.difference) for r in c.rows]),
-        rows=[[spaced(cells(r)[0]), *cells(r)[1:]] for r in c.rows],
+        rows=[[spaced(format_row(r)[0]), *format_row(r)[1:]] for r in c.rows],
         scenes=[_scene(c, pair, folders) for pair in filmed_pairs(c, folders, films)],
         published=[(table, table.headers(), table.cells(ours)) for table in published],
     )
 
 
-def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
+def open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str:
     """A self-contained document with `open_loop_charts`."""
     num_episodes = format_count(len(model.truth), "held-out episodes")
     title = f"{model.name}: predicted actions, the first of {num_episodes}"
@@ -60,7 +71,7 @@ def open_loop_page(model: OpenLoop, reference: OpenLoop) -> str:
     )
 
 
-def open_loop_charts(model: OpenLoop, reference: OpenLoop) -> list[list[str]]:
+def open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> list[list[str]]:
     """Of three held-out episodes: predicted and true displacement along each axis, and gripper, by step."""
     names = ("Forward (x), mm", "Left (y), mm", "Up (z), mm", "Gripper opening")
     shown = []

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from spear.errors import SpearError
-from spear.evaluate.vqa.measures import image_points, numbers
+from spear.evaluate.vqa.measures import extract_image_points, extract_numbers
 from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
@@ -73,7 +73,7 @@ def draw_answer(
     away = family == "offset"  # the three numbers are no place
     if away or places(answer, image.shape[1], image.shape[0], intrinsics) is None:
         wrong = "has no box, point or image location"
-        if len(numbers(answer)) in (3, 24) and not away:
+        if len(extract_numbers(answer)) in (3, 24) and not away:
             wrong = "lies behind the camera"
             if intrinsics is None:
                 wrong = (
@@ -88,11 +88,11 @@ def places(answer: Segments, width: int, height: int, intrinsics: Array | None) 
 
     None for an answer without any, for one in 3D without `intrinsics` [3, 3], and for one behind the camera.
     """
-    values = numbers(answer)
+    values = extract_numbers(answer)
     if len(values) in (3, 24) and intrinsics is not None:
         corners = values.reshape(-1, 3)
         return None if (corners[:, 2] <= 1e-3).any() else project(corners, intrinsics)
-    points = image_points(answer) * (width, height)
+    points = extract_image_points(answer) * (width, height)
     return points if len(points) else None
 
 

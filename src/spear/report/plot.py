@@ -141,7 +141,7 @@ def bars(
 def rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
     """Success rates. The first is the one that is judged, and stands out; the others are its references."""
     return [
-        Bar(name, e.value, e.say(".0%"), e.low, e.high, "quiet" if i else "")
+        Bar(name, e.value, e.to_text(".0%"), e.low, e.high, "quiet" if i else "")
         for i, (name, e) in enumerate(rates)
     ]
 
@@ -153,7 +153,7 @@ def differences(rows: Sequence[tuple[str, Estimate]]) -> str:
         Bar(
             name,
             e.value,
-            e.say("+.1f", 100),
+            e.to_text("+.1f", 100),
             e.low,
             e.high,
             "dot" if e.low <= 0 <= e.high else "sure dot",

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from spear.evaluate.vqa.calibration import LEVELS
+from spear.evaluate.vqa.calibration import CURVE_LEVELS
 from spear.evaluate.vqa.measures import MEASURES
-from spear.evaluate.vqa.scores import Asked, Scores
+from spear.evaluate.vqa.scores import AnsweredQuestion, Scores
 from spear.report.draw import PREDICTION, TRUTH, draw_answers
 from spear.report.labels import say
 from spear.report.page import render, spaced
@@ -39,14 +39,16 @@ def vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     )
 
 
-def figure(asked: Asked) -> tuple[str, str]:
+def figure(asked: AnsweredQuestion) -> tuple[str, str]:
     """The answer (orange) and the truth (green) on the image, as a data URI; and the caption: the question,
     and how far off the answer is. What lies behind the camera, or has no place in the image, is left out."""
     label, measures = asked.label, asked.measures
     answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
     image, scale = decode_image(label.image, label.source), max(1, round(WIDTH / label.width))
     drawn = to_jpeg_data_uri(draw_answers(image, label.intrinsics, answers, scale))
-    words = [MEASURES[n].say(measures[n]) for n in ("error", "pixels", "relative") if n in measures]
+    words = [
+        MEASURES[n].to_text(measures[n]) for n in ("error", "pixels", "relative") if n in measures
+    ]
     if "iou" in measures:
         words.append(f"IoU {measures['iou']:.2f}")
     off = f"off by {', '.join(words)}" if words else "broken"
@@ -64,12 +66,14 @@ def _facts(scores: Scores) -> list[tuple[str, str]]:
     ):
         if (s := scores.families.get(family)) and name in s.measures:
             m = MEASURES[name]
-            guess = f"; a constant guess: {m.say(s.constant[name])}" if name in s.constant else ""
-            facts.append((m.say(s.measures[name].value), what + guess))
+            guess = (
+                f"; a constant guess: {m.to_text(s.constant[name])}" if name in s.constant else ""
+            )
+            facts.append((m.to_text(s.measures[name].value), what + guess))
     return facts
 
 
-def _ranked(scores: Scores, family: str) -> list[Asked]:
+def _ranked(scores: Scores, family: str) -> list[AnsweredQuestion]:
     """The answers of a family that have an error, the best first."""
     rows = [a for a in scores.asked if a.question.family == family and "relative" in a.measures]
     return sorted(rows, key=lambda a: a.measures["relative"])
@@ -97,7 +101,7 @@ def _extremes(scores: Scores, family: str, shown: int) -> list[tuple[str, list[t
 
 def _calibration(scores: Scores) -> list[str]:
     """How often the truth lies in the central intervals, and errors over predicted spreads."""
-    found, levels = scores.calibration.items(), 100 * np.array(LEVELS)
+    found, levels = scores.calibration.items(), 100 * np.array(CURVE_LEVELS)
     covered = [Line(spaced(family), levels, 100 * np.array(c.curve)) for family, c in found]
     bands = [
         Line(spaced(family), [b.spread for b in c.bands], [b.error for b in c.bands], dots=True)

@@ -19,7 +19,7 @@ from spear.data.store.episode_store import EpisodeStore, list_shards
 from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
 from spear.errors import SpearError, notice
 from spear.evaluate import results
-from spear.evaluate.closed_loop import delay_steps
+from spear.evaluate.closed_loop import count_latency_steps
 from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
@@ -64,7 +64,7 @@ class Scene:
         self.executor = ChunkExecutor(
             how["execution"], how["replan"], max_committed=policy.committed
         )
-        self.delay = delay_steps(how["latency_ms"])
+        self.delay = count_latency_steps(how["latency_ms"])
         self.name, self.newest = f"{family}-{seed}", 0
         self._steps = [(seen, self._look(seen, {}, self._env.world.spec.instruction))]
 
@@ -208,10 +208,10 @@ class Shelf:
             self._titles = [
                 f"{i} · {SAID[e.success]}{e.instruction[:80]}" for i, e in enumerate(first)
             ]
-        elif results.journals(folder) or (folder / "results.json").is_file():
-            found = results.load(folder)
+        elif results.find_journals(folder) or (folder / "results.json").is_file():
+            found = results.load_results(folder)
             self._policy, self._settings = found.policy, found.settings
-            if words := found.unfinished():
+            if words := found.describe_unfinished():
                 notice(f"--episodes {folder}: {words}")
             self._held = sorted(found.outcomes, key=lambda o: o.success)
             some = self._held[:MOST_LISTED]

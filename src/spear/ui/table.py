@@ -144,7 +144,7 @@ class Table:
         scene, step = self._at(request)
         image, started = scene.observation(step)["observation/image"], time.perf_counter()
         vlm, trust, family = self._studio.vlm, self._studio.trust, "box_vertices"
-        absent = ask.missing(vlm, image, names) if trust and trust.tells_absent else {}
+        absent = ask.find_absent_objects(vlm, image, names) if trust and trust.tells_absent else {}
         there = [name for name in names if name not in absent]
         prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in there]
         answers = (
@@ -177,13 +177,13 @@ class Table:
         scene, step = self._at(request)
         asked = tools.prompt({"question": request.get("text")}, "question")
         image = scene.observation(step)["observation/image"]
-        _, said = ask.ask(self._studio.vlm, image, asked, trust=self._studio.trust)
+        _, said = ask.ask_question(self._studio.vlm, image, asked, trust=self._studio.trust)
         return {"step": step, "answer": {"question": asked, "text": said, "step": step}}
 
     def film(self, _: Request) -> View:
         """All steps so far as a film."""
         scene, newest = self._at({})
-        video.encoder()
+        video.import_encoder()
 
         def frames() -> Iterator[Array]:
             for look in map(scene.look, range(newest + 1)):
@@ -196,11 +196,11 @@ class Table:
                 ]
                 external, *wrist = map(decode_image, data)
                 ended = {"success": True, None: None}.get(look["outcome"], False)
-                yield video.compose(
+                yield video.compose_frame(
                     external, wrist[0] if wrist else None, look["told"] or "", ended
                 )
 
-        data = video.encode(frames(), scene.rate_hz)
+        data = video.encode_film(frames(), scene.rate_hz)
         return {"film": {"name": f"{scene.name}.mp4", "data": base64.b64encode(data).decode()}}
 
     def _begin(self, scene: Scene | Recording) -> View:

@@ -12,8 +12,8 @@ from refusals import refuses
 from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE
 from spear.evaluate.simpler import oracle, record
-from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, off_grid
-from spear.evaluate.simpler.world import _ours, at_rest, in_base, opening
+from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, sample_off_grid_start
+from spear.evaluate.simpler.world import _ours, compute_opening, is_at_rest, to_base_frame
 from spear.types import Array
 
 DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
@@ -65,7 +65,9 @@ class Table:
         seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
         state = self.robot.read(seen)["observation/state"]
         self.command(
-            self.robot.control(None)[1].convert(oracle.act(self.task, truth)[None], state, seen)[0]
+            self.robot.control(None)[1].convert(
+                oracle.choose_action(self.task, truth)[None], state, seen
+            )[0]
         )
 
     def command(self, row: Array) -> None:
@@ -108,25 +110,27 @@ def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: f
 def test_poses_and_the_opening_are_ours() -> None:
     base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
     turned = Rotation.from_euler("z", 90, degrees=True)
-    found = in_base(base, np.array([-0.235, -0.075, 0.8875, *turned.as_quat(scalar_first=True)]))
+    found = to_base_frame(
+        base, np.array([-0.235, -0.075, 0.8875, *turned.as_quat(scalar_first=True)])
+    )
     np.testing.assert_allclose(found[:3], [0.382, 0.103, 0.0175], atol=1e-9)
     assert (Rotation.from_quat(found[3:], scalar_first=True) * turned).magnitude() < 1e-9
 
     # The end-effector is parallel to the base when the gripper points down.
     link = np.array([0.3, 0.0, 0.1, *DOWN.as_quat(scalar_first=True)])
     np.testing.assert_allclose(_ours(link), [0.3, 0.0, 0.1, 1, 0, 0, 0], atol=1e-9)
-    openings = [opening(np.full(2, q)) for q in (0.014, 0.015, 0.026, 0.037, 0.038)]
+    openings = [compute_opening(np.full(2, q)) for q in (0.014, 0.015, 0.026, 0.037, 0.038)]
     assert openings == pytest.approx([0, 0, 0.5, 1, 1])
 
 
 def test_rest_is_judged_by_the_pose() -> None:
     truth = Table("PutEggplantInBasketScene-v1", np.array([0.3, 0.1]), 0.0).truth()
     trembling, moving = (truth.measured + np.array([d, 0, 0, 0, 0, 0, 0]) for d in (1e-4, 2e-3))
-    assert at_rest(
+    assert is_at_rest(
         truth, trembling, truth.opening
     )  # joints at 0.03 rad/s that press on something go nowhere
-    assert not at_rest(truth, moving, truth.opening)
-    assert not at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
+    assert not is_at_rest(truth, moving, truth.opening)
+    assert not is_at_rest(truth, truth.measured, truth.opening - 0.1)  # the fingers close
 
 
 def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
@@ -135,7 +139,7 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
     places = np.array([[a, b] for a in corners for b in corners if a is not b])
     turns = np.array([[[1.0, 0, 0, 0]] * 2, [[0.5**0.5, 0, 0, 0.5**0.5], [1, 0, 0, 0]]])
     task = TASKS["PutCarrotOnPlateInScene-v1"]
-    starts = [off_grid(task, seed, places, turns) for seed in range(300)]
+    starts = [sample_off_grid_start(task, seed, places, turns) for seed in range(300)]
     for start in starts:
         nearest = np.linalg.norm(places[:, :, :2] - start.places[:, :2], axis=-1).max(axis=1).min()
         off = Rotation.from_quat(turns[:, 0], scalar_first=True).inv()
@@ -145,13 +149,15 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all() and turned <= np.pi / 4 + 1e-9
         near = dataclasses.replace(start, places=places[3] + 0.5 * MARGIN[0], turns=turns[1])
         assert is_official(near, places, turns)
-    np.testing.assert_array_equal(off_grid(task, 7, places, turns).places, starts[7].places)
+    np.testing.assert_array_equal(
+        sample_off_grid_start(task, 7, places, turns).places, starts[7].places
+    )
     assert len({start.places.tobytes() for start in starts}) == 300
-    fixed = off_grid(
+    fixed = sample_off_grid_start(
         task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]]
     )
     np.testing.assert_array_equal(fixed.places[1:], corners[[2, 1]])
-    refuses("apart", off_grid, dataclasses.replace(task, apart=0.6), 0, places, turns)
+    refuses("apart", sample_off_grid_start, dataclasses.replace(task, apart=0.6), 0, places, turns)
 
 
 def test_a_recording_that_is_left_waits_for_no_episode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +166,7 @@ def test_a_recording_that_is_left_waits_for_no_episode(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         record, "record_episode", lambda _, __, n, *___: in_time.append(n == 0 or left.wait(9))
     )
-    episodes = record.record("task", range(8), (4, 4), workers=1)
+    episodes = record.record_episodes("task", range(8), (4, 4), workers=1)
     next(episodes)
     del episodes
     assert all(in_time)

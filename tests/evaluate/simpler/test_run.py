@@ -16,12 +16,12 @@ from refusals import refuses
 from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
-from spear.evaluate.compare import beside
+from spear.evaluate.compare import find_matching_references
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
-from spear.evaluate.results import load
+from spear.evaluate.results import load_results
 from spear.evaluate.runner import run_evaluation
-from spear.evaluate.simpler.frames import fitted
-from spear.evaluate.simpler.record import demonstrate, record_episode
+from spear.evaluate.simpler.frames import fit_frame
+from spear.evaluate.simpler.record import record_demonstrations, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
@@ -43,7 +43,7 @@ def test_a_fitted_frame_shows_the_same_points() -> None:
     matrix = np.array([[620.0, 0, 319.5], [0, 620, 239.5], [0, 0, 1]])
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3)).astype(np.uint8)
     frame = Frame(image, depth, instances, {1: "cube", 2: "speck", 3: "cut"}, matrix)
-    small = fitted(frame, (192, 128), "here")
+    small = fit_frame(frame, (192, 128), "here")
     assert (
         small.image.shape == (128, 192, 3) and small.names == {1: "cube"} and small.source == "here"
     )
@@ -162,15 +162,15 @@ def test_recording_goes_on_behind_what_is_written(
     simpler: Simpler, shared: Path, tmp_path: Path
 ) -> None:
     how = 10_000, 128, 1, shared / "assets" / "simpler"
-    assert demonstrate(tmp_path, [TASK], 1, *how) == {TASK: (1, 1)}
-    assert demonstrate(tmp_path, [TASK], 2, *how) == {TASK: (2, 2)}
+    assert record_demonstrations(tmp_path, [TASK], 1, *how) == {TASK: (1, 1)}
+    assert record_demonstrations(tmp_path, [TASK], 2, *how) == {TASK: (2, 2)}
     store = EpisodeStore(tmp_path / TASK)
     assert [store.source(i) for i in range(2)] == [
         f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)
     ]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
     (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of before"}')
-    refuses("assets", demonstrate, tmp_path, [TASK], 2, *how)
+    refuses("assets", record_demonstrations, tmp_path, [TASK], 2, *how)
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_nano_runs_and_is_filmed(
     run_evaluation(
         simpler, load_agent("nano"), {TASK: [30]}, {}, EpisodeOptions(films=1, out=tmp_path)
     )
-    results = load(tmp_path)
+    results = load_results(tmp_path)
     (outcome,) = results.outcomes
     assert (outcome.seed, outcome.steps) == (30, 6)
-    (published,) = beside(results)
+    (published,) = find_matching_references(results)
     assert "SPEAR-1 (published)" in [line[0] for line in published.cells([("nano", results)])]
     (film,) = tmp_path.glob("*.mp4")
     with av.open(str(film)) as container:

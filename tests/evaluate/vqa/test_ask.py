@@ -12,9 +12,9 @@ import pytest
 from refusals import refuses
 from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import ask, find_images, read_picture, understand
-from spear.evaluate.vqa.calibration import FILE, Certainty, Trust, factor
-from spear.evaluate.vqa.run import evaluate
+from spear.evaluate.vqa.ask import ask_question, load_labeled_images, load_picture, parse_question
+from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Certainty, Trust, compute_spread_factor
+from spear.evaluate.vqa.run import evaluate_vqa
 from spear.labels.questions.templates import FAMILIES, PROMPT_TEMPLATES
 from spear.models.weights.folders import BUNDLED_WEIGHTS, is_simulator_only
 from spear.policy import VlmBundle, load_vlm
@@ -34,26 +34,28 @@ def test_every_wording_is_understood() -> None:
             question = prompt.format(x="the red cube", y="a mug", p="nearest")
             names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]
             for said in (question, question.lower() + " ", f"Up to scale: {question}"):
-                assert understand(said) == (family, names)
+                assert parse_question(said) == (family, names)
     for name in ("zebra", "salt and pepper shaker"):
-        assert understand(f"How far away is a {name}") == ("distance", [name])
+        assert parse_question(f"How far away is a {name}") == ("distance", [name])
     far = "How far away is the gripper"
     for question in (
         "What do you think of it?",
         f"{far} from the cup?",
         f"{far} relative to the cup",
     ):
-        assert understand(question) is None
+        assert parse_question(question) is None
 
 
 def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmBundle) -> None:
-    picture, trust = read_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
-    answer, said = ask(nano, picture.image, "How far away is the plate?", trust=trust)
+    picture, trust = load_picture("sim:7", nano.processor.image_sizes["external"]), Trust.load(NANO)
+    answer, said = ask_question(nano, picture.image, "How far away is the plate?", trust=trust)
     assert answer is not None and "80% interval" in said and answer.distribution is not None
     value, _, low, high = map(float, re.findall(r"[\d.]+", said))
     assert low < value < high and answer.values == pytest.approx(answer.distribution.read("median"))
     for name in ("zebra", "carrot"):
-        answer, said = ask(nano, picture.image, f"How far away is the {name}?", trust=trust)
+        answer, said = ask_question(
+            nano, picture.image, f"How far away is the {name}?", trust=trust
+        )
         assert answer is None and said.startswith(f"not in the picture: {name}")
     far = "How far away is the plate?"
     for question, family in (
@@ -61,16 +63,19 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
         ("Plate?", "distance"),
         (far, "keypoint"),
     ):
-        assert "not known" in ask(nano, picture.image, question, family, trust=trust)[1]
+        assert "not known" in ask_question(nano, picture.image, question, family, trust=trust)[1]
     few = replace(trust, factors={})
-    assert "not measured" in ask(nano, picture.image, "How far away is the plate?", trust=few)[1]
     assert (
-        ask(nano, picture.image, "How far away is the zebra?")[0] is not None
+        "not measured"
+        in ask_question(nano, picture.image, "How far away is the plate?", trust=few)[1]
+    )
+    assert (
+        ask_question(nano, picture.image, "How far away is the zebra?")[0] is not None
     )  # never measured, never said
 
 
 def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, done: Callable[..., str]) -> None:
-    (label,) = find_images("sim:7", 1, "wrist", nano.processor)
+    (label,) = load_labeled_images("sim:7", 1, "wrist", nano.processor)
     said = done("ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist")
     assert (
         float(said.split()[0]) < 0.5 and "interval" not in said
@@ -79,19 +84,19 @@ def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, done: Callable[..., str
 
 def test_the_shipped_calibration_holds_on_other_scenes(nano: VlmBundle) -> None:
     options = QuestionOptions(per_image=1, families=("distance", "keypoint", "box_vertices"))
-    labels = find_images("sim:300", 24, "external", nano.processor)
+    labels = load_labeled_images("sim:300", 24, "external", nano.processor)
     for name, vlm in (("nano", nano), ("nano-vlm", load_vlm("nano-vlm"))):
         trust = Trust.load(BUNDLED_WEIGHTS / name)
         assert trust is not None and trust.tells_absent
-        found = evaluate(vlm, labels, options, trust).calibration
+        found = evaluate_vqa(vlm, labels, options, trust).calibration
         for family in options.families:
             assert 0.6 < found[family].coverage["spear ask, 80%"].value < 0.95, (name, family)
 
 
 def test_intervals_are_not_judged_by_the_images_that_they_were_measured_on(nano: VlmBundle) -> None:
-    labels = find_images("sim:1199", 3, "external", nano.processor)
+    labels = load_labeled_images("sim:1199", 3, "external", nano.processor)
     with pytest.warns(Notice, match="calibrated on 1 of"):
-        found = evaluate(
+        found = evaluate_vqa(
             nano, labels, QuestionOptions(families=("distance",)), Trust.load(NANO)
         ).calibration
     assert (
@@ -105,7 +110,7 @@ def test_the_factor_is_the_smallest_that_holds_so_many() -> None:
         Certainty(np.zeros(3), np.full(3, 0.1), 0.2 * np.abs(rng.normal(size=3)))
         for _ in range(2000)
     ]
-    assert factor(sure) == pytest.approx(
+    assert compute_spread_factor(sure) == pytest.approx(
         2 * 1.2816, rel=0.05
     )  # of a normal, 80 % lie within 1.28 sigma
 
@@ -129,10 +134,10 @@ def test_trust_is_kept_beside_the_weights_and_changes_no_action(tmp_path: Path) 
     (tmp_path / "config.json").write_text("[]")
     with pytest.warns(Notice, match="config.json"):
         assert Trust.load(tmp_path) is None
-    (tmp_path / FILE).write_text("{}")
-    refuses(FILE, Trust.load, tmp_path)
+    (tmp_path / CALIBRATION_FILE).write_text("{}")
+    refuses(CALIBRATION_FILE, Trust.load, tmp_path)
     for key, bad in (("names_present", "often"), ("factors", {"distance": -1}), ("files", 3)):
-        (tmp_path / FILE).write_text(json.dumps(asdict(trust) | {key: bad}))
-        refuses(f"{FILE}.*{key}", Trust.load, tmp_path)
+        (tmp_path / CALIBRATION_FILE).write_text(json.dumps(asdict(trust) | {key: bad}))
+        refuses(f"{CALIBRATION_FILE}.*{key}", Trust.load, tmp_path)
     (tmp_path / "recipe.json").write_text("[]")
     refuses("recipe.json", is_simulator_only, tmp_path)

@@ -15,10 +15,21 @@ from refusals import Command, refuses
 from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.ask import words
-from spear.evaluate.vqa.calibration import Certainty, calibrate, factor, uncertainty
-from spear.evaluate.vqa.measures import Segments, closer_named, constant_guess, depth_guess, measure
-from spear.evaluate.vqa.scores import Asked, Scores, summarize
+from spear.evaluate.vqa.ask import format_reply
+from spear.evaluate.vqa.calibration import (
+    Certainty,
+    calibrate,
+    compute_spread_factor,
+    compute_uncertainty,
+)
+from spear.evaluate.vqa.measures import (
+    Segments,
+    find_closer_named,
+    guess_constants,
+    guess_from_depth,
+    measure_answer,
+)
+from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box, make_box
 from spear.labels.inputs import hash_content
 from spear.labels.store import write_labels
@@ -83,7 +94,7 @@ def ask_oracle(
 
     with monkeypatch.context() as patch:
         patch.setattr(vqa, "generate_questions", remember)
-        return vqa.evaluate(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
+        return vqa.evaluate_vqa(oracle, labels, QuestionOptions(**options))  # type: ignore[arg-type]
 
 
 def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,18 +134,19 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
     with pytest.warns(Notice, match="offset, chain_of_thought"):
         assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
     question = scores.asked[0].question
-    assert measure(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
+    assert measure_answer(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
 
 
 def test_an_answer_that_fails_counts_in_medians_and_means() -> None:
     labels = [labelled(i) for i in range(8)]
     questions = [
-        vqa.questions_about([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1] for x in labels
+        vqa.generate_questions_by_family([x], ["box_vertices"], 1, seed=3)["box_vertices"][0][1]
+        for x in labels
     ]
     for failed, finite in ((3, True), (5, False)):
         said = [q.segments if i >= failed else [] for i, q in enumerate(questions)]
         asked = [
-            Asked(i, x, q, s)
+            AnsweredQuestion(i, x, q, s)
             for i, (x, q, s) in enumerate(zip(labels, questions, said, strict=True))
         ]
         found = summarize(asked, {"box_vertices": [True] * 8}, labels, "mode").families[
@@ -151,24 +163,25 @@ def test_relative_labels_have_no_millimetres(monkeypatch: pytest.MonkeyPatch) ->
     scores = ask_oracle(Oracle(0.01), [labelled(i, unit="relative") for i in range(3)], monkeypatch)
     assert "error" not in scores.families["keypoint"].measures and "%" in scores.rows()[1][0][2]
     unknown = QuestionOptions(families=("keypiont",))
-    refuses("did you mean 'keypoint'", vqa.evaluate, Oracle(), [labelled(0)], unknown)
+    refuses("did you mean 'keypoint'", vqa.evaluate_vqa, Oracle(), [labelled(0)], unknown)
 
 
 def test_the_depth_guess_knows_how_far_away_a_scene_is() -> None:
     labels = [labelled(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     for family in ("box_vertices", "keypoint", "offset", "distance"):
         questions = [
-            vqa.questions_about([label], [family], 1, seed=3)[family][0][1] for label in labels
+            vqa.generate_questions_by_family([label], [family], 1, seed=3)[family][0][1]
+            for label in labels
         ]
-        depth, constant = depth_guess(questions, labels), constant_guess(questions)
+        depth, constant = guess_from_depth(questions, labels), guess_constants(questions)
         for i, (q, near, far) in enumerate(zip(questions, depth, constant, strict=True)):
-            assert measure(q, near, labels[i])["relative"] < 0.01
-            assert i in (1, 2) or measure(q, far, labels[i])["relative"] > 5
+            assert measure_answer(q, near, labels[i])["relative"] < 0.01
+            assert i in (1, 2) or measure_answer(q, far, labels[i])["relative"] > 5
 
 
 def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
     truth = Question("back_projection", "?", [Pixel(0.1, 0.2), Pixel(0.5, 0.5)], ["x"])
-    found = measure(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
+    found = measure_answer(truth, [Pixel(0.4, 0.6), Pixel(0.5, 0.5)], labelled(0))
     assert found == pytest.approx({"pixels": np.hypot(0.3 * 140, 0.4 * 105) / 2, "relative": 25})
     for closing, named in (
         (" so the mug is closer", "mug"),
@@ -177,9 +190,10 @@ def test_single_answers_are_measured_as_worked_out_by_hand() -> None:
         ("", None),
     ):
         thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, closing]
-        assert closer_named(thought, ("mug", "red cube")) == named
+        assert find_closer_named(thought, ("mug", "red cube")) == named
     assert (
-        closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)")) == "cup (left)"
+        find_closer_named([0.4, " so the cup (left) is closer"], ("mug", "cup (left)"))
+        == "cup (left)"
     )
 
 
@@ -205,7 +219,7 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
         oracle.sigma = sigma / too_sure
         c = Certainty.of(oracle._held(truth + rng.normal(0, sigma, 3)), truth, np.full(3, 0.5))
         answers.append((image, c, float(100 * c.off.mean())))
-    found = calibrate(answers, factor([c for _, c, _ in answers[:150]]))
+    found = calibrate(answers, compute_spread_factor([c for _, c, _ in answers[:150]]))
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
     assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05
     assert found.coverage["spear ask, 80%"].value == pytest.approx(0.8, abs=0.05)
@@ -223,9 +237,9 @@ def test_a_vertex_is_no_surer_than_those_before_it() -> None:
     parts = [wide.probabilities[:2], narrow.probabilities[2:], *[narrow.probabilities] * 7]
     box = Distribution(np.concatenate(parts), wide.coordinates)
     np.testing.assert_allclose(
-        uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
+        compute_uncertainty(box), np.tile([*wide.spread()[:2], narrow.spread()[2]], 8)
     )
-    np.testing.assert_array_equal(uncertainty(narrow), narrow.spread())
+    np.testing.assert_array_equal(compute_uncertainty(narrow), narrow.spread())
 
 
 def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,10 +307,10 @@ def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) ->
 def test_an_answer_to_one_question_is_said_in_the_unit_of_the_model(unit: Unit, said: str) -> None:
     image = np.zeros((60, 80, 3), np.uint8)
     assert (
-        words(Answer(["the mug is ", 0.41251, " away"], unit), image)
+        format_reply(Answer(["the mug is ", 0.41251, " away"], unit), image)
         == f"the mug is 0.413 {said} away"
     )
-    box = words(Answer([0.25] * 24, unit), image).splitlines()
+    box = format_reply(Answer([0.25] * 24, unit), image).splitlines()
     assert box[0] == f"centre (0.250, 0.250, 0.250) {said}; vertices:" and len(box) == 9
-    assert words(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"
-    assert words(Answer([], unit), image) == "(no answer)"
+    assert format_reply(Answer([Pixel(0.5, 0.25)], unit), image) == "(40, 15) px"
+    assert format_reply(Answer([], unit), image) == "(no answer)"

@@ -13,7 +13,7 @@ from spear.evaluate import closed_loop
 from spear.evaluate.agents import PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
 from spear.evaluate.vqa import run as vqa
-from spear.evaluate.vqa.ask import held_out_frames
+from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.pipeline import label_with_ground_truth
 from spear.models.presets import PRESETS
 from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenance
@@ -48,13 +48,15 @@ def test_what_spear_vlm_begins_with_was_trained_as_its_recipe_says(name: str) ->
 
 def test_the_vlm_sees_where_things_are() -> None:
     labels = list(
-        label_with_ground_truth(held_out_frames(12, 500, PRESETS["nano"].image_sizes["external"]))
+        label_with_ground_truth(
+            render_held_out_frames(12, 500, PRESETS["nano"].image_sizes["external"])
+        )
     )
     for name, part, families in (
         ("nano", 0.6, ("keypoint",)),
         ("nano-vlm", 0.35, ("keypoint", "offset")),
     ):
-        scores = vqa.evaluate(load_vlm(name), labels, QuestionOptions(families=families))
+        scores = vqa.evaluate_vqa(load_vlm(name), labels, QuestionOptions(families=families))
         for found in (scores.families[family] for family in families):
             assert found.measures["error"].value < part * found.constant["error"], name
             assert found.grammar.value == 1.0
@@ -62,8 +64,8 @@ def test_the_vlm_sees_where_things_are() -> None:
 
 def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     options = TabletopOptions(scenes=4, families=("put_on",), out=tmp_path)
-    results, _ = closed_loop.evaluate(PolicyAgent(nano, "nano", None), options)
-    assert results.mean().value > 0.4
+    results, _ = closed_loop.evaluate_tabletop(PolicyAgent(nano, "nano", None), options)
+    assert results.mean_success().value > 0.4
 
 
 def test_a_folder_named_like_weights_is_said(

@@ -7,14 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, Task, off_grid
+from spear.evaluate.simpler.tasks import (
+    CAMERA,
+    FINGER_CLOSED_M,
+    FINGER_OPEN_M,
+    Task,
+    sample_off_grid_start,
+)
 from spear.geometry import quat_exp, quat_multiply
 from spear.sim.render import MIN_PIXELS
 from spear.sim.world import GRIPPER_NAME
 from spear.types import Array, Frame
 from spear.util.images import compute_placement, fit_image
 
-NAMES = {
+OBJECT_NAMES = {
     "bridge_carrot_generated_modified": "carrot",
     "bridge_plate_objaverse_larger": "plate",
     "eggplant": "eggplant",
@@ -36,15 +42,17 @@ SHIFT, TURN = 0.04, math.radians(4)
 """Standard deviations of the camera's place, along each axis (m), and of its orientation (rad)."""
 
 
-def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Frame:
+def render_labeled_frame(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Frame:
     """What the task's camera sees of a start off the grid: image and depth [480, 640], and the truth.
 
     env       ManiSkill's, of this task; it keeps the scene until the next `rebuild`.
     official  places and turns of the official starts, as `off_grid` takes them.
     """
-    rng, begin = np.random.default_rng([seed, 3]), off_grid(task, seed, *official)
+    rng, begin = np.random.default_rng([seed, 3]), sample_off_grid_start(task, seed, *official)
     own, behind = list(env.obj_names), list(env.objects_excluded_from_greenscreening)
-    places, more = clutter(begin.places, [name for name in NAMES if name not in own], rng)
+    places, more = sample_clutter(
+        begin.places, [name for name in OBJECT_NAMES if name not in own], rng
+    )
     turns = [
         [math.cos(angle), 0, 0, math.sin(angle)] for angle in rng.uniform(0, math.pi, len(more))
     ]
@@ -54,7 +62,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
         **env.model_db,
     }  # without a density: that of water
     try:
-        rebuild(
+        rebuild_scene(
             env,
             torch.from_numpy(places)[None],
             torch.from_numpy(np.vstack([begin.turns, *turns]))[None],
@@ -64,7 +72,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     env.scene.set_ambient_light(list(0.3 * rng.uniform(0.3, 2.0) + rng.uniform(-0.05, 0.05, 3)))
     joints = env.agent.robot.get_qpos()[0].numpy().copy()
     joints[:6] += rng.normal(0, POSTURE)
-    joints[6:] = rng.uniform(CLOSED, OPEN)
+    joints[6:] = rng.uniform(FINGER_CLOSED_M, FINGER_OPEN_M)
     env.agent.reset(init_qpos=joints)
     sensor = env._sensors[CAMERA]
     moved = rng.random() < 0.5
@@ -85,7 +93,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
         int(x.per_scene_id) for x in env.agent.robot.links if any(part in x.name for part in HAND)
     ]
     shown = [(name, actor) for name, actor in env.objs.items() if name in (*behind, *more)]
-    actors = {NAMES.get(n, n.replace("_", " ")): [int(x.per_scene_id)] for n, x in shown}
+    actors = {OBJECT_NAMES.get(n, n.replace("_", " ")): [int(x.per_scene_id)] for n, x in shown}
     names, instances = {}, np.zeros(ids.shape[:2], np.int32)
     for number, (name, members) in enumerate({GRIPPER_NAME: hand, **actors}.items(), 1):
         instances[np.isin(ids[..., 0], members)] = number
@@ -101,7 +109,7 @@ def look(env: Any, task: Task, official: tuple[Array, Array], seed: int) -> Fram
     )
 
 
-def rebuild(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
+def rebuild_scene(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
     """Builds the scene of that number among all pairs of places [n, objects, 3] and turns [m, objects, 4]; of
     the one before nothing stays.
 
@@ -115,7 +123,9 @@ def rebuild(env: Any, places: torch.Tensor, turns: torch.Tensor, number: int = 0
     env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([number])})
 
 
-def clutter(places: Array, others: list[str], rng: np.random.Generator) -> tuple[Array, list[str]]:
+def sample_clutter(
+    places: Array, others: list[str], rng: np.random.Generator
+) -> tuple[Array, list[str]]:
     """Places [n, 3] of a task's objects and of some others; their names. None where there is no room."""
     more: list[str] = []
     for name in rng.permutation(others)[: rng.integers(MOST + 1)]:
@@ -125,7 +135,7 @@ def clutter(places: Array, others: list[str], rng: np.random.Generator) -> tuple
     return places, more
 
 
-def fitted(frame: Frame, size: tuple[int, int], source: str) -> Frame:
+def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     """A frame at (width, height) as the policy sees pictures: the whole of it, with black around it, where no
     depth is known. Instances of fewer than `MIN_PIXELS` are left out, and those that the black cuts."""
     assert frame.depth is not None and frame.instances is not None and frame.intrinsics is not None

@@ -37,7 +37,7 @@ HELD = 0.12
 """A closed gripper that is open by more than this has something between its fingers."""
 
 
-def act(task: str, t: Truth) -> Array:
+def choose_action(task: str, t: Truth) -> Array:
     """[8] float32: the action at this moment (layout of `spear.types.Action`)."""
     grip = TASKS[task]
     # Where the object's origin is to come: on top of the goal.

@@ -15,10 +15,10 @@ import numpy as np
 from spear import embodiments
 from spear.errors import check_known
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.frames import NAMES
+from spear.evaluate.simpler.frames import OBJECT_NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, check_assets, simulator
+from spear.evaluate.simpler.world import SimplerProcess, check_assets, describe_simulator
 from spear.sim.record import (
     ArmDisturber,
     Disturbance,
@@ -42,7 +42,7 @@ VIEW = "external"
 SCENES_PER_JOB = 64
 
 
-def demonstrate(
+def record_demonstrations(
     out: Path,
     tasks: Sequence[str],
     episodes: int,
@@ -64,14 +64,14 @@ def demonstrate(
     """
     check_known("task", TASKS, *tasks)
     check_training_seed(first_seed)
-    shown = simulator(check_assets(assets))
+    shown = describe_simulator(check_assets(assets))
     size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
     seeds = range(first_seed, first_seed + episodes)
     written = {}
     for task in dict.fromkeys(tasks or TASKS):
 
         def make(first: int, task: str = task) -> Iterator[Episode]:
-            return record(task, seeds[first:], size, workers, assets, policy)
+            return record_episodes(task, seeds[first:], size, workers, assets, policy)
 
         sources = [
             format_episode_source(task, seed, policy is not None, "simpler") for seed in seeds
@@ -82,7 +82,7 @@ def demonstrate(
     return written
 
 
-def record(
+def record_episodes(
     task: str,
     seeds: Sequence[int],
     size: tuple[int, int],
@@ -123,7 +123,7 @@ def record_episode(
     moment, fulfilled = process.reset(seed, True, other=True), 0
     while moment.steps < TASKS[task].steps and fulfilled < AFTER:
         seen = robot.read(moment.observation)
-        action, pushed = push(oracle.act(task, moment.truth), moment.steps, seen, seed)
+        action, pushed = push(oracle.choose_action(task, moment.truth), moment.steps, seen, seed)
         picture = fit_image(seen["observation/image"], size[1], size[0])
         tape.add({"external": picture}, seen["observation/state"], action, pushed)
         moment = process.run(
@@ -148,9 +148,9 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
             "scenes": len(seeds),
             "first_seed": seeds[0],
             "size": size,
-            "simulator": simulator(assets),
+            "simulator": describe_simulator(assets),
         },
-        collect_instructions=lambda: sorted({f"the {name}" for name in NAMES.values()}),
+        collect_instructions=lambda: sorted({f"the {name}" for name in OBJECT_NAMES.values()}),
     )
     return label_scene_jobs(out, jobs, source, workers)
 

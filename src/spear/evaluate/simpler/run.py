@@ -26,7 +26,7 @@ from spear.evaluate.results import MILESTONES, Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Moment
-from spear.evaluate.simpler.world import SimplerProcess, assets_hash, check_assets
+from spear.evaluate.simpler.world import SimplerProcess, check_assets, hash_assets
 from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
@@ -34,7 +34,7 @@ ROBOT = "simpler_widowx"
 UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
 
 
-def evaluate(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]]:
+def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]]:
     """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
 
     A task has few starts: further seeds show them again, with other noise for the policy. References, which
@@ -49,7 +49,7 @@ def evaluate(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]
         held_out_seeds(options.first_seed, options.scenes)
     settings = {
         "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": assets_hash(check_assets(options.assets)),
+        "assets": hash_assets(check_assets(options.assets)),
         "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,
@@ -88,7 +88,7 @@ class OracleAgent(Agent):
     def act(
         self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        return [oracle.act(env.task, env.moment.truth)[None] for env in envs]
+        return [oracle.choose_action(env.task, env.moment.truth)[None] for env in envs]
 
 
 class Simpler:
@@ -133,7 +133,7 @@ class Simpler:
     def film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
         ended = [*[None] * (len(track) - 1), outcome.success]
         return [
-            video.compose(p, None, outcome.instruction, e)
+            video.compose_frame(p, None, outcome.instruction, e)
             for p, e in zip(track, ended, strict=True)
         ]
 

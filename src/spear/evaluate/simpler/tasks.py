@@ -16,7 +16,7 @@ from spear.types import Array
 CAMERA = "3rd_view_camera"
 CAMERA_SIZE = 640, 480
 """Width and height of its pictures."""
-CLOSED, OPEN = 0.015, 0.037
+FINGER_CLOSED_M, FINGER_OPEN_M = 0.015, 0.037
 """The fingers' joints, m."""
 
 
@@ -67,7 +67,7 @@ class Start:
     joints: Array
 
 
-def off_grid(task: Task, seed: int, places: Array, turns: Array) -> Start:
+def sample_off_grid_start(task: Task, seed: int, places: Array, turns: Array) -> Start:
     """A start that is none of the official ones, which combine `places` [n, 2, 3] with `turns` [m, 2, 4].
 
     Objects that the official starts move are placed anew, uniformly within `task.around` of their middle; the

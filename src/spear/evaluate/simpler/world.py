@@ -25,8 +25,16 @@ import torch
 
 from spear.embodiments.simpler_widowx import LINK, POSE, orientation
 from spear.errors import SpearError, missing_extra_message, summarize_error
-from spear.evaluate.simpler.frames import fitted, look, rebuild
-from spear.evaluate.simpler.tasks import CAMERA, CLOSED, OPEN, TASKS, Moment, Truth, off_grid
+from spear.evaluate.simpler.frames import fit_frame, rebuild_scene, render_labeled_frame
+from spear.evaluate.simpler.tasks import (
+    CAMERA,
+    FINGER_CLOSED_M,
+    FINGER_OPEN_M,
+    TASKS,
+    Moment,
+    Truth,
+    sample_off_grid_start,
+)
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
 from spear.util.fingerprints import hash_files
@@ -65,7 +73,7 @@ def check_assets(folder: Path | None) -> Path:
     return root
 
 
-def assets_hash(root: Path) -> str:
+def hash_assets(root: Path) -> str:
     """`hash_files` of the models and photographs that the tasks need."""
     data, found = root / "data", list[tuple[str, Path]]()
     for where in ASSETS.values():
@@ -76,9 +84,9 @@ def assets_hash(root: Path) -> str:
     )  # without what downloading left behind
 
 
-def simulator(assets: Path) -> str:
+def describe_simulator(assets: Path) -> str:
     """Which ManiSkill and assets these are, for settings: others draw and move otherwise."""
-    return f"ManiSkill {version('mani_skill')}, assets {assets_hash(assets)}"
+    return f"ManiSkill {version('mani_skill')}, assets {hash_assets(assets)}"
 
 
 class SimplerWorld:
@@ -103,10 +111,10 @@ class SimplerWorld:
         """The scene of that number; other: none of the official ones (`tasks.off_grid`). image: whether the
         camera is looked through."""
         if not other:
-            rebuild(self._env, *self._official, start)
+            rebuild_scene(self._env, *self._official, start)
         else:
-            begin = off_grid(self._task, start, *self._grid)
-            rebuild(
+            begin = sample_off_grid_start(self._task, start, *self._grid)
+            rebuild_scene(
                 self._env, torch.from_numpy(begin.places)[None], torch.from_numpy(begin.turns)[None]
             )
             joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
@@ -140,8 +148,10 @@ class SimplerWorld:
 
     def look(self, seed: int, size: tuple[int, int]) -> Frame:
         """A scene to label, at (width, height): see `spear.evaluate.simpler.frames`."""
-        return fitted(
-            look(self._env, self._task, self._grid, seed), size, f"simpler/{self._name}/{seed}"
+        return fit_frame(
+            render_labeled_frame(self._env, self._task, self._grid, seed),
+            size,
+            f"simpler/{self._name}/{seed}",
         )
 
     def picture(self) -> Array:
@@ -189,36 +199,39 @@ class SimplerWorld:
         controllers = env.agent.controller.controllers
         base = _pose(env.agent.robot.pose)
         measured = _ours(_pose(controllers["arm"].ee_pose_at_base))
-        opened = opening(env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64))
+        opened = compute_opening(env.agent.robot.get_qpos()[0, -2:].numpy().astype(np.float64))
         source, goal = env.source_obj_name, env.target_obj_name
         return Truth(
             commanded=_ours(_pose(controllers["arm"]._target_pose)),
             measured=measured,
             opening=opened,
             open=self._steps == 0
-            or float(controllers["gripper"]._target_qpos.mean()) > (CLOSED + OPEN) / 2,
-            still=self._before is None or at_rest(self._before, measured, opened),
+            or float(controllers["gripper"]._target_qpos.mean())
+            > (FINGER_CLOSED_M + FINGER_OPEN_M) / 2,
+            still=self._before is None or is_at_rest(self._before, measured, opened),
             closing=self._before is not None and opened < self._before.opening - STILL[2],
-            source=in_base(base, _pose(env.objs[source].pose)),
+            source=to_base_frame(base, _pose(env.objs[source].pose)),
             source_size=_size(env.model_db[source]),
-            goal=in_base(base, _pose(env.objs[goal].pose)),
+            goal=to_base_frame(base, _pose(env.objs[goal].pose)),
             goal_size=_size(env.model_db[goal]),
         )
 
 
-def at_rest(before: Truth, measured: Array, opened: float) -> bool:
+def is_at_rest(before: Truth, measured: Array, opened: float) -> bool:
     """Whether arm and fingers have hardly moved in a control step."""
     away = np.abs(measured - before.measured)
     changes = [np.linalg.norm(away[:3]), np.linalg.norm(away[3:]), abs(opened - before.opening)]
     return bool(np.all(np.array(changes) < STILL))
 
 
-def opening(fingers: Array) -> float:
+def compute_opening(fingers: Array) -> float:
     """The gripper's opening, 0 … 1, from the two finger joints [2] (m)."""
-    return float(np.clip((np.mean(fingers) - CLOSED) / (OPEN - CLOSED), 0, 1))
+    return float(
+        np.clip((np.mean(fingers) - FINGER_CLOSED_M) / (FINGER_OPEN_M - FINGER_CLOSED_M), 0, 1)
+    )
 
 
-def in_base(base: Array, pose: Array) -> Array:
+def to_base_frame(base: Array, pose: Array) -> Array:
     """A pose [7] in the world as one in the base frame; base [7]: where the robot's base is in the world."""
     b, p = torch.from_numpy(base), torch.from_numpy(pose)
     position, rotation = pose_compose(*pose_inverse(b[:3], b[3:]), p[:3], p[3:])

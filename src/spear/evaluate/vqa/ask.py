@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.evaluate.vqa.calibration import TRUSTED, Trust
+from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import FAMILIES, abbreviate_unit, format_answer
 from spear.labels.questions.templates import (
@@ -26,15 +26,15 @@ from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
 
-def read_picture(where: str, size: tuple[int, int], camera: str = "external") -> Frame:
+def load_picture(where: str, size: tuple[int, int], camera: str = "external") -> Frame:
     """An image file (see `util.images.load_image`, also for what it raises), or "sim:SEED": that held-out
     scene at `size` (width, height), whose camera is known (see `held_out_frames`)."""
     if where.startswith("sim:"):
-        return next(held_out_frames(1, sim_seed(where), size, camera))
+        return next(render_held_out_frames(1, parse_sim_seed(where), size, camera))
     return Frame(load_image(where))
 
 
-def ask(
+def ask_question(
     model: VlmBundle,
     image: Array,
     question: str,
@@ -55,9 +55,14 @@ def ask(
         check_known("question family", FAMILIES, family)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    meant, names = understand(question) or (None, [])
+    meant, names = parse_question(question) or (None, [])
     family = family or meant
-    if trust and trust.tells_absent and names and (lacking := missing(model, image, names, view)):
+    if (
+        trust
+        and trust.tells_absent
+        and names
+        and (lacking := find_absent_objects(model, image, names, view))
+    ):
         seen = (
             f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items()
         )
@@ -65,7 +70,7 @@ def ask(
     answer = model.answer([image], [question], family, view, distributions=True)[0]
     if held := answer.distribution:
         answer = replace(answer, segments=replace_numbers(answer.segments, held.read(decode)))
-    said = words(answer, image)
+    said = format_reply(answer, image)
     if not trust or not held:
         return answer, said
     if meant is None or family != meant:  # intervals were measured with known wordings
@@ -80,11 +85,13 @@ def ask(
         ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
         if len(ends) > 3:
             ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
-        said += f"\n  {TRUSTED:.0%} interval: {'; '.join(ends)} {abbreviate_unit(answer.unit)}"
+        said += (
+            f"\n  {TRUSTED_COVERAGE:.0%} interval: {'; '.join(ends)} {abbreviate_unit(answer.unit)}"
+        )
     return answer, said
 
 
-def understand(question: str) -> tuple[str, list[str]] | None:
+def parse_question(question: str) -> tuple[str, list[str]] | None:
     """The family of a 3D question in one of its known wordings, and the objects that it names."""
     text = " ".join(question.split())
     for before, after in (
@@ -106,7 +113,7 @@ def understand(question: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def missing(
+def find_absent_objects(
     model: VlmBundle, image: Array, names: Sequence[str], view: str = "external"
 ) -> dict[str, str]:
     """Those of these objects that the model does not find in an image, and what it sees instead: it points at
@@ -115,11 +122,11 @@ def missing(
     places = model.answer([image] * len(names), points, "centre_2d", view)
     what = [PROMPT_TEMPLATES["what_at"][0].format(p=answer.segments[0]) for answer in places]
     answers = model.answer([image] * len(names), what, "what_at", view, max_new_tokens=8)
-    seen = [words(answer, image) for answer in answers]
+    seen = [format_reply(answer, image) for answer in answers]
     return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
 
 
-def words(answer: Answer, image: Array) -> str:
+def format_reply(answer: Answer, image: Array) -> str:
     """An answer to read, image points in pixels of `image`; a box by its centre and vertices."""
     values = answer.values
     if len(values) == len(answer.segments) == 24:
@@ -131,7 +138,9 @@ def words(answer: Answer, image: Array) -> str:
     return format_answer(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
 
 
-def find_images(where: str, images: int, view: str, processor: Processor) -> list[LabeledImage]:
+def load_labeled_images(
+    where: str, images: int, view: str, processor: Processor
+) -> list[LabeledImage]:
     """At most `images` labelled images, as the camera `view` of the model with this processor sees them.
 
     where: a folder of label shards, or with a sub-folder of them per view, taken evenly spread. Or "sim" or
@@ -142,7 +151,9 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     """
     check_known("view", processor.image_sizes, view)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
-        frames = held_out_frames(images, sim_seed(where), processor.image_sizes[view], view)
+        frames = render_held_out_frames(
+            images, parse_sim_seed(where), processor.image_sizes[view], view
+        )
         labels = list(label_with_ground_truth(frames))
     else:
         folder = Path(where)
@@ -156,7 +167,7 @@ def find_images(where: str, images: int, view: str, processor: Processor) -> lis
     return labels
 
 
-def sim_seed(where: str) -> int:
+def parse_sim_seed(where: str) -> int:
     """The seed in "sim:SEED"; 0 of "sim". Raises SpearError where it is no number."""
     seed = where.partition(":")[2] or "0"
     if not seed.isdecimal():
@@ -164,7 +175,7 @@ def sim_seed(where: str) -> int:
     return int(seed)
 
 
-def held_out_frames(
+def render_held_out_frames(
     scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
 ) -> Iterator[Frame]:
     """Scenes first_seed, first_seed + 1, … as a camera of `size` (width, height) sees them, with their truth.

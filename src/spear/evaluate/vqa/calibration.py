@@ -20,14 +20,14 @@ from spear.models.weights.folders import find_changed_files, hash_files
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
-CENTRAL = (0.5, 0.8, 0.95)
+CENTRAL_INTERVALS = (0.5, 0.8, 0.95)
 """The central intervals that tables report."""
-LEVELS = tuple(round(0.05 * i, 2) for i in range(21))
+CURVE_LEVELS = tuple(round(0.05 * i, 2) for i in range(21))
 """Those of the curve."""
 MOST_GROUPS, PER_GROUP = 10, 40
-TRUSTED = 0.8
+TRUSTED_COVERAGE = 0.8
 """How many of the truths the interval of an answer is to hold."""
-FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Certainty:
     def of(said: Distribution, truth: Array, scales: Array) -> "Certainty":
         """From what was held possible for an answer's numbers; scales: the distances they relate to."""
         off = np.abs(said.read("median") - truth) / scales
-        return Certainty(said.probability_below(truth), uncertainty(said) / scales, off)
+        return Certainty(said.probability_below(truth), compute_uncertainty(said) / scales, off)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Trust:
     def load(folder: Path) -> "Trust | None":
         """Of the model in a folder, where it was measured. Raises SpearError for a broken file; one that was
         measured with another model is said and left out."""
-        if not (path := folder / FILE).is_file():
+        if not (path := folder / CALIBRATION_FILE).is_file():
             return None
         said = read_json_as(Trust, path, "remove it")
         if other := find_changed_files(folder, said.files):
@@ -88,7 +88,7 @@ class Trust:
 
     def save(self, folder: Path) -> Path:
         """Write the file of the model in a folder, and return its path."""
-        path = folder / FILE
+        path = folder / CALIBRATION_FILE
         write_text(path, json.dumps({**asdict(self), "files": hash_files(folder)}, indent=1) + "\n")
         return path
 
@@ -99,11 +99,11 @@ class Trust:
 
     def interval(self, family: str, said: Distribution) -> tuple[Array, Array]:
         """The ends [numbers] of the intervals of an answer's numbers."""
-        middle, half = said.read("median"), self.factors[family] * uncertainty(said)
+        middle, half = said.read("median"), self.factors[family] * compute_uncertainty(said)
         return middle - half, middle + half
 
 
-def uncertainty(said: Distribution) -> Array:
+def compute_uncertainty(said: Distribution) -> Array:
     """[numbers] half the width of the central 68 %; of a box's vertices the widest so far on that axis.
 
     A number's distribution is given those before it: if the first vertex is wrong, the others follow it.
@@ -114,10 +114,10 @@ def uncertainty(said: Distribution) -> Array:
     return np.maximum.accumulate(spread.reshape(-1, 3), axis=0).ravel()
 
 
-def factor(answers: Sequence[Certainty]) -> float:
+def compute_spread_factor(answers: Sequence[Certainty]) -> float:
     """Of a family's answers, for `Trust`."""
     ratios = [c.off / np.maximum(c.spread, 1e-9) for c in answers]
-    return float(np.quantile(np.concatenate(ratios), TRUSTED))
+    return float(np.quantile(np.concatenate(ratios), TRUSTED_COVERAGE))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Calibration:
     @property
     def miss(self) -> float:
         """How far the curve is from the diagonal, on average (the expected calibration error)."""
-        return float(np.mean(np.abs(np.subtract(self.curve, LEVELS))))
+        return float(np.mean(np.abs(np.subtract(self.curve, CURVE_LEVELS))))
 
 
 def calibrate(
@@ -176,12 +176,14 @@ def calibrate(
     ranked = np.array(errors)[np.argsort([float(c.spread.mean()) for c in certain], kind="stable")]
     half = (len(errors) + 1) // 2
 
-    inside = {f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL}
+    inside = {
+        f"{level:.0%}": [_inside(c.below, level) for c in certain] for level in CENTRAL_INTERVALS
+    }
     if scale is not None:
-        inside[f"spear ask, {TRUSTED:.0%}"] = [c.off <= scale * c.spread for c in certain]
-    rows = {name: by_image(images, some) for name, some in inside.items()}
+        inside[f"spear ask, {TRUSTED_COVERAGE:.0%}"] = [c.off <= scale * c.spread for c in certain]
+    rows = {name: group_by_image(images, some) for name, some in inside.items()}
     coverage = {name: bootstrap(some, np.mean) for name, some in rows.items()}
-    curve = [float(_inside(below, level).mean()) for level in LEVELS]
+    curve = [float(_inside(below, level).mean()) for level in CURVE_LEVELS]
     surer, less_sure = float(np.median(ranked[:half])), float(np.median(ranked[-half:]))
     return Calibration(len(below), coverage, curve, bands, surer, less_sure)
 
@@ -191,7 +193,7 @@ def _inside(below: Array, level: float) -> Array:
     return np.abs(below - 0.5) <= level / 2 + 1e-12
 
 
-def by_image(images: Sequence[int], values: Iterable[Array | float]) -> list[Array]:
+def group_by_image(images: Sequence[int], values: Iterable[Array | float]) -> list[Array]:
     """Images of answers, and their values → the values of each image's answers, for `stats.bootstrap`."""
     groups: dict[int, list[Array]] = {}
     for image, value in zip(images, values, strict=True):

@@ -52,12 +52,12 @@ class Measure:
         """What sums it up."""
         return np.median if self.statistic == "median" else np.mean
 
-    def say(self, value: float | Estimate) -> str:
+    def to_text(self, value: float | Estimate) -> str:
         """A value with its unit; an estimate as "12.3 mm [10.1, 14.0]"."""
         form = ".0%" if self.statistic == "rate" else ".1f" if self.unit else ".2f"
         unit = f" {self.unit}" if self.unit else ""
         return (
-            value.say(form, 1.0, unit)
+            value.to_text(form, 1.0, unit)
             if isinstance(value, Estimate)
             else format(value, form) + unit
         )
@@ -79,24 +79,27 @@ RATES = {"box_vertices": ("iou_25", "iou_50"), "chain_of_thought": ("closer", "c
 """Family → its measures that a failed answer counts in."""
 
 
-def numbers(segments: Segments) -> Array:
+def extract_numbers(segments: Segments) -> Array:
     """The 3D numbers of an answer."""
     return np.array([s for s in segments if isinstance(s, float)])
 
 
-def image_points(segments: Segments) -> Array:
+def extract_image_points(segments: Segments) -> Array:
     """[n, 2] the image locations of an answer, as fractions (x, y)."""
     return np.array([(s.x, s.y) for s in segments if isinstance(s, Pixel)]).reshape(-1, 2)
 
 
-def grammatical(question: Question, answer: Segments) -> bool:
+def is_grammatical(question: Question, answer: Segments) -> bool:
     """Whether an answer has exactly as many numbers and image points as the truth (24 numbers for a box)."""
-    return all(len(of(answer)) == len(of(question.segments)) for of in (numbers, image_points))
+    return all(
+        len(of(answer)) == len(of(question.segments))
+        for of in (extract_numbers, extract_image_points)
+    )
 
 
-def scales(question: Question, label: LabeledImage) -> Array:
+def compute_error_scales(question: Question, label: LabeledImage) -> Array:
     """For each number of the true answer the distance from the camera that its error is taken relative to."""
-    truth = numbers(question.segments)
+    truth = extract_numbers(question.segments)
     if question.family == "box_vertices":
         return np.full(24, np.linalg.norm(truth.reshape(8, 3).mean(0)))
     if question.family == "keypoint":
@@ -107,18 +110,22 @@ def scales(question: Question, label: LabeledImage) -> Array:
     return np.abs(truth)
 
 
-def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+def measure_answer(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
     """All measures of an answer to a question about `label`; only failed rates when its grammar is wrong."""
-    if not grammatical(question, answer):
+    if not is_grammatical(question, answer):
         return dict.fromkeys(RATES.get(question.family, ()), 0.0)
     if question.family == "back_projection":
-        apart = image_points(answer) - image_points(question.segments)
+        apart = extract_image_points(answer) - extract_image_points(question.segments)
         pixels = np.linalg.norm(apart * (label.width, label.height), axis=1)
         return {
             "relative": 100 * float(np.linalg.norm(apart, axis=1).mean()),
             "pixels": float(pixels.mean()),
         }
-    truth, said, far = numbers(question.segments), numbers(answer), scales(question, label)
+    truth, said, far = (
+        extract_numbers(question.segments),
+        extract_numbers(answer),
+        compute_error_scales(question, label),
+    )
     found: dict[str, float] = {}
     if question.family in ("distance", "chain_of_thought"):
         off = np.abs(said - truth)
@@ -140,13 +147,13 @@ def measure(question: Question, answer: Segments, label: LabeledImage) -> dict[s
         )
         found |= {"iou": overlap, "iou_25": float(overlap >= 0.25), "iou_50": float(overlap >= 0.5)}
     if question.family == "chain_of_thought":
-        named, (first, second) = closer_named(answer, question.objects), question.objects
+        named, (first, second) = find_closer_named(answer, question.objects), question.objects
         for name, (one, other) in (("closer", truth), ("consistent", said)):
             found[name] = float(named == (first if one < other else second))
     return found
 
 
-def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
+def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
     """Which of two objects a chain of thought calls the closer: the first named after its last number."""
     places = [i for i, s in enumerate(answer) if isinstance(s, float)]
     rest = "".join(str(s) for s in answer[places[-1] + 1 if places else 0 :])
@@ -156,15 +163,15 @@ def closer_named(answer: Segments, names: Sequence[str]) -> str | None:
     return min(said, key=lambda name: said[name]) if said else None
 
 
-def constant_guess(questions: Sequence[Question]) -> list[Segments]:
+def guess_constants(questions: Sequence[Question]) -> list[Segments]:
     """The best single answer to all of a family's questions: the median of each of their true numbers."""
     if questions[0].family == "back_projection":
-        middle = np.median([image_points(q.segments) for q in questions], axis=0)
+        middle = np.median([extract_image_points(q.segments) for q in questions], axis=0)
         return [[Pixel(float(x), float(y)) for x, y in middle]] * len(questions)
     return _guess(questions, [1.0] * len(questions))
 
 
-def depth_guess(
+def guess_from_depth(
     questions: Sequence[Question], labels: Sequence[LabeledImage]
 ) -> list[Segments] | None:
     """The same in units of the depth of each question's image, which is the median z of its boxed objects'
@@ -177,7 +184,7 @@ def depth_guess(
 
 def _guess(questions: Sequence[Question], units: Sequence[float]) -> list[Segments]:
     pairs = list(zip(questions, units, strict=True))
-    usual = np.median([numbers(q.segments) / unit for q, unit in pairs], axis=0)
+    usual = np.median([extract_numbers(q.segments) / unit for q, unit in pairs], axis=0)
     return [_words(q, replace_numbers(q.segments, usual * unit), questions) for q, unit in pairs]
 
 
@@ -185,6 +192,6 @@ def _words(question: Question, guess: Segments, questions: Sequence[Question]) -
     """A worded guess that ends in the more frequent conclusion."""
     if question.family != "chain_of_thought":
         return guess
-    first = [np.subtract(*numbers(q.segments)) < 0 for q in questions]
+    first = [np.subtract(*extract_numbers(q.segments)) < 0 for q in questions]
     closer = question.objects[0 if np.mean(first) >= 0.5 else 1]
     return [*guess[:-1], f" so the {closer} is closer"]

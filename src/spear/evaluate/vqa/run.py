@@ -11,10 +11,10 @@ import numpy as np
 
 from spear.errors import SpearError, check_known, format_count, notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import missing
-from spear.evaluate.vqa.calibration import Certainty, Trust, factor
-from spear.evaluate.vqa.measures import grammatical, numbers, scales
-from spear.evaluate.vqa.scores import Asked, Scores, summarize
+from spear.evaluate.vqa.ask import find_absent_objects
+from spear.evaluate.vqa.calibration import Certainty, Trust, compute_spread_factor
+from spear.evaluate.vqa.measures import compute_error_scales, extract_numbers, is_grammatical
+from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.questions.generate import FAMILIES, find_askable_objects, generate_questions
 from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
@@ -24,7 +24,7 @@ from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, track_progress
 
 
-def evaluate(
+def evaluate_vqa(
     model: VlmBundle,
     labels: Sequence[LabeledImage],
     options: QuestionOptions,
@@ -35,7 +35,7 @@ def evaluate(
     making. Raises SpearError for an unknown family, and where no image allows a question."""
     families = tuple(dict.fromkeys(options.families)) or FAMILIES
     check_known("family of 3D questions", FAMILIES, *families)
-    questions = questions_about(labels, families, options.per_image, options.seed)
+    questions = generate_questions_by_family(labels, families, options.per_image, options.seed)
     free: dict[str, list[bool]] = {family: [] for family, some in questions.items() if some}
     if not free:
         raise SpearError(
@@ -50,7 +50,7 @@ def evaluate(
         trust = None
     pictures = [decode_image(label.image, label.source) for label in labels]
 
-    asked: list[Asked] = []
+    asked: list[AnsweredQuestion] = []
     with ProgressBar("asking", sum(map(len, questions.values())), "questions") as bar:
         for family, some in questions.items():
             for start in range(0, len(some), options.batch):
@@ -60,7 +60,7 @@ def evaluate(
                 freely = model.answer(images, prompts, None, options.view)
                 for (i, question), answer, other in zip(part, held, freely, strict=True):
                     asked.append(_asked(i, labels[i], question, answer, options.decode))
-                    free[family].append(grammatical(question, other.segments))
+                    free[family].append(is_grammatical(question, other.segments))
                 bar.update(bar.done + len(part), family)
     return summarize(asked, free, labels, options.decode, trust)
 
@@ -80,12 +80,14 @@ def measure_trust(
         others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
         for there, some in ((True, [o.name for o in find_askable_objects(label)]), (False, others)):
             asked = rng.permutation(some)[:2].tolist() if some else []
-            lacking = missing(model, image, asked) if asked else {}
+            lacking = find_absent_objects(model, image, asked) if asked else {}
             found[there] += [name not in lacking for name in asked]
     sure = {
         f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration
     }
-    factors = {f: factor([c for c in some if c is not None]) for f, some in sure.items()}
+    factors = {
+        f: compute_spread_factor([c for c in some if c is not None]) for f, some in sure.items()
+    }
     present, absent = (
         float(np.mean(named)) if named else 1.0 - there for there, named in found.items()
     )
@@ -99,7 +101,7 @@ def measure_trust(
     )
 
 
-def questions_about(
+def generate_questions_by_family(
     labels: Sequence[LabeledImage], families: Sequence[str], per_image: int, seed: int
 ) -> dict[str, list[tuple[int, Question]]]:
     """(number of the image, question) per family; an image's do not depend on how many images follow."""
@@ -114,12 +116,14 @@ def questions_about(
 
 def _asked(
     image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode
-) -> Asked:
+) -> AnsweredQuestion:
     """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
     if (said := answer.distribution) is None:
-        return Asked(image, label, question, answer.segments)
+        return AnsweredQuestion(image, label, question, answer.segments)
     readings = {d: replace_numbers(answer.segments, said.read(d)) for d in DECODE_METHODS}
     certainty = None
-    if len(said) and grammatical(question, answer.segments):
-        certainty = Certainty.of(said, numbers(question.segments), scales(question, label))
-    return Asked(image, label, question, readings[decode], readings, certainty)
+    if len(said) and is_grammatical(question, answer.segments):
+        certainty = Certainty.of(
+            said, extract_numbers(question.segments), compute_error_scales(question, label)
+        )
+    return AnsweredQuestion(image, label, question, readings[decode], readings, certainty)

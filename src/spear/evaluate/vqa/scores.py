@@ -9,17 +9,23 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from spear.evaluate.results import terminal_table
+from spear.evaluate.results import build_terminal_table
 from spear.evaluate.stats import Estimate, bootstrap
-from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, by_image, calibrate
-from spear.evaluate.vqa.measures import MEASURES, constant_guess, depth_guess, grammatical, measure
+from spear.evaluate.vqa.calibration import Calibration, Certainty, Trust, calibrate, group_by_image
+from spear.evaluate.vqa.measures import (
+    MEASURES,
+    guess_constants,
+    guess_from_depth,
+    is_grammatical,
+    measure_answer,
+)
 from spear.models.readout import DECODE_METHODS, Decode
 from spear.types import LabeledImage, Question, Segments, Unit
 from spear.util.files import write_text
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredQuestion:
     """A question about a labelled image, number `image` of those that were asked about, and the answer.
 
     readings   the answer as each way of reading its numbers has it, where the model said what it held
@@ -38,7 +44,7 @@ class Asked:
     @cached_property
     def measures(self) -> dict[str, float]:
         """See `evaluate.vqa.measures`."""
-        return measure(self.question, self.answer, self.label)
+        return measure_answer(self.question, self.answer, self.label)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Scores:
     families: Mapping[str, FamilyScore]
     readings: Mapping[str, Readings]
     calibration: Mapping[str, Calibration]
-    asked: Sequence[Asked]
+    asked: Sequence[AnsweredQuestion]
 
     def save(self, path: Path, about: Mapping[str, object]) -> None:
         """Writes the scores (not the single answers) as JSON, whole or not at all; `about` comes first."""
@@ -112,7 +118,7 @@ class Scores:
         if self.readings:
             found.append(("Numbers read off their probabilities", self.reading_rows()))
             found.append(("Calibration", self.certainty_rows()))
-        return [terminal_table(title, *rows) for title, rows in found]
+        return [build_terminal_table(title, *rows) for title, rows in found]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headers and cells of the main table, as text."""
@@ -153,7 +159,7 @@ class Scores:
         rows = []
         for family, r in self.readings.items():
             errors = [f"{r.error[d]:.2f} %" for d in DECODE_METHODS]
-            saved = [gain.say("+.1f", 100, " %") for gain in r.gain.values()]
+            saved = [gain.to_text("+.1f", 100, " %") for gain in r.gain.values()]
             rows.append([family.replace("_", " "), *errors, r.best, *saved])
         return headers, rows
 
@@ -164,7 +170,7 @@ class Scores:
             [*dict.fromkeys(name for c in self.calibration.values() for name in c.coverage)],
         )
         for family, c in self.calibration.items():
-            covered = [c.coverage[n].say(".0%") if n in c.coverage else "–" for n in inside]
+            covered = [c.coverage[n].to_text(".0%") if n in c.coverage else "–" for n in inside]
             halves = [f"{c.surer:.1f} %", f"{c.less_sure:.1f} %"]
             rows.append(
                 [
@@ -179,7 +185,7 @@ class Scores:
 
 
 def summarize(
-    asked: Sequence[Asked],
+    asked: Sequence[AnsweredQuestion],
     free: Mapping[str, Sequence[bool]],
     labels: Sequence[LabeledImage],
     decode: Decode,
@@ -200,41 +206,50 @@ def summarize(
 
 
 def _said(name: str, value: Estimate | float | None) -> str:
-    return "–" if value is None else MEASURES[name].say(value)
+    return "–" if value is None else MEASURES[name].to_text(value)
 
 
-def _score(rows: Sequence[Asked], free: Sequence[bool]) -> FamilyScore:
+def _score(rows: Sequence[AnsweredQuestion], free: Sequence[bool]) -> FamilyScore:
     failed = {n: np.inf if m.statistic == "median" else 0.0 for n, m in MEASURES.items()}
     kinds = {n: bool if m.statistic == "rate" else float for n, m in MEASURES.items()}
     had = [n for n in MEASURES if any(n in a.measures for a in rows)]
     found = {n: np.array([a.measures.get(n, failed[n]) for a in rows], kinds[n]) for n in had}
     questions, images = [a.question for a in rows], [a.image for a in rows]
-    grammar = [grammatical(a.question, a.answer) for a in rows]
+    grammar = [is_grammatical(a.question, a.answer) for a in rows]
     return FamilyScore(
         n=len(rows),
         images=len({*images}),
-        grammar=bootstrap(by_image(images, grammar), np.mean),
-        free=bootstrap(by_image(images, free), np.mean),
-        measures={n: bootstrap(by_image(images, v), MEASURES[n].average) for n, v in found.items()},
-        constant=_guess(rows, constant_guess(questions)),
-        depth_only=_guess(rows, depth_guess(questions, [a.label for a in rows])),
+        grammar=bootstrap(group_by_image(images, grammar), np.mean),
+        free=bootstrap(group_by_image(images, free), np.mean),
+        measures={
+            n: bootstrap(group_by_image(images, v), MEASURES[n].average) for n, v in found.items()
+        },
+        constant=_guess(rows, guess_constants(questions)),
+        depth_only=_guess(rows, guess_from_depth(questions, [a.label for a in rows])),
     )
 
 
-def _guess(rows: Sequence[Asked], answers: Sequence[Segments] | None) -> dict[str, float]:
+def _guess(
+    rows: Sequence[AnsweredQuestion], answers: Sequence[Segments] | None
+) -> dict[str, float]:
     if answers is None:
         return {}
-    measured = [measure(a.question, guess, a.label) for a, guess in zip(rows, answers, strict=True)]
+    measured = [
+        measure_answer(a.question, guess, a.label) for a, guess in zip(rows, answers, strict=True)
+    ]
     names = [name for name in MEASURES if name in measured[0] and name != "consistent"]
     return {n: float(MEASURES[n].average([m[n] for m in measured])) for n in names}
 
 
-def _readings(rows: Sequence[Asked]) -> Readings:
-    found = {d: [measure(a.question, a.readings[d], a.label) for a in rows] for d in DECODE_METHODS}
+def _readings(rows: Sequence[AnsweredQuestion]) -> Readings:
+    found = {
+        d: [measure_answer(a.question, a.readings[d], a.label) for a in rows]
+        for d in DECODE_METHODS
+    }
     errors = {d: np.array([each["relative"] for each in some]) for d, some in found.items()}
     both = {d: np.stack([errors["mode"], e], axis=1) for d, e in errors.items()}
     gain: dict[Decode, Estimate] = {}
     for d in DECODE_METHODS[1:]:
-        pairs = by_image([a.image for a in rows], both[d])
+        pairs = group_by_image([a.image for a in rows], both[d])
         gain[d] = bootstrap(pairs, lambda flat: 1 - flat[1::2].sum() / max(flat[::2].sum(), 1e-12))
     return Readings({d: float(np.median(e)) for d, e in errors.items()}, gain)
