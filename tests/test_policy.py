@@ -129,7 +129,7 @@ def test_the_gripper_stays_in_its_range(
 
 def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(nano: Spear1Policy) -> None:
     assert nano.steps == nano.model.flow.steps == 5
-    inputs = nano.inputs([observation()])
+    inputs = nano.prepare_inputs([observation()])
     own, two = nano.model.sample_actions(**inputs), nano.model.sample_actions(**inputs, steps=2)
     assert torch.equal(own.to_vector(), nano.predict(inputs).to_vector())
     assert torch.equal(
@@ -169,7 +169,10 @@ def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy
     raw = {"images": images, "views": {}, "action": np.zeros((1, 5, 8), np.float32)}
     raw |= {"position": state[None, :3], "rotation": state[None, 3:7], "gripper": state[7:]}
     raw |= {"action_mask": np.ones((1, 5), bool), "instruction": [seen["prompt"]]}
-    learned, acted = encode_robot_batch(nano.processor, nano.normalizer, raw), nano.inputs([seen])
+    learned, acted = (
+        encode_robot_batch(nano.processor, nano.normalizer, raw),
+        nano.prepare_inputs([seen]),
+    )
     for name in ("state", "input_ids", "pixel_values"):
         torch.testing.assert_close(acted[name], learned[name])
 
@@ -178,7 +181,9 @@ def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> Non
     typed = nano.infer(observation(prompt="Put the carrot on the plate."))
     np.testing.assert_array_equal(typed["actions"], nano.infer(observation())["actions"])
     with pytest.warns(Notice, match="cut off"):  # as training does
-        dataclasses.replace(nano, cut=True).infer(observation(prompt="put " * 200))
+        dataclasses.replace(nano, truncate_instructions=True).infer(
+            observation(prompt="put " * 200)
+        )
 
 
 def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:

@@ -41,22 +41,24 @@ def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -
     # Both the edges and the counts are samples of n values: the variance of a count is twice Poisson's.
     deviation = (counts - expected) / math.sqrt(2 * expected)
     assert abs(float(deviation.std()) - 1) < 0.1 and float(np.abs(deviation).max()) < 5
-    assert tokenizer.bins == NUM_BINS
+    assert tokenizer.num_bins == NUM_BINS
 
 
 def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
-    x = coordinates(10_000, seed=2).clip(tokenizer.edges[0], tokenizer.edges[-1])
+    x = coordinates(10_000, seed=2).clip(tokenizer.bin_edges[0], tokenizer.bin_edges[-1])
     ids = tokenizer.encode(x)
     decoded = tokenizer.decode(ids)
-    assert (tokenizer.edges[ids] <= decoded).all() and (decoded < tokenizer.edges[ids + 1]).all()
-    assert (tokenizer.edges[ids] <= x).all() and (x <= tokenizer.edges[ids + 1]).all()
+    assert (tokenizer.bin_edges[ids] <= decoded).all() and (
+        decoded < tokenizer.bin_edges[ids + 1]
+    ).all()
+    assert (tokenizer.bin_edges[ids] <= x).all() and (x <= tokenizer.bin_edges[ids + 1]).all()
     assert (tokenizer.encode(decoded) == ids).all()
     assert (tokenizer.encode(tokenizer.decode(np.arange(NUM_BINS))) == np.arange(NUM_BINS)).all()
 
 
 def test_a_representative_is_the_median_of_its_bin_and_values_out_of_range_clamp() -> None:
     fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
-    assert fitted.edges.tolist() == [0, 6.5, 40] and fitted.representatives.tolist() == [1.5, 20]
+    assert fitted.bin_edges.tolist() == [0, 6.5, 40] and fitted.bin_centers.tolist() == [1.5, 20]
     fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
     assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, NUM_BINS - 1]
     assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]
@@ -88,16 +90,16 @@ def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: in
     if len(np.unique(values)) < 2:
         return
     fitted = CoordinateTokenizer.fit(values, bins)
-    assert (np.diff(fitted.edges) > 0).all()
+    assert (np.diff(fitted.bin_edges) > 0).all()
     assert (fitted.encode(fitted.decode(np.arange(bins))) == np.arange(bins)).all()
     order = np.sort(values)
     assert (np.diff(fitted.encode(order)) >= 0).all()
-    assert fitted.edges[0] <= order[0] and order[-1] <= fitted.edges[-1]
+    assert fitted.bin_edges[0] <= order[0] and order[-1] <= fitted.bin_edges[-1]
 
 
 def test_repeated_values_count_as_often_as_they_occur() -> None:
     values = np.random.default_rng(0).normal(size=20_000).round(1)
-    for i, edge in enumerate(CoordinateTokenizer.fit(values, bins=64).edges[1:-1], start=1):
+    for i, edge in enumerate(CoordinateTokenizer.fit(values, bins=64).bin_edges[1:-1], start=1):
         # The tick that the edge was spread below holds the i-th share of the values.
         tick = np.ceil(edge * 10 - 1e-9) / 10
         assert (
@@ -110,8 +112,8 @@ def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: P
     path = tmp_path / "coordinates.json"
     fitted.save(path)
     loaded = CoordinateTokenizer.load(path)
-    assert loaded.edges.tobytes() == fitted.edges.tobytes()
-    assert loaded.representatives.tobytes() == fitted.representatives.tobytes()
+    assert loaded.bin_edges.tobytes() == fitted.bin_edges.tobytes()
+    assert loaded.bin_centers.tobytes() == fitted.bin_centers.tobytes()
     assert loaded.unit == "relative" and tokenizer.unit == "metre"
     assert [p.name for p in tmp_path.iterdir()] == ["coordinates.json"]
 

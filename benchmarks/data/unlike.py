@@ -86,7 +86,12 @@ ACTING: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
 def noted_by_acting(policy: Spear1Policy, seeds: range, mistake: str) -> tuple[bool, bool]:
     """Whether a mistake is noted at the first observation in held-out scenes, and whether it is by what
     follows, within 256."""
-    agent, check, seen, known = PolicyAgent(policy, "policy"), MotionChecks(), 0, policy.known
+    agent, check, seen, known = (
+        PolicyAgent(policy, "policy"),
+        MotionChecks(),
+        0,
+        policy.training_distribution,
+    )
     assert known is not None, "the policy has no seen.json"
     read, told = ACTING[mistake]
     sizes = agent.image_sizes["external"], agent.image_sizes["wrist"]

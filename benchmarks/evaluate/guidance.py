@@ -38,7 +38,7 @@ class Guided(Spear1Policy):
             return super().predict(inputs)
         with torch.no_grad():
             prefix = self.model.encode_prefix(**given)
-        config, wanted, held = self.model.flow, committed.actions, committed.held
+        config, wanted, held = self.model.flow, committed.actions, committed.is_committed
         place, count = torch.arange(held.shape[1], device=held.device), held.sum(-1, keepdim=True)
         c = ((count - place) / (count - self.delay + 1).clamp_min(1)).clamp(0, 1)
         fading = torch.where(place < self.delay, 1.0, c * c.expm1() / (torch.e - 1)) * held

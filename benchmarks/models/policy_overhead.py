@@ -67,7 +67,7 @@ def main(name: str = "nano", runs: int = 100, beside: bool = False) -> None:
         "observation/state": np.array([0.45, 0.0, 0.2, 0.0, 1.0, 0.0, 0.0, 1.0], np.float32),
         "prompt": "put the carrot on the plate",
     }
-    inputs = policy.inputs([observation])
+    inputs = policy.prepare_inputs([observation])
     whole, bare = (lambda: policy.infer(observation)), (lambda: policy.predict(inputs))
     if beside:
         beside_others(policy, observation, runs)

@@ -103,7 +103,7 @@ def _row(
                 compute_iou_3d(fit_nearest_box(_points(rounded)), fit_nearest_box(_points(truth)))
             )
     return (
-        f"| {spacing} | {tokens.bins:,} | {np.median(lost):.2f} {name} | {lost.mean():.2f} | "
+        f"| {spacing} | {tokens.num_bins:,} | {np.median(lost):.2f} {name} | {lost.mean():.2f} | "
         f"{np.quantile(lost, 0.99):.1f} | {np.median(points):.1f} {name} | {np.median(relative):.2f} % | "
         f"{np.mean(overlap):.2f} | {use.evenness:.2f} | {use.outside} |"
     )

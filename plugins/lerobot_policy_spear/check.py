@@ -126,10 +126,10 @@ def compare(saved: Path, data: Path) -> None:
     theirs = get_policy_class("spear1").from_pretrained(saved, config=config)
     before, after = make_pre_post_processors(config, str(saved))
     ours, worst = Spear1Policy.load(saved / "spear"), 0.0
-    assert ours.known, "no seen.json"
+    assert ours.training_distribution, "no seen.json"
     print(
-        f"seen.json: cameras {', '.join(ours.known.red_minus_blue)}; "
-        f"episodes begin at {ours.known.mean_initial_opening:g}"
+        f"seen.json: cameras {', '.join(ours.training_distribution.red_minus_blue)}; "
+        f"episodes begin at {ours.training_distribution.mean_initial_opening:g}"
     )
     rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
     frames = LeRobotDataset(f"local/{data.name}", root=data)
@@ -157,9 +157,10 @@ def compare(saved: Path, data: Path) -> None:
         goes_on = get_policy_class("spear1").from_pretrained(
             start, config=config, dataset_meta=frames.meta
         )
-        assert goes_on.spear.normalizer == ours.normalizer and bool(goes_on.spear.known) is same, (
-            start
-        )
+        assert (
+            goes_on.spear.normalizer == ours.normalizer
+            and bool(goes_on.spear.training_distribution) is same
+        ), start
     print("trained on from either, it has the dataset's statistics")
 
 

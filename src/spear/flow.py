@@ -55,15 +55,17 @@ class CommittedPrefix:
     """Actions of a chunk that are decided already, since they will be executed before the rest is known.
 
     actions  [..., H, ·], normalised units, unit canonical rotations; of any value where they are not held.
-    held     [..., H] bool: which ones.
+    is_committed  [..., H] bool: which ones.
     """
 
     actions: Action
-    held: Tensor
+    is_committed: Tensor
 
-    def into(self, state: Action) -> Action:
+    def write_into(self, state: Action) -> Action:
         """A state with these actions in their places."""
-        whole = torch.where(self.held[..., None], self.actions.to_vector(), state.to_vector())
+        whole = torch.where(
+            self.is_committed[..., None], self.actions.to_vector(), state.to_vector()
+        )
         return Action.from_vector(whole)
 
 
@@ -286,12 +288,12 @@ def integrate(
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")
-    keep = (lambda chunk: chunk) if committed is None else committed.into
+    keep = (lambda chunk: chunk) if committed is None else committed.write_into
     state = keep(noise)
     for k in range(steps):
         time = torch.full_like(noise.translation[..., 0, 0], k / steps)
         if committed is not None:
-            time = torch.where(committed.held, 1.0, time[..., None])
+            time = torch.where(committed.is_committed, 1.0, time[..., None])
         state = keep(advance(state, predict(state, time), time, k, steps, config))
     return keep(
         Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)

@@ -174,8 +174,8 @@ class Spear1Policy:
     seed: int = 0
     folder: Path | None = None
     dataset: str | None = None
-    known: TrainingDistribution | None = None
-    cut: bool = False
+    training_distribution: TrainingDistribution | None = None
+    truncate_instructions: bool = False
     _observed: int = field(default=0, init=False, repr=False)
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
@@ -247,7 +247,9 @@ class Spear1Policy:
         if not observations:
             return []
         with limit_threads(self.model, len(observations)):
-            actions = self.normalizer.unnormalize_action(self.predict(self.inputs(observations)))
+            actions = self.normalizer.unnormalize_action(
+                self.predict(self.prepare_inputs(observations))
+            )
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
@@ -259,7 +261,7 @@ class Spear1Policy:
         """The network alone: normalised actions [B, H, ·] for what `inputs` gives."""
         return self.model.sample_actions(**inputs, steps=self.steps)
 
-    def inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Observations as the network's arguments. What is not `Checked` yet is checked first."""
         device = self.model.device
         observations = [
@@ -268,8 +270,12 @@ class Spear1Policy:
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
         pixels, there = self._pixels(observations)
-        self._monitor.check_batch(self.known, observations, states.numpy(), pixels, there)
-        text = self.processor.encode_instructions([o["prompt"] for o in observations], self.cut)
+        self._monitor.check_batch(
+            self.training_distribution, observations, states.numpy(), pixels, there
+        )
+        text = self.processor.encode_instructions(
+            [o["prompt"] for o in observations], self.truncate_instructions
+        )
         padded = not bool(
             text["attention_mask"].all()
         )  # the network is faster when it need not look
@@ -305,7 +311,8 @@ class Spear1Policy:
             images = [o.get(key) for o in observations]
             sent = there[view] = [image is not None for image in images]
             learned = (
-                self.known is None or view in self.known.red_minus_blue
+                self.training_distribution is None
+                or view in self.training_distribution.red_minus_blue
             )  # training had that camera
             without = "the policy was trained without that camera"
             if learned and not all(sent):

@@ -34,18 +34,19 @@ _CHUNK = 8192
 class CoordinateTokenizer:
     """Numbers in `unit` to bin ids 0 … bins - 1 and back.
 
-    edges            [bins + 1] strictly increasing; bin i is [edges[i], edges[i + 1]), the last one closed.
-    representatives  [bins] the median of the fitted values of each bin (its middle if it had none).
-    unit             of the values, "metre" or "relative".
+    bin_edges    [bins + 1] strictly increasing; bin i is [edges[i], edges[i + 1]),
+                 the last one closed.
+    bin_centers  [bins] the median of the fitted values of each bin (its middle if it had none).
+    unit         of the values, "metre" or "relative".
     """
 
-    edges: Array
-    representatives: Array
+    bin_edges: Array
+    bin_centers: Array
     unit: Unit
 
     @property
-    def bins(self) -> int:
-        return len(self.representatives)
+    def num_bins(self) -> int:
+        return len(self.bin_centers)
 
     @staticmethod
     def fit(
@@ -92,7 +93,7 @@ class CoordinateTokenizer:
         x = np.asarray(values, dtype=np.float64)
         if np.isnan(x).any():
             raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
-        return np.asarray(np.searchsorted(self.edges[1:-1], x, side="right"), dtype=np.int64)
+        return np.asarray(np.searchsorted(self.bin_edges[1:-1], x, side="right"), dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> Array:
         """The representative of each bin, in `unit`, float64, of the same shape.
@@ -100,15 +101,15 @@ class CoordinateTokenizer:
         Ids outside 0 … bins - 1 raise `SpearError`.
         """
         index = np.asarray(ids, dtype=np.int64)
-        if index.size and (index.min() < 0 or index.max() >= self.bins):
+        if index.size and (index.min() < 0 or index.max() >= self.num_bins):
             raise SpearError(
-                f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.bins - 1}"
+                f"3D token ids: {index.min()} … {index.max()}: give 0 … {self.num_bins - 1}"
             )
-        return np.asarray(self.representatives[index])
+        return np.asarray(self.bin_centers[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it exactly (floats with all their digits), whole or not at all."""
-        content = {"edges": self.edges.tolist(), "representatives": self.representatives.tolist()}
+        content = {"edges": self.bin_edges.tolist(), "representatives": self.bin_centers.tolist()}
         write_text(Path(path), json.dumps({"unit": self.unit, **content}))
 
     @staticmethod

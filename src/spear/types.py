@@ -163,8 +163,8 @@ class Frame:
     extrinsics  [4, 4] camera pose in the base frame (camera -> base), or None.
     boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
     source      where it came from.
-    turned      whether its EXIF turns or mirrors it in a way that its size does not show.
-    measured    whether depth and instances are from sensors: near to the truth, not it.
+    is_turned   whether its EXIF turns or mirrors it in a way that its size does not show.
+    is_measured whether depth and instances are from sensors: near to the truth, not it.
     """
 
     image: Array
@@ -175,8 +175,8 @@ class Frame:
     extrinsics: Array | None = None
     boxes: Mapping[int, Array] | None = None
     source: str = ""
-    turned: bool = False
-    measured: bool = False
+    is_turned: bool = False
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)

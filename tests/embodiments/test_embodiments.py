@@ -267,7 +267,7 @@ def test_what_openpi_pads_is_seen_as_the_camera_saw_it(
     def given(image: Array) -> torch.Tensor:
         seen = {**robot.example(), droid.IMAGE: image, droid.WRIST: image}
         with suppress_notices():
-            pixels = nano.inputs([robot.read(seen)])["pixel_values"]
+            pixels = nano.prepare_inputs([robot.read(seen)])["pixel_values"]
         return torch.cat([pixels[view].flatten().float() for view in ("external", "wrist")])
 
     padded = fit_image(camera, 224, 224)

@@ -82,7 +82,7 @@ def test_exif_turns_no_colour(
     Image.fromarray(truth[0].image).save((folder / "color" / "0").with_suffix(ending), exif=exif)
     frame = RgbdScene(folder)[0]
     assert (frame.image == truth[0].image).all()
-    assert frame.turned == (orientation != 6)  # so that annotations of it are refused
+    assert frame.is_turned == (orientation != 6)  # so that annotations of it are refused
 
 
 def test_coarser_depth_lands_on_the_right_pixels(truth: list[Frame], tmp_path: Path) -> None:

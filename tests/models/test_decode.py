@@ -100,11 +100,11 @@ def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: in
 
 def test_a_certain_answer_reads_the_same_every_way() -> None:
     sure = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)
-    low, high = COORDINATES.edges[[3, 40]], COORDINATES.edges[[4, 41]]
-    assert (sure.read("mode") == COORDINATES.representatives[[3, 40]]).all()
+    low, high = COORDINATES.bin_edges[[3, 40]], COORDINATES.bin_edges[[4, 41]]
+    assert (sure.read("mode") == COORDINATES.bin_centers[[3, 40]]).all()
     assert (sure.read("mean") == sure.read("mode")).all()
     np.testing.assert_allclose(sure.read("median"), (low + high) / 2)
-    np.testing.assert_allclose(sure.quantile(0.0), COORDINATES.edges[[0, 0]])
+    np.testing.assert_allclose(sure.quantile(0.0), COORDINATES.bin_edges[[0, 0]])
     np.testing.assert_allclose(sure.quantile(1.0), high)
     with pytest.raises(ValueError, match="50"):
         sure.quantile(50)

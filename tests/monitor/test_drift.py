@@ -68,7 +68,7 @@ def collect_notices(policy: Spear1Policy, observations: Sequence[dict[str, Any]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for observation in observations:
-            policy.inputs([observation])
+            policy.prepare_inputs([observation])
     messages = [str(warning.message) for warning in caught]
     return [message for message in messages if "unlike" in message or "wrist" in message]
 
@@ -84,7 +84,7 @@ def test_exchanged_cameras_are_found() -> None:
 
 
 def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Policy) -> None:
-    policy = dataclasses.replace(nano, known=make_distribution({"external": IMAGE}))
+    policy = dataclasses.replace(nano, training_distribution=make_distribution({"external": IMAGE}))
 
     assert collect_notices(policy, [make_observation()]) == []
 
@@ -104,7 +104,7 @@ def test_an_observation_like_those_of_training_brings_no_notice(nano: Spear1Poli
 def test_what_is_unlike_training_is_reported_once(
     nano: Spear1Policy, changes: dict[str, Array], message: str
 ) -> None:
-    policy = dataclasses.replace(nano, known=make_distribution({"external": IMAGE}))
+    policy = dataclasses.replace(nano, training_distribution=make_distribution({"external": IMAGE}))
     observation = make_observation(**changes)
 
     notices = collect_notices(policy, [observation, observation])

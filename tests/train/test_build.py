@@ -58,8 +58,8 @@ def test_a_stage_with_new_tokens(
     assert torch.isfinite(loss) and rows.grad is not None and parts["coordinates"] > 0
     save(tmp_path / "out")
     after = load_vlm(tmp_path / "out")
-    edges = after.processor.coordinates.edges
-    assert after.processor.coordinates.bins == bins
+    edges = after.processor.coordinates.bin_edges
+    assert after.processor.coordinates.num_bins == bins
     assert np.allclose(np.diff(edges), np.diff(edges)[0]) == (spacing == "uniform")
     image = np.zeros((128, 192, 3), np.uint8)
     (answer,) = after.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)

@@ -72,7 +72,11 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
         0.0,
     )
     assert (vlm.moge_config.image_size, vlm.moge_config.position_offset) == (518, 0.1)
-    assert (CoordinateTokenizer.fit([0.0, 1.0]).bins, HORIZON, CONTROL_RATE_HZ) == (1024, 5, 5.0)
+    assert (CoordinateTokenizer.fit([0.0, 1.0]).num_bins, HORIZON, CONTROL_RATE_HZ) == (
+        1024,
+        5,
+        5.0,
+    )
     networks = config.expert_config, vlm.text_config, vlm.vision_config
     sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     found = [[getattr(network, field) for field in sizes] for network in networks]

@@ -13,7 +13,7 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
     monkeypatch.setattr(progress.time, "monotonic", lambda: sum(now))
     assert list(track_progress("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""  # short work
-    with ProgressBar("recording", 7300, "episodes", before=100) as bar:
+    with ProgressBar("recording", 7300, "episodes", num_done_before=100) as bar:
         for done in range(101, 150):
             now.append(1)
             bar.update(done, "3 failed")

@@ -169,6 +169,8 @@ def _coordinates(path: Path, bins: int, seed: int) -> "CoordinateTokenizer":
         tokens = CoordinateTokenizer.load(file)
     else:
         tokens = fit_coordinates(load_labels([path], ["external"])["external"], bins, seed)
-    if tokens.bins != bins:
-        raise SpearError(f"{path}: has {tokens.bins} 3D tokens, the preset {bins}: fit them again")
+    if tokens.num_bins != bins:
+        raise SpearError(
+            f"{path}: has {tokens.num_bins} 3D tokens, the preset {bins}: fit them again"
+        )
     return tokens

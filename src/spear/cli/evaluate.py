@@ -126,7 +126,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         where = f"--split {o.split}: {both} of its episodes also in --train-split {learned[1]}"
         raise SpearError(f"{where}: hold others out")
     model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
-    model.cut = True  # its training cut the instructions of these episodes, too
+    model.truncate_instructions = True  # its training cut the instructions of these episodes, too
     with TemporaryDirectory() as scratch:
         held_out = open_episodes(
             o.data, Path(scratch) / "held-out", o.split

@@ -130,7 +130,7 @@ def run_evaluation(
                     if outcome == done[outcome.seed]:
                         make_films([outcome], {outcome.seed: track})
                     else:
-                        bar.say(
+                        bar.print_line(
                             f"no film of {family} {outcome.seed}: it ended differently when run again"
                         )
     return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(

@@ -345,7 +345,7 @@ def _work(key: str, content: Content, longest: int | None) -> PendingImage:
     frame = (
         content
         if isinstance(content, Frame)
-        else Frame(shrink_image(content, longest), turned=turned)
+        else Frame(shrink_image(content, longest), is_turned=turned)
     )
     work = admit_frame(dataclasses.replace(frame, source=key))
     work.content_hash = hashed

@@ -242,7 +242,7 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
 def _has_exact_masks_and_depth(image: PendingImage) -> bool:
     assert image.frame is not None
     models = (image.provenance["segmenter"], image.provenance["pointmap"])
-    return models == (GROUND_TRUTH, GROUND_TRUTH) and not image.frame.measured
+    return models == (GROUND_TRUTH, GROUND_TRUTH) and not image.frame.is_measured
 
 
 def _find_support_plane(

@@ -128,8 +128,8 @@ class RgbdScene:
             intrinsics=self.camera,
             extrinsics=read_pose(self.folder / "pose" / f"{color.stem}.txt"),
             source=str(color),
-            turned=turned,
-            measured=True,
+            is_turned=turned,
+            is_measured=True,
         )
 
 

@@ -269,7 +269,7 @@ def label_folder(
         num_done=monitor.bar.done,
         num_skipped=monitor.num_skipped,
         num_retryable=sum(image.retryable for image in skipped),
-        rate=monitor.bar.rate(),
+        rate=monitor.bar.format_rate(),
     )
 
 

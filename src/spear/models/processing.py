@@ -101,8 +101,8 @@ class Processor:
     location_start: int = field(init=False)
 
     def __post_init__(self) -> None:
-        first = extend_tokenizer(self.tokenizer, self.coordinates.bins)
-        self.coordinate_ids = range(first, first + self.coordinates.bins)
+        first = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
+        self.coordinate_ids = range(first, first + self.coordinates.num_bins)
         self.location_start = check_tokenizer(self.tokenizer)
         self._cache: dict[str, list[int]] = {}
         self._told: set[tuple[str, tuple[int, int]]] = set()

@@ -43,9 +43,7 @@ class Distribution:
         if decode == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
         if decode == "mean":
-            return np.asarray(
-                self.probabilities.astype(np.float64) @ self.coordinates.representatives
-            )
+            return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.bin_centers)
         return self.quantile(0.5)
 
     def quantile(self, share: float) -> Array:
@@ -54,13 +52,13 @@ class Distribution:
             raise ValueError(f"quantile: {share} is no share: give 0 to 1")
         cumulative = self._cumulative()
         wanted = share * cumulative[:, -1]
-        at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.bins - 1)
+        at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.num_bins - 1)
         rows = np.arange(len(self))
         inside = cumulative[rows, at + 1] - cumulative[rows, at]
         part = np.divide(
             wanted - cumulative[rows, at], inside, out=np.zeros(len(self)), where=inside > 0
         )
-        low, high = self.coordinates.edges[at], self.coordinates.edges[at + 1]
+        low, high = self.coordinates.bin_edges[at], self.coordinates.bin_edges[at + 1]
         return np.asarray(low + np.clip(part, 0, 1) * (high - low))
 
     def probability_below(self, values: Array) -> Array:
@@ -68,7 +66,7 @@ class Distribution:
 
         For a calibrated model it is uniform between 0 and 1 at the true values.
         """
-        edges, cumulative = self.coordinates.edges, self._cumulative()
+        edges, cumulative = self.coordinates.bin_edges, self._cumulative()
         found = [
             np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)
         ]

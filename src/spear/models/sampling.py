@@ -250,7 +250,9 @@ def _flow(
         nonlocal state
         moment = next(moments)
         if committed is not None:
-            moment = torch.where(committed.held[..., None], sampler.time_embedding_at_one, moment)
+            moment = torch.where(
+                committed.is_committed[..., None], sampler.time_embedding_at_one, moment
+            )
         tokens = sampler.embed(noisy.to_vector(), moment)
         if state is not None:
             hidden = expert(torch.cat([state, tokens], dim=1), turns, with_state, bias)[:, 1:]

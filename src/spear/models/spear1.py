@@ -249,7 +249,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if committed is not None:
-            inputs |= {"committed": committed.actions.to_vector(), "held": committed.held}
+            inputs |= {"committed": committed.actions.to_vector(), "held": committed.is_committed}
         return Action.from_vector(
             sample_actions(self, inputs, self.flow.steps if steps is None else steps)
         )

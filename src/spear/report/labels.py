@@ -138,7 +138,7 @@ def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | Non
     use = compute_token_usage([v for image in numbers[1::2] for v in image], tokenizer)
     grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
     chart = histogram(grouped, "lowest", "highest")
-    return {"bins": tokenizer.bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
+    return {"bins": tokenizer.num_bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
 
 
 def write_rerun(

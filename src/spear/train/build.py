@@ -194,7 +194,7 @@ def _vlm(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Buil
         model = load_inner_vlm(inputs.init)
         joins, refit = (model.moge is None) == stage.moge, bool(stage.bins or stage.spacing)
         if refit:
-            coordinates = _fitted(stage, known, processor.coordinates.bins, seed)
+            coordinates = _fitted(stage, known, processor.coordinates.num_bins, seed)
             processor = dataclasses.replace(processor, coordinates=coordinates)
         # 3D tokens are also new where MoGe joins, and, without MoGe, in the stage that learns their rows.
         if refit or joins or (stage.coordinate_rows_only and not stage.moge):
@@ -291,7 +291,7 @@ def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed:
     Rows are drawn with the mean and covariance of the words' rows (the paper), without those of the
     location tokens (our choice): nano's were drawn themselves, PaliGemma's stand for places.
     """
-    first, bins = processor.coordinate_ids.start, processor.coordinates.bins
+    first, bins = processor.coordinate_ids.start, processor.coordinates.num_bins
     words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
     generator = torch.Generator().manual_seed(seed)
     new = init_new_embeddings(
@@ -314,7 +314,7 @@ def _new_vlm(
         texts += wording.read_text("utf-8").splitlines() if wording.is_file() else []
     processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
     config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
-    config.coordinate_bins = processor.coordinates.bins
+    config.coordinate_bins = processor.coordinates.num_bins
     _weigh_numbers(config, stage)
     vlm = SpearVLM(config)
     embeddings = vlm.get_parameter("language_model.embed_tokens.weight")

@@ -345,7 +345,7 @@ def _catch_stop_signal() -> Iterator[list[int]]:
 def _stop(step: int, stop_signal: int, logger: Logger | None) -> None:
     """End this process as the signal asks for."""
     if logger is not None:
-        logger.bar.say(f"stopped, saved at step {step + 1}; the same command continues")
+        logger.bar.print_line(f"stopped, saved at step {step + 1}; the same command continues")
     if stop_signal == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + stop_signal)
@@ -482,7 +482,7 @@ def _report_skip(
     folder = out / SKIPPED_BATCHES
     if num_skipped <= max_skipped:
         if logger is not None:
-            logger.bar.say(
+            logger.bar.print_line(
                 f"{event}; the step is skipped ({num_skipped} of at most {max_skipped}), and its "
                 f"batch is in {folder}"
             )

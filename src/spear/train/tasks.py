@@ -234,13 +234,13 @@ class QuestionSamples:
         if not self.labels or not all(self.labels.values()):
             raise SpearError("no labelled images: make some with `spear label --out …`")
         tokens = self.processor.coordinates
-        low, high = tokens.edges[[0, -1]]
+        low, high = tokens.bin_edges[[0, -1]]
         for view, labels in self.labels.items():
             values = answers(labels, self.seed, LOOKED_AT, self.mix.families)
             outside = ((values < low) | (values > high)).sum() / max(1, len(values))
             if outside > OUTSIDE:
                 what = f"{outside:.0%} of the {view} labels' numbers lie outside of the 3D tokens"
-                cure = f"a VLM's recipe fits new ones with --set bins={tokens.bins}"
+                cure = f"a VLM's recipe fits new ones with --set bins={tokens.num_bins}"
                 notice(
                     f"{what}, {low:.2g} … {high:.2g} {tokens.unit}, and are learned as their ends: {cure}"
                 )

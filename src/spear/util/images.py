@@ -124,7 +124,7 @@ def load_image(
 def load_image_and_orientation(
     source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
 ) -> tuple[Array, bool]:
-    """As `load_image`, and `Frame.turned`: whether its EXIF says a turn that its size does not show."""
+    """As `load_image`, and `Frame.is_turned`: whether its EXIF says a turn that its size does not show."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -21,10 +21,12 @@ class ProgressBar:
 
     total   how many there are to do.
     unit    what is counted, as a plural.
-    before  how many of them an earlier command had done; they count as done, but not for the rate.
+    num_done_before  how many of them an earlier command had done; they count as done, but not for the rate.
     """
 
-    def __init__(self, name: str, total: int, unit: str = "steps", before: int = 0) -> None:
+    def __init__(
+        self, name: str, total: int, unit: str = "steps", num_done_before: int = 0
+    ) -> None:
         console = Console(file=sys.stderr)
         self.name, self.unit, self._info, self._lines = name, unit, "", 0
         self._bar = Progress(
@@ -35,12 +37,12 @@ class ProgressBar:
             refresh_per_second=2,  # drawing takes time from the work
         )
         self._row = self._bar.add_task(name, total=total)
-        self.total, self.before, self.done = total, before, before
+        self.total, self.num_done_before, self.done = total, num_done_before, num_done_before
         self._begun = self._said = time.monotonic()
 
     def __enter__(self) -> Self:
         self._begun = self._said = time.monotonic()
-        self.update(self.before)
+        self.update(self.num_done_before)
         self._bar.start()
         return self
 
@@ -53,24 +55,24 @@ class ProgressBar:
         """So many are done. info: what else there is to say."""
         self.done, self._info = done, info
         if not self._bar.disable:
-            self._bar.update(self._row, completed=done, description=self.text())
+            self._bar.update(self._row, completed=done, description=self.format_line())
         elif time.monotonic() - self._said > LOG_INTERVAL_S:
             self._line()
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line of its own beside the bar."""
         print(line, file=sys.stderr, flush=True)
 
-    def text(self) -> str:
+    def format_line(self) -> str:
         """All of it in words."""
         per_second, left = self._per_second(), ""
         if self.done < self.total and per_second:
             minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
             left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
         done = f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}"
-        return ", ".join(filter(None, [done, self.rate(), left, self._info]))
+        return ", ".join(filter(None, [done, self.format_rate(), left, self._info]))
 
-    def rate(self) -> str:
+    def format_rate(self) -> str:
         """How fast this command does it, in words; nothing as long as nothing was done."""
         rate = self._per_second()
         if rate >= 1 or rate == 0:
@@ -78,10 +80,10 @@ class ProgressBar:
         return f"{60 * rate:.1f} {self.unit}/min"
 
     def _per_second(self) -> float:
-        return (self.done - self.before) / max(time.monotonic() - self._begun, 1e-9)
+        return (self.done - self.num_done_before) / max(time.monotonic() - self._begun, 1e-9)
 
     def _line(self) -> None:
-        self.say(self.text())
+        self.print_line(self.format_line())
         self._said, self._lines = time.monotonic(), self._lines + 1
 
 

@@ -73,8 +73,8 @@ class Oracle:
         return said
 
     def _held(self, values: Array) -> Distribution:
-        score = (COORDINATES.representatives - values[:, None]) / self.sigma
-        p = np.exp(-0.5 * score**2) * np.diff(COORDINATES.edges)
+        score = (COORDINATES.bin_centers - values[:, None]) / self.sigma
+        p = np.exp(-0.5 * score**2) * np.diff(COORDINATES.bin_edges)
         return Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
 
 

@@ -68,7 +68,11 @@ class Spear1Policy(PreTrainedPolicy):
             if folder is None or fitted != self.spear.normalizer:
                 if folder is not None:
                     notice(f"{folder} has another dataset's statistics: this one's replace them")
-                self.spear.normalizer, self._begins, self.spear.known = fitted, begins, None
+                self.spear.normalizer, self._begins, self.spear.training_distribution = (
+                    fitted,
+                    begins,
+                    None,
+                )
         apply_freeze(self.model, config.optimization)
         self.reset()
 
@@ -109,7 +113,7 @@ class Spear1Policy(PreTrainedPolicy):
     def _known(self) -> TrainingDistribution | None:
         """What it saw in training, as far as that has come."""
         if self._begins is None or not self._batches:
-            return self.spear.known
+            return self.spear.training_distribution
         return TrainingDistribution.from_batches(self._batches, self._begins)
 
     def get_optim_params(self) -> list[dict[str, Any]]:
@@ -158,7 +162,11 @@ class Spear1Policy(PreTrainedPolicy):
         if self._begins is not None:
             self._batches.append(raw)
             if len(self._batches) * len(states) >= NUM_SAMPLES:
-                self.spear.known, self._begins, self._batches = self._known(), None, []
+                self.spear.training_distribution, self._begins, self._batches = (
+                    self._known(),
+                    None,
+                    [],
+                )
         inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, raw)
         put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)
         put["actions"] = Action.from_vector(put["actions"])

@@ -89,7 +89,7 @@ class Annotations:
         """What `find` knows of an image. `SpearError` where it cannot be told whether it was annotated as it
         is stored or turned by its EXIF."""
         found = self.find(frame.source)
-        if found and frame.turned:
+        if found and frame.is_turned:
             why = f"its EXIF turns it, {self.name} may mean it as it is stored or as it is seen"
             raise SpearError(f"{frame.source}: {why}: remove that tag, from pixels as annotated")
         return found

@@ -104,11 +104,11 @@ def compute_statistics(labels: Iterable[LabeledImage]) -> Statistics:
 def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUsage:
     """How often each bin holds one of `values`; those outside count for the first or the last."""
     every = np.asarray(values, np.float64)
-    inside = every.clip(coordinates.edges[0], coordinates.edges[-1])
-    counts = np.bincount(coordinates.encode(every), minlength=coordinates.bins)
+    inside = every.clip(coordinates.bin_edges[0], coordinates.bin_edges[-1])
+    counts = np.bincount(coordinates.encode(every), minlength=coordinates.num_bins)
     share = counts[counts > 0] / max(len(every), 1)
     evenness = (
-        float(np.exp(-(share * np.log(share)).sum()) / coordinates.bins) if len(every) else 0.0
+        float(np.exp(-(share * np.log(share)).sum()) / coordinates.num_bins) if len(every) else 0.0
     )
     return TokenUsage(
         counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness
