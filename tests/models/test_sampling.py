@@ -1,6 +1,7 @@
-"""Fast sampling gives the actions that the flow around the plain network gives, whatever the inputs."""
+"""Fast sampling gives the actions of the flow around the plain network, whatever the inputs."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import Gemma2Config
 
 from models_tiny import TEXT, TINY, actions, pixels, reference, spear1, text
-from parity import relative
+from parity import relative_error
 from refusals import no_warning
 from spear import flow
 from spear.errors import Notice
@@ -23,7 +24,7 @@ from spear.types import Action
 
 H = TINY.horizon
 GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
-SHAPES: dict[str, dict[str, Any]] = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "velocity": {},
     "clean": {"flow": {"prediction": "clean"}},
     "two key-value heads": {"text": GROUPED, "expert": {**GROUPED, "hidden_size": 16}},
@@ -34,250 +35,404 @@ SHAPES: dict[str, dict[str, Any]] = {
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
     ids, mask = text(batch, 6, seed)
     state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
-    given = {"pixel_values": pixels(batch, seed, views), "input_ids": ids, "state": state}
-    given["attention_mask"] = mask if padded else None
+    inputs = {"pixel_values": pixels(batch, seed, views), "input_ids": ids, "state": state}
+    inputs["attention_mask"] = mask if padded else None
     if padded and "wrist" in views:
-        given["view_mask"] = {"wrist": torch.arange(batch) != 1}
-    return given
+        inputs["view_mask"] = {"wrist": torch.arange(batch) != 1}
+    return inputs
 
 
-def acted(
+def sample_and_check(
     model: Any,
-    given: dict[str, Any],
+    inputs: dict[str, Any],
     noise: Action,
     steps: int,
     committed: flow.CommittedPrefix | None = None,
 ) -> torch.Tensor:
-    """The actions [B, H, 8], which must be those of the plain network."""
-    found = model.sample_actions(**given, steps=steps, noise=noise, committed=committed).to_vector()
-    assert relative(found, reference(model, given, noise, steps, committed)) < 1e-5
-    return found
+    """Sample actions [B, H, 8], and assert that they are those of the plain network."""
+    sampled = model.sample_actions(**inputs, steps=steps, noise=noise, committed=committed)
+    vector = sampled.to_vector()
+    assert relative_error(vector, reference(model, inputs, noise, steps, committed)) < 1e-5
+    return vector
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("batch", "views"), [(1, ("external",)), (3, ("external", "wrist")), (3, ("wrist",))]
 )
-def test_actions_of_the_plain_network(
-    shape: str, padded: bool, batch: int, views: tuple[str, ...]
+def test_actions_are_those_of_the_plain_network(
+    architecture: str, padded: bool, batch: int, views: tuple[str, ...]
 ) -> None:
-    model, given, noise = (
-        spear1(**SHAPES[shape]),
-        observation(batch, views, padded),
-        actions(batch, H),
-    )
+    model = spear1(**ARCHITECTURES[architecture])
+    inputs = observation(batch, views, padded)
+    noise = actions(batch, H)
+
     for steps, attention in ((1, "spear"), (4, "spear"), (4, "eager"), (1, "sdpa")):
         model.set_attn_implementation(attention)
-        found = acted(model, given, noise, steps)
-        assert not found.is_inference() and found.dtype == torch.float32
+        sampled = sample_and_check(model, inputs, noise, steps)
+        assert not sampled.is_inference()
+        assert sampled.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_committed_actions_come_back(shape: str, padded: bool) -> None:
-    model, noise = spear1(**SHAPES[shape]), actions(3, H)
-    given, decided = observation(3, ("external", "wrist"), padded), actions(3, H, seed=5)
-    free = model.sample_actions(**given, steps=4, noise=noise).to_vector()
-    held = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
-    found = acted(model, given, noise, 4, flow.CommittedPrefix(decided, held))
-    assert torch.equal(found[held], decided.to_vector()[held])
-    # Where nothing is committed it is as without, whatever stands there; elsewhere the others notice.
-    assert relative(found[0], free[0]) < 1e-5 and relative(found[1, 1:], free[1, 1:]) > 1e-3
+def test_committed_actions_come_back_and_change_the_others(architecture: str, padded: bool) -> None:
+    model = spear1(**ARCHITECTURES[architecture])
+    inputs = observation(3, ("external", "wrist"), padded)
+    noise = actions(3, H)
+    committed = actions(3, H, seed=5)
+    is_committed = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
+
+    free = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
+    prefix = flow.CommittedPrefix(committed, is_committed)
+    sampled = sample_and_check(model, inputs, noise, 4, prefix)
+
+    assert torch.equal(sampled[is_committed], committed.to_vector()[is_committed])
+    # The first row commits nothing, so its values do not matter; the second row notices its first
+    # action.
+    assert relative_error(sampled[0], free[0]) < 1e-5
+    assert relative_error(sampled[1, 1:], free[1, 1:]) > 1e-3
 
 
-@pytest.mark.parametrize("broken", ["raises", "differs", "no number"])
-def test_a_fast_way_that_does_not_agree_is_not_used(
-    broken: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failure", "message"), [("raises", "no kernel"), ("differs", "0.0"), ("no number", "nan")]
+)
+def test_a_fast_path_that_fails_is_not_used(
+    failure: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, noise = spear1(), actions(3, H)
-    given = observation(3, ("external", "wrist"), True)
-    true = reference(model, given, noise, 4)
+    model = spear1()
+    inputs = observation(3, ("external", "wrist"), True)
+    noise = actions(3, H)
+    expected = reference(model, inputs, noise, 4)
 
-    def wrong(*args: Any) -> torch.Tensor:
-        if broken == "raises":
+    def broken_sample(*args: Any) -> torch.Tensor:
+        if failure == "raises":
             raise RuntimeError("no kernel")
-        return true + (0.01 if broken == "differs" else torch.nan)
+        return expected + (0.01 if failure == "differs" else torch.nan)
 
-    monkeypatch.setattr(sampling, "_sample", wrong)
-    with pytest.warns(
-        Notice, match={"raises": "no kernel", "differs": "0.0", "no number": "nan"}[broken]
-    ):
-        first = model.sample_actions(**given, steps=4, noise=noise).to_vector()
-    with no_warning():  # said once
-        again = model.sample_actions(**given, steps=4, noise=noise).to_vector()
-    assert relative(first, true) < 1e-6 and torch.equal(first, again)
+    monkeypatch.setattr(sampling, "_sample", broken_sample)
+    with pytest.warns(Notice, match=message):
+        first = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
+    with no_warning():  # the notice comes once
+        second = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
 
-
-def test_three_views_of_one_size_and_bfloat16() -> None:
-    model = spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
-    given, noise = observation(2, (), True), actions(2, H)
-    given["pixel_values"] = {
-        v: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for v in "abc"
-    }
-    calls: list[int] = []
-    model.sample_actions(**given, noise=noise)  # the first goes through the plain network too
-    model.vlm.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    exact = model.sample_actions(**given, noise=noise).to_vector()
-    assert len(calls) == 1 and relative(exact, reference(model, given, noise, 10)) < 1e-5
-    model.to(torch.bfloat16)
-    rough = model.sample_actions(**given, noise=noise).to_vector()
-    # Both round at every layer, in another order: no further from each other than from float32.
-    slow = reference(model, given, noise, 10)
-    assert (
-        rough.dtype == torch.float32
-        and relative(rough, slow) < 0.03
-        and relative(rough, exact) < 0.03
-    )
-    model.float().vlm.to(torch.bfloat16)
-    with no_warning():  # a notice would say that the fast way does not work
-        mixed = model.sample_actions(**given, noise=noise).to_vector()
-    assert relative(mixed, reference(model, given, noise, 10)) < 0.03
+    assert relative_error(first, expected) < 1e-6
+    assert torch.equal(first, second)
 
 
-class Twice(torch.nn.Linear):
-    """What a user makes of a layer."""
+class TestThreeViewsOfOneSize:
+    @pytest.fixture
+    def model(self) -> Spear1ForActionPrediction:
+        return spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
+
+    @pytest.fixture
+    def inputs(self) -> dict[str, Any]:
+        inputs = observation(2, (), True)
+        generator = torch.Generator().manual_seed(0)
+        inputs["pixel_values"] = {
+            view: torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+            for view in ("a", "b", "c")
+        }
+        return inputs
+
+    def test_run_through_the_encoder_as_one_batch(
+        self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
+    ) -> None:
+        noise = actions(2, H)
+        model.sample_actions(**inputs, noise=noise)  # the first also runs through the plain network
+        calls: list[int] = []
+        layer = model.vlm.vision_tower.encoder.layers[0]
+        layer.register_forward_hook(lambda *_: calls.append(1))
+
+        sampled = model.sample_actions(**inputs, noise=noise).to_vector()
+
+        assert len(calls) == 1
+        assert relative_error(sampled, reference(model, inputs, noise, 10)) < 1e-5
+
+    def test_bfloat16_is_no_further_from_the_plain_network_than_from_float32(
+        self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
+    ) -> None:
+        noise = actions(2, H)
+        exact = model.sample_actions(**inputs, noise=noise).to_vector()
+
+        model.to(torch.bfloat16)
+        rounded = model.sample_actions(**inputs, noise=noise).to_vector()
+        plain = reference(model, inputs, noise, 10)  # it rounds at every layer, in another order
+
+        assert rounded.dtype == torch.float32
+        assert relative_error(rounded, plain) < 0.03
+        assert relative_error(rounded, exact) < 0.03
+
+    def test_a_bfloat16_vlm_and_a_float32_expert_agree_with_the_plain_network(
+        self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
+    ) -> None:
+        noise = actions(2, H)
+        model.to(torch.bfloat16).float().vlm.to(torch.bfloat16)
+
+        with no_warning():  # a notice would say that fast sampling does not work
+            mixed = model.sample_actions(**inputs, noise=noise).to_vector()
+
+        assert relative_error(mixed, reference(model, inputs, noise, 10)) < 0.03
+
+
+class DoubledLinear(torch.nn.Linear):
+    """What a user may make of a layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
 
 
-def test_what_users_add_to_layers_is_not_left_out() -> None:
-    given, noise = observation(2, ("external",), False), actions(2, H)
-    for name in ("action_in_proj", "action_time_mlp_in", "expert.layers.0.mlp.down_proj"):
-        model = spear1()
-        before = acted(model, given, noise, 2)
-        layer, found = model.get_submodule(name), [before]
-        layer.__class__ = Twice
-        found.append(acted(model, given, noise, 2))
-        layer.register_forward_hook(lambda layer, given, made: 3 * made)
-        found.append(acted(model, given, noise, 2))
-        layer.register_forward_pre_hook(lambda layer, given: (given[0] / 5,))
-        found.append(acted(model, given, noise, 2))
-        assert min(relative(found[i], found[i - 1]) for i in range(4)) > 1e-3
+def use_another_class(layer: Any) -> None:
+    layer.__class__ = DoubledLinear
 
 
-def test_gemma2_layers_too() -> None:
-    config = {
-        **TEXT,
-        "query_pre_attn_scalar": 8,
-        "attn_logit_softcapping": 3.0,
-        "sliding_window": 4096,
-    }
+def add_forward_hook(layer: Any) -> None:
+    layer.register_forward_hook(lambda layer, args, output: 3 * output)
+
+
+def add_forward_pre_hook(layer: Any) -> None:
+    layer.register_forward_pre_hook(lambda layer, args: (args[0] / 5,))
+
+
+@pytest.mark.parametrize("change", [use_another_class, add_forward_hook, add_forward_pre_hook])
+@pytest.mark.parametrize(
+    "name", ["action_in_proj", "action_time_mlp_in", "expert.layers.0.mlp.down_proj"]
+)
+def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[Any], None]) -> None:
+    model = spear1()
+    inputs = observation(2, ("external",), False)
+    noise = actions(2, H)
+    before = sample_and_check(model, inputs, noise, 2)
+
+    change(model.get_submodule(name))
+    after = sample_and_check(model, inputs, noise, 2)
+
+    assert relative_error(after, before) > 1e-3
+
+
+def test_all_changes_of_a_layer_take_effect_together() -> None:
+    model = spear1()
+    inputs = observation(2, ("external",), False)
+    noise = actions(2, H)
+    layer = model.get_submodule("expert.layers.0.mlp.down_proj")
+    before = sample_and_check(model, inputs, noise, 2)
+
+    for change in (use_another_class, add_forward_hook, add_forward_pre_hook):
+        change(layer)
+        after = sample_and_check(model, inputs, noise, 2)
+        assert relative_error(after, before) > 1e-3
+        before = after
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gemma2_layers_too(padded: bool) -> None:
     torch.manual_seed(0)
-    inner = build_vlm_config(TINY)
-    inner.text_config = Gemma2Config(
-        **config, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2
+    vlm_config = build_vlm_config(TINY)
+    vlm_config.text_config = Gemma2Config(
+        **TEXT,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=3.0,
+        sliding_window=4096,
+        vocab_size=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
-    model = Spear1ForActionPrediction(build_spear1_config(TINY, inner)).eval()
-    for padded in (False, True):
-        acted(model, observation(2, ("external",), padded), actions(2, H), 3)
+    model = Spear1ForActionPrediction(build_spear1_config(TINY, vlm_config)).eval()
+
+    sample_and_check(model, observation(2, ("external",), padded), actions(2, H), 3)
 
 
-def test_changed_weights_are_noticed() -> None:
-    model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
-    acted(model, given, noise, 2)
-    kept = get_sampler(model, True)
-    assert get_sampler(model, True) is kept
-    with torch.no_grad():  # as an optimiser does it
-        for parameter in model.expert.parameters():
-            parameter.mul_(1.3)
-    acted(model, given, noise, 2)
-    assert get_sampler(model, True) is not kept
-    model.load_state_dict(spear1(seed=3).state_dict())
-    acted(model, given, noise, 2)
-    model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
-    acted(model, given, noise, 2)
-    model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
-    acted(model, given, noise, 2)
-    for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
-        parameter.data.copy_(other.data)  # as averages of weights are put in place
-    acted(model, given, noise, 2)
-    for part in (model.vlm.vision_tower, model.vlm.moge, model.state_proj, model.action_out_proj):
-        kept, weight = get_sampler(model, True), next(part.parameters())
-        weight.data = weight.clone()  # a graph would go on reading where it was
-        assert get_sampler(model, True) is not kept
+class TestChangedWeights:
+    """After a change, the next sample is that of the new weights."""
 
+    def scale_in_place(self, model: Any) -> None:
+        """As an optimizer does it."""
+        with torch.no_grad():
+            for parameter in model.expert.parameters():
+                parameter.mul_(1.3)
 
-def test_a_network_that_inference_mode_made_acts_and_its_changes_are_noticed() -> None:
-    given, noise = observation(1, ("external",), False), actions(1, H)
-    with torch.inference_mode():
+    def load_state(self, model: Any) -> None:
+        model.load_state_dict(spear1(seed=3).state_dict())
+
+    def assign_state(self, model: Any) -> None:
+        model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
+
+    def replace_data(self, model: Any) -> None:
+        model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
+
+    def copy_into_data(self, model: Any) -> None:
+        """As EMA weights are put in place."""
+        for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
+            parameter.data.copy_(other.data)
+
+    @pytest.mark.parametrize(
+        "change",
+        ["scale_in_place", "load_state", "assign_state", "replace_data", "copy_into_data"],
+    )
+    def test_are_noticed(self, change: str) -> None:
         model = spear1()
-        for _ in range(2):
-            acted(model, given, noise, 2)
+        inputs = observation(1, ("external",), False)
+        noise = actions(1, H)
+        before = sample_and_check(model, inputs, noise, 2)
+        sampler = get_sampler(model, True)
+        assert get_sampler(model, True) is sampler
+
+        getattr(self, change)(model)
+
+        assert get_sampler(model, True) is not sampler
+        after = sample_and_check(model, inputs, noise, 2)
+        assert relative_error(after, before) > 1e-4
+
+    @pytest.mark.parametrize(
+        "part", ["vlm.vision_tower", "vlm.moge", "state_proj", "action_out_proj"]
+    )
+    def test_moved_weights_are_noticed(self, part: str) -> None:
+        model = spear1()
+        sampler = get_sampler(model, True)
+
+        weight = next(model.get_submodule(part).parameters())
+        weight.data = weight.clone()  # a CUDA graph would still read the old place
+
+        assert get_sampler(model, True) is not sampler
+
+    def test_of_a_network_made_in_inference_mode_are_noticed(self) -> None:
+        inputs = observation(1, ("external",), False)
+        noise = actions(1, H)
+        with torch.inference_mode():
+            model = spear1()
+            sample_and_check(model, inputs, noise, 2)
+
             model.action_in_proj.weight.mul_(1.3)
 
+            sample_and_check(model, inputs, noise, 2)
 
-def test_lora_is_part_of_the_fast_path() -> None:
+
+def test_lora_takes_effect() -> None:
     pytest.importorskip("peft")
     from spear.train.optimize import add_adapters
 
-    model, given, noise = spear1(), observation(1, ("external",), False), actions(1, H)
-    before = model.sample_actions(**given, steps=2, noise=noise).to_vector()
+    model = spear1()
+    inputs = observation(1, ("external",), False)
+    noise = actions(1, H)
+    before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
+
     add_adapters(model, rank=2, alpha=4.0)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
-    assert relative(acted(model, given, noise, 2), before) > 1e-3
+    after = sample_and_check(model, inputs, noise, 2)
+
+    assert relative_error(after, before) > 1e-3
 
 
-def test_sampling_leaves_weights_and_training_alone() -> None:
-    model, given, noise = spear1(), observation(2, ("external",), True), actions(2, H)
-    before = {
-        name: (weight.clone(), weight.data_ptr()) for name, weight in model.state_dict().items()
-    }
-    model.sample_actions(**given, noise=noise)
+def test_sampling_leaves_weights_where_and_as_they_are() -> None:
+    model = spear1()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+
+    model.sample_actions(**observation(2, ("external",), True), noise=actions(2, H))
+
     for name, weight in model.state_dict().items():
-        assert weight.data_ptr() == before[name][1] and torch.equal(weight, before[name][0])
+        assert weight.data_ptr() == addresses[name]
+        assert torch.equal(weight, before[name])
+
+
+def test_a_model_learns_after_sampling() -> None:
+    model = spear1()
+    inputs = observation(2, ("external",), True)
+    model.sample_actions(**inputs, noise=actions(2, H))
+
     model.train()
-    model(**given, actions=actions(2, H)).loss.backward()
+    model(**inputs, actions=actions(2, H)).loss.backward()
+
     assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None
 
 
-@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("packed", [False, True])
-def test_fused_layers_say_what_each_says(dtype: torch.dtype, far: float, packed: bool) -> None:
-    torch.manual_seed(0)
-    layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
-    x = torch.randn(2, 5, 24).to(dtype)
-    with torch.no_grad():
-        for one, layer in zip(FusedLinear(*layers, packed=packed)(x), layers, strict=True):
-            exact = torch.nn.functional.linear(
-                x.double(), layer.weight.double(), layer.bias.double()
-            )
-            torch.testing.assert_close(one.double(), exact, rtol=far, atol=far)
-            alone = linear(x, layer.weight, layer.bias).double()
-            torch.testing.assert_close(alone, exact, rtol=far, atol=far)
-    assert linear(x, layers[0].weight).requires_grad  # with gradients PyTorch's own, which has them
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+class TestLinearLayers:
+    def layers_and_input(self, dtype: torch.dtype) -> tuple[list[FastLinear], torch.Tensor]:
+        torch.manual_seed(0)
+        layers = [FastLinear(24, rows).to(dtype) for rows in (8, 3, 40)]
+        return layers, torch.randn(2, 5, 24).to(dtype)
+
+    def exact(self, layer: FastLinear, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_fused_layers_compute_what_each_computes(
+        self, dtype: torch.dtype, tolerance: float, packed: bool
+    ) -> None:
+        layers, x = self.layers_and_input(dtype)
+        with torch.no_grad():
+            outputs = FusedLinear(*layers, packed=packed)(x)
+            for output, layer in zip(outputs, layers, strict=True):
+                expected = self.exact(layer, x)
+                torch.testing.assert_close(
+                    output.double(), expected, rtol=tolerance, atol=tolerance
+                )
+
+    def test_linear_is_exact(self, dtype: torch.dtype, tolerance: float) -> None:
+        layers, x = self.layers_and_input(dtype)
+        with torch.no_grad():
+            for layer in layers:
+                output = linear(x, layer.weight, layer.bias).double()
+                expected = self.exact(layer, x)
+                torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+    def test_linear_has_gradients(self, dtype: torch.dtype, tolerance: float) -> None:
+        layers, x = self.layers_and_input(dtype)
+        assert linear(x, layers[0].weight).requires_grad
 
 
-def test_what_is_compiled_for_one_layer_serves_all() -> None:
-    model = spear1(text={**TEXT, "num_hidden_layers": 3}, expert={**TEXT, "num_hidden_layers": 3})
-    graphs: list[int] = []
+class TestCompiledStack:
+    num_layers = 3
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(1)
-        return aot_eager(graph, inputs)
+    @pytest.fixture
+    def language_model(self) -> Any:
+        fields = {**TEXT, "num_hidden_layers": self.num_layers}
+        return spear1(text=fields, expert=fields).vlm.language_model
 
-    torch._dynamo.reset()
-    plain, compiled = LayerStack(model.vlm.language_model), LayerStack(model.vlm.language_model)
-    for name, place in (("_project", "_before"), ("_finish", "_after")):
-        setattr(
-            compiled,
-            place,
-            torch.compile(getattr(LayerStack, name), backend=backend, fullgraph=True),
-        )
-    with torch.inference_mode():
-        x, places = torch.randn(2, 7, TEXT["hidden_size"]), torch.arange(7).expand(2, 7)
-        results = []
-        for layers in (plain, compiled):
-            cache = layers.cache(2, 7, x.dtype, x.device)
-            results.append(
-                layers(x, layers.rotations(places, x.dtype), cache.window(0, [(3, 3), (4, 7)]))
-            )
-            results.append(torch.stack(cache.layers))
-    torch.testing.assert_close(results[:2], results[2:])
-    assert len(graphs) == 2
-    gone = weakref.ref(compiled)
-    del compiled, layers
-    assert gone() is None  # at once: its weights and graphs fill a GPU
+    @staticmethod
+    def compile_stack(stack: LayerStack, backend: Callable[..., Any]) -> None:
+        torch._dynamo.reset()
+        for function, attribute in (("_project", "_before"), ("_finish", "_after")):
+            compiled = torch.compile(getattr(LayerStack, function), backend=backend, fullgraph=True)
+            setattr(stack, attribute, compiled)
+
+    @staticmethod
+    def run(stack: LayerStack) -> list[torch.Tensor]:
+        """The output of the last layer, and all keys and values."""
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            x = torch.randn(2, 7, TEXT["hidden_size"])
+            positions = torch.arange(7).expand(2, 7)
+            cache = stack.cache(2, 7, x.dtype, x.device)
+            rotations = stack.rotations(positions, x.dtype)
+            output = stack(x, rotations, cache.window(0, [(3, 3), (4, 7)]))
+            return [output, torch.stack(cache.layers)]
+
+    def test_what_is_compiled_for_one_layer_serves_all(self, language_model: Any) -> None:
+        graphs: list[int] = []
+
+        def count_graphs(graph: Any, inputs: Any) -> Any:
+            graphs.append(1)
+            return aot_eager(graph, inputs)
+
+        compiled = LayerStack(language_model)
+        self.compile_stack(compiled, count_graphs)
+
+        torch.testing.assert_close(self.run(compiled), self.run(LayerStack(language_model)))
+        assert len(graphs) == 2
+
+    def test_a_stack_is_freed_at_once(self, language_model: Any) -> None:
+        """Its weights and graphs fill a GPU."""
+        compiled = LayerStack(language_model)
+        self.compile_stack(compiled, aot_eager)
+        self.run(compiled)
+        reference_to_stack = weakref.ref(compiled)
+
+        del compiled
+
+        assert reference_to_stack() is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,271 +18,418 @@ from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.types import Action
 
-B, H = 3, TINY.horizon
+B = 3
+H = TINY.horizon
+RECORDED_LAYERS = ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
+
+Observation = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+"""pixel_values, input_ids, attention_mask, state"""
 
 
-def inputs(
-    seed: int = 0,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+def observation(seed: int = 0) -> Observation:
     ids, mask = text(B, 6, seed)
-    return (
-        pixels(B, seed),
-        ids,
-        mask,
-        torch.randn(B, 10, generator=torch.Generator().manual_seed(seed)),
-    )
+    state = torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
+    return pixels(B, seed), ids, mask, state
 
 
-def activations(
+def record_activations(
     model: Spear1ForActionPrediction, state: torch.Tensor, noisy: Action
 ) -> dict[str, torch.Tensor]:
     """Every layer's output, of the VLM [B, S, D] and of the expert [B, 1 + H, D]."""
-    images, ids, mask, _ = inputs()
-    kept: dict[str, torch.Tensor] = {}
+    images, ids, mask, _ = observation()
+    activations: dict[str, torch.Tensor] = {}
+
+    def make_hook(name: str) -> Callable[..., None]:
+        def record(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            activations[name] = output.detach().clone()
+
+        return record
+
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
-            if type(module).__name__ in ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer"):
-                keep = lambda m, a, out, name=name: kept.update({name: out.detach().clone()})  # noqa: E731
-                hooks.enter_context(module.register_forward_hook(keep))
-        model.predict(model.encode_prefix(images, ids, mask), state, noisy, torch.full((B,), 0.3))
-    return kept
+            if type(module).__name__ in RECORDED_LAYERS:
+                hooks.enter_context(module.register_forward_hook(make_hook(name)))
+        prefix = model.encode_prefix(images, ids, mask)
+        model.predict(prefix, state, noisy, torch.full((B,), 0.3))
+    return activations
 
 
-def test_an_action_changes_no_activation_of_the_prefix_or_the_state_nor_the_state_one_of_the_prefix() -> (
-    None
-):
+class TestInformationFlow:
+    """Block-wise causal: [images, instruction] → [state] → [actions]."""
+
+    @pytest.fixture
+    def model(self) -> Spear1ForActionPrediction:
+        return spear1()
+
+    @pytest.fixture
+    def before(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+        return record_activations(model, observation()[3], actions(B, H))
+
+    @pytest.fixture
+    def after_other_action(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+        noisy = actions(B, H)
+        noisy.translation[:, 2] += 1
+        return record_activations(model, observation()[3], noisy)
+
+    @pytest.fixture
+    def after_other_state(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+        return record_activations(model, observation()[3] + 1, actions(B, H))
+
+    def test_an_action_changes_no_activation_of_prefix_or_state(
+        self, before: dict[str, torch.Tensor], after_other_action: dict[str, torch.Tensor]
+    ) -> None:
+        for name, value in before.items():
+            if name.startswith("expert"):
+                assert torch.equal(value[:, 0], after_other_action[name][:, 0]), name
+            else:
+                assert torch.equal(value, after_other_action[name]), name
+
+    def test_the_state_changes_no_activation_of_the_prefix(
+        self, before: dict[str, torch.Tensor], after_other_state: dict[str, torch.Tensor]
+    ) -> None:
+        for name, value in before.items():
+            is_expert = name.startswith("expert")
+            assert torch.equal(value, after_other_state[name]) != is_expert, name
+
+    def test_every_action_sees_the_state_and_all_actions(
+        self,
+        model: Spear1ForActionPrediction,
+        before: dict[str, torch.Tensor],
+        after_other_action: dict[str, torch.Tensor],
+        after_other_state: dict[str, torch.Tensor],
+    ) -> None:
+        last_layer = f"expert.layers.{len(model.expert.layers) - 1}"
+        for after in (after_other_action, after_other_state):
+            for position in range(1, 1 + H):
+                unchanged = torch.equal(
+                    before[last_layer][:, position], after[last_layer][:, position]
+                )
+                assert not unchanged, position
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_expert_does_not_see_padding_or_a_missing_view(side: str) -> None:
     model = spear1()
-    state, noisy = inputs()[3], actions(B, H)
-    moved = Action(noisy.translation.clone(), noisy.rotation, noisy.gripper)
-    moved.translation[:, 2] += 1
-    changes = (state, noisy), (state, moved), (state + 1, noisy)
-    before, acted, stood = (activations(model, *change) for change in changes)
-    for name, value in before.items():
-        if name.startswith("expert"):
-            assert torch.equal(value[:, 0], acted[name][:, 0]) and not torch.equal(
-                value, stood[name]
-            ), name
-        else:
-            assert torch.equal(value, acted[name]) and torch.equal(value, stood[name]), name
-    last = f"expert.layers.{len(model.expert.layers) - 1}"
-    # Within the chunk attention goes both ways, and all actions see the state.
-    for after in (acted, stood):
-        assert all(not torch.equal(before[last][:, 1 + h], after[last][:, 1 + h]) for h in range(H))
+    images, ids, mask, state = observation()
+    noisy = actions(B, H)
+    tau = torch.full((B,), 0.3)
+    is_missing = {"wrist": torch.zeros(B, dtype=torch.bool)}
+    padded_ids, padded_mask = left_padded(ids, mask) if side == "left" else (ids, mask)
+
+    prefix = model.encode_prefix(images, padded_ids, padded_mask, is_missing)
+    together = model.predict(prefix, state, noisy, tau).to_vector()
+
+    for row in range(B):
+        only = slice(row, row + 1)
+        image = {"external": images["external"][only]}
+        prefix = model.encode_prefix(image, ids[only, : mask[row].sum()])
+        noisy_row = Action.from_vector(noisy.to_vector()[only])
+        alone = model.predict(prefix, state[only], noisy_row, tau[only])
+        torch.testing.assert_close(alone.to_vector(), together[only], rtol=1e-4, atol=1e-5)
 
 
-def test_the_expert_does_not_see_padding_or_a_missing_view() -> None:
-    model, gone = spear1(), {"wrist": torch.zeros(B, dtype=torch.bool)}
-    images, ids, mask, state = inputs()
-    noisy, time = actions(B, H), torch.full((B,), 0.3)
-    for padded in ((ids, mask), left_padded(ids, mask)):
-        together = model.predict(
-            model.encode_prefix(images, *padded, gone), state, noisy, time
-        ).to_vector()
-        for row in range(B):
-            one = slice(row, row + 1)
-            prefix = model.encode_prefix(
-                {"external": images["external"][one]}, ids[one, : mask[row].sum()]
+class TestFlowSamples:
+    """K draws of noise and flow time per observation."""
+
+    num_chunks = 4
+
+    def draws(self) -> tuple[Action, torch.Tensor]:
+        noise = actions(B, self.num_chunks, H, seed=2)
+        tau = torch.rand(B, self.num_chunks, generator=torch.Generator().manual_seed(6))
+        return noise, tau
+
+    def test_samples_that_share_a_prefix_equal_separate_calls(self) -> None:
+        model = spear1()
+        target = actions(B, H)
+        counts = torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
+        noise, tau = self.draws()
+
+        together = model(*observation(), target, counts, noise=noise, tau=tau).loss
+
+        separate = []
+        for k in range(self.num_chunks):
+            chunk = slice(k, k + 1)
+            noise_chunk = Action.from_vector(noise.to_vector()[:, chunk])
+            output = model(*observation(), target, counts, noise=noise_chunk, tau=tau[:, chunk])
+            separate.append(output.loss)
+        torch.testing.assert_close(together, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("given", ["noise", "tau"])
+    def test_noise_or_tau_determines_how_many_samples_there_are(self, given: str) -> None:
+        model = spear1()
+        noise, tau = self.draws()
+        draws: dict[str, Any] = {"noise": noise} if given == "noise" else {"tau": tau}
+
+        losses = []
+        for flow_samples in (1, self.num_chunks):
+            generator = torch.Generator().manual_seed(7)
+            output = model(
+                *observation(),
+                actions(B, H),
+                **draws,
+                generator=generator,
+                flow_samples=flow_samples,
             )
-            alone = model.predict(
-                prefix, state[one], Action.from_vector(noisy.to_vector()[one]), time[one]
-            )
-            torch.testing.assert_close(alone.to_vector(), together[one], rtol=1e-4, atol=1e-5)
+            losses.append(output.loss)
+
+        assert losses[0] == losses[1]
 
 
-def test_flow_samples_that_share_a_prefix_equal_separate_calls() -> None:
-    model = spear1()
-    images, ids, mask, state = inputs()
-    target, counts = (
-        actions(B, H),
-        torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7,
-    )
-    noise, time = (
-        actions(B, 4, H, seed=2),
-        torch.rand(B, 4, generator=torch.Generator().manual_seed(6)),
-    )
-    together = model(images, ids, mask, state, target, counts, noise=noise, time=time)
-    separate = []
-    for k in range(4):
-        drawn = {
-            "noise": Action.from_vector(noise.to_vector()[:, k : k + 1]),
-            "time": time[:, k : k + 1],
-        }
-        separate.append(model(images, ids, mask, state, target, counts, **drawn).loss)
-    torch.testing.assert_close(together.loss, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
-    losses = []
-    for given in ({"noise": noise}, {"time": time}):  # either says how many samples there are
-        draw, likewise = (torch.Generator().manual_seed(7) for _ in range(2))
-        losses += [model(images, ids, mask, state, target, **given, generator=draw).loss]
-        losses += [
-            model(
-                images, ids, mask, state, target, **given, generator=likewise, flow_samples=4
-            ).loss
-        ]
-    assert losses[0] == losses[1] != losses[2] == losses[3]
+class TestCommittedActions:
+    """In training, the first actions of a chunk may be given clean, at τ = 1."""
 
+    num_chunks = 8
+    target = actions(B, H)
+    counts = torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
 
-def test_committed_actions_are_given_and_teach_nothing() -> None:
-    model = spear1(flow={"rotation_loss": "mse"})
-    images, ids, mask, state = inputs()
-    target, counts = actions(B, H), torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
+    @pytest.fixture
+    def model(self) -> Spear1ForActionPrediction:
+        return spear1(flow={"rotation_loss": "mse"})
 
-    def drawn() -> torch.Generator:
+    @pytest.fixture
+    def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(3)
 
-    same = drawn()
-    noise = flow.sample_noise((B, 8, H), model.flow, same)
-    time = flow.sample_time(B * 8, model.flow, same).view(B, 8)
-    plain = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
-    given = model(images, ids, mask, state, target, counts, noise=noise, time=time).loss
-    assert torch.equal(plain, given)  # without it, nothing else is drawn
+    def loss(self, model: Spear1ForActionPrediction, **arguments: Any) -> torch.Tensor:
+        return model(*observation(), self.target, self.counts, **arguments).loss
 
-    model.config.committed = 2
-    first = torch.randint(3, (B, 8, 1), generator=same)
-    held = torch.arange(H) < first
-    assert set(first.flatten().tolist()) == {0, 1, 2}
-    heard: list[torch.Tensor] = []
-    said: list[torch.Tensor] = []
-    model.action_in_proj.register_forward_hook(lambda module, given, out: heard.append(given[0]))
-    model.action_out_proj.register_forward_hook(lambda module, given, out: said.append(out))
-    model.action_out_proj.register_forward_hook(lambda module, given, out: out.retain_grad())
-    loss = model(images, ids, mask, state, target, counts, flow_samples=8, generator=drawn()).loss
-    demonstrated = Action.from_vector(target.to_vector()[:, None].expand(B, 8, H, 8))
-    wanted = flow.perturb_committed(
-        demonstrated, held, same, counts[:, None].expand(B, 8, H)
-    ).to_vector()
-    torch.testing.assert_close(heard[0][held], wanted[held], rtol=0, atol=1e-6)
-    loss.backward()
-    taught = said[0].grad.reshape(B, 8, H, 8).abs().sum(-1) > 0
-    assert torch.equal(taught, ~held & counts[:, None])
-    # One action after another, each a chunk of its own at its own time.
-    each = [said[0].detach().reshape(B, 8, H, 8), noise.to_vector(), wanted]
-    alone = [Action.from_vector(x[taught][:, None]) for x in each]
-    times = time[..., None].expand(B, 8, H)[taught]
-    torch.testing.assert_close(loss, flow.compute_loss(*alone, times, model.flow)[0])
+    def test_without_them_only_noise_and_flow_time_are_drawn(
+        self, model: Spear1ForActionPrediction, generator: torch.Generator
+    ) -> None:
+        noise = flow.sample_noise((B, self.num_chunks, H), model.flow, generator)
+        tau = flow.sample_time(B * self.num_chunks, model.flow, generator)
+        tau = tau.view(B, self.num_chunks)
+
+        drawn = self.loss(model, flow_samples=self.num_chunks, generator=generator.manual_seed(3))
+        given = self.loss(model, noise=noise, tau=tau)
+
+        assert torch.equal(drawn, given)
+
+    def test_they_are_given_slightly_wrong_and_teach_nothing(
+        self, model: Spear1ForActionPrediction, generator: torch.Generator
+    ) -> None:
+        # Draw what the model will draw.
+        shape = (B, self.num_chunks, H)
+        noise = flow.sample_noise(shape, model.flow, generator)
+        tau = flow.sample_time(B * self.num_chunks, model.flow, generator)
+        num_committed = torch.randint(3, (B, self.num_chunks, 1), generator=generator)
+        assert set(num_committed.flatten().tolist()) == {0, 1, 2}
+        is_committed = torch.arange(H) < num_committed
+        counts = self.counts[:, None].expand(shape)
+        target = Action.from_vector(self.target.to_vector()[:, None].expand(*shape, 8))
+        perturbed = flow.perturb_committed(target, is_committed, generator, counts).to_vector()
+
+        # Record what the action tokens are made from, and what is predicted.
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        model.action_in_proj.register_forward_hook(lambda layer, args, out: inputs.append(args[0]))
+        model.action_out_proj.register_forward_hook(lambda layer, args, out: outputs.append(out))
+        model.action_out_proj.register_forward_hook(lambda layer, args, out: out.retain_grad())
+        model.config.committed = 2
+
+        loss = self.loss(model, flow_samples=self.num_chunks, generator=generator.manual_seed(3))
+        loss.backward()
+
+        torch.testing.assert_close(
+            inputs[0][is_committed], perturbed[is_committed], rtol=0, atol=1e-6
+        )
+        is_taught = outputs[0].grad.reshape(*shape, 8).abs().sum(-1) > 0
+        assert torch.equal(is_taught, ~is_committed & counts)
+
+        # The loss is that of the other actions, each taken as a chunk of its own at its own flow
+        # time.
+        alone = []
+        for vector in (outputs[0].detach().reshape(*shape, 8), noise.to_vector(), perturbed):
+            alone.append(Action.from_vector(vector[is_taught][:, None]))
+        tau_of_actions = tau.view(B, self.num_chunks, 1).expand(shape)[is_taught]
+        expected, _ = flow.compute_loss(*alone, tau_of_actions, model.flow)
+        torch.testing.assert_close(loss, expected)
 
 
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
     model = spear1().train()
-    model(*inputs(), actions(B, H), flow_samples=2).loss.backward()
-    lacking = {
-        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    }
+
+    model(*observation(), actions(B, H), flow_samples=2).loss.backward()
+
+    without_gradient = set()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0:
+            without_gradient.add(name)
     # Of the VLM's last layer only the keys and values are read; nothing after them can learn.
-    last = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
-    dead = ["self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm"]
-    dead += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    assert lacking == {f"{last}.{name}.weight" for name in dead} | {
-        "vlm.language_model.norm.weight"
+    last_layer = f"vlm.language_model.layers.{len(model.expert.layers) - 1}"
+    assert without_gradient == {
+        f"{last_layer}.self_attn.q_proj.weight",
+        f"{last_layer}.self_attn.o_proj.weight",
+        f"{last_layer}.post_attention_layernorm.weight",
+        f"{last_layer}.mlp.gate_proj.weight",
+        f"{last_layer}.mlp.up_proj.weight",
+        f"{last_layer}.mlp.down_proj.weight",
+        "vlm.language_model.norm.weight",
     }
+
+
+@pytest.mark.parametrize(
+    ("prediction", "rotation"), [("clean", [1.0, 0, 0, 0]), ("velocity", [0.0, 0, 0, 0])]
+)
+def test_an_untrained_network_predicts_not_to_turn(prediction: str, rotation: list[float]) -> None:
+    model = spear1(flow={"prediction": prediction})
+
+    bias = Action.from_vector(model.action_out_proj.bias.detach())
+
+    assert torch.equal(bias.rotation, torch.tensor(rotation))
 
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     model = spear1(flow={"prediction": prediction})
-    first = Action.from_vector(
-        model.action_out_proj.bias.detach()
-    )  # of a clean action: not to turn
-    assert torch.equal(first.rotation, torch.eye(4)[0] * (prediction == "clean"))
-    noise = (
-        flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
-    )
-    one, same, other = (
-        model.sample_actions(*inputs(), drawn, steps=7).to_vector() for drawn in noise
-    )
+
+    sampled = []
+    for seed in (0, 0, 1):
+        noise = flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(seed))
+        sampled.append(model.sample_actions(*observation(), noise, steps=7).to_vector())
+
+    assert sampled[0].shape == (B, H, 8)
+    assert torch.equal(sampled[0], sampled[1])
+    assert not torch.equal(sampled[0], sampled[2])
+
+
+def test_noise_of_another_horizon_is_refused() -> None:
+    model = spear1()
+    noise = flow.sample_noise((B, H + 1), model.flow)
+
     with pytest.raises(ValueError, match=f"{H + 1} actions"):
-        model.sample_actions(*inputs(), flow.sample_noise((B, H + 1), model.flow))
-    assert one.shape == (B, H, 8) and torch.equal(one, same) and not torch.equal(one, other)
+        model.sample_actions(*observation(), noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("loader", ["spear", "transformers"])
+def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype, loader: str) -> None:
     model = spear1(flow={"prediction": "clean", "geodesic_weight": 0.5}).to(dtype)
+
     model.save_pretrained(tmp_path)
-    for again in (
-        weights.load(Spear1ForActionPrediction, tmp_path),
-        AutoModel.from_pretrained(tmp_path),
-    ):
-        assert isinstance(again, Spear1ForActionPrediction)
-        torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-        assert (
-            again.flow == model.flow
-            and again.config.vlm_config.views == model.config.vlm_config.views
-        )
-        if dtype == torch.float32:
-            same = [m.sample_actions(*inputs(), noise=actions(B, H)) for m in (model, again)]
-            assert torch.equal(same[0].to_vector(), same[1].to_vector())
+    if loader == "spear":
+        loaded = weights.load(Spear1ForActionPrediction, tmp_path)
+    else:
+        loaded = AutoModel.from_pretrained(tmp_path)
+
+    assert isinstance(loaded, Spear1ForActionPrediction)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert loaded.flow == model.flow
+    assert loaded.config.vlm_config.views == model.config.vlm_config.views
+    if dtype == torch.float32:
+        expected = model.sample_actions(*observation(), noise=actions(B, H)).to_vector()
+        sampled = loaded.sample_actions(*observation(), noise=actions(B, H)).to_vector()
+        assert torch.equal(sampled, expected)
+
+
+def test_a_saved_config_is_read_back_and_so_is_one_of_an_older_checkpoint(tmp_path: Path) -> None:
+    model = spear1(flow={"prediction": "clean", "geodesic_weight": 0.5})
+
+    model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
-    saved["vlm_config"]["image_sizes"] = {"external": [1, 1]}  # of older ones, which nothing reads
+
+    saved["vlm_config"]["image_sizes"] = {"external": [1, 1]}  # a field that nothing reads any more
     assert Spear1Config(**saved).to_dict() == model.config.to_dict()
 
 
-def broken(folder: Path) -> str:
-    return refuses("", weights.load, Spear1ForActionPrediction, folder)
+class TestBrokenCheckpoints:
+    """The message says what is wrong, and with which weight or field."""
 
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "model"
+        spear1().save_pretrained(folder)
+        return folder
 
-def test_broken_checkpoints_say_what_is_wrong_and_of_which_weight(tmp_path: Path) -> None:
-    assert "checkpoint not found" in broken(tmp_path / "nowhere")
-    assert "no JSON object can be read" in broken(tmp_path)
-    folder, model = tmp_path / "model", spear1()
-    model.save_pretrained(folder)
-    file = folder / "model.safetensors"
-    whole = file.read_bytes()
-    for size in (0, 5, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:size])
-        assert "broken checkpoint" in broken(folder)
-    file.unlink()
-    assert "model.safetensors is missing" in broken(folder)
-    file.write_bytes(whole)
-    (folder / "config.json").write_text('{"model_type": "gemma"}')
-    assert "unknown architecture" in broken(folder) and "spear1" in broken(folder)
-    for wrong in (
-        {"flow": {"speed": 1}},
-        {"vlm_config": "x"},
-        {"expert_config": {"hidden_size": "x"}},
-    ):
-        (folder / "config.json").write_text(
-            json.dumps({**build_spear1_config(TINY).to_dict(), **wrong})
-        )
-        assert "broken config" in broken(folder)
-    unfit: dict[str, Any] = {
-        "horizon": "five",
-        "committed": 7.5,
-        "flow": [],
-        "max_period": 0,
-        "dtype": [],
-    }
-    unfit |= {
-        "vlm_config.views": "external",
-        "vlm_config.coordinate_start": None,
-        "flow.steps": "5",
-    }
-    for key, value in {
-        **unfit,
-        "vlm_config.coordinate_smoothing": -1,
-        "vlm_config.text_config": 0,
-    }.items():
-        part, _, name = key.rpartition(".")
-        changed = build_spear1_config(TINY).to_dict()
-        (changed[part] if part else changed)[name] = value
-        (folder / "config.json").write_text(json.dumps(changed))
-        said = broken(folder)
-        assert str(folder / "config.json") in said and (
-            name in said or name in ("dtype", "text_config")
-        )
-    for wrong in ([], {"weight_map": {"head": 5}}):
-        (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
-        assert "broken checkpoint" in broken(folder)
-    state = model.state_dict()
-    without = {k: v for k, v in state.items() if k != "state_proj.bias"}
-    model.save_pretrained(tmp_path / "less", state_dict=without)
-    assert "missing keys, first state_proj.bias" in broken(tmp_path / "less")
-    model.save_pretrained(tmp_path / "more", state_dict={**state, "tail.weight": torch.ones(2)})
-    assert "unexpected keys, first tail.weight" in broken(tmp_path / "more")
-    config = build_spear1_config(TINY)
-    config.vlm_config.text_config.vocab_size += 1
-    model.save_pretrained(tmp_path / "other")
-    config.save_pretrained(tmp_path / "other")
-    assert "mismatched keys, first vlm.language_model.embed_tokens.weight" in broken(
-        tmp_path / "other"
+    @staticmethod
+    def message(folder: Path) -> str:
+        return refuses("", weights.load, Spear1ForActionPrediction, folder)
+
+    def test_a_missing_folder(self, tmp_path: Path) -> None:
+        assert "checkpoint not found" in self.message(tmp_path / "nowhere")
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        assert "no JSON object can be read" in self.message(tmp_path)
+
+    def test_truncated_weights(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        for size in (0, 5, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:size])
+            assert "broken checkpoint" in self.message(folder)
+
+    def test_missing_weights(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        assert "model.safetensors is missing" in self.message(folder)
+
+    def test_an_unknown_architecture(self, folder: Path) -> None:
+        (folder / "config.json").write_text('{"model_type": "gemma"}')
+        message = self.message(folder)
+        assert "unknown architecture" in message
+        assert "spear1" in message
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"flow": {"speed": 1}}, {"vlm_config": "x"}, {"expert_config": {"hidden_size": "x"}}],
     )
+    def test_a_config_with_a_wrong_part(self, folder: Path, change: dict[str, Any]) -> None:
+        config = {**build_spear1_config(TINY).to_dict(), **change}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "broken config" in self.message(folder)
+
+    @pytest.mark.parametrize(
+        ("field", "value", "names_field"),
+        [
+            ("horizon", "five", True),
+            ("committed", 7.5, True),
+            ("flow", [], True),
+            ("max_period", 0, True),
+            ("dtype", [], False),
+            ("vlm_config.views", "external", True),
+            ("vlm_config.coordinate_start", None, True),
+            ("flow.steps", "5", True),
+            ("vlm_config.coordinate_smoothing", -1, True),
+            ("vlm_config.text_config", 0, False),
+        ],
+    )
+    def test_a_config_field_of_a_wrong_value(
+        self, folder: Path, field: str, value: Any, names_field: bool
+    ) -> None:
+        config = build_spear1_config(TINY).to_dict()
+        part, _, name = field.rpartition(".")
+        fields = config[part] if part else config
+        fields[name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+        message = self.message(folder)
+
+        assert str(folder / "config.json") in message
+        if names_field:
+            assert name in message
+
+    @pytest.mark.parametrize("index", [[], {"weight_map": {"head": 5}}])
+    def test_a_broken_index(self, folder: Path, index: Any) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "broken checkpoint" in self.message(folder)
+
+    def test_a_missing_key(self, tmp_path: Path) -> None:
+        model = spear1()
+        state = model.state_dict()
+        del state["state_proj.bias"]
+        model.save_pretrained(tmp_path, state_dict=state)
+        assert "missing keys, first state_proj.bias" in self.message(tmp_path)
+
+    def test_an_unexpected_key(self, tmp_path: Path) -> None:
+        model = spear1()
+        state = {**model.state_dict(), "tail.weight": torch.ones(2)}
+        model.save_pretrained(tmp_path, state_dict=state)
+        assert "unexpected keys, first tail.weight" in self.message(tmp_path)
+
+    def test_a_weight_of_another_shape(self, tmp_path: Path) -> None:
+        config = build_spear1_config(TINY)
+        config.vlm_config.text_config.vocab_size += 1
+        spear1().save_pretrained(tmp_path)
+        config.save_pretrained(tmp_path)
+        message = self.message(tmp_path)
+        assert "mismatched keys, first vlm.language_model.embed_tokens.weight" in message

@@ -1,4 +1,5 @@
-"""The same inputs through SPEAR-VLM and Transformers' PaliGemma, and how far apart two results are."""
+"""The same inputs through SPEAR-VLM and Transformers' PaliGemma, and how far apart two results
+are."""
 
 from typing import Any
 
@@ -7,37 +8,47 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spear.models.vlm import SpearVLMForConditionalGeneration
 
-B = 2
+BATCH = 2
+LENGTH = 9  # tokens of question and answer
+ANSWER_START = 5
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference over the largest value of `b`."""
-    return float((a - b).detach().abs().max() / b.detach().abs().max())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference divided by the largest expected value."""
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def logits(
+def compute_logits_of_both(
     ours: SpearVLMForConditionalGeneration, theirs: Any, width: int, height: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both say of images and padded questions with answers, at the valid places: [places, tokens] each.
+    """Logits of both models on images and padded questions with answers: [valid tokens, vocabulary]
+    each.
 
     theirs: a `PaliGemmaForConditionalGeneration` whose image token has about the highest id.
     """
     torch.manual_seed(5)
-    patch, image_token = theirs.config.vision_config.patch_size, theirs.config.image_token_id
-    tokens = width // patch * (height // patch)
-    image = torch.randint(0, 256, (B, 3, height, width), dtype=torch.uint8)
-    ids = torch.randint(3, min(1000, image_token), (B, 9))
+    patch = theirs.config.vision_config.patch_size
+    num_image_tokens = width // patch * (height // patch)
+    image_token = theirs.config.image_token_id
+
+    image = torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8)
+    ids = torch.randint(3, min(1000, image_token), (BATCH, LENGTH))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
-    kinds = (torch.arange(9) >= 5).long().expand(B, 9)
+    token_types = (torch.arange(LENGTH) >= ANSWER_START).long().expand(BATCH, LENGTH)
+
+    # PaliGemma takes image tokens and text as one sequence.
     features = theirs.model.get_image_features(
         image / 127.5 - 1, interpolate_pos_encoding=True
     ).pooler_output
-    before = torch.ones(B, tokens, dtype=torch.long)
-    said = theirs(
-        input_ids=torch.cat([before * image_token, ids], dim=1),
-        attention_mask=torch.cat([before, mask], dim=1),
-        token_type_ids=torch.cat([before * 0, kinds], dim=1),
+    ones = torch.ones(BATCH, num_image_tokens, dtype=torch.long)
+    output = theirs(
+        input_ids=torch.cat([ones * image_token, ids], dim=1),
+        attention_mask=torch.cat([ones, mask], dim=1),
+        token_type_ids=torch.cat([ones * 0, token_types], dim=1),
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-    ).logits[:, tokens:]
-    return ours({"external": image}, ids, mask, kinds).logits[mask.bool()], said[mask.bool()]
+    )
+    their_logits = output.logits[:, num_image_tokens:]
+    our_logits = ours({"external": image}, ids, mask, token_types).logits
+    is_valid = mask.bool()
+    return our_logits[is_valid], their_logits[is_valid]

@@ -1,11 +1,15 @@
-"""Sampling actions, fast: the prefix once into static buffers, then the flow steps with constants at hand.
+"""Fast sampling of actions: the prefix runs once into static buffers, then the flow steps run on
+it.
 
-The same actions as `flow.integrate` around `Spear1ForActionPrediction.predict` gives, up to rounding, without
-the work whose result nobody reads: the VLM's last layer stops at its keys and values, and the state, which no
-action changes, goes through the expert in the first flow step only.
+The result is that of `flow.integrate` around `Spear1ForActionPrediction.predict`, up to rounding.
+Work whose result nobody reads is skipped: the VLM's last layer stops at its keys and values, and
+the state token, which no action changes, runs through the expert in the first flow step only.
+
+`sample_actions` is the entrance. It calls `sample_fast`, and compares the first sample of each kind
+of inputs with `sample_plain`.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,228 +42,346 @@ from spear.models.vision import fuse_attention_projections
 from spear.types import Action
 
 MAX_RELATIVE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""How far fast sampling may be from the plain network, as `difference` has it: where all is float32, and
-otherwise (our choice; measured: docs/speed.md)."""
+"""How far `sample_fast` may be from `sample_plain`, as `relative_difference` measures it.
+
+float32 is for networks that are float32 throughout, bfloat16 for all others (measured in
+docs/speed.md)."""
+
+
+def pack_inputs(
+    pixel_values: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: Tensor,
+    noise: Action,
+    view_mask: Mapping[str, Tensor] | None,
+    committed: flow.CommittedPrefix | None,
+) -> Inputs:
+    """The arguments of `Spear1ForActionPrediction.sample_actions` as named tensors.
+
+    A CUDA graph is recorded for each set of names, shapes and types, so what is None has no name:
+
+    "pixels/VIEW"     [B, 3, h, w] uint8
+    "present/VIEW"    [B] bool, False for a missing image; optional
+    "input_ids"       [B, L]
+    "attention_mask"  [B, L], 0 on padding; optional
+    "state"           [B, 10]
+    "noise"           [B, H, 8]
+    "committed"       [B, H, 8]; optional, together with "held"
+    "held"            [B, H] bool, which of these actions are committed
+    """
+    inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
+    if view_mask is not None:
+        inputs |= {f"present/{view}": present for view, present in view_mask.items()}
+    inputs["input_ids"] = input_ids
+    inputs["state"] = state
+    inputs["noise"] = noise.to_vector()
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if committed is not None:
+        inputs["committed"] = committed.actions.to_vector()
+        inputs["held"] = committed.is_committed
+    return inputs
+
+
+def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
+    """Sample actions [B, H, 8] in normalized units, with unit canonical quaternions.
+
+    The first inputs of each kind run through `sample_plain`, too. If the results differ, or
+    `sample_fast` raises, a notice says so, and all further inputs of that kind run through
+    `sample_plain`.
+
+    Args:
+        model: A `Spear1ForActionPrediction`.
+        inputs: From `pack_inputs`.
+        steps: Number of Euler steps.
+    """
+    has_adapter = not (
+        is_plain_linear(model.action_in_proj) and is_plain_linear(model.action_time_mlp_in)
+    )
+    if has_adapter:  # LoRA: the products that `Sampler` makes in advance would ignore it
+        return sample_plain(model, inputs, steps)
+
+    is_autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
+    packed = not is_autocast  # autocast cannot cast packed weights
+    sampler = get_sampler(model, packed)
+    kind = _input_kind(inputs, is_autocast)
+    if kind not in sampler.agreements and not isinstance(inputs["noise"], FakeTensor):
+        return _sample_and_compare(model, sampler, kind, inputs, steps)
+    if sampler.agreements.get(kind, True):
+        return sample_fast(model, sampler, inputs, steps)
+    return sample_plain(model, inputs, steps)
+
+
+@torch.no_grad()
+def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
+    """`sample_actions` by the network as it is trained, step by step."""
+    pixels, present = split_image_inputs(inputs)
+    prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
+
+    def predict(a_tau: Action, tau: Tensor) -> Action:
+        return model.predict(prefix, inputs["state"], a_tau, tau)
+
+    noise = Action.from_vector(inputs["noise"])
+    actions = flow.integrate(predict, noise, steps, model.flow, _unpack_committed(inputs))
+    return actions.to_vector()
+
+
+def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
+    """What decides which code runs. On a GPU shapes do, too, because each has a CUDA graph of its
+    own."""
+    is_on_gpu = inputs["noise"].device.type == "cuda"
+    signature = []
+    for name, tensor in inputs.items():
+        shape = tuple(tensor.shape) if is_on_gpu else None
+        signature.append((name, tensor.dtype, shape))
+    return tuple(signature), is_autocast
+
+
+def _sample_and_compare(
+    model: Any, sampler: "Sampler", kind: Hashable, inputs: Inputs, steps: int
+) -> Tensor:
+    """Sample both ways, remember whether the results agree, and give a notice if they do not."""
+    expected = sample_plain(model, inputs, steps)
+    try:
+        actions = sample_fast(model, sampler, inputs, steps)
+        difference = relative_difference(actions, expected)
+    except Exception as error:  # whatever a compiler may raise
+        failure = summarize_error(error)
+    else:
+        is_float32 = {weight.dtype for weight in model.parameters()} == {torch.float32}
+        if torch.is_autocast_enabled(expected.device.type):
+            is_float32 = False
+        bound = MAX_RELATIVE_DIFFERENCE[torch.float32 if is_float32 else torch.bfloat16]
+        is_near = difference <= bound  # False for NaN
+        failure = "" if is_near else f"{difference:.2g} from the plain network"
+
+    sampler.agreements[kind] = not failure
+    if not failure:
+        return actions
+    notice(
+        f"fast sampling does not work here ({failure}), so acting is slower from now on."
+        " `spear doctor` says more."
+    )
+    return expected
+
+
+def relative_difference(actions: Tensor, expected: Tensor) -> float:
+    """The largest difference of two results [B, H, 8], divided by the largest number of `expected`.
+
+    The quaternions q and -q count as equal.
+    """
+    difference = (actions - expected).float()
+    same_sign = actions[..., 3:7] - expected[..., 3:7]
+    opposite_sign = actions[..., 3:7] + expected[..., 3:7]
+    is_same_sign = same_sign.abs().amax(-1, keepdim=True) <= opposite_sign.abs().amax(
+        -1, keepdim=True
+    )
+    difference[..., 3:7] = torch.where(is_same_sign, same_sign, opposite_sign).float()
+    return float(difference.abs().max() / expected.float().abs().max())
 
 
 class Sampler:
-    """What sampling needs of a SPEAR-1's weights, computed in advance: noisy actions a and time t are
-    embedded as in π0, by W₁ [W a, t] + b and, after SiLU, W₂, and the products of W₁ are made here."""
+    """What sampling computes in advance from the weights of a SPEAR-1.
+
+    π0 embeds a noisy action a at flow time τ as W₂ silu(W₁ [W a + b, t(τ)] + b₁) + b₂, where t(τ)
+    are waves. W₁ is linear, so W₁ [W a + b, t] + b₁ = (W₁ₐ W) a + (W₁ₜ t + W₁ₐ b + b₁). The first
+    factor is multiplied here, once; the second summand does not depend on the action
+    (`time_embeddings`).
+    """
 
     def __init__(self, model: Any, packed: bool) -> None:
-        inner, hidden = model.action_in_proj, model.action_time_mlp_in
-        compiled = can_compile(inner.weight.device)
-        if inner.weight.device.type != "cpu":
+        action_in = model.action_in_proj
+        time_mlp_in = model.action_time_mlp_in
+        device = action_in.weight.device
+        compiled = can_compile(device)
+        if device.type != "cpu":
             fuse_attention_projections(model.vlm)
+
         # The expert reads all its weights at every flow step, for a few rows.
-        small = make_small_stack(model.expert) if packed else None
-        self.expert = small or LayerStack(model.expert, packed, compiled)
+        small_expert = make_small_stack(model.expert) if packed else None
+        self.expert = small_expert or LayerStack(model.expert, packed, compiled)
+
         language = model.vlm.language_model
-        exact = small and language.embed_tokens.weight.dtype == torch.float32
-        self.vlm = (make_small_stack(language) if exact else None) or LayerStack(
-            language, compiled=compiled
+        is_small_float32 = (
+            small_expert is not None and language.embed_tokens.weight.dtype == torch.float32
         )
-        self.dtype, self.width = hidden.weight.dtype, inner.out_features
-        inside = self.expert.dtype
-        of_actions, self._of_time = hidden.weight.detach().float().split(self.width, dim=1)
-        self._into = (of_actions @ inner.weight.detach().float()).to(inside)
-        self._bias = of_actions @ inner.bias.detach().float() + hidden.bias.detach().float()
-        self._onward = FusedLinear(model.action_time_mlp_out, packed=packed and not exact)
-        self._periods = model.config.min_period, model.config.max_period
-        # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a few.
-        self.advance: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
-        self._moments: dict[int, Tensor] = {}
-        self.time_embedding_at_one = self._hidden(
-            torch.ones(1, device=inner.weight.device)
-        )  # what is at time 1
-        self.agreements: dict[Hashable, bool] = {}  # kinds of inputs that were tried, see `_kind`
+        small_vlm = make_small_stack(language) if is_small_float32 else None
+        self.vlm = small_vlm or LayerStack(language, compiled=compiled)
+
+        self.dtype = time_mlp_in.weight.dtype
+        self.width = action_in.out_features
+        action_half, time_half = time_mlp_in.weight.detach().float().split(self.width, dim=1)
+        self._action_weight = (action_half @ action_in.weight.detach().float()).to(
+            self.expert.dtype
+        )
+        self._time_weight = time_half
+        self._bias = (
+            action_half @ action_in.bias.detach().float() + time_mlp_in.bias.detach().float()
+        )
+        self._mlp_out = FusedLinear(
+            model.action_time_mlp_out, packed=packed and not is_small_float32
+        )
+        self._min_period = model.config.min_period
+        self._max_period = model.config.max_period
+
+        # Between two passes of the network a GPU has some fifty small kernels to run; compiled, a
+        # few.
+        self.euler_step: Any = torch.compile(flow.euler_step) if compiled else flow.euler_step
+        self._time_embeddings: dict[int, Tensor] = {}
+        self.time_embedding_at_one = self._embed_time(torch.ones(1, device=device))
+        self.agreements: dict[
+            Hashable, bool
+        ] = {}  # kind of inputs -> fast and plain sampling agree
 
     def time_embeddings(self, steps: int) -> Tensor:
-        """What the time adds to the embedding's hidden layer, at each of the flow steps: [steps, width]."""
-        if steps not in self._moments:
+        """What the flow time adds to the hidden layer of the embedding at each flow step: [steps,
+        width]."""
+        if steps not in self._time_embeddings:
             with torch.inference_mode(False), torch.no_grad():
-                time = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
-                self._moments[steps] = self._hidden(time)
-        return self._moments[steps]
+                tau = torch.arange(steps, device=self._bias.device, dtype=torch.float32) / steps
+                self._time_embeddings[steps] = self._embed_time(tau)
+        return self._time_embeddings[steps]
 
-    def _hidden(self, time: Tensor) -> Tensor:
-        waves = embed_flow_time(1 - time, self.width, *self._periods).to(self.dtype).float()
-        return (waves @ self._of_time.T + self._bias).to(self._into.dtype)
+    def _embed_time(self, tau: Tensor) -> Tensor:
+        waves = embed_flow_time(1 - tau, self.width, self._min_period, self._max_period)
+        waves = waves.to(self.dtype).float()
+        return (waves @ self._time_weight.T + self._bias).to(self._action_weight.dtype)
 
-    def embed(self, actions: Tensor, moment: Tensor) -> Tensor:
-        """Noisy actions [B, H, 8] at one of the `moments`, or each at its own, -> [B, H, width]."""
-        actions, one = actions.to(self._into.dtype), moment.dim() == 1
-        hidden = (
-            linear(actions, self._into, moment) if one else linear(actions, self._into) + moment
-        )
-        return self._onward(nn.functional.silu(hidden).to(self.dtype))[0].to(self._into.dtype)
+    def embed(self, a_tau: Tensor, time_embedding: Tensor) -> Tensor:
+        """Embed noisy actions [B, H, 8]: [B, H, width].
+
+        time_embedding: [width] for all actions, or [B, H, width].
+        """
+        dtype = self._action_weight.dtype
+        a_tau = a_tau.to(dtype)
+        if time_embedding.dim() == 1:
+            hidden = linear(a_tau, self._action_weight, time_embedding)
+        else:
+            hidden = linear(a_tau, self._action_weight) + time_embedding
+        return self._mlp_out(nn.functional.silu(hidden).to(self.dtype))[0].to(dtype)
 
 
 get_sampler = ModuleCache(Sampler)
 """`get_sampler(model, packed)`: the `Sampler` of a SPEAR-1, made again when its weights change."""
 
 
-def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
-    """Actions [B, H, 8], normalised units, rotations unit and canonical.
-
-    model   a `Spear1ForActionPrediction`.
-    inputs  "pixels/VIEW" [B, 3, h, w] uint8, "present/VIEW" [B] bool or left out, "input_ids" [B, L],
-            "attention_mask" [B, L] or left out where there is no padding, "state" [B, 10], "noise" [B, H, 8];
-            "committed" [B, H, 8] and "held" [B, H] bool, or left out (`spear.flow.CommittedPrefix`).
-
-    The first inputs of each kind go through `sample_plain` too. Where that differs, or the fast way raises, a
-    notice says so, and inputs of that kind go through `sample_plain` from then on.
-    """
-    if not (
-        is_plain_linear(model.action_in_proj) and is_plain_linear(model.action_time_mlp_in)
-    ):  # a LoRA
-        return sample_plain(model, inputs, steps)
-    autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
-    sampler = get_sampler(model, not autocast)  # autocast cannot cast packed weights
-    kind = _kind(inputs, autocast)
-    if kind not in sampler.agreements and not isinstance(inputs["noise"], FakeTensor):
-        return _first(model, sampler, kind, inputs, steps)
-    if sampler.agreements.get(kind, True):
-        return sample_fast(model, sampler, inputs, steps)
-    return sample_plain(model, inputs, steps)
-
-
 def sample_fast(
-    model: Any, sampler: Sampler, inputs: Inputs, steps: int, graphs: bool = True
+    model: Any, sampler: Sampler, inputs: Inputs, steps: int, use_graph: bool = True
 ) -> Tensor:
-    """`sample` without proof. graphs: on a GPU all of it is a CUDA graph, recorded per set of shapes."""
+    """`sample_actions` without the comparison.
+
+    use_graph: On a GPU, all of it is one CUDA graph, recorded for each set of shapes.
+    """
     with torch.inference_mode():
-        if graphs and inputs["noise"].device.type == "cuda":
-            sampler.time_embeddings(steps)  # made before a graph is recorded
-            result = sampler.expert.replay(
-                lambda given: _sample(model, sampler, given, steps), inputs, steps
+        if use_graph and inputs["noise"].device.type == "cuda":
+            sampler.time_embeddings(steps)  # computed before a graph is recorded
+            actions = sampler.expert.replay(
+                lambda static_inputs: _sample(model, sampler, static_inputs, steps), inputs, steps
             )
         else:
-            result = _sample(model, sampler, inputs, steps)
-    return result.clone()
-
-
-@torch.no_grad()
-def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
-    """What `sample` gives, by the network as it is trained, step by step."""
-    pixels, present = split_image_inputs(inputs)
-    prefix = model.encode_prefix(pixels, inputs["input_ids"], inputs.get("attention_mask"), present)
-
-    def predict(noisy: Action, time: Tensor) -> Action:
-        return model.predict(prefix, inputs["state"], noisy, time)
-
-    noise = Action.from_vector(inputs["noise"])
-    return flow.integrate(predict, noise, steps, model.flow, _committed(inputs)).to_vector()
-
-
-def relative_difference(found: Tensor, truth: Tensor) -> float:
-    """The largest difference of actions [B, H, 8], as a share of the largest number; q and -q are alike."""
-    apart = (found - truth).float()
-    same, other = found[..., 3:7] - truth[..., 3:7], found[..., 3:7] + truth[..., 3:7]
-    nearer = same.abs().amax(-1, keepdim=True) <= other.abs().amax(-1, keepdim=True)
-    apart[..., 3:7] = torch.where(nearer, same, other).float()
-    return float(apart.abs().max() / truth.float().abs().max())
-
-
-def _kind(inputs: Inputs, autocast: bool) -> Hashable:
-    """What decides which code runs. On a GPU the shapes do too: each has a graph of its own."""
-    on_gpu = inputs["noise"].device.type == "cuda"
-    given = [(name, t.dtype, tuple(t.shape) if on_gpu else None) for name, t in inputs.items()]
-    return (tuple(given), autocast)
-
-
-def _first(model: Any, sampler: Sampler, kind: Hashable, inputs: Inputs, steps: int) -> Tensor:
-    """The first actions of a kind, both ways; keeps whether they agree, with a notice where not."""
-    slow = sample_plain(model, inputs, steps)
-    try:
-        found = sample_fast(model, sampler, inputs, steps)
-        apart = relative_difference(found, slow)
-        exact = {weight.dtype for weight in model.parameters()} == {torch.float32}
-        exact = exact and not torch.is_autocast_enabled(slow.device.type)
-        far = (
-            not apart <= MAX_RELATIVE_DIFFERENCE[torch.float32 if exact else torch.bfloat16]
-        )  # what is no number is far
-        reason = f"{apart:.2g} from the plain network" if far else ""
-    except Exception as error:  # whatever a compiler may raise
-        reason = summarize_error(error)
-    sampler.agreements[kind] = not reason
-    if not reason:
-        return found
-    notice(
-        f"fast sampling does not work here ({reason}): slower from now on; `spear doctor` says more"
-    )
-    return slow
-
-
-def _committed(inputs: Inputs) -> flow.CommittedPrefix | None:
-    held = inputs.get("held")
-    return (
-        None
-        if held is None
-        else flow.CommittedPrefix(Action.from_vector(inputs["committed"]), held)
-    )
+            actions = _sample(model, sampler, inputs, steps)
+    return actions.clone()
 
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
+    """Prefill the KV cache with images and instruction, then integrate the flow."""
     pixels, present = split_image_inputs(inputs)
     horizon = inputs["noise"].shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
-    text, valid = model.vlm.embed_text(inputs["input_ids"]), image_valid if present else None
-    mask = inputs.get("attention_mask")
-    # Keys and values that the expert reads in another precision are copied, once all are there.
-    write_events: LayerEvents = (
-        [] if is_capturing_graph() and text.dtype == sampler.expert.dtype else None
-    )
+    text = model.vlm.embed_text(inputs["input_ids"])
+
+    # While a CUDA graph is recorded, the first flow step may begin before the prefix has ended. Not
+    # if the expert reads keys and values in another precision: they are copied once all are there.
+    may_overlap = is_capturing_graph() and text.dtype == sampler.expert.dtype
+    written: LayerEvents = [] if may_overlap else None
     prefix = prefill(
         sampler.vlm,
         features,
         text,
-        valid,
-        mask,
+        image_valid if present else None,
+        inputs.get("attention_mask"),
         1 + horizon,
         keys_only=True,
-        write_events=write_events,
+        write_events=written,
     )
-    with parallel_branch(
-        prefix.write_events
-    ):  # the first flow step's layers run while later ones of the prefix do
-        return _flow(model, sampler, inputs, steps, prefix)
+    with parallel_branch(prefix.write_events):
+        return _integrate(model, sampler, inputs, steps, prefix)
 
 
-def _flow(
+def _integrate(
     model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: PrefilledCache
 ) -> Tensor:
-    noise, expert = inputs["noise"], sampler.expert
-    horizon = noise.shape[1]
-    cache, start, dtype = expert.adopt_cache(prefix.cache), prefix.valid.shape[1], expert.dtype
-    end = start + 1 + horizon
-    bias = prefix.bias(1 + horizon, expert.groups, dtype)
-    ahead = torch.arange(1 + horizon, device=noise.device)
-    turns = expert.rotations(prefix.next_positions[:, None] + ahead, dtype)
-    turns_after = tuple(turn[:, 1:] for turn in turns)
-    # The first step runs the state and the actions, later steps the actions alone.
-    with_state = replace(
-        cache.window(start, [(1, start + 1), (horizon, end)]), await_events=prefix.write_events
+    """Integrate from the noise to actions [B, H, 8], after the prefix."""
+    expert_flow = _ExpertFlow(model, sampler, inputs, steps, prefix)
+    actions = flow.integrate(
+        expert_flow.predict,
+        Action.from_vector(inputs["noise"]),
+        steps,
+        model.flow,
+        expert_flow.committed,
+        sampler.euler_step,
     )
-    actions_only = cache.window(start + 1, [(horizon, end)])
-    moments = iter(sampler.time_embeddings(steps).unbind(0))
-    state = model.state_proj(inputs["state"].to(sampler.dtype)).to(dtype)[:, None]
-    committed = _committed(inputs)
+    return actions.to_vector()
 
-    def predict(noisy: Action, time: Tensor) -> Action:
-        nonlocal state
-        moment = next(moments)
-        if committed is not None:
-            moment = torch.where(
-                committed.is_committed[..., None], sampler.time_embedding_at_one, moment
+
+class _ExpertFlow:
+    """The action expert over the flow steps of one sample: `predict` is called once per step, in
+    order."""
+
+    def __init__(
+        self, model: Any, sampler: Sampler, inputs: Inputs, steps: int, prefix: PrefilledCache
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.committed = _unpack_committed(inputs)
+        self.step = 0
+        noise = inputs["noise"]
+        self.action_dtype = noise.dtype
+        horizon = noise.shape[1]
+        expert = sampler.expert
+        cache = expert.adopt_cache(prefix.cache)
+        start = prefix.valid.shape[1]
+        end = start + 1 + horizon
+        self.bias = prefix.bias(1 + horizon, expert.groups, expert.dtype)
+
+        # Positions of the state token and of the actions.
+        offsets = torch.arange(1 + horizon, device=noise.device)
+        self.rotations = expert.rotations(prefix.next_positions[:, None] + offsets, expert.dtype)
+        self.action_rotations = tuple(rotation[:, 1:] for rotation in self.rotations)
+
+        # The first step runs the state and the actions, later steps the actions alone.
+        self.window = replace(
+            cache.window(start, [(1, start + 1), (horizon, end)]), await_events=prefix.write_events
+        )
+        self.action_window = cache.window(start + 1, [(horizon, end)])
+        self.time_embeddings = sampler.time_embeddings(steps).unbind(0)
+        state = inputs["state"].to(sampler.dtype)
+        self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
+
+    def predict(self, a_tau: Action, tau: Tensor) -> Action:
+        """v_θ(a_τ, τ); the time itself is not needed, since steps come in order."""
+        sampler = self.sampler
+        time_embedding = self.time_embeddings[self.step]
+        if self.committed is not None:
+            time_embedding = torch.where(
+                self.committed.is_committed[..., None],
+                sampler.time_embedding_at_one,
+                time_embedding,
             )
-        tokens = sampler.embed(noisy.to_vector(), moment)
-        if state is not None:
-            hidden = expert(torch.cat([state, tokens], dim=1), turns, with_state, bias)[:, 1:]
-            state = None
+        tokens = sampler.embed(a_tau.to_vector(), time_embedding)
+        if self.step == 0:
+            tokens = torch.cat([self.state_token, tokens], dim=1)
+            hidden = sampler.expert(tokens, self.rotations, self.window, self.bias)[:, 1:]
         else:
-            hidden = expert(tokens, turns_after, actions_only, bias)
-        return Action.from_vector(model.action_out_proj(hidden.to(sampler.dtype)).to(noise.dtype))
+            hidden = sampler.expert(tokens, self.action_rotations, self.action_window, self.bias)
+        self.step += 1
+        v_theta = self.model.action_out_proj(hidden.to(sampler.dtype))
+        return Action.from_vector(v_theta.to(self.action_dtype))
 
-    noisy = Action.from_vector(noise)
-    return flow.integrate(predict, noisy, steps, model.flow, committed, sampler.advance).to_vector()
+
+def _unpack_committed(inputs: Inputs) -> flow.CommittedPrefix | None:
+    is_committed = inputs.get("held")
+    if is_committed is None:
+        return None
+    return flow.CommittedPrefix(Action.from_vector(inputs["committed"]), is_committed)

@@ -1,4 +1,17 @@
-"""SPEAR-1: SPEAR-VLM and an action expert that reads its keys and values and flows noise into actions."""
+"""SPEAR-1: SPEAR-VLM, and an action expert that flows noise to actions.
+
+Letters are those of the paper (arXiv 2511.17411, section "SPEAR-1"). One action is a = [x, q, g]:
+x ∈ R³ is the translation, q ∈ S³ the rotation as a unit quaternion, g the gripper opening. A chunk
+has H actions.
+
+    τ          flow time, 0 is noise and 1 is data
+    ε          noise: N(0, I) for x and g, U(S³) for q
+    a_τ        the state of the flow: x_τ = τ x + (1 - τ) ε, q_τ = slerp(q_ε, q; τ)
+    u          the velocity of the flow, d a_τ / dτ, which the network learns: x - ε on R³
+    v_θ        the network's prediction of u (or of the clean action, see `spear.types.FlowConfig`)
+
+`spear.flow` has the equations; here are the networks.
+"""
 
 import dataclasses
 import math
@@ -17,29 +30,34 @@ from spear import flow
 from spear.errors import SpearError
 from spear.models import layers
 from spear.models.fast.linear import use_fast_linear
-from spear.models.sampling import sample_actions
+from spear.models.sampling import pack_inputs, sample_actions
 from spear.models.vlm import LossOutput, Prefix, SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
 from spear.types import ACTION_DIM, Action
 
 NUM_STATE_FEATURES = 10
-"""Proprioception: position 3 (normalised) + rotation 6D + gripper 1. Six numbers for the rotation because the
-quaternion of a gripper that points down sits where its sign flips (our choice)."""
+"""Proprioception: position 3 (normalized), rotation 6, gripper 1.
+
+The rotation is the first two columns of its matrix, because the quaternion of a gripper that points
+down lies where its sign flips."""
+
 SHARED_WITH_VLM = ("num_hidden_layers", "num_key_value_heads", "head_dim")
-"""What of the action expert is as in the VLM, whose keys and values it reads."""
+"""Config fields in which the action expert must equal the VLM, whose keys and values it reads."""
 
 
 @strict
 class Spear1Config(layers.PortableConfig):
-    """SPEAR-1's parts.
+    """The parts of SPEAR-1.
 
-    vlm_config      SPEAR-VLM's.
-    expert_config   the action expert's Gemma, which fits the VLM's (`SHARED`).
-    horizon         actions per chunk (the paper: 5, at 5 Hz).
-    flow            fields of `spear.flow.FlowConfig`.
-    committed       the most actions at a chunk's beginning that may be decided already, as it was trained
-                    (`spear.flow.sample_committed`); 0 is the paper's.
-    min_period, max_period  of the sinusoids that embed the flow time, which runs over 0 … 1 (π0's).
+    vlm_config     SPEAR-VLM's config.
+    expert_config  The config of the action expert's Gemma, which must fit the VLM's
+    (`SHARED_WITH_VLM`). horizon        H, actions per chunk (the paper: 5, at 5 Hz). flow
+    Fields of `spear.types.FlowConfig`. committed      In training, up to this many actions at the
+    beginning of a chunk are decided already
+                   (`spear.flow.sample_committed`). The paper has none: 0.
+    min_period     Shortest period of the waves that embed the flow time, which runs from 0 to 1
+                   (π0's).
+    max_period     Longest period of these waves (π0's).
     """
 
     model_type = "spear1"
@@ -60,18 +78,23 @@ class Spear1Config(layers.PortableConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.flow = dataclasses.asdict(flow.FlowConfig(**(self.flow or {})))
-        text, expert = self.vlm_config.text_config, self.expert_config
         for name in SHARED_WITH_VLM:
-            if getattr(text, name) != getattr(expert, name):
-                apart = f"{name} is {getattr(expert, name)}, the VLM's is {getattr(text, name)}"
-                raise SpearError(f"action expert does not fit the VLM: {apart}: they must be equal")
+            vlm_value = getattr(self.vlm_config.text_config, name)
+            expert_value = getattr(self.expert_config, name)
+            if vlm_value != expert_value:
+                raise SpearError(
+                    f"action expert does not fit the VLM: its {name} is {expert_value}, the VLM's"
+                    f" is {vlm_value}. Give both the same value."
+                )
 
 
 class Spear1ForActionPrediction(PreTrainedModel):
-    """SPEAR-1 (the paper, SPEAR-1; π0's architecture).
+    """SPEAR-1 (the paper, section "SPEAR-1"), in the architecture of π0.
 
-    [images, instruction] → [proprioception] → [actions], block-wise causal. The first block is the whole
-    SPEAR-VLM, which stays usable as `model.vlm`; the other two go through the action expert.
+    A sequence is [images, instruction] → [proprioception] → [actions], block-wise causal: a token
+    sees its own block and the blocks before it. The first block runs through SPEAR-VLM, which stays
+    usable as `model.vlm`; the other two run through the action expert, which attends, layer by
+    layer, to the VLM's keys and values.
     """
 
     config: Spear1Config
@@ -100,13 +123,14 @@ class Spear1ForActionPrediction(PreTrainedModel):
         # These layers see few features of unit size, so the scale must follow the number of inputs.
         init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
         init.zeros_(module.bias)
-        if module is self.action_out_proj:
-            init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
-            if self.flow.prediction == "clean":
-                # The first guess is to stay: no step, the rotation (1, 0, 0, 0), a gripper half open.
-                init.copy_(
-                    module.bias, torch.tensor([0.0, 0, 0, 1, 0, 0, 0, 0], device=module.bias.device)
-                )
+        if module is not self.action_out_proj:
+            return
+        init.normal_(module.weight, std=0.1 / math.sqrt(module.in_features))
+        if self.flow.prediction == "clean":
+            # An untrained network predicts not to move: no translation, rotation (1, 0, 0, 0),
+            # gripper 0.
+            no_motion = [0.0, 0, 0, 1, 0, 0, 0, 0]
+            init.copy_(module.bias, torch.tensor(no_motion, device=module.bias.device))
 
     def get_input_embeddings(self) -> nn.Module:
         """The VLM's token embeddings."""
@@ -119,53 +143,64 @@ class Spear1ForActionPrediction(PreTrainedModel):
         attention_mask: Tensor | None = None,
         view_mask: Mapping[str, Tensor] | None = None,
     ) -> Prefix:
-        """Images and instruction through the VLM, once per observation; arguments as in `forward`."""
+        """Run images and instruction through the VLM, once per observation; arguments as in
+        `forward`."""
         features, valid = self.vlm.encode_images(pixel_values, view_mask)
         prefix = self.vlm.run_language_model(features, valid, input_ids, attention_mask)
         prefix.cache.frozen = True
         return prefix
 
-    def predict(self, prefix: Prefix, state: Tensor, noisy: Action, time: Tensor) -> Action:
-        """What the expert says about noisy actions: a velocity or a clean action; rotations not normalised.
+    def predict(self, prefix: Prefix, state: Tensor, a_tau: Action, tau: Tensor) -> Action:
+        """v_θ(a_τ, τ | prefix, state): what the expert predicts about a state of the flow.
 
-        state [B, 10]; noisy [B, H, ·] at time [B], or K chunks per observation: [B, K, H, ·] at time [B, K].
-        Each action may have a time of its own: [B, H], or [B, K, H].
+        Args:
+            prefix: Images and instruction, from `encode_prefix`.
+            state: [B, 10], see `NUM_STATE_FEATURES`.
+            a_tau: [B, H, ·], or [B, K, H, ·] for K chunks per observation.
+            tau: [B], or [B, K] for K chunks. If each action has a flow time of its own: [B, H] or
+                [B, K, H].
+
+        Returns:
+            A velocity, or a clean action, as `config.flow` says; rotations are not normalized.
+            Shaped as `a_tau`.
         """
         dtype = self.state_proj.weight.dtype
-        vector = noisy.to_vector().to(dtype)
-        batch, horizon = vector.shape[0], vector.shape[-2]
-        samples = vector.shape[:-2].numel() // batch
-        chunks = vector.reshape(batch, samples, horizon, ACTION_DIM)
-        actions = self._embed_actions(chunks, time.reshape(batch, samples, -1))
-        embeds = torch.cat(
-            [self.state_proj(state.to(dtype))[:, None], actions.flatten(1, 2)], dim=1
-        )
-        first = (
-            layers.compute_position_ids(prefix.valid)[:, -1:] + 1
-        )  # [B, 1], where the state stands
-        steps = torch.arange(1, horizon + 1, device=first.device).repeat(samples)
-        mask = layers.make_suffix_mask(prefix.valid, horizon, samples)
+        vector = a_tau.to_vector().to(dtype)
+        batch = vector.shape[0]
+        horizon = vector.shape[-2]
+        num_chunks = vector.shape[:-2].numel() // batch
+
+        # The suffix: one state token, then the action tokens of all chunks.
+        chunks = vector.reshape(batch, num_chunks, horizon, ACTION_DIM)
+        action_tokens = self._embed_actions(chunks, tau.reshape(batch, num_chunks, -1))
+        state_token = self.state_proj(state.to(dtype))[:, None]
+        suffix = torch.cat([state_token, action_tokens.flatten(1, 2)], dim=1)
+
+        # All chunks continue the prefix, so they stand at the same positions.
+        state_position = layers.compute_position_ids(prefix.valid)[:, -1:] + 1  # [B, 1]
+        steps = torch.arange(1, horizon + 1, device=state_position.device).repeat(num_chunks)
+        mask = layers.make_suffix_mask(prefix.valid, horizon, num_chunks)
         output = self.expert(
-            inputs_embeds=embeds.to(
+            inputs_embeds=suffix.to(
                 dtype
-            ),  # autocast or not, the residual stream is in full precision
+            ),  # under autocast, too, the residual stream keeps its precision
             attention_mask=layers.prepare_mask(self.expert, mask, dtype),
-            position_ids=torch.cat([first, first + steps], dim=1),
+            position_ids=torch.cat([state_position, state_position + steps], dim=1),
             **{layers.CACHE_ARGUMENT: prefix.cache},
             use_cache=False,
         )
-        prediction = self.action_out_proj(output.last_hidden_state[:, 1:])
-        return Action.from_vector(prediction.reshape(vector.shape).to(noisy.translation.dtype))
+        v_theta = self.action_out_proj(output.last_hidden_state[:, 1:])
+        return Action.from_vector(v_theta.reshape(vector.shape).to(a_tau.translation.dtype))
 
-    def _embed_actions(self, actions: Tensor, time: Tensor) -> Tensor:
-        """Noisy actions [B, K, H, 8] and their times [B, K, H or 1] -> [B, K, H, width], as in π0."""
-        tokens = self.action_in_proj(actions)
-        # π0 counts time from the data to the noise: its embedding sees 1 − τ.
-        moment = layers.embed_flow_time(
-            1 - time, tokens.shape[-1], self.config.min_period, self.config.max_period
+    def _embed_actions(self, a_tau: Tensor, tau: Tensor) -> Tensor:
+        """π0's embedding of actions [B, K, H, 8] at flow times [B, K, H or 1]: [B, K, H, width]."""
+        tokens = self.action_in_proj(a_tau)
+        # π0 counts the flow time from the data to the noise: its embedding sees 1 - τ.
+        time_embedding = layers.embed_flow_time(
+            1 - tau, tokens.shape[-1], self.config.min_period, self.config.max_period
         )
-        moment = moment.expand_as(tokens).to(tokens.dtype)
-        hidden = self.action_time_mlp_in(torch.cat([tokens, moment], dim=-1))
+        time_embedding = time_embedding.expand_as(tokens).to(tokens.dtype)
+        hidden = self.action_time_mlp_in(torch.cat([tokens, time_embedding], dim=-1))
         return self.action_time_mlp_out(nn.functional.silu(hidden))
 
     def forward(
@@ -178,50 +213,70 @@ class Spear1ForActionPrediction(PreTrainedModel):
         action_mask: Tensor | None = None,
         flow_samples: int = 1,
         noise: Action | None = None,
-        time: Tensor | None = None,
+        tau: Tensor | None = None,
         view_mask: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
-        """The flow loss of a batch of demonstrations and its parts, as `spear.flow.compute_loss` gives them.
+        """The flow-matching loss of a batch of demonstrations (the paper, section "SPEAR-1").
 
-        pixel_values    view -> [B, 3, h, w] uint8; view_mask: view -> [B] bool, False where it is missing.
-        input_ids       [B, L] the instruction, padded on either side; attention_mask [B, L].
-        state           [B, 10], see `NUM_STATE_FEATURES`.
-        actions         [B, H, ·] in the model's normalised units.
-        action_mask     [B, H] bool, the steps that count.
-        flow_samples    K draws of noise and time per observation, which share its prefix (our choice), unless
-                        noise [B, K, H, ·] or time [B, K] or [B, K, H] is given.
+        If `config.committed` is not 0, the first actions of each chunk may be committed: they are
+        given clean, at τ = 1, and are no part of the loss. They are given slightly wrong, and the
+        first action after them makes up for the error (`spear.flow.perturb_committed`).
 
-        With `config.committed`, the first actions of each draw are clean, at time 1, and no part of the loss;
-        they are a little wrong, and the next one makes up for it (`flow.perturb_committed`).
+        Args:
+            pixel_values: View -> [B, 3, h, w] uint8.
+            input_ids: [B, L] the instruction, padded on either side.
+            attention_mask: [B, L], 0 on padding; None where there is no padding.
+            state: [B, 10], see `NUM_STATE_FEATURES`.
+            actions: [B, H, ·] in the model's normalized units.
+            action_mask: [B, H] bool, True for steps that count.
+            flow_samples: K, draws of ε and τ per observation. They share its prefix.
+            noise: ε [B, K, H, ·], drawn if not given.
+            tau: [B, K] or [B, K, H], drawn if not given.
+            view_mask: View -> [B] bool, False for a missing image.
+            generator: Of ε and τ.
+
+        Returns:
+            The loss and its parts, as `spear.flow.compute_loss` returns them.
         """
         batch, horizon = actions.translation.shape[:2]
         device = actions.translation.device
+
+        # Noise ε for K chunks per observation, and the demonstrated chunk as often.
         if noise is None:
-            samples = flow_samples if time is None else time.shape[1]
+            num_chunks = flow_samples if tau is None else tau.shape[1]
             noise = flow.sample_noise(
-                (batch, samples, horizon), self.flow, generator, device=device
+                (batch, num_chunks, horizon), self.flow, generator, device=device
             )
-        each = actions.to_vector()[:, None].expand(*noise.translation.shape[:3], ACTION_DIM)
-        data = Action.from_vector(each)
+        shape = noise.translation.shape[:3]  # [B, K, H]
+        data = Action.from_vector(actions.to_vector()[:, None].expand(*shape, ACTION_DIM))
         if action_mask is not None:
-            action_mask = action_mask[:, None].expand(noise.translation.shape[:3])
-        if time is None:
-            count = noise.translation.shape[:2].numel()
-            time = flow.sample_time(count, self.flow, generator, device=device).view(batch, -1)
+            action_mask = action_mask[:, None].expand(shape)
+
+        # Flow time τ, one per chunk; or one per action, where committed actions stand at 1.
+        if tau is None:
+            num_draws = shape[:2].numel()
+            tau = flow.sample_time(num_draws, self.flow, generator, device=device).view(batch, -1)
             if self.config.committed:
-                held = flow.sample_committed(
-                    (*time.shape, horizon), self.config.committed, generator, device
+                committed = flow.sample_committed(
+                    (*tau.shape, horizon), self.config.committed, generator, device
                 )
-                time = torch.where(held, 1.0, time[..., None])
-                data = flow.perturb_committed(data, held, generator, action_mask)
-        noisy, _ = flow.interpolate(noise, data, time, self.flow)
+                tau = torch.where(committed, 1.0, tau[..., None])
+                data = flow.perturb_committed(data, committed, generator, action_mask)
+
+        # The state of the flow: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). The network
+        # predicts its velocity u from it: v_θ(a_τ, τ).
+        a_tau, _ = flow.interpolate(noise, data, tau, self.flow)
         prefix = self.encode_prefix(pixel_values, input_ids, attention_mask, view_mask)
-        prediction = self.predict(prefix, state, noisy, time)
-        if time.dim() == 3:
-            action_mask = time < 1 if action_mask is None else action_mask & (time < 1)
-        loss, parts = flow.compute_loss(prediction, noise, data, time, self.flow, action_mask)
-        return LossOutput(loss=loss, parts={k: v.detach() for k, v in parts.items()})
+        v_theta = self.predict(prefix, state, a_tau, tau)
+
+        # L = L_R³ + L_S³, over all actions that are neither masked nor committed.
+        if tau.dim() == 3:
+            is_open = tau < 1
+            action_mask = is_open if action_mask is None else action_mask & is_open
+        loss, parts = flow.compute_loss(v_theta, noise, data, tau, self.flow, action_mask)
+        detached_parts = {name: part.detach() for name, part in parts.items()}
+        return LossOutput(loss=loss, parts=detached_parts)
 
     @torch.no_grad()
     def sample_actions(
@@ -235,30 +290,42 @@ class Spear1ForActionPrediction(PreTrainedModel):
         view_mask: Mapping[str, Tensor] | None = None,
         committed: flow.CommittedPrefix | None = None,
     ) -> Action:
-        """Actions [B, H, ·] by `steps` Euler steps (None: the flow's own) from noise [B, H, ·]
-        (`spear.flow.sample_noise`): normalised units, unit canonical rotations.
+        """Integrate v_θ from noise (τ = 0) to actions (τ = 1) by Euler steps.
 
-        Other arguments as in `forward`; attention_mask=None and view_mask=None spare the masks.
-        committed: actions that come back as they are, and that the others go on from.
+        Args:
+            pixel_values: View -> [B, 3, h, w] uint8.
+            input_ids: [B, L] the instruction.
+            attention_mask: [B, L]; None, where there is no padding, is faster.
+            state: [B, 10], see `NUM_STATE_FEATURES`.
+            noise: ε [B, H, ·], from `spear.flow.sample_noise`.
+            steps: Number of Euler steps, `config.flow`'s by default.
+            view_mask: View -> [B] bool; None, where all images are there, is faster.
+            committed: Actions that the result begins with, and that the other actions continue.
+
+        Returns:
+            [B, H, ·] in normalized units; rotations are unit quaternions with w ≥ 0.
+
+        Raises:
+            ValueError: If the noise is not a chunk of `config.horizon` actions.
         """
-        if (horizon := noise.translation.shape[-2]) != self.config.horizon:
+        horizon = noise.translation.shape[-2]
+        if horizon != self.config.horizon:
             raise ValueError(f"noise of {horizon} actions: a chunk has {self.config.horizon}")
-        inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
-        inputs |= {f"present/{view}": present for view, present in (view_mask or {}).items()}
-        inputs |= {"input_ids": input_ids, "state": state, "noise": noise.to_vector()}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        if committed is not None:
-            inputs |= {"committed": committed.actions.to_vector(), "held": committed.is_committed}
-        return Action.from_vector(
-            sample_actions(self, inputs, self.flow.steps if steps is None else steps)
+        inputs = pack_inputs(
+            pixel_values, input_ids, attention_mask, state, noise, view_mask, committed
         )
+        if steps is None:
+            steps = self.flow.steps
+        return Action.from_vector(sample_actions(self, inputs, steps))
 
 
 def load_inner_vlm(
     folder: Path, dtype: torch.dtype | None = None
 ) -> SpearVLMForConditionalGeneration:
-    """The SPEAR-VLM in a folder, or inside the policy in it. Raises `SpearError` as `weights.load` does."""
+    """Load the SPEAR-VLM in a folder, or the one inside the policy in it.
+
+    Raises `SpearError` as `weights.load.load` does.
+    """
     if weights.read_architecture(folder) == Spear1Config.model_type:
         return weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     return weights.load(SpearVLMForConditionalGeneration, folder, dtype)

@@ -12,7 +12,7 @@ from transformers import PI0ForConditionalGeneration as Pi0
 
 from data_tiny import edit
 from models_tiny import TINY
-from parity import logits, relative
+from parity import compute_logits_of_both, relative_error
 from published_checkpoints import (
     IMAGE_TOKEN,
     LAYOUTS,
@@ -48,12 +48,14 @@ def test_without_moge_the_logits_are_those_of_the_same_folder(
     folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
     ours = plan_backbones(folder, None, "tiny14").run()
-    mine, expected = logits(ours, theirs, 280, 210)
-    assert mine.shape[-1] == ROWS + TINY14.bins and relative(mine[:, :ROWS], expected) < 1e-5
+    mine, expected = compute_logits_of_both(ours, theirs, 280, 210)
+    assert mine.shape[-1] == ROWS + TINY14.bins and relative_error(mine[:, :ROWS], expected) < 1e-5
     ours.save_pretrained(again := tmp_path / "saved")
-    assert torch.equal(logits(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine)
+    assert torch.equal(
+        compute_logits_of_both(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine
+    )
     ours.set_attn_implementation("eager")
-    assert relative(logits(ours, theirs, 280, 210)[0], mine) < 1e-5
+    assert relative_error(compute_logits_of_both(ours, theirs, 280, 210)[0], mine) < 1e-5
 
 
 def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
@@ -154,17 +156,17 @@ def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(
         velocity = ours.predict(
             ours.encode_prefix(**mine), state, Action.from_vector(noisy), time
         ).to_vector()
-    assert relative(velocity, expected) < 1e-5
+    assert relative_error(velocity, expected) < 1e-5
     goal = Action.from_vector(
         theirs.sample_actions(state=state, noise=noisy, num_steps=4, **reference)
     )
     sampled = ours.sample_actions(**mine, state=state, steps=4, noise=Action.from_vector(noisy))
-    assert relative(sampled.translation, goal.translation) < 1e-5
-    assert relative(sampled.gripper, goal.gripper) < 1e-5
+    assert relative_error(sampled.translation, goal.translation) < 1e-5
+    assert relative_error(sampled.gripper, goal.gripper) < 1e-5
     unit = torch.nn.functional.normalize(
         goal.rotation, dim=-1
     )  # ours end as unit quaternions with w >= 0
-    assert relative(sampled.rotation, unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)) < 1e-5
+    assert relative_error(sampled.rotation, unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)) < 1e-5
 
 
 def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(
