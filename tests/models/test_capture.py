@@ -125,7 +125,7 @@ def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, 
     }
     if full:
         given |= {"attention_mask": (torch.long, (6,)), "present/wrist": (torch.bool, ())}
-        given |= {"committed": actions, "held": (torch.bool, (size.horizon,))}
+        given |= {"committed": actions, "is_committed": (torch.bool, (size.horizon,))}
     return {
         n: torch.empty(batch, *shape, dtype=kind, device=device)
         for n, (kind, shape) in given.items()

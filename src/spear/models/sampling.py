@@ -67,8 +67,8 @@ def pack_inputs(
     "attention_mask"  [B, L], 0 on padding; optional
     "state"           [B, 10]
     "noise"           [B, H, 8]
-    "committed"       [B, H, 8]; optional, together with "held"
-    "held"            [B, H] bool, which of these actions are committed
+    "committed"       [B, H, 8]; optional, together with "is_committed"
+    "is_committed"    [B, H] bool, which of these actions are committed
     """
     inputs = {f"pixels/{view}": pixels for view, pixels in pixel_values.items()}
     if view_mask is not None:
@@ -80,7 +80,7 @@ def pack_inputs(
         inputs["attention_mask"] = attention_mask
     if committed is not None:
         inputs["committed"] = committed.actions.to_vector()
-        inputs["held"] = committed.is_committed
+        inputs["is_committed"] = committed.is_committed
     return inputs
 
 
@@ -381,7 +381,7 @@ class _ExpertFlow:
 
 
 def _unpack_committed(inputs: Inputs) -> flow.CommittedPrefix | None:
-    is_committed = inputs.get("held")
+    is_committed = inputs.get("is_committed")
     if is_committed is None:
         return None
     return flow.CommittedPrefix(Action.from_vector(inputs["committed"]), is_committed)
