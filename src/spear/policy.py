@@ -14,8 +14,6 @@ from spear.chunks import check_chunk
 from spear.data.normalize import Normalizer
 from spear.embodiments.tools import Checked, camera_key, check, is_camera
 from spear.errors import SpearError, check_known, notice, unknown_name_error
-from spear.labels.questions.generate import NUMBERS, PIXELS
-from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
 from spear.models.decode import LogitRecorder, decode_greedily
 from spear.models.devices import choose_device, is_bfloat16_fast, keep_freed_memory, limit_threads
 from spear.models.processing import Processor, map_pixel
@@ -27,6 +25,14 @@ from spear.models.weights.folders import locate
 from spear.models.weights.load import ModelT
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import DriftMonitor
+from spear.question_types import (
+    NUM_ANSWER_NUMBERS,
+    NUM_ANSWER_PIXELS,
+    NUM_NUMBERS_BETWEEN_WORDS,
+    QUESTION_TYPES,
+    QUESTION_TYPES_2D,
+    QUESTION_TYPES_PIXEL,
+)
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.fingerprints import fingerprint_checkpoint
 
@@ -115,11 +121,16 @@ class VlmBundle:
     def _grammar(self, family: str | None) -> Any:
         if family is None:
             return None
-        check_known("question family", (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL), family)
-        if family in NUMBERS or family in PIXELS:
-            return self.processor.coordinate_grammar(NUMBERS.get(family, 0), PIXELS.get(family, 0))
-        in_words = {"chain_of_thought": 2, "what_at": 0}  # with so many numbers between the words
-        return self.processor.free_text_grammar(in_words[family]) if family in in_words else None
+        check_known(
+            "question family", (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL), family
+        )
+        if family in NUM_ANSWER_NUMBERS or family in NUM_ANSWER_PIXELS:
+            return self.processor.coordinate_grammar(
+                NUM_ANSWER_NUMBERS.get(family, 0), NUM_ANSWER_PIXELS.get(family, 0)
+            )
+        if family in NUM_NUMBERS_BETWEEN_WORDS:
+            return self.processor.free_text_grammar(NUM_NUMBERS_BETWEEN_WORDS[family])
+        return None
 
 
 def load_vlm(

@@ -14,8 +14,9 @@ from spear.labels.models.open_vocabulary import GroundingDinoDetector
 from spear.labels.models.pointmap import MogePointMapModel
 from spear.labels.models.sam2 import Sam2Segmenter
 from spear.labels.pipeline import label_images
-from spear.labels.questions.generate import FAMILIES, generate_questions
+from spear.labels.questions.generate import generate_questions
 from spear.labels.store import read_labels, write_labels
+from spear.question_types import QUESTION_TYPES
 from spear.types import Frame
 from spear.util.images import decode_image
 
@@ -51,7 +52,7 @@ def test_a_photograph_goes_through_the_whole_graph(
     # random networks find nothing that is good enough to be asked about: make it so
     good = [replace(o, name=str(i), scores={}) for i, o in enumerate(boxed)]
     asked = generate_questions(
-        replace(seen, objects=good), np.random.default_rng(0), (4, 4), FAMILIES
+        replace(seen, objects=good), np.random.default_rng(0), (4, 4), QUESTION_TYPES
     )
     assert asked and {question.unit for question in asked} == {"relative"}
     parts = {"its 0 points": pointmap.model, "Sam2": segmenter._network, "Dino": detector._network}

@@ -15,8 +15,8 @@ from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
 from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
-from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
 from spear.labels.store import count_labels, select_labels, write_labels
+from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.report.labels import label_page, write_rerun
 from spear.types import Frame, LabeledImage
 
@@ -39,7 +39,7 @@ def folder(labels: list[LabeledImage], tmp_path: Path) -> Path:
     return tmp_path / "labels"
 
 
-@pytest.mark.parametrize("families", [FAMILIES, FAMILIES_2D, ("what_at",)])
+@pytest.mark.parametrize("families", [QUESTION_TYPES, QUESTION_TYPES_2D, ("what_at",)])
 def test_questions_are_kept_exactly_and_depend_on_seed_and_source_alone(
     families: tuple[str, ...], labels: list[LabeledImage], folder: Path
 ) -> None:

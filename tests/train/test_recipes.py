@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from spear.data.actions import HORIZON
-from spear.labels.questions.templates import FAMILIES
 from spear.models.presets import build_spear1_config, get_preset
 from spear.models.spear1 import Spear1ForActionPrediction
+from spear.question_types import QUESTION_TYPES
 from spear.tokens import CoordinateTokenizer
 from spear.train import recipes
 from spear.train.optimize import apply_freeze
@@ -27,7 +27,7 @@ def test_recipes_and_model_have_the_papers_numbers() -> None:
     for stage in map(get_recipe, PAPER[:2]):
         mix, tokens = stage.questions, (stage.smooth_tokens, stage.bins, stage.spacing)
         assert (mix.coordinate_weight, mix.coordinate_smoothing, mix.pairs) == (2.0, 0.0, (1, 4))
-        assert set(mix.families) == set(FAMILIES) and tokens == (False, None, None)
+        assert set(mix.families) == set(QUESTION_TYPES) and tokens == (False, None, None)
     for stage in map(get_recipe, PAPER[2:]):
         assert (
             stage.optimization.ema > 0

@@ -149,10 +149,10 @@ def ask_about(options: QuestionOptions) -> None:
     Example:
         spear questions runs/my_labels --pairs 2 4
     """
-    from spear.labels.questions.generate import FAMILIES
     from spear.labels.questions.store import write_questions
+    from spear.question_types import QUESTION_TYPES
 
-    folder, families = _shards(options.labels), options.families or FAMILIES
+    folder, families = _shards(options.labels), options.families or QUESTION_TYPES
     images, counts = write_questions(folder, options.seed, options.pairs, families)
     kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
     print(

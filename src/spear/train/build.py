@@ -12,7 +12,6 @@ from spear.data.normalize import Mode, Normalizer
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
-from spear.labels.questions.templates import FAMILIES_PIXEL
 from spear.labels.store import DepthImages, find_shards, read_depth
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
 from spear.models.processing import NUM_LOCATIONS, Processor
@@ -22,6 +21,7 @@ from spear.models.vlm import SpearVLMConfig
 from spear.models.vlm import SpearVLMForConditionalGeneration as SpearVLM
 from spear.models.weights import load as weights
 from spear.monitor.distribution import TrainingDistribution
+from spear.question_types import QUESTION_TYPES_PIXEL
 from spear.tokens import CoordinateTokenizer, init_new_embeddings
 from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
@@ -269,7 +269,9 @@ def _questions(
     seed: int,
 ) -> tasks.QuestionSamples:
     mix = stage.questions
-    depth = tasks.load_depth(folders, labels) if set(mix.families) & set(FAMILIES_PIXEL) else None
+    depth = (
+        tasks.load_depth(folders, labels) if set(mix.families) & set(QUESTION_TYPES_PIXEL) else None
+    )
     return tasks.QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 

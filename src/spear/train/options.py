@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
-from spear.labels.questions.templates import FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
+from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
 from spear.util.options import (
     Device,
     EpisodeSplit,
@@ -105,7 +105,7 @@ class QuestionMix:
     most_images          ask only about the first so many labeled images of each view (0: all).
     """
 
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = QUESTION_TYPES
     pairs: tuple[PositiveCount, PositiveCount] = (1, 4)
     wrist: Fraction | None = None
     coordinate_weight: NonNegative = 2.0
@@ -246,7 +246,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
     if key == "pairs" and value[0] > value[1]:
         raise SpearError(f"recipe key {key} is {value}. Give the smaller number first.")
     if key == "families":
-        known_families = (*FAMILIES, *FAMILIES_2D, *FAMILIES_PIXEL)
+        known_families = (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL)
         families = value or [""]  # an empty list has a name that is not known, too
         for family in families:
             check_known(f"question type (recipe key {key})", known_families, family)

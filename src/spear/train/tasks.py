@@ -21,12 +21,12 @@ from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
-from spear.labels.questions.templates import FAMILIES
 from spear.labels.store import DepthImages, find_shards, read_depth, read_labels
 from spear.models.processing import Processor, visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMForConditionalGeneration
+from spear.question_types import QUESTION_TYPES
 from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix, Recipe
@@ -295,7 +295,7 @@ def fit_coordinates(
 ) -> CoordinateTokenizer:
     """3D tokens fitted to the answers about `labels` (20,000 at most), which have one unit."""
     return CoordinateTokenizer.fit(
-        answers(labels, seed, 20_000, FAMILIES), bins, labels[0].unit, spacing
+        answers(labels, seed, 20_000, QUESTION_TYPES), bins, labels[0].unit, spacing
     )
 
 

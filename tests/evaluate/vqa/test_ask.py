@@ -15,9 +15,10 @@ from spear.evaluate.options import QuestionOptions
 from spear.evaluate.vqa.ask import ask_question, load_labeled_images, load_picture, parse_question
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.run import evaluate_vqa
-from spear.labels.questions.templates import FAMILIES, PROMPT_TEMPLATES
+from spear.labels.questions.templates import PROMPT_TEMPLATES
 from spear.models.weights.folders import BUNDLED_WEIGHTS, is_simulator_only
 from spear.policy import VlmBundle, load_vlm
+from spear.question_types import QUESTION_TYPES
 from spear.util.fingerprints import fingerprint_checkpoint
 
 NANO = BUNDLED_WEIGHTS / "nano"
@@ -29,7 +30,7 @@ def nano() -> VlmBundle:
 
 
 def test_every_wording_is_understood() -> None:
-    for family in FAMILIES:
+    for family in QUESTION_TYPES:
         for prompt in PROMPT_TEMPLATES[family]:
             question = prompt.format(x="the red cube", y="a mug", p="nearest")
             names = ["red cube", "mug"] if "{y}" in prompt else ["red cube"]

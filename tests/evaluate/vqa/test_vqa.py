@@ -100,7 +100,7 @@ def ask_oracle(
 def test_an_oracle_has_no_error_and_an_offset_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [labelled(i) for i in range(6)]
     perfect = ask_oracle(Oracle(), labels, monkeypatch)
-    assert set(perfect.families) == set(vqa.FAMILIES)
+    assert set(perfect.families) == set(vqa.QUESTION_TYPES)
     for score in perfect.families.values():
         assert score.n > 0 and score.grammar.value == 1
         assert score.measures["relative"].value == pytest.approx(0, abs=1e-6)
@@ -247,7 +247,9 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
     scores = ask_oracle(Oracle(0.02, sigma=0.02), labels, monkeypatch, decode="median")
     assert scores.decode == "median"
     assert (
-        set(scores.readings) == set(scores.calibration) == set(vqa.FAMILIES) - {"back_projection"}
+        set(scores.readings)
+        == set(scores.calibration)
+        == set(vqa.QUESTION_TYPES) - {"back_projection"}
     )
     for family, readings in scores.readings.items():
         assert readings.error["median"] == pytest.approx(

@@ -12,8 +12,9 @@ from scipy.spatial.transform import Rotation
 
 from answer_checker import complaints
 from spear.labels.fit.box3d import make_box
-from spear.labels.questions.generate import FAMILIES, generate_questions
+from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import UNIT_TEMPLATES, is_a
+from spear.question_types import QUESTION_TYPES
 from spear.types import LabeledImage, LabeledObject, Question
 
 NAMES = (
@@ -36,7 +37,7 @@ def test_answers_about_scenes(labels: list[LabeledImage]) -> None:
                 questions = generate_questions(label, rng)
                 assert wrong(label, questions) == []
                 seen.update(q.family for q in questions)
-    assert min(seen[family] for family in FAMILIES) > 10
+    assert min(seen[family] for family in QUESTION_TYPES) > 10
 
 
 @given(st.integers(0, 2**32 - 1))

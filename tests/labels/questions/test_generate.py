@@ -17,10 +17,11 @@ from spear.labels.questions.generate import (
     generate_questions,
     iterate_tokenizer_texts,
 )
-from spear.labels.questions.templates import EVERYDAY_NAMES, FAMILIES, FAMILIES_2D, FAMILIES_PIXEL
+from spear.labels.questions.templates import EVERYDAY_NAMES
 from spear.labels.store import read_depth, write_depth, write_labels
 from spear.models.processing import Processor
 from spear.policy import locate
+from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
 from spear.train.options import QuestionMix
 from spear.train.tasks import QuestionSamples, load_depth, load_labels
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
@@ -29,7 +30,7 @@ from spear.util.images import encode_jpeg
 
 @pytest.fixture(scope="module")
 def questions(labels: list[LabeledImage]) -> list[tuple[LabeledImage, Question]]:
-    rng, families = np.random.default_rng(2), FAMILIES + FAMILIES_2D
+    rng, families = np.random.default_rng(2), QUESTION_TYPES + QUESTION_TYPES_2D
     return [
         (x, q)
         for _ in range(30)
@@ -86,9 +87,9 @@ def derived(image: LabeledImage, q: Question) -> list:
 def test_every_2d_answer_follows_from_the_label(
     questions: list[tuple[LabeledImage, Question]],
 ) -> None:
-    assert {q.family for _, q in questions} == set(FAMILIES + FAMILIES_2D)
+    assert {q.family for _, q in questions} == set(QUESTION_TYPES + QUESTION_TYPES_2D)
     for image, q in questions:
-        if q.family in FAMILIES:
+        if q.family in QUESTION_TYPES:
             continue
         for got, want in zip(q.segments, derived(image, q), strict=True):
             if isinstance(want, Pixel):
@@ -143,7 +144,7 @@ def test_the_seed_decides_one_to_four_different_questions(labels: list[LabeledIm
         seen.update(q.family for q in generate_questions(image, rng, pairs=(1, 1)))
         assert len({(q.family, q.objects, tuple(q.segments)) for q in asked}) == len(asked)
     assert set(sizes) == {1, 2, 3, 4} and min(sizes.values()) > 25
-    assert min(seen[f] for f in FAMILIES) > 0.5 * max(seen.values())
+    assert min(seen[f] for f in QUESTION_TYPES) > 0.5 * max(seen.values())
 
 
 def test_tokenizer_text_covers_every_word_used(
@@ -200,7 +201,7 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     asked = [
         q
         for _ in range(50)
-        for q in generate_questions(label, rng, (4, 4), FAMILIES_PIXEL, depth=depth)
+        for q in generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=depth)
     ]
     assert len(asked) == 200
     for question in asked:
@@ -208,9 +209,12 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
         near = truth[round(y * height - 0.5), round(x * width - 0.5)]
         assert question.values == pytest.approx(near.tolist(), abs=0.02)
     assert (
-        generate_questions(label, rng, (4, 4), FAMILIES_PIXEL) == []
+        generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL) == []
     )  # without depth there is nothing to ask
-    assert generate_questions(label, rng, (4, 4), FAMILIES_PIXEL, depth=np.zeros_like(depth)) == []
+    assert (
+        generate_questions(label, rng, (4, 4), QUESTION_TYPES_PIXEL, depth=np.zeros_like(depth))
+        == []
+    )
 
 
 def test_labels_of_several_folders_come_together(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from spear.errors import SpearError, check_known
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.labels.pipeline import label_with_ground_truth
-from spear.labels.questions.generate import FAMILIES, abbreviate_unit, format_answer
+from spear.labels.questions.generate import abbreviate_unit, format_answer
 from spear.labels.questions.templates import (
     KEYPOINT_NAMES,
     PROMPT_TEMPLATES,
@@ -22,6 +22,7 @@ from spear.labels.store import select_labels
 from spear.models.processing import Processor
 from spear.models.readout import Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
+from spear.question_types import QUESTION_TYPES
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
@@ -52,7 +53,7 @@ def ask_question(
     Raises SpearError for an unknown question family or an empty question.
     """
     if family is not None:
-        check_known("question family", FAMILIES, family)
+        check_known("question family", QUESTION_TYPES, family)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
     meant, names = parse_question(question) or (None, [])
@@ -100,7 +101,7 @@ def parse_question(question: str) -> tuple[str, list[str]] | None:
         text = text.removeprefix(before).removesuffix(after)
     text = text.rstrip(" ?.")
     point = "|".join(re.escape(word) for words in KEYPOINT_NAMES.values() for word in words)
-    for family in FAMILIES:
+    for family in QUESTION_TYPES:
         for prompt in PROMPT_TEMPLATES[family]:
             form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
             form = re.sub(

@@ -14,9 +14,9 @@ from pydantic import ConfigDict, NonNegativeFloat
 
 from spear.errors import notice
 from spear.evaluate.stats import Estimate, bootstrap
-from spear.labels.questions.generate import NUMBERS
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.models.weights.folders import find_changed_files, hash_files
+from spear.question_types import NUM_ANSWER_NUMBERS
 from spear.types import Array
 from spear.util.files import read_json_as, write_text
 
@@ -109,7 +109,7 @@ def compute_uncertainty(said: Distribution) -> Array:
     A number's distribution is given those before it: if the first vertex is wrong, the others follow it.
     """
     spread = said.spread()
-    if len(spread) != NUMBERS["box_vertices"]:
+    if len(spread) != NUM_ANSWER_NUMBERS["box_vertices"]:
         return spread
     return np.maximum.accumulate(spread.reshape(-1, 3), axis=0).ravel()
 

@@ -15,10 +15,11 @@ from spear.evaluate.vqa.ask import find_absent_objects
 from spear.evaluate.vqa.calibration import Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.measures import compute_error_scales, extract_numbers, is_grammatical
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
-from spear.labels.questions.generate import FAMILIES, find_askable_objects, generate_questions
+from spear.labels.questions.generate import find_askable_objects, generate_questions
 from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
+from spear.question_types import QUESTION_TYPES
 from spear.types import LabeledImage, Question
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, track_progress
@@ -33,8 +34,8 @@ def evaluate_vqa(
     """Ask questions of each family about each image, all in the model's unit, and score the answers, and the
     intervals that `trust` gives them, unless it was measured on some of these images: there they hold by
     making. Raises SpearError for an unknown family, and where no image allows a question."""
-    families = tuple(dict.fromkeys(options.families)) or FAMILIES
-    check_known("family of 3D questions", FAMILIES, *families)
+    families = tuple(dict.fromkeys(options.families)) or QUESTION_TYPES
+    check_known("family of 3D questions", QUESTION_TYPES, *families)
     questions = generate_questions_by_family(labels, families, options.per_image, options.seed)
     free: dict[str, list[bool]] = {family: [] for family, some in questions.items() if some}
     if not free:

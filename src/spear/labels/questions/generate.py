@@ -12,7 +12,7 @@
 The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,25 +21,14 @@ from spear.errors import SpearError, check_known
 from spear.labels.fit.quality import find_failed_scores
 from spear.labels.questions.answers import DRAFTERS, QuestionScene, draw_one, project_to_pixels
 from spear.labels.questions.templates import (
-    FAMILIES,
     KEYPOINT_NAMES,
     PROMPT_TEMPLATES,
     UNIT_TEMPLATES,
     is_a,
     with_article,
 )
+from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
-
-NUMBERS: Mapping[str, int] = {
-    "box_vertices": 24,
-    "keypoint": 3,
-    "offset": 3,
-    "distance": 1,
-    "pixel_point": 3,
-}
-"""Families whose answers are numbers alone -> how many."""
-PIXELS: Mapping[str, int] = {"back_projection": 8, "where_2d": 2, "centre_2d": 1}
-"""Families whose answers are image locations alone -> how many."""
 
 MIN_VISIBLE_2D = 0.6
 """Objects less of whose outline is seen are not asked about in 2D (our choice)."""
@@ -77,14 +66,15 @@ def generate_questions(
     label: LabeledImage,
     rng: np.random.Generator,
     pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = QUESTION_TYPES,
     depth: Array | None = None,
 ) -> list[Question]:
     """Ask about an image.
 
     rng       decides everything random here; the same state gives the same questions.
     pairs     fewest and most questions.
-    families  of `FAMILIES`, `FAMILIES_2D` and `FAMILIES_PIXEL`, drawn with equal chance.
+    families  of `QUESTION_TYPES`, `QUESTION_TYPES_2D` and `QUESTION_TYPES_PIXEL`, drawn with
+              equal chance.
     depth     of the image, see `answers.Scene`; without it "pixel_point" is not asked.
 
     Returns up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not

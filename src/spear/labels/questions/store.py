@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from spear.errors import check_known
 from spear.labels.questions.generate import format_answer, generate_questions
 from spear.labels.questions.statistics import write_dataset_card
-from spear.labels.questions.templates import FAMILIES, FAMILIES_2D
 from spear.labels.store import (
     QUESTIONS_FILE,
     ParquetWriter,
@@ -27,6 +26,7 @@ from spear.labels.store import (
     explain_read_errors,
     read_labels,
 )
+from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
@@ -39,7 +39,7 @@ def generate_label_questions(
     label: LabeledImage,
     seed: int,
     pairs: tuple[int, int] = (1, 4),
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = QUESTION_TYPES,
 ) -> list[Question]:
     """The questions about one image; `pairs` and `families` as for `generate`."""
     digest = hashlib.sha256(label.source.encode()).digest()
@@ -48,14 +48,17 @@ def generate_label_questions(
 
 
 def write_questions(
-    folder: Path, seed: int = 0, pairs: tuple[int, int] = (1, 4), families: Sequence[str] = FAMILIES
+    folder: Path,
+    seed: int = 0,
+    pairs: tuple[int, int] = (1, 4),
+    families: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[int, Counter[str]]:
     """Ask about every image of a folder of labels; returns the number of images and the questions per family.
 
     The file is replaced as a whole; the dataset card names it from then on. `SpearError`: no labels there, an
     unknown family or one that needs depth, bad pairs, or the disk is full.
     """
-    check_known("question family about labels", (*FAMILIES, *FAMILIES_2D), *families)
+    check_known("question family about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *families)
     counts: Counter[str] = Counter()
     bar = ProgressBar("asking", count_labels(folder), "images")
     with ParquetWriter(folder / QUESTIONS_FILE, _SCHEMA, rows_per_group=4096) as writer, bar:

@@ -13,21 +13,6 @@ def _tuples(section: str) -> Mapping[str, tuple[str, ...]]:
     return {name: tuple(words) for name, words in _DATA[section].items()}
 
 
-FAMILIES = ("box_vertices", "keypoint", "offset", "distance", "back_projection", "chain_of_thought")
-"""The 3D questions about objects."""
-FAMILIES_2D = (
-    "what_at",
-    "where_2d",
-    "centre_2d",
-    "exists",
-    "count",
-    "which_side",
-    "left_or_right",
-    "list",
-)
-FAMILIES_PIXEL = ("pixel_point",)
-"""3D questions that know of no object: the paper's ablation."""
-
 PROMPT_TEMPLATES = _tuples("prompts")
 """Question family → its wordings."""
 KEYPOINT_NAMES = _tuples("points")
