@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from spear.audit import dataset_audit as audit
-from spear.audit.hypotheses import Recording
-from spear.checks.senses import check_cameras, check_gripper
+from spear.checks.cameras import check_cameras
+from spear.checks.gripper import check_gripper
+from spear.checks.recording import Recording
 from spear.errors import SpearError
 
 DRAWS, SIZES = 200, (5, 8, 16)
@@ -41,7 +42,7 @@ def main() -> None:
         f"{'dataset':<20} {'episodes':>8}  {'data':<18} agrees  wrong  cannot tell  (of {DRAWS} draws)"
     )
     for folder in parser.parse_args().folders:
-        spec = audit.logged_layout(folder, None)
+        spec = audit.find_logged_layout(folder, None)
         recordings = [
             audit.make_recording(steps, spec, name)
             for name, steps in audit.episode_steps(folder, "train", ())
@@ -59,7 +60,7 @@ def main() -> None:
                     found[next(v for v in ("wrong", "cannot tell", "agrees") if v in said)] += 1
                 counts = f"{found['agrees']:>6} {found['wrong']:>6} {found['cannot tell']:>12}"
                 print(f"{folder.name:<20} {size:>8}  {name:<18} {counts}")
-        views = audit.look_at_cameras(folder, "train", spec)
+        views = audit.summarize_cameras(folder, "train", spec)
         if {"external", "wrist"} <= views.keys():
             for name, pair in (
                 ("cameras", ("external", "wrist")),

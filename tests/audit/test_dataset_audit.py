@@ -1,4 +1,4 @@
-"""The audit finds each planted mistake by name, finds right data right, and says when it cannot tell."""
+"""The audit names each planted mistake, finds right data right, and says when it cannot tell."""
 
 import dataclasses
 import json
@@ -11,9 +11,17 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make
 from refusals import Command, refuses
-from spear.audit.dataset_audit import Report, audit, claims, judge, make_recording
-from spear.audit.hypotheses import Recording
-from spear.checks.senses import Check, check_cameras, look
+from spear.audit.dataset_audit import (
+    Finding,
+    Part,
+    Report,
+    audit,
+    judge,
+    layout_answers,
+    make_recording,
+)
+from spear.checks.recording import Recording
+from spear.checks.result import Check
 from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.options import Conversion
@@ -21,350 +29,536 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import write_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import franka_pose
-from spear.report.audit import conclusion, text
-from spear.util.images import encode_jpeg
+from spear.report.audit import conclude, format_report
 
-RATE = 10.0
-BRIDGE, FIRST = "observation/state", {"external": "observation/image_0"}
-_BOTH: dict[str, str | None] = {"kind": "delta", "signs": "+++", "shift": "0", "state": "euler_xyz"}
-RIGHT = {
-    "translation": {**_BOTH, "frame": "base", "unit": "m", "form": "-"},
-    "rotation": {**_BOTH, "frame": "ee", "unit": "rad", "form": "euler_xyz"},
+RATE_HZ = 10.0
+BRIDGE_STATE = "observation/state"
+BRIDGE_CAMERA = {"external": "observation/image_0"}
+_SHARED_ANSWERS: dict[str, str | None] = {
+    "kind": "delta",
+    "signs": "+++",
+    "delay_steps": "0",
+    "state_format": "euler_xyz",
 }
+RIGHT_ANSWERS = {
+    "translation": {**_SHARED_ANSWERS, "frame": "base", "unit": "m", "action_format": "-"},
+    "rotation": {**_SHARED_ANSWERS, "frame": "ee", "unit": "rad", "action_format": "euler_xyz"},
+}
+"""What a right layout says of the recordings made here."""
 
 
-def motions(
-    episodes: int = 6, steps: int = 24, still: bool = False
+def make_motions(
+    num_episodes: int = 6, num_steps: int = 24, is_still: bool = False
 ) -> list[tuple[np.ndarray, Rotation]]:
-    """Positions (m) and orientations of smooth random arms, whose wrists turn far about every axis."""
-    rng, found = np.random.default_rng(0), []
-    for _ in range(episodes):
-        time = np.arange(steps)[:, None] / RATE
-        draw = lambda low, high: rng.uniform(low, high, (1, 3))  # noqa: E731
-        waves = [draw(-1, 1) * np.sin(w * time + draw(0, 6)) for w in (1.5, 4.0, 2.0, 3.0)]
-        position = [0.4, 0.0, 0.2] + (0 if still else 0.05) * (waves[0] + 0.5 * waves[1])
+    """Positions (m) and orientations of smooth random arms whose wrists turn far about every axis."""
+    rng = np.random.default_rng(0)
+    time_s = np.arange(num_steps)[:, None] / RATE_HZ
+    amplitude_m = 0.0 if is_still else 0.05
+    motions = []
+    for _ in range(num_episodes):
+        waves = []
+        for frequency in (1.5, 4.0, 2.0, 3.0):
+            amplitude = rng.uniform(-1, 1, (1, 3))
+            phase = rng.uniform(0, 6, (1, 3))
+            waves.append(amplitude * np.sin(frequency * time_s + phase))
+        position = [0.4, 0.0, 0.2] + amplitude_m * (waves[0] + 0.5 * waves[1])
         turns = Rotation.from_rotvec(0.7 * (waves[2] + waves[3]))
-        found.append((position, Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3)) * turns))
-    return found
+        start = Rotation.from_rotvec(rng.uniform(-0.8, 0.8, 3))
+        motions.append((position, start * turns))
+    return motions
 
 
-def recordings(**planted: Any) -> list[Recording]:
-    """Recordings whose layout is RIGHT, but for what is planted."""
-    rng, found = np.random.default_rng(1), []
-    for number, (position, rotation) in enumerate(motions(still=planted.get("still", False))):
-        step, turn = np.zeros_like(position), np.zeros_like(position)
-        step[:-1] = np.diff(position, axis=0)
-        inverse = rotation[:-1].inv()
-        delta = inverse * rotation[1:]
-        if planted.get("frame") == "ee":
-            step[:-1] = inverse.apply(step[:-1])
-        if planted.get("rotation_frame") == "base":
-            delta = rotation[1:] * inverse
-        order = planted.get("form", "xyz")
-        turn[:-1] = delta.as_rotvec() if order == "rotvec" else delta.as_euler(order)
-        if planted.get("kind") == "absolute":
-            step[:-1], turn[:-1] = position[1:], rotation[1:].as_euler("xyz")
-        if planted.get("kind") == "velocity":
-            step, turn = step * RATE, turn * RATE
-        late = planted.get("late", 0)
-        step, turn = np.roll(step, -late, axis=0), np.roll(turn, -late, axis=0)
-        step = step * planted.get("step_scale", 1) + rng.normal(
-            0, planted.get("noise", 1e-4), step.shape
+@dataclasses.dataclass(frozen=True)
+class Mistakes:
+    """How recordings differ from what `RIGHT_ANSWERS` says of them."""
+
+    translation_frame: str = "base"
+    rotation_frame: str = "ee"
+    kind: str = "delta"
+    delay_steps: int = 0
+    action_format: str = "xyz"
+    state_format: str = "xyz"
+    translation_factor: Any = 1.0
+    rotation_factor: Any = 1.0
+    state_factor: float = 1.0
+    position_factor: float = 1.0
+    noise: float = 1e-4
+    is_still: bool = False
+
+
+def make_recordings(mistakes: Mistakes = Mistakes()) -> list[Recording]:
+    """Recordings as `RIGHT_ANSWERS` describes them, but for the planted mistakes."""
+    rng = np.random.default_rng(1)
+    recordings = []
+    for number, (position, rotation) in enumerate(make_motions(is_still=mistakes.is_still)):
+        translation, turn = log_actions(position, rotation, mistakes)
+        translation = np.roll(translation, -mistakes.delay_steps, axis=0)
+        turn = np.roll(turn, -mistakes.delay_steps, axis=0)
+        noise = rng.normal(0, mistakes.noise, translation.shape)
+        recordings.append(
+            Recording(
+                source=f"made#{number}",
+                position=position * mistakes.position_factor,
+                rotation=rotation.as_euler(mistakes.state_format) * mistakes.state_factor,
+                translation=translation * mistakes.translation_factor + noise,
+                turn=turn * mistakes.rotation_factor,
+                valid=np.arange(len(position)) < len(position) - 1,
+                rate_hz=RATE_HZ,
+            )
         )
-        state = rotation.as_euler(planted.get("state", "xyz"))
-        turn, state = turn * planted.get("turn_scale", 1), state * planted.get("state_scale", 1)
-        position, valid = (
-            position * planted.get("position_scale", 1),
-            np.arange(len(step)) < len(step) - 1,
-        )
-        found.append(Recording(f"made#{number}", position, state, step, turn, valid, RATE))
-    return found
+    return recordings
 
 
-def only(part: str, **planted: Any) -> list[Recording]:
+def log_actions(
+    position: np.ndarray, rotation: Rotation, mistakes: Mistakes
+) -> tuple[np.ndarray, np.ndarray]:
+    """[T, 3] logged translations and rotations that lead from state to state; the last ones are 0."""
+    translation = np.zeros_like(position)
+    turn = np.zeros_like(position)
+    if mistakes.kind == "absolute":
+        translation[:-1] = position[1:]
+        turn[:-1] = rotation[1:].as_euler("xyz")
+        return translation, turn
+
+    inverse = rotation[:-1].inv()
+    step = np.diff(position, axis=0)
+    delta = inverse * rotation[1:]
+    if mistakes.translation_frame == "ee":
+        step = inverse.apply(step)
+    if mistakes.rotation_frame == "base":
+        delta = rotation[1:] * inverse
+    translation[:-1] = step
+    if mistakes.action_format == "rotvec":
+        turn[:-1] = delta.as_rotvec()
+    else:
+        turn[:-1] = delta.as_euler(mistakes.action_format)
+    if mistakes.kind == "velocity":
+        return translation * RATE_HZ, turn * RATE_HZ
+    return translation, turn
+
+
+def only(part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
     """Recordings without the logged values of the other part, which saves time."""
     other = "turn" if part == "translation" else "translation"
-    return [dataclasses.replace(recording, **{other: None}) for recording in recordings(**planted)]
+    return [dataclasses.replace(r, **{other: None}) for r in make_recordings(mistakes)]
 
 
-def verdicts(report: Report, part: str) -> dict[str, tuple[str, str]]:
-    found = next(p for p in report.parts if p.name == part)
-    return {f.question: (f.best, f.verdict) for f in found.findings}
+def find_part(report: Report, name: str) -> Part:
+    return next(part for part in report.parts if part.name == name)
 
 
-def test_a_right_dataset_is_found_right() -> None:
-    report = judge(recordings(), RIGHT)
-    assert report.outcome == "consistent" and conclusion(report).startswith("consistent: ")
-    for part in report.parts:
-        assert part.verdict == "agrees" and part.best.relative < 0.05
-        assert all(
-            f.verdict in ("agrees", "cannot tell") and f.best == f.said for f in part.findings
-        )
-    assert verdicts(report, "translation")["frame"] == ("base", "agrees")
-    assert verdicts(report, "rotation")["frame"] == ("ee", "agrees")
-    lagging = judge(only("translation", late=1), claims(REGISTRY["bridge_dataset"]))  # as arms do
-    assert lagging.outcome == "consistent" and "(not in the layout; 1 fits best)" in conclusion(
-        lagging
-    )
+def find_finding(report: Report, part: str, question: str) -> Finding:
+    findings = find_part(report, part).findings
+    return next(finding for finding in findings if finding.question == question)
 
 
-def test_single_episodes_that_were_recorded_otherwise_are_seen() -> None:
-    whole = 2 * only("translation")
-    right = judge(whole, RIGHT)
-    assert right.outcome == "consistent" and "first" not in conclusion(right)
-    assert "50 episodes, the first" in conclusion(dataclasses.replace(right, episodes=50))
-    odd = dataclasses.replace(whole[0], position=whole[0].position * [-1, -1, 1])
-    report = judge([odd, *whole[1:]], RIGHT)
-    assert report.outcome == "undecided" and "1 of 12 episodes" in conclusion(report)
+def find_verdict(report: Report, part: str, question: str) -> tuple[str, str]:
+    finding = find_finding(report, part, question)
+    return finding.best_answer, finding.verdict
+
+
+def test_right_data_are_consistent() -> None:
+    report = judge(make_recordings(), RIGHT_ANSWERS)
+
+    assert report.outcome == "consistent"
+    assert conclude(report).startswith("consistent: ")
+    assert find_verdict(report, "translation", "frame") == ("base", "agrees")
+    assert find_verdict(report, "rotation", "frame") == ("ee", "agrees")
+
+
+@pytest.mark.parametrize("name", ["translation", "rotation"])
+def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
+    part = find_part(judge(make_recordings(), RIGHT_ANSWERS), name)
+
+    assert part.verdict == "agrees"
+    assert part.best_fit.relative_error < 0.05
+    for finding in part.findings:
+        assert finding.verdict in ("agrees", "cannot tell")
+        assert finding.best_answer == finding.layout_answer
+
+
+def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> None:
+    answers = layout_answers(REGISTRY["bridge_dataset"])
+
+    report = judge(only("translation", Mistakes(delay_steps=1)), answers)
+
+    assert report.outcome == "consistent"
+    assert "(not in the layout; 1 fits best)" in conclude(report)
+
+
+def test_a_report_about_the_first_episodes_says_so() -> None:
+    report = judge(2 * only("translation"), RIGHT_ANSWERS)
+    cut_report = dataclasses.replace(report, num_episodes=50)
+
+    assert "first" not in conclude(report)
+    assert "50 episodes, the first" in conclude(cut_report)
+
+
+def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
+    recordings = 2 * only("translation")
+    mirrored = dataclasses.replace(recordings[0], position=recordings[0].position * [-1, -1, 1])
+
+    report = judge([mirrored, *recordings[1:]], RIGHT_ANSWERS)
+
+    assert report.outcome == "undecided"
+    assert "1 of 12 episodes" in conclude(report)
 
 
 @pytest.mark.parametrize(
-    ("planted", "part", "question", "truth"),
+    ("mistakes", "part", "question", "truth"),
     [
-        ({"frame": "ee"}, "translation", "frame", "ee"),
-        ({"rotation_frame": "base"}, "rotation", "frame", "base"),
-        ({"step_scale": 1000}, "translation", "unit", "mm"),
-        ({"step_scale": np.array([1, -1, 1])}, "translation", "signs", "+-+"),
-        ({"turn_scale": np.array([-1, 1, -1])}, "rotation", "signs", "-+-"),
-        ({"turn_scale": 180 / np.pi}, "rotation", "unit", "deg"),
-        ({"kind": "absolute"}, "rotation", "kind", "absolute"),
-        ({"kind": "velocity"}, "translation", "kind", "velocity"),
-        ({"late": -1}, "rotation", "shift", "-1"),
-        ({"state": "XYZ"}, "rotation", "state", "euler_XYZ"),
+        (Mistakes(translation_frame="ee"), "translation", "frame", "ee"),
+        (Mistakes(rotation_frame="base"), "rotation", "frame", "base"),
+        (Mistakes(translation_factor=1000), "translation", "unit", "mm"),
+        (Mistakes(translation_factor=np.array([1, -1, 1])), "translation", "signs", "+-+"),
+        (Mistakes(rotation_factor=np.array([-1, 1, -1])), "rotation", "signs", "-+-"),
+        (Mistakes(rotation_factor=180 / np.pi), "rotation", "unit", "deg"),
+        (Mistakes(kind="absolute"), "rotation", "kind", "absolute"),
+        (Mistakes(kind="velocity"), "translation", "kind", "velocity"),
+        (Mistakes(delay_steps=-1), "rotation", "delay_steps", "-1"),
+        (Mistakes(state_format="XYZ"), "rotation", "state_format", "euler_XYZ"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_planted_mistake_is_found(
-    planted: dict[str, Any], part: str, question: str, truth: str
+def test_each_planted_mistake_is_named(
+    mistakes: Mistakes, part: str, question: str, truth: str
 ) -> None:
-    made = only(part, **planted)
-    report = judge(made, RIGHT)
-    assert verdicts(report, part)[question] == (truth, "wrong")
-    assert report.outcome == "contradiction" and "WRONG" in text(report)
-    said = {**RIGHT, part: {**RIGHT[part], question: truth}}
-    if part == "translation" and question in ("frame", "signs"):
-        assert next(p for p in judge(made, said).parts if p.name == part).verdict == "agrees"
+    report = judge(only(part, mistakes), RIGHT_ANSWERS)
+
+    assert find_verdict(report, part, question) == (truth, "wrong")
+    assert report.outcome == "contradiction"
+    assert "WRONG" in format_report(report)
 
 
-def test_units_are_measured_and_named() -> None:
-    # As of simulators whose actions are -1 … 1.
-    found = verdicts(judge(only("translation", step_scale=1 / 0.05), RIGHT), "translation")
-    best, verdict = found["unit"]
-    assert verdict == "wrong" and float(best.split()[0]) == pytest.approx(0.05, rel=0.1)
-    assert found["frame"] == ("base", "agrees")
-    made = only("translation", position_scale=1000, step_scale=1000)
-    assert "not metres, but mm" in conclusion(judge(made, RIGHT))
-    report = judge(recordings(state_scale=180 / np.pi, turn_scale=180 / np.pi), RIGHT)
+@pytest.mark.parametrize(
+    ("mistakes", "question", "truth"),
+    [
+        (Mistakes(translation_frame="ee"), "frame", "ee"),
+        (Mistakes(translation_factor=np.array([1, -1, 1])), "signs", "+-+"),
+    ],
+    ids=["frame", "signs"],
+)
+def test_a_corrected_layout_agrees(mistakes: Mistakes, question: str, truth: str) -> None:
+    corrected = {**RIGHT_ANSWERS["translation"], question: truth}
+    answers = {**RIGHT_ANSWERS, "translation": corrected}
+
+    report = judge(only("translation", mistakes), answers)
+
+    assert find_part(report, "translation").verdict == "agrees"
+
+
+def test_an_unknown_unit_is_measured() -> None:
+    """As of controllers whose actions are -1 … 1."""
+    report = judge(only("translation", Mistakes(translation_factor=1 / 0.05)), RIGHT_ANSWERS)
+
+    unit, verdict = find_verdict(report, "translation", "unit")
+    assert verdict == "wrong"
+    assert float(unit.split()[0]) == pytest.approx(0.05, rel=0.1)
+    assert find_verdict(report, "translation", "frame") == ("base", "agrees")
+
+
+def test_positions_in_millimeters_are_named() -> None:
+    mistakes = Mistakes(position_factor=1000, translation_factor=1000)
+
+    report = judge(only("translation", mistakes), RIGHT_ANSWERS)
+
+    assert "not metres, but mm" in conclude(report)
+
+
+def test_orientations_in_degrees_are_named() -> None:
+    mistakes = Mistakes(state_factor=180 / np.pi, rotation_factor=180 / np.pi)
+
+    report = judge(make_recordings(mistakes), RIGHT_ANSWERS)
+
     assert any("degrees, where the layout has radians" in remark for remark in report.states)
 
 
-def test_what_cannot_be_told_is_said() -> None:
-    (part,) = judge(only("translation", still=True), RIGHT).parts
-    assert part.verdict == "cannot tell" and "hardly moves" in part.note
-    (noise,) = judge(only("translation", noise=1.0), RIGHT).parts
-    assert noise.verdict == "cannot tell" and "no reading explains" in noise.note
-    assert {f.verdict for f in noise.findings} == {"cannot tell"}
-    # An arm that never tilts: its own frame is the base frame.
-    flat = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in only("translation")]
-    frame = next(f for f in judge(flat, RIGHT).parts[0].findings if f.question == "frame")
-    assert frame.verdict == "cannot tell" and set(frame.tied) == {"base", "ee"}
-    short = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings()]
-    refuses("no episode has five known steps", judge, short, RIGHT)
+def test_an_arm_that_hardly_moves_tells_nothing() -> None:
+    (part,) = judge(only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS).parts
+
+    assert part.verdict == "cannot tell"
+    assert "hardly moves" in part.note
+
+
+def test_actions_that_nothing_explains_tell_nothing() -> None:
+    (part,) = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS).parts
+
+    assert part.verdict == "cannot tell"
+    assert "no reading explains" in part.note
+    assert {finding.verdict for finding in part.findings} == {"cannot tell"}
+
+
+def test_an_arm_that_never_tilts_does_not_tell_the_frame() -> None:
+    recordings = only("translation")
+    upright = [dataclasses.replace(r, rotation=np.zeros_like(r.rotation)) for r in recordings]
+
+    frame = find_finding(judge(upright, RIGHT_ANSWERS), "translation", "frame")
+
+    assert frame.verdict == "cannot tell"
+    assert set(frame.tied_answers) == {"base", "ee"}
+
+
+def test_episodes_without_five_known_steps_are_refused() -> None:
+    recordings = make_recordings()
+    unknown = [dataclasses.replace(r, valid=np.zeros_like(r.valid)) for r in recordings]
+
+    refuses("no episode has five known steps", judge, unknown, RIGHT_ANSWERS)
 
 
 def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
-    """A fast camera's first would make the steps of the others look like 3.6 m/s."""
+    """With the rate of the first one, the steps of the others would look like 3.6 m/s."""
     episodes = []
-    for number, rate in enumerate((30.0, 5.0, 5.0, 5.0)):
-        time = np.arange(24) / rate
-        position = np.stack([0.4 + 0.4 * np.sin(1.5 * time), 0 * time, 0.3 + 0 * time], axis=1)
-        episodes.append(make(number, 24, (8, 8), position=position, rate_hz=rate))
+    for number, rate_hz in enumerate((30.0, 5.0, 5.0, 5.0)):
+        time_s = np.arange(24) / rate_hz
+        x = 0.4 + 0.4 * np.sin(1.5 * time_s)
+        position = np.stack([x, np.zeros(24), np.full(24, 0.3)], axis=1)
+        episodes.append(make(number, 24, (8, 8), position=position, rate_hz=rate_hz))
     write_episodes(episodes, tmp_path / "store")
+
     report = audit(tmp_path / "store")
-    assert report.states == [] and "rate_hz" not in [check.name for check in report.checks]
+
+    assert report.states == []
+    assert "rate_hz" not in [check.name for check in report.checks]
 
 
-def test_the_command_agrees_with_a_store_and_not_with_a_wrong_layout(
-    tmp_path: Path,
-    done: Command,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A store is right; exported, with a spear.json that claims another frame, the layout is wrong."""
-    episodes, canonical, page = [], tmp_path / "store", tmp_path / "audit.html"
-    for number, (position, rotation) in enumerate(motions(3)):
-        turn = rotation.as_quat(scalar_first=True)
-        gripper = np.float32(np.arange(len(turn)) < 12)
-        action = derive_actions(position, turn, np.append(gripper[1:], gripper[-1]))
-        mask = np.arange(len(turn)) < len(turn) - 1
-        parts = {"position": position, "rotation": turn, "gripper": gripper, "action": action}
-        episodes.append(make(number, len(turn), (8, 8), rate_hz=RATE, action_mask=mask, **parts))
-    write_episodes(episodes, canonical)
-    shown = done("data", "audit", str(canonical), "--out", str(page))
-    assert shown.splitlines()[-1].startswith("consistent: ") and "WRONG" not in shown
-    assert (
-        "the layout agrees with the data" in page.read_text()
-        and page.read_text().count("<svg") == 9
-    )
-    assert "http" not in page.read_text()
+def write_canonical_store(folder: Path) -> None:
+    """Three episodes with canonical actions, whose gripper closes half way."""
+    episodes = []
+    for number, (position, rotation) in enumerate(make_motions(3)):
+        quaternion = rotation.as_quat(scalar_first=True)
+        num_steps = len(quaternion)
+        gripper = np.float32(np.arange(num_steps) < 12)
+        command = np.append(gripper[1:], gripper[-1])
+        episode = make(
+            number,
+            num_steps,
+            (8, 8),
+            rate_hz=RATE_HZ,
+            position=position,
+            rotation=quaternion,
+            gripper=gripper,
+            action=derive_actions(position, quaternion, command),
+            action_mask=np.arange(num_steps) < num_steps - 1,
+        )
+        episodes.append(episode)
+    write_episodes(episodes, folder)
 
-    exported = tmp_path / "exported"
-    done("data", "export", str(canonical), "--out", str(exported))
-    claim = json.loads((exported / "spear.json").read_text())
-    column = claim.pop("action")
-    claim = {
-        k: v for k, v in claim.items() if k not in ("action", "action_mask", "success", "source")
-    } | {
-        "logged_translation": f"{column}[0:3]",
-        "logged_rotation": f"{column}[3:7]",
+
+def export_with_wrong_frame(store: Path, exported: Path, done: Command) -> None:
+    """A LeRobot dataset whose spear.json claims the base frame for rotations in the ee frame."""
+    done("data", "export", str(store), "--out", str(exported))
+    layout_file = exported / "spear.json"
+    layout = json.loads(layout_file.read_text())
+    action_column = layout["action"]
+    for key in ("action", "action_mask", "success", "source"):
+        layout.pop(key, None)
+    layout |= {
+        "logged_translation": f"{action_column}[0:3]",
+        "logged_rotation": f"{action_column}[3:7]",
         "logged_rotation_format": "quat_wxyz",
         "logged_kind": "delta",
         "logged_frame": "base",
     }
-    (exported / "spear.json").write_text(json.dumps(claim))
-    assert main(["data", "audit", str(exported), "--out", str(page)]) == 2  # scripts rely on it
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1].startswith("contradiction: ")
-    assert (
-        said.err.startswith(f"error: {exported}: contradiction: ")
-        and "frame: ee, not base" in said.err
-    )
-    assert said.err.count("\n") == 1 and "WRONG" in page.read_text()
+    layout_file.write_text(json.dumps(layout))
+
+
+def test_the_command_finds_a_store_consistent(tmp_path: Path, done: Command) -> None:
+    write_canonical_store(tmp_path / "store")
+    page = tmp_path / "audit.html"
+
+    shown = done("data", "audit", str(tmp_path / "store"), "--out", str(page))
+
+    assert shown.splitlines()[-1].startswith("consistent: ")
+    assert "WRONG" not in shown
+    assert "the layout agrees with the data" in page.read_text()
+    assert page.read_text().count("<svg") == 9
+    assert "http" not in page.read_text()
+
+
+def test_the_command_finds_a_wrong_layout(
+    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_canonical_store(tmp_path / "store")
+    exported = tmp_path / "exported"
+    export_with_wrong_frame(tmp_path / "store", exported, done)
+    page = tmp_path / "audit.html"
+    capsys.readouterr()
+
+    exit_code = main(["data", "audit", str(exported), "--out", str(page)])
+
+    shown = capsys.readouterr()
+    assert exit_code == 2  # scripts rely on it
+    assert shown.out.splitlines()[-1].startswith("contradiction: ")
+    assert shown.err.startswith(f"error: {exported}: contradiction: ")
+    assert "frame: ee, not base" in shown.err
+    assert shown.err.count("\n") == 1
+    assert "WRONG" in page.read_text()
+
+
+def test_the_command_says_once_what_is_undecided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_canonical_store(tmp_path / "store")
     undecided = dataclasses.replace(
-        audit(exported), parts=[], checks=[Check("grip", "cannot tell", "shut")]
+        audit(tmp_path / "store"), parts=[], checks=[Check("grip", "cannot tell", "shut")]
     )
     monkeypatch.setattr("spear.audit.dataset_audit.audit", lambda *_: undecided)
-    assert main(["data", "audit", str(exported)]) == 3
-    assert str(capsys.readouterr()).count("(shut)") == 1  # its verdict is said once
+
+    exit_code = main(["data", "audit", str(tmp_path / "store")])
+
+    assert exit_code == 3
+    assert str(capsys.readouterr()).count("(shut)") == 1
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:
     report = audit(shared / "data" / "bridge_v2_sample")
-    assert report.outcome == "consistent" and report.episodes == 25
-    assert verdicts(report, "translation")["frame"] == ("base", "agrees")
-    assert verdicts(report, "translation")["signs"] == ("+++", "agrees")
-    assert verdicts(report, "rotation")["shift"] == ("0", "not said")
-    assert verdicts(report, "rotation")["kind"] == ("delta", "agrees")
+
+    assert report.outcome == "consistent"
+    assert report.num_episodes == 25
+    assert find_verdict(report, "translation", "frame") == ("base", "agrees")
+    assert find_verdict(report, "translation", "signs") == ("+++", "agrees")
+    assert find_verdict(report, "rotation", "delay_steps") == ("0", "not said")
+    assert find_verdict(report, "rotation", "kind") == ("delta", "agrees")
 
 
-def bridge(shared: Path, folder: Path, **changes: Any) -> Report:
-    """The audit of the real sample with another layout; without its rotations, which saves time."""
+def audit_bridge(shared: Path, folder: Path, **changes: Any) -> Report:
+    """Audit the real sample with a changed layout, without its rotations, which saves time."""
     layout = folder / "layout.json"
     layout.write_text(json.dumps({"like": "bridge_dataset", "logged_rotation": None, **changes}))
-    return audit(shared / "data" / "bridge_v2_sample", layout=layout)
+    return audit(shared / "data" / "bridge_v2_sample", layout_file=layout)
+
+
+GRIPPER_MISTAKES = [
+    ({"command_range": [1, 0]}, "gripper command", "command_range"),
+    ({"gripper_range": [1, 0]}, "gripper command", "gripper_range"),
+    ({"command": "action[5]"}, "gripper command", "another column"),
+    ({"command_range": [0, 8]}, "gripper command", "command_range"),  # another unit
+    ({"gripper_range": [0, 4], "command": None}, "gripper", "gripper_range"),
+    ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
+    ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
+    ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
+]
+OTHER_MISTAKES = [
+    ({"rate_hz": 200.0}, "rate_hz", "m/s"),
+    ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
+    ({"images": {**BRIDGE_CAMERA, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
+    ({"instruction": "words"}, "instruction", "no column 'words'"),
+    ({"success": "ended"}, "success", "no column 'ended'"),
+]
 
 
 @pytest.mark.parametrize(
-    ("changes", "named", "key"),
-    [
-        ({"command_range": [1, 0]}, "gripper command", "command_range"),
-        ({"gripper_range": [1, 0]}, "gripper command", "gripper_range"),
-        ({"command": "action[5]"}, "gripper command", "another column"),
-        ({"command_range": [0, 8]}, "gripper command", "command_range"),  # metres, or millimetres
-        ({"gripper_range": [0, 4], "command": None}, "gripper", "gripper_range"),
-        ({"gripper_range": [0, 2]}, "gripper", "gripper_range"),  # it is never open
-        ({"gripper_range": [1, 0], "command_range": [1, 0]}, "gripper", "gripper_range"),
-        ({"gripper_range": [1, 0], "command": None}, "gripper", "gripper_range"),
-        ({"rate_hz": 200.0}, "rate_hz", "m/s"),
-        ({"images": {"external": "observation/image_9"}}, "camera external", "absent"),
-        ({"images": {**FIRST, "wrist": "observation/image_3"}}, "camera wrist", "blank"),
-        ({"instruction": "words"}, "instruction", "no column 'words'"),
-        ({"success": "ended"}, "success", "no column 'ended'"),
-    ],
-    ids=str,
+    ("changes", "check_name", "words"), [*GRIPPER_MISTAKES, *OTHER_MISTAKES], ids=str
 )
-def test_grippers_and_cameras_that_are_something_else(
-    shared: Path, tmp_path: Path, changes: dict[str, Any], named: str, key: str
+def test_each_mistake_in_a_layout_is_named(
+    shared: Path, tmp_path: Path, changes: dict[str, Any], check_name: str, words: str
 ) -> None:
-    report = bridge(shared, tmp_path, **changes)
+    report = audit_bridge(shared, tmp_path, **changes)
+
     (check,) = [check for check in report.checks if check.verdict == "wrong"]
-    assert report.outcome == "contradiction" and check.name == named and key in check.words
-    if (
-        "gripper" in named
-    ):  # which preparing says, too: where both are inverted nothing contradicts itself
-        how = Conversion(layout=tmp_path / "layout.json")
-        with pytest.warns(match=f": {named}: "):
-            prepare(shared / "data/bridge_v2_sample", tmp_path / "out", how=how)
+    assert report.outcome == "contradiction"
+    assert check.name == check_name
+    assert words in check.words
 
 
-def test_two_cameras_that_are_exchanged() -> None:
-    still = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
-    beside, hand = [], []
-    for step in range(8):
-        beside.append(still.copy())
-        beside[-1][10:20, 5 * step : 5 * step + 20] = 0  # the arm, before the same background
-        hand.append(np.roll(still, 9 * step, axis=1))
-    position = np.arange(24.0).reshape(8, 3) / 100
-    external, wrist = (
-        look([*map(encode_jpeg, shown)], position, 5.0, "it") for shown in (beside, hand)
-    )
-    refuses("images", look, [encode_jpeg(still)] * 7, position, 5.0, "it")
-    assert external.change < 0.2 < wrist.change and not external.blank
-    for views, verdict in (((external, wrist), "agrees"), ((wrist, external), "wrong")):
-        (check,) = check_cameras({"external": [views[0]] * 6, "wrist": [views[1]] * 6})
-        assert check.verdict == verdict
+@pytest.mark.parametrize(("changes", "check_name", "words"), GRIPPER_MISTAKES, ids=str)
+def test_preparing_warns_of_each_gripper_mistake(
+    shared: Path, tmp_path: Path, changes: dict[str, Any], check_name: str, words: str
+) -> None:
+    """Also where both readings are inverted, so that nothing contradicts itself."""
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({"like": "bridge_dataset", **changes}))
+
+    with pytest.warns(match=f": {check_name}: "):
+        prepare(shared / "data/bridge_v2_sample", tmp_path / "out", how=Conversion(layout=layout))
 
 
-def test_a_camera_slower_than_the_steps_is_not_called_exchanged() -> None:
-    pictures = np.random.default_rng(0).integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
-    images = [encode_jpeg(pictures[step // 6]) for step in range(60)]
-    position = np.arange(180.0).reshape(60, 3) / 1000
-    view = look(images, position, 30.0, "it")
-    assert view.change > 0.5 and look(images[:4], position[:4], 30.0, "it").change != view.change
-    assert all(
-        c.verdict != "wrong" for c in check_cameras({"external": [view] * 6, "wrist": [view] * 6})
-    )
+def test_positions_in_another_unit_than_the_layout_says(shared: Path, tmp_path: Path) -> None:
+    report = audit_bridge(shared, tmp_path, length_unit="mm")
+
+    assert report.outcome == "contradiction"
+    assert "length_unit" in conclude(report)
 
 
-def test_units_and_columns_that_no_reading_explains(shared: Path, tmp_path: Path) -> None:
-    report = bridge(shared, tmp_path, length_unit="mm")
-    assert report.outcome == "contradiction" and "length_unit" in conclusion(report)
-    swapped = {"position": f"{BRIDGE}[3:6]", "rotation": f"{BRIDGE}[0:3]"}
-    assert bridge(shared, tmp_path, **swapped).outcome == "undecided"
-    for key, value in {"gripper_range": [-1, 1], "rate_hz": 60.0}.items():
-        checks = {
-            check.name: check.verdict for check in bridge(shared, tmp_path, **{key: value}).checks
-        }
-        assert checks[key] == "cannot tell"
+def test_columns_that_nothing_explains_are_undecided(shared: Path, tmp_path: Path) -> None:
+    exchanged = {"position": f"{BRIDGE_STATE}[3:6]", "rotation": f"{BRIDGE_STATE}[0:3]"}
+
+    report = audit_bridge(shared, tmp_path, **exchanged)
+
+    assert report.outcome == "undecided"
+
+
+@pytest.mark.parametrize(("key", "value"), [("gripper_range", [-1, 1]), ("rate_hz", 60.0)])
+def test_doubtful_values_are_undecided(shared: Path, tmp_path: Path, key: str, value: Any) -> None:
+    report = audit_bridge(shared, tmp_path, **{key: value})
+
+    verdicts = {check.name: check.verdict for check in report.checks}
+    assert verdicts[key] == "cannot tell"
+
+
+def test_an_undecided_audit_has_an_exit_code_of_its_own(shared: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout.json"
+    changes = {"like": "bridge_dataset", "logged_rotation": None, "rate_hz": 60.0}
+    layout.write_text(json.dumps(changes))
     folder = str(shared / "data" / "bridge_v2_sample")
-    assert main(["data", "audit", folder, "--layout", str(tmp_path / "layout.json")]) == 3
+
+    exit_code = main(["data", "audit", folder, "--layout", str(layout)])
+
+    assert exit_code == 3
 
 
 @pytest.mark.parametrize(
-    ("key", "columns"),
-    [("position", BRIDGE), ("logged_translation", "action"), ("logged_rotation", "action[3:5]")],
+    ("key", "column"),
+    [
+        ("position", BRIDGE_STATE),
+        ("logged_translation", "action"),
+        ("logged_rotation", "action[3:5]"),
+    ],
 )
 def test_columns_of_another_width_are_named(
-    shared: Path, tmp_path: Path, key: str, columns: str
+    shared: Path, tmp_path: Path, key: str, column: str
 ) -> None:
-    shape = rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"
-    refuses(shape, bridge, shared, tmp_path, **{key: columns})
+    message = rf"wrong shape: .*{key.replace('_', ' ')} is \(10, \d\)"
+
+    refuses(message, audit_bridge, shared, tmp_path, **{key: column})
 
 
-def test_states_that_are_written_otherwise_are_told_by_name(shared: Path, tmp_path: Path) -> None:
-    """Not as a frame of the actions, which would be the next contradiction."""
-    report = bridge(shared, tmp_path, rotation_format="euler_ZYX", logged_rotation="action[3:6]")
-    assert report.outcome == "contradiction" and "euler_xyz" in report.forms
-    assert "rotation_format: euler_xyz" in conclusion(report) and "frame" not in conclusion(report)
-
-
-def test_what_a_franka_logs_is_compared_with_the_frame_of_its_own_hand() -> None:
-    """O_T_EE has z out of the gripper; our frame, which joint angles give, is half a turn about x from it."""
-    spec, rng = (
-        REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"],
-        np.random.default_rng(0),
+def test_a_wrong_format_of_states_is_named_instead_of_a_wrong_frame(
+    shared: Path, tmp_path: Path
+) -> None:
+    report = audit_bridge(
+        shared, tmp_path, rotation_format="euler_ZYX", logged_rotation="action[3:6]"
     )
-    found, time = [], np.arange(24)[:, None] / 20
+
+    assert report.outcome == "contradiction"
+    assert "euler_xyz" in report.fitting_formats
+    assert "rotation_format: euler_xyz" in conclude(report)
+    assert "frame" not in conclude(report)
+
+
+def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> None:
+    """O_T_EE has z out of the gripper. Our frame, from joint angles, is half a turn about x from it."""
+    layout = REGISTRY["iamlab_cmu_pickup_insert_converted_externally_to_rlds"]
+    rng = np.random.default_rng(0)
+    time_s = np.arange(24)[:, None] / 20
+    recordings = []
     for number in range(6):
-        middle = np.array([0, -0.5, 0, -2.2, 0, 1.7, 0.8]) + rng.uniform(-0.2, 0.2, 7)
-        joints = middle + 0.25 * np.sin(rng.uniform(1, 4, 7) * time + rng.uniform(0, 6, 7))
-        position, ours = franka_pose(joints)
-        hand = Rotation.from_quat(ours, scalar_first=True) * Rotation.from_euler("x", np.pi)
+        center = np.array([0, -0.5, 0, -2.2, 0, 1.7, 0.8]) + rng.uniform(-0.2, 0.2, 7)
+        joints = center + 0.25 * np.sin(rng.uniform(1, 4, 7) * time_s + rng.uniform(0, 6, 7))
+        position, orientation = franka_pose(joints)
+        half_turn = Rotation.from_euler("x", np.pi)
+        hand = Rotation.from_quat(orientation, scalar_first=True) * half_turn
         assert (hand.as_matrix()[:, 2, 2] < 0).all()  # down
         action = np.zeros((24, 8))
-        action[:, :7] = np.roll(np.c_[position, hand.as_quat(scalar_first=True)], -1, axis=0)
+        poses = np.c_[position, hand.as_quat(scalar_first=True)]
+        action[:, :7] = np.roll(poses, -1, axis=0)
         steps = {"observation": {"state": np.c_[joints, action[:, 7]]}, "action": action}
-        found.append(make_recording(steps, spec, f"made#{number}"))
-    report = judge(found, claims(dataclasses.replace(spec, rotation_format="quat_wxyz")))
+        recordings.append(make_recording(steps, layout, f"made#{number}"))
+
+    quaternion_layout = dataclasses.replace(layout, rotation_format="quat_wxyz")
+    report = judge(recordings, layout_answers(quaternion_layout))
+
     assert report.outcome == "consistent"
-    assert all(part.said is not None and part.said.relative < 1e-3 for part in report.parts)
+    for part in report.parts:
+        assert part.layout_fit is not None
+        assert part.layout_fit.relative_error < 1e-3

@@ -1,8 +1,10 @@
-"""Does a dataset mean what its layout says? Every plausible reading of its logged actions against its states.
+"""Does a dataset mean what its layout says? Every hypothesis about its logged actions against its
+states.
 
-For each question (frame, unit, signs, …) `audit` says which answer fits best, by how much, and whether the
-layout says the same. An answer is only called wrong, or right, when the 95 % interval (bootstrap over
-episodes) of how much worse it does than the best, or the others do, is above `MARGIN`; else it is open.
+For each question (frame, unit, signs, …) the audit finds the answer that fits best and compares it
+with the layout's. An answer is called wrong only if the 95 % interval (bootstrap over episodes) of
+how much worse it fits than the best lies above `MIN_MARGIN`, and right only if that of all others
+does; else it stays open.
 """
 
 import contextlib
@@ -17,27 +19,21 @@ import numpy as np
 import torch
 
 from spear.audit.hypotheses import (
-    UNSCALED,
+    UNIT_QUATERNION,
     Fit,
-    Reading,
-    Recording,
+    Hypothesis,
     Stretches,
-    rotation_fits,
-    state_forms,
-    tells_order,
-    translation_fits,
-    turning_otherwise,
+    can_tell_euler_order,
+    fit_rotations,
+    fit_translations,
+    formats_that_turn_otherwise,
+    state_formats,
 )
-from spear.checks.senses import (
-    Check,
-    Verdict,
-    View,
-    check_cameras,
-    check_gripper,
-    check_rate,
-    doubts,
-    look,
-)
+from spear.checks.cameras import View, check_cameras, summarize_view
+from spear.checks.gripper import check_gripper
+from spear.checks.recording import Recording
+from spear.checks.result import Check, Verdict
+from spear.checks.states import check_rate, find_implausible_states
 from spear.data.actions import check_instruction, check_unit_norm
 from spear.data.readers.build_episode import (
     read_instruction,
@@ -66,23 +62,38 @@ from spear.geometry import quat_multiply
 from spear.types import Array
 from spear.util.skipped_items import SkippedItems
 
-BELIEVED = (*RECORDED_ONLY, "euler_ZYX")
-"""Formats of recorded orientations that are not judged, but made quaternions first (`state_forms`)."""
-UNLIKE = ("franka_joints", "matrix4_columns", "matrix4_rows")
+TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
+"""Formats of recorded orientations that are not tested, but made quaternions first (see
+`state_formats`)."""
+UNMISTAKABLE_FORMATS = ("franka_joints", "matrix4_columns", "matrix4_rows")
 """Formats that no other numbers could be."""
-WIDTHS = {width for width, _ in ROTATION_FORMATS.values()}
+ROTATION_WIDTHS = sorted({width for width, _ in ROTATION_FORMATS.values()})
 """How many numbers an orientation may have."""
-_OWN: dict[str, Any] = {n: n for n in ("position", "rotation", "gripper", "action", "action_mask")}
-STORE = DatasetLayout("store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_OWN)
-EPISODES, STEPS, VIEWED, MOST_SKIPPED = 50, 3000, 12, 0.5
-"""How much of a dataset to read, of how many episodes the images, and the share that may be bad."""
-MARGIN, UNEXPLAINED = 0.01, 1 / 3
-"""Part of the motion by which a reading must be worse to be called worse; and relative error above which even
-the best reading explains nothing."""
-LEAST = {"translation": 2e-3, "rotation": np.radians(0.5)}
+
+_STORE_COLUMNS: dict[str, Any] = {
+    name: name for name in ("position", "rotation", "gripper", "action", "action_mask")
+}
+STORE_LAYOUT = DatasetLayout(
+    "store", rotation_format="quat_wxyz", gripper_range=(0.0, 1.0), **_STORE_COLUMNS
+)
+"""The layout of episode stores, without cameras and rate."""
+
+MAX_EPISODES = 50  # that are read
+MAX_STEPS = 3000  # that are read
+MAX_VIEWED_EPISODES = 12  # whose images are decoded
+MAX_BAD_SHARE = 0.5  # of the episodes that may be bad
+MIN_MARGIN = 0.01  # part of the motion by which a hypothesis must be worse to be called worse
+MAX_UNEXPLAINED = 1 / 3  # relative error above which even the best hypothesis explains nothing
+MIN_MOTION = {"translation": 2e-3, "rotation": np.radians(0.5)}
 """Mean motion over a stretch (m, rad) below which nothing can be told."""
-RESAMPLES = 1000
-_OPEN = {"wrong", "cannot tell"}
+MAX_UNEXPLAINED_OF_EPISODE = (0.5, 1.0)
+"""Smallest and largest limit from which a single episode's error is odd, as part of its motion."""
+NUM_RESAMPLES = 1000
+
+_NOT_CONFIRMED = {"wrong", "cannot tell"}
+
+LayoutAnswers = Mapping[str, Mapping[str, str | None]]
+"""Part ("translation", "rotation") → question → the layout's answer, None where it says nothing."""
 
 
 class Margin(NamedTuple):
@@ -97,16 +108,18 @@ class Margin(NamedTuple):
 class Finding:
     """The answer to one question about the logged translations or rotations.
 
-    best      the answer of the best reading; said is the layout's, None where it says nothing.
-    answers   answer -> its best reading's fit and how much worse than the best of all it is.
-    tied      the answers that fit as well as the best one.
+    question       a field of `Hypothesis`.
+    best_answer    the answer of the best hypothesis.
+    layout_answer  the layout's answer, None where it says nothing.
+    answers        answer → its best hypothesis' fit, and how much worse than the best of all it is.
+    tied_answers   the answers that fit as well as the best one.
     """
 
     question: str
-    best: str
-    said: str | None
+    best_answer: str
+    layout_answer: str | None
     answers: Mapping[str, tuple[Fit, Margin]]
-    tied: Sequence[str]
+    tied_answers: Sequence[str]
     verdict: Verdict
 
 
@@ -114,13 +127,15 @@ class Finding:
 class Part:
     """What was found of the logged translations, or rotations.
 
-    best, said  the best fit, and that of the layout's own reading (None where it does not say enough).
-    margin      how much worse the layout's reading is.
+    best_fit    the best hypothesis' fit.
+    layout_fit  that of the layout's own hypothesis, None where it does not say enough.
+    margin      how much worse the layout's hypothesis is.
+    note        why nothing can be told, or "".
     """
 
     name: str
-    best: Fit
-    said: Fit | None
+    best_fit: Fit
+    layout_fit: Fit | None
     margin: Margin | None
     findings: Sequence[Finding]
     verdict: Verdict
@@ -131,327 +146,543 @@ class Part:
 class Report:
     """All that the audit found.
 
-    states   what is wrong with the recorded states by themselves.
-    checks   of gripper and cameras.
-    forms    formats of the recorded orientations by which, unlike the layout's, everything else agrees.
-    skipped  why some episodes were.
+    states           what is wrong with the recorded states by themselves.
+    checks           of rate, gripper, cameras, instructions and success.
+    fitting_formats  formats of the recorded orientations by which, unlike the layout's, all else
+                     agrees.
+    skipped          why episodes were skipped.
     """
 
     path: str
-    episodes: int
-    steps: int
+    num_episodes: int
+    num_steps: int
     parts: Sequence[Part]
     states: Sequence[str]
     recordings: Sequence[Recording]
     checks: Sequence[Check] = ()
-    forms: Sequence[str] = ()
+    fitting_formats: Sequence[str] = ()
     skipped: Sequence[str] = ()
 
     @property
     def outcome(self) -> Literal["consistent", "contradiction", "undecided"]:
         """Whether the data contradict the layout, agree with it, or say too little."""
         verdicts = {part.verdict for part in self.parts} | {check.verdict for check in self.checks}
-        if self.states or self.forms or "wrong" in verdicts:
+        if self.states or self.fitting_formats or "wrong" in verdicts:
             return "contradiction"
         return "undecided" if verdicts - {"agrees"} else "consistent"
 
 
-def audit(path: str | Path, split: str | None = None, layout: Path | None = None) -> Report:
-    """Audit some episodes of a folder in any format that keeps its logged actions.
+def audit(path: str | Path, split: str | None = None, layout_file: Path | None = None) -> Report:
+    """Audit some episodes of a dataset in any format that keeps its logged actions.
 
-    split is the first one where None; layout is the dataset's own where None. Bad episodes are skipped.
-    Raises SpearError for a layout without logged actions, and where no episode is good and of five steps.
+    Args:
+        path: the dataset's folder.
+        split: which episodes; the first split if None.
+        layout_file: a file like spear.json; the dataset's own layout if None.
+
+    Returns:
+        What was found. Episodes that cannot be read are skipped.
+
+    Raises:
+        SpearError: the layout names no logged actions, or no episode is good and has five steps.
     """
     split = split or next(iter(count_episodes(path)))
-    spec = logged_layout(path, layout)
-    report = _judge(path, split, spec)
-    findings = [
-        f for p in report.parts if p.name == "rotation" and p.verdict in _OPEN for f in p.findings
-    ]
-    forms: list[str] = []
-    if findings and all(f.question != "state" or f.verdict != "wrong" for f in findings):
-        # If the states are written otherwise, frames and signs of the actions look wrong as well.
-        width = ROTATION_FORMATS.get(str(spec.rotation_format), (0, None))[0]
-        same_width = [f for f in ROTATION_FORMATS if ROTATION_FORMATS[f][0] == width]
-        for form in (f for f in same_width if f != spec.rotation_format):
-            with contextlib.suppress(SpearError):
-                other = _judge(
-                    path, split, replace(spec, rotation_format=cast(RotationFormat, form))
-                )
-                if not other.states and not {part.verdict for part in other.parts} & _OPEN:
-                    forms.append(form)
-    cameras = check_cameras(look_at_cameras(path, split, spec))
+    layout = find_logged_layout(path, layout_file)
+    report = _audit_numbers(path, split, layout)
+    cameras = check_cameras(summarize_cameras(path, split, layout))
+    texts = check_texts(path, split, layout)
     return replace(
-        report, forms=forms, checks=[*report.checks, *cameras, *check_words(path, split, spec)]
+        report,
+        fitting_formats=_find_fitting_formats(path, split, layout, report),
+        checks=[*report.checks, *cameras, *texts],
     )
 
 
-def _judge(path: str | Path, split: str, spec: DatasetLayout) -> Report:
-    """The audit of the numbers."""
-    skipped, recordings = SkippedItems(MOST_SKIPPED), list[Recording]()
-    for recording in convert_episodes(
-        episode_steps(path, split, ()), partial(make_recording, spec=spec), skipped
-    ):
-        recordings.append(recording)
-        if len(recordings) == EPISODES or sum(len(r.position) for r in recordings) > STEPS:
-            break
-    check_enough_good(len(recordings), skipped, path, split)
-    judged = (
-        replace(spec, rotation_format="quat_wxyz") if spec.rotation_format in BELIEVED else spec
-    )
-    report = judge(recordings, claims(judged), str(path))
-    checks = [*report.checks, *check_gripper(recordings)] + (
-        [] if report.states else check_rate(recordings)
-    )
-    if spec.rotation_format not in UNLIKE:
-        checks += _check_form(report, str(spec.rotation_format))
+def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Report:
+    """Audit everything but images and texts."""
+    recordings, skipped = _read_recordings(path, split, layout)
+    trusted_layout = layout
+    if layout.rotation_format in TRUSTED_FORMATS:
+        trusted_layout = replace(layout, rotation_format="quat_wxyz")
+    report = judge(recordings, layout_answers(trusted_layout), str(path))
+
+    checks = [*report.checks, *check_gripper(recordings)]
+    if not report.states:
+        checks += check_rate(recordings)
+    if layout.rotation_format not in UNMISTAKABLE_FORMATS:
+        checks += _check_rotation_format(report, str(layout.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
 
 
-def _check_form(report: Report, said: str) -> list[Check]:
-    """Whether the actions tell how orientations are written: targets that are the next states never do."""
-    known = {part.name: part for part in report.parts if not part.note}
-    tied = [f.tied for part in known.values() for f in part.findings if f.question == "state"]
-    rotations = [r.rotation for r in report.recordings]
-    forms = set(state_forms(rotations[0])).intersection(*tied)
-    best = {name: part.best.reading for name, part in known.items()}
-    fits = best.get("translation"), best.get("rotation")
-    if said in BELIEVED:
-        found = [] if tells_order(*fits) else ["euler_xyz"]
+def _read_recordings(
+    path: str | Path, split: str, layout: DatasetLayout
+) -> tuple[list[Recording], SkippedItems]:
+    """The first episodes, up to `MAX_EPISODES` and about `MAX_STEPS`, and what was skipped."""
+    skipped = SkippedItems(MAX_BAD_SHARE)
+    recordings: list[Recording] = []
+    num_steps = 0
+    sources = episode_steps(path, split, ())
+    for recording in convert_episodes(sources, partial(make_recording, layout=layout), skipped):
+        recordings.append(recording)
+        num_steps += len(recording.position)
+        if len(recordings) == MAX_EPISODES or num_steps > MAX_STEPS:
+            break
+    check_enough_good(len(recordings), skipped, path, split)
+    return recordings, skipped
+
+
+def _find_fitting_formats(
+    path: str | Path, split: str, layout: DatasetLayout, report: Report
+) -> list[str]:
+    """Rotation formats of the states by which all that looks wrong would be right.
+
+    If the states are written otherwise than the layout says, frames and signs of the actions look
+    wrong, too.
+    """
+    findings = []
+    for part in report.parts:
+        if part.name == "rotation" and part.verdict in _NOT_CONFIRMED:
+            findings += part.findings
+    is_state_format_wrong = any(
+        finding.question == "state_format" and finding.verdict == "wrong" for finding in findings
+    )
+    if not findings or is_state_format_wrong:
+        return []
+
+    width, _ = ROTATION_FORMATS.get(str(layout.rotation_format), (0, None))
+    fitting_formats = []
+    for name in ROTATION_FORMATS:
+        if name == layout.rotation_format or ROTATION_FORMATS[name][0] != width:
+            continue
+        other_layout = replace(layout, rotation_format=cast(RotationFormat, name))
+        with contextlib.suppress(SpearError):
+            other_report = _audit_numbers(path, split, other_layout)
+            other_verdicts = {part.verdict for part in other_report.parts}
+            if not other_report.states and not other_verdicts & _NOT_CONFIRMED:
+                fitting_formats.append(name)
+    return fitting_formats
+
+
+def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
+    """Whether the actions tell how orientations are written. Targets that are the next states never
+    do."""
+    explained = {part.name: part for part in report.parts if not part.note}
+    best = {name: part.best_fit.hypothesis for name, part in explained.items()}
+    translation = best.get("translation")
+    rotation = best.get("rotation")
+
+    if layout_format in TRUSTED_FORMATS:
+        is_order_known = can_tell_euler_order(translation, rotation)
+        other_formats = [] if is_order_known else ["euler_xyz"]
     else:
-        found = turning_otherwise(rotations, said, forms, *fits)
-    others = " or ".join(found)
-    words = f"by {others} the gripper would turn otherwise, and the actions fit as well"
-    return [Check("rotation_format", "cannot tell", words)] if others else []
+        rotations = [recording.rotation for recording in report.recordings]
+        tied_formats = set(state_formats(rotations[0]))
+        for part in explained.values():
+            for finding in part.findings:
+                if finding.question == "state_format":
+                    tied_formats &= set(finding.tied_answers)
+        other_formats = formats_that_turn_otherwise(
+            rotations, layout_format, tied_formats, translation, rotation
+        )
+    if not other_formats:
+        return []
+    words = (
+        f"by {' or '.join(other_formats)} the gripper would turn otherwise, "
+        "and the actions fit as well"
+    )
+    return [Check("rotation_format", "cannot tell", words)]
 
 
-def look_at_cameras(
-    path: str | Path, split: str, spec: DatasetLayout
+def summarize_cameras(
+    path: str | Path, split: str, layout: DatasetLayout
 ) -> dict[str, list[View | None]]:
-    """Camera -> what the first episodes show; None where it is absent. Too many broken ones: SpearError."""
-    views: dict[str, list[View | None]] = {camera: [] for camera in spec.images}
-    skipped = SkippedItems(MOST_SKIPPED)
-    for source, steps in itertools.islice(
-        episode_steps(path, split, list(spec.images.values())), VIEWED
-    ):
+    """What each camera shows in the first episodes; None where it is absent.
+
+    Raises:
+        SpearError: too many episodes are broken.
+    """
+    views: dict[str, list[View | None]] = {camera: [] for camera in layout.images}
+    skipped = SkippedItems(MAX_BAD_SHARE)
+    sources = episode_steps(path, split, list(layout.images.values()))
+    for source, steps in itertools.islice(sources, MAX_VIEWED_EPISODES):
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            position, _, _ = read_pose(steps, spec, source)
-            for camera, where in spec.images.items():
-                seen = None
-                with contextlib.suppress(SpearError):
-                    if isinstance(images := read_column(steps, where, source), list):
-                        seen = look(
-                            images, position, rate_of(steps, spec), f"{source} camera {camera!r}"
-                        )
-                views[camera].append(seen)
+            position, _, _ = read_pose(steps, layout, source)
         except SpearError as error:
             skipped(error)
-    skipped.check(max(map(len, views.values()), default=0), finished=True)
-    return {camera: found for camera, found in views.items() if found}
+            continue
+        for camera in layout.images:
+            views[camera].append(_summarize_camera(steps, layout, camera, position, source))
+    num_viewed = max((len(episodes) for episodes in views.values()), default=0)
+    skipped.check(num_viewed, finished=True)
+    return {camera: episodes for camera, episodes in views.items() if episodes}
 
 
-def check_words(path: str | Path, split: str, spec: DatasetLayout) -> list[Check]:
+def _summarize_camera(
+    steps: Steps, layout: DatasetLayout, camera: str, position: Array, source: str
+) -> View | None:
+    """What a camera shows in an episode; None where it is absent or cannot be decoded."""
+    with contextlib.suppress(SpearError):
+        images = read_column(steps, layout.images[camera], source)
+        if isinstance(images, list):
+            where = f"{source} camera {camera!r}"
+            return summarize_view(images, position, episode_rate_hz(steps, layout), where)
+    return None
+
+
+def check_texts(path: str | Path, split: str, layout: DatasetLayout) -> list[Check]:
     """What is wrong where instruction or success can be read of none of the first episodes."""
-    folder, reasons = open_dataset(path), dict[str, list[str]]()
+    folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):  # which refuses them when it is written
         return []
-    read = itertools.islice(folder.read_steps(split, ()), VIEWED)
-    first = [(steps, source) for source, steps in read if not isinstance(steps, SpearError)]
-    readers = {"instruction": read_instruction, "success": read_success}
-    for (steps, source), (name, read_field) in itertools.product(first, readers.items()):
-        try:
-            if isinstance(said := read_field(steps, spec, source), str):
-                check_instruction(said, source)
-        except SpearError as error:
-            reasons.setdefault(name, []).append(str(error))
-    return [
-        Check(name, "wrong", each[0]) for name, each in reasons.items() if len(each) == len(first)
-    ]
+    first_episodes = []
+    for source, steps in itertools.islice(folder.read_steps(split, ()), MAX_VIEWED_EPISODES):
+        if not isinstance(steps, SpearError):
+            first_episodes.append((steps, source))
+
+    checks = []
+    for name, read in (("instruction", read_instruction), ("success", read_success)):
+        reasons = []
+        for steps, source in first_episodes:
+            try:
+                value = read(steps, layout, source)
+                if isinstance(value, str):
+                    check_instruction(value, source)
+            except SpearError as error:
+                reasons.append(str(error))
+        if reasons and len(reasons) == len(first_episodes):
+            checks.append(Check(name, "wrong", reasons[0]))
+    return checks
 
 
 def episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
-    """The steps of a dataset's episodes, with the columns of images that are asked for; None for all."""
+    """The steps of a dataset's episodes, with the columns of `images`; None for all columns."""
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
         return folder.read_steps(split, images)
     store = open_store_split(path, split)
     read = store.__getitem__ if images or images is None else store.without_images
-    return ((e.source, vars(e)) for e in map(read, range(len(store))))
+    episodes = map(read, range(len(store)))
+    return ((episode.source, vars(episode)) for episode in episodes)
 
 
-def logged_layout(path: str | Path, layout: Path | None) -> DatasetLayout:
-    """The layout of a dataset, which must name logged actions."""
+def find_logged_layout(path: str | Path, layout_file: Path | None) -> DatasetLayout:
+    """The layout of a dataset, which must name logged actions. Raises `SpearError` if it does
+    not."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         images = {camera: f"images/{camera}" for camera in folder.cameras}
-        return replace(STORE, rate_hz=float(folder.rates_hz[0]), images=images)
-    spec = folder.load_layout(layout)
-    if spec.action is None and spec.logged_translation is None and spec.logged_rotation is None:
-        add = 'logged_translation and logged_rotation, for example "logged_translation": "action[0:3]"'
+        return replace(STORE_LAYOUT, rate_hz=float(folder.rates_hz[0]), images=images)
+    layout = folder.load_layout(layout_file)
+    action_columns = (layout.action, layout.logged_translation, layout.logged_rotation)
+    if all(name is None for name in action_columns):
         raise SpearError(
-            f"nothing to audit: {spec.name}: its layout names no logged actions; add {add}"
+            f"nothing to audit: {layout.name}: its layout names no logged actions; "
+            "add logged_translation and logged_rotation, "
+            'for example "logged_translation": "action[0:3]"'
         )
-    return spec
+    return layout
 
 
-def make_recording(steps: Steps, spec: DatasetLayout, source: str) -> Recording:
-    """One episode's states and logged actions. Raises SpearError where shapes do not fit, or one is NaN."""
-    names: tuple[str | None, str | None] = spec.logged_translation, spec.logged_rotation
-    if spec.action is not None:
-        names = f"{spec.action}[0:3]", f"{spec.action}[3:7]"
-    logged = [None if n is None else read_numbers(steps, n, source) for n in names]
-    position, rotation, form = read_pose(steps, spec, source)
-    said = spec if spec.action is None else replace(spec, command=f"{spec.action}[7]")
-    opening, command = read_openings(steps, said, source)
-    valid = np.ones(len(position), bool)
-    if spec.action_mask is not None:
-        valid = read_numbers(steps, spec.action_mask, source).reshape(-1) != 0
-    said_of, written = (
-        ("position", "rotation", "logged translation", "logged rotation"),
-        sorted(WIDTHS),
-    )
-    for what, values, widths in zip(
-        said_of, (position, rotation, *logged), ([3], written) * 2, strict=True
-    ):
-        if values is not None and values.shape not in [(len(valid), width) for width in widths]:
-            need = f"{len(valid)} x {' or '.join(map(str, widths))}"
-            raise SpearError(f"wrong shape: {source}: {what} is {values.shape}, not {need}")
-    quaternions = to_quaternion(rotation, form, source)
-    if spec.rotation_format == "franka_joints":  # what is logged is the hand's own frame, O_T_EE
-        half_turn = torch.tensor([0, 1, 0, 0], dtype=torch.float64)  # about x, from ours
-        rotation = quat_multiply(torch.as_tensor(quaternions), half_turn).numpy()
-    elif form in BELIEVED:
-        rotation = quaternions
-    elif form.startswith("quat"):
-        check_unit_norm(rotation, source, "rotation")
-    rate = rate_of(steps, spec)
+def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recording:
+    """One episode's states and logged actions as numbers.
+
+    Raises:
+        SpearError: shapes do not fit, or a number is NaN.
+    """
+    translation_column = layout.logged_translation
+    rotation_column = layout.logged_rotation
+    layout_with_command = layout
+    if layout.action is not None:
+        translation_column = f"{layout.action}[0:3]"
+        rotation_column = f"{layout.action}[3:7]"
+        layout_with_command = replace(layout, command=f"{layout.action}[7]")
+
+    logged_translation = _read_optional(steps, translation_column, source)
+    logged_rotation = _read_optional(steps, rotation_column, source)
+    position, rotation, rotation_format = read_pose(steps, layout, source)
+    opening, command = read_openings(steps, layout_with_command, source)
+    is_valid = np.ones(len(position), bool)
+    if layout.action_mask is not None:
+        is_valid = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
+
+    num_steps = len(is_valid)
+    _check_shape(position, "position", [3], num_steps, source)
+    _check_shape(rotation, "rotation", ROTATION_WIDTHS, num_steps, source)
+    _check_shape(logged_translation, "logged translation", [3], num_steps, source)
+    _check_shape(logged_rotation, "logged rotation", ROTATION_WIDTHS, num_steps, source)
+
     return Recording(
-        source, position, rotation, logged[0], logged[1], valid, rate, opening, command
+        source=source,
+        position=position,
+        rotation=_rotation_to_judge(rotation, rotation_format, layout, source),
+        translation=logged_translation,
+        turn=logged_rotation,
+        valid=is_valid,
+        rate_hz=episode_rate_hz(steps, layout),
+        opening=opening,
+        command=command,
     )
 
 
-def rate_of(steps: Steps, spec: DatasetLayout) -> float:
-    """Steps per second of an episode: those of a store each have their own."""
-    rate = steps.get("rate_hz")
-    assert spec.rate_hz is not None
-    return rate if isinstance(rate, float) else spec.rate_hz
+def _read_optional(steps: Steps, column_name: str | None, source: str) -> Array | None:
+    return None if column_name is None else read_numbers(steps, column_name, source)
 
 
-def judge(
-    recordings: Sequence[Recording], said: Mapping[str, Mapping[str, str | None]], path: str = ""
-) -> Report:
-    """Fit every reading to some recordings; said is what the layout says (see `claims`)."""
+def _check_shape(
+    values: Array | None, name: str, widths: Sequence[int], num_steps: int, source: str
+) -> None:
+    """Raises `SpearError` unless values are absent or [num_steps, one of widths]."""
+    if values is None or values.shape in [(num_steps, width) for width in widths]:
+        return
+    expected = f"{num_steps} x {' or '.join(map(str, widths))}"
+    raise SpearError(f"wrong shape: {source}: {name} is {values.shape}, not {expected}")
+
+
+def _rotation_to_judge(
+    rotation: Array, rotation_format: str, layout: DatasetLayout, source: str
+) -> Array:
+    """Recorded orientations as hypotheses read them: trusted formats as quaternions, others as they
+    are."""
+    quaternions = to_quaternion(rotation, rotation_format, source)
+    if (
+        layout.rotation_format == "franka_joints"
+    ):  # logged rotations are of the hand's frame, O_T_EE
+        half_turn_about_x = torch.tensor([0, 1, 0, 0], dtype=torch.float64)
+        return quat_multiply(torch.as_tensor(quaternions), half_turn_about_x).numpy()
+    if rotation_format in TRUSTED_FORMATS:
+        return quaternions
+    if rotation_format.startswith("quat"):
+        check_unit_norm(rotation, source, "rotation")
+    return rotation
+
+
+def episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
+    """Steps per second of an episode. Those of a store each have their own."""
+    rate_hz = steps.get("rate_hz")
+    if isinstance(rate_hz, float):
+        return rate_hz
+    assert layout.rate_hz is not None
+    return layout.rate_hz
+
+
+def judge(recordings: Sequence[Recording], answers: LayoutAnswers, path: str = "") -> Report:
+    """Fit every hypothesis to some recordings, and compare the best with the layout's answers.
+
+    Raises:
+        SpearError: no episode has five known steps in a row.
+    """
     stretches = Stretches(recordings)
-    if not stretches.count:
+    if not stretches.num:
         raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
+
     parts = []
     if recordings[0].translation is not None:
-        parts.append(
-            _part("translation", translation_fits(recordings, stretches), said["translation"])
-        )
+        fits = fit_translations(recordings, stretches)
+        parts.append(_judge_part("translation", fits, answers["translation"]))
     if recordings[0].turn is not None:
-        parts.append(_part("rotation", rotation_fits(recordings, stretches), said["rotation"]))
-    steps, checks = sum(len(r.position) for r in recordings), []
-    for part in parts if stretches.of_episodes else ():
-        if (fit := part.said) is not None and not part.note and part.verdict != "wrong":
-            left = fit.error / fit.moved.clip(1e-12)
-            usual = np.clip(
-                10 * np.median(left), 0.5, 1
-            )  # our choice; of the real BridgeData all leave less
-            if odd := int(((left > usual) & (fit.moved > fit.moved.mean() / 4)).sum()):
-                words = f"in {odd} of {len(recordings)} episodes it explains little: recorded otherwise?"
-                checks.append(Check(f"the {part.name}s' reading", "cannot tell", words))
-    return Report(path, len(recordings), steps, parts, doubts(recordings), recordings, checks)
+        fits = fit_rotations(recordings, stretches)
+        parts.append(_judge_part("rotation", fits, answers["rotation"]))
+
+    checks = []
+    if stretches.are_units_episodes:
+        for part in parts:
+            checks += _check_odd_episodes(part, len(recordings))
+    return Report(
+        path=path,
+        num_episodes=len(recordings),
+        num_steps=sum(len(recording.position) for recording in recordings),
+        parts=parts,
+        states=find_implausible_states(recordings),
+        recordings=recordings,
+        checks=checks,
+    )
 
 
-def claims(spec: DatasetLayout) -> dict[str, dict[str, str | None]]:
-    """What a layout says of its logged actions: part -> question -> answer, None where it does not say."""
-    kind, frame = (spec.logged_kind, spec.logged_frame) if spec.action is None else ("delta", None)
-    form = spec.logged_rotation_format if spec.action is None else "quat_wxyz"
-    own = {"translation": "base", "rotation": "ee"} if spec.action is not None else {}
-    # No layout says signs: the plain ones are meant. How late an arm follows is its own, but for our actions.
-    shift = None if spec.action is None else "0"
-    shared = {"kind": kind, "signs": "+++", "shift": shift, "state": spec.rotation_format}
-    rate = "/s" if kind == "velocity" else ""
-    unit = spec.angle_unit + rate if form in ANGLE_FORMATS else UNSCALED
-    frames = [own.get(part, frame) for part in ("translation", "rotation")]
+def _check_odd_episodes(part: Part, num_episodes: int) -> list[Check]:
+    """Whether the layout explains some episodes far less well than the others."""
+    fit = part.layout_fit
+    if fit is None or part.note or part.verdict == "wrong":
+        return []
+    unexplained = fit.error / fit.motion.clip(1e-12)
+    limit = np.clip(10 * np.median(unexplained), *MAX_UNEXPLAINED_OF_EPISODE)
+    has_motion = fit.motion > fit.motion.mean() / 4
+    num_odd = int(((unexplained > limit) & has_motion).sum())
+    if not num_odd:
+        return []
+    words = f"in {num_odd} of {num_episodes} episodes it explains little: recorded otherwise?"
+    return [Check(f"the {part.name}s' reading", "cannot tell", words)]
+
+
+def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
+    """What a layout says of its logged actions, see `LayoutAnswers`.
+
+    No layout says signs; the plain ones are meant. How late an arm follows is its own matter,
+    except for canonical actions, which lead from each state to the next.
+    """
+    has_canonical_actions = layout.action is not None
+    if has_canonical_actions:
+        kind: str | None = "delta"
+        translation_frame: str | None = "base"
+        rotation_frame: str | None = "ee"
+        action_format: str | None = "quat_wxyz"
+        delay: str | None = "0"
+    else:
+        kind = layout.logged_kind
+        translation_frame = layout.logged_frame
+        rotation_frame = layout.logged_frame
+        action_format = layout.logged_rotation_format
+        delay = None
+
+    per_second = "/s" if kind == "velocity" else ""
+    rotation_unit = UNIT_QUATERNION
+    if action_format in ANGLE_FORMATS:
+        rotation_unit = layout.angle_unit + per_second
+    shared = {
+        "kind": kind,
+        "signs": "+++",
+        "delay_steps": delay,
+        "state_format": layout.rotation_format,
+    }
     return {
-        "translation": {**shared, "frame": frames[0], "unit": spec.length_unit + rate, "form": "-"},
-        "rotation": {**shared, "frame": frames[1], "unit": unit, "form": form},
+        "translation": {
+            **shared,
+            "frame": translation_frame,
+            "unit": layout.length_unit + per_second,
+            "action_format": "-",
+        },
+        "rotation": {
+            **shared,
+            "frame": rotation_frame,
+            "unit": rotation_unit,
+            "action_format": action_format,
+        },
     }
 
 
-def _part(name: str, fits: Sequence[Fit], said: Mapping[str, str | None]) -> Part:
-    def same(fit: Fit, question: str) -> bool:
-        return _answer(fit, question) in (said[question], "-")
+def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> Part:
+    """Judge the logged translations or rotations."""
 
-    order = sorted(fits, key=lambda f: (round(f.relative, 4), -sum(same(f, q) for q in said)))
-    best = order[0]
-    units = len(best.error)  # of resampling; counts [RESAMPLES, units] is the same in every run
-    counts = (
-        np.random.default_rng(0)
-        .multinomial(units, np.full(units, 1 / units), RESAMPLES)
-        .astype(float)
-    )
-    moved = float(best.moved.sum() / best.steps)
-    note = ""
-    if moved < LEAST[name]:
-        note = f"the robot hardly moves: {size(name, moved)} in a stretch"
-    elif best.relative > UNEXPLAINED:
-        note = f"no reading explains the states: the best leaves {best.relative:.0%} of the motion"
-    findings = [_finding(q, order, said[q], counts, bool(note)) for q in Reading._fields]
-    findings = [f for f in findings if f.best != "-" and len(f.answers) > 1]
-    asked = [q for q in said if said[q] is not None and (q != "unit" or said["kind"])]
-    own = next((fit for fit in order if all(same(fit, q) for q in asked)), None)
-    margin = None if own is None else _margin(own, best, counts)
-    verdict: Verdict = "agrees"
-    if note:
-        verdict = "cannot tell"
-    elif margin is None or margin.low > MARGIN:
-        verdict = "wrong"
-    elif any(said[q] is None for q in ("kind", "frame", "form")):
-        verdict = "not said"
-    return Part(name, best, own, margin, findings, verdict, note)
+    def agrees(fit: Fit, question: str) -> bool:
+        return _answer(fit, question) in (answers[question], "-")
+
+    def rank(fit: Fit) -> tuple[float, int]:
+        """Better fits first; of equals those that agree more with the layout."""
+        num_agreements = sum(agrees(fit, question) for question in answers)
+        return round(fit.relative_error, 4), -num_agreements
+
+    ranked = sorted(fits, key=rank)
+    best = ranked[0]
+    resamples = _draw_resamples(len(best.error))
+    note = _why_undecidable(name, best)
+
+    # Question by question: which answers fit as well as the best?
+    findings = []
+    for question in Hypothesis._fields:
+        finding = _judge_question(question, ranked, answers[question], resamples, bool(note))
+        if finding.best_answer != "-" and len(finding.answers) > 1:
+            findings.append(finding)
+
+    # The layout as a whole: how much worse is the best hypothesis that agrees with all it says?
+    questions = _answered_questions(answers)
+    agreeing = (fit for fit in ranked if all(agrees(fit, question) for question in questions))
+    layout_fit = next(agreeing, None)
+    margin = None if layout_fit is None else _margin(layout_fit, best, resamples)
+    verdict = _judge_layout(answers, margin, bool(note))
+    return Part(name, best, layout_fit, margin, findings, verdict, note)
+
+
+def _answered_questions(answers: Mapping[str, str | None]) -> list[str]:
+    """The questions that a layout answers. A unit says nothing without a kind."""
+    questions = []
+    for question, answer in answers.items():
+        is_unit_without_kind = question == "unit" and not answers["kind"]
+        if answer is not None and not is_unit_without_kind:
+            questions.append(question)
+    return questions
+
+
+def _judge_layout(
+    answers: Mapping[str, str | None], margin: Margin | None, is_undecidable: bool
+) -> Verdict:
+    """Whether the layout as a whole fits as well as the best hypothesis."""
+    if is_undecidable:
+        return "cannot tell"
+    if margin is None or margin.low > MIN_MARGIN:
+        return "wrong"
+    if any(answers[question] is None for question in ("kind", "frame", "action_format")):
+        return "not said"
+    return "agrees"
+
+
+def _draw_resamples(num_units: int) -> Array:
+    """[NUM_RESAMPLES, num_units] how often each unit is drawn; the same in every run."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(num_units, np.full(num_units, 1 / num_units), NUM_RESAMPLES)
+    return counts.astype(float)
+
+
+def _why_undecidable(name: str, best: Fit) -> str:
+    """Why nothing can be told of a part, or ""."""
+    mean_motion = float(best.motion.sum() / best.num_steps)
+    if mean_motion < MIN_MOTION[name]:
+        return f"the robot hardly moves: {format_size(name, mean_motion)} in a stretch"
+    if best.relative_error > MAX_UNEXPLAINED:
+        return (
+            "no reading explains the states: "
+            f"the best leaves {best.relative_error:.0%} of the motion"
+        )
+    return ""
 
 
 def _answer(fit: Fit, question: str) -> str:
-    return str(getattr(fit.reading, question))
+    return str(getattr(fit.hypothesis, question))
 
 
-def _finding(
-    question: str, order: Sequence[Fit], said: str | None, counts: Array, blind: bool
+def _judge_question(
+    question: str,
+    ranked: Sequence[Fit],
+    layout_answer: str | None,
+    resamples: Array,
+    is_undecidable: bool,
 ) -> Finding:
-    """order are all fits, the best one first."""
+    """Compare the answers to one question; `ranked` are all fits, the best one first."""
+    best = ranked[0]
+    best_answer = _answer(best, question)
     answers: dict[str, tuple[Fit, Margin]] = {}
-    for fit in order:
+    for fit in ranked:
         answer = _answer(fit, question)
-        if answer not in answers and (answer != "-" or fit is order[0]):
-            answers[answer] = fit, _margin(fit, order[0], counts)
-    tied = [answer for answer, (_, margin) in answers.items() if margin.low <= MARGIN]
-    best = _answer(order[0], question)
+        if answer not in answers and (answer != "-" or fit is best):
+            answers[answer] = (fit, _margin(fit, best, resamples))
+    tied_answers = [a for a, (_, margin) in answers.items() if margin.low <= MIN_MARGIN]
+
     verdict: Verdict = "agrees"
-    if blind:
+    if is_undecidable:
         verdict = "cannot tell"
-    elif said is None:
+    elif layout_answer is None:
         verdict = "not said"
-    elif said not in tied:
+    elif layout_answer not in tied_answers:
         verdict = "wrong"
-    elif len(tied) > 1:
+    elif len(tied_answers) > 1:
         verdict = "cannot tell"
-    return Finding(question, best, said, answers, tied, verdict)
+    return Finding(question, best_answer, layout_answer, answers, tied_answers, verdict)
 
 
-def size(name: str, value: float) -> str:
-    """A distance (m) or an angle (rad) in words."""
+def format_size(name: str, value: float) -> str:
+    """A distance (m) of translations or an angle (rad) of rotations in words."""
     return f"{1000 * value:.3g} mm" if name == "translation" else f"{np.degrees(value):.3g}°"
 
 
-def _margin(fit: Fit, best: Fit, counts: Array) -> Margin:
-    """Paired: the same episodes are drawn for both."""
-    draws = [(counts @ f.error) / np.maximum(counts @ f.moved, 1e-12) for f in (fit, best)]
-    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
+def _margin(fit: Fit, best: Fit, resamples: Array) -> Margin:
+    """How much worse a fit is than the best. Paired: the same units are drawn for both."""
+    difference = _resampled_error(fit, resamples) - _resampled_error(best, resamples)
+    low, high = np.quantile(difference, [0.025, 0.975])
     if len(fit.error) < 3:  # too few to say how much they differ
         low = min(float(low), 0.0)
-    return Margin(fit.relative - best.relative, float(low), float(high))
+    return Margin(fit.relative_error - best.relative_error, float(low), float(high))
+
+
+def _resampled_error(fit: Fit, resamples: Array) -> Array:
+    """[NUM_RESAMPLES] relative errors."""
+    return (resamples @ fit.error) / np.maximum(resamples @ fit.motion, 1e-12)

@@ -1,7 +1,9 @@
-"""A proposal of `spear.json` for a dataset that nobody has described: to be read and corrected.
+"""Propose a layout (`spear.json`) for a dataset that nobody has described, to be read and
+corrected.
 
-The columns are read in every way that the audit knows; what explains the recorded motion best is proposed.
-What no column can say (where the gripper's own axes point, the rate of RLDS) is left open.
+Columns are read in every way that the audit knows, and the way that explains the recorded motion
+best is proposed. What no column can tell (where the gripper's own axes point, the rate of RLDS) is
+left open.
 """
 
 import itertools
@@ -12,25 +14,45 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.audit import hypotheses
-from spear.audit.dataset_audit import MARGIN, UNEXPLAINED
-from spear.checks.senses import FARTHEST, FEWEST, FOLLOWS, MOVES, follows, look, sense
+from spear.audit.dataset_audit import MAX_UNEXPLAINED, MIN_MARGIN
+from spear.audit.hypotheses import (
+    Fit,
+    Stretches,
+    fit_rotations,
+    fit_translations,
+    formats_that_turn_otherwise,
+    state_quaternions,
+)
+from spear.checks.cameras import summarize_view
+from spear.checks.gripper import (
+    MIN_CORRELATION,
+    MIN_EPISODES,
+    MIN_MOTION,
+    correlate_commands,
+    judge_open_end,
+)
+from spear.checks.recording import Recording
+from spear.checks.states import plausible_length_unit
 from spear.data.readers.columns import RawEpisodes, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import ANGLE_FORMATS
-from spear.data.readers.formats import count_episodes, open_dataset
+from spear.data.readers.formats import Dataset, count_episodes, open_dataset
 from spear.data.readers.lerobot import JOINT_NAME_PATTERN, LeRobotFolder
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES
-from spear.util.units import LENGTH_UNITS
 
-EPISODES, FEW, VIEWED, WIDEST, WAYS = 30, 8, 5, 32, 8
-"""Episodes that are read, those in which columns are sought, and whose images are looked at; numbers that a
-measurement has at most, and ways to choose the columns of positions by which rotations are sought."""
-AT_WRIST, TWICE = ("wrist", "hand", "gripper", "eye_in"), 2.0
-"""Parts of the names of wrist cameras; how many times as much of their view must change as of all others."""
-NO_STATE = (
+MAX_EPISODES = 30  # that are read
+MAX_SEARCH_EPISODES = 8  # in which columns of positions and rotations are sought
+MAX_VIEWED_EPISODES = 5  # whose images are decoded
+MAX_NUMBERS = 32  # that a measurement has
+MAX_CANDIDATES = 8  # best columns of positions, for which rotations are sought
+DEFAULT_RATE_HZ = 5.0  # where the dataset names none; only ratios of rates matter here
+
+WRIST_WORDS = ("wrist", "hand", "gripper", "eye_in")
+"""Parts of the names of wrist cameras."""
+MIN_WRIST_RATIO = 2.0  # how much more of a wrist view must change than of all others
+COLUMNS_WITHOUT_STATE = (
     "timestamp",
     "reward",
     "discount",
@@ -39,37 +61,72 @@ NO_STATE = (
     "index",
     "task_index",
 )
-PLAIN = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
+PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 """The answers that are taken where others fit as well."""
+
 Columns = Mapping[str, Sequence[Array]]
-"""Column -> [T, d] of each episode."""
-Joints = Callable[[str], Sequence[str]]
-"""See `LeRobotFolder.joints`; or what a column's own name says."""
+"""Column → [T, d] of each episode."""
+JointNames = Callable[[str], Sequence[str]]
+"""Names of joints that a part of a column holds, see `LeRobotFolder.joints`, or that its own name
+says."""
 
 
-class Window(NamedTuple):
-    """Some of the numbers of a column."""
+class ColumnRange(NamedTuple):
+    """Some neighboring numbers of a column."""
 
     column: str
     first: int
     end: int
 
-    def of(self, columns: Columns) -> list[Array]:
+    @property
+    def width(self) -> int:
+        """How many numbers it has."""
+        return self.end - self.first
+
+    def values(self, columns: Columns) -> list[Array]:
         """[T, numbers] of each episode."""
         return [values[:, self.first : self.end] for values in columns[self.column]]
 
     def name(self, columns: Columns) -> str:
-        """As a layout has it."""
-        if self.end - self.first == columns[self.column][0].shape[1]:
+        """As a layout has it, for example "observation/state[0:3]"."""
+        if self.width == columns[self.column][0].shape[1]:
             return self.column
-        span = f"{self.first}:{self.end}" if self.end > self.first + 1 else f"{self.first}"
-        return f"{self.column}[{span}]"
+        if self.width == 1:
+            return f"{self.column}[{self.first}]"
+        return f"{self.column}[{self.first}:{self.end}]"
+
+
+class _Candidate(NamedTuple):
+    """Columns that may be positions and rotations, and the actions that lead from one to the next.
+
+    unexplained  parts of the motions that are not explained, of translations and rotations
+                 together; 1 for rotations where none are sought.
+    """
+
+    unexplained: float
+    position: ColumnRange
+    translation: ColumnRange
+    rotation: ColumnRange | None
+    turn: ColumnRange | None = None
+
+
+class _Proposal:
+    """The layout as it is put together, and the facts that say why."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.facts: dict[str, str] = {"tool_rotation": "no column can say it: see docs/data.md"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `spear.json` has it."""
+        return {**self.fields, "facts": self.facts}
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What `spear.json` could say of a dataset; its `facts` tell why, and what is open.
+    """Propose what `spear.json` could say of a dataset. Its `facts` tell why, and what is open.
 
-    Raises SpearError for a folder that needs none, and for data that hold nothing to go by.
+    Raises:
+        SpearError: the folder needs no description, or its data hold nothing to go by.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -77,272 +134,540 @@ def describe(path: str | Path) -> dict[str, Any]:
             f"nothing to describe: {path} is a store of episodes, whose columns are known"
         )
     split = next(iter(count_episodes(path)))
-    read = itertools.islice(folder.read_steps(split, images=()), EPISODES)
-    episodes = [dict(walk_columns(steps)) for _, steps in read if not isinstance(steps, SpearError)]
+    is_lerobot = isinstance(folder, LeRobotFolder)
+    rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
+    episodes = _read_episodes(folder, split, path)
+    proposal = _Proposal()
+
+    proposal.fields["images"] = _describe_cameras(folder.read_steps(split), proposal, rate_hz)
+    _describe_success(episodes, proposal)
+    if not is_lerobot:
+        _describe_instruction(episodes[0], proposal)
+        proposal.fields["rate_hz"] = None
+        proposal.facts["rate_hz"] = "not in the metadata: write how many steps a second has"
+
+    columns = _drop_columns_with_nan(_numeric_columns(episodes))
+    joint_names = _joint_names(folder)
+    used_ranges = _describe_motion(columns, rate_hz, joint_names, proposal)
+    if isinstance(folder, LeRobotFolder):
+        rotation_format = folder.quaternion(str(proposal.fields["rotation"]))
+        if rotation_format:
+            proposal.fields["rotation_format"] = rotation_format
+            proposal.facts["rotation_format"] = "by the names of its components"
+
+    free_numbers = _free_numbers(columns, used_ranges, joint_names)
+    _describe_gripper(columns, free_numbers, rate_hz, proposal)
+    return proposal.to_dict()
+
+
+def _read_episodes(folder: Dataset, split: str, path: str | Path) -> list[dict[str, Any]]:
+    """The columns of the first good episodes; of those that have the columns that most have."""
+    episodes = []
+    for _, steps in itertools.islice(folder.read_steps(split, images=()), MAX_EPISODES):
+        if not isinstance(steps, SpearError):
+            episodes.append(dict(walk_columns(steps)))
     if not episodes:
         raise SpearError(f"no good episode: {path}: see spear data inspect")
-    has = [
-        frozenset((n, type(v), getattr(v, "shape", ())[1:]) for n, v in each.items())
-        for each in episodes
-    ]
-    usual = Counter(has).most_common(1)[0][0]
-    episodes = [each for each, columns in zip(episodes, has, strict=True) if columns == usual]
-    facts = {"tool_rotation": "no column can say it: see docs/data.md"}
-    rate = folder.info.fps if isinstance(folder, LeRobotFolder) else 5.0
-    found: dict[str, Any] = {"images": _cameras(folder.read_steps(split), facts, rate)}
-    won = (n for n, v in episodes[0].items() if n.endswith("success") and isinstance(v, np.ndarray))
-    found |= [("success", name) for name in won if any(np.ravel(e[name])[-1] > 0 for e in episodes)]
-    if not isinstance(folder, LeRobotFolder):
-        texts = (n for n, v in episodes[0].items() if isinstance(v, list) and not _is_image(v))
-        found["instruction"] = next(
-            (n for n in texts if "instruction" in n or "language" in n), None
-        )
-        found["rate_hz"], facts["rate_hz"] = (
-            None,
-            "not in the metadata: write how many steps a second has",
-        )
-    columns = {
-        name: [np.asarray(e[name], np.float64).reshape(len(e[name]), -1) for e in episodes]
-        for name, values in episodes[0].items()
-        if isinstance(values, np.ndarray) and values.dtype.kind in "iuf"
-        if values.size <= WIDEST * len(values) and name.rpartition("/")[2] not in NO_STATE
-    }
-    finite = _finite(columns)
-    named: Joints = folder.joints if isinstance(folder, LeRobotFolder) else lambda where: []
-    joints: Joints = lambda where: [*named(where), *JOINT_NAME_PATTERN.findall(where)]  # noqa: E731
-    taken = _motion(found, facts, finite, rate, joints)
-    if isinstance(folder, LeRobotFolder) and (form := folder.quaternion(str(found["rotation"]))):
-        found["rotation_format"], facts["rotation_format"] = form, "by the names of its components"
-    used = {(window.column, i) for window in taken for i in range(window.first, window.end)}
-    free = [Window(n, i, i + 1) for n, each in finite.items() for i in range(each[0].shape[1])]
-    free = [w for w in free if (w.column, w.first) not in used and not joints(w.name(finite))]
-    _gripper(found, facts, finite, free, rate)
-    return {**found, "facts": facts}
+    signatures = [_column_signature(episode) for episode in episodes]
+    usual_signature, _ = Counter(signatures).most_common(1)[0]
+    pairs = zip(episodes, signatures, strict=True)
+    return [episode for episode, signature in pairs if signature == usual_signature]
 
 
-def _finite(columns: Columns) -> Columns:
-    """The columns that are all numbers in most episodes, of episodes where they are: a NaN would decide."""
-    finite = {
-        name: np.array([np.isfinite(v).all() for v in each]) for name, each in columns.items()
-    }
-    kept = [name for name in columns if finite[name].mean() > 0.5]
-    good = np.logical_and.reduce([finite[name] for name in kept])
-    if not np.any(good):
+def _column_signature(episode: Mapping[str, Any]) -> frozenset[Any]:
+    """Names, types and widths of an episode's columns."""
+    signature = set()
+    for name, values in episode.items():
+        width = getattr(values, "shape", ())[1:]
+        signature.add((name, type(values), width))
+    return frozenset(signature)
+
+
+def _describe_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
+    """The column that says whether an episode succeeded: its last row is positive in some."""
+    for name, values in episodes[0].items():
+        if not name.endswith("success") or not isinstance(values, np.ndarray):
+            continue
+        if any(np.ravel(episode[name])[-1] > 0 for episode in episodes):
+            proposal.fields["success"] = name
+
+
+def _describe_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> None:
+    """The column of texts whose name says that it holds an instruction."""
+    proposal.fields["instruction"] = None
+    for name, values in episode.items():
+        if not isinstance(values, list) or _are_images(values):
+            continue
+        if "instruction" in name or "language" in name:
+            proposal.fields["instruction"] = name
+            return
+
+
+def _numeric_columns(episodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Array]]:
+    """The columns that may be measurements or commands."""
+    columns = {}
+    for name, values in episodes[0].items():
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+            continue
+        last_name = name.rpartition("/")[2]
+        if values.size > MAX_NUMBERS * len(values) or last_name in COLUMNS_WITHOUT_STATE:
+            continue
+        columns[name] = [
+            np.asarray(episode[name], np.float64).reshape(len(episode[name]), -1)
+            for episode in episodes
+        ]
+    return columns
+
+
+def _drop_columns_with_nan(columns: Columns) -> dict[str, list[Array]]:
+    """The columns that are finite in most episodes, of the episodes in which all of them are."""
+    is_finite = {}
+    for name, episodes in columns.items():
+        is_finite[name] = np.array([np.isfinite(values).all() for values in episodes])
+    finite_columns = [name for name in columns if is_finite[name].mean() > 0.5]
+    is_good_episode = np.logical_and.reduce([is_finite[name] for name in finite_columns])
+    if not np.any(is_good_episode):
         raise SpearError(
             "no good episode: in each of them a column holds NaN: leave these columns out"
         )
-    return {name: list(itertools.compress(columns[name], good)) for name in kept}
+    return {
+        name: list(itertools.compress(columns[name], is_good_episode)) for name in finite_columns
+    }
 
 
-def _is_image(values: Sequence[Any]) -> bool:
+def _joint_names(folder: Dataset) -> JointNames:
+    """Names of joints, by the dataset's metadata and by the names of columns."""
+
+    def joint_names(column: str) -> list[str]:
+        by_name = JOINT_NAME_PATTERN.findall(column)
+        if isinstance(folder, LeRobotFolder):
+            return [*folder.joints(column), *by_name]
+        return by_name
+
+    return joint_names
+
+
+def _free_numbers(
+    columns: Columns, used_ranges: Sequence[ColumnRange], joint_names: JointNames
+) -> list[ColumnRange]:
+    """Single numbers that are neither part of the motion nor joints."""
+    used = set()
+    for used_range in used_ranges:
+        for index in range(used_range.first, used_range.end):
+            used.add((used_range.column, index))
+    free = []
+    for name, episodes in columns.items():
+        for index in range(episodes[0].shape[1]):
+            number = ColumnRange(name, index, index + 1)
+            if (name, index) not in used and not joint_names(number.name(columns)):
+                free.append(number)
+    return free
+
+
+def _are_images(values: Sequence[Any]) -> bool:
     first = values[0] if values else b""
     return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
 
-def _cameras(read: RawEpisodes, facts: dict[str, str], rate: float) -> dict[str, str]:
-    """Our camera name -> column; at the wrist is one whose name or motion says so."""
-    changes: dict[str, list[float]] = {}
-    for source, steps in itertools.islice(read, VIEWED):
-        for name, values in walk_columns(steps) if not isinstance(steps, SpearError) else ():
-            if isinstance(values, list) and _is_image(values):
-                all_count = np.arange(3 * len(values)).reshape(
-                    -1, 3
-                )  # as if the arm moved at every step
-                view = look(values, all_count, rate, f"{source} column {name!r}")
-                changes.setdefault(name, []).extend([] if view.blank else [view.change])
-    shown = {name: float(np.nanmedian(each)) for name, each in changes.items() if each}
-    parts = [f"{name}: {part:.0%} of it change in a step" for name, part in shown.items()]
-    facts["images"] = "; ".join(
-        [*parts, *(f"{name} is blank" for name in changes if name not in shown)]
-    )
-    if not shown:
+def _describe_cameras(
+    raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float
+) -> dict[str, str]:
+    """Our camera name → column. A camera is on the wrist if its name or its motion says so."""
+    shares: dict[str, list[float]] = {}
+    for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
+        if isinstance(steps, SpearError):
+            continue
+        for name, values in walk_columns(steps):
+            if not isinstance(values, list) or not _are_images(values):
+                continue
+            # As if the arm moved at every step.
+            position = np.arange(3 * len(values)).reshape(-1, 3)
+            view = summarize_view(values, position, rate_hz, f"{source} column {name!r}")
+            shares.setdefault(name, [])
+            if not view.is_blank:
+                shares[name].append(view.changing_share)
+
+    median_shares = {}
+    for name, episode_shares in shares.items():
+        if episode_shares:
+            median_shares[name] = float(np.nanmedian(episode_shares))
+    facts = [f"{name}: {share:.0%} of it change in a step" for name, share in median_shares.items()]
+    facts += [f"{name} is blank" for name in shares if name not in median_shares]
+    proposal.facts["images"] = "; ".join(facts)
+    return _choose_cameras(median_shares)
+
+
+def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
+    """Which cameras are external and on the wrist, from the share of each that changes in a
+    step."""
+    if not changing_shares:
         return {}
-    wrist = max(shown, key=lambda name: (any(word in name for word in AT_WRIST), shown[name]))
-    others = [name for name in shown if name != wrist]
-    moves = others and shown[wrist] > TWICE * max(shown[name] for name in others)
-    if moves or any(word in wrist for word in AT_WRIST):
-        return {"external": others[0], "wrist": wrist} if others else {"wrist": wrist}
-    return {"external": next(iter(shown))}
+
+    def has_wrist_name(name: str) -> bool:
+        return any(word in name for word in WRIST_WORDS)
+
+    wrist = max(changing_shares, key=lambda name: (has_wrist_name(name), changing_shares[name]))
+    others = [name for name in changing_shares if name != wrist]
+    is_wrist = has_wrist_name(wrist)
+    if others:
+        most_changing_other = max(changing_shares[name] for name in others)
+        is_wrist |= changing_shares[wrist] > MIN_WRIST_RATIO * most_changing_other
+    if not is_wrist:
+        return {"external": next(iter(changing_shares))}
+    if not others:
+        return {"wrist": wrist}
+    return {"external": others[0], "wrist": wrist}
 
 
-class _Way(NamedTuple):
-    """Columns that may be positions, rotations, and the actions that lead from one to the next. left: parts
-    of the motions that are not explained, of translations and rotations together; 1 where none are sought."""
+def _describe_motion(
+    columns: Columns, rate_hz: float, joint_names: JointNames, proposal: _Proposal
+) -> list[ColumnRange]:
+    """Position, rotation, and the logged actions that lead from one to the next.
 
-    left: float
-    place: Window
-    move: Window
-    turn: Window | None
-    act: Window | None = None
-
-
-def _motion(
-    found: dict[str, Any], facts: dict[str, str], columns: Columns, rate: float, joints: Joints
-) -> list[Window]:
-    """Position and rotation, and the logged actions that lead from one to the next; the numbers they take."""
-    found |= dict.fromkeys(("position", "rotation", "rotation_format", "gripper", "gripper_range"))
-    windows = [
-        Window(n, i, i + 3) for n, each in columns.items() for i in range(each[0].shape[1] - 2)
-    ]
-    windows = [window for window in windows if not joints(window.name(columns))]
-    moves = [window for window in windows if "action" in window.column]
-    places = [window for window in windows if window not in moves]
-    few = {name: each[:FEW] for name, each in columns.items()}
-    ways: list[_Way] = []
-    for place, move in itertools.product(places, moves):
-        turns: Sequence[Window | None] = _beside(place, columns, joints) or [None]
-        fits = [(turn, _best("translation", place, turn, move, few, rate)) for turn in turns]
-        ways += [
-            _Way(round(equal[0].relative, 2) + 1, place, move, turn)
-            for turn, equal in fits
-            if equal
-        ]
-    if not ways:
-        facts["position"] = (
+    Returns:
+        The numbers that these take.
+    """
+    keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
+    proposal.fields |= dict.fromkeys(keys)
+    candidates = _find_candidates(columns, rate_hz, joint_names)
+    if not candidates:
+        proposal.facts["position"] = (
             "no column but joints leads to the next state by any action: name it yourself"
         )
         return []
-    for way in sorted(ways, key=lambda way: way.left)[:WAYS]:
-        for turned in _beside(way.move, columns, joints) if way.turn is not None else ():
-            if equal := _best("rotation", way.place, way.turn, turned, few, rate):
-                ways.append(way._replace(left=way.left - 1 + equal[0].relative, act=turned))
-    least = min(way.left for way in ways) + MARGIN
-    near = sorted((w for w in ways if w.left <= least), key=lambda w: (w.place.first, w.move.first))
-    # Numbers of length 1 are an orientation, which other numbers are only perhaps.
-    near = [
-        way for way in near if way.turn is not None and way.turn.end > way.turn.first + 3
-    ] or near
-    _, place, move, turn, act = near[0]
-    fit = _best("translation", place, turn, move, columns, rate)[0]
-    far = float(np.quantile(np.linalg.norm(np.concatenate(place.of(columns)), axis=1), 0.95))
-    found |= {"position": place.name(columns), "logged_translation": move.name(columns)}
-    found["length_unit"] = next(
-        (u for u, factor in LENGTH_UNITS.items() if far * factor <= FARTHEST), "m"
-    )
-    found["logged_kind"] = fit.reading.kind
-    facts["position"] = _why(move.name(columns), fit)
-    if rivals := {way.place.name(columns) for way in near} - {place.name(columns)}:
-        facts["position"] += f"; others do as well: {' or '.join(sorted(rivals))}: ask which it is"
-    if turn is None or act is None:
-        facts["rotation"] = "no numbers beside them lead from one to the next: name them yourself"
-        return [place, move]
-    equal = _best("rotation", place, turn, act, columns, rate)
-    written, values = equal[0], turn.of(columns)
-    form, (_, unit) = written.reading.state, hypotheses.state_quaternions(np.concatenate(values))
-    found |= {"rotation": turn.name(columns), "rotation_format": form}
-    read = unit if form in ANGLE_FORMATS else written.reading.unit
-    found["angle_unit"] = "deg" if read.startswith("deg") else "rad"
-    found |= {"logged_rotation": act.name(columns), "logged_rotation_format": written.reading.form}
-    facts["rotation"] = _why(act.name(columns), written)
-    same = (written.reading.frame == "ee") == (fit.reading.frame == "ee")
-    forms = {f.reading.state for f in equal}
-    if others := hypotheses.turning_otherwise(values, form, forms, fit.reading, written.reading):
-        found["rotation_format"] = None
-        facts["rotation_format"] = (
-            f"{' or '.join([form, *others])}: no action tells: ask who recorded it"
+
+    tied = _best_candidates(candidates)
+    best = tied[0]
+    translation_fit = _describe_position(best, tied, columns, rate_hz, proposal)
+    if best.rotation is None or best.turn is None:
+        proposal.facts["rotation"] = (
+            "no numbers beside them lead from one to the next: name them yourself"
         )
-    found["logged_frame"] = fit.reading.frame if same or written.relative > UNEXPLAINED else None
-    if found["logged_frame"] is None:
-        facts["logged_frame"] = "translations and rotations are in two frames: no layout says both"
-    return [place, move, turn, act]
+        return [best.position, best.translation]
+    rotation_fits = _best_rotation_fits(best.position, best.rotation, best.turn, columns, rate_hz)
+    proposal.fields["rotation"] = best.rotation.name(columns)
+    proposal.facts["rotation"] = _explain(best.turn.name(columns), rotation_fits[0])
+    _describe_rotation_format(
+        best.rotation.values(columns), rotation_fits, translation_fit, proposal
+    )
+    proposal.fields["logged_rotation"] = best.turn.name(columns)
+    proposal.fields["logged_rotation_format"] = rotation_fits[0].hypothesis.action_format
+    _describe_logged_frame(rotation_fits[0], translation_fit, proposal)
+    return [best.position, best.translation, best.rotation, best.turn]
 
 
-def _why(name: str, fit: hypotheses.Fit) -> str:
-    reading, unsure = fit.reading, ": too much to rely on" if fit.relative > UNEXPLAINED else ""
-    how = f"{reading.kind}, {reading.frame} frame, {reading.unit}, {reading.signs}, {reading.shift} late"
-    return f"{name} leads from one to the next but for {fit.relative:.0%} of the motion{unsure} ({how})"
+def _find_triples(columns: Columns, joint_names: JointNames) -> list[ColumnRange]:
+    """Every three neighboring numbers that are not joints."""
+    triples = []
+    for name, episodes in columns.items():
+        for first in range(episodes[0].shape[1] - 2):
+            triple = ColumnRange(name, first, first + 3)
+            if not joint_names(triple.name(columns)):
+                triples.append(triple)
+    return triples
 
 
-def _beside(window: Window, columns: Columns, joints: Joints) -> list[Window]:
-    """Where orientations may be, if positions are there, perhaps in the pose: axes of length 1 that are
-    perpendicular, or else unit quaternions, or else three numbers."""
-    ends = {name: each[0].shape[1] for name, each in columns.items()}
-    kind = [name for name in ends if ("action" in name) == ("action" in window.column)]
+def _find_candidates(columns: Columns, rate_hz: float, joint_names: JointNames) -> list[_Candidate]:
+    """Columns that may be positions and actions; the best of them with rotations as well."""
+    triples = _find_triples(columns, joint_names)
+    translations = [triple for triple in triples if "action" in triple.column]
+    positions = [triple for triple in triples if "action" not in triple.column]
+    few_episodes = {name: episodes[:MAX_SEARCH_EPISODES] for name, episodes in columns.items()}
+
+    candidates = []
+    for position, translation in itertools.product(positions, translations):
+        rotations: Sequence[ColumnRange | None] = _find_orientations_near(
+            position, columns, joint_names
+        ) or [None]
+        for rotation in rotations:
+            fits = _best_translation_fits(position, rotation, translation, few_episodes, rate_hz)
+            if fits:
+                unexplained = round(fits[0].relative_error, 2) + 1
+                candidates.append(_Candidate(unexplained, position, translation, rotation))
+
+    for candidate in sorted(candidates, key=lambda c: c.unexplained)[:MAX_CANDIDATES]:
+        if candidate.rotation is None:
+            continue
+        for turn in _find_orientations_near(candidate.translation, columns, joint_names):
+            fits = _best_rotation_fits(
+                candidate.position, candidate.rotation, turn, few_episodes, rate_hz
+            )
+            if fits:
+                unexplained = candidate.unexplained - 1 + fits[0].relative_error
+                candidates.append(candidate._replace(unexplained=unexplained, turn=turn))
+    return candidates
+
+
+def _best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Those that explain about as much as the best, in the order of their columns."""
+    limit = min(candidate.unexplained for candidate in candidates) + MIN_MARGIN
+    tied = [candidate for candidate in candidates if candidate.unexplained <= limit]
+    tied.sort(key=lambda candidate: (candidate.position.first, candidate.translation.first))
+    # Numbers of length 1 are an orientation; three other numbers are only perhaps one.
+    certain = []
+    for candidate in tied:
+        if candidate.rotation is not None and candidate.rotation.width > 3:
+            certain.append(candidate)
+    return certain or tied
+
+
+def _describe_position(
+    best: _Candidate,
+    tied: Sequence[_Candidate],
+    columns: Columns,
+    rate_hz: float,
+    proposal: _Proposal,
+) -> Fit:
+    """Fill in position and logged translation; returns the fit of the best hypothesis about
+    them."""
+    fit = _best_translation_fits(best.position, best.rotation, best.translation, columns, rate_hz)[
+        0
+    ]
+    distances = np.linalg.norm(np.concatenate(best.position.values(columns)), axis=1)
+    reach = float(np.quantile(distances, 0.95))
+    proposal.fields |= {
+        "position": best.position.name(columns),
+        "logged_translation": best.translation.name(columns),
+        "length_unit": plausible_length_unit(reach) or "m",
+        "logged_kind": fit.hypothesis.kind,
+    }
+    fact = _explain(best.translation.name(columns), fit)
+    rivals = {candidate.position.name(columns) for candidate in tied}
+    rivals.remove(best.position.name(columns))
+    if rivals:
+        fact += f"; others do as well: {' or '.join(sorted(rivals))}: ask which it is"
+    proposal.facts["position"] = fact
+    return fit
+
+
+def _describe_rotation_format(
+    orientations: Sequence[Array],
+    fits: Sequence[Fit],
+    translation_fit: Fit,
+    proposal: _Proposal,
+) -> None:
+    """How orientations ([T, d] of each episode) and logged rotations are written; `fits` are the
+    best ones."""
+    best = fits[0].hypothesis
+    _, state_unit = state_quaternions(np.concatenate(orientations))
+    angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
+    proposal.fields["rotation_format"] = best.state_format
+    proposal.fields["angle_unit"] = "deg" if angle_unit.startswith("deg") else "rad"
+
+    tied_formats = {fit.hypothesis.state_format for fit in fits}
+    other_formats = formats_that_turn_otherwise(
+        orientations, best.state_format, tied_formats, translation_fit.hypothesis, best
+    )
+    if other_formats:
+        proposal.fields["rotation_format"] = None
+        names = " or ".join([best.state_format, *other_formats])
+        proposal.facts["rotation_format"] = f"{names}: no action tells: ask who recorded it"
+
+
+def _describe_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Proposal) -> None:
+    """The frame that logged translations and rotations share."""
+    translation_frame = translation_fit.hypothesis.frame
+    is_same_frame = (rotation_fit.hypothesis.frame == "ee") == (translation_frame == "ee")
+    if is_same_frame or rotation_fit.relative_error > MAX_UNEXPLAINED:
+        proposal.fields["logged_frame"] = translation_frame
+        return
+    proposal.fields["logged_frame"] = None
+    proposal.facts["logged_frame"] = (
+        "translations and rotations are in two frames: no layout says both"
+    )
+
+
+def _explain(name: str, fit: Fit) -> str:
+    """Why a column was chosen, in words."""
+    hypothesis = fit.hypothesis
+    doubt = ": too much to rely on" if fit.relative_error > MAX_UNEXPLAINED else ""
+    return (
+        f"{name} leads from one to the next but for {fit.relative_error:.0%} of the motion{doubt} "
+        f"({hypothesis.kind}, {hypothesis.frame} frame, {hypothesis.unit}, {hypothesis.signs}, "
+        f"{hypothesis.delay_steps} late)"
+    )
+
+
+def _find_orientations_near(
+    near: ColumnRange, columns: Columns, joint_names: JointNames
+) -> list[ColumnRange]:
+    """Where orientations may be if positions, or translations, are at `near`.
+
+    Perpendicular axes of length 1, or else unit quaternions, or else any three numbers: beside
+    `near`, around it in a pose, or at the beginning of other columns of states, or of actions.
+    """
+    widths = {name: episodes[0].shape[1] for name, episodes in columns.items()}
+    is_action = "action" in near.column
+    other_columns = []
+    for name in widths:
+        if name != near.column and ("action" in name) == is_action:
+            other_columns.append(name)
+
     for size in (16, 6, 4, 3):
-        spans = [
-            (window.column, first) for first in (window.end, window.first - size, window.end - 15)
-        ]
-        spans += [(name, 0) for name in kind if name != window.column]
-        found = [Window(n, i, i + size) for n, i in spans if 0 <= i <= ends[n] - size]
-        found = [w for w in found if not joints(w.name(columns))]
-        if found := [w for w in found if size == 3 or _is_unit(np.concatenate(w.of(columns)))]:
-            return found
+        starts = [(near.column, near.end), (near.column, near.first - size)]
+        starts.append((near.column, near.end - 15))
+        starts += [(name, 0) for name in other_columns]
+        orientations = []
+        for name, first in starts:
+            if not 0 <= first <= widths[name] - size:
+                continue
+            candidate = ColumnRange(name, first, first + size)
+            if joint_names(candidate.name(columns)):
+                continue
+            values = np.concatenate(candidate.values(columns))
+            if size == 3 or _are_unit_vectors(values):
+                orientations.append(candidate)
+        if orientations:
+            return orientations
     return []
 
 
-def _is_unit(values: Array) -> bool:
-    """Whether numbers [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of it."""
-    if (
-        values.shape[1] == 4
-        and ((np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)).any()
-    ):
-        return False  # a gripper's -1 and 1 beside small turns
-    poses = values.reshape(-1, 4, 4)[:, :3, :3] if values.shape[1] == 16 else values
-    axes = poses.reshape(len(values), -1, 4 if values.shape[1] == 4 else 3)
-    return bool(np.abs(axes @ axes.swapaxes(1, 2) - np.eye(axes.shape[1])).max() < 1e-2)
+def _are_unit_vectors(values: Array) -> bool:
+    """Whether [N, 4] are of length 1, or [N, 6] and poses [N, 16] perpendicular triples of length
+    1."""
+    width = values.shape[1]
+    if width == 4:
+        is_binary = (np.abs(values) == 1).all(0) & (np.ptp(values, axis=0) == 2)
+        if is_binary.any():
+            return False  # a gripper's -1 and 1 beside small rotations
+        axes = values.reshape(len(values), 1, 4)
+    elif width == 16:
+        axes = values.reshape(-1, 4, 4)[:, :3, :3]
+    else:
+        axes = values.reshape(len(values), -1, 3)
+    products = axes @ axes.swapaxes(1, 2)
+    return bool(np.abs(products - np.eye(axes.shape[1])).max() < 1e-2)
 
 
-def _best(
-    name: str, where: Window, turn: Window | None, logged: Window, columns: Columns, rate: float
-) -> list[hypotheses.Fit]:
-    """The readings of logged values that fit best, of equals the plainest first; none where nothing moves."""
-    places, acts = where.of(columns), logged.of(columns)
-    turns = turn.of(columns) if turn else [np.tile([1.0, 0, 0, 0], (len(p), 1)) for p in places]
-    parts = zip(places, turns, acts, strict=True)
-    recordings = [
-        hypotheses.Recording("", p, r, a, a, np.ones(len(p), bool), rate) for p, r, a in parts
-    ]
-    stretches = hypotheses.Stretches(recordings)
-    if not stretches.count:
-        return []
-    fit_all = hypotheses.translation_fits if name == "translation" else hypotheses.rotation_fits
-    fits = fit_all(recordings, stretches)
-    likely = lambda fit: sum(str(answer) in PLAIN for answer in fit.reading)  # noqa: E731
-    best = min(fits, key=lambda fit: (round(fit.relative, 2), -likely(fit)))
-    near = [fit for fit in fits if fit is not best and fit.relative <= best.relative + MARGIN]
-    return [best, *near] if best.moved.sum() > 0 else []
-
-
-def _gripper(
-    found: dict[str, Any],
-    facts: dict[str, str],
+def _best_translation_fits(
+    position: ColumnRange,
+    rotation: ColumnRange | None,
+    logged: ColumnRange,
     columns: Columns,
-    free: Sequence[Window],
-    rate: float,
+    rate_hz: float,
+) -> list[Fit]:
+    """The best hypotheses about logged translations, see `_rank_fits`."""
+    recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
+    stretches = Stretches(recordings)
+    return _rank_fits(fit_translations(recordings, stretches)) if stretches.num else []
+
+
+def _best_rotation_fits(
+    position: ColumnRange,
+    rotation: ColumnRange,
+    logged: ColumnRange,
+    columns: Columns,
+    rate_hz: float,
+) -> list[Fit]:
+    """The best hypotheses about logged rotations, see `_rank_fits`."""
+    recordings = _make_recordings(position, rotation, logged, columns, rate_hz)
+    stretches = Stretches(recordings)
+    return _rank_fits(fit_rotations(recordings, stretches)) if stretches.num else []
+
+
+def _make_recordings(
+    position: ColumnRange,
+    rotation: ColumnRange | None,
+    logged: ColumnRange,
+    columns: Columns,
+    rate_hz: float,
+) -> list[Recording]:
+    """Recordings whose logged translations and rotations are both `logged`."""
+    positions = position.values(columns)
+    if rotation is None:
+        rotations = [np.tile([1.0, 0, 0, 0], (len(values), 1)) for values in positions]
+    else:
+        rotations = rotation.values(columns)
+    recordings = []
+    episodes = zip(positions, rotations, logged.values(columns), strict=True)
+    for episode_positions, episode_rotations, actions in episodes:
+        recordings.append(
+            Recording(
+                source="",
+                position=episode_positions,
+                rotation=episode_rotations,
+                translation=actions,
+                turn=actions,
+                valid=np.ones(len(episode_positions), bool),
+                rate_hz=rate_hz,
+            )
+        )
+    return recordings
+
+
+def _rank_fits(fits: Sequence[Fit]) -> list[Fit]:
+    """The best fit, of equals the plainest, then those that fit as well; none where nothing
+    moves."""
+
+    def rank(fit: Fit) -> tuple[float, int]:
+        num_preferred = sum(str(answer) in PREFERRED_ANSWERS for answer in fit.hypothesis)
+        return round(fit.relative_error, 2), -num_preferred
+
+    best = min(fits, key=rank)
+    if best.motion.sum() <= 0:
+        return []
+    limit = best.relative_error + MIN_MARGIN
+    return [best, *(fit for fit in fits if fit is not best and fit.relative_error <= limit)]
+
+
+def _describe_gripper(
+    columns: Columns, free_numbers: Sequence[ColumnRange], rate_hz: float, proposal: _Proposal
 ) -> None:
     """The free number that follows a command best, and which end of it is open."""
-    values = {w: [v[:, 0] for v in w.of(columns)] for w in free}
-    moving = [w for w, each in values.items() if np.ptp(np.concatenate(each)) > 0]
+    values = {number: [v[:, 0] for v in number.values(columns)] for number in free_numbers}
+    moving = [number for number in free_numbers if np.ptp(np.concatenate(values[number])) > 0]
+    commands = [number for number in moving if "action" in number.column]
+    states = [number for number in moving if "action" not in number.column]
     pairs = []
-    for state, act in itertools.product(moving, moving):
-        if "action" in act.column and "action" not in state.column:
-            both = [(o, c, rate) for o, c in zip(values[state], values[act], strict=True)]
-            pairs.append((max((strength for _, strength in follows(both)), key=abs), state, act))
+    for state, command in itertools.product(states, commands):
+        episodes = [(o, c, rate_hz) for o, c in zip(values[state], values[command], strict=True)]
+        correlations = [following.correlation for following in correlate_commands(episodes)]
+        pairs.append((max(correlations, key=abs), state, command))
     if not pairs:
-        facts["gripper"] = "no number is left that moves as an action does: name it yourself"
+        proposal.facts["gripper"] = (
+            "no number is left that moves as an action does: name it yourself"
+        )
         return
-    strength, state, act = max(pairs, key=lambda pair: abs(pair[0]))
-    low, high = ends = _ends(values[state])
-    openings = [(v - low) / (high - low) for v in values[state] if np.ptp(v) > MOVES * (high - low)]
-    verdict, words = (
-        sense(openings) if len(openings) >= FEWEST else ("cannot tell", "it hardly moves")
+
+    correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
+    low, high = _range_ends(values[state])
+    verdict, words = _judge_free_gripper(values[state], low, high)
+    is_flipped = verdict == "wrong"
+    conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
+    conclusion = conclusions.get(verdict, ": check which end is open")
+    evidence = words.partition(": exchange")[0]
+    proposal.fields["gripper"] = state.name(columns)
+    proposal.fields["gripper_range"] = [high, low] if is_flipped else [low, high]
+    proposal.facts["gripper_range"] = f"as far as it went: {evidence}{conclusion}"
+    proposal.facts["gripper"] = (
+        f"of the free numbers it follows {command.name(columns)} best, "
+        f"correlation {correlation:.2f}"
     )
-    flipped = verdict == "wrong"
-    found |= {"gripper": state.name(columns), "gripper_range": ends[::-1] if flipped else ends}
-    told = {"agrees": "", "wrong": "; so the ends are exchanged"}.get(
-        verdict, ": check which end is open"
-    )
-    facts["gripper_range"] = f"as far as it went: {words.partition(': exchange')[0]}{told}"
-    facts["gripper"] = (
-        f"of the free numbers it follows {act.name(columns)} best, correlation {strength:.2f}"
-    )
-    if abs(strength) >= FOLLOWS:
-        command = _ends(values[act])
-        same = (strength > 0) != flipped
-        found |= {"command": act.name(columns), "command_range": command if same else command[::-1]}
+    if abs(correlation) >= MIN_CORRELATION:
+        command_low, command_high = _range_ends(values[command])
+        has_same_sense = (correlation > 0) != is_flipped
+        proposal.fields["command"] = command.name(columns)
+        proposal.fields["command_range"] = (
+            [command_low, command_high] if has_same_sense else [command_high, command_low]
+        )
 
 
-def _ends(values: Sequence[Array]) -> list[float]:
+def _judge_free_gripper(episodes: Sequence[Array], low: float, high: float) -> tuple[str, str]:
+    """Whether the high end is the open one, from the episodes in which the gripper moves."""
+    openings = []
+    for values in episodes:
+        if np.ptp(values) > MIN_MOTION * (high - low):
+            openings.append((values - low) / (high - low))
+    if len(openings) < MIN_EPISODES:
+        return "cannot tell", "it hardly moves"
+    return judge_open_end(openings)
+
+
+def _range_ends(values: Sequence[Array]) -> tuple[float, float]:
     """The smallest and largest reading; 0 and 1 where these are meant."""
-    low, high = (float(f"{end(np.concatenate(values)):.4g}") for end in (np.min, np.max))
-    return [0.0, 1.0] if low >= -0.05 and 0.9 <= high <= 1.05 else [low, high]
+    readings = np.concatenate(values)
+    low = float(f"{np.min(readings):.4g}")
+    high = float(f"{np.max(readings):.4g}")
+    if low >= -0.05 and 0.9 <= high <= 1.05:
+        return 0.0, 1.0
+    return low, high

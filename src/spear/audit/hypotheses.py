@@ -1,10 +1,13 @@
-"""How well every plausible reading of logged actions leads from state to state: the numbers of the audit.
+"""How well every plausible meaning of logged actions leads from recorded state to recorded state.
 
-A reading says what the logged numbers mean: a change per step, a velocity or a target; about which axes; in
-which unit, with which signs; how an orientation is written; how many steps later the robot does it. Each
-episode is cut into stretches of at most 20 steps. A reading is integrated from the first recorded state of a
-stretch, and its error is the mean distance to the recorded states, divided by the mean distance that the
-robot moved from there: 0 is perfect, 1 is as bad as predicting that it stands still. Ours throughout.
+A *hypothesis* says what the logged numbers mean: a change per step, a velocity or a target; about
+which axes; in which unit and with which signs; how a rotation is written; how many steps later the
+robot does it.
+
+Episodes are cut into stretches of at most 20 steps. Under a hypothesis, the logged actions are
+integrated from the first recorded state of a stretch. The error is the mean distance to the
+recorded states, divided by the mean distance that the robot moved from the first state: 0 is
+perfect, and 1 is as bad as predicting that the robot stands still. The method is our own.
 """
 
 import itertools
@@ -23,362 +26,510 @@ from spear.geometry import quat_conjugate, quat_multiply, quat_normalize, quat_r
 from spear.types import Array
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
-SHIFTS = (-1, 0, 1, 2)
-"""Steps by which the robot may be late: 0 when action t leads from state t to state t + 1."""
-STRETCH = 20
-"""Steps over which actions are integrated: over more, small errors that add up would hide the large ones."""
-SIGNS = {
-    "".join(s): np.array([float(f"{sign}1") for sign in s])
-    for s in itertools.product("+-", repeat=3)
-}
-"""Signs of the x, y and z components -> what they are multiplied by."""
-FLIPS = np.stack(list(SIGNS.values()))  # [8, 3]
-APART = 0.1
-"""Part of its turns by which a gripper turns otherwise, where orientations are read in two forms."""
-Scale = tuple[str, str, float]
-"""Kind, unit, and the factor to metres or radians per step."""
-UNSCALED = "unit quaternion"
-JUDGED = tuple(form for form in ROTATION_FORMATS if form not in RECORDED_ONLY)
-"""Ways to write an orientation that are tried."""
+DELAYS = (-1, 0, 1, 2)  # steps; 0: action t leads from state t to state t + 1
+MAX_STRETCH_STEPS = 20  # over longer stretches, small errors add up and hide the large ones
+MIN_EPISODES_TO_RESAMPLE = 8  # with fewer, the bootstrap draws stretches instead of episodes
+MAX_NEAR_UNIT_OCTAVES = 0.5  # a known unit within this factor of the fitted one explains it
+MIN_TURN_DIFFERENCE = 0.1  # part of its turns by which a gripper turns otherwise in two formats
+
+SIGNS: dict[str, Array] = {}
+"""Signs of the x, y and z components, such as "+-+", and the factors that they stand for."""
+for _signs in itertools.product("+-", repeat=3):
+    SIGNS["".join(_signs)] = np.array([float(f"{sign}1") for sign in _signs])
+SIGN_FACTORS = np.stack(list(SIGNS.values()))  # [8, 3]
+
+UNIT_QUATERNION = "unit quaternion"
+"""Unit of rotations that are written without angles."""
+TESTED_FORMATS = tuple(name for name in ROTATION_FORMATS if name not in RECORDED_ONLY)
+"""Rotation formats that hypotheses try."""
 
 
-class Reading(NamedTuple):
+class Scale(NamedTuple):
+    """One kind and unit of logged numbers, and the factor to meters or radians per step."""
+
+    kind: str
+    unit: str
+    factor: float
+
+
+class Hypothesis(NamedTuple):
     """What logged numbers mean.
 
-    frame   "base", "ee", or "angles": added to the angles (or the rotation vector) themselves.
-    shift   see `SHIFTS`.
-    state   how recorded orientations are written; "-" where that plays no part.
-    form    how a logged rotation is written; "-" for translations.
+    kind           "delta", "velocity" or "absolute".
+    frame          "base", "ee", or "angles": added to the recorded angles themselves.
+    unit           for example "m", "mm", "rad/s".
+    signs          of the x, y and z components, for example "+-+".
+    delay_steps    see `DELAYS`.
+    state_format   how recorded orientations are written; "-" where that plays no part.
+    action_format  how a logged rotation is written; "-" for translations.
     """
 
     kind: str
     frame: str
     unit: str
     signs: str
-    shift: int
-    state: str
-    form: str
+    delay_steps: int
+    state_format: str
+    action_format: str
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A reading's summed errors and the distances moved, one entry per unit of resampling (see `Stretches`).
+    """How well a hypothesis explains the data.
 
-    Metres and radians; `steps`: how many states were compared; `factor`: from logged translations to metres.
+    error      [U] summed distance between integrated and recorded states, one entry per unit of
+               resampling.
+    motion     [U] summed distance that the robot moved, likewise; meters or radians.
+    num_steps  how many states were compared.
+    factor     from logged translations to meters.
     """
 
-    reading: Reading
+    hypothesis: Hypothesis
     error: Array
-    moved: Array
-    steps: int
+    motion: Array
+    num_steps: int
     factor: float = 1.0
 
     @cached_property
-    def relative(self) -> float:
-        """Error as part of the motion."""
-        return float(self.error.sum() / max(self.moved.sum(), 1e-12))
+    def relative_error(self) -> float:
+        """Error as a fraction of the motion."""
+        return float(self.error.sum() / max(self.motion.sum(), 1e-12))
 
     @property
-    def mean(self) -> float:
+    def mean_error(self) -> float:
         """Mean distance between integrated and recorded states, m or rad."""
-        return float(self.error.sum() / self.steps)
+        return float(self.error.sum() / self.num_steps)
 
 
 class Stretches:
-    """Runs of at most `STRETCH` steps of some recordings, all their rows one after the other.
+    """Stretches of at most `MAX_STRETCH_STEPS` steps, cut from recordings that are joined row after
+    row.
 
-    rows    [n, L + 1] the row of each state of each stretch (padded with its last one).
-    inside  [n, L] which steps are real.
-    unit    [n] what is resampled for intervals: the episode (`of_episodes`), or the stretch if they are few.
+    num            how many stretches there are; 0 if no episode is long enough.
+    rows           [n, L + 1] the row of each state of each stretch, padded with its last one.
+    is_step        [n, L] which of the steps are real and not padding.
+    unit           [n] the unit of resampling to which a stretch belongs.
+    are_units_episodes   whether these units are episodes; they are stretches if there are few
+                         episodes.
 
-    Every action that any shift would use is valid. `count` is 0 when no episode is long enough.
+    Every action that any delay would use is valid.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
-        rows, inside, episode, start = [], [], [], 0
+        rows: list[Array] = []
+        is_step: list[Array] = []
+        episodes: list[int] = []
+        first_row = 0
         for number, recording in enumerate(recordings):
-            for first, end in _runs(recording.valid):
-                for low in range(first, end, STRETCH):
-                    steps = low + np.arange(STRETCH + 1)
-                    rows.append(start + np.minimum(steps, end))
-                    inside.append(steps[:-1] < end)
-                    episode.append(number)
-            start += len(recording.position)
-        self.count = len(rows)
-        self.rows = np.array(rows, int).reshape(-1, STRETCH + 1)
-        self.inside = np.array(inside, bool).reshape(-1, STRETCH)
-        self.of_episodes = len(set(episode)) >= 8
-        self.unit = (
-            np.unique(episode, return_inverse=True)[1]
-            if self.of_episodes
-            else np.arange(self.count)
-        )
-        self._members = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
+            for first, end in _valid_runs(recording.valid):
+                for start in range(first, end, MAX_STRETCH_STEPS):
+                    steps = start + np.arange(MAX_STRETCH_STEPS + 1)
+                    rows.append(first_row + np.minimum(steps, end))
+                    is_step.append(steps[:-1] < end)
+                    episodes.append(number)
+            first_row += len(recording.position)
 
-    def acted(self, shift: int) -> Array:
-        """[n, L] the row of the action that is thought to lead to each next state."""
-        return self.rows[:, :-1] - shift
+        self.num = len(rows)
+        self.rows = np.array(rows, int).reshape(-1, MAX_STRETCH_STEPS + 1)
+        self.is_step = np.array(is_step, bool).reshape(-1, MAX_STRETCH_STEPS)
+        self.are_units_episodes = len(set(episodes)) >= MIN_EPISODES_TO_RESAMPLE
+        if self.are_units_episodes:
+            self.unit = np.unique(episodes, return_inverse=True)[1]
+        else:
+            self.unit = np.arange(self.num)
+        self._membership = self.unit[:, None] == np.arange(self.unit.max(initial=-1) + 1)
 
-    def sums(self, distances: Array) -> Array:
-        """[..., n, L] distances, real steps only, summed per unit: [..., U]."""
-        return np.where(self.inside, distances, 0).sum(-1) @ self._members
+    def action_rows(self, delay: int) -> Array:
+        """[n, L] the row of the action that leads to each next state, if the robot is late by
+        `delay`."""
+        return self.rows[:, :-1] - delay
+
+    def sum_per_unit(self, distances: Array) -> Array:
+        """Sum distances [..., n, L] of real steps per unit of resampling: [..., U]."""
+        return np.where(self.is_step, distances, 0).sum(-1) @ self._membership
 
 
-def _runs(valid: Array) -> Iterator[tuple[int, int]]:
-    """(first, end) such that for every state first ≤ t < end the actions of all shifts are valid."""
-    early, late = max(SHIFTS), -min(SHIFTS)
-    good = [int(valid[t - early : t + late + 1].all()) for t in range(early, len(valid) - late - 1)]
-    edges = np.flatnonzero(np.diff([0, *good, 0]))
+def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
+    """(first, end) such that for every state first ≤ t < end the actions of all delays are
+    valid."""
+    before = max(DELAYS)
+    after = -min(DELAYS)
+    is_good = []
+    for t in range(before, len(valid) - after - 1):
+        is_good.append(int(valid[t - before : t + after + 1].all()))
+    edges = np.flatnonzero(np.diff([0, *is_good, 0]))
     for first, end in zip(edges[::2], edges[1::2], strict=True):
-        yield early + int(first), early + int(end)
+        yield before + int(first), before + int(end)
 
 
-def _vector(values: Array) -> torch.Tensor:
+def _to_tensor(values: Array) -> torch.Tensor:
     return torch.as_tensor(np.asarray(values, np.float64))
 
 
-def _quaternions(form: str, values: torch.Tensor) -> torch.Tensor:
-    return quat_normalize(ROTATION_FORMATS[form][1](values))
+def _to_quaternions(rotation_format: str, values: torch.Tensor) -> torch.Tensor:
+    return quat_normalize(ROTATION_FORMATS[rotation_format][1](values))
 
 
-def _forms(values: Array) -> list[str]:
-    """The ways in which numbers [N, d] may be meant as rotations."""
-    return [name for name in JUDGED if ROTATION_FORMATS[name][0] == values.shape[1]]
+def _possible_formats(values: Array) -> list[str]:
+    """The formats in which numbers [N, d] may be rotations."""
+    return [name for name in TESTED_FORMATS if ROTATION_FORMATS[name][0] == values.shape[1]]
 
 
-def state_forms(values: Array) -> list[str]:
-    """The ways in which recorded numbers [N, d] may be meant as orientations.
+def state_formats(values: Array) -> list[str]:
+    """The formats in which recorded numbers [N, d] may be orientations.
 
-    Not yaw, pitch, roll: states and actions written so, with frames exchanged, are the mirror image of roll,
-    pitch, yaw. Rotations alone cannot tell the two (see `turning_otherwise`); where only one is written so,
-    it is said of the actions.
+    Yaw, pitch, roll is not among them: states and actions written so, with their frames exchanged,
+    are the mirror image of roll, pitch, yaw. Rotations alone cannot tell the two (see
+    `formats_that_turn_otherwise`). Where only one of states and actions is written so, the format
+    of the actions says it.
     """
-    return [name for name in _forms(values) if name != "euler_ZYX"]
+    return [name for name in _possible_formats(values) if name != "euler_ZYX"]
 
 
 def state_quaternions(rotation: Array) -> tuple[dict[str, Array], str]:
-    """Form -> quaternions [N, 4] of recorded orientations, by all formats, and the unit of their angles.
+    """Recorded orientations [N, d] as quaternions [N, 4] in every possible format, and their
+    angles' unit.
 
     Angles beyond a whole turn are degrees, others radians: changes alone could not tell.
     """
-    unit = UNSCALED
+    unit = UNIT_QUATERNION
     if rotation.shape[1] == 3:
         unit = "deg" if are_degrees(rotation) else "rad"
-    values = _vector(rotation * ANGLE_UNITS.get(unit, 1.0))
-    return {name: _quaternions(name, values).numpy() for name in _forms(rotation)}, unit
+    values = _to_tensor(rotation * ANGLE_UNITS.get(unit, 1.0))
+    quaternions = {}
+    for name in _possible_formats(rotation):
+        quaternions[name] = _to_quaternions(name, values).numpy()
+    return quaternions, unit
 
 
-def tells_order(moved: Reading | None, turned: Reading | None) -> bool:
-    """Whether actions tell roll, pitch, yaw from yaw, pitch, roll: not where they are targets, and only if
-    translations and rotations would else be in two frames."""
-    if not moved or not turned or turned.kind == "absolute":
+def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | None) -> bool:
+    """Whether actions tell roll, pitch, yaw from yaw, pitch, roll.
+
+    They do not if they are targets, and only if translations and rotations would otherwise be in
+    two frames.
+
+    Args:
+        translation, rotation: the best hypotheses; None where they tell nothing.
+    """
+    if translation is None or rotation is None:
         return False
-    return (moved.frame == "ee") == (turned.frame == "ee")
+    if rotation.kind == "absolute":
+        return False
+    return (translation.frame == "ee") == (rotation.frame == "ee")
 
 
-def turning_otherwise(
+def formats_that_turn_otherwise(
     rotations: Sequence[Array],
-    said: str,
-    forms: Iterable[str],
-    moved: Reading | None,
-    turned: Reading | None,
+    layout_format: str,
+    tied_formats: Iterable[str],
+    translation: Hypothesis | None,
+    rotation: Hypothesis | None,
 ) -> list[str]:
-    """Those forms of recorded orientations (each episode's [T, d]) by which the gripper turns otherwise.
+    """Formats that fit as well as the layout's, but by which the gripper turns otherwise.
 
-    forms fit as well as the one that is said; moved, turned: the best readings of translations and rotations,
-    None where they tell nothing.
+    Args:
+        rotations: each episode's recorded orientations [T, d].
+        layout_format: the format that the layout names.
+        tied_formats: formats that fit as well.
+        translation, rotation: the best hypotheses; None where they tell nothing.
     """
-    others = sorted({*forms} - {said})
-    if "euler_xyz" in {said, *others} and not tells_order(moved, turned):
-        others.append("euler_ZYX")
-    read, _ = state_quaternions(np.concatenate(rotations))
-    ends = np.cumsum([len(values) for values in rotations])[:-1]
+    other_formats = sorted({*tied_formats} - {layout_format})
+    is_euler_possible = "euler_xyz" in {layout_format, *other_formats}
+    if is_euler_possible and not can_tell_euler_order(translation, rotation):
+        other_formats.append("euler_ZYX")
 
-    def turns(form: str) -> Array:
-        at = _vector(read[form])
-        return np.delete(quat_multiply(quat_conjugate(at[:-1]), at[1:]).numpy(), ends - 1, axis=0)
+    quaternions, _ = state_quaternions(np.concatenate(rotations))
+    episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
+    layout_turns = _turns_between_steps(quaternions[layout_format], episode_ends)
+    min_difference = MIN_TURN_DIFFERENCE * _angle(layout_turns[:, 0]).mean() + 1e-6
 
-    steps = turns(said)
-    least = APART * _angle(steps[:, 0]).mean() + 1e-6
-    return [form for form in others if _angle((steps * turns(form)).sum(-1)).mean() > least]
+    differing_formats = []
+    for name in other_formats:
+        turns = _turns_between_steps(quaternions[name], episode_ends)
+        if _angle((layout_turns * turns).sum(-1)).mean() > min_difference:
+            differing_formats.append(name)
+    return differing_formats
 
 
-def _scales(logged: Array, moved: float, units: Mapping[str, float], dt: float) -> list[Scale]:
-    """(kind, unit, factor) for changes and velocities, and a fitted unit where none of those is near.
+def _turns_between_steps(quaternions: Array, episode_ends: Array) -> Array:
+    """[N, 4] rotations from step to step, without those from one episode to the next."""
+    orientation = _to_tensor(quaternions)
+    turns = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:]).numpy()
+    return np.delete(turns, episode_ends - 1, axis=0)
 
-    moved  the size of a recorded step, to be compared with the size of a logged one.
+
+def _possible_scales(
+    logged: Array, step_size: float, units: Mapping[str, float], step_s: float
+) -> list[Scale]:
+    """Known units of changes and velocities, and a fitted unit where none of them is near.
+
+    Args:
+        logged: [N, 3] logged numbers.
+        step_size: root mean square of a recorded step, to compare with that of a logged one.
+        units: unit and its factor to meters or radians.
+        step_s: duration of a step.
     """
-    found = [("delta", name, factor) for name, factor in units.items()]
-    found += [("velocity", f"{name}/s", factor * dt) for name, factor in units.items()]
-    size = float(np.sqrt((logged**2).sum(-1).mean()))
-    factor = moved / size if size > 0 else 0.0
-    if factor > 0 and all(abs(np.log2(factor / known)) > 0.5 for _, _, known in found):
-        found.append(("delta", f"{factor:.3g} {next(iter(units))}", factor))
-    return found
+    scales = [Scale("delta", name, factor) for name, factor in units.items()]
+    scales += [Scale("velocity", f"{name}/s", factor * step_s) for name, factor in units.items()]
+    logged_size = float(np.sqrt((logged**2).sum(-1).mean()))
+    factor = step_size / logged_size if logged_size > 0 else 0.0
+    if factor <= 0:
+        return scales
+    octaves = [abs(np.log2(factor / scale.factor)) for scale in scales]
+    if min(octaves) > MAX_NEAR_UNIT_OCTAVES:
+        scales.append(Scale("delta", f"{factor:.3g} {next(iter(units))}", factor))
+    return scales
 
 
-def translation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
-    """The fit of every reading of the logged translations."""
+def fit_translations(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
+    """The fit of every hypothesis about the logged translations."""
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     logged = np.concatenate(
         [r.translation for r in recordings if r.translation is not None]
     ).astype(float)
     rotation = np.concatenate([r.rotation for r in recordings])
-    turns, _ = state_quaternions(rotation)
-    rows, inside = stretches.rows, stretches.inside
+    quaternions, _ = state_quaternions(rotation)
+
+    rows = stretches.rows
+    is_step = stretches.is_step
     start = position[rows[:, :1]]
-    recorded = position[rows[:, 1:]] - start
-    moved = stretches.sums(np.linalg.norm(recorded, axis=-1))
-    steps = int(inside.sum())
-    step = float(np.sqrt((np.diff(position[rows], axis=1)[inside] ** 2).sum(-1).mean()))
-    scales = _scales(
-        logged[stretches.acted(0)][inside], step, LENGTH_UNITS, 1 / recordings[0].rate_hz
-    )
+    recorded = position[rows[:, 1:]] - start  # displacement since the start of the stretch
+    motion = stretches.sum_per_unit(np.linalg.norm(recorded, axis=-1))
+    num_steps = int(is_step.sum())
+
+    squared_steps = np.diff(position[rows], axis=1)[is_step] ** 2
+    step_size = float(np.sqrt(squared_steps.sum(-1).mean()))
+    logged_in_steps = logged[stretches.action_rows(0)][is_step]
+    step_s = 1 / recordings[0].rate_hz
+    relative_scales = _possible_scales(logged_in_steps, step_size, LENGTH_UNITS, step_s)
+    target_scales = [Scale("absolute", unit, factor) for unit, factor in LENGTH_UNITS.items()]
     fits: list[Fit] = []
 
-    def judge(parts: Array, offset: Array, names: Sequence[Scale], frame: str, state: str) -> None:
-        """parts [n, L, 3, 3]: what each logged component adds to the displacement."""
-        by = np.concatenate([FLIPS * factor for _, _, factor in names])
-        distances = np.linalg.norm(
-            parts @ by.T - (offset + recorded)[..., None], axis=-2
-        )  # [n, L, K · 8]
-        errors = stretches.sums(np.moveaxis(distances, -1, 0))
-        for ((kind, unit, scale), signs), error in zip(
-            itertools.product(names, SIGNS), errors, strict=True
-        ):
-            fits.append(
-                Fit(
-                    Reading(kind, frame, unit, signs, shift, state, "-"), error, moved, steps, scale
-                )
+    def add_fits(
+        components: Array,
+        offset: Array,
+        scales: Sequence[Scale],
+        frame: str,
+        state_format: str,
+        delay: int,
+    ) -> None:
+        """components [n, L, 3, 3]: what each logged component adds to the displacement."""
+        factors = np.concatenate([SIGN_FACTORS * scale.factor for scale in scales])
+        difference = components @ factors.T - (offset + recorded)[..., None]
+        distances = np.linalg.norm(difference, axis=-2)  # [n, L, K · 8]
+        errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))
+        cases = itertools.product(scales, SIGNS)
+        for (scale, signs), error in zip(cases, errors, strict=True):
+            hypothesis = Hypothesis(
+                kind=scale.kind,
+                frame=frame,
+                unit=scale.unit,
+                signs=signs,
+                delay_steps=delay,
+                state_format=state_format,
+                action_format="-",
             )
+            fits.append(Fit(hypothesis, error, motion, num_steps, scale.factor))
 
-    for shift in SHIFTS:
-        acted = logged[stretches.acted(shift)] * inside[..., None]
-        diagonal = acted[..., None] * np.eye(3)
-        judge(diagonal.cumsum(1), np.zeros(3), scales, "base", "-")
-        judge(diagonal, start, [("absolute", u, f) for u, f in LENGTH_UNITS.items()], "base", "-")
-        for state in state_forms(rotation):
-            axes = quat_rotate(_vector(turns[state][rows[:, :-1], None]), _vector(diagonal)).numpy()
-            judge(axes.swapaxes(-1, -2).cumsum(1), np.zeros(3), scales, "ee", state)
+    origin = np.zeros(3)
+    for delay in DELAYS:
+        actions = logged[stretches.action_rows(delay)] * is_step[..., None]
+        diagonal = actions[..., None] * np.eye(3)
+        add_fits(diagonal.cumsum(1), origin, relative_scales, "base", "-", delay)
+        add_fits(diagonal, start, target_scales, "base", "-", delay)
+        for state_format in state_formats(rotation):
+            orientation = _to_tensor(quaternions[state_format][rows[:, :-1], None])
+            axes = quat_rotate(orientation, _to_tensor(diagonal)).numpy()
+            components = axes.swapaxes(-1, -2).cumsum(1)
+            add_fits(components, origin, relative_scales, "ee", state_format, delay)
     return fits
 
 
 def integrate_translations(recording: Recording, fit: Fit) -> Array:
-    """[T, 3] where the logged translations of a whole episode lead from its first state, by a reading, m."""
-    reading = fit.reading
+    """Integrate the logged translations of a whole episode from its first state.
+
+    Returns:
+        [T, 3] positions, m. Where an action is not known, the recorded position is taken.
+    """
+    hypothesis = fit.hypothesis
     assert recording.translation is not None
-    rows = np.arange(len(recording.position) - 1) - reading.shift
-    known = (rows >= 0) & (rows < len(recording.position))
-    logged = recording.translation[np.where(known, rows, 0)] * SIGNS[reading.signs] * fit.factor
+    num_steps = len(recording.position)
+    action_rows = np.arange(num_steps - 1) - hypothesis.delay_steps
+    is_known = (action_rows >= 0) & (action_rows < num_steps)
+    logged = recording.translation[np.where(is_known, action_rows, 0)]
+    logged = logged * SIGNS[hypothesis.signs] * fit.factor
+
     path = np.array(recording.position, np.float64)
-    if reading.kind == "absolute":
-        path[1:] = np.where(known[:, None], logged, path[1:])
+    if hypothesis.kind == "absolute":
+        path[1:] = np.where(is_known[:, None], logged, path[1:])
         return path
-    if reading.frame == "ee":
-        turns, _ = state_quaternions(recording.rotation)
-        logged = quat_rotate(_vector(turns[reading.state][:-1]), _vector(logged)).numpy()
-    path[1:] = path[0] + (logged * known[:, None]).cumsum(0)
+    if hypothesis.frame == "ee":
+        quaternions, _ = state_quaternions(recording.rotation)
+        orientation = _to_tensor(quaternions[hypothesis.state_format][:-1])
+        logged = quat_rotate(orientation, _to_tensor(logged)).numpy()
+    path[1:] = path[0] + (logged * is_known[:, None]).cumsum(0)
     return path
 
 
-def rotation_fits(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
-    """The fit of every reading of the logged rotations."""
+class _RecordedRotations(NamedTuple):
+    """Recorded orientations in every possible format of the states.
+
+    formats      [S] names.
+    orientation  [S, n, L + 1, 4] along each stretch.
+    motion_ee    [S, n, L, 4] rotation since the start of the stretch, about the gripper's axes.
+    motion_base  [S, n, L, 4] the same about the base's axes.
+    motion_size  [S, U] summed angles, rad.
+    step_size    root mean square of a step's angle, rad.
+    """
+
+    formats: list[str]
+    orientation: torch.Tensor
+    motion_ee: torch.Tensor
+    motion_base: torch.Tensor
+    motion_size: Array
+    step_size: float
+
+
+def _recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
+    quaternions, _ = state_quaternions(rotation)
+    formats = state_formats(rotation)
+    orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
+    inverse_start = quat_conjugate(orientation[:, :, :1])
+    motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
+    motion_base = quat_multiply(orientation[:, :, 1:], inverse_start)
+    motion_size = stretches.sum_per_unit(_angle(motion_ee[..., 0].numpy()))
+
+    single_steps = quat_multiply(quat_conjugate(orientation[:, :, :-1]), orientation[:, :, 1:])
+    sizes = []
+    for cosine in single_steps[..., 0].numpy():
+        sizes.append(np.sqrt((_angle(cosine)[stretches.is_step] ** 2).mean()))
+    # Where formats disagree on how far the robot turned, the smallest turn is the smoothest.
+    step_size = float(min(sizes))
+    return _RecordedRotations(formats, orientation, motion_ee, motion_base, motion_size, step_size)
+
+
+def fit_rotations(recordings: Sequence[Recording], stretches: Stretches) -> list[Fit]:
+    """The fit of every hypothesis about the logged rotations."""
     rotation = np.concatenate([r.rotation for r in recordings]).astype(np.float64)
     logged = np.concatenate([r.turn for r in recordings if r.turn is not None]).astype(np.float64)
-    states, state_unit = state_quaternions(rotation)
-    rows, inside, steps = stretches.rows, stretches.inside, int(stretches.inside.sum())
-    names = state_forms(rotation)
-    at = torch.stack([_vector(states[name][rows]) for name in names])  # [S, n, L + 1, 4]
-    first = quat_conjugate(at[:, :, :1])
-    seen = {  # the motion since the start of the stretch, about the axes of either frame
-        "ee": quat_multiply(first, at[:, :, 1:]),
-        "base": quat_multiply(at[:, :, 1:], first),
-    }
-    moved = stretches.sums(_angle(seen["ee"][..., 0].numpy()))
-    one = quat_multiply(quat_conjugate(at[:, :, :-1]), at[:, :, 1:])[..., 0].numpy()
-    # Where forms disagree on how far the robot turned, the smallest is the smoothest.
-    turned = float(min(np.sqrt((_angle(w)[inside] ** 2).mean()) for w in one))
-    if logged.shape[1] == 3:
-        used = logged[stretches.acted(0)][inside]
-        scales = _scales(used, turned, ANGLE_UNITS, 1 / recordings[0].rate_hz)
-        scales += [("absolute", unit, factor) for unit, factor in ANGLE_UNITS.items()]
-    else:
-        scales = [("delta", UNSCALED, 1.0), ("absolute", UNSCALED, 1.0)]
-    readings, forms = _logged_forms(logged, scales)
+    recorded = _recorded_rotations(rotation, stretches)
+    num_steps = int(stretches.is_step.sum())
+    step_s = 1 / recordings[0].rate_hz
+    scales = _rotation_scales(logged, recorded.step_size, stretches, step_s)
+    hypotheses, logged_quaternions = _logged_rotations(logged, scales)
     fits: list[Fit] = []
 
-    def judge(
-        predicted: torch.Tensor, recorded: torch.Tensor, frame: str, chosen: list[int]
+    def add_fits(
+        predicted: torch.Tensor,
+        observed: torch.Tensor,
+        frame: str,
+        indices: list[int],
+        delay: int,
     ) -> None:
-        """predicted [K, n, L, 4] by form, recorded [S, n, L, 4] by form of the state."""
-        cosine = torch.einsum("knlc,snlc->sknl", predicted, recorded).numpy()
-        sums = stretches.sums(_angle(cosine))
-        for s, state in enumerate(names):
-            for k, index in enumerate(chosen):
-                reading = readings[index]._replace(frame=frame, shift=shift, state=state)
-                fits.append(Fit(reading, sums[s, k], moved[s], steps))
+        """predicted [K, n, L, 4] of the hypotheses `indices`, observed [S, n, L, 4] by state
+        format."""
+        cosine = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
+        errors = stretches.sum_per_unit(_angle(cosine))
+        for s, state_format in enumerate(recorded.formats):
+            for k, index in enumerate(indices):
+                hypothesis = hypotheses[index]._replace(
+                    frame=frame, delay_steps=delay, state_format=state_format
+                )
+                fits.append(Fit(hypothesis, errors[s, k], recorded.motion_size[s], num_steps))
 
-    changes = [i for i, r in enumerate(readings) if r.kind != "absolute"]
-    targets = [i for i, r in enumerate(readings) if r.kind == "absolute"]
-    change, target = forms[changes], forms[targets]
-    for shift in SHIFTS:
-        acted = stretches.acted(shift)
-        delta = change[:, acted]
-        inner, outer = [delta[:, :, 0]], [delta[:, :, 0]]
-        for k in range(1, STRETCH):
-            inner.append(quat_multiply(inner[-1], delta[:, :, k]))
-            outer.append(quat_multiply(delta[:, :, k], outer[-1]))
-        judge(torch.stack(inner, 2), seen["ee"], "ee", changes)
-        judge(torch.stack(outer, 2), seen["base"], "base", changes)
-        judge(target[:, acted], at[:, :, 1:], "base", targets)
-        if rotation.shape[1] == logged.shape[1] == 3:
-            angles = rotation * ANGLE_UNITS[state_unit]
-            for reading, error in _added(angles, logged, at, scales, stretches, shift):
-                fits.append(Fit(reading, error, moved[names.index(reading.state)], steps))
+    changes = [i for i, h in enumerate(hypotheses) if h.kind != "absolute"]
+    targets = [i for i, h in enumerate(hypotheses) if h.kind == "absolute"]
+    for delay in DELAYS:
+        action_rows = stretches.action_rows(delay)
+        deltas = logged_quaternions[changes][:, action_rows]  # [K, n, L, 4]
+        about_ee, about_base = _integrate_rotations(deltas)
+        add_fits(about_ee, recorded.motion_ee, "ee", changes, delay)
+        add_fits(about_base, recorded.motion_base, "base", changes, delay)
+        target = logged_quaternions[targets][:, action_rows]
+        add_fits(target, recorded.orientation[:, :, 1:], "base", targets, delay)
+        if rotation.shape[1] == 3 and logged.shape[1] == 3:
+            fits += _fit_added_angles(rotation, logged, recorded, scales, stretches, delay)
     return fits
 
 
+def _rotation_scales(
+    logged: Array, step_size: float, stretches: Stretches, step_s: float
+) -> list[Scale]:
+    """Kinds and units that logged rotations [N, d] may have."""
+    if logged.shape[1] != 3:
+        return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
+    logged_in_steps = logged[stretches.action_rows(0)][stretches.is_step]
+    scales = _possible_scales(logged_in_steps, step_size, ANGLE_UNITS, step_s)
+    scales += [Scale("absolute", unit, factor) for unit, factor in ANGLE_UNITS.items()]
+    return scales
+
+
+def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compose rotations [K, n, L, 4] along each stretch, about the gripper's and about the base's
+    axes."""
+    about_ee = [deltas[:, :, 0]]
+    about_base = [deltas[:, :, 0]]
+    for k in range(1, MAX_STRETCH_STEPS):
+        about_ee.append(quat_multiply(about_ee[-1], deltas[:, :, k]))
+        about_base.append(quat_multiply(deltas[:, :, k], about_base[-1]))
+    return torch.stack(about_ee, 2), torch.stack(about_base, 2)
+
+
 def _angle(cosine: Array) -> Array:
-    """Angle between two orientations, rad, of the scalar product of their quaternions."""
+    """Angle between two orientations, rad, from the scalar product of their quaternions."""
     return 2 * np.arccos(np.minimum(np.abs(cosine), 1))
 
 
-def _logged_forms(logged: Array, scales: Sequence[Scale]) -> tuple[list[Reading], torch.Tensor]:
-    """Every way to read logged rotations, [K], and the quaternions [K, N, 4] that it gives."""
-    readings, quaternions = [], []
-    for (kind, unit, factor), form in itertools.product(scales, _forms(logged)):
+def _logged_rotations(
+    logged: Array, scales: Sequence[Scale]
+) -> tuple[list[Hypothesis], torch.Tensor]:
+    """Every meaning [K] of logged rotations [N, d], and the quaternions [K, N, 4] that it gives."""
+    hypotheses: list[Hypothesis] = []
+    quaternions: list[torch.Tensor] = []
+    for scale, action_format in itertools.product(scales, _possible_formats(logged)):
         if logged.shape[1] == 3:
-            turns = _quaternions(form, _vector(logged * factor * FLIPS[:, None]))
+            signed = logged * scale.factor * SIGN_FACTORS[:, None]
+            rotations = _to_quaternions(action_format, _to_tensor(signed))
         else:
-            turns = _quaternions(form, _vector(logged)) * _vector(
-                np.insert(FLIPS, 0, 1, axis=1)[:, None]
+            signs_of_quaternion = np.insert(SIGN_FACTORS, 0, 1, axis=1)[:, None]
+            rotations = _to_quaternions(action_format, _to_tensor(logged))
+            rotations = rotations * _to_tensor(signs_of_quaternion)
+        for signs in SIGNS:
+            hypotheses.append(
+                Hypothesis(scale.kind, "base", scale.unit, signs, 0, "-", action_format)
             )
-        readings += [Reading(kind, "base", unit, signs, 0, "-", form) for signs in SIGNS]
-        quaternions.append(turns)
-    return readings, torch.cat(quaternions)
+        quaternions.append(rotations)
+    return hypotheses, torch.cat(quaternions)
 
 
-def _added(
-    angles: Array,
+def _fit_added_angles(
+    rotation: Array,
     logged: Array,
-    at: torch.Tensor,
+    recorded: _RecordedRotations,
     scales: Sequence[Scale],
     stretches: Stretches,
-    shift: int,
-) -> Iterator[tuple[Reading, Array]]:
-    """Readings by which logged angles are added to the recorded ones, which is no composition."""
+    delay: int,
+) -> Iterator[Fit]:
+    """Fits of hypotheses by which logged angles are added to the recorded ones, without
+    composition."""
+    _, state_unit = state_quaternions(rotation)
+    angles = rotation * ANGLE_UNITS[state_unit]
     start = angles[stretches.rows[:, :1]]
-    total = (logged[stretches.acted(shift)] * stretches.inside[..., None]).cumsum(1)
-    tried = [scale for scale in scales if scale[0] != "absolute"]
-    by = FLIPS * np.array([factor for _, _, factor in tried])[:, None, None]  # [K, 8, 3]
-    reached = _vector(start + total * by[:, :, None, None])  # [K, 8, n, L, 3]
-    names = state_forms(angles)
-    cosines = [
-        (_quaternions(name, reached) * q[:, 1:]).sum(-1) for name, q in zip(names, at, strict=True)
-    ]
-    errors = stretches.sums(
-        _angle(torch.stack(cosines, 1).flatten(end_dim=2).numpy())
-    )  # [K · S · 8, U]
-    read = itertools.product(tried, names, SIGNS)
-    for ((kind, unit, _), state, signs), error in zip(read, errors, strict=True):
-        yield Reading(kind, "angles", unit, signs, shift, state, state), error
+    steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]
+    total = steps.cumsum(1)
+    tested_scales = [scale for scale in scales if scale.kind != "absolute"]
+    scale_factors = np.array([scale.factor for scale in tested_scales])
+    factors = SIGN_FACTORS * scale_factors[:, None, None]  # [K, 8, 3]
+    reached = _to_tensor(start + total * factors[:, :, None, None])  # [K, 8, n, L, 3]
+
+    cosines = []
+    for name, orientation in zip(recorded.formats, recorded.orientation, strict=True):
+        cosines.append((_to_quaternions(name, reached) * orientation[:, 1:]).sum(-1))
+    all_cosines = torch.stack(cosines, 1).flatten(end_dim=2).numpy()
+    errors = stretches.sum_per_unit(_angle(all_cosines))  # [K · S · 8, U]
+
+    num_steps = int(stretches.is_step.sum())
+    cases = itertools.product(tested_scales, enumerate(recorded.formats), SIGNS)
+    for (scale, (s, name), signs), error in zip(cases, errors, strict=True):
+        hypothesis = Hypothesis(scale.kind, "angles", scale.unit, signs, delay, name, name)
+        yield Fit(hypothesis, error, recorded.motion_size[s], num_steps)

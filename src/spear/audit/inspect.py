@@ -1,10 +1,11 @@
-"""What a folder of robot data is, in a few lines of text: for `spear data inspect PATH`."""
+"""What a folder of robot data is, in a few lines of text, for `spear data inspect`."""
 
 import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,201 +22,279 @@ from spear.data.readers.rlds import RldsFolder
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, format_count
+from spear.types import Array
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image
 
-SHOWN, MOST_AXES, LOOKED_AT = 5, 16, 50
-"""How many instructions to show, the most frequent first; numbers of a column that are shown one by one; and
-how many episodes of a dataset to read: all of a real one would take hours."""
+MAX_INSTRUCTIONS = 5  # that are shown, the most frequent first
+MAX_REASONS = 5  # why episodes were skipped, that are shown
+MAX_AXES = 16  # numbers of a column that are shown one by one
+MAX_EPISODES = 50  # that are read; all of a real dataset would take hours
 
 
 def inspect(path: str | Path) -> str:
-    """A text of what `path` holds, in any format that `spear.data.readers.formats` knows.
+    """Describe in text what `path` holds, in any format that spear reads.
 
-    Raises SpearError when it is in none, or is broken.
+    Raises:
+        SpearError: the folder is in no such format, or is broken.
     """
     folder = open_dataset(path)
-    return (
-        _describe_store(folder) if isinstance(folder, EpisodeStore) else _describe_dataset(folder)
-    )
+    if isinstance(folder, EpisodeStore):
+        return _inspect_store(folder)
+    return _inspect_dataset(folder)
 
 
-def _describe_store(store: EpisodeStore) -> str:
+def _inspect_store(store: EpisodeStore) -> str:
     lengths = store.lengths
-    rates = Counter(f"{rate:g} Hz" for rate in store.rates_hz)
+    rates = Counter(f"{rate_hz:g} Hz" for rate_hz in store.rates_hz)
+    rate_counts = ", ".join(f"{rate} (episodes: {n})" for rate, n in rates.most_common())
+    share_known = 100 * store.known.sum() / lengths.sum()
+    num_steps = format_count(lengths.sum(), "steps")
     lines = [
         f"{store.path}: a store of episodes",
-        f"episodes      {len(store)}, {format_count(lengths.sum(), 'steps')} ({_spread(lengths)} each)",
-        f"rate          {', '.join(f'{rate} (episodes: {n})' for rate, n in rates.most_common())}",
-        f"targets       {100 * store.known.sum() / lengths.sum():.1f} % of the steps have a known action",
+        f"episodes      {len(store)}, {num_steps} ({_format_range(lengths)} each)",
+        f"rate          {rate_counts}",
+        f"targets       {share_known:.1f} % of the steps have a known action",
     ]
-    if len(store) > LOOKED_AT:
-        store = store.subset(np.linspace(0, len(store) - 1, LOOKED_AT).round().astype(int).tolist())
-        lines.append(f"looked at     {LOOKED_AT} episodes, spread over all")
-    episodes = [store.without_images(i) for i in range(len(store))]
+    if len(store) > MAX_EPISODES:
+        indices = np.linspace(0, len(store) - 1, MAX_EPISODES).round().astype(int)
+        store = store.subset(indices.tolist())
+        lines.append(f"looked at     {MAX_EPISODES} episodes, spread over all")
+
+    episodes = [store.without_images(index) for index in range(len(store))]
+    for camera in store.cameras:
+        lines.append(f"camera        {camera}: {_inspect_store_camera(store, camera)}")
     success = Counter(episode.success for episode in episodes)
-    lines += [
-        *(f"camera        {camera}: {_store_camera(store, camera)}" for camera in store.cameras),
-        f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown",
-        f"position, m   {_ranges(np.concatenate([e.position for e in episodes]))}",
-    ]
-    steps = np.concatenate([np.asarray(e.action)[e.action_mask, :3] for e in episodes])
-    if len(steps):
-        lines.append(f"step, mm      {_ranges(1000 * steps)}")
-    return "\n".join([*lines, *_instructions(episode.instruction for episode in episodes)])
+    lines.append(f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown")
+    positions = np.concatenate([episode.position for episode in episodes])
+    lines.append(f"position, m   {_format_axes(positions)}")
+    translations = [np.asarray(e.action)[e.action_mask, :3] for e in episodes]
+    known_translations = np.concatenate(translations)
+    if len(known_translations):
+        lines.append(f"step, mm      {_format_axes(1000 * known_translations)}")
+    lines += _format_instructions(episode.instruction for episode in episodes)
+    return "\n".join(lines)
 
 
-def _store_camera(store: EpisodeStore, camera: str) -> str:
-    if not (have := [i for i in range(len(store)) if store.image(i, 0, camera) is not None]):
-        return f"in none of {format_count(len(store), 'episodes')}"
-    encoded = store.image(have[0], 0, camera) or b""
-    height, width = decode_image(
-        encoded, f"{store.source(have[0])} step 0 camera {camera!r}"
-    ).shape[:2]
-    return f"{width} x {height} pixels, in {len(have)} of {format_count(len(store), 'episodes')}"
+def _inspect_store_camera(store: EpisodeStore, camera: str) -> str:
+    """Size of a camera's images, and in how many episodes it is."""
+    num_episodes = format_count(len(store), "episodes")
+    with_camera = [i for i in range(len(store)) if store.image(i, 0, camera) is not None]
+    if not with_camera:
+        return f"in none of {num_episodes}"
+    first = with_camera[0]
+    encoded = store.image(first, 0, camera) or b""
+    image = decode_image(encoded, f"{store.source(first)} step 0 camera {camera!r}")
+    height, width = image.shape[:2]
+    return f"{width} x {height} pixels, in {len(with_camera)} of {num_episodes}"
 
 
-def _describe_dataset(folder: Dataset) -> str:
-    found = _some_episodes(folder)
-    reasons = [str(steps) for steps in found if isinstance(steps, SpearError)]
-    if not (
-        read := [dict(walk_columns(steps)) for steps in found if not isinstance(steps, SpearError)]
-    ):
-        raise SpearError(
-            f"no good episode: {folder.path}: {reasons[-1] if reasons else 'it has none'}"
-        )
-    cameras, axes = list[str](), dict[str, list[str]]()
+def _inspect_dataset(folder: Dataset) -> str:
+    episodes: list[Steps] = []
+    reasons: list[str] = []
+    for steps in _sample_episodes(folder):
+        if isinstance(steps, SpearError):
+            reasons.append(str(steps))
+        else:
+            episodes.append(dict(walk_columns(steps)))
+    if not episodes:
+        reason = reasons[-1] if reasons else "it has none"
+        raise SpearError(f"no good episode: {folder.path}: {reason}")
+
+    splits = ", ".join(f"{name} {length}" for name, length in folder.split_lengths.items())
+    num_read = format_count(len(episodes), "episodes")
+    lengths_read = [count_steps(episode) for episode in episodes]
     if isinstance(folder, LeRobotFolder):
-        info, lengths = folder.info, [episode.length for episode in folder.episodes]
-        what = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
-        steps = f", {format_count(sum(lengths), 'steps')} ({_spread(lengths)} each)"
-        rate, texts = (
-            f"{info.fps:g} Hz",
-            [task for episode in folder.episodes for task in episode.tasks],
-        )
-        for name, feature in info.features.items():
-            axes[name.replace(".", "/")] = feature.axes
-            if name in folder.cameras:
-                kind = "images in video" if feature.dtype == "video" else "images"
-                size = " x ".join(map(str, feature.shape))
-                size += ", depth: not read" if feature.depth else ""
-                cameras.append(f"  {name.replace('.', '/'):<34} {kind}, {size}")
+        title, rate, num_steps = _summarize_lerobot(folder)
+        texts = [task for episode in folder.episodes for task in episode.tasks]
+        cameras = _lerobot_cameras(folder)
+        axes = {_column_name(n): feature.axes for n, feature in folder.info.features.items()}
     else:
-        what, steps = f"an RLDS dataset, {folder.name} {folder.version}".rstrip(), ""
-        rate, instruction = "not known", DatasetLayout.instruction
-        with contextlib.suppress(SpearError):  # RLDS does not hold the rate: the layout does
-            spec = folder.load_layout()
-            rate, instruction = f"{spec.rate_hz:g} Hz, by the layout", spec.instruction
-        words = [each.get(instruction) for each in read]
-        texts = [w[0].decode("utf-8", "replace") for w in words if isinstance(w, list)]
+        title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
+        rate, texts = _summarize_rlds(folder, episodes)
+        num_steps = ""
+        cameras = []
+        axes = {}
+
     lines = [
-        f"{folder.path}: {what}",
-        f"layout        {_layout_of(folder.name, folder.path)}",
+        f"{folder.path}: {title}",
+        f"layout        {_layout_status(folder.name, folder.path)}",
         f"rate          {rate}",
-        f"episodes      {', '.join(f'{name} {n}' for name, n in folder.split_lengths.items())}{steps}",
-        f"looked at     {format_count(len(read), 'episodes')} "
-        f"({_spread([*map(count_steps, read)])} steps each)",
-        *(f"skipped       {reason}" for reason in reasons[:SHOWN]),
+        f"episodes      {splits}{num_steps}",
+        f"looked at     {num_read} ({_format_range(lengths_read)} steps each)",
     ]
-    return "\n".join([*lines, *cameras, *_columns(read, axes), *_instructions(texts)])
+    lines += [f"skipped       {reason}" for reason in reasons[:MAX_REASONS]]
+    lines += cameras
+    lines += _format_columns(episodes, axes)
+    lines += _format_instructions(texts)
+    return "\n".join(lines)
 
 
-def _some_episodes(folder: Dataset) -> list[Steps | SpearError]:
-    """Of an RLDS dataset the first, of a LeRobot one some spread over all, without their images."""
+def _column_name(feature_name: str) -> str:
+    """A LeRobot feature's name as layouts have it."""
+    return feature_name.replace(".", "/")
+
+
+def _summarize_lerobot(folder: LeRobotFolder) -> tuple[str, str, str]:
+    """Title, rate and number of steps, in words."""
+    info = folder.info
+    lengths = [episode.length for episode in folder.episodes]
+    title = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
+    num_steps = format_count(sum(lengths), "steps")
+    return title, f"{info.fps:g} Hz", f", {num_steps} ({_format_range(lengths)} each)"
+
+
+def _lerobot_cameras(folder: LeRobotFolder) -> list[str]:
+    lines = []
+    for name, feature in folder.info.features.items():
+        if name not in folder.cameras:
+            continue
+        kind = "images in video" if feature.dtype == "video" else "images"
+        size = " x ".join(map(str, feature.shape))
+        depth = ", depth: not read" if feature.depth else ""
+        lines.append(f"  {_column_name(name):<34} {kind}, {size}{depth}")
+    return lines
+
+
+def _summarize_rlds(folder: RldsFolder, episodes: Sequence[Steps]) -> tuple[str, list[str]]:
+    """Rate in words, and instructions. RLDS holds no rate; the layout does."""
+    rate = "not known"
+    instruction_column = DatasetLayout.instruction
+    with contextlib.suppress(SpearError):
+        layout = folder.load_layout()
+        rate = f"{layout.rate_hz:g} Hz, by the layout"
+        instruction_column = layout.instruction
+    texts = []
+    for episode in episodes:
+        instructions = episode.get(instruction_column)
+        if isinstance(instructions, list):
+            texts.append(instructions[0].decode("utf-8", "replace"))
+    return rate, texts
+
+
+def _sample_episodes(folder: Dataset) -> list[Steps | SpearError]:
+    """Some episodes without their images: of RLDS the first, of LeRobot some spread over all."""
     if isinstance(folder, RldsFolder):  # a broken record does not hide the good ones behind it
-        return [
-            steps
-            for _, steps in itertools.islice(
-                folder.read_steps(next(iter(folder.splits))), LOOKED_AT
-            )
-        ]
-    count = len(folder.episodes)
-    numbers = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
-    return [_rows(folder, number) for number in numbers.tolist()]
+        first_split = next(iter(folder.splits))
+        raw_episodes = itertools.islice(folder.read_steps(first_split), MAX_EPISODES)
+        return [steps for _, steps in raw_episodes]
+    num_episodes = len(folder.episodes)
+    spread = np.linspace(0, num_episodes - 1, min(num_episodes, MAX_EPISODES))
+    indices = np.unique(spread.round().astype(int)).tolist()
+    return [_read_lerobot_episode(folder, index) for index in indices]
 
 
-def _rows(folder: LeRobotFolder, index: int) -> Steps | SpearError:
+def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearError:
     """The rows of an episode, or what is wrong with them or with the last frames of its videos."""
     episode = folder.episodes[index]
     try:
         steps = folder.read(index, images=())
-        for file, first, end in episode.videos.values():
-            last = max(first + (episode.length - 1.5) / folder.info.fps, 0.0)
-            if next(read_frames(file, last, end), None) is None:
+        for file, first_s, end_s in episode.videos.values():
+            last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
+            if next(read_frames(file, last_s, end_s), None) is None:
                 return SpearError(
-                    f"broken video: {file}: it ends before {last:.4g} s; copy it again"
+                    f"broken video: {file}: it ends before {last_s:.4g} s; copy it again"
                 )
         return steps
     except SpearError as error:
         return error
 
 
-def layout_known(path: str | Path) -> bool:
-    """Whether a folder's own `spear.json`, its format or the registry says what its columns mean."""
+def is_layout_known(path: str | Path) -> bool:
+    """Whether a folder's own `spear.json`, its format or the registry says what its columns
+    mean."""
     folder = open_dataset(path)
-    return isinstance(folder, EpisodeStore) or not _layout_of(folder.name, folder.path).startswith(
-        "not"
-    )
+    if isinstance(folder, EpisodeStore):
+        return True
+    return not _layout_status(folder.name, folder.path).startswith("not")
 
 
-def _layout_of(name: str, folder: Path) -> str:
+def _layout_status(name: str, folder: Path) -> str:
     """Whether it is known what the columns of a dataset mean, and from where."""
     if (folder / LAYOUT_FILE).is_file():
         return f"described by {folder / LAYOUT_FILE}"
     if name not in REGISTRY:
         return "not known: see spear data describe"
-    unknown = find_missing_fields(REGISTRY[name])
-    return (
-        f"not known well enough ({', '.join(unknown)}): {LAYOUT_FILE} can say it"
-        if unknown
-        else "known"
-    )
+    missing_fields = find_missing_fields(REGISTRY[name])
+    if missing_fields:
+        return f"not known well enough ({', '.join(missing_fields)}): {LAYOUT_FILE} can say it"
+    return "known"
 
 
-def _columns(read: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """The columns of some episodes, with the range of their numbers, from which a layout's ranges are read.
+def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """The columns of some episodes, with the ranges of their numbers.
 
-    axes: what the numbers of a column are called, where the dataset says it.
+    Args:
+        axes: what the numbers of a column are called, where the dataset says it.
     """
-    for name, values in read[0].items():
+    for name, values in episodes[0].items():
         if isinstance(values, np.ndarray) and values.size:
-            found = [v for each in read if isinstance(v := each.get(name), np.ndarray)]
-            rows = np.concatenate(
-                [v.reshape(len(v), -1) for v in found if v.shape[1:] == values.shape[1:]]
-            )
-            low, high = (
-                end.reduce(rows).astype(float) for end in (np.fmin, np.fmax)
-            )  # of the numbers
-            few, named = 1 < len(low) <= MOST_AXES, ", ".join(axes.get(name, ()))
-            span = "" if few else f", {np.fmin.reduce(low):.4g} … {np.fmax.reduce(high):.4g}"
-            if empty := int(np.isnan(rows).any(1).sum()):
-                span += f", NaN in {empty} of {len(rows)} rows"
-            shape = f" {list(values.shape[1:])}" if values.ndim > 1 else ""
-            yield f"  {name:<34} {values.dtype}{shape}{named and f': {named}'}{span}"
-            for word, ends in (("from", low), ("to", high)) if few else ():
-                yield f"  {'':<34}   {word:<5}" + "".join(f" {number:>9.4g}" for number in ends)
+            yield from _format_numbers(name, values, episodes, axes.get(name, ()))
         elif isinstance(values, list) and values and values[0].startswith(IMAGE_MAGIC_BYTES):
             pixels = decode_image(values[0], name)
+            height, width = pixels.shape[:2]
             blank = ", blank" if pixels.max() == pixels.min() else ""
-            yield f"  {name:<34} image, {pixels.shape[1]} x {pixels.shape[0]} pixels{blank}"
+            yield f"  {name:<34} image, {width} x {height} pixels{blank}"
+        elif isinstance(values, str):
+            yield f"  {name:<34} not read: {values}"
         else:
-            yield f"  {name:<34} {f'not read: {values}' if isinstance(values, str) else 'text'}"
+            yield f"  {name:<34} text"
 
 
-def _spread(lengths: np.ndarray | list[int]) -> str:
-    low, high = int(np.min(lengths)), int(np.max(lengths))
+def _format_numbers(
+    name: str, values: Array, episodes: Sequence[Steps], axis_names: Sequence[str]
+) -> Iterator[str]:
+    """A column of numbers: type, shape, range, NaN; for few numbers the range of each."""
+    rows = _join_rows(name, values, episodes)
+    low = np.fmin.reduce(rows).astype(float)
+    high = np.fmax.reduce(rows).astype(float)
+    shows_each_axis = 1 < len(low) <= MAX_AXES
+
+    description = str(values.dtype)
+    if values.ndim > 1:
+        description += f" {list(values.shape[1:])}"
+    if axis_names:
+        description += f": {', '.join(axis_names)}"
+    if not shows_each_axis:
+        description += f", {np.fmin.reduce(low):.4g} … {np.fmax.reduce(high):.4g}"
+    num_nan_rows = int(np.isnan(rows).any(1).sum())
+    if num_nan_rows:
+        description += f", NaN in {num_nan_rows} of {len(rows)} rows"
+    yield f"  {name:<34} {description}"
+    if shows_each_axis:
+        for label, ends in (("from", low), ("to", high)):
+            yield f"  {'':<34}   {label:<5}" + "".join(f" {number:>9.4g}" for number in ends)
+
+
+def _join_rows(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
+    """[N, d] the rows of a column in all episodes where it has the same shape."""
+    parts: list[Any] = []
+    for episode in episodes:
+        column = episode.get(name)
+        if isinstance(column, np.ndarray) and column.shape[1:] == values.shape[1:]:
+            parts.append(column.reshape(len(column), -1))
+    return np.concatenate(parts)
+
+
+def _format_range(lengths: Array | Sequence[int]) -> str:
+    """Smallest, median and largest length."""
+    low = int(np.min(lengths))
+    high = int(np.max(lengths))
     return f"{low}" if low == high else f"{low} … {int(np.median(lengths))} … {high}"
 
 
-def _ranges(values: np.ndarray) -> str:
-    ends = np.quantile(values, [0.01, 0.99], axis=0)
-    return (
-        ", ".join(f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", *ends, strict=True))
-        + " (98 %)"
-    )
+def _format_axes(values: Array) -> str:
+    """The range of x, y and z that holds 98 % of the values [N, 3]."""
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    axes = [f"{axis} {a:.4g} … {b:.4g}" for axis, a, b in zip("xyz", low, high, strict=True)]
+    return ", ".join(axes) + " (98 %)"
 
 
-def _instructions(texts: Iterable[str]) -> list[str]:
+def _format_instructions(texts: Iterable[str]) -> list[str]:
+    """How many different instructions there are, and the most frequent ones."""
     counts = Counter(text.strip() or "(none)" for text in texts)
-    shown = [f"  {n:>6} × {text}" for text, n in counts.most_common(SHOWN)]
-    more = [f"         … and {len(counts) - SHOWN} more"] if len(counts) > SHOWN else []
-    return [f"instructions  {len(counts)} different", *shown, *more]
+    lines = [f"instructions  {len(counts)} different"]
+    for text, number in counts.most_common(MAX_INSTRUCTIONS):
+        lines.append(f"  {number:>6} × {text}")
+    if len(counts) > MAX_INSTRUCTIONS:
+        lines.append(f"         … and {len(counts) - MAX_INSTRUCTIONS} more")
+    return lines

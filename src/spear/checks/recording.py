@@ -19,7 +19,8 @@ class Recording:
     rotation     [T, d] its orientation, written in whatever way.
     translation  [T, 3] logged translations, or None.
     turn         [T, d] logged rotations, or None.
-    valid        [T] bool, False where the action is none (the last step of derived actions, disturbances).
+    valid        [T] bool, False where the action is none (the last step of derived actions,
+                 disturbances).
     rate_hz      steps per second.
     opening, command   [T] of the gripper, measured and commanded, 0 closed … 1 open, or None.
     """

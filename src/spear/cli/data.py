@@ -162,16 +162,16 @@ def audit(options: AuditOptions) -> None:
         spear data audit my_lerobot_dataset --out audit.html
     """
     from spear.audit.dataset_audit import audit as run
-    from spear.report.audit import conclusion, text, write_audit_page
+    from spear.report.audit import conclude, format_report, write_audit_page
 
     _check_layout(options.path, options.layout)
     report = run(options.path, options.split, options.layout)
     if options.out is not None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
-    print(text(report))
+    print(format_report(report))
     if report.outcome == "contradiction":
-        raise SpearError(f"{options.path}: {conclusion(report)}: say what fits in its spear.json")
+        raise SpearError(f"{options.path}: {conclude(report)}: say what fits in its spear.json")
     if report.outcome == "undecided":
         raise UndecidedError(f"{options.path}: undecided: the line above says what cannot be told")
 

@@ -2,123 +2,176 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from spear.audit.dataset_audit import EPISODES, STEPS, Finding, Margin, Part, Report, size
+from spear.audit.dataset_audit import (
+    MAX_EPISODES,
+    MAX_STEPS,
+    Finding,
+    Margin,
+    Part,
+    Report,
+    format_size,
+)
 from spear.audit.hypotheses import integrate_translations
 from spear.errors import format_count
 from spear.report.page import render
 from spear.report.plot import GREY, Axis, Bar, Line, bars, chart
 from spear.util.files import write_text
 
-PATHS = 3
-"""Episodes whose path is drawn."""
+MAX_PATHS = 3  # episodes whose path is drawn
 QUESTIONS = {
     "kind": "change or target",
     "frame": "frame",
     "unit": "unit",
     "signs": "signs of x y z",
-    "shift": "steps late",
-    "state": "form of states",
-    "form": "form of actions",
+    "delay_steps": "steps late",
+    "state_format": "form of states",
+    "action_format": "form of actions",
 }
+"""Fields of a hypothesis, as the report calls them."""
 
 
-def text(report: Report) -> str:
+class _NamedFinding(NamedTuple):
+    """A finding, the part that it is about, and its name, such as "rotation frame"."""
+
+    part: Part
+    finding: Finding
+    name: str
+
+
+def format_report(report: Report) -> str:
     """The report as a table for the terminal."""
-    shown = {"report": report, "questions": QUESTIONS, "conclusion": conclusion(report)}
-    return render("audit.txt", **shown, size=size, interval=_interval, counted=format_count)
+    return render(
+        "audit.txt",
+        report=report,
+        questions=QUESTIONS,
+        conclusion=conclude(report),
+        format_size=format_size,
+        format_interval=_format_interval,
+        format_count=format_count,
+    )
 
 
-def conclusion(report: Report) -> str:
+def conclude(report: Report) -> str:
     """One line: the outcome, and what it is about."""
-    found = [(p, f, f"{p.name} {QUESTIONS[f.question]}") for p in report.parts for f in p.findings]
+    findings = []
+    for part in report.parts:
+        for finding in part.findings:
+            name = f"{part.name} {QUESTIONS[finding.question]}"
+            findings.append(_NamedFinding(part, finding, name))
+
     if report.outcome == "contradiction":
-        bad = [(f, name) for p, f, name in found if f.verdict == p.verdict == "wrong"]
-        wrong = [f"{name}: {f.best}, not {f.said}" for f, name in bad]
-        wrong = wrong or [
-            f"{p.name}s: the whole reading" for p in report.parts if p.verdict == "wrong"
-        ]
-        if report.forms:  # then the actions only look wrong
-            wrong = [
-                f"rotation_format: {' or '.join(report.forms)} fits all else that the layout says"
-            ]
-        wrong += [
-            f"{check.name}: {check.words}" for check in report.checks if check.verdict == "wrong"
-        ]
-        return f"contradiction: the layout is WRONG: {'; '.join([*report.states, *wrong])}"
-    open_ones = [(f, name) for part, f, name in found if not part.note]
-    unsure = [
-        f"{name} ({' or '.join(f.tied)})" for f, name in open_ones if f.verdict == "cannot tell"
-    ]
-    unsaid = [
-        (f, name) for f, name in open_ones if f.verdict == "not said" and "0" not in f.tied
-    ]  # in time
-    unsure += [f"{name} (not in the layout; {f.best} fits best)" for f, name in unsaid]
-    unsure += [f"{part.name}s ({part.note})" for part in report.parts if part.note]
-    unsure += [
-        f"{check.name} ({check.words})" for check in report.checks if check.verdict == "cannot tell"
-    ]
-    told = f"; it cannot be told: {'; '.join(unsure)}" if unsure else ""
-    part_of_it = report.episodes == EPISODES or report.steps > STEPS
-    first = f" of {report.episodes} episodes, the first" if part_of_it else ""
+        problems = [*report.states, *_list_contradictions(report, findings)]
+        return f"contradiction: the layout is WRONG: {'; '.join(problems)}"
+
+    open_questions = _list_open_questions(report, findings)
+    ending = ""
+    if open_questions:
+        ending = f"; it cannot be told: {'; '.join(open_questions)}"
+    was_cut_short = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
+    scope = f" of {report.num_episodes} episodes, the first" if was_cut_short else ""
     if report.outcome == "undecided":
-        return f"undecided: nothing contradicts the layout in the data{first}{told}"
-    return f"consistent: the layout agrees with the data{first}{told}"
+        return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
+    return f"consistent: the layout agrees with the data{scope}{ending}"
+
+
+def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[str]:
+    """What contradicts the layout, and what fits instead."""
+    contradictions = []
+    for part, finding, name in findings:
+        if finding.verdict == "wrong" and part.verdict == "wrong":
+            contradictions.append(f"{name}: {finding.best_answer}, not {finding.layout_answer}")
+    if not contradictions:
+        for part in report.parts:
+            if part.verdict == "wrong":
+                contradictions.append(f"{part.name}s: the whole reading")
+    if report.fitting_formats:  # then the actions only look wrong
+        formats = " or ".join(report.fitting_formats)
+        contradictions = [f"rotation_format: {formats} fits all else that the layout says"]
+    for check in report.checks:
+        if check.verdict == "wrong":
+            contradictions.append(f"{check.name}: {check.words}")
+    return contradictions
+
+
+def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[str]:
+    """What the data do not decide, and why."""
+    decidable = [named for named in findings if not named.part.note]
+    open_questions = []
+    for _, finding, name in decidable:
+        if finding.verdict == "cannot tell":
+            open_questions.append(f"{name} ({' or '.join(finding.tied_answers)})")
+    for _, finding, name in decidable:
+        is_punctual = "0" in finding.tied_answers  # an arm without delay needs no mention
+        if finding.verdict == "not said" and not is_punctual:
+            answer = finding.best_answer
+            open_questions.append(f"{name} (not in the layout; {answer} fits best)")
+    for part in report.parts:
+        if part.note:
+            open_questions.append(f"{part.name}s ({part.note})")
+    for check in report.checks:
+        if check.verdict == "cannot tell":
+            open_questions.append(f"{check.name} ({check.words})")
+    return open_questions
 
 
 def write_audit_page(report: Report, out: Path) -> None:
-    """Write the report as one HTML file. Raises SpearError for a file that cannot be written."""
-    facts = [(f"{report.episodes:,}", f"episodes, {format_count(report.steps, 'steps')}")]
-    words = "of the logged {}s unexplained by their best reading"
-    facts += [(f"{part.best.relative:.1%}", words.format(part.name)) for part in report.parts]
+    """Write the report as one HTML file. Raises `SpearError` for a file that cannot be written."""
+    facts = [(f"{report.num_episodes:,}", f"episodes, {format_count(report.num_steps, 'steps')}")]
+    paths = []
+    for part in report.parts:
+        label = f"of the logged {part.name}s unexplained by their best reading"
+        facts.append((f"{part.best_fit.relative_error:.1%}", label))
+        if part.name == "translation":
+            paths = _draw_paths(report, part)
+    findings = []
+    for part in report.parts:
+        findings.append((part, [(f, _draw_bars(part, f)) for f in part.findings]))
     html = render(
         "audit.html",
         title=f"Audit: {Path(report.path).resolve().name}",
         facts=facts,
         report=report,
-        conclusion=conclusion(report),
+        conclusion=conclude(report),
         questions=QUESTIONS,
-        parts=[(part, [(f, _bars(part, f)) for f in part.findings]) for part in report.parts],
-        paths=[
-            path
-            for part in report.parts
-            if part.name == "translation"
-            for path in _paths(report, part)
-        ],
+        parts=findings,
+        paths=paths,
     )
     write_text(out, html)
 
 
-def _bars(part: Part, finding: Finding) -> str:
-    """What each answer to a question leaves of the motion; those that fit as well as the best in green."""
+def _draw_bars(part: Part, finding: Finding) -> str:
+    """What each answer leaves of the motion; those that fit as well as the best in green."""
     rows = []
     for answer, (fit, margin) in finding.answers.items():
-        worse = "best" if answer == finding.best else _interval(margin)
-        name = f"{answer} · layout" if answer == finding.said else answer
-        words = f"{fit.relative:.1%} ({size(part.name, fit.mean)}), {worse}"
-        rows.append(Bar(name, fit.relative, words, style="good" if answer in finding.tied else ""))
+        comparison = "best" if answer == finding.best_answer else _format_interval(margin)
+        label = f"{answer} · layout" if answer == finding.layout_answer else answer
+        error = f"{fit.relative_error:.1%} ({format_size(part.name, fit.mean_error)})"
+        style = "good" if answer in finding.tied_answers else ""
+        rows.append(Bar(label, fit.relative_error, f"{error}, {comparison}", style=style))
     return bars([("", rows)], (0.0, 1.2))
 
 
-def _interval(margin: Margin) -> str:
+def _format_interval(margin: Margin) -> str:
     return f"{margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
 
 
-def _paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
-    """The paths of some episodes: as recorded, and as the logged translations lead from the first state."""
-    shown = []
-    for recording in report.recordings[:PATHS]:
+def _draw_paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
+    """Paths of some episodes: as recorded, and as the logged translations lead from the start."""
+    drawn = []
+    for recording in report.recordings[:MAX_PATHS]:
         seconds = np.arange(len(recording.position)) / recording.rate_hz
         paths = [Line("recorded", seconds, recording.position, GREY)]
-        for name, fit in (("best reading", part.best), ("layout", part.said)):
+        for name, fit in (("best reading", part.best_fit), ("layout", part.layout_fit)):
             if fit is not None:
-                paths.append(
-                    Line(name, seconds, integrate_translations(recording, fit), dashed=True)
-                )
-        along = [[replace(path, y=np.asarray(path.y)[:, i]) for path in paths] for i in range(3)]
-        named = zip("xyz", along, strict=True)
-        charts = [chart(lines, Axis("seconds"), title=f"{axis}, m") for axis, lines in named]
-        shown.append((recording.source, charts))
-    return shown
+                path = integrate_translations(recording, fit)
+                paths.append(Line(name, seconds, path, dashed=True))
+        charts = []
+        for index, axis in enumerate("xyz"):
+            lines = [replace(path, y=np.asarray(path.y)[:, index]) for path in paths]
+            charts.append(chart(lines, Axis("seconds"), title=f"{axis}, m"))
+        drawn.append((recording.source, charts))
+    return drawn

@@ -1,7 +1,7 @@
-"""A page that shows some episodes of a dataset: frames, actions over time, the path of the gripper.
+"""A page that shows some episodes of a dataset: frames, actions over time, paths of the gripper.
 
-Of a dataset whose layout nobody has said yet it shows the columns as they are: what is in `state[3]`, and
-where the gripper closes, is easier seen than guessed.
+If nobody has described the dataset yet, the page shows its columns as they are: what is in
+`state[3]`, and where the gripper closes, is easier to see than to guess.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from spear.audit.dataset_audit import episode_steps
-from spear.audit.inspect import inspect, layout_known
+from spear.audit.inspect import inspect, is_layout_known
 from spear.data.actions import canonicalize_actions
 from spear.data.readers.columns import Steps, walk_columns
 from spear.data.readers.dataset_layout import LAYOUT_FILE
@@ -33,159 +33,190 @@ from spear.util.files import write_text
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image, to_jpeg_data_uri
 from spear.util.skipped_items import SkippedItems
 
-EPISODES, FRAMES = 4, 8
-"""Episodes on the page, and frames in the strip of each camera."""
-STRIP_HEIGHT = 120
-"""Pixels."""
-TOGETHER, MOST_NUMBERS = 3, 24
-"""Numbers of a column in one chart, and in all its charts."""
-TIME = Axis("seconds")
+MAX_EPISODES = 4  # on the page
+MAX_FRAMES = 8  # in the strip of each camera
+STRIP_HEIGHT_PX = 120
+NUMBERS_PER_CHART = 3
+MAX_NUMBERS = 24  # of a column, in all its charts
+MAX_LISTED_STEPS = 8  # at which a column of truth values is true
+NUM_DRAWN_FRAMES = 5  # poses whose axes are drawn along a path
+PATH_SIZE_PX = (360, 260)
+TIME_AXIS = Axis("seconds")
 
 
 def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
-    """Write a page on the dataset in `path` to the file `out`; `layout` is its own, if it has none itself.
+    """Write a page about the dataset in `path` to the file `out`.
 
-    The episodes shown are the first good ones; those skipped on the way are listed. Raises SpearError when
-    there is no good one among the first, and for a file that cannot be written.
+    The page shows the first good episodes and lists those that were skipped before them.
+
+    Args:
+        path: the dataset's folder.
+        out: the HTML file to write.
+        layout: a file like spear.json; the dataset's own layout if None.
+
+    Raises:
+        SpearError: none of the first episodes is good, or the file cannot be written.
     """
     skipped = SkippedItems(limit=1.0)
-    counts = count_episodes(path)
-    split = next(iter(counts))
-    known = layout is not None or layout_known(path)
+    split_counts = count_episodes(path)
+    split = next(iter(split_counts))
+    has_layout = layout is not None or is_layout_known(path)
     episodes: Iterator[dict[str, Any]]
-    if known:
-        episodes = map(_episode, read_episodes(path, split, layout, skipped))
+    if has_layout:
+        episodes = map(_show_episode, read_episodes(path, split, layout, skipped))
     else:
-        episodes = convert_episodes(episode_steps(path, split, None), _columns, skipped)
-    shown = list(itertools.islice(episodes, EPISODES))
-    check_enough_good(len(shown), skipped, path, split)
+        episodes = convert_episodes(episode_steps(path, split, None), _show_columns, skipped)
+    first_episodes = list(itertools.islice(episodes, MAX_EPISODES))
+    check_enough_good(len(first_episodes), skipped, path, split)
     html = render(
         "dataset.html",
         title=f"Dataset: {Path(path).resolve().name}",
-        facts=[(f"{n:,}", f"episodes in split {name}") for name, n in counts.items()],
+        facts=[(f"{n:,}", f"episodes in split {name}") for name, n in split_counts.items()],
         text=inspect(path),
-        known=known,
+        known=has_layout,
         spec_file=LAYOUT_FILE,
         reasons=skipped.reasons,
-        episodes=shown,
+        episodes=first_episodes,
     )
     write_text(out, html)
 
 
-def _episode(episode: Episode) -> dict[str, Any]:
-    actions, valid = canonicalize_actions(episode)
-    known = np.where(valid[:, None], actions, np.nan)
-    turn = np.degrees(quat_log(torch.tensor(known[:, 3:7])).numpy())
-    seconds = np.arange(len(episode)) / episode.rate_hz
-    measured = Line("measured", seconds, episode.gripper, GREY)
-    gripper = [measured, Line("commanded", seconds, known[:, 7], dashed=True)]
+def _show_episode(episode: Episode) -> dict[str, Any]:
+    """An episode as the template shows it."""
+    strips = []
+    for name, images in episode.images.items():
+        strips.append((name, _make_strip(images, f"{episode.source} camera {name!r}")))
+    actions, is_valid = canonicalize_actions(episode)
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
-    source, steps = (
-        episode.source,
-        f"{format_count(len(episode), 'steps')} at {episode.rate_hz:g} Hz",
-    )
-    cameras = episode.images.items()
+    length = f"{format_count(len(episode), 'steps')} at {episode.rate_hz:g} Hz"
+    num_known = int(is_valid.sum())
     return {
         "title": episode.instruction or "(no instruction)",
-        "about": f"{source}: {steps}, {int(valid.sum())} with a known action{success}",
-        "strips": [(name, _strip(images, f"{source} camera {name!r}")) for name, images in cameras],
-        "charts": [
-            chart(_xyz(seconds, 1000 * known[:, :3]), TIME, title="Step, mm (base frame)"),
-            chart(_xyz(seconds, turn), TIME, title="Turn, degrees (end-effector frame)"),
-            chart(gripper, TIME, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
-            _path(
-                episode, 1, 0, "Path seen from above, m", Axis("y, to the left", reverse=True), "x"
-            ),
-            _path(episode, 0, 2, "Path seen from the right, m", Axis("x, forward"), "z"),
-        ],
+        "about": f"{episode.source}: {length}, {num_known} with a known action{success}",
+        "strips": strips,
+        "charts": _draw_episode(episode, np.where(is_valid[:, None], actions, np.nan)),
         "quiet": [],
     }
 
 
-def _xyz(x: Array, values: Array) -> list[Line]:
+def _draw_episode(episode: Episode, actions: Array) -> list[str]:
+    """Charts of actions [T, 8] (NaN where unknown), gripper and path."""
+    seconds = np.arange(len(episode)) / episode.rate_hz
+    turns_deg = np.degrees(quat_log(torch.tensor(actions[:, 3:7])).numpy())
+    gripper = [
+        Line("measured", seconds, episode.gripper, GREY),
+        Line("commanded", seconds, actions[:, 7], dashed=True),
+    ]
+    left_axis = Axis("y, to the left", reverse=True)
+    return [
+        chart(_xyz_lines(seconds, 1000 * actions[:, :3]), TIME_AXIS, title="Step, mm (base frame)"),
+        chart(
+            _xyz_lines(seconds, turns_deg), TIME_AXIS, title="Turn, degrees (end-effector frame)"
+        ),
+        chart(gripper, TIME_AXIS, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
+        _draw_path(episode, (1, 0), "Path seen from above, m", left_axis, Axis("x")),
+        _draw_path(episode, (0, 2), "Path seen from the right, m", Axis("x, forward"), Axis("z")),
+    ]
+
+
+def _xyz_lines(x: Array, values: Array) -> list[Line]:
     return [Line(name, x, values[:, i], XYZ[i]) for i, name in enumerate("xyz")]
 
 
-def _path(episode: Episode, across: int, up: int, title: str, axis: Axis, up_title: str) -> str:
-    """The path of the end-effector in a plane of the base frame, with its own x y z axes at some steps."""
+def _draw_path(
+    episode: Episode, plane: tuple[int, int], title: str, x_axis: Axis, y_axis: Axis
+) -> str:
+    """The end-effector's path in a plane of the base frame, with its own x y z axes at some steps.
+
+    Args:
+        plane: the base frame's axes that are drawn to the right and upward.
+    """
+    across, up = plane
     position = episode.position
     lines = [
         Line("", position[:, across], position[:, up], GREY),
         Line("start", position[:1, across], position[:1, up], GREY, dots=True),
     ]
-    length = 0.14 * max(float(np.ptp(position[:, [across, up]], axis=0).max()), 1e-3)
-    axes = quat_to_matrix(
-        torch.tensor(episode.rotation)
-    ).numpy()  # columns are the axes in the base frame
-    for step in _spread(len(episode), 5):
-        for i, colour in enumerate(XYZ):
-            ends = np.stack([position[step], position[step] + length * axes[step, :, i]])
-            lines.append(Line("", ends[:, across], ends[:, up], colour))
-    return chart(lines, axis, Axis(up_title), title, (360, 260), equal=True)
+    extent = float(np.ptp(position[:, [across, up]], axis=0).max())
+    axis_length = 0.14 * max(extent, 1e-3)
+    axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()  # columns, base frame
+    for step in _spread_steps(len(episode), NUM_DRAWN_FRAMES):
+        for i, color in enumerate(XYZ):
+            ends = np.stack([position[step], position[step] + axis_length * axes[step, :, i]])
+            lines.append(Line("", ends[:, across], ends[:, up], color))
+    return chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
 
 
-def _columns(steps: Steps, source: str) -> dict[str, Any]:
-    """An episode by its columns: images, charts of the numbers that change, words about all else."""
-    strips, quiet = [], []
+def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
+    """An episode by its columns: images, charts of numbers that change, words about all else."""
+    strips: list[tuple[str, Any]] = []
     charts: list[str] = []
+    quiet: list[tuple[str, str]] = []
     for name, values in walk_columns(steps):
         if not len(values):
             continue
         if isinstance(values, str):
             quiet.append((name, f"not read: {values}"))
-        elif not isinstance(values, np.ndarray):
-            if values[0].startswith(IMAGE_MAGIC_BYTES):
-                strips.append((name, _strip(values, f"{source} column {name!r}")))
+        elif isinstance(values, np.ndarray):
+            description = _describe_without_signal(values)
+            if description:
+                quiet.append((name, description))
             else:
-                quiet.append((name, bytes(values[0]).decode("utf-8", "replace")))
-        elif words := _without_signal(values):
-            quiet.append((name, words))
+                charts += _draw_column(name, values)
+        elif values[0].startswith(IMAGE_MAGIC_BYTES):
+            strips.append((name, _make_strip(values, f"{source} column {name!r}")))
         else:
-            charts += _charts(name, values)
+            quiet.append((name, bytes(values[0]).decode("utf-8", "replace")))
     return {"title": source, "about": "", "strips": strips, "charts": charts, "quiet": quiet}
 
 
-def _without_signal(values: Array) -> str:
-    """What a column holds that says nothing about motion, such as a row's number; "" for a signal."""
+def _describe_without_signal(values: Array) -> str:
+    """What a column holds that says nothing about motion, such as a counter; "" for a signal."""
     if values.dtype.kind not in "fiub" or values.ndim > 2:
         return f"{values.dtype} {list(values.shape[1:])}, not shown"
     if values.dtype.kind == "b" and values.ndim == 1:
-        steps = np.flatnonzero(values)
-        return f"true at step {', '.join(map(str, steps[:8]))}" if len(steps) else "always false"
+        true_steps = np.flatnonzero(values)[:MAX_LISTED_STEPS]
+        if len(true_steps) == 0:
+            return "always false"
+        return f"true at step {', '.join(map(str, true_steps))}"
+
     table = values.reshape(len(values), -1).astype(np.float64)
+    is_single = table.shape[1] == 1
     if (table == table[0]).all():
-        return (
-            f"always {table[0, 0]:g}" if table.shape[1] == 1 else "the same numbers in every step"
-        )
+        return f"always {table[0, 0]:g}" if is_single else "the same numbers in every step"
     change = np.diff(table[:, 0])
-    if table.shape[1] == 1 and len(change) > 2 and np.ptp(change) < 1e-3 * abs(change[0]):
+    if is_single and len(change) > 2 and np.ptp(change) < 1e-3 * abs(change[0]):
         return f"counts from {table[0, 0]:g} to {table[-1, 0]:g}"
     return ""
 
 
-def _charts(name: str, values: Array) -> Iterator[str]:
-    """A column over its steps, some numbers in each chart."""
-    table = values.reshape(len(values), -1)[:, :MOST_NUMBERS].astype(np.float64)
-    for first in range(0, table.shape[1], TOGETHER):
-        some = table[:, first : first + TOGETHER]
-        where = "" if values.ndim == 1 else f"[{first}:{first + some.shape[1]}]"
-        names = [""] if values.ndim == 1 else [str(first + i) for i in range(some.shape[1])]
-        parts = zip(names, some.T, XYZ, strict=False)
-        lines = [Line(part, np.arange(len(some)), column, colour) for part, column, colour in parts]
-        yield chart(lines, Axis("step"), title=name + where)
+def _draw_column(name: str, values: Array) -> Iterator[str]:
+    """Charts of a column over its steps, some numbers in each."""
+    table = values.reshape(len(values), -1)[:, :MAX_NUMBERS].astype(np.float64)
+    is_single = values.ndim == 1
+    for first in range(0, table.shape[1], NUMBERS_PER_CHART):
+        numbers = table[:, first : first + NUMBERS_PER_CHART]
+        end = first + numbers.shape[1]
+        column_range = "" if is_single else f"[{first}:{end}]"
+        lines = []
+        for index, color in zip(range(first, end), XYZ, strict=False):
+            label = "" if is_single else str(index)
+            lines.append(Line(label, np.arange(len(table)), table[:, index], color))
+        yield chart(lines, Axis("step"), title=name + column_range)
 
 
-def _strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
-    """Some of the images of a camera: their steps, and the images as data URIs."""
-    shown = []
-    for step in _spread(len(images), FRAMES):
+def _make_strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:
+    """Some of a camera's images: their steps, and small versions as data URIs."""
+    strip = []
+    for step in _spread_steps(len(images), MAX_FRAMES):
         image = Image.fromarray(decode_image(images[step], f"{where} step {step}"))
-        width = max(1, round(image.width * STRIP_HEIGHT / image.height))
-        small = image.resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)
-        shown.append((step, to_jpeg_data_uri(np.asarray(small))))
-    return shown
+        width = max(1, round(image.width * STRIP_HEIGHT_PX / image.height))
+        small = image.resize((width, STRIP_HEIGHT_PX), Image.Resampling.LANCZOS)
+        strip.append((step, to_jpeg_data_uri(np.asarray(small))))
+    return strip
 
 
-def _spread(length: int, most: int) -> list[int]:
-    """At most so many steps, evenly spread from the first to the last."""
-    return np.unique(np.linspace(0, length - 1, min(most, length)).round().astype(int)).tolist()
+def _spread_steps(length: int, max_steps: int) -> list[int]:
+    """At most `max_steps` steps, evenly spread from the first to the last."""
+    spread = np.linspace(0, length - 1, min(max_steps, length))
+    return np.unique(spread.round().astype(int)).tolist()

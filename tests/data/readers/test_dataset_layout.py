@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import refuses
-from spear.audit.hypotheses import JUDGED
+from spear.audit.hypotheses import TESTED_FORMATS
 from spear.data.readers.build_episode import build_episode, read_pose
 from spear.data.readers.columns import read_column
 from spear.data.readers.dataset_layout import (
@@ -152,8 +152,8 @@ def test_a_pose_written_row_after_row_is_refused() -> None:
 def test_what_the_audit_may_find_a_layout_can_say() -> None:
     named = {name for part in get_args(RotationFormat) for name in get_args(part)}
     assert named == set(WRITTEN) | {"franka_joints"} and set(ROTATION_FORMATS) == set(WRITTEN)
-    assert set(JUDGED) == set(WRITTEN) - {"euler_zxy"}
-    angle_formats = {form for form in JUDGED if ROTATION_FORMATS[form][0] == 3}
+    assert set(TESTED_FORMATS) == set(WRITTEN) - {"euler_zxy"}
+    angle_formats = {form for form in TESTED_FORMATS if ROTATION_FORMATS[form][0] == 3}
     assert angle_formats == set(ANGLE_FORMATS) - set(RECORDED_ONLY)
 
 

@@ -21,8 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from spear.checks.cameras import is_frozen
+from spear.checks.gripper import (
+    MIN_MOTION,
+    check_command_timing,
+    check_gripper,
+    check_range,
+)
 from spear.checks.recording import Recording
-from spear.checks.senses import MOVES, Check, check_gripper, comes_late, doubts, is_frozen, span
+from spear.checks.result import Check
+from spear.checks.states import find_implausible_states
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
@@ -173,7 +181,7 @@ def _write_shards(
 def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
     """Says what is wrong with the first episodes' positions and gripper, whose commands may be `logged`."""
     first = [store.without_images(index) for index in range(min(len(store), 100))]
-    for remark in doubts(first):
+    for remark in find_implausible_states(first):
         notice(f"{path}: {remark}")
     arms = [Recording.from_episode(e) for e in first]
     checks = check_gripper(
@@ -182,9 +190,10 @@ def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
     wrong: list[Check | None] = [check for check in checks if check.verdict == "wrong"]
     seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
     ends, most = (max(map(np.max, seen)), 1 - min(map(np.min, seen))), max(map(np.ptp, seen))
-    if not wrong and most > MOVES * min(ends):  # it may be in another unit
+    if not wrong and most > MIN_MOTION * min(ends):  # it may be in another unit
         wrong = [
-            span(seen, told if most > MOVES else ()) or comes_late([*zip(seen, told, strict=True)])
+            check_range(seen, told if most > MIN_MOTION else ())
+            or check_command_timing([*zip(seen, told, strict=True)])
         ]
     for check in filter(None, wrong):
         notice(f"{path}: {check.name}: {check.words}")

@@ -1,0 +1,63 @@
+"""Are the recorded states plausible by themselves: positions, orientations, and how fast the arm
+moves?
+
+All thresholds are our choice.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spear.checks.recording import Recording, are_degrees
+from spear.checks.result import Check
+from spear.types import MAX_EE_SPEED_M_S, Episode
+from spear.util.units import LENGTH_UNITS
+
+MIN_REACH_M = 0.03  # an arm goes further from its base than this
+MAX_REACH_M = 3.0  # no arm reaches further from its base
+MIN_TOP_SPEED_M_S = 0.03  # demonstrations are faster than this in their quickest hundredth
+MAX_TOP_SPEED_M_S = 1.0  # and slower than this
+
+
+def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[str]:
+    """What is wrong with the recorded states by themselves, one remark per problem."""
+    remarks = []
+    distances_m = np.linalg.norm(np.concatenate([r.position for r in recordings]), axis=1)
+    reach_m = float(np.quantile(distances_m, 0.95))
+    if reach_m > MAX_REACH_M:
+        unit = plausible_length_unit(reach_m) or "another unit"
+        remarks.append(
+            f"positions are up to {reach_m:.4g} from the base: not metres, but {unit} (length_unit)"
+        )
+    elif reach_m < MIN_REACH_M:
+        remarks.append(
+            f"positions are up to {reach_m:.2g} m from the base: "
+            "steps, or another unit (length_unit)"
+        )
+    rotation = np.concatenate([r.rotation for r in recordings])
+    if are_degrees(rotation):
+        remarks.append(
+            f"orientations go up to {np.abs(rotation).max():.4g}: "
+            "degrees, where the layout has radians (angle_unit)"
+        )
+    return remarks
+
+
+def plausible_length_unit(reach: float) -> str | None:
+    """The first unit in which an arm that goes so far from its base is believable, or None."""
+    for unit, factor in LENGTH_UNITS.items():
+        if reach * factor <= MAX_REACH_M:
+            return unit
+    return None
+
+
+def check_rate(recordings: Sequence[Recording]) -> list[Check]:
+    """Whether the arm moves about as fast as arms do. A wrong rate shows nowhere else."""
+    velocities = [np.diff(r.position, axis=0) * r.rate_hz for r in recordings]
+    speeds_m_s = np.linalg.norm(np.concatenate(velocities), axis=1)
+    top_speed_m_s = float(np.quantile(speeds_m_s, 0.99))
+    if MIN_TOP_SPEED_M_S <= top_speed_m_s <= MAX_TOP_SPEED_M_S:
+        return []
+    verdict = "wrong" if top_speed_m_s > MAX_EE_SPEED_M_S else "cannot tell"
+    words = f"by it the arm moves at {top_speed_m_s:.2g} m/s when it is quickest, as few arms do"
+    return [Check("rate_hz", verdict, words)]

@@ -1,0 +1,82 @@
+"""Cameras that are exchanged, blank or slow are told apart."""
+
+import numpy as np
+
+from refusals import refuses
+from spear.checks.cameras import View, check_cameras, summarize_view
+from spear.util.images import encode_jpeg
+
+NUM_STEPS = 8
+
+
+def moving_arm(num_steps: int) -> np.ndarray:
+    return np.arange(3.0 * num_steps).reshape(num_steps, 3) / 100
+
+
+def background() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+
+
+def view_external() -> View:
+    """An arm moves before a background that stays."""
+    images = []
+    for step in range(NUM_STEPS):
+        image = background()
+        image[10:20, 5 * step : 5 * step + 20] = 0
+        images.append(encode_jpeg(image))
+    return summarize_view(images, moving_arm(NUM_STEPS), 5.0, "it")
+
+
+def view_wrist() -> View:
+    """Everything moves."""
+    images = [encode_jpeg(np.roll(background(), 9 * step, axis=1)) for step in range(NUM_STEPS)]
+    return summarize_view(images, moving_arm(NUM_STEPS), 5.0, "it")
+
+
+def test_a_wrist_view_changes_more_than_an_external_one() -> None:
+    external = view_external()
+    wrist = view_wrist()
+
+    assert external.changing_share < 0.2 < wrist.changing_share
+    assert not external.is_blank
+    assert not wrist.is_blank
+
+
+def test_cameras_in_their_places_agree() -> None:
+    (check,) = check_cameras({"external": [view_external()] * 6, "wrist": [view_wrist()] * 6})
+
+    assert check.verdict == "agrees"
+
+
+def test_exchanged_cameras_are_wrong() -> None:
+    (check,) = check_cameras({"external": [view_wrist()] * 6, "wrist": [view_external()] * 6})
+
+    assert check.verdict == "wrong"
+    assert "exchange" in check.words
+
+
+def test_another_number_of_images_than_steps_is_refused() -> None:
+    images = [encode_jpeg(background())] * (NUM_STEPS - 1)
+
+    refuses("images", summarize_view, images, moving_arm(NUM_STEPS), 5.0, "it")
+
+
+def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
+    """At 30 steps per second, each image of a 5 Hz camera stands in six steps."""
+    pictures = np.random.default_rng(0).integers(0, 255, (10, 96, 128, 3)).astype(np.uint8)
+    images = [encode_jpeg(pictures[step // 6]) for step in range(60)]
+    position = np.arange(180.0).reshape(60, 3) / 1000
+
+    view = summarize_view(images, position, 30.0, "it")
+
+    assert view.changing_share > 0.5
+    checks = check_cameras({"external": [view] * 6, "wrist": [view] * 6})
+    assert all(check.verdict != "wrong" for check in checks)
+
+
+def test_an_episode_too_short_to_compare_images_tells_nothing() -> None:
+    images = [encode_jpeg(background())] * 4
+
+    view = summarize_view(images, moving_arm(4), 30.0, "it")
+
+    assert np.isnan(view.changing_share)
