@@ -62,7 +62,7 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
     for cut in range(1, len(whole.splitlines()[-1]) + 2):
         path.write_bytes(whole[:-cut])
         again = journal(tmp_path, range(0))
-        assert sorted(seed for _, seed in again.done) == [0, 1]
+        assert sorted(seed for _, seed in again.outcomes) == [0, 1]
     again.add(outcome(2), 9.0, 1.5)
     assert path.read_bytes() == whole and load_results(tmp_path).outcomes == [
         outcome(0),

@@ -1,9 +1,9 @@
 """The outcomes of a closed-loop evaluation: one record per episode, summaries per family, and their files.
 
-Outcomes are on disk as they come, so that an interrupted evaluation goes on where it was, and shards come
-together. A folder of results holds one journal per shard, `episodes-2-of-5.jsonl` (`episodes-1-of-1.jsonl`
-without sharding): its first line says who acted and how, each further line is one episode, or which scenes
-are to be run. Only whole lines count.
+Outcomes are written to disk as they come, so that an interrupted evaluation can resume and shards can be
+merged. A folder of results contains one journal per shard, `episodes-2-of-5.jsonl` (`episodes-1-of-1.jsonl`
+without sharding). Its first line says which policy acted and with which settings. Each further line is one
+episode, or says which scenes are to be run. A line that was cut short does not count.
 """
 
 import json
@@ -30,21 +30,28 @@ from spear.evaluate.stats import (
 from spear.util.files import read_json_as, report_write_errors, write_text
 from spear.util.run_settings import describe_difference, to_plain_json
 
-TARGET_HALF_WIDTH = 0.05
-"""How well a family's success rate is to be known: ± 5 points."""
+TARGET_HALF_WIDTH = 0.05  # a family's success rate should be known to ±5 points
+MAX_NO_WRAP_CHARS = 16  # names up to this length keep one line in a terminal of 80 characters
+MILESTONES = (
+    "success",
+    "reached",
+    "grasped",
+    "wrong_object_moved",
+)  # yes-or-no fields of `Outcome`
+
 ScenesByFamily = Mapping[str, Sequence[int]]
 """Family → the seeds of its scenes."""
-MILESTONES = ("success", "reached", "grasped", "wrong_object_moved")
-"""The yes-or-no fields of an `Outcome`."""
+SceneId = tuple[str, int]
+"""Family and seed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one episode went; in SIMPLER, as `spear.evaluate.simpler.tasks.Moment` says it.
+    """The result of one episode; in SIMPLER as `spear.evaluate.simpler.tasks.Moment` describes it.
 
     reached, grasped      milestones on the way: the gripper was at the right object; the object was lifted.
     success               the object rests, released, on the target.
-    wrong_object_moved    something else than the asked-for object was carried or pushed away.
+    wrong_object_moved    another object than the one asked for was carried or pushed away.
     unreachable           control steps whose target the arm could not reach.
     steps                 control steps (5 Hz) until success or the end.
     """
@@ -60,6 +67,10 @@ class Outcome:
     steps: NonNegativeInt
 
     @property
+    def scene(self) -> SceneId:
+        return self.family, self.seed
+
+    @property
     def film_name(self) -> str:
         """The name of the file with this episode's film."""
         return f"{self.family}-{'success' if self.success else 'failure'}-{self.seed}.mp4"
@@ -67,8 +78,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """One family's numbers; proportions carry 95 % Wilson intervals. steps: mean over the successes.
-    unreachable: mean per episode."""
+    """The numbers of one family; proportions have 95 % Wilson intervals.
+
+    unreachable  mean number of such steps per episode.
+    steps        mean over the successes; None without any.
+    """
 
     success: Estimate
     reached: Estimate
@@ -80,90 +94,122 @@ class Summary:
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation: who acted, how, every episode's outcome, the wall time, and which scenes were to be run,
-    where a journal says it."""
+    """An evaluation.
+
+    policy    the name of the policy that acted.
+    settings  how it was evaluated; see `run_evaluation`.
+    outcomes  of every episode that has ended.
+    seconds   wall time.
+    wanted    the scenes that were to be run, where a journal says it.
+    """
 
     policy: str
     settings: dict[str, Any]
     outcomes: Sequence[Outcome]
     seconds: float
-    wanted: frozenset[tuple[str, int]] = frozenset()
+    wanted: frozenset[SceneId] = frozenset()
 
     def describe_unfinished(self) -> str:
-        """What to know, in words, where not all scenes have ended; "" where they have."""
-        left = len(self.wanted - {(o.family, o.seed) for o in self.outcomes})
-        return (
-            f"{format_count(left, 'scenes')} left: rates may be too high; successes end first"
-            if left
-            else ""
-        )
+        """A warning if some scenes have not ended yet; "" if all have."""
+        num_missing = len(self.wanted - {outcome.scene for outcome in self.outcomes})
+        if not num_missing:
+            return ""
+        return f"{format_count(num_missing, 'scenes')} left: rates may be too high; successes end first"
 
     @property
     def families(self) -> list[str]:
         """The families that were evaluated, in the order in which they were asked for."""
-        return list(dict.fromkeys(o.family for o in self.outcomes))
+        return list(dict.fromkeys(outcome.family for outcome in self.outcomes))
 
     def mean_success(self) -> Estimate:
-        """The mean of the families' success rates, each counting the same."""
-        rows = [[o.success for o in self.outcomes if o.family == f] for f in self.families]
-        return estimate_mean_proportion([(sum(row), len(row)) for row in rows])
+        """The mean of the families' success rates, each with the same weight."""
+        counts = []
+        for family in self.families:
+            successes = [outcome.success for outcome in self.outcomes if outcome.family == family]
+            counts.append((sum(successes), len(successes)))
+        return estimate_mean_proportion(counts)
 
     def describe_precision(self) -> str:
-        """In words: how wide the intervals are, and how many scenes make them ±5 points."""
-        rates = [self.summarize(f).success for f in self.families]
-        widest = max(rates, key=lambda e: e.half_width)
-        text = f"intervals: ±{100 * self.mean_success().half_width:.1f} points for the mean, "
-        text += f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
-        text = f"UNFINISHED: {words}. {text}" if (words := self.describe_unfinished()) else text
+        """How wide the intervals are, and how many scenes make them ±5 points."""
+        rates = [self.summarize(family).success for family in self.families]
+        widest = max(rates, key=lambda rate: rate.half_width)
+        mean_width = f"±{100 * self.mean_success().half_width:.1f} points for the mean"
+        family_width = f"up to ±{100 * widest.half_width:.1f} for a family (n = {widest.n})"
+        text = f"intervals: {mean_width}, {family_width}"
+        unfinished = self.describe_unfinished()
+        if unfinished:
+            text = f"UNFINISHED: {unfinished}. {text}"
         if widest.half_width <= TARGET_HALF_WIDTH:
             return text
-        need = max(find_num_samples(TARGET_HALF_WIDTH, min(max(0.5, e.low), e.high)) for e in rates)
-        return f"{text}. ±{100 * TARGET_HALF_WIDTH:.0f} points need up to {need} scenes per family"
+
+        num_scenes = []
+        for rate in rates:
+            most_variable_rate = min(max(0.5, rate.low), rate.high)
+            num_scenes.append(find_num_samples(TARGET_HALF_WIDTH, most_variable_rate))
+        target = f"±{100 * TARGET_HALF_WIDTH:.0f} points"
+        return f"{text}. {target} need up to {max(num_scenes)} scenes per family"
 
     def summarize(self, family: str | None = None) -> Summary:
         """The numbers of one family, or of all episodes together."""
-        chosen = [o for o in self.outcomes if family in (None, o.family)]
-        steps = [o.steps for o in chosen if o.success]
-        rates = (
-            estimate_proportion(sum(getattr(o, name) for o in chosen), len(chosen))
-            for name in MILESTONES
+        outcomes = [outcome for outcome in self.outcomes if family in (None, outcome.family)]
+        rates = {}
+        for milestone in MILESTONES:
+            num_true = sum(getattr(outcome, milestone) for outcome in outcomes)
+            rates[milestone] = estimate_proportion(num_true, len(outcomes))
+        success_steps = [outcome.steps for outcome in outcomes if outcome.success]
+        return Summary(
+            success=rates["success"],
+            reached=rates["reached"],
+            grasped=rates["grasped"],
+            wrong_object=rates["wrong_object_moved"],
+            unreachable=float(np.mean([outcome.unreachable for outcome in outcomes])),
+            steps=float(np.mean(success_steps)) if success_steps else None,
         )
-        success, reached, grasped, wrong = rates
-        lost, mean = (
-            float(np.mean([o.unreachable for o in chosen])),
-            float(np.mean(steps)) if steps else None,
-        )
-        return Summary(success, reached, grasped, wrong, lost, mean)
 
     def save(self, path: Path) -> None:
-        """Writes JSON, the summaries first, whole or not at all."""
+        """Write the results as JSON, the summaries first; the file is written whole or not at all."""
         content = {
             "policy": self.policy,
             "settings": self.settings,
             "seconds": self.seconds,
             "mean_success": self.mean_success().value,
-            "summary": {f: asdict(self.summarize(f)) for f in self.families},
-            "outcomes": [asdict(o) for o in self.outcomes],
+            "summary": {family: asdict(self.summarize(family)) for family in self.families},
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "wanted": sorted(self.wanted),
         }
         write_text(path, json.dumps(content, indent=1))
 
     def to_table(self) -> Table:
         """The summaries for a terminal."""
+        headers = [
+            "family",
+            "success [95 %]",
+            "reached",
+            "grasped",
+            "wrong object",
+            "steps out of reach",
+            "steps to success",
+        ]
         rows = []
         for family in self.families:
-            s = self.summarize(family)
-            rates = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.wrong_object)]
-            steps = [f"{s.unreachable:.1f}", "" if s.steps is None else f"{s.steps:.0f}"]
-            rows.append([family, s.success.to_text(".0%"), *rates, *steps])
+            summary = self.summarize(family)
+            rows.append(
+                [
+                    family,
+                    summary.success.to_text(".0%"),
+                    f"{summary.reached.value:.0%}",
+                    f"{summary.grasped.value:.0%}",
+                    f"{summary.wrong_object.value:.0%}",
+                    f"{summary.unreachable:.1f}",
+                    "" if summary.steps is None else f"{summary.steps:.0f}",
+                ]
+            )
         mean = self.mean_success()
-        rows.append(
-            ["mean of families", f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]", *[""] * 5]
-        )
+        mean_text = f"{mean.value:.1%} [{mean.low:.0%}, {mean.high:.0%}]"
+        rows.append(["mean of families", mean_text, "", "", "", "", ""])
+
         num_episodes = format_count(len(self.outcomes), "episodes")
         title = f"{self.policy}: closed loop, {num_episodes}, {self.seconds:.0f} s"
-        headers = ["family", "success [95 %]", "reached", "grasped", "wrong object"]
-        headers += ["steps out of reach", "steps to success"]
         return build_terminal_table(title, headers, rows, self.describe_precision(), mean_last=True)
 
 
@@ -174,63 +220,86 @@ def build_terminal_table(
     caption: str = "",
     mean_last: bool = False,
 ) -> Table:
-    """A table for a terminal, numbers right; 80 characters fold none of our words. mean_last: the last row is
-    set off."""
-    lean: Any = {
-        "box": box.SIMPLE_HEAD,
-        "show_edge": False,
-        "pad_edge": False,
-        "collapse_padding": True,
-    }
-    table = Table(title="\n" + escape(title), caption=escape(caption), **lean)
-    short = all(len(row[0]) <= 16 for row in rows)
+    """A table for a terminal, numbers right-aligned; 80 characters fold none of our words.
+
+    mean_last  a rule separates the last row from the others.
+    """
+    table = Table(
+        title="\n" + escape(title),
+        caption=escape(caption),
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    has_short_names = all(len(row[0]) <= MAX_NO_WRAP_CHARS for row in rows)
     for index, header in enumerate(headers):
-        kept = header.startswith("success [") if index else short  # what the table is for
-        table.add_column(
-            escape(header), justify="right" if index else "left", no_wrap=kept, overflow="fold"
-        )
-    for row in rows:
-        if mean_last and row is rows[-1]:
+        # The success rate is what the table is for: it is never folded.
+        no_wrap = header.startswith("success [") if index else has_short_names
+        justify: Any = "right" if index else "left"
+        table.add_column(escape(header), justify=justify, no_wrap=no_wrap, overflow="fold")
+    for index, row in enumerate(rows):
+        if mean_last and index == len(rows) - 1:
             table.add_section()
-        table.add_row(*map(escape, row))
+        table.add_row(*[escape(cell) for cell in row])
     return table
 
 
 def merge_results(parts: Sequence[Results]) -> Results:
-    """Parts of one evaluation as one: families in the order of their first appearance, scenes by seed, each
-    once. Raises `SpearError` when policies or settings differ, or a scene ended differently."""
+    """Merge parts of one evaluation: families in the order of their first appearance, scenes by seed.
+
+    Raises `SpearError` if policies or settings differ, or if a scene ended differently in two parts.
+    """
     first = parts[0]
-    found: dict[tuple[str, int], Outcome] = {}
+    outcomes: dict[SceneId, Outcome] = {}
     for part in parts:
-        if other := describe_difference(
-            *({"policy": p.policy, **p.settings} for p in (first, part))
-        ):
+        difference = describe_difference(_to_header(first), _to_header(part))
+        if difference:
             raise SpearError(
-                f"results of {part.policy}: {other}: only parts of one evaluation merge"
+                f"results of {part.policy}: {difference}: only parts of one evaluation merge"
             )
-        for o in part.outcomes:
-            if found.setdefault((o.family, o.seed), o) != o:
-                which = f"results of {part.policy}: {o.family} scene {o.seed} ended differently in two parts"
+        for outcome in part.outcomes:
+            if outcomes.setdefault(outcome.scene, outcome) != outcome:
                 raise SpearError(
-                    f"{which}: rounding, or another policy: remove one journal, or all"
+                    f"results of {part.policy}: {outcome.family} scene {outcome.seed} ended differently in "
+                    "two parts: rounding, or another policy: remove one journal, or all"
                 )
-    order = list(dict.fromkeys(f for f, _ in found))
-    outcomes = sorted(found.values(), key=lambda o: (order.index(o.family), o.seed))
-    wanted = frozenset[tuple[str, int]]().union(*(p.wanted for p in parts))
-    return Results(first.policy, first.settings, outcomes, sum(p.seconds for p in parts), wanted)
+
+    families = list(dict.fromkeys(family for family, _ in outcomes))
+    sorted_outcomes = sorted(
+        outcomes.values(), key=lambda outcome: (families.index(outcome.family), outcome.seed)
+    )
+    wanted: frozenset[SceneId] = frozenset()
+    for part in parts:
+        wanted |= part.wanted
+    seconds = sum(part.seconds for part in parts)
+    return Results(first.policy, first.settings, sorted_outcomes, seconds, wanted)
+
+
+def _to_header(results: Results) -> dict[str, Any]:
+    """What all parts of one evaluation have in common."""
+    return {"policy": results.policy, **results.settings}
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "2/5", the second of five parts of an evaluation, as (2, 5): every fifth scene from the second on.
-    Raises `SpearError` for anything else than k/n with 1 <= k <= n."""
-    index, _, of = text.partition("/")
-    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
-        raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
-    return int(index), int(of)
+    """Parse "2/5", the second of five parts of an evaluation, as (2, 5).
+
+    Part k of n has every n-th scene from the k-th on. Raises `SpearError` unless 1 <= k <= n.
+    """
+    index_text, _, count_text = text.partition("/")
+    if index_text.isdecimal() and count_text.isdecimal():
+        index = int(index_text)
+        count = int(count_text)
+        if 1 <= index <= count:
+            return index, count
+    raise SpearError(f"--shard {text}: write it as 2/5 for the second of five parts")
 
 
 class Journal:
-    """The journal that this process writes. done: the outcomes that any journal of the folder holds."""
+    """The journal that this process writes.
+
+    outcomes  those in any journal of the folder, by scene.
+    """
 
     def __init__(
         self,
@@ -240,72 +309,100 @@ class Journal:
         shard: tuple[int, int],
         scenes: ScenesByFamily,
     ) -> None:
-        """Opens a journal, or goes on with it, to run these scenes. `SpearError`: of other settings."""
+        """Open a journal for running these scenes, or continue it.
+
+        Raises `SpearError` if the folder has results of another policy or of other settings.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.done: dict[tuple[str, int], Outcome] = {}
-        wanted = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
-        if not (found := find_journals(folder)) and (folder / "results.json").is_file():
+        self.outcomes: dict[SceneId, Outcome] = {}
+        journals = find_journals(folder)
+        if not journals and (folder / "results.json").is_file():
             raise SpearError(
                 f"{folder}: holds results.json without journals: give another --out, or move it"
             )
-        for path in found:
+
+        missing = {(family, seed) for family, seeds in scenes.items() for seed in seeds}
+        for path in journals:
             earlier = read_journal(path)
-            heads = ({"policy": earlier.policy, **earlier.settings}, {"policy": policy, **settings})
-            if other := describe_difference(*heads):
+            difference = describe_difference(_to_header(earlier), {"policy": policy, **settings})
+            if difference:
                 raise SpearError(
-                    f"{folder}: holds other results: {other}: give another --out, or remove it"
+                    f"{folder}: holds other results: {difference}: give another --out, or remove it"
                 )
-            self.done |= {(o.family, o.seed): o for o in earlier.outcomes}
-            wanted -= earlier.wanted
+            self.outcomes |= {outcome.scene: outcome for outcome in earlier.outcomes}
+            missing -= earlier.wanted
+
         self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
         if self._path.is_file():
-            whole = self._path.read_bytes().rpartition(b"\n")[0]
-            os.truncate(self._path, len(whole) + 1 if whole else 0)
-        plan = {"scenes": {family: list(seeds) for family, seeds in scenes.items()}}
-        self._begin = [
+            _cut_off_incomplete_line(self._path)
+
+        # Nothing is written before the first episode has ended.
+        self._header_lines: list[Any] = [
             {"policy": policy, "settings": to_plain_json(settings)},
-            *([plan] if wanted else []),
         ]
+        if missing:
+            all_scenes = {family: list(seeds) for family, seeds in scenes.items()}
+            self._header_lines.append({"scenes": all_scenes})
 
     def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
-        """One more episode, on disk when this returns. seconds: that it ran; wall: since the one before."""
+        """Append an episode, which is on disk when this returns.
+
+        seconds  how long it ran. wall: the time since the one before it ended.
+        """
         with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            line = {**asdict(outcome), "seconds": seconds, "wall": wall}
-            lines = [*self._begin[1 if file.tell() else 0 :], line]
+            lines = list(self._header_lines)
+            if lines and file.tell():  # the journal is continued: its first line is there
+                del lines[0]
+            lines.append({**asdict(outcome), "seconds": seconds, "wall": wall})
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        self._begin = []
-        self.done[outcome.family, outcome.seed] = outcome
+        self._header_lines = []
+        self.outcomes[outcome.scene] = outcome
+
+
+def _cut_off_incomplete_line(path: Path) -> None:
+    complete_lines = path.read_bytes().rpartition(b"\n")[0]
+    os.truncate(path, len(complete_lines) + 1 if complete_lines else 0)
 
 
 def find_journals(folder: Path) -> list[Path]:
-    """The journals of a folder that say at least who acted."""
-    return sorted(p for p in folder.glob("episodes-*-of-*.jsonl") if b"\n" in p.read_bytes())
+    """The journals of a folder that have at least their first line."""
+    paths = folder.glob("episodes-*-of-*.jsonl")
+    return sorted(path for path in paths if b"\n" in path.read_bytes())
 
 
 def read_journal(path: Path) -> Results:
-    """The episodes of one journal so far. Raises `SpearError` for a file that is not one."""
+    """The episodes of one journal so far. Raises `SpearError` for a file that is not a journal."""
     try:
-        lines = path.read_text("utf-8").rpartition("\n")[0].split("\n")
-        head, *others = [json.loads(line) for line in lines]
-        plans, episodes = ([e for e in others if ("scenes" in e) is plan] for plan in (True, False))
-        wanted = frozenset(
-            (f, s) for plan in plans for f, seeds in plan["scenes"].items() for s in seeds
+        complete_lines = path.read_text("utf-8").rpartition("\n")[0]
+        header, *records = [json.loads(line) for line in complete_lines.split("\n")]
+        wanted: set[SceneId] = set()
+        episodes = []
+        total_seconds = 0.0
+        for record in records:
+            if "scenes" in record:
+                for family, seeds in record["scenes"].items():
+                    wanted.update((family, seed) for seed in seeds)
+                continue
+            seconds = record.pop("seconds")
+            total_seconds += record.pop("wall", seconds)  # old journals: seconds is what wall is
+            episodes.append(record)
+        return Results(
+            header["policy"], header["settings"], episodes, total_seconds, frozenset(wanted)
         )
-        seconds = sum(
-            e.pop("wall", e.pop("seconds")) for e in episodes
-        )  # once, seconds was what wall is
-        return Results(head["policy"], head["settings"], episodes, seconds, wanted)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None
 
 
 def load_results(path: Path) -> Results:
-    """The results in a folder (its journals together, or else its results.json), or in a results file. Raises
-    `SpearError` when there are none, or when they do not belong together."""
-    if path.is_dir() and (found := find_journals(path)):
-        results = merge_results([read_journal(p) for p in found])
+    """The results in a folder (its journals merged, or else its results.json), or in a results file.
+
+    Raises `SpearError` if there are none, or if they do not belong together.
+    """
+    journals = find_journals(path) if path.is_dir() else []
+    if journals:
+        results = merge_results([read_journal(journal) for journal in journals])
         if not results.outcomes:
             raise SpearError(
                 f"results: {path}: no episode has ended there: run `spear evaluate` again"

@@ -1,10 +1,10 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, what is missing is run, films."""
+"""What evaluations in every simulator share: outcomes on disk as they come, resumption, and films."""
 
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 from spear.data.readers.formats import check_holds_no_input
 from spear.errors import SpearError, format_count
@@ -31,7 +31,7 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only asked for
+    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only recorded
                     where every episode may need one; the few others are run again for their film.
     """
 
@@ -40,11 +40,14 @@ class Simulator(Protocol[Track]):
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, Track]]:
-        """The outcome of each episode as it ends, the seconds that it ran (beside others), and its track:
-        what a film is made of, which may be empty unless `filming`."""
+        """Run one episode per seed, in any order.
+
+        Yields, as each episode ends, its outcome, the seconds that it ran (alongside others), and its track:
+        what its film is made of. The track may be empty unless `filming`.
+        """
 
     def film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
-        """The pictures of an episode's film, one a step."""
+        """The frames of an episode's film, one per step."""
 
 
 def run_evaluation(
@@ -54,85 +57,170 @@ def run_evaluation(
     settings: dict[str, Any],
     options: EpisodeOptions,
 ) -> tuple[Results, list[Film]]:
-    """Runs an evaluation, and gives its results and the films made now.
+    """Run an evaluation, or what is missing of it.
 
-    scenes    those that `options.out` holds are only filmed, where a film is wanted and missing.
-    settings  whatever else an outcome depends on: only results with the same settings belong together.
+    Args:
+        simulator: Where the scenes are.
+        agent: Who acts.
+        scenes: Those whose outcomes `options.out` has are only filmed, where a film is wanted and missing.
+        settings: Whatever else an outcome depends on: only results with the same settings are merged.
+        options: Which part of the scenes to run, what to film, and where to write.
 
-    Raises SpearError for a folder with other results, and for a part that is empty or runs elsewhere.
+    Returns:
+        The results of this part of the scenes, and the films made now.
+
+    Raises:
+        SpearError: The folder has other results; the part is empty, or runs elsewhere.
     """
-    index, of = parse_shard(options.shard)
-    most = max(map(len, scenes.values()), default=0)
-    if most < index:
-        raise SpearError(
-            f"--shard {index}/{of}: holds no scene: make at most {format_count(most, 'parts')}"
-        )
-    part = {family: seeds[index - 1 :: of] for family, seeds in scenes.items()}
+    # Choose this process's part of the scenes.
+    shard = parse_shard(options.shard)
+    part = select_part(scenes, shard)
     if options.films:
-        video.import_encoder()
-    films: dict[str, Film] = {}
+        video.import_encoder()  # a missing one is reported before any episode runs
 
-    def make_films(ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
-        """Films that are wanted of these episodes and not there yet; the seeds of those without a track."""
-        if isinstance(options.films, int):
-            wins, failures = ([o for o in ended if o.success is won] for won in (True, False))
-            wanted = wins[: options.films] + failures[: options.films]
-        else:
-            wanted = [o for o in ended if options.films == "all" or not o.success]
-        again = []
-        for outcome in wanted:
+    with contextlib.ExitStack() as stack:
+        # Open the journal, which knows what earlier runs have finished.
+        journal = None
+        if options.out:
+            journal = stack.enter_context(open_journal(options, agent.name, settings, shard, part))
+
+        # Run what is missing, one family after another.
+        started = time.perf_counter()
+        evaluation = _Evaluation(simulator, agent, options, journal)
+        outcomes: list[Outcome] = []
+        for family, seeds in part.items():
+            outcomes += evaluation.run_family(family, seeds)
+
+    results = Results(agent.name, settings, outcomes, time.perf_counter() - started)
+    return results, evaluation.films
+
+
+def select_part(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Sequence[int]]:
+    """The scenes of part k of n. Raises `SpearError` if there are none."""
+    index, count = shard
+    max_scenes = max(map(len, scenes.values()), default=0)
+    if max_scenes < index:
+        raise SpearError(
+            f"--shard {index}/{count}: holds no scene: make at most {format_count(max_scenes, 'parts')}"
+        )
+    return {family: seeds[index - 1 :: count] for family, seeds in scenes.items()}
+
+
+@contextlib.contextmanager
+def open_journal(
+    options: EpisodeOptions,
+    policy: str,
+    settings: Mapping[str, Any],
+    shard: tuple[int, int],
+    part: ScenesByFamily,
+) -> Iterator[Journal]:
+    """The journal of a shard in `options.out`, which no other process writes meanwhile."""
+    assert options.out is not None
+    index, count = shard
+    check_holds_no_input(options.out, "evaluate")
+    lock_name = f".episodes-{index}-of-{count}.lock"
+    with acquire_run_lock(options.out, f"running part {index}/{count} in", name=lock_name):
+        yield Journal(options.out, policy, settings, shard, part)
+
+
+@dataclass
+class _Evaluation(Generic[Track]):
+    """An evaluation that is running, with the films made so far."""
+
+    simulator: Simulator[Track]
+    agent: Agent
+    options: EpisodeOptions
+    journal: Journal | None
+    _films: dict[str, Film] = field(default_factory=dict)
+
+    @property
+    def films(self) -> list[Film]:
+        return list(self._films.values())
+
+    @property
+    def records_tracks(self) -> bool:
+        """Whether all episodes are run with their tracks."""
+        films = self.options.films
+        return isinstance(films, str) or (films > 0 and self.simulator.films_are_free)
+
+    @property
+    def films_at_once(self) -> bool:
+        """Whether each film is made as its episode ends: in SIMPLER a track is every picture."""
+        return isinstance(self.options.films, str)
+
+    def run_family(self, family: str, seeds: Sequence[int]) -> list[Outcome]:
+        """Run the episodes of a family that are missing; the outcomes of all, in the order of their seeds."""
+        outcomes: dict[int, Outcome] = {}
+        if self.journal is not None:
+            for seed in seeds:
+                if (family, seed) in self.journal.outcomes:
+                    outcomes[seed] = self.journal.outcomes[family, seed]
+        missing = [seed for seed in seeds if seed not in outcomes]
+
+        title = f"{self.agent.name}, {family}"
+        with ProgressBar(title, len(seeds), "scenes", len(outcomes)) as bar:
+            tracks = self._run_episodes(family, missing, outcomes, bar)
+            ended = [outcomes[seed] for seed in seeds]
+            without_track = self._make_films(ended, tracks)
+            self._film_again(family, without_track, outcomes, bar)
+        return ended
+
+    def _run_episodes(
+        self, family: str, seeds: Sequence[int], outcomes: dict[int, Outcome], bar: ProgressBar
+    ) -> dict[int, Track]:
+        """Run episodes and add their outcomes; returns the tracks of which no film was made yet."""
+        tracks: dict[int, Track] = {}
+        last_end = time.perf_counter()
+        episodes = self.simulator.run(self.agent, family, seeds, self.records_tracks)
+        for outcome, seconds, track in episodes:
+            outcomes[outcome.seed] = outcome
+            if self.journal is not None:
+                self.journal.add(outcome, seconds, time.perf_counter() - last_end)
+            last_end = time.perf_counter()
+            if self.records_tracks:
+                tracks[outcome.seed] = track
+            if self.films_at_once:
+                self._make_films([outcome], tracks)
+                tracks.clear()
+            num_successes = sum(outcome.success for outcome in outcomes.values())
+            bar.update(len(outcomes), f"{num_successes} succeeded")
+        return tracks
+
+    def _film_again(
+        self, family: str, seeds: Sequence[int], outcomes: Mapping[int, Outcome], bar: ProgressBar
+    ) -> None:
+        """Run episodes that have ended a second time, for their films."""
+        for outcome, _, track in self.simulator.run(self.agent, family, seeds, True):
+            if outcome == outcomes[outcome.seed]:
+                self._make_films([outcome], {outcome.seed: track})
+            else:
+                bar.print_line(
+                    f"no film of {family} {outcome.seed}: it ended differently when run again"
+                )
+
+    def _make_films(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
+        """Make the films that are wanted of these episodes and missing; returns the seeds without a track."""
+        without_track = []
+        for outcome in self._select_filmed(ended):
             name = outcome.film_name
-            if name in films or (options.out and (options.out / name).is_file()):
+            is_on_disk = self.options.out is not None and (self.options.out / name).is_file()
+            if name in self._films or is_on_disk:
                 continue
             if outcome.seed not in tracks:
-                again.append(outcome.seed)
+                without_track.append(outcome.seed)
                 continue
-            pictures = simulator.film(outcome, tracks[outcome.seed])
-            films[name] = film = Film(outcome, video.encode_film(pictures, CONTROL_RATE_HZ))
-            if options.out:
-                write_bytes(options.out / name, film.data)
-        return again
+            frames = self.simulator.film(outcome, tracks[outcome.seed])
+            film = Film(outcome, video.encode_film(frames, CONTROL_RATE_HZ))
+            self._films[name] = film
+            if self.options.out:
+                write_bytes(self.options.out / name, film.data)
+        return without_track
 
-    filming = isinstance(options.films, str) or (options.films > 0 and simulator.films_are_free)
-    journal = None
-    outcomes: list[Outcome] = []
-    with contextlib.ExitStack() as stack:
-        if options.out:
-            check_holds_no_input(options.out, "evaluate")
-            doing, name = f"running part {index}/{of} in", f".episodes-{index}-of-{of}.lock"
-            stack.enter_context(acquire_run_lock(options.out, doing, name=name))
-            journal = Journal(options.out, agent.name, settings, (index, of), part)
-        started = time.perf_counter()
-        for family, seeds in part.items():
-            done = {
-                s: journal.done[family, s] for s in seeds if journal and (family, s) in journal.done
-            }
-            todo = [s for s in seeds if s not in done]
-            with ProgressBar(f"{agent.name}, {family}", len(seeds), "scenes", len(done)) as bar:
-                last, tracks = time.perf_counter(), dict[int, Track]()
-                for outcome, seconds, track in simulator.run(agent, family, todo, filming):
-                    done[outcome.seed] = outcome
-                    if journal:
-                        journal.add(outcome, seconds, time.perf_counter() - last)
-                    last = time.perf_counter()
-                    if filming:
-                        tracks[outcome.seed] = track
-                    if isinstance(
-                        options.films, str
-                    ):  # at once: in SIMPLER a track is every picture
-                        make_films([outcome], tracks)
-                        tracks.clear()
-                    bar.update(len(done), f"{sum(o.success for o in done.values())} succeeded")
-                ended = [done[s] for s in seeds]
-                outcomes += ended
-                again = make_films(ended, tracks)
-                for outcome, _, track in simulator.run(agent, family, again, True):
-                    if outcome == done[outcome.seed]:
-                        make_films([outcome], {outcome.seed: track})
-                    else:
-                        bar.print_line(
-                            f"no film of {family} {outcome.seed}: it ended differently when run again"
-                        )
-    return Results(agent.name, settings, outcomes, time.perf_counter() - started), list(
-        films.values()
-    )
+    def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:
+        """The episodes of which a film is wanted."""
+        films = self.options.films
+        successes = [outcome for outcome in ended if outcome.success]
+        failures = [outcome for outcome in ended if not outcome.success]
+        if isinstance(films, int):
+            return successes[:films] + failures[:films]
+        return list(ended) if films == "all" else failures
