@@ -1,42 +1,59 @@
-"""A robot as one file: `spear serve POLICY --embodiment examples/my_robot.py`."""
+"""A robot as one file: `spear serve POLICY --embodiment examples/my_robot.py`.
+
+This robot reports its pose in millimeters and as a rotation vector, and takes absolute poses as
+commands.
+"""
 
 import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment
-from spear.embodiments import tools as read  # checks that name the key
+from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.observations import (  # each of them names the key in its errors
+    check_opening,
+    check_position,
+    check_radians,
+    make_example_image,
+    make_state,
+    read_image,
+    read_numbers,
+    read_prompt,
+)
 from spear.geometry import quat_exp, quat_log
 
-POSE = "tcp"
+MM_PER_M = 1000
 
 
 def observe(observation):
-    """The robot's observation as SPEAR-1's (`spear.types.Policy`): metres, quaternions, base frame."""
-    tcp = read.numbers(observation, POSE, 6)
-    rotation = quat_exp(torch.from_numpy(read.radians(tcp[3:], POSE))).numpy()
-    gripper = read.numbers(observation, "gripper", 1)[0]
+    """Convert the robot's observation to SPEAR-1's (`spear.types.Policy`): meters, quaternions,
+    base frame.
+    """
+    tcp = read_numbers(observation, "tcp", 6)
+    position = check_position(tcp[:3] / MM_PER_M, "tcp")
+    rotation_vector = torch.from_numpy(check_radians(tcp[3:], "tcp"))
+    rotation = quat_exp(rotation_vector).numpy()
+    opening = check_opening(read_numbers(observation, "gripper", 1)[0], "gripper")
     return {
-        "observation/image": read.image(observation, "camera"),
-        "observation/state": read.state(
-            read.position(tcp[:3] / 1000, POSE),
-            rotation,
-            read.opening(observation, "gripper", gripper),
-        ),
-        "prompt": read.prompt(observation),
+        "observation/image": read_image(observation, "camera"),
+        "observation/state": make_state(position, rotation, opening),
+        "prompt": read_prompt(observation),
     }
 
 
-def poses(actions, state, observation):
-    """SPEAR-1's actions [5, 8], as this robot takes them: the poses that they lead to, one per row."""
-    positions, rotations = read.targets(state, actions)
-    turns = quat_log(torch.from_numpy(rotations)).numpy()
-    return np.concatenate([1000 * positions, turns, actions[:, 7:]], axis=1).astype(np.float32)
+def convert_to_poses(actions, state, observation):
+    """Convert SPEAR-1's actions [5, 8] to the poses to which they lead, one row [7] each."""
+    positions, rotations = compute_target_poses(state, actions)
+    rotation_vectors = quat_log(torch.from_numpy(rotations)).numpy()
+    openings = actions[:, 7:]
+    rows = np.concatenate([MM_PER_M * positions, rotation_vectors, openings], axis=1)
+    return rows.astype(np.float32)
 
 
-def example():
+def make_example():
+    """Make an observation as the robot sends it."""
     return {
-        "camera": read.example_image(640, 480),
-        POSE: np.array([450.0, 0.0, 200.0, 0.0, 0.1, 0.2]),
+        "camera": make_example_image(640, 480),
+        "tcp": np.array([450.0, 0.0, 200.0, 0.0, 0.1, 0.2]),
         "gripper": np.array([1.0]),
         "prompt": "put the carrot on the plate",
     }
@@ -45,11 +62,15 @@ def example():
 EMBODIMENT = Embodiment(
     required={
         "camera": "the camera's image, uint8 [height, width, 3]",
-        POSE: "x y z (mm), rotation vector (rad), base frame: 6 numbers",
+        "tcp": "x y z (mm), rotation vector (rad), base frame: 6 numbers",
         "gripper": "opening, 0 … 1",
         "prompt": "the instruction in words",
     },
     observe=observe,
-    controls={"pose": Control("x y z (mm), rotation vector (rad), opening", 5.0, poses)},
-    example=example,
+    controls={
+        "pose": Control(
+            "x y z (mm), rotation vector (rad), opening", rate_hz=5.0, convert=convert_to_poses
+        )
+    },
+    example=make_example,
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from spear.embodiments import Embodiment
-from spear.embodiments.tools import LONGEST_PROMPT, LONGEST_SIDE, SHORTEST_SIDE
+from spear.embodiments.observations import MAX_IMAGE_SIDE_PX, MAX_PROMPT_CHARS, MIN_IMAGE_SIDE_PX
 from spear.errors import SpearError
 from spear.serve import wire
 
@@ -220,12 +220,15 @@ def check_observation(maker: Maker, robot: Embodiment, good: dict[str, Any]) -> 
         and np.isfinite(state).all()
         and abs(np.linalg.norm(state[3:7]) - 1) < 1e-3
     )
-    assert isinstance(words, str) and words.strip() and len(words) <= LONGEST_PROMPT
+    assert isinstance(words, str) and words.strip() and len(words) <= MAX_PROMPT_CHARS
     assert type(seen.get("seed", 0)) is int
     for name, image in seen.items():
         if name.endswith("image"):
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            assert min(image.shape[:2]) >= SHORTEST_SIDE and max(image.shape[:2]) <= LONGEST_SIDE
+            assert (
+                min(image.shape[:2]) >= MIN_IMAGE_SIDE_PX
+                and max(image.shape[:2]) <= MAX_IMAGE_SIDE_PX
+            )
     return "accepted"
 
 

@@ -12,7 +12,12 @@ import torch
 from spear import flow
 from spear.chunks import check_chunk
 from spear.data.normalize import Normalizer
-from spear.embodiments.tools import Checked, camera_key, check, is_camera
+from spear.embodiments.observations import (
+    CheckedObservation,
+    camera_key,
+    check_observation,
+    is_camera_key,
+)
 from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.models.decode import LogitRecorder, decode_greedily
 from spear.models.devices import choose_device, is_bfloat16_fast, keep_freed_memory, limit_threads
@@ -273,10 +278,12 @@ class Spear1Policy:
         return self.model.sample_actions(**inputs, steps=self.steps)
 
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Observations as the network's arguments. What is not `Checked` yet is checked first."""
+        """Observations as the network's arguments. Unchecked ones are checked first."""
         device = self.model.device
         observations = [
-            o if isinstance(o, Checked) else check({k: v for k, v in o.items() if v is not None})
+            o
+            if isinstance(o, CheckedObservation)
+            else check_observation({k: v for k, v in o.items() if v is not None})
             for o in observations
         ]
         states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
@@ -312,7 +319,7 @@ class Spear1Policy:
         """View → images [B, 3, h, w] uint8, without views that nobody has; and which [B] are there."""
         keys = {camera_key(view): view for view in self.image_sizes}
         for key in (key for observation in observations for key in observation):
-            if is_camera(key) and key not in keys:
+            if is_camera_key(key) and key not in keys:
                 raise SpearError(
                     f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out"
                 )

@@ -286,7 +286,8 @@ class Policy(Protocol):
                                    there, which begins with them
     Result keys
         "actions"                  [H, 8] float32, the layout of `Action`, metres
-    It may say which cameras it takes: `image_sizes`, as `spear.embodiments.tools.cameras` has them.
+    It may say which cameras it takes: `image_sizes`, view → (width, height), as
+    `spear.embodiments.observations.get_image_sizes` returns them.
     """
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...

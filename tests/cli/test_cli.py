@@ -203,7 +203,7 @@ def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
 ) -> None:
     """As by a robot whose every observation has the same fault; the next command says it again."""
     robot = embodiments.load("droid")
-    folded = {**robot.example(), droid.JOINTS: -robot.example()[droid.JOINTS]}
+    folded = {**robot.example(), droid.JOINTS_KEY: -robot.example()[droid.JOINTS_KEY]}
     monkeypatch.setattr("spear.cli._do", lambda args: [robot.read(folded) for _ in range(3)])
     for _ in range(2):
         assert main([]) == 0 and re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)

@@ -12,7 +12,7 @@ from refusals import Command
 from serve_here import Homing, serving
 from spear.embodiments import load as robot_of
 from spear.embodiments.generic import EMBODIMENT as GENERIC
-from spear.embodiments.tools import IMAGE_SIZES
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES
 from spear.errors import Notice, SpearError
 from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate_tabletop
@@ -72,7 +72,9 @@ def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[in
     if sizes:
         policy.image_sizes = sizes
     with serving(policy) as server, pytest.warns(Notice, match="which weights"):  # it does not say
-        assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (sizes or IMAGE_SIZES)
+        assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (
+            sizes or DEFAULT_IMAGE_SIZES
+        )
 
 
 def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
@@ -84,7 +86,7 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
     assert service.warm_up() > 0 and list(service.metadata["image_sizes"]) == ["external"]
     (answer,) = service.answer([seen])
     ours = {k: v for k, v in robot.read(seen).items() if k != "observation/wrist_image"}
-    rows = robot.control(None)[1].convert(
+    rows = robot.select_control(None)[1].convert(
         policy.infer(ours)["actions"], ours["observation/state"], seen
     )
     np.testing.assert_array_equal(answer["actions"], rows)

@@ -52,7 +52,7 @@ def walked(state: Array, actions: Array) -> tuple[Array, list[Rotation]]:
     return np.array(positions), turns
 
 
-@pytest.mark.parametrize("name", embodiments.names())
+@pytest.mark.parametrize("name", embodiments.list_names())
 def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
     robot = embodiments.load(name)
     state = robot.read(robot.example())["observation/state"]
@@ -67,7 +67,7 @@ def test_the_example_is_understood_and_commands_have_rows(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", embodiments.names())
+@pytest.mark.parametrize("name", embodiments.list_names())
 def test_what_is_wrong_is_named(name: str) -> None:
     robot = embodiments.load(name)
     good = robot.example()
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_named(name: str) -> None:
             )  # texts, of which no array is made
             if key in ("observation/state", "maniskill3/eef_pos", "states"):  # millimetres
                 wrong[key].append(value * np.where(np.arange(len(value)) < 3, 1000, 1))
-            if key == droid.JOINTS or (name, key) == ("widowx", "observation/state"):
+            if key == droid.JOINTS_KEY or (name, key) == ("widowx", "observation/state"):
                 wrong[key].append(
                     value * np.where(np.isin(np.arange(len(value)), (3, 4, 5)), 57.3, 1)
                 )
@@ -138,7 +138,7 @@ def test_widowx_controllers_turn_as_we_do(
     np.testing.assert_allclose(
         turn(state[3:7]).as_matrix() @ frame, orientation.as_matrix(), atol=1e-6
     )
-    rows = robot.control(None)[1].convert(chunk(angle=0.5), state, seen)
+    rows = robot.select_control(None)[1].convert(chunk(angle=0.5), state, seen)
     positions, turns = walked(state, chunk(angle=0.5))
     np.testing.assert_allclose(state[:3] + np.cumsum(rows[:, :3], axis=0), positions, atol=1e-6)
     for row, facing in zip(rows, turns, strict=True):
@@ -154,7 +154,7 @@ def test_neither_simpler_takes_the_others_observations() -> None:
     for robot, other in ((three, two), (two, three)):
         refuses("unknown observation key", robot.read, other.example())
         state = robot.read(robot.example())["observation/state"]
-        rows.append(robot.control(None)[1].convert(turned, state, {}))
+        rows.append(robot.select_control(None)[1].convert(turned, state, {}))
     np.testing.assert_array_equal(rows[0][:, :3], rows[1][:, :3])
     for a, b in zip(*rows, strict=True):
         assert (
@@ -188,7 +188,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
             and (turn(orientation).inv() * facing).magnitude() < 5e-3
         )
     velocity = robot.controls["joint_velocity"].convert(chunk(), state, seen)
-    followed = seen[droid.JOINTS] + np.cumsum(velocity[:, :7] * 0.2, axis=0)
+    followed = seen[droid.JOINTS_KEY] + np.cumsum(velocity[:, :7] * 0.2, axis=0)
     np.testing.assert_allclose(followed, joints[:, :7], atol=1e-5)
     assert velocity[:, 7].tolist() == [0] * 6 + [1] * 9
     assert (
@@ -201,7 +201,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     )  # too fast for one action
     velocity = robot.controls["joint_velocity"].convert(turned, state, seen)[:, :7]
     assert np.abs(velocity[3:6]).max() > 0.1  # what is lost is made up for
-    at, orientation = compute_ee_pose(seen[droid.JOINTS] + 0.2 * velocity.sum(axis=0))
+    at, orientation = compute_ee_pose(seen[droid.JOINTS_KEY] + 0.2 * velocity.sum(axis=0))
     ends, facing = walked(state, turned)
     assert (
         np.linalg.norm(at - ends[-1]) < 1e-3
@@ -209,7 +209,7 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
     )
     hurried = robot.controls["joint_position"].convert(chunk(size=0.3), state, seen)[:, :7]
     speed = (
-        np.abs(np.diff(hurried, axis=0, prepend=seen[droid.JOINTS][None]))
+        np.abs(np.diff(hurried, axis=0, prepend=seen[droid.JOINTS_KEY][None]))
         * 15
         / MAX_JOINT_SPEED_RAD_S
     )
@@ -226,12 +226,12 @@ def test_droid_joints_and_the_flange_lead_where_the_actions_do() -> None:
 def test_the_elbow_stays_where_it_is_while_the_hand_hardly_moves() -> None:
     robot = embodiments.load("droid")
     seen = robot.example()
-    seen[droid.JOINTS] = seen[droid.JOINTS] + np.eye(7)[2] / 2
+    seen[droid.JOINTS_KEY] = seen[droid.JOINTS_KEY] + np.eye(7)[2] / 2
     rows = np.tile(np.array([1e-4, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
     joints = robot.controls["joint_position"].convert(
         rows, robot.read(seen)["observation/state"], seen
     )
-    assert np.abs(joints[:, :7] - seen[droid.JOINTS]).max() < 5e-3
+    assert np.abs(joints[:, :7] - seen[droid.JOINTS_KEY]).max() < 5e-3
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("droid", "droid"), ("widowx", "bridge_dataset")])
@@ -265,7 +265,7 @@ def test_what_openpi_pads_is_seen_as_the_camera_saw_it(
     robot = embodiments.load("droid")
 
     def given(image: Array) -> torch.Tensor:
-        seen = {**robot.example(), droid.IMAGE: image, droid.WRIST: image}
+        seen = {**robot.example(), droid.EXTERIOR_IMAGE_KEY: image, droid.WRIST_IMAGE_KEY: image}
         with suppress_notices():
             pixels = nano.prepare_inputs([robot.read(seen)])["pixel_values"]
         return torch.cat([pixels[view].flatten().float() for view in ("external", "wrist")])
@@ -274,17 +274,17 @@ def test_what_openpi_pads_is_seen_as_the_camera_saw_it(
     assert (given(padded) - given(camera)).abs().mean() < 1.5
     barely = padded.copy()
     barely[5, 5] = barely[-6, -6] = 1  # not what padding makes
-    assert droid.unpadded(barely) is barely
+    assert droid.remove_padding(barely) is barely
     moved = np.roll(padded, 2, (0, 1))
     for other in (np.zeros_like(padded), padded[:200], fit_image(camera, 256, 256), moved):
-        assert droid.unpadded(other) is other
+        assert droid.remove_padding(other) is other
 
 
 def test_a_robot_is_one_file() -> None:
     robot = embodiments.load(str(EXAMPLE))
     refuses("tcp", robot.read, {**robot.example(), "tcp": np.array([450, 0, 200, 0, 180, 0.0])})
     state = robot.read(robot.example())["observation/state"]
-    rows = robot.control(None)[1].convert(chunk(), state, robot.example())
+    rows = robot.select_control(None)[1].convert(chunk(), state, robot.example())
     positions, turns = walked(state, chunk())
     np.testing.assert_allclose(rows[:, :3], 1000 * positions, atol=1e-2)
     for row, facing in zip(rows, turns, strict=True):

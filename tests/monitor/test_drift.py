@@ -41,7 +41,7 @@ def make_observation(**changes: Any) -> dict[str, Any]:
 
 
 def make_distribution(images: dict[str, Array]) -> TrainingDistribution:
-    """A summary of two steps with the gripper open, both with the images that are given by camera."""
+    """A summary of two steps with an open gripper and the same images, by camera."""
     batch = {
         "position": np.array([[0.3, -0.1, 0.1], [0.6, 0.1, 0.3]]),
         "rotation": np.eye(4)[[1, 1]],

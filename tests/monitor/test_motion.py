@@ -1,4 +1,4 @@
-"""Checks of what a robot does with its commands: inverted grippers, other axes, states that stay."""
+"""Checks of what a robot does with its commands: inverted grippers, other axes, stuck states."""
 
 import numpy as np
 import pytest

@@ -61,5 +61,5 @@ def test_the_pose_and_the_commands_are_those_of_droid() -> None:
     assert all(
         droid.EMBODIMENT.controls[name] is c for name, c in roboarena.EMBODIMENT.controls.items()
     )
-    del example[droid.IMAGE]
-    refuses("exterior_image_1_left' or .*exterior_image_0_left", robot.read, example)
+    del example[droid.EXTERIOR_IMAGE_KEY]
+    refuses("exterior_image_1_left' nor .*exterior_image_0_left", robot.read, example)

@@ -8,7 +8,7 @@ import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
 from spear.embodiments import generic
-from spear.embodiments.tools import check
+from spear.embodiments.observations import check_observation
 from spear.sim.env import TabletopEnv
 
 IMAGE = np.full((32, 48, 3), 90, np.uint8)
@@ -54,7 +54,7 @@ class Tabletop(StepBenchmark):
 def observe(observation: Mapping[str, Any]) -> dict[str, Any]:
     image, state = observation["images"]["primary"], observation["states"]
     seen = {"observation/image": image, "observation/state": state}
-    return check({**seen, "prompt": observation["task_description"]})
+    return check_observation({**seen, "prompt": observation["task_description"]})
 
 
 def example() -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     from spear.serve.service import Service
 
     robot = embodiments.load(options.embodiment)
-    robot.control(options.control)
+    robot.select_control(options.control)
     folder, device = locate(options.policy), choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     o = options

@@ -1,7 +1,7 @@
-"""Robots, one file each: their observations as SPEAR-1 wants them, SPEAR-1's actions as they take them.
+"""Embodiments: adapters between robots and SPEAR-1, one file per robot.
 
-A file in this folder that has an `EMBODIMENT`, or any such Python file of yours, is a robot; its name is the
-file's. docs/robots.md shows how to write one.
+A file in this folder that has an `EMBODIMENT`, or any such Python file of yours, is an embodiment;
+its name is the file's. docs/robots.md shows how to write one.
 """
 
 import importlib
@@ -9,35 +9,61 @@ import pkgutil
 import runpy
 from pathlib import Path
 
-from spear.embodiments.tools import Control, Embodiment, Observation
+from spear.embodiments.interface import Control, Embodiment
+from spear.embodiments.observations import Observation
 from spear.errors import SpearError, check_known
 
-__all__ = ["Control", "Embodiment", "Observation", "load", "names"]
+__all__ = ["Control", "Embodiment", "Observation", "list_names", "load"]
+
+_SHARED_MODULES = {"actions", "interface", "inverse_kinematics", "kinematics", "observations"}
+"""Modules of this folder that are no robots."""
 
 
-def names() -> list[str]:
-    """The robots that come with this package."""
+def list_names() -> list[str]:
+    """Return the names of the embodiments that this package contains.
+
+    >>> "droid" in list_names()
+    True
+    """
     modules = {module.name for module in pkgutil.iter_modules(__path__)}
-    return sorted(modules - {"tools", "kinematics", "inverse_kinematics"})
+    return sorted(modules - _SHARED_MODULES)
 
 
 def load(name: str) -> Embodiment:
-    """A robot by name, or from a Python file of yours. Raises `SpearError` for an unknown or broken one."""
+    """Load an embodiment.
+
+    Args:
+        name: one of `list_names()`, or the path of a Python file that defines `EMBODIMENT`.
+
+    Returns:
+        The embodiment.
+
+    Raises:
+        SpearError: the name is unknown, or the file is missing, fails or defines no `EMBODIMENT`.
+
+    Example:
+        >>> sorted(load("droid").controls)
+        ['cartesian_position', 'joint_position', 'joint_velocity']
+    """
     if not name.endswith(".py"):
-        check_known("embodiment", names(), name)
+        check_known("embodiment", list_names(), name)
         return importlib.import_module(f"spear.embodiments.{name}").EMBODIMENT
+
     path = Path(name)
     if not path.is_file():
-        others = ", ".join(names())
-        raise SpearError(f"embodiment: {path}: no such file: give a Python file or one of {others}")
+        names = ", ".join(list_names())
+        raise SpearError(
+            f"embodiment {path}: there is no such file. Give a Python file, or one of {names}."
+        )
     try:
-        found = runpy.run_path(str(path)).get("EMBODIMENT")
+        module = runpy.run_path(str(path))
     except Exception as error:
         raise SpearError(
-            f"embodiment: {path}: {type(error).__name__}: {error}: repair the file"
+            f"embodiment {path} fails with {type(error).__name__}: {error}. Repair the file."
         ) from error
-    if not isinstance(found, Embodiment):
+    embodiment = module.get("EMBODIMENT")
+    if not isinstance(embodiment, Embodiment):
         raise SpearError(
-            f"embodiment: {path}: has no EMBODIMENT: see docs/robots.md for an example"
+            f"embodiment {path} defines no EMBODIMENT. See docs/robots.md for an example."
         )
-    return found
+    return embodiment

@@ -1,10 +1,12 @@
-"""Inverse kinematics of the Franka arm: end-effector poses to joint angles, on MuJoCo's model of the arm.
+"""Inverse kinematics of the Franka arm: end-effector poses to joint angles, on MuJoCo's model of
+the arm.
 
-The simulator and the embodiments that send joint commands use this module; it needs MuJoCo, so import it
-late. `franka.xml` describes the arm: seven joints with the published kinematics, a parallel gripper and a
-wrist camera. The base stands at the origin of the base frame. The end-effector frame (site "ee") lies between
-the finger tips and is parallel to the base frame when the gripper points straight down: x forward, y along
-the closing direction, z up, away from the finger tips.
+The simulator and the embodiments that send joint commands use this module; it needs MuJoCo, so
+import it late. `franka.xml` describes the arm: seven joints with the published kinematics, a
+parallel gripper and a wrist camera. The base stands at the origin of the base frame. The
+end-effector frame (site "ee") lies between the finger tips and is parallel to the base frame when
+the gripper points straight down: x forward, y along the closing direction, z up, away from the
+finger tips.
 """
 
 import math
@@ -50,7 +52,8 @@ def ee_from_flange() -> Floats:
 
 
 def compute_ee_pose(joints: Floats) -> tuple[Floats, Floats]:
-    """Compute the end-effector's position [3] (m) and quaternion [4] in the base frame from joints [7] (rad).
+    """Compute the end-effector's position [3] (m) and quaternion [4] in the base frame from joints
+    [7] (rad).
 
     The quaternion is not made canonical.
     """
@@ -122,8 +125,8 @@ def rotation_vector_between(start: Floats, end: Floats) -> Floats:
 def _solve_least_squares(error: Floats, posture_step: Floats) -> Floats:
     """Return Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J posture_step), [7], at the pose last computed.
 
-    MuJoCo's own routines compute it because NumPy's differ in the last bit between kinds of processors, and
-    contacts turn one different bit into a different episode.
+    MuJoCo's own routines compute it because NumPy's differ in the last bit between kinds of
+    processors, and contacts turn one different bit into a different episode.
     """
     full_jacobian = np.zeros((6, ARM.nv))
     mujoco.mj_comPos(ARM, _ARM_DATA)

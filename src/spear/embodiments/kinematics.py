@@ -1,8 +1,9 @@
 """Forward kinematics of the Franka arm: joint angles to end-effector poses.
 
-This module needs no simulator, so dataset readers use it for recordings that contain joint angles only. It
-computes all steps of a recording at once. `spear.embodiments.inverse_kinematics` computes one pose at a time
-on MuJoCo's model of the same arm and also solves the inverse problem; a test compares the two.
+This module needs no simulator, so dataset readers use it for recordings that contain joint angles
+only. It computes all steps of a recording at once. `spear.embodiments.inverse_kinematics` computes
+one pose at a time on MuJoCo's model of the same arm and also solves the inverse problem; a test
+compares the two.
 """
 
 import math
@@ -47,15 +48,16 @@ _LINKS = (
 def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
     """Compute the end-effector poses of a Franka from its joint angles.
 
-    The pose is that of our end-effector frame: between the finger tips of Franka's own hand, and parallel to
-    the base frame when the gripper points straight down.
+    The pose is that of our end-effector frame: between the finger tips of Franka's own hand, and
+    parallel to the base frame when the gripper points straight down.
 
     Args:
         joints: [T, 7] joint angles, rad.
         source: where the angles come from, for error messages.
 
     Returns:
-        Positions [T, 3] (m) and canonical unit quaternions [T, 4] (w, x, y, z) in the base frame, float64.
+        Positions [T, 3] (m) and canonical unit quaternions [T, 4] (w, x, y, z) in the base frame,
+        float64.
 
     Raises:
         SpearError: the array has other than 7 columns, or its numbers are no radians.

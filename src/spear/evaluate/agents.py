@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from spear.embodiments.tools import IMAGE_SIZES, rendered_sizes, shown_to
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_rendered_sizes, select_cameras
 from spear.errors import SpearError, notice
 from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
@@ -32,7 +32,7 @@ class Agent(Protocol):
     name: str
     weights: str | None = None
     needs_images: bool = False
-    image_sizes: Mapping[str, tuple[int, int]] = IMAGE_SIZES
+    image_sizes: Mapping[str, tuple[int, int]] = DEFAULT_IMAGE_SIZES
     committed: int = 0
 
     def act(
@@ -50,7 +50,7 @@ class PolicyAgent(Agent):
 
     def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
         self.policy, self.name, self.weights = policy, name, weights
-        self.image_sizes = rendered_sizes(policy)
+        self.image_sizes = get_rendered_sizes(policy)
         self.committed = getattr(policy, "committed", 0)
 
     def act(
@@ -59,7 +59,7 @@ class PolicyAgent(Agent):
         seeded = [
             {**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)
         ]
-        shown = [shown_to(self.policy, observation) for observation in seeded]
+        shown = [select_cameras(self.policy, observation) for observation in seeded]
         return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(shown)]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from spear.data.actions import HORIZON, canonicalize_actions, extract_chunk, resample_episode
 from spear.data.store.episode_store import EpisodeStore
-from spear.embodiments.tools import IMAGE_SIZES, camera_key, cameras
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key, get_image_sizes
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
@@ -50,7 +50,7 @@ class OpenLoopErrors:
 
 
 def build_observations(
-    episode: Episode, views: Collection[str] = tuple(IMAGE_SIZES)
+    episode: Episode, views: Collection[str] = tuple(DEFAULT_IMAGE_SIZES)
 ) -> list[dict[str, Any]]:
     """What a policy with these cameras would have seen at each of the T steps (`spear.types.Policy`)."""
     if not set(views) & set(episode.images):
@@ -79,7 +79,7 @@ def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32
         ):
             seen = [
                 {**o, "seed": step}
-                for step, o in enumerate(build_observations(episode, cameras(policy)))
+                for step, o in enumerate(build_observations(episode, get_image_sizes(policy)))
             ]
             chunks: list[Array] = []
             for start in range(0, len(seen), batch):

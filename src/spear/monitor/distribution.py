@@ -1,4 +1,6 @@
-"""The training distribution summary (`seen.json`): what the drift monitor compares observations with."""
+"""The training distribution summary (`seen.json`): what the drift monitor compares observations
+with.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,13 +43,13 @@ class TrainingDistribution:
         max_position_m: the largest one.
         mean_rotation: the mean orientation, unit quaternion.
         max_rotation_rad: the largest angle between an orientation and the mean one.
-        red_minus_blue: camera → mean and standard deviation, over images, of an image's mean red minus its
-            mean blue (-255 … 255).
+        red_minus_blue: camera → mean and standard deviation, over images, of an image's mean red
+            minus its mean blue (-255 … 255).
         opposite_gripper_share: the share of steps whose gripper is the opposite of its command.
         mean_initial_opening: the mean gripper opening with which the episodes of these steps begin.
         mean_thumbnails: camera → the mean of its thumbnails, [8, 8].
-        max_mismatch: camera → transform → the most by which an image of training correlates better with the
-            mean thumbnail when it is transformed than when it is not.
+        max_mismatch: camera → transform → the most by which an image of training correlates better
+            with the mean thumbnail when it is transformed than when it is not.
     """
 
     min_position_m: Annotated[_Vector3, Field(alias="low")]
@@ -151,7 +153,9 @@ def compute_thumbnails(brightness: Array) -> Array:
 def match_transforms(
     thumbnails: Array, camera: str, mean_thumbnails: Mapping[str, Any]
 ) -> Iterator[TransformMatch]:
-    """Compare thumbnails [B, 8, 8] with the mean ones, under each transform and exchange of cameras."""
+    """Compare thumbnails [B, 8, 8] with the mean ones, under each transform and exchange of
+    cameras.
+    """
     plain = _correlate(thumbnails, mean_thumbnails[camera])
     for transform, (row_step, column_step) in VIEW_TRANSFORMS.items():
         transformed = thumbnails[:, ::row_step, ::column_step]

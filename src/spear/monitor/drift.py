@@ -1,4 +1,4 @@
-"""The drift monitor of one policy: it runs the checks for each robot and reports each finding once."""
+"""The drift monitor of one policy: it checks each robot and reports each finding once."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,9 @@ class RobotMonitor:
 
 
 class DriftMonitor:
-    """Reports what differs from training in the observations and the motions of the robots of a policy."""
+    """Reports what differs from training in the observations and the motions of the robots of a
+    policy.
+    """
 
     def __init__(self) -> None:
         self._reported_keys: set[str] = set()
@@ -103,7 +105,9 @@ class DriftMonitor:
     def _check_state(
         self, expected: TrainingDistribution | None, robot: Hashable, state: Array
     ) -> RobotMonitor:
-        """Check a robot's state [8], its first one against training and later ones against its commands."""
+        """Check a robot's state [8], its first one against training and later ones against its
+        commands.
+        """
         is_new_robot = robot not in self._robots
         monitor = self._find_or_add_robot(robot)
         if is_new_robot and expected:
@@ -123,7 +127,7 @@ class DriftMonitor:
         """Return a robot's monitor, which now counts as the one heard from last."""
         monitor = self._robots.pop(robot, None)
         if monitor is None:
-            # None stands for unnamed robots, such as the example at a server's start, and is not counted.
+            # None is not counted: it stands for a server's example at its start.
             num_named_robots = len(self._robots.keys() - {None})
             monitor = RobotMonitor(num_named_robots + 1)
         self._robots[robot] = monitor
@@ -134,7 +138,7 @@ class DriftMonitor:
 
 
 def _is_due(num_observations: int, num_new: int) -> bool:
-    """Return whether the `num_new` observations that were counted last are compared with training."""
+    """Return whether the `num_new` observations counted last are compared with training."""
     if num_observations <= NUM_FIRST_OBSERVATIONS:
         return True
     return num_observations % OBSERVATION_INTERVAL < num_new

@@ -56,7 +56,8 @@ class FrozenStateCheck:
         if previous_m <= FROZEN_DISTANCE_M < self._commanded_m:
             yield Finding(
                 "state",
-                f"the very same state, though told to go {self._commanded_m:.2f} m: does it still come?",
+                f"the very same state, though told to go {self._commanded_m:.2f} m: does it still "
+                f"come?",
             )
 
 
@@ -79,7 +80,8 @@ class GripperCheck:
         if is_complete and sum(self._is_opposite) > MAX_OPPOSITE_SHARE * NUM_STEPS:
             yield Finding(
                 "gripper",
-                "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and read",
+                "the gripper does the opposite of what it is told: 1 is open, 0 closed, told and "
+                "read",
             )
 
 
@@ -90,7 +92,9 @@ class MotionAxesCheck:
         self._direction_products: list[Array] = []  # [3, 3] each: moved ⊗ commanded direction
 
     def check(self, moved: Array, paths: Array) -> Iterator[Finding]:
-        """Check the displacement [3] that follows some of the actions, whose sums are `paths` [H, 3] (m)."""
+        """Check the displacement [3] that follows some of the actions, whose sums are `paths` [H,
+        3] (m).
+        """
         if len(self._direction_products) == NUM_STEPS:
             return
         product = self._direction_product(moved, paths)
@@ -107,7 +111,8 @@ class MotionAxesCheck:
 
     @staticmethod
     def _direction_product(moved: Array, paths: Array) -> Array | None:
-        """Multiply the direction of the motion with that of its command; None for hardly any motion.
+        """Multiply the direction of the motion with that of its command; None for hardly any
+        motion.
 
         How many of the actions were executed is unknown: the path whose length is nearest is taken.
         """
@@ -120,7 +125,8 @@ class MotionAxesCheck:
 
     @staticmethod
     def _find_other_axes(mean_product: Array) -> str | None:
-        """Name the axes that explain the motion much better than x, y, z do; None if there are none.
+        """Name the axes that explain the motion much better than x, y, z do; None if there are
+        none.
 
         The best rotation or reflection is the solution of the orthogonal Procrustes problem.
         """
@@ -146,7 +152,8 @@ class MotionChecks:
         self._axes = MotionAxesCheck()
 
     def set_chunk(self, chunk: Array | None) -> None:
-        """Remember the actions [H, 8] of which the robot now executes some; None if they are unknown.
+        """Remember the actions [H, 8] of which the robot now executes some; None if they are
+        unknown.
 
         They are copied, because the robot's program may invert its gripper in place.
         """

@@ -30,7 +30,9 @@ class Finding(NamedTuple):
 
 
 def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
-    """Compare the gripper of a robot's first state [8] with the beginnings of the episodes of training."""
+    """Compare the gripper of a robot's first state [8] with the beginnings of the episodes of
+    training.
+    """
     opening = state[7]
     mean_opening = expected.mean_initial_opening
     if abs(opening - mean_opening) > OPPOSITE_OPENING:
@@ -86,7 +88,8 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
         yield Finding(
             "rotation",
             f"turned by {np.degrees(max_angle):.0f}° from the mean orientation, in training by "
-            f"{np.degrees(expected.max_rotation_rad):.0f}° at most: another order of the quaternion, or "
+            f"{np.degrees(expected.max_rotation_rad):.0f}° at most: another order of the "
+            f"quaternion, or "
             "another frame?",
         )
 
@@ -94,7 +97,9 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
 def check_color_order(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
-    """Report images [B, 3, h, w] that match the colors of training only with red and blue exchanged."""
+    """Report images [B, 3, h, w] that match the colors of training only with red and blue
+    exchanged.
+    """
     mean_difference, std_difference = expected.red_minus_blue.get(camera, (0.0, 0.0))
     spread = max(std_difference, MIN_COLOR_SPREAD)
     red = pixels[:, 0].mean(dtype=np.float64)
@@ -110,7 +115,9 @@ def check_color_order(
 def check_image_transform(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
-    """Report images [B, 3, h, w] that are like those of training only when turned, flipped or exchanged."""
+    """Report images [B, 3, h, w] that are like those of training only when turned, flipped or
+    exchanged.
+    """
     if camera not in expected.mean_thumbnails:
         return
     thumbnails = compute_thumbnails(pixels.mean(1, dtype=np.float32))

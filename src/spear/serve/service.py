@@ -19,8 +19,9 @@ import numpy as np
 
 import spear
 from spear.chunks import check_chunk
-from spear.embodiments import Control, Embodiment
-from spear.embodiments.tools import COMMITTED, Checked, shown_to
+from spear.embodiments import Embodiment
+from spear.embodiments.interface import keep_actions
+from spear.embodiments.observations import COMMITTED_KEY, CheckedObservation, select_cameras
 from spear.errors import SpearError, format_count, notice, suppress_notices
 from spear.types import CONTROL_RATE_HZ, Policy
 
@@ -46,19 +47,21 @@ class Service:
         control: str | None = None,
     ) -> None:
         self.policy, self.embodiment = policy, embodiment
-        control, self.control = embodiment.control(control)
+        control, self.control = embodiment.select_control(control)
         self.metadata: dict[str, Any] = {
             "policy": name,
             "weights": getattr(policy, "identity", None),
             "embodiment": robot,
             "control": control,
-            "action": self.control.about,
-            "converted": self.control.convert is not Control.convert,
+            "action": self.control.description,
+            "converted": self.control.convert is not keep_actions,
             "rate_hz": self.control.rate_hz,
             "observation": dict(embodiment.required),
             "optional": dict(embodiment.optional),
             "image_sizes": {v: [w, h] for v, (w, h) in getattr(policy, "image_sizes", {}).items()},
-            "committed": getattr(policy, "committed", 0) if COMMITTED in embodiment.optional else 0,
+            "committed": getattr(policy, "committed", 0)
+            if COMMITTED_KEY in embodiment.optional
+            else 0,
             "server": f"spear {spear.__version__}",
         }
         self.greeting = embodiment.greeting(control) if embodiment.greeting else self.metadata
@@ -73,8 +76,8 @@ class Service:
         results = [_attempt(self.embodiment.read, o) for o in observations]
         good = {}
         for i, result in enumerate(results):
-            if isinstance(result, Checked):
-                good[i] = shown_to(self.policy, result)
+            if isinstance(result, CheckedObservation):
+                good[i] = select_cameras(self.policy, result)
                 good[i].robot = robots[i] if robots else None
         read = time.perf_counter()
         predicted = self._infer(list(good.values())) if good else []
@@ -97,7 +100,7 @@ class Service:
             if isinstance(result, SpearError):
                 raise result
             # PyTorch compiles for a GPU again when it meets an instruction of another length: then for any.
-            ours = shown_to(self.policy, self.embodiment.read(example))
+            ours = select_cameras(self.policy, self.embodiment.read(example))
             actions = len(self.policy.infer_batch([{**ours, "prompt": "go"}])[0]["actions"])
         rows, rate_hz = len(result["actions"]), self.control.rate_hz
         if not math.isclose(rows * CONTROL_RATE_HZ, actions * rate_hz):

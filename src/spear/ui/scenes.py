@@ -16,7 +16,12 @@ from PIL import Image
 
 from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor
 from spear.data.store.episode_store import EpisodeStore, list_shards
-from spear.embodiments.tools import camera_key, cameras, rendered_sizes, shown_to
+from spear.embodiments.observations import (
+    camera_key,
+    get_image_sizes,
+    get_rendered_sizes,
+    select_cameras,
+)
 from spear.errors import SpearError, notice
 from spear.evaluate import results
 from spear.evaluate.closed_loop import count_latency_steps
@@ -52,7 +57,7 @@ class Scene:
         self, family: str, seed: int, policy: Spear1Policy, again: Again = ({}, None)
     ) -> None:
         settings, self._recorded = again
-        self._policy, self._sizes = policy, rendered_sizes(policy)
+        self._policy, self._sizes = policy, get_rendered_sizes(policy)
         self._env = TabletopEnv(family, self._sizes["external"], self._sizes["wrist"])
         seen, _ = self._env.reset(seed=seed)
         how = {
@@ -90,7 +95,7 @@ class Scene:
     def observation(self, step: int) -> View:
         """What the policy sees at a step, with the noise that an evaluation of this scene draws there."""
         return {
-            **shown_to(self._policy, self._steps[step][0]),
+            **select_cameras(self._policy, self._steps[step][0]),
             "seed": 1000 * self._env.seed + step,
         }
 
@@ -102,7 +107,7 @@ class Scene:
         """The scene as it is now."""
         world, sizes, step = self._env.world, self._sizes, self._env.steps
         views = []
-        for camera in (c for c in SHOWN_WIDTHS if c in cameras(self._policy)):
+        for camera in (c for c in SHOWN_WIDTHS if c in get_image_sizes(self._policy)):
             scale = max(
                 1, round(SHOWN_WIDTHS[camera] / sizes[camera][0])
             )  # whole multiples of what it sees
@@ -239,7 +244,7 @@ class Shelf:
                 name=f"episode-{number}",
                 picture=shown,
                 states=states,
-                views=cameras(policy),
+                views=get_image_sizes(policy),
                 instruction=e.instruction,
                 rate_hz=e.rate_hz,
                 success=e.success,

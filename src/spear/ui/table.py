@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from spear.embodiments import tools
+from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.observations import MAX_IMAGE_SIDE_PX, read_image, read_prompt
 from spear.errors import SpearError
 from spear.evaluate import film as video
 from spear.evaluate.vqa import ask
@@ -88,8 +89,8 @@ class Table:
 
     def photo(self, request: Request) -> View:
         """A photo, as the data of its file."""
-        pixels = load_image(request["data"], "the image", tools.LONGEST_SIDE)
-        seen = {"external": tools.image({"the image": pixels}, "the image")}
+        pixels = load_image(request["data"], "the image", MAX_IMAGE_SIDE_PX)
+        seen = {"external": read_image({"the image": pixels}, "the image")}
         photo = Recording(
             kind="photo", name="photo", picture=lambda _, view: seen.get(view), states=NEUTRAL
         )
@@ -140,7 +141,7 @@ class Table:
         names = request.get("objects")
         if not isinstance(names, list) or not 0 < len(names) <= MOST_BOXES:
             raise SpearError(f"objects {str(names)[:60]}: give a list of 1 to {MOST_BOXES} names")
-        names = [tools.prompt({"object": name}, "object") for name in names]
+        names = [read_prompt({"object": name}, "object") for name in names]
         scene, step = self._at(request)
         image, started = scene.observation(step)["observation/image"], time.perf_counter()
         vlm, trust, family = self._studio.vlm, self._studio.trust, "box_vertices"
@@ -175,7 +176,7 @@ class Table:
     def question(self, request: Request) -> View:
         """SPEAR-VLM's answer to any question, in words."""
         scene, step = self._at(request)
-        asked = tools.prompt({"question": request.get("text")}, "question")
+        asked = read_prompt({"question": request.get("text")}, "question")
         image = scene.observation(step)["observation/image"]
         _, said = ask.ask_question(self._studio.vlm, image, asked, trust=self._studio.trust)
         return {"step": step, "answer": {"question": asked, "text": said, "step": step}}
@@ -224,12 +225,12 @@ class Table:
 
     def _predict(self, seen: View, step: int) -> tuple[Array, View]:
         """Actions [H, 8], and the chunk to draw: H + 1 poses, the first where the gripper is."""
-        seen["prompt"] = tools.prompt({"prompt": self._instruction})
+        seen["prompt"] = read_prompt({"prompt": self._instruction})
         started = time.perf_counter()
         actions = self._studio.policy.infer(seen)["actions"]
         elapsed = time.perf_counter() - started
         state: Array = seen["observation/state"]
-        positions, rotations = tools.targets(state, actions)
+        positions, rotations = compute_target_poses(state, actions)
         return actions, {
             "step": step,
             "positions": [state[:3].tolist(), *positions.tolist()],

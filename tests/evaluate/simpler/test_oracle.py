@@ -65,7 +65,7 @@ class Table:
         seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
         state = self.robot.read(seen)["observation/state"]
         self.command(
-            self.robot.control(None)[1].convert(
+            self.robot.select_control(None)[1].convert(
                 oracle.choose_action(self.task, truth)[None], state, seen
             )[0]
         )

@@ -85,7 +85,7 @@ def test_an_action_moves_the_commanded_pose_as_it_says(process: SimplerProcess) 
     state = robot.read(moment.observation)["observation/state"]
     np.testing.assert_allclose(state[:7], moment.truth.measured, atol=1e-6)
     after = process.run(
-        robot.control(None)[1].convert(action, state, moment.observation), False
+        robot.select_control(None)[1].convert(action, state, moment.observation), False
     ).truth
     start, move = torch.from_numpy(moment.truth.commanded), torch.from_numpy(np.float64(action[0]))
     position, rotation = apply_action(start[:3], start[3:], move[:3], move[3:7])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spear import policy as spear
 from spear.data.normalize import MIN_SCALES, Mode, Normalizer
-from spear.embodiments.tools import camera_key
+from spear.embodiments.observations import camera_key
 from spear.errors import SpearError, notice
 from spear.monitor.distribution import NUM_SAMPLES, TrainingDistribution
 from spear.train.optimize import apply_freeze, make_optimizer

@@ -23,7 +23,8 @@ from torch import Tensor
 from spear.chunks import MAX_PAUSE_S
 from spear.data.actions import HORIZON, derive_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES
-from spear.embodiments import tools
+from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.observations import make_state
 from spear.errors import SpearError, notice
 from spear.geometry import (
     matrix_to_quat,
@@ -113,7 +114,7 @@ class Poses:
 
     def state(self, values: Array) -> Array:
         position, rotation, gripper = self.pose(values)
-        return tools.state(position, rotation, gripper)
+        return make_state(position, rotation, gripper)
 
     def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
         """Each action leads from one command to the next, the first one from where the robot is."""
@@ -127,7 +128,7 @@ class Poses:
         """Straight lines and geodesics between where the actions lead. They begin at the last command, which
         an arm lags behind: from where it is, each look would draw it back."""
         state = self.state(values)
-        where, turned = tools.targets(state, actions)
+        where, turned = compute_target_poses(state, actions)
         path = [self._begin(state, actions[0], last), *zip(where, turned, strict=True)]
         rows = []
         for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):

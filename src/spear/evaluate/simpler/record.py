@@ -117,7 +117,7 @@ def record_episode(
 ) -> Episode:
     """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
     robot = embodiments.load(ROBOT)
-    convert = robot.control(None)[1].convert
+    convert = robot.select_control(None)[1].convert
     push = ArmDisturber(PUSHES, np.random.default_rng([seed, 1]), policy)
     tape = EpisodeRecorder()
     moment, fulfilled = process.reset(seed, True, other=True), 0

@@ -100,7 +100,7 @@ class Simpler:
         self._options = options
         self._batch = options.batch or os.cpu_count() or 1
         self._robot = embodiments.load(ROBOT)
-        self._convert = self._robot.control(None)[1].convert
+        self._convert = self._robot.select_control(None)[1].convert
         self._processes: list[SimplerProcess] = []
         self._task = ""
 

@@ -1,0 +1,358 @@
+"""Reading a robot's observation strictly: every value is checked here, and nowhere else.
+
+An embodiment reads its own keys with the functions below; `check_observation` checks an observation
+that already has SPEAR-1's own keys. The result is a `CheckedObservation`, which is not checked
+again on its way to the network.
+"""
+
+import re
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from spear.errors import SpearError, format_count, unknown_name_error
+from spear.geometry import check_unit_quat
+from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy
+
+Observation = Mapping[str, Any]
+ObservationT = TypeVar("ObservationT", bound=dict[str, Any])
+
+IMAGE_KEY = "observation/image"
+WRIST_IMAGE_KEY = "observation/wrist_image"
+STATE_KEY = "observation/state"
+PROMPT_KEY = "prompt"
+SEED_KEY = "seed"
+COMMITTED_KEY = "committed"
+
+REQUIRED_KEYS = {
+    IMAGE_KEY: "the external camera's image, uint8 [height, width, 3]",
+    STATE_KEY: "end-effector position (m, base frame), quaternion (w x y z), gripper opening 0 … "
+    "1: 8 numbers",
+    PROMPT_KEY: "the instruction in words",
+}
+"""What every observation of `spear.types.Policy` has, and what it is."""
+
+DEFAULT_IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "wrist": (112, 112)}
+"""View → (width, height) in pixels, for a policy that does not say which cameras it takes."""
+
+MIN_IMAGE_SIDE_PX = 16
+MAX_IMAGE_SIDE_PX = 4096
+MAX_ASPECT_RATIO = 8  # of the longer side of an image to the shorter one
+MAX_REACH_M = 10.0  # from the base; no arm reaches further
+MAX_PROMPT_CHARS = 1000  # the model's own limit, in tokens, is lower
+MAX_GRIPPER_OVERSHOOT = 0.1  # a reading this far beyond 0 … 1 is noise and gets clipped
+_MAX_QUOTED_CHARS = 40
+_MAX_KEY_CHARS = 80
+
+
+class CheckedObservation(dict[str, Any]):
+    """An observation of `spear.types.Policy` whose values have all been checked.
+
+    Attributes:
+        robot: who sent it, if a policy answers several robots; the drift monitor checks each by
+            itself.
+    """
+
+    robot: Hashable = None
+
+
+def check_observation(observation: Observation) -> CheckedObservation:
+    """Check an observation that has the keys of `spear.types.Policy`.
+
+    Which cameras a policy takes is not checked here, because only the policy knows it.
+
+    Args:
+        observation: key → value.
+
+    Returns:
+        The observation with its quaternion normalized, and gripper readings a little beyond 0 … 1
+        clipped.
+
+    Raises:
+        SpearError: a key is missing or unknown, or a value is wrong; the message names the key.
+
+    Example:
+        >>> from spear.embodiments import load
+        >>> sorted(check_observation(load("generic").example()))
+        ['observation/image', 'observation/state', 'observation/wrist_image', 'prompt']
+    """
+    camera_keys = [key for key in observation if is_camera_key(key)]
+    check_keys(observation, REQUIRED_KEYS, [WRIST_IMAGE_KEY, SEED_KEY, COMMITTED_KEY, *camera_keys])
+    values = read_numbers(observation, STATE_KEY, STATE_DIM)
+    for key in camera_keys:
+        read_image(observation, key)
+    arm = read_arm(observation, STATE_KEY, values, values[3:7])
+    return CheckedObservation(
+        {**observation, **arm, **read_seed(observation), **read_committed(observation)}
+    )
+
+
+def check_keys(
+    observation: Observation, required: Mapping[str, str], optional: Collection[str]
+) -> None:
+    """Raise `SpearError` for a key that is neither required nor optional, and for a required one
+    that is missing.
+    """
+    known_keys = {*required, *optional}
+    for key in observation:
+        if key not in known_keys:
+            raise unknown_name_error("observation key", str(key)[:_MAX_KEY_CHARS], known_keys)
+    for key, description in required.items():
+        if key not in observation:
+            raise SpearError(f"the observation has no {key!r}. Send {description}.")
+
+
+def is_camera_key(key: Any) -> bool:
+    """Return whether a key is a camera's: "observation/image" or "observation/…_image"."""
+    return isinstance(key, str) and re.fullmatch(r"observation/(.+_)?image", key) is not None
+
+
+def camera_key(view: str) -> str:
+    """Return the key of a view's images.
+
+    >>> camera_key("external"), camera_key("wrist")
+    ('observation/image', 'observation/wrist_image')
+    """
+    return IMAGE_KEY if view == "external" else f"observation/{view}_image"
+
+
+def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
+    """Return the cameras that a policy takes, view → (width, height), `DEFAULT_IMAGE_SIZES` if it
+    does not say.
+    """
+    return getattr(policy, "image_sizes", None) or DEFAULT_IMAGE_SIZES
+
+
+def get_rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
+    """Return the size of each camera of the simulator, including cameras that the policy does not
+    take.
+    """
+    return {**DEFAULT_IMAGE_SIZES, **get_image_sizes(policy)}
+
+
+def select_cameras(policy: Policy, observation: ObservationT) -> ObservationT:
+    """Return an observation without the cameras that the policy does not take.
+
+    A policy that does not say which cameras it takes gets them all.
+    """
+    image_sizes = getattr(policy, "image_sizes", None)
+    if not image_sizes:
+        return type(observation)(observation)
+    policy_keys = {camera_key(view) for view in image_sizes}
+    selected = type(observation)()
+    for key, value in observation.items():
+        if not is_camera_key(key) or key in policy_keys:
+            selected[key] = value
+    return selected
+
+
+def read_image(observation: Observation, key: str) -> Array:
+    """Read an RGB image, [h, w, 3] uint8. Raises `SpearError` naming the key for anything else."""
+    image = observation[key]
+    is_rgb = (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+    )
+    if not is_rgb:
+        raise SpearError(
+            f"{key} is {_describe(image)}. Send an RGB image, uint8 [height, width, 3]."
+        )
+
+    height, width = image.shape[:2]
+    short_side, long_side = sorted((height, width))
+    is_size_allowed = (
+        short_side >= MIN_IMAGE_SIDE_PX
+        and long_side <= MAX_IMAGE_SIDE_PX
+        and long_side <= MAX_ASPECT_RATIO * short_side
+    )
+    if not is_size_allowed:
+        raise SpearError(
+            f"{key} has {width} x {height} pixels. Send sides of {MIN_IMAGE_SIDE_PX} … "
+            f"{MAX_IMAGE_SIDE_PX} pixels, none more than {MAX_ASPECT_RATIO} times the other."
+        )
+    return image
+
+
+def read_numbers(observation: Observation, key: str, count: int) -> Array:
+    """Read finite numbers, [count] float64. Raises `SpearError` naming the key for anything else.
+
+    A single number may come without a shape.
+    """
+    value = observation[key]
+    advice = f"Send {format_count(count, 'numbers')}."
+    # An array of texts could take gigabytes, so lists are checked before NumPy sees them.
+    if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
+        raise SpearError(f"{key} is a list of other things than numbers. {advice}")
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "fiu" or numbers.size != count or numbers.ndim > 1:
+        raise SpearError(f"{key} is {_describe(numbers)}. {advice}")
+    if not np.isfinite(numbers).all():
+        raise SpearError(f"{key} contains nan or infinity. Check the robot's state.")
+    return numbers.astype(np.float64).reshape(count)
+
+
+def check_position(position: Array, name: str) -> Array:
+    """Return positions [..., 3] in meters.
+
+    Raises `SpearError` naming them if an arm cannot reach them.
+    """
+    farthest = np.abs(position).max(initial=0)
+    if farthest > MAX_REACH_M:
+        raise SpearError(
+            f"{name} has a coordinate of {farthest:g} m, which no arm reaches. Send meters."
+        )
+    return position
+
+
+def check_radians(angles: Array, name: str) -> Array:
+    """Return angles, or a rotation vector.
+
+    Raises `SpearError` naming them for more than a whole turn.
+    """
+    largest = np.abs(angles).max()
+    if largest > 2 * np.pi:
+        raise SpearError(f"{name} has an angle of {largest:g}, more than a turn. Send radians.")
+    return angles
+
+
+def check_opening(opening: float, name: str) -> float:
+    """Return a gripper opening, clipped to 0 … 1.
+
+    Raises `SpearError` naming it if it is more than 0.1 beyond.
+    """
+    if not -MAX_GRIPPER_OVERSHOOT <= opening <= 1 + MAX_GRIPPER_OVERSHOOT:
+        raise SpearError(f"{name} is a gripper opening of {opening:g}. Send a number from 0 to 1.")
+    return min(max(opening, 0.0), 1.0)
+
+
+def read_prompt(observation: Observation, key: str = PROMPT_KEY) -> str:
+    """Read the instruction.
+
+    Raises `SpearError` naming the key for anything but a text with words.
+    """
+    prompt = observation[key]
+    if isinstance(prompt, str) and len(prompt) > MAX_PROMPT_CHARS:
+        raise SpearError(
+            f"{key} has {len(prompt)} characters. Send at most {MAX_PROMPT_CHARS} characters."
+        )
+    has_words = (
+        isinstance(prompt, str)
+        and any(character.isalnum() for character in prompt)
+        and not CONTROL_CHARACTERS.search(prompt)
+    )
+    if not has_words:
+        raise SpearError(f"{key} is {_describe(prompt)}. Send an instruction in words.")
+    return prompt
+
+
+def read_seed(observation: Observation) -> dict[str, int]:
+    """Read the entry that fixes the random part of an answer, if the observation has one.
+
+    Raises `SpearError` naming the key for anything but a whole number.
+    """
+    if SEED_KEY not in observation:
+        return {}
+    seed = observation[SEED_KEY]
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise SpearError(f"{SEED_KEY} is {_describe(seed)}. Send a whole number.")
+    return {SEED_KEY: int(seed)}
+
+
+def read_committed(observation: Observation) -> dict[str, Array]:
+    """Read the entry with the committed prefix, actions [d, 8], if the observation has one.
+
+    Raises `SpearError` naming the key for anything else.
+    """
+    if COMMITTED_KEY not in observation:
+        return {}
+    actions = observation[COMMITTED_KEY]
+    if not isinstance(actions, np.ndarray) or actions.shape[1:] != (ACTION_DIM,):
+        raise SpearError(
+            f"{COMMITTED_KEY} is {_describe(actions)}. "
+            f"Send actions as predicted, [d, {ACTION_DIM}]."
+        )
+    flat = read_numbers({COMMITTED_KEY: actions.ravel()}, COMMITTED_KEY, actions.size)
+    checked = flat.reshape(actions.shape).astype(np.float32)
+    check_position(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
+    quaternions = torch.from_numpy(checked[:, 3:7])
+    checked[:, 3:7] = check_unit_quat(quaternions, f"{COMMITTED_KEY}[3:7]").numpy()
+    checked[:, 7] = [check_opening(opening, f"{COMMITTED_KEY}[7]") for opening in checked[:, 7]]
+    return {COMMITTED_KEY: checked}
+
+
+def make_state(
+    position: Array, rotation: Array, opening: float, rotation_name: str = "the orientation"
+) -> Array:
+    """Make the state [8] float32 of `spear.types.Policy`.
+
+    Args:
+        position: [3] m, base frame.
+        rotation: [4] quaternion (w, x, y, z), base frame, of nearly unit norm.
+        opening: gripper opening, 0 closed to 1 open.
+        rotation_name: what an error message calls the rotation.
+
+    Returns:
+        [8] position, canonical unit quaternion, opening.
+
+    Raises:
+        SpearError: the norm of the quaternion is not nearly 1.
+    """
+    state = np.concatenate([position, rotation, [opening]]).astype(np.float32)
+    state[3:7] = check_unit_quat(torch.from_numpy(state[3:7]), rotation_name).numpy()
+    return state
+
+
+def read_arm(
+    observation: Observation,
+    state_key: str,
+    values: Array,
+    rotation: Array,
+    image_key: str = IMAGE_KEY,
+    prompt_key: str = PROMPT_KEY,
+) -> dict[str, Any]:
+    """Read the observation of a robot with one camera as SPEAR-1's.
+
+    Args:
+        observation: as the robot sends it.
+        state_key: the key of its state.
+        values: the numbers under that key; the first three are the position (m), the last one the
+            opening.
+        rotation: [4] quaternion, the orientation of our end-effector frame in the base frame.
+        image_key: the key of its image.
+        prompt_key: the key of its instruction.
+
+    Returns:
+        Image, state [8] and instruction under the keys of `spear.types.Policy`.
+
+    Raises:
+        SpearError: a value is wrong; the message names its key.
+    """
+    last = len(values) - 1
+    image = read_image(observation, image_key)
+    position = check_position(values[:3], f"{state_key}[0:3]")
+    opening = check_opening(values[last], f"{state_key}[{last}]")
+    state = make_state(position, rotation, opening, f"{state_key}[3:{last}]")
+    prompt = read_prompt(observation, prompt_key)
+    return {IMAGE_KEY: image, STATE_KEY: state, PROMPT_KEY: prompt}
+
+
+def make_example_image(width: int, height: int) -> Array:
+    """Make an image [height, width, 3] uint8 whose colors change from corner to corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    red = 255 * x // width
+    green = 255 * y // height
+    blue = np.full_like(x, 128)
+    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+
+
+def _describe(value: Any) -> str:
+    """Describe a value for an error message, in a few words."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, str):
+        return f"the text {value[:_MAX_QUOTED_CHARS]!r}"
+    return f"a {type(value).__name__}"
