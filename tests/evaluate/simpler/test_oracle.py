@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear import embodiments
-from spear.embodiments.simpler_widowx import POSE
+from spear.embodiments.simpler_widowx import POSE_KEY
 from spear.evaluate.simpler import oracle, record
 from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, sample_off_grid_start
 from spear.evaluate.simpler.world import _ours, compute_opening, is_at_rest, to_base_frame
@@ -62,7 +62,11 @@ class Table:
         pose = np.concatenate(
             [self.position, self.link.as_quat(scalar_first=True), [truth.opening]]
         )
-        seen = {"observation/image": np.zeros((48, 64, 3), np.uint8), POSE: pose, "prompt": "go"}
+        seen = {
+            "observation/image": np.zeros((48, 64, 3), np.uint8),
+            POSE_KEY: pose,
+            "prompt": "go",
+        }
         state = self.robot.read(seen)["observation/state"]
         self.command(
             self.robot.select_control(None)[1].convert(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.embodiments.simpler_widowx import LINK, POSE, orientation
+from spear.embodiments.simpler_widowx import LINK_ROTATION, POSE_KEY, ee_from_link_rotation
 from spear.errors import SpearError, missing_extra_message, summarize_error
 from spear.evaluate.simpler.frames import fit_frame, rebuild_scene, render_labeled_frame
 from spear.evaluate.simpler.tasks import (
@@ -175,9 +175,9 @@ class SimplerWorld:
     def _moment(self, image: bool, pictures: list[Array]) -> Moment:
         truth = self._truth()
         position, rotation = truth.measured[:3], torch.from_numpy(truth.measured[3:])
-        link = quat_multiply(rotation, LINK).numpy()
+        link = quat_multiply(rotation, LINK_ROTATION).numpy()
         observation: dict[str, Any] = {
-            POSE: np.concatenate([position, link, [truth.opening]]).astype(np.float32),
+            POSE_KEY: np.concatenate([position, link, [truth.opening]]).astype(np.float32),
             "prompt": self._env.get_language_instruction()[0],
         }
         if image:
@@ -241,7 +241,7 @@ def to_base_frame(base: Array, pose: Array) -> Array:
 def _ours(link: Array) -> Array:
     """A pose [7] of link `ee_gripper_link` as that of our end-effector frame, at the same place."""
     return np.concatenate(
-        [link[:3], quat_canonical(torch.from_numpy(orientation(link[3:]))).numpy()]
+        [link[:3], quat_canonical(torch.from_numpy(ee_from_link_rotation(link[3:]))).numpy()]
     )
 
 
