@@ -10,7 +10,7 @@ from refusals import Command, refuses
 from spear import doctor
 from spear.cli import main
 from spear.models.presets import get_preset
-from spear.train.memory import Memory
+from spear.train.memory import MemoryEstimate
 
 
 def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> None:
@@ -33,7 +33,7 @@ def test_a_way_that_differs_or_raises_is_named(
 
     monkeypatch.setattr(doctor, "sample_fast", broken)
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
-    monkeypatch.setattr(doctor, "inference", lambda *_: Memory(2**25, 0, 0, 0, 0, 1, 0))  # as well
+    monkeypatch.setattr(doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0))  # as well
     assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
     found = capsys.readouterr()
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
@@ -46,6 +46,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))
-    monkeypatch.setattr(doctor, "inference", lambda *_: Memory(2**25, 0, 0, 0, 0, 1, 0))
+    monkeypatch.setattr(doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0))
     assert examined(2**30) == "float32"  # memory that holds copies of files is there to be had
     refuses("nano", examined, 9)

@@ -20,7 +20,7 @@ from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
 from spear.labels.run import label_folder
 from spear.policy import Spear1Policy
-from train_tiny import rows
+from train_tiny import read_log
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cluster" / "ray_train.py"
 WORK = WorkOptions(shard_size=8, batch_size=3)
@@ -87,6 +87,6 @@ def test_the_example_trains_with_two_workers(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*script, "spear", "train", "nano-post", *given, *few])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert [row["step"] for row in rows(tmp_path / "run")] == [2]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [2]
     assert Spear1Policy.load(tmp_path / "run").model is not None
     assert '"processes": 2' in (tmp_path / "run" / "final" / "recipe.json").read_text()

@@ -1,10 +1,11 @@
-"""A training step of the nano recipes in bfloat16 and in float32, in turn, with and without AMX's tiles.
+"""A training step of the nano recipes in bfloat16 and in float32, with and without AMX's tiles.
 
     python benchmarks/train/step.py
     python benchmarks/train/step.py --recipes nano-vla nano-vlm-2 --limits "" --rounds 5
 
-Makes a few labels and demonstrations, then runs each way in processes of its own, one after the other: one
-thread, batches in memory, processor time of a step. limits: values of ONEDNN_MAX_CPU_ISA, "" for none.
+The script makes a few labels and demonstrations, and then measures each case in processes of its
+own, one after the other: the processor time of a step, on one thread, with batches in memory. The
+limits are values of ONEDNN_MAX_CPU_ISA, "" for none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +35,12 @@ from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 
-WAYS = ("bf16", "fp32")
+NUM_WARM_UP_STEPS = 3
+NUM_BATCHES = 3  # in memory, used in turn
 
 
-def make(root: Path) -> None:
-    """Labels of 12 scenes, and two demonstrations."""
+def make_data(root: Path) -> None:
+    """Label 12 scenes, and record two demonstrations."""
     sizes = dict(PRESETS["nano"].image_sizes)
     label_scenes(root / "labels", 12, sizes, first_seed=10_000, workers=1)
     tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
@@ -46,24 +49,49 @@ def make(root: Path) -> None:
     )
 
 
-def measure(root: Path, name: str, precision: str, steps: int) -> list[float]:
-    """Milliseconds of each step after three to warm up."""
+def measure_steps(root: Path, name: str, precision: str, num_steps: int) -> list[float]:
+    """Return the processor time of each step after the warm-up, in ms."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    stage = get_recipe(name).with_changes(precision=precision)
-    acts = stage.kind == "vla"
-    episodes = [("made", EpisodeStore(root / "episodes"), 1.0)] if acts else []
-    asks = not acts or stage.question_images
-    init = locate("nano") if acts else None
-    _, task, _ = build(stage, TrainingInputs([root / "labels"] if asks else (), episodes, init))
-    step = Stepper(task, stage.optimization, seed=0)
-    batches = [task.batch(i) for i in range(3)]
-    times = []
-    for number in range(3 + steps):
-        begun = time.process_time()
-        step(number, batches[number % 3])
-        times.append(1000 * (time.process_time() - begun))
-    return times[3:]
+    recipe = get_recipe(name).with_changes(precision=precision)
+    is_policy = recipe.kind == "vla"
+    needs_labels = not is_policy or recipe.question_images > 0
+    inputs = TrainingInputs(
+        labels=[root / "labels"] if needs_labels else [],
+        episodes=[("made", EpisodeStore(root / "episodes"), 1.0)] if is_policy else [],
+        init=locate("nano") if is_policy else None,
+    )
+    _, task, _ = build(recipe, inputs)
+    stepper = Stepper(task, recipe.optimization, seed=0)
+
+    batches = [task.batch(number) for number in range(NUM_BATCHES)]
+    times_ms = []
+    for step in range(NUM_WARM_UP_STEPS + num_steps):
+        start = time.process_time()
+        stepper(step, [batches[step % NUM_BATCHES]])
+        times_ms.append(1000 * (time.process_time() - start))
+    return times_ms[NUM_WARM_UP_STEPS:]
+
+
+def measure_in_process(root: str, name: str, precision: str, limit: str, num_steps: int) -> float:
+    """Return the median time of a step in a process of its own, in ms."""
+    environment = dict(os.environ)
+    if limit:
+        environment["ONEDNN_MAX_CPU_ISA"] = limit
+    command = [sys.executable, __file__, "--steps", str(num_steps)]
+    done = subprocess.run(
+        [*command, "--worker", root, name, precision],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+
+
+def format_range(values: Sequence[float], digits: int) -> str:
+    """Return the median, the smallest and the largest value, as "12 (11–14)"."""
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def main(
@@ -71,42 +99,39 @@ def main(
     limits: tuple[str, ...] = ("", "AVX512_CORE_BF16"),
     steps: int = 9,
     rounds: int = 3,
-    way: tuple[str, ...] = (),
+    worker: tuple[str, ...] = (),
 ) -> None:
     """Measure, and print a table.
 
     Args:
-        recipes: of policies or SPEAR-VLM. limits: see above. steps: per process. rounds: processes of a way.
-        way: used by the processes that are started.
+        recipes: of policies or SPEAR-VLM.
+        limits: what oneDNN may use, see above.
+        steps: steps per process.
+        rounds: processes per case.
+        worker: of the processes that this script starts: data folder, recipe and precision.
     """
-    if way:
-        print(json.dumps(measure(Path(way[0]), way[1], way[2], steps)))
+    if worker:
+        root, name, precision = worker
+        print(json.dumps(measure_steps(Path(root), name, precision, steps)))
         return
+
     with tempfile.TemporaryDirectory() as root:
-        make(Path(root))
+        make_data(Path(root))
         print("| recipe | oneDNN may use | bf16, ms | fp32, ms | bf16 ÷ fp32 |")
         print("|---|---|---|---|---|")
         for name in recipes:
             for limit in limits:
-                found: dict[str, list[float]] = {precision: [] for precision in WAYS}
-                for _ in range(rounds):
-                    for precision, medians in found.items():
-                        words = ["--steps", str(steps), "--way", root, name, precision]
-                        more = {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
-                        done = subprocess.run(
-                            [sys.executable, __file__, *words],
-                            env={**os.environ, **more},
-                            stdout=subprocess.PIPE,
-                            check=True,
-                        )
-                        medians.append(statistics.median(json.loads(done.stdout.splitlines()[-1])))
-                ratios = [a / b for a, b in zip(*found.values(), strict=True)]
-                cells = [
-                    f"{statistics.median(m):.0f} ({min(m):.0f}–{max(m):.0f})"
-                    for m in found.values()
-                ]
-                span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-                print(f"| {name} | {limit or 'all'} | {' | '.join(cells)} | {span} |", flush=True)
+                bf16_ms: list[float] = []
+                fp32_ms: list[float] = []
+                for _ in range(rounds):  # in turn, so that a change of speed affects both
+                    bf16_ms.append(measure_in_process(root, name, "bf16", limit, steps))
+                    fp32_ms.append(measure_in_process(root, name, "fp32", limit, steps))
+                ratios = [bf16 / fp32 for bf16, fp32 in zip(bf16_ms, fp32_ms, strict=True)]
+                print(
+                    f"| {name} | {limit or 'all'} | {format_range(bf16_ms, 0)} | "
+                    f"{format_range(fp32_ms, 0)} | {format_range(ratios, 2)} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,20 @@ from spear.train.tasks import VlaTask
 EMBEDDINGS = "vlm.language_model.embed_tokens.weight"
 
 
-def go(
-    task: Task, opt: Optimization, out: Path, about: Any = None, **how: Any
+def run_loop(
+    task: Task,
+    opt: Optimization,
+    out: Path,
+    run_settings: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """`loop.run` in this process, with every step in the log."""
-    return loop.run(task, opt, out, RunOptions(**{"workers": 0, "log_every": 1, **how}), about)
+    """Run the training loop in this process, with every step in the log."""
+    run_options = RunOptions(**{"workers": 0, "log_every": 1, **options})
+    return loop.run(task, opt, out, run_options, run_settings)
 
 
 def run_recipe(
-    name: str | Recipe,
+    recipe: str | Recipe,
     out: Path,
     labels: Path | None = None,
     store: EpisodeStore | None = None,
@@ -47,16 +52,21 @@ def run_recipe(
     moge: Path | None = None,
     **changes: Any,
 ) -> Path:
-    """`train` with a recipe of this name, changed, in this process on the CPU; returns `out/final`."""
-    stage = (get_recipe(name) if isinstance(name, str) else name).with_changes(**changes)
+    """Train a recipe, changed, in this process on the CPU; returns `out/final`."""
+    if isinstance(recipe, str):
+        recipe = get_recipe(recipe)
     inputs = TrainingInputs(
-        [labels] if labels else (), [("made", store, 1.0)] if store else [], init, moge
+        labels=[] if labels is None else [labels],
+        episodes=[] if store is None else [("made", store, 1.0)],
+        init=init,
+        moge=moge,
     )
-    return train(stage, out, inputs, RunOptions(workers=0, log_every=1), "cpu")
+    options = RunOptions(workers=0, log_every=1)
+    return train(recipe.with_changes(**changes), out, inputs, options, "cpu")
 
 
 def save_policy(folder: Path) -> Path:
-    """A random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
+    """Save a random SPEAR-1 of the tiny preset with its tokenizer, to begin a training with."""
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY.bins)
     processor = Processor(train_tokenizer(["push it"]), coordinates, TINY.image_sizes)
     vlm = build_vlm_config(TINY, len(processor.tokenizer), processor.coordinate_ids.start)
@@ -66,64 +76,82 @@ def save_policy(folder: Path) -> Path:
     return folder
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-class Regression:
-    """A small task whose batches depend on the step alone. pause: seconds that a loss takes."""
+def read_losses(out: Path) -> list[float | None]:
+    """Return the losses in a run's log; None where one was not finite."""
+    return [row["loss"] for row in read_log(out)]
 
-    def __init__(self, scale: float = 1.0, pause: float = 0.0) -> None:
+
+class Regression:
+    """A small task whose batches depend on the step alone. delay_s: time that a loss takes."""
+
+    def __init__(self, scale: float = 1.0, delay_s: float = 0.0) -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
         )
-        self.scale, self.pause = scale, pause
+        self.scale = scale
+        self.delay_s = delay_s
 
     def batch(self, step: int) -> dict[str, Any]:
         return {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(step))}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
-        time.sleep(self.pause)
-        x, noise = batch["x"], 0.1 * torch.randn(8, 1, generator=generator)
+        time.sleep(self.delay_s)
+        x = batch["x"]
+        noise = 0.1 * torch.randn(8, 1, generator=generator)
         error = self.model(x) - (x.sum(-1, keepdim=True).sin() + noise)
         return self.scale * error.square().mean(), {"absolute": error.abs().mean()}
 
 
-class Broken(Regression):
-    """The loss, or the gradient alone, of the steps in `bad` is not finite."""
+class NonFiniteRegression(Regression):
+    """A task whose loss, or whose gradient alone, is not finite in some steps."""
 
-    def __init__(self, bad: set[int], gradient: bool = False) -> None:
+    def __init__(self, bad_steps: set[int], in_gradient: bool = False) -> None:
         super().__init__()
-        self.bad, self.gradient = bad, gradient
+        self.bad_steps = bad_steps
+        self.in_gradient = in_gradient
 
     def batch(self, step: int) -> dict[str, Any]:
-        return {**super().batch(step), "more": {"broken": torch.tensor(float(step in self.bad))}}
+        is_bad = torch.tensor(float(step in self.bad_steps))
+        return {**super().batch(step), "nested": {"is_bad": is_bad}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         loss, parts = super().loss(batch, generator)
-        if batch["more"]["broken"]:
-            weight = self.model[0].weight.sum()
-            # The root's slope at zero is infinite, its value is not.
-            loss = (
-                loss + (weight - weight.detach()).abs().sqrt() if self.gradient else loss * math.nan
-            )
-        return loss, parts
+        if not batch["nested"]["is_bad"]:
+            return loss, parts
+        if not self.in_gradient:
+            return loss * math.nan, parts
+        weight = self.model[0].weight.sum()
+        # The slope of a root at zero is infinite, its value is not.
+        return loss + (weight - weight.detach()).abs().sqrt(), parts
 
 
-class Acting:
+class PolicyTask:
     """`VlaTask` on made-up batches, with `VlmTask`'s embeddings of which some rows learn."""
 
     trainable_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.model = spear1()
-        self.stage = get_recipe("nano-vla").with_changes(question_weight=0.5, flow_samples=2)
+        self.recipe = get_recipe("nano-vla").with_changes(question_weight=0.5, flow_samples=2)
 
     def batch(self, step: int) -> dict[str, Any]:
         ids, mask = text(2, 6, seed=step)
-        asked, there = text(3, 8, seed=step + 1)
-        answer = (torch.arange(8) > 3).long() * there
+        question_ids, question_mask = text(3, 8, seed=step + 1)
+        is_answer = (torch.arange(8) > 3).long() * question_mask
+        questions = {
+            "pixel_values": pixels(2, seed=step, views=("external",)),
+            "image_index": torch.tensor([0, 0, 1]),
+            "input_ids": question_ids,
+            "attention_mask": question_mask,
+            "token_type_ids": is_answer,
+            "labels": torch.where(is_answer.bool(), question_ids, -100),
+        }
         return {
             "pixel_values": pixels(2, seed=step),
             "view_mask": {
@@ -137,54 +165,72 @@ class Acting:
             ),
             "actions": actions(2, TINY.horizon, seed=step).to_vector(),
             "action_mask": torch.ones(2, TINY.horizon, dtype=torch.bool),
-            "questions": {
-                "pixel_values": pixels(2, seed=step, views=("external",)),
-                "image_index": torch.tensor([0, 0, 1]),
-                "input_ids": asked,
-                "attention_mask": there,
-                "token_type_ids": answer,
-                "labels": torch.where(answer.bool(), asked, -100),
-            },
+            "questions": questions,
         }
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
-        asks, unused = batch.get("questions"), [None] * 3  # it looks only at the batch
-        return VlaTask(self.model, *unused, self.stage, asks).loss(batch, generator)  # type: ignore[arg-type]
-
-
-def start(function: Callable[..., None], root: Path, processes: int = 2, *given: Any) -> list[Any]:
-    """Call `function(root, *given)` in so many processes that know of each other; what they say is in `root`.
-    As in the command, a `SpearError` is one line and exit code 2."""
-    # A process whose autograd has used a GPU cannot be forked.
-    context: Any = multiprocessing.get_context(
-        "forkserver" if torch.backends.cuda.is_built() else "fork"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    made = []
-    for rank in range(processes):
-        made.append(
-            context.Process(target=_work, args=(function, root, rank, processes, port, *given))
+        unused: Any = None  # for a loss, the task does not look at its processor and samples
+        task = VlaTask(
+            self.model,
+            processor=unused,
+            normalizer=unused,
+            samples=unused,
+            recipe=self.recipe,
+            questions=batch.get("questions"),
         )
-        made[-1].start()
-    return made
+        return task.loss(batch, generator)  # type: ignore[arg-type]
 
 
-def said(function: Callable[..., None], root: Path, rank: int) -> str:
-    """What a process that `start` started wrote on stderr."""
-    return (root / f"{function.__name__}-{rank}.txt").read_text()
+def start_processes(
+    function: Callable[..., None], root: Path, num_processes: int = 2, *arguments: Any
+) -> list[Any]:
+    """Call `function(root, *arguments)` in processes that know of each other, as `torchrun` does.
+
+    What they write on stderr is in `root` (`read_stderr`). As in the command, a `SpearError` is one
+    line and exit code 2.
+    """
+    # A process whose autograd has used a GPU cannot be forked.
+    start_method = "forkserver" if torch.backends.cuda.is_built() else "fork"
+    context: Any = multiprocessing.get_context(start_method)
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = str(free_socket.getsockname()[1])
+
+    processes = []
+    for rank in range(num_processes):
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(num_processes),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        process = context.Process(target=_work, args=(function, root, arguments, environment))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def read_stderr(function: Callable[..., None], root: Path, rank: int) -> str:
+    """Return what a process that `start_processes` started wrote on stderr."""
+    return _stderr_file(function, root, rank).read_text()
+
+
+def _stderr_file(function: Callable[..., None], root: Path, rank: int) -> Path:
+    return root / f"{function.__name__}-{rank}.txt"
 
 
 def _work(
-    function: Callable[..., None], root: Path, rank: int, world: int, port: str, *given: Any
+    function: Callable[..., None],
+    root: Path,
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(place, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
-    sys.stderr = (root / f"{function.__name__}-{rank}.txt").open("w", buffering=1)
+    os.environ.update(environment)
+    sys.stderr = _stderr_file(function, root, int(environment["RANK"])).open("w", buffering=1)
     torch.set_num_threads(1)
     try:
-        function(root, *given)
+        function(root, *arguments)
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

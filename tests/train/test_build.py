@@ -1,4 +1,4 @@
-"""What a recipe puts together: other 3D tokens than those learned before, and what cannot be put together."""
+"""What a recipe builds: new 3D tokens, policies that keep what they have, and what does not fit."""
 
 import dataclasses
 from pathlib import Path
@@ -26,6 +26,10 @@ from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.tasks import DepthTask, load_labels
 
+EMBEDDINGS = "language_model.embed_tokens.weight"
+VLM_RECIPE = get_recipe("nano-vlm-2").with_changes(batch_size=2)
+POLICY_RECIPE = get_recipe("nano-post").with_changes(batch_size=1)
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
@@ -35,140 +39,238 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
 
 
-@pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
-def test_a_stage_with_new_tokens(
+new_tokens = pytest.mark.parametrize(("bins", "spacing"), [(256, None), (1500, "uniform")])
+
+
+@new_tokens
+def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
+    bins: int, spacing: str | None, inputs: TrainingInputs
+) -> None:
+    original = load_vlm(inputs.init)
+    before = original.model.get_parameter(EMBEDDINGS)
+
+    model, _, _ = build(VLM_RECIPE.with_changes(bins=bins, spacing=spacing), inputs)
+
+    assert isinstance(model, SpearVLMForConditionalGeneration)
+    rows = model.get_parameter(EMBEDDINGS)
+    first = model.config.coordinate_start
+    assert model.config.coordinate_bins == bins
+    assert len(rows) == first + max(bins, 1024)
+    assert model.config.text_config.vocab_size == len(rows)
+    assert torch.equal(rows[:first], before[:first])
+    words = before[: original.processor.location_start]
+    expected = init_new_embeddings(words, bins, torch.Generator().manual_seed(0))
+    assert torch.equal(rows[first : first + bins], expected)
+    is_close = torch.isclose(rows[first : first + 256], before[first : first + 256])
+    assert not is_close.all(1).any()
+
+
+@new_tokens
+def test_a_vlm_with_new_3d_tokens_learns_and_answers(
     bins: int, spacing: str | None, inputs: TrainingInputs, tmp_path: Path
 ) -> None:
-    begun = load_vlm(inputs.init)
-    before = begun.model.get_parameter("language_model.embed_tokens.weight")
-    model, task, save = build(
-        get_recipe("nano-vlm-2").with_changes(bins=bins, spacing=spacing, batch_size=2), inputs
-    )
-    assert isinstance(model, SpearVLMForConditionalGeneration)
-    first = model.config.coordinate_start
-    rows = model.get_parameter("language_model.embed_tokens.weight")
-    assert model.config.coordinate_bins == bins
-    assert len(rows) == model.config.text_config.vocab_size == first + max(bins, 1024)
-    assert torch.equal(rows[:first], before[:first])
-    words, seeded = before[: begun.processor.location_start], torch.Generator().manual_seed(0)
-    assert torch.equal(rows[first : first + bins], init_new_embeddings(words, bins, seeded))
-    assert not torch.isclose(rows[first : first + 256], before[first : first + 256]).all(1).any()
+    model, task, save = build(VLM_RECIPE.with_changes(bins=bins, spacing=spacing), inputs)
+
     loss, parts = task.loss(task.batch(0), torch.Generator())
     loss.backward()
-    assert torch.isfinite(loss) and rows.grad is not None and parts["coordinates"] > 0
+    assert torch.isfinite(loss)
+    assert model.get_parameter(EMBEDDINGS).grad is not None
+    assert parts["coordinates"] > 0
+
     save(tmp_path / "out")
-    after = load_vlm(tmp_path / "out")
-    edges = after.processor.coordinates.bin_edges
-    assert after.processor.coordinates.num_bins == bins
-    assert np.allclose(np.diff(edges), np.diff(edges)[0]) == (spacing == "uniform")
+    vlm = load_vlm(tmp_path / "out")
+    widths = np.diff(vlm.processor.coordinates.bin_edges)
+    assert vlm.processor.coordinates.num_bins == bins
+    assert np.allclose(widths, widths[0]) == (spacing == "uniform")
     image = np.zeros((128, 192, 3), np.uint8)
-    (answer,) = after.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
-    assert len(answer.values) == 24 and answer.distribution is not None
+    (answer,) = vlm.answer([image], ["Where is the mug?"], "box_vertices", distributions=True)
+    assert len(answer.values) == 24
+    assert answer.distribution is not None
     assert answer.distribution.probabilities.shape == (24, bins)
 
 
-def test_numbers_that_no_3d_token_means_are_said(inputs: TrainingInputs, tmp_path: Path) -> None:
-    """As when a VLM of a tabletop goes on with images of rooms: its answers would end at the last token."""
-    write_labels(
-        (labelled(i, scale=9.0) for i in range(4)), tmp_path / "rooms/labels-00000.parquet"
-    )
-    rooms = dataclasses.replace(inputs, labels=[tmp_path / "rooms"])
-    with pytest.warns(Notice, match="outside of the 3D tokens.*bins=1024$"):
-        build(get_recipe("nano-vlm-2").with_changes(batch_size=2), rooms)
-    for changes, given in (
-        ({"bins": 1024}, rooms),
-        ({"families": ["what_at"]}, rooms),
-        ({}, inputs),
-    ):
-        with no_warning():
-            build(get_recipe("nano-vlm-2").with_changes(batch_size=2, **changes), given)
+@pytest.fixture
+def rooms(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
+    """Labels of rooms, for a VLM of a tabletop: its answers would end at the last 3D token."""
+    folder = tmp_path / "rooms"
+    write_labels((labelled(i, scale=9.0) for i in range(4)), folder / "labels-00000.parquet")
+    return dataclasses.replace(inputs, labels=[folder])
 
 
-def test_labels_that_do_not_go_together_are_said(inputs: TrainingInputs, tmp_path: Path) -> None:
+def test_numbers_outside_of_the_3d_tokens_are_noted(rooms: TrainingInputs) -> None:
+    with pytest.warns(Notice, match="outside of the 3D tokens.*--set bins=1024 to fit"):
+        build(VLM_RECIPE, rooms)
+
+
+@pytest.mark.parametrize("changes", [{"bins": 1024}, {"families": ["what_at"]}])
+def test_numbers_that_the_recipe_can_say_or_does_not_ask_for_are_not_noted(
+    changes: dict[str, Any], rooms: TrainingInputs
+) -> None:
+    with no_warning():
+        build(VLM_RECIPE.with_changes(**changes), rooms)
+
+
+def test_numbers_inside_of_the_3d_tokens_are_not_noted(inputs: TrainingInputs) -> None:
+    with no_warning():
+        build(VLM_RECIPE, inputs)
+
+
+@pytest.fixture
+def relative_shard(tmp_path: Path) -> Path:
+    """The third shard of labels in another unit; its folder lacks the first two."""
     shard = tmp_path / "labels-00002.parquet"
     write_labels([dataclasses.replace(labelled(0), unit="relative")], shard)
+    return shard
+
+
+def test_complete_labels_are_loaded_without_a_notice(
+    inputs: TrainingInputs, relative_shard: Path
+) -> None:
     with no_warning():
         load_labels(inputs.labels, ["external"])
-        load_labels([shard], ["external"])  # asked for alone, it lacks none
-    with pytest.warns(Notice, match=r"^12 of 24 .* twice: give each folder once"):
-        load_labels([*inputs.labels] * 2, ["external"])
+        load_labels([relative_shard], ["external"])  # by itself, a shard lacks no others
+
+
+def test_labels_that_are_given_twice_are_noted(inputs: TrainingInputs) -> None:
+    with pytest.warns(Notice, match=r"^12 of 24 .* twice\. Give each folder once"):
+        load_labels([*inputs.labels, *inputs.labels], ["external"])
+
+
+def test_labels_that_lack_shards_are_noted(relative_shard: Path) -> None:
     with pytest.warns(Notice, match="lacks 2 of its shards"):
-        load_labels([tmp_path], ["external"])
-    refuses("metre, relative", load_labels, [*inputs.labels, tmp_path], ["external"])
+        load_labels([relative_shard.parent], ["external"])
 
 
-def test_an_expert_is_as_deep_as_the_vlm_that_a_policy_begins_with(tmp_path: Path) -> None:
-    """A VLM of a preset's encoders may have another language model: PaliGemma 2's."""
-    processor, size = load_vlm("nano").processor, get_preset("nano")
-    config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
-    sizes = dict(hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3)
-    fields = {**config.text_config.to_dict(), **sizes, "num_key_value_heads": 3, "head_dim": 32}
-    config.text_config = AutoConfig.for_model(
-        "gemma2", **{k: fields[k] for k in fields if k != "model_type"}
+@pytest.mark.filterwarnings("ignore:.*lacks 2 of its shards")
+def test_labels_of_several_units_are_refused(inputs: TrainingInputs, relative_shard: Path) -> None:
+    folders = [*inputs.labels, relative_shard.parent]
+
+    refuses("metre, relative", load_labels, folders, ["external"])
+
+
+def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
+    tmp_path: Path,
+) -> None:
+    """A VLM with a preset's encoders may have another language model, as PaliGemma 2 has."""
+    processor = load_vlm("nano").processor
+    config = build_vlm_config(
+        get_preset("nano"), len(processor.tokenizer), processor.coordinate_ids.start
     )
+    fields = {
+        **config.text_config.to_dict(),
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+    }
+    del fields["model_type"]
+    config.text_config = AutoConfig.for_model("gemma2", **fields)
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
-    mine = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
+    episodes = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
+
     with pytest.warns(Notice, match="random weights"):
-        model, task, _ = build(
-            get_recipe("nano-post").with_changes(batch_size=1),
-            TrainingInputs((), mine, tmp_path / "vlm"),
-        )
-    made = model.get_submodule("expert").config
-    assert (made.num_hidden_layers, made.num_key_value_heads, made.head_dim) == (2, 3, 32)
-    assert made.hidden_size == size.expert["hidden_size"]
-    assert torch.isfinite(task.loss(task.batch(0), torch.Generator())[0])
+        model, task, _ = build(POLICY_RECIPE, TrainingInputs((), episodes, tmp_path / "vlm"))
+
+    expert = model.get_submodule("expert").config
+    assert expert.num_hidden_layers == 2
+    assert expert.num_key_value_heads == 3
+    assert expert.head_dim == 32
+    assert expert.hidden_size == get_preset("nano").expert["hidden_size"]
+    loss, _ = task.loss(task.batch(0), torch.Generator())
+    assert torch.isfinite(loss)
 
 
-def test_a_policy_is_trained_on_in_the_units_that_it_has(tmp_path: Path) -> None:
-    """Else it would begin with steps of another length: nano's three times as long."""
-    mine = [("it", stored([make(0, steps=9)], tmp_path / "mine"), 1.0)]
-    for name, changes, mode in (
+@pytest.mark.parametrize(
+    ("init", "changes", "mode"),
+    [
         ("nano", {}, "meanstd"),
         ("nano-vlm", {}, "quantile"),
         ("nano", {"normalization": "minmax"}, "minmax"),
-    ):
-        stage = get_recipe("nano-post", batch_size=1, **changes)
-        with pytest.warns(Notice, match="'external': .* black bars"):  # as acting says it, too
-            _, task, _ = build(stage, TrainingInputs((), mine, locate(name)))
-        assert task.normalizer == Normalizer.fit([(mine[0][1], 1.0)], mode)
+    ],
+)
+def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
+    init: str, changes: dict[str, Any], mode: Any, tmp_path: Path
+) -> None:
+    """Else it would begin with steps of another length: nano's three times as long."""
+    store = stored([make(0, steps=9)], tmp_path / "mine")
+    inputs = TrainingInputs((), [("it", store, 1.0)], locate(init))
+
+    with pytest.warns(Notice, match="'external': .* black bars"):  # as when the policy acts
+        _, task, _ = build(POLICY_RECIPE.with_changes(**changes), inputs)
+
+    assert task.normalizer == Normalizer.fit([(store, 1.0)], mode)
 
 
-def test_what_a_mapping_of_settings_drops_is_said() -> None:
+def test_settings_that_a_mapping_drops_are_noted() -> None:
     with pytest.warns(Notice, match="rotation_loss, rotation_weight"):
-        assert get_recipe("nano-vla", flow={"steps": 5}).flow == {"steps": 5}
+        recipe = get_recipe("nano-vla", flow={"steps": 5})
+
+    assert recipe.flow == {"steps": 5}
+
+
+def test_a_mapping_that_drops_nothing_or_everything_is_not_noted() -> None:
     with no_warning():
         get_recipe("nano-vla", lr_scale={}, flow={"rotation_loss": "mse", "rotation_weight": 1.0})
 
 
-def test_encoders_learn_from_images_of_the_wrist_alone(tmp_path: Path) -> None:
+def test_the_vision_encoder_learns_from_wrist_images_alone(tmp_path: Path) -> None:
     write_labels((labelled(i) for i in range(3)), tmp_path / "wrist/labels-00000.parquet")
-    _, naming, _ = build(
-        get_recipe("nano-siglip").with_changes(batch_size=1), TrainingInputs([tmp_path])
-    )
-    depth = DepthTask(torch.nn.Identity(), {"wrist": [(labelled(0).image, np.ones((4, 4)))]}, 1, 0)
+    recipe = get_recipe("nano-siglip").with_changes(batch_size=1)
+
+    _, task, _ = build(recipe, TrainingInputs([tmp_path]))
+
     for step in range(8):
-        assert len(naming.batch(step)["pixels"]) == len(depth.batch(step)["pixels"]) == 1
+        assert len(task.batch(step)["pixels"]) == 1
 
 
-def test_flow_and_delay_are_kept_until_a_recipe_says_otherwise(tmp_path: Path) -> None:
-    given = TrainingInputs(
-        episodes=[("it", stored([make(0)], tmp_path / "mine"), 1.0)], init=locate("nano")
-    )
+def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
+    images = [(labelled(0).image, np.ones((4, 4)))]
+    task = DepthTask(torch.nn.Identity(), {"wrist": images}, 1, 0)
+
+    for step in range(8):
+        assert len(task.batch(step)["pixels"]) == 1
+
+
+@pytest.fixture
+def policy_inputs(tmp_path: Path) -> TrainingInputs:
+    """One episode, and the shipped policy."""
+    store = stored([make(0)], tmp_path / "mine")
+    return TrainingInputs(episodes=[("it", store, 1.0)], init=locate("nano"))
+
+
+def test_a_policy_keeps_its_longest_delay_until_a_recipe_has_another(
+    policy_inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    inputs = policy_inputs
     for committed, expected in ((None, 0), (3, 3), (None, 3), (0, 0)):
-        model, _, save = build(get_recipe("nano-post").with_changes(committed=committed), given)
+        model, _, save = build(POLICY_RECIPE.with_changes(committed=committed), inputs)
         assert model.config.committed == expected
         save(tmp_path / "out")
-        given = dataclasses.replace(given, init=tmp_path / "out")
-    own: Any = model.flow
-    model, _, _ = build(get_recipe("nano-post").with_changes(flow={"rotation_weight": 7.0}), given)
-    assert (
-        model.flow
-        == dataclasses.replace(own, rotation_weight=7.0)
-        == FlowConfig(**model.config.flow)
-    )
-    model.to(torch.bfloat16)  # as a checkpoint in it is loaded
-    set_weight_precision(model, get_recipe("nano-post").optimization)
-    assert float(model.vlm.language_model.embed_tokens.embed_scale) == pytest.approx(
-        192**0.5, rel=1e-6
-    )
+        inputs = dataclasses.replace(inputs, init=tmp_path / "out")
+
+
+def test_flow_settings_of_a_recipe_are_added_to_the_policys(policy_inputs: TrainingInputs) -> None:
+    original, _, _ = build(POLICY_RECIPE, policy_inputs)
+
+    model: Any
+    recipe = POLICY_RECIPE.with_changes(flow={"rotation_weight": 7.0})
+    model, _, _ = build(recipe, policy_inputs)
+
+    assert model.flow == dataclasses.replace(original.flow, rotation_weight=7.0)  # type: ignore
+    assert model.flow == FlowConfig(**model.config.flow)
+
+
+def test_gemmas_embedding_scale_is_exact_after_a_checkpoint_in_bfloat16(
+    policy_inputs: TrainingInputs,
+) -> None:
+    model: Any
+    model, _, _ = build(POLICY_RECIPE, policy_inputs)
+    model.to(torch.bfloat16)
+
+    set_weight_precision(model, POLICY_RECIPE.optimization)
+
+    scale = float(model.vlm.language_model.embed_tokens.embed_scale)
+    assert scale == pytest.approx(192**0.5, rel=1e-6)

@@ -1,8 +1,9 @@
-"""What is wrong with a training is found before its data are made, by all commands, and leaves nothing."""
+"""Mistakes in a training are found before its data are made, by all commands, and leave no files."""
 
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,10 +22,22 @@ from spear.train.options import TrainingInputs, check_inputs
 from spear.train.recipes import get_recipe
 
 
+def write_checkpoint(out: Path, seed: int = 0, pieces: int = 1) -> None:
+    """Write the state of a run that has done one step."""
+    folder = out / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    settings = {"seed": seed, "pieces": pieces, "about": {}}
+    state = {"step": 1, "skipped": 0, "counts": {}, "settings": settings}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mine` must be prepared before it can be learned from; `cut` is nano with half of its weights."""
-    root = tmp_path_factory.mktemp("given")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of good and bad inputs.
+
+    `mine` has to be prepared before it can be learned from; `cut` is nano with half of its weights.
+    """
+    root = tmp_path_factory.mktemp("folders")
     write_lerobot([make(0), make(1)], root / "mine")
     weights = shutil.copytree(locate("nano"), root / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
@@ -32,29 +45,18 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file").touch()
     write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
     write_episodes([make(0, images={"wrist": make(0).images["external"]})], root / "wrist")
-    state = {
-        "step": 1,
-        "skipped": 0,
-        "counts": {},
-        "settings": {"seed": 5, "pieces": 1, "about": {}},
-    }
-    for name, settings in (("of-seed-5", {}), ("of-2-pieces", {"seed": 0, "pieces": 2})):
-        begun = root / name / "checkpoints" / "step-00000001"
-        begun.mkdir(parents=True)
-        (begun / "state.json").write_text(
-            json.dumps(state | {"settings": state["settings"] | settings})
-        )
+    write_checkpoint(root / "of-seed-5", seed=5)
+    write_checkpoint(root / "of-2-pieces", pieces=2)
     return root
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        pytest.param(
-            "--device cuda",
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one"),
-        ),
+        pytest.param("--device cuda", "cuda", marks=no_gpu),
         ("--shares 1 2", "--shares"),
         ("--init {}/cut", "model.safetensors"),
         ("--init {}/of-seed-5", "not finished"),
@@ -87,130 +89,179 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mistakes_are_found_before_data_are_made(
     words: str,
     named: str,
-    given: Path,
+    folders: Path,
     tmp_path: Path,
     refused: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "spear.data.store.prepare.prepare", Mock(side_effect=AssertionError("too late"))
-    )
-    told = words.replace("{}", str(given)).split()
-    usual = {"--init": "nano", "--episodes": str(given / "mine"), "--out": str(tmp_path / "run")}
-    more = [word for pair in usual.items() if pair[0] not in told for word in pair]
-    assert named in refused("train", "nano-post", *told, *more) and not (tmp_path / "run").exists()
+    too_late = Mock(side_effect=AssertionError("too late"))
+    monkeypatch.setattr("spear.data.store.prepare.prepare", too_late)
+    arguments = ["train", "nano-post", *words.replace("{}", str(folders)).split()]
+    defaults = {
+        "--init": "nano",
+        "--episodes": str(folders / "mine"),
+        "--out": str(tmp_path / "run"),
+    }
+    for option, value in defaults.items():
+        if option not in arguments:
+            arguments += [option, value]
+
+    message = refused(*arguments)
+
+    assert named in message
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_first_process_says_that_it_is_done(
-    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rank", "printed"), [("0", "trained: it\n"), ("1", "")])
+def test_only_the_first_process_says_that_the_training_is_done(
+    rank: str, printed: str, tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
-    for rank, said in (("0", "trained: it\n"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
-        assert (
-            done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store"))
-            == said
-        )
+    monkeypatch.setenv("RANK", rank)
+
+    output = done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store"))
+
+    assert output == printed
 
 
-def test_a_vlm_with_moge_is_no_beginning_without(tmp_path: Path, refused: Command) -> None:
-    write_labels([labelled(0)], tmp_path / "labels-00000.parquet")
-    for words in ("nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"):
-        assert "MoGe" in refused(
-            "train", *words.split(), "--init", "nano", "--labels", str(tmp_path)
-        )
-    twice = "nano-vlm-2", "--init", "nano", "--labels", str(tmp_path), "--moge", "nano-depth"
-    assert "--moge" in refused("train", *twice)
-    depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
-    (depth / "recipe.json").write_text('{"learned": 3}')  # read again at the end
-    broken = "nano-vlm-1", "--init", "nano-vlm-0", "--labels", str(tmp_path), "--moge", str(depth)
-    assert "recipe.json" in refused("train", *broken)
+@pytest.fixture
+def refused_vlm(tmp_path: Path, refused: Command) -> Callable[[str], str]:
+    """Refuse to train a VLM's recipe, with other words, on labels."""
+    labels = tmp_path / "labels"
+    write_labels([labelled(0)], labels / "labels-00000.parquet")
+    return lambda words: refused("train", *words.split(), "--labels", str(labels))
 
 
-def test_evaluation_asks_first(
-    given: Path, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recipe", ["nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"])
+def test_a_recipe_without_moge_does_not_begin_with_a_vlm_that_has_it(
+    recipe: str, refused_vlm: Callable[[str], str]
 ) -> None:
-    monkeypatch.setattr("spear.data.store.prepare.prepare", None)
-    for words in (
-        ["nowhere"],
-        ["nano", "--split", "nowhere"],
-        ["nano", "--train-split", "nowhere"],
-    ):
-        assert "nowhere" in refused("evaluate", "data", words[0], str(given / "mine"), *words[1:])
-    same = "nano", str(given / "mine"), "--split", "train[:1]", "--train-split", "train"
-    assert "--train-split train: " in refused("evaluate", "data", *same)
+    assert "MoGe" in refused_vlm(f"{recipe} --init nano")
+
+
+def test_a_second_moge_is_refused(refused_vlm: Callable[[str], str]) -> None:
+    assert "--moge" in refused_vlm("nano-vlm-2 --init nano --moge nano-depth")
+
+
+def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
+    refused_vlm: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The result records where the weights that it began with come from."""
+    depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
+    (depth / "recipe.json").write_text('{"learned": 3}')
+
+    assert "recipe.json" in refused_vlm(f"nano-vlm-1 --init nano-vlm-0 --moge {depth}")
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "key"),
+    "words", ["nowhere {}", "nano {} --split nowhere", "nano {} --train-split nowhere"]
+)
+def test_evaluation_finds_unknown_names_before_data_are_made(
+    words: str, folders: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spear.data.store.prepare.prepare", None)
+
+    arguments = words.format(folders / "mine").split()
+    assert "nowhere" in refused("evaluate", "data", *arguments)
+
+
+def test_evaluation_refuses_episodes_that_were_trained_on(folders: Path, refused: Command) -> None:
+    words = f"evaluate data nano {folders / 'mine'} --split train[:1] --train-split train"
+
+    assert "--train-split train: " in refused(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "option"),
     [
         ("nano-vla", "labels init", "--episodes"),
         ("nano-vlm-1", "labels init moge episodes", "--episodes"),
         ("nano-vlm-1", "init moge", "--labels"),
-        ("nano-vla", "episodes init", "--labels"),  # for the questions beside
-        (
-            "nano-post",
-            "episodes",
-            "--init .*--labels",
-        ),  # for the tokenizer of a model from random weights
+        ("nano-vla", "episodes init", "--labels"),  # for its questions
+        ("nano-post", "episodes", "--init .*--labels"),  # for the tokenizer of a new model
         ("nano-depth", "labels init", "--init"),
         ("nano-post", "episodes init labels", "--labels"),
         ("nano-vlm-1", "labels moge", "--moge"),
     ],
 )
-def test_what_is_missing_or_would_change_nothing_is_named(name: str, given: str, key: str) -> None:
-    words: dict[str, Any] = {word: Path(word) for word in given.split() if word != "episodes"}
-    if "episodes" in given:
-        words["episodes"] = [("mine", None, 1.0)]
-    refuses(f"recipe {name} .*{key}", check_inputs, get_recipe(name), TrainingInputs(**words))
+def test_inputs_that_are_missing_or_without_effect_are_named(
+    name: str, inputs: str, option: str
+) -> None:
+    values: dict[str, Any] = {word: Path(word) for word in inputs.split()}
+    if "episodes" in values:
+        values["episodes"] = [("mine", None, 1.0)]
+
+    words = f"recipe {name} .*{option}"
+    refuses(words, check_inputs, get_recipe(name), TrainingInputs(**values))
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"),
+    ("name", "changes"),
     [
-        *(("nano-depth", key) for key in ("lora_rank=4", "bins=9", "augment=1")),
-        *(("nano-vlm-2", key) for key in ("normalization=minmax", "committed=2")),
-        *(
-            ("nano-post", key)
-            for key in ("coordinate_rows_only=true", "wrist=0.5", "question_weight=2")
-        ),
-        *(("nano-post", key) for key in ("coordinate_weight=4", "lora_alpha=32")),
-        ("nano-post", "final_lr=0.1 schedule=constant"),  # others leave the first without effect
+        ("nano-depth", "lora_rank=4"),
+        ("nano-depth", "bins=9"),
+        ("nano-depth", "augment=1"),
+        ("nano-vlm-2", "normalization=minmax"),
+        ("nano-vlm-2", "committed=2"),
+        ("nano-post", "coordinate_rows_only=true"),
+        ("nano-post", "wrist=0.5"),
+        ("nano-post", "question_weight=2"),
+        ("nano-post", "coordinate_weight=4"),
+        ("nano-post", "lora_alpha=32"),
+        ("nano-post", "final_lr=0.1 schedule=constant"),  # the second makes the first ineffective
         ("nano-post", 'lr_scale={"vlm.moge.layers":2} frozen=["vlm.moge"]'),
         ("nano-post", 'lr_scale={"vlm.moge":2} lora_rank=4 frozen=["vlm"]'),
     ],
 )
 def test_keys_that_a_recipe_does_not_use_are_refused(
-    name: str, keys: str, refused: Command
+    name: str, changes: str, refused: Command
 ) -> None:
-    given = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
-    said = refused("train", name, *given.split(), "--set", *keys.split())
-    assert f"--set {keys.split()[0]}: recipe {name}" in said
+    inputs = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
+
+    message = refused("train", name, *inputs.split(), "--set", *changes.split())
+
+    first_change = changes.split()[0]
+    assert f"--set {first_change}: recipe {name}" in message
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("lr", bad) for bad in (math.nan, math.inf, -1e-4, True, "fast")),
-        *(("steps", bad) for bad in (-1, 2.5)),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", -1e-4),
+        ("lr", True),
+        ("lr", "fast"),
+        ("steps", -1),
+        ("steps", 2.5),
         ("lr_scale", {"vlm": -1.0}),
         ("ema", 1.0),
-        *(("betas", bad) for bad in ([0.9, 3], [0.9])),
-        *(("grad_clip", 0), ("augment", 7), ("bins", 1), ("frozen", "vlm")),
-        *(("precision", "bf61"), ("spacing", "unifrom")),
-        *(("pairs", bad) for bad in ([4, 1], [0, 1])),
+        ("betas", [0.9, 3]),
+        ("betas", [0.9]),
+        ("grad_clip", 0),
+        ("augment", 7),
+        ("augment", None),
+        ("bins", 1),
+        ("frozen", "vlm"),
+        ("precision", "bf61"),
+        ("spacing", "unifrom"),
+        ("pairs", [4, 1]),
+        ("pairs", [0, 1]),
         ("families", []),
         ("flow", {"rotation_weight": math.nan}),
-        *(("lora_rank", -1), ("augment", None)),
+        ("lora_rank", -1),
     ],
 )
 def test_values_of_another_type_or_out_of_range_are_refused(key: str, value: Any) -> None:
     refuses(key, get_recipe("nano-vla").with_changes, **{key: value})
 
 
-def test_values_are_taken_as_json_has_them() -> None:
-    stage = get_recipe("nano-vla").with_changes(
+def test_values_may_be_as_json_has_them() -> None:
+    """Lists for tuples, and whole numbers for floats."""
+    recipe = get_recipe("nano-vla").with_changes(
         frozen=["vlm.moge"], betas=[0.5, 0.9], lr=1, pairs=[2, 2]
     )
-    assert stage.optimization.lr == 1 and stage.questions.pairs == [2, 2]
+
+    assert recipe.optimization.lr == 1
+    assert recipe.questions.pairs == [2, 2]

@@ -26,7 +26,7 @@ from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.train import loop
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization
-from train_tiny import Acting, Regression, go
+from train_tiny import PolicyTask, Regression, run_loop
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -56,7 +56,7 @@ def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.M
             loop.resolve_optimization(asked, out, CPU) == used
             and loop.resolve_optimization(plain, out, CPU) == plain
         )
-        go(Regression(), loop.resolve_optimization(asked, out, CPU), out)
+        run_loop(Regression(), loop.resolve_optimization(asked, out, CPU), out)
         monkeypatch.setattr(
             loop, "is_bfloat16_fast", lambda _, fast=fast: not fast
         )  # on another machine
@@ -138,7 +138,7 @@ class Placed(TorchFunctionMode):
 def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]) -> None:
     """Robot steps and questions: to the device, forward, backward, clip, update, average. Batches are made on
     the CPU; what PyTorch's own checkpointing makes (2.11) is not ours."""
-    task = Acting()
+    task = PolicyTask()
     stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
     with Placed() as placed:
         for step in range(2):

@@ -1,8 +1,8 @@
-"""Training on another device than the CPU, without one: fake tensors of a backend that PyTorch lets Python
-pretend, and of CUDA where PyTorch is built with it. A stray tensor on the CPU is an error there, and so is a
-look at a value.
+"""Training on another device than the CPU, without one.
 
-In a process of its own, since such a backend stays.
+The device is pretended: fake tensors of a backend that PyTorch lets Python define, and of CUDA where
+PyTorch is built with it. A stray tensor on the CPU is an error there, and so is reading a value.
+The tests run in processes of their own, because such a backend stays.
 """
 
 import os
@@ -24,119 +24,161 @@ from spear.train import optimize, parallel
 from spear.train.checkpoint import Checkpoints
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization
-from train_tiny import Acting
+from train_tiny import PolicyTask
 
-WORLD, FAKE = 4, FakeTensorMode()
-built = pytest.mark.skipif(
+WORLD_SIZE = 4
+FAKE = FakeTensorMode()
+needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
 )
-looks: list[int] = []
-tasks: list[Any] = []
+read_sizes: list[int] = []  # numbers that each reading of a tensor's values has read
+last_tasks: list[Any] = []
 
 
-class Robot(Acting):
-    """Questions look for the tokens that are asked for, which only real tensors have."""
+class FakePolicyTask(PolicyTask):
+    """Without the loss of questions, which look for tokens in them: fake tensors have no values."""
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator | None) -> Any:
-        acted, parts = super().loss({k: v for k, v in batch.items() if k != "questions"}, generator)
-        return acted + 0 * self.model.vlm.language_model.norm.weight.sum(), parts
+        robot_batch = {key: value for key, value in batch.items() if key != "questions"}
+        loss, parts = super().loss(robot_batch, generator)
+        return loss + 0 * self.model.vlm.language_model.norm.weight.sum(), parts
 
 
-def count_looks() -> None:
-    """From now on looks at values are counted."""
-    # PyTorch 2.11 cannot fake it.
+def count_readings() -> None:
+    """From now on, note each reading of a tensor's values."""
+
+    def read_values(tensor: FakeTensor) -> list[float]:
+        read_sizes.append(tensor.numel())
+        return [1.0] * tensor.numel()
+
+    # PyTorch 2.11 cannot fake this operation.
     torch._standard_gamma = lambda shape, generator=None: torch.empty_like(shape)  # type: ignore
     optimize.step_generator = lambda *_: None  # type: ignore[assignment]
-    FakeTensor.tolist = lambda self: looks.append(self.numel()) or [1.0] * self.numel()  # type: ignore
+    FakeTensor.tolist = read_values  # type: ignore
 
 
-def prepared(device: str, sharded: bool = False, **changes: Any) -> Stepper:
-    tasks.append(task := Robot())
+def make_stepper(device: str, sharded: bool = False, **changes: Any) -> Stepper:
+    task = FakePolicyTask()
+    last_tasks.append(task)
+    opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
     with FAKE:
         allocate_storage(task.model, device)
-        opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
         return Stepper(task, opt, seed=0, sharded=sharded)
 
 
-def cuda(root: Path) -> None:
-    """Autocast and autograd ask for a driver: the one is told that there is one, the other left out."""
+def check_steps(stepper: Stepper) -> None:
+    """Check that each of two steps reads from the device once: the losses and the norm."""
+    batch = tree_map_only(torch.Tensor, FAKE.from_tensor, stepper.task.batch(0))
+    read_sizes.clear()
+
+    with FAKE:
+        values_of_steps = [stepper(number, [batch]) for number in range(2)]
+
+    num_values = len(values_of_steps[0])
+    assert read_sizes == [num_values, num_values]
+    assert "grad_norm" in values_of_steps[0]
+
+
+def check_checkpoint(stepper: Stepper, device: str, root: Path) -> None:
+    """Check that a checkpoint is copied from the device, and read into tensors on it."""
+    with FAKE, Checkpoints(root, stepper) as checkpoints:
+        tensors = checkpoints._collect_tensors()
+        assert {tensor.device.type for tensor in tensors.values()} == {device}
+        assert len(tensors) > 3 * len(stepper.trainable)
+
+        written: list[Any] = []
+        checkpoints._write = lambda *arguments: written.append(arguments)  # type: ignore
+        read_sizes.clear()
+        checkpoints.save(2, {})
+        checkpoints.wait()
+        _, copies, _ = written[0]
+        assert copies.keys() == tensors.keys()
+        assert len(read_sizes) == 1
+        for copy in copies.values():
+            assert copy.device.type == "cpu"
+            assert copy.is_contiguous()
+
+        checkpoints._create_moments(dict.fromkeys(stepper.trainable, 2.0))
+        tensors = checkpoints._collect_tensors()
+        assert {tensor.device.type for tensor in tensors.values()} == {device}
+
+
+def check_one_process(device: str, root: Path, **changes: Any) -> None:
+    """Check that steps, averages and checkpoints stay on the device."""
+    stepper = make_stepper(device, gradient_checkpointing=True, frozen=("vlm.moge",), **changes)
+    check_steps(stepper)
+    assert stepper.ema is not None
+    assert stepper.ema.keys() == stepper.trainable.keys()
+    check_checkpoint(stepper, device, root)
+
+
+def check_sharded() -> None:
+    """Check that the parts of a sharded model are on the device and divide it evenly."""
+    dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
+    # Made outside of the fake mode, because the numbers inside a mesh are read.
+    meshes = {
+        device: parallel.init_device_mesh(device, (WORLD_SIZE,)) for device in ("cpu", "pretend")
+    }
+    parallel.init_device_mesh = lambda device, _: meshes[device]
+
+    stepper = make_stepper("pretend", sharded=True)
+
+    assert parallel.is_sharded(stepper.model)
+    parts = [parameter.to_local() for parameter in stepper.model.parameters()]
+    assert {part.device.type for part in parts} == {"pretend"}
+    num_parameters = sum(p.numel() for p in FakePolicyTask().model.parameters())
+    num_in_parts = WORLD_SIZE * sum(part.numel() for part in parts)
+    assert num_parameters <= num_in_parts
+    assert num_in_parts < 1.02 * num_parameters
+    # FSDP's steps want streams, which the pretended device lacks.
+    check_steps(make_stepper("cpu", sharded=True))
+
+
+def check_pretended_device(root: Path) -> None:
+    _setup_privateuseone_for_python_backend("pretend")
+    torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
+    count_readings()
+    with FAKE, pytest.raises(RuntimeError):
+        torch.ones(3, device="pretend") + torch.ones(3)
+
+    check_one_process("pretend", root)
+    check_sharded()
+
+
+def check_cuda(root: Path) -> None:
+    """Check CUDA without a driver, for which autocast and autograd ask.
+
+    Autocast is told that there is one, and a backward pass is replaced by its result.
+    """
 
     def backward(loss: torch.Tensor) -> None:
-        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
-        for parameter in tasks[-1].model.parameters():
+        assert loss.device.type == "cuda"
+        assert loss.dtype == torch.float32
+        assert loss.requires_grad
+        for parameter in last_tasks[-1].model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[attr-defined]
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.Tensor.backward = backward  # type: ignore[method-assign, assignment]
-    count_looks()
-    check("cuda", root, precision="bf16", frozen_precision="bf16")
+    count_readings()
+    check_one_process("cuda", root, precision="bf16", frozen_precision="bf16")
 
 
-def step(stepper: Stepper) -> None:
-    """Two steps, each of which looks at the device once: at the losses and the norm."""
-    batch = tree_map_only(torch.Tensor, FAKE.from_tensor, stepper.task.batch(0))
-    looks.clear()
-    with FAKE:
-        found = [stepper(number, [batch]) for number in range(2)]
-    assert looks == 2 * [len(found[0])] and "grad_norm" in found[0]
+@pytest.mark.slow  # a minute: fake tensors of a pretended device are slow
+@pytest.mark.parametrize(
+    "check", ["check_pretended_device", pytest.param("check_cuda", marks=needs_cuda_build)]
+)
+def test_training_keeps_to_its_device(check: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
-
-def pretended(root: Path) -> None:
-    _setup_privateuseone_for_python_backend("pretend")
-    torch.pretend.get_amp_supported_dtype = lambda: []  # type: ignore[attr-defined]
-    count_looks()
-    with FAKE, pytest.raises(RuntimeError):
-        torch.ones(3, device="pretend") + torch.ones(3)
-    check("pretend", root)
-    several()
-
-
-def check(device: str, root: Path, **changes: Any) -> None:
-    """Steps, averages and checkpoints stay on the device; a checkpoint is copied from it."""
-    stepper = prepared(device, gradient_checkpointing=True, frozen=("vlm.moge",), **changes)
-    step(stepper)
-    assert stepper.ema is not None and stepper.ema.keys() == stepper.trainable.keys()
-    with FAKE, Checkpoints(root, stepper) as checkpoints:
-        held = checkpoints._collect_tensors()
-        assert {tensor.device.type for tensor in held.values()} == {device}
-        assert len(held) > 3 * len(stepper.trainable)
-        written: list[Any] = []
-        checkpoints._write = lambda *what, to=written: to.append(what)  # type: ignore[assignment]
-        looks.clear()
-        checkpoints.save(2, {})
-        checkpoints.wait()
-        copies = written[0][1]
-        assert copies.keys() == held.keys() and len(looks) == 1
-        assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
-        checkpoints._create_moments(
-            dict.fromkeys(stepper.trainable, 2.0)
-        )  # what a checkpoint is read into
-        assert {tensor.device.type for tensor in checkpoints._collect_tensors().values()} == {
-            device
-        }
-
-
-def several() -> None:
-    dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
-    # Their own numbers are real.
-    meshes = {kind: parallel.init_device_mesh(kind, (WORLD,)) for kind in ("cpu", "pretend")}
-    parallel.init_device_mesh = lambda kind, _: meshes[kind]
-    stepper = prepared("pretend", sharded=True)
-    parts = [p.to_local() for p in stepper.model.parameters()]
-    assert {part.device.type for part in parts} == {"pretend"} and parallel.is_sharded(
-        stepper.model
+    done = subprocess.run(
+        [sys.executable, __file__, check, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    whole = sum(p.numel() for p in Robot().model.parameters())
-    assert whole <= WORLD * sum(map(torch.numel, parts)) < 1.02 * whole
-    step(prepared("cpu", sharded=True))  # FSDP wants streams, which the pretended device lacks
 
-
-@pytest.mark.parametrize("work", ["pretended", pytest.param("cuda", marks=built)])
-def test_training_keeps_to_its_device(work: str, tmp_path: Path) -> None:
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, work, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The loop's own promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
+"""The loop's promises: schedule, freezing, checkpoints, and a killed run that continues bit for bit."""
 
 import errno
 import json
@@ -25,262 +25,388 @@ from spear.train.checkpoint import find_newest
 from spear.train.loop import load_batches
 from spear.train.options import Optimization
 from spear.util.run_lock import hold_lock
-from train_tiny import Broken, Regression, go, rows, start
+from train_tiny import (
+    NonFiniteRegression,
+    Regression,
+    read_log,
+    read_losses,
+    run_loop,
+    start_processes,
+)
 
-SMALL = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
-FOUR = replace(SMALL, steps=4)
+FORTY_STEPS = Optimization(steps=40, lr=1e-2, warmup=5, ema=0.9, precision="fp32")
+FOUR_STEPS = replace(FORTY_STEPS, steps=4)
 
 
-def losses(out: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(out)]
+def read_progress(out: Path) -> list[tuple[int, float, float]]:
+    """Return step, loss and gradient norm of each row of a run's log."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_log(out)]
 
 
-def test_training_learns_and_logs_and_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / ".part-step-00000003").mkdir(
-        parents=True
-    )  # of a process that was killed
-    averaged = go(Regression(), SMALL, tmp_path, seed=1, save_every=10)
-    logged = losses(tmp_path)
-    assert [r[0] for r in logged] == list(range(1, 41))
-    assert sum(r[1] for r in logged[-10:]) < 0.7 * sum(r[1] for r in logged[:10])
+def test_training_lowers_the_loss_and_logs_every_step(tmp_path: Path) -> None:
+    averaged = run_loop(Regression(), FORTY_STEPS, tmp_path, seed=1)
+
+    losses = read_losses(tmp_path)
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 41))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert set(averaged) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000030",
-        "step-00000040",
-    ]
+
+
+def test_the_two_newest_checkpoints_stay_and_remnants_of_killed_processes_go(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".part-step-00000003").mkdir(parents=True)
+
+    run_loop(Regression(), FORTY_STEPS, tmp_path, save_every=10)
+
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000030", "step-00000040"]
 
 
 @pytest.mark.parametrize(
-    ("rank", "workers", "said"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)]
+    ("rank", "workers", "num_notices"), [("0", 0, 4), ("0", 2, 2), ("1", 0, 0), ("1", 2, 0)]
 )
 def test_one_of_all_processes_gives_the_notices(
     rank: str,
     workers: int,
-    said: int,
+    num_notices: int,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Of two workers the first makes half of the batches."""
+    """Of two workers, the first makes half of the batches."""
+
+    def show_warning(message: Warning | str, *_: Any) -> None:
+        print(message, file=sys.stderr, flush=True)
+
     monkeypatch.setenv("RANK", rank)
-    show = lambda message, *_: print(message, file=sys.stderr, flush=True)  # noqa: E731
-    monkeypatch.setattr(warnings, "showwarning", show)
-    task = SimpleNamespace(batch=lambda step: {"said": notice(f"odd batch {step}")})
-    assert len(list(load_batches(task, 0, 4, workers))) == 4
-    assert capfd.readouterr().err.count("odd batch") == said
+    monkeypatch.setattr(warnings, "showwarning", show_warning)
+    task = SimpleNamespace(batch=lambda step: {"is_given": notice(f"odd batch {step}")})
+
+    batches = list(load_batches(task, 0, 4, workers))
+
+    assert len(batches) == 4
+    assert capfd.readouterr().err.count("odd batch") == num_notices
 
 
-def test_rates_follow_the_schedule_and_the_module() -> None:
+def test_the_learning_rate_follows_the_schedule() -> None:
     opt = Optimization(steps=110, lr=1.0, warmup=10, final_lr=0.1)
-    for step, rate in ((0, 0.1), (9, 1.0), (60, 0.55)):
-        assert optimize.learning_rate(step, opt) == pytest.approx(rate)
+
+    assert optimize.learning_rate(0, opt) == pytest.approx(0.1)
+    assert optimize.learning_rate(9, opt) == pytest.approx(1.0)
+    assert optimize.learning_rate(60, opt) == pytest.approx(0.55)
     assert optimize.learning_rate(109, opt) == pytest.approx(0.1, abs=1e-3)
     assert optimize.learning_rate(109, replace(opt, schedule="constant")) == 1.0
+
+
+def test_modules_have_their_own_learning_rate_and_vectors_no_weight_decay() -> None:
     task = Regression()
     opt = Optimization(steps=5, lr=1e-2, lr_scale={"2": 0.1, "2.bias": 0.5})
     optimize.apply_freeze(task.model, opt)
+
     groups = optimize.make_optimizer(task.model, opt).param_groups
-    rates = {
-        (g["peak"], g["weight_decay"] > 0): sum(p.numel() for p in g["params"]) for g in groups
+
+    num_parameters = {}
+    for group in groups:
+        key = (group["peak"], group["weight_decay"] > 0)
+        num_parameters[key] = sum(parameter.numel() for parameter in group["params"])
+    assert num_parameters == {
+        (1e-2, True): 64,
+        (1e-2, False): 16,
+        (1e-3, True): 16,
+        (5e-3, False): 1,
     }
-    assert rates == {(1e-2, True): 64, (1e-2, False): 16, (1e-3, True): 16, (5e-3, False): 1}
 
 
 def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
     for first, last in ((0, 5), (3, 6)):
-        time.sleep(
-            1 - time.time() % 1
-        )  # the names of TensorBoard's files are in order by the second
+        time.sleep(1 - time.time() % 1)  # TensorBoard's file names are in order by the second
         with log.Logger(tmp_path, first, 9, log_every=1) as logger:
             for step in range(first, last):
                 logger.log(step, {"loss": 1.0})
+
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert (
-        [event.step for event in events]
-        == [row["step"] for row in rows(tmp_path)]
-        == [1, 2, 3, 4, 5, 6]
-    )
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     task = Regression()
     expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
     opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32", schedule="constant")
-    for step in range(1, 7):  # step by step, through checkpoints, to look at the weights between
-        averaged = go(task, replace(opt, steps=step), tmp_path, save_every=1)
+
+    # Step by step, through checkpoints, to look at the weights between.
+    for step in range(1, 7):
+        averaged = run_loop(task, replace(opt, steps=step), tmp_path, save_every=1)
         decay = min(0.9, step / (9 + step))
         for name, parameter in task.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    torch.testing.assert_close(
-        {n: v.double() for n, v in averaged.items()}, expected, rtol=1e-5, atol=1e-7
-    )
+
+    averaged_in_float64 = {name: value.double() for name, value in averaged.items()}
+    torch.testing.assert_close(averaged_in_float64, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_rows_that_do_not_learn_stay_as_they_are(tmp_path: Path) -> None:
-    task, name = Regression(), "0.weight"
-    vars(task)["trainable_rows"] = {name: (2, 5)}
-    before = task.model.get_parameter(name).detach().clone()
-    same = (before == go(task, replace(SMALL, weight_decay=0.5), tmp_path)[name]).all(dim=1)
-    assert not same[2:5].any() and same[:2].all() and same[5:].all()
-    vars(task)["trainable_rows"] = {"0.wieght": (2, 5)}  # else all of them would learn
+def test_only_the_trainable_rows_change(tmp_path: Path) -> None:
+    task = Regression()
+    vars(task)["trainable_rows"] = {"0.weight": (2, 5)}
+    before = task.model.get_parameter("0.weight").detach().clone()
+
+    averaged = run_loop(task, replace(FORTY_STEPS, weight_decay=0.5), tmp_path)
+
+    is_unchanged = (before == averaged["0.weight"]).all(dim=1)
+    assert not is_unchanged[2:5].any()
+    assert is_unchanged[:2].all()
+    assert is_unchanged[5:].all()
+
+
+def test_trainable_rows_of_an_unknown_parameter_are_an_error() -> None:
+    """Else all rows of the parameter that is meant would learn."""
+    task = Regression()
+    vars(task)["trainable_rows"] = {"0.wieght": (2, 5)}
+
     with pytest.raises(AttributeError, match="wieght"):
-        optimize.Stepper(task, SMALL, seed=0)
+        optimize.Stepper(task, FORTY_STEPS, seed=0)
 
 
-def test_gradients_of_what_learns_are_cut_to_a_length() -> None:
-    """Seen in AdamW's first moment, 0.1 of the gradient; its update does not depend on the length."""
+def test_gradients_of_trainable_rows_are_clipped_to_a_norm() -> None:
+    """Seen in AdamW's first moment, 0.1 of the gradient; its update does not depend on the norm."""
     task = Regression(scale=100.0)
     vars(task)["trainable_rows"] = {"0.weight": (2, 5)}
-    stepper = optimize.Stepper(task, replace(SMALL, grad_clip=0.25), seed=0)
-    said = stepper(0, [task.batch(0)])
+    stepper = optimize.Stepper(task, replace(FORTY_STEPS, grad_clip=0.25), seed=0)
+
+    values = stepper(0, [task.batch(0)])
+
     moments = [stepper.optimizer.state[p]["exp_avg"] for p in task.model.parameters()]
-    assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.025, rel=1e-4)
-    assert said["grad_norm"] > 1 and not moments[0][:2].any() and moments[0][2:5].any()
+    norm = float(torch.cat([moment.flatten() for moment in moments]).norm())
+    assert norm == pytest.approx(0.025, rel=1e-4)
+    assert values["grad_norm"] > 1
+    assert not moments[0][:2].any()
+    assert moments[0][2:5].any()
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], gradient: bool
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_a_step_that_is_not_finite_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_gradient: bool
 ) -> None:
-    opt, task = replace(SMALL, schedule="constant"), Broken({6}, gradient)
-    go(task, replace(opt, steps=6), tmp_path, seed=5)
+    opt = replace(FORTY_STEPS, schedule="constant")
+    task = NonFiniteRegression({6}, in_gradient)
+    run_loop(task, replace(opt, steps=6), tmp_path)
     weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    averaged = go(task, replace(opt, steps=7), tmp_path, seed=5)
-    assert all(torch.equal(weights[n], p) for n, p in task.model.named_parameters())
-    assert all(v.isfinite().all() for v in averaged.values())
-    said = capsys.readouterr().err
-    assert "step 7" in said and ("gradient" if gradient else "loss") in said
-    last = rows(tmp_path)[-1]
-    assert last["step"] == 7 and last["grad_norm" if gradient else "loss"] is None
+
+    averaged = run_loop(task, replace(opt, steps=7), tmp_path)
+
+    for name, parameter in task.model.named_parameters():
+        assert torch.equal(weights[name], parameter)
+    assert all(value.isfinite().all() for value in averaged.values())
+    message = capsys.readouterr().err
+    assert "step 7" in message
+    assert ("gradient" if in_gradient else "loss") in message
+    last_row = read_log(tmp_path)[-1]
+    assert last_row["step"] == 7
+    assert last_row["grad_norm" if in_gradient else "loss"] is None
+
+
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_the_batch_of_a_skipped_step_gives_its_loss_again(
+    tmp_path: Path, in_gradient: bool
+) -> None:
+    """With the random numbers of its step and seed; others give other losses."""
+    opt = replace(FORTY_STEPS, schedule="constant", steps=7)
+    task = NonFiniteRegression({6}, in_gradient)
+    run_loop(task, opt, tmp_path, seed=5)
+
     (file,) = (tmp_path / "not-finite").iterdir()
-    batch, about = log.load_batch(file)
-    assert about == {"step": 6, "number": 6, "seed": 5} and batch["more"]["broken"]
-    tries = [
-        task.loss(batch, optimize.step_generator(*of))[0].detach()
-        for of in ((5, 6), (5, 7), (6, 6))
-    ]
-    assert tries[0].isfinite() == gradient
-    if gradient:  # that of the step; others and other seeds have other random numbers
-        assert tries[0].item() == pytest.approx(last["loss"], rel=1e-6)
-        assert len({one.item() for one in tries}) == 3
+    batch, origin = log.load_batch(file)
+
+    assert origin == {"step": 6, "number": 6, "seed": 5}
+    assert batch["nested"]["is_bad"]
+    losses = []
+    for seed, number in ((5, 6), (5, 7), (6, 6)):
+        loss, _ = task.loss(batch, optimize.step_generator(seed, number))
+        losses.append(loss.item())
+    is_finite = bool(torch.tensor(losses[0]).isfinite())
+    assert is_finite == in_gradient
+    if in_gradient:
+        assert losses[0] == pytest.approx(read_losses(tmp_path)[-1], rel=1e-6)
+        assert len(set(losses)) == 3
 
 
-def test_a_batch_is_kept_whole_or_not_at_all(
+def test_a_skipped_batch_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, "full")))
-    refuses(
-        "not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, {"x": torch.ones(3)}
-    )
+
+    batch = {"x": torch.ones(3)}
+    refuses("not-finite/step-.*disk is full", log.save_batch, tmp_path, 0, 0, 0, batch)
+
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_one_step_too_many_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    opt = replace(SMALL, max_skipped=2)
-    refuses(r"step 9.*2 skipped steps", go, Broken({3, 5, 8}), opt, tmp_path, save_every=4)
-    refuses(
-        "step 9", go, Broken({8}), opt, tmp_path, save_every=4
-    )  # those before the checkpoint still count
+def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    opt = replace(FORTY_STEPS, max_skipped=2)
+
+    task = NonFiniteRegression({3, 5, 8})
+    refuses(r"step 9.*2 skipped steps", run_loop, task, opt, tmp_path, save_every=4)
+
+    # Those before the checkpoint still count when the run continues.
+    refuses("step 9", run_loop, NonFiniteRegression({8}), opt, tmp_path, save_every=4)
 
 
-def test_a_run_is_continued_only_by_the_same(tmp_path: Path) -> None:
-    about = {"--init": "one", "preset": "nano"}
-    go(Regression(), FOUR, tmp_path, about)
-    for changed in ({"--init": "two"}, {"--init": None}, {"preset": "small"}):
-        refuses(
-            f"another {next(iter(changed))}", go, Regression(), FOUR, tmp_path, {**about, **changed}
-        )
-    refuses("another seed", go, Regression(), SMALL, tmp_path, about, seed=1)
-    refuses("4 steps, more than 2", go, Regression(), replace(SMALL, steps=2), tmp_path, about)
-    go(Regression(), replace(SMALL, steps=6, lr=1e-3), tmp_path, about)
+RUN_SETTINGS = {"--init": "one", "preset": "nano"}
 
 
-def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    go(Regression(), FOUR, tmp_path)
+@pytest.mark.parametrize("change", [{"--init": "two"}, {"--init": None}, {"preset": "small"}])
+def test_a_run_does_not_continue_with_other_run_settings(change: Any, tmp_path: Path) -> None:
+    run_loop(Regression(), FOUR_STEPS, tmp_path, RUN_SETTINGS)
+
+    (name,) = change
+    changed = {**RUN_SETTINGS, **change}
+    refuses(f"another {name}", run_loop, Regression(), FOUR_STEPS, tmp_path, changed)
+
+
+def test_a_run_does_not_continue_with_another_seed_or_fewer_steps(tmp_path: Path) -> None:
+    run_loop(Regression(), FOUR_STEPS, tmp_path)
+
+    refuses("another seed", run_loop, Regression(), FORTY_STEPS, tmp_path, seed=1)
+    two_steps = replace(FORTY_STEPS, steps=2)
+    refuses("4 steps, more than 2", run_loop, Regression(), two_steps, tmp_path)
+
+
+def test_a_run_continues_with_another_learning_rate_and_more_steps(tmp_path: Path) -> None:
+    run_loop(Regression(), FOUR_STEPS, tmp_path, RUN_SETTINGS)
+
+    run_loop(Regression(), replace(FORTY_STEPS, steps=6, lr=1e-3), tmp_path, RUN_SETTINGS)
+
+    assert read_log(tmp_path)[-1]["step"] == 6
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """The folder of a run of four steps."""
+    run_loop(Regression(), FOUR_STEPS, tmp_path)
+    return tmp_path
+
+
+def refuses_to_continue(words: str, out: Path) -> None:
+    refuses(words, run_loop, Regression(), FORTY_STEPS, out)
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained: Path) -> None:
     other = Regression()
     other.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    refuses(r"model\.0\.weight", go, other, SMALL, tmp_path)
-    latest, _ = find_newest(tmp_path / "checkpoints")
-    (weights,) = latest.glob("*.safetensors")
+
+    refuses(r"model\.0\.weight", run_loop, other, FORTY_STEPS, trained)
+
+
+def test_a_checkpoint_with_cut_off_or_missing_weights_is_named(trained: Path) -> None:
+    (weights,) = trained.glob("checkpoints/step-00000004/*.safetensors")
+
     weights.write_bytes(weights.read_bytes()[:-8])
-    refuses("step-00000004", go, Regression(), SMALL, tmp_path)
+    refuses_to_continue("step-00000004", trained)
+
     weights.unlink()
-    refuses(weights.name, go, Regression(), SMALL, tmp_path)
-    empty = {**json.loads((latest / "state.json").read_text()), "counts": {"0.bias": None}}
-    for state, key in (({"step": 4, "settings": {"seed": 0}}, "pieces"), (empty, "counts")):
-        (latest / "state.json").write_text(json.dumps(state))
-        refuses(key, go, Regression(), SMALL, tmp_path)
+    refuses_to_continue(weights.name, trained)
+
+
+def test_a_checkpoint_whose_state_lacks_a_key_is_named(trained: Path) -> None:
+    path = trained / "checkpoints" / "step-00000004" / "state.json"
+    state = json.loads(path.read_text())
+
+    path.write_text(json.dumps({"step": 4, "settings": {"seed": 0}}))
+    refuses_to_continue("pieces", trained)
+
+    path.write_text(json.dumps({**state, "counts": {"0.bias": None}}))
+    refuses_to_continue("counts", trained)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_wrong_with_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
+def test_an_error_in_a_batch_is_one_line(workers: int, tmp_path: Path) -> None:
+    message = "broken image: step 3: leave it out"
     task = Regression()
-    vars(task)["batch"] = Mock(side_effect=SpearError("broken image: step 3: leave it out"))
-    assert (
-        refuses("", go, task, FOUR, tmp_path, workers=workers)
-        == "broken image: step 3: leave it out"
-    )
+    vars(task)["batch"] = Mock(side_effect=SpearError(message))
+
+    assert refuses("", run_loop, task, FOUR_STEPS, tmp_path, workers=workers) == message
 
 
-def slow_run(root: Path, saves: dict[str, Any]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a shell's background jobs ignore
-    go(Regression(pause=0.05), SMALL, root / "ended", seed=3, **saves)
+def run_slowly(root: Path, options: dict[str, Any]) -> None:
+    # A shell's background jobs ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_loop(Regression(delay_s=0.05), FORTY_STEPS, root / "stopped", seed=3, **options)
 
 
 @pytest.mark.parametrize(
-    ("saves", "number", "code"),
+    ("options", "signal_number", "exit_code"),
     [
         ({"workers": 1, "save_every": 5}, signal.SIGKILL, -9),
         ({"save_minutes": 1e-6}, signal.SIGKILL, -9),
-        ({"workers": 1}, signal.SIGTERM, 143),  # when told
+        ({"workers": 1}, signal.SIGTERM, 143),
         ({"workers": 1}, signal.SIGINT, 1),  # as any process whose function is interrupted
     ],
 )
-def test_ended_by_a_signal_and_the_same_again(
-    saves: Any, number: int, code: int, tmp_path: Path
+def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
+    options: Any, signal_number: int, exit_code: int, tmp_path: Path
 ) -> None:
-    whole, ended = tmp_path / "whole", tmp_path / "ended"
-    go(Regression(), SMALL, whole, seed=3)
-    (process,) = start(slow_run, tmp_path, 1, saves)
-    until(lambda: (ended / "log.jsonl").is_file() and len(losses(ended)) >= 12, "12 steps", process)
-    os.kill(process.pid, number)
+    uninterrupted = tmp_path / "uninterrupted"
+    stopped = tmp_path / "stopped"
+    run_loop(Regression(), FORTY_STEPS, uninterrupted, seed=3)
+    log_file = stopped / "log.jsonl"
+
+    (process,) = start_processes(run_slowly, tmp_path, 1, options)
+    until(lambda: log_file.is_file() and len(read_log(stopped)) >= 12, "12 steps", process)
+    os.kill(process.pid, signal_number)
     process.join()
-    assert process.exitcode == code
-    done, kept = losses(ended)[-1][0], find_newest(ended / "checkpoints")[1]["step"]
-    assert 12 <= done < SMALL.steps
-    assert kept == done if number != signal.SIGKILL else 0 < kept <= done
-    (log := ended / "log.jsonl").write_bytes(log.read_bytes() + b"{\xff\n")  # a disk's mistake
-    go(Regression(), SMALL, ended, seed=3)
-    assert json.dumps(losses(whole)) == json.dumps(losses(ended))
+
+    assert process.exitcode == exit_code
+    num_done = read_log(stopped)[-1]["step"]
+    assert 12 <= num_done < FORTY_STEPS.steps
+    _, state = find_newest(stopped / "checkpoints")
+    if signal_number == signal.SIGKILL:
+        assert 0 < state["step"] <= num_done
+    else:
+        assert state["step"] == num_done
+
+    log_file.write_bytes(log_file.read_bytes() + b"{\xff\n")  # a disk's mistake
+    run_loop(Regression(), FORTY_STEPS, stopped, seed=3)
+    # As text, in which NaN equals NaN.
+    assert json.dumps(read_progress(uninterrupted)) == json.dumps(read_progress(stopped))
 
 
-def test_frozen_parts_have_no_gradient_no_state_and_half_the_weights() -> None:
+def test_frozen_modules_have_no_gradient_no_state_and_weights_in_bfloat16() -> None:
     task = Regression()
     opt = Optimization(steps=2, lr=1e-2, frozen=("0",), frozen_precision="bf16")
     stepper = optimize.Stepper(task, opt, seed=0)
+
     stepper(0, [task.batch(0)])
-    first, _, second = task.model
-    assert first.weight.dtype == torch.bfloat16 and second.weight.dtype == torch.float32
-    assert first.weight.grad is None and second.weight.grad is not None
-    assert set(stepper.optimizer.state) == {second.weight, second.bias}
-    assert stepper.ema is not None and set(stepper.ema) == {"2.weight", "2.bias"}
+
+    frozen_layer, _, trained_layer = task.model
+    assert frozen_layer.weight.dtype == torch.bfloat16
+    assert trained_layer.weight.dtype == torch.float32
+    assert frozen_layer.weight.grad is None
+    assert trained_layer.weight.grad is not None
+    assert set(stepper.optimizer.state) == {trained_layer.weight, trained_layer.bias}
+    assert stepper.ema is not None
+    assert set(stepper.ema) == {"2.weight", "2.bias"}
+
+
+def test_frozen_weights_in_bfloat16_need_autocast() -> None:
+    opt = Optimization(steps=2, lr=1e-2, frozen_precision="bf16")
+
     refuses("frozen_precision", replace, opt, precision="fp32")
 
 
-def test_one_run_at_a_time_and_its_minutes_add_up(tmp_path: Path) -> None:
-    def minutes() -> float:
-        found = find_newest(tmp_path / "checkpoints")
-        return 0.0 if found is None else float(found[1]["minutes"])
+def test_only_one_process_may_train_into_a_folder(tmp_path: Path) -> None:
+    with hold_lock(tmp_path / ".lock"):
+        refuses("another process is training", run_loop, Regression(), FOUR_STEPS, tmp_path)
 
-    with (
-        hold_lock(tmp_path / ".lock"),
-        pytest.raises(SpearError, match="another process is training"),
-    ):
-        go(Regression(), FOUR, tmp_path)
-    assert minutes() == 0.0
-    go(Regression(), FOUR, tmp_path)
-    edit(tmp_path / "checkpoints/step-00000004/state.json", lambda said: said.update(minutes=7.0))
-    go(Regression(), replace(FOUR, steps=6), tmp_path)
-    assert 7.0 < minutes() < 8.0
+    assert find_newest(tmp_path / "checkpoints") is None
+
+
+def test_the_minutes_of_a_continued_run_add_up(trained: Path) -> None:
+    path = trained / "checkpoints" / "step-00000004" / "state.json"
+    edit(path, lambda state: state.update(minutes=7.0))
+
+    run_loop(Regression(), replace(FOUR_STEPS, steps=6), trained)
+
+    _, state = find_newest(trained / "checkpoints")
+    assert 7.0 < state["minutes"] < 8.0

@@ -14,7 +14,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, locate
-from train_tiny import rows, run_recipe
+from train_tiny import read_log, run_recipe
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.xdist_group("lora")  # what the tests share is made once
@@ -86,7 +86,7 @@ def test_a_stopped_run_continues_bit_for_bit(
 ) -> None:
     run(tmp_path, store, 1)
     continued = run(tmp_path, store, 3)
-    logs = [[row["loss"] for row in rows(folder.parent)] for folder in (trained, continued)]
+    logs = [[row["loss"] for row in read_log(folder.parent)] for folder in (trained, continued)]
     assert len(logs[0]) == 3 and logs[0] == logs[1]
     torch.testing.assert_close(parameters(continued), parameters(trained), rtol=0, atol=0)
 

@@ -1,4 +1,4 @@
-"""The memory estimator against what PyTorch's allocator and autograd really do, at sizes that fit here."""
+"""The memory estimate against what PyTorch's allocator and autograd really do, at sizes that fit here."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from models_tiny import TINY, actions, spear1
 from refusals import Command
 from spear.models import presets
 from spear.train import memory
+from spear.train.memory import MemoryEstimate
 from spear.train.optimize import Stepper
 from spear.train.options import Optimization, Recipe
 
@@ -22,12 +23,20 @@ LEAN = dataclasses.replace(
     moge=None,
     vision={**TINY.vision, "num_hidden_layers": 1},
 )
-OPT = Optimization(steps=2, lr=1e-3, ema=0.9)
-STAGE = Recipe("plan", "vla", "lean", "", OPT, batch_size=8, flow_samples=2)
+RECIPE = Recipe(
+    "plan",
+    "vla",
+    "lean",
+    "",
+    Optimization(steps=2, lr=1e-3, ema=0.9),
+    batch_size=8,
+    flow_samples=2,
+)
+MARKER_BYTES = 12_345  # of an allocation that marks the beginning of a step
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small() -> Iterator[None]:
+def small_presets() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "tiny", TINY)
         patch.setitem(presets.PRESETS, "lean", LEAN)
@@ -35,119 +44,223 @@ def small() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(small: None) -> memory.Memory:
-    """What the stage needs with nothing saved."""
-    return memory.training(STAGE)
+def estimate(small_presets: None) -> MemoryEstimate:
+    """What the recipe needs without any change that saves memory."""
+    return memory.measure_training(RECIPE)
 
 
-def allocated(stage: Recipe) -> tuple[Stepper, int]:
-    """A stepper with the loss that the estimator plans, on real tensors, and most bytes that the allocator
-    held in a step, of its own running total: given out in it, or held before, which a mark says."""
-    model, batch, chunk = spear1(), memory._observation(TINY, 8), actions(8, 5)
+def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
+    """Return a stepper with the loss that the estimate runs, and a batch, on real tensors."""
+    model = spear1()
+    chunk = actions(8, 5)
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
-        return model(**batch, actions=chunk, flow_samples=2, generator=generator).loss, {}
+        output = model(**batch, actions=chunk, flow_samples=2, generator=generator)
+        return output.loss, {}
 
-    batch["pixel_values"] = {
-        v: torch.randint_like(p, 256) for v, p in batch["pixel_values"].items()
-    }
-    stepper = Stepper(SimpleNamespace(model=model, loss=loss), stage.optimization, seed=0)
+    batch = memory._observation(TINY, 8)
+    for view, pixels in batch["pixel_values"].items():
+        batch["pixel_values"][view] = torch.randint_like(pixels, 256)
+    task = SimpleNamespace(model=model, loss=loss)
+    return Stepper(task, recipe.optimization, seed=0), batch
+
+
+def stored_bytes(stepper: Stepper) -> int:
+    """Return the bytes of weights, buffers, moments and EMA weights."""
+    weights = stepper.model.state_dict().values()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in weights)
+    for state in stepper.optimizer.state.values():
+        total += sum(tensor.nbytes for tensor in state.values())
+    return total + sum(tensor.nbytes for tensor in (stepper.ema or {}).values())
+
+
+def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
+    """Return a stepper, and the most bytes that PyTorch's allocator held in its second step.
+
+    The profiler gives a running total. It begins at an unknown number, which the total at the
+    allocation of a marker tells.
+    """
+    stepper, batch = make_stepper(recipe)
     stepper(0, [batch])
     stepper.optimizer.zero_grad()
-    held = sum(t.untyped_storage().nbytes() for t in model.state_dict().values())
-    held += sum(t.nbytes for state in stepper.optimizer.state.values() for t in state.values())
-    held += sum(t.nbytes for t in (stepper.ema or {}).values())
+    stored = stored_bytes(stepper)
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        mark = torch.empty(12_345, dtype=torch.uint8)
+        marker = torch.empty(MARKER_BYTES, dtype=torch.uint8)
         stepper(1, [batch])
-    events, todo = [], list(profile.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        event = todo.pop()
-        todo.extend(event.children)
+    assert marker.nbytes == MARKER_BYTES
+
+    allocations = []
+    events = list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events.extend(event.children)
         if event.tag == _EventType.Allocation:
-            events.append((event.extra_fields.alloc_size, event.extra_fields.total_allocated))
-    assert len(events) > 100
-    (before,) = (total for size, total in events if size == mark.nbytes)
-    return stepper, held + max(total for _, total in events) - before
+            fields = event.extra_fields
+            allocations.append((fields.alloc_size, fields.total_allocated))
+    assert len(allocations) > 100
+    (total_at_start,) = (total for size, total in allocations if size == MARKER_BYTES)
+    return stepper, stored + max(total for _, total in allocations) - total_at_start
 
 
 @pytest.mark.parametrize(
     "changes", [{"gradient_checkpointing": True}, {"frozen": ("vlm",), "frozen_precision": "bf16"}]
 )
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
-    stage = STAGE.with_changes(preset="tiny", **changes)
-    planned, (stepper, given_out) = memory.training(stage, as_on_gpu=False), allocated(stage)
-    assert planned.total == pytest.approx(given_out, rel=0.05)
-    learning = sum(p.numel() for p in stepper.trainable.values())
-    assert planned.learning == learning and planned.parameters >= learning
-    assert planned.averaged == 4 * learning >= planned.gradients  # not everything has a gradient
-    assert planned.moments == 8 * learning
-    assert planned.weights == sum(
-        t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers())
-    )
+    recipe = RECIPE.with_changes(preset="tiny", **changes)
+
+    planned = memory.measure_training(recipe, as_on_gpu=False)
+    stepper, peak_bytes = measure_peak_bytes(recipe)
+
+    assert planned.total == pytest.approx(peak_bytes, rel=0.05)
+    num_trainable = sum(parameter.numel() for parameter in stepper.trainable.values())
+    assert planned.num_trainable == num_trainable
+    assert planned.num_parameters >= num_trainable
+    assert planned.ema == 4 * num_trainable
+    assert planned.gradients <= 4 * num_trainable  # not everything has a gradient
+    assert planned.moments == 8 * num_trainable
+    weights = [*stepper.model.parameters(), *stepper.model.buffers()]
+    assert planned.weights == sum(tensor.nbytes for tensor in weights)
 
 
-def test_what_saves_memory_does(whole: memory.Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = memory.training(STAGE.with_changes(gradient_checkpointing=True, accumulate=8, ema=0))
-    assert last.activations < 0.6 * whole.activations and last.weights == whole.weights
-    assert last.moments == whole.moments and last.averaged == 0 < whole.averaged
-    monkeypatch.setattr(memory, "training", lambda stage: whole)
+def test_changes_that_save_memory_do(estimate: MemoryEstimate) -> None:
+    changes = {"gradient_checkpointing": True, "accumulate": 8, "ema": 0}
+
+    saving = memory.measure_training(RECIPE.with_changes(**changes))
+
+    assert saving.activations < 0.6 * estimate.activations
+    assert saving.weights == estimate.weights
+    assert saving.moments == estimate.moments
+    assert saving.ema == 0
+    assert estimate.ema > 0
+
+
+@pytest.fixture
+def instant_estimates(monkeypatch: pytest.MonkeyPatch, estimate: MemoryEstimate) -> None:
+    """Every recipe is said to need the same."""
+    monkeypatch.setattr(memory, "measure_training", lambda recipe: estimate)
+
+
+@pytest.mark.usefixtures("instant_estimates")
+def test_savings_are_planned_one_after_the_other() -> None:
+    plans = [list(changes) for changes, _ in memory.plan_memory_savings(RECIPE)]
+
     names = ["frozen_precision", "gradient_checkpointing", "accumulate", "ema"]
-    assert [list(changes) for changes, _ in memory.plans(STAGE)] == [
-        names[:count] for count in range(5)
-    ]
-    asking = STAGE.with_changes(
-        batch_size=48, question_images=3
-    )  # training cannot share 3 images among 6 pieces
-    assert [c["accumulate"] for c, _ in memory.plans(asking) if "accumulate" in c] == []
-    assert [c for c, _ in memory.plans(STAGE.with_changes(batch_size=4))][-1]["accumulate"] == 4
+    assert plans == [names[:count] for count in range(5)]
 
 
-def test_lora_and_questions_are_planned(whole: memory.Memory) -> None:
+@pytest.mark.usefixtures("instant_estimates")
+def test_no_pieces_are_planned_among_which_a_batch_cannot_be_divided() -> None:
+    recipe = RECIPE.with_changes(batch_size=48, question_images=3)  # 6 pieces, but 3 images
+
+    for changes, _ in memory.plan_memory_savings(recipe):
+        assert "accumulate" not in changes
+
+
+@pytest.mark.usefixtures("instant_estimates")
+def test_a_small_batch_is_divided_into_its_items() -> None:
+    plans = list(memory.plan_memory_savings(RECIPE.with_changes(batch_size=4)))
+
+    last_changes, _ = plans[-1]
+    assert last_changes["accumulate"] == 4
+
+
+def test_lora_adds_weights_of_which_few_learn(estimate: MemoryEstimate) -> None:
     pytest.importorskip("peft")
-    lora = memory.training(
-        STAGE.with_changes(lora_rank=4, frozen=("vlm.language_model", "vlm.vision_tower"))
-    )
-    assert lora.learning < whole.learning <= whole.parameters < lora.parameters
-    assert lora.weights > whole.weights
-    asked = memory.training(STAGE.with_changes(question_images=4))
-    assert asked.weights == whole.weights and asked.activations > whole.activations
-    assert memory.training(STAGE.with_changes(kind="vlm")).weights < whole.weights
+    frozen = ("vlm.language_model", "vlm.vision_tower")
+
+    lora = memory.measure_training(RECIPE.with_changes(lora_rank=4, frozen=frozen))
+
+    assert lora.num_trainable < estimate.num_trainable
+    assert estimate.num_trainable <= estimate.num_parameters
+    assert estimate.num_parameters < lora.num_parameters
+    assert lora.weights > estimate.weights
 
 
-def test_the_command_says_what_fits_and_what_would_make_it_fit(
-    whole: memory.Memory, done: Command, refused: Command, monkeypatch: pytest.MonkeyPatch
+def test_questions_add_activations(estimate: MemoryEstimate) -> None:
+    with_questions = memory.measure_training(RECIPE.with_changes(question_images=4))
+
+    assert with_questions.weights == estimate.weights
+    assert with_questions.activations > estimate.activations
+
+
+def test_a_vlm_has_fewer_weights_than_a_policy(estimate: MemoryEstimate) -> None:
+    vlm = memory.measure_training(RECIPE.with_changes(kind="vlm"))
+
+    assert vlm.weights < estimate.weights
+
+
+PLAN = ("plan", "--preset", "lean")
+PLAN_LARGE_BATCH = (*PLAN, "--batch-size", "64", "--recipe", "post-train-bridge")
+
+
+@pytest.mark.usefixtures("instant_estimates")
+def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(done: Command) -> None:
+    output = done(*PLAN_LARGE_BATCH, "--gpu", "16GB")
+
+    assert "total" in output
+    assert "usable on 16GB: 14.8 GiB" in output
+    assert output.endswith("fits\n")
+
+
+def test_the_command_plans_inference_in_both_precisions(
+    done: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("plan", "--preset", "lean", "--batch-size", "64", "--recipe", "post-train-bridge")
-    monkeypatch.setattr(memory, "training", lambda stage: whole)
-    said = done(*arguments, "--gpu", "16GB")
-    assert "together" in said and said.endswith("fits\n") and "usable of 16GB: 14.8 GiB" in said
-    acting: list[memory.Memory] = []
-    real = memory.inference
+    estimates: list[MemoryEstimate] = []
+    measure_inference = memory.measure_inference
+
+    def measure_and_keep(*arguments: Any) -> MemoryEstimate:
+        estimates.append(measure_inference(*arguments))
+        return estimates[-1]
+
+    monkeypatch.setattr(memory, "measure_inference", measure_and_keep)
+
+    output = done(*PLAN, "--gpu", "8GB", "--recipe", "inference")
+
+    assert "bfloat16" in output
+    assert output.count("fits on 8GB") == 2
+    in_bfloat16, in_float32 = sorted(estimates, key=lambda planned: planned.weights)
+    assert in_bfloat16.total == pytest.approx(in_float32.total / 2, rel=0.2)
+    assert in_bfloat16.gradients == 0
+    assert in_bfloat16.num_trainable == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--recipe nano-depth", "nano-depth"),
+        ("--batch-size 3", "batch_size 3"),
+        ("--gpu -3GB", "-3GB"),
+        ("--recipe inference --batch-size 0", "--batch-size 0"),
+        ("--batch-size 64 --set batch_size=8", "batch_size=8"),
+    ],
+)
+def test_the_command_names_what_it_cannot_plan(words: str, named: str, refused: Command) -> None:
+    assert named in refused(*PLAN, *words.split())
+
+
+def test_the_command_names_the_changes_that_make_a_recipe_fit(
+    done: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = iter((100, 60, 50))  # without changes, with one, with two
+    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
-        memory, "inference", lambda *given: acting.append(real(*given)) or acting[-1]
+        memory,
+        "measure_training",
+        lambda recipe: MemoryEstimate(next(totals), 0, 0, 0, 0, 1, 1),
     )
-    said = done("plan", "--preset", "lean", "--gpu", "8GB", "--recipe", "inference")
-    assert "bfloat16" in said and said.count("fits in 8GB") == 2
-    half, full = sorted(acting, key=lambda found: found.weights)
-    assert (
-        half.total == pytest.approx(full.total / 2, rel=0.2)
-        and half.gradients == half.learning == 0
-    )
-    monkeypatch.undo()
-    for wrong, named in (
-        *((("--recipe", "nano-depth"), "nano-depth"), (("--batch-size", "3"), "batch_size 3")),
-        (("--gpu", "-3GB"), "-3GB"),
-        (("--recipe", "inference", "--batch-size", "0"), "--batch-size 0"),
-        (("--batch-size", "64", "--set", "batch_size=8"), "batch_size=8"),
-    ):
-        assert named in refused("plan", "--preset", "lean", *wrong)
-    sizes = iter((100, 60, 50))  # as it is, with one saver, with two
+
+    output = done(*PLAN_LARGE_BATCH)
+
+    assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in output
+
+
+def test_the_command_says_that_no_change_makes_a_recipe_fit(
+    done: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
-        memory, "training", lambda stage: memory.Memory(next(sizes), 0, 0, 0, 0, 1, 1)
+        memory, "measure_training", lambda recipe: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
     )
-    monkeypatch.setattr(memory, "usable", lambda gpu: 50)
-    assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in done(*arguments)
-    monkeypatch.setattr(memory, "training", lambda stage: memory.Memory(51, 0, 0, 0, 0, 1, 1))
-    assert "does not fit even with --set" in done(*arguments)
+
+    assert "does not fit even with --set" in done(*PLAN_LARGE_BATCH)

@@ -1,7 +1,7 @@
-"""Several processes and one are the same run, sharded or not; one may continue what the others began.
+"""Several processes and one are the same run, sharded or not; one may continue what others began.
 
-The processes are two, on CPUs, over gloo. They are started twice for all tests here: once to be killed, once
-for the rest.
+Two processes on CPUs communicate over gloo. They are started three times for all tests here: once
+for a process to be killed, once to be stopped, and once for the rest.
 """
 
 import json
@@ -23,169 +23,265 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.train import loop, parallel
 from spear.train.options import Optimization
-from train_tiny import EMBEDDINGS, Acting, Broken, Regression, go, rows, said, start
+from train_tiny import (
+    EMBEDDINGS,
+    NonFiniteRegression,
+    PolicyTask,
+    Regression,
+    read_log,
+    read_losses,
+    read_stderr,
+    run_loop,
+    start_processes,
+)
 
 pytestmark = pytest.mark.xdist_group("parallel")  # what the tests share is made once
-OPT = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
-SHORT = replace(OPT, steps=2, warmup=1, schedule="constant", weight_decay=0.0, grad_clip=0.5)
-WHOLE = replace(SHORT, lr_scale={"vlm": 0.5}, frozen=("vlm.moge",))
-HALF = replace(WHOLE, steps=1)
-PATIENCE = 900  # seconds: some machines are busy
+REGRESSION = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
+POLICY = replace(
+    REGRESSION,
+    steps=2,
+    warmup=1,
+    schedule="constant",
+    weight_decay=0.0,
+    grad_clip=0.5,
+    lr_scale={"vlm": 0.5},
+    frozen=("vlm.moge",),
+)
+POLICY_ONE_STEP = replace(POLICY, steps=1)
+PATIENCE_S = 900  # some machines are busy
 
 
-class Line(Regression):
-    """Whose loss does not depend on who draws its noise."""
+class FixedNoiseRegression(Regression):
+    """A task whose loss does not depend on which process draws its noise."""
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:
         return super().loss(batch, torch.Generator())
 
 
-def slow_run(root: Path) -> None:
+def run_until_killed(root: Path) -> None:
     parallel.join_process_group()
-    go(Line(pause=0.05), OPT, root / "killed", save_every=2)
+    run_loop(FixedNoiseRegression(delay_s=0.05), REGRESSION, root / "killed", save_every=2)
 
 
-def told_run(root: Path) -> None:
-    """Until one of the processes is told to end."""
+def run_until_stopped(root: Path) -> None:
     parallel.join_process_group()
-    go(Line(pause=0.05), OPT, root / "told")
+    run_loop(FixedNoiseRegression(delay_s=0.05), REGRESSION, root / "stopped")
 
 
-def runs(root: Path) -> None:
+def run_everything(root: Path) -> None:
+    """Run what the tests look at, in each of two processes."""
     parallel.join_process_group()
     assert parallel.get_world_size() == 2
-    for name in ("line", "killed", "told"):
-        go(Line(), OPT, root / name)
-    go(Acting(), WHOLE, root / "ddp")
-    task = Acting()
-    go(task, WHOLE, root / "fsdp", sharded=True)
+
+    # A run that nothing interrupts, and those that a signal ended.
+    for name in ("uninterrupted", "killed", "stopped"):
+        run_loop(FixedNoiseRegression(), REGRESSION, root / name)
+
+    # A policy, whole on each process and sharded.
+    run_loop(PolicyTask(), POLICY, root / "ddp")
+    task = PolicyTask()
+    run_loop(task, POLICY, root / "fsdp", sharded=True)
     parallel.unshard(task.model)
     if parallel.get_rank() == 0:
         task.model.save_pretrained(root / "plain")
-    go(Acting(), HALF, root / "from-two", sharded=True)
-    go(Acting(), WHOLE, root / "from-one", sharded=True)
-    other = replace(OPT, lr=1e-2 * (1 + parallel.get_rank()))
-    refuses("process 1 .*lr.*seed", go, Line(), other, root, seed=parallel.get_rank())
-    go(Broken({7}), OPT, root / "skipped")
-    with pytest.raises(SpearError if parallel.get_rank() == 0 else SystemExit) as stop:
-        go(Broken({7, 8}), replace(OPT, max_skipped=1), root / "stopped")
-    (root / f"stopped-{parallel.get_rank()}").write_text(str(stop.value))
+
+    # Half a run for one process to continue, and half a run that one process began.
+    run_loop(PolicyTask(), POLICY_ONE_STEP, root / "from-two", sharded=True)
+    run_loop(PolicyTask(), POLICY, root / "from-one", sharded=True)
+
+    # Processes of different runs, and steps that are not finite.
+    rank = parallel.get_rank()
+    other = replace(REGRESSION, lr=1e-2 * (1 + rank))
+    refuses("process 1 .*lr.*seed", run_loop, FixedNoiseRegression(), other, root, seed=rank)
+    run_loop(NonFiniteRegression({7}), REGRESSION, root / "skipped")
+    with pytest.raises(SpearError if rank == 0 else SystemExit) as end:
+        one_skipped = replace(REGRESSION, max_skipped=1)
+        run_loop(NonFiniteRegression({7, 8}), one_skipped, root / "too-many")
+    (root / f"too-many-{rank}").write_text(str(end.value))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs by two processes: their folder, and how they ended when one was killed or stopped."""
     root = tmp_path_factory.mktemp("two")
-    processes, saved = start(slow_run, root), root / "killed" / "checkpoints" / "step-00000004"
-    until(saved.is_dir, "a checkpoint", *processes, patience=PATIENCE)
-    processes[1].kill()
-    processes[0].join(PATIENCE)
-    ended, log = start(told_run, root), root / "told" / "log.jsonl"
-    until(lambda: log.is_file() and rows(root / "told"), "a step", *ended, patience=PATIENCE)
-    ended[1].terminate()
-    for process in ended:
-        process.join(PATIENCE)
-    go(Acting(), replace(HALF, accumulate=2), root / "from-one")
-    others = start(runs, root)
-    for process in others:
-        process.join(PATIENCE)
-    assert [process.exitcode for process in others] == [0, 0], said(runs, root, 0) + said(
-        runs, root, 1
+
+    # One of two processes is killed.
+    killed = start_processes(run_until_killed, root)
+    checkpoint = root / "killed" / "checkpoints" / "step-00000004"
+    until(checkpoint.is_dir, "a checkpoint", *killed, patience=PATIENCE_S)
+    killed[1].kill()
+    killed[0].join(PATIENCE_S)
+
+    # One of two processes is told to stop.
+    stopped = start_processes(run_until_stopped, root)
+    log_file = root / "stopped" / "log.jsonl"
+    until(
+        lambda: log_file.is_file() and read_log(root / "stopped"),
+        "a step",
+        *stopped,
+        patience=PATIENCE_S,
     )
+    stopped[1].terminate()
+    for process in stopped:
+        process.join(PATIENCE_S)
+
+    # The rest.
+    run_loop(PolicyTask(), replace(POLICY_ONE_STEP, accumulate=2), root / "from-one")
+    processes = start_processes(run_everything, root)
+    for process in processes:
+        process.join(PATIENCE_S)
+    messages = read_stderr(run_everything, root, 0) + read_stderr(run_everything, root, 1)
+    assert [process.exitcode for process in processes] == [0, 0], messages
     return SimpleNamespace(
-        root=root, survived=processes[0].exitcode, told=[p.exitcode for p in ended]
+        root=root,
+        exit_code_of_survivor=killed[0].exitcode,
+        exit_codes_of_stopped=[process.exitcode for process in stopped],
     )
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy's run by one process that takes both pieces."""
     out = tmp_path_factory.mktemp("one")
-    go(Acting(), replace(WHOLE, accumulate=2), out)
+    run_loop(PolicyTask(), replace(POLICY, accumulate=2), out)
     return out
 
 
-def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+def read_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint."""
     path = str(out / "checkpoints" / f"step-{step:08d}")
-    known = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
-    found = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in known.items()}
-    dcp.load(found, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
-    return found
+    metadata = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+    }
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
+    return tensors
 
 
-def same_run(first: Path, second: Path, steps: int) -> None:
-    """Losses, their parts and gradient norms within 1e-5; weights, averages and moments accordingly."""
-    one, two = rows(first), rows(second)
-    assert len(one) == len(two) == steps
-    for a, b in zip(one, two, strict=True):
-        for key in set(a) - {"steps_per_s", "data_wait"}:
-            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), key
-    left, right = tensors(first, steps), tensors(second, steps)
-    assert left.keys() == right.keys()
-    for key, value in left.items():
+def check_same_logs(first: Path, second: Path, num_steps: int) -> None:
+    """Losses, their parts and gradient norms are the same within 1e-5."""
+    first_rows = read_log(first)
+    second_rows = read_log(second)
+    assert len(first_rows) == num_steps
+    assert len(second_rows) == num_steps
+    for first_row, second_row in zip(first_rows, second_rows, strict=True):
+        for key in set(first_row) - {"steps_per_s", "data_wait"}:
+            assert second_row[key] == pytest.approx(first_row[key], rel=1e-5, abs=1e-6), key
+
+
+def check_same_tensors(first: Path, second: Path, step: int) -> None:
+    """Weights, averages and moments are the same as far as the gradients' rounding lets them."""
+    first_tensors = read_tensors(first, step)
+    second_tensors = read_tensors(second, step)
+    assert first_tensors.keys() == second_tensors.keys()
+    for key, value in first_tensors.items():
         if not key.endswith(("k_proj.bias", "key.bias")):  # their gradient is zero but for rounding
-            torch.testing.assert_close(right[key], value, rtol=2e-3, atol=2e-4, msg=key)
+            torch.testing.assert_close(second_tensors[key], value, rtol=2e-3, atol=2e-4, msg=key)
 
 
-def test_two_processes_are_one_that_takes_both_pieces(one: Path, two: Any) -> None:
-    """With whole models and sharded ones; also where the one continued what two began, and the reverse."""
-    go(Acting(), WHOLE, two.root / "from-two")
-    for name in ("ddp", "fsdp", "from-two", "from-one"):
-        same_run(one, two.root / name, 2)
-    parts = (two.root / "fsdp" / "checkpoints" / "step-00000002").glob("*.safetensors")
-    sizes = [file.stat().st_size for file in parts]
-    assert len(sizes) == 2 and min(sizes) > 0.4 * max(sizes)
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "from-one"])
+def test_two_processes_are_one_that_takes_both_pieces(name: str, one: Path, two: Any) -> None:
+    """With whole models and sharded ones, and where two continue what one began."""
+    check_same_logs(one, two.root / name, 2)
+    check_same_tensors(one, two.root / name, 2)
 
 
-def test_only_the_rows_that_shall_learn_do(one: Path, two: Any) -> None:
-    before = dict(Acting().model.named_parameters())[EMBEDDINGS].detach()
-    for out in (one, two.root / "ddp", two.root / "fsdp"):
-        after = tensors(out, 2)[f"model.{EMBEDDINGS}"]
-        assert torch.equal(before[:START], after[:START]) and not torch.equal(
-            before[START:], after[START:]
-        )
+def test_one_process_continues_what_two_began(one: Path, two: Any) -> None:
+    run_loop(PolicyTask(), POLICY, two.root / "from-two")
+
+    check_same_logs(one, two.root / "from-two", 2)
+    check_same_tensors(one, two.root / "from-two", 2)
+
+
+def test_both_processes_write_half_of_a_sharded_checkpoint(two: Any) -> None:
+    files = (two.root / "fsdp" / "checkpoints" / "step-00000002").glob("*.safetensors")
+
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 2
+    assert min(sizes) > 0.4 * max(sizes)
+
+
+@pytest.mark.parametrize("name", ["one", "ddp", "fsdp"])
+def test_only_the_trainable_rows_learn(name: str, one: Path, two: Any) -> None:
+    out = one if name == "one" else two.root / name
+    before = dict(PolicyTask().model.named_parameters())[EMBEDDINGS].detach()
+
+    after = read_tensors(out, 2)[f"model.{EMBEDDINGS}"]
+
+    assert torch.equal(before[:START], after[:START])
+    assert not torch.equal(before[START:], after[START:])
 
 
 def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:
     model = weights.load(Spear1ForActionPrediction, two.root / "plain")
-    trained = tensors(two.root / "fsdp", 2)
+
+    trained = read_tensors(two.root / "fsdp", 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[f"model.{name}"]), name
     config = json.loads((two.root / "plain" / "config.json").read_text())
     assert config["architectures"] == ["Spear1ForActionPrediction"]
 
 
-def test_when_one_process_is_killed_or_told_the_other_ends_and_both_continue_exactly(
-    two: Any,
-) -> None:
-    survivor = said(slow_run, two.root, 0)
-    assert two.survived == 2 and survivor.count("error: process 0") == 1
-    assert "Traceback" not in survivor
-    assert two.told == [143, 143]  # only one was told to end
-    whole = two.root / "line"
-    for parts in (two.root / "killed", two.root / "told"):
-        assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(parts)]
-        torch.testing.assert_close(tensors(parts, 12), tensors(whole, 12), rtol=0, atol=0)
+def test_when_a_process_is_killed_the_other_ends_with_one_line(two: Any) -> None:
+    message = read_stderr(run_until_killed, two.root, 0)
+
+    assert two.exit_code_of_survivor == 2
+    assert message.count("error: process 0") == 1
+    assert "Traceback" not in message
 
 
-def test_a_piece_that_is_not_finite_is_skipped_by_all(two: Any) -> None:
-    losses = [row["loss"] for row in rows(two.root / "skipped")]
-    assert losses[3] is None and None not in losses[:3] + losses[4:]
-    kept = [path.name for path in (two.root / "skipped" / "not-finite").iterdir()]
-    assert kept == ["step-00000004-piece-00000007.safetensors"]
-    assert "1 skipped step" in (two.root / "stopped-0").read_text()
-    assert (two.root / "stopped-1").read_text() == "2"
+def test_when_a_process_is_told_to_stop_all_stop(two: Any) -> None:
+    assert two.exit_codes_of_stopped == [143, 143]
 
 
-def test_pieces_that_cannot_be_shared_are_refused(
+@pytest.mark.parametrize("name", ["killed", "stopped"])
+def test_a_run_of_two_processes_continues_bit_for_bit(name: str, two: Any) -> None:
+    uninterrupted = two.root / "uninterrupted"
+    continued = two.root / name
+
+    assert read_losses(uninterrupted) == read_losses(continued)
+    torch.testing.assert_close(
+        read_tensors(continued, 12), read_tensors(uninterrupted, 12), rtol=0, atol=0
+    )
+
+
+def test_a_piece_that_is_not_finite_makes_all_processes_skip_the_step(two: Any) -> None:
+    out = two.root / "skipped"
+
+    losses = read_losses(out)
+    assert losses[3] is None
+    assert None not in losses[:3] + losses[4:]
+    names = [path.name for path in (out / "not-finite").iterdir()]
+    assert names == ["step-00000004-piece-00000007.safetensors"]
+
+
+def test_too_many_skipped_steps_end_all_processes_and_the_first_explains(two: Any) -> None:
+    assert "1 skipped step" in (two.root / "too-many-0").read_text()
+    assert (two.root / "too-many-1").read_text() == "2"
+
+
+def test_pieces_that_the_processes_cannot_share_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go(Line(), replace(OPT, steps=2, accumulate=6), tmp_path)
+    run_loop(FixedNoiseRegression(), replace(REGRESSION, steps=2, accumulate=6), tmp_path)
+
     monkeypatch.setattr(parallel, "get_world_size", lambda: 4)
     refuses(
         r"6 pieces.* 4 processes.* 1, 2, 3, 6",
         loop.resolve_optimization,
-        OPT,
+        REGRESSION,
         tmp_path,
         parallel.CPU,
     )
+
+
+def test_a_continued_run_divides_its_pieces_among_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_loop(FixedNoiseRegression(), replace(REGRESSION, steps=2, accumulate=6), tmp_path)
+
     monkeypatch.setattr(parallel, "get_world_size", lambda: 3)
-    assert loop.resolve_optimization(OPT, tmp_path, parallel.CPU).accumulate == 2
+    opt = loop.resolve_optimization(REGRESSION, tmp_path, parallel.CPU)
+
+    assert opt.accumulate == 2

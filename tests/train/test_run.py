@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,16 +34,20 @@ from spear.sim_data.label_scenes import label_scenes
 from spear.train.loop import RunOptions
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
-from spear.train.run import mixture, train
-from train_tiny import rows, run_recipe, save_policy
+from spear.train.run import train, weigh_datasets
+from train_tiny import read_losses, run_recipe, save_policy
 
 pytestmark = pytest.mark.xdist_group("walk")  # what the tests share is made once
-FEW = {"steps": 2, "batch_size": 2, "warmup": 1}
-ACT = {**FEW, "question_images": 2, "coordinate_weight": 5.0, "coordinate_smoothing": 0.5}
-ACT |= {"schedule": "constant"}
+FEW_STEPS = {"steps": 2, "batch_size": 2, "warmup": 1}
+POLICY_CHANGES = {
+    **FEW_STEPS,
+    "schedule": "constant",
+    "question_images": 2,
+    "coordinate_weight": 5.0,
+    "coordinate_smoothing": 0.5,
+}
+TINY_CHANGES = {"preset": "tiny", "flow_samples": 1, "warmup": 0}  # of nano-post, for policy `tiny`
 EMBEDDINGS = "language_model.embed_tokens.weight"
-SHORT = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
-"""Of the recipe nano-post, for the policy `tiny`."""
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +55,31 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Every stage run once, for two steps; "grown" is SPEAR-VLM before its first step."""
     from spear.sim.record import record_episodes
 
-    root, sizes = tmp_path_factory.mktemp("path"), dict(PRESETS["nano"].image_sizes)
+    root = tmp_path_factory.mktemp("path")
+    sizes = dict(PRESETS["nano"].image_sizes)
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
-    recorded = record_episodes([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
-    store = stored(recorded, root / "episodes")
-    made = {
-        name: run_recipe(name, root / name, labels, **FEW) for name in ("nano-depth", "nano-siglip")
+    episodes = record_episodes([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
+    store = stored(episodes, root / "episodes")
+
+    depth = run_recipe("nano-depth", root / "depth", labels, **FEW_STEPS)
+    siglip = run_recipe("nano-siglip", root / "siglip", labels, **FEW_STEPS)
+    vlm_0 = run_recipe("nano-vlm-0", root / "0", labels, init=siglip, **FEW_STEPS)
+    grown = run_recipe(
+        "nano-vlm-1", root / "grown", labels, init=vlm_0, moge=depth, steps=0, batch_size=2
+    )
+    vlm_1 = run_recipe("nano-vlm-1", root / "1", labels, init=vlm_0, moge=depth, **FEW_STEPS)
+    vlm_2 = run_recipe("nano-vlm-2", root / "2", labels, init=vlm_1, **FEW_STEPS)
+    vla = run_recipe("nano-vla", root / "vla", labels, store, vlm_2, **POLICY_CHANGES)
+    folders = {
+        "nano-depth": depth,
+        "nano-vlm-0": vlm_0,
+        "grown": grown,
+        "nano-vlm-1": vlm_1,
+        "nano-vlm-2": vlm_2,
+        "nano-vla": vla,
     }
-    zero = made["nano-vlm-0"] = run_recipe(
-        "nano-vlm-0", root / "0", labels, init=made["nano-siglip"], **FEW
-    )
-    join: dict[str, Any] = {"init": zero, "moge": made["nano-depth"]}
-    made["grown"] = run_recipe("nano-vlm-1", root / "grown", labels, **join, steps=0, batch_size=2)
-    made["nano-vlm-1"] = run_recipe("nano-vlm-1", root / "1", labels, **join, **FEW)
-    made["nano-vlm-2"] = run_recipe(
-        "nano-vlm-2", root / "2", labels, init=made["nano-vlm-1"], **FEW
-    )
-    made["nano-vla"] = run_recipe(
-        "nano-vla", root / "vla", labels, store, made["nano-vlm-2"], **ACT
-    )
-    return SimpleNamespace(labels=labels, episodes=store, folders=made)
+    return SimpleNamespace(labels=labels, episodes=store, folders=folders)
 
 
 @pytest.fixture
@@ -80,232 +89,431 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save_policy(tmp_path / "tiny")
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
+def load_vlm_parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(weights.load(SpearVLMForConditionalGeneration, folder).named_parameters())
 
 
-def test_the_result_answers_and_acts(walked: SimpleNamespace) -> None:
+def read_origin(final: Path) -> dict[str, Any]:
+    """Return what a result says about its training."""
+    return json.loads((final / "recipe.json").read_text())
+
+
+def test_the_vlm_answers(walked: SimpleNamespace) -> None:
     image = np.full((240, 320, 3), 90, np.uint8)
-    answers = load_vlm(walked.folders["nano-vlm-2"]).answer(
-        [image], ["Where is the cube?"], "box_vertices"
-    )
-    assert len(answers[0].values) == 24
+    vlm = load_vlm(walked.folders["nano-vlm-2"])
+
+    (answer,) = vlm.answer([image], ["Where is the cube?"], "box_vertices")
+
+    assert len(answer.values) == 24
+
+
+def test_the_policy_acts_and_repeats_itself(walked: SimpleNamespace) -> None:
     policy = Spear1Policy.load(walked.folders["nano-vla"])
     observation = embodiments.load("generic").example()
+
     actions = policy.infer(observation)["actions"]
-    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+
+    assert actions.shape == (5, 8)
+    assert np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=-1), 1, atol=1e-5)
     assert (actions[:, 3] >= 0).all()
     policy.reset()
     np.testing.assert_array_equal(policy.infer(observation)["actions"], actions)
-    config = policy.model.vlm.config  # also where questions are asked beside the actions
-    assert (config.coordinate_loss_weight, config.coordinate_smoothing) == (5.0, 0.5)
-    learned = json.loads((walked.folders["nano-vla"] / "recipe.json").read_text())[
-        "learned"
-    ].split()
-    asked = [
-        hash_content(one.image)
-        for view in ("external", "wrist")
-        for one in read_labels(walked.labels / view)
-    ]
-    assert sorted(learned) == sorted(asked + walked.episodes.episode_fingerprints())
+
+
+def test_the_policy_records_the_loss_of_its_questions(walked: SimpleNamespace) -> None:
+    config = Spear1Policy.load(walked.folders["nano-vla"]).model.vlm.config
+
+    assert config.coordinate_loss_weight == 5.0
+    assert config.coordinate_smoothing == 0.5
+
+
+def test_the_result_lists_all_that_was_learned_from(walked: SimpleNamespace) -> None:
+    learned = read_origin(walked.folders["nano-vla"])["learned"].split()
+
+    expected = list(walked.episodes.episode_fingerprints())
+    for view in ("external", "wrist"):
+        labels = read_labels(walked.labels / view)
+        expected.extend(hash_content(label.image) for label in labels)
+    assert sorted(learned) == sorted(expected)
 
 
 def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamespace) -> None:
-    """The average of both projections is at first what the language model knows; after a step no longer."""
-    pixels = torch.randint(
-        0, 256, (2, 3, 128, 192), generator=torch.Generator().manual_seed(0)
-    ).byte()
-    tokens = []
+    """The average of both projections is at first what the language model knows already."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=generator).byte()
+    tokens = {}
+    has_moge = {}
     for name in ("nano-vlm-0", "grown", "nano-vlm-1"):
         vlm = weights.load(SpearVLMForConditionalGeneration, walked.folders[name]).eval()
-        assert (vlm.moge is None) == (name == "nano-vlm-0")
+        has_moge[name] = vlm.moge is not None
         with torch.no_grad():
-            tokens.append(vlm.encode_views(pixels)[0])
-    before, start, after = tokens
-    torch.testing.assert_close(start, before, rtol=1e-5, atol=1e-5)
-    assert (after - before).abs().max() > 1e-4
+            tokens[name] = vlm.encode_views(pixels)[0]
+
+    assert has_moge == {"nano-vlm-0": False, "grown": True, "nano-vlm-1": True}
+    torch.testing.assert_close(tokens["grown"], tokens["nano-vlm-0"], rtol=1e-5, atol=1e-5)
+    assert (tokens["nano-vlm-1"] - tokens["grown"]).abs().max() > 1e-4
 
 
 def test_stage_one_learns_what_the_paper_says_and_nothing_else(walked: SimpleNamespace) -> None:
-    before, after = parameters(walked.folders["grown"]), parameters(walked.folders["nano-vlm-1"])
-    first = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
-    changed = {n for n in before if n != EMBEDDINGS and not torch.equal(before[n], after[n])}
-    assert changed == {
-        n for n in before if n.startswith(("multi_modal_projector.", "moge_projector."))
-    }
-    assert torch.equal(before[EMBEDDINGS][:first], after[EMBEDDINGS][:first])
-    assert not torch.equal(before[EMBEDDINGS][first:], after[EMBEDDINGS][first:])
-    encoder = {n for n in after if n.startswith("moge.")}
-    trained = dict(weights.load(MogeForDepth, walked.folders["nano-depth"]).named_parameters())
-    assert encoder and all(torch.equal(trained[n], after[n]) for n in encoder)
+    before = load_vlm_parameters(walked.folders["grown"])
+    after = load_vlm_parameters(walked.folders["nano-vlm-1"])
+    first_token = load_vlm(walked.folders["nano-vlm-1"]).processor.coordinate_ids.start
+
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+
+    projectors = ("multi_modal_projector.", "moge_projector.")
+    assert changed == {EMBEDDINGS} | {name for name in before if name.startswith(projectors)}
+    assert torch.equal(before[EMBEDDINGS][:first_token], after[EMBEDDINGS][:first_token])
+    assert not torch.equal(before[EMBEDDINGS][first_token:], after[EMBEDDINGS][first_token:])
+
+
+def test_stage_one_has_the_encoder_that_learned_depth(walked: SimpleNamespace) -> None:
+    vlm = load_vlm_parameters(walked.folders["nano-vlm-1"])
+
+    depth = dict(weights.load(MogeForDepth, walked.folders["nano-depth"]).named_parameters())
+
+    encoder_names = [name for name in vlm if name.startswith("moge.")]
+    assert encoder_names
+    for name in encoder_names:
+        assert torch.equal(depth[name], vlm[name])
 
 
 def test_a_policy_run_repeats_and_continues_bit_for_bit(
     walked: SimpleNamespace, tmp_path: Path
 ) -> None:
-    given = (tmp_path, walked.labels, walked.episodes, walked.folders["nano-vlm-2"])
-    whole = walked.folders["nano-vla"]
-    parts = [run_recipe("nano-vla", *given, **{**ACT, "steps": steps}) for steps in (1, 2)][-1]
-    logs = [[row["loss"] for row in rows(folder.parent)] for folder in (whole, parts)]
-    assert logs[0] == logs[1] and len(logs[0]) == 2
-    first, second = (
-        dict(Spear1Policy.load(folder).model.named_parameters()) for folder in (whole, parts)
-    )
-    assert all(torch.equal(first[n], second[n]) for n in first)
+    uninterrupted = walked.folders["nano-vla"]
+    inputs = {
+        "labels": walked.labels,
+        "store": walked.episodes,
+        "init": walked.folders["nano-vlm-2"],
+    }
+
+    run_recipe("nano-vla", tmp_path, **inputs, **{**POLICY_CHANGES, "steps": 1})
+    continued = run_recipe("nano-vla", tmp_path, **inputs, **POLICY_CHANGES)
+
+    losses = read_losses(continued.parent)
+    assert len(losses) == 2
+    assert losses == read_losses(uninterrupted.parent)
+    expected = dict(Spear1Policy.load(uninterrupted).model.named_parameters())
+    actual = dict(Spear1Policy.load(continued).model.named_parameters())
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name])
 
 
-def test_a_finished_folder_is_not_given_to_others(
-    tiny: Path, tmp_path: Path, monkeypatch: Any
+ONE_STEP = {**TINY_CHANGES, "steps": 1, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A finished run of one step on the first two of three episodes."""
+    root = tmp_path_factory.mktemp("finished")
+    three_episodes = stored([make(0), make(1), make(2)], root / "store")
+    store = three_episodes.subset([0, 1])
+    init = save_policy(root / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        run_recipe("nano-post", root / "run", store=store, init=init, **ONE_STEP)
+    return SimpleNamespace(out=root / "run", three_episodes=three_episodes, store=store, init=init)
+
+
+@pytest.fixture
+def finished(
+    finished_once: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SimpleNamespace:
+    """A copy of that run, which a test may change."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    out = shutil.copytree(finished_once.out, tmp_path / "run")
+    return SimpleNamespace(**{**vars(finished_once), "out": out, "final": out / "final"})
+
+
+def continue_finished(finished: SimpleNamespace, **changes: Any) -> Path:
+    """Run the same recipe into the finished folder, with other inputs or settings."""
+    inputs = {"store": finished.store, "init": finished.init}
+    return run_recipe("nano-post", finished.out, **{**inputs, **ONE_STEP, **changes})
+
+
+def check_refused_and_unchanged(finished: SimpleNamespace, words: str, **changes: Any) -> None:
+    times = {p: p.stat().st_mtime_ns for p in finished.out.rglob("*") if p.is_file()}
+
+    refuses(words, continue_finished, finished, **changes)
+
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_checkpoint_records_what_the_run_is_made_from(finished: SimpleNamespace) -> None:
+    """Also that there were no labels: a run with some would be another one."""
+    (path,) = finished.out.glob("checkpoints/*/state.json")
+
+    run_settings = json.loads(path.read_text())["settings"]["about"]
+
+    assert run_settings["--init"]
+    assert run_settings["--labels"] is None
+    assert run_settings["--moge"] is None
+
+
+def test_other_episodes_are_refused(finished: SimpleNamespace) -> None:
+    other_two = finished.three_episodes.subset([1, 2])
+    check_refused_and_unchanged(finished, "another --episodes", store=other_two)
+
+    first = finished.store.subset([0])
+    words = "another --episodes .*2 episodes.* not .*1 episodes"
+    check_refused_and_unchanged(finished, words, store=first)
+
+
+def test_other_instructions_of_the_same_episodes_are_refused(
+    finished: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Other episodes, weights or settings in the same --out are refused, and nothing changes."""
-    whole, out = stored([make(0), make(1), make(2)], tmp_path / "store"), tmp_path / "run"
-    store = whole.subset([0, 1])
-    few = {**SHORT, "steps": 1, "batch_size": 2}
-    final = run_recipe("nano-post", out, store=store, init=tiny, **few)
-    (state,) = out.glob("checkpoints/*/state.json")
-    about = json.loads(state.read_text())["settings"]["about"]
-    assert (
-        about["--init"] and about["--labels"] is about["--moge"] is None
-    )  # none is told from some, too
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    pull = stored([make(i, instruction="pull it") for i in range(2)], tmp_path / "pull")
-    other_words = shutil.copytree(tiny, tmp_path / "words")
-    (other_words / "coordinates.json").write_text((tiny / "coordinates.json").read_text() + " ")
-    other_weights = shutil.copytree(tiny, tmp_path / "weights")
-    made = load_file(other_weights / "model.safetensors")
-    made["vlm.multi_modal_projector.linear.weight"] += (
-        1  # as stage 1 does, and ends as the file did
-    )
-    save_file(made, other_weights / "model.safetensors", {"format": "pt"})
-    for given, words in (
-        ({"store": pull}, "images or instructions of --episodes"),
-        ({"init": other_words}, "words of --init"),
-        ({"init": other_weights}, "weights of --init"),
-        ({"store": whole.subset([1, 2])}, "another --episodes"),  # as many, but others
-        ({"store": store.subset([0])}, "another --episodes .*2 episodes.* not .*1 episodes"),
-        ({"init": final}, "another --init"),
+    episodes = [make(i, instruction="pull it") for i in range(2)]
+    store = stored(episodes, tmp_path / "pull")
+
+    check_refused_and_unchanged(finished, "images or instructions of --episodes", store=store)
+
+
+def test_other_words_or_weights_to_begin_with_are_refused(
+    finished: SimpleNamespace, tmp_path: Path
+) -> None:
+    other_words = shutil.copytree(finished.init, tmp_path / "words")
+    coordinates = other_words / "coordinates.json"
+    coordinates.write_text(coordinates.read_text() + " ")
+    check_refused_and_unchanged(finished, "words of --init", init=other_words)
+
+    # As stage 1 changes them: the end of the file stays the same.
+    other_weights = shutil.copytree(finished.init, tmp_path / "weights")
+    tensors = load_file(other_weights / "model.safetensors")
+    tensors["vlm.multi_modal_projector.linear.weight"] += 1
+    save_file(tensors, other_weights / "model.safetensors", {"format": "pt"})
+    check_refused_and_unchanged(finished, "weights of --init", init=other_weights)
+
+    check_refused_and_unchanged(finished, "another --init", init=finished.final)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"frozen": ["vlm"], "steps": 2}, "another frozen"),
         ({"normalization": "minmax"}, "another normalization .quantile, not minmax"),
-    ):
-        refuses(
-            words, run_recipe, "nano-post", out, **{"store": store, "init": tiny, **few, **given}
-        )
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    finished = run_recipe("nano-post", out, store=store, init=tiny, **{**few, "lr": 1e-5})
-    assert json.loads((finished / "recipe.json").read_text())["earlier"] == [
-        {"until_step": 1, "lr": 3e-4}
+    ],
+)
+def test_other_modules_or_normalization_are_refused(
+    changes: dict[str, Any], words: str, finished: SimpleNamespace
+) -> None:
+    check_refused_and_unchanged(finished, words, **changes)
+
+
+def test_the_result_records_settings_that_changed(finished: SimpleNamespace) -> None:
+    final = continue_finished(finished, lr=1e-5)
+    assert read_origin(final)["earlier"] == [{"until_step": 1, "lr": 3e-4}]
+
+    final = continue_finished(finished, lr=1e-5, steps=2, batch_size=1)
+    assert read_origin(final)["earlier"] == [
+        {"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}
     ]
-    other = {**few, "steps": 2, "lr": 1e-5, "batch_size": 1}
-    (final / "README.md").write_text("mine")
-    was = (final / "model.safetensors").read_bytes()
-    with (
-        monkeypatch.context() as patch
-    ):  # what `hash_files` reads of large files may be what does not learn
-        patch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
-        changed = run_recipe("nano-post", out, store=store, init=tiny, **other)
-    assert (changed / "model.safetensors").read_bytes() != was
-    earlier = json.loads((changed / "recipe.json").read_text())["earlier"]
-    assert earlier == [{"until_step": 1, "steps": 1, "lr": 3e-4, "batch_size": 2}]
-    run_recipe("nano-post", out, store=store, init=tiny, **other)
-    assert (changed / "README.md").read_text() == "mine"
-    shutil.copytree(
-        state.parent, state.parent.with_name("step-00000003")
-    )  # as stopped after more steps
-    with pytest.warns(Notice, match="step 2"):
-        assert locate(out) == changed
-    shutil.rmtree(out / "checkpoints")
-    refuses("checkpoints", run_recipe, "nano-post", out, store=store, init=tiny, **other)
 
 
-def test_what_a_run_cannot_have_is_said(tiny: Path, tmp_path: Path) -> None:
-    inputs = TrainingInputs((), [("made", stored([make(0)], tmp_path / "store"), 1.0)], tiny)
-    stage = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
+def test_a_result_with_other_weights_replaces_the_one_before(
+    finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if they differ only where `hash_files`, which reads parts of large files, does not look."""
+    before = (finished.final / "model.safetensors").read_bytes()
+    monkeypatch.setattr("spear.train.run.hash_files", lambda folder: {"model.safetensors": ""})
+
+    final = continue_finished(finished, steps=2)
+
+    assert (final / "model.safetensors").read_bytes() != before
+
+
+def test_a_result_keeps_files_that_users_added(finished: SimpleNamespace) -> None:
+    (finished.final / "README.md").write_text("mine")
+
+    final = continue_finished(finished, steps=2)
+    assert (final / "README.md").read_text() == "mine"
+
+    continue_finished(finished, steps=2)
+    assert (final / "README.md").read_text() == "mine"
+
+
+def test_a_result_that_is_older_than_its_checkpoint_is_noted(finished: SimpleNamespace) -> None:
+    """As when the run was stopped after more steps."""
+    (checkpoint,) = finished.out.glob("checkpoints/step-*")
+    shutil.copytree(checkpoint, checkpoint.with_name("step-00000003"))
+
+    with pytest.warns(Notice, match="step 1"):
+        assert locate(finished.out) == finished.final
+
+
+def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace) -> None:
+    shutil.rmtree(finished.out / "checkpoints")
+
+    refuses("checkpoints", continue_finished, finished, steps=2)
+
+
+@pytest.fixture
+def one_episode(tiny: Path, tmp_path: Path) -> TrainingInputs:
+    store = stored([make(0)], tmp_path / "store")
+    return TrainingInputs((), [("made", store, 1.0)], tiny)
+
+
+def test_settings_without_effect_are_noted(one_episode: TrainingInputs, tmp_path: Path) -> None:
+    recipe = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
+    options = RunOptions(workers=0, sharded=True)
+
     with (
-        pytest.warns(Notice, match="lr is not reached: warmup takes 50"),
+        pytest.warns(Notice, match="lr is never reached: warmup takes 50"),
         pytest.warns(match="fsdp"),
     ):
-        final = train(stage, tmp_path / "run", inputs, RunOptions(workers=0, sharded=True), "cpu")
-    said = json.loads((final / "recipe.json").read_text())
-    assert said["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
-    assert (
-        not said["sharded"]
-        and said["learned"].split() == inputs.episodes[0][1].episode_fingerprints()
-    )
-    more = stage.with_changes(steps=2, batch_size=2, accumulate=2)
+        final = train(recipe, tmp_path / "run", one_episode, options, "cpu")
+
+    assert not read_origin(final)["sharded"]
+
+
+def test_the_result_lists_its_files_and_episodes(
+    one_episode: TrainingInputs, tmp_path: Path
+) -> None:
+    recipe = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
+
+    final = train(recipe, tmp_path / "run", one_episode, RunOptions(workers=0), "cpu")
+
+    origin = read_origin(final)
+    assert origin["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
+    _, store, _ = one_episode.episodes[0]
+    assert origin["learned"].split() == store.episode_fingerprints()
+
+
+def test_a_continued_run_keeps_its_pieces_and_says_so(
+    one_episode: TrainingInputs, tmp_path: Path
+) -> None:
+    recipe = get_recipe("nano-post").with_changes(preset="tiny", steps=1, batch_size=1)
+    train(recipe, tmp_path / "run", one_episode, RunOptions(workers=0), "cpu")
+
+    two_pieces = recipe.with_changes(steps=2, batch_size=2, accumulate=2)
     with pytest.warns(Notice, match="accumulate is 1"):
-        train(more, tmp_path / "run", inputs, RunOptions(workers=0), "cpu")
+        train(two_pieces, tmp_path / "run", one_episode, RunOptions(workers=0), "cpu")
 
 
 def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Path) -> None:
-    """As of Open X-Embodiment, where the folder is a version."""
-    stores = []
+    """As in Open X-Embodiment, where the folder is a version."""
+    sources = []
     for number, name in enumerate(("one", "two")):
         folder = tmp_path / name / "1.0.0"
         folder.parent.mkdir()
         write_lerobot([make(number)], folder)
-        stores.append(open_store(folder, tmp_path / "work")[0])
+        store, _ = open_store(folder, tmp_path / "work")
+        sources.append(store.source(0))
         assert get_dataset_name(folder) == name
-    assert [s.source(0) for s in stores] == ["made#0", "made#1"]
+
+    assert sources == ["made#0", "made#1"]
 
 
-def test_shares_are_those_of_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
+    """One episode each of two known datasets and one that is not in the list."""
     stores = {}
     for number, name in enumerate(("bridge_dataset", "droid", "mine")):
         stores[name] = stored([make(number, 2, source=f"{name}/train#0")], tmp_path / name)
+    return stores
 
-    def shares(names: tuple[str, ...], given: tuple[float, ...] = ()) -> list[float]:
-        made = mixture([tmp_path / name for name in names], [stores[name] for name in names], given)
-        assert [name for name, _, _ in made] == list(names)
-        return [share for _, _, share in made]
 
-    assert shares(("bridge_dataset", "droid")) == [18, 35] and REGISTRY["droid"].weight == 35
-    said = capsys.readouterr().err
-    assert "bridge_dataset 34.0%, droid 66.0%" in said and said.count("\n") == 1
-    assert shares(("bridge_dataset", "mine")) == [1, 1]
-    assert (
-        shares(("bridge_dataset", "mine"), (1, 3)) == [1, 3]
-        and "mine 75.0%" in capsys.readouterr().err
+def sampling_weights(
+    stores: dict[str, EpisodeStore], names: Sequence[str], given: Sequence[float] = ()
+) -> list[float]:
+    weighed = weigh_datasets(
+        [Path(name) for name in names], [stores[name] for name in names], given
     )
-    assert shares(("mine",)) == [1] and not capsys.readouterr().err
-    with pytest.warns(Notice, match="1 of the episodes"):
-        assert shares(("mine", "droid", "mine")) == [1, 1, 1]
+    assert [name for name, _, _ in weighed] == list(names)
+    return [weight for _, _, weight in weighed]
 
 
-def test_failed_and_unseen_episodes_are_not_learned(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_known_datasets_have_the_sampling_weights_of_the_list(
+    stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same weights and statistics as without them, and a line says so. Where nothing is known of an
-    episode's end it stays; a run that began with failures goes on with them."""
+    weights = sampling_weights(stores, ["bridge_dataset", "droid"])
+
+    assert weights == [18, 35]
+    assert REGISTRY["droid"].weight == 35
+    printed = capsys.readouterr().err
+    assert "bridge_dataset 34.0%, droid 66.0%" in printed
+    assert printed.count("\n") == 1
+
+
+def test_datasets_that_are_not_all_known_have_equal_weights(
+    stores: dict[str, EpisodeStore],
+) -> None:
+    assert sampling_weights(stores, ["bridge_dataset", "mine"]) == [1, 1]
+
+
+def test_given_sampling_weights_are_used(
+    stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sampling_weights(stores, ["bridge_dataset", "mine"], [1, 3]) == [1, 3]
+
+    assert "mine 75.0%" in capsys.readouterr().err
+
+
+def test_a_single_dataset_is_no_mixture(
+    stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sampling_weights(stores, ["mine"]) == [1]
+
+    assert not capsys.readouterr().err
+
+
+def test_episodes_in_several_datasets_are_noted(stores: dict[str, EpisodeStore]) -> None:
+    with pytest.warns(Notice, match="1 of the episodes"):
+        assert sampling_weights(stores, ["mine", "droid", "mine"]) == [1, 1, 1]
+
+
+@pytest.fixture
+def learn(tiny: Path, tmp_path: Path) -> Any:
+    """Train on one of several stores; returns the bytes of weights and normalization statistics.
+
+    The stores: "good" episodes, "failed" ones, one that is "blind" because its camera is unknown,
+    and "all" of them.
+    """
     good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
-    bad = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
-    blind = [make(5, images={"side": good[0].images["external"]})]
-    some = {
+    failed = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
+    blind = make(5, images={"side": good[0].images["external"]})
+    episodes_of_store = {
         "good": good,
-        "every": [good[0], bad[0], *good[1:], bad[1], *blind],
-        "bad": bad,
-        "blind": blind,
+        "all": [good[0], failed[0], good[1], good[2], failed[1], blind],
+        "failed": failed,
+        "blind": [blind],
     }
-    stores = {name: stored(episodes, tmp_path / name) for name, episodes in some.items()}
+    stores = {name: stored(some, tmp_path / name) for name, some in episodes_of_store.items()}
 
-    def learned(out: str, store: str, steps: int = 2) -> dict[str, bytes]:
-        few = {**SHORT, "batch_size": 4, "schedule": "constant", "steps": steps}
-        final = run_recipe("nano-post", tmp_path / out, store=stores[store], init=tiny, **few)
-        return {
-            name: (final / name).read_bytes() for name in ("model.safetensors", "normalizer.json")
-        }
+    def learn_from(name: str, out: str = "run", steps: int = 2) -> dict[str, bytes]:
+        changes = {**TINY_CHANGES, "batch_size": 4, "schedule": "constant", "steps": steps}
+        final = run_recipe("nano-post", tmp_path / out, store=stores[name], init=tiny, **changes)
+        files = ("model.safetensors", "normalizer.json")
+        return {file: (final / file).read_bytes() for file in files}
 
-    expected = learned("1", "good")
-    blind, side = (
-        pytest.warns(Notice, match=m) for m in ("1 of 4 .* no camera", "no camera wrist, .* side")
-    )
-    with pytest.warns(Notice, match="2 of 6 episodes failed"), blind, side:
-        assert learned("2", "every") == expected
-    refuses("2 of 2 episodes failed", learned, "3", "bad")
-    refuses("side", learned, "4", "blind")
-    with monkeypatch.context() as earlier:  # versions that learned from them
-        earlier.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
-        with_failures = learned("5", "every")
-        assert with_failures != expected
-        learned("6", "every", steps=1)
-    assert learned("6", "every") == with_failures
+    return learn_from
+
+
+def test_failed_and_blind_episodes_are_left_out_and_noted(learn: Any) -> None:
+    """An episode of which nothing is known about its end is not left out."""
+    expected = learn("good", "expected")
+
+    with (
+        pytest.warns(Notice, match="2 of 6 episodes failed"),
+        pytest.warns(Notice, match="1 of 4 .* no camera"),
+        pytest.warns(Notice, match="no camera wrist, .* side"),
+    ):
+        assert learn("all") == expected
+
+
+def test_a_training_needs_episodes_that_did_not_fail_and_have_a_camera(learn: Any) -> None:
+    refuses("2 of 2 episodes failed", learn, "failed")
+    refuses("side", learn, "blind", "other")
+
+
+def test_a_run_that_began_with_failed_episodes_goes_on_with_them(
+    learn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older_version:  # which learned from them
+        older_version.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
+        expected = learn("all", "uninterrupted")
+        learn("all", "continued", steps=1)
+
+    assert expected != learn("good", "good")
+    assert learn("all", "continued") == expected

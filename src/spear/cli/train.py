@@ -45,7 +45,7 @@ def train(options: TrainOptions) -> None:
     how = RunOptions(
         options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp"
     )
-    run.check(stage, out, TrainingInputs(options.labels, (), init, moge), how, options.device)
+    run.check_run(stage, out, TrainingInputs(options.labels, (), init, moge), how, options.device)
     for path in options.episodes:
         check_episodes(path, options.split)
     if options.episodes and not any("external" in list_cameras(path) for path in options.episodes):
@@ -54,7 +54,7 @@ def train(options: TrainOptions) -> None:
         )
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
     inputs = TrainingInputs(
-        options.labels, run.mixture(options.episodes, stores, options.shares), init, moge
+        options.labels, run.weigh_datasets(options.episodes, stores, options.shares), init, moge
     )
     final = run.train(stage, out, inputs, how, options.device)
     if is_first_process():
@@ -78,14 +78,14 @@ def plan(options: PlanOptions) -> None:
     from spear.train import memory
     from spear.train.recipes import get_recipe
 
-    capacity = memory.usable(options.gpu)
+    capacity = memory.usable_bytes(options.gpu)
     changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
         if options.set:
             raise SpearError("--set changes recipes, and inference is none: leave it out")
         for dtype in (torch.bfloat16, torch.float32):
             name = str(dtype).removeprefix("torch.")
-            needed = memory.inference(
+            needed = memory.measure_inference(
                 get_preset(options.preset or "spear1"), dtype, options.batch_size or 1
             )
             parts = f"weights {_gib(needed.weights)} + activations {_gib(needed.activations)}"
@@ -94,19 +94,19 @@ def plan(options: PlanOptions) -> None:
             print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
         return
     stage = get_recipe(options.recipe, **changes)
-    for changes, needed in memory.plans(stage):
+    for changes, needed in memory.plan_memory_savings(stage):
         if not changes:
             pieces = stage.optimization.accumulate
             print(
                 f"{stage.name}, {stage.preset}, batch {stage.batch_size} in "
                 f"{format_count(pieces, 'pieces')}\n"
             )
-            numbers = f"{needed.parameters / 1e9:.2f} B, {needed.learning / 1e9:.2f} B learn"
+            numbers = f"{needed.num_parameters / 1e9:.2f} B, {needed.num_trainable / 1e9:.2f} B learn"
             for name, size in {
                 f"weights ({numbers})": needed.weights,
                 "gradients": needed.gradients,
                 "optimiser": needed.moments,
-                "averaged weights": needed.averaged,
+                "averaged weights": needed.ema,
                 "activations, temporaries": needed.activations,
                 "together": needed.total,
             }.items():
@@ -114,11 +114,11 @@ def plan(options: PlanOptions) -> None:
             print(f"\nusable of {options.gpu}: {_gib(capacity)}")
         if needed.total <= capacity:
             extra = (
-                f"does not fit as it is; fits with {memory.flags(changes)}: {_gib(needed.total)}"
+                f"does not fit as it is; fits with {memory.format_set_option(changes)}: {_gib(needed.total)}"
             )
             print(extra if changes else "fits")
             return
-    print(f"does not fit even with {memory.flags(changes)}: {_gib(needed.total)}")
+    print(f"does not fit even with {memory.format_set_option(changes)}: {_gib(needed.total)}")
 
 
 def _gib(size: float) -> str:

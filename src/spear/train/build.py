@@ -1,14 +1,15 @@
-"""What a recipe asks for, put together: the model, its data and its task, before the first step."""
+"""From a recipe to a training before its first step: the model, its data and its task."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Mode, Normalizer
+from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
@@ -29,327 +30,495 @@ from spear.train.options import Recipe, TrainingInputs, check_inputs
 from spear.types import LabeledImage
 from spear.util.images import decode_image
 
-Built = tuple[torch.nn.Module, Task, Sequence[Callable[[Path], object]]]
-"""A model, the task that trains it, and what writes the result into a folder, part by part."""
-Labels = dict[str, list[LabeledImage]]
-"""Labelled images by view, as `load_labels` gives them."""
+EMBEDDINGS = "language_model.embed_tokens.weight"
+LabelsByView = dict[str, list[LabeledImage]]
+"""Labeled images by view, as `load_labels` returns them."""
+NamedStores = Sequence[tuple[str, EpisodeStore, float]]
+"""Name, store and sampling weight of each dataset."""
+
+
+class _Built(NamedTuple):
+    """A model, the task that trains it, and functions that each write a part of the result."""
+
+    model: torch.nn.Module
+    task: Task
+    writers: Sequence[Callable[[Path], object]]
 
 
 def build(
-    stage: Recipe, inputs: TrainingInputs, seed: int = 0
+    recipe: Recipe, inputs: TrainingInputs, seed: int = 0
 ) -> tuple[torch.nn.Module, Task, Callable[[Path], None]]:
-    """A recipe's model, the task that trains it, before the first step, and what saves the result.
+    """Build a recipe's model and task, before the first step.
 
-    Raises `SpearError` for inputs that are missing, or that do not fit the recipe or each other.
+    Args:
+        recipe: what to train.
+        inputs: what to learn from and to start from.
+        seed: of the new weights and of the batches.
+
+    Returns:
+        The model, the task that trains it, and a function that saves the result in a folder.
+
+    Raises:
+        SpearError: for inputs that are missing, or that do not fit the recipe or each other.
     """
-    check_inputs(stage, inputs)
-    stage, size = check(stage, inputs)
+    check_inputs(recipe, inputs)
+    recipe, size = check(recipe, inputs)
     torch.manual_seed(seed)
-    make = {"depth": _depth, "naming": _naming, "vlm": _vlm, "vla": _vla}[stage.kind]
-    model, task, writers = make(stage, size, inputs, seed)
-    rank = stage.lora_rank
-    adapters = optimize.add_adapters(model, rank, stage.lora_alpha) if rank else None
+    builders = {
+        "depth": _build_depth,
+        "naming": _build_naming,
+        "vlm": _build_vlm,
+        "vla": _build_vla,
+    }
+    built = builders[recipe.kind](recipe, size, inputs, seed)
+
+    adapters = None
+    if recipe.lora_rank:
+        adapters = optimize.add_adapters(built.model, recipe.lora_rank, recipe.lora_alpha)
 
     def save(folder: Path) -> None:
-        """A plain model, with the LoRA merged in, which is also in `adapter`."""
+        """Write a plain model, with LoRA merged into it, and LoRA by itself in `adapter`."""
         if adapters is not None:
             adapters.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
             adapters.merge_and_unload()
-        for write in writers:
+        for write in built.writers:
             write(folder)
 
-    return model, task, save
+    return built.model, built.task, save
 
 
-def check(stage: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
-    """Raises `SpearError` for what is wrong with a recipe, its labels, `init` and `moge`, as far as a
-    moment's look can tell: no weights and no demonstrations are read.
+def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
+    """Check a recipe, its labels, `init` and `moge` without reading weights or demonstrations.
 
-    Returns the recipe for one piece of each batch, and its size with its flow, and without MoGe as it may be.
+    Returns:
+        The recipe with the batch size of one piece, and its preset with the recipe's flow settings,
+        and without MoGe if the recipe has none.
+
+    Raises:
+        SpearError: for what is wrong.
     """
-    init, labels, acts = inputs.init, inputs.labels, stage.kind == "vla"
-    pieces, names = stage.optimization.accumulate, ("batch_size", "question_images")
-    shares = {
-        name: parallel.divide_into_pieces(getattr(stage, name), name, pieces) for name in names
+    # The batch: the same number of images in each piece.
+    num_pieces = recipe.optimization.accumulate
+    piece_sizes = {
+        name: parallel.divide_into_pieces(getattr(recipe, name), name, num_pieces)
+        for name in ("batch_size", "question_images")
     }
-    size = get_preset(stage.preset)
-    size = dataclasses.replace(
-        size, flow={**size.flow, **stage.flow}, moge=size.moge if stage.moge else None
-    )
+
+    # The flow settings, and the labels' folders.
+    size = _preset_of(recipe)
     check_known(
         "flow setting", [field.name for field in dataclasses.fields(FlowConfig)], *size.flow
     )
-    policy = init is not None and weights.read_architecture(init) == Spear1Config.model_type
     FlowConfig(**size.flow)
-    for folder in labels if stage.kind != "depth" else ():
-        for view in tasks.view_folders(folder, list(size.image_sizes)).values():
-            if (
-                view.is_file()
-            ):  # what a run says of its labels, and compares, it looks for in folders
-                raise SpearError(f"--labels {folder}: a file: give the folder that it is in")
-            find_shards(view)
-    horizon = size.horizon
-    config: Any = build_vlm_config(size)
-    if init is not None:
-        found: Any = weights.check_checkpoint(
-            Spear1ForActionPrediction if policy else SpearVLM, init
-        )
-        inner = found.vlm_config if policy else found
-        horizon = found.horizon if policy else horizon
-        if (
-            inner.vision_config.hidden_size != size.vision["hidden_size"]
-        ):  # the text's: PaliGemma 1's or 2's
-            raise SpearError(
-                f"--init {init} is not of preset {size.name}: give the --preset it has"
-            )
-        if acts and (stage.bins is not None or stage.spacing is not None):
-            keeps = f"recipe {stage.name} keeps the 3D tokens of its --init"
-            raise SpearError(f"{keeps}: set bins and spacing in the VLM's")
-        if policy and acts and (fixed := {"rotation", "prediction"} & stage.flow.keys()):
-            raise SpearError(
-                f"recipe key flow: {init} fixes {', '.join(sorted(fixed))}: begin at a VLM"
-            )
-        if not stage.moge and inner.moge_config is not None:
-            raise SpearError(
-                f"recipe {stage.name} has no MoGe, --init {init} has: begin with one without"
-            )
-        if inputs.moge and inner.moge_config is not None:
-            raise SpearError(
-                f"--moge {inputs.moge}: --init has an encoder already: leave --moge out"
-            )
-        if not acts and stage.moge and inner.moge_config is None and inputs.moge is None:
-            adds = f"recipe {stage.name} adds MoGe's encoder"
-            raise SpearError(f"{adds}: give --moge FOLDER (the result of nano-depth)")
-        Processor.load(init, inner)
-        config = inner if acts else config
-    clean = FlowConfig(**(found.flow if policy else size.flow)).prediction == "clean"
-    if clean and "geodesic_step" in stage.flow:
-        raise SpearError("recipe key flow: geodesic_step is of velocities alone: leave it out")
-    if stage.committed is not None and stage.committed >= horizon:
-        raise SpearError(
-            f"recipe key committed is {stage.committed}: a chunk has {horizon}: give less"
-        )
+    if recipe.kind != "depth":
+        _check_label_folders(recipe, size, inputs.labels)
+
+    # The weights to start from.
+    init_config = None if inputs.init is None else _check_init(recipe, size, inputs)
+    _check_policy_settings(recipe, size, init_config)
     if inputs.moge is not None:
         weights.check_checkpoint(MogeForDepth, inputs.moge)
-    if stage.kind in ("vlm", "vla"):
-        empty_model(stage, build_spear1_config(size, config) if acts else config)
-    return stage.with_changes(**shares), size
+
+    # The freeze schedule.
+    if recipe.kind == "vlm":
+        build_empty_model(recipe, build_vlm_config(size))
+    elif recipe.kind == "vla":
+        vlm = build_vlm_config(size) if init_config is None else _vlm_config_of(init_config)
+        build_empty_model(recipe, build_spear1_config(size, vlm))
+    return recipe.with_changes(**piece_sizes), size
 
 
-def normalization(stage: Recipe, init: Path | None) -> Mode:
-    """A recipe's, or else as the policy has it that it begins with; a new one has the paper's."""
-    if stage.normalization or init is None or stage.kind != "vla":
-        return stage.normalization or "quantile"
-    return Normalizer.load(own).mode if (own := init / "normalizer.json").is_file() else "quantile"
+def _preset_of(recipe: Recipe) -> Preset:
+    """Return the recipe's preset, with its flow settings, and without MoGe if it has none."""
+    size = get_preset(recipe.preset)
+    flow = {**size.flow, **recipe.flow}
+    return dataclasses.replace(size, flow=flow, moge=size.moge if recipe.moge else None)
 
 
-def empty_model(stage: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
-    """A recipe's model without contents, with its LoRA, frozen and stored. `SpearError`: these do not fit."""
-    with torch.device("meta"):
-        model = (
-            Spear1ForActionPrediction(config)
-            if isinstance(config, Spear1Config)
-            else SpearVLM(config)
+def _check_label_folders(recipe: Recipe, size: Preset, folders: Sequence[Path]) -> None:
+    """Check that folders of labels are folders, and have shards of labels.
+
+    A file would do for training, but a run is compared with what is in its folders.
+    """
+    for folder in folders:
+        for path in tasks.view_folders(folder, list(size.image_sizes)).values():
+            if path.is_file():
+                raise SpearError(f"--labels {folder} is a file. Give the folder that it is in.")
+            find_shards(path)
+
+
+def _check_init(recipe: Recipe, size: Preset, inputs: TrainingInputs) -> Any:
+    """Check that the recipe can begin with `inputs.init`; return that checkpoint's config."""
+    init = inputs.init
+    assert init is not None
+    is_policy = weights.read_architecture(init) == Spear1Config.model_type
+    config: Any = weights.check_checkpoint(
+        Spear1ForActionPrediction if is_policy else SpearVLM, init
+    )
+    vlm = _vlm_config_of(config)
+
+    # The vision encoder tells the presets apart: the text model is PaliGemma 1's or 2's.
+    if vlm.vision_config.hidden_size != size.vision["hidden_size"]:
+        raise SpearError(
+            f"--init {init} is not of preset {size.name}. Give the --preset that it has."
         )
-        if stage.lora_rank:
-            optimize.add_adapters(model, stage.lora_rank, stage.lora_alpha)
-    optimize.apply_freeze(model, stage.optimization)
-    optimize.set_weight_precision(model, stage.optimization)
+    if recipe.kind == "vla":
+        if recipe.bins is not None or recipe.spacing is not None:
+            raise SpearError(
+                f"recipe {recipe.name} keeps the 3D tokens of its --init. Set bins and spacing in "
+                "the VLM's recipe."
+            )
+        fixed_settings = sorted({"rotation", "prediction"} & recipe.flow.keys())
+        if is_policy and fixed_settings:
+            raise SpearError(
+                f"recipe key flow: {init} fixes {', '.join(fixed_settings)}. Begin with a VLM "
+                "instead."
+            )
+    _check_moge(recipe, inputs, has_moge=vlm.moge_config is not None)
+    Processor.load(init, vlm)
+    return config
+
+
+def _vlm_config_of(config: Any) -> SpearVLMConfig:
+    """Return the VLM's config of a policy's config, or a VLM's config itself."""
+    return config.vlm_config if isinstance(config, Spear1Config) else config
+
+
+def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
+    """Check that the recipe, `--init` and `--moge` together give one MoGe encoder, or none."""
+    if not recipe.moge and has_moge:
+        raise SpearError(
+            f"recipe {recipe.name} has no MoGe, but --init {inputs.init} has. Begin with weights "
+            "without MoGe."
+        )
+    if inputs.moge and has_moge:
+        raise SpearError(
+            f"--moge {inputs.moge}: --init has an encoder of MoGe already. Leave --moge out."
+        )
+    if recipe.kind != "vla" and recipe.moge and not has_moge and inputs.moge is None:
+        raise SpearError(
+            f"recipe {recipe.name} adds MoGe's encoder. Give --moge FOLDER, the result of "
+            "nano-depth."
+        )
+
+
+def _check_policy_settings(recipe: Recipe, size: Preset, init_config: Any) -> None:
+    """Check flow settings and the committed prefix with the policy that they are for."""
+    flow: Any = size.flow
+    horizon = size.horizon
+    if isinstance(init_config, Spear1Config):
+        flow = init_config.flow
+        horizon = init_config.horizon
+
+    if FlowConfig(**flow).prediction == "clean" and "geodesic_step" in recipe.flow:
+        raise SpearError(
+            "recipe key flow: geodesic_step has an effect on predicted velocities alone. "
+            "Leave it out."
+        )
+    if recipe.committed is not None and recipe.committed >= horizon:
+        raise SpearError(
+            f"recipe key committed is {recipe.committed}, but a chunk has {horizon} actions. "
+            f"Give at most {horizon - 1}."
+        )
+
+
+def resolve_normalization(recipe: Recipe, init: Path | None) -> Mode:
+    """Return the recipe's normalization, else that of the policy in `init`, else the paper's."""
+    if recipe.normalization:
+        return recipe.normalization
+    if init is not None and recipe.kind == "vla":
+        path = init / "normalizer.json"
+        if path.is_file():
+            return Normalizer.load(path).mode
+    return "quantile"
+
+
+def build_empty_model(recipe: Recipe, config: SpearVLMConfig | Spear1Config) -> torch.nn.Module:
+    """Build a recipe's model without contents, with its LoRA, freeze schedule and precision.
+
+    Raises `SpearError` if the recipe's freeze schedule does not fit the model.
+    """
+    with torch.device("meta"):
+        model: torch.nn.Module
+        if isinstance(config, Spear1Config):
+            model = Spear1ForActionPrediction(config)
+        else:
+            model = SpearVLM(config)
+        if recipe.lora_rank:
+            optimize.add_adapters(model, recipe.lora_rank, recipe.lora_alpha)
+    optimize.apply_freeze(model, recipe.optimization)
+    optimize.set_weight_precision(model, recipe.optimization)
     return model
 
 
-def _depth(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
+def _build_depth(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+    """Build stage 0's encoder, which learns depth."""
     model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(size).moge_config))
+    folders: list[Path] = []
+    for folder in inputs.labels:
+        folders.extend(folder.glob("depth/*/"))
+
     views: dict[str, DepthImages] = {}
-    for path in sorted(path for folder in inputs.labels for path in folder.glob("depth/*/")):
-        views[path.name] = [*views.get(path.name, []), *read_depth(path)]
+    for folder in sorted(folders):
+        views[folder.name] = [*views.get(folder.name, []), *read_depth(folder)]
     if not views:
-        where = ", ".join(str(folder / "depth") for folder in inputs.labels)
-        raise SpearError(f"no images with depth in {where}: make some with `spear label`")
-    return model, tasks.DepthTask(model, views, stage.batch_size, seed), [model.save_pretrained]
+        searched = ", ".join(str(folder / "depth") for folder in inputs.labels)
+        raise SpearError(
+            f"there are no images with depth in {searched}. Make some with `spear label`."
+        )
+    task = tasks.DepthTask(model, views, recipe.batch_size, seed)
+    return _Built(model, task, [model.save_pretrained])
 
 
-def _naming(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
-    known = tasks.load_labels(inputs.labels, list(size.image_sizes))
-    processor, vlm = _new_vlm(stage, size, inputs.labels, known, seed)
-    names = _names(known)
-    ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
-    model = PatchClassification(vlm, ids)
-    patch, sizes = vlm.config.vision_config.patch_size, processor.image_sizes
-    views = {
-        v: [tasks.patch_targets(x, names, patch, sizes[v]) for x in some]
-        for v, some in known.items()
-    }
-    task = tasks.PatchTask(model, processor, views, stage.batch_size, seed)
-    return model, task, [vlm.save_pretrained, processor.save]
+def _build_naming(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+    """Build stage 0's VLM, whose image encoder learns which objects its patches show."""
+    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
+    processor, vlm = _new_vlm(recipe, size, inputs.labels, labels, seed)
+
+    names = _object_names(labels)
+    token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
+    model = PatchClassification(vlm, token_ids)
+
+    patch = vlm.config.vision_config.patch_size
+    views = {}
+    for view, labels_of_view in labels.items():
+        image_size = processor.image_sizes[view]
+        views[view] = [
+            tasks.patch_targets(label, names, patch, image_size) for label in labels_of_view
+        ]
+    task = tasks.PatchTask(model, processor, views, recipe.batch_size, seed)
+    return _Built(model, task, [vlm.save_pretrained, processor.save])
 
 
-def _vlm(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
-    labels = inputs.labels
-    known = tasks.load_labels(labels, list(size.image_sizes))
+def _build_vlm(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+    """Build a VLM that learns to answer questions."""
+    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
     if inputs.init is None:
-        processor, model = _new_vlm(stage, size, labels, known, seed)
+        processor, model = _new_vlm(recipe, size, inputs.labels, labels, seed)
+    else:
+        processor, model = _continued_vlm(recipe, size, inputs, labels, seed)
+
+    questions = _question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
+    task = tasks.VlmTask(model, questions, recipe.coordinate_rows_only)
+    return _Built(model, task, [model.save_pretrained, processor.save])
+
+
+def _continued_vlm(
+    recipe: Recipe, size: Preset, inputs: TrainingInputs, labels: LabelsByView, seed: int
+) -> tuple[Processor, SpearVLM]:
+    """Load the VLM of `inputs.init`, with new 3D tokens and MoGe's encoder if the recipe says
+    so."""
+    assert inputs.init is not None
+    processor = Processor.load(inputs.init)
+    model = load_inner_vlm(inputs.init)
+    is_moge_new = (model.moge is None) == recipe.moge
+    fits_tokens = bool(recipe.bins or recipe.spacing)
+    if fits_tokens:
+        coordinates = _fit_coordinates(recipe, labels, processor.coordinates.num_bins, seed)
+        processor = dataclasses.replace(processor, coordinates=coordinates)
+
+    # 3D tokens are also new where MoGe joins, and in the stage that learns their rows alone.
+    learns_tokens_without_moge = recipe.coordinate_rows_only and not recipe.moge
+    if fits_tokens or is_moge_new or learns_tokens_without_moge:
+        _renew_coordinate_embeddings(model, processor, recipe, seed)
+    if is_moge_new:
+        model = _with_moge(model, size, inputs.moge)
+    _set_coordinate_loss(model.config, recipe)
+    return processor, model
+
+
+def _build_vla(recipe: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> _Built:
+    """Build a policy that learns from demonstrations, and from questions if the recipe asks any."""
+    labels = tasks.load_labels(inputs.labels, list(size.image_sizes))
+    if inputs.init is None:
+        processor, vlm = _new_vlm(recipe, size, inputs.labels, labels, seed)
+        model = _add_action_expert(vlm, size)
     else:
         processor = Processor.load(inputs.init)
-        model = load_inner_vlm(inputs.init)
-        joins, refit = (model.moge is None) == stage.moge, bool(stage.bins or stage.spacing)
-        if refit:
-            coordinates = _fitted(stage, known, processor.coordinates.num_bins, seed)
-            processor = dataclasses.replace(processor, coordinates=coordinates)
-        # 3D tokens are also new where MoGe joins, and, without MoGe, in the stage that learns their rows.
-        if refit or joins or (stage.coordinate_rows_only and not stage.moge):
-            _renew_coordinates(model, processor, stage, seed)
-        if joins:
-            model = _with_moge(model, size, inputs.moge)
-        _weigh_numbers(model.config, stage)
-    samples = _questions(stage, labels, known, processor, stage.batch_size, seed)
-    task = tasks.VlmTask(model, samples, stage.coordinate_rows_only)
-    return model, task, [model.save_pretrained, processor.save]
+        model = _load_policy(recipe, size, inputs.init)
+    if recipe.committed is not None:
+        model.config.committed = recipe.committed
 
-
-def _vla(stage: Recipe, size: Preset, inputs: TrainingInputs, seed: int) -> Built:
-    labels, init, episodes = inputs.labels, inputs.init, inputs.episodes
-    known = tasks.load_labels(labels, list(size.image_sizes))
-    if init is None:
-        processor, vlm = _new_vlm(stage, size, labels, known, seed)
-        model = _acting(vlm, size)
-    else:
-        processor = Processor.load(init)
-        if weights.read_architecture(init) == Spear1Config.model_type:
-            model = weights.load(Spear1ForActionPrediction, init)
-            model.config.flow = {**(model.config.flow or {}), **stage.flow}
-            model.flow = FlowConfig(**model.config.flow)
-        else:
-            model = _acting(weights.load(SpearVLM, init), size)
-            notice(f"{init} is a SPEAR-VLM: its action expert begins with random weights")
-    if stage.committed is not None:
-        model.config.committed = stage.committed
+    # Demonstrations with the cameras that the policy sees, and their normalization.
     views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
-    episodes = [(name, store.select_cameras(views), share) for name, store, share in episodes]
-    for _, store, _ in episodes:
-        for view in views:
-            if encoded := store.image(0, 0, view):  # the processor says what is lost of it
-                processor.prepare_image(
-                    decode_image(encoded, f"{store.path}: camera {view!r}"), view
-                )
-    each, mode = [(store, share) for _, store, share in episodes], normalization(stage, init)
-    normalizer = (
-        Normalizer.fit_per_dataset(episodes, mode)
-        if stage.normalize_each
-        else Normalizer.fit(each, mode)
-    )
-    samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, stage.augment)
+    episodes = [
+        (name, store.select_cameras(views), weight) for name, store, weight in inputs.episodes
+    ]
+    _note_image_fitting(episodes, processor)
+    normalizer = _fit_normalizer(recipe, inputs.init, episodes)
+    samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, recipe.augment)
+
+    # Questions.
     questions = None
-    if stage.question_images:
-        questions = _questions(stage, labels, known, processor, stage.question_images, seed)
-        _weigh_numbers(model.vlm.config, stage)
-    task = tasks.VlaTask(model, processor, normalizer, samples, stage, questions)
+    if recipe.question_images:
+        questions = _question_samples(
+            recipe, inputs, labels, processor, recipe.question_images, seed
+        )
+        _set_coordinate_loss(model.vlm.config, recipe)
 
-    def save(out: Path) -> None:
-        normalizer.save(out / "normalizer.json")
-        seen = TrainingDistribution.from_samples(samples, stage.batch_size)
-        seen.save(out / "seen.json")
+    def save_data_statistics(folder: Path) -> None:
+        normalizer.save(folder / "normalizer.json")
+        TrainingDistribution.from_samples(samples, recipe.batch_size).save(folder / "seen.json")
 
-    return model, task, (model.save_pretrained, processor.save, save)
+    task = tasks.VlaTask(model, processor, normalizer, samples, recipe, questions)
+    return _Built(model, task, [model.save_pretrained, processor.save, save_data_statistics])
 
 
-def _acting(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
-    """SPEAR-1 around a VLM, with a new action expert."""
+def _load_policy(recipe: Recipe, size: Preset, init: Path) -> Spear1ForActionPrediction:
+    """Load the policy in `init`, or the VLM there with a new action expert."""
+    if weights.read_architecture(init) != Spear1Config.model_type:
+        model = _add_action_expert(weights.load(SpearVLM, init), size)
+        notice(f"{init} is a SPEAR-VLM, so the action expert begins with random weights.")
+        return model
+    model = weights.load(Spear1ForActionPrediction, init)
+    model.config.flow = {**(model.config.flow or {}), **recipe.flow}
+    model.flow = FlowConfig(**model.config.flow)
+    return model
+
+
+def _add_action_expert(vlm: SpearVLM, size: Preset) -> Spear1ForActionPrediction:
+    """Return SPEAR-1 around a VLM, with a new action expert."""
     model = Spear1ForActionPrediction(build_spear1_config(size, vlm.config))
     model.vlm.load_state_dict(vlm.state_dict())
     return model
 
 
-def _questions(
-    stage: Recipe,
-    folders: Sequence[Path],
-    labels: Labels,
+def _note_image_fitting(episodes: NamedStores, processor: Processor) -> None:
+    """Let the processor give its notices about what it cuts from each dataset's images."""
+    for _, store, _ in episodes:
+        for view in processor.image_sizes:
+            encoded = store.image(0, 0, view)
+            if encoded:
+                image = decode_image(encoded, f"{store.path}: camera {view!r}")
+                processor.prepare_image(image, view)
+
+
+def _fit_normalizer(recipe: Recipe, init: Path | None, episodes: NamedStores) -> Normalizer:
+    mode = resolve_normalization(recipe, init)
+    if recipe.normalize_each:
+        return Normalizer.fit_per_dataset(episodes, mode)
+    return Normalizer.fit([(store, weight) for _, store, weight in episodes], mode)
+
+
+def _question_samples(
+    recipe: Recipe,
+    inputs: TrainingInputs,
+    labels: LabelsByView,
     processor: Processor,
-    images: int,
+    num_images: int,
     seed: int,
 ) -> tasks.QuestionSamples:
-    mix = stage.questions
-    depth = (
-        tasks.load_depth(folders, labels) if set(mix.families) & set(QUESTION_TYPES_PIXEL) else None
+    """Return batches of questions about labeled images, with depth if questions are about
+    pixels."""
+    mix = recipe.questions
+    depth = None
+    if set(mix.families) & set(QUESTION_TYPES_PIXEL):
+        depth = tasks.load_depth(inputs.labels, labels)
+    return tasks.QuestionSamples(labels, processor, mix, num_images, seed, recipe.augment, depth)
+
+
+def _object_names(labels: LabelsByView) -> list[str]:
+    """Return the names of the objects in the first view, each once."""
+    names: set[str] = set()
+    for label in next(iter(labels.values())):
+        names.update(item.name for item in label.objects)
+    return sorted(names)
+
+
+def _fit_coordinates(
+    recipe: Recipe, labels: LabelsByView, default_bins: int, seed: int
+) -> CoordinateTokenizer:
+    """Fit the recipe's 3D tokens to the labels."""
+    all_labels: list[LabeledImage] = []
+    for labels_of_view in labels.values():
+        all_labels.extend(labels_of_view)
+    return tasks.fit_coordinates(
+        all_labels, recipe.bins or default_bins, seed, recipe.spacing or "quantile"
     )
-    return tasks.QuestionSamples(labels, processor, mix, images, seed, stage.augment, depth)
 
 
-def _names(labels: Labels) -> list[str]:
-    """What the objects of the first view are called, once each."""
-    return sorted({o.name for label in next(iter(labels.values())) for o in label.objects})
+def _renew_coordinate_embeddings(
+    vlm: SpearVLM, processor: Processor, recipe: Recipe, seed: int
+) -> None:
+    """Give a VLM new embeddings for the 3D tokens of `processor`, and more rows if needed.
 
-
-def _fitted(stage: Recipe, labels: Labels, usual: int, seed: int) -> CoordinateTokenizer:
-    """The recipe's 3D tokens (`usual` many if it does not say), fitted to the labels."""
-    every = [label for some in labels.values() for label in some]
-    return tasks.fit_coordinates(every, stage.bins or usual, seed, stage.spacing or "quantile")
-
-
-def _renew_coordinates(vlm: SpearVLM, processor: Processor, stage: Recipe, seed: int) -> None:
-    """Give a model the 3D tokens of `processor`, all of them new, in more rows of embeddings if needed. If
-    there are fewer than before, the others stay in the vocabulary as words that no answer has.
-
-    Rows are drawn with the mean and covariance of the words' rows (the paper), without those of the
-    location tokens (our choice): nano's were drawn themselves, PaliGemma's stand for places.
+    If there are fewer 3D tokens than before, the others stay in the vocabulary, and no answer uses
+    them. New rows are drawn with the mean and covariance of the words' rows (paper). The location
+    tokens do not count as words (our choice): nano's were drawn in this way themselves, and
+    PaliGemma's stand for places.
     """
-    first, bins = processor.coordinate_ids.start, processor.coordinates.num_bins
-    words = vlm.get_parameter("language_model.embed_tokens.weight").detach()
+    first = processor.coordinate_ids.start
+    bins = processor.coordinates.num_bins
+    old_rows = vlm.get_parameter(EMBEDDINGS).detach()
+    words = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    new = init_new_embeddings(
-        words[: processor.location_start], bins, generator, stage.smooth_tokens
-    )
-    rows = torch.cat([words[:first], new, words[first + bins :]])
-    embeddings: Any = vlm.get_input_embeddings()  # kept, since Gemma's scales what it looks up
-    embeddings.weight, embeddings.num_embeddings = torch.nn.Parameter(rows), len(rows)
+    new_rows = init_new_embeddings(words, bins, generator, recipe.smooth_tokens)
+    rows = torch.cat([old_rows[:first], new_rows, old_rows[first + bins :]])
+
+    # The module stays, because Gemma's scales what it looks up.
+    embeddings: Any = vlm.get_input_embeddings()
+    embeddings.weight = torch.nn.Parameter(rows)
+    embeddings.num_embeddings = len(rows)
     vlm.config.coordinate_bins = bins
     vlm.config.text_config.vocab_size = len(rows)
 
 
 def _new_vlm(
-    stage: Recipe, size: Preset, folders: Sequence[Path], labels: Labels, seed: int
+    recipe: Recipe, size: Preset, folders: Sequence[Path], labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
-    """A tokenizer for our questions' wording and the texts in each `wording.txt`, with fitted 3D tokens; and
-    a VLM with random weights, in which location and 3D tokens are alike where their places are alike."""
-    texts = list(iterate_tokenizer_texts(_names(labels)))
-    for wording in (folder / "wording.txt" for folder in folders):
-        texts += wording.read_text("utf-8").splitlines() if wording.is_file() else []
-    processor = Processor.build(size, texts, _fitted(stage, labels, size.bins, seed))
+    """Return a tokenizer with fitted 3D tokens, and a VLM with random weights.
+
+    The tokenizer is made for the wording of our questions and for the texts in each folder's
+    `wording.txt`. Location tokens and 3D tokens start similar where their places are close.
+    """
+    texts = list(iterate_tokenizer_texts(_object_names(labels)))
+    for folder in folders:
+        wording = folder / "wording.txt"
+        if wording.is_file():
+            texts += wording.read_text("utf-8").splitlines()
+    coordinates = _fit_coordinates(recipe, labels, size.bins, seed)
+    processor = Processor.build(size, texts, coordinates)
+
     config = build_vlm_config(size, len(processor.tokenizer), processor.coordinate_ids.start)
     config.coordinate_bins = processor.coordinates.num_bins
-    _weigh_numbers(config, stage)
+    _set_coordinate_loss(config, recipe)
     vlm = SpearVLM(config)
-    embeddings = vlm.get_parameter("language_model.embed_tokens.weight")
-    generator = torch.Generator().manual_seed(seed)
+
+    embeddings = vlm.get_parameter(EMBEDDINGS)
     words = embeddings[: processor.location_start]
-    places = (
+    generator = torch.Generator().manual_seed(seed)
+    place_tokens = (
         (processor.location_start, NUM_LOCATIONS),
         (config.coordinate_start, config.coordinate_bins),
     )
     with torch.no_grad():
-        for first, count in places:
-            embeddings[first : first + count] = init_new_embeddings(
-                words, count, generator, smooth=True
-            )
+        for first, count in place_tokens:
+            rows = init_new_embeddings(words, count, generator, smooth=True)
+            embeddings[first : first + count] = rows
     return processor, vlm
 
 
-def _weigh_numbers(config: SpearVLMConfig, stage: Recipe) -> None:
-    """Copy the weight and smoothing of the 3D tokens' loss from the recipe into the model's config."""
-    config.coordinate_loss_weight = stage.questions.coordinate_weight
-    config.coordinate_smoothing = stage.questions.coordinate_smoothing
+def _set_coordinate_loss(config: SpearVLMConfig, recipe: Recipe) -> None:
+    """Copy the weight and the smoothing of the 3D tokens' loss into the model's config."""
+    config.coordinate_loss_weight = recipe.questions.coordinate_weight
+    config.coordinate_smoothing = recipe.questions.coordinate_smoothing
 
 
 def _with_moge(vlm: SpearVLM, size: Preset, moge: Path | None) -> SpearVLM:
-    """The VLM with MoGe's encoder and a projection for it, by which no visual token changes yet."""
-    parts = {**vlm.config.to_dict(), "moge_config": build_vlm_config(size).moge_config.to_dict()}
-    model = SpearVLM(SpearVLMConfig.from_dict(parts))
+    """Return the VLM with MoGe's encoder and a projection for it, which change no visual token yet.
+
+    A visual token becomes the average of two projections. Twice SigLIP's and none of MoGe's is what
+    the language model already knows (our choice for nano).
+    """
+    moge_config = build_vlm_config(size).moge_config.to_dict()
+    config = SpearVLMConfig.from_dict({**vlm.config.to_dict(), "moge_config": moge_config})
+    model = SpearVLM(config)
     model.load_state_dict(vlm.state_dict(), strict=False)
-    assert moge is not None and model.moge is not None and model.moge_projector is not None
+    assert moge is not None
+    assert model.moge is not None
+    assert model.moge_projector is not None
     model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
     with torch.no_grad():
-        # A visual token becomes the average of two projections: twice SigLIP's and nothing of MoGe's is what
-        # the language model knows (our choice for nano).
         for parameter in model.multi_modal_projector.parameters():
             parameter.mul_(2)
         for parameter in model.moge_projector.parameters():

@@ -89,8 +89,10 @@ class Logger:
             for name, value in {**values, **rates}.items():
                 self._board.add_scalar(name, value, num_done)
 
-        shown = [f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm"]
-        self._info = f"waits for data {data_wait:.0%}, {' '.join(shown)}"
+        shown_values = [
+            f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm"
+        ]
+        self._info = f"waits for data {data_wait:.0%}, {' '.join(shown_values)}"
 
 
 def _open_log(path: Path, first_step: int) -> Any:

@@ -1,8 +1,9 @@
-"""How much GPU memory a recipe needs, found by running one training step of the real code on empty tensors.
+"""How much GPU memory a recipe needs, measured by one training step of the real code without data.
 
-A forward and a backward pass run on PyTorch's fake tensors, which have shapes and storage sizes but no
-contents; what is alive is added up after every operation, and the most is kept. Not counted are the CUDA
-context, what kernels use inside themselves, and memory lost between blocks; `usable` leaves room for these.
+A forward and a backward pass run on PyTorch's fake tensors, which have shapes and storage sizes but
+no contents. After every operation the sizes of all live tensors are added up, and the maximum is
+the estimate. It does not count the CUDA context, what kernels use internally, and memory lost
+between blocks; `usable_bytes` leaves room for these.
 """
 
 import re
@@ -21,112 +22,153 @@ from spear.models.meter import MemoryMeter, allocate_storage
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
 from spear.models.spear1 import NUM_STATE_FEATURES
 from spear.train import parallel
-from spear.train.build import empty_model
+from spear.train.build import build_empty_model
 from spear.train.options import Optimization, Recipe
 from spear.types import ACTION_DIM, Action
 from spear.util.progress import ProgressBar, track_progress
 
-GIB = 2**30
-CONTEXT = 0.6 * GIB
-"""Left free for the CUDA context and its libraries (our choice)."""
-FRAGMENTS = 0.04
-"""Share of the memory that is left free for what the allocator loses between blocks (our choice)."""
-ANSWER = 24
-"""Tokens of the longest answer, a 3D box; every question is counted with an answer of this length."""
+GIB = 2**30  # bytes
+CONTEXT_BYTES = 0.6 * GIB  # left free for the CUDA context and its libraries (our choice)
+FRAGMENTATION = 0.04  # fraction left free for what the allocator loses between blocks (our choice)
+MAX_GPU_BYTES = 1e15
+MAX_ANSWER_TOKENS = 24  # of the longest answer, a 3D box; every question is format_count with it
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes in one training step, or one inference, at its fullest moment.
+class MemoryEstimate:
+    """Bytes in one training step, or one inference, at the moment when the most are in use.
 
-    weights      all parameters and buffers, in the precision that they are kept in.
-    gradients, moments, averaged  of what learns: its gradients, AdamW's two averages, the EMA weights.
-    activations  whatever else is alive then: kept for the backward pass, temporary, bfloat16 copies.
-    parameters, learning  counts, not bytes: all parameters, and those that learn.
+    weights         all parameters and buffers, in the precision that they are stored in.
+    gradients       of the parameters that learn.
+    moments         AdamW's two averages of the gradients.
+    ema             the EMA weights.
+    activations     everything else that is live then: kept for the backward pass, temporary, and
+                    bfloat16 copies.
+    num_parameters  all parameters; a count, no bytes.
+    num_trainable   the parameters that learn; a count, no bytes.
     """
 
     weights: int
     gradients: int
     moments: int
-    averaged: int
+    ema: int
     activations: int
-    parameters: int
-    learning: int
+    num_parameters: int
+    num_trainable: int
 
     @property
     def total(self) -> int:
         """All bytes together."""
-        return self.weights + self.gradients + self.moments + self.averaged + self.activations
+        return self.weights + self.gradients + self.moments + self.ema + self.activations
 
 
-def usable(gpu: str) -> float:
-    """Bytes that a training step may take of a GPU sold as "24GB", which is GiB; `SpearError` for no size."""
-    said = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
-    size = float(said[1]) * GIB if said else 0.0
-    if not CONTEXT < size < 1e15:
-        raise SpearError(f"no size of a GPU: {gpu!r}: write it like 24GB")
-    return size * (1 - FRAGMENTS) - CONTEXT
+def usable_bytes(gpu: str) -> float:
+    """Return the bytes that a training step may use on a GPU of this size, as it is sold.
 
+    Raises `SpearError` for text that is no size.
 
-def training(stage: Recipe, as_on_gpu: bool = True) -> Memory:
-    """What one process needs to train `stage`, a "vla" or "vlm" recipe; the whole batch is its own.
-
-    as_on_gpu: with the attention and norms that run on a GPU. False: with those for CPUs, for checking.
-    Every image, prompt and answer is counted as present and as long as it may be. Raises `SpearError` for
-    another kind of recipe, or a batch that does not divide into `accumulate` pieces.
+    >>> round(usable_bytes("24GB") / GIB, 1)
+    22.4
     """
-    if stage.kind not in ("vla", "vlm"):
+    match = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
+    size = float(match[1]) * GIB if match else 0.0  # GPUs are sold in GiB
+    if not CONTEXT_BYTES < size < MAX_GPU_BYTES:
+        raise SpearError(f"{gpu!r} is no size of a GPU. Write it like 24GB.")
+    return size * (1 - FRAGMENTATION) - CONTEXT_BYTES
+
+
+def measure_training(recipe: Recipe, as_on_gpu: bool = True) -> MemoryEstimate:
+    """Measure what one process needs to train a "vla" or "vlm" recipe with the whole batch.
+
+    Every image, prompt and answer is format_count as present and as long as it may be.
+
+    Args:
+        recipe: what to train.
+        as_on_gpu: use the attention and the norms of a GPU; False: those of a CPU, for checking.
+
+    Raises:
+        SpearError: for another kind of recipe, or a batch that does not divide into `accumulate`
+            pieces.
+    """
+    if recipe.kind not in ("vla", "vlm"):
         raise SpearError(
-            f"recipe {stage.name} trains a small encoder alone: plan a vla or vlm recipe"
+            f"recipe {recipe.name} trains a small encoder alone. Give a vla or vlm recipe."
         )
-    size, opt = get_preset(stage.preset), stage.optimization
-    pieces = parallel.divide_into_pieces(stage.batch_size, "batch_size", opt.accumulate)
-    model = _empty_model(stage, size, as_on_gpu)
+    size = get_preset(recipe.preset)
+    opt = recipe.optimization
+    piece_size = parallel.divide_into_pieces(recipe.batch_size, "batch_size", opt.accumulate)
+    model = _build_model(recipe, size, as_on_gpu)
     set_gradient_checkpointing(model, opt.gradient_checkpointing)
+
     with FakeTensorMode(), MemoryMeter() as meter:
         allocate_storage(model.train())
         weights = meter.live
-        learning = [p for p in model.parameters() if p.requires_grad]
-        learned = sum(p.nbytes for p in learning)
-        if opt.accumulate > 1:  # the gradients of the earlier pieces are there
-            for p in learning:
-                p.grad = torch.empty_like(p)
-        lower, cache = opt.precision == "bf16", not opt.gradient_checkpointing
-        with torch.autocast("cpu", torch.bfloat16, enabled=lower, cache_enabled=cache):
-            loss = _loss(model, stage, size, pieces)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if opt.accumulate > 1:  # the gradients of the earlier pieces
+            for parameter in trainable:
+                parameter.grad = torch.empty_like(parameter)
+
+        with torch.autocast(
+            "cpu",
+            torch.bfloat16,
+            enabled=opt.precision == "bf16",
+            cache_enabled=not opt.gradient_checkpointing,
+        ):
+            loss = _loss(model, recipe, size, piece_size)
         loss.backward()
         del loss
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in learning if p.grad is not None)
-    averaged, activations = learned * (opt.ema > 0), meter.peak - weights - gradients
-    numbers = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in learning)
-    return Memory(weights, gradients, 2 * learned, averaged, activations, *numbers)
+        gradients = 0
+        for parameter in trainable:
+            if parameter.grad is not None:
+                gradients += parameter.grad.untyped_storage().nbytes()
 
-
-def inference(size: Preset, dtype: torch.dtype, batch: int = 1) -> Memory:
-    """What SPEAR-1 needs on a GPU to act, with all weights in `dtype`, for so many observations at once."""
-    stage = Recipe("inference", "vla", size.name, "", Optimization(steps=1, lr=0.0), batch)
-    model: Any = _empty_model(stage, size).to(dtype).eval()
-    # Without oneDNN, which a GPU does not have: it would pack weights a second time.
-    without = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with without, FakeTensorMode(), MemoryMeter() as meter, torch.no_grad():
-        allocate_storage(model)
-        weights = meter.live
-        noise = Action.from_vector(torch.zeros(batch, size.horizon, ACTION_DIM))
-        model.sample_actions(**_observation(size, batch), noise=noise, steps=2)
-    return Memory(
-        weights, 0, 0, 0, meter.peak - weights, sum(p.numel() for p in model.parameters()), 0
+    trainable_bytes = sum(parameter.nbytes for parameter in trainable)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        moments=2 * trainable_bytes,
+        ema=trainable_bytes if opt.ema > 0 else 0,
+        activations=meter.peak - weights - gradients,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_trainable=sum(parameter.numel() for parameter in trainable),
     )
 
 
-def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
-    """`build.empty_model`, with the attention and norms of a GPU or those for CPUs."""
-    inner = build_vlm_config(size)
-    if not stage.moge:
-        inner.moge_config = None
-    config: Any = inner if stage.kind == "vlm" else build_spear1_config(size, inner)
+def measure_inference(size: Preset, dtype: torch.dtype, batch_size: int = 1) -> MemoryEstimate:
+    """Measure what SPEAR-1 needs on a GPU to act on so many observations at once."""
+    no_steps = Optimization(steps=1, lr=0.0)
+    recipe = Recipe("inference", "vla", size.name, "", no_steps, batch_size)
+    model: Any = _build_model(recipe, size).to(dtype).eval()
+
+    # Without oneDNN, which a GPU does not have: it would pack the weights a second time.
+    without_onednn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with without_onednn, FakeTensorMode(), MemoryMeter() as meter, torch.no_grad():
+        allocate_storage(model)
+        weights = meter.live
+        noise = Action.from_vector(torch.zeros(batch_size, size.horizon, ACTION_DIM))
+        model.sample_actions(**_observation(size, batch_size), noise=noise, steps=2)
+
+    return MemoryEstimate(
+        weights=weights,
+        gradients=0,
+        moments=0,
+        ema=0,
+        activations=meter.peak - weights,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_trainable=0,
+    )
+
+
+def _build_model(recipe: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.nn.Module:
+    """Build the recipe's model without contents, with the attention and norms of a GPU or a CPU."""
+    vlm = build_vlm_config(size)
+    if not recipe.moge:
+        vlm.moge_config = None
+    config: Any = vlm if recipe.kind == "vlm" else build_spear1_config(size, vlm)
     if as_on_gpu:
         config._attn_implementation = "sdpa"
-    model = empty_model(stage, config)
+
+    model = build_empty_model(recipe, config)
     if as_on_gpu:
         for module in model.modules():
             if isinstance(module, FastRMSNorm):
@@ -134,74 +176,97 @@ def _empty_model(stage: Recipe, size: Preset, as_on_gpu: bool = True) -> torch.n
     return model
 
 
-def _loss(model: Any, stage: Recipe, size: Preset, pieces: int) -> torch.Tensor:
-    """The task's loss on a batch of zeros."""
-    if stage.kind == "vlm":
-        return _question_loss(model, stage, size, pieces)
-    actions = Action.from_vector(torch.zeros(pieces, size.horizon, ACTION_DIM))
-    total = model(
-        **_observation(size, pieces), actions=actions, flow_samples=stage.flow_samples
-    ).loss
-    if stage.question_images:
-        images = parallel.divide_into_pieces(
-            stage.question_images, "question_images", stage.optimization.accumulate
+def _loss(model: Any, recipe: Recipe, size: Preset, piece_size: int) -> torch.Tensor:
+    """Return the task's loss on a piece of zeros."""
+    if recipe.kind == "vlm":
+        return _question_loss(model, recipe, size, piece_size)
+
+    actions = Action.from_vector(torch.zeros(piece_size, size.horizon, ACTION_DIM))
+    observation = _observation(size, piece_size)
+    total = model(**observation, actions=actions, flow_samples=recipe.flow_samples).loss
+    if recipe.question_images:
+        num_images = parallel.divide_into_pieces(
+            recipe.question_images, "question_images", recipe.optimization.accumulate
         )
-        total = total + stage.question_weight * _question_loss(model.vlm, stage, size, images)
+        question_loss = _question_loss(model.vlm, recipe, size, num_images)
+        total = total + recipe.question_weight * question_loss
     return total
 
 
-def _observation(size: Preset, batch: int) -> dict[str, Any]:
+def _observation(size: Preset, batch_size: int) -> dict[str, Any]:
+    """Return a batch of observations of zeros."""
+    pixels = {}
+    for view, (width, height) in size.image_sizes.items():
+        pixels[view] = torch.zeros(batch_size, 3, height, width, dtype=torch.uint8)
     return {
-        "pixel_values": {
-            view: torch.zeros(batch, 3, height, width, dtype=torch.uint8)
-            for view, (width, height) in size.image_sizes.items()
-        },
-        "input_ids": torch.zeros(batch, size.prompt_tokens, dtype=torch.long),
-        "attention_mask": torch.ones(batch, size.prompt_tokens, dtype=torch.long),
-        "state": torch.zeros(batch, NUM_STATE_FEATURES),
+        "pixel_values": pixels,
+        "input_ids": torch.zeros(batch_size, size.prompt_tokens, dtype=torch.long),
+        "attention_mask": torch.ones(batch_size, size.prompt_tokens, dtype=torch.long),
+        "state": torch.zeros(batch_size, NUM_STATE_FEATURES),
     }
 
 
-def _question_loss(vlm: Any, stage: Recipe, size: Preset, images: int) -> torch.Tensor:
-    """The loss of as many questions about external images as the mix may ask, of the greatest length.
+def _question_loss(vlm: Any, recipe: Recipe, size: Preset, num_images: int) -> torch.Tensor:
+    """Return the loss of the most and longest questions that a batch of external images may have.
 
-    `SpearVLMForConditionalGeneration.forward` looks into its batch, and fake tensors have no contents.
+    This does what `SpearVLMForConditionalGeneration.forward` does. That method looks at values in
+    its batch, and fake tensors have none.
     """
-    view, (width, height) = next(iter(size.image_sizes.items()))
-    features, valid = vlm.encode_images(
-        {view: torch.zeros(images, 3, height, width, dtype=torch.uint8)}
+    view = next(iter(size.image_sizes))
+    width, height = size.image_sizes[view]
+    pixels = torch.zeros(num_images, 3, height, width, dtype=torch.uint8)
+    features, valid = vlm.encode_images({view: pixels})
+
+    _, max_pairs = recipe.questions.pairs
+    image_index = torch.arange(num_images).repeat_interleave(max_pairs)
+    ids = torch.zeros(len(image_index), size.prompt_tokens, dtype=torch.long)
+    prefix = vlm.run_language_model(
+        features[image_index], valid[image_index], ids, keep_cache=False
     )
-    owners = torch.arange(images).repeat_interleave(stage.questions.pairs[1])
-    ids = torch.zeros(len(owners), size.prompt_tokens, dtype=torch.long)
-    hidden = vlm.run_language_model(features[owners], valid[owners], ids, keep_cache=False).hidden
-    hidden = hidden[:, -ANSWER:].flatten(0, 1)
+    hidden = prefix.hidden[:, -MAX_ANSWER_TOKENS:].flatten(0, 1)
     labels = torch.zeros(len(hidden), dtype=torch.long)
     return vlm.compute_token_loss(hidden, labels)[0]
 
 
-def plans(stage: Recipe) -> Iterator[tuple[dict[str, Any], Memory]]:
-    """Changes to a recipe that save memory, and what it needs with them; measured when asked for.
+def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], MemoryEstimate]]:
+    """Yield changes to a recipe that save memory, and what it needs with them.
 
-    First no changes, then one more each time, and what costs least comes first.
+    First no changes, then one more change each time; those that cost the least time or quality come
+    first. Each recipe is measured when its turn comes.
     """
-    opt, batch, asked = stage.optimization, stage.batch_size, stage.question_images
-    pieces = [p for p in (batch // 8, batch) if p > opt.accumulate and batch % p == asked % p == 0]
-    savers: list[tuple[bool, str, Any]] = [
-        (opt.precision == "bf16" and opt.frozen_precision != "bf16", "frozen_precision", "bf16"),
-        (not opt.gradient_checkpointing, "gradient_checkpointing", True),
-        *((True, "accumulate", p) for p in pieces),
-        (opt.ema > 0, "ema", 0),
-    ]
-    choices = [(name, value) for useful, name, value in savers if useful]
-    counts = range(len(choices) + 1)
-    for count in track_progress(
-        counts, ProgressBar(f"planning {stage.name}", len(counts), "settings")
-    ):
-        changes = dict(choices[:count])
-        yield changes, training(stage.with_changes(**changes))
+    changes = _memory_saving_changes(recipe)
+    counts = range(len(changes) + 1)
+    bar = ProgressBar(f"planning {recipe.name}", len(counts), "settings")
+    for count in track_progress(counts, bar):
+        first_changes = dict(changes[:count])
+        yield first_changes, measure_training(recipe.with_changes(**first_changes))
 
 
-def flags(changes: Mapping[str, Any]) -> str:
-    """Changes to a recipe as `spear train` takes them."""
-    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changes.items()]
-    return " ".join(["--set", *words]) if words else ""
+def _memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
+    opt = recipe.optimization
+    changes: list[tuple[str, Any]] = []
+    if opt.precision == "bf16" and opt.frozen_precision != "bf16":
+        changes.append(("frozen_precision", "bf16"))
+    if not opt.gradient_checkpointing:
+        changes.append(("gradient_checkpointing", True))
+    for num_pieces in (recipe.batch_size // 8, recipe.batch_size):
+        if num_pieces <= opt.accumulate:
+            continue
+        if recipe.batch_size % num_pieces == 0 and recipe.question_images % num_pieces == 0:
+            changes.append(("accumulate", num_pieces))
+    if opt.ema > 0:
+        changes.append(("ema", 0))
+    return changes
+
+
+def format_set_option(changes: Mapping[str, Any]) -> str:
+    """Return changes to a recipe as `spear train` takes them.
+
+    >>> format_set_option({"ema": 0, "gradient_checkpointing": True})
+    '--set ema=0 gradient_checkpointing=true'
+    """
+    words = []
+    for key, value in changes.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        words.append(f"{key}={text}")
+    return f"--set {' '.join(words)}" if words else ""

@@ -1,7 +1,8 @@
-"""From a recipe to a trained folder: builds the model, its data and its task, and runs the loop.
+"""From a recipe to a trained folder: build the model, its data and its task, and run the loop.
 
-The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with `coordinates.json` (3D
-tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json` (what was trained, how, on what).
+The result, `OUT/final`, is a Hugging Face folder (config, safetensors, tokenizer) with
+`coordinates.json` (3D tokens), for policies `normalizer.json` and `seen.json`, and `recipe.json`
+(what was trained, how, and on what).
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import filecmp
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,232 +33,386 @@ from spear.models.weights.load import StoredCheckpoint
 from spear.train import build, loop, parallel
 from spear.train.checkpoint import find_newest
 from spear.train.loop import RunOptions
+from spear.train.optimize import Task
 from spear.train.options import Recipe, TrainingInputs
 from spear.util.files import check_writable
 from spear.util.fingerprints import hash_file_ends, list_files_recursively
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
 
-EPISODES = "--episodes", "cameras, images or instructions of --episodes"
-TEXTS = "config.json", "coordinates.json", "processor.json", "tokenizer.json", "wording.txt"
-"""What a run is of, besides its recipe and weights; earlier checkpoints have `--episodes` alone."""
+# Names, in checkpoints, of what a run is made from besides its recipe and weights. Checkpoints of
+# older versions have the first one alone.
+EPISODES_KEY = "--episodes"
+EPISODE_CONTENT_KEY = "cameras, images or instructions of --episodes"
+DATA_FILES = ("*.parquet", "*.safetensors")
+TEXT_FILES = (
+    "config.json",
+    "coordinates.json",
+    "processor.json",
+    "tokenizer.json",
+    "wording.txt",
+)
+MIN_SAMPLES_FOR_MISTAKES = 4  # a piece with fewer gives `with_mistakes` too little to draw from
+
+Checkpoint = tuple[Path, dict[str, Any]]
 
 
 def train(
-    stage: Recipe,
+    recipe: Recipe,
     out: Path,
     inputs: TrainingInputs,
-    how: RunOptions | None = None,
+    options: RunOptions | None = None,
     device: str = "auto",
 ) -> Path:
-    """Run a recipe and return `out/final`. Episodes that failed are left out, unless the run began with them.
+    """Train a recipe; continue the run in `out` if there is one.
 
-    device: as for `choose_device`; it replaces that of `how`. Raises `SpearError` for data or a device that
-    is missing, or as `build` and `loop.run` do.
+    Failed episodes are left out, unless the run that is continued began with them.
+
+    Args:
+        recipe: what to train.
+        out: the run's folder.
+        inputs: what to learn from and to start from.
+        options: seed, workers and so on; its device is not used.
+        device: as for `choose_device`.
+
+    Returns:
+        `out/final`, the folder of the result.
+
+    Raises:
+        SpearError: for data or a device that is missing, and as `build` and `loop.run` do.
     """
-    how = how or RunOptions()
-    found, key = find_newest(out / "checkpoints"), EPISODES[0]
-    if (
-        not found or found[1]["settings"]["about"].get(key) != _of_episodes(inputs)[key]
-    ):  # did not begin so
-        kept = [
-            (name, store.select_demonstrations(), share) for name, store, share in inputs.episodes
-        ]
-        inputs = dataclasses.replace(inputs, episodes=kept)
-    asked = stage.optimization
-    stage, place, about = check(stage, out, inputs, how, device)
-    begun_with = None if inputs.init is None else read_provenance(inputs.init)
-    how = dataclasses.replace(how, device=place)
-    if place.type == "cpu":
+    # Which run this is: a new one, or the one that the newest checkpoint continues.
+    options = options or RunOptions()
+    checkpoint = find_newest(out / "checkpoints")
+    if not _began_with(inputs, checkpoint):
+        inputs = _without_failed_episodes(inputs)
+    requested = recipe.optimization
+    recipe, torch_device, run_settings = check_run(recipe, out, inputs, options, device)
+    init_origin = None if inputs.init is None else read_provenance(inputs.init)
+    options = dataclasses.replace(options, device=torch_device)
+    if torch_device.type == "cpu":
         keep_freed_memory()
-    opt, single, steps = stage.optimization, parallel.get_world_size() == 1, asked.steps
-    why = "as it began" if found else "faster on this CPU"
-    changing = {"batch_size": stage.batch_size}
-    earlier = (
-        loop.list_earlier_settings(found[1], {**dataclasses.asdict(opt), **changing})
-        if found
-        else []
-    )
-    size = (
-        stage.batch_size / opt.accumulate / parallel.get_world_size() if stage.committed else 0
-    )  # `with_mistakes`
-    otherwise = found is not None and earlier != found[1]["earlier"]
-    was = ", ".join(f"{name} {value}" for name, value in earlier[-1].items()) if otherwise else ""
-    notes = {
-        f"training in float32, {why}": opt.precision != asked.precision,
-        f"a batch keeps its pieces: accumulate is {opt.accumulate}": opt.accumulate
-        != asked.accumulate,
-        f"goes on otherwise than before: {was}": otherwise,
-        f"lr is not reached: warmup takes {asked.warmup} steps of {steps}": 0
-        < steps
-        < asked.warmup,
-        f"committed learns from smaller mistakes: {size:g} samples in a piece": 0 < size < 4,
-        "--parallel fsdp: there is one process, which holds all (see torchrun)": how.sharded
-        and single,
+
+    # What is different from what was asked for, or from what the run did before.
+    opt = recipe.optimization
+    changeable_settings = {"batch_size": recipe.batch_size}
+    earlier_settings: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        new_settings = {**dataclasses.asdict(opt), **changeable_settings}
+        earlier_settings = loop.list_earlier_settings(checkpoint[1], new_settings)
+    _note_changed_optimization(requested, opt, is_resumed=checkpoint is not None)
+    _note_changed_settings(checkpoint, earlier_settings)
+    _note_settings_without_effect(recipe, requested.steps, options)
+
+    # Build and train.
+    model, task, save = build.build(recipe, inputs, options.seed)
+    ema_weights = loop.run(task, opt, out, options, run_settings, changeable_settings)
+    _load_weights(model, ema_weights)
+
+    # Save the result.
+    if parallel.get_rank() == 0:
+        # On the CPU and in float32, wherever and in whatever precision it was trained.
+        torch.nn.Module.to(model, "cpu", torch.float32)
+        origin = {
+            "recipe": dataclasses.asdict(recipe),
+            "earlier": earlier_settings,
+            "seed": options.seed,
+            "init": _without_learned(init_origin),
+            "simulator_only": _is_simulator_only(inputs),
+            "learned": _list_learned(init_origin, inputs, task),
+            "minutes": _minutes_of_run(out),
+            **_describe_machine(options),
+        }
+        _save_result(out, save, origin)
+    parallel.wait_for_all_processes()
+    return out / "final"
+
+
+def check_run(
+    recipe: Recipe, out: Path, inputs: TrainingInputs, options: RunOptions, device: str
+) -> tuple[Recipe, torch.device, dict[str, Any]]:
+    """Check a run without reading weights or demonstrations, which may not be prepared yet.
+
+    Returns:
+        The recipe as it will be trained, the device, and what the run is made from.
+
+    Raises:
+        SpearError: for what is wrong.
+    """
+    torch_device = choose_device(device)
+    check_holds_no_input(out, "train")
+    parallel.join_process_group(torch_device)
+    opt = loop.resolve_optimization(recipe.optimization, out, torch_device)
+    recipe = dataclasses.replace(recipe, optimization=opt)
+    build.check(recipe, inputs)
+    normalization = build.resolve_normalization(recipe, inputs.init)
+    recipe = dataclasses.replace(recipe, normalization=normalization)
+
+    # The result will record where these weights come from.
+    for folder in (inputs.init, inputs.moge):
+        if folder is not None:
+            read_provenance(folder)
+
+    run_settings = _describe_run(recipe, inputs)
+    known_settings = dict(run_settings)
+    if not inputs.episodes:  # not prepared yet
+        del known_settings[EPISODES_KEY]
+        del known_settings[EPISODE_CONTENT_KEY]
+    loop.find_checkpoint_to_resume(out, options.seed, known_settings, opt.steps)
+    check_writable(out / "log.jsonl")
+    return recipe, torch_device, run_settings
+
+
+def _began_with(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
+    """Return whether the checkpoint's run has these episodes, the failed ones included."""
+    if checkpoint is None:
+        return False
+    run_settings = checkpoint[1]["settings"]["about"]
+    return run_settings.get(EPISODES_KEY) == _describe_episodes(inputs)[EPISODES_KEY]
+
+
+def _without_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
+    episodes = [
+        (name, store.select_demonstrations(), weight) for name, store, weight in inputs.episodes
+    ]
+    return dataclasses.replace(inputs, episodes=episodes)
+
+
+def _describe_run(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
+    """Describe what a run is made from: its recipe, its data and the weights that it begins with.
+
+    A run is continued only if all of this is the same. Returns values as JSON has them.
+    """
+    # These may change while a run is continued; of the optimization, not which modules learn,
+    # because the EMA weights would be lost.
+    changeable_keys = ("optimization", "batch_size", "description")
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(recipe).items()
+        if key not in changeable_keys
     }
-    for words in (w for w, so in notes.items() if so):
-        notice(words)
-    model, task, save = build.build(stage, inputs, how.seed)
-    averaged = loop.run(task, opt, out, how, about, changing)
+    settings["frozen"] = recipe.optimization.frozen
+    settings["trained"] = recipe.optimization.trained
+    settings.update(_describe_episodes(inputs))
+
+    init_folders = [] if inputs.init is None else [inputs.init]
+    moge_folders = [] if inputs.moge is None else [inputs.moge]
+    folders_of_option = {"--labels": inputs.labels, "--init": init_folders, "--moge": moge_folders}
+    for option, folders in folders_of_option.items():
+        settings[option] = _short_hash(folders, DATA_FILES)
+        settings[f"settings or words of {option}"] = _short_hash(folders, TEXT_FILES)
+    for option, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
+        weights_hash = StoredCheckpoint.open(folder, option).digest()[:12] if folder else None
+        settings[f"weights of {option}"] = weights_hash
+    return to_plain_json(settings)
+
+
+def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
+    """Describe the episodes, for `_describe_run`, without reading other files."""
+    datasets = []
+    for name, store, weight in inputs.episodes:
+        datasets.append(
+            [name, f"{len(store)} episodes ({store.fingerprint()[:12]}), share {weight:g}"]
+        )
+    contents_hashes = [store.fingerprint(seen=True)[:12] for _, store, _ in inputs.episodes]
+    return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
+
+
+def _short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str | None:
+    """Return a hash of the files in folders that match a pattern; None without folders."""
+    return hash_file_ends(folders, patterns)[:12] if folders else None
+
+
+def _note_changed_optimization(requested: Any, opt: Any, is_resumed: bool) -> None:
+    """Give notices about settings of the optimization that are not as requested."""
+    if opt.precision != requested.precision:
+        reason = "as the run began" if is_resumed else "which is faster on this CPU"
+        notice(f"training in float32, {reason}.")
+    if opt.accumulate != requested.accumulate:
+        notice(f"a run keeps the pieces of its batches, so accumulate is {opt.accumulate}.")
+
+
+def _note_changed_settings(
+    checkpoint: Checkpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give a notice if the run is continued with other settings than it had."""
+    if checkpoint is None or earlier_settings == checkpoint[1]["earlier"]:
+        return
+    values = [f"{name} {value}" for name, value in earlier_settings[-1].items()]
+    notice(f"the run continues with other settings. Before: {', '.join(values)}.")
+
+
+def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:
+    """Give notices about settings that have less effect than one would think."""
+    opt = recipe.optimization
+    if 0 < steps < opt.warmup:
+        notice(f"lr is never reached: warmup takes {opt.warmup} steps, and the run has {steps}.")
+    if recipe.committed:
+        # `with_mistakes` makes committed actions wrong by differences between a piece's samples.
+        piece_size = recipe.batch_size / opt.accumulate / parallel.get_world_size()
+        if 0 < piece_size < MIN_SAMPLES_FOR_MISTAKES:
+            notice(
+                f"committed learns from smaller mistakes, because a piece has {piece_size:g} "
+                "samples."
+            )
+    if options.sharded and parallel.get_world_size() == 1:
+        notice("--parallel fsdp has no effect in a single process. Start several with torchrun.")
+
+
+def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into the model, and make a sharded model whole on process 0."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        for key, value in averaged.items():
-            parameters[key].copy_(value)
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
     if parallel.is_sharded(model):
         parallel.unshard(model)
-    final, found = out / "final", find_newest(out / "checkpoints")
-    if parallel.get_rank() == 0:
-        torch.nn.Module.to(
-            model, "cpu", torch.float32
-        )  # wherever and in whatever precision it was trained
-        learned = (begun_with or {}).get("learned", "").split()
-        learned += (
-            mark for _, store, _ in inputs.episodes for mark in store.episode_fingerprints()
-        )
-        learned += samples.marks() if (samples := getattr(task, "questions", None)) else ()
-        written = {
-            "recipe": dataclasses.asdict(stage),
-            "earlier": earlier,  # what it said before it was changed
-            "seed": how.seed,
-            "init": begun_with
-            and {key: said for key, said in begun_with.items() if key != "learned"},
-            "simulator_only": _simulator_only(inputs),
-            "learned": " ".join(dict.fromkeys(learned)),
-            "minutes": round(found[1]["minutes"], 2) if found else 0.0,
-            "processes": parallel.get_world_size(),
-            "sharded": how.sharded and not single,
-            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "spear": spear.__version__,
-            "torch": torch.__version__,
-        }
-        with acquire_run_lock(out, "training into"):
-            part = out / ".part-final"
-            if (
-                not final.is_dir() and (part / "recipe.json").is_file()
-            ):  # it ended as this was put in place
-                part.replace(final)
-            shutil.rmtree(part, ignore_errors=True)
-            save(part)
-            write_provenance(part, written)
-            if final.is_dir() and _same(part, final):  # a calibration stays
-                (part / "recipe.json").replace(final / "recipe.json")
-            else:
-                for own in final.glob("*"):  # a card, say
-                    if (
-                        own.suffix not in (".json", ".safetensors")
-                        and not (part / own.name).exists()
-                    ):
-                        (shutil.copytree if own.is_dir() else shutil.copy2)(own, part / own.name)
-                shutil.rmtree(final, ignore_errors=True)
-                part.replace(final)
-            shutil.rmtree(part, ignore_errors=True)
-    parallel.wait_for_all_processes()
-    return final
 
 
-def _same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same model; of large files `hash_files` sees but a part."""
-    names = hash_files(one)
-    return names == hash_files(other) and all(
-        filecmp.cmp(one / n, other / n, shallow=False) for n in names
-    )
+def _without_learned(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return an origin without the fingerprints of its data, which the result has, too."""
+    if origin is None:
+        return None
+    return {key: value for key, value in origin.items() if key != "learned"}
 
 
-def check(
-    stage: Recipe, out: Path, inputs: TrainingInputs, how: RunOptions, device: str
-) -> tuple[Recipe, torch.device, dict[str, Any]]:
-    """Raises `SpearError` for what is wrong with a run, as far as a moment's look can tell; returns its
-    recipe as it is `settled`, its device, and what it is of. Demonstrations may be still to make."""
-    place = choose_device(device)
-    check_holds_no_input(out, "train")
-    parallel.join_process_group(place)
-    stage = dataclasses.replace(
-        stage, optimization=loop.resolve_optimization(stage.optimization, out, place)
-    )
-    build.check(stage, inputs)
-    stage = dataclasses.replace(stage, normalization=build.normalization(stage, inputs.init))
-    for begun_with in filter(None, (inputs.init, inputs.moge)):
-        read_provenance(begun_with)  # what they say is a part of the result
-    about = _about(stage, inputs)
-    known = {k: v for k, v in about.items() if k not in EPISODES or inputs.episodes}
-    loop.find_checkpoint_to_resume(out, how.seed, known, stage.optimization.steps)
-    check_writable(out / "log.jsonl")
-    return stage, place, about
+def _list_learned(init_origin: Mapping[str, Any] | None, inputs: TrainingInputs, task: Task) -> str:
+    """Return the fingerprints of all that was learned from, by `--init` as well."""
+    fingerprints = (init_origin or {}).get("learned", "").split()
+    for _, store, _ in inputs.episodes:
+        fingerprints.extend(store.episode_fingerprints())
+    questions = getattr(task, "questions", None)
+    if questions is not None:
+        fingerprints.extend(questions.fingerprints())
+    return " ".join(dict.fromkeys(fingerprints))
 
 
-def _about(stage: Recipe, inputs: TrainingInputs) -> dict[str, Any]:
-    """What a run is of, as JSON gives it back: its recipe, what it learns from and what it begins with."""
-    may_change = ("optimization", "batch_size", "description")  # while a run is continued
-    recipe = {k: v for k, v in dataclasses.asdict(stage).items() if k not in may_change}
-    given = {"--labels": inputs.labels, "--init": [inputs.init], "--moge": [inputs.moge]}
-    marks: dict[str, str | None] = {}
-    for name, folders in given.items():
-        for key, kinds in (
-            (name, ("*.parquet", "*.safetensors")),
-            (f"settings or words of {name}", TEXTS),
-        ):
-            there = [folder for folder in folders if folder is not None]
-            marks[key] = hash_file_ends(there, kinds)[:12] if there else None
-    for name, folder in (("--init", inputs.init), ("--moge", inputs.moge)):
-        marks[f"weights of {name}"] = (
-            StoredCheckpoint.open(folder, name).digest()[:12] if folder else None
-        )
-    opt = {
-        k: getattr(stage.optimization, k) for k in ("frozen", "trained")
-    }  # else averages would be lost
-    return to_plain_json({**recipe, **opt, **_of_episodes(inputs), **marks})
-
-
-def _of_episodes(inputs: TrainingInputs) -> dict[str, Any]:
-    """The part of `_about` that the episodes have, without a look at other files."""
-    stores = [
-        [n, f"{len(s)} episodes ({s.fingerprint()[:12]}), share {w:g}"]
-        for n, s, w in inputs.episodes
-    ]
-    shown = [s.fingerprint(seen=True)[:12] for _, s, _ in inputs.episodes]
-    return dict(zip(EPISODES, (stores, shown), strict=True))
-
-
-def _simulator_only(inputs: TrainingInputs) -> bool:
-    """Whether nothing but the built-in simulator was seen, here and by what this starts from."""
-    shards = [
-        path
-        for folder in inputs.labels
-        for path in list_files_recursively(folder, "labels*.parquet")
-    ]
-    sources = [
-        s.as_py() for path in shards for s in pq.read_table(path, columns=["source"])["source"]
-    ]
-    sources += [store.source(i) for _, store, _ in inputs.episodes for i in range(len(store))]
-    before = all(
+def _is_simulator_only(inputs: TrainingInputs) -> bool:
+    """Return whether only the built-in simulator was seen, by `--init` and `--moge` as well."""
+    sources: list[str] = []
+    for folder in inputs.labels:
+        for shard in list_files_recursively(folder, "labels*.parquet"):
+            sources.extend(pq.read_table(shard, columns=["source"])["source"].to_pylist())
+    for _, store, _ in inputs.episodes:
+        sources.extend(store.source(index) for index in range(len(store)))
+    if not all(source.startswith(("sim:", "sim/")) for source in sources):
+        return False
+    return all(
         is_simulator_only(folder) for folder in (inputs.init, inputs.moge) if folder is not None
     )
-    return before and all(source.startswith(("sim:", "sim/")) for source in sources)
 
 
-def mixture(
-    folders: Sequence[Path], stores: Sequence[EpisodeStore], shares: Sequence[float]
-) -> list[tuple[str, EpisodeStore, float]]:
-    """Datasets with their names and shares of each batch, as `TrainingInputs.episodes`.
+def _minutes_of_run(out: Path) -> float:
+    """Return the minutes that the run took, over all processes that continued it."""
+    checkpoint = find_newest(out / "checkpoints")
+    return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)
 
-    shares: one for each; none: those of the list of known datasets where all are in it, otherwise equal ones.
+
+def _describe_machine(options: RunOptions) -> dict[str, Any]:
+    """Describe what trained: processes, device and versions."""
+    device = options.device or parallel.CPU
+    return {
+        "processes": parallel.get_world_size(),
+        "sharded": options.sharded and parallel.get_world_size() > 1,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "spear": spear.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _save_result(out: Path, save: Callable[[Path], None], origin: Mapping[str, Any]) -> None:
+    """Write `out/final` so that it is complete at any moment, and keep what users added to it."""
+    final = out / "final"
+    unfinished = out / ".part-final"
+    with acquire_run_lock(out, "training into"):
+        # A process was killed between the last two steps below.
+        if not final.is_dir() and (unfinished / "recipe.json").is_file():
+            unfinished.replace(final)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+        save(unfinished)
+        write_provenance(unfinished, origin)
+        if final.is_dir() and _is_same_model(unfinished, final):
+            # Everything else stays: a calibration, for example, still fits.
+            (unfinished / "recipe.json").replace(final / "recipe.json")
+        else:
+            _copy_added_files(final, unfinished)
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.replace(final)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_same_model(first: Path, second: Path) -> bool:
+    """Return whether two folders hold the same model, byte for byte.
+
+    `hash_files` alone would not do: it reads only a part of large files.
     """
-    names, sources = (
-        [*map(get_dataset_name, folders)],
-        [store.source(0).partition("/")[0] for store in stores],
-    )
-    known = [(REGISTRY[name].weight if name in REGISTRY else None) or 0.0 for name in sources]
-    chosen = list(shares) or (known if all(known) else [1.0] * len(stores))
+    names = hash_files(first)
+    if names != hash_files(second):
+        return False
+    return all(filecmp.cmp(first / name, second / name, shallow=False) for name in names)
+
+
+def _copy_added_files(source: Path, target: Path) -> None:
+    """Copy what is no part of the model, such as a model card."""
+    for path in source.glob("*"):
+        if path.suffix in (".json", ".safetensors") or (target / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy2(path, target / path.name)
+
+
+def weigh_datasets(
+    folders: Sequence[Path], stores: Sequence[EpisodeStore], weights: Sequence[float]
+) -> list[tuple[str, EpisodeStore, float]]:
+    """Give datasets their names and sampling weights, as `TrainingInputs.episodes`.
+
+    Several datasets are listed on stderr, with their fractions of each batch.
+
+    Args:
+        folders: the datasets' folders.
+        stores: their episodes.
+        weights: one for each. If empty, the weights in the list of known datasets if all are in it,
+            otherwise equal weights.
+    """
+    names = [get_dataset_name(folder) for folder in folders]
+    weights = list(weights) or _default_weights(stores)
     if len(stores) > 1 and is_first_process():
-        parts = (
-            f"{name} {share / sum(chosen):.1%}" for name, share in zip(names, chosen, strict=True)
+        _print_mixture(names, weights)
+        _note_repeated_episodes(stores)
+    return list(zip(names, stores, weights, strict=True))
+
+
+def _default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
+    weights: list[float] = []
+    for store in stores:
+        dataset = REGISTRY.get(store.source(0).partition("/")[0])
+        if dataset is None or not dataset.weight:
+            return [1.0] * len(stores)
+        weights.append(dataset.weight)
+    return weights
+
+
+def _print_mixture(names: Sequence[str], weights: Sequence[float]) -> None:
+    total = sum(weights)
+    fractions = [
+        f"{name} {weight / total:.1%}" for name, weight in zip(names, weights, strict=True)
+    ]
+    print(f"mixture: {', '.join(fractions)}", file=sys.stderr)
+
+
+def _note_repeated_episodes(stores: Sequence[EpisodeStore]) -> None:
+    """Give a notice if an episode is in several datasets."""
+    fingerprints: list[str] = []
+    for store in stores:
+        fingerprints.extend(set(store.episode_fingerprints()))
+    num_repeated = len(fingerprints) - len(set(fingerprints))
+    if num_repeated:
+        notice(
+            f"{num_repeated} of the episodes are in more than one dataset and count in each. "
+            "Give them once."
         )
-        print(f"mixture: {', '.join(parts)}", file=sys.stderr)
-        marks = [mark for store in stores for mark in {*store.episode_fingerprints()}]
-        if twice := len(marks) - len({*marks}):
-            notice(
-                f"more than one dataset has {twice} of the episodes, which count in each: give them once"
-            )
-    return list(zip(names, stores, chosen, strict=True))
