@@ -1,17 +1,22 @@
 """`spear train` and `spear plan` (what a recipe needs of a GPU)."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spear.cli.data import check_episodes, open_episodes
 from spear.errors import SpearError, format_count, is_first_process
 from spear.train.options import PlanOptions, TrainingInputs, TrainOptions, check_inputs
 from spear.util.options import parse_key_values
 
+if TYPE_CHECKING:
+    from spear.train.memory import MemoryEstimate
+    from spear.train.options import Recipe
+
 
 def train(options: TrainOptions) -> None:
-    """Train one stage. Stopped at any moment, the same command continues where it was.
+    """Train one stage. A run that was stopped continues when you run the same command again.
 
-    The recipes are shown by `spear train list`. Several processes train together under torchrun; for Slurm,
+    `spear train list` shows the recipes. Several processes train together under torchrun; for Slurm,
     Kubernetes and Ray there are scripts in examples/cluster.
 
     Examples:
@@ -24,102 +29,131 @@ def train(options: TrainOptions) -> None:
     from spear.train.recipes import RECIPES, get_recipe
 
     if options.recipe == "list":
-        for known in RECIPES.values():
-            print(f"{known.name:<17} {known.description}")
+        for known_recipe in RECIPES.values():
+            print(f"{known_recipe.name:<17} {known_recipe.description}")
         return
-    changes = parse_key_values(options.set, preset=options.preset, steps=options.steps)
-    stage = get_recipe(options.recipe, **changes)
-    get_preset(stage.preset)
-    check_inputs(stage, options)
-    out = options.out or Path("runs") / stage.name
 
+    # The recipe and its options, before anything heavy is imported.
+    changes = parse_key_values(options.set, preset=options.preset, steps=options.steps)
+    recipe = get_recipe(options.recipe, **changes)
+    get_preset(recipe.preset)
+    check_inputs(recipe, options)
+    out = options.out or Path("runs") / recipe.name
+
+    # The run, its weights and its data, before the data are prepared.
     from transformers.utils.logging import disable_progress_bar
 
-    from spear.data.readers.formats import list_cameras
     from spear.policy import locate
     from spear.train import run
     from spear.train.loop import RunOptions
 
-    init, moge = (locate(name) if name else None for name in (options.init, options.moge))
     disable_progress_bar()
-    how = RunOptions(
-        options.seed, options.workers, options.save_every, sharded=options.parallel == "fsdp"
+    init = locate(options.init) if options.init else None
+    moge = locate(options.moge) if options.moge else None
+    run_options = RunOptions(
+        seed=options.seed,
+        workers=options.workers,
+        save_every=options.save_every,
+        sharded=options.parallel == "fsdp",
     )
-    run.check_run(stage, out, TrainingInputs(options.labels, (), init, moge), how, options.device)
-    for path in options.episodes:
-        check_episodes(path, options.split)
-    if options.episodes and not any("external" in list_cameras(path) for path in options.episodes):
-        raise SpearError(
-            "--episodes: no camera external, which a policy acts by: name one so in spear.json"
-        )
+    inputs = TrainingInputs(options.labels, (), init, moge)
+    run.check_run(recipe, out, inputs, run_options, options.device)
+    _check_demonstrations(options)
+
+    # Prepare the data, and train.
     stores = [open_episodes(path, out / "data", options.split) for path in options.episodes]
-    inputs = TrainingInputs(
-        options.labels, run.weigh_datasets(options.episodes, stores, options.shares), init, moge
-    )
-    final = run.train(stage, out, inputs, how, options.device)
+    episodes = run.weigh_datasets(options.episodes, stores, options.shares)
+    inputs = TrainingInputs(options.labels, episodes, init, moge)
+    final = run.train(recipe, out, inputs, run_options, options.device)
     if is_first_process():
         print(f"trained: {final}")
 
 
-def plan(options: PlanOptions) -> None:
-    """Say whether a recipe fits on a GPU, what takes the memory, and which settings make it fit.
+def _check_demonstrations(options: TrainOptions) -> None:
+    """Check that episodes have the split that is asked for, and the camera that a policy needs."""
+    from spear.data.readers.formats import list_cameras
 
-    Needs no GPU and no weights: one training step of the real code is run on tensors without contents, and
-    what is alive is added up. Acting is planned too, as the recipe named inference.
+    for path in options.episodes:
+        check_episodes(path, options.split)
+    has_external_camera = any("external" in list_cameras(path) for path in options.episodes)
+    if options.episodes and not has_external_camera:
+        raise SpearError(
+            "--episodes: there is no camera external, which a policy acts by. Name one of the "
+            "cameras external in spear.json."
+        )
+
+
+def plan(options: PlanOptions) -> None:
+    """Say whether a recipe fits on a GPU, what needs the memory, and which settings make it fit.
+
+    Needs no GPU and no weights: one training step of the real code runs on tensors without
+    contents, and the sizes of those in use are added up. Inference is planned as the recipe named
+    inference.
 
     Examples:
         spear plan --recipe finetune-lora --gpu 16GB
         spear plan --recipe post-train-bridge --gpu 80GB --set ema=0
         spear plan --recipe inference --gpu 8GB
     """
-    import torch
-
-    from spear.models.presets import get_preset
     from spear.train import memory
     from spear.train.recipes import get_recipe
 
-    capacity = memory.usable_bytes(options.gpu)
+    usable_bytes = memory.usable_bytes(options.gpu)
     changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
-        if options.set:
-            raise SpearError("--set changes recipes, and inference is none: leave it out")
-        for dtype in (torch.bfloat16, torch.float32):
-            name = str(dtype).removeprefix("torch.")
-            needed = memory.measure_inference(
-                get_preset(options.preset or "spear1"), dtype, options.batch_size or 1
-            )
-            parts = f"weights {_gib(needed.weights)} + activations {_gib(needed.activations)}"
-            word = "fits" if needed.total <= capacity else "does not fit"
-            room = f"{options.gpu} (usable {_gib(capacity)})"
-            print(f"{name:<9} {parts} = {_gib(needed.total)}: {word} in {room}")
+        _plan_inference(options, usable_bytes)
         return
-    stage = get_recipe(options.recipe, **changes)
-    for changes, needed in memory.plan_memory_savings(stage):
-        if not changes:
-            pieces = stage.optimization.accumulate
-            print(
-                f"{stage.name}, {stage.preset}, batch {stage.batch_size} in "
-                f"{format_count(pieces, 'pieces')}\n"
-            )
-            numbers = f"{needed.num_parameters / 1e9:.2f} B, {needed.num_trainable / 1e9:.2f} B learn"
-            for name, size in {
-                f"weights ({numbers})": needed.weights,
-                "gradients": needed.gradients,
-                "optimiser": needed.moments,
-                "averaged weights": needed.ema,
-                "activations, temporaries": needed.activations,
-                "together": needed.total,
-            }.items():
-                print(f"{name:<34} {size / 2**30:8.2f} GiB")
-            print(f"\nusable of {options.gpu}: {_gib(capacity)}")
-        if needed.total <= capacity:
-            extra = (
-                f"does not fit as it is; fits with {memory.format_set_option(changes)}: {_gib(needed.total)}"
-            )
-            print(extra if changes else "fits")
+
+    recipe = get_recipe(options.recipe, **changes)
+    for savings, estimate in memory.plan_memory_savings(recipe):
+        if not savings:
+            _print_estimate(recipe, estimate)
+            print(f"\nusable on {options.gpu}: {_format_gib(usable_bytes)}")
+        flags = memory.format_set_option(savings)
+        total = _format_gib(estimate.total)
+        if estimate.total <= usable_bytes:
+            print(f"does not fit as it is; fits with {flags}: {total}" if savings else "fits")
             return
-    print(f"does not fit even with {memory.format_set_option(changes)}: {_gib(needed.total)}")
+    print(f"does not fit even with {flags}: {total}")
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _plan_inference(options: PlanOptions, usable_bytes: float) -> None:
+    """Print whether a policy of the preset fits on the GPU to act, in both precisions."""
+    import torch
+
+    from spear.models.presets import get_preset
+    from spear.train.memory import measure_inference
+
+    if options.set:
+        raise SpearError("--set changes recipes, and inference is none. Leave it out.")
+    size = get_preset(options.preset or "spear1")
+    for dtype in (torch.bfloat16, torch.float32):
+        estimate = measure_inference(size, dtype, options.batch_size or 1)
+        verdict = "fits" if estimate.total <= usable_bytes else "does not fit"
+        print(
+            f"{str(dtype).removeprefix('torch.'):<9} weights {_format_gib(estimate.weights)} + "
+            f"activations {_format_gib(estimate.activations)} = {_format_gib(estimate.total)}: "
+            f"{verdict} on {options.gpu} (usable {_format_gib(usable_bytes)})"
+        )
+
+
+def _print_estimate(recipe: "Recipe", estimate: "MemoryEstimate") -> None:
+    """Print what a recipe needs, as a table."""
+    num_pieces = format_count(recipe.optimization.accumulate, "pieces")
+    print(f"{recipe.name}, {recipe.preset}, batch {recipe.batch_size} in {num_pieces}\n")
+    billions = estimate.num_parameters / 1e9
+    trainable_billions = estimate.num_trainable / 1e9
+    sizes: dict[str, Any] = {
+        f"weights ({billions:.2f} B, {trainable_billions:.2f} B learn)": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.moments,
+        "EMA weights": estimate.ema,
+        "activations, temporaries": estimate.activations,
+        "total": estimate.total,
+    }
+    for name, size in sizes.items():
+        print(f"{name:<34} {size / 2**30:8.2f} GiB")
+
+
+def _format_gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
