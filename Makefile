@@ -1,5 +1,6 @@
 # make demo        sets up .venv with what a demo needs and does the main job: one HTML page, images -> 3D -> actions
 # make test        sets up .venv with everything and passes linter, type checker and tests
+# make test-slow   the tests that take half a minute or more each, which `make test` leaves out
 # make test-avx2   the tests that compute, once more as an older processor would
 # make docs        builds the documentation as a site with search: site/index.html
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?= runs/demo
 
-.PHONY: demo test test-avx2 docs setup lint types pytest clean
+.PHONY: demo test test-slow test-avx2 docs setup lint types pytest clean
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/spear demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -33,7 +34,10 @@ types:
 	$(BIN)/mypy
 
 pytest:
-	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=10
+
+test-slow: setup
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --durations=10
 
 # The networks, the losses and the memory plan on other instructions than this processor's newest.
 test-avx2: setup

@@ -1,4 +1,4 @@
-"""Ray, begun once: it labels as the local engine does, and Ray Train trains with two workers."""
+"""Ray, started once: it labels as the local engine does, and Ray Train trains with two workers."""
 
 import os
 import runpy
@@ -23,8 +23,12 @@ from spear.policy import Spear1Policy
 from train_tiny import read_log
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cluster" / "ray_train.py"
+NUM_PHOTOS = 21
 WORK = WorkOptions(shard_size=8, batch_size=3)
-pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time starve each other
+pytestmark = [
+    pytest.mark.slow,  # a minute: Ray starts, and its workers import PyTorch
+    pytest.mark.xdist_group("ray"),  # two Rays at a time starve each other
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,49 +48,53 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def test_it_makes_the_same_bytes_as_the_local_engine_and_finishes_what_that_began(
-    tmp_path: Path,
-) -> None:
-    source = photos(tmp_path / "photos", 21)
-    label_folder(list_images(str(source)), tmp_path / "labels", engine(), {}, WORK)
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()}
-    broken = partial(run_ray, (no_key, BoxSegmenter, SlopePointMap), WORK)
-    refuses("set ONE", label_folder, list_images(str(source)), tmp_path / "none", broken, {}, WORK)
-    assert not (tmp_path / "none").exists()
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: Path) -> None:
+    source = str(photos(tmp_path / "photos", NUM_PHOTOS))
+    labels = tmp_path / "labels"
+    label_folder(list_images(source), labels, engine(), {}, WORK)
+    expected = read_files(labels)
     for number in (0, 2):
-        (tmp_path / "labels" / f"labels-{number:05d}.parquet").unlink()
-    done = label_folder(
-        list_images(str(source)), tmp_path / "labels", partial(run_ray, graph(), WORK), {}, WORK
-    )
-    assert (done.num_before, done.num_done) == (8, 21)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "labels").iterdir()} == whole
+        (labels / f"labels-{number:05d}.parquet").unlink()
+
+    done = label_folder(list_images(source), labels, partial(run_ray, graph(), WORK), {}, WORK)
+
+    assert done.num_before == 8
+    assert done.num_done == NUM_PHOTOS
+    assert read_files(labels) == expected
 
 
-def no_key() -> Any:
+def make_detector_without_key() -> Any:
     raise SpearError("no API key: set ONE")
+
+
+def test_an_error_in_a_ray_worker_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    source = str(photos(tmp_path / "photos", NUM_PHOTOS))
+    makers = (make_detector_without_key, BoxSegmenter, SlopePointMap)
+    out = tmp_path / "labels"
+
+    refuses(
+        "set ONE", label_folder, list_images(source), out, partial(run_ray, makers, WORK), {}, WORK
+    )
+
+    assert not out.exists()
 
 
 def test_the_example_trains_with_two_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0), make(1)], tmp_path / "made")
-    given = [
-        "--init",
-        "nano",
-        "--episodes",
-        "made",
-        "--out",
-        "run",
-        "--steps",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    few = ["--set", "batch_size=4", "flow_samples=1", "warmup=1"]
+    command = "spear train nano-post --init nano --episodes made --out run --steps 2 --device cpu"
+    changes = "--set batch_size=4 flow_samples=1 warmup=1"
     script = [str(EXAMPLE), "--storage", str(tmp_path / "ray"), "--workers", "2"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*script, "spear", "train", "nano-post", *given, *few])
+    monkeypatch.setattr(sys, "argv", [*script, *command.split(), *changes.split()])
+
     runpy.run_path(str(EXAMPLE), run_name="__main__")
+
     assert [row["step"] for row in read_log(tmp_path / "run")] == [2]
     assert Spear1Policy.load(tmp_path / "run").model is not None
     assert '"processes": 2' in (tmp_path / "run" / "final" / "recipe.json").read_text()

@@ -3,7 +3,9 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from refusals import Command
@@ -13,63 +15,122 @@ TRAIN = ["spear", "train", "nano-post", "--set", "lr=1e-4"]
 SLURM = ["bash", str(CLUSTER / "slurm.sh"), *TRAIN]
 
 
-def programs(folder: Path, **bodies: str) -> dict[str, str]:
-    """The environment of a Slurm job whose PATH begins with these shell scripts."""
+def make_slurm_job(folder: Path, **programs: str) -> dict[str, str]:
+    """Return the environment of a Slurm job whose PATH begins with these shell scripts."""
     folder.mkdir()
-    for name, body in bodies.items():
+    for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40123", "SLURM_NNODES": "2"}
     return {
         **os.environ,
-        **job,
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "40123",
+        "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
 
 
-def test_slurm_starts_the_command_on_all_nodes(tmp_path: Path) -> None:
-    environment = programs(
+def run_slurm(environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        SLURM, capture_output=True, text=True, env=environment, cwd=folder, check=False
+    )
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path) -> dict[str, str]:
+    """A job in which torchrun prints its arguments."""
+    return make_slurm_job(
         tmp_path / "bin",
-        scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',  # more than a pipe holds: all must be read
+        # The names of more nodes than a pipe holds: all must be read.
+        scontrol='[ "$1" = show ] && seq -f node%.0f 7 40000',
         srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         torchrun='printf "%s\\n" "$@"',
     )
-    done = subprocess.run(
-        SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
-    )
+
+
+def test_slurm_starts_the_command_on_all_nodes(slurm_job: dict[str, str], tmp_path: Path) -> None:
+    done = run_slurm(slurm_job, tmp_path)
+
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        *("--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:20123"),
-        *("--rdzv-id=40123", "--max-restarts=3", "--no-python", *TRAIN),
+        "--nnodes=2",
+        "--nproc-per-node=8",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=node7:20123",
+        "--rdzv-id=40123",
+        "--max-restarts=3",
+        "--no-python",
+        *TRAIN,
     ]
+
+
+def test_slurm_ends_with_the_exit_code_of_the_training(
+    slurm_job: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "bin" / "torchrun").write_text("#!/bin/sh\nexit 3\n")
-    failed = subprocess.run(SLURM, capture_output=True, env=environment, cwd=tmp_path, check=False)
-    assert failed.returncode == 3
+
+    assert run_slurm(slurm_job, tmp_path).returncode == 3
 
 
 def test_slurm_queues_a_job_again_that_is_out_of_time(tmp_path: Path) -> None:
     out_of_time = "kill -USR1 $PPID; exec sleep 0.2"
-    environment = programs(
+    environment = make_slurm_job(
         tmp_path / "bin", scontrol='echo "$@"', srun=out_of_time, torchrun="true"
     )
-    done = subprocess.run(
-        SLURM, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
-    )
+
+    done = run_slurm(environment, tmp_path)
+
     assert done.stdout.splitlines()[-1] == "requeue 40123"
 
 
-def test_kubernetes_pods_find_each_other_and_run_our_command(refused: Command) -> None:
-    service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
-    name, spec = job["metadata"]["name"], job["spec"]
-    assert service["spec"]["selector"] == {"job-name": name} and service["metadata"]["name"] == name
+@pytest.fixture
+def service() -> Any:
+    service, _ = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    return service
+
+
+@pytest.fixture
+def job() -> Any:
+    _, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    return job
+
+
+def test_kubernetes_pods_find_each_other(service: Any, job: Any) -> None:
+    name = job["metadata"]["name"]
+    spec = job["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    assert pod["subdomain"] == name and spec["completions"] == spec["parallelism"]
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    port = service["spec"]["ports"][0]["port"]
+
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert service["metadata"]["name"] == name
+    assert pod["subdomain"] == name
+    assert f"--rdzv-endpoint={name}-0.{name}:{port}" in container["command"]
+
+
+def test_kubernetes_starts_a_process_per_gpu_on_all_nodes(job: Any) -> None:
+    spec = job["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    num_gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+
+    assert spec["completions"] == spec["parallelism"]
+    assert f"--nnodes={spec['completions']}" in container["command"]
+    assert f"--nproc-per-node={num_gpus}" in container["command"]
+
+
+def test_kubernetes_mounts_the_volumes_that_it_names(job: Any) -> None:
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_kubernetes_runs_one_of_our_commands(job: Any, refused: Command) -> None:
+    """With one bad value at its end, that is what is complained about."""
+    (container,) = job["spec"]["template"]["spec"]["containers"]
     words = container["command"]
-    launcher, command = words[: words.index("spear")], words[words.index("spear") :]
-    assert f"--nnodes={spec['completions']}" in launcher
-    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in launcher
-    assert f"--rdzv-endpoint={name}-0.{name}:{service['spec']['ports'][0]['port']}" in launcher
-    # The command is one of ours: with one bad value at its end, that is what is complained about.
-    assert "lr" in refused(*command[1:], "--set", "lr=-1")
+    command = words[words.index("spear") + 1 :]
+
+    assert "lr" in refused(*command, "--set", "lr=-1")

@@ -1,10 +1,10 @@
-"""Devices, as far as they can be checked without a GPU: the choice, and where tensors are made.
+"""Devices, as far as they can be checked without a GPU: the choice, and where tensors are created.
 
-A tensor that a training step makes must say where, else it lands on the CPU: a mode of PyTorch's sees all.
+A tensor that a training step creates must say on which device, else it is on the CPU. A mode of
+PyTorch's sees all of them.
 """
 
 import dataclasses
-import itertools
 import os
 import subprocess
 import sys
@@ -28,128 +28,211 @@ from spear.train.optimize import Stepper
 from spear.train.options import Optimization
 from train_tiny import PolicyTask, Regression, run_loop
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 
 
-def test_bfloat16_is_used_where_it_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, tiles, pairs, amd in itertools.product((True, False), repeat=4):
-        monkeypatch.setattr(devices, "HAS_BFLOAT16", has)
-        monkeypatch.setattr(devices, "CPU", "AuthenticAMD" if amd else "GenuineIntel")
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pairs=pairs: pairs)
-        both = amd and pairs
-        for limit, fast in (
-            ("", tiles or both),
-            ("avx512_core_bf16", both),
-            ("AVX512_CORE", 0),
-            ("AVX2", 0),
-        ):
-            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-            assert is_bfloat16_fast(CUDA) and is_bfloat16_fast(CPU) == bool(has and fast)
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("has_amx", [True, False])
+@pytest.mark.parametrize("has_avx512_bf16", [True, False])
+@pytest.mark.parametrize("is_amd", [True, False])
+def test_bfloat16_is_fast_with_amx_or_on_amd_unless_onednn_may_not_use_it(
+    has_bfloat16: bool,
+    has_amx: bool,
+    has_avx512_bf16: bool,
+    is_amd: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "HAS_BFLOAT16", has_bfloat16)
+    monkeypatch.setattr(devices, "CPU_INFO", "AuthenticAMD" if is_amd else "GenuineIntel")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
 
-    asked = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
-    plain = dataclasses.replace(asked, precision="fp32", frozen_precision="fp32")
-    for fast, used in ((True, asked), (False, plain)):
-        monkeypatch.setattr(loop, "is_bfloat16_fast", lambda _, fast=fast: fast)
-        out = tmp_path / str(fast)
-        assert (
-            loop.resolve_optimization(asked, out, CPU) == used
-            and loop.resolve_optimization(plain, out, CPU) == plain
-        )
-        run_loop(Regression(), loop.resolve_optimization(asked, out, CPU), out)
-        monkeypatch.setattr(
-            loop, "is_bfloat16_fast", lambda _, fast=fast: not fast
-        )  # on another machine
-        assert loop.resolve_optimization(asked, out, CPU) == used
+    is_fast_on_amd = is_amd and has_avx512_bf16
+    expected_of_limit = {
+        "": has_amx or is_fast_on_amd,
+        "avx512_core_bf16": is_fast_on_amd,
+        "AVX512_CORE": False,
+        "AVX2": False,
+    }
+    for limit, is_fast in expected_of_limit.items():
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert is_bfloat16_fast(CUDA)
+        assert is_bfloat16_fast(CPU) == (has_bfloat16 and is_fast)
 
 
-def test_a_small_network_acts_by_one_thread() -> None:
-    had = torch.get_num_threads()
+IN_BFLOAT16 = Optimization(steps=1, lr=1e-3, ema=0, frozen=("0",), frozen_precision="bf16")
+IN_FLOAT32 = dataclasses.replace(IN_BFLOAT16, precision="fp32", frozen_precision="fp32")
+
+
+@pytest.mark.parametrize(("is_fast", "expected"), [(True, IN_BFLOAT16), (False, IN_FLOAT32)])
+def test_a_run_uses_bfloat16_where_it_is_fast_and_keeps_to_that_on_other_machines(
+    is_fast: bool, expected: Optimization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "is_bfloat16_fast", lambda _: is_fast)
+
+    opt = loop.resolve_optimization(IN_BFLOAT16, tmp_path, CPU)
+    assert opt == expected
+    run_loop(Regression(), opt, tmp_path)
+
+    monkeypatch.setattr(loop, "is_bfloat16_fast", lambda _: not is_fast)
+    assert loop.resolve_optimization(IN_BFLOAT16, tmp_path, CPU) == expected
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_run_uses_float32_where_the_recipe_says_so(
+    is_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "is_bfloat16_fast", lambda _: is_fast)
+
+    assert loop.resolve_optimization(IN_FLOAT32, tmp_path, CPU) == IN_FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "batch_size", "num_threads"), [(6400, 1, 1), (6400, 32, 2), (10**6, 1, 4)]
+)
+def test_a_small_network_acts_with_few_threads(
+    num_inputs: int, batch_size: int, num_threads: int
+) -> None:
+    model = torch.nn.Linear(num_inputs, 1000, bias=False, device="meta")
+    original_num_threads = torch.get_num_threads()
     torch.set_num_threads(4)
+
     try:
-        small, large = (torch.nn.Linear(n, 1000, bias=False, device="meta") for n in (6400, 10**6))
-        for model, inputs, used in ((small, 1, 1), (small, 32, 2), (large, 1, 4)):
-            with pytest.raises(ZeroDivisionError), limit_threads(model, inputs):
-                assert torch.get_num_threads() == used
-                raise ZeroDivisionError
-            assert torch.get_num_threads() == 4
+        with pytest.raises(ZeroDivisionError), limit_threads(model, batch_size):
+            assert torch.get_num_threads() == num_threads
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 4
     finally:
-        torch.set_num_threads(had)
+        torch.set_num_threads(original_num_threads)
 
 
-@pytest.mark.parametrize("own", [None, "7"])
-def test_threads_that_wait_soon_sleep_unless_told_otherwise(own: str | None) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    env |= {"GOMP_SPINCOUNT": own} if own else {}
-    command = [sys.executable, "-c", "import os, spear; print(os.environ['GOMP_SPINCOUNT'])"]
-    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip() == (
-        own or "1000"
+@pytest.mark.parametrize(("user_value", "expected"), [(None, "1000"), ("7", "7")])
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
+    user_value: str | None, expected: str
+) -> None:
+    environment = dict(os.environ)
+    environment.pop("GOMP_SPINCOUNT", None)
+    if user_value is not None:
+        environment["GOMP_SPINCOUNT"] = user_value
+    code = "import os, spear; print(os.environ['GOMP_SPINCOUNT'])"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
 
+    assert done.stdout.strip() == expected
 
-def test_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[torch.device] = []
-    two = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}
-    for name, function in two.items():
-        monkeypatch.setattr(torch.cuda, name, function)
+
+@pytest.fixture
+def current_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine with two GPUs; the list has those that were made the current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert choose_device("cpu").type == "cpu" and not taken and torch.backends.cudnn.allow_tf32
-    assert (
-        choose_device("auto") == choose_device("cuda") == CUDA
-        and not torch.backends.cudnn.allow_tf32
-    )
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    unknown = {name: f"'{name}'" for name in ("gpu", "cuda:x", "cpu:1")}
-    for name, hint in {"cuda:2": "cuda:2.* 2 GPUs", **unknown}.items():
-        refuses(hint, choose_device, name)
+    return current
+
+
+def test_the_cpu_can_be_chosen(current_devices: list[torch.device]) -> None:
+    assert choose_device("cpu") == CPU
+
+    assert not current_devices
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_chosen_and_computes_exactly(
+    name: str, index: int, current_devices: list[torch.device]
+) -> None:
+    assert choose_device(name) == torch.device("cuda", index)
+
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpu", "'gpu'"),
+        ("cuda:x", "'cuda:x'"),
+        ("cpu:1", "'cpu:1'"),
+        ("cuda:2", "cuda:2.* 2 GPUs"),
+    ],
+)
+def test_unknown_devices_are_refused(
+    name: str, words: str, current_devices: list[torch.device]
+) -> None:
+    refuses(words, choose_device, name)
+
+
+def test_each_of_several_processes_takes_its_own_gpu(
+    current_devices: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device("auto") == taken[-1] == torch.device("cuda", 1)
-    refuses("cuda:0", choose_device, "cuda:0")
+
+    assert choose_device("auto") == torch.device("cuda", 1)
+    assert current_devices[-1] == torch.device("cuda", 1)
+
+
+def test_processes_cannot_share_a_gpu(
+    current_devices: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    refuses("cuda:2", choose_device, "auto")
+
+    refuses("cuda:0", choose_device, "cuda:0")
+    refuses("cuda:2", choose_device, "auto")  # there are two GPUs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
-    assert choose_device("auto").type == "cpu"
+    assert choose_device("auto") == CPU
+
     refuses("no GPU", choose_device, "cuda")
 
 
-class Placed(TorchFunctionMode):
-    """Notes every tensor that is made without a device, by function and place."""
+class TensorCreations(TorchFunctionMode):
+    """Counts created tensors, and lists the places where one is created without a device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made = 0
-        self.adrift: set[str] = set()
+        self.count = 0
+        self.without_device: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _device_constructors():
-            self.made += 1
+            self.count += 1
             if kwargs.get("device") is None:
-                place = traceback.extract_stack(limit=2)[0]
-                self.adrift.add(f"{place.filename}:{place.lineno} {func.__name__}")
+                frame = traceback.extract_stack(limit=2)[0]
+                self.without_device.add(f"{frame.filename}:{frame.lineno} {func.__name__}")
         return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "frozen": ("vlm.moge",)}])
-def test_a_training_step_says_where_it_makes_its_tensors(changes: dict[str, Any]) -> None:
-    """Robot steps and questions: to the device, forward, backward, clip, update, average. Batches are made on
-    the CPU; what PyTorch's own checkpointing makes (2.11) is not ours."""
+def test_a_training_step_says_where_it_creates_tensors(changes: dict[str, Any]) -> None:
+    """With robot samples and questions: to the device, forward, backward, clip, update, average."""
     task = PolicyTask()
     stepper = Stepper(task, Optimization(steps=2, lr=1e-3, **changes), seed=0)
-    with Placed() as placed:
+
+    with TensorCreations() as creations:
         for step in range(2):
             stepper(step, [task.batch(step)])
-    inside = {p for p in placed.adrift if "tests/" not in p and "torch/utils/checkpoint" not in p}
-    assert placed.made > 20 and not inside
+
+    assert creations.count > 20
+    # Batches are made on the CPU; and PyTorch's own checkpointing (2.11) is not ours.
+    for place in creations.without_device:
+        assert "tests/" in place or "torch/utils/checkpoint" in place
 
 
-def test_a_depth_step_says_where_it_makes_its_tensors() -> None:
+def test_a_depth_step_says_where_it_creates_tensors() -> None:
     model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config))
-    with Placed() as placed:
-        pictures = torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu")
-        model(pictures, torch.ones(2, 32, 48, device="cpu")).loss.backward()
-    assert placed.made > 0 and not placed.adrift
+
+    with TensorCreations() as creations:
+        images = torch.zeros(2, 3, 32, 48, dtype=torch.uint8, device="cpu")
+        model(images, torch.ones(2, 32, 48, device="cpu")).loss.backward()
+
+    assert creations.count > 0
+    assert not creations.without_device

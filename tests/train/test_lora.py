@@ -14,28 +14,33 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
 from spear.policy import Spear1Policy, locate
-from train_tiny import read_log, run_recipe
+from train_tiny import read_losses, run_recipe
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.xdist_group("lora")  # what the tests share is made once
-FEW = {
+CHANGES = {
     "preset": "nano",
     "batch_size": 2,
     "accumulate": 2,
     "warmup": 1,
+    "lr": 1e-3,
     "ema": 0.5,
     "schedule": "constant",
+    # On every processor.
+    "precision": "fp32",
+    "frozen_precision": "fp32",
 }
-FEW |= {"precision": "fp32", "frozen_precision": "fp32"}  # on every processor
-LANGUAGE = "vlm.language_model."
+RANK = 16
+LANGUAGE_MODEL = "vlm.language_model."
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def run(out: Path, store: EpisodeStore, steps: int, **changes: Any) -> Path:
-    arguments = {**FEW, "steps": steps, "lr": 1e-3, **changes}
-    return run_recipe("finetune-lora", out, store=store, init=locate("nano"), **arguments)
+def run(out: Path, store: EpisodeStore, steps: int) -> Path:
+    changes: dict[str, Any] = {**CHANGES, "steps": steps}
+    return run_recipe("finetune-lora", out, store=store, init=locate("nano"), **changes)
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights.load(Spear1ForActionPrediction, folder).state_dict()
 
 
@@ -49,54 +54,112 @@ def trained(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run(tmp_path_factory.mktemp("lora"), store, 3)
 
 
-def test_the_language_model_learns_by_lora_the_expert_fully_the_encoders_not(trained: Path) -> None:
-    before, after = parameters(locate("nano")), parameters(trained)
-    assert before.keys() == after.keys() and all(v.dtype == torch.float32 for v in after.values())
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
+@pytest.fixture(scope="module")
+def before() -> dict[str, torch.Tensor]:
+    return load_weights(locate("nano"))
+
+
+@pytest.fixture(scope="module")
+def after(trained: Path) -> dict[str, torch.Tensor]:
+    return load_weights(trained)
+
+
+@pytest.fixture(scope="module")
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the weights that the training changed."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def read_layers(before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the language model's linear layers that have a part in an action.
+
+    Of the last layer the action expert reads keys and values alone.
+    """
     layers = {
-        n for n in before if n.startswith(f"{LANGUAGE}layers.") and n.endswith("_proj.weight")
+        name
+        for name in before
+        if name.startswith(f"{LANGUAGE_MODEL}layers.") and name.endswith("_proj.weight")
     }
-    # Of the last layer the expert reads keys and values alone: the rest of it has no part in an action.
+    assert len(layers) == len(LINEAR_LAYERS) * 5
     unread = {
-        n for n in layers if ".layers.4." in n and ".k_proj." not in n and ".v_proj." not in n
+        name
+        for name in layers
+        if ".layers.4." in name and ".k_proj." not in name and ".v_proj." not in name
     }
-    assert len(layers) == 7 * 5 and len(unread) == 5
-    assert {n for n in changed if n.startswith(LANGUAGE)} == layers - unread
-    assert not [n for n in changed if n.startswith(("vlm.vision_tower.", "vlm.moge."))]
-    assert {n for n in before if n.startswith("expert.") and n.endswith("_proj.weight")} < changed
-    for name in layers - unread:  # what LoRA adds has its rank
+    assert len(unread) == 5
+    return layers - unread
+
+
+def test_the_result_has_the_same_weights_in_float32(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> None:
+    assert before.keys() == after.keys()
+    assert all(value.dtype == torch.float32 for value in after.values())
+
+
+def test_the_linear_layers_of_the_language_model_learn(
+    changed: set[str], read_layers: set[str]
+) -> None:
+    assert {name for name in changed if name.startswith(LANGUAGE_MODEL)} == read_layers
+
+
+def test_the_encoders_do_not_learn(changed: set[str]) -> None:
+    assert not [name for name in changed if name.startswith(("vlm.vision_tower.", "vlm.moge."))]
+
+
+def test_the_action_expert_learns_fully(before: dict[str, torch.Tensor], changed: set[str]) -> None:
+    names = {
+        name for name in before if name.startswith("expert.") and name.endswith("_proj.weight")
+    }
+
+    assert names < changed
+
+
+def test_what_lora_adds_has_its_rank(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], read_layers: set[str]
+) -> None:
+    for name in read_layers:
         spectrum = torch.linalg.svdvals((after[name] - before[name]).double())
-        assert spectrum[16] < 1e-4 * spectrum[0], name
+        assert spectrum[RANK] < 1e-4 * spectrum[0], name
 
 
-def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(trained: Path) -> None:
+def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
+    trained: Path, after: dict[str, torch.Tensor]
+) -> None:
     from peft import PeftModel
 
     base = weights.load(Spear1ForActionPrediction, locate("nano"))
-    merged = (
-        PeftModel.from_pretrained(base, str(trained / "adapter")).merge_and_unload().state_dict()
-    )
-    for name, value in parameters(trained).items():
-        if name.startswith(f"{LANGUAGE}layers."):
+
+    model = PeftModel.from_pretrained(base, str(trained / "adapter"))
+    merged = model.merge_and_unload().state_dict()
+
+    for name, value in after.items():
+        if name.startswith(f"{LANGUAGE_MODEL}layers."):
             torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_a_stopped_run_continues_bit_for_bit(
-    trained: Path, store: EpisodeStore, tmp_path: Path
+    trained: Path, after: dict[str, torch.Tensor], store: EpisodeStore, tmp_path: Path
 ) -> None:
     run(tmp_path, store, 1)
     continued = run(tmp_path, store, 3)
-    logs = [[row["loss"] for row in read_log(folder.parent)] for folder in (trained, continued)]
-    assert len(logs[0]) == 3 and logs[0] == logs[1]
-    torch.testing.assert_close(parameters(continued), parameters(trained), rtol=0, atol=0)
+
+    losses = read_losses(continued.parent)
+    assert len(losses) == 3
+    assert losses == read_losses(trained.parent)
+    torch.testing.assert_close(load_weights(continued), after, rtol=0, atol=0)
 
 
 def test_one_folder_is_all_that_serving_needs(trained: Path, tmp_path: Path) -> None:
-    alone = shutil.copytree(trained, tmp_path / "robot")
-    texts = [path.read_text() for path in alone.iterdir() if path.suffix == ".json"]
-    assert not any(str(trained.parent) in text for text in texts)
-    policy = Spear1Policy.load(alone)
-    assert not any(".lora_" in name for name, _ in policy.model.named_parameters())
+    folder = shutil.copytree(trained, tmp_path / "robot")
+    for path in folder.glob("*.json"):
+        assert str(trained.parent) not in path.read_text()
     observation = embodiments.load("generic").example()
+
+    policy = Spear1Policy.load(folder)
     actions = policy.infer(observation)["actions"]
-    np.testing.assert_array_equal(Spear1Policy.load(trained).infer(observation)["actions"], actions)
+
+    assert not any(".lora_" in name for name, _ in policy.model.named_parameters())
+    expected = Spear1Policy.load(trained).infer(observation)["actions"]
+    np.testing.assert_array_equal(actions, expected)
