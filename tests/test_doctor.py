@@ -33,7 +33,9 @@ def test_a_way_that_differs_or_raises_is_named(
 
     monkeypatch.setattr(doctor, "sample_fast", broken)
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
-    monkeypatch.setattr(doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0))  # as well
+    monkeypatch.setattr(
+        doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
+    )
     assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
     found = capsys.readouterr()
     assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
@@ -46,6 +48,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))
-    monkeypatch.setattr(doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0))
+    monkeypatch.setattr(
+        doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
+    )
     assert examined(2**30) == "float32"  # memory that holds copies of files is there to be had
     refuses("nano", examined, 9)
