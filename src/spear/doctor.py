@@ -169,7 +169,9 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[W
         1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
-    planned = {dtype: measure_inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)}
+    planned = {
+        dtype: measure_inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)
+    }
     fits = [dtype for dtype, needed in planned.items() if needed < free]
     if not fits:
         needs = f"{planned[torch.bfloat16] / GIB:.1f} GiB, {device} has {free / GIB:.1f}"
