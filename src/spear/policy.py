@@ -79,10 +79,11 @@ class VlmBundle:
     ) -> list[Answer]:
         """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
 
-        family  of the questions: answers are then held to its form, with exactly as many numbers or image
-                locations as it has. None: the model answers freely.
+        family  of the questions: answers are then held to its form, with exactly as many numbers or
+                image locations as it has. None: the model answers freely.
         distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for an unknown family or view, an empty or too long prompt, or not one per image.
+        Raises SpearError for an unknown family or view, an empty or too long prompt, or not one per
+        image.
         """
         if len(prompts) != len(images):
             raise SpearError(
@@ -106,7 +107,7 @@ class VlmBundle:
                 text["attention_mask"].to(device),
                 max_new_tokens=max_new_tokens,
                 grammar=self._grammar(family),
-                watched=watched,
+                recorder=watched,
             )
         probable, held = None, None
         if watched is not None and watched.logits:
@@ -115,7 +116,8 @@ class VlmBundle:
         for index, (row, size) in enumerate(zip(ids.tolist(), sizes, strict=True)):
             said = self.processor.decode_answer(row)
             places = [
-                map_pixel(s, size, target, back=True) if isinstance(s, Pixel) else s for s in said
+                map_pixel(s, size, target, inverse=True) if isinstance(s, Pixel) else s
+                for s in said
             ]
             if probable is not None:
                 of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
@@ -145,7 +147,8 @@ def load_vlm(
 ) -> VlmBundle:
     """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
 
-    device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or broken.
+    device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or
+    broken.
     """
     folder, model = _load(load_inner_vlm, name, device, dtype)
     return VlmBundle(model, Processor.load(folder, model.config))
@@ -176,8 +179,8 @@ class Spear1Policy:
     """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
 
     steps  Euler steps of the flow; `load` takes the model's own unless some are given.
-    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that key, on how
-           many observations came before it; never on what else is in the batch.
+    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that
+           key, on how many observations came before it; never on what else is in the batch.
     folder where it was loaded from; dataset: whose units were asked for.
     known  what it saw in training; what its first observations have otherwise is noted.
     cut    whether a too long instruction is cut, as in training, instead of being refused.
@@ -227,8 +230,8 @@ class Spear1Policy:
 
     @property
     def identity(self) -> str | None:
-        """Which weights act, in which precision, units and number of flow steps: results of others never mix.
-        None where they are from no folder."""
+        """Which weights act, in which precision, units and number of flow steps: results of others
+        never mix. None where they are from no folder."""
         dtype, own, units = self.model.dtype, self.steps == self.model.flow.steps, self.dataset
         told = ("" if dtype == torch.float32 else f" {dtype}") + (
             "" if units is None else f" {units}"
@@ -241,7 +244,8 @@ class Spear1Policy:
 
     @property
     def committed(self) -> int:
-        """The most actions that an observation may come with as decided already; 0: never trained for it."""
+        """The most actions that an observation may come with as decided already; 0: never trained
+        for it."""
         return int(self.model.config.committed)
 
     @property
@@ -255,11 +259,13 @@ class Spear1Policy:
         self._monitor.reset()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32}, metres."""
+        """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32},
+        metres."""
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Several observations in one pass. Raises `SpearError` for a bad image, state or instruction."""
+        """Several observations in one pass. Raises `SpearError` for a bad image, state or
+        instruction."""
         if not observations:
             return []
         with limit_threads(self.model, len(observations)):
@@ -316,7 +322,8 @@ class Spear1Policy:
     def _pixels(
         self, observations: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
-        """View → images [B, 3, h, w] uint8, without views that nobody has; and which [B] are there."""
+        """View → images [B, 3, h, w] uint8, without views that nobody has; and which [B] are
+        there."""
         keys = {camera_key(view): view for view in self.image_sizes}
         for key in (key for observation in observations for key in observation):
             if is_camera_key(key) and key not in keys:

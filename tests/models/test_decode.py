@@ -1,4 +1,5 @@
-"""Answers with a grammar are, token by token, the likeliest that it allows; their numbers, read off."""
+"""Answers with a grammar are, token by token, the likeliest that it allows; how numbers are read
+off."""
 
 from typing import Any
 
@@ -9,51 +10,57 @@ import torch
 from models_tiny import START, TINY, left_padded, pixels, text, vlm
 from refusals import refuses
 from spear.models import decode
-from spear.models.readout import Distribution
+from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
 
 NUMBER = (START, START + TINY.bins)
-END, PAD = 1, 0
+END = 1
+PAD = 0
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
 
 
-def allowed(grammar: decode.Grammar | None, said: list[int], left: int) -> set[int]:
-    """The grammars in words: which ids may follow, `left` tokens before the limit (this one included)."""
+def allowed_tokens(grammar: decode.Grammar | None, answer: list[int], num_left: int) -> set[int]:
+    """The ids that may come next, `num_left` tokens before the limit, in words of the grammar."""
     if grammar is None:
         return set(range(NUMBER[1]))
     if not isinstance(grammar, decode.FreeTextGrammar):
-        return set(range(*grammar[len(said)])) if len(said) < len(grammar) else {END}
-    words = {i for a, b in grammar.words for i in range(a, b)}
-    numbers = set(range(*grammar.numbers))
-    owed = grammar.count - sum(t in numbers for t in said)
-    if owed:
-        if said and left <= owed + 2:  # the numbers, a word and the end must still find room
-            return numbers
-        return words | numbers if said else words
-    if not said or said[-1] in numbers:
+        if len(answer) == len(grammar):
+            return {END}
+        return set(range(*grammar[len(answer)]))
+
+    words: set[int] = set()
+    for first, last in grammar.word_ranges:
+        words |= set(range(first, last))
+    numbers = set(range(*grammar.number_range))
+    num_owed = grammar.num_numbers - sum(token in numbers for token in answer)
+    if num_owed:
+        must_be_number = num_left <= num_owed + 2  # then a word and the end must still find room
+        if not answer:
+            return words
+        return numbers if must_be_number else words | numbers
+    if not answer or answer[-1] in numbers:
         return words
-    return {END} if left == 1 else words | {END}
+    return {END} if num_left == 1 else words | {END}
 
 
-def slowly(
+def decode_slowly(
     model: Any,
-    images: Any,
-    ids: torch.Tensor,
+    images: dict[str, torch.Tensor],
+    prompt: torch.Tensor,
     grammar: decode.Grammar | None,
-    owner: int,
-    most: int,
+    max_new_tokens: int,
 ) -> list[int]:
-    """The answer to one prompt, with the whole sequence run again for every token."""
-    said: list[int] = []
-    while len(said) < most and END not in said:
-        sequence = torch.cat([ids, torch.tensor(said, dtype=torch.long)])[None]
-        kinds = (torch.arange(sequence.shape[1]) >= len(ids)).long()[None]
+    """The answer to one prompt; the whole sequence runs again for every token."""
+    answer: list[int] = []
+    while len(answer) < max_new_tokens and END not in answer:
+        sequence = torch.cat([prompt, torch.tensor(answer, dtype=torch.long)])[None]
+        token_types = (torch.arange(sequence.shape[1]) >= len(prompt)).long()[None]
         with torch.no_grad():
-            logits = model(images, sequence, None, kinds, torch.tensor([owner])).logits[0, -1]
-        may = sorted(allowed(grammar, said, most - len(said)))
-        said.append(may[int(logits[may].argmax())])
-    return said
+            logits = model(images, sequence, None, token_types).logits[0, -1]
+        allowed = sorted(allowed_tokens(grammar, answer, max_new_tokens - len(answer)))
+        answer.append(allowed[int(logits[allowed].argmax())])
+    return answer
 
 
 GRAMMARS: dict[str, decode.Grammar | None] = {
@@ -67,77 +74,133 @@ GRAMMARS: dict[str, decode.Grammar | None] = {
 }
 
 
-@pytest.mark.parametrize("kind", GRAMMARS)
-@pytest.mark.parametrize("padded", ["", "right", "left"])
-def test_answers_are_the_likeliest_that_the_grammar_allows(kind: str, padded: str) -> None:
-    model, grammar, most = vlm(), GRAMMARS[kind], 7
-    images = pixels(2, views=("external",))
+@pytest.mark.parametrize("grammar_name", GRAMMARS)
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, padding: str) -> None:
+    model = vlm()
+    grammar = GRAMMARS[grammar_name]
+    two_images = pixels(2, views=("external",))["external"]
+    images = {"external": two_images[[1, 0, 1]]}
     ids, mask = text(3, 6)
-    owners = torch.tensor([1, 0, 1])
-    if not padded:
+    if padding == "none":
         mask = torch.ones_like(mask)
-    if padded == "left":
+    if padding == "left":
         ids, mask = left_padded(ids, mask)
-    each = {view: images[view][owners] for view in images}
-    found = decode.decode_greedily(model, each, ids, mask if padded else None, most, grammar)
+
+    answers = decode.decode_greedily(
+        model, images, ids, None if padding == "none" else mask, max_new_tokens=7, grammar=grammar
+    )
+
+    assert not answers.is_inference()
     for row in range(3):
-        expected = slowly(
-            model, images, ids[row][mask[row].bool()], grammar, int(owners[row]), most
-        )
-        assert found[row].tolist() == expected + [PAD] * (found.shape[1] - len(expected))
-    assert not bool((found == PAD).all(0).any())  # no columns of padding alone
-    assert not found.is_inference()
+        image = {"external": images["external"][[row]]}
+        expected = decode_slowly(model, image, ids[row][mask[row].bool()], grammar, 7)
+        padded = expected + [PAD] * (answers.shape[1] - len(expected))
+        assert answers[row].tolist() == padded
+    has_column_of_padding = bool((answers == PAD).all(0).any())
+    assert not has_column_of_padding
 
 
 @pytest.mark.parametrize(
-    ("grammar", "needs"), [([NUMBER] * 3, 4), (decode.FreeTextGrammar(2, ((3, 20),), NUMBER), 5)]
+    ("grammar", "min_tokens"),
+    [([NUMBER] * 3, 4), (decode.FreeTextGrammar(2, ((3, 20),), NUMBER), 5)],
 )
-def test_an_answer_that_is_cut_off_is_refused(grammar: decode.Grammar, needs: int) -> None:
+def test_an_answer_that_would_be_cut_off_is_refused(
+    grammar: decode.Grammar, min_tokens: int
+) -> None:
     ids, _ = text(1, 6)
     images = pixels(1, views=("external",))
-    refuses(f"{needs} tokens", decode.decode_greedily, vlm(), images, ids, None, needs - 1, grammar)
+
+    refuses(
+        f"{min_tokens} tokens",
+        decode.decode_greedily,
+        vlm(),
+        images,
+        ids,
+        None,
+        min_tokens - 1,
+        grammar,
+    )
 
 
-def test_a_certain_answer_reads_the_same_every_way() -> None:
-    sure = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)
-    low, high = COORDINATES.bin_edges[[3, 40]], COORDINATES.bin_edges[[4, 41]]
-    assert (sure.read("mode") == COORDINATES.bin_centers[[3, 40]]).all()
-    assert (sure.read("mean") == sure.read("mode")).all()
-    np.testing.assert_allclose(sure.read("median"), (low + high) / 2)
-    np.testing.assert_allclose(sure.quantile(0.0), COORDINATES.bin_edges[[0, 0]])
-    np.testing.assert_allclose(sure.quantile(1.0), high)
-    with pytest.raises(ValueError, match="50"):
-        sure.quantile(50)
-    assert (sure.probability_below(low - 1e-6) == 0).all() and (
-        sure.probability_below(high + 1e-6) == 1
-    ).all()
-    np.testing.assert_allclose(sure.probability_below((low + high) / 2), 0.5)
-    np.testing.assert_allclose(sure.spread(), 0.6826894921370859 / 2 * (high - low))
-    assert (sure.probability_below(np.array([-99.0, 99.0])) == [0, 1]).all()
+class TestCertainDistribution:
+    """All probability is in bins 3 and 40."""
+
+    distribution = Distribution(np.eye(64, dtype=np.float32)[[3, 40]], COORDINATES)
+    low = COORDINATES.bin_edges[[3, 40]]
+    high = COORDINATES.bin_edges[[4, 41]]
+
+    def test_mode_and_mean_are_the_bin_centers(self) -> None:
+        centers = COORDINATES.bin_centers[[3, 40]]
+        assert (self.distribution.read("mode") == centers).all()
+        assert (self.distribution.read("mean") == centers).all()
+
+    def test_the_median_is_the_middle_of_the_bin(self) -> None:
+        middle = (self.low + self.high) / 2
+        np.testing.assert_allclose(self.distribution.read("median"), middle)
+
+    def test_quantiles_span_from_the_first_edge_to_the_end_of_the_bin(self) -> None:
+        first_edges = COORDINATES.bin_edges[[0, 0]]
+        np.testing.assert_allclose(self.distribution.quantile(0.0), first_edges)
+        np.testing.assert_allclose(self.distribution.quantile(1.0), self.high)
+
+    def test_a_quantile_above_1_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="50"):
+            self.distribution.quantile(50)
+
+    def test_the_probability_below_rises_within_the_bin(self) -> None:
+        below = self.distribution.probability_below
+        assert (below(self.low - 1e-6) == 0).all()
+        np.testing.assert_allclose(below((self.low + self.high) / 2), 0.5)
+        assert (below(self.high + 1e-6) == 1).all()
+
+    def test_the_probability_below_a_value_outside_the_bins_is_0_or_1(self) -> None:
+        below = self.distribution.probability_below(np.array([-99.0, 99.0]))
+        assert below.tolist() == [0, 1]
+
+    def test_the_spread_is_half_the_width_of_the_central_68_percent(self) -> None:
+        expected = ONE_SIGMA_PROBABILITY / 2 * (self.high - self.low)
+        np.testing.assert_allclose(self.distribution.spread(), expected)
 
 
-def test_mode_mean_and_median_by_hand() -> None:
+def test_mode_mean_median_and_quantile_by_hand() -> None:
     coordinates = CoordinateTokenizer(np.array([0.0, 1, 2, 4]), np.array([0.5, 1.5, 3.0]), "metre")
-    d = Distribution(np.array([[0.4, 0.25, 0.35]], np.float32), coordinates)
-    assert d.read("mode") == pytest.approx(0.5)
-    assert d.read("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
-    assert d.read("median") == pytest.approx(1.4) and d.quantile(0.825) == pytest.approx(3.0)
-    p = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6
-    d = Distribution((p / p.sum(1, keepdims=True)).astype(np.float32), COORDINATES)
-    for share in (0.02, 0.3, 0.5, 0.975):
-        np.testing.assert_allclose(d.probability_below(d.quantile(share)), share, atol=1e-6)
-    refuses("did you mean 'median'", d.read, "medain")
+
+    distribution = Distribution(np.array([[0.4, 0.25, 0.35]], np.float32), coordinates)
+
+    assert distribution.read("mode") == pytest.approx(0.5)
+    assert distribution.read("mean") == pytest.approx(0.4 * 0.5 + 0.25 * 1.5 + 0.35 * 3)
+    assert distribution.read("median") == pytest.approx(1.4)
+    assert distribution.quantile(0.825) == pytest.approx(3.0)
 
 
-def test_a_model_says_what_it_held_possible() -> None:
+@pytest.mark.parametrize("probability", [0.02, 0.3, 0.5, 0.975])
+def test_the_probability_below_a_quantile_is_its_own(probability: float) -> None:
+    weights = np.random.default_rng(1).gamma(0.3, size=(50, 64)) + 1e-6
+    probabilities = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    distribution = Distribution(probabilities, COORDINATES)
+
+    below = distribution.probability_below(distribution.quantile(probability))
+
+    np.testing.assert_allclose(below, probability, atol=1e-6)
+
+
+def test_an_unknown_way_to_read_is_refused() -> None:
+    distribution = Distribution(np.eye(64, dtype=np.float32)[[3]], COORDINATES)
+    refuses("did you mean 'median'", distribution.read, "medain")
+
+
+def test_a_model_returns_the_distributions_behind_its_answers() -> None:
     bundle = load_vlm("nano")
     image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
-    asked = [f"Where is the centre point of the {name} in 3D?" for name in ("mug", "plate")]
-    answers = bundle.answer([image] * 2, asked, "keypoint", distributions=True)
-    plain = bundle.answer([image] * 2, asked, "keypoint")
-    assert [a.segments for a in plain] == [a.segments for a in answers]
-    assert all(a.distribution is None for a in plain)
-    for a in answers:
-        assert a.distribution.probabilities.shape == (3, 1024)
-        np.testing.assert_allclose(a.distribution.probabilities.sum(1), 1, rtol=1e-4)
-        np.testing.assert_allclose(a.distribution.read("mode"), a.values)
+    prompts = [f"Where is the centre point of the {name} in 3D?" for name in ("mug", "plate")]
+
+    answers = bundle.answer([image] * 2, prompts, "keypoint", distributions=True)
+    plain_answers = bundle.answer([image] * 2, prompts, "keypoint")
+
+    for answer, plain in zip(answers, plain_answers, strict=True):
+        assert plain.segments == answer.segments
+        assert plain.distribution is None
+        assert answer.distribution.probabilities.shape == (3, 1024)
+        np.testing.assert_allclose(answer.distribution.probabilities.sum(1), 1, rtol=1e-4)
+        np.testing.assert_allclose(answer.distribution.read("mode"), answer.values)

@@ -1,4 +1,4 @@
-"""Images are never stretched; words and numbers go through tokens and back."""
+"""Images are never stretched; text and numbers go through tokens and back."""
 
 from pathlib import Path
 
@@ -17,8 +17,12 @@ from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
 from spear.util.images import compute_placement, fit_image
 
-TEXTS = ["put the carrot on the plate", "where is the bowl"]
-TEXTS += ["the mug is  and the cup is  so the mug is closer"]
+TEXTS = [
+    "put the carrot on the plate",
+    "where is the bowl",
+    "the mug is  and the cup is  so the mug is closer",
+]
+SPEAR1_SIZE = (280, 210)
 
 
 @pytest.fixture(scope="module")
@@ -27,151 +31,237 @@ def processor() -> Processor:
     return Processor.build(get_preset("nano"), TEXTS, CoordinateTokenizer.fit(values))
 
 
-def test_images_are_scaled_as_pillow_does_it() -> None:
-    """With antialiasing, by which networks learned to see; Pillow rounds some numbers the other way."""
-    image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
-    for height, width in ((40, 60), (97, 60), (250, 400)):
+class TestFitImage:
+    @pytest.mark.parametrize(("width", "height"), [(60, 40), (60, 97), (400, 250)])
+    def test_scales_as_pillow_does(self, width: int, height: int) -> None:
+        """With antialiasing, as the encoders learned to see; Pillow rounds some numbers
+        otherwise."""
+        image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
         _, left, top, across, down = compute_placement((151, 97), (width, height))
-        theirs = np.asarray(
-            Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
-        )
-        ours = fit_image(image, height, width)[top : top + down, left : left + across]
-        assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+        fitted = fit_image(image, height, width)[top : top + down, left : left + across]
+
+        pillow = Image.fromarray(image).resize((across, down), Image.Resampling.BILINEAR)
+        assert np.abs(fitted.astype(int) - np.asarray(pillow)).max() <= 1
+
+    def test_pads_a_wide_image_above_and_below(self) -> None:
+        white = np.full((100, 200, 3), 255, np.uint8)
+        fitted = fit_image(white, 100, 100)
+        is_lit = fitted.any(axis=(1, 2)).tolist()
+        assert is_lit == [False] * 25 + [True] * 50 + [False] * 25
+
+    def test_returns_an_image_of_the_right_size_unchanged(self) -> None:
+        white = np.full((100, 200, 3), 255, np.uint8)
+        assert fit_image(white, 100, 200) is white
 
 
-def test_padding_keeps_the_whole_image_and_is_said() -> None:
-    white = np.full((100, 200, 3), 255, np.uint8)
-    assert (
-        fit_image(white, 100, 100).any(axis=(1, 2)).tolist()
-        == [False] * 25 + [True] * 50 + [False] * 25
-    )
-    assert fit_image(white, 100, 200) is white and visible_window((200, 100), (100, 100)) == (
-        0,
-        -50,
-        200,
-        200,
-    )
-    assert not any(describe_fit(size, (280, 210)) for size in ((560, 420), (561, 420), (240, 180)))
-    said = "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched"
-    assert describe_fit((256, 256), (280, 210)) == said
-    assert "above and below, 25%" in str(describe_fit((1280, 720), (280, 210)))
-    assert "enlarged 1.5 times" in str(describe_fit((192, 128), (280, 210)))
+def test_the_visible_window_includes_the_padding() -> None:
+    assert visible_window((200, 100), (100, 100)) == (0, -50, 200, 200)
 
 
-def test_images_may_be_mirrored_views_but_not_empty(processor: Processor) -> None:
+@pytest.mark.parametrize("size", [(560, 420), (561, 420), (240, 180)])
+def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int]) -> None:
+    assert describe_fit(size, SPEAR1_SIZE) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "description"),
+    [
+        (
+            (256, 256),
+            "256×256 shown in 280×210 with black bars left and right, 25% of it, nothing stretched",
+        ),
+        (
+            (1280, 720),
+            "1280×720 shown in 280×210 with black bars above and below, 25% of it, nothing"
+            " stretched",
+        ),
+    ],
+)
+def test_black_bars_are_described(size: tuple[int, int], description: str) -> None:
+    assert describe_fit(size, SPEAR1_SIZE) == description
+
+
+def test_enlargement_is_described() -> None:
+    assert "enlarged 1.5 times" in str(describe_fit((192, 128), SPEAR1_SIZE))
+
+
+def test_images_may_be_mirrored_views(processor: Processor) -> None:
     bgr = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
-    rgb = processor.prepare_image(
-        bgr[:, :, ::-1], "external"
-    )  # as OpenCV's users turn the colours around
-    assert torch.equal(rgb, processor.prepare_image(bgr, "external").flip(0))
-    refuses("wrong image type", processor.prepare_image, bgr[:0], "external")
+    rgb_view = bgr[:, :, ::-1]  # how users of OpenCV reorder the colors
+
+    prepared = processor.prepare_image(rgb_view, "external")
+
+    assert torch.equal(prepared, processor.prepare_image(bgr, "external").flip(0))
 
 
-def test_answers_go_through_tokens_and_back(processor: Processor) -> None:
-    segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
-    back = processor.decode_answer([*processor.encode_answer(segments), 1, 5, 5])
-    assert [type(s) for s in back] == [type(s) for s in segments]
-    for a, b in zip(segments, back, strict=True):
-        if isinstance(a, Pixel) and isinstance(b, Pixel):
-            assert (b.x, b.y) == pytest.approx((a.x, a.y), abs=0.5 / 1024 + 1e-9)
-        elif isinstance(a, float):
-            assert processor.coordinates.encode(np.array(a)) == processor.coordinates.encode(
-                np.array(b)
-            )
-        else:
-            assert a == b
-    assert processor.decode_answer(processor.encode_answer([Pixel(0.5, 0.5)])[:1]) == ["<loc0512>"]
-    assert processor.decode_answer([]) == []
+def test_empty_images_are_refused(processor: Processor) -> None:
+    empty = np.zeros((0, 192, 3), np.uint8)
+    refuses("wrong image type", processor.prepare_image, empty, "external")
 
 
-def test_grammar_admits_the_answer_and_its_like_only(processor: Processor) -> None:
-    for answer, like in (
-        ([0.5, -3.0, Pixel(0.9, 0.8)], True),
-        ([0.5, Pixel(0.9, 0.8), -3.0], False),
-    ):
-        pairs = zip(
-            processor.encode_answer(answer), processor.coordinate_grammar(2, 1), strict=True
-        )
-        assert all(low <= i < high for i, (low, high) in pairs) is like
+class TestAnswers:
+    def test_go_through_tokens_and_back(self, processor: Processor) -> None:
+        segments = ["at ", Pixel(0.1, 0.7), " and ", 0.3, -1.2, " ¿ok? ", Pixel(0.0, 0.999)]
 
+        end_token_and_more = [1, 5, 5]
+        decoded = processor.decode_answer([*processor.encode_answer(segments), *end_token_and_more])
 
-def test_questions_become_prompt_answer_and_labels(processor: Processor) -> None:
-    box = [float(v) for v in np.random.default_rng(1).normal(size=24)]
-    there = Question("exists", "is it?", ["yes"], ["it"])
-    batch = processor.encode_questions(
-        [Question("box_vertices", "where is the bowl", box, ["bowl"]), there]
+        assert len(decoded) == len(segments)
+        for before, after in zip(segments, decoded, strict=True):
+            assert type(before) is type(after)
+            if isinstance(before, Pixel):
+                assert after.x == pytest.approx(before.x, abs=0.5 / 1024 + 1e-9)
+                assert after.y == pytest.approx(before.y, abs=0.5 / 1024 + 1e-9)
+            elif isinstance(before, float):
+                encode = processor.coordinates.encode
+                assert encode(np.array(before)) == encode(np.array(after))
+            else:
+                assert before == after
+
+    def test_a_location_token_without_a_partner_stays_text(self, processor: Processor) -> None:
+        y_token = processor.encode_answer([Pixel(0.5, 0.5)])[:1]
+        assert processor.decode_answer(y_token) == ["<loc0512>"]
+
+    def test_no_tokens_are_no_segments(self, processor: Processor) -> None:
+        assert processor.decode_answer([]) == []
+
+    @pytest.mark.parametrize(
+        ("segments", "is_allowed"),
+        [([0.5, -3.0, Pixel(0.9, 0.8)], True), ([0.5, Pixel(0.9, 0.8), -3.0], False)],
     )
-    ids, labels = batch["input_ids"], batch["labels"]
-    tokens = processor.tokenizer
-    assert ids.shape == labels.shape == batch["token_type_ids"].shape
-    learned = labels != IGNORE_LABEL
-    assert torch.equal(labels[learned], ids[learned]) and torch.equal(
-        learned, batch["token_type_ids"].bool()
+    def test_the_grammar_allows_numbers_then_pixels(
+        self, processor: Processor, segments: list[float | Pixel], is_allowed: bool
+    ) -> None:
+        ids = processor.encode_answer(segments)
+        ranges = processor.coordinate_grammar(2, 1)
+        fits = [first <= i < last for i, (first, last) in zip(ids, ranges, strict=True)]
+        assert all(fits) is is_allowed
+
+
+class TestQuestions:
+    """A batch of a question with 24 numbers and one with a word."""
+
+    prompt = "where is the bowl"
+
+    @pytest.fixture
+    def batch(self, processor: Processor) -> dict[str, torch.Tensor]:
+        vertices = [float(v) for v in np.random.default_rng(1).normal(size=24)]
+        box_question = Question("box_vertices", self.prompt, vertices, ["bowl"])
+        yes_no_question = Question("exists", "is it?", ["yes"], ["it"])
+        return processor.encode_questions([box_question, yes_no_question])
+
+    def test_labels_are_the_tokens_of_the_answer(self, batch: dict[str, torch.Tensor]) -> None:
+        labels = batch["labels"]
+        is_learned = labels != IGNORE_LABEL
+        assert torch.equal(labels[is_learned], batch["input_ids"][is_learned])
+        assert torch.equal(is_learned, batch["token_type_ids"].bool())
+
+    def test_an_answer_is_its_numbers_and_the_end_token(
+        self, processor: Processor, batch: dict[str, torch.Tensor]
+    ) -> None:
+        answer = batch["labels"][0][batch["token_type_ids"][0].bool()]
+        assert len(answer) == 24 + 1
+        assert answer[-1] == processor.tokenizer.eos_token_id
+
+    def test_the_prompt_is_that_of_encode_prompts(
+        self, processor: Processor, batch: dict[str, torch.Tensor]
+    ) -> None:
+        is_prompt = batch["attention_mask"][0].bool() & ~batch["token_type_ids"][0].bool()
+        ids = batch["input_ids"][0][is_prompt].tolist()
+        assert ids[0] == processor.tokenizer.bos_token_id
+        assert processor.tokenizer.decode(ids[1:]) == f"{self.prompt}\n"
+        assert ids == processor.encode_prompts([self.prompt])["input_ids"][0].tolist()
+
+    def test_padding_is_masked(self, processor: Processor, batch: dict[str, torch.Tensor]) -> None:
+        is_padding = batch["input_ids"] == processor.tokenizer.pad_token_id
+        assert torch.equal(is_padding, batch["attention_mask"] == 0)
+        assert batch["labels"].shape == batch["input_ids"].shape
+
+    def test_with_numbers_of_another_unit_are_refused(self, processor: Processor) -> None:
+        relative = Question("distance", "how far is it", [0.5], ["it"], "relative")
+        refuses("'how far is it': .*'relative'.*'metre'", processor.encode_questions, [relative])
+
+    def test_without_numbers_may_have_any_unit(self, processor: Processor) -> None:
+        processor.encode_questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
+
+
+class TestPrompts:
+    def test_empty_ones_are_refused(self, processor: Processor) -> None:
+        refuses("empty instruction", processor.encode_prompts, ["put it there", " \n"])
+        refuses("empty instruction", processor.encode_instructions, ["..."])
+
+    def test_too_long_ones_are_refused(self, processor: Processor) -> None:
+        refuses("prompt too long: 'xyzw", processor.encode_prompts, ["xyzw" * 100])
+
+    def test_too_long_ones_are_cut_in_training(self, processor: Processor) -> None:
+        with pytest.warns(Notice, match="xyzw"):
+            ids = processor.encode_prompts(["go", "xyzw" * 100], cut=True)["input_ids"]
+        newline = processor.encode_prompts(["go"])["input_ids"][0, -1]
+        assert ids.shape == (2, processor.prompt_tokens)
+        assert ids[1, -1] == newline
+
+    @pytest.mark.parametrize(
+        "method", ["encode_prompts", "encode_instructions", "encode_questions"]
     )
-    assert int(learned[0].sum()) == 25 and labels[0][learned[0]][-1] == tokens.eos_token_id
-    prompt = ids[0][~learned[0] & batch["attention_mask"][0].bool()].tolist()
-    assert prompt[0] == tokens.bos_token_id and tokens.decode(prompt[1:]) == "where is the bowl\n"
-    assert torch.equal(ids == tokens.pad_token_id, batch["attention_mask"] == 0)
-    assert processor.encode_prompts(["where is the bowl"])["input_ids"][0].tolist() == prompt
+    def test_none_at_all_are_no_rows(self, processor: Processor, method: str) -> None:
+        batch = getattr(processor, method)([])
+        for tensor in batch.values():
+            assert tensor.shape == (0, 0)
 
-
-def test_what_cannot_be_said_is_refused(processor: Processor) -> None:
-    relative = Question("distance", "how far is it", [0.5], ["it"], "relative")
-    refuses("'how far is it': .*'relative'.*'metre'", processor.encode_questions, [relative])
-    processor.encode_questions([Question("exists", "is it?", ["yes"], ["it"], "relative")])
-    refuses("empty instruction", processor.encode_prompts, ["put it there", " \n"])
-    refuses("prompt too long: 'xyzw", processor.encode_prompts, ["xyzw" * 100])
-    with pytest.warns(Notice, match="xyzw"):  # in training, by contrast
-        whole = processor.encode_prompts(["go", "xyzw" * 100], cut=True)["input_ids"]
-    assert whole.shape == (2, processor.prompt_tokens)
-    assert whole[1, -1] == processor.encode_prompts(["go"])["input_ids"][0, -1]
-
-
-def test_no_texts_and_no_questions_are_no_rows(processor: Processor) -> None:
-    for batch in (
-        processor.encode_prompts([]),
-        processor.encode_instructions([]),
-        processor.encode_questions([]),
-    ):
-        assert {part.shape for part in batch.values()} == {(0, 0)}
-
-
-def test_how_an_instruction_is_typed_does_not_matter(processor: Processor) -> None:
-    typed = processor.encode_instructions(
-        ["put it there", "Put it there.", "put it there.\r\n", " PUT it  there !"]
-    )
-    assert torch.equal(
-        typed["input_ids"], processor.encode_prompts(["put it there"] * 4)["input_ids"]
-    )
-    refuses("empty instruction", processor.encode_instructions, ["..."])
+    def test_how_an_instruction_is_typed_does_not_matter(self, processor: Processor) -> None:
+        variants = ["put it there", "Put it there.", "put it there.\r\n", " PUT it  there !"]
+        ids = processor.encode_instructions(variants)["input_ids"]
+        expected = processor.encode_prompts(["put it there"] * 4)["input_ids"]
+        assert torch.equal(ids, expected)
 
 
 @pytest.mark.parametrize(
     "typed", ["<bos>", "<eos>x", "<loc0001>", "<loc0001><loc1024>", "a<3d0007> [x] < y"]
 )
-def test_names_of_tokens_that_somebody_types_stay_text(processor: Processor, typed: str) -> None:
-    """Location tokens are such only in pairs, as a place."""
-    tokens, named = processor.tokenizer, set(processor.tokenizer.get_added_vocab().values())
-    prompt = processor.encode_instructions([f"put it {typed} there"])["input_ids"][0].tolist()
-    answer = processor.encode_answer([typed, Pixel(0.1, 0.2)])
-    assert (
-        not named & {*prompt[1:], *answer[:-2]}
-        and tokens.decode(prompt[1:]) == f"put it {typed} there\n"
-    )
-    assert processor.decode_answer(answer)[0] == typed
-    place = f"what is at {Pixel(0.1, 0.2)} {typed}?"
-    assert (
-        sum(i in named for i in processor.encode_prompts([place])["input_ids"][0, 1:].tolist()) == 2
-    )
+class TestTypedTokenNames:
+    """Somebody who types the name of a token types text. Only the two tokens of a pixel are
+    tokens."""
+
+    @pytest.fixture
+    def named_ids(self, processor: Processor) -> set[int]:
+        return set(processor.tokenizer.get_added_vocab().values())
+
+    def test_stay_text_in_an_instruction(
+        self, processor: Processor, named_ids: set[int], typed: str
+    ) -> None:
+        ids = processor.encode_instructions([f"put it {typed} there"])["input_ids"][0].tolist()
+        after_bos = ids[1:]
+        assert not named_ids.intersection(after_bos)
+        assert processor.tokenizer.decode(after_bos) == f"put it {typed} there\n"
+
+    def test_stay_text_in_an_answer(
+        self, processor: Processor, named_ids: set[int], typed: str
+    ) -> None:
+        ids = processor.encode_answer([typed, Pixel(0.1, 0.2)])
+        before_pixel = ids[:-2]
+        assert not named_ids.intersection(before_pixel)
+        assert processor.decode_answer(ids)[0] == typed
+
+    def test_stay_text_beside_a_pixel(
+        self, processor: Processor, named_ids: set[int], typed: str
+    ) -> None:
+        prompt = f"what is at {Pixel(0.1, 0.2)} {typed}?"
+        ids = processor.encode_prompts([prompt])["input_ids"][0, 1:].tolist()
+        assert sum(i in named_ids for i in ids) == 2
 
 
-def test_any_text_survives_the_tokenizer(processor: Processor) -> None:
-    for text in ("put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"):
-        assert (
-            processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False))
-            == text
-        )
-    assert processor.tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<bos>"]) == [0, 1, 2]
+@pytest.mark.parametrize("text", ["put the carrot", "naïve 漢字 \t tabs", "<3d0007> is a token"])
+def test_any_text_survives_the_tokenizer(processor: Processor, text: str) -> None:
+    ids = processor.tokenizer.encode(text, add_special_tokens=False)
+    assert processor.tokenizer.decode(ids) == text
+
+
+def test_a_trained_tokenizer_has_gemmas_special_tokens_and_the_3d_tokens_last(
+    processor: Processor,
+) -> None:
+    special_tokens = ["<pad>", "<eos>", "<bos>"]
+    assert processor.tokenizer.convert_tokens_to_ids(special_tokens) == [0, 1, 2]
     assert len(processor.tokenizer) == processor.coordinate_ids.start + 1024
 
 
@@ -179,62 +269,126 @@ def test_ever_new_texts_take_no_memory(
     processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processing, "MAX_CACHED_TEXTS", 8)
-    for k in range(20):
-        processor.encode_prompts([f"put {k}"])
-        refuses("too long", processor.encode_prompts, [f"{k} " * 100])
-    assert len(processor._cache) <= 8 and all(len(text) < 20 for text in processor._cache)
+
+    for number in range(20):
+        processor.encode_prompts([f"put {number}"])
+        refuses("too long", processor.encode_prompts, [f"{number} " * 100])
+
+    assert len(processor._token_cache) <= 8
+    assert max(len(text) for text in processor._token_cache) < 20
 
 
-def test_saving_and_loading_keeps_every_id(processor: Processor, tmp_path: Path) -> None:
-    processor.save(tmp_path)
-    again = Processor.load(tmp_path)
-    segments = ["the mug is ", 0.25, Pixel(0.3, 0.4)]
-    assert again.encode_answer(segments) == processor.encode_answer(segments)
-    assert again.image_sizes == processor.image_sizes and list(again.image_sizes) == [
-        "external",
-        "wrist",
-    ]
-    assert torch.equal(
-        again.encode_prompts(TEXTS)["input_ids"], processor.encode_prompts(TEXTS)["input_ids"]
+class TestSavedProcessor:
+    def test_has_the_same_ids_and_sizes(self, processor: Processor, tmp_path: Path) -> None:
+        segments = ["the mug is ", 0.25, Pixel(0.3, 0.4)]
+
+        processor.save(tmp_path)
+        loaded = Processor.load(tmp_path)
+
+        assert loaded.encode_answer(segments) == processor.encode_answer(segments)
+        assert loaded.image_sizes == processor.image_sizes
+        assert list(loaded.image_sizes) == ["external", "wrist"]
+        prompts = loaded.encode_prompts(TEXTS)["input_ids"]
+        assert torch.equal(prompts, processor.encode_prompts(TEXTS)["input_ids"])
+
+    @pytest.mark.parametrize(
+        ("content", "key"),
+        [
+            ("{", ""),
+            (
+                '{"image_sizes": [["external", 192, 0.5]], "prompt_tokens": 64}',
+                r"image_sizes\.0\.2 ",
+            ),
+        ],
     )
-    half = '{"image_sizes": [["external", 192, 0.5]], "prompt_tokens": 64}'
-    for text, key in (("{", ""), (half, r"image_sizes\.0\.2 ")):
-        (tmp_path / "processor.json").write_text(text)
+    def test_that_is_broken_is_refused(
+        self, processor: Processor, tmp_path: Path, content: str, key: str
+    ) -> None:
+        processor.save(tmp_path)
+        (tmp_path / "processor.json").write_text(content)
         refuses(rf"processor\.json: broken processor .*{key}", Processor.load, tmp_path)
-    processor.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    refuses("pad_token_id", Processor.load, tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
-    refuses("broken tokenizer", Processor.load, tmp_path)
+
+    def test_without_the_tokenizers_config_is_refused(
+        self, processor: Processor, tmp_path: Path
+    ) -> None:
+        processor.save(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
+        refuses("pad_token_id", Processor.load, tmp_path)
+
+    def test_with_a_broken_tokenizer_is_refused(self, processor: Processor, tmp_path: Path) -> None:
+        processor.save(tmp_path)
+        (tmp_path / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE"}}')
+        refuses("broken tokenizer", Processor.load, tmp_path)
 
 
 @pytest.mark.parametrize(
     "size", [(96, 96), (60, 120), (160, 90), (848, 480), (192, 128), (384, 256)]
 )
-def test_places_are_where_the_padded_image_shows_them(
-    processor: Processor, size: tuple[int, int]
-) -> None:
-    w, h = size
-    image = np.zeros((h, w, 3), np.uint8)
-    image[h // 8 * 2 : h // 8 * 2 + 8, w // 8 * 5 : w // 8 * 5 + 8] = 255
-    place = Pixel((w // 8 * 5 + 4) / w, (h // 8 * 2 + 4) / h)
-    shown = processor.prepare_image(image, "external")[0].double()
-    height, width = shown.shape
-    places = [(torch.arange(n) + 0.5).double() for n in shown.shape]
-    y, x = (
-        float(at @ shown.sum(axis) / shown.sum()) for axis, at in zip((1, 0), places, strict=True)
-    )
-    area = (
-        64 * min(width / w, height / h) ** 2
-    )  # of a square of 8 pixels, scaled alike across and down
-    assert float(shown.sum()) / 255 == pytest.approx(area, rel=0.05)
-    found = map_pixel(place, size, (width, height))
-    np.testing.assert_allclose((found.x * width, found.y * height), (x, y), atol=0.1)
-    again = map_pixel(found, size, (width, height), back=True)
-    np.testing.assert_allclose((again.x, again.y), (place.x, place.y), atol=1e-9)
-    asked = Question("what_at", f"what is at {place}?", ["it at ", place], ["it"])
-    framed = processor.map_question_pixels(asked, size, "external")
-    assert (framed == asked) is (w / h == width / height)
-    if framed != asked:
-        assert framed.prompt == f"what is at {map_pixel(place, size, (width, height))}?"
-        assert framed.segments == ["it at ", found]
+class TestPixels:
+    """A white square of 8×8 pixels, at one fraction of images of several sizes."""
+
+    square_px = 8
+
+    def corner(self, size: tuple[int, int]) -> tuple[int, int]:
+        width, height = size
+        return width // 8 * 5, height // 8 * 2
+
+    def pixel(self, size: tuple[int, int]) -> Pixel:
+        left, top = self.corner(size)
+        return Pixel((left + self.square_px / 2) / size[0], (top + self.square_px / 2) / size[1])
+
+    def prepared(self, processor: Processor, size: tuple[int, int]) -> torch.Tensor:
+        width, height = size
+        left, top = self.corner(size)
+        image = np.zeros((height, width, 3), np.uint8)
+        image[top : top + self.square_px, left : left + self.square_px] = 255
+        return processor.prepare_image(image, "external")[0].double()
+
+    def test_are_where_the_prepared_image_shows_them(
+        self, processor: Processor, size: tuple[int, int]
+    ) -> None:
+        shown = self.prepared(processor, size)
+        height, width = shown.shape
+        center_x = float((torch.arange(width) + 0.5).double() @ shown.sum(0) / shown.sum())
+        center_y = float((torch.arange(height) + 0.5).double() @ shown.sum(1) / shown.sum())
+
+        mapped = map_pixel(self.pixel(size), size, (width, height))
+
+        np.testing.assert_allclose(mapped.x * width, center_x, atol=0.1)
+        np.testing.assert_allclose(mapped.y * height, center_y, atol=0.1)
+
+    def test_are_scaled_alike_across_and_down(
+        self, processor: Processor, size: tuple[int, int]
+    ) -> None:
+        shown = self.prepared(processor, size)
+        height, width = shown.shape
+        scale = min(width / size[0], height / size[1])
+        expected_area = (self.square_px * scale) ** 2
+        assert float(shown.sum()) / 255 == pytest.approx(expected_area, rel=0.05)
+
+    def test_map_back(self, processor: Processor, size: tuple[int, int]) -> None:
+        pixel = self.pixel(size)
+        target = processor.image_sizes["external"]
+
+        mapped = map_pixel(pixel, size, target)
+        back = map_pixel(mapped, size, target, inverse=True)
+
+        np.testing.assert_allclose((back.x, back.y), (pixel.x, pixel.y), atol=1e-9)
+
+    def test_in_a_question_are_mapped_in_prompt_and_answer(
+        self, processor: Processor, size: tuple[int, int]
+    ) -> None:
+        pixel = self.pixel(size)
+        width, height = processor.image_sizes["external"]
+        question = Question("what_at", f"what is at {pixel}?", ["it at ", pixel], ["it"])
+
+        mapped = processor.map_question_pixels(question, size, "external")
+
+        has_same_aspect = size[0] / size[1] == width / height
+        if has_same_aspect:
+            assert mapped == question
+        else:
+            mapped_pixel = map_pixel(pixel, size, (width, height))
+            assert mapped != question
+            assert mapped.prompt == f"what is at {mapped_pixel}?"
+            assert mapped.segments == ["it at ", mapped_pixel]

@@ -1,4 +1,5 @@
-"""Between people and tensors: images to pixels, words to tokens, answers back to words and numbers."""
+"""Between people and tensors: images to pixels, text to tokens, and answers back to text and
+numbers."""
 
 import itertools
 import json
@@ -27,56 +28,98 @@ from spear.util.images import compute_placement, fit_image
 
 NUM_LOCATIONS = 1024
 LOCATION_FORMAT = "<loc{:04d}>"
-"""PaliGemma's 2D location tokens: 1,024 steps over the image's height or width; a point is y, then x."""
-_STEP = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
-_PLACE = re.compile(_STEP * 2)
-_PIECES = re.compile(rf"(?:[^<[]+|{_PLACE.pattern}|[<[](?!\S))+|[<[]")
-"""Of a text, what is tokenized by itself: what opens the name of a token stands alone, but for places."""
+"""PaliGemma's 2D location tokens divide the image's height or width into 1,024 steps. A pixel is
+two of them, first y, then x."""
+
+_LOCATION_TOKEN = r"<loc(0\d{3}|10[01]\d|102[0-3])>"
+_PIXEL_TOKENS = re.compile(_LOCATION_TOKEN * 2)
+_TEXT_PIECES = re.compile(rf"(?:[^<[]+|{_PIXEL_TOKENS.pattern}|[<[](?!\S))+|[<[]")
+"""Pieces of a text that are tokenized one by one. A character that opens the name of a token is a
+piece of its own, so that nobody can type a token; only the two tokens of a pixel stay whole."""
+
 Size = tuple[int, int]
-MAX_NOTIFIED_SIZES, MAX_CACHED_TEXTS = 32, 2**14
-"""Image sizes that a processor warns about, texts whose tokens it keeps: ever new ones take no memory."""
+"""(width, height) in pixels."""
+
+# Bounds on memory, since clients of a server choose images and texts.
+MAX_NOTIFIED_SIZES = 32  # image sizes about which a processor gives a notice
+MAX_CACHED_TEXTS = 2**14  # texts whose tokens a processor keeps
+
+# Below these, `describe_fit` says nothing.
+MIN_BAR_FRACTION = 0.01
+MIN_ENLARGEMENT = 1.25
 
 
 def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
-    """What of an image (left, top, width, height, in its pixels) its fitted version shows, padding included:
-    `fit_image` puts it at whole pixels. Sizes are (width, height).
+    """What an image of the target size shows of the source image that is fitted into it, padding
+    included.
+
+    Returns:
+        (left, top, width, height) in pixels of the source. They are no whole numbers, because
+        `fit_image` puts the image at whole pixels of the target.
     """
-    _, left, top, across, down = compute_placement(source, target)
-    x, y = source[0] / across, source[1] / down
-    return -left * x, -top * y, target[0] * x, target[1] * y
+    _, left, top, width, height = compute_placement(source, target)
+    x_scale = source[0] / width
+    y_scale = source[1] / height
+    return -left * x_scale, -top * y_scale, target[0] * x_scale, target[1] * y_scale
 
 
-def map_pixel(place: Pixel, source: Size, target: Size, back: bool = False) -> Pixel:
-    """A place in an image as one in its fitted version, or, back, the reverse, where padding has none."""
-    left, top, width, height = visible_window(source, target)
-    if max(abs(left), abs(top)) < 1e-6:
-        return place
-    (w, h), most = source, 1 - 1e-6
-    x, y = (place.x * width + left) / w, (place.y * height + top) / h
-    if not back:
-        x, y = (place.x * w - left) / width, (place.y * h - top) / height
-    return Pixel(min(max(x, 0.0), most), min(max(y, 0.0), most))
+def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -> Pixel:
+    """Map a pixel of an image to the same place in the image fitted into the target size.
+
+    With `inverse` it maps from the fitted image to the source. Places in the padding, which the
+    source does not have, map to its edge.
+    """
+    left, top, window_width, window_height = visible_window(source, target)
+    has_same_aspect = max(abs(left), abs(top)) < 1e-6
+    if has_same_aspect:
+        return pixel
+    width, height = source
+    if inverse:
+        x = (pixel.x * window_width + left) / width
+        y = (pixel.y * window_height + top) / height
+    else:
+        x = (pixel.x * width - left) / window_width
+        y = (pixel.y * height - top) / window_height
+    below_one = 1 - 1e-6
+    return Pixel(min(max(x, 0.0), below_one), min(max(y, 0.0), below_one))
 
 
 def describe_fit(source: Size, target: Size) -> str | None:
-    """What an image loses in the target's size, in words: by padding, where the aspects differ by a hundredth
-    or more, and by being enlarged by a quarter or more (our choice); else None. Sizes are (width, height)."""
-    (w, h), (tw, th) = source, target
-    _, _, width, height = visible_window(source, target)
-    across, down = 1 - w / width, 1 - h / height
-    bars, scale = max(across, down), tw / width
-    where = "left and right" if across > down else "above and below"
-    said = [f"with black bars {where}, {bars:.0%} of it, nothing stretched"] if bars >= 0.01 else []
-    said += [f"enlarged {scale:.1f} times: small ones show less"] if scale >= 1.25 else []
-    return f"{w}×{h} shown in {tw}×{th} {', '.join(said)}" if said else None
+    """What an image loses when it is fitted into the target size, in words; None if that is next to
+    nothing.
+
+    It loses by black bars, if the aspects differ, and by enlargement, because the model sees less
+    in it than in an image recorded at the target size.
+    """
+    width, height = source
+    target_width, target_height = target
+    _, _, window_width, window_height = visible_window(source, target)
+    side_bars = 1 - width / window_width
+    top_bars = 1 - height / window_height
+    enlargement = target_width / window_width
+
+    losses = []
+    if max(side_bars, top_bars) >= MIN_BAR_FRACTION:
+        position = "left and right" if side_bars > top_bars else "above and below"
+        fraction = max(side_bars, top_bars)
+        losses.append(f"with black bars {position}, {fraction:.0%} of it, nothing stretched")
+    if enlargement >= MIN_ENLARGEMENT:
+        losses.append(f"enlarged {enlargement:.1f} times: small ones show less")
+    if not losses:
+        return None
+    return f"{width}×{height} shown in {target_width}×{target_height} {', '.join(losses)}"
 
 
 Count = Annotated[int, Field(strict=True, gt=0, le=4096)]
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What is in processor.json: (view, width, height) for each view, and as in `Processor`."""
+class _SavedProcessor:
+    """The content of processor.json.
+
+    image_sizes    (view, width, height) of each view.
+    prompt_tokens  As in `Processor`.
+    """
 
     image_sizes: list[tuple[str, Count, Count]]
     prompt_tokens: Count
@@ -84,13 +127,14 @@ class _Saved:
 
 @dataclass
 class Processor:
-    """What SPEAR-VLM and SPEAR-1 read and write.
+    """Turns images and text into the inputs of SPEAR-VLM and SPEAR-1, and answers back into text.
 
-    tokenizer      a Hugging Face tokenizer that has location and 3D tokens.
-    coordinates    what the 3D tokens mean.
-    image_sizes    view -> (width, height) in pixels.
-    prompt_tokens  the longest prompt accepted.
-    coordinate_ids, location_start  the ids of the 3D tokens, and of the first location token.
+    tokenizer       A Hugging Face tokenizer that has location tokens and 3D tokens.
+    coordinates     What the 3D tokens mean.
+    image_sizes     View -> (width, height) in pixels.
+    prompt_tokens   The longest prompt accepted, in tokens.
+    coordinate_ids  The ids of the 3D tokens.
+    location_start  The id of the first location token.
     """
 
     tokenizer: Any
@@ -104,156 +148,254 @@ class Processor:
         first = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
         self.coordinate_ids = range(first, first + self.coordinates.num_bins)
         self.location_start = check_tokenizer(self.tokenizer)
-        self._cache: dict[str, list[int]] = {}
-        self._told: set[tuple[str, tuple[int, int]]] = set()
+        self._token_cache: dict[str, list[int]] = {}
+        self._notified: set[tuple[str, Size]] = set()
 
     @staticmethod
     def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> "Processor":
-        """A preset's processor, with a tokenizer trained on `texts`."""
+        """Build the processor of a preset, with a tokenizer trained on `texts`."""
         tokenizer = train_tokenizer(texts, size.vocabulary)
         return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
 
-    def prepare_image(self, image: Array, view: str) -> Tensor:
-        """[h, w, 3] uint8 of any size -> [3, height, width] uint8 of the view's, aspect kept by padding.
+    # Images
 
-        Gives a `Notice`, once per view and size, of what `describe_fit` says (`MAX_NOTIFIED_SIZES` at most).
+    def prepare_image(self, image: Array, view: str) -> Tensor:
+        """Fit an image [h, w, 3] uint8 of any size into a view: [3, height, width] uint8.
+
+        Padding keeps its aspect. A `Notice` says what the image loses thereby (`describe_fit`),
+        once per view and size.
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
-        fitted = torch.from_numpy(
-            np.require(fit_image(image, height, width), requirements=["C", "W"])
-        )
+        fitted = fit_image(image, height, width)
+        # PyTorch takes neither mirrored nor read-only arrays.
+        pixels = torch.from_numpy(np.require(fitted, requirements=["C", "W"]))
+
         size = (image.shape[1], image.shape[0])
-        if (view, size) not in self._told and len(self._told) < MAX_NOTIFIED_SIZES:
+        if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             loss = describe_fit(size, (width, height))
-            advice = "give images of that aspect and size to use all of it"
-            if loss is None or notice(f"images of view {view!r}: {loss}: {advice}"):
-                self._told.add((view, size))
-        return fitted.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+            message = (
+                f"images of view {view!r}: {loss}. Give images of that aspect and size to use all of"
+                " it."
+            )
+            if loss is None or notice(message):
+                self._notified.add((view, size))
+        return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
     def map_text_pixels(self, text: str, size: Size, view: str) -> str:
-        """A text about an image of this (width, height), its location tokens as in what the model sees."""
+        """Map the location tokens in a text about an image of this size to the image that the model
+        sees."""
 
-        def there(found: re.Match[str]) -> str:
-            y, x = ((int(step) + 0.5) / NUM_LOCATIONS for step in found.groups())
-            return str(map_pixel(Pixel(x, y), size, self.image_sizes[view]))
+        def map_tokens(match: re.Match[str]) -> str:
+            y, x = match.groups()
+            pixel = Pixel((int(x) + 0.5) / NUM_LOCATIONS, (int(y) + 0.5) / NUM_LOCATIONS)
+            return str(map_pixel(pixel, size, self.image_sizes[view]))
 
-        return _PLACE.sub(there, text)
+        return _PIXEL_TOKENS.sub(map_tokens, text)
 
     def map_question_pixels(self, question: Question, size: Size, view: str) -> Question:
-        """A question with its answer, likewise."""
+        """Map the pixels in a question and its answer to the image that the model sees."""
         target = self.image_sizes[view]
-        answer = [
-            map_pixel(s, size, target) if isinstance(s, Pixel) else s for s in question.segments
-        ]
-        return replace(
-            question, prompt=self.map_text_pixels(question.prompt, size, view), segments=answer
-        )
+        prompt = self.map_text_pixels(question.prompt, size, view)
+        segments: list[str | float | Pixel] = []
+        for segment in question.segments:
+            if isinstance(segment, Pixel):
+                segment = map_pixel(segment, size, target)
+            segments.append(segment)
+        return replace(question, prompt=prompt, segments=segments)
+
+    # Text to tokens
 
     def encode_prompts(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
-        """input_ids and attention_mask [N, L] of texts, padded on the right.
+        """Tokenize texts as PaliGemma does: `<bos>`, the text, a newline; padded on the right.
 
-        As PaliGemma's: `<bos>`, the text, a newline. Of the names of tokens in a text only places (`Pixel`)
-        become tokens. Raises SpearError for an empty or too long text, unless that is to be cut, with a
-        notice, as in training, which one instruction does not end. Lengths: `vlm.PAD_LENGTH_TO_MULTIPLE`.
+        Names of tokens in a text stay text, except for the two location tokens of a `Pixel`.
+
+        Args:
+            texts: N texts.
+            cut: In training, where one long instruction must not end the run, cut too long texts
+                with a notice. Lengths are then padded to `vlm.PAD_LENGTH_TO_MULTIPLE`.
+
+        Returns:
+            "input_ids" and "attention_mask", [N, L] each.
+
+        Raises:
+            SpearError: For an empty text, or for a too long one without `cut`.
         """
-        return self._pad(
-            [self._prompt(text, cut) for text in texts], vlm.PAD_LENGTH_TO_MULTIPLE if cut else 1
-        )
+        multiple = vlm.PAD_LENGTH_TO_MULTIPLE if cut else 1
+        return self._pad([self._encode_prompt(text, cut) for text in texts], multiple)
 
     def encode_instructions(self, texts: Sequence[str], cut: bool = False) -> dict[str, Tensor]:
-        """`prompts` of instructions, in small letters and without a full stop at the end, in training as in
-        acting: how somebody types shall not change what the robot does (our choice)."""
-        return self.encode_prompts(
-            [" ".join(text.lower().split()).rstrip(" .!") for text in texts], cut
-        )
+        """`encode_prompts` of instructions, in lower case and without a full stop at the end.
+
+        Training and acting both do so: how somebody types must not change what the robot does.
+        """
+        normalized = [" ".join(text.lower().split()).rstrip(" .!") for text in texts]
+        return self.encode_prompts(normalized, cut)
 
     def encode_questions(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Prompts, cut where they are too long, with their answers: also token_type_ids (1 on the answer) and
-        labels. Raises `SpearError` for numbers in another unit than the 3D tokens'."""
+        """Tokenize questions with their answers; too long prompts are cut with a notice.
+
+        Returns:
+            "input_ids" and "attention_mask" as of `encode_prompts`, "token_type_ids", 1 on the
+            answer, and "labels"; [N, L] each.
+
+        Raises:
+            SpearError: If numbers of a question are in another unit than the 3D tokens.
+        """
         for question in questions:
-            if question.unit != self.coordinates.unit and question.values:
-                what = f"question {question.prompt!r}: its numbers are in unit {question.unit!r}"
-                cure = f"the 3D tokens in {self.coordinates.unit!r}: use tokens fitted on labels of one unit"
-                raise SpearError(f"{what}, {cure}")
-        prompts = [self._prompt(question.prompt, cut=True) for question in questions]
-        answers = [
-            [*self.encode_answer(q.segments), self.tokenizer.eos_token_id] for q in questions
-        ]
-        batch = self._pad(
-            [p + a for p, a in zip(prompts, answers, strict=True)], vlm.PAD_LENGTH_TO_MULTIPLE
-        )
-        place = torch.arange(batch["input_ids"].shape[1])
-        start = torch.tensor([len(p) for p in prompts])[:, None]
-        answered = (place >= start) & batch["attention_mask"].bool()
-        labels = batch["input_ids"].masked_fill(~answered, vlm.IGNORE_LABEL)
-        return {**batch, "token_type_ids": answered.long(), "labels": labels}
+            if question.values and question.unit != self.coordinates.unit:
+                raise SpearError(
+                    f"question {question.prompt!r}: its numbers are in unit {question.unit!r}, the"
+                    f" 3D tokens in {self.coordinates.unit!r}. Use 3D tokens that were fitted on"
+                    " labels of one unit."
+                )
+
+        prompts = [self._encode_prompt(question.prompt, cut=True) for question in questions]
+        sequences = []
+        for question, prompt in zip(questions, prompts, strict=True):
+            answer = self.encode_answer(question.segments)
+            sequences.append([*prompt, *answer, self.tokenizer.eos_token_id])
+        batch = self._pad(sequences, vlm.PAD_LENGTH_TO_MULTIPLE)
+
+        position = torch.arange(batch["input_ids"].shape[1])
+        answer_start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        is_answer = (position >= answer_start) & batch["attention_mask"].bool()
+        batch["token_type_ids"] = is_answer.long()
+        batch["labels"] = batch["input_ids"].masked_fill(~is_answer, vlm.IGNORE_LABEL)
+        return batch
 
     def encode_answer(self, segments: Segments) -> list[int]:
-        """An answer as token ids: numbers as 3D tokens, pixels as two location tokens (y, then x)."""
+        """Tokenize an answer: a number is one 3D token, a pixel two location tokens, y before x."""
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Pixel):
-                for fraction in (segment.y, segment.x):
-                    ids.append(
-                        self.location_start
-                        + min(max(int(fraction * NUM_LOCATIONS), 0), NUM_LOCATIONS - 1)
-                    )
+                ids.append(self._encode_location(segment.y))
+                ids.append(self._encode_location(segment.x))
             elif isinstance(segment, str):
-                ids += self._text(segment)
+                ids += self._encode_text(segment)
             else:
-                ids.append(self.coordinate_ids[int(self.coordinates.encode(np.float64(segment)))])
+                bin_index = int(self.coordinates.encode(np.float64(segment)))
+                ids.append(self.coordinate_ids[bin_index])
         return ids
 
-    def coordinate_grammar(self, numbers: int, pixels: int) -> list[tuple[int, int]]:
-        """The grammar of answers of so many numbers, then so many pixels, and nothing else."""
-        of_numbers = self.coordinate_ids.start, self.coordinate_ids.stop
-        of_pixels = self.location_start, self.location_start + NUM_LOCATIONS
-        return [of_numbers] * numbers + [of_pixels] * (2 * pixels)
+    def _encode_location(self, fraction: float) -> int:
+        location = min(max(int(fraction * NUM_LOCATIONS), 0), NUM_LOCATIONS - 1)
+        return self.location_start + location
 
-    def free_text_grammar(self, count: int) -> FreeTextGrammar:
-        """The grammar of answers in words with exactly `count` numbers."""
-        special = sorted(i for i in self.tokenizer.all_special_ids if i < self.location_start)
-        between = itertools.pairwise([-1, *special, self.location_start])
-        words = tuple((a + 1, b) for a, b in between if a + 1 < b)
-        return FreeTextGrammar(count, words, (self.coordinate_ids.start, self.coordinate_ids.stop))
+    def _encode_prompt(self, text: str, cut: bool) -> list[int]:
+        words = " ".join(text.split())
+        if not words:
+            raise SpearError(
+                "empty instruction. Say in words what to do, or what you want to know."
+            )
+        ids = [self.tokenizer.bos_token_id, *self._encode_text(words)]
+        newline = self._encode_text("\n")
+        num_tokens = len(ids) + len(newline)
+        if num_tokens > self.prompt_tokens:
+            excess = f"{words[:40]!r}… has {num_tokens} tokens, more than {self.prompt_tokens}"
+            if not cut:
+                raise SpearError(f"prompt too long: {excess}. Use fewer words.")
+            notice(f"instruction cut off: {excess}")
+        return [*ids[: self.prompt_tokens - len(newline)], *newline]
+
+    def _encode_text(self, text: str) -> list[int]:
+        cached = self._token_cache.get(text)
+        if cached is not None:
+            return cached
+        ids: list[int] = []
+        for match in _TEXT_PIECES.finditer(text):
+            ids += self.tokenizer.encode(match[0], add_special_tokens=False)
+        if len(self._token_cache) >= MAX_CACHED_TEXTS:
+            self._token_cache.clear()
+        if len(ids) < self.prompt_tokens:
+            self._token_cache[text] = ids
+        return ids
+
+    def _pad(self, sequences: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
+        """Pad on the right to the longest sequence, rounded up to a multiple."""
+        longest = max(map(len, sequences), default=0)
+        length = -(-longest // multiple) * multiple
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        is_token = torch.arange(length) < lengths[:, None]
+        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id)
+        ids[is_token] = torch.tensor(list(itertools.chain(*sequences)), dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": is_token.long()}
+
+    # Tokens to answers
+
+    def coordinate_grammar(self, num_numbers: int, num_pixels: int) -> list[tuple[int, int]]:
+        """The grammar of answers that are so many numbers, then so many pixels, and nothing
+        else."""
+        number = (self.coordinate_ids.start, self.coordinate_ids.stop)
+        location = (self.location_start, self.location_start + NUM_LOCATIONS)
+        return [number] * num_numbers + [location] * (2 * num_pixels)
+
+    def free_text_grammar(self, num_numbers: int) -> FreeTextGrammar:
+        """The grammar of answers in free words with so many numbers between them."""
+        text_ids = range(self.location_start)
+        special_ids = sorted(i for i in self.tokenizer.all_special_ids if i in text_ids)
+        words = []
+        for before, after in itertools.pairwise([-1, *special_ids, self.location_start]):
+            if before + 1 < after:
+                words.append((before + 1, after))
+        number = (self.coordinate_ids.start, self.coordinate_ids.stop)
+        return FreeTextGrammar(num_numbers, tuple(words), number)
 
     def decode_answer(self, ids: Sequence[int]) -> list[str | float | Pixel]:
-        """Token ids of an answer -> text, numbers (representatives of bins) and pixels, up to its end; the
-        inverse of `encode_answer`. A location token without a partner stays text."""
-        locations = range(self.location_start, self.location_start + NUM_LOCATIONS)
-        pieces: list[int | float | Pixel] = []  # whole numbers are tokens of text
+        """Turn an answer's tokens, up to its end, into text, numbers (centers of bins) and pixels.
+
+        The inverse of `encode_answer`. A location token without a partner stays text.
+        """
+        location_ids = range(self.location_start, self.location_start + NUM_LOCATIONS)
+
+        # Numbers and pixels become what they mean; text stays tokens, which are int.
+        items: list[int | float | Pixel] = []
         for token in itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids)):
-            before = pieces[-1] if pieces else None
+            previous = items[-1] if items else None
             if token in self.coordinate_ids:
-                pieces.append(float(self.coordinates.decode(token - self.coordinate_ids.start)))
-            elif token in locations and isinstance(before, int) and before in locations:
-                y, x = ((step - locations.start + 0.5) / NUM_LOCATIONS for step in (before, token))
-                pieces[-1] = Pixel(x, y)
+                bin_index = token - self.coordinate_ids.start
+                items.append(float(self.coordinates.decode(bin_index)))
+            elif token in location_ids and isinstance(previous, int) and previous in location_ids:
+                y = (previous - location_ids.start + 0.5) / NUM_LOCATIONS
+                x = (token - location_ids.start + 0.5) / NUM_LOCATIONS
+                items[-1] = Pixel(x, y)
             else:
-                pieces.append(token)
+                items.append(token)
+
         segments: list[str | float | Pixel] = []
-        for text, group in itertools.groupby(pieces, lambda piece: isinstance(piece, int)):
-            own = list(group)
-            segments += [self.tokenizer.decode(own)] if text else own
+        for is_text, group in itertools.groupby(items, lambda item: isinstance(item, int)):
+            run = list(group)
+            if is_text:
+                segments.append(self.tokenizer.decode(run))
+            else:
+                segments += run
         return segments
+
+    # Files
 
     def save(self, folder: Path) -> None:
         """Write tokenizer, `coordinates.json` and `processor.json` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.coordinates.save(folder / "coordinates.json")
-        sizes = [[name, *wh] for name, wh in self.image_sizes.items()]
+        sizes = [[view, width, height] for view, (width, height) in self.image_sizes.items()]
         content = {"image_sizes": sizes, "prompt_tokens": self.prompt_tokens}
         (folder / "processor.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     @staticmethod
     def load(folder: Path, config: vlm.SpearVLMConfig | None = None) -> "Processor":
-        """Read what `save` wrote. config: of the model that it shall fit. Raises SpearError when something is
-        missing or broken, or belongs to another model."""
+        """Read what `save` wrote.
+
+        config: Of the model that the processor must fit. Raises SpearError when a file is missing
+            or broken, or
+        belongs to another model.
+        """
         coordinates = CoordinateTokenizer.load(folder / "coordinates.json")
         tokenizer = load_tokenizer(folder)
-        saved = read_json_as(_Saved, folder / "processor.json", "save it again", "broken processor")
+        saved = read_json_as(
+            _SavedProcessor, folder / "processor.json", "save it again", "broken processor"
+        )
         sizes = {view: (width, height) for view, width, height in saved.image_sizes}
         processor = Processor(tokenizer, coordinates, sizes, saved.prompt_tokens)
         if config is not None:
@@ -261,89 +403,66 @@ class Processor:
         return processor
 
     def _check_fits(self, config: vlm.SpearVLMConfig, folder: Path) -> None:
-        ours, wanted = self.coordinate_ids, config.coordinate_ids
-        both = "take both from the same checkpoint"
-        if ours != wanted or ours.stop > config.text_config.vocab_size:
-            here = f"its tokenizer's 3D tokens are the ids {ours.start} … {ours.stop - 1}"
-            there = (
-                f"its model's {wanted.start} … {wanted.stop - 1} of {config.text_config.vocab_size}"
+        ids = self.coordinate_ids
+        model_ids = config.coordinate_ids
+        vocabulary = config.text_config.vocab_size
+        if ids != model_ids or ids.stop > vocabulary:
+            raise SpearError(
+                f"vocabulary mismatch: {folder}: the 3D tokens of its tokenizer are the ids"
+                f" {ids.start} … {ids.stop - 1}, those of its model {model_ids.start} …"
+                f" {model_ids.stop - 1} of {vocabulary}. Take both from the same checkpoint."
             )
-            raise SpearError(f"vocabulary mismatch: {folder}: {here}, {there}: {both}")
         for view in self.image_sizes:
             if view not in config.views:
-                apart = f"its processor has {view!r}, its model {', '.join(config.views)}"
-                raise SpearError(f"views do not match: {folder}: {apart}: {both}")
-
-    def _prompt(self, text: str, cut: bool) -> list[int]:
-        words = " ".join(text.split())
-        if not words:
-            raise SpearError("empty instruction: say what to do or ask, in words")
-        ids, end = [self.tokenizer.bos_token_id, *self._text(words)], self._text("\n")
-        room = self.prompt_tokens - len(end)
-        if len(ids) > room:
-            too_long = (
-                f"{words[:40]!r}…: {len(ids) + len(end)} tokens, at most {self.prompt_tokens}"
-            )
-            if not cut:
-                raise SpearError(f"prompt too long: {too_long}: say it shorter")
-            notice(f"instruction cut off: {too_long}")
-        return [*ids[:room], *end]
-
-    def _text(self, text: str) -> list[int]:
-        if (ids := self._cache.get(text)) is None:
-            pieces = (piece[0] for piece in _PIECES.finditer(text))
-            ids = [
-                i
-                for piece in pieces
-                for i in self.tokenizer.encode(piece, add_special_tokens=False)
-            ]
-            if len(self._cache) >= MAX_CACHED_TEXTS:
-                self._cache.clear()
-            if len(ids) < self.prompt_tokens:  # clients of a server choose them
-                self._cache[text] = ids
-        return ids
-
-    def _pad(self, rows: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
-        length = -(-max(map(len, rows), default=0) // multiple) * multiple
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
-        ids[mask] = torch.tensor([*itertools.chain(*rows)], dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": mask.long()}
+                model_views = ", ".join(config.views)
+                raise SpearError(
+                    f"views do not match: {folder}: its processor has {view!r}, its model"
+                    f" {model_views}. Take both from the same checkpoint."
+                )
 
 
 def check_tokenizer(tokenizer: Any) -> int:
-    """The id of the first location token. Raises SpearError without those, or with other special tokens."""
-    ids = tokenizer.convert_tokens_to_ids(
-        [LOCATION_FORMAT.format(i) for i in (0, NUM_LOCATIONS - 1)]
-    )
-    if None in ids or ids[1] - ids[0] != NUM_LOCATIONS - 1:
-        first = LOCATION_FORMAT.format(0)
-        raise SpearError(f"tokenizer without location tokens {first} …: start from PaliGemma's")
-    for name, wanted in SPECIAL_TOKEN_IDS.items():
-        if (found := getattr(tokenizer, name)) != wanted:
+    """The id of the first location token.
+
+    Raises SpearError if the tokenizer has no location tokens, or other special tokens than ours.
+    """
+    first_name = LOCATION_FORMAT.format(0)
+    last_name = LOCATION_FORMAT.format(NUM_LOCATIONS - 1)
+    first, last = tokenizer.convert_tokens_to_ids([first_name, last_name])
+    if first is None or last is None or last - first != NUM_LOCATIONS - 1:
+        raise SpearError(
+            f"the tokenizer has no location tokens {first_name} … {last_name}. Start from"
+            " PaliGemma's."
+        )
+    for name, expected in SPECIAL_TOKEN_IDS.items():
+        actual = getattr(tokenizer, name)
+        if actual != expected:
             raise SpearError(
-                f"tokenizer: {name} is {found}, not {wanted}: copy tokenizer_config.json too"
+                f"the tokenizer's {name} is {actual}, not {expected}. Copy tokenizer_config.json,"
+                " too."
             )
-    return int(ids[0])
+    return int(first)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocabulary` tokens for small models; the same texts give the same one.
+    """Train a tokenizer for small models; the same texts give the same one.
 
-    Ids: `<pad>` 0, `<eos>` 1, `<bos>` 2 (as Gemma's), bytes and merges learned from `texts`, location tokens.
+    Its ids are `<pad>` 0, `<eos>` 1 and `<bos>` 2 (as Gemma's), then bytes and merges learned from
+    `texts`, then location tokens; at most `vocabulary` in all.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
+    special_tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - NUM_LOCATIONS,
-        special_tokens=list(special.values()),
+        special_tokens=list(special_tokens.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    how: Any = {"tokenizer_object": backend, "clean_up_tokenization_spaces": False}
-    tokenizer = PreTrainedTokenizerFast(**how, **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens
+    )
     tokenizer.add_tokens([LOCATION_FORMAT.format(i) for i in range(NUM_LOCATIONS)])
     return tokenizer

@@ -1,10 +1,11 @@
 """From the probabilities of 3D tokens to numbers: mode, mean, median, quantiles and spread.
 
-Within a bin its probability is taken to be spread evenly. Its expected value is the bin's representative,
-which in the wide bins of the tails is a better guess than the middle (our choice).
+The probability of a bin is taken to be spread evenly over it. For its expected value we take the
+center of the bin instead of its middle, because in the wide bins of the tails the center is the
+better guess.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,16 +20,18 @@ Decode = Literal["mode", "mean", "median"]
 DECODE_METHODS: tuple[Decode, ...] = get_args(Decode)
 
 Segment = str | float | Pixel
+
 ONE_SIGMA_PROBABILITY = 0.6826894921370859
-"""The probability within one standard deviation of a normal's mean."""
+"""The probability that a normal variable is within one standard deviation of its mean."""
 
 
 @dataclass(frozen=True)
 class Distribution:
     """The probabilities that a model gave to each number of an answer.
 
-    probabilities  [numbers, bins] float32, each row sums to 1; given the likeliest bins of earlier numbers.
-    coordinates    what the bins mean, and in which unit.
+    probabilities  [numbers, bins] float32, each row sums to 1. The probabilities of a number are
+                   conditional on the likeliest bins of the numbers before it.
+    coordinates    What the bins mean, and in which unit.
     """
 
     probabilities: Array
@@ -38,7 +41,10 @@ class Distribution:
         return len(self.probabilities)
 
     def read(self, decode: Decode) -> Array:
-        """[numbers] float64. Raises SpearError for an unknown way to read."""
+        """Read each number off its probabilities: [numbers] float64.
+
+        Raises SpearError for an unknown way to read.
+        """
         check_known("decode", DECODE_METHODS, decode)
         if decode == "mode":
             return np.asarray(self.coordinates.decode(self.probabilities.argmax(-1)))
@@ -46,47 +52,64 @@ class Distribution:
             return np.asarray(self.probabilities.astype(np.float64) @ self.coordinates.bin_centers)
         return self.quantile(0.5)
 
-    def quantile(self, share: float) -> Array:
-        """[numbers] the values below which `share` of the probability lies, 0 to 1."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"quantile: {share} is no share: give 0 to 1")
+    def quantile(self, probability: float) -> Array:
+        """The values below which a probability from 0 to 1 lies: [numbers]."""
+        if not 0 <= probability <= 1:
+            raise ValueError(
+                f"quantile {probability} is no probability. Give a number from 0 to 1."
+            )
         cumulative = self._cumulative()
-        wanted = share * cumulative[:, -1]
-        at = np.minimum((cumulative[:, 1:] < wanted[:, None]).sum(1), self.coordinates.num_bins - 1)
+        target = probability * cumulative[:, -1]
+
+        # The bin in which the cumulative probability reaches the target.
+        is_below_target = cumulative[:, 1:] < target[:, None]
+        bin_index = np.minimum(is_below_target.sum(1), self.coordinates.num_bins - 1)
         rows = np.arange(len(self))
-        inside = cumulative[rows, at + 1] - cumulative[rows, at]
-        part = np.divide(
-            wanted - cumulative[rows, at], inside, out=np.zeros(len(self)), where=inside > 0
+        before_bin = cumulative[rows, bin_index]
+        bin_probability = cumulative[rows, bin_index + 1] - before_bin
+
+        # Where in that bin.
+        fraction = np.divide(
+            target - before_bin, bin_probability, out=np.zeros(len(self)), where=bin_probability > 0
         )
-        low, high = self.coordinates.bin_edges[at], self.coordinates.bin_edges[at + 1]
-        return np.asarray(low + np.clip(part, 0, 1) * (high - low))
+        low = self.coordinates.bin_edges[bin_index]
+        high = self.coordinates.bin_edges[bin_index + 1]
+        return np.asarray(low + np.clip(fraction, 0, 1) * (high - low))
 
     def probability_below(self, values: Array) -> Array:
-        """[numbers] the probability of less than `values` [numbers]; 0 or 1 outside the bins.
+        """The probability of less than `values` [numbers]: [numbers]; 0 or 1 outside the bins.
 
         For a calibrated model it is uniform between 0 and 1 at the true values.
         """
-        edges, cumulative = self.coordinates.bin_edges, self._cumulative()
-        found = [
+        edges = self.coordinates.bin_edges
+        cumulative = self._cumulative()
+        below = [
             np.interp(value, edges, row) for value, row in zip(values, cumulative, strict=True)
         ]
-        return np.array(found) / cumulative[:, -1]
+        return np.array(below) / cumulative[:, -1]
 
     def spread(self) -> Array:
-        """[numbers] half the width of the central 68 %: the standard deviation, were it a normal."""
-        low, high = (
-            self.quantile((1 - ONE_SIGMA_PROBABILITY) / 2),
-            self.quantile((1 + ONE_SIGMA_PROBABILITY) / 2),
-        )
+        """Half the width of the central 68 %: [numbers]; of a normal, this is the standard
+        deviation."""
+        low = self.quantile((1 - ONE_SIGMA_PROBABILITY) / 2)
+        high = self.quantile((1 + ONE_SIGMA_PROBABILITY) / 2)
         return np.asarray((high - low) / 2)
 
     def _cumulative(self) -> Array:
-        """[numbers, bins + 1] the probability below each edge."""
+        """The probability below each edge: [numbers, bins + 1]."""
         total = np.cumsum(self.probabilities, axis=1, dtype=np.float64)
         return np.concatenate([np.zeros((len(self), 1)), total], axis=1)
 
 
 def replace_numbers(segments: Sequence[Segment], values: Array | Sequence[float]) -> list[Segment]:
-    """An answer with its numbers replaced, in order."""
-    numbers: Iterator[float] = iter(np.asarray(values, np.float64).tolist())
-    return [next(numbers) if isinstance(s, float) else s for s in segments]
+    """An answer with its numbers replaced by others, in order.
+
+    Example:
+        >>> replace_numbers(["at ", 0.1, " and ", 0.2], [3.0, 4.0])
+        ['at ', 3.0, ' and ', 4.0]
+    """
+    numbers = iter(np.asarray(values, np.float64).tolist())
+    replaced: list[Segment] = []
+    for segment in segments:
+        replaced.append(next(numbers) if isinstance(segment, float) else segment)
+    return replaced
