@@ -18,8 +18,9 @@ from transformers import GemmaConfig
 from pi0_pair import relative
 from spear.cli import guarded
 from spear.doctor import machine
+from spear.models.fast.cuda_graphs import CudaGraphCache
 from spear.models.fast.few_rows import FewRows
-from spear.models.fast.stack import CudaGraphCache, LayerStack
+from spear.models.fast.stack import LayerStack
 from spear.models.layers import build_language_model
 from spear.models.presets import PRESETS, SPECIAL_TOKEN_IDS
 from timing import race
@@ -46,31 +47,33 @@ def main(
             if weight.dim() == 1:
                 weight.normal_(0, 0.2)
         stack = LayerStack(model, compiled=device == "cuda")
-        few = FewRows(stack.layers, stack.heads, stack.width, stack.eps, stack.scale)
+        few = FewRows(stack.layers, stack.num_heads, stack.head_dim, stack.eps, stack.scale)
         length = 1 + size.horizon
         end = prefix + length
-        held = stack.cache(batch, end, kind, torch.device(device)).whole.normal_()
+        held = stack.allocate_cache(batch, end, kind, torch.device(device)).buffer.normal_()
         places = prefix + torch.arange(length).expand(batch, length)
-        turns = stack.rotations(places, kind)
+        turns = stack.compute_rotations(places, kind)
         x = torch.randn(batch, length, model.config.hidden_size, dtype=kind)
         bias = torch.zeros(batch, 1, end, dtype=kind)
         bias[..., prefix - 10 : prefix] = torch.finfo(kind).min  # padding
-    caches = [stack.cache(batch, end, kind, x.device) for _ in range(2)]
+    caches = [stack.allocate_cache(batch, end, kind, x.device) for _ in range(2)]
     windows = []
     for cache in caches:
-        cache.whole.copy_(held)
-        windows.append(cache.window(prefix, [(1, prefix + 1), (size.horizon, end)]))
-    stack.few = None
+        cache.buffer.copy_(held)
+        windows.append(cache.make_window(prefix, [(1, prefix + 1), (size.horizon, end)]))
+    stack.few_rows = None
     ways: dict[str, Any] = {
         "PyTorch's kernels": lambda given: stack(given["x"], turns, windows[0], bias),
-        "ours": lambda given: stack._norm(few(given["x"], turns, windows[1], bias), stack.norm),
+        "ours": lambda given: stack._norm(
+            few(given["x"], turns, windows[1], bias), stack.last_norm_scale
+        ),
     }
     if device == "cuda":
         graphs = {name: CudaGraphCache() for name in ways}
         ways = {name: partial(graphs[name], way) for name, way in ways.items()}
     with torch.inference_mode():
         truth, found = (way({"x": x}) for way in ways.values())
-        kept = relative(caches[1].whole, caches[0].whole)
+        kept = relative(caches[1].buffer, caches[0].buffer)
         print(
             f"difference: {relative(found, truth):.1e} of the largest value; in the cache {kept:.1e}"
         )

@@ -24,8 +24,8 @@ import spear
 from spear.errors import SpearError, summarize_error
 from spear.flow import FlowConfig, sample_noise
 from spear.models.devices import is_bfloat16_fast
+from spear.models.fast.cuda_graphs import Inputs
 from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16, linear
-from spear.models.fast.stack import Inputs
 from spear.models.presets import Preset, build_spear1_config
 from spear.models.sampling import (
     MAX_RELATIVE_DIFFERENCE,

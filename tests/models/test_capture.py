@@ -1,8 +1,9 @@
 """What becomes a CUDA graph does the same work whatever is in its tensors.
 
-No look at values, no allocation whose size depends on them, no copy from or to another device, no random
-numbers. On the `meta` device tensors have no values, so that nothing can depend on them. Where PyTorch is
-built with CUDA, all of it runs on fake tensors of a GPU, too, which need none.
+It does not look at values, allocates nothing whose size depends on them, copies nothing from or to
+another device, and draws no random numbers. On the `meta` device tensors have no values, so that
+nothing can depend on them. Where PyTorch is built with CUDA, all of it also runs on fake tensors of a
+GPU, which need none.
 """
 
 import contextlib
@@ -23,137 +24,160 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spear.errors import Notice
 from spear.models import decode, sampling
-from spear.models.fast import linear, stack
+from spear.models.fast import cuda_graphs, linear
 from spear.models.meter import allocate_storage
 from spear.models.presets import PRESETS, Preset, build_spear1_config
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
 
 Tensor = torch.Tensor
-VALUES = {
+
+FEW_ROWS_BENCHMARK = Path(__file__).parents[2] / "benchmarks/models/few_rows.py"
+NUM_PROMPT_TOKENS = 6
+TAGS_OF_VALUE_DEPENDENCE = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
     torch.Tag.nondeterministic_seeded,
 }
 
 
-def shallow(size: Preset) -> Preset:
+def make_shallow(preset: Preset) -> Preset:
     """A preset with two layers of each network, which is faster; all layers do the same."""
-    parts = ("vision", "text", "expert")
-    networks = {part: {**getattr(size, part), "num_hidden_layers": 2} for part in parts}
-    return dataclasses.replace(size, **networks)
+    networks = {}
+    for part in ("vision", "text", "expert"):
+        networks[part] = {**getattr(preset, part), "num_hidden_layers": 2}
+    return dataclasses.replace(preset, **networks)
 
 
-SIZES = {name: shallow(PRESETS[name]) for name in ("nano", "spear1")}
+SIZES = {name: make_shallow(PRESETS[name]) for name in ("nano", "spear1")}
 SIZES["linear"] = dataclasses.replace(SIZES["nano"], flow={"rotation": "linear"})
-built = pytest.mark.skipif(
+
+needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA"
 )
-PLACES = [(name, "meta", torch.float32) for name in SIZES]
-PLACES += [
-    (name, "cuda", dtype)
-    for name in ("nano", "spear1")
-    for dtype in (torch.float32, torch.bfloat16)
+PLACES = [
+    pytest.param((name, "meta", torch.float32), id=f"{name}-meta-torch.float32") for name in SIZES
 ]
+for _name in ("nano", "spear1"):
+    for _dtype in (torch.float32, torch.bfloat16):
+        PLACES.append(
+            pytest.param(
+                (_name, "cuda", _dtype), id=f"{_name}-cuda-{_dtype}", marks=needs_cuda_build
+            )
+        )
 
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not know the meta device."""
+    """Autocast does not know the meta device."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)
 
 
-class Watch(TorchDispatchMode):
-    """Counts the operations, and notes those that a graph cannot hold."""
+class CaptureMonitor(TorchDispatchMode):
+    """Counts the operations, and collects the names of those that a graph cannot hold."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.device, self.count, self.wrong = device, 0, list[str]()
+        self.device = device
+        self.num_operations = 0
+        self.forbidden: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = str(func), kwargs or {}
-        # Attention draws for dropout, of which we have none.
-        tags = set() if "scaled_dot_product" in name else VALUES & set(func.tags)
-        if "aten.index.Tensor" in name:  # by numbers, it is as large as these
-            tags = {
-                tag
-                for tag in tags
-                for part in args[1]
-                if part is not None and part.dtype == torch.bool
-            }
-        if tags or torch.device(kwargs.get("device") or self.device).type != self.device:
-            self.wrong.append(name)
-        made = func(*args, **kwargs)
-        tensors = [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)]
-        # A number on the CPU becomes a constant, unless it is copied.
-        if any(t.device.type != self.device and (t.dim() or "copy" in name) for t in tensors):
-            self.wrong.append(name)
-        self.count += 1
-        return made
+        name = str(func)
+        kwargs = kwargs or {}
+        device = torch.device(kwargs.get("device") or self.device)
+        if _depends_on_values(func, name, args) or device.type != self.device:
+            self.forbidden.append(name)
+
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves((args, result)):
+            if not isinstance(tensor, Tensor) or tensor.device.type == self.device:
+                continue
+            # A number on the CPU becomes a constant, unless it is copied.
+            if tensor.dim() > 0 or "copy" in name:
+                self.forbidden.append(name)
+        self.num_operations += 1
+        return result
 
 
-BAD: dict[str, Callable[[Tensor], Tensor]] = {
-    "looks": lambda x: x * float(x.sum()),
-    "branches": lambda x: x + 1 if x.sum() > 0 else -x,
-    "grows": lambda x: x[x > 0],
-    "finds": lambda x: x.nonzero(),
-    "unique": lambda x: x.unique(),
-    "leaves": lambda x: x.cpu(),
-    "arrives": lambda x: x + torch.ones(4, device="cpu").to(x.device),
-    "a number arrives": lambda x: x + torch.tensor(2.0, device="cpu").to(x.device),
-    "draws": lambda x: x + torch.randn_like(x),
+def _depends_on_values(func: Any, name: str, args: Any) -> bool:
+    # Attention draws for dropout, of which we have none.
+    if "scaled_dot_product" in name:
+        return False
+    if "aten.index.Tensor" in name:
+        # An index by numbers gives as many elements as there are numbers; one by a mask does not.
+        has_mask = any(part is not None and part.dtype == torch.bool for part in args[1])
+        if not has_mask:
+            return False
+    return bool(TAGS_OF_VALUE_DEPENDENCE & set(func.tags))
+
+
+FORBIDDEN_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reads a value": lambda x: x * float(x.sum()),
+    "branches on a value": lambda x: x + 1 if x.sum() > 0 else -x,
+    "selects by a mask": lambda x: x[x > 0],
+    "finds nonzero": lambda x: x.nonzero(),
+    "finds unique": lambda x: x.unique(),
+    "copies to the CPU": lambda x: x.cpu(),
+    "copies from the CPU": lambda x: x + torch.ones(4, device="cpu").to(x.device),
+    "copies a number from the CPU": lambda x: x + torch.tensor(2.0, device="cpu").to(x.device),
+    "draws random numbers": lambda x: x + torch.randn_like(x),
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
-def test_what_a_graph_cannot_hold_is_seen(bad: str) -> None:
-    with Watch("meta") as watch, contextlib.suppress(RuntimeError):
-        BAD[bad](torch.ones(4, device="meta"))
-    assert watch.wrong
+@pytest.mark.parametrize("name", FORBIDDEN_FUNCTIONS)
+def test_monitor_reports_what_a_graph_cannot_hold(name: str) -> None:
+    with CaptureMonitor("meta") as monitor, contextlib.suppress(RuntimeError):
+        FORBIDDEN_FUNCTIONS[name](torch.ones(4, device="meta"))
+
+    assert monitor.forbidden
 
 
-def observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
-    """Arguments of `sampling.sample_actions`; full: with padding, missing views and committed actions."""
+def make_observation(size: Preset, batch: int, full: bool, device: str) -> dict[str, Tensor]:
+    """Arguments of `sampling.sample_actions`.
+
+    full: with padding, missing views and committed actions.
+    """
     actions = torch.float32, (size.horizon, ACTION_DIM)
-    sizes = size.image_sizes.items()
-    given = {f"pixels/{view}": (torch.uint8, (3, high, wide)) for view, (wide, high) in sizes}
-    given |= {
-        "input_ids": (torch.long, (6,)),
-        "state": (torch.float32, (NUM_STATE_FEATURES,)),
-        "noise": actions,
-    }
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for view, (width, height) in size.image_sizes.items():
+        parts[f"pixels/{view}"] = torch.uint8, (3, height, width)
+    parts["input_ids"] = torch.long, (NUM_PROMPT_TOKENS,)
+    parts["state"] = torch.float32, (NUM_STATE_FEATURES,)
+    parts["noise"] = actions
     if full:
-        given |= {"attention_mask": (torch.long, (6,)), "present/wrist": (torch.bool, ())}
-        given |= {"committed": actions, "is_committed": (torch.bool, (size.horizon,))}
-    return {
-        n: torch.empty(batch, *shape, dtype=kind, device=device)
-        for n, (kind, shape) in given.items()
-    }
+        parts["attention_mask"] = torch.long, (NUM_PROMPT_TOKENS,)
+        parts["present/wrist"] = torch.bool, ()
+        parts["committed"] = actions
+        parts["is_committed"] = torch.bool, (size.horizon,)
+
+    observation = {}
+    for name, (dtype, shape) in parts.items():
+        observation[name] = torch.empty(batch, *shape, dtype=dtype, device=device)
+    return observation
 
 
-def act(way: str, model: Any, inputs: dict[str, Tensor]) -> Watch:
+def monitor_sampling(way: str, model: Any, inputs: dict[str, Tensor]) -> CaptureMonitor:
     sampler = sampling.get_sampler(model, True)
     sampler.time_embeddings(3)  # made before a graph is recorded
-    with torch.no_grad(), Watch(model.device.type) as watch:
+    with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
         if way == "plain":
             sampling.sample_plain(model, inputs, 3)
         else:
             sampling._sample(model, sampler, inputs, 3)
-    return watch
+    return monitor
 
 
-@pytest.fixture(
-    params=[pytest.param(place, marks=built if place[1] == "cuda" else ()) for place in PLACES],
-    ids=lambda place: "-".join(map(str, place)),
-)
-def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
-    """A policy without contents: with most and with fewest parts of its own, and with linear rotations."""
+@pytest.fixture(params=PLACES)
+def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
+    """A policy without contents: with most and with fewest parts of its own, and with linear
+    rotations."""
     name, device, dtype = request.param
     with torch.device("meta"):  # with fake tensors, drawing weights would look at some
-        model = Spear1ForActionPrediction._from_config(
-            build_spear1_config(SIZES[name]), dtype=dtype
-        ).eval()
+        config = build_spear1_config(SIZES[name])
+        model = Spear1ForActionPrediction._from_config(config, dtype=dtype).eval()
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         if device == "cuda":
             allocate_storage(model, device)
@@ -161,106 +185,192 @@ def empty(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]:
 
 
 @pytest.mark.parametrize("way", ["plain", "fast"])
-def test_acting_is_what_a_graph_can_hold(empty: tuple[Preset, Any], way: str) -> None:
-    size, model = empty
+def test_a_graph_can_hold_acting(empty_policy: tuple[Preset, Any], way: str) -> None:
+    size, model = empty_policy
     for batch, full in ((1, False), (3, True)):
-        watch = act(way, model, observation(size, batch, full, model.device.type))
-        assert watch.count > 100 and not watch.wrong
+        inputs = make_observation(size, batch, full, model.device.type)
+
+        monitor = monitor_sampling(way, model, inputs)
+
+        assert monitor.num_operations > 100
+        assert not monitor.forbidden
 
 
-def test_answering_is_what_a_graph_can_hold(empty: tuple[Preset, Any]) -> None:
-    size, model = empty
+def test_a_graph_can_hold_answering(empty_policy: tuple[Preset, Any]) -> None:
+    size, model = empty_policy
     layers = decode.get_layer_stack(model.vlm.language_model, True, False)
     spans = [(5, 6), (size.vocabulary, size.vocabulary + size.bins), (1, 2)]
-    given = observation(size, 2, full=False, device=model.device.type)
-    inputs = {name: given[name] for name in ("pixels/external", "input_ids")}
-    with torch.no_grad(), Watch(model.device.type) as watch:
+    observation = make_observation(size, 2, full=False, device=model.device.type)
+    inputs = {name: observation[name] for name in ("pixels/external", "input_ids")}
+
+    with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
         decode._decode(model.vlm, layers, inputs, spans)
-    assert watch.count > 100 and not watch.wrong
+
+    assert monitor.num_operations > 100
+    assert not monitor.forbidden
+
+
+class FakeGpu:
+    """Stands in for `torch.cuda`: notes the devices of streams and counts replays."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+        self.device = device
+        self.stream_devices: list[Any] = []
+        self.num_replays = 0
+        monkeypatch.setattr(torch.cuda, "Stream", self._make_stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", self._make_stream)
+        monkeypatch.setattr(torch.cuda, "stream", self._enter_stream)
+        monkeypatch.setattr(torch.cuda, "graph", self._record_graph)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self._make_graph)
+
+    def _make_stream(self, device: Any = "the thread's current GPU") -> Any:
+        self.stream_devices.append(device)
+
+        def wait_stream(other: Any) -> None:
+            assert other.device == device
+
+        return SimpleNamespace(device=device, wait_stream=wait_stream)
+
+    def _enter_stream(self, stream: Any) -> Any:
+        self.stream_devices.append(stream.device)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _record_graph(self, _: Any, stream: Any, **options: Any) -> Iterator[None]:
+        assert stream.device == self.device
+        assert options["capture_error_mode"] == "thread_local"
+        assert cuda_graphs._RECORDING_LOCK.locked()
+        yield
+
+    def _make_graph(self) -> Any:
+        def replay() -> None:
+            self.num_replays += 1
+
+        return SimpleNamespace(replay=replay)
+
+
+def add_one(inputs: cuda_graphs.Inputs) -> Tensor:
+    return inputs["x"] + 1
 
 
 def test_a_graph_is_recorded_on_the_gpu_of_its_inputs_one_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A thread's current GPU may be another one: each thread begins with the first."""
-    made: list[Any] = []
-
-    class Stream:
-        def __init__(self, device: Any = "the current one") -> None:
-            self.device = device
-            made.append(device)
-
-        def wait_stream(self, other: Any) -> None:
-            assert other.device == self.device
-
-    @contextlib.contextmanager
-    def graph(_: Any, stream: Any, **how: Any) -> Any:
-        assert stream.device == x.device and how["capture_error_mode"] == "thread_local"
-        assert stack._RECORDING.locked()
-        yield
-
     x = torch.ones(2)
-    for name, fake in (("Stream", Stream), ("current_stream", Stream), ("graph", graph)):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(
-        torch.cuda, "stream", lambda s: contextlib.nullcontext(made.append(s.device))
-    )
-    monkeypatch.setattr(
-        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: made.append(0))
-    )
-    _, places, result = stack._record(lambda given: given["x"] + 1, {"x": x})
-    assert set(made) == {x.device} and torch.equal(result, places["x"] + 1)
-    cache, record = stack.CudaGraphCache(), stack._record
-    monkeypatch.setattr(
-        stack, "_record", lambda f, given: record(f, given) if len(given["x"]) < 3 else 1 / 0
-    )
-    for each in (
-        torch.ones(3),
-        x,
-        torch.ones(3),
-    ):  # one that cannot be recorded leaves the others theirs
-        assert torch.equal(cache(lambda given: given["x"] + 1, {"x": each}), each + 1)
-    assert made.count(0) == 1  # replays
+    gpu = FakeGpu(monkeypatch, x.device)
+
+    recorded = cuda_graphs._record(add_one, {"x": x})
+
+    assert set(gpu.stream_devices) == {x.device}
+    assert torch.equal(recorded.result_buffer, recorded.input_buffers["x"] + 1)
 
 
-def test_the_first_flow_step_runs_beside_the_prefix_and_waits_for_its_layers(
+def test_a_function_that_cannot_be_recorded_leaves_the_others_their_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[Any] = []
-    stream = SimpleNamespace(
-        device="", wait_event=said.append, wait_stream=lambda _: said.append("joined"),
-        record_event=lambda: said.append("layer") or said.count("layer") - 1,
-    )  # fmt: skip
-    model = Spear1ForActionPrediction._from_config(build_spear1_config(SIZES["nano"])).eval()
-    given = {n: torch.ones_like(t) for n, t in observation(SIZES["nano"], 1, False, "cpu").items()}
+    short, long = torch.ones(2), torch.ones(3)
+    gpu = FakeGpu(monkeypatch, short.device)
+    record = cuda_graphs._record
+
+    def record_short_only(function: Any, inputs: Any) -> Any:
+        if len(inputs["x"]) == 3:
+            raise RuntimeError("out of memory")
+        return record(function, inputs)
+
+    monkeypatch.setattr(cuda_graphs, "_record", record_short_only)
+    run = cuda_graphs.CudaGraphCache()
+
+    with pytest.warns(Notice, match="no CUDA graph"):
+        for x in (long, short, long):
+            assert torch.equal(run(add_one, {"x": x}), x + 1)
+
+    assert gpu.num_replays == 1
+
+
+class FakeStream:
+    """A stream that writes down what it waits for and records."""
+
+    device = ""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.num_events = 0
+
+    def record_event(self) -> int:
+        self.log.append("layer")
+        self.num_events += 1
+        return self.num_events - 1
+
+    def wait_event(self, event: int) -> None:
+        self.log.append(event)
+
+    def wait_stream(self, _: Any) -> None:
+        self.log.append("joined")
+
+
+@pytest.fixture
+def parallel_stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """A stand-in for all streams, while a graph is said to be recorded."""
+    stream = FakeStream()
+    monkeypatch.setattr(sampling, "is_capturing_graph", lambda: True)
+    monkeypatch.setattr(linear, "_get_side_streams", lambda device, count: [stream])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    return stream
+
+
+def make_policy_and_inputs() -> tuple[Any, dict[str, Tensor]]:
+    config = build_spear1_config(SIZES["nano"])
+    model = Spear1ForActionPrediction._from_config(config).eval()
+    observation = make_observation(SIZES["nano"], 1, full=False, device="cpu")
+    inputs = {name: torch.ones_like(tensor) for name, tensor in observation.items()}
+    return model, inputs
+
+
+def test_the_first_flow_step_waits_for_the_prefix_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    model, inputs = make_policy_and_inputs()
     sampler = sampling.get_sampler(model, False)
     with torch.no_grad():
-        alone = sampling._sample(model, sampler, given, 2)
-        monkeypatch.setattr(sampling, "is_capturing_graph", lambda: True)
-        monkeypatch.setattr(linear, "_branches", lambda device, count: [stream])
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-        assert torch.equal(sampling._sample(model, sampler, given, 2), alone)
-        model.expert.bfloat16()
-        sampling._sample(model, sampling.get_sampler(model, False), given, 2)  # all in turn
-    assert said == ["layer", "layer", 0, 0, 1, "joined"]
+        in_turn = sampling._sample(model, sampler, inputs, 2)
+        stream: FakeStream = request.getfixturevalue("parallel_stream")
+
+        in_parallel = sampling._sample(model, sampler, inputs, 2)
+
+    assert torch.equal(in_parallel, in_turn)
+    # Both layers of the prefix are written; the branch begins after the first, and its layers wait.
+    assert stream.log == ["layer", "layer", 0, 0, 1, "joined"]
+
+
+def test_an_expert_in_another_precision_runs_after_the_prefix(parallel_stream: FakeStream) -> None:
+    model, inputs = make_policy_and_inputs()
+    model.expert.bfloat16()
+
+    with torch.no_grad():
+        sampling._sample(model, sampling.get_sampler(model, False), inputs, 2)
+
+    assert parallel_stream.log == []
 
 
 @pytest.mark.parametrize("batch", ["1", "2"])
-def test_few_rows_are_what_the_stack_gives(batch: str) -> None:
-    """Triton's kernels: on a GPU as they act, else in Triton's interpreter, which needs NumPy before 2.4."""
+def test_few_rows_compute_what_the_stack_computes(batch: str) -> None:
+    """Triton's kernels, on a GPU, or in Triton's interpreter, which needs NumPy before 2.4."""
     pytest.importorskip("triton")
-    gpu, script = (
-        torch.cuda.is_available(),
-        Path(__file__).parents[2] / "benchmarks/models/few_rows.py",
-    )
-    if not gpu and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton's interpreter needs NumPy before 2.4")
-    way = ["--device", "cuda" if gpu else "cpu", "--batch", batch, "--repeats", "1"]
-    env = os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"})
-    said = subprocess.run(
-        [sys.executable, str(script), *way], env=env, capture_output=True, text=True
-    )
-    found = re.search(r"difference: (\S+) .* (\S+)$", said.stdout, re.MULTILINE)
-    assert found, said.stderr
-    assert max(map(float, found.groups())) < (0.05 if gpu else 1e-5)
+    device = "cuda" if has_gpu else "cpu"
+    environment = dict(os.environ)
+    if not has_gpu:
+        environment["TRITON_INTERPRET"] = "1"
+
+    command = [sys.executable, str(FEW_ROWS_BENCHMARK)]
+    command += ["--device", device, "--batch", batch, "--repeats", "1"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    match = re.search(r"difference: (\S+) .* (\S+)$", result.stdout, re.MULTILINE)
+    assert match, result.stderr
+    max_difference = max(map(float, match.groups()))
+    assert max_difference < (0.05 if has_gpu else 1e-5)

@@ -397,7 +397,10 @@ class TestCompiledStack:
     @staticmethod
     def compile_stack(stack: LayerStack, backend: Callable[..., Any]) -> None:
         torch._dynamo.reset()
-        for function, attribute in (("_project", "_before"), ("_finish", "_after")):
+        for function, attribute in (
+            ("_project_qkv", "_run_before_attention"),
+            ("_finish_layer", "_run_after_attention"),
+        ):
             compiled = torch.compile(getattr(LayerStack, function), backend=backend, fullgraph=True)
             setattr(stack, attribute, compiled)
 
@@ -408,9 +411,9 @@ class TestCompiledStack:
         with torch.inference_mode():
             x = torch.randn(2, 7, TEXT["hidden_size"])
             positions = torch.arange(7).expand(2, 7)
-            cache = stack.cache(2, 7, x.dtype, x.device)
-            rotations = stack.rotations(positions, x.dtype)
-            output = stack(x, rotations, cache.window(0, [(3, 3), (4, 7)]))
+            cache = stack.allocate_cache(2, 7, x.dtype, x.device)
+            rotations = stack.compute_rotations(positions, x.dtype)
+            output = stack(x, rotations, cache.make_window(0, [(3, 3), (4, 7)]))
             return [output, torch.stack(cache.layers)]
 
     def test_what_is_compiled_for_one_layer_serves_all(self, language_model: Any) -> None:

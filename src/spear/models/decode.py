@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spear.errors import SpearError, format_count
+from spear.models.fast.cuda_graphs import Inputs
 from spear.models.fast.small import SmallLayerStack, get_small_stack
 from spear.models.fast.stack import (
-    Inputs,
     LayerStack,
     can_compile,
     get_layer_stack,
@@ -129,7 +129,7 @@ def decode_greedily(
     # A CUDA graph runs the same steps every time, so it cannot end early or collect logits.
     can_use_graph = device.type == "cuda" and recorder is None and free_text is None
     if can_use_graph:
-        answer = layers.replay(
+        answer = layers.run_as_graph(
             lambda static_inputs: _decode(vlm, layers, static_inputs, ranges),
             inputs,
             tuple(ranges),
@@ -171,10 +171,10 @@ def _decode(
 
     # All that the steps share.
     start = prefix.valid.shape[1]
-    dtype = cache.whole.dtype
-    bias = prefix.bias(num_steps, layers.groups, dtype)
+    dtype = cache.buffer.dtype
+    bias = prefix.make_bias(num_steps, layers.num_kv_heads, dtype)
     positions = prefix.next_positions[:, None] + torch.arange(num_steps, device=hidden.device)
-    rotations = layers.rotations(positions, dtype)
+    rotations = layers.compute_rotations(positions, dtype)
     steps_with_choice = [step for step, (first, last) in enumerate(ranges) if last - first > 1]
     last_choice = steps_with_choice[-1] if steps_with_choice else -1
 
@@ -197,7 +197,7 @@ def _decode(
             break
         embedded = vlm.embed_text(token[:, None]).to(dtype)
         step_rotations = tuple(rotation[:, step : step + 1] for rotation in rotations)
-        window = cache.window(start + step, [(1, start + step + 1)])
+        window = cache.make_window(start + step, [(1, start + step + 1)])
         hidden = layers(embedded, step_rotations, window, bias)[:, 0].to(text.dtype)
 
     answer = torch.stack(tokens, dim=1)

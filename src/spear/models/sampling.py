@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spear import flow
 from spear.errors import notice, summarize_error
+from spear.models.fast.cuda_graphs import Inputs
 from spear.models.fast.linear import (
     FusedLinear,
     LayerEvents,
@@ -30,7 +31,6 @@ from spear.models.fast.linear import (
 )
 from spear.models.fast.small import make_small_stack
 from spear.models.fast.stack import (
-    Inputs,
     LayerStack,
     PrefilledCache,
     can_compile,
@@ -276,7 +276,7 @@ def sample_fast(
     with torch.inference_mode():
         if use_graph and inputs["noise"].device.type == "cuda":
             sampler.time_embeddings(steps)  # computed before a graph is recorded
-            actions = sampler.expert.replay(
+            actions = sampler.expert.run_as_graph(
                 lambda static_inputs: _sample(model, sampler, static_inputs, steps), inputs, steps
             )
         else:
@@ -343,18 +343,21 @@ class _ExpertFlow:
         cache = expert.adopt_cache(prefix.cache)
         start = prefix.valid.shape[1]
         end = start + 1 + horizon
-        self.bias = prefix.bias(1 + horizon, expert.groups, expert.dtype)
+        self.bias = prefix.make_bias(1 + horizon, expert.num_kv_heads, expert.dtype)
 
         # Positions of the state token and of the actions.
         offsets = torch.arange(1 + horizon, device=noise.device)
-        self.rotations = expert.rotations(prefix.next_positions[:, None] + offsets, expert.dtype)
+        self.rotations = expert.compute_rotations(
+            prefix.next_positions[:, None] + offsets, expert.dtype
+        )
         self.action_rotations = tuple(rotation[:, 1:] for rotation in self.rotations)
 
         # The first step runs the state and the actions, later steps the actions alone.
         self.window = replace(
-            cache.window(start, [(1, start + 1), (horizon, end)]), await_events=prefix.write_events
+            cache.make_window(start, [(1, start + 1), (horizon, end)]),
+            await_events=prefix.write_events,
         )
-        self.action_window = cache.window(start + 1, [(horizon, end)])
+        self.action_window = cache.make_window(start + 1, [(horizon, end)])
         self.time_embeddings = sampler.time_embeddings(steps).unbind(0)
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]

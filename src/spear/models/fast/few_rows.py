@@ -1,13 +1,35 @@
-"""A few tokens through a Gemma's layers on a GPU, in bfloat16: Triton kernels of ours.
+"""A few tokens through a Gemma's layers on a GPU, in bfloat16, by Triton kernels.
 
-Such a pass, a flow step or one token of answers, is the reading of weights, once each. PyTorch launches some
-fifteen kernels per layer for it, most of which wait for memory. These are six. Sums are float32. From Hopper
-on each is launched while the one before it still runs, for which it waits; bringing its weights along before
-that was no faster on an H200. `benchmarks/models/few_rows.py` compares and times.
+A flow step, or one more token of an answer, passes at most `MAX_ROWS` tokens through the layers.
+Such a pass is as slow as the reading of the weights from memory, once each. PyTorch launches about
+fifteen kernels per layer for it, and most of them wait for memory. Here six kernels make up a
+layer:
+
+    project_qkv      norm, queries, keys and values, rotary embedding
+    attend_to_keys   attention of all query heads to `KEYS_PER_PROGRAM` keys at a time
+    combine_keys     softmax over all keys, from those parts
+    add_product      output projection, residual, and what the next norm needs
+    gate_up          norm, gate and up projections, GELU
+    add_product      down projection, residual, and what the next norm needs
+
+A norm needs a sum over all columns of a row, which no single program has. Therefore the kernel that
+writes a row x also writes `scaled` = x · scale and the sums of x² over its own columns. The kernel
+that reads the row adds up these sums, and divides its products by the row's root mean square at the
+end:
+
+    (x / rms(x) · scale) Wᵀ = (scaled Wᵀ) / rms(x),    rms(x) = √(mean(x²) + eps)
+
+All sums are float32. Names in the shapes: R rows (tokens of all batch rows together), D the width
+of the layers' input, F that of the MLP, H query heads and one key-value head of width E.
+
+From the Hopper architecture on, a kernel is launched while the one before still runs, and waits for
+its results (`_wait_for_previous_kernel`). `benchmarks/models/few_rows.py` compares these kernels
+with PyTorch's and times them.
 """
 # mypy: disallow-untyped-defs=False
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,303 +38,613 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ROWS = 16
-"""Tokens of all rows of a batch together, at most: the height of a product of these kernels."""
-ONE, TWO, KEYS = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
-"""What a program does: outputs of one product, or of each of two; keys that it sees (our choice, as what
-follows: the quickest of those tried on an H200)."""
-PIECE, SHARES, EACH = tl.constexpr(256), tl.constexpr(4), tl.constexpr(64)
-"""Inputs taken at a time, in how many shares, and how many a share has, which one warp multiplies."""
-AHEAD = {"qkv": 4, "gate_up": 3, "add": 6}
-"""How many pieces of weights are on their way at once."""
-SIZES = 512
-"""What the sizes of layers are multiples of."""
+MAX_ROWS = 16  # tokens of all batch rows together: the height of one tensor-core product
+
+# The block sizes are our choice: the fastest of those tried on an H200.
+OUTPUTS_PER_PROGRAM = tl.constexpr(8)  # output columns of a program with one product
+PAIRED_OUTPUTS_PER_PROGRAM = tl.constexpr(16)  # ... with two products, of each of them
+KEYS_PER_PROGRAM = tl.constexpr(32)  # keys that one program attends to
+INPUTS_PER_STEP = tl.constexpr(256)  # input columns that a program multiplies per loop iteration
+NUM_WARPS = tl.constexpr(4)  # warps per program; each multiplies its share of these inputs
+INPUTS_PER_WARP = tl.constexpr(64)
+NUM_STAGES_QKV = 4  # loop iterations whose weights are loaded ahead of their use
+NUM_STAGES_GATE_UP = 3
+NUM_STAGES_ADD_PRODUCT = 6
+WIDTH_MULTIPLE = 512  # the kernels' loops need layers whose widths are multiples of this
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What the kernels read of one layer: norm scales [D] float32, weights [out, in] bfloat16."""
+
+    attention_norm_scale: Tensor
+    mlp_norm_scale: Tensor
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
 class FewRows:
-    """The layers of a `LayerStack` for at most `ROWS` tokens; see `can_do`."""
+    """Runs the layers of a `LayerStack` for at most `MAX_ROWS` tokens.
+
+    Args:
+        layers: The stack's `FusedLayer`s; `supports_layers` must accept them.
+        num_heads: Query heads per layer.
+        head_dim: Width of a head.
+        eps: Added to the mean square in norms.
+        scale: Factor of the attention scores.
+    """
 
     def __init__(
-        self, layers: Sequence[Any], heads: int, width: int, eps: float, scale: float
+        self, layers: Sequence[Any], num_heads: int, head_dim: int, eps: float, scale: float
     ) -> None:
-        self.layers = [
-            (each.before_attention, each.before_mlp, *map(_weights, _products(each)))
-            for each in layers
-        ]
-        self.heads, self.width, self.eps, self.scale = heads, width, eps, scale
-        place = self.layers[0][0].device
-        early = place.type == "cuda" and torch.cuda.get_device_capability(place) >= (9, 0)
-        self.how = {"EARLY": early, "launch_pdl": early}
-        self.pipelined = {name: {"num_stages": ahead, **self.how} for name, ahead in AHEAD.items()}
+        self.layers = [_collect_weights(layer) for layer in layers]
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.eps = eps
+        self.scale = scale
+
+        device = self.layers[0].attention_norm_scale.device
+        is_cuda = device.type == "cuda"
+        self.launches_early = is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
 
     @staticmethod
-    def can_do(layers: Sequence[Any], heads: int, width: int, groups: int) -> bool:
-        """Whether the GPU has bfloat16 and all layers are plain, in it, Gemma's (not 2's), of one kv head."""
-        fits = groups == 1 and width % 32 == 0 and all(map(_is_plain, layers))
-        return fits and torch.cuda.is_bf16_supported(including_emulation=False)
+    def supports_layers(
+        layers: Sequence[Any], num_heads: int, head_dim: int, num_kv_heads: int
+    ) -> bool:
+        """Return whether the kernels can run these layers on this GPU.
+
+        They need a GPU with bfloat16, and layers of Gemma (not Gemma 2) with one key-value head
+        whose linear layers are plain ones in bfloat16.
+        """
+        has_fitting_heads = num_kv_heads == 1 and head_dim % 32 == 0
+        if not has_fitting_heads or not all(map(_is_supported_layer, layers)):
+            return False
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
     @staticmethod
-    def can_run(x: Tensor, window: Any) -> bool:
-        """Whether these are few tokens [B, S, D], in at most two blocks."""
-        return (
-            x.dtype == torch.bfloat16
-            and x.shape[0] * x.shape[1] <= ROWS
-            and len(window.queries) < 3
-        )
+    def supports_input(x: Tensor, window: Any) -> bool:
+        """Return whether x [B, S, D] is bfloat16 with few tokens, and the window has at most two
+        blocks."""
+        num_rows = x.shape[0] * x.shape[1]
+        return x.dtype == torch.bfloat16 and num_rows <= MAX_ROWS and len(window.block_lengths) <= 2
 
     def __call__(
-        self, x: Tensor, turns: tuple[Tensor, ...], window: Any, bias: Tensor | None
+        self, x: Tensor, rotations: tuple[Tensor, ...], window: Any, bias: Tensor | None
     ) -> Tensor:
-        """As of `LayerStack`, before the last norm."""
-        (batch, length, depth), (cos, sin) = x.shape, turns
-        heads, width, rows, both = self.heads, self.width, batch * length, length * self.heads
-        inner, height = self.layers[0][-1].shape[1], 8 if rows <= 8 else ROWS
-        first, ends = window.queries[0], [keys.shape[1] for keys, _ in window.seen[0]]
-        chunks, each = triton.cdiv(ends[-1], KEYS.value), max(16, triton.next_power_of_2(both))
-        query, found = x.new_empty(2, rows, heads * width).unbind(0)
-        parts = x.new_empty(batch, chunks, each, width, dtype=torch.float32)
-        peaks, masses = x.new_empty(2, batch, chunks, each, dtype=torch.float32).unbind(0)
-        x, middle = x.reshape(rows, depth).contiguous(), x.new_empty(rows, inner)
-        strides = (
-            cos.stride(0),
-            cos.stride(1),
-            window.places[0].stride(0),
-            window.places[0].stride(1),
-        )
-        # What a norm needs the kernel before it leaves: rows times its scale, and their squares in parts.
-        count = depth // ONE.value
-        normed = torch.empty_like(x), x.new_empty(count, height, dtype=torch.float32)
-        norm = rows, depth, self.eps, count, triton.next_power_of_2(count), height
-        _start[count,](x, self.layers[0][0], *normed, rows, depth, height)
-        turned = length, *strides, heads, width, *norm
-        attended, grown = (rows, heads * width, depth, height), (rows, inner, depth, height)
-        halves, columns, most = (
-            width // 2 // TWO.value,
-            inner // TWO.value,
-            triton.next_power_of_2(chunks),
-        )
-        sums, add = (parts, peaks, masses), self.pipelined["add"]
-        after = [*(weights[0] for weights in self.layers[1:]), self.layers[0][0]]
-        each_layer = zip(self.layers, after, window.places, window.seen, strict=True)
-        for index, (weights, scale, place, seen) in enumerate(each_layer):
-            _, before_mlp, qkv, out, gate_up, down = weights
-            keys, values = seen[-1]
-            _qkv[heads + 2, halves](
-                *normed, qkv, cos, sin, query, place, *turned, **self.pipelined["qkv"]
-            )
+        """Run all layers as `LayerStack` does: [B, S, D] -> [B, S, D], before the last norm."""
+        kernels = _LayerKernels(self, x, rotations, window, bias)
+        num_layers = len(self.layers)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        kernels.prepare_norm(rows, self.layers[0].attention_norm_scale)
+
+        for index, layer in enumerate(self.layers):
+            # The last layer prepares a norm that nobody reads; which scale it takes is of no
+            # matter.
+            next_layer = self.layers[(index + 1) % num_layers]
+
+            kernels.project_qkv(layer.qkv, window.new_key_values[index])
             window.wait(index)
-            hidden = keys if bias is None else bias
-            seeing = length, first, ends[0], ends[-1], keys.stride(0), hidden.stride(0), self.scale
-            sizes = heads, width, each, bias is not None
-            _attend[chunks, batch](query, keys, values, hidden, *sums, *seeing, *sizes, **self.how)
-            _combine[both, batch](*sums, found, chunks, both, each, width, most, **self.how)
-            into = torch.empty_like(x)
-            _add[count,](found, out, x, before_mlp, into, *normed, *attended, **add)
-            _gate_up[columns,](*normed, gate_up, middle, inner, *norm, **self.pipelined["gate_up"])
-            x = torch.empty_like(x)
-            _add[count,](middle, down, into, scale, x, *normed, *grown, **add)
-        return x.view(batch, length, depth)
+            keys, values = window.visible[index][-1]
+            kernels.attend(keys, values)
+            rows = kernels.add_product(kernels.attended, layer.out, rows, layer.mlp_norm_scale)
+
+            kernels.gate_up(layer.gate_up)
+            rows = kernels.add_product(
+                kernels.mlp_hidden, layer.down, rows, next_layer.attention_norm_scale
+            )
+        return rows.view(x.shape)
 
 
-def _products(layer: Any) -> tuple[Any, ...]:
-    return layer.qkv, layer.out, layer.gate_up, layer.down
+class _LayerKernels:
+    """Sizes and buffers of one pass through the layers, and one method per kernel launch."""
+
+    def __init__(
+        self,
+        model: FewRows,
+        x: Tensor,
+        rotations: tuple[Tensor, ...],
+        window: Any,
+        bias: Tensor | None,
+    ) -> None:
+        batch, length, depth = x.shape
+        self.cos, self.sin = rotations
+        self.bias = bias
+        self.scale = model.scale
+        self.batch = batch
+        self.length = length
+        self.depth = depth
+        self.num_heads = model.num_heads
+        self.head_dim = model.head_dim
+        self.num_rows = batch * length
+        self.padded_rows = 8 if self.num_rows <= 8 else MAX_ROWS
+        self.launch_options = {
+            "LAUNCHES_EARLY": model.launches_early,
+            "launch_pdl": model.launches_early,
+        }
+
+        # The prefix and the state see fewer keys than the actions: tokens before
+        # `first_block_length` see `first_num_keys` keys, the others all.
+        keys_per_block = [keys.shape[1] for keys, _ in window.visible[0]]
+        self.first_block_length = window.block_lengths[0]
+        self.first_num_keys = keys_per_block[0]
+        self.num_keys = keys_per_block[-1]
+
+        # Attention: every program sees some keys, for all query heads of one batch row.
+        self.num_chunks = triton.cdiv(self.num_keys, KEYS_PER_PROGRAM.value)
+        self.num_queries = length * self.num_heads
+        self.padded_queries = max(16, triton.next_power_of_2(self.num_queries))
+        attention_width = self.num_heads * self.head_dim
+        self.query, self.attended = x.new_empty(2, self.num_rows, attention_width).unbind(0)
+        partial_shape = (batch, self.num_chunks, self.padded_queries)
+        self.partial_sums = x.new_empty(*partial_shape, self.head_dim, dtype=torch.float32)
+        self.partial_max, self.partial_mass = x.new_empty(
+            2, *partial_shape, dtype=torch.float32
+        ).unbind(0)
+
+        # The MLP's hidden layer.
+        self.mlp_width = model.layers[0].down.shape[1]
+        self.mlp_hidden = x.new_empty(self.num_rows, self.mlp_width)
+
+        # What each norm needs of the kernel before: rows times its scale, and partial sums of
+        # squares.
+        self.num_square_parts = depth // OUTPUTS_PER_PROGRAM.value
+        self.scaled = x.new_empty(self.num_rows, depth)
+        self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
+        self.norm_arguments = {
+            "scaled_ptr": self.scaled,
+            "squares_ptr": self.squares,
+            "num_rows": self.num_rows,
+            "depth": depth,
+            "eps": model.eps,
+            "num_square_parts": self.num_square_parts,
+            "PADDED_SQUARE_PARTS": triton.next_power_of_2(self.num_square_parts),
+            "PADDED_ROWS": self.padded_rows,
+        }
+
+    def prepare_norm(self, rows: Tensor, scale: Tensor) -> None:
+        """Write what the first norm needs of the input rows [R, D]."""
+        _prepare_norm_kernel[(self.num_square_parts,)](
+            x_ptr=rows,
+            scale_ptr=scale,
+            scaled_ptr=self.scaled,
+            squares_ptr=self.squares,
+            num_rows=self.num_rows,
+            depth=self.depth,
+            PADDED_ROWS=self.padded_rows,
+        )
+
+    def project_qkv(self, weight: Tensor, new_key_values: Tensor) -> None:
+        """Write the queries to `self.query`, and keys and values to the cache [2, B, 1, S, E]."""
+        num_column_blocks = self.head_dim // 2 // PAIRED_OUTPUTS_PER_PROGRAM.value
+        _project_qkv_kernel[(self.num_heads + 2, num_column_blocks)](
+            weight_ptr=weight,
+            cos_ptr=self.cos,
+            sin_ptr=self.sin,
+            query_ptr=self.query,
+            cache_ptr=new_key_values,
+            length=self.length,
+            rotation_batch_stride=self.cos.stride(0),
+            rotation_token_stride=self.cos.stride(1),
+            cache_kind_stride=new_key_values.stride(0),
+            cache_batch_stride=new_key_values.stride(1),
+            NUM_HEADS=self.num_heads,
+            HEAD_DIM=self.head_dim,
+            num_stages=NUM_STAGES_QKV,
+            **self.norm_arguments,
+            **self.launch_options,
+        )
+
+    def attend(self, keys: Tensor, values: Tensor) -> None:
+        """Write attention of `self.query` to keys and values [B, num_keys, E] to
+        `self.attended`."""
+        # Without a bias the kernel gets a pointer that it does not read.
+        bias = keys if self.bias is None else self.bias
+        _attend_to_keys_kernel[(self.num_chunks, self.batch)](
+            query_ptr=self.query,
+            keys_ptr=keys,
+            values_ptr=values,
+            bias_ptr=bias,
+            sums_ptr=self.partial_sums,
+            max_ptr=self.partial_max,
+            mass_ptr=self.partial_mass,
+            length=self.length,
+            first_block_length=self.first_block_length,
+            first_num_keys=self.first_num_keys,
+            num_keys=self.num_keys,
+            batch_stride=keys.stride(0),
+            bias_stride=bias.stride(0),
+            scale=self.scale,
+            NUM_HEADS=self.num_heads,
+            HEAD_DIM=self.head_dim,
+            PADDED_QUERIES=self.padded_queries,
+            HAS_BIAS=self.bias is not None,
+            **self.launch_options,
+        )
+        _combine_keys_kernel[(self.num_queries, self.batch)](
+            sums_ptr=self.partial_sums,
+            max_ptr=self.partial_max,
+            mass_ptr=self.partial_mass,
+            out_ptr=self.attended,
+            num_chunks=self.num_chunks,
+            num_queries=self.num_queries,
+            PADDED_QUERIES=self.padded_queries,
+            HEAD_DIM=self.head_dim,
+            PADDED_CHUNKS=triton.next_power_of_2(self.num_chunks),
+            **self.launch_options,
+        )
+
+    def add_product(self, x: Tensor, weight: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        """Return residual + x Wᵀ [R, D], and write what the norm with `scale` needs of it."""
+        out = torch.empty_like(residual)
+        _add_product_kernel[(self.num_square_parts,)](
+            x_ptr=x,
+            weight_ptr=weight,
+            residual_ptr=residual,
+            scale_ptr=scale,
+            out_ptr=out,
+            scaled_ptr=self.scaled,
+            squares_ptr=self.squares,
+            num_rows=self.num_rows,
+            in_width=x.shape[1],
+            out_width=self.depth,
+            PADDED_ROWS=self.padded_rows,
+            num_stages=NUM_STAGES_ADD_PRODUCT,
+            **self.launch_options,
+        )
+        return out
+
+    def gate_up(self, weight: Tensor) -> None:
+        """Write GELU(gate) · up [R, F] to `self.mlp_hidden`."""
+        num_column_blocks = self.mlp_width // PAIRED_OUTPUTS_PER_PROGRAM.value
+        _gate_up_kernel[(num_column_blocks,)](
+            weight_ptr=weight,
+            out_ptr=self.mlp_hidden,
+            mlp_width=self.mlp_width,
+            num_stages=NUM_STAGES_GATE_UP,
+            **self.norm_arguments,
+            **self.launch_options,
+        )
 
 
-def _is_plain(layer: Any) -> bool:
-    if layer.after_mlp is not None or any(
-        p.weight is None or p.bias is not None for p in _products(layer)
-    ):
-        return False
-    weights = [product.weight for product in _products(layer)]
-    return all(w.dtype == torch.bfloat16 and w.shape[1] % SIZES == 0 for w in weights)
-
-
-def _weights(fused: Any) -> Tensor:
-    """The weights of linear layers that read the same input, [out, in]."""
-    return (
-        torch.cat([layer.weight for layer in fused.layers])
-        if fused.weight is None
-        else fused.weight
+def _collect_weights(layer: Any) -> LayerWeights:
+    return LayerWeights(
+        attention_norm_scale=layer.before_attention,
+        mlp_norm_scale=layer.before_mlp,
+        qkv=_concatenate_weights(layer.qkv),
+        out=_concatenate_weights(layer.out),
+        gate_up=_concatenate_weights(layer.gate_up),
+        down=_concatenate_weights(layer.down),
     )
 
 
+def _concatenate_weights(fused: Any) -> Tensor:
+    """Return the weights of linear layers that read the same input as one tensor [out, in]."""
+    if fused.weight is not None:
+        return fused.weight
+    return torch.cat([layer.weight for layer in fused.layers])
+
+
+def _is_supported_layer(layer: Any) -> bool:
+    if layer.after_mlp is not None:  # Gemma 2
+        return False
+    for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        if product.weight is None or product.bias is not None:
+            return False
+        if product.weight.dtype != torch.bfloat16 or product.weight.shape[1] % WIDTH_MULTIPLE != 0:
+            return False
+    return True
+
+
+# --- Parts of kernels ---
+
+
 @triton.jit
-def _take_over(EARLY: tl.constexpr):
-    """Waits for what the kernel before leaves, and lets the one after begin."""
-    if EARLY:
+def _wait_for_previous_kernel(LAUNCHES_EARLY: tl.constexpr):
+    """Wait for the results of the kernel before, and let the kernel after this one start."""
+    if LAUNCHES_EARLY:
         gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
-def _inputs(x, begin, rows, depth, ROWS: tl.constexpr):
-    """Some inputs of the rows, [SHARES, ROWS, EACH]: each warp multiplies its share."""
-    share, row = tl.arange(0, SHARES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-    at = begin + share * EACH + tl.arange(0, EACH)[None, None, :]
-    return tl.load(x + row * depth + at, mask=row < rows, other=0.0)
+def _load_inputs(x_ptr, begin, num_rows, depth, PADDED_ROWS: tl.constexpr):
+    """Load columns begin … begin + INPUTS_PER_STEP of the rows, [NUM_WARPS, PADDED_ROWS,
+    INPUTS_PER_WARP]."""
+    warp = tl.arange(0, NUM_WARPS)[:, None, None]
+    row = tl.arange(0, PADDED_ROWS)[None, :, None]
+    column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, None, :]
+    return tl.load(x_ptr + row * depth + column, mask=row < num_rows, other=0.0)
 
 
 @triton.jit
-def _of(weight, column, begin, depth):
-    """Some inputs' weights of outputs, [SHARES, EACH, N]."""
-    at = begin + tl.arange(0, SHARES)[:, None, None] * EACH + tl.arange(0, EACH)[None, :, None]
-    return tl.load(weight + column[None, None, :] * depth + at)
+def _load_weights(weight_ptr, out_column, begin, depth):
+    """Load the weights of these inputs for N outputs, [NUM_WARPS, INPUTS_PER_WARP, N]."""
+    warp = tl.arange(0, NUM_WARPS)[:, None, None]
+    in_column = begin + warp * INPUTS_PER_WARP + tl.arange(0, INPUTS_PER_WARP)[None, :, None]
+    return tl.load(weight_ptr + out_column[None, None, :] * depth + in_column)
 
 
 @triton.jit
-def _leave(x, scale, column, scaled, squares, rows, depth, ROWS: tl.constexpr):
-    """What the next norm needs of columns of the rows, [ROWS, N], see `_two`."""
-    row = tl.arange(0, ROWS)
-    at = row[:, None] * depth + column[None, :]
-    product = x * tl.load(scale + column)[None, :]
-    tl.store(scaled + at, product.to(scaled.dtype.element_ty), row[:, None] < rows)
-    tl.store(squares + tl.program_id(0) * ROWS + row, tl.sum(x * x, 1))
+def _store_for_norm(
+    x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
+):
+    """Store what the next norm needs of x [PADDED_ROWS, N], the given columns of all rows.
+
+    scaled[r, c] = x[r, c] · scale[c]        squares[program, r] = Σ_c x[r, c]²
+    """
+    row = tl.arange(0, PADDED_ROWS)
+    offset = row[:, None] * depth + column[None, :]
+    scaled = x * tl.load(scale_ptr + column)[None, :]
+    tl.store(scaled_ptr + offset, scaled.to(scaled_ptr.dtype.element_ty), row[:, None] < num_rows)
+    tl.store(squares_ptr + tl.program_id(0) * PADDED_ROWS + row, tl.sum(x * x, 1))
 
 
 @triton.jit
-def _start(x, scale, scaled, squares, rows, depth, ROWS: tl.constexpr):
-    """What the first norm needs, of tokens that no kernel of these has made."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
-    part = tl.load(x + row * depth + column[None, :], row < rows, other=0.0).to(tl.float32)
-    _leave(part, scale, column, scaled, squares, rows, depth, ROWS)
-
-
-@triton.jit
-def _two(
-    scaled, squares, first, second, column, rows, depth, eps, count,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+def _multiply_normalized(
+    scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
+    num_rows, depth, eps, num_square_parts,
+    PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Products of the rows after their norm with two lots of weights, [ROWS, N] each. Of the rows there are
-    `scaled`, without 1 / rms, and the sums of their squares in `count` parts."""
-    _take_over(EARLY)
-    part = tl.arange(0, PARTS)[:, None]
-    sums = tl.load(
-        squares + part * ROWS + tl.arange(0, ROWS)[None, :], mask=part < count, other=0.0
+    """Multiply the normalized rows with N rows each of two weights: two results [PADDED_ROWS, N],
+    float32.
+
+    norm(x) W₁ᵀ = (scaled W₁ᵀ) / √(Σ squares / D + eps), and the same for W₂.
+    """
+    _wait_for_previous_kernel(LAUNCHES_EARLY)
+    part = tl.arange(0, PADDED_SQUARE_PARTS)[:, None]
+    squares = tl.load(
+        squares_ptr + part * PADDED_ROWS + tl.arange(0, PADDED_ROWS)[None, :],
+        mask=part < num_square_parts,
+        other=0.0,
     )
-    a = tl.zeros([SHARES, ROWS, TWO], tl.float32)
-    b = tl.zeros([SHARES, ROWS, TWO], tl.float32)
-    for begin in range(0, depth, PIECE):
-        inputs = _inputs(scaled, begin, rows, depth, ROWS)
-        a += tl.dot(inputs, _of(first, column, begin, depth))
-        b += tl.dot(inputs, _of(second, column, begin, depth))
-    inverse = tl.rsqrt(tl.sum(sums, 0) / depth + eps)[:, None]
-    return tl.sum(a, 0) * inverse, tl.sum(b, 0) * inverse
+
+    # Each warp sums its share of the inputs; the shares are added at the end.
+    first = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
+    second = tl.zeros([NUM_WARPS, PADDED_ROWS, PAIRED_OUTPUTS_PER_PROGRAM], tl.float32)
+    for begin in range(0, depth, INPUTS_PER_STEP):
+        inputs = _load_inputs(scaled_ptr, begin, num_rows, depth, PADDED_ROWS)
+        first += tl.dot(inputs, _load_weights(first_weight_ptr, column, begin, depth))
+        second += tl.dot(inputs, _load_weights(second_weight_ptr, column, begin, depth))
+
+    inverse_rms = tl.rsqrt(tl.sum(squares, 0) / depth + eps)[:, None]
+    return tl.sum(first, 0) * inverse_rms, tl.sum(second, 0) * inverse_rms
+
+
+# --- Kernels ---
 
 
 @triton.jit
-def _qkv(
-    scaled, squares, weight, cos, sin, query, place,
-    length, turn_batch, turn_token, place_kind, place_batch, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Queries [rows, HEADS · WIDTH], turned; keys, turned, and values into the cache. A program makes columns
-    of one head in its first half and those that they are turned with in its second."""
-    head, column = tl.program_id(0), tl.program_id(1) * TWO + tl.arange(0, TWO)
-    half = WIDTH // 2
-    first = weight + head * WIDTH * depth
-    second = first + half * depth
-    a, b = _two(scaled, squares, first, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY)
-    row = tl.arange(0, ROWS)[:, None]
-    there = row < rows
-    at = row // length * turn_batch + row % length * turn_token + column[None, :]
-    mask = there & (head <= HEADS)
-    kind = query.dtype.element_ty
-    turned_a = a * tl.load(cos + at, mask, 1.0) + b * tl.load(sin + at, mask, 0.0)
-    turned_b = b * tl.load(cos + at + half, mask, 1.0) + a * tl.load(sin + at + half, mask, 0.0)
-    turned_a, turned_b = turned_a.to(kind), turned_b.to(kind)
-    to = query + row * HEADS * WIDTH + head * WIDTH + column[None, :]
-    tl.store(to, turned_a, there & (head < HEADS))
-    tl.store(to + half, turned_b, there & (head < HEADS))
-    to = place + (head - HEADS) * place_kind + row // length * place_batch + row % length * WIDTH
-    tl.store(to + column[None, :], turned_a, there & (head >= HEADS))
-    tl.store(to + column[None, :] + half, turned_b, there & (head >= HEADS))
+def _prepare_norm_kernel(
+    x_ptr, scale_ptr, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS: tl.constexpr
+):
+    """Store what the first norm needs of the input x [R, D]: see `_store_for_norm`.
+
+    Grid: (D / OUTPUTS_PER_PROGRAM,). All later rows come from `_add_product_kernel`, which does it
+    itself.
+    """
+    row = tl.arange(0, PADDED_ROWS)[:, None]
+    column = tl.program_id(0) * OUTPUTS_PER_PROGRAM + tl.arange(0, OUTPUTS_PER_PROGRAM)
+    x = tl.load(x_ptr + row * depth + column[None, :], row < num_rows, other=0.0).to(tl.float32)
+    _store_for_norm(x, scale_ptr, column, scaled_ptr, squares_ptr, num_rows, depth, PADDED_ROWS)
 
 
 @triton.jit
-def _attend(
-    query, keys, values, bias, parts, peaks, masses, length, first, first_end, end, batch_stride, bias_stride,
-    scale, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HIDDEN: tl.constexpr,
-    EARLY: tl.constexpr,
+def _project_qkv_kernel(
+    scaled_ptr, squares_ptr, weight_ptr, cos_ptr, sin_ptr, query_ptr, cache_ptr,
+    length, rotation_batch_stride, rotation_token_stride, cache_kind_stride, cache_batch_stride,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_rows, depth, eps, num_square_parts,
+    PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What all heads of a batch's tokens find among some keys: sums of values, and the largest score and the
-    sum of the weights by which `_combine` puts them together. The `first` tokens see less than the others."""
-    _take_over(EARLY)
-    chunk, batch = tl.program_id(0), tl.program_id(1)
-    row, place, at = (
-        tl.arange(0, ROWS),
-        chunk * KEYS + tl.arange(0, KEYS),
-        tl.arange(0, WIDTH)[None, :],
+    """Project the normalized rows to queries, keys and values, and rotate queries and keys.
+
+    [q k v] = norm(x) W_qkvᵀ        W_qkv [(H + 2) E, D]: H query heads, the key head, the value
+                                    head
+    q → query [R, H E];  k, v → the cache's place for new tokens [2, B, 1, S, E]
+
+    Rotary embedding of column c < E/2 and its partner c + E/2 (sin is signed, as
+    `compute_rotations` has it):
+    c: q_c cos_c + q_{c+E/2} sin_c        c + E/2: q_{c+E/2} cos_{c+E/2} + q_c sin_{c+E/2}
+
+    Grid: (H + 2 heads, E / 2 / PAIRED_OUTPUTS_PER_PROGRAM). A program makes columns of a head's
+    first half and their partners. For values it takes cos = 1 and sin = 0.
+    """
+    head = tl.program_id(0)
+    column = tl.program_id(1) * PAIRED_OUTPUTS_PER_PROGRAM + tl.arange(
+        0, PAIRED_OUTPUTS_PER_PROGRAM
     )
-    known = row < length * HEADS
-    q = tl.load(
-        query + (batch * length * HEADS + row)[:, None] * WIDTH + at, mask=known[:, None], other=0.0
+    half = HEAD_DIM // 2
+    first_weight_ptr = weight_ptr + head * HEAD_DIM * depth
+    second_weight_ptr = first_weight_ptr + half * depth
+    first, second = _multiply_normalized(
+        scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
+        num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
+    )  # fmt: skip
+
+    # Rotate; head NUM_HEADS is the key head, NUM_HEADS + 1 the value head.
+    row = tl.arange(0, PADDED_ROWS)[:, None]
+    is_row = row < num_rows
+    rotation_offset = (
+        row // length * rotation_batch_stride
+        + row % length * rotation_token_stride
+        + column[None, :]
     )
-    here = batch * batch_stride + place[:, None] * WIDTH + at
-    k = tl.load(keys + here, mask=place[:, None] < end, other=0.0)
-    v = tl.load(values + here, mask=place[:, None] < end, other=0.0)
-    scores = tl.dot(q, tl.trans(k)) * scale
-    if HIDDEN:
-        scores += tl.load(bias + batch * bias_stride + place, mask=place < end, other=0.0)[None, :]
-    own = tl.where(row // HEADS < first, first_end, end)
-    scores = tl.where(place[None, :] < own[:, None], scores, -1e30)
-    peak = tl.max(scores, 1)
-    share = tl.exp(scores - peak[:, None])
-    to = (batch * tl.num_programs(0) + chunk) * ROWS + row
-    tl.store(peaks + to, peak)
-    tl.store(masses + to, tl.sum(share, 1))
-    tl.store(parts + to[:, None] * WIDTH + at, tl.dot(share.to(v.dtype), v))
-
-
-@triton.jit
-def _combine(
-    parts, peaks, masses, out, chunks, rows,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One row of what `_attend` found, of all keys."""
-    _take_over(EARLY)
-    row, batch = tl.program_id(0), tl.program_id(1)
-    chunk, at = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
-    where = (batch * chunks + chunk) * ROWS + row
-    peak = tl.load(peaks + where, mask=chunk < chunks, other=float("-inf"))
-    share = tl.exp(peak - tl.max(peak, 0))
-    mass = tl.sum(share * tl.load(masses + where, mask=chunk < chunks, other=0.0), 0)
-    mask = (chunk < chunks)[:, None]
-    found = tl.load(parts + where[:, None] * WIDTH + at[None, :], mask=mask, other=0.0)
-    whole = tl.sum(found * share[:, None], 0) / mass
-    tl.store(out + (batch * rows + row) * WIDTH + at, whole.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _add(
-    x, weight, onto, scale, out, scaled, squares, rows, depth, width, ROWS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """out = onto + x · weightᵀ, and what the norm after it needs."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.program_id(0) * ONE + tl.arange(0, ONE)
-    at = row * width + column[None, :]
-    _take_over(EARLY)
-    before = tl.load(onto + at, mask=row < rows, other=0.0)
-    sums = tl.zeros([SHARES, ROWS, ONE], tl.float32)
-    for begin in range(0, depth, PIECE):
-        part = _inputs(x, begin, rows, depth, ROWS)
-        sums += tl.dot(part, _of(weight, column, begin, depth))
-    total = (tl.sum(sums, 0) + before.to(tl.float32)).to(out.dtype.element_ty)
-    tl.store(out + at, total, mask=row < rows)
-    _leave(total.to(tl.float32), scale, column, scaled, squares, rows, width, ROWS)
-
-
-@triton.jit
-def _gate_up(
-    scaled, squares, weight, out, inner,
-    rows, depth, eps, count, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """GELU of the gate, by its tanh approximation, x σ(2u), times up: [rows, inner]."""
-    column = tl.program_id(0) * TWO + tl.arange(0, TWO)
-    second = weight + inner * depth
-    gate, up = _two(
-        scaled, squares, weight, second, column, rows, depth, eps, count, PARTS, ROWS, EARLY
+    is_rotated = is_row & (head <= NUM_HEADS)
+    dtype = query_ptr.dtype.element_ty
+    rotated_first = first * tl.load(cos_ptr + rotation_offset, is_rotated, 1.0) + second * tl.load(
+        sin_ptr + rotation_offset, is_rotated, 0.0
     )
-    row = tl.arange(0, ROWS)[:, None]
-    grown = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    rotated_second = second * tl.load(
+        cos_ptr + rotation_offset + half, is_rotated, 1.0
+    ) + first * tl.load(sin_ptr + rotation_offset + half, is_rotated, 0.0)
+    rotated_first = rotated_first.to(dtype)
+    rotated_second = rotated_second.to(dtype)
+
+    # Store to the queries or to the cache.
+    query_out_ptr = query_ptr + row * NUM_HEADS * HEAD_DIM + head * HEAD_DIM + column[None, :]
+    tl.store(query_out_ptr, rotated_first, is_row & (head < NUM_HEADS))
+    tl.store(query_out_ptr + half, rotated_second, is_row & (head < NUM_HEADS))
+    cache_out_ptr = (
+        cache_ptr
+        + (head - NUM_HEADS) * cache_kind_stride
+        + row // length * cache_batch_stride
+        + row % length * HEAD_DIM
+    )
+    tl.store(cache_out_ptr + column[None, :], rotated_first, is_row & (head >= NUM_HEADS))
+    tl.store(cache_out_ptr + column[None, :] + half, rotated_second, is_row & (head >= NUM_HEADS))
+
+
+@triton.jit
+def _attend_to_keys_kernel(
+    query_ptr, keys_ptr, values_ptr, bias_ptr, sums_ptr, max_ptr, mass_ptr,
+    length, first_block_length, first_num_keys, num_keys, batch_stride, bias_stride, scale,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_QUERIES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """Attend with all query heads of a batch row's tokens to KEYS_PER_PROGRAM keys: a part of the
+    softmax.
+
+    s = scale · q Kᵀ + bias        q [S H, E] (token by token, head by head); K, V
+                                   [KEYS_PER_PROGRAM, E]
+    max = max_k s        mass = Σ_k exp(s_k - max)        sums = Σ_k exp(s_k - max) V_k
+    sums [B, chunks, PADDED_QUERIES, E];  max and mass [B, chunks, PADDED_QUERIES], all float32
+
+    Tokens before `first_block_length` see the first `first_num_keys` keys, the others `num_keys`.
+    Grid: (chunks of keys, B).
+    """
+    _wait_for_previous_kernel(LAUNCHES_EARLY)
+    chunk = tl.program_id(0)
+    batch = tl.program_id(1)
+    query_row = tl.arange(0, PADDED_QUERIES)
+    key = chunk * KEYS_PER_PROGRAM + tl.arange(0, KEYS_PER_PROGRAM)
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    is_query = query_row < length * NUM_HEADS
+    query = tl.load(
+        query_ptr + (batch * length * NUM_HEADS + query_row)[:, None] * HEAD_DIM + column,
+        mask=is_query[:, None],
+        other=0.0,
+    )
+    key_offset = batch * batch_stride + key[:, None] * HEAD_DIM + column
+    keys = tl.load(keys_ptr + key_offset, mask=key[:, None] < num_keys, other=0.0)
+    values = tl.load(values_ptr + key_offset, mask=key[:, None] < num_keys, other=0.0)
+
+    scores = tl.dot(query, tl.trans(keys)) * scale
+    if HAS_BIAS:
+        scores += tl.load(bias_ptr + batch * bias_stride + key, mask=key < num_keys, other=0.0)[
+            None, :
+        ]
+    num_visible = tl.where(query_row // NUM_HEADS < first_block_length, first_num_keys, num_keys)
+    scores = tl.where(key[None, :] < num_visible[:, None], scores, -1e30)
+
+    max_score = tl.max(scores, 1)
+    weights = tl.exp(scores - max_score[:, None])
+    out_row = (batch * tl.num_programs(0) + chunk) * PADDED_QUERIES + query_row
+    tl.store(max_ptr + out_row, max_score)
+    tl.store(mass_ptr + out_row, tl.sum(weights, 1))
     tl.store(
-        out + row * inner + column[None, :], (grown * up).to(out.dtype.element_ty), mask=row < rows
+        sums_ptr + out_row[:, None] * HEAD_DIM + column, tl.dot(weights.to(values.dtype), values)
+    )
+
+
+@triton.jit
+def _combine_keys_kernel(
+    sums_ptr, max_ptr, mass_ptr, out_ptr, num_chunks, num_queries,
+    PADDED_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_CHUNKS: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """Combine what `_attend_to_keys_kernel` found for one query among each chunk of keys.
+
+    w_c = exp(max_c - max over chunks)        out = Σ_c w_c sums_c / Σ_c w_c mass_c        out [B S
+                                              H, E]
+
+    Grid: (S H queries, B).
+    """
+    _wait_for_previous_kernel(LAUNCHES_EARLY)
+    query_row = tl.program_id(0)
+    batch = tl.program_id(1)
+    chunk = tl.arange(0, PADDED_CHUNKS)
+    column = tl.arange(0, HEAD_DIM)
+    in_row = (batch * num_chunks + chunk) * PADDED_QUERIES + query_row
+    max_score = tl.load(max_ptr + in_row, mask=chunk < num_chunks, other=float("-inf"))
+    weight = tl.exp(max_score - tl.max(max_score, 0))
+    mass = tl.sum(weight * tl.load(mass_ptr + in_row, mask=chunk < num_chunks, other=0.0), 0)
+    is_chunk = (chunk < num_chunks)[:, None]
+    sums = tl.load(
+        sums_ptr + in_row[:, None] * HEAD_DIM + column[None, :], mask=is_chunk, other=0.0
+    )
+    attended = tl.sum(sums * weight[:, None], 0) / mass
+    tl.store(
+        out_ptr + (batch * num_queries + query_row) * HEAD_DIM + column,
+        attended.to(out_ptr.dtype.element_ty),
+    )
+
+
+@triton.jit
+def _add_product_kernel(
+    x_ptr, weight_ptr, residual_ptr, scale_ptr, out_ptr, scaled_ptr, squares_ptr,
+    num_rows, in_width, out_width, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """Multiply, add the residual, and store what the norm after it needs (`_store_for_norm`).
+
+    out = residual + x Wᵀ        x [R, in_width]; W [out_width, in_width]; residual, out [R,
+                                 out_width]
+
+    Grid: (out_width / OUTPUTS_PER_PROGRAM,).
+    """
+    row = tl.arange(0, PADDED_ROWS)[:, None]
+    column = tl.program_id(0) * OUTPUTS_PER_PROGRAM + tl.arange(0, OUTPUTS_PER_PROGRAM)
+    offset = row * out_width + column[None, :]
+    _wait_for_previous_kernel(LAUNCHES_EARLY)
+    residual = tl.load(residual_ptr + offset, mask=row < num_rows, other=0.0)
+
+    sums = tl.zeros([NUM_WARPS, PADDED_ROWS, OUTPUTS_PER_PROGRAM], tl.float32)
+    for begin in range(0, in_width, INPUTS_PER_STEP):
+        inputs = _load_inputs(x_ptr, begin, num_rows, in_width, PADDED_ROWS)
+        sums += tl.dot(inputs, _load_weights(weight_ptr, column, begin, in_width))
+
+    out = (tl.sum(sums, 0) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, out, mask=row < num_rows)
+    _store_for_norm(
+        out.to(tl.float32),
+        scale_ptr,
+        column,
+        scaled_ptr,
+        squares_ptr,
+        num_rows,
+        out_width,
+        PADDED_ROWS,
+    )
+
+
+@triton.jit
+def _gate_up_kernel(
+    scaled_ptr, squares_ptr, weight_ptr, out_ptr, mlp_width,
+    num_rows, depth, eps, num_square_parts,
+    PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
+    """The first half of the MLP, with GELU by its tanh approximation.
+
+    out = GELU(gate) · up        gate = norm(x) W_gateᵀ, up = norm(x) W_upᵀ        W [2 F, D]; out
+                                 [R, F]
+    GELU(x) ≈ ½ x (1 + tanh u) = x σ(2u),    u = √(2/π) (x + 0.044715 x³)
+
+    Grid: (F / PAIRED_OUTPUTS_PER_PROGRAM,).
+    """
+    column = tl.program_id(0) * PAIRED_OUTPUTS_PER_PROGRAM + tl.arange(
+        0, PAIRED_OUTPUTS_PER_PROGRAM
+    )
+    up_weight_ptr = weight_ptr + mlp_width * depth
+    gate, up = _multiply_normalized(
+        scaled_ptr, squares_ptr, weight_ptr, up_weight_ptr, column,
+        num_rows, depth, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
+    )  # fmt: skip
+    row = tl.arange(0, PADDED_ROWS)[:, None]
+    # 1.5957691216057308 is 2 √(2/π).
+    activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    tl.store(
+        out_ptr + row * mlp_width + column[None, :],
+        (activated * up).to(out_ptr.dtype.element_ty),
+        mask=row < num_rows,
     )

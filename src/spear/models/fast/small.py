@@ -1,168 +1,230 @@
-"""The layers of a small Gemma on a CPU, where what is around the products takes as long as they do.
+"""The layers of a small Gemma on a CPU, where the work around the products takes as long as they
+do.
 
-Half as many operations as in `LayerStack`, for the same numbers up to rounding: the norms' scales and
-attention's are parts of the weights, the two numbers that a rotary embedding turns together are neighbours
-and so one complex number, products add the residuals, and what is between them stays in the core's cache.
-In float32: for a flow step or an answer's next token, products in bfloat16 cost more to set up than they
-save.
+`SmallLayerStack` computes what `LayerStack` does, up to rounding, with half as many operations:
+
+- The scales of norms and of attention are multiplied into the weights in advance.
+- The two numbers that rotary embedding rotates lie side by side, and so are one complex number:
+  rotation is one complex product, (a + bi) · (cos θ + i sin θ).
+- A product adds the residual: x + y W is one call (`addmm`).
+- The MLP runs `MLP_BLOCK_ROWS` rows at a time, whose intermediate results stay in the core's cache.
+
+All is float32: for a flow step or an answer's next token, products in bfloat16 cost more to set up
+than they save.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Gemma2Model, GemmaModel
 from transformers.activations import GELUTanh
 
+from spear.models.fast.kv_cache import CacheWindow, StaticKVCache
 from spear.models.fast.linear import MAX_CACHED_ELEMENTS, ModuleCache, is_plain_linear
-from spear.models.fast.stack import LayerStack, StaticKVCache, Window, norm_scale
+from spear.models.fast.stack import LayerStack, norm_scale
 
-BLOCK = 128
-"""Rows that an MLP runs at once: what is between its products stays in the cache (our choice)."""
-A = math.sqrt(2 / math.pi)
-TWO_A = torch.tensor(
-    2 * A, device="cpu"
-)  # as a tensor: a Python number would be made one at every use
+MLP_BLOCK_ROWS = 128
+"""Rows that an MLP runs at once, so that what is between its products stays in the cache (our
+choice)."""
+
+GELU_FACTOR = math.sqrt(2 / math.pi)
+TWICE_GELU_FACTOR = torch.tensor(2 * GELU_FACTOR, device="cpu")
+"""A tensor, because PyTorch would make one of a Python number at every use."""
 
 
 class PairedKVCache(StaticKVCache):
-    """A `StaticKVCache` in which the numbers that are turned together lie side by side."""
+    """A `StaticKVCache` in which the numbers that are rotated together lie side by side."""
 
-    def window(self, start: int, blocks: Sequence[tuple[int, int]]) -> Window:
-        """As of its base, whose two places are complex numbers, each [B, tokens, kv heads, head_dim / 2]."""
-        window = super().window(start, blocks)
-        pairs = (place.unflatten(-1, (-1, 2)) for place in window.places)
-        return replace(
-            window, places=[torch.view_as_complex(pair).transpose(2, 3) for pair in pairs]
-        )
+    def make_window(self, start: int, blocks: Sequence[tuple[int, int]]) -> CacheWindow:
+        """Make a window whose `new_key_values` are complex, [2, B, tokens, kv heads, d / 2]."""
+        window = super().make_window(start, blocks)
+        complex_places = []
+        for place in window.new_key_values:
+            pairs = place.unflatten(-1, (-1, 2))
+            complex_places.append(torch.view_as_complex(pairs).transpose(2, 3))
+        return replace(window, new_key_values=complex_places)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer, float32 [in, out], which MKL reads in 0.7 of the time of [out,
+    in]."""
+
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
 class SmallLayerStack(LayerStack):
-    """As `LayerStack`, with a copy of the weights and `PairedKVCache`s, all float32."""
+    """A `LayerStack` with its own copy of the weights and with `PairedKVCache`s, all in float32."""
 
-    kind = PairedKVCache
+    cache_class = PairedKVCache
 
     def __init__(self, model: GemmaModel | Gemma2Model) -> None:
         super().__init__(model)
-        self._weights = [self._prepare(layer) for layer in model.layers]
-        self.dtype, self.scale, root = torch.float32, 1.0, math.sqrt(len(self.norm))
-        self.norm, self._floor = self.norm * root, torch.tensor(root * math.sqrt(self.eps))
+        self._weights = [self._prepare_weights(layer) for layer in model.layers]
+        self.dtype = torch.float32
+        self.scale = 1.0  # is in the query weights
 
-    def _prepare(self, layer: Any) -> list[Tensor]:
-        """q, k and v; o; gate and up; down: float32 [in, out], which MKL reads in 0.7 of the time."""
-        names = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-        own = zip((layer.self_attn, layer.mlp), names, strict=True)
-        linears = [getattr(part, name) for part, named in own for name in named]
-        q, k, v, o, gate, up, down = (linear.weight.detach().float() for linear in linears)
-        half = self.width // 2
-        qkv = (
-            torch.cat([q * self.scale, k, v])
-            .unflatten(0, (-1, 2, half))
-            .transpose(1, 2)
-            .flatten(0, 2)
+        # `_to_unit_length` divides by the length of x instead of its root mean square.
+        sqrt_width = math.sqrt(len(self.last_norm_scale))
+        self.last_norm_scale = self.last_norm_scale * sqrt_width
+        self._min_length = torch.tensor(sqrt_width * math.sqrt(self.eps))
+
+    def _prepare_weights(self, layer: Any) -> LayerWeights:
+        attention = layer.self_attn
+        mlp = layer.mlp
+        query = _get_weight(attention.q_proj)
+        key = _get_weight(attention.k_proj)
+        value = _get_weight(attention.v_proj)
+        out = _get_weight(attention.o_proj)
+        gate_up = torch.cat([_get_weight(mlp.gate_proj), _get_weight(mlp.up_proj)])
+
+        # Columns c and c + d / 2 of a head become neighbors.
+        half = self.head_dim // 2
+        qkv = torch.cat([query * self.scale, key, value])
+        qkv = qkv.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
+        out = out.unflatten(1, (-1, 2, half)).transpose(2, 3).flatten(1)
+
+        sqrt_width = math.sqrt(query.shape[1])
+        attention_norm_scale = norm_scale(layer.input_layernorm) * sqrt_width
+        mlp_norm_scale = norm_scale(layer.post_attention_layernorm) * sqrt_width
+        return LayerWeights(
+            qkv=_transpose(qkv * attention_norm_scale),
+            out=_transpose(out),
+            gate_up=_transpose(gate_up * mlp_norm_scale),
+            down=_transpose(_get_weight(mlp.down_proj)),
         )
-        out = o.unflatten(1, (-1, 2, half)).transpose(2, 3).flatten(1)
-        norms = layer.input_layernorm, layer.post_attention_layernorm
-        before, after = (norm_scale(norm) * math.sqrt(q.shape[1]) for norm in norms)
-        whole = qkv * before, out, torch.cat([gate, up]) * after, down
-        return [weight.T.contiguous() for weight in whole]
 
     def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
-        """Itself, or a copy in pairs."""
+        """Return a cache that another stack filled, or a copy of it in pairs."""
         if isinstance(cache, PairedKVCache):
             return cache
-        _, _, batch, _, places, _ = cache.whole.shape
-        copy = self.cache(batch, places, torch.float32, cache.whole.device)
-        copy.whole.unflatten(-1, (-1, 2)).copy_(
-            cache.whole.unflatten(-1, (2, -1)).transpose(-1, -2)
-        )
+        _, _, batch, _, num_places, _ = cache.buffer.shape
+        copy = self.allocate_cache(batch, num_places, torch.float32, cache.buffer.device)
+        halves = cache.buffer.unflatten(-1, (2, -1))
+        copy.buffer.unflatten(-1, (-1, 2)).copy_(halves.transpose(-1, -2))
         return copy
 
-    def rotations(self, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What turns the pairs of queries and keys at positions [B, S]: [B, S, 1, d / 2] complex."""
-        cos, sin = (
-            part[..., self.width // 2 :] for part in super().rotations(places, torch.float32)
-        )
-        return (torch.complex(cos.contiguous(), sin.contiguous()),)
+    def compute_rotations(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what rotates the pairs of queries and keys at positions [B, S]: [B, S, 1, d /
+        2]."""
+        cos, sin = super().compute_rotations(positions, torch.float32)
+        half = self.head_dim // 2
+        return (torch.complex(cos[..., half:].contiguous(), sin[..., half:].contiguous()),)
 
     def __call__(
         self,
         x: Tensor,
         rotations: tuple[Tensor, ...],
-        window: Window,
+        window: CacheWindow,
         bias: Tensor | None = None,
         keys_only: bool = False,
-        wanted: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:
-        """As of `LayerStack`."""
-        (batch, length, width), (turn,), queries = x.shape, rotations, window.queries
-        x = x.reshape(-1, width)
-        count = range(len(self.layers))[::-1]
-        for left, weights, place, seen in zip(
-            count, self._weights, window.places, window.seen, strict=True
-        ):
-            qkv, out, gate_up, down = weights
-            found = torch.mm(self._unit(x), qkv).view(batch, length, -1, self.width // 2, 2)
-            parts = (self.heads, self.groups, self.groups)
-            query, key, value = torch.view_as_complex(found).split(parts, dim=2)
-            torch.mul(key, turn, out=place[0])
-            place[1].copy_(value)
-            if not left and keys_only:
-                break
-            turned = query * turn
-            if not left and wanted is not None:
-                rows, length, queries = torch.arange(batch, device=x.device), 1, [1]
-                x, turned = x.view(batch, -1, width)[rows, wanted], turned[rows, wanted]
-            folded = torch.view_as_real(turned).view(batch, length, self.groups, -1, self.width)
-            folded = folded.transpose(1, 2).reshape(batch * self.groups, -1, self.width)
-            found = self._attend(folded, seen, queries, bias)
-            found = found.view(batch, self.groups, length, -1, self.width).transpose(1, 2)
-            x = self._mlp(torch.addmm(x, found.reshape(batch * length, -1), out), gate_up, down)
-        else:
-            x = self._unit(x) * self.norm
+        """Run all layers; arguments and result as of `LayerStack`."""
+        batch, length, width = x.shape
+        (rotation,) = rotations
+        block_lengths = window.block_lengths
+        x = x.reshape(-1, width)  # rows of all tokens
+
+        for index, weights in enumerate(self._weights):
+            is_last = index + 1 == len(self._weights)
+            query, key, value = self._project(x, weights.qkv, batch, length)
+            key_place, value_place = window.new_key_values[index]
+            torch.mul(key, rotation, out=key_place)
+            value_place.copy_(value)
+            if is_last and keys_only:
+                return x.view(batch, length, width)
+
+            query = query * rotation
+            if is_last and selected is not None:
+                rows = torch.arange(batch, device=x.device)
+                x = x.view(batch, -1, width)[rows, selected]
+                query = query[rows, selected]
+                length = 1
+                block_lengths = [1]
+
+            folded_query = torch.view_as_real(query)
+            folded_query = folded_query.view(batch, length, self.num_kv_heads, -1, self.head_dim)
+            folded_query = folded_query.transpose(1, 2)
+            folded_query = folded_query.reshape(batch * self.num_kv_heads, -1, self.head_dim)
+            attended = self._attend(folded_query, window.visible[index], block_lengths, bias)
+            attended = attended.view(batch, self.num_kv_heads, length, -1, self.head_dim)
+            attended = attended.transpose(1, 2).reshape(batch * length, -1)
+
+            x = torch.addmm(x, attended, weights.out)
+            x = self._add_mlp(x, weights.gate_up, weights.down)
+
+        x = self._to_unit_length(x) * self.last_norm_scale
         return x.view(batch, length, width)
 
-    def _mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Rows [N, D], and what the MLP adds to them."""
-        if len(x) > 2 * BLOCK:
-            return torch.cat([self._mlp(part, gate_up, down) for part in x.split(BLOCK)])
-        gate, up = torch.mm(self._unit(x), gate_up).chunk(2, dim=1)
+    def _project(self, x: Tensor, qkv_weight: Tensor, batch: int, length: int) -> Sequence[Tensor]:
+        """Queries, keys and values of the rows, complex [B, S, heads, d / 2], before rotation."""
+        qkv = torch.mm(self._to_unit_length(x), qkv_weight)
+        pairs = qkv.view(batch, length, -1, self.head_dim // 2, 2)
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        return torch.view_as_complex(pairs).split(sizes, dim=2)
+
+    def _add_mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Rows [N, D] plus what the MLP makes of them."""
+        if len(x) > 2 * MLP_BLOCK_ROWS:
+            blocks = x.split(MLP_BLOCK_ROWS)
+            return torch.cat([self._add_mlp(block, gate_up, down) for block in blocks])
+        gate, up = torch.mm(self._to_unit_length(x), gate_up).chunk(2, dim=1)
         return torch.addmm(x, _gelu(gate).mul_(up), down)
 
-    def _unit(self, x: Tensor) -> Tensor:
-        """Rows [N, D] divided by √(‖x‖² + D·eps): of length 1, which √D in the weights makes up for."""
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
+    def _to_unit_length(self, x: Tensor) -> Tensor:
+        """Rows [N, D] divided by √(‖x‖² + D · eps). The weights contain the factor √D of a norm."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / length.hypot_(self._min_length)
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation: ½ x (1 + tanh u) = x σ(2u), which takes half of PyTorch's time."""
-    return torch.addcmul(TWO_A, x, x, value=2 * 0.044715 * A).mul_(x).sigmoid_().mul_(x)
+    """GELU by its tanh approximation, in half of PyTorch's time.
+
+    ½ x (1 + tanh u) = x σ(2u), with u = √(2/π) (x + 0.044715 x³).
+    """
+    factor = torch.addcmul(TWICE_GELU_FACTOR, x, x, value=2 * 0.044715 * GELU_FACTOR)
+    return factor.mul_(x).sigmoid_().mul_(x)
+
+
+def _get_weight(layer: nn.Linear) -> Tensor:
+    return layer.weight.detach().float()
+
+
+def _transpose(weight: Tensor) -> Tensor:
+    return weight.T.contiguous()
 
 
 def make_small_stack(model: GemmaModel | Gemma2Model) -> SmallLayerStack | None:
-    """The layers of a Gemma, if they are small, plain, and on a CPU with MKL, whose products begin first."""
-    layers: Any = model.layers
-    weights = [p for p in layers.parameters() if p.dim() == 2]
-    fitting = torch.backends.mkl.is_available() and not isinstance(model, Gemma2Model)
-    here = all(w.device.type == "cpu" and not isinstance(w, FakeTensor) for w in weights)
-    if not fitting or not here or max(map(torch.numel, weights)) >= MAX_CACHED_ELEMENTS:
+    """Return a `SmallLayerStack` of a Gemma, or None where it does not fit.
+
+    It fits small, plain layers on a CPU with MKL, whose products are quicker to start than
+    oneDNN's.
+    """
+    if not torch.backends.mkl.is_available() or isinstance(model, Gemma2Model):
         return None
-    parts = [
-        part
-        for layer in layers
-        for half in (layer.self_attn, layer.mlp)
-        for part in half.children()
-    ]
-    return (
-        SmallLayerStack(model)
-        if all(isinstance(p, GELUTanh) or is_plain_linear(p) for p in parts)
-        else None
-    )
+    layers: Any = model.layers
+    for weight in layers.parameters():
+        if weight.dim() != 2:
+            continue
+        if weight.device.type != "cpu" or isinstance(weight, FakeTensor):
+            return None
+        if weight.numel() >= MAX_CACHED_ELEMENTS:
+            return None
+    for layer in layers:
+        for part in (*layer.self_attn.children(), *layer.mlp.children()):
+            if not isinstance(part, GELUTanh) and not is_plain_linear(part):
+                return None
+    return SmallLayerStack(model)
 
 
 get_small_stack = ModuleCache(make_small_stack)
-"""`get_small_stack(model)`: `make_small_stack`, kept."""
+"""`get_small_stack(model)`: the result of `make_small_stack`, kept while the weights stay."""

@@ -1,0 +1,100 @@
+"""CUDA graphs: a computation is recorded once per set of shapes and then launched as a whole.
+
+A pass through the layers consists of hundreds of short kernels. Launching them one by one from
+Python takes longer than running them; launching a graph takes a few microseconds.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spear.errors import notice, summarize_error
+
+MAX_GRAPHS = 8  # our choice: each graph holds the memory of its results
+NUM_WARM_UPS = 3  # runs before recording, in which compilers and autotuners do their work
+
+_RECORDING_LOCK = threading.Lock()
+"""A process records one graph at a time, while its other threads may use the GPU."""
+
+Inputs = Mapping[str, Tensor]
+"""The named tensors that a recorded function reads."""
+
+
+@dataclass(frozen=True)
+class RecordedGraph:
+    """A graph, the buffers it reads its inputs from, and the buffer it leaves its result in."""
+
+    graph: torch.cuda.CUDAGraph
+    input_buffers: Inputs
+    result_buffer: Tensor
+
+
+class CudaGraphCache:
+    """Runs functions of named tensors on a GPU as CUDA graphs. Safe to use from several threads.
+
+    The least recently used graph goes when there are more than `MAX_GRAPHS`. A function must launch
+    the same work whatever is in its tensors: it may not look at their values.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Hashable, RecordedGraph | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, function: Callable[[Inputs], Tensor], inputs: Inputs, *options: Hashable
+    ) -> Tensor:
+        """Return function(inputs).
+
+        There is one graph per options, and per names, shapes and types of the inputs. A function
+        that cannot be recorded, perhaps for lack of memory, runs without a graph; a notice says so.
+        """
+        shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in inputs.items())
+        key = (options, shapes)
+        with self._lock:
+            if key not in self._graphs:
+                self._graphs[key] = _try_to_record(function, inputs)
+            self._graphs.move_to_end(key)
+            while len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+
+            recorded = self._graphs[key]
+            if recorded is None:
+                return function(inputs)
+            for name, tensor in inputs.items():
+                recorded.input_buffers[name].copy_(tensor)
+            recorded.graph.replay()
+            return recorded.result_buffer.clone()
+
+
+def _try_to_record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph | None:
+    try:
+        return _record(function, inputs)
+    except Exception as error:  # whatever a compiler may raise
+        notice(f"no CUDA graph ({summarize_error(error)}): slower, same results")
+        return None
+
+
+def _record(function: Callable[[Inputs], Tensor], inputs: Inputs) -> RecordedGraph:
+    input_buffers = {name: tensor.clone() for name, tensor in inputs.items()}
+    # Not the thread's current GPU, which may be another one: there the graph would be empty.
+    device = next(iter(input_buffers.values())).device
+
+    recording_stream = torch.cuda.Stream(device)
+    current_stream = torch.cuda.current_stream(device)
+    recording_stream.wait_stream(current_stream)
+    with torch.cuda.stream(recording_stream):
+        for _ in range(NUM_WARM_UPS):
+            function(input_buffers)
+    current_stream.wait_stream(recording_stream)
+
+    graph = torch.cuda.CUDAGraph()
+    with (
+        _RECORDING_LOCK,
+        torch.cuda.graph(graph, stream=recording_stream, capture_error_mode="thread_local"),
+    ):
+        result_buffer = function(input_buffers)
+    return RecordedGraph(graph, input_buffers, result_buffer)
