@@ -69,4 +69,4 @@ def test_only_answers_of_a_known_length_are_recorded_as_a_graph() -> None:
 
     assert free_text.shape[1] <= 12
     stack = get_layer_stack(model.language_model, True, can_compile(model.device))
-    assert len(stack.replay._graphs) == 1
+    assert len(stack.run_as_graph._graphs) == 1

@@ -7,7 +7,7 @@ are made once (`StaticKVCache`), linear layers that read the same input are one 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
