@@ -123,7 +123,9 @@ def plan_preparation(
             todo.append((f"{name}[{first}:{last}]", last - first))
     # what its columns mean; and says what is wrong with that before anything is written
     layout = source.load_layout(how.layout) if isinstance(source, formats.Dataset) else None
+    # The hashed text keeps the class name of earlier versions, so that their folders stay valid.
     meant = repr(layout and dataclasses.replace(layout, facts={}, weight=None))
+    meant = meant.replace("DatasetLayout(", "DatasetSpec(", 1)
     request = {
         "path": str(path.resolve()),
         "data": formats.fingerprint_dataset(source),
