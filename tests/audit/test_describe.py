@@ -44,7 +44,7 @@ def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, n
     closed, opened = found["gripper_range"]
     assert closed < opened  # and not the other way round
     (tmp_path / "layout.json").write_text(json.dumps({**found, "rate_hz": 5.0}))
-    assert next(read_episodes(folder, dataset=tmp_path / "layout.json")).rate_hz == 5
+    assert next(read_episodes(folder, layout_file=tmp_path / "layout.json")).rate_hz == 5
     if name.startswith("bridge"):
         assert found["rate_hz"] is None and "rate_hz" in found["facts"]
 
@@ -79,9 +79,9 @@ def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> Non
     assert (found["position"], found["length_unit"]) == ("observation/state[0:3]", "mm")
     layout, said = tmp_path / "layout.json", {**found, "rotation_format": "euler_xyz"}
     layout.write_text(json.dumps(said | {"angle_unit": "deg"}))
-    assert len(list(read_episodes(folder, dataset=layout))) == 8
+    assert len(list(read_episodes(folder, layout_file=layout))) == 8
     layout.write_text(json.dumps(said | {"angle_unit": "rad"}))
-    refuses("angle_unit deg", next, read_episodes(folder, dataset=layout))
+    refuses("angle_unit deg", next, read_episodes(folder, layout_file=layout))
 
 
 def test_a_grippers_ends_are_no_part_of_a_quaternion(shared: Path, tmp_path: Path) -> None:

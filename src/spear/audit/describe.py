@@ -67,7 +67,7 @@ PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 Columns = Mapping[str, Sequence[Array]]
 """Column → [T, d] of each episode."""
 JointNames = Callable[[str], Sequence[str]]
-"""Names of joints that a part of a column holds, see `LeRobotFolder.joints`, or that its own name
+"""Names of joints that a part of a column holds, see `LeRobotFolder.find_joint_names`, or that its own name
 says."""
 
 
@@ -150,7 +150,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     joint_names = _joint_names(folder)
     used_ranges = _describe_motion(columns, rate_hz, joint_names, proposal)
     if isinstance(folder, LeRobotFolder):
-        rotation_format = folder.quaternion(str(proposal.fields["rotation"]))
+        rotation_format = folder.find_quaternion_format(str(proposal.fields["rotation"]))
         if rotation_format:
             proposal.fields["rotation_format"] = rotation_format
             proposal.facts["rotation_format"] = "by the names of its components"
@@ -241,7 +241,7 @@ def _joint_names(folder: Dataset) -> JointNames:
     def joint_names(column: str) -> list[str]:
         by_name = JOINT_NAME_PATTERN.findall(column)
         if isinstance(folder, LeRobotFolder):
-            return [*folder.joints(column), *by_name]
+            return [*folder.find_joint_names(column), *by_name]
         return by_name
 
     return joint_names

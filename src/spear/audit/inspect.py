@@ -47,7 +47,7 @@ def _inspect_store(store: EpisodeStore) -> str:
     lengths = store.lengths
     rates = Counter(f"{rate_hz:g} Hz" for rate_hz in store.rates_hz)
     rate_counts = ", ".join(f"{rate} (episodes: {n})" for rate, n in rates.most_common())
-    share_known = 100 * store.known.sum() / lengths.sum()
+    share_known = 100 * store.num_known_actions.sum() / lengths.sum()
     num_steps = format_count(lengths.sum(), "steps")
     lines = [
         f"{store.path}: a store of episodes",
@@ -107,7 +107,7 @@ def _inspect_dataset(folder: Dataset) -> str:
         title, rate, num_steps = _summarize_lerobot(folder)
         texts = [task for episode in folder.episodes for task in episode.tasks]
         cameras = _lerobot_cameras(folder)
-        axes = {_column_name(n): feature.axes for n, feature in folder.info.features.items()}
+        axes = {_column_name(n): feature.component_names for n, feature in folder.info.features.items()}
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
         rate, texts = _summarize_rlds(folder, episodes)
@@ -150,7 +150,7 @@ def _lerobot_cameras(folder: LeRobotFolder) -> list[str]:
             continue
         kind = "images in video" if feature.dtype == "video" else "images"
         size = " x ".join(map(str, feature.shape))
-        depth = ", depth: not read" if feature.depth else ""
+        depth = ", depth: not read" if feature.is_depth else ""
         lines.append(f"  {_column_name(name):<34} {kind}, {size}{depth}")
     return lines
 
@@ -187,7 +187,7 @@ def _read_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps | SpearErr
     """The rows of an episode, or what is wrong with them or with the last frames of its videos."""
     episode = folder.episodes[index]
     try:
-        steps = folder.read(index, images=())
+        steps = folder.read_episode(index, images=())
         for file, first_s, end_s in episode.videos.values():
             last_s = max(first_s + (episode.length - 1.5) / folder.info.fps, 0.0)
             if next(read_frames(file, last_s, end_s), None) is None:

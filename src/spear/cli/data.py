@@ -120,7 +120,9 @@ def _check_layout(path: Path, layout: Path | None) -> None:
     if not layout.is_file():
         raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
     if find_format(path) == "store":
-        raise SpearError(f"--layout {layout}: {path} is {FORMATS['store'][0]} and needs no layout")
+        raise SpearError(
+            f"--layout {layout}: {path} is {FORMATS['store'].title} and needs no layout"
+        )
 
 
 def export(options: ExportOptions) -> None:

@@ -54,14 +54,16 @@ class Mixture:
                 raise SpearError(
                     f"wrong rate: dataset {name!r} ({store.source(index)}): {rates}; prepare it"
                 )
-            if not store.known.any():
+            if not store.num_known_actions.any():
                 raise SpearError(
                     f"nothing to learn from: dataset {name!r} has no valid action; leave it out"
                 )
         weights = np.array([weight for _, _, weight in sources], np.float64)
         self.weights = weights / weights.sum()
         # Where each episode's valid steps begin among all of its dataset: nothing is kept for each step.
-        self._begin = [np.concatenate([[0], np.cumsum(store.known)]) for store in self.stores]
+        self._begin = [
+            np.concatenate([[0], np.cumsum(store.num_known_actions)]) for store in self.stores
+        ]
         read = lambda source, episode: self.stores[source].without_images(episode)  # noqa: E731
         self._episode: Callable[[int, int], Episode] = functools.lru_cache(EPISODES_KEPT)(read)
 

@@ -214,7 +214,7 @@ def _describe_episodes(inputs: TrainingInputs) -> dict[str, Any]:
         datasets.append(
             [name, f"{len(store)} episodes ({store.fingerprint()[:12]}), share {weight:g}"]
         )
-    contents_hashes = [store.fingerprint(seen=True)[:12] for _, store, _ in inputs.episodes]
+    contents_hashes = [store.content_fingerprint()[:12] for _, store, _ in inputs.episodes]
     return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
 
 

@@ -83,7 +83,7 @@ def test_a_bad_episode_is_skipped_by_name(
 ) -> None:
     damage(three)
     reasons: list[str] = []
-    good = list(read_episodes(three, on_bad=lambda error: reasons.append(str(error))))
+    good = list(read_episodes(three, on_error=lambda error: reasons.append(str(error))))
     assert [e.source for e in good] == ["made#0", "made#2"]
     assert len(reasons) == 1 and words in reasons[0] and "\n" not in reasons[0], reasons
     written, aside = prepare(three, tmp_path / "store")

@@ -49,7 +49,7 @@ def test_what_the_library_wrote_is_read_exactly(
     assert folder.split_lengths == {"train": 8} and folder.cameras == ["observation.images.image_0"]
     assert [e.length for e in folder.episodes] == [10] * 8 and len(folder.tasks) == 4
     for episode, steps in zip(folder.episodes, raw, strict=True):
-        got = folder.read(episode.index)
+        got = folder.read_episode(episode.index)
         np.testing.assert_array_equal(got["observation/state"], steps["observation"]["state"])
         np.testing.assert_array_equal(got["action"], steps["action"])
         np.testing.assert_array_equal(got["frame_index"], np.arange(10))
@@ -96,7 +96,7 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
         change_rows(data / "episode_000000.parquet", added)
     assert describe(folder)["position"] == "observation/state[0:3]" and "words" in inspect(folder)
     reasons: list[str] = []
-    good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
+    good = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
     assert [e.source for e in good] == [f"set/train#{i}" for i in (0, 1, 7)]
     named = ("set#2", "episode_000003.parquet", "episode_000004.mp4", "episode_000005.mp4", "state")
     assert all(
@@ -119,7 +119,7 @@ def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
         pq.write_table(changed, copy / data.relative_to(folder))
         edit(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
         reasons: list[SpearError] = []
-        assert len(list(read_episodes(copy, on_bad=reasons.append))) == good
+        assert len(list(read_episodes(copy, on_error=reasons.append))) == good
         assert len(reasons) == 2 - good and all("in time" in str(reason) for reason in reasons)
         assert good == 2 or ("fps" if rate != 5 else "set#1: rows 2 and 3") in str(reasons[0])
 
@@ -200,7 +200,7 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         out.mux(stream.encode())
     reasons: list[str] = []
-    good = list(read_episodes(folder, on_bad=lambda error: reasons.append(str(error))))
+    good = list(read_episodes(folder, on_error=lambda error: reasons.append(str(error))))
     assert (
         len(good) == 7
         and "frames and rows differ: set#7" in reasons[0]

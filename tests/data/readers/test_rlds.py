@@ -26,7 +26,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.rlds import open_rlds
 from spear.data.readers.splits import parse_split
-from spear.data.readers.tfrecord import example_class, read_records
+from spear.data.readers.tfrecord import load_example_class, read_records
 from spear.data.store.prepare import prepare
 from spear.errors import SpearError
 from spear.report.dataset import write_page
@@ -56,7 +56,7 @@ def edit_records(shard: Path, change: Callable[[Any], None], which: range = rang
     """Change the features of some of a shard's records."""
     records = [bytes(record) for _, record in read_records(shard, 0, 25)]
     for number in which:
-        example = example_class().FromString(records[number])
+        example = load_example_class().FromString(records[number])
         change(example.features.feature)
         records[number] = example.SerializeToString()
     write_records(shard, records)
@@ -161,7 +161,7 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).write_bytes(data[: len(data) // 3])
     refuses(r"record 8: the file ends .* copy the file again", list, read_episodes(copy))
     reasons: list[str] = []
-    assert len(list(read_episodes(copy, on_bad=lambda error: reasons.append(str(error))))) == 8
+    assert len(list(read_episodes(copy, on_error=lambda error: reasons.append(str(error))))) == 8
     assert len(reasons) == 17 and "record 24: " in reasons[-1]  # what was promised and is not there
     refuses("17 of 25", prepare, copy, tmp_path / "store")
 
@@ -185,7 +185,7 @@ def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
 
     edit_records(copy / SHARD, empty, range(1))
     reasons: list[SpearError] = []
-    assert len(list(read_episodes(copy, on_bad=reasons.append))) == 24 and "empty" in str(
+    assert len(list(read_episodes(copy, on_error=reasons.append))) == 24 and "empty" in str(
         reasons[0]
     )
     assert "looked at     24 episodes" in inspect(copy) and audit(copy).episodes == 24

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_tiny import write_records
 from refusals import refuses
-from spear.data.readers.tfrecord import example_class, parse_example, read_records
+from spear.data.readers.tfrecord import load_example_class, parse_example, read_records
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), min_size=1, max_size=4),
@@ -22,7 +22,7 @@ values = st.one_of(
 @settings(max_examples=30)
 @given(st.dictionaries(st.text(max_size=20), values, max_size=5))
 def test_every_kind_of_feature_is_read(features: dict[str, Any]) -> None:
-    example = example_class()()
+    example = load_example_class()()
     for key, items in features.items():
         kind = {bytes: "bytes_list", float: "float_list", int: "int64_list"}[type(items[0])]
         getattr(example.features.feature[key], kind).value.extend(items)

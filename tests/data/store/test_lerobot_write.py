@@ -38,7 +38,7 @@ def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera}))
     out = tmp_path_factory.mktemp("ours")
     for kind in ("image", "video"):
-        episodes = read_episodes(theirs / "v3.0_image", dataset=layout)
+        episodes = read_episodes(theirs / "v3.0_image", layout_file=layout)
         assert write_lerobot(episodes, out / f"v3.0_{kind}", images=kind) == 8
     return theirs, out, layout
 
@@ -128,7 +128,7 @@ def test_what_is_written_is_read_back(
     rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
 ) -> None:
     theirs, ours, layout = rewritten
-    before = list(read_episodes(theirs / "v3.0_image", dataset=layout))
+    before = list(read_episodes(theirs / "v3.0_image", layout_file=layout))
     for a, b in zip(before, read_episodes(ours / f"v3.0_{kind}"), strict=True):
         assert_same(replace(a, images={}), replace(b, images={}), 1e-7)
         if kind == "image":

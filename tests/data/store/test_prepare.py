@@ -89,7 +89,7 @@ def test_the_same_episodes_are_in_it(recorded: Path, whole: Path) -> None:
     for i, (old, ours) in enumerate(zip(before, store, strict=True)):
         expected = resample_episode(old)
         action, mask = canonicalize_actions(expected)
-        np.testing.assert_array_equal(store.known[i], mask.sum())
+        np.testing.assert_array_equal(store.num_known_actions[i], mask.sum())
         unseen = dataclasses.replace(expected, images={}, action=action, action_mask=mask)
         for got in (ours, store.without_images(i)):
             assert_same(dataclasses.replace(got, images={}), unseen, 1e-6)
@@ -125,7 +125,7 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
     ):  # another shard in the place of one, of as many known steps
         shutil.copy(file, copy / f"episodes-00001{file.suffix}")
     other = EpisodeStore(copy).select_demonstrations()
-    assert other.known.sum() == store.select_demonstrations().known.sum()
+    assert other.num_known_actions.sum() == store.select_demonstrations().num_known_actions.sum()
     assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit(
         [(other.subset(range(len(other))), 1.0)]
     )
@@ -336,7 +336,7 @@ def test_a_store_is_known_by_content(
     )
     assert words.fingerprint() == size.fingerprint() == same.fingerprint()  # the motions
     hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
-    assert len({store.fingerprint(seen=True) for store in (words, size, same, hand)}) == 4
+    assert len({store.content_fingerprint() for store in (words, size, same, hand)}) == 4
     prepared = tmp_path / "hand-prepared"
     assert prepare(same.path, tmp_path / "again")[0] == prepare(hand.path, prepared)[0] == 1
     for other in (words, size):

@@ -1,4 +1,4 @@
-"""From the step arrays of any dataset to our `Episode`, by what its `DatasetLayout` says of its columns."""
+"""From the columns of any dataset to our `Episode`, by what its `DatasetLayout` says of them."""
 
 import dataclasses
 import math
@@ -20,207 +20,294 @@ from spear.data.readers.dataset_layout import ANGLE_FORMATS, DatasetLayout, Rota
 from spear.data.readers.rotation_formats import to_quaternion
 from spear.embodiments.kinematics import franka_pose
 from spear.errors import SpearError
-from spear.geometry import (
-    quat_canonical,
-    quat_multiply,
-)
+from spear.geometry import quat_canonical, quat_multiply
 from spear.gripper import binarize_commands, observed_openings
 from spear.types import MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
 from spear.util.images import decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
 
-MOST_RAD = 4 * math.pi
-"""Angles beyond this in most steps are degrees: wrists turn once or twice (our choice)."""
-SLACK = 0.1
-"""Part of a declared range by which a gripper's reading may lie outside of it (our choice)."""
-STILL, STILL_TURN, STILL_GRIPPER = 2e-3, 1e-2, 1e-2
-"""Metres and radians per second, and change of opening per step, below which a step is idle (our choice)."""
-_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
-"""What a whole JPEG and a whole PNG end with."""
+MAX_MEDIAN_ANGLE_RAD = 4 * math.pi  # wrists turn once or twice; larger angles are degrees
+GRIPPER_RANGE_TOLERANCE = 0.1  # part of a declared range by which a reading may lie outside
+IDLE_SPEED_M_S = 2e-3  # below it the arm does not move
+IDLE_TURN_RAD_S = 1e-2  # below it the arm does not turn
+IDLE_OPENING_CHANGE = 1e-2  # per step; below it the gripper does not move
+JPEG_END = b"\xff\xd9"
+PNG_END = b"IEND\xaeB`\x82"
 
 
-def build_episode(steps: Steps, spec: DatasetLayout, source: str) -> Episode:
-    """Our `Episode` from the nested step arrays of a dataset laid out as `spec` says.
+def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
+    """Build an `Episode` in our conventions from the columns of a dataset.
 
-    Canonical actions are taken as they are where `spec.action` names their column. Otherwise motions come
-    from the states, and gripper commands from the logged ones where the dataset has them: the last step leads
-    nowhere known and is masked. Raises SpearError for a missing column or a bad episode, among them one whose
-    pose jumps (more than 3 m/s or 10 rad/s between two steps), or one of whose images is cut off.
+    If `layout.action` names a column of canonical actions, they are used unchanged. Otherwise the
+    motions come from the states, and the gripper commands from the logged ones if the dataset has
+    them; the last step leads to no known state and is masked.
+
+    Args:
+        steps: The columns of one episode.
+        layout: What the columns mean.
+        source: The name of the episode, for error messages.
+
+    Raises:
+        SpearError: If a column is missing, or the episode is bad: among other reasons, its pose
+            jumps (more than 3 m/s or 10 rad/s between two steps), or one of its images is cut off.
     """
-    assert spec.rate_hz is not None
-    position, rotation, form = read_pose(steps, spec, source)
-    if (
-        form in ANGLE_FORMATS
-        and len(rotation)
-        and np.median(np.abs(rotation).max(axis=-1)) > MOST_RAD
-    ):
-        raise SpearError(
-            f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg"
-        )
-    gripper, command = read_openings(steps, spec, source)
+    assert layout.rate_hz is not None
+    # States and images, checked.
+    position, rotation, rotation_format = read_pose(steps, layout, source)
+    _check_angle_unit(rotation, rotation_format, source)
+    gripper, command = read_openings(steps, layout, source)
     episode = check_episode(
         Episode(
-            images={camera: _images(steps, spec, camera, source) for camera in spec.images},
+            images={
+                camera: _read_images(steps, layout, camera, source) for camera in layout.images
+            },
             position=position,
-            rotation=to_quaternion(rotation, form, source),
+            rotation=to_quaternion(rotation, rotation_format, source),
             gripper=gripper,
-            instruction=read_instruction(steps, spec, source),
-            rate_hz=spec.rate_hz,
+            instruction=read_instruction(steps, layout, source),
+            rate_hz=layout.rate_hz,
             source=source,
-            success=read_success(steps, spec, source),
+            success=read_success(steps, layout, source),
         )
     )
     _check_jumps(episode)
-    tool = torch.tensor(spec.tool_rotation, dtype=torch.float32)
-    turned = quat_canonical(quat_multiply(torch.as_tensor(episode.rotation), tool)).numpy()
-    episode = dataclasses.replace(episode, rotation=turned)
-    if spec.action is not None:
-        own: dict[str, Any] = {"action": read_numbers(steps, spec.action, source)}
-        if spec.action_mask is not None:
-            own["action_mask"] = read_numbers(steps, spec.action_mask, source).reshape(-1) != 0
-        if spec.source is not None:
-            own["source"] = read_text(steps, spec.source, source)
-        return check_actions(dataclasses.replace(episode, **own))
-    command = None if command is None else binarize_commands(command, episode.rate_hz)
-    if spec.drop_idle:
-        episode, command = _without_idle(episode, command)
+
+    # From the dataset's end-effector frame to ours.
+    tool_rotation = torch.tensor(layout.tool_rotation, dtype=torch.float32)
+    ee_rotation = quat_multiply(torch.as_tensor(episode.rotation), tool_rotation)
+    episode = dataclasses.replace(episode, rotation=quat_canonical(ee_rotation).numpy())
+
+    # Actions: canonical ones of the dataset, or derived from states and gripper commands.
+    if layout.action is not None:
+        return _add_canonical_actions(episode, steps, layout, source)
+    if command is not None:
+        command = binarize_commands(command, episode.rate_hz)
+    if layout.drop_idle:
+        moving_steps = _find_moving_steps(episode, command)
+        episode = _select_steps(episode, moving_steps)
+        command = None if command is None else command[moving_steps]
     if command is None:
         return episode
     action = derive_actions(episode.position, episode.rotation, command)
-    known = np.arange(len(episode)) < len(episode) - 1
-    return check_actions(dataclasses.replace(episode, action=action, action_mask=known))
+    is_known = np.arange(len(episode)) < len(episode) - 1
+    return check_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
+
+
+def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: str) -> None:
+    """Raise SpearError for angles of which most are too large for radians."""
+    if rotation_format not in ANGLE_FORMATS or not len(rotation):
+        return
+    if np.median(np.abs(rotation).max(axis=-1)) > MAX_MEDIAN_ANGLE_RAD:
+        raise SpearError(
+            f"orientations up to {np.abs(rotation).max():.3g} rad: {source}: say angle_unit deg"
+        )
+
+
+def _add_canonical_actions(
+    episode: Episode, steps: Steps, layout: DatasetLayout, source: str
+) -> Episode:
+    """Add the canonical actions of a dataset that we wrote, with their mask and source."""
+    assert layout.action is not None
+    fields: dict[str, Any] = {"action": read_numbers(steps, layout.action, source)}
+    if layout.action_mask is not None:
+        fields["action_mask"] = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
+    if layout.source is not None:
+        fields["source"] = read_text(steps, layout.source, source)
+    return check_actions(dataclasses.replace(episode, **fields))
 
 
 def read_pose(
-    steps: Steps, spec: DatasetLayout, source: str
+    steps: Steps, layout: DatasetLayout, source: str
 ) -> tuple[Array, Array, RotationFormat]:
-    """Recorded positions [T, 3], m, orientations [T, d], angles in rad, and how these are written."""
-    assert (
-        spec.position is not None and spec.rotation is not None and spec.rotation_format is not None
-    )
-    position = read_numbers(steps, spec.position, source)
-    turn = ANGLE_UNITS[spec.angle_unit]
-    if spec.rotation_format == "franka_joints":
-        return (*franka_pose(position * turn, source), "quat_wxyz")
-    rotation = read_numbers(steps, spec.rotation, source)
-    if spec.rotation_format in ANGLE_FORMATS:
-        rotation = rotation * turn
-    return position * LENGTH_UNITS[spec.length_unit], rotation, spec.rotation_format
+    """Read the recorded end-effector poses.
 
-
-def read_openings(steps: Steps, spec: DatasetLayout, source: str) -> tuple[Array, Array | None]:
-    """Measured and commanded openings [T] of the gripper, 0 closed … 1 open; None where none are commanded.
-
-    Where both are the same but for rounding, nothing was measured: a step then finds what the one before was
-    told. Else the state would give its action away, and a policy learn to keep its gripper as it is. Raises
-    SpearError for a reading that is outside its declared range by more than `SLACK` of it.
+    Returns:
+        Positions [T, 3] (m, base frame), orientations [T, d] (angles in rad), and the format of
+        the orientations.
     """
-    assert spec.gripper is not None and spec.gripper_range is not None
-    found = _opening(steps, spec.gripper, "gripper_range", spec.gripper_range, source)
-    if spec.command is not None:
-        told = _opening(steps, spec.command, "command_range", spec.command_range, source)
-    elif spec.gripper.startswith("action"):
-        told = found
-    else:
-        return found, None
-    return observed_openings(found, told), told
+    assert layout.position is not None
+    assert layout.rotation is not None
+    assert layout.rotation_format is not None
+    position = read_numbers(steps, layout.position, source)
+    radians_per_unit = ANGLE_UNITS[layout.angle_unit]
+    if layout.rotation_format == "franka_joints":
+        position_m, quaternion = franka_pose(position * radians_per_unit, source)
+        return position_m, quaternion, "quat_wxyz"
+
+    rotation = read_numbers(steps, layout.rotation, source)
+    if layout.rotation_format in ANGLE_FORMATS:
+        rotation = rotation * radians_per_unit
+    position_m = position * LENGTH_UNITS[layout.length_unit]
+    return position_m, rotation, layout.rotation_format
 
 
-def _opening(steps: Steps, where: str, key: str, span: tuple[float, float], source: str) -> Array:
-    values = read_numbers(steps, where, source)
-    if values.size != len(values):
-        raise SpearError(
-            f"no column {where!r}: {source}: it has the shape {values.shape}, not one number"
+def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Array, Array | None]:
+    """Read the measured and the commanded openings of the gripper.
+
+    Returns:
+        Openings [T] and commands [T], 0 closed to 1 open; None instead of commands if the dataset
+        logs none. If both agree but for rounding, nothing was measured: see `observed_openings`.
+
+    Raises:
+        SpearError: If a reading is outside its declared range by more than 10 % of the range.
+    """
+    assert layout.gripper is not None
+    assert layout.gripper_range is not None
+    opening = _read_opening(steps, layout.gripper, "gripper_range", layout.gripper_range, source)
+    if layout.command is not None:
+        command = _read_opening(
+            steps, layout.command, "command_range", layout.command_range, source
         )
-    values, (closed, opened) = values.reshape(-1), span
-    part = (values - closed) / (opened - closed)
-    if (step := find_first((part < -SLACK) | (part > 1 + SLACK))) is not None:
-        wrong = f"{where} is {values[step]:.4g}, but {key} is [{closed:g}, {opened:g}]"
-        runs = f"in this episode it runs from {values.min():.4g} to {values.max():.4g}"
-        cure = "give its readings when closed, then when open"
-        raise SpearError(f"out of range: {source} step {step}: {wrong}; {runs}: {cure}")
-    return np.clip(part, 0, 1)
+    elif layout.gripper.startswith("action"):
+        command = opening
+    else:
+        return opening, None
+    return observed_openings(opening, command), command
 
 
-def _without_idle(episode: Episode, command: Array | None) -> tuple[Episode, Array | None]:
-    """Without the steps at which neither arm nor gripper moves, and the command stays as it was. They are
-    measured from where the last step that stays leads: what creeps would add up to a leap of that step."""
-    told = np.zeros(len(episode)) if command is None else np.diff(command, prepend=command[:1])
-    keep, reached = list[int](), 0
-    for step in range(len(episode) - 1):
-        ends = [reached, step + 1]
-        moved = np.linalg.norm(np.diff(episode.position[ends], axis=0)) * episode.rate_hz > STILL
-        moved |= _turned(episode.rotation[ends])[0] * episode.rate_hz > STILL_TURN
-        if moved or np.ptp(episode.gripper[ends]) > STILL_GRIPPER or told[step]:
-            keep.append(step)
-            reached = step + 1
-    keep.append(len(episode) - 1)
-    parts: dict[str, Any] = {
-        n: getattr(episode, n)[keep] for n in ("position", "rotation", "gripper")
-    }
-    images = {camera: [images[i] for i in keep] for camera, images in episode.images.items()}
-    return dataclasses.replace(
-        episode, images=images, **parts
-    ), None if command is None else command[keep]
+def _read_opening(
+    steps: Steps, column: str, range_key: str, closed_and_open: tuple[float, float], source: str
+) -> Array:
+    """Read a gripper column as openings [T] in 0 … 1, by its readings when closed and when open."""
+    readings = read_numbers(steps, column, source)
+    if readings.size != len(readings):
+        raise SpearError(
+            f"no column {column!r}: {source}: it has the shape {readings.shape}, not one number"
+        )
+
+    readings = readings.reshape(-1)
+    closed, opened = closed_and_open
+    opening = (readings - closed) / (opened - closed)
+    is_outside = (opening < -GRIPPER_RANGE_TOLERANCE) | (opening > 1 + GRIPPER_RANGE_TOLERANCE)
+    step = find_first(is_outside)
+    if step is not None:
+        raise SpearError(
+            f"out of range: {source} step {step}: {column} is {readings[step]:.4g}, but "
+            f"{range_key} is [{closed:g}, {opened:g}]; in this episode it runs from "
+            f"{readings.min():.4g} to {readings.max():.4g}: "
+            "give its readings when closed, then when open"
+        )
+    return np.clip(opening, 0, 1)
 
 
-def _images(steps: Steps, spec: DatasetLayout, camera: str, source: str) -> list[bytes]:
-    """A camera's encoded images. One that does not end as it should is decoded, to see if it is whole.
+def _find_moving_steps(episode: Episode, command: Array | None) -> list[int]:
+    """Find the steps at which the arm or the gripper moves, or its command changes; and the last.
 
-    Squeezed ones get their camera's width / height back; depth depends on the true proportions.
+    Motion is measured from where the last moving step leads. Otherwise the steps of a slow drift
+    would all be idle, and add up to a jump.
     """
-    where, aspect = spec.images[camera], spec.image_aspect.get(camera)
+    command_change = np.zeros(len(episode))
+    if command is not None:
+        command_change = np.diff(command, prepend=command[:1])
+
+    moving_steps: list[int] = []
+    reached_step = 0
+    for step in range(len(episode) - 1):
+        ends = [reached_step, step + 1]
+        distance_m = np.linalg.norm(np.diff(episode.position[ends], axis=0))
+        turn_rad = _angles_between_steps(episode.rotation[ends])[0]
+        is_moving = (
+            distance_m * episode.rate_hz > IDLE_SPEED_M_S
+            or turn_rad * episode.rate_hz > IDLE_TURN_RAD_S
+            or np.ptp(episode.gripper[ends]) > IDLE_OPENING_CHANGE
+            or command_change[step] != 0
+        )
+        if is_moving:
+            moving_steps.append(step)
+            reached_step = step + 1
+    moving_steps.append(len(episode) - 1)
+    return moving_steps
+
+
+def _select_steps(episode: Episode, steps: list[int]) -> Episode:
+    """Keep only some steps of the states and images of an episode without actions."""
+    return dataclasses.replace(
+        episode,
+        images={
+            camera: [images[step] for step in steps] for camera, images in episode.images.items()
+        },
+        position=episode.position[steps],
+        rotation=episode.rotation[steps],
+        gripper=episode.gripper[steps],
+    )
+
+
+def _read_images(steps: Steps, layout: DatasetLayout, camera: str, source: str) -> list[bytes]:
+    """Read a camera's encoded images.
+
+    An image that does not end like a JPEG or PNG is decoded, to see whether it is cut off. Images
+    that the dataset squeezed get their true aspect ratio back, because depth depends on it.
+    """
+    column = layout.images[camera]
+    aspect = layout.image_aspect.get(camera)
     images: list[bytes] = []
-    for step, encoded in enumerate(read_column(steps, where, source)):
+    for step, encoded in enumerate(read_column(steps, column, source)):
         if not isinstance(encoded, bytes) or is_depth_png(encoded):
-            raise SpearError(f"no images in column {where!r}: {source}: name another column")
-        if encoded and (aspect is not None or not encoded.endswith(_ENDS)):
+            raise SpearError(f"no images in column {column!r}: {source}: name another column")
+
+        ends_well = encoded.endswith((JPEG_END, PNG_END))
+        if encoded and (aspect is not None or not ends_well):
             pixels = decode_image(encoded, f"{source} step {step} camera {camera!r}")
             if aspect is not None:
-                size = round(len(pixels) * aspect), len(pixels)
-                wide = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-                encoded = encode_jpeg(np.asarray(wide))
+                height = len(pixels)
+                width = round(height * aspect)
+                resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+                encoded = encode_jpeg(np.asarray(resized))
         images.append(encoded)
     return images
 
 
-def read_instruction(steps: Steps, spec: DatasetLayout, source: str) -> str:
-    """What the robot was asked to do, "" where the text is empty."""
-    return read_text(steps, spec.instruction, source)
+def read_instruction(steps: Steps, layout: DatasetLayout, source: str) -> str:
+    """Read what the robot was asked to do; "" if the text is empty."""
+    return read_text(steps, layout.instruction, source)
 
 
-def read_success(steps: Steps, spec: DatasetLayout, source: str) -> bool | None:
-    """What the last row of a column says of how the episode ended; see `DatasetLayout.success`."""
-    if (where := spec.success) is None:
+def read_success(steps: Steps, layout: DatasetLayout, source: str) -> bool | None:
+    """Read from the last row of a column how the episode ended; see `DatasetLayout.success`."""
+    column = layout.success
+    if column is None:
         return None
-    if isinstance(read_column(steps, where, source), list):
-        folders = {*read_text(steps, where, source).split("/")} & {"success", "failure"}
-        return folders == {"success"} if folders else None
-    last = read_numbers(steps, where, source).reshape(-1)[-1:]
-    return bool(last[0]) if len(last) and last[0] >= 0 else None
+
+    if isinstance(read_column(steps, column, source), list):
+        folders = read_text(steps, column, source).split("/")
+        outcomes = {"success", "failure"}.intersection(folders)
+        return outcomes == {"success"} if outcomes else None
+
+    last_row = read_numbers(steps, column, source).reshape(-1)[-1:]
+    if not len(last_row) or last_row[0] < 0:
+        return None
+    return bool(last_row[0])
 
 
 def _check_jumps(episode: Episode) -> None:
-    """Raises SpearError for a pose that changes faster than any arm: a wrong column, unit or format."""
-    moved = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
-    for change, fastest, what, check in (
-        (moved, MAX_EE_SPEED_M_S, "moved by {:.3g} m", "its unit (length_unit)"),
-        (
-            _turned(episode.rotation),
-            MAX_EE_TURN_RAD_S,
-            "turned by {:.3g} rad",
-            "how its rotations are written",
-        ),
-    ):
-        if change.max(initial=0) * episode.rate_hz > fastest:
-            step = int(change.argmax())
-            jump = f"jump: {episode.source} step {step + 1}: the end-effector is {what.format(change[step])}"
-            raise SpearError(
-                f"{jump} in one step; leave it out, or check rate_hz, the column and {check}"
-            )
+    """Raise SpearError for a pose that changes faster than any arm can move.
+
+    A wrong column, unit or rotation format is the usual reason.
+    """
+    distances_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
+    if distances_m.max(initial=0) * episode.rate_hz > MAX_EE_SPEED_M_S:
+        step = int(distances_m.argmax())
+        raise _jump_error(
+            episode, step, f"moved by {distances_m[step]:.3g} m", "its unit (length_unit)"
+        )
+
+    turns_rad = _angles_between_steps(episode.rotation)
+    if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
+        step = int(turns_rad.argmax())
+        raise _jump_error(
+            episode, step, f"turned by {turns_rad[step]:.3g} rad", "how its rotations are written"
+        )
 
 
-def _turned(rotation: Array) -> Array:
-    """[T - 1] angles between quaternions [T, 4] that follow each other, rad; exactly 0 where they are one."""
-    apart = (np.linalg.norm(rotation[1:] - sign * rotation[:-1], axis=1) for sign in (1, -1))
-    return 4 * np.arcsin(np.minimum(*apart) / 2)
+def _jump_error(episode: Episode, step: int, jump: str, cause: str) -> SpearError:
+    return SpearError(
+        f"jump: {episode.source} step {step + 1}: the end-effector is {jump} in one step; "
+        f"leave it out, or check rate_hz, the column and {cause}"
+    )
+
+
+def _angles_between_steps(rotation: Array) -> Array:
+    """[T - 1] angles between consecutive quaternions [T, 4], rad; exactly 0 for equal ones."""
+    distance = np.linalg.norm(rotation[1:] - rotation[:-1], axis=1)
+    distance_to_negative = np.linalg.norm(rotation[1:] + rotation[:-1], axis=1)
+    return 4 * np.arcsin(np.minimum(distance, distance_to_negative) / 2)

@@ -1,4 +1,7 @@
-"""Reading the columns of one episode, whatever format its dataset is in."""
+"""Reading the columns of one episode, whatever format its dataset is in.
+
+A column is named by a path with an optional range of its last dimension: "observation/state[0:3]".
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,108 +14,171 @@ from spear.errors import SpearError
 from spear.types import CONTROL_CHARACTERS, Array
 
 Steps = Mapping[str, Any]
-"""An episode's columns, nested: arrays, steps first; images and texts: lists of bytes; a str: why not."""
+"""The columns of an episode, nested: an array with the steps first, a list of bytes for images and
+texts, or a str that says why the column cannot be read."""
 RawEpisodes = Iterator[tuple[str, Steps | SpearError]]
-"""(source, steps) of one episode after the other, or the reason why it cannot be read."""
+"""(source, steps) of each episode of a dataset, or why the episode cannot be read."""
+
 _COLUMN = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<first>\d+)(:(?P<end>\d+))?\])?$")
+_DEPTH_PNG_HEADER = b"PNG\x10\x00"  # signature, 16 bits per channel, one channel
 
 
-def read_column(steps: Steps, where: str, source: str) -> Any:
-    """The rows of a column: "state[0:3]" -> [T, 3], "action[6]" -> [T]. SpearError says what there is."""
-    path, span = parse_column(where)
-    node: Any = steps
+def read_column(steps: Steps, column: str, source: str) -> Any:
+    """Read the rows of a column.
+
+    Args:
+        steps: The columns of an episode.
+        column: For example "state[0:3]", which gives [T, 3], or "action[6]", which gives [T].
+        source: The name of the episode, for error messages.
+
+    Raises:
+        SpearError: If there is no such column; the message lists those that there are.
+    """
+    path, components = parse_column(column)
+    values = _find_values(steps, path, column, source)
+    if isinstance(values, str):
+        raise SpearError(f"no column {column!r}: {source}: it cannot be read: {values}")
+    if components is None:
+        return values
+
+    if getattr(values, "ndim", 0) != 2 or values.shape[1] < components.stop:
+        shape = getattr(values, "shape", "no array")
+        raise SpearError(f"no column {column!r}: {source}: {path} is {shape}")
+    is_range = ":" in column[len(path) :]
+    return values[:, components] if is_range else values[:, components.start]
+
+
+def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
+    """Follow a path through nested columns. The names of a dataset may themselves contain slashes."""
+    values: Any = steps
     parts = path.split("/")
     while parts:
-        # A name may have slashes in it itself: the longest that is there is meant.
-        names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        if (
-            name := next((n for n in names if isinstance(node, Mapping) and n in node), None)
-        ) is None:
-            there = ", ".join(sorted(node)) if isinstance(node, Mapping) else "nothing below it"
-            raise SpearError(f"no column {where!r}: {source}: no {parts[0]!r} (there is: {there})")
-        node, parts = node[name], parts[name.count("/") + 1 :]
-    if isinstance(node, str):
-        raise SpearError(f"no column {where!r}: {source}: it cannot be read: {node}")
-    if span is None:
-        return node
-    if getattr(node, "ndim", 0) != 2 or node.shape[1] < span.stop:
-        shape = getattr(node, "shape", "no array")
-        raise SpearError(f"no column {where!r}: {source}: {path} is {shape}")
-    return node[:, span] if ":" in where[len(path) :] else node[:, span.start]
-
-
-def parse_column(where: str) -> tuple[str, slice | None]:
-    """The path of a column, and which of its components are meant; None: all. Raises SpearError."""
-    if not (match := _COLUMN.match(where)):
-        raise SpearError(f"unreadable column {where!r}: write it like observation/state[0:3]")
-    if match["first"] is None:
-        return match["path"], None
-    first = int(match["first"])
-    return match["path"], slice(first, int(match["end"] or first + 1))
-
-
-def walk_columns(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(column, values) of nested step arrays."""
-    for key, value in sorted(steps.items()):
-        if isinstance(value, Mapping):
-            yield from walk_columns(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def count_steps(steps: Steps) -> int:
-    """How many steps there are, by the first column that can be read."""
-    return len(
-        next((values for _, values in walk_columns(steps) if not isinstance(values, str)), ())
-    )
-
-
-def read_numbers(steps: Steps, where: str, source: str) -> Array:
-    """A column of numbers, [T] or [T, d] float64. Raises SpearError naming it, and the step that is NaN."""
-    try:
-        values = np.asarray(read_column(steps, where, source), np.float64)
-    except (TypeError, ValueError) as error:
-        raise SpearError(
-            f"no numbers in column {where!r}: {source}: name another column"
-        ) from error
-    if (
-        step := find_first(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-    ) is not None:
-        there = f"{source} step {step}: {where} is {values[step].tolist()}"
-        raise SpearError(f"not a number: {there}; leave the episode out")
+        name = _longest_prefix_in(values, parts)
+        if name is None:
+            known = ", ".join(sorted(values)) if isinstance(values, Mapping) else "nothing below it"
+            raise SpearError(f"no column {column!r}: {source}: no {parts[0]!r} (there is: {known})")
+        values = values[name]
+        parts = parts[name.count("/") + 1 :]
     return values
 
 
-def read_text(steps: Steps, where: str, source: str) -> str:
-    """What a column says: bytes, texts, or Unicode code points padded with zeros; rows are the same or empty.
+def _longest_prefix_in(values: Any, parts: list[str]) -> str | None:
+    """Find the longest leading part of a path that is a key of `values`."""
+    if not isinstance(values, Mapping):
+        return None
+    for count in range(len(parts), 0, -1):
+        name = "/".join(parts[:count])
+        if name in values:
+            return name
+    return None
 
-    Raises SpearError naming the column for anything else, such as numbers, images or a text that changes.
+
+def parse_column(column: str) -> tuple[str, slice | None]:
+    """Split the name of a column into its path and the components it selects (None for all)."""
+    match = _COLUMN.match(column)
+    if match is None:
+        raise SpearError(f"unreadable column {column!r}: write it like observation/state[0:3]")
+    if match["first"] is None:
+        return match["path"], None
+
+    first = int(match["first"])
+    end = int(match["end"] or first + 1)
+    return match["path"], slice(first, end)
+
+
+def walk_columns(steps: Steps, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, values) of all nested columns, in the order of their names."""
+    for key, values in sorted(steps.items()):
+        if isinstance(values, Mapping):
+            yield from walk_columns(values, f"{prefix}{key}/")
+        else:
+            yield prefix + key, values
+
+
+def count_steps(steps: Steps) -> int:
+    """Count the steps of an episode, by its first readable column."""
+    for _, values in walk_columns(steps):
+        if not isinstance(values, str):
+            return len(values)
+    return 0
+
+
+def read_numbers(steps: Steps, column: str, source: str) -> Array:
+    """Read a column of numbers.
+
+    Returns:
+        [T] or [T, d] float64.
+
+    Raises:
+        SpearError: If the column is missing or holds no numbers, or a number is not finite; the
+            message names the column and the step.
     """
     try:
-        rows = {
-            r.tobytes() if isinstance(r, np.ndarray) else r: r
-            for r in read_column(steps, where, source)
-        }
-        texts = [text for text in dict.fromkeys(map(_words, rows.values())) if text]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise SpearError(f"no text in column {where!r}: {source}: name another column") from error
-    if texts[1:]:
-        change = f"{where} is {texts[0]!r} and then {texts[1]!r}"
+        values = np.asarray(read_column(steps, column, source), np.float64)
+    except (TypeError, ValueError) as error:
         raise SpearError(
-            f"text that changes: {source}: {change}; cut the episode there, or leave it out"
+            f"no numbers in column {column!r}: {source}: name another column"
+        ) from error
+
+    row_axes = tuple(range(1, values.ndim))
+    step = find_first(~np.isfinite(values).all(axis=row_axes))
+    if step is not None:
+        raise SpearError(
+            f"not a number: {source} step {step}: {column} is {values[step].tolist()}; "
+            "leave the episode out"
+        )
+    return values
+
+
+def read_text(steps: Steps, column: str, source: str) -> str:
+    """Read a column of texts whose rows are all the same, or empty.
+
+    The rows may be bytes, texts, or Unicode code points padded with zeros.
+
+    Raises:
+        SpearError: If the column holds anything else, such as numbers or images, or if the text
+            changes within the episode.
+    """
+    try:
+        rows = read_column(steps, column, source)
+        texts = _find_distinct_texts(rows)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SpearError(f"no text in column {column!r}: {source}: name another column") from error
+
+    if len(texts) > 1:
+        raise SpearError(
+            f"text that changes: {source}: {column} is {texts[0]!r} and then {texts[1]!r}; "
+            "cut the episode there, or leave it out"
         )
     return "".join(texts)
 
 
-def _words(row: Any) -> str:
+def _find_distinct_texts(rows: Any) -> list[str]:
+    """Decode the rows that differ from each other, in order, without the empty ones."""
+    distinct_rows: dict[Any, Any] = {}
+    for row in rows:
+        key = row.tobytes() if isinstance(row, np.ndarray) else row
+        distinct_rows[key] = row
+
+    texts: dict[str, None] = {}
+    for row in distinct_rows.values():
+        text = _decode_text(row)
+        if text:
+            texts[text] = None
+    return list(texts)
+
+
+def _decode_text(row: Any) -> str:
+    """Decode one row of a text column. Raises ValueError for what holds control characters."""
     if isinstance(row, np.ndarray) and row.dtype.kind in "iu":
-        row = "".join(chr(int(c)) for c in row.reshape(-1) if c)
-    text = row.strip() if isinstance(row, str) else bytes.decode(row, "utf-8", "replace").strip()
+        row = "".join(chr(int(code)) for code in row.reshape(-1) if code)
+    text: str = row if isinstance(row, str) else bytes.decode(row, "utf-8", "replace")
+    text = text.strip()
     if CONTROL_CHARACTERS.search(text):
         raise ValueError
     return text
 
 
 def is_depth_png(encoded: bytes) -> bool:
-    """Whether it is a PNG of one 16-bit channel: a depth image, no camera's (our choice)."""
-    return encoded[1:4] + encoded[24:26] == b"PNG\x10\x00"
+    """Whether an encoded image is a PNG with one 16-bit channel, which holds depth, not colors."""
+    return encoded[1:4] + encoded[24:26] == _DEPTH_PNG_HEADER

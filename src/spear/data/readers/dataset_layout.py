@@ -1,10 +1,12 @@
-"""What is known of each robot dataset, as data: where its columns are and what they mean.
+"""The layout of each robot dataset, as data: where its columns are and what they mean.
 
-The datasets are in `oxe.toml`. One that is not there is described in a file `spear.json` in its folder, with
-the fields of `DatasetLayout`, the rest from the entry that "like" names (docs/finetune.md has an example).
+`oxe.toml` describes the published datasets. Any other dataset is described by a file `spear.json` in
+its folder, with the fields of `DatasetLayout`; fields that it does not give come from the entry of
+`oxe.toml` that its key "like" names. docs/finetune.md has an example.
 
-A column is a path below the steps, with an optional range of its last dimension: "observation/state[0:3]".
-LeRobot's dots are steps of the path: its "observation.images.top" is "observation/images/top".
+A column is a path below the steps, with an optional range of its last dimension:
+"observation/state[0:3]". LeRobot's dots become slashes of the path: its "observation.images.top" is
+"observation/images/top".
 """
 
 import dataclasses
@@ -30,81 +32,91 @@ LoggedFormat = (
     | Literal["quat_wxyz", "quat_xyzw"]
     | Literal["6d_columns", "6d_rows", "matrix4_columns", "matrix4_rows"]
 )
-"""How a logged rotation is written down.
+"""The formats of logged rotations.
 
 euler_xyz        roll, pitch, yaw: angles about the fixed axes x, y, z (R = Rz Ry Rx).
-euler_ZYX        yaw, pitch, roll: euler_xyz with its columns the other way round (not SciPy's "zyx").
+euler_ZYX        yaw, pitch, roll: euler_xyz with its columns in reverse order (not SciPy's "zyx").
 euler_XYZ        angles about the moving axes x, y, z (R = Rx Ry Rz).
 rotation_vector  axis times angle.
 quat_wxyz, quat_xyzw   unit quaternion, scalar first or last.
-6d_columns, 6d_rows   the first two columns, or rows, of the matrix, one after the other.
-matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column after column or row after row.
+6d_columns, 6d_rows    the first two columns, or rows, of the matrix, one after the other.
+matrix4_columns, matrix4_rows   the 16 numbers of a homogeneous pose, column by column or row by row.
 """
 RecordedOnly = Literal["euler_zxy", "franka_joints"]
-"""Formats of recorded orientations alone. The audit does not judge them: nothing else looks like joint
-angles, and rotations alone cannot tell angles about z, x, y from roll, pitch, yaw about other axes.
+"""Formats that only recorded orientations have. The audit does not judge them: no other numbers
+look like joint angles, and rotations alone cannot tell angles about z, x, y from roll, pitch, yaw
+about other axes.
 
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
-franka_joints    a Franka's seven joint angles, the column of both positions and rotations (`franka_pose`).
+franka_joints    a Franka's seven joint angles, in one column for positions and rotations
+                 (`franka_pose`).
 """
 RotationFormat = LoggedFormat | RecordedOnly
 RECORDED_ONLY: tuple[str, ...] = get_args(RecordedOnly)
 ANGLE_FORMATS = (*get_args(AngleFormat), *RECORDED_ONLY)
-"""Formats that have a unit."""
+"""Formats whose numbers are angles, and therefore have a unit."""
 LAYOUT_FILE = "spear.json"
+REGISTRY_FILE = "oxe.toml"
+UNIT_NORM_TOLERANCE = 1e-3  # of the quaternion of a tool rotation
 
 
-def _two_readings(span: tuple[float, float]) -> tuple[float, float]:
-    if span[0] == span[1]:
+def _check_two_readings(closed_and_open: tuple[float, float]) -> tuple[float, float]:
+    closed, opened = closed_and_open
+    if closed == opened:
         raise ValueError("give two different readings, of closed and of open")
-    return span
+    return closed_and_open
 
 
-def _unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
-    if abs(math.hypot(*quaternion) - 1) > 1e-3:
+def _check_unit_norm(quaternion: tuple[float, ...]) -> tuple[float, ...]:
+    if abs(math.hypot(*quaternion) - 1) > UNIT_NORM_TOLERANCE:
         raise ValueError("give a unit quaternion (w, x, y, z)")
     return quaternion
 
 
 Positive = Annotated[float, Field(gt=0)]
-Range = Annotated[tuple[float, float], AfterValidator(_two_readings)]
-"""The readings of closed and of open."""
-Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_unit_norm)]
+AspectRatio = Annotated[float, Field(ge=0.1, le=10)]
+Range = Annotated[tuple[float, float], AfterValidator(_check_two_readings)]
+"""The readings of a closed and of an open gripper."""
+Quaternion = Annotated[tuple[float, float, float, float], AfterValidator(_check_unit_norm)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class DatasetLayout:
-    """One dataset's layout and conventions. None is "not known"; `facts` says what is behind a value.
+    """The layout and the conventions of one dataset.
+
+    None means "not known", and `facts` says how a value is known.
 
     robot, rate_hz   the arm, and steps per second.
-    images           our camera name -> column of encoded images.
-    image_aspect     our camera name -> true width / height, where the stored images were squeezed.
+    images           our camera name → column of encoded images.
+    image_aspect     our camera name → true width / height, if the stored images were squeezed.
     instruction      column of the instruction, the same in all steps.
     position         column of the end-effector position, base frame (x forward, y left, z up).
     rotation         column of its orientation in the base frame, in `rotation_format`.
-    length_unit      of positions and of logged translations; see `util.units`.
-    angle_unit       of the numbers in `rotation` and `logged_rotation` where angles; see `util.units`.
-    tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame to ours:
-                     parallel to the base frame when the gripper points down and its fingers close along y.
+    length_unit      of positions and of logged translations.
+    angle_unit       of the numbers in `rotation` and `logged_rotation`, if they are angles.
+    tool_rotation    quaternion (w, x, y, z) from the right, from the dataset's end-effector frame
+                     to ours: parallel to the base frame when the gripper points down and its
+                     fingers close along y.
     gripper          column of the measured opening; `gripper_range` is its (closed, open) reading.
-    command          column of the absolute gripper command, or None; `command_range` likewise. A `gripper`
-                     column that is part of an action is one.
-    logged_translation, logged_rotation   columns of the logged arm actions, which only the audit uses.
-    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or velocity;
-                     in the base or the end-effector frame.
-    drop_idle        leave out the steps at which neither arm nor gripper moves.
-    newest           the last version of the dataset that is in order, where later ones are not.
-    success          column whose last row says how the episode ended: a number (0 failed, below 0 not known),
-                     or a path with a folder "success" or "failure"; neither: not known.
-    action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we wrote;
-                     `action_mask` and `source` are columns of the same parts of an `Episode`.
-    weight, facts    share of the training mixture, %; field -> where we know it from.
+    command          column of the absolute gripper command, or None; `command_range` likewise. A
+                     `gripper` column that is part of an action is also the command.
+    logged_translation, logged_rotation   columns of the logged arm actions, used by the audit only.
+    logged_rotation_format, logged_kind, logged_frame   what they mean: change per step, target or
+                     velocity; in the base or the end-effector frame.
+    drop_idle        remove the steps at which neither arm nor gripper moves.
+    newest           the last version of the dataset that is correct, if later ones are broken.
+    success          column whose last row says how the episode ended: a number (0 failed, below 0
+                     not known), or a path with a folder "success" or "failure"; otherwise it is
+                     not known.
+    action           column of canonical actions [T, 8] (`Action.to_vector`), in datasets that we
+                     wrote; `action_mask` and `source` are columns of these parts of an `Episode`.
+    weight, facts    share of the training mixture, %; field → how we know its value.
     """
 
     name: str
     robot: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    image_aspect: Mapping[str, Annotated[float, Field(ge=0.1, le=10)]] = field(default_factory=dict)
+    image_aspect: Mapping[str, AspectRatio] = field(default_factory=dict)
     instruction: str = "language_instruction"
     position: str | None = None
     rotation: str | None = None
@@ -137,7 +149,10 @@ DEPENDENT_FIELDS = {
     "gripper": ("command", "command_range"),
     "action": ("command", "command_range", "tool_rotation", "drop_idle"),
 }
-_NEEDED = (
+"""Field → fields that describe its columns only, and mean nothing for another value of it."""
+COLUMN_OF_FIELD = {"command_range": "command", "action_mask": "action", "source": "action"}
+"""Field → the field without which it describes nothing."""
+REQUIRED_FIELDS = (
     "images",
     "position",
     "rotation",
@@ -146,99 +161,160 @@ _NEEDED = (
     "gripper_range",
     "rate_hz",
 )
+"""Fields without which no episode can be read."""
 
 
-def find_missing_fields(spec: DatasetLayout) -> list[str]:
-    """Fields without which no episode can be read, and which are not known."""
-    return [name for name in _NEEDED if not getattr(spec, name)]
+def find_missing_fields(layout: DatasetLayout) -> list[str]:
+    """List the required fields that the layout does not know."""
+    return [name for name in REQUIRED_FIELDS if not getattr(layout, name)]
 
 
 def find_layout(
-    name: str, folder: Path, given: Path | None = None, defaults: Mapping[str, Any] | None = None
+    name: str,
+    folder: Path,
+    layout_file: Path | None = None,
+    format_defaults: Mapping[str, Any] | None = None,
 ) -> DatasetLayout:
-    """The layout of dataset `name`: by the given file, by the `spear.json` in its folder, or by the registry.
+    """Find the layout of a dataset.
 
-    defaults  what the dataset's format says itself (its rate …), before the registry and after `spear.json`.
-    Raises SpearError for a dataset of which too little is known, a column of two cameras, and a bad file.
+    Args:
+        name: The dataset's name.
+        folder: The dataset's folder.
+        layout_file: The file that describes the dataset. Without it, the `spear.json` in the folder
+            describes it, and without that, the registry.
+        format_defaults: What the dataset's own metadata say, such as its rate. It overrides the
+            registry; `spear.json` overrides it.
+
+    Raises:
+        SpearError: If nothing describes the dataset, required fields are missing, two cameras have
+            the same column, or the file is bad.
     """
-    path = given or folder / LAYOUT_FILE
-    if path.is_file() or given is not None:
-        spec = read_layout_file(path, name, defaults)
+    path = layout_file or folder / LAYOUT_FILE
+    if path.is_file() or layout_file is not None:
+        layout = read_layout_file(path, name, format_defaults)
     elif name in REGISTRY:
-        spec = dataclasses.replace(REGISTRY[name], **(defaults or {}))
+        layout = dataclasses.replace(REGISTRY[name], **(format_defaults or {}))
     else:
-        hint = f"`spear data describe {folder}` proposes a {LAYOUT_FILE}"
-        raise SpearError(f"no layout: nothing says what the columns of {name!r} mean: {hint}")
-    check_known(f"camera (image_aspect, in {path})", spec.images, *spec.image_aspect)
-    if len({*spec.images.values()}) < len(spec.images):
+        raise SpearError(
+            f"no layout: nothing says what the columns of {name!r} mean: "
+            f"`spear data describe {folder}` proposes a {LAYOUT_FILE}"
+        )
+
+    check_known(f"camera (image_aspect, in {path})", layout.images, *layout.image_aspect)
+    if len(set(layout.images.values())) < len(layout.images):
         raise SpearError(
             f"images (in {path}): two cameras are the same column: leave one of them out"
         )
-    if unknown := find_missing_fields(spec):
-        why = "; ".join(
-            f"{key} ({spec.facts[key]})" if key in spec.facts else key for key in unknown
-        )
-        raise SpearError(f"not enough is known of dataset {spec.name!r}: {why}: say it in {path}")
-    return spec
+    missing_fields = find_missing_fields(layout)
+    if missing_fields:
+        raise _missing_fields_error(missing_fields, layout, path)
+    return layout
+
+
+def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
+    """The error for missing fields, with what `facts` say of them."""
+    descriptions: list[str] = []
+    for field_name in fields:
+        if field_name in layout.facts:
+            descriptions.append(f"{field_name} ({layout.facts[field_name]})")
+        else:
+            descriptions.append(field_name)
+    return SpearError(
+        f"not enough is known of dataset {layout.name!r}: {'; '.join(descriptions)}: "
+        f"say it in {path}"
+    )
 
 
 def read_layout_file(
-    path: Path, name: str, defaults: Mapping[str, Any] | None = None
+    path: Path, name: str, format_defaults: Mapping[str, Any] | None = None
 ) -> DatasetLayout:
-    """The layout in a JSON file, perhaps not complete. Raises SpearError, naming file and key, if bad."""
+    """Read a layout from a JSON file. It may lack required fields.
+
+    Raises:
+        SpearError: If the file or one of its keys is bad; the message names both.
+    """
     fields = read_json(path, "give a file like spear.json")
     like = fields.pop("like", None)
-    known = {*(f.name for f in dataclasses.fields(DatasetLayout)), "like"} - {
-        "weight"
-    }  # see --shares
-    check_known(f"key (in {path})", known, *fields)
-    check_known(f"dataset (like, in {path})", REGISTRY, *([] if like is None else [str(like)]))
-    base = dict(vars(REGISTRY[like])) if like is not None else {}
-    for own, bound in DEPENDENT_FIELDS.items():  # which says nothing of other columns
-        for key in bound if own in fields else ():
-            base.pop(key, None)
-    spec = _spec({**base, **(defaults or {}), "name": name, **fields}, path)
-    needs = {"command_range": "command", "action_mask": "action", "source": "action"}
-    for key in (key for key in needs if key in fields and getattr(spec, needs[key]) is None):
-        raise SpearError(
-            f"{key} (in {path}): of no column: say which as {needs[key]}, or leave it out"
-        )
-    for key in DEPENDENT_FIELDS["action"] if spec.action is not None else ():
+    known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
+    known_keys.remove("weight")  # `--shares` sets it
+    check_known(f"key (in {path})", known_keys, *fields)
+
+    # The entry that "like" names, without what describes columns that this file replaces.
+    base_fields: dict[str, Any] = {}
+    if like is not None:
+        check_known(f"dataset (like, in {path})", REGISTRY, str(like))
+        base_fields = dict(vars(REGISTRY[like]))
+    for field_name, dependent_fields in DEPENDENT_FIELDS.items():
+        if field_name in fields:
+            for dependent_field in dependent_fields:
+                base_fields.pop(dependent_field, None)
+
+    all_fields = {**base_fields, **(format_defaults or {}), "name": name, **fields}
+    layout = _make_layout(all_fields, path)
+    _check_fields_have_columns(layout, fields, path)
+    return layout
+
+
+def _check_fields_have_columns(
+    layout: DatasetLayout, fields: Mapping[str, Any], path: Path
+) -> None:
+    """Raise SpearError for keys of a file that describe a column which the layout does not have."""
+    for key, column in COLUMN_OF_FIELD.items():
+        if key in fields and getattr(layout, column) is None:
+            raise SpearError(
+                f"{key} (in {path}): of no column: say which as {column}, or leave it out"
+            )
+    if layout.action is None:
+        return
+    for key in DEPENDENT_FIELDS["action"]:
         if key in fields:
             raise SpearError(
                 f"{key} (in {path}): actions are taken as they are: leave it, or action, out"
             )
-    return spec
 
 
-def _spec(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
-    """A `DatasetLayout` of fields as JSON or TOML have them; the SpearError for a bad value names its key."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _make_layout(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
+    """Make a `DatasetLayout` from fields as JSON or TOML have them.
+
+    Raises SpearError for a bad value; the message names its key.
+    """
+    values: dict[str, Any] = {}
+    for key, value in fields.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return DatasetLayout(**values)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        choices = [e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error"]
-        if choices and isinstance(fields[key], str):
-            known = re.findall(r"'(\w+)'", " ".join(choices))
-            raise unknown_name_error(f"{key} (in {path})", fields[key], known) from error
-        why = summarize_error(error).removeprefix(f"{key} ")
-        raise SpearError(
-            f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {why}"
-        ) from error
+        raise _wrong_value_error(error, fields, path) from error
 
 
-def _load() -> dict[str, DatasetLayout]:
-    file = resources.files("spear.data.readers").joinpath("oxe.toml")
+def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: Path) -> SpearError:
+    details = error.errors()
+    key = str(details[0]["loc"][0])
+    choices = [e["ctx"]["expected"] for e in details if e["type"] == "literal_error"]
+    if choices and isinstance(fields[key], str):
+        known_values = re.findall(r"'(\w+)'", " ".join(choices))
+        return unknown_name_error(f"{key} (in {path})", fields[key], known_values)
+
+    reason = summarize_error(error).removeprefix(f"{key} ")
+    return SpearError(f"wrong value: {path}: {key} is {json.dumps(fields[key])}: {reason}")
+
+
+def _load_registry() -> dict[str, DatasetLayout]:
+    """Read `oxe.toml`: tables of datasets, which may inherit from tables of dataset families."""
+    file = resources.files("spear.data.readers").joinpath(REGISTRY_FILE)
     tables = tomllib.loads(file.read_text("utf-8"))
-    families, found = tables.pop("families"), {}
+    families = tables.pop("families")
+    layouts: dict[str, DatasetLayout] = {}
     for name, table in tables.items():
-        parts = [families["all"], *(families[family] for family in table.pop("like", ())), table]
-        facts = {key: fact for part in parts for key, fact in part.get("facts", {}).items()}
-        fields = {key: value for part in parts for key, value in part.items()}
-        found[name] = _spec({**fields, "name": name, "facts": facts}, Path(str(file)))
-    return found
+        family_names = ["all", *table.pop("like", ())]
+        facts: dict[str, str] = {}
+        fields: dict[str, Any] = {}
+        for part in [*(families[family] for family in family_names), table]:
+            facts.update(part.get("facts", {}))
+            fields.update(part)
+        layouts[name] = _make_layout({**fields, "name": name, "facts": facts}, Path(str(file)))
+    return layouts
 
 
-REGISTRY: Mapping[str, DatasetLayout] = _load()
-"""Dataset name -> what is known of it."""
+REGISTRY: Mapping[str, DatasetLayout] = _load_registry()
+"""Dataset name → its layout."""

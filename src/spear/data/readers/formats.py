@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from spear.data.readers.build_episode import build_episode
 from spear.data.readers.columns import RawEpisodes
-from spear.data.readers.lerobot import INFO, LeRobotFolder, open_lerobot
-from spear.data.readers.rlds import RldsFolder, open_rlds, rlds_folders
+from spear.data.readers.lerobot import INFO_FILE, LeRobotFolder, open_lerobot
+from spear.data.readers.rlds import RldsFolder, find_rlds_folders, open_rlds
 from spear.data.readers.splits import parse_split
-from spear.data.readers.tfrecord import record_sums
+from spear.data.readers.tfrecord import read_checksums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
 from spear.errors import SpearError
 from spear.types import Episode
@@ -21,126 +22,194 @@ from spear.util.skipped_items import SkippedItems
 T = TypeVar("T")
 OnError = Callable[[SpearError], None]
 Dataset = RldsFolder | LeRobotFolder
-"""A folder that other tools wrote: its metadata are read, its episodes are not yet."""
-FORMATS: Mapping[
-    str, tuple[str, Callable[[Path], object], Callable[[Path], Dataset | EpisodeStore]]
-] = {
-    "store": (f"a store of episodes ({SHARD_GLOB})", list_shards, EpisodeStore),
-    "rlds": ("an RLDS dataset (features.json)", rlds_folders, open_rlds),
-    "lerobot": (f"a LeRobot dataset ({INFO})", lambda path: (path / INFO).is_file(), open_lerobot),
+"""A folder that other tools wrote, with its metadata read."""
+
+INPUT_FILES = ("config.json", "labels-*.parquet", "external/labels-*.parquet")
+"""What marks a folder that holds a model or labels."""
+HASHED_FILES = (
+    "*.tfrecord*",
+    "*.parquet",
+    "*.mp4",
+    "*.[jp]*g",
+    "info.json",
+    "*.jsonl",
+    "features.json",
+    "dataset_info.json",
+)
+"""The files that `fingerprint_dataset` looks at, by their names, sizes and ends."""
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """A format of robot data: what messages call it, how it is detected, and what opens it."""
+
+    title: str
+    is_format_of: Callable[[Path], bool]
+    open: Callable[[Path], Dataset | EpisodeStore]
+
+
+FORMATS: Mapping[str, DataFormat] = {
+    "store": DataFormat(
+        title=f"a store of episodes ({SHARD_GLOB})",
+        is_format_of=lambda path: bool(list_shards(path)),
+        open=EpisodeStore,
+    ),
+    "rlds": DataFormat(
+        title="an RLDS dataset (features.json)",
+        is_format_of=lambda path: bool(find_rlds_folders(path)),
+        open=open_rlds,
+    ),
+    "lerobot": DataFormat(
+        title=f"a LeRobot dataset ({INFO_FILE})",
+        is_format_of=lambda path: (path / INFO_FILE).is_file(),
+        open=open_lerobot,
+    ),
 }
-"""Name -> what it is called and known by, whether a folder holds it, and how it is opened."""
+"""Format name → format, in the order in which a folder is tested."""
 
 
 def find_format(path: str | Path) -> str | None:
-    """The name of the format that a path is in, or None."""
-    return next((name for name, (_, holds, _) in FORMATS.items() if holds(Path(path))), None)
+    """Find the name of the format that a folder is in; None if it holds no robot data."""
+    for name, data_format in FORMATS.items():
+        if data_format.is_format_of(Path(path)):
+            return name
+    return None
 
 
 def check_holds_no_input(out: Path, action: str) -> None:
-    """Raises SpearError for a folder to `action` into that holds robot data, a model or labels."""
-    kinds = "config.json", "labels-*.parquet", "external/labels-*.parquet"
-    if find_format(out) is not None or any(any(out.glob(kind)) for kind in kinds):
+    """Raise SpearError if an output folder holds robot data, a model or labels.
+
+    Args:
+        out: The output folder.
+        action: What the command does, for the message: "train".
+    """
+    holds_data = find_format(out) is not None
+    if holds_data or any(any(out.glob(pattern)) for pattern in INPUT_FILES):
         raise SpearError(f"{out}: holds other files: {action} into a folder of its own")
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
-    """A folder in any format. Raises SpearError when it is in none, or its metadata are broken."""
-    if not Path(path).exists():
+    """Open a folder of robot data in any format.
+
+    Raises:
+        SpearError: If the folder does not exist, is in no known format, or has broken metadata.
+    """
+    path = Path(path)
+    if not path.exists():
         raise SpearError(f"no such folder: {path}: give a folder of robot episodes")
-    if (found := find_format(path)) is None:
-        known = "; ".join(title for title, _, _ in FORMATS.values())
-        raise SpearError(f"no robot data: {path}: none of: {known}")
-    return FORMATS[found][2](Path(path))
+
+    format_name = find_format(path)
+    if format_name is None:
+        titles = "; ".join(data_format.title for data_format in FORMATS.values())
+        raise SpearError(f"no robot data: {path}: none of: {titles}")
+    return FORMATS[format_name].open(path)
 
 
 def read_episodes(
     path: str | Path,
     split: str = "train",
-    dataset: Path | None = None,
-    on_bad: OnError | None = None,
+    layout_file: Path | None = None,
+    on_error: OnError | None = None,
 ) -> Iterator[Episode]:
-    """Episodes of a folder in any format, in our conventions, at their own rate, checked.
+    """Read the episodes of a folder in any format, in our conventions, at their own rate, checked.
 
-    split     which episodes: "train", "train[:20%]", … (see `spear.data.readers.splits`).
-    dataset   the layout; None for the dataset's own (see `find_layout`).
-    Whatever is wrong with an episode raises SpearError naming it, or is reported to `on_bad` instead.
+    Args:
+        path: The folder.
+        split: Which episodes: "train", "train[:20%]", … (see `parse_split`).
+        layout_file: The file that describes the dataset's layout; without it, the dataset's own
+            layout is used (see `find_layout`).
+        on_error: Called with the error of each bad episode, which is then skipped.
+
+    Raises:
+        SpearError: If the folder cannot be read; also for a bad episode, if `on_error` is None.
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
         yield from open_store_split(path, split)
         return
-    spec = folder.load_layout(dataset)
+
+    layout = folder.load_layout(layout_file)
     yield from convert_episodes(
-        folder.read_steps(split, spec.images.values()), partial(build_episode, spec=spec), on_bad
+        folder.read_steps(split, layout.images.values()),
+        partial(build_episode, layout=layout),
+        on_error,
     )
 
 
 def convert_episodes(
-    read: RawEpisodes, make: Callable[..., T], on_bad: OnError | None
+    raw_episodes: RawEpisodes, convert: Callable[..., T], on_error: OnError | None
 ) -> Iterator[T]:
-    """What `make` makes of each episode's steps and `source`; what is wrong is as in `read_episodes`."""
-    for source, steps in read:
+    """Yield `convert(steps, source=source)` of each episode; errors are handled as in `read_episodes`."""
+    for source, steps in raw_episodes:
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            yield make(steps, source=source)
+            yield convert(steps, source=source)
         except SpearError as error:
-            if on_bad is None:
+            if on_error is None:
                 raise
-            on_bad(error)
+            on_error(error)
 
 
 def open_store_split(path: str | Path, split: str = "train") -> EpisodeStore:
-    """The episodes of a store that a split names; all of them are "train"."""
+    """Open the episodes of a store that a split names; a store has the one split "train"."""
     store = EpisodeStore(path)
-    ranges = parse_split({"train": len(store)}, split, path)
-    chosen = [i for _, first, end in ranges for i in range(first, end)]
-    if not chosen:
+    indices: list[int] = []
+    for _, first, end in parse_split({"train": len(store)}, split, path):
+        indices.extend(range(first, end))
+    if not indices:
         raise SpearError(f"no episodes: {path} split {split!r} is empty")
-    return store if chosen == list(range(len(store))) else store.subset(chosen)
+
+    is_whole_store = indices == list(range(len(store)))
+    return store if is_whole_store else store.subset(indices)
 
 
-def check_enough_good(good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
-    """At the end of a split: raises SpearError when too many of its episodes were bad, or all."""
-    skipped.check(good, finished=good > 0)
-    if good == 0:
-        why = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
-        raise SpearError(f"no good episode: {path} split {split!r}{why}")
+def check_enough_good(num_good: int, skipped: SkippedItems, path: str | Path, split: str) -> None:
+    """At the end of a split, raise SpearError if too many of its episodes were bad, or all."""
+    skipped.check(num_good, finished=num_good > 0)
+    if num_good == 0:
+        reason = f": {skipped.reasons[-1]}" if skipped.reasons else " (the split is empty)"
+        raise SpearError(f"no good episode: {path} split {split!r}{reason}")
 
 
 def count_episodes(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, int]:
-    """Split name -> number of episodes, of a path or of what is there, opened."""
+    """Count the episodes of each split of a folder, given by its path or already opened."""
     folder = open_dataset(data) if isinstance(data, str | Path) else data
-    return {"train": len(folder)} if isinstance(folder, EpisodeStore) else folder.split_lengths
+    if isinstance(folder, EpisodeStore):
+        return {"train": len(folder)}
+    return folder.split_lengths
 
 
 def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
-    """What tells the data of a folder from others; the larger part of them is not read."""
+    """Hash what distinguishes the data of a folder from others, without reading most of it."""
     if isinstance(folder, EpisodeStore):
-        return folder.fingerprint() + folder.fingerprint(seen=True)
-    records = b"".join(
-        map(record_sums, sorted(folder.path.glob("*.tfrecord*")))
-    )  # their ends are but images
-    told = "info.json", "*.jsonl", "features.json", "dataset_info.json"
-    return hash_file_ends(
-        [folder.path], ("*.tfrecord*", "*.parquet", "*.mp4", "*.[jp]*g", *told), records
-    )
+        return folder.fingerprint() + folder.content_fingerprint()
+
+    # The ends of record files are only parts of images, so their checksums are hashed as well.
+    record_files = sorted(folder.path.glob("*.tfrecord*"))
+    checksums = b"".join(read_checksums(file) for file in record_files)
+    return hash_file_ends([folder.path], HASHED_FILES, checksums)
 
 
-def list_cameras(path: str | Path, layout: Path | None = None) -> list[str]:
-    """The cameras of a folder's episodes, by our names. Raises SpearError where its columns are not known."""
+def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]:
+    """List the cameras of a folder's episodes, by our names.
+
+    Raises SpearError if nothing describes the folder's columns.
+    """
     folder = open_dataset(path)
-    return (
-        folder.cameras
-        if isinstance(folder, EpisodeStore)
-        else list(folder.load_layout(layout).images)
-    )
+    if isinstance(folder, EpisodeStore):
+        return folder.cameras
+    return list(folder.load_layout(layout_file).images)
 
 
 def get_dataset_name(path: str | Path) -> str:
-    """What a dataset is called: as RLDS says; or as its folder, or the one above a version (1.0.0)."""
+    """Get the name of a dataset: from RLDS metadata, or from its folder.
+
+    If the folder is named like a version (1.0.0), the folder above gives the name.
+    """
     if find_format(path) == "rlds":
         return open_rlds(path).name
-    whole = Path(path).resolve()
-    return whole.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", whole.name) else whole.name
+
+    folder = Path(path).resolve()
+    is_version = re.fullmatch(r"\d+\.\d+\.\d+", folder.name)
+    return folder.parent.name if is_version else folder.name

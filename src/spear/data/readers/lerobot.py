@@ -6,7 +6,7 @@
     data/**.parquet                           the rows of the steps, images among them or
     videos/**.mp4                             in videos
 
-What the columns mean is told by the `spear.json` in the folder, as for RLDS (our own writer puts one there).
+As for RLDS, a `spear.json` in the folder says what the columns mean; our own writer puts one there.
 LeRobot's names become paths: "observation.state" is "observation/state"; "task" is the instruction.
 """
 
@@ -14,9 +14,9 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,21 +30,26 @@ from spear.data.readers.dataset_layout import DatasetLayout, Positive, find_layo
 from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
 from spear.errors import SpearError, format_count, notice, summarize_error
+from spear.types import Array
 from spear.util.images import encode_jpeg
 
-INFO = "meta/info.json"
-TASK = "task"
-"""Our name of the column of instructions."""
-TIME_TOLERANCE, DRIFT = 0.25, 0.05
-"""How far a row or a frame may be from its place in time, and how wrong a mean step, in steps (ours)."""
+INFO_FILE = "meta/info.json"
+TASK_COLUMN = "task"  # our name of the column of instructions
+TIME_TOLERANCE_STEPS = 0.25  # how far a row or frame may be from its place in time
+MAX_RATE_ERROR = 0.05  # by which the mean step may differ from 1 / fps, as part of it
+MAX_CACHED_FOLDERS = 4  # whose metadata stay in memory
+
 JOINT_NAME_PATTERN = re.compile(
     r"(?i)joint|shoulder|elbow|waist|forearm|wrist.?(flex|roll|angle|rotate|\d)|^base$"
 )
-"""What names of joints have in them."""
+"""Matches the names of joints."""
 
 
 class Feature(BaseModel):
-    """A column; `names` are those of its components, in whatever form, `info` what is said of its images."""
+    """A feature (column) as `meta/info.json` describes it.
+
+    `names` are the names of its components, in whatever form; `info` describes its images.
+    """
 
     dtype: str
     shape: list[int]
@@ -52,25 +57,30 @@ class Feature(BaseModel):
     info: dict[str, Any] | None = None
 
     @property
-    def depth(self) -> bool:
+    def is_depth(self) -> bool:
         """Whether its images are depth."""
-        return any((self.info or {}).get(key) for key in ("is_depth_map", "video.is_depth_map"))
+        info = self.info or {}
+        return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
     @property
-    def axes(self) -> list[str]:
+    def component_names(self) -> list[str]:
         """The names of its components, one after the other."""
         names = self.names
         if isinstance(names, Mapping):
-            names = [
-                axis
-                for axes in names.values()
-                for axis in (axes if isinstance(axes, list) else [axes])
-            ]
+            names = _flatten(names.values())
         return [str(name) for name in names] if isinstance(names, list) else []
 
 
+def _flatten(groups: Iterable[Any]) -> list[Any]:
+    """Concatenate lists and single values into one list."""
+    flat: list[Any] = []
+    for group in groups:
+        flat.extend(group if isinstance(group, list) else [group])
+    return flat
+
+
 class Info(BaseModel):
-    """What we need of `meta/info.json`; fps is the rate in Hz."""
+    """What the reader needs of `meta/info.json`; fps is the rate in Hz."""
 
     codebase_version: Annotated[str, Field(pattern=r"^v?[23]\.")]
     fps: Positive
@@ -83,25 +93,33 @@ class Info(BaseModel):
     splits: dict[str, Any] | None = None
 
     @property
-    def videos(self) -> list[str]:
-        """Features that are in videos."""
+    def video_features(self) -> list[str]:
+        """The features that are in videos."""
         return [name for name, feature in self.features.items() if feature.dtype == "video"]
+
+
+class VideoSpan(NamedTuple):
+    """The part of a video file that shows one episode, from `start_s` to `end_s`."""
+
+    file: Path
+    start_s: float
+    end_s: float
 
 
 @dataclass(frozen=True)
 class LeRobotEpisode:
-    """Where one episode is; videos: feature -> (file, first time, end time) in s."""
+    """Where the data of one episode are; videos: feature → part of a video file."""
 
     index: NonNegativeInt
     length: NonNegativeInt
     tasks: list[str]
     data: Path
-    videos: dict[str, tuple[Path, float, float]]
+    videos: dict[str, VideoSpan]
 
 
 @dataclass(frozen=True)
 class LeRobotFolder:
-    """The metadata of a folder; splits: name -> (first episode, end); tasks: index -> instruction."""
+    """The metadata of a folder; splits: name → (first episode, end); tasks: index → instruction."""
 
     path: Path
     name: str
@@ -112,145 +130,191 @@ class LeRobotFolder:
 
     @property
     def split_lengths(self) -> dict[str, int]:
-        """Split name -> number of episodes."""
+        """Split name → number of episodes."""
         return {name: end - first for name, (first, end) in self.splits.items()}
 
     @property
     def cameras(self) -> list[str]:
-        """Features that are images or videos."""
-        return [name for name, f in self.info.features.items() if f.dtype in ("image", "video")]
+        """The features that are images or videos."""
+        return [
+            name
+            for name, feature in self.info.features.items()
+            if feature.dtype in ("image", "video")
+        ]
 
-    def load_layout(self, given: Path | None = None) -> DatasetLayout:
-        """Load the layout (see `find_layout`). Raises SpearError where the metadata contradict it."""
-        spec = find_layout(
-            self.name, self.path, given, {"instruction": TASK, "rate_hz": self.info.fps}
-        )
-        if spec.rate_hz != self.info.fps:
-            why = f"rate_hz is {spec.rate_hz}, but its {INFO} says {self.info.fps} fps"
-            raise SpearError(f"two rates: {self.path}: {why}: leave rate_hz out of the layout")
-        for key in ("position", "rotation") if spec.rotation_format != "franka_joints" else ():
-            if found := self.joints(str(getattr(spec, key))):
-                why = f"{key} is {getattr(spec, key)}, but its {INFO} names {found[0]!r} there"
-                raise SpearError(
-                    f"joints are no pose: {self.path}: {why}: name columns of the end-effector"
-                )
-        named = self.quaternion(str(spec.rotation))
-        if named and spec.rotation_format != named:
-            why = f"rotation_format is {spec.rotation_format}, but its {INFO} names them as of {named}"
-            raise SpearError(f"two orders: {self.path}: {why}: correct the one that is wrong")
-        return spec
+    def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
+        """Load the layout (see `find_layout`). Raises SpearError if the metadata contradict it."""
+        format_defaults = {"instruction": TASK_COLUMN, "rate_hz": self.info.fps}
+        layout = find_layout(self.name, self.path, layout_file, format_defaults)
+        if layout.rate_hz != self.info.fps:
+            raise SpearError(
+                f"two rates: {self.path}: rate_hz is {layout.rate_hz}, but its {INFO_FILE} says "
+                f"{self.info.fps} fps: leave rate_hz out of the layout"
+            )
+        if layout.rotation_format != "franka_joints":
+            self._check_no_joints("position", str(layout.position))
+            self._check_no_joints("rotation", str(layout.rotation))
 
-    def joints(self, where: str) -> list[str]:
-        """Those components of a column that are joints by their names."""
-        return [name for name in self.axes(where) if JOINT_NAME_PATTERN.search(name)]
+        named_format = self.find_quaternion_format(str(layout.rotation))
+        if named_format and layout.rotation_format != named_format:
+            raise SpearError(
+                f"two orders: {self.path}: rotation_format is {layout.rotation_format}, but its "
+                f"{INFO_FILE} names them as of {named_format}: correct the one that is wrong"
+            )
+        return layout
 
-    def quaternion(self, where: str) -> str | None:
-        """The format of a column whose components' names end in w, x, y and z, as those of a quaternion."""
-        order = "".join(name[-1:].lower() for name in self.axes(where))
+    def _check_no_joints(self, key: str, column: str) -> None:
+        joints = self.find_joint_names(column)
+        if joints:
+            raise SpearError(
+                f"joints are no pose: {self.path}: {key} is {column}, but its {INFO_FILE} names "
+                f"{joints[0]!r} there: name columns of the end-effector"
+            )
+
+    def find_joint_names(self, column: str) -> list[str]:
+        """Find the components of a column that are joints by their names."""
+        return [name for name in self.component_names(column) if JOINT_NAME_PATTERN.search(name)]
+
+    def find_quaternion_format(self, column: str) -> str | None:
+        """Find the quaternion format of a column whose component names end in w, x, y and z."""
+        order = "".join(name[-1:].lower() for name in self.component_names(column))
         return f"quat_{order}" if order in ("wxyz", "xyzw") else None
 
-    def axes(self, where: str) -> list[str]:
-        """The names of a column's components."""
-        path, span = parse_column(where)
-        axes = next((f.axes for name, f in self.info.features.items() if _column(name) == path), [])
-        return axes[span or slice(None)]
+    def component_names(self, column: str) -> list[str]:
+        """The names of a column's components; empty if the metadata do not name them."""
+        path, components = parse_column(column)
+        for name, feature in self.info.features.items():
+            if _to_column(name) == path:
+                return feature.component_names[components or slice(None)]
+        return []
 
     def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
-        """The step arrays of each episode of a split, in order.
+        """Read the columns of each episode of a split, in order.
 
-        images  the columns of images to read, such as "observation/images/top"; None for all.
+        Args:
+            split: For example "train[:10]".
+            images: The image columns to read, such as "observation/images/top"; None for all.
         """
         for name, first, end in parse_split(self.split_lengths, split, self.path):
-            start = self.splits[name][0]
-            for index in range(start + first, start + end):
+            split_start = self.splits[name][0]
+            for index in range(split_start + first, split_start + end):
+                source = f"{self.name}/{name}#{index}"
                 try:
-                    yield f"{self.name}/{name}#{index}", self.read(index, images)
+                    yield source, self.read_episode(index, images)
                 except SpearError as error:
-                    yield f"{self.name}/{name}#{index}", error
+                    yield source, error
 
-    def read(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
-        """The step arrays of one episode: "observation/state" [T, d] …, images as lists of encoded bytes.
+    def read_episode(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
+        """Read the columns of one episode.
 
-        images as in `steps`, none of depth; videos are decoded, and encoded as JPEG. Raises SpearError,
-        naming the episode, when its rows or frames are missing, too many or broken, or it has none.
+        Videos are decoded, and their frames encoded as JPEG. Depth images are skipped.
+
+        Args:
+            index: The episode's number in the dataset.
+            images: The image columns to read; None for all.
+
+        Returns:
+            Column → array with the steps first, or list of bytes for images and texts.
+
+        Raises:
+            SpearError: If rows or frames of the episode are missing, too many or broken.
         """
-        seen = (name for name in self.cameras if not self.info.features[name].depth)
-        wanted = {name for name in seen if images is None or _column(name) in images}
-        if not self.episodes[index].length:
+        episode = self.episodes[index]
+        if not episode.length:
             raise empty_episode_error(f"{self.name}#{index}")
-        try:
-            return self._read(self.episodes[index], wanted)
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:  # an empty cell, rows of different lengths
-            why = f"{summarize_error(error)}; mend it, or leave the episode out"
-            raise SpearError(f"broken rows: {self.name}#{index}: {why}") from error
 
-    def _read(self, episode: LeRobotEpisode, wanted: Collection[str]) -> dict[str, Any]:
-        rows = _rows(episode, self.name)
-        names = [name for name in rows.column_names if name not in self.cameras or name in wanted]
-        steps = {_column(name): _values(rows.column(name), self.path) for name in names}
-        times = np.asarray(
-            steps.get("timestamp", np.arange(len(rows)) / self.info.fps), float
-        ).reshape(-1)
-        if not np.isfinite(times).all():
-            raise ValueError("a timestamp is missing")
-        apart = np.diff(times) * self.info.fps  # in steps
-        row = find_first(np.abs(apart - 1) > 2 * TIME_TOLERANCE)
-        if row is not None and abs(np.median(apart) - 1) < 2 * TIME_TOLERANCE:
-            raise ValueError(
-                f"rows {row} and {row + 1} are {apart[row]:.3g} steps apart in time, not one"
-            )
-        if row is not None or abs(apart.sum() - len(apart)) > max(
-            2 * TIME_TOLERANCE, DRIFT * len(apart)
-        ):
-            raise ValueError(
-                f"rows are {apart.mean():.3g} steps apart in time: fps in {INFO} is wrong"
-            )
-        for name, (file, first, end) in episode.videos.items():
-            if name in wanted:
+        cameras: set[str] = set()
+        for camera in self.cameras:
+            is_wanted = images is None or _to_column(camera) in images
+            if is_wanted and not self.info.features[camera].is_depth:
+                cameras.add(camera)
+        try:
+            return self._read_columns(episode, cameras)
+        except (TypeError, ValueError, AttributeError) as error:
+            # An empty cell, or rows of different lengths.
+            raise SpearError(
+                f"broken rows: {self.name}#{index}: {summarize_error(error)}; "
+                "mend it, or leave the episode out"
+            ) from error
+
+    def _read_columns(self, episode: LeRobotEpisode, cameras: Collection[str]) -> dict[str, Any]:
+        rows = _read_rows(episode, self.name)
+        steps: dict[str, Any] = {}
+        for name in rows.column_names:
+            if name not in self.cameras or name in cameras:
+                steps[_to_column(name)] = _convert_column(rows.column(name), self.path)
+
+        times_s = self._read_times(steps, len(rows))
+        for name, span in episode.videos.items():
+            if name in cameras:
                 source = f"{self.name}#{episode.index}"
-                steps[_column(name)] = _frames(file, first, end, times, 1 / self.info.fps, source)
-        if "task_index" in steps:
-            steps[TASK] = [
-                (self.tasks.get(int(i)) or "").encode() for i in np.ravel(steps["task_index"])
-            ]
-            told, listed = {text.decode() for text in steps[TASK]}, [*filter(None, episode.tasks)]
-            if listed and not told <= {*listed, ""}:
-                raise ValueError(f"by task_index its task is {told}, but its metadata say {listed}")
-        else:
-            steps[TASK] = [" ".join(episode.tasks[:1]).encode()] * len(rows)
+                steps[_to_column(name)] = _read_video(span, times_s, 1 / self.info.fps, source)
+        steps[TASK_COLUMN] = self._read_tasks(steps, episode, len(rows))
         return steps
 
+    def _read_times(self, steps: Mapping[str, Any], num_rows: int) -> Array:
+        """Read the timestamps of the rows, s. Raises ValueError if they contradict the rate."""
+        default_times_s = np.arange(num_rows) / self.info.fps
+        times_s = np.asarray(steps.get("timestamp", default_times_s), float).reshape(-1)
+        if not np.isfinite(times_s).all():
+            raise ValueError("a timestamp is missing")
 
-def _column(feature: str) -> str:
+        gaps = np.diff(times_s) * self.info.fps  # in steps
+        irregular_row = find_first(np.abs(gaps - 1) > 2 * TIME_TOLERANCE_STEPS)
+        if irregular_row is not None and abs(np.median(gaps) - 1) < 2 * TIME_TOLERANCE_STEPS:
+            raise ValueError(
+                f"rows {irregular_row} and {irregular_row + 1} are {gaps[irregular_row]:.3g} "
+                "steps apart in time, not one"
+            )
+
+        max_drift = max(2 * TIME_TOLERANCE_STEPS, MAX_RATE_ERROR * len(gaps))
+        if irregular_row is not None or abs(gaps.sum() - len(gaps)) > max_drift:
+            raise ValueError(
+                f"rows are {gaps.mean():.3g} steps apart in time: fps in {INFO_FILE} is wrong"
+            )
+        return times_s
+
+    def _read_tasks(
+        self, steps: Mapping[str, Any], episode: LeRobotEpisode, num_rows: int
+    ) -> list[bytes]:
+        """Read the instruction of each row: by its task index, or else the episode's first task."""
+        if "task_index" not in steps:
+            first_task = " ".join(episode.tasks[:1])
+            return [first_task.encode()] * num_rows
+
+        tasks = [self.tasks.get(int(index)) or "" for index in np.ravel(steps["task_index"])]
+        listed_tasks = [task for task in episode.tasks if task]
+        if listed_tasks and not set(tasks) <= {*listed_tasks, ""}:
+            raise ValueError(
+                f"by task_index its task is {', '.join(sorted(set(tasks)))}, "
+                f"but its metadata say {', '.join(listed_tasks)}"
+            )
+        return [task.encode() for task in tasks]
+
+
+def _to_column(feature: str) -> str:
+    """Convert the name of a feature to the path of a column."""
     return feature.replace(".", "/")
 
 
 def open_lerobot(path: str | Path) -> LeRobotFolder:
-    """Read the metadata of a LeRobot folder. Raises SpearError, naming the file, when they are broken."""
-    return _open(Path(path), (Path(path) / INFO).stat().st_mtime_ns)
+    """Read the metadata of a LeRobot folder.
+
+    Raises:
+        SpearError: If the metadata are broken; the message names the file.
+    """
+    path = Path(path)
+    return _open_cached(path, (path / INFO_FILE).stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4)
-def _open(folder: Path, changed: int) -> LeRobotFolder:
-    """Metadata are read once, as those of many episodes take a while; again when their file has changed."""
-    where = folder / INFO
+@functools.lru_cache(maxsize=MAX_CACHED_FOLDERS)
+def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
+    """Read the metadata, which takes a while for many episodes; again if their file has changed."""
+    file = folder / INFO_FILE
     try:
-        info = Info.model_validate_json(where.read_text("utf-8"))
-        where = folder / "meta"
-        old = info.codebase_version.lstrip("v").startswith("2.")
-        tasks, listed = _read_v2(folder, info) if old else _read_v3(folder, info)
-        episodes = sorted(listed, key=lambda episode: episode.index)
-        numbers = [number for number, _ in tasks], [episode.index for episode in episodes]
-        if any(len({*each}) < len(each) for each in numbers):
-            raise ValueError("one task_index or episode_index is there twice")
-        if info.total_episodes not in (None, len(episodes)):
-            raise ValueError(f"{INFO} says {info.total_episodes}, {len(episodes)} are listed")
-        splits = _splits(info, len(episodes))
-        found = LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
+        info = Info.model_validate_json(file.read_text("utf-8"))
+        file = folder / "meta"
+        dataset = _read_metadata(folder, info)
     except (
         OSError,
         KeyError,
@@ -260,114 +324,189 @@ def _open(folder: Path, changed: int) -> LeRobotFolder:
         AttributeError,
         pa.ArrowException,
     ) as error:
-        why = summarize_error(error)
-        old = why.startswith("codebase_version")
-        cure = "convert it to v2.1 or v3.0" if old else "copy the dataset again"
-        raise SpearError(f"unreadable: {where}: {why}; {cure}") from error
-    if sorted(i for ends in splits.values() for i in range(*ends)) != [*range(len(episodes))]:
+        reason = summarize_error(error)
+        is_other_version = reason.startswith("codebase_version")
+        cure = "convert it to v2.1 or v3.0" if is_other_version else "copy the dataset again"
+        raise SpearError(f"unreadable: {file}: {reason}; {cure}") from error
+
+    in_splits: list[int] = []
+    for first, end in dataset.splits.values():
+        in_splits.extend(range(first, end))
+    if sorted(in_splits) != list(range(len(dataset.episodes))):
         notice(
-            f"{folder}: the splits {info.splits} do not have each of its episodes once ({len(episodes)})"
+            f"{folder}: the splits {info.splits} do not have each of its episodes once "
+            f"({len(dataset.episodes)})"
         )
-    return found
+    return dataset
 
 
-def _splits(info: Info, count: int) -> dict[str, tuple[int, int]]:
-    """The splits as info.json has them ("0:8"); those of another form are all episodes, named train."""
-    ends = {
-        name: re.findall(r"^(\d+):(\d+)$", str(text)) for name, text in (info.splits or {}).items()
-    }
-    found = {name: (int(first), int(end)) for name, each in ends.items() for first, end in each}
-    return {n: (a, b) for n, (a, b) in found.items() if a <= b <= count} or {"train": (0, count)}
+def _read_metadata(folder: Path, info: Info) -> LeRobotFolder:
+    is_version_2 = info.codebase_version.lstrip("v").startswith("2.")
+    tasks, listed_episodes = _read_v2(folder, info) if is_version_2 else _read_v3(folder, info)
+
+    episodes = sorted(listed_episodes, key=lambda episode: episode.index)
+    task_indices = [index for index, _ in tasks]
+    episode_indices = [episode.index for episode in episodes]
+    if _has_duplicates(task_indices) or _has_duplicates(episode_indices):
+        raise ValueError("one task_index or episode_index is there twice")
+    if info.total_episodes not in (None, len(episodes)):
+        raise ValueError(f"{INFO_FILE} says {info.total_episodes}, {len(episodes)} are listed")
+
+    splits = _parse_splits(info, len(episodes))
+    return LeRobotFolder(folder, folder.resolve().name, info, splits, dict(tasks), episodes)
+
+
+def _has_duplicates(numbers: list[int]) -> bool:
+    return len(set(numbers)) < len(numbers)
+
+
+def _parse_splits(info: Info, num_episodes: int) -> dict[str, tuple[int, int]]:
+    """Parse the splits of info.json ("0:8"). Without any of that form, "train" has all episodes."""
+    splits: dict[str, tuple[int, int]] = {}
+    for name, text in (info.splits or {}).items():
+        match = re.search(r"^(\d+):(\d+)$", str(text))
+        if match is None:
+            continue
+        first = int(match[1])
+        end = int(match[2])
+        if first <= end <= num_episodes:
+            splits[name] = (first, end)
+    return splits or {"train": (0, num_episodes)}
 
 
 def _read_v2(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
-    episodes = []
-    for row in _json_lines(folder / "meta/episodes.jsonl"):
+    """Read tasks and episodes of version 2, in which each episode has its own files."""
+    episodes: list[LeRobotEpisode] = []
+    for row in _read_json_lines(folder / "meta/episodes.jsonl"):
         index = int(row["episode_index"])
-        place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
-        files = {name: str(info.video_path).format(video_key=name, **place) for name in info.videos}
-        videos = {name: (folder / file, 0.0, np.inf) for name, file in files.items()}
-        data = folder / info.data_path.format(**place)
-        episodes.append(
-            LeRobotEpisode(index, int(row["length"]), row.get("tasks") or [], data, videos)
-        )
-    return [
-        (row["task_index"], row["task"]) for row in _json_lines(folder / "meta/tasks.jsonl")
-    ], episodes
+        indices = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+        videos: dict[str, VideoSpan] = {}
+        for name in info.video_features:
+            video_file = str(info.video_path).format(video_key=name, **indices)
+            videos[name] = VideoSpan(folder / video_file, 0.0, np.inf)
+        data = folder / info.data_path.format(**indices)
+        length = int(row["length"])
+        episodes.append(LeRobotEpisode(index, length, row.get("tasks") or [], data, videos))
 
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-
-
-def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
-    table = pq.read_table(folder / "meta/tasks.parquet").to_pydict()
-    # The task is the index of a pandas table: its column has whatever name pandas gave it.
-    likely = (n for n in ("task", "__index_level_0__", *table) if n in table and n != "task_index")
-    tasks = list(zip(table["task_index"], table[next(likely)], strict=True))
-    if not (files := sorted((folder / "meta/episodes").glob("*/*.parquet"))):
-        raise ValueError("no meta/episodes/*/*.parquet")
-
-    def place(template: str, row: Mapping[str, Any], prefix: str, video: str = "") -> Path:
-        chunk, file = row[f"{prefix}/chunk_index"], row[f"{prefix}/file_index"]
-        return folder / template.format(video_key=video, chunk_index=chunk, file_index=file)
-
-    episodes = []
-    for file in files:
-        names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
-        for row in pq.read_table(file, columns=names).to_pylist():
-            videos = {}
-            for name in info.videos:
-                first, end = (
-                    float(row[f"videos/{name}/{which}_timestamp"]) for which in ("from", "to")
-                )
-                videos[name] = place(str(info.video_path), row, f"videos/{name}", name), first, end
-            data, said_tasks = place(info.data_path, row, "data"), row.get("tasks") or []
-            episodes.append(
-                LeRobotEpisode(row["episode_index"], row["length"], said_tasks, data, videos)
-            )
+    task_rows = _read_json_lines(folder / "meta/tasks.jsonl")
+    tasks = [(row["task_index"], row["task"]) for row in task_rows]
     return tasks, episodes
 
 
-def _rows(episode: LeRobotEpisode, name: str) -> pa.Table:
-    """The rows of one episode. Only the row groups that may hold it are read."""
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_v3(folder: Path, info: Info) -> tuple[list[tuple[int, str]], list[LeRobotEpisode]]:
+    """Read tasks and episodes of version 3, in which files have many episodes."""
+    tasks = _read_v3_tasks(folder / "meta/tasks.parquet")
+    files = sorted((folder / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        raise ValueError("no meta/episodes/*/*.parquet")
+
+    episodes: list[LeRobotEpisode] = []
+    for file in files:
+        column_names = pq.read_schema(file).names
+        columns = [name for name in column_names if not name.startswith("stats/")]
+        for row in pq.read_table(file, columns=columns).to_pylist():
+            episodes.append(_read_v3_episode(row, folder, info))
+    return tasks, episodes
+
+
+def _read_v3_tasks(file: Path) -> list[tuple[int, str]]:
+    """Read (task index, instruction) of all tasks.
+
+    The instruction is the index of a pandas table, so its column has whatever name pandas gave it.
+    """
+    table = pq.read_table(file).to_pydict()
+    candidates = ["task", "__index_level_0__", *table]
+    column = next(name for name in candidates if name in table and name != "task_index")
+    return list(zip(table["task_index"], table[column], strict=True))
+
+
+def _read_v3_episode(row: Mapping[str, Any], folder: Path, info: Info) -> LeRobotEpisode:
+    videos: dict[str, VideoSpan] = {}
+    for name in info.video_features:
+        prefix = f"videos/{name}"
+        start_s = float(row[f"{prefix}/from_timestamp"])
+        end_s = float(row[f"{prefix}/to_timestamp"])
+        video_file = str(info.video_path).format(video_key=name, **_v3_indices(row, prefix))
+        videos[name] = VideoSpan(folder / video_file, start_s, end_s)
+
+    data_file = info.data_path.format(video_key="", **_v3_indices(row, "data"))
+    return LeRobotEpisode(
+        index=row["episode_index"],
+        length=row["length"],
+        tasks=row.get("tasks") or [],
+        data=folder / data_file,
+        videos=videos,
+    )
+
+
+def _v3_indices(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
+    """The numbers of the chunk and the file in which an episode's data or video are."""
+    return {
+        "chunk_index": row[f"{prefix}/chunk_index"],
+        "file_index": row[f"{prefix}/file_index"],
+    }
+
+
+def _read_rows(episode: LeRobotEpisode, dataset: str) -> pa.Table:
+    """Read the rows of one episode, from the row groups that may have it."""
     try:
-        wanted = [("episode_index", "==", episode.index)]
-        rows = pq.read_table(episode.data, filters=wanted, partitioning=None)
+        filters = [("episode_index", "==", episode.index)]
+        rows = pq.read_table(episode.data, filters=filters, partitioning=None)
     except (OSError, KeyError, pa.ArrowException) as error:
-        where = f"{name}#{episode.index}: {episode.data}"
         raise SpearError(
-            f"cannot read: {where}: {summarize_error(error)}; copy it again"
+            f"cannot read: {dataset}#{episode.index}: {episode.data}: {summarize_error(error)}; "
+            "copy it again"
         ) from error
+
     if len(rows) != episode.length:
-        there = f"{episode.data} has {len(rows)} of its {format_count(episode.length, 'rows')}"
-        raise SpearError(f"rows missing: {name}#{episode.index}: {there}; copy the dataset again")
+        raise SpearError(
+            f"rows missing: {dataset}#{episode.index}: {episode.data} has {len(rows)} of its "
+            f"{format_count(episode.length, 'rows')}; copy the dataset again"
+        )
     return rows
 
 
-def _values(column: pa.ChunkedArray, folder: Path) -> Any:
-    """A column as an array with the steps first, a list of bytes for images and texts, or why neither."""
+def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
+    """Convert a column to an array with the steps first, or a list of bytes for images and texts.
+
+    Returns a str that says why, if neither is possible.
+    """
     kind = column.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return [_image(row or {}, folder) for row in column.to_pylist()]
+        return [_read_image(cell or {}, folder) for cell in column.to_pylist()]
+
+    # Lists of a fixed number of numbers become an array without a detour through Python.
+    is_matrix = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
     values = column.combine_chunks()
-    flat = pa.types.is_fixed_size_list(kind) and not pa.types.is_nested(kind.value_type)
-    if flat and not values.null_count:
-        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), kind.list_size)
+    if is_matrix and not values.null_count:
+        numbers = values.flatten().to_numpy(zero_copy_only=False)
+        return numbers.reshape(len(values), kind.list_size)
+
     cells = column.to_pylist()
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if texts or isinstance(next((cell for cell in cells if cell is not None), None), str | bytes):
-        return [(cell.encode() if isinstance(cell, str) else cell) or b"" for cell in cells]
+    first_cell = next((cell for cell in cells if cell is not None), None)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if is_text or isinstance(first_cell, str | bytes):
+        return [_to_bytes(cell) for cell in cells]
+
     with contextlib.suppress(TypeError, ValueError):
-        found = np.array(cells)
-        return (
-            found if found.dtype.kind in "biuf" else found.astype(float)
-        )  # what is missing is NaN
+        array = np.array(cells)
+        is_numeric = array.dtype.kind in "biuf"
+        return array if is_numeric else array.astype(float)  # an empty cell becomes NaN
     return f"it holds {kind}: no numbers, or not as many in each row"
 
 
-def _image(cell: Mapping[str, Any], folder: Path) -> bytes:
-    """The bytes of an image that is in its cell, or in a file that the cell names."""
+def _to_bytes(cell: str | bytes | None) -> bytes:
+    encoded = cell.encode() if isinstance(cell, str) else cell
+    return encoded or b""
+
+
+def _read_image(cell: Mapping[str, Any], folder: Path) -> bytes:
+    """Read the bytes of an image from its cell, or from the file that the cell names."""
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
     file = folder / (cell.get("path") or "")
@@ -376,20 +515,25 @@ def _image(cell: Mapping[str, Any], folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def _frames(
-    file: Path, first: float, end: float, times: Any, step: float, source: str
-) -> list[bytes]:
-    """The frames of an episode as JPEG. Raises SpearError unless there is exactly one for each row."""
-    slack = TIME_TOLERANCE * step
-    found = list(read_frames(file, first - slack, end - slack))
-    why = f"it has {format_count(len(found), 'frames')} for {format_count(len(times), 'rows')}"
-    if len(found) == len(times):
-        late = np.abs(np.array([time for time, _ in found]) - first - times)
-        why = (
-            f"the frame of row {late.argmax()} is {late.max():.3f} s off"
-            if (late > slack).any()
-            else ""
+def _read_video(span: VideoSpan, times_s: Array, step_s: float, source: str) -> list[bytes]:
+    """Read the frames of an episode as JPEG.
+
+    Raises SpearError unless there is exactly one frame for each row, at the time of the row.
+    """
+    tolerance_s = TIME_TOLERANCE_STEPS * step_s
+    frames = list(read_frames(span.file, span.start_s - tolerance_s, span.end_s - tolerance_s))
+    if len(frames) != len(times_s):
+        raise SpearError(
+            f"frames and rows differ: {source}: {span.file}: "
+            f"it has {format_count(len(frames), 'frames')} for "
+            f"{format_count(len(times_s), 'rows')}; leave the episode out"
         )
-    if why:
-        raise SpearError(f"frames and rows differ: {source}: {file}: {why}; leave the episode out")
-    return [encode_jpeg(image) for _, image in found]
+
+    frame_times_s = np.array([time_s for time_s, _ in frames])
+    offsets_s = np.abs(frame_times_s - span.start_s - times_s)
+    if (offsets_s > tolerance_s).any():
+        raise SpearError(
+            f"frames and rows differ: {source}: {span.file}: the frame of row "
+            f"{offsets_s.argmax()} is {offsets_s.max():.3f} s off; leave the episode out"
+        )
+    return [encode_jpeg(image) for _, image in frames]

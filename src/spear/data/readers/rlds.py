@@ -1,10 +1,14 @@
 """RLDS datasets as TFDS writes them (Open X-Embodiment): read without TensorFlow.
 
-A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested types) and
-TFRecord shards; one record is one episode, its steps flattened into lists: a feature `a: {b: Tensor}` is the
-flat list "a/b", a Dataset or Sequence adds one leading dimension to everything below it, and lists of lists
-("ragged") come with their row lengths. Here they become the nested arrays that tensorflow_datasets would
-give, images still encoded; one of a kind that cannot be read becomes a str that says why.
+A dataset is a folder with `dataset_info.json` (splits and shards), `features.json` (the nested
+types) and TFRecord shards. One record is one episode, with its steps flattened into lists:
+
+- A feature `a: {b: Tensor}` is the flat list "a/b".
+- A Dataset or Sequence adds one leading dimension to everything below it.
+- Lists of lists ("ragged") come with their row lengths.
+
+This module restores the nested arrays that tensorflow_datasets would give, with images still
+encoded. In place of a column that it cannot read it gives a str that says why.
 """
 
 import math
@@ -12,7 +16,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,198 +29,278 @@ from spear.errors import SpearError, format_count
 from spear.types import Array
 from spear.util.files import read_json
 
+TFDS_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+VARYING_SHAPE = "it has another shape at every step"
+VARYING_LENGTH = "it is a list of another length at every step, or of several texts or images"
+
+
+class RldsShard(NamedTuple):
+    """A TFRecord file of a split, and how many episodes it has."""
+
+    file: Path
+    num_episodes: int
+
 
 @dataclass(frozen=True)
 class RldsFolder:
     """What the two JSON files of a dataset folder say.
 
-    splits   split name -> (shard file, number of episodes) in order.
-    features the nested feature description, as in `features.json`.
+    splits    split name → its shards in order.
+    features  the nested feature description, as in `features.json`.
     """
 
     path: Path
     name: str
     version: str
-    splits: Mapping[str, list[tuple[Path, int]]]
+    splits: Mapping[str, list[RldsShard]]
     features: Mapping[str, Any]
 
     @property
     def split_lengths(self) -> dict[str, int]:
-        """Split name -> number of episodes."""
-        return {name: sum(length for _, length in shards) for name, shards in self.splits.items()}
+        """Split name → number of episodes."""
+        return {
+            name: sum(shard.num_episodes for shard in shards)
+            for name, shards in self.splits.items()
+        }
 
-    def load_layout(self, given: Path | None = None) -> DatasetLayout:
-        """What its columns mean; see `find_layout`. Raises SpearError for a version known to be broken."""
-        spec = find_layout(self.name, self.path, given)
-        if spec.newest is not None and _parts(self.version) > _parts(spec.newest):
-            why = spec.facts.get("newest", "")
+    def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
+        """Load the layout (see `find_layout`). Raises SpearError for a version known to be broken."""
+        layout = find_layout(self.name, self.path, layout_file)
+        if layout.newest is None:
+            return layout
+        if _version_numbers(self.version) > _version_numbers(layout.newest):
+            reason = layout.facts.get("newest", "")
             raise SpearError(
-                f"broken version {self.version}: {self.path}: take {spec.newest} ({why})"
+                f"broken version {self.version}: {self.path}: take {layout.newest} ({reason})"
             )
-        return spec
+        return layout
 
     def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
-        """The step arrays of each episode of a split, nested as in `features.json`: all images, always. What
-        is said once for an episode is a column, too ("episode_metadata/file_path"), the same in all rows."""
-        for name, first, end in parse_split(self.split_lengths, split, self.path):
-            before = 0
-            for file, length in self.splits[name]:
-                low, high = max(first - before, 0), min(end - before, length)
-                for index, record in read_records(file, low, high, length) if low < high else ():
-                    yield f"{self.name}/{name}#{before + index}", self._parse(record, file, index)
-                before += length
+        """Read the columns of each episode of a split, nested as in `features.json`.
 
-    def _parse(self, record: bytes | SpearError, file: Path, index: int) -> Steps | SpearError:
+        A value that the dataset stores once per episode ("episode_metadata/file_path") becomes a
+        column with the same value in all rows. `images` has no effect, because the images of a
+        record cannot be skipped.
+        """
+        for name, first, end in parse_split(self.split_lengths, split, self.path):
+            num_before = 0  # episodes in the shards before
+            for file, num_episodes in self.splits[name]:
+                start = max(first - num_before, 0)
+                stop = min(end - num_before, num_episodes)
+                if start < stop:
+                    for index, record in read_records(file, start, stop, num_episodes):
+                        source = f"{self.name}/{name}#{num_before + index}"
+                        yield source, self._parse_record(record, file, index)
+                num_before += num_episodes
+
+    def _parse_record(
+        self, record: bytes | SpearError, file: Path, index: int
+    ) -> Steps | SpearError:
         if isinstance(record, SpearError):
             return record
         try:
             episode = unflatten(self.features, parse_example(record))
             steps = episode.pop("steps")
-            if not (rows := count_steps(steps)):
+            num_steps = count_steps(steps)
+            if not num_steps:
                 return empty_episode_error(f"{file} record {index}")
-            once = {
-                n: v
-                for n, v in walk_columns(episode)
-                if np.size(v) and not isinstance(v, list | str)
-            }
-            return {name: _in_rows(value, rows) for name, value in once.items()} | steps
+            return _repeat_episode_values(episode, num_steps) | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             return SpearError(
                 f"broken record: {file} record {index}: {error}; copy the dataset again"
             )
 
 
-def _in_rows(value: Any, rows: int) -> Any:
-    """A text or numbers of an episode as a column of so many rows."""
-    return (
-        [value] * rows
-        if isinstance(value, bytes)
-        else np.broadcast_to(value, (rows, *np.shape(value)))
-    )
+def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """Turn the texts and numbers that an episode has once into columns of `num_steps` rows."""
+    columns: dict[str, Any] = {}
+    for name, value in walk_columns(episode):
+        if isinstance(value, list | str) or not np.size(value):
+            continue
+        if isinstance(value, bytes):
+            columns[name] = [value] * num_steps
+        else:
+            columns[name] = np.broadcast_to(value, (num_steps, *np.shape(value)))
+    return columns
 
 
-def _parts(version: str) -> list[int]:
+def _version_numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".") if part.isdecimal()]
 
 
-def rlds_folders(path: Path) -> list[Path]:
-    """A folder itself if it is an RLDS dataset, else those in it: the versions of one."""
-    whole = path / "features.json"
-    return [path] if whole.is_file() else sorted(p.parent for p in path.glob("*/features.json"))
+def find_rlds_folders(path: Path) -> list[Path]:
+    """Find the RLDS folders at a path: the folder itself, or else the versions in it."""
+    if (path / "features.json").is_file():
+        return [path]
+    return sorted(file.parent for file in path.glob("*/features.json"))
 
 
 def open_rlds(path: str | Path) -> RldsFolder:
-    """Read the description of an RLDS folder, or of the one version folder in it; SpearError if broken."""
-    found = rlds_folders(Path(path))
-    if len(found) != 1:
-        names = (
-            f"choose one of {', '.join(p.name for p in found)}"
-            if found
-            else "it has no features.json"
-        )
-        raise SpearError(f"not an RLDS folder: {path}: {names}")
-    folder = found[0]
-    info, features = (
-        read_json(folder / f"{n}.json", "copy it again") for n in ("dataset_info", "features")
-    )
+    """Read the description of an RLDS folder, or of the one version folder in it.
+
+    Raises:
+        SpearError: If there are several versions, or the description is broken.
+    """
+    folders = find_rlds_folders(Path(path))
+    if not folders:
+        raise SpearError(f"not an RLDS folder: {path}: it has no features.json")
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise SpearError(f"not an RLDS folder: {path}: choose one of {names}")
+
+    folder = folders[0]
+    info = read_json(folder / "dataset_info.json", "copy it again")
+    features = read_json(folder / "features.json", "copy it again")
     try:
-        if info.get("fileFormat", "tfrecord") != "tfrecord":
-            raise SpearError(
-                f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord"
-            )
-        splits = {
-            str(split["name"]): _shards(folder, info["name"], split) for split in info["splits"]
-        }
-        if not splits:
-            raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
-        return RldsFolder(folder, str(info["name"]), str(info.get("version", "")), splits, features)
+        return _make_folder(folder, info, features)
     except (KeyError, TypeError, ValueError) as error:
         raise SpearError(
             f"unreadable: {folder}/dataset_info.json: {error!r}; copy it again"
         ) from error
 
 
-def _shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[tuple[Path, int]]:
-    lengths = [int(n) for n in split.get("shardLengths", [])]
-    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    shards = []
+def _make_folder(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) -> RldsFolder:
+    if info.get("fileFormat", "tfrecord") != "tfrecord":
+        raise SpearError(
+            f"unknown file format {info['fileFormat']!r}: {folder}: convert it to tfrecord"
+        )
+
+    splits: dict[str, list[RldsShard]] = {}
+    for split in info["splits"]:
+        splits[str(split["name"])] = _list_shards(folder, info["name"], split)
+    if not splits:
+        raise SpearError(f"no episodes: {folder}: its dataset_info.json names no split")
+    version = str(info.get("version", ""))
+    return RldsFolder(folder, str(info["name"]), version, splits, features)
+
+
+def _list_shards(folder: Path, dataset: str, split: Mapping[str, Any]) -> list[RldsShard]:
+    lengths = [int(length) for length in split.get("shardLengths", [])]
+    template = split.get("filepathTemplate") or TFDS_FILE_TEMPLATE
+    num_shards = f"{len(lengths):05d}"
+    shards: list[RldsShard] = []
     for index, length in enumerate(lengths):
-        number, count = f"{index:05d}", f"{len(lengths):05d}"
-        words = {"DATASET": dataset, "SPLIT": split["name"], "FILEFORMAT": "tfrecord"}
-        words |= {
-            "SHARD_INDEX": number,
-            "NUM_SHARDS": count,
-            "SHARD_X_OF_Y": f"{number}-of-{count}",
-        }
-        shards.append((folder / template.format(**words), length))
+        shard_index = f"{index:05d}"
+        file_name = template.format(
+            DATASET=dataset,
+            SPLIT=split["name"],
+            FILEFORMAT="tfrecord",
+            SHARD_INDEX=shard_index,
+            NUM_SHARDS=num_shards,
+            SHARD_X_OF_Y=f"{shard_index}-of-{num_shards}",
+        )
+        shards.append(RldsShard(folder / file_name, length))
     return shards
 
 
 def unflatten(
     node: Mapping[str, Any], flat: Mapping[str, Feature], name: str = "", depth: int = 0
 ) -> Any:
-    """Nested dicts of numpy arrays (and of bytes, or lists of bytes, for images and texts).
+    """Restore the nested values of an episode from its flat lists.
 
-    node is one of `features.json`; flat are the lists of one example; name is the path so far, depth the
-    number of sequences above. Raises KeyError or ValueError for what does not fit.
+    Args:
+        node: A node of `features.json`.
+        flat: The flat lists of one Example.
+        name: The path of the node.
+        depth: The number of sequences above the node.
+
+    Returns:
+        Nested dicts of numpy arrays; bytes or lists of bytes for images and texts; a str that says
+        why a column cannot be read.
+
+    Raises:
+        KeyError, ValueError: If the lists do not fit the description.
     """
     if "featuresDict" in node:
-        children, before = node["featuresDict"]["features"].items(), f"{name}/" if name else ""
-        return {key: unflatten(child, flat, before + key, depth) for key, child in children}
+        prefix = f"{name}/" if name else ""
+        children = node["featuresDict"]["features"]
+        return {key: unflatten(child, flat, prefix + key, depth) for key, child in children.items()}
     if "sequence" in node:
         return unflatten(node["sequence"]["feature"], flat, name, depth + 1)
-    if depth and -1 in _shape(node):
-        return "it has another shape at every step"
+    if depth and -1 in _tensor_shape(node):
+        return VARYING_SHAPE
+
     key = f"{name}/ragged_flat_values" if depth > 1 else name
     if key not in flat:
         raise ValueError(f"feature {name!r} is missing")
-    values = _leaf(node, flat[key], name)
+    values = _convert_leaf(node, flat[key], name)
     if isinstance(values, str):
         return values
     for level in reversed(range(depth - 1)):
-        lengths: Any = flat.get(f"{name}/ragged_row_lengths_{level}")
-        if lengths is None or sum(lengths) != len(values):
-            raise ValueError(f"feature {name!r} has row lengths that do not add up")
-        if len({*lengths}) != 1 or lengths[0] < 1 or (isinstance(values, list) and lengths[0] > 1):
-            return "it is a list of another length at every step, or of several texts or images"
-        if not isinstance(values, list):
-            values = values.reshape(-1, int(lengths[0]), *values.shape[1:])
-    if not depth and len(values) != 1:
-        raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
-    return values if depth else values[0]
-
-
-def _shape(description: Mapping[str, Any]) -> list[int]:
-    return [int(n) for n in description.get("tensor", {}).get("shape", {}).get("dimensions", [])]
-
-
-def _leaf(description: Mapping[str, Any], values: Feature, name: str) -> list[bytes] | Array | str:
-    """All values of one feature, the first dimension running over whatever sequence it is in; or why not."""
-    if "tensor" not in description:
-        numbers = "classLabel" in description and not isinstance(values, list)
-        if numbers or (
-            isinstance(values, list) and ("image" in description or "text" in description)
-        ):
+        values = _restore_level(values, flat, name, level)
+        if isinstance(values, str):
             return values
-        return f"it is a {description.get('pythonClassName')}"
-    tensor, shape = description["tensor"], _shape(description)
-    dtype, encoding = tensor["dtype"], tensor.get("encoding", "none")
+
+    if depth:
+        return values
+    if len(values) != 1:
+        raise ValueError(f"feature {name!r} has {len(values)} values where one was expected")
+    return values[0]
+
+
+def _restore_level(
+    values: list[bytes] | Array, flat: Mapping[str, Feature], name: str, level: int
+) -> list[bytes] | Array | str:
+    """Restore one dimension of a ragged list, if all its rows have the same length."""
+    lengths: Any = flat.get(f"{name}/ragged_row_lengths_{level}")
+    if lengths is None or sum(lengths) != len(values):
+        raise ValueError(f"feature {name!r} has row lengths that do not add up")
+    if len(set(lengths)) != 1 or lengths[0] < 1:
+        return VARYING_LENGTH
+    if isinstance(values, list):
+        return VARYING_LENGTH if lengths[0] > 1 else values
+    return values.reshape(-1, int(lengths[0]), *values.shape[1:])
+
+
+def _tensor_shape(description: Mapping[str, Any]) -> list[int]:
+    dimensions = description.get("tensor", {}).get("shape", {}).get("dimensions", [])
+    return [int(dimension) for dimension in dimensions]
+
+
+def _convert_leaf(
+    description: Mapping[str, Any], values: Feature, name: str
+) -> list[bytes] | Array | str:
+    """Convert all values of one feature, or say why they cannot be read.
+
+    The first dimension of the result runs over all sequences that the feature is in.
+    """
+    if "tensor" in description:
+        return _convert_tensor(description, values, name)
+
+    has_bytes = isinstance(values, list)
+    if has_bytes and ("image" in description or "text" in description):
+        return values
+    if not has_bytes and "classLabel" in description:
+        return values
+    return f"it is a {description.get('pythonClassName')}"
+
+
+def _convert_tensor(
+    description: Mapping[str, Any], values: Feature, name: str
+) -> list[bytes] | Array | str:
+    shape = _tensor_shape(description)
+    dtype = description["tensor"]["dtype"]
+    encoding = description["tensor"].get("encoding", "none")
     if dtype in ("string", "object"):
-        return values if isinstance(values, list) and not shape else "it is an array of texts"
+        is_plain_text = isinstance(values, list) and not shape
+        return values if is_plain_text else "it is an array of texts"
     if 0 in shape or dtype not in np.sctypeDict:
         return f"it has {dtype} of shape {shape}"
+
     if encoding in ("bytes", "zlib"):
         if not isinstance(values, list):
             raise ValueError(f"feature {name!r} should be encoded as {encoding}")
-        plain = [zlib.decompress(value) if encoding == "zlib" else value for value in values]
-        return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in plain])
+        if encoding == "zlib":
+            values = [zlib.decompress(value) for value in values]
+        return np.stack([np.frombuffer(value, dtype).reshape(shape) for value in values])
+
     if isinstance(values, list) and values:
         raise ValueError(f"feature {name!r} holds bytes instead of {dtype}")
-    flat = np.asarray(values, dtype)
+    numbers = np.asarray(values, dtype)
     if -1 in shape:
-        return flat.reshape(1, *shape)
-    if len(flat) % math.prod(shape):
+        return numbers.reshape(1, *shape)
+    if len(numbers) % math.prod(shape):
         raise ValueError(
-            f"feature {name!r} has {format_count(len(flat), 'values')}, not to fill {shape}"
+            f"feature {name!r} has {format_count(len(numbers), 'values')}, not to fill {shape}"
         )
-    return flat.reshape(-1, *shape)
+    return numbers.reshape(-1, *shape)

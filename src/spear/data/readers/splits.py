@@ -1,63 +1,112 @@
-"""Which episodes: the split syntax of TFDS ("train[:20%]+val"), for every format that has named splits."""
+"""The split syntax of TFDS ("train[:20%]+val"), for every format that has named splits."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from spear.errors import SpearError, check_known, format_count
 
-_SPLIT = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
+_SPLIT_PART = re.compile(r"^(?P<name>[\w-]+)(\[(?P<first>-?[\d_]+%?)?:(?P<end>-?[\d_]+%?)?\])?$")
 
 
-def parse_split(
-    lengths: Mapping[str, int], split: str, where: str | Path
-) -> list[tuple[str, int, int]]:
-    """TFDS split syntax as (split name, first episode, end) ranges, boundaries as TFDS rounds them (but -1%
-    of ten episodes, which are none: TFDS takes all ten).
+class EpisodeRange(NamedTuple):
+    """The episodes `first` to `end` (exclusive) of a named split."""
 
-    "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]", "all".
+    split: str
+    first: int
+    end: int
 
-    lengths  split name -> number of episodes; where is the dataset, for messages. Raises SpearError for what
-    is not such a text, an unknown split, a range beyond the episodes, and ranges that overlap.
+
+def parse_split(lengths: Mapping[str, int], split: str, dataset: str | Path) -> list[EpisodeRange]:
+    """Parse TFDS split syntax into ranges of episodes.
+
+    Boundaries are rounded as TFDS rounds them, with one exception: -1 % of ten episodes selects no
+    episode here, whereas TFDS takes all ten.
+
+    Args:
+        lengths: Split name to its number of episodes.
+        split: For example "train", "train[:20%]", "train[5:]", "train[-3:]", "train+val[:50%]" or
+            "all".
+        dataset: The dataset, for error messages.
+
+    Returns:
+        The ranges in the order of the text.
+
+    Raises:
+        SpearError: If the text cannot be parsed, names an unknown split, reaches beyond the
+            episodes, or selects an episode twice.
+
+    Example:
+        >>> parse_split({"train": 10}, "train[:20%]", "bridge")
+        [EpisodeRange(split='train', first=0, end=2)]
     """
-    ranges = []
+    ranges: list[EpisodeRange] = []
     for part in re.split(r"\s*\+\s*", split.strip()):
         if part == "all":
-            ranges += [(name, 0, total) for name, total in lengths.items()]
-            continue
-        match = _SPLIT.match(part)
-        bounds = [] if match is None else [b for b in (match["first"], match["end"]) if b]
-        if match is None or part.endswith("[:]") or len({b.endswith("%") for b in bounds}) > 1:
+            new_ranges = [EpisodeRange(name, 0, total) for name, total in lengths.items()]
+        else:
+            new_ranges = [_parse_part(part, lengths, split, dataset)]
+        ranges.extend(new_ranges)
+
+    for index, current in enumerate(ranges):
+        if count_shared_episodes([current], ranges[:index]):
             raise SpearError(
-                f"unreadable split {split!r}: {where}: write it like train or train[:20%]"
+                f"split {split!r} has episodes of {dataset} twice: name each of them once"
             )
-        name = match["name"]
-        check_known(f"split (of {where})", lengths, name)
-        total = lengths[name]
-        first, end = _place(match["first"], 0, total), _place(match["end"], total, total)
-        if not (0 <= first <= total and 0 <= end <= total):
-            raise SpearError(
-                f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {where}"
-            )
-        ranges.append((name, first, end))
-    if any(count_shared_episodes([one], ranges[:number]) for number, one in enumerate(ranges)):
-        raise SpearError(f"split {split!r} has episodes of {where} twice: name each of them once")
     return ranges
 
 
-def count_shared_episodes(
-    ranges: Iterable[tuple[str, int, int]], others: Sequence[tuple[str, int, int]]
-) -> int:
-    """How many episodes are in both, ranges as `parse_split` gives them."""
-    pairs = ((a, b) for a in ranges for b in others if a[0] == b[0])
-    return sum(max(0, min(a[2], b[2]) - max(a[1], b[1])) for a, b in pairs)
+def _parse_part(
+    part: str, lengths: Mapping[str, int], split: str, dataset: str | Path
+) -> EpisodeRange:
+    """Parse one part of a split, such as "train[:20%]"."""
+    match = _SPLIT_PART.match(part)
+    if match is None or part.endswith("[:]") or _mixes_units(match["first"], match["end"]):
+        raise SpearError(
+            f"unreadable split {split!r}: {dataset}: write it like train or train[:20%]"
+        )
+
+    name = match["name"]
+    check_known(f"split (of {dataset})", lengths, name)
+    total = lengths[name]
+    first = _resolve_bound(match["first"], default=0, total=total)
+    end = _resolve_bound(match["end"], default=total, total=total)
+    if not (0 <= first <= total and 0 <= end <= total):
+        raise SpearError(
+            f"split {split!r} reaches beyond the {format_count(total, 'episodes')} of {dataset}"
+        )
+    return EpisodeRange(name, first, end)
 
 
-def _place(bound: str | None, otherwise: int, total: int) -> int:
-    """A bound like 5, -3 or 20% as the number of an episode; what is beyond the episodes stays beyond."""
+def _mixes_units(first: str | None, end: str | None) -> bool:
+    """Whether one bound is a percentage and the other one a number of episodes."""
+    if not first or not end:
+        return False
+    return first.endswith("%") != end.endswith("%")
+
+
+def _resolve_bound(bound: str | None, default: int, total: int) -> int:
+    """Resolve a bound like 5, -3 or 20% to an episode number; one beyond the episodes stays beyond."""
     if not bound:
-        return otherwise
+        return default
+
     value = int(bound.removesuffix("%"))
     if bound.endswith("%"):
         value = round(value * total / 100) if abs(value) <= 100 else total + 1
-    return value + total if bound.startswith("-") else value
+    if bound.startswith("-"):
+        value += total
+    return value
+
+
+def count_shared_episodes(
+    ranges: Iterable[tuple[str, int, int]], other_ranges: Iterable[tuple[str, int, int]]
+) -> int:
+    """Count the episodes that are in both lists of (split, first, end) ranges."""
+    other_ranges = list(other_ranges)
+    num_shared = 0
+    for split, first, end in ranges:
+        for other_split, other_first, other_end in other_ranges:
+            if split == other_split:
+                num_shared += max(0, min(end, other_end) - max(first, other_first))
+    return num_shared

@@ -1,4 +1,4 @@
-"""Videos, by PyAV: opened; and for LeRobot the frames of a stretch of one, and one made of frames."""
+"""Reading and writing videos with PyAV."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,19 @@ import numpy as np
 from spear.errors import SpearError, import_optional
 from spear.types import Array
 
+ENCODER = "libsvtav1"
+ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
+"""LeRobot's settings: a key frame every second frame. One thread makes the bytes reproducible."""
+MIN_SIDE_PX = 64  # of AV1
+
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and stream of a video. Raises SpearError for a bad file, and where it breaks off."""
+    """Open PyAV's container and stream of a video.
+
+    Raises:
+        SpearError: If the file is missing or broken; also within the context, where it breaks off.
+    """
     av = import_optional("av", "data", "a video")
     try:
         with av.open(str(path)) as container:
@@ -23,87 +32,96 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise SpearError(f"{path}: no picture in this video: leave it out")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        why = (
-            "no such video"
-            if isinstance(error, FileNotFoundError)
-            else f"broken video ({error.strerror})"
-        )
-        raise SpearError(f"{path}: {why}: copy it again, or leave it out") from error
+        reason = f"broken video ({error.strerror})"
+        if isinstance(error, FileNotFoundError):
+            reason = "no such video"
+        raise SpearError(f"{path}: {reason}: copy it again, or leave it out") from error
 
 
-def read_frames(path: Path, first: float, end: float) -> Iterator[tuple[float, Array]]:
-    """(time in s, frame [h, w, 3] uint8 RGB) of all frames of a video with first <= time < end.
+def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[float, Array]]:
+    """Yield (time in s, frame [h, w, 3] uint8 RGB) of all frames with start_s <= time < end_s.
 
     Raises SpearError as `open_video` does.
     """
     with open_video(path) as (container, stream):
-        if first > 0:
-            container.seek(int(first / stream.time_base), stream=stream)
+        if start_s > 0:
+            container.seek(int(start_s / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            if frame.time is None or frame.time >= end:
+            if frame.time is None or frame.time >= end_s:
                 return
-            if frame.time >= first:
+            if frame.time >= start_s:
                 yield frame.time, frame.to_ndarray(format="rgb24")
 
 
 class VideoWriter:
-    """An AV1 video in an MP4 file, with the settings of LeRobot (crf 30, a key frame every second frame).
+    """Writes an AV1 video in an MP4 file, with the settings of LeRobot.
 
-    frames, bytes   what was written so far. The file is complete when the writer is closed.
+    The file is complete when the writer is closed.
+
+    Attributes:
+        num_frames: The number of frames written so far.
+        num_bytes: The number of bytes encoded so far.
     """
 
     def __init__(self, path: Path, height: int, width: int, rate_hz: float) -> None:
-        if height % 2 or width % 2 or min(height, width) < 64:
-            why = f"no video of {width} x {height} pixels: AV1 needs even sides of at least 64"
-            raise SpearError(f"{why}: write images, or prepare the data first, with --size")
+        if height % 2 or width % 2 or min(height, width) < MIN_SIDE_PX:
+            raise SpearError(
+                f"no video of {width} x {height} pixels: AV1 needs even sides of at least "
+                f"{MIN_SIDE_PX}: write images, or prepare the data first, with --size"
+            )
         av = import_optional("av", "data", "a video")
-        if "libsvtav1" not in av.codecs_available:
+        if ENCODER not in av.codecs_available:
             raise SpearError(
                 "this PyAV has no AV1 encoder: write images, or pip install --upgrade av"
             )
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.frames = self.bytes = 0
         os.environ.setdefault("SVT_LOG", "1")  # the encoder prints its settings otherwise
+        self.num_frames = 0
+        self.num_bytes = 0
         self._container = av.open(str(path), "w", format="mp4")
         rate = Fraction(rate_hz).limit_denominator(1000)
-        options = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
-        stream: Any = self._container.add_stream("libsvtav1", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        self._stream, self._frame = stream, av.VideoFrame.from_ndarray
+        self._stream: Any = self._container.add_stream(ENCODER, rate=rate, options=ENCODER_OPTIONS)
+        self._stream.width = width
+        self._stream.height = height
+        self._stream.pix_fmt = "yuv420p"
+        self._make_frame = av.VideoFrame.from_ndarray
 
     def write(self, image: Array) -> None:
         """Append a frame [h, w, 3] uint8 RGB."""
-        frame = self._frame(np.ascontiguousarray(image), format="rgb24")
-        with (
-            nullcontext() if self.frames else _as_urgent_as_before()
-        ):  # the first frame starts the encoder
+        frame = self._make_frame(np.ascontiguousarray(image), format="rgb24")
+        starts_encoder = self.num_frames == 0
+        with _keep_scheduling() if starts_encoder else nullcontext():
             self._mux(self._stream.encode(frame))
-        self.frames += 1
+        self.num_frames += 1
 
     def _mux(self, packets: Any) -> None:
-        self.bytes += sum(packet.size for packet in packets)
+        self.num_bytes += sum(packet.size for packet in packets)
         self._container.mux(packets)
 
     def close(self) -> None:
-        """Write out what is waiting, and end the file."""
-        if self.frames:
+        """Write the frames that the encoder still holds, and end the file."""
+        if self.num_frames:
             self._mux(self._stream.encode())
         self._container.close()
 
 
 @contextmanager
-def _as_urgent_as_before() -> Iterator[None]:
-    """All threads get the scheduling that the calling one has now (Linux).
+def _keep_scheduling() -> Iterator[None]:
+    """Give all threads of the process the scheduling that the calling one has now (Linux).
 
-    SVT-AV1, started by root, makes its threads and its caller's real-time ones: nothing else would run.
+    SVT-AV1, started by root, makes its own threads and its caller real-time ones. Nothing else
+    would run then.
     """
     if not hasattr(os, "sched_setscheduler"):
         yield
         return
-    policy, urgency = os.sched_getscheduler(0), os.sched_getparam(0)
+
+    policy = os.sched_getscheduler(0)
+    parameters = os.sched_getparam(0)
     try:
         yield
     finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(OSError):  # it has ended
-                os.sched_setscheduler(thread, policy, urgency)
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError):  # the thread has ended
+                os.sched_setscheduler(int(thread), policy, parameters)

@@ -1,7 +1,8 @@
-"""The store of episodes: random access to episodes and single frames of a folder, by memory mapping.
+"""The store of episodes: random access to episodes and single images of a folder, by memory mapping.
 
-A folder of shards (`spear.data.store.shard`), recorded (`write_episodes`, to which several processes may
-append) or prepared for training (`spear.data.store.prepare`). Episodes may differ in rate, cameras and sizes.
+A store is a folder of shards (`spear.data.store.shard`). It is either recorded (`write_episodes`, with
+which several processes may append) or prepared for training (`spear.data.store.prepare`). Its
+episodes may differ in rate, cameras and image sizes.
 """
 
 import bisect
@@ -22,198 +23,289 @@ from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
 
 SHARD_GLOB = "episodes-*.arrow"
-REQUEST_FILE = (
-    "request.json"  # of a prepared folder: what it was made of, and how many shards it has
-)
-DIGESTED = 1000
-"""Episodes whose numbers `EpisodeStore.fingerprint` reads (our choice)."""
+REQUEST_FILE = "request.json"  # of a prepared folder: what made it, and how many shards it has
+MAX_HASHED_EPISODES = 1000  # whose numbers the fingerprints of a store read
+POSE_DECIMALS = 4  # of the poses that the fingerprint of an episode hashes
 
 
 def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
-    """Append checked episodes, with canonical actions, as shards of `shard_size`; returns how many.
+    """Append episodes to a store, checked and with canonical actions.
 
-    A shard appears complete or not at all, and takes the next free number, so several processes may append
-    to one folder. Raises SpearError for a bad episode, and for a full disk (what is written stays readable).
+    A shard appears complete or not at all, and takes the next free number. Several processes may
+    therefore append to one folder.
+
+    Args:
+        episodes: The episodes.
+        folder: The folder of the store; it is made if it does not exist.
+        shard_size: The number of episodes in a shard.
+
+    Returns:
+        The number of episodes written.
+
+    Raises:
+        SpearError: If an episode is bad or the disk is full. The shards written before stay
+            readable.
     """
-    from spear.data.actions import add_actions, check_episode  # here: to read takes no PyTorch
+    from spear.data.actions import add_actions, check_episode  # here: reading takes no PyTorch
 
     folder.mkdir(parents=True, exist_ok=True)
-    checked, written = (add_actions(check_episode(episode)) for episode in episodes), 0
+    checked = (add_actions(check_episode(episode)) for episode in episodes)
+    num_written = 0
     while shard := list(itertools.islice(checked, shard_size)):
         add_shard(shard, folder, {})
-        written += len(shard)
-    return written
+        num_written += len(shard)
+    return num_written
 
 
 def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]) -> None:
-    """`write_shard` under the next free number. Raises SpearError when it cannot be written."""
+    """Write a shard under the next free number.
+
+    Raises SpearError if it cannot be written.
+    """
     temporary = folder / f".episodes-{uuid.uuid4().hex}.arrow"
-    files = temporary.with_suffix(".images"), temporary  # in this order: the second makes it count
+    temporary_images = temporary.with_suffix(".images")
     try:
         with report_write_errors(folder):
             write_shard(temporary, episodes, note)
             for number in itertools.count(len(list_shards(folder))):
+                target = folder / f"episodes-{number:05d}.arrow"
                 with contextlib.suppress(FileExistsError):
-                    for file in files:
-                        os.link(file, folder / f"episodes-{number:05d}{file.suffix}")
+                    # The images come first, because the other file makes the shard count.
+                    os.link(temporary_images, target.with_suffix(".images"))
+                    os.link(temporary, target)
                     break
     finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+        temporary_images.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished_shards(folder: Path) -> None:
-    """Remove what killed writers have left of shards, from a folder to which nobody else is writing."""
-    images = (
-        file
-        for file in folder.glob("episodes-*.images")
-        if not file.with_suffix(".arrow").is_file()
-    )
-    for file in (*folder.glob(".episodes-*"), *images):
+    """Remove the partial shards of killed writers, from a folder to which no other process writes."""
+    for file in list(folder.glob(".episodes-*")):
         file.unlink()
+    for images in list(folder.glob("episodes-*.images")):
+        if not images.with_suffix(".arrow").is_file():
+            images.unlink()
 
 
 def list_shards(folder: Path) -> list[Path]:
-    """The shards of a folder, in order."""
+    """List the shards of a folder, in order."""
     return sorted(folder.glob(SHARD_GLOB))
 
 
 class EpisodeStore:
-    """The episodes of a folder: nothing is loaded until asked for.
+    """The episodes of a folder. Nothing is loaded until asked for.
 
-    Every episode has canonical actions and a mask of those that are known.
-    lengths, known and rates_hz [E] are each episode's steps, those with a known action, and steps per second;
-    `is_complete` is False for a `subset`. Raises SpearError for a folder without episodes, or a broken file.
+    Every episode has canonical actions, and a mask of those that are known.
+
+    Attributes:
+        path: The folder.
+        is_complete: False for a `subset`.
+        lengths: [E] number of steps of each episode.
+        num_known_actions: [E] number of steps of each episode that have a known action.
+        rates_hz: [E] steps per second of each episode.
+
+    Raises:
+        SpearError: If the folder has no episodes, or a file of it is broken.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.is_complete = True
-        if not (files := list_shards(self.path)):
+        files = list_shards(self.path)
+        if not files:
             raise SpearError(f"no episodes: {path}: no {SHARD_GLOB} in it; record or convert some")
-        made = (
-            read_json(self.path / REQUEST_FILE, "copy it again")
-            if (self.path / REQUEST_FILE).is_file()
-            else {}
-        )
-        notice_missing_shards(self.path, files, "copy it again", made.get("shards", 0))
+        notice_missing_shards(self.path, files, "copy it again", self._read_num_shards())
+
         self._shards = [open_shard(file)[0] for file in files]
-        self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
-        self._ids = np.arange(self._bounds[-1])  # episodes of the folder that are in this store
+        shard_lengths = [len(shard) for shard in self._shards]
+        self._shard_starts = np.cumsum([0, *shard_lengths]).tolist()
+        self._numbers = np.arange(self._shard_starts[-1])  # in the folder, of this store's episodes
         self.lengths: Array = np.concatenate([np.diff(shard.offsets) for shard in self._shards])
-        self.known: Array = np.concatenate([shard.known for shard in self._shards])
+        self.num_known_actions: Array = np.concatenate(
+            [shard.num_known_actions for shard in self._shards]
+        )
         self.rates_hz: Array = np.concatenate([shard.rates_hz for shard in self._shards])
 
+    def _read_num_shards(self) -> int:
+        """Read how many shards a prepared folder should have; 0 for a recorded one."""
+        request_file = self.path / REQUEST_FILE
+        if not request_file.is_file():
+            return 0
+        return int(read_json(request_file, "copy it again").get("shards", 0))
+
     def subset(self, indices: Sequence[int]) -> "EpisodeStore":
-        """A store of only these episodes, in this order, sharing the mapped files."""
-        store, chosen = copy.copy(self), np.asarray(indices, np.int64)
+        """Make a store of only these episodes, in this order, which shares the mapped files."""
+        indices_array = np.asarray(indices, np.int64)
+        store = copy.copy(self)
         store.is_complete = False
-        for name in ("_ids", "lengths", "known", "rates_hz"):
-            setattr(store, name, getattr(self, name)[chosen])
+        store._numbers = self._numbers[indices_array]
+        store.lengths = self.lengths[indices_array]
+        store.num_known_actions = self.num_known_actions[indices_array]
+        store.rates_hz = self.rates_hz[indices_array]
         return store
 
     def select_demonstrations(self) -> "EpisodeStore":
-        """Without the episodes that are known to have failed (a notice). SpearError where none is left."""
-        return self._without(self.failed_mask(), "failed", "give others")
+        """Leave out the episodes that are known to have failed, with a notice.
+
+        Raises SpearError if none is left.
+        """
+        return self._drop(self.failed_mask(), reason="failed", advice="give others")
 
     def select_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
-        """Without the episodes that none of these cameras has seen; a notice names others that have."""
-        none = [np.zeros(len(shard), bool) for shard in self._shards]
-        lengths = [
-            [s.places[c][s.offsets[:-1], 1] for c in cameras if c in s.places] for s in self._shards
-        ]
-        seen = np.concatenate(
-            [sum((n > 0 for n in of), no) for of, no in zip(lengths, none, strict=True)]
+        """Leave out the episodes that have no images of any of these cameras, with a notice.
+
+        Another notice names cameras of the store that would not be used. Raises SpearError if no
+        episode is left.
+        """
+        names = " or ".join(cameras)
+        store = self._drop(
+            ~self._has_any_camera(cameras),
+            reason=f"with no camera {names} (there: {', '.join(self.cameras)})",
+            advice="name them so in its spear.json",
         )
-        lacks = f"with no camera {' or '.join(cameras)} (there: {', '.join(self.cameras)})"
-        store = self._without(~seen[self._ids], lacks, "name them so in its spear.json")
-        absent, unused = sorted({*cameras} - {*self.cameras}), sorted({*self.cameras} - {*cameras})
+
+        absent = sorted(set(cameras) - set(self.cameras))
+        unused = sorted(set(self.cameras) - set(cameras))
         if absent and unused:
-            what = f"no camera {' or '.join(absent)}, but {', '.join(unused)}, which is not learned from"
-            notice(f"{self.path}: has {what}: if it is the same, name it so in its spear.json")
+            notice(
+                f"{self.path}: has no camera {' or '.join(absent)}, but {', '.join(unused)}, which "
+                "is not learned from: if it is the same, name it so in its spear.json"
+            )
         return store
 
-    def _without(self, lost: Array, why: str, wish: str) -> "EpisodeStore":
-        words = f"{self.path}: {lost.sum()} of {format_count(len(self), 'episodes')} {why}"
-        if lost.all():
-            raise SpearError(f"{words}: nothing to learn from: {wish}")
-        if not lost.any():
+    def _has_any_camera(self, cameras: Collection[str]) -> Array:
+        """[E] bool: which episodes have images of at least one of these cameras."""
+        masks: list[Array] = []
+        for shard in self._shards:
+            mask = np.zeros(len(shard), bool)
+            for camera in cameras:
+                if camera in shard.image_places:
+                    first_image_bytes = shard.image_places[camera][shard.offsets[:-1], 1]
+                    mask |= first_image_bytes > 0
+            masks.append(mask)
+        return np.concatenate(masks)[self._numbers]
+
+    def _drop(self, dropped: Array, reason: str, advice: str) -> "EpisodeStore":
+        """Leave out the episodes of a mask [E], with a notice or, if none is left, an error."""
+        message = f"{self.path}: {dropped.sum()} of {format_count(len(self), 'episodes')} {reason}"
+        if dropped.all():
+            raise SpearError(f"{message}: nothing to learn from: {advice}")
+        if not dropped.any():
             return self
-        notice(f"{words}: left out")
-        store = self.subset(np.flatnonzero(~lost).tolist())
+
+        notice(f"{message}: left out")
+        store = self.subset(np.flatnonzero(~dropped).tolist())
         store.is_complete = self.is_complete
         return store
 
     def failed_mask(self) -> Array:
         """[E] bool: which episodes are known to have failed."""
-        success = [ended for shard in self._shards for ended in shard.words["success"].to_pylist()]
-        return np.array([ended is False for ended in success])[self._ids]
+        outcomes: list[bool | None] = []
+        for shard in self._shards:
+            outcomes.extend(shard.episode_columns["success"].to_pylist())
+        return np.array([outcome is False for outcome in outcomes])[self._numbers]
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Episode:
-        """Episode `index`, its images as encoded bytes."""
-        shard, row = self._find(index)
+        """Read episode `index`, with its images as encoded bytes."""
+        shard, row = self._locate(index)
         return shard.episode(row, with_images=True)
 
     def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def _find(self, index: int) -> tuple[Shard, int]:
-        number = int(self._ids[index])
-        shard = bisect.bisect_right(self._bounds, number) - 1
-        return self._shards[shard], number - self._bounds[shard]
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        """Find the shard of an episode, and its row there."""
+        number = int(self._numbers[index])
+        shard_index = bisect.bisect_right(self._shard_starts, number) - 1
+        return self._shards[shard_index], number - self._shard_starts[shard_index]
 
     @property
     def cameras(self) -> list[str]:
-        """Names of all cameras that occur."""
-        return sorted({camera for shard in self._shards for camera in shard.places})
+        """The names of all cameras that occur."""
+        names: set[str] = set()
+        for shard in self._shards:
+            names.update(shard.image_places)
+        return sorted(names)
 
     def image(self, index: int, step: int, camera: str) -> bytes | None:
-        """The encoded image of one step, or None when this episode has no such camera."""
-        shard, row = self._find(index)
+        """Read the encoded image of one step; None if the episode has no such camera."""
+        shard, row = self._locate(index)
         return shard.image(row, step, camera)
 
     def source(self, index: int) -> str:
-        """Where episode `index` came from."""
-        shard, row = self._find(index)
-        return str(shard.words["source"][row].as_py())
+        """Read where episode `index` came from."""
+        shard, row = self._locate(index)
+        return str(shard.episode_columns["source"][row].as_py())
 
-    def fingerprint(self, seen: bool = False) -> str:
-        """What tells these episodes from others: all sources and lengths, and the numbers of some; or, with
-        `seen`, all instructions and cameras, and the lengths of some encoded images."""
-        digest = hashlib.sha256(self.lengths.tobytes())
-        columns = (shard.words["instruction" if seen else "source"] for shard in self._shards)
-        words = [
-            word for column in columns for word in column.to_pylist()
-        ]  # faster than one by one
-        digest.update("".join(f"{words[number]}\0" for number in self._ids).encode())
-        digest.update("\0".join(self.cameras if seen else ()).encode())
-        for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)).tolist():
-            shard, row = self._find(index)
-            steps = slice(*shard.offsets[row : row + 2])
-            numbers = [
+    def without_images(self, index: int) -> Episode:
+        """Read episode `index` with its states and actions only, which is cheap; `images` is empty."""
+        shard, row = self._locate(index)
+        return shard.episode(row, with_images=False)
+
+    def fingerprint(self) -> str:
+        """Hash what distinguishes the motions of these episodes from others.
+
+        It covers all sources and lengths, and states and actions of at most 1,000 episodes.
+        """
+        digest = self._hash_texts("source")
+        for shard, steps in self._spread_steps():
+            for rows in (
                 shard.position,
                 shard.rotation,
                 shard.gripper,
                 shard.action,
                 shard.action_mask,
-            ]
-            for rows in [p[:, 1] for _, p in sorted(shard.places.items())] if seen else numbers:
+            ):
                 digest.update(rows[steps].tobytes())
         return digest.hexdigest()
 
-    def episode_fingerprints(self) -> list[str]:
-        """What tells each episode from others, wherever it lies: its length, first, middle and last pose."""
-        each = map(self.without_images, range(len(self)))
-        some = (
-            (n, np.hstack([e.position, e.rotation])[[0, n // 2, -1]]) for e in each if (n := len(e))
-        )
-        told = (f"{n} {(poses.round(4) + 0.0).tolist()}" for n, poses in some)
-        return [hashlib.sha256(text.encode()).hexdigest()[:12] for text in told]
+    def content_fingerprint(self) -> str:
+        """Hash what distinguishes the images and instructions of these episodes from others.
 
-    def without_images(self, index: int) -> Episode:
-        """Episode `index` with its states and actions only (`images` is empty): cheap."""
-        shard, row = self._find(index)
-        return shard.episode(row, with_images=False)
+        It covers all instructions, the cameras, and the lengths of the encoded images of at most
+        1,000 episodes.
+        """
+        digest = self._hash_texts("instruction")
+        digest.update("\0".join(self.cameras).encode())
+        for shard, steps in self._spread_steps():
+            for _, places in sorted(shard.image_places.items()):
+                image_bytes = places[:, 1]
+                digest.update(image_bytes[steps].tobytes())
+        return digest.hexdigest()
+
+    def _hash_texts(self, column: str) -> "hashlib._Hash":
+        """Begin a hash with the lengths of all episodes and a column of their texts."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        texts: list[str] = []
+        for shard in self._shards:
+            texts.extend(shard.episode_columns[column].to_pylist())  # faster than one by one
+        digest.update("".join(f"{texts[number]}\0" for number in self._numbers).encode())
+        return digest
+
+    def _spread_steps(self) -> Iterator[tuple[Shard, slice]]:
+        """Yield the shard and the steps of at most `MAX_HASHED_EPISODES` episodes, spread over all."""
+        indices = np.unique(np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int))
+        for index in indices.tolist():
+            shard, row = self._locate(index)
+            yield shard, slice(*shard.offsets[row : row + 2])
+
+    def episode_fingerprints(self) -> list[str]:
+        """Hash what identifies each episode, in whatever folder it is stored.
+
+        It covers the episode's length and its first, middle and last pose.
+        """
+        fingerprints: list[str] = []
+        for index in range(len(self)):
+            episode = self.without_images(index)
+            length = len(episode)
+            if not length:
+                continue
+            poses = np.hstack([episode.position, episode.rotation])[[0, length // 2, -1]]
+            rounded = poses.round(POSE_DECIMALS) + 0.0  # no negative zeros
+            text = f"{length} {rounded.tolist()}"
+            fingerprints.append(hashlib.sha256(text.encode()).hexdigest()[:12])
+        return fingerprints

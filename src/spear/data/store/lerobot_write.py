@@ -187,14 +187,14 @@ class _Writer:
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the frames of an episode; returns where they are."""
         name = feature_name(camera)
-        if camera in self._videos and self._videos[camera].bytes > VIDEO_MB << 20:
+        if camera in self._videos and self._videos[camera].num_bytes > VIDEO_MB << 20:
             self._videos.pop(camera).close()
             self.video_files[camera] += 1
         if camera not in self._videos:
             path = self.folder / file_path(VIDEO_PATH, self.video_files[camera], video_key=name)
             self._videos[camera] = VideoWriter(path, *self.sizes[camera], self.rate_hz)
         video = self._videos[camera]
-        first = video.frames
+        first = video.num_frames
         for step, encoded in enumerate(episode.images[camera]):
             where = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(encoded, where)
