@@ -107,7 +107,9 @@ def _inspect_dataset(folder: Dataset) -> str:
         title, rate, num_steps = _summarize_lerobot(folder)
         texts = [task for episode in folder.episodes for task in episode.tasks]
         cameras = _lerobot_cameras(folder)
-        axes = {_column_name(n): feature.component_names for n, feature in folder.info.features.items()}
+        axes = {
+            _column_name(n): feature.component_names for n, feature in folder.info.features.items()
+        }
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
         rate, texts = _summarize_rlds(folder, episodes)

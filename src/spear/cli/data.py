@@ -204,7 +204,7 @@ def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | N
     print(f"{format_count(written, 'episodes')} in {folder}, {len(reasons)} skipped", file=file)
 
 
-def check_episodes(path: Path, split: str) -> list[tuple[str, int, int]]:
+def check_episodes(path: Path, split: str) -> Sequence[tuple[str, int, int]]:
     """What `parse_split` finds. Raises `SpearError` for a folder without a format, a layout or this split;
     makes nothing."""
     from spear.data.readers.formats import count_episodes, list_cameras
