@@ -1,8 +1,9 @@
-"""Results beside others: two on the same scenes (who is better, by how much, whether that may be chance), and
-numbers that others published, which are shown beside ours and never mixed into them.
+"""Comparison of results: two on the same scenes, and ours with published numbers.
 
-There is one TOML file per published table in `reference/`: its title, source, columns (tasks), which families
-of our results are the same tasks, and success in %.
+A comparison of two results says which is better, by how much, and whether the difference may be chance.
+Published numbers are shown next to ours and never mixed with them. There is one TOML file per published table
+in `reference/`: its title, source, columns (tasks), which families of our results are the same tasks, and
+success in percent.
 """
 
 import tomllib
@@ -16,15 +17,24 @@ from spear.errors import SpearError, format_count
 from spear.evaluate.results import Outcome, Results, build_terminal_table
 from spear.evaluate.stats import Estimate, estimate_mean_proportion, estimate_paired_difference
 
-SIGNIFICANCE_LEVEL = 0.05
-"""Below this p-value we say that one is better."""
+SIGNIFICANCE_LEVEL = 0.05  # with a p-value below this, the verdict says that one is better
+IGNORED_SETTINGS = (
+    "scenes",
+    "first_seed",
+    "weights",
+)  # which scenes were run, and by which weights
+
 Pair = tuple[Outcome, Outcome]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family, or the mean of the families, on the shared scenes: the success rates, their difference and
-    its p (`stats.estimate_paired_difference`), and how many scenes only one of the two solved."""
+    """One family, or the mean of the families, on the shared scenes.
+
+    first, second            success rates.
+    difference, p            of the rates; see `estimate_paired_difference`.
+    only_first, only_second  how many scenes only one of the two solved.
+    """
 
     name: str
     first: Estimate
@@ -37,8 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """first, second: names. rows: the families and, last, their mean. pairs: both outcomes of each shared
-    scene; unshared: how many only one of them saw. settings: how the two were run differently, in words."""
+    """Two results, paired by scene.
+
+    first, second  names.
+    rows           the families and, last, their mean.
+    pairs          both outcomes of each shared scene.
+    unshared       how many scenes only one of them ran.
+    settings       how the two were run differently, in words.
+    """
 
     first: str
     second: str
@@ -54,76 +70,135 @@ class Comparison:
 
     def verdict(self) -> str:
         """The answer in one sentence, from the mean over the families."""
-        d, chance = (
-            self.mean.difference,
-            f"p {format_p_value(self.mean.p)}, n = {self.mean.difference.n}",
-        )
+        difference = self.mean.difference
+        chance = f"p {format_p_value(self.mean.p)}, n = {difference.n}"
         if self.mean.p >= SIGNIFICANCE_LEVEL:
-            both = f"{self.first} and {self.second}"
-            return f"No difference shown between {both}: {format_points(d)}, {chance}."
-        better, worse = (self.first, self.second) if d.value > 0 else (self.second, self.first)
-        gap = d if d.value > 0 else Estimate(-d.value, -d.high, -d.low, d.n)
-        return f"{better} is better than {worse}: {format_points(gap)}, {chance}."
+            names = f"{self.first} and {self.second}"
+            return f"No difference shown between {names}: {format_points(difference)}, {chance}."
+        if difference.value > 0:
+            return (
+                f"{self.first} is better than {self.second}: {format_points(difference)}, {chance}."
+            )
+        gap = Estimate(-difference.value, -difference.high, -difference.low, difference.n)
+        return f"{self.second} is better than {self.first}: {format_points(gap)}, {chance}."
 
     def to_table(self) -> Table:
         """The rows for a terminal."""
-        title = (
-            f"{self.first} against {self.second}, {format_count(len(self.pairs), 'shared scenes')}"
-        )
+        num_scenes = format_count(len(self.pairs), "shared scenes")
+        title = f"{self.first} against {self.second}, {num_scenes}"
         headers = ["family", "n", self.first, self.second, "difference [95 %]", "p", "won : lost"]
-        return build_terminal_table(
-            title, headers, [format_row(row) for row in self.rows], mean_last=True
-        )
+        rows = [format_row(row) for row in self.rows]
+        return build_terminal_table(title, headers, rows, mean_last=True)
 
 
 def compare_results(
     first: Results, second: Results, names: tuple[str, str] | None = None
 ) -> Comparison:
-    """Success of `first` minus `second`, paired on the scenes that both have seen. names: the policies', if
-    none are given. Raises `SpearError` when they share no scene, or one is not the same in both."""
-    a, b = names or (first.policy, second.policy)
-    other = {(o.family, o.seed): o for o in second.outcomes}
-    pairs = [(o, other[o.family, o.seed]) for o in first.outcomes if (o.family, o.seed) in other]
+    """Compare success of `first` with that of `second`, paired on the scenes that both have run.
+
+    names  of the two; without it, the names of their policies.
+
+    Raises `SpearError` if they share no scene, or if a scene is not the same in both.
+    """
+    first_name, second_name = names or (first.policy, second.policy)
+    second_outcomes = {outcome.scene: outcome for outcome in second.outcomes}
+    pairs = []
+    for outcome in first.outcomes:
+        if outcome.scene in second_outcomes:
+            pairs.append((outcome, second_outcomes[outcome.scene]))
     if not pairs:
-        raise SpearError(f"results: {a} and {b} share no scene: use the same families and seeds")
-    for one, two in pairs:
-        if one.instruction != two.instruction:
-            said = f"{one.instruction!r} for {a} and {two.instruction!r} for {b}"
-            why = f"results: {one.family} scene {one.seed} is {said}: the simulator changed"
-            raise SpearError(f"{why}: evaluate the older one again")
-    if (starts := [r.settings.get("starts", "the official ones") for r in (first, second)])[
-        0
-    ] != starts[1]:
         raise SpearError(
-            f"results: starts of {a}: {starts[0]}, of {b}: {starts[1]}: these are other scenes"
+            f"results: {first_name} and {second_name} share no scene: use the same families and seeds"
         )
-    families: dict[str, list[Pair]] = {}
+    _check_same_scenes(first, second, pairs, first_name, second_name)
+
+    pairs_by_family: dict[str, list[Pair]] = {}
     for pair in pairs:
-        families.setdefault(pair[0].family, []).append(pair)
-    rows = [_row(name, [some]) for name, some in families.items()]
-    rows.append(_row("mean of families", list(families.values())))
+        pairs_by_family.setdefault(pair[0].family, []).append(pair)
+    rows = [_make_row(family, [members]) for family, members in pairs_by_family.items()]
+    rows.append(_make_row("mean of families", list(pairs_by_family.values())))
+
     unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    same = (
-        "scenes",
-        "first_seed",
-        "weights",
-    )  # which scenes were run is no difference, nor by which weights
-    keys = [k for k in {**first.settings, **second.settings} if k not in same]
-    both = [(k, *(r.settings.get(k, "not said") for r in (first, second))) for k in keys]
-    settings = [f"{k.replace('_', ' ')}: {one} and {two}" for k, one, two in both if one != two]
-    settings += [
-        f"{n}: {words}" for n, r in ((a, first), (b, second)) if (words := r.describe_unfinished())
-    ]
-    return Comparison(a, b, rows, pairs, unshared, settings)
+    differences = _describe_settings(first, second)
+    for name, results in ((first_name, first), (second_name, second)):
+        unfinished = results.describe_unfinished()
+        if unfinished:
+            differences.append(f"{name}: {unfinished}")
+    return Comparison(first_name, second_name, rows, pairs, unshared, differences)
+
+
+def _check_same_scenes(
+    first: Results, second: Results, pairs: Sequence[Pair], first_name: str, second_name: str
+) -> None:
+    for a, b in pairs:
+        if a.instruction != b.instruction:
+            instructions = (
+                f"{a.instruction!r} for {first_name} and {b.instruction!r} for {second_name}"
+            )
+            raise SpearError(
+                f"results: {a.family} scene {a.seed} is {instructions}: the simulator changed: "
+                "evaluate the older one again"
+            )
+    first_starts = first.settings.get("starts", "the official ones")
+    second_starts = second.settings.get("starts", "the official ones")
+    if first_starts != second_starts:
+        raise SpearError(
+            f"results: starts of {first_name}: {first_starts}, of {second_name}: {second_starts}: "
+            "these are other scenes"
+        )
+
+
+def _describe_settings(first: Results, second: Results) -> list[str]:
+    """The settings that differ, in words."""
+    differences = []
+    for key in {**first.settings, **second.settings}:
+        if key in IGNORED_SETTINGS:
+            continue
+        a = first.settings.get(key, "not said")
+        b = second.settings.get(key, "not said")
+        if a != b:
+            differences.append(f"{key.replace('_', ' ')}: {a} and {b}")
+    return differences
+
+
+def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
+    """The row of one family, or of several, each with the same weight."""
+    successes = []
+    first_counts = []
+    second_counts = []
+    only_first = 0
+    only_second = 0
+    for pairs in strata:
+        first = [a.success for a, _ in pairs]
+        second = [b.success for _, b in pairs]
+        successes.append((first, second))
+        first_counts.append((sum(first), len(first)))
+        second_counts.append((sum(second), len(second)))
+        only_first += sum(a and not b for a, b in zip(first, second, strict=True))
+        only_second += sum(b and not a for a, b in zip(first, second, strict=True))
+    difference, p = estimate_paired_difference(successes)
+    return Row(
+        name=name,
+        first=estimate_mean_proportion(first_counts),
+        second=estimate_mean_proportion(second_counts),
+        difference=difference,
+        only_first=only_first,
+        only_second=only_second,
+        p=p,
+    )
 
 
 def format_row(row: Row) -> list[str]:
-    """name, n, both rates, difference with interval, p, scenes that only one solved: as text."""
-    d = row.difference
-    rates = [f"{row.first.value:.1%}", f"{row.second.value:.1%}"]
-    decided = f"{row.only_first} : {row.only_second}"
-    gap = d.to_text("+.1f", 100)
-    return [row.name, str(d.n), *rates, gap, format_p_value(row.p).removeprefix("= "), decided]
+    """A row as text: name, n, both rates, difference with interval, p, scenes that only one solved."""
+    return [
+        row.name,
+        str(row.difference.n),
+        f"{row.first.value:.1%}",
+        f"{row.second.value:.1%}",
+        row.difference.to_text("+.1f", 100),
+        format_p_value(row.p).removeprefix("= "),
+        f"{row.only_first} : {row.only_second}",
+    ]
 
 
 def format_points(difference: Estimate) -> str:
@@ -133,25 +208,19 @@ def format_points(difference: Estimate) -> str:
 
 def format_p_value(p: float) -> str:
     """A p-value with its sign: "= 0.021" or "< 0.0001"."""
-    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
-
-
-def _row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
-    """Of one family, or of several, each counting the same."""
-    wins = [([x.success for x, _ in pairs], [y.success for _, y in pairs]) for pairs in strata]
-    decided = [x.success for pairs in strata for x, y in pairs if x.success != y.success]
-    only = sum(decided), len(decided) - sum(decided)
-    first = estimate_mean_proportion([(sum(x), len(x)) for x, _ in wins])
-    second = estimate_mean_proportion([(sum(y), len(y)) for _, y in wins])
-    gap, p = estimate_paired_difference(wins)
-    return Row(name, first, second, gap, *only, p)
+    if p < 1e-4:
+        return "< 0.0001"
+    return f"= {p:.2g}" if p < 0.1 else f"= {p:.2f}"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A published table: of each method success per column (a task), and the mean as published, %.
+    """A published table.
 
+    columns   the tasks.
     families  the same tasks as families of our results; empty, as columns, for means alone.
+    rows      method → success per column, %.
+    means     method → the mean as published, %.
     note      what to know when reading it.
     """
 
@@ -164,23 +233,25 @@ class Reference:
     note: str = ""
 
     def headers(self) -> list[str]:
-        """Of the columns of `cells`."""
+        """The headers of the columns of `cells`."""
         return ["success, %", *self.columns, "mean"]
 
     def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
         """The table as text, marked as published; below it our results (by name), as measured here."""
         lines = []
-        for name, mean in self.means.items():
-            row = [f"{v:.1f}" for v in self.rows.get(name, ())] or ["–"] * len(self.columns)
-            lines.append([f"{name} (published)", *row, f"{mean:.1f}"])
+        for method, mean in self.means.items():
+            row = [f"{value:.1f}" for value in self.rows.get(method, ())]
+            if not row:
+                row = ["–"] * len(self.columns)
+            lines.append([f"{method} (published)", *row, f"{mean:.1f}"])
         for name, results in ours:
-            here = set(results.families)
-            found = [
-                results.summarize(family).success if family in here else None
-                for family in self.families
-            ]
-            found.append(results.mean_success() if here == set(self.families) else None)
-            lines.append([f"{name} (measured here)", *map(_points, found)])
+            measured = set(results.families)
+            row = []
+            for family in self.families:
+                rate = results.summarize(family).success if family in measured else None
+                row.append(_format_percent(rate))
+            mean_rate = results.mean_success() if measured == set(self.families) else None
+            lines.append([f"{name} (measured here)", *row, _format_percent(mean_rate)])
         return lines
 
     def to_table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
@@ -189,21 +260,26 @@ class Reference:
         return build_terminal_table(self.title, self.headers(), self.cells(ours), caption)
 
 
-def _points(e: Estimate | None) -> str:
-    return "–" if e is None else f"{100 * e.value:.1f} [{100 * e.low:.0f}, {100 * e.high:.0f}]"
+def _format_percent(rate: Estimate | None) -> str:
+    if rate is None:
+        return "–"
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
 
 
 def load_references() -> dict[str, Reference]:
     """All published tables, by name."""
     folder = resources.files("spear.evaluate").joinpath("reference")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    return {
-        f.name.removesuffix(".toml"): Reference(**tomllib.loads(f.read_text("utf-8")))
-        for f in files
-    }
+    files = [file for file in folder.iterdir() if file.name.endswith(".toml")]
+    references = {}
+    for file in sorted(files, key=lambda file: file.name):
+        fields = tomllib.loads(file.read_text("utf-8"))
+        references[file.name.removesuffix(".toml")] = Reference(**fields)
+    return references
 
 
 def find_matching_references(results: Results) -> list[Reference]:
-    """The published tables that hold a task of these results, and these starts."""
-    own = set() if "starts" in results.settings else set(results.families)
-    return [r for r in load_references().values() if own & set(r.families)]
+    """The published tables that have a task of these results; none for other than the official starts."""
+    if "starts" in results.settings:
+        return []
+    families = set(results.families)
+    return [table for table in load_references().values() if families & set(table.families)]
