@@ -94,17 +94,17 @@ class Recorder(ChunkExecutor):
         )
 
 
-def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._outcome) -> Outcome:
+def _ended(slot: Any, outcome: Callable[[Any], Outcome] = closed_loop._make_outcome) -> Outcome:
     """An episode's outcome, its seams kept: those of one that is stopped come when it is run again."""
     with Recorder.file.open("a") as file:
-        file.writelines(f"{seam:.3f}\n" for seam in slot.chunks.seams)
+        file.writelines(f"{seam:.3f}\n" for seam in slot.executor.seams)
     with Recorder.file.with_name(STILL).open("a") as file:
-        file.write(f"{np.mean([action is None for action in slot.chunks._executed])}\n")
+        file.write(f"{np.mean([action is None for action in slot.executor._executed])}\n")
     return outcome(slot)
 
 
 setattr(closed_loop, "ChunkExecutor", Recorder)  # noqa: B010
-setattr(closed_loop, "_outcome", _ended)  # noqa: B010
+setattr(closed_loop, "_make_outcome", _ended)  # noqa: B010
 
 SEAMS, STILL = "seams.txt", "still.txt"
 
@@ -162,9 +162,9 @@ def main(
     out = out / "quick" if quick else out
     agent = load_agent(policy, device="cpu")
     found: dict[tuple[str, int], Results] = {}
-    left_out = {"rtc/1": not agent.committed, "guided/1": not guided}
+    left_out = {"rtc/1": not agent.max_committed, "guided/1": not guided}
     known = [row for row in ROWS if not left_out.get(row)]
-    if not agent.committed:
+    if not agent.max_committed:
         print(f"{policy} was not trained for rtc: left out", file=sys.stderr)
     for row in rows or known:
         for latency in LATENCIES_MS:

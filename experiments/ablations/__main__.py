@@ -1,15 +1,16 @@
 """Train and score the paper's ablations at nano size, and compare them with its numbers.
 
-Every row is trained with several seeds, and every training is scored on the same held-out scenes of the
-simulator. Stages that rows share are trained once. Rerunning the command resumes from where it stopped.
-Start it several times (once per core) to share the work between processes. After every score the command
-writes OUT/ablations.md, OUT/ablations.html (with bars and the scaling curve) and OUT/ablations.json.
+Every row is trained with several seeds, and every training is scored on the same held-out scenes of
+the simulator. Stages that rows share are trained once. Rerunning the command resumes from where it
+stopped. Start it several times (once per core) to share the work between processes. After every
+score the command writes OUT/ablations.md, OUT/ablations.html (with bars and the scaling curve) and
+OUT/ablations.json.
 
 Examples:
     python -m experiments.ablations --plan
     python -m experiments.ablations --rows 3d --budget 3000
     python -m experiments.ablations --rows siglip --families put_on put_in_basket --scenes 100
-    python -m experiments.ablations --rows no-3d images --labels runs/labels --episodes runs/episodes
+    python -m experiments.ablations --rows no-3d --labels runs/labels --episodes runs/episodes
 """
 
 import functools
@@ -30,8 +31,10 @@ PROGRAM = "python -m experiments.ablations"
 
 
 def run_ablations(options: AblationOptions) -> None:
-    """Train and score everything that is missing, and write the tables. Raises `SpearError` at the end for
-    trainings that failed."""
+    """Train and score everything that is missing, and write the tables.
+
+    Raises `SpearError` at the end for trainings that failed.
+    """
     # A mistake in the options is found before any data are made.
     start = planning.pretrained(options.init, options.moge)
     expected_plan = planning.make_plan(options, planning.expected(options), start)

@@ -2,11 +2,11 @@
 
     python -m experiments.ablations.scores runs/ablations    # adds the finished scores of a run
 
-While a policy is being scored, its episodes are JSON lines in OUT/scores/KEY. This command copies those
-whose scenes have all ended into `results/scores.parquet`. A row is one episode. Its columns are the key of
-the scored training, the policy's name, the settings of the evaluation (JSON), the fields of `Outcome`, and
-two times: `seconds` is how long the episode ran, `wall` the time since the one before it ended. Older
-journals have no `wall`.
+While a policy is being scored, its episodes are JSON lines in OUT/scores/KEY. This command copies
+those whose scenes have all ended into `results/scores.parquet`. A row is one episode. Its columns
+are the key of the scored training, the policy's name, the settings of the evaluation (JSON), the
+fields of `Outcome`, and two times: `seconds` is how long the episode ran, `wall` the time since the
+one before it ended. Older journals have no `wall`.
 """
 
 import json
@@ -65,7 +65,7 @@ def load_scores(path: Path = SCORES) -> dict[str, Results]:
 
 
 def find_key(prefix: str, path: Path = SCORES) -> str:
-    """The only key that begins with some digits. Raises `SpearError` if there is none, or more than one."""
+    """The only key that begins with these digits. Raises `SpearError` unless there is just one."""
     keys = [key for key in load_scores(path) if key.startswith(prefix)]
     if len(keys) != 1:
         raise SpearError(f"{path}: {len(keys)} keys begin with {prefix}: give more digits")

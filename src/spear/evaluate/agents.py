@@ -1,4 +1,4 @@
-"""Who acts in an evaluation: a policy, or one of the references that frame its number from both sides."""
+"""Who acts in an evaluation: a policy, or one of the baselines that its number lies between."""
 
 import functools
 import os
@@ -16,6 +16,7 @@ from spear.evaluate.options import AgentOptions
 from spear.types import Array, Policy
 from spear.util.options import to_option_name
 
+BASELINES = ("expert", "oracle", "nothing")
 IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 """The action that leaves the arm where it is, with the gripper open."""
 
@@ -23,48 +24,64 @@ IDLE_ACTION = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
 class Agent(Protocol):
     """Chooses actions for several running scenes at once.
 
-    weights      which trained ones act (`Spear1Policy.identity`); None for none, or of another's server.
-    needs_images whether `act` looks at the cameras; if not, nothing is rendered for it.
-    image_sizes  camera -> (width, height) of its pictures in the embedded simulator.
-    committed    the most actions of a chunk that may be decided before it is asked for.
+    name           as results name it.
+    weights        identity of the trained weights (`Spear1Policy.identity`); None without weights,
+                   or if another's server does not say.
+    needs_images   whether `act` uses the cameras; if not, nothing is rendered for it.
+    image_sizes    camera → (width, height) of its images in the embedded simulator, px.
+    max_committed  longest committed prefix that the agent can continue.
     """
 
     name: str
     weights: str | None = None
     needs_images: bool = False
     image_sizes: Mapping[str, tuple[int, int]] = DEFAULT_IMAGE_SIZES
-    committed: int = 0
+    max_committed: int = 0
 
     def act(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        """One chunk [H, 8] of actions (`spear.types.Action`, metres) for each of the running scenes, which
-        have their `seed`, their `steps` so far and their simulator's truth."""
+        """Choose one chunk of actions for each of the running scenes.
+
+        Args:
+            envs: The scenes, with their `seed`, their `steps` so far, and their simulator's ground
+                truth.
+            observations: What each scene's cameras and sensors show.
+
+        Returns:
+            Per scene an action chunk [H, 8] (`spear.types.Action`, meters).
+        """
 
 
 class PolicyAgent(Agent):
-    """A policy, which sees only observations, of its own cameras. Its noise is fixed by the scene's seed and
-    the step, so that an outcome does not depend on which scenes run beside it."""
+    """A policy, which sees only observations, of its own cameras.
+
+    Its noise is fixed by the scene's seed and the step, so that an outcome does not depend on which
+    scenes run alongside.
+    """
 
     needs_images = True
 
     def __init__(self, policy: Policy, name: str, weights: str | None = None) -> None:
-        self.policy, self.name, self.weights = policy, name, weights
+        self.policy = policy
+        self.name = name
+        self.weights = weights
         self.image_sizes = get_rendered_sizes(policy)
-        self.committed = getattr(policy, "committed", 0)
+        self.max_committed = getattr(policy, "committed", 0)
 
     def act(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        seeded = [
-            {**o, "seed": 1000 * e.seed + e.steps} for e, o in zip(envs, observations, strict=True)
-        ]
-        shown = [select_cameras(self.policy, observation) for observation in seeded]
-        return [np.asarray(r["actions"], np.float32) for r in self.policy.infer_batch(shown)]
+        policy_observations = []
+        for env, observation in zip(envs, observations, strict=True):
+            seeded = {**observation, "seed": 1000 * env.seed + env.steps}
+            policy_observations.append(select_cameras(self.policy, seeded))
+        results = self.policy.infer_batch(policy_observations)
+        return [np.asarray(result["actions"], np.float32) for result in results]
 
 
 @functools.cache
-def _loaded(folder: Path) -> PolicyAgent:
+def _load_agent_of_this_process(folder: Path) -> PolicyAgent:
     from spear.policy import Spear1Policy
 
     torch.set_num_threads(1)  # one of several processes; and with others the last bits would differ
@@ -74,8 +91,9 @@ def _loaded(folder: Path) -> PolicyAgent:
 def predict_next_action(
     folder: Path, observation: Mapping[str, Any], seed: int, step: int
 ) -> Array:
-    """The first action of a policy's chunk, for `spear.sim.record.InterveningPolicy`."""
-    return _loaded(folder).act([SimpleNamespace(seed=seed, steps=step)], [observation])[0][0]
+    """Predict the first action of a policy's chunk [8], for the recording of corrections."""
+    env = SimpleNamespace(seed=seed, steps=step)
+    return _load_agent_of_this_process(folder).act([env], [observation])[0][0]
 
 
 class ExpertAgent(Agent):
@@ -92,7 +110,7 @@ class ExpertAgent(Agent):
 
 
 class IdleAgent(Agent):
-    """Leaves the arm where it is, whatever is seen."""
+    """Leaves the arm where it is, whatever it sees."""
 
     name = "nothing"
 
@@ -103,35 +121,60 @@ class IdleAgent(Agent):
 
 
 def load_agent(policy: str, **loading: Any) -> Agent:
-    """Who acts: "expert", "nothing", a trained folder, a shipped name or a server's ws:// address. loading:
-    device, dtype, dataset, flow_steps (`AgentOptions`) of a policy that is loaded here, and of no other."""
+    """Load who acts.
+
+    Args:
+        policy: "expert", "nothing", a trained folder, a shipped name, or a server's ws:// address.
+        loading: device, dtype, dataset and flow_steps (`AgentOptions`) of a policy that is loaded
+            here.
+
+    Raises:
+        SpearError: `loading` was given for another agent; the policy or the server is not there; or
+            the server serves a robot.
+    """
+    is_remote = policy.startswith(("ws://", "wss://"))
+    if is_remote or policy in BASELINES:
+        _check_not_given(policy, loading)
+    if policy == "expert":
+        return ExpertAgent()
+    if policy == "nothing":
+        return IdleAgent()
+    if is_remote:
+        return _connect_agent(policy)
+    return _load_policy_agent(AgentOptions(policy, **loading))
+
+
+def _check_not_given(policy: str, loading: Mapping[str, Any]) -> None:
+    for field, value in loading.items():
+        if value != getattr(AgentOptions, field):
+            option = to_option_name(field)
+            raise SpearError(
+                f"{option} {value}: is for policies loaded here: leave it out for {policy}"
+            )
+
+
+def _connect_agent(address: str) -> PolicyAgent:
+    from spear.serve.client import RemotePolicy
+
+    server = RemotePolicy(address, os.environ.get("SPEAR_TOKEN"))
+    robot = server.metadata.get("embodiment", "generic")
+    if robot != "generic":
+        server.close()
+        raise SpearError(f"{address}: serves robot {robot!r}: start it with `--embodiment generic`")
+    weights = server.metadata.get("weights")
+    if weights is None:
+        notice(f"{address}: does not say which weights it has: give those of each their own --out")
+    return PolicyAgent(server, address, weights)
+
+
+def _load_policy_agent(options: AgentOptions) -> PolicyAgent:
     from spear.policy import Spear1Policy
 
-    remote, who = policy.startswith(("ws://", "wss://")), AgentOptions(policy, **loading)
-    for field, value in (
-        loading.items() if remote or policy in ("expert", "oracle", "nothing") else ()
-    ):
-        if value != getattr(AgentOptions, field):
-            what = f"{to_option_name(field)} {value}: is for policies loaded here"
-            raise SpearError(f"{what}: leave it out for {policy}")
-    if policy in ("expert", "nothing"):
-        return ExpertAgent() if policy == "expert" else IdleAgent()
-    if remote:
-        from spear.serve.client import RemotePolicy
-
-        server = RemotePolicy(policy, os.environ.get("SPEAR_TOKEN"))
-        robot = server.metadata.get("embodiment", "generic")
-        if robot != "generic":
-            server.close()
-            raise SpearError(
-                f"{policy}: serves robot {robot!r}: start it with `--embodiment generic`"
-            )
-        if (weights := server.metadata.get("weights")) is None:
-            notice(
-                f"{policy}: does not say which weights it has: give those of each their own --out"
-            )
-        return PolicyAgent(server, policy, weights)
-    local = Spear1Policy.load(
-        policy, who.device, who.flow_steps, dataset=who.dataset, dtype=who.dtype
+    policy = Spear1Policy.load(
+        options.policy,
+        options.device,
+        options.flow_steps,
+        dataset=options.dataset,
+        dtype=options.dtype,
     )
-    return PolicyAgent(local, policy, local.identity)
+    return PolicyAgent(policy, options.policy, policy.identity)

@@ -13,7 +13,7 @@ from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import MILESTONES, Outcome, Results
+from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import get_thread_renderer
@@ -23,15 +23,22 @@ from spear.types import CONTROL_RATE_HZ, Array
 
 
 def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
-    """Success on the held-out scenes first_seed … first_seed + scenes - 1 of each family; the films made now.
+    """Measure success on the held-out scenes first_seed … first_seed + scenes - 1 of each family.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown family,
-    for seeds that are not held out, and for a way of executing chunks that the policy has not learned.
+    Args:
+        agent: Who acts.
+        options: Which scenes, how chunks are executed, and where the results are written.
+
+    Returns:
+        The results, and the films made now.
+
+    Raises:
+        SpearError: The folder has results of another policy or of other settings; a family is
+            unknown; seeds are not held out; or the policy has not learned the execution mode.
     """
     check_known("task family", FAMILIES, *options.families)
-    scenes = dict.fromkeys(
-        options.families or FAMILIES, held_out_seeds(options.first_seed, options.scenes)
-    )
+    families = options.families or FAMILIES
+    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.scenes))
     settings = {
         "simulator": SIMULATOR_VERSION,
         "replan": options.replan,
@@ -40,17 +47,24 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
         "execution": options.execution,
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
-        **({"slow_actions": NUM_SLOW_ACTIONS} if options.execution == "async" else {}),
     }
+    if options.execution == "async":
+        settings["slow_actions"] = NUM_SLOW_ACTIONS
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
 
 @dataclass
-class _Slot:
-    """One running scene. poses: the joint positions at each step, of which its film is made."""
+class _RunningScene:
+    """A scene in which the agent acts.
+
+    poses        the joint positions at each step, of which its film is made.
+    info         what the environment said of the last step.
+    unreachable  control steps whose target the arm could not reach.
+    started      when, in seconds of `time.perf_counter`.
+    """
 
     env: TabletopEnv
-    chunks: ChunkExecutor
+    executor: ChunkExecutor
     poses: list[Array]
     info: Mapping[str, Any] = field(default_factory=dict)
     unreachable: int = 0
@@ -63,72 +77,105 @@ class _Tabletop:
     films_are_free = True
 
     def __init__(self, agent: Agent, options: TabletopOptions) -> None:
-        self._options, self._sizes = options, agent.image_sizes
-        self._delay = count_latency_steps(options.latency_ms)
+        self._options = options
+        self._image_sizes = agent.image_sizes
+        self._latency_steps = count_latency_steps(options.latency_ms)
         if agent.needs_images or options.films:
-            get_thread_renderer()  # where there is none, this is said first
+            get_thread_renderer()  # a missing renderer is reported before anything runs
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """All seeds through a few environments; one that ends takes the next seed."""
-        waiting, slots = list(seeds)[::-1], list[_Slot]()
-        sizes = self._sizes["external"], self._sizes["wrist"]
-        count = min(self._options.batch, len(seeds))
-        free = [TabletopEnv(family, *sizes, images=agent.needs_images) for _ in range(count)]
-        while waiting or slots:
-            while waiting and free:
-                env, how, replan = free.pop(), self._options.execution, self._options.replan
-                env.load(World(sample_scene(family, waiting.pop())))
-                chunks = ChunkExecutor(how, replan, max_committed=agent.committed)
-                slots.append(_Slot(env, chunks, [env.world.data.qpos.copy()]))
-            seen = [
-                {**(s.env.observe() if agent.needs_images else {}), **s.chunks.committed_actions()}
-                for s in slots
-            ]
+        """Run all seeds through a few environments; one whose episode ends takes the next seed."""
+        waiting_seeds = list(reversed(seeds))
+        num_envs = min(self._options.batch, len(seeds))
+        free_envs = [self._make_env(agent, family) for _ in range(num_envs)]
+        scenes: list[_RunningScene] = []
+        while waiting_seeds or scenes:
+            while waiting_seeds and free_envs:
+                scenes.append(self._start_scene(agent, free_envs.pop(), waiting_seeds.pop()))
+
+            observations = []
+            for scene in scenes:
+                images_and_state = scene.env.observe() if agent.needs_images else {}
+                observations.append({**images_and_state, **scene.executor.committed_actions()})
+            chunks = agent.act([scene.env for scene in scenes], observations)
+
             running = []
-            for slot, chunk in zip(slots, agent.act([s.env for s in slots], seen), strict=True):
-                slot.chunks.add_chunk(chunk, arrival_tick=slot.chunks.tick + self._delay)
-                if _execute(slot):
-                    yield _outcome(slot), time.perf_counter() - slot.started, slot.poses
-                    free.append(slot.env)
+            for scene, chunk in zip(scenes, chunks, strict=True):
+                arrival_tick = scene.executor.tick + self._latency_steps
+                scene.executor.add_chunk(chunk, arrival_tick=arrival_tick)
+                has_ended = _step_until_next_inference(scene)
+                if has_ended:
+                    seconds = time.perf_counter() - scene.started
+                    yield _make_outcome(scene), seconds, scene.poses
+                    free_envs.append(scene.env)
                 else:
-                    running.append(slot)
-            slots = running
+                    running.append(scene)
+            scenes = running
+
+    def _make_env(self, agent: Agent, family: str) -> TabletopEnv:
+        return TabletopEnv(
+            family,
+            self._image_sizes["external"],
+            self._image_sizes["wrist"],
+            images=agent.needs_images,
+        )
+
+    def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
+        env.load(World(sample_scene(env.family, seed)))
+        executor = ChunkExecutor(
+            self._options.execution, self._options.replan, max_committed=agent.max_committed
+        )
+        return _RunningScene(env, executor, [env.world.data.qpos.copy()])
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
-        """Replays recorded joint positions before larger cameras than the policy's, of the same aspect."""
-        world, (width, height) = (
-            World(sample_scene(outcome.family, outcome.seed)),
-            self._sizes["external"],
-        )
-        across = round(video.HEIGHT * width / height)
-        views = [("external", (across, video.HEIGHT)), ("wrist", (video.HEIGHT, video.HEIGHT))]
+        """Replay recorded joint positions in front of larger cameras than the policy's, of the same
+        aspect.
+        """
+        world = World(sample_scene(outcome.family, outcome.seed))
+        width, height = self._image_sizes["external"]
+        views = [
+            ("external", (round(video.HEIGHT * width / height), video.HEIGHT)),
+            ("wrist", (video.HEIGHT, video.HEIGHT)),
+        ]
         for step, pose in enumerate(track):
             world.data.qpos[:] = pose
             mujoco.mj_forward(world.model, world.data)
-            ended = outcome.success if step == len(track) - 1 else None
+            is_last = step == len(track) - 1
             external, wrist = get_thread_renderer().images(world, views)
-            yield video.compose_frame(external, wrist, outcome.instruction, ended)
+            yield video.compose_frame(
+                external, wrist, outcome.instruction, outcome.success if is_last else None
+            )
 
 
 def count_latency_steps(latency_ms: float) -> int:
-    """Control steps from a look until its chunk can be used."""
+    """Control steps from an observation until its chunk can be used."""
     return math.ceil(latency_ms / 1000 * CONTROL_RATE_HZ - 1e-9)
 
 
-def _execute(slot: _Slot) -> bool:
-    """Steps one scene until it is time to look again; True when its episode has ended."""
-    while not slot.chunks.needs_chunk():
-        slot.info = slot.env.physics_step(slot.chunks.next_action())
-        slot.poses.append(slot.env.world.data.qpos.copy())
-        slot.unreachable += slot.info["unreachable"]
-        if slot.info["success"] or slot.env.steps >= MAX_STEPS:
+def _step_until_next_inference(scene: _RunningScene) -> bool:
+    """Step a scene until its executor needs the next chunk. Returns True if the episode has
+    ended.
+    """
+    while not scene.executor.needs_chunk():
+        scene.info = scene.env.physics_step(scene.executor.next_action())
+        scene.poses.append(scene.env.world.data.qpos.copy())
+        scene.unreachable += scene.info["unreachable"]
+        if scene.info["success"] or scene.env.steps >= MAX_STEPS:
             return True
     return False
 
 
-def _outcome(slot: _Slot) -> Outcome:
-    seen: Any = {name: bool(slot.info[name]) for name in MILESTONES}
-    where = slot.env.family, slot.env.seed, slot.env.world.spec.instruction
-    return Outcome(*where, **seen, unreachable=slot.unreachable, steps=slot.env.steps)
+def _make_outcome(scene: _RunningScene) -> Outcome:
+    return Outcome(
+        family=scene.env.family,
+        seed=scene.env.seed,
+        instruction=scene.env.world.spec.instruction,
+        success=bool(scene.info["success"]),
+        reached=bool(scene.info["reached"]),
+        grasped=bool(scene.info["grasped"]),
+        wrong_object_moved=bool(scene.info["wrong_object_moved"]),
+        unreachable=scene.unreachable,
+        steps=scene.env.steps,
+    )

@@ -1,9 +1,9 @@
 """Comparison of results: two on the same scenes, and ours with published numbers.
 
-A comparison of two results says which is better, by how much, and whether the difference may be chance.
-Published numbers are shown next to ours and never mixed with them. There is one TOML file per published table
-in `reference/`: its title, source, columns (tasks), which families of our results are the same tasks, and
-success in percent.
+A comparison of two results says which is better, by how much, and whether the difference may be
+chance. Published numbers are shown next to ours and never mixed with them. There is one TOML file
+per published table in `reference/`: its title, source, columns (tasks), which families of our
+results are the same tasks, and success in percent.
 """
 
 import tomllib
@@ -108,7 +108,8 @@ def compare_results(
             pairs.append((outcome, second_outcomes[outcome.scene]))
     if not pairs:
         raise SpearError(
-            f"results: {first_name} and {second_name} share no scene: use the same families and seeds"
+            f"results: {first_name} and {second_name} share no scene: "
+            "use the same families and seeds"
         )
     _check_same_scenes(first, second, pairs, first_name, second_name)
 
@@ -132,11 +133,9 @@ def _check_same_scenes(
 ) -> None:
     for a, b in pairs:
         if a.instruction != b.instruction:
-            instructions = (
-                f"{a.instruction!r} for {first_name} and {b.instruction!r} for {second_name}"
-            )
             raise SpearError(
-                f"results: {a.family} scene {a.seed} is {instructions}: the simulator changed: "
+                f"results: {a.family} scene {a.seed} is {a.instruction!r} for {first_name} and "
+                f"{b.instruction!r} for {second_name}: the simulator changed: "
                 "evaluate the older one again"
             )
     first_starts = first.settings.get("starts", "the official ones")
@@ -189,7 +188,9 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
 
 
 def format_row(row: Row) -> list[str]:
-    """A row as text: name, n, both rates, difference with interval, p, scenes that only one solved."""
+    """A row as text: name, n, both rates, difference with interval, p, scenes that only one
+    solved.
+    """
     return [
         row.name,
         str(row.difference.n),
@@ -237,7 +238,9 @@ class Reference:
         return ["success, %", *self.columns, "mean"]
 
     def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
-        """The table as text, marked as published; below it our results (by name), as measured here."""
+        """The table as text, marked as published; below it our results (by name), as measured
+        here.
+        """
         lines = []
         for method, mean in self.means.items():
             row = [f"{value:.1f}" for value in self.rows.get(method, ())]
@@ -278,7 +281,9 @@ def load_references() -> dict[str, Reference]:
 
 
 def find_matching_references(results: Results) -> list[Reference]:
-    """The published tables that have a task of these results; none for other than the official starts."""
+    """The published tables that have a task of these results; none for other than the official
+    starts.
+    """
     if "starts" in results.settings:
         return []
     families = set(results.families)

@@ -1,4 +1,6 @@
-"""Films of episodes: both cameras side by side, with the instruction and the outcome written above them."""
+"""Films of episodes: both cameras side by side, with the instruction and the outcome written above
+them.
+"""
 
 import functools
 import io
@@ -28,7 +30,9 @@ GREY = (30, 33, 39)
 
 
 def import_encoder() -> Any:
-    """Import PyAV. Raises `SpearError` if it is missing, or was built without H.264, as PyPI's never is."""
+    """Import PyAV. Raises `SpearError` if it is missing, or was built without H.264, as PyPI's
+    never is.
+    """
     av = import_optional("av", "report", "a film")
     if "libx264" not in av.codecs_available:
         raise SpearError("a film: this PyAV has no H.264 encoder: pip install --upgrade av")
@@ -40,8 +44,8 @@ def compose_frame(
 ) -> Array:
     """Compose one frame of a film, [h, w, 3] uint8 with even sides.
 
-    The external view is on the left, the wrist view on the right, `caption` above them, and the outcome where
-    the episode has ended.
+    The external view is on the left, the wrist view on the right, `caption` above them, and the
+    outcome where the episode has ended.
     """
     views = [_scale_to_height(external)]
     if wrist is not None:
@@ -66,7 +70,8 @@ def compose_frame(
 def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
     """Encode frames [h, w, 3] uint8 of one size as an MP4 file with H.264.
 
-    The last frame stays for a second, so that a looping film shows its outcome. Raises as `import_encoder`.
+    The last frame stays for a second, so that a looping film shows its outcome. Raises as
+    `import_encoder`.
     """
     av = import_encoder()
     buffer = io.BytesIO()

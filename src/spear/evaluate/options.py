@@ -1,4 +1,4 @@
-"""What an evaluation can be told, from the command line or in Python."""
+"""Options of evaluations, from the command line or in Python."""
 
 from typing import Annotated, Literal
 
@@ -16,18 +16,21 @@ from spear.util.options import (
 )
 
 Films = int | Literal["failures", "all"]
-"""Of a family: so many successes and as many failures, lowest seeds first; all failures; or all."""
-_READ = "Which of the numbers that the model holds possible: the likeliest (mode), the mean or the median."
-Decode = Annotated[Literal["mode", "mean", "median"], arg(help=_READ)]
+"""Per family: so many successes and as many failures, lowest seeds first; all failures; or all."""
+DECODE_HELP = (
+    "How numbers are read off the model's probabilities: the likeliest (mode), the mean or the "
+    "median."
+)
+Decode = Annotated[Literal["mode", "mean", "median"], arg(help=DECODE_HELP)]
 
 
 class AgentOptions(Options):
     """Who acts, and how it is loaded."""
 
     policy: str = "nano"
-    """nano (comes with this package), a folder with a trained policy, the ws:// address of `spear serve
-    --embodiment generic`, or a reference: expert (oracle for SIMPLER: a script that knows the true state) or
-    nothing."""
+    """Who acts: nano (comes with this package), a folder with a trained policy, the ws:// address
+    of `spear serve --embodiment generic`, or a baseline: expert (oracle for SIMPLER: a script that
+    knows the true state) or nothing."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: DatasetName = None
@@ -36,64 +39,68 @@ class AgentOptions(Options):
 
 
 class EpisodeOptions(Options):
-    """Which episodes, and what is kept of them: the same in every simulator."""
+    """Which episodes are run, and what is recorded of them, in every simulator."""
 
     scenes: Annotated[int, Range(1)] = 381
     """Scenes per family. 381 are enough to know each family's success rate to ±5 points."""
     first_seed: Annotated[int, Range(0)] = 0
-    """Scenes first-seed, first-seed + 1, … In the embedded simulator those below 10000 are for testing."""
+    """Seed of the first scene; the others follow. In the embedded simulator seeds below 10000 are
+    held out."""
     replan: Annotated[int, Range(1)] = 1
-    """How many of the predicted actions are executed before the policy looks again: fewer react sooner and
-    cost more inferences."""
+    """Replan interval: number of predicted actions that are executed before the next inference.
+    Fewer react sooner and cost more inferences."""
     films: Annotated[Films, Range(0)] = 0
-    """Films of so many successes and failures per family; failures, for a film of every failure; or all."""
+    """Films of so many successes and failures per family; failures, for a film of every failure; or
+    all."""
     out: OptionalFolder = None
-    """Folder for the results. Outcomes are written as they come; those that it holds are not run again."""
+    """Folder for the results. Outcomes are written as they come; episodes that it contains are not
+    run again."""
     shard: str = "1/1"
-    """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out come together
-    there; so do those of other machines, when their files are copied there."""
+    """Run only a part of the scenes, 2/5 for the second of five. Parts with the same --out are
+    merged there; so are those of other machines when you copy their files there."""
 
 
 class TabletopOptions(EpisodeOptions):
-    """A closed loop in the embedded simulator."""
+    """A closed-loop evaluation in the embedded simulator."""
 
     families: tuple[str, ...] = ()
-    """Task families; all of them when none is given."""
+    """Task families. Default: all."""
     batch: Annotated[int, Range(1)] = 32
     """Scenes that run at once: their observations go through the policy together."""
     execution: Literal["sync", "async", "rtc"] = "sync"
-    """sync waits for each chunk of actions; async moves on meanwhile, slowly before the gripper is used;
-    rtc is for a policy that has learned to go on from the actions executed meanwhile."""
+    """Execution mode: sync waits for each action chunk; async moves on during inference, slowly
+    before the gripper is used; rtc is for a policy that was trained to continue a committed
+    prefix."""
     latency_ms: Annotated[float, Range(0, 1e6)] = 0.0
-    """Simulated time that the policy takes to answer, in milliseconds. The control loop takes a chunk up at
-    its next step: it counts in whole steps of 200 ms, rounded up."""
+    """Simulated inference latency in milliseconds. The control loop uses a chunk at its next step,
+    so the latency counts in whole steps of 200 ms, rounded up."""
 
 
 class SimplerOptions(EpisodeOptions):
-    """A closed loop in SIMPLER's tasks."""
+    """A closed-loop evaluation in SIMPLER's tasks."""
 
     scenes: Annotated[int, Range(1)] = 384
-    """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has 24 or 64
-    different starts: each comes up 16 or 6 times, with other noise for the policy; references, which have no
-    noise, see each once."""
+    """Episodes per task. 384 are enough to know each task's success rate to ±5 points. A task has
+    24 or 64 different starts, so each is used 16 or 6 times, with other noise for the policy.
+    Baselines, which have no noise, use each start once."""
     tasks: tuple[str, ...] = ()
-    """ManiSkill's names; all four when none is given."""
+    """Tasks, by ManiSkill's names. Default: all four."""
     off_grid: bool = False
-    """Other starts than the official ones: each scene has a start of its own."""
+    """Use other starts than the official ones, a different one in each scene."""
     batch: Annotated[int | None, Range(1), arg(metavar="N")] = None
-    """Scenes that run at once, each in a process of its own; without it, as many as there are cores."""
+    """Scenes that run at once, each in its own process. Default: the number of cores."""
     assets: OptionalFolder = None
-    """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
+    """ManiSkill's asset folder, if it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
 class QuestionOptions(Options):
-    """What a SPEAR-VLM is asked about labelled images, and what is scored."""
+    """Which questions a SPEAR-VLM is asked about labeled images, and how its answers are read."""
 
     per_image: Annotated[int, Range(1)] = 2
-    """At most so many questions of each kind about an image."""
+    """Maximum number of questions of each type about an image."""
     families: tuple[str, ...] = ()
-    """Kinds of questions; all when none is given: box_vertices, keypoint, offset, distance, back_projection,
-    chain_of_thought."""
+    """Question types: box_vertices, keypoint, offset, distance, back_projection, chain_of_thought.
+    Default: all."""
     decode: Decode = "median"
     seed: Seed = 0
     view: str = "external"

@@ -1,9 +1,11 @@
-"""The outcomes of a closed-loop evaluation: one record per episode, summaries per family, and their files.
+"""The outcomes of a closed-loop evaluation: one record per episode, summaries per family, and their
+files.
 
-Outcomes are written to disk as they come, so that an interrupted evaluation can resume and shards can be
-merged. A folder of results contains one journal per shard, `episodes-2-of-5.jsonl` (`episodes-1-of-1.jsonl`
-without sharding). Its first line says which policy acted and with which settings. Each further line is one
-episode, or says which scenes are to be run. A line that was cut short does not count.
+Outcomes are written to disk as they come, so that an interrupted evaluation can resume and shards
+can be merged. A folder of results contains one journal per shard, `episodes-2-of-5.jsonl`
+(`episodes-1-of-1.jsonl` without sharding). Its first line says which policy acted and with which
+settings. Each further line is one episode, or says which scenes are to be run. A line that was cut
+short does not count.
 """
 
 import json
@@ -49,7 +51,8 @@ SceneId = tuple[str, int]
 class Outcome:
     """The result of one episode; in SIMPLER as `spear.evaluate.simpler.tasks.Moment` describes it.
 
-    reached, grasped      milestones on the way: the gripper was at the right object; the object was lifted.
+    reached, grasped      milestones on the way: the gripper was at the right object; the object was
+                          lifted.
     success               the object rests, released, on the target.
     wrong_object_moved    another object than the one asked for was carried or pushed away.
     unreachable           control steps whose target the arm could not reach.
@@ -114,7 +117,8 @@ class Results:
         num_missing = len(self.wanted - {outcome.scene for outcome in self.outcomes})
         if not num_missing:
             return ""
-        return f"{format_count(num_missing, 'scenes')} left: rates may be too high; successes end first"
+        missing = format_count(num_missing, "scenes")
+        return f"{missing} left: rates may be too high; successes end first"
 
     @property
     def families(self) -> list[str]:
@@ -167,7 +171,9 @@ class Results:
         )
 
     def save(self, path: Path) -> None:
-        """Write the results as JSON, the summaries first; the file is written whole or not at all."""
+        """Write the results as JSON, the summaries first; the file is written whole or not at
+        all.
+        """
         content = {
             "policy": self.policy,
             "settings": self.settings,
@@ -246,9 +252,11 @@ def build_terminal_table(
 
 
 def merge_results(parts: Sequence[Results]) -> Results:
-    """Merge parts of one evaluation: families in the order of their first appearance, scenes by seed.
+    """Merge parts of one evaluation: families in the order of their first appearance, scenes by
+    seed.
 
-    Raises `SpearError` if policies or settings differ, or if a scene ended differently in two parts.
+    Raises `SpearError` if policies or settings differ, or if a scene ended differently in two
+    parts.
     """
     first = parts[0]
     outcomes: dict[SceneId, Outcome] = {}
@@ -261,8 +269,9 @@ def merge_results(parts: Sequence[Results]) -> Results:
         for outcome in part.outcomes:
             if outcomes.setdefault(outcome.scene, outcome) != outcome:
                 raise SpearError(
-                    f"results of {part.policy}: {outcome.family} scene {outcome.seed} ended differently in "
-                    "two parts: rounding, or another policy: remove one journal, or all"
+                    f"results of {part.policy}: {outcome.family} scene {outcome.seed} ended "
+                    "differently in two parts: rounding, or another policy: "
+                    "remove one journal, or all"
                 )
 
     families = list(dict.fromkeys(family for family, _ in outcomes))
@@ -396,7 +405,8 @@ def read_journal(path: Path) -> Results:
 
 
 def load_results(path: Path) -> Results:
-    """The results in a folder (its journals merged, or else its results.json), or in a results file.
+    """The results in a folder (its journals merged, or else its results.json), or in a results
+    file.
 
     Raises `SpearError` if there are none, or if they do not belong together.
     """

@@ -1,4 +1,6 @@
-"""What evaluations in every simulator share: outcomes on disk as they come, resumption, and films."""
+"""What evaluations in every simulator share: outcomes on disk as they come, resumption, and
+films.
+"""
 
 import contextlib
 import time
@@ -31,8 +33,9 @@ class Film:
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
-    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only recorded
-                    where every episode may need one; the few others are run again for their film.
+    films_are_free  whether an episode's track costs next to nothing. Otherwise tracks are only
+                    recorded where every episode may need one; the few others are run again for
+                    their film.
     """
 
     films_are_free: bool
@@ -42,8 +45,8 @@ class Simulator(Protocol[Track]):
     ) -> Iterator[tuple[Outcome, float, Track]]:
         """Run one episode per seed, in any order.
 
-        Yields, as each episode ends, its outcome, the seconds that it ran (alongside others), and its track:
-        what its film is made of. The track may be empty unless `filming`.
+        Yields, as each episode ends, its outcome, the seconds that it ran (alongside others), and
+        its track: what its film is made of. The track may be empty unless `filming`.
         """
 
     def film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
@@ -62,8 +65,10 @@ def run_evaluation(
     Args:
         simulator: Where the scenes are.
         agent: Who acts.
-        scenes: Those whose outcomes `options.out` has are only filmed, where a film is wanted and missing.
-        settings: Whatever else an outcome depends on: only results with the same settings are merged.
+        scenes: Those whose outcomes `options.out` has are only filmed, where a film is wanted and
+            missing.
+        settings: Whatever else an outcome depends on: only results with the same settings are
+            merged.
         options: Which part of the scenes to run, what to film, and where to write.
 
     Returns:
@@ -101,7 +106,8 @@ def select_part(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Seq
     max_scenes = max(map(len, scenes.values()), default=0)
     if max_scenes < index:
         raise SpearError(
-            f"--shard {index}/{count}: holds no scene: make at most {format_count(max_scenes, 'parts')}"
+            f"--shard {index}/{count}: holds no scene: "
+            f"make at most {format_count(max_scenes, 'parts')}"
         )
     return {family: seeds[index - 1 :: count] for family, seeds in scenes.items()}
 
@@ -149,7 +155,9 @@ class _Evaluation(Generic[Track]):
         return isinstance(self.options.films, str)
 
     def run_family(self, family: str, seeds: Sequence[int]) -> list[Outcome]:
-        """Run the episodes of a family that are missing; the outcomes of all, in the order of their seeds."""
+        """Run the episodes of a family that are missing; the outcomes of all, in the order of their
+        seeds.
+        """
         outcomes: dict[int, Outcome] = {}
         if self.journal is not None:
             for seed in seeds:
@@ -199,7 +207,9 @@ class _Evaluation(Generic[Track]):
                 )
 
     def _make_films(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
-        """Make the films that are wanted of these episodes and missing; returns the seeds without a track."""
+        """Make the films that are wanted of these episodes and missing; returns the seeds without a
+        track.
+        """
         without_track = []
         for outcome in self._select_filmed(ended):
             name = outcome.film_name

@@ -3,15 +3,17 @@
 - Proportions have Wilson's score interval.
 - Differences on the same scenes have the interval of Bonett and Price (2012).
 - Everything else has a bootstrap interval that resamples whole images or episodes.
-- A recipe that was trained with several seeds and scored on the same scenes each time depends on two draws,
-  of seeds and of scenes. The variance of its mean is the variance over seeds plus that over scenes minus what
-  both contain (a two-way analysis of variance, as Cameron, Gelbach and Miller (2011) cluster by two things at
-  once), with Student's t at Satterthwaite's degrees of freedom.
+- A recipe that was trained with several seeds and scored on the same scenes each time depends on
+  two draws, of seeds and of scenes. The variance of its mean is the variance over seeds plus that
+  over scenes minus what both contain (a two-way analysis of variance, as Cameron, Gelbach and
+  Miller (2011) cluster by two things at once), with Student's t at Satterthwaite's degrees of
+  freedom.
 
-The last interval is wide when the seeds disagree. It is never narrower than if all episodes were independent
-(our choice), because a variance from three seeds can be small by chance. With two seeds it is also never
-narrower than the interval over the seeds alone, because two seeds often agree by chance, and Satterthwaite's
-degrees of freedom are large then. With one seed it describes that one training only.
+The last interval is wide when the seeds disagree. It is never narrower than if all episodes were
+independent (our choice), because a variance from three seeds can be small by chance. With two seeds
+it is also never narrower than the interval over the seeds alone, because two seeds often agree by
+chance, and Satterthwaite's degrees of freedom are large then. With one seed it describes that one
+training only.
 """
 
 import math
@@ -65,7 +67,8 @@ class Estimate:
 
 
 def estimate_proportion(successes: int, n: int) -> Estimate:
-    """Estimate a proportion with Wilson's score interval, which stays inside [0, 1] and is honest at 0 and n.
+    """Estimate a proportion with Wilson's score interval, which stays inside [0, 1] and is honest
+    at 0 and n.
 
     Example:
         >>> e = estimate_proportion(8, 10)
@@ -80,12 +83,13 @@ def estimate_proportion(successes: int, n: int) -> Estimate:
 
 
 def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
-    """Estimate the mean of several proportions, each with the same weight, from (successes, n) of each.
+    """Estimate the mean of several proportions, each with the same weight, from (successes, n) of
+    each.
 
-    The interval is Wilson's at the number of samples that a single proportion would need for the same largest
-    variance, F² / Σ 1/n for F proportions (our choice). With equal n it is the interval of all samples
-    together. Proportions that differ vary less than that, so it is never too narrow; with very unequal n it
-    can be slightly too narrow.
+    The interval is Wilson's at the number of samples that a single proportion would need for the
+    same largest variance, F² / Σ 1/n for F proportions (our choice). With equal n it is the
+    interval of all samples together. Proportions that differ vary less than that, so it is never
+    too narrow; with very unequal n it can be slightly too narrow.
     """
     mean = float(np.mean([estimate_proportion(successes, n).value for successes, n in counts]))
     effective_n = len(counts) ** 2 / sum(1 / n for _, n in counts)
@@ -111,15 +115,16 @@ def estimate_paired_difference(
 ) -> tuple[Estimate, float]:
     """Estimate the difference of two success rates, first - second, on the same scenes.
 
-    Bonett and Price (2012): a Wald interval after adding one scene to those that only the first solved and
-    one to those that only the second solved, which covers well for few scenes. Both are spread over the
-    strata, whose variances add up (our choice). p is of the same statistic, so that it is below 0.05 exactly
-    where the interval excludes zero: in simulations, for 0.4 to 6 % of pairs of equals, on 5 to 381 scenes.
-    Pairing removes the differences between scenes, so that far fewer scenes are needed.
+    Bonett and Price (2012): a Wald interval after adding one scene to those that only the first
+    solved and one to those that only the second solved, which covers well for few scenes. Both are
+    spread over the strata, whose variances add up (our choice). p is of the same statistic, so that
+    it is below 0.05 exactly where the interval excludes zero: in simulations, for 0.4 to 6 % of
+    pairs of equals, on 5 to 381 scenes. Pairing removes the differences between scenes, so that far
+    fewer scenes are needed.
 
     Args:
-        strata: Per task family, each with the same weight: the successes of the first and of the second,
-            in the same order of scenes.
+        strata: Per task family, each with the same weight: the successes of the first and of the
+            second, in the same order of scenes.
 
     Returns:
         The difference, and its two-sided p-value.
@@ -157,18 +162,20 @@ def estimate_paired_difference(
 def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.median) -> Estimate:
     """Estimate a statistic of all values by a percentile bootstrap that resamples whole groups.
 
-    With few groups the interval is widened (Hesterberg, 2015). The interval of booleans is Wilson's at the
-    number of samples that would vary as much if they were independent (Korn and Graubard, 1998), because near
-    0 and 1 the draws differ too little; where all values are alike, that number is the number of groups.
+    With few groups the interval is widened (Hesterberg, 2015). The interval of booleans is Wilson's
+    at the number of samples that would vary as much if they were independent (Korn and Graubard,
+    1998), because near 0 and 1 the draws differ too little; where all values are alike, that number
+    is the number of groups.
 
     Args:
-        groups: One array of values per independent unit (an image, an episode). Values of one unit depend on
-            each other, so that resampling single values would give intervals that are too narrow.
+        groups: One array of values per independent unit (an image, an episode). Values of one unit
+            depend on each other, so that resampling single values would give intervals that are too
+            narrow.
         statistic: What is estimated: the mean or the median.
 
     Returns:
-        The estimate; its n is the number of groups. With fewer than `MIN_BOOTSTRAP_UNITS` groups the ends of
-        the interval are NaN.
+        The estimate; its n is the number of groups. With fewer than `MIN_BOOTSTRAP_UNITS` groups
+        the ends of the interval are NaN.
     """
     units = [np.asarray(group, np.float64).ravel() for group in groups if np.size(group)]
     value = float(statistic(np.concatenate(units)))
@@ -232,7 +239,9 @@ def _student_t95(degrees_of_freedom: float) -> float:
 
 
 def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[float, float]:
-    """Wilson's interval at the effective number of samples in units of 0 and 1 (Korn and Graubard, 1998)."""
+    """Wilson's interval at the effective number of samples in units of 0 and 1 (Korn and Graubard,
+    1998).
+    """
     num_units = len(units)
     n = sum(len(unit) for unit in units)
     if n <= num_units:
@@ -250,7 +259,9 @@ def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[flo
 def _percentile_interval(
     units: Sequence[Array], statistic: Callable[[Array], Any]
 ) -> tuple[float, float]:
-    """A percentile-bootstrap interval that resamples units; wider for few of them (Hesterberg, 2015)."""
+    """A percentile-bootstrap interval that resamples units; wider for few of them (Hesterberg,
+    2015).
+    """
     from scipy.special import ndtr
 
     num_units = len(units)
@@ -269,7 +280,9 @@ def _percentile_interval(
 
 
 def _check_success_tables(strata: Sequence[Array]) -> list[Array]:
-    """The strata as arrays [seeds, scenes] of bool with the same number of seeds; `ValueError` otherwise."""
+    """The strata as arrays [seeds, scenes] of bool with the same number of seeds; `ValueError`
+    otherwise.
+    """
     tables = [np.asarray(table) for table in strata]
     if not tables or not all(_is_success_table(table, len(tables[0])) for table in tables):
         kinds = [(table.dtype, table.shape) for table in tables]
