@@ -59,7 +59,7 @@ def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"spear (ask sim:.*)", cli.load("ask").__doc__ or "")
+    (example,) = re.findall(r"spear (ask sim:.*)", cli.load_command("ask").__doc__ or "")
     *words, drawing = shlex.split(example)
     assert main([*words, drawing]) == 0 and Image.open(drawing).size == (576, 384)
     assert "note:" not in capsys.readouterr().err

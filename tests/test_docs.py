@@ -14,6 +14,7 @@ import pytest
 
 from serve_here import SPEAR, started
 from spear import cli
+from spear.cli.parsing import get_options_class, parse_options
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import build_observations
 from spear.serve.client import RemotePolicy
@@ -30,7 +31,7 @@ def joined(page: Path) -> str:
 
 
 def options(name: str) -> set[str]:
-    known = cli.options_of(cli.load(name))
+    known = get_options_class(cli.load_command(name))
     return {"--help", *(list_option_names(known) if known else ())}
 
 
@@ -56,9 +57,9 @@ def test_commands_in_blocks_are_understood(page: Path) -> None:
             words = shlex.split(line.partition(" & ")[0].removeprefix(".venv/bin/"), comments=True)
             if words[:1] != ["spear"] or "…" in line or "*" in line:
                 continue
-            name = cli._command(words[1:])
-            function, rest = cli.load(name), words[1 + len(name.split()) :]
-            cli.parse(name, function, rest)
+            name = cli.find_command(words[1:])
+            function, rest = cli.load_command(name), words[1 + len(name.split()) :]
+            parse_options(name, function, rest, "")
 
 
 def test_commands_are_found() -> None:

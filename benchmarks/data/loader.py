@@ -39,7 +39,7 @@ import tyro
 
 from loader_data import CORES, VIEWS, Ours, Video, bare, loaded, make
 from loader_turns import Command, Forked, Way, in_turn, table
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture
 from spear.data.options import Conversion
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -184,4 +184,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture
 from spear.data.normalize import Normalizer, write_sketches
 from spear.data.store.episode_store import EpisodeStore
@@ -145,4 +145,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

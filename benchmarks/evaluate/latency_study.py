@@ -31,7 +31,7 @@ from tyro.conf import Positional
 
 from guidance import Guided
 from spear.chunks import ChunkExecutor, ExecutionMode
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.evaluate import closed_loop
 from spear.evaluate.agents import Agent, PolicyAgent, load_agent
 from spear.evaluate.compare import compare_results, format_row
@@ -210,4 +210,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from scipy import ndimage
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.labels.fit.box3d import make_box, make_box_from_vertices
 from spear.labels.fit.masks import decode_mask
 from spear.labels.fit.quality import (
@@ -238,4 +238,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

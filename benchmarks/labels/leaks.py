@@ -33,7 +33,7 @@ import tyro
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.labels.fit.box3d import (
     compute_iou_3d,
     compute_vertex_error,
@@ -308,4 +308,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

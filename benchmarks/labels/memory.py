@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.labels.engine import run_local
 from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
@@ -97,4 +97,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         run(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        sys.exit(guarded(lambda: tyro.cli(main)))
+        sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

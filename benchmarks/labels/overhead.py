@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.labels.engine import run_local
 from spear.labels.inputs import list_images, read_images
 from spear.labels.options import WorkOptions
@@ -98,4 +98,4 @@ def labelling(source: Path, out: Path, seconds: float, batch_size: int, workers:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -22,7 +22,7 @@ import tyro
 from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, to_published_name
 from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
@@ -183,4 +183,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 3 and Path(sys.argv[1]).is_dir():
         convert(Path(sys.argv[1]), sys.argv[2])
     else:
-        sys.exit(guarded(lambda: tyro.cli(main)))
+        sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -16,7 +16,7 @@ import tyro
 from transformers import GemmaConfig
 
 from pi0_pair import relative
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.doctor import machine
 from spear.models.fast.cuda_graphs import CudaGraphCache
 from spear.models.fast.few_rows import FewRows
@@ -89,4 +89,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -20,7 +20,7 @@ import tyro
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pi0_pair import IMAGE_TOKEN, SIZES, pair, reduced, relative
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.types import Action
 
 LAYERS = {"nano": 99, "small": 2, "mid": 2, "spear1": 1}
@@ -110,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -30,7 +30,7 @@ import tyro
 from openpi_pi0 import OpenPi
 from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.doctor import Machine, machine
 from spear.models.presets import build_spear1_config
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
@@ -258,4 +258,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.policy import Spear1Policy
 
 
@@ -82,4 +82,4 @@ def main(name: str = "nano", runs: int = 100, beside: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -19,7 +19,7 @@ import tyro
 from torch import nn
 
 from pi0_pair import observation, one, pair, reduced
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.doctor import machine
 from spear.types import Action
 from timing import Times, race
@@ -148,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

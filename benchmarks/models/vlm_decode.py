@@ -23,7 +23,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.utils import logging
 
 from pi0_pair import SIZES, reduced
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.models.decode import decode_greedily
 from spear.models.presets import build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -149,4 +149,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

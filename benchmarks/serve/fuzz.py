@@ -34,7 +34,7 @@ from websockets.exceptions import ConnectionClosed
 
 from process import Server, server
 from spear import embodiments
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.embodiments import Embodiment
 from spear.errors import SpearError
 from spear.serve import wire
@@ -302,4 +302,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -33,7 +33,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from process import Server, server
 from spear import embodiments
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.serve import wire
 from spear.serve.server import DRAIN_S, LARGEST_MESSAGE
 
@@ -279,4 +279,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

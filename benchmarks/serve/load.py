@@ -22,7 +22,7 @@ import tyro
 from tyro.conf import Positional
 
 from process import server
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -72,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

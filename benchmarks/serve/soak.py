@@ -23,7 +23,7 @@ from websockets.asyncio.client import connect
 
 from process import Server, server
 from spear import embodiments
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.serve import wire
 
 GROWTH = 0.02
@@ -119,4 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore
 from spear.train.build import build
 from spear.train.optimize import Stepper
@@ -73,4 +73,4 @@ def main(labels: Path, episodes: Path, batches: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

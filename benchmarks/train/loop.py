@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 from spear.train.build import build
@@ -151,4 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -23,7 +23,7 @@ from experiments.ablations import plan as planning
 from experiments.ablations.plan import Plan, Weights
 from experiments.ablations.rows import AblationOptions
 from experiments.ablations.run import done, run
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.train.options import TrainingInputs
 
@@ -91,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         run_ablations(options)
 
-    return guarded(parse_and_run)
+    return run_reporting_errors(parse_and_run)
 
 
 if __name__ == "__main__":

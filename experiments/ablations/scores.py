@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import tyro
 from tyro.conf import Positional
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.evaluate.results import Outcome, Results, find_journals, merge_results, read_journal
 
@@ -112,4 +112,4 @@ def add_scores(out: Positional[Path], scores: Path = SCORES) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(add_scores)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(add_scores)))

@@ -20,7 +20,7 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import build_observations
 from spear.policy import Spear1Policy
@@ -64,4 +64,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 
 WIDTHS = ((192, 320), (192, 1152), (512, 512), (512, 1280), (1024, 4096))
 """(in, out): of nano's layers, small's, and spear1's expert."""
@@ -85,4 +85,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

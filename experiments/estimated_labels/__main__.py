@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tyro.extras import SubcommandApp
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.labels.fit.image import clip_boxes
 from spear.labels.fit.quality import MIN_VISIBLE, compare_labels
@@ -189,4 +189,4 @@ def table(out: Path = Path("runs/proof")) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(app.cli))
+    sys.exit(run_reporting_errors(app.cli))

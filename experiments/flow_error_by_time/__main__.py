@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from spear import flow
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import quat_distance, quat_log, sphere_exp
@@ -117,4 +117,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -33,7 +33,7 @@ from scipy import stats
 from torch import Tensor
 
 from spear import flow
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import unknown_name_error
 from spear.flow import FlowConfig
 from spear.geometry import quat_canonical, quat_distance, quat_exp
@@ -254,4 +254,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore
 from spear.models.devices import keep_freed_memory
 from spear.train.build import build
@@ -107,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

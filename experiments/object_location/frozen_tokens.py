@@ -22,7 +22,7 @@ import tyro
 from torch import nn
 
 from experiments.object_location.shifted_images import centres, report
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.evaluate.vqa.ask import load_labeled_images
 from spear.evaluate.vqa.measures import extract_numbers
 from spear.evaluate.vqa.run import generate_questions_by_family
@@ -130,4 +130,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.evaluate.stats import bootstrap
 from spear.evaluate.vqa.ask import load_labeled_images
 from spear.evaluate.vqa.calibration import group_by_image
@@ -93,4 +93,4 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.evaluate import results
 from spear.evaluate.agents import Agent, load_agent
 from spear.sim.env import MAX_STEPS, TabletopEnv
@@ -58,4 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

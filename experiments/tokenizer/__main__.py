@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from tyro.extras import SubcommandApp
 
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.evaluate.vqa.measures import compute_error_scales
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
@@ -181,4 +181,4 @@ def _arms() -> Iterator[tuple[str, BinSpacing, int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(app.cli))
+    sys.exit(run_reporting_errors(app.cli))

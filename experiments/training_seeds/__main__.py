@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from experiments.ablations.table import successes
-from spear.cli import guarded
+from spear.cli import run_reporting_errors
 from spear.errors import SpearError
 from spear.evaluate.compare import compare_results
 from spear.evaluate.results import load_results
@@ -57,4 +57,4 @@ def main(first: tuple[Path, ...], second: tuple[Path, ...] = ()) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(run_reporting_errors(lambda: tyro.cli(main)))

@@ -1,7 +1,6 @@
 """The commands: help at once, and one clear line with exit code 2 for bad input."""
 
 import ast
-import contextlib
 import errno
 import io
 import os
@@ -10,8 +9,9 @@ import shlex
 import socket
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,22 +20,40 @@ import spear
 from refusals import Command
 from serve_here import SPEAR
 from spear import embodiments
-from spear.cli import COMMANDS, load, main, options_of
+from spear.cli import COMMANDS, load_command, main
+from spear.cli.parsing import get_options_class
 from spear.embodiments import droid
 from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.util.options import list_option_names
 
 
-def test_help_and_mistakes_need_none_of_the_heavy_modules() -> None:
-    """Nor does the list of recipes."""
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_the_overview_names_all_commands_without_heavy_modules() -> None:
     code = (
         "import sys; from spear.cli import main; assert main(['--help']) == 0;"
-        "assert not {'torch', 'transformers', 'mujoco', 'av', 'jinja2', 'pyarrow'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'mujoco', 'av', 'jinja2', 'pyarrow'};"
+        "assert not heavy & set(sys.modules)"
+    )
+
+    done = run_python(code)
+
+    for name in COMMANDS:
+        assert f"spear {name}" in done.stdout
+
+
+def test_the_list_of_recipes_and_mistakes_need_no_heavy_modules() -> None:
+    code = (
+        "import sys; from spear.cli import main;"
         "main(['train', 'list']); main(['train', 'nano-vla', '--set', 'lr=-1']);"
         "assert not {'torch', 'transformers', 'mujoco'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert all(f"spear {name}" in done.stdout for name in COMMANDS) and "nano-vlm-2" in done.stdout
+
+    done = run_python(code)
+
+    assert "nano-vlm-2" in done.stdout
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -45,18 +63,40 @@ def test_every_command_explains_itself_with_an_example(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and f"    spear {name}" in said and "\n\n\n" not in said
-    assert options_of(load(name)) is None or "(required)" in said or "default" in said
+
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"    spear {name}" in text
+    assert "\n\n\n" not in text
+    if get_options_class(load_command(name)) is not None:
+        assert "(required)" in text or "default" in text
 
 
-@pytest.mark.parametrize("argv", [["data"], ["convert", "-h"], ["evaluate", "--help"]])
-def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(SystemExit):  # evaluate is a command as well
-        main(argv)
-    said = capsys.readouterr().out
+def check_names_exactly(words: list[str], text: str) -> None:
+    """The text must list the commands that begin with the first word, and no others."""
     for name in COMMANDS:
-        assert (f"  spear {name} " in said) == name.startswith(f"{argv[0]} ") or name == argv[0]
+        if name != words[0]:
+            assert (f"  spear {name} " in text) == name.startswith(f"{words[0]} ")
+
+
+@pytest.mark.parametrize("argv", [["data"], ["convert", "-h"]])
+def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+
+    check_names_exactly(argv, capsys.readouterr().out)
+
+
+def test_a_command_names_the_commands_that_begin_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+
+    check_names_exactly(["evaluate"], capsys.readouterr().out)
+
+
+NANO = BUNDLED_WEIGHTS / "nano"
+CARROT = "PutCarrotOnPlate-v1"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +111,7 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("train nano-vla --set learning_rate=3", "did you mean 'lr'"),
         ("train nano-vla --set 'families=[\"keypont\"]'", "'keypoint'"),
         ("train nano-vla --set lr", "KEY=VALUE"),
-        ("train nano-vla --set lr=1 --set ema=0", "--set: given twice"),
+        ("train nano-vla --set lr=1 --set ema=0", "--set is given twice"),
         ("train nano-vla --set steps=-1", "key steps"),
         ("label --vocabulary mug", "--vocabulary"),
         ("label photos --scenes 3", "--scenes"),
@@ -93,28 +133,17 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("evaluate --families put_in --policy expert", "did you mean 'put_"),
         ("evaluate --policy expert --first-seed 9999", "held-out seeds"),
         ("evaluate --policy expert --scenes 1 --shard 2/2", "2/2"),
-        (
-            f"evaluate --policy expert --scenes 1 --out {BUNDLED_WEIGHTS / 'nano'}",
-            "holds other files",
-        ),
-        (
-            f"train nano-post --init nano --episodes x --out {BUNDLED_WEIGHTS / 'nano'}",
-            "holds other files",
-        ),
-        ("evaluate --scenes x", "--scenes x: give a whole number: see `spear evaluate --help`"),
+        (f"evaluate --policy expert --scenes 1 --out {NANO}", "holds other files"),
+        (f"train nano-post --init nano --episodes x --out {NANO}", "holds other files"),
+        ("evaluate --scenes x", "--scenes x: give a whole number. See `spear evaluate --help`."),
+        ("evaluate --scenes", "--scenes needs a value"),
         ("evaluate --policy /nowhere", "no model '/nowhere'"),
         ("doctor --out /etc/passwd/page.html", "/etc/passwd: is a file"),
         ("evaluate data nano /nowhere --plot /", "/: cannot be written, it is a folder"),
         ("evaluate vqa nano sim --out /etc/passwd/x", "/etc/passwd: is a file"),
         ("evaluate --policy ws://127.0.0.1:9", "ws://127.0.0.1:9"),
-        (
-            "evaluate simpler --tasks PutCarrotOnPlate-v1 --policy oracle",
-            "PutCarrotOnPlateInScene-v1",
-        ),
-        (
-            "evaluate simpler --policy oracle --films x",
-            "--films x: give failures or all or a whole num",
-        ),
+        (f"evaluate simpler --tasks {CARROT} --policy oracle", "PutCarrotOnPlateInScene-v1"),
+        ("evaluate simpler --policy oracle --films x", "give failures or all or a whole num"),
         ("evaluate simpler --policy expert", "oracle"),
         ("evaluate simpler --policy oracle --device cuda", "--device cuda"),
         ("evaluate ablations --rows 3d", "python -m experiments.ablations"),
@@ -124,7 +153,6 @@ def test_a_group_names_its_commands(argv: list[str], capsys: pytest.CaptureFixtu
         ("serve nano --token schlüssel", "--token"),
         ("serve nano --port 99999", "--port 99999"),
         ("vla-eval nano --embodiment maniskill2", "maniskill2_widowx"),
-        ("vla-eval nano --port TAKEN", "--port"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
@@ -133,61 +161,109 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     if command.startswith("vla-eval"):
         pytest.importorskip("vla_eval")
     monkeypatch.chdir(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert hint in refused(*shlex.split(command.replace("TAKEN", str(taken.getsockname()[1]))))
+
+    message = refused(*shlex.split(command))
+
+    assert hint in message
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, refused: Command) -> None:
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_refused(taken_port: int, refused: Command) -> None:
+    pytest.importorskip("vla_eval")
+
+    assert "--port" in refused("vla-eval", "nano", "--port", str(taken_port))
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, refused: Command
+) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    for name in [n for n in sys.modules if n.startswith(("spear.sim", "spear.evaluate.closed"))]:
-        monkeypatch.delitem(sys.modules, name)
-    assert "pip install 'spear-vla[sim]'" in refused(
-        "evaluate", "--policy", "expert", "--scenes", "1"
-    )
+    for name in list(sys.modules):
+        if name.startswith(("spear.sim", "spear.evaluate.closed")):
+            monkeypatch.delitem(sys.modules, name)
+
+    message = refused("evaluate", "--policy", "expert", "--scenes", "1")
+
+    assert "pip install 'spear-vla[sim]'" in message
 
 
 def test_interrupted_is_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("spear.audit.inspect.inspect", Mock(side_effect=KeyboardInterrupt))
-    assert main(["data", "inspect", "x"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+    assert main(["data", "inspect", "x"]) == 130
+
+    assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_full_disk_is_one_line(refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the error does not name the file, and where it is not Python's own."""
-    weights = type("SafetensorError", (Exception,), {})
-    for error in (
+SafetensorError = type("SafetensorError", (Exception,), {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         OSError(errno.ENOSPC, "No space left on device"),
-        weights("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ):
-        monkeypatch.setattr(
-            "spear.data.readers.dataset_layout.find_missing_fields", Mock(side_effect=error)
-        )
-        assert "the disk is full: free some space" in refused("data", "datasets")
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_a_full_disk_is_one_line(
+    error: Exception, refused: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the error does not name the file, and where it is not Python's own."""
+    fill_disk = Mock(side_effect=error)
+    monkeypatch.setattr("spear.data.readers.dataset_layout.find_missing_fields", fill_disk)
+
+    assert "the disk is full: free some space" in refused("data", "datasets")
 
 
 def test_a_path_that_is_a_loop_of_links_is_one_line(refused: Command, tmp_path: Path) -> None:
-    (tmp_path / "loop").symlink_to("loop")
-    assert str(tmp_path / "loop") in refused(
-        "data", "prepare", str(tmp_path / "loop"), "--out", "never"
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+
+    assert str(loop) in refused("data", "prepare", str(loop), "--out", "never")
+
+
+def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command whose output Python holds back until it exits."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", SPEAR, *argv]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
     )
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "list"]])
-def test_output_that_cannot_be_written_is_noticed(argv: list[str]) -> None:
-    """Also what Python holds back until its end."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+OUTPUTS = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["train", "list"]])
+
+
+@OUTPUTS
+def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
+    """As `head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    run = partial(
-        subprocess.run, [sys.executable, "-c", SPEAR, *argv], stderr=subprocess.PIPE, text=True
-    )
-    with open(writer, "wb") as closed, open("/dev/full", "wb") as full:
-        done = run(stdout=closed, env=environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        done = run(stdout=full, env=environment)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+    with open(writer, "wb") as closed_pipe:
+        done = run_spear(argv, closed_pipe)
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+@OUTPUTS
+def test_output_that_cannot_be_written_is_one_line(argv: list[str]) -> None:
+    with open("/dev/full", "wb") as full_disk:
+        done = run_spear(argv, full_disk)
+
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("stdout", [None, io.TextIOWrapper(io.BytesIO(), "ascii")])
@@ -195,33 +271,36 @@ def test_a_stdout_that_is_closed_or_lacks_our_characters_will_do(
     stdout: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout", stdout)
+
     assert main(["evaluate", "reference"]) == 0
 
 
 def test_a_notice_is_one_line_in_a_command_however_often_it_is_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by a robot whose every observation has the same fault; the next command says it again."""
+    """As by a robot whose every observation has the same fault; the next command repeats it."""
     robot = embodiments.load("droid")
-    folded = {**robot.example(), droid.JOINTS_KEY: -robot.example()[droid.JOINTS_KEY]}
-    monkeypatch.setattr("spear.cli._do", lambda args: [robot.read(folded) for _ in range(3)])
+    observation = robot.example()
+    folded = {**observation, droid.JOINTS_KEY: -observation[droid.JOINTS_KEY]}
+    monkeypatch.setattr("spear.cli._dispatch", lambda args: [robot.read(folded) for _ in range(3)])
+
     for _ in range(2):
-        assert main([]) == 0 and re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
+        assert main([]) == 0
+        assert re.fullmatch(r"note: .*joint 4.*\n", capsys.readouterr().err)
+
+
+OTHER_PROGRAMS_OPTIONS = {"--upgrade", "--nproc-per-node", "--no-python"}  # pip's and torchrun's
 
 
 def test_every_option_that_a_text_names_exists() -> None:
-    known = {
-        "--help",
-        "--version",
-        "--upgrade",
-        "--nproc-per-node",
-        "--no-python",
-    }  # of pip and torchrun too
+    known_options = {"--help", "--version", *OTHER_PROGRAMS_OPTIONS}
     for name in COMMANDS:
-        if (options := options_of(load(name))) is not None:
-            known.update(list_option_names(options))
+        options_class = get_options_class(load_command(name))
+        if options_class is not None:
+            known_options.update(list_option_names(options_class))
+
     for path in Path(spear.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", node.value))
-                assert not named - known, f"{path}:{node.lineno}"
+                assert not named - known_options, f"{path}:{node.lineno}"

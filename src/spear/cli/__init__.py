@@ -1,34 +1,32 @@
 """The command line: `spear COMMAND …`.
 
-A command is a function of one argument, a dataclass of options (`spear.util.options`); its docstring is its
-help. Only the module of the command that is asked for is imported, and what is heavy inside the function.
+A command is a function of one argument, a dataclass of options (`spear.util.options`); its
+docstring is its help. Only the module of the command that is asked for is imported, and heavy
+packages inside its function.
 """
 
 import ast
-import contextlib
 import functools
 import importlib
 import io
 import os
-import re
 import sys
 import time
-import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import spear
+from spear.cli.parsing import parse_options
 from spear.errors import (
     Notice,
     SpearError,
-    check_known,
     is_first_process,
     missing_extra_message,
     unknown_name_error,
 )
-from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE, check_writable
+from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE
 
 COMMANDS: dict[str, str] = {
     "label": "label:label",
@@ -59,229 +57,212 @@ COMMANDS: dict[str, str] = {
     "plan": "train:plan",
     "doctor": "basics:doctor",
 }
-"""Every command by its words, in the order of the help: where it is, as FILE:FUNCTION of this folder."""
+"""Every command, in the order of the help, and its place: FILE:FUNCTION of this folder."""
 
 MOVED: dict[str, str] = {"evaluate ablations": "python -m experiments.ablations"}
-"""Commands that are run in another way now."""
+"""Former commands, and the command lines that replace them."""
 
-ABOUT = "SPEAR-1: label images with 3D, train the VLM that understands them, train a robot policy on it."
+DESCRIPTION = (
+    "SPEAR-1: label images with 3D, train the VLM that understands them, "
+    "train a robot policy on it."
+)
+HELP_OPTIONS = ("-h", "--help")
+SECONDS_FOR_FIRST_PROCESS = 5  # that other processes wait, so that torchrun ends them silently
 
-EXTRAS = {
+MODULES_OF_EXTRA = {
     "sim": ("mujoco", "gymnasium"),
     "rlds": ("crc32c", "google"),
     "serve": ("websockets", "msgpack", "prometheus_client"),
     "vla-eval": ("vla_eval",),
 }
-"""Extra of this package -> the modules that it brings, where no `need` says so."""
+"""Extra of this package -> the modules that it installs, where no `import_optional` names it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code, see `guarded`."""
-    return guarded(lambda: _do(list(sys.argv[1:] if argv is None else argv)))
+    """Run a command, and return its exit code (see `run_reporting_errors`)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    return run_reporting_errors(lambda: _dispatch(args))
 
 
-def guarded(work: Callable[[], object]) -> int:
-    """Do the work of a command, or of a script. Returns the exit code: 0, 1 where `spear doctor` finds
-    something wrong, 2 for bad input or a file that cannot be read or written (one line on stderr, as of a
-    `Notice`), 3 for a question that the data cannot answer, 130 when interrupted.
+def run_reporting_errors(work: Callable[[], object]) -> int:
+    """Run a command or a script; report errors and notices in one line each, on stderr.
+
+    Args:
+        work: what to run.
+
+    Returns:
+        The exit code: 0; 1 where `spear doctor` finds something wrong; 2 for bad input or a file
+        that cannot be read or written; 3 for a question that the data cannot answer; 130 when
+        interrupted.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal or a log without our characters
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal or a log without our characters
     with warnings.catch_warnings():
         warnings.simplefilter("always", Notice)
-        warnings.showwarning = functools.partial(_show, set(), warnings.showwarning)
+        warnings.showwarning = _WarningPrinter(warnings.showwarning)
         try:
             try:
                 work()
             finally:
-                _flush()
+                _flush_stdout()
             return 0
-        except BrokenPipeError:  # whoever read our output, such as `head`, has had enough
+        except BrokenPipeError:  # the reader of our output, such as `head`, has read enough
             return 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            if (line := _one_line(error)) is None:
+            message = _explain(error)
+            if message is None:
                 raise
             if not is_first_process():
-                time.sleep(
-                    5
-                )  # of what all meet, the first one speaks: then torchrun ends the others
-            print(f"error: {line}", file=sys.stderr)
+                # An error that all processes meet is reported by the first; torchrun then ends us.
+                time.sleep(SECONDS_FOR_FIRST_PROCESS)
+            print(f"error: {message}", file=sys.stderr)
             return getattr(error, "code", 2)
 
 
-def _show(
-    said: set[str], otherwise: Callable[..., None], message: Warning | str, *where: Any, **more: Any
-) -> None:
-    """A warning: a `Notice` as a line, if it was not `said` yet; others as Python shows them."""
-    if not isinstance(message, Notice):
-        otherwise(message, *where, **more)
-    elif str(message) not in said:
-        said.add(str(message))
-        print(f"note: {message}", file=sys.stderr, flush=True)
+class _WarningPrinter:
+    """Prints each different `Notice` once, as a line; other warnings as Python does."""
+
+    def __init__(self, print_warning: Callable[..., None]) -> None:
+        self._print_warning = print_warning
+        self._printed_notices: set[str] = set()
+
+    def __call__(self, message: Warning | str, *details: Any, **options: Any) -> None:
+        if not isinstance(message, Notice):
+            self._print_warning(message, *details, **options)
+        elif str(message) not in self._printed_notices:
+            self._printed_notices.add(str(message))
+            print(f"note: {message}", file=sys.stderr, flush=True)
 
 
-def _do(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(_overview(ABOUT, list(COMMANDS)))
-    elif args[0] == "--version":
-        print(spear.__version__)
-    elif args[0].startswith("-"):
-        raise unknown_name_error("option", args[0], ["--help", "--version"])
-    elif args[0] not in COMMANDS and _group(args[0]) and args[1:2] in ([], ["-h"], ["--help"]):
-        print(_overview(f"The commands that begin with spear {args[0]}:", _group(args[0])))
-    else:
-        name = _command(args)
-        function = load(name)
-        function(*parse(name, function, args[len(name.split()) :]))
-
-
-def _flush() -> None:
-    """What cannot be written is noticed here: when Python ends, nobody could say so in one line."""
+def _flush_stdout() -> None:
+    """Write what Python still holds back: an error when Python exits could not be reported."""
+    if sys.stdout is None:  # it is closed
+        return
     try:
-        if sys.stdout is not None:  # as it is where stdout is closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
+        # Else Python would try again when it exits, and print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
-def _one_line(error: Exception) -> str | None:
-    """What to say of an error of the user's or of the machine; None for one of ours."""
+def _explain(error: Exception) -> str | None:
+    """Return one line about an error of the user or the machine; None for an error of ours."""
     if isinstance(error, SpearError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        absent = (error.name or "").split(".")[0]
-        extra = next((extra for extra, brought in EXTRAS.items() if absent in brought), None)
-        return missing_extra_message("this command", absent, extra) if extra else None
-    if type(error).__name__ == "SafetensorError":  # its class is imported with networks only
-        full = "No space left" in str(error) or "Disk quota" in str(error)
-        return DISK_FULL_MESSAGE if full else f"weights: {error}: check the file and the disk"
-    if isinstance(error, RuntimeError) and str(error).startswith(
-        "Symlink loop"
-    ):  # Python's before 3.13
-        return f"{error}: check the path"
-    if not isinstance(error, OSError):
-        return None
-    if error.errno in DISK_FULL_ERRNOS:
-        return (
-            DISK_FULL_MESSAGE
-            if error.filename is None
-            else f"{error.filename}: {DISK_FULL_MESSAGE}"
-        )
-    return None if error.filename is None else f"{error.filename}: {error.strerror}: check the path"
+        return _explain_missing_module(error)
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    # Its class is only imported together with networks.
+    if type(error).__name__ == "SafetensorError":
+        if "No space left" in str(error) or "Disk quota" in str(error):
+            return DISK_FULL_MESSAGE
+        return f"weights: {error}. Check the file and the disk."
+    # Python raises this before 3.13.
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return f"{error}. Check the path."
+    return None
 
 
-def load(name: str) -> Callable[..., None]:
-    """The function of a command."""
-    module, _, function = COMMANDS[name].partition(":")
-    return getattr(importlib.import_module(f"spear.cli.{module}"), function)
+def _explain_missing_module(error: ModuleNotFoundError) -> str | None:
+    package = (error.name or "").split(".")[0]
+    for extra, modules in MODULES_OF_EXTRA.items():
+        if package in modules:
+            return missing_extra_message("this command", package, extra)
+    return None
 
 
-def options_of(function: Callable[..., None]) -> type | None:
-    """The dataclass of options that a command takes; None for a command without."""
-    return typing.get_type_hints(function).get("options")
+def _explain_os_error(error: OSError) -> str | None:
+    is_disk_full = error.errno in DISK_FULL_ERRNOS
+    if error.filename is None:
+        return DISK_FULL_MESSAGE if is_disk_full else None
+    if is_disk_full:
+        return f"{error.filename}: {DISK_FULL_MESSAGE}"
+    return f"{error.filename}: {error.strerror}. Check the path."
 
 
-def parse(name: str, function: Callable[..., None], args: Sequence[str]) -> list[Any]:
-    """The options of a command, as its arguments; tyro's complaint about them as one `SpearError` line."""
-    import tyro
-
-    from spear.util.options import OptionalFile, list_option_names
-
-    options = options_of(function)
-    known = ["--help", *(list_option_names(options) if options else ())]
-    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
-    for place, option in enumerate(given):
-        check_known("option", known, option)
-        if option in given[:place]:
-            raise SpearError(f"{option}: given twice: write all of its values after the first one")
-    target: Any = options or (lambda: None)
-    described: dict[str, Any] = {"prog": f"spear {name}", "description": _help(name)}
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            made = tyro.cli(target, args=args, config=(tyro.conf.OmitArgPrefixes,), **described)
-        for field, hint in typing.get_type_hints(options or object, include_extras=True).items():
-            if hint == OptionalFile and (
-                file := getattr(made, field)
-            ):  # before any work, which would be lost
-                check_writable(file)
-        return [made] if options else []
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    lines = [line.strip(" │╭╮╰╯─|+") for line in complaint.getvalue().splitlines()]
-    more = f"spear {name} --help"
-    left_out = "For full helptext", more, "---"
-    said = " ".join(line for line in lines[1:] if line and not line.startswith(left_out))
-    reason = " ".join(said.partition("Argument helptext")[0].split()).rstrip(" .")
-    reason = reason.replace(f"Missing from spear {name}", "missing")
-    raise SpearError(f"{_plainly(reason, args)}: see `{more}`")
+def _dispatch(args: list[str]) -> None:
+    """Print the help or the version, or run a command."""
+    if not args or args[0] in HELP_OPTIONS:
+        print(_overview(DESCRIPTION, list(COMMANDS)))
+    elif args[0] == "--version":
+        print(spear.__version__)
+    elif args[0].startswith("-"):
+        raise unknown_name_error("option", args[0], ["--help", "--version"])
+    elif _is_group(args[0]) and (len(args) == 1 or args[1] in HELP_OPTIONS):
+        title = f"The commands that begin with spear {args[0]}:"
+        print(_overview(title, _subcommands(args[0])))
+    else:
+        name = find_command(args)
+        function = load_command(name)
+        words = args[len(name.split()) :]
+        function(*parse_options(name, function, words, _help_text(name)))
 
 
-def _plainly(reason: str, args: Sequence[str]) -> str:
-    """tyro's complaint about an option's value, without Python's words for types and choices."""
-    found = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
-    if found is None:
-        return reason
-    option = found[1]
-    given = [
-        w.partition("=")[2] or n for w, n in zip(args, [*args[1:], ""], strict=True) if option in w
-    ]
-    if "Missing value" in reason:
-        return f"{option}: needs a value"
-    choices = re.findall(r"'([^']*)'", " ".join(re.findall(r"\(('[^)]*)\)", reason)))
-    kinds = {"int()": "a whole number", "to float": "a number"}
-    wanted = [c for c in dict.fromkeys(choices) if c != "None"]
-    wanted += [words for sign, words in kinds.items() if sign in reason]
-    return f"{option} {' '.join(given)}: give {' or '.join(wanted)}" if wanted else reason
+def find_command(args: Sequence[str]) -> str:
+    """Return the longest command name that the arguments begin with.
 
-
-def _command(args: Sequence[str]) -> str:
-    """The longest command name that the arguments start with, the first of which is no option."""
-    words = [w for w in args[:2] if not w.startswith("-")]
+    Raises `SpearError` for an unknown command, naming the nearest, and for one that has moved.
+    """
+    words = [word for word in args[:2] if not word.startswith("-")]
     for name in (" ".join(words), words[0]):
         if name in MOVED:
             raise SpearError(
-                f"spear {name}: this command has moved: clone the repository and run `{MOVED[name]}` in it"
+                f"spear {name} has moved. Clone the repository, and run `{MOVED[name]}` in it."
             )
         if name in COMMANDS:
             return name
     raise unknown_name_error("command", " ".join(words), COMMANDS)
 
 
-def _help(name: str) -> str:
-    """The command's docstring, and the commands that begin with its name."""
+def load_command(name: str) -> Callable[..., None]:
+    """Import and return the function of a command."""
     module, _, function = COMMANDS[name].partition(":")
-    own, group = _docstrings(module)[function], _group(name)
-    return (
-        own
-        if not group
-        else own + "\n\nOther commands that begin with it:\n" + "\n".join(_lines(group))
-    )
+    return getattr(importlib.import_module(f"spear.cli.{module}"), function)
+
+
+def _help_text(name: str) -> str:
+    """Return the command's docstring, and the commands that begin with its name."""
+    module, _, function = COMMANDS[name].partition(":")
+    docstring = _read_docstrings(module)[function]
+    subcommands = _subcommands(name)
+    if not subcommands:
+        return docstring
+    lines = "\n".join(_summary_lines(subcommands))
+    return f"{docstring}\n\nOther commands that begin with it:\n{lines}"
 
 
 @functools.cache
-def _docstrings(module: str) -> dict[str, str]:
-    """Those of a file's functions, read without importing what the file imports."""
+def _read_docstrings(module: str) -> dict[str, str]:
+    """Return the docstrings of a file's functions, without importing what the file imports."""
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text("utf-8"))
-    return {f.name: ast.get_docstring(f) or "" for f in tree.body if isinstance(f, ast.FunctionDef)}
+    return {
+        node.name: ast.get_docstring(node) or ""
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
-def _group(word: str) -> list[str]:
-    """The commands that begin with a word and have another one."""
+def _subcommands(word: str) -> list[str]:
+    """Return the commands that begin with a word and have a second one."""
     return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
+def _is_group(word: str) -> bool:
+    """Return whether a word begins commands without being one."""
+    return word not in COMMANDS and bool(_subcommands(word))
+
+
 def _overview(title: str, names: Sequence[str]) -> str:
-    more = "`spear COMMAND --help` explains a command, with an example."
-    return "\n".join([title, "", *_lines(names), "", more])
+    advice = "`spear COMMAND --help` explains a command, with an example."
+    return "\n".join([title, "", *_summary_lines(names), "", advice])
 
 
-def _lines(names: Sequence[str]) -> list[str]:
-    """Commands, each with the first line of its help."""
-    width = max(map(len, names)) + 1
-    return [f"  spear {name:<{width}} {_help(name).splitlines()[0]}" for name in names]
+def _summary_lines(names: Sequence[str]) -> list[str]:
+    """Return a line per command, with the first line of its help."""
+    width = max(len(name) for name in names) + 1
+    return [f"  spear {name:<{width}} {_help_text(name).splitlines()[0]}" for name in names]

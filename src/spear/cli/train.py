@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train(options: TrainOptions) -> None:
-    """Train one stage. A run that was stopped continues when you run the same command again.
+    """Train one stage; the same command continues a run that was stopped.
 
     `spear train list` shows the recipes. Several processes train together under torchrun; for Slurm,
     Kubernetes and Ray there are scripts in examples/cluster.
