@@ -13,7 +13,7 @@ from data_tiny import make
 from refusals import Command, refuses
 from spear.audit.dataset_audit import (
     Finding,
-    Part,
+    ActionPart,
     Report,
     audit,
     judge,
@@ -137,23 +137,23 @@ def log_actions(
     return translation, turn
 
 
-def only(part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
-    """Recordings without the logged values of the other part, which saves time."""
-    other = "turn" if part == "translation" else "translation"
-    return [dataclasses.replace(r, **{other: None}) for r in make_recordings(mistakes)]
+def only(action_part: str, mistakes: Mistakes = Mistakes()) -> list[Recording]:
+    """Recordings without the logged values of the other kind, which saves time."""
+    removed = "turn" if action_part == "translation" else "translation"
+    return [dataclasses.replace(r, **{removed: None}) for r in make_recordings(mistakes)]
 
 
-def find_part(report: Report, name: str) -> Part:
-    return next(part for part in report.parts if part.name == name)
+def find_part(report: Report, name: str) -> ActionPart:
+    return next(action_part for action_part in report.action_parts if action_part.name == name)
 
 
-def find_finding(report: Report, part: str, question: str) -> Finding:
-    findings = find_part(report, part).findings
+def find_finding(report: Report, action_part: str, question: str) -> Finding:
+    findings = find_part(report, action_part).findings
     return next(finding for finding in findings if finding.question == question)
 
 
-def find_verdict(report: Report, part: str, question: str) -> tuple[str, str]:
-    finding = find_finding(report, part, question)
+def find_verdict(report: Report, action_part: str, question: str) -> tuple[str, str]:
+    finding = find_finding(report, action_part, question)
     return finding.best_answer, finding.verdict
 
 
@@ -168,11 +168,11 @@ def test_right_data_are_consistent() -> None:
 
 @pytest.mark.parametrize("name", ["translation", "rotation"])
 def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
-    part = find_part(judge(make_recordings(), RIGHT_ANSWERS), name)
+    action_part = find_part(judge(make_recordings(), RIGHT_ANSWERS), name)
 
-    assert part.verdict == "agrees"
-    assert part.best_fit.relative_error < 0.05
-    for finding in part.findings:
+    assert action_part.verdict == "agrees"
+    assert action_part.best_fit.relative_error < 0.05
+    for finding in action_part.findings:
         assert finding.verdict in ("agrees", "cannot tell")
         assert finding.best_answer == finding.layout_answer
 
@@ -205,7 +205,7 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mistakes", "part", "question", "truth"),
+    ("mistakes", "action_part", "question", "truth"),
     [
         (Mistakes(translation_frame="ee"), "translation", "frame", "ee"),
         (Mistakes(rotation_frame="base"), "rotation", "frame", "base"),
@@ -221,11 +221,11 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_planted_mistake_is_named(
-    mistakes: Mistakes, part: str, question: str, truth: str
+    mistakes: Mistakes, action_part: str, question: str, truth: str
 ) -> None:
-    report = judge(only(part, mistakes), RIGHT_ANSWERS)
+    report = judge(only(action_part, mistakes), RIGHT_ANSWERS)
 
-    assert find_verdict(report, part, question) == (truth, "wrong")
+    assert find_verdict(report, action_part, question) == (truth, "wrong")
     assert report.outcome == "contradiction"
     assert "WRONG" in format_report(report)
 
@@ -274,18 +274,18 @@ def test_orientations_in_degrees_are_named() -> None:
 
 
 def test_an_arm_that_hardly_moves_tells_nothing() -> None:
-    (part,) = judge(only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS).parts
+    (action_part,) = judge(only("translation", Mistakes(is_still=True)), RIGHT_ANSWERS).action_parts
 
-    assert part.verdict == "cannot tell"
-    assert "hardly moves" in part.note
+    assert action_part.verdict == "cannot tell"
+    assert "hardly moves" in action_part.note
 
 
 def test_actions_that_nothing_explains_tell_nothing() -> None:
-    (part,) = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS).parts
+    (action_part,) = judge(only("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS).action_parts
 
-    assert part.verdict == "cannot tell"
-    assert "no reading explains" in part.note
-    assert {finding.verdict for finding in part.findings} == {"cannot tell"}
+    assert action_part.verdict == "cannot tell"
+    assert "no reading explains" in action_part.note
+    assert {finding.verdict for finding in action_part.findings} == {"cannot tell"}
 
 
 def test_an_arm_that_never_tilts_does_not_tell_the_frame() -> None:
@@ -366,10 +366,10 @@ def test_the_command_finds_a_store_consistent(tmp_path: Path, done: Command) -> 
     write_canonical_store(tmp_path / "store")
     page = tmp_path / "audit.html"
 
-    shown = done("data", "audit", str(tmp_path / "store"), "--out", str(page))
+    output = done("data", "audit", str(tmp_path / "store"), "--out", str(page))
 
-    assert shown.splitlines()[-1].startswith("consistent: ")
-    assert "WRONG" not in shown
+    assert output.splitlines()[-1].startswith("consistent: ")
+    assert "WRONG" not in output
     assert "the layout agrees with the data" in page.read_text()
     assert page.read_text().count("<svg") == 9
     assert "http" not in page.read_text()
@@ -386,12 +386,12 @@ def test_the_command_finds_a_wrong_layout(
 
     exit_code = main(["data", "audit", str(exported), "--out", str(page)])
 
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     assert exit_code == 2  # scripts rely on it
-    assert shown.out.splitlines()[-1].startswith("contradiction: ")
-    assert shown.err.startswith(f"error: {exported}: contradiction: ")
-    assert "frame: ee, not base" in shown.err
-    assert shown.err.count("\n") == 1
+    assert output.out.splitlines()[-1].startswith("contradiction: ")
+    assert output.err.startswith(f"error: {exported}: contradiction: ")
+    assert "frame: ee, not base" in output.err
+    assert output.err.count("\n") == 1
     assert "WRONG" in page.read_text()
 
 
@@ -400,7 +400,7 @@ def test_the_command_says_once_what_is_undecided(
 ) -> None:
     write_canonical_store(tmp_path / "store")
     undecided = dataclasses.replace(
-        audit(tmp_path / "store"), parts=[], checks=[Check("grip", "cannot tell", "shut")]
+        audit(tmp_path / "store"), action_parts=[], checks=[Check("grip", "cannot tell", "shut")]
     )
     monkeypatch.setattr("spear.audit.dataset_audit.audit", lambda *_: undecided)
 
@@ -559,6 +559,6 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
     report = judge(recordings, layout_answers(quaternion_layout))
 
     assert report.outcome == "consistent"
-    for part in report.parts:
-        assert part.layout_fit is not None
-        assert part.layout_fit.relative_error < 1e-3
+    for action_part in report.action_parts:
+        assert action_part.layout_fit is not None
+        assert action_part.layout_fit.relative_error < 1e-3

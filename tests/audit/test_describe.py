@@ -1,9 +1,10 @@
-"""A proposed spear.json: what the columns say, and what they leave open."""
+"""A proposed spear.json says what the columns tell, and names what they leave open."""
 
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,168 +21,266 @@ from spear.cli import main
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
 
-described = cache(describe)  # for folders that no test changes
+STATE = "observation.state"
+Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(states, actions), both [T, 7], to the changed ones."""
+
+describe_once = cache(describe)
+"""For folders that no test changes."""
 
 
-@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
-def test_a_proposal_for_the_real_sample_is_right(shared: Path, tmp_path: Path, name: str) -> None:
-    folder, known = shared / "data" / name, REGISTRY["bridge_dataset"]
-    found = described(folder)
-    columns = (
-        "position",
-        "rotation",
-        "gripper",
-        "command",
-        "logged_translation",
-        "logged_rotation",
-    )
-    for key in (*columns, "rotation_format", "logged_kind", "logged_frame"):
-        assert found[key] == getattr(known, key), key
-    assert (
-        found["images"]["external"].startswith("observation/image")
-        and "wrist" not in found["images"]
-    )
-    closed, opened = found["gripper_range"]
-    assert closed < opened  # and not the other way round
-    (tmp_path / "layout.json").write_text(json.dumps({**found, "rate_hz": 5.0}))
-    assert next(read_episodes(folder, layout_file=tmp_path / "layout.json")).rate_hz == 5
-    if name.startswith("bridge"):
-        assert found["rate_hz"] is None and "rate_hz" in found["facts"]
-
-
-def rewritten(
-    shared: Path, folder: Path, change: Callable[..., tuple[np.ndarray, np.ndarray]]
-) -> Path:
-    """A copy of the real sample, whose states and actions, both [T, 7], are what `change` makes of them."""
+def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
+    """A copy of the real sample with changed states and actions."""
     copy = copied(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
     (file,) = copy.glob("data/*/*.parquet")
-    table, names = pq.read_table(file), ("observation.state", "action")
-    for name, values in zip(
-        names, change(*(np.array(table[n].to_pylist()) for n in names)), strict=True
-    ):
-        column = pa.array(list(values if values.dtype.kind == "i" else values.astype(np.float32)))
-        table = table.set_column(table.column_names.index(name), name, column)
+    table = pq.read_table(file)
+    states = np.array(table[STATE].to_pylist())
+    actions = np.array(table["action"].to_pylist())
+    new_states, new_actions = change(states, actions)
+    table = replace_column(table, STATE, new_states)
+    table = replace_column(table, "action", new_actions)
     pq.write_table(table, file)
     return copy
 
 
-def test_one_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
-    copy = rewritten(shared, tmp_path, lambda s, a: (np.where(s == s.flat[93], np.nan, s), a))
-    found, expected = describe(copy), described(shared / "data" / "lerobot" / "v3.0_image")
-    assert {**found, "facts": 0} == {**expected, "facts": 0}
-    assert "NaN in 1 of" in inspect(copy) and " nan " not in inspect(copy)
+def replace_column(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
+    rows = values if values.dtype.kind == "i" else values.astype(np.float32)
+    return table.set_column(table.column_names.index(name), name, pa.array(list(rows)))
+
+
+def keep(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return states, actions
+
+
+def write_layout(folder: Path, layout: dict[str, Any]) -> None:
+    (folder / "spear.json").write_text(json.dumps(layout))
+
+
+@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "position",
+        "rotation",
+        "rotation_format",
+        "gripper",
+        "command",
+        "logged_translation",
+        "logged_rotation",
+        "logged_kind",
+        "logged_frame",
+    ],
+)
+def test_a_proposal_for_the_real_sample_is_right(shared: Path, name: str, key: str) -> None:
+    proposal = describe_once(shared / "data" / name)
+
+    assert proposal[key] == getattr(REGISTRY["bridge_dataset"], key)
+
+
+@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
+def test_the_single_camera_of_the_real_sample_is_external(shared: Path, name: str) -> None:
+    images = describe_once(shared / "data" / name)["images"]
+
+    assert images["external"].startswith("observation/image")
+    assert "wrist" not in images
+
+
+@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
+def test_the_open_end_of_the_gripper_is_right(shared: Path, name: str) -> None:
+    closed, opened = describe_once(shared / "data" / name)["gripper_range"]
+
+    assert closed < opened
+
+
+@pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
+def test_a_proposal_can_be_read_with(shared: Path, tmp_path: Path, name: str) -> None:
+    folder = shared / "data" / name
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({**describe_once(folder), "rate_hz": 5.0}))
+
+    assert next(read_episodes(folder, layout_file=layout)).rate_hz == 5
+
+
+def test_the_rate_of_rlds_is_left_open(shared: Path) -> None:
+    proposal = describe_once(shared / "data" / "bridge_v2_sample")
+
+    assert proposal["rate_hz"] is None
+    assert "rate_hz" in proposal["facts"]
+
+
+def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
+    def insert_nan(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.where(states == states.flat[93], np.nan, states), actions
+
+    copy = rewrite_sample(shared, tmp_path, insert_nan)
+
+    proposal = describe(copy)
+    expected = describe_once(shared / "data" / "lerobot" / "v3.0_image")
+    assert {**proposal, "facts": None} == {**expected, "facts": None}
+    assert "NaN in 1 of" in inspect(copy)
+    assert " nan " not in inspect(copy)
+
+
+def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Millimeters, degrees, and an opening in percent, as whole numbers."""
+    factors = [1000] * 3 + [180 / np.pi] * 3 + [100]
+    return np.rint(states * factors).astype(int), actions
 
 
 def test_whole_numbers_are_measurements_too(shared: Path, tmp_path: Path) -> None:
-    units = [1000] * 3 + [180 / np.pi] * 3 + [100]  # millimetres, degrees, an opening in per cent
-    folder = rewritten(shared, tmp_path, lambda s, a: (np.rint(s * units).astype(int), a))
-    found = describe(folder)
-    assert (found["position"], found["length_unit"]) == ("observation/state[0:3]", "mm")
-    layout, said = tmp_path / "layout.json", {**found, "rotation_format": "euler_xyz"}
-    layout.write_text(json.dumps(said | {"angle_unit": "deg"}))
-    assert len(list(read_episodes(folder, layout_file=layout))) == 8
-    layout.write_text(json.dumps(said | {"angle_unit": "rad"}))
-    refuses("angle_unit deg", next, read_episodes(folder, layout_file=layout))
+    proposal = describe(rewrite_sample(shared, tmp_path, round_units))
+
+    assert proposal["position"] == "observation/state[0:3]"
+    assert proposal["length_unit"] == "mm"
 
 
-def test_a_grippers_ends_are_no_part_of_a_quaternion(shared: Path, tmp_path: Path) -> None:
-    small, last = np.array([1, 1, 1, 0.3, 0.3, 0.3, 1]), np.arange(7) == 6  # turns; the gripper
-    copy = rewritten(
-        shared, tmp_path, lambda s, a: (s * small, np.where(last, 2 * a.round() - 1, a * small))
-    )
-    found = describe(copy)
-    assert (
-        found["position"] == "observation/state[0:3]"
-        and found["logged_translation"] == "action[0:3]"
-    )
+def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
+    folder = rewrite_sample(shared, tmp_path, round_units)
+    layout = {**describe(folder), "rotation_format": "euler_xyz"}
+    layout_file = tmp_path / "layout.json"
+
+    layout_file.write_text(json.dumps({**layout, "angle_unit": "deg"}))
+    assert len(list(read_episodes(folder, layout_file=layout_file))) == 8
+
+    layout_file.write_text(json.dumps({**layout, "angle_unit": "rad"}))
+    refuses("angle_unit deg", next, read_episodes(folder, layout_file=layout_file))
+
+
+def test_a_binary_gripper_is_no_part_of_a_quaternion(shared: Path, tmp_path: Path) -> None:
+    """Three small rotations and a gripper of -1 or 1 have length 1, nearly."""
+
+    def shrink_rotations(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        factors = np.array([1, 1, 1, 0.3, 0.3, 0.3, 1])
+        is_gripper = np.arange(7) == 6
+        return states * factors, np.where(is_gripper, 2 * actions.round() - 1, actions * factors)
+
+    proposal = describe(rewrite_sample(shared, tmp_path, shrink_rotations))
+
+    assert proposal["position"] == "observation/state[0:3]"
+    assert proposal["logged_translation"] == "action[0:3]"
+
+
+def to_six_numbers(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gripper, two columns of the rotation matrix, position."""
+
+    def rewrite(values: np.ndarray) -> np.ndarray:
+        matrices = Rotation.from_euler("xyz", values[:, 3:6]).as_matrix()
+        six_numbers = matrices[:, :2].reshape(-1, 6)
+        return np.concatenate([values[:, 6:], six_numbers, values[:, :3]], axis=1)
+
+    return rewrite(states), rewrite(actions)
 
 
 def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
-    def wide(values: np.ndarray) -> np.ndarray:
-        six = Rotation.from_euler("xyz", values[:, 3:6]).as_matrix()[:, :2].reshape(-1, 6)
-        return np.concatenate([values[:, 6:], six, values[:, :3]], axis=1)
+    proposal = describe(rewrite_sample(shared, tmp_path, to_six_numbers))
 
-    copy = rewritten(shared, tmp_path, lambda s, a: (wide(s), wide(a)))
-    found = describe(copy)
-    assert (
-        found["position"] == "observation/state[7:10]"
-        and found["rotation"] == "observation/state[1:7]"
-    )
-    assert (
-        found["rotation_format"] is None
-        and "6d_rows or 6d_columns" in found["facts"]["rotation_format"]
-    )
-    for form, outcome in {"6d_rows": "undecided", "6d_columns": "contradiction"}.items():
-        said = {
-            **found,
-            "rotation_format": form,
-            "logged_rotation_format": form,
-            "logged_frame": "base",
-        }
-        (copy / "spear.json").write_text(json.dumps(said))
-        assert audit(copy).outcome == outcome
+    assert proposal["position"] == "observation/state[7:10]"
+    assert proposal["rotation"] == "observation/state[1:7]"
+    assert proposal["rotation_format"] is None
+    assert "6d_rows or 6d_columns" in proposal["facts"]["rotation_format"]
+
+
+@pytest.mark.parametrize(
+    ("rotation_format", "outcome"), [("6d_rows", "undecided"), ("6d_columns", "contradiction")]
+)
+def test_the_audit_tells_rows_from_columns(
+    shared: Path, tmp_path: Path, rotation_format: str, outcome: str
+) -> None:
+    copy = rewrite_sample(shared, tmp_path, to_six_numbers)
+    formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
+    write_layout(copy, {**describe(copy), **formats, "logged_frame": "base"})
+
+    assert audit(copy).outcome == outcome
 
 
 def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
-    def pose(s: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        columns = np.tile(np.eye(4), (len(s), 1, 1))
-        columns[:, :3, :3] = Rotation.from_euler("xyz", s[:, 3:6]).inv().as_matrix()
-        columns[:, 3, :3] = s[:, :3]
-        return np.concatenate([columns.reshape(-1, 16), s[:, 6:]], axis=1), a
+    def to_poses(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        poses = np.tile(np.eye(4), (len(states), 1, 1))
+        poses[:, :3, :3] = Rotation.from_euler("xyz", states[:, 3:6]).inv().as_matrix()
+        poses[:, 3, :3] = states[:, :3]
+        return np.concatenate([poses.reshape(-1, 16), states[:, 6:]], axis=1), actions
 
-    found = describe(rewritten(shared, tmp_path, pose))
-    assert (
-        found["position"] == "observation/state[12:15]"
-        and found["rotation"] == "observation/state[0:16]"
-    )
-    assert found["rotation_format"] in (None, "matrix4_columns")
+    proposal = describe(rewrite_sample(shared, tmp_path, to_poses))
+
+    assert proposal["position"] == "observation/state[12:15]"
+    assert proposal["rotation"] == "observation/state[0:16]"
+    assert proposal["rotation_format"] in (None, "matrix4_columns")
 
 
-def test_columns_are_found_in_any_order_and_yaw_first_is_thought_of(
-    shared: Path, tmp_path: Path
+def put_gripper_and_yaw_first(
+    states: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gripper, position, yaw, pitch, roll."""
+    rotations = Rotation.from_euler("xyz", states[:, 3:6])
+    next_steps = [*range(1, len(states)), 0]
+    turns = (rotations[next_steps] * rotations.inv()).as_euler("xyz")
+    new_states = np.concatenate([states[:, 6:], states[:, :3], states[:, 5:2:-1]], axis=1)
+    new_actions = np.concatenate([actions[:, 6:], actions[:, :3], turns[:, ::-1]], axis=1)
+    return new_states, new_actions
+
+
+def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
+    proposal = describe(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+
+    assert proposal["position"] == "observation/state[1:4]"
+    assert proposal["logged_translation"] == "action[1:4]"
+    assert proposal["rotation"] == "observation/state[4:7]"
+    assert proposal["logged_rotation"] == "action[4:7]"
+
+
+def test_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
+    proposal = describe(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+
+    assert proposal["rotation_format"] is None
+    assert "euler_ZYX" in proposal["facts"]["rotation_format"]
+
+
+def use_targets(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Actions that are the next states."""
+    return states, np.roll(states, -1, 0)
+
+
+def test_targets_leave_the_rotation_format_open(shared: Path, tmp_path: Path) -> None:
+    proposal = describe(rewrite_sample(shared, tmp_path, use_targets))
+
+    assert proposal["rotation_format"] is None
+    assert "euler_xyz or" in proposal["facts"]["rotation_format"]
+
+
+@pytest.mark.parametrize(
+    ("rotation_format", "rival"),
+    [
+        ("euler_xyz", "euler_ZYX"),
+        ("rotation_vector", "euler_ZYX"),
+        ("euler_ZYX", "euler_xyz"),
+    ],
+)
+def test_targets_leave_the_audit_undecided(
+    shared: Path, tmp_path: Path, rotation_format: str, rival: str
 ) -> None:
-    def yaw_first(s: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        turns = Rotation.from_euler("xyz", s[:, 3:6])
-        parts = (s, s[:, 3:6]), (a, (turns[[*range(1, len(s)), 0]] * turns.inv()).as_euler("xyz"))
-        return tuple(np.concatenate([x[:, 6:], x[:, :3], r[:, ::-1]], axis=1) for x, r in parts)
+    copy = rewrite_sample(shared, tmp_path, use_targets)
+    formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
+    write_layout(copy, {**describe(copy), **formats, "facts": {}})
 
-    found = describe(rewritten(shared, tmp_path, yaw_first))
-    assert (
-        found["position"] == "observation/state[1:4]"
-        and found["logged_translation"] == "action[1:4]"
-    )
-    assert (
-        found["rotation"] == "observation/state[4:7]" and found["logged_rotation"] == "action[4:7]"
-    )
-    assert found["rotation_format"] is None and "euler_ZYX" in found["facts"]["rotation_format"]
+    report = audit(copy)
+
+    (check,) = [check for check in report.checks if check.name == "rotation_format"]
+    assert report.outcome == "undecided"
+    assert rival in check.words
 
 
-def test_targets_do_not_tell_how_rotations_are_written(shared: Path, tmp_path: Path) -> None:
-    copy = rewritten(shared, tmp_path, lambda s, a: (s, np.roll(s, -1, 0)))
-    found = describe(copy)
-    assert found["rotation_format"] is None and "euler_xyz or" in found["facts"]["rotation_format"]
-    others = {"euler_xyz": "euler_ZYX", "rotation_vector": "euler_ZYX", "euler_ZYX": "euler_xyz"}
-    for form, other in others.items():
-        said = {**found, "rotation_format": form, "logged_rotation_format": form, "facts": {}}
-        (copy / "spear.json").write_text(json.dumps(said))
-        report = audit(copy)
-        (told,) = [check.words for check in report.checks if check.name == "rotation_format"]
-        assert report.outcome == "undecided" and other in told
-
-
-def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path) -> None:
-    copy = rewritten(shared, tmp_path, lambda s, a: (s, a))
+def copy_with_joint_columns(shared: Path, folder: Path) -> Path:
+    """A copy of the sample with columns of joints that hold what the state holds."""
+    copy = rewrite_sample(shared, folder, keep)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     for name in ("observation.joint_position", "action.joint_position"):
-        table = table.append_column(name, table["observation.state"])
+        table = table.append_column(name, table[STATE])
     pq.write_table(table, file)
-    taken = describe(copy)
-    assert (taken["position"], taken["gripper"]) == (
-        "observation/state[0:3]",
-        "observation/state[6]",
-    )
-    pq.write_table(table.append_column("next.success", pa.array([True] * len(table))), file)
+    return copy
+
+
+def name_state_as_joints(copy: Path) -> None:
     names = [
         "shoulder_pan",
         "shoulder_lift",
@@ -191,23 +290,72 @@ def test_joints_are_no_pose_and_success_is_proposed(shared: Path, tmp_path: Path
         "gripper",
         "joint_6",
     ]
-    features = lambda info: info["features"]["observation.state"]  # noqa: E731
-    edit(copy / "meta/info.json", lambda info: features(info).update(names={"motors": names}))
-    found = describe(copy)
-    assert found["position"] is None and found["gripper"] == "observation/state[5]"
-    assert found["success"] == "next/success" and "success" not in taken
-    (copy / "spear.json").write_text(json.dumps(taken))
+
+    def change(info: dict[str, Any]) -> None:
+        info["features"][STATE]["names"] = {"motors": names}
+
+    edit(copy / "meta/info.json", change)
+
+
+def test_columns_of_joints_are_no_pose(shared: Path, tmp_path: Path) -> None:
+    proposal = describe(copy_with_joint_columns(shared, tmp_path))
+
+    assert proposal["position"] == "observation/state[0:3]"
+    assert proposal["gripper"] == "observation/state[6]"
+
+
+def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_path: Path) -> None:
+    copy = copy_with_joint_columns(shared, tmp_path)
+    name_state_as_joints(copy)
+
+    proposal = describe(copy)
+
+    assert proposal["position"] is None
+    assert proposal["gripper"] == "observation/state[5]"
+
+
+def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path: Path) -> None:
+    copy = copy_with_joint_columns(shared, tmp_path)
+    write_layout(copy, describe(copy))
+    name_state_as_joints(copy)
+
     refuses("shoulder_pan", lambda: next(read_episodes(copy)))
 
 
-def test_the_command(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "describe", str(shared / "data" / "bridge_v2_sample")]) == 0
-    said = capsys.readouterr()
-    assert (
-        json.loads(said.out)["facts"] and "1.0.0/spear.json is to be this" in said.err
-    )  # where it is found
+def test_a_column_of_success_is_proposed(shared: Path, tmp_path: Path) -> None:
+    copy = rewrite_sample(shared, tmp_path, keep)
+    without_success = describe(copy)
+    (file,) = copy.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    successes = pa.array([True] * len(table))
+    pq.write_table(table.append_column("next.success", successes), file)
+
+    assert describe(copy)["success"] == "next/success"
+    assert "success" not in without_success
+
+
+def test_the_command_prints_a_proposal_and_where_it_belongs(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_code = main(["data", "describe", str(shared / "data" / "bridge_v2_sample")])
+
+    output = capsys.readouterr()
+    assert exit_code == 0
+    assert json.loads(output.out)["facts"]
+    assert "1.0.0/spear.json is to be this" in output.err
+
+
+def test_the_command_overwrites_nothing(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = copied(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy", None)
-    layout = copy / "spear.json"  # not there before
-    codes = [main(["data", "describe", str(copy), "--out", str(layout)]) for _ in range(2)]
-    assert codes == [0, 2] and json.loads(layout.read_text())["facts"]
+    layout = copy / "spear.json"
+    command = ["data", "describe", str(copy), "--out", str(layout)]
+
+    first_exit_code = main(command)
+    second_exit_code = main(command)
+
+    assert first_exit_code == 0
+    assert json.loads(layout.read_text())["facts"]
     assert f"{layout} is to be this" in capsys.readouterr().err
+    assert second_exit_code == 2

@@ -93,7 +93,7 @@ NUM_RESAMPLES = 1000
 _NOT_CONFIRMED = {"wrong", "cannot tell"}
 
 LayoutAnswers = Mapping[str, Mapping[str, str | None]]
-"""Part ("translation", "rotation") → question → the layout's answer, None where it says nothing."""
+"""ActionPart ("translation", "rotation") → question → the layout's answer, None where it says nothing."""
 
 
 class Margin(NamedTuple):
@@ -124,7 +124,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Part:
+class ActionPart:
     """What was found of the logged translations, or rotations.
 
     best_fit    the best hypothesis' fit.
@@ -156,7 +156,7 @@ class Report:
     path: str
     num_episodes: int
     num_steps: int
-    parts: Sequence[Part]
+    action_parts: Sequence[ActionPart]
     states: Sequence[str]
     recordings: Sequence[Recording]
     checks: Sequence[Check] = ()
@@ -166,7 +166,9 @@ class Report:
     @property
     def outcome(self) -> Literal["consistent", "contradiction", "undecided"]:
         """Whether the data contradict the layout, agree with it, or say too little."""
-        verdicts = {part.verdict for part in self.parts} | {check.verdict for check in self.checks}
+        verdicts = {action_part.verdict for action_part in self.action_parts} | {
+            check.verdict for check in self.checks
+        }
         if self.states or self.fitting_formats or "wrong" in verdicts:
             return "contradiction"
         return "undecided" if verdicts - {"agrees"} else "consistent"
@@ -239,10 +241,10 @@ def _find_fitting_formats(
     If the states are written otherwise than the layout says, frames and signs of the actions look
     wrong, too.
     """
-    findings = []
-    for part in report.parts:
-        if part.name == "rotation" and part.verdict in _NOT_CONFIRMED:
-            findings += part.findings
+    findings: list[Finding] = []
+    for action_part in report.action_parts:
+        if action_part.name == "rotation" and action_part.verdict in _NOT_CONFIRMED:
+            findings += action_part.findings
     is_state_format_wrong = any(
         finding.question == "state_format" and finding.verdict == "wrong" for finding in findings
     )
@@ -257,7 +259,7 @@ def _find_fitting_formats(
         other_layout = replace(layout, rotation_format=cast(RotationFormat, name))
         with contextlib.suppress(SpearError):
             other_report = _audit_numbers(path, split, other_layout)
-            other_verdicts = {part.verdict for part in other_report.parts}
+            other_verdicts = {action_part.verdict for action_part in other_report.action_parts}
             if not other_report.states and not other_verdicts & _NOT_CONFIRMED:
                 fitting_formats.append(name)
     return fitting_formats
@@ -266,8 +268,10 @@ def _find_fitting_formats(
 def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
     """Whether the actions tell how orientations are written. Targets that are the next states never
     do."""
-    explained = {part.name: part for part in report.parts if not part.note}
-    best = {name: part.best_fit.hypothesis for name, part in explained.items()}
+    explained = {
+        action_part.name: action_part for action_part in report.action_parts if not action_part.note
+    }
+    best = {name: action_part.best_fit.hypothesis for name, action_part in explained.items()}
     translation = best.get("translation")
     rotation = best.get("rotation")
 
@@ -277,8 +281,8 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
     else:
         rotations = [recording.rotation for recording in report.recordings]
         tied_formats = set(state_formats(rotations[0]))
-        for part in explained.values():
-            for finding in part.findings:
+        for action_part in explained.values():
+            for finding in action_part.findings:
                 if finding.question == "state_format":
                     tied_formats &= set(finding.tied_answers)
         other_formats = formats_that_turn_otherwise(
@@ -326,8 +330,8 @@ def _summarize_camera(
     with contextlib.suppress(SpearError):
         images = read_column(steps, layout.images[camera], source)
         if isinstance(images, list):
-            where = f"{source} camera {camera!r}"
-            return summarize_view(images, position, episode_rate_hz(steps, layout), where)
+            context = f"{source} camera {camera!r}"
+            return summarize_view(images, position, episode_rate_hz(steps, layout), context)
     return None
 
 
@@ -441,7 +445,7 @@ def _check_shape(
 
 
 def _rotation_to_judge(
-    rotation: Array, rotation_format: str, layout: DatasetLayout, source: str
+    rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
     """Recorded orientations as hypotheses read them: trusted formats as quaternions, others as they
     are."""
@@ -477,33 +481,33 @@ def judge(recordings: Sequence[Recording], answers: LayoutAnswers, path: str = "
     if not stretches.num:
         raise SpearError(f"nothing to audit: {path}: no episode has five known steps in a row")
 
-    parts = []
+    action_parts = []
     if recordings[0].translation is not None:
         fits = fit_translations(recordings, stretches)
-        parts.append(_judge_part("translation", fits, answers["translation"]))
+        action_parts.append(_judge_part("translation", fits, answers["translation"]))
     if recordings[0].turn is not None:
         fits = fit_rotations(recordings, stretches)
-        parts.append(_judge_part("rotation", fits, answers["rotation"]))
+        action_parts.append(_judge_part("rotation", fits, answers["rotation"]))
 
     checks = []
     if stretches.are_units_episodes:
-        for part in parts:
-            checks += _check_odd_episodes(part, len(recordings))
+        for action_part in action_parts:
+            checks += _check_odd_episodes(action_part, len(recordings))
     return Report(
         path=path,
         num_episodes=len(recordings),
         num_steps=sum(len(recording.position) for recording in recordings),
-        parts=parts,
+        action_parts=action_parts,
         states=find_implausible_states(recordings),
         recordings=recordings,
         checks=checks,
     )
 
 
-def _check_odd_episodes(part: Part, num_episodes: int) -> list[Check]:
+def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Check]:
     """Whether the layout explains some episodes far less well than the others."""
-    fit = part.layout_fit
-    if fit is None or part.note or part.verdict == "wrong":
+    fit = action_part.layout_fit
+    if fit is None or action_part.note or action_part.verdict == "wrong":
         return []
     unexplained = fit.error / fit.motion.clip(1e-12)
     limit = np.clip(10 * np.median(unexplained), *MAX_UNEXPLAINED_OF_EPISODE)
@@ -512,7 +516,7 @@ def _check_odd_episodes(part: Part, num_episodes: int) -> list[Check]:
     if not num_odd:
         return []
     words = f"in {num_odd} of {num_episodes} episodes it explains little: recorded otherwise?"
-    return [Check(f"the {part.name}s' reading", "cannot tell", words)]
+    return [Check(f"the {action_part.name}s' reading", "cannot tell", words)]
 
 
 def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
@@ -561,7 +565,7 @@ def layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
     }
 
 
-def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> Part:
+def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> ActionPart:
     """Judge the logged translations or rotations."""
 
     def agrees(fit: Fit, question: str) -> bool:
@@ -590,7 +594,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     layout_fit = next(agreeing, None)
     margin = None if layout_fit is None else _margin(layout_fit, best, resamples)
     verdict = _judge_layout(answers, margin, bool(note))
-    return Part(name, best, layout_fit, margin, findings, verdict, note)
+    return ActionPart(name, best, layout_fit, margin, findings, verdict, note)
 
 
 def _answered_questions(answers: Mapping[str, str | None]) -> list[str]:
@@ -624,7 +628,7 @@ def _draw_resamples(num_units: int) -> Array:
 
 
 def _why_undecidable(name: str, best: Fit) -> str:
-    """Why nothing can be told of a part, or ""."""
+    """Why nothing can be told of the logged translations or rotations, or ""."""
     mean_motion = float(best.motion.sum() / best.num_steps)
     if mean_motion < MIN_MOTION[name]:
         return f"the robot hardly moves: {format_size(name, mean_motion)} in a stretch"

@@ -67,8 +67,8 @@ PREFERRED_ANSWERS = ("delta", "base", "+++", "0", "euler_xyz", "m", "rad")
 Columns = Mapping[str, Sequence[Array]]
 """Column → [T, d] of each episode."""
 JointNames = Callable[[str], Sequence[str]]
-"""Names of joints that a part of a column holds, see `LeRobotFolder.find_joint_names`, or that its own name
-says."""
+"""Names of joints that a part of a column holds, see `LeRobotFolder.find_joint_names`, or that its
+own name says."""
 
 
 class ColumnRange(NamedTuple):
@@ -307,16 +307,16 @@ def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
         return any(word in name for word in WRIST_WORDS)
 
     wrist = max(changing_shares, key=lambda name: (has_wrist_name(name), changing_shares[name]))
-    others = [name for name in changing_shares if name != wrist]
+    other_cameras = [name for name in changing_shares if name != wrist]
     is_wrist = has_wrist_name(wrist)
-    if others:
-        most_changing_other = max(changing_shares[name] for name in others)
+    if other_cameras:
+        most_changing_other = max(changing_shares[name] for name in other_cameras)
         is_wrist |= changing_shares[wrist] > MIN_WRIST_RATIO * most_changing_other
     if not is_wrist:
         return {"external": next(iter(changing_shares))}
-    if not others:
+    if not other_cameras:
         return {"wrist": wrist}
-    return {"external": others[0], "wrist": wrist}
+    return {"external": other_cameras[0], "wrist": wrist}
 
 
 def _describe_motion(

@@ -152,14 +152,14 @@ class Stretches:
 def _valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
     """(first, end) such that for every state first ≤ t < end the actions of all delays are
     valid."""
-    before = max(DELAYS)
-    after = -min(DELAYS)
+    max_delay = max(DELAYS)
+    max_lead = -min(DELAYS)
     is_good = []
-    for t in range(before, len(valid) - after - 1):
-        is_good.append(int(valid[t - before : t + after + 1].all()))
+    for t in range(max_delay, len(valid) - max_lead - 1):
+        is_good.append(int(valid[t - max_delay : t + max_lead + 1].all()))
     edges = np.flatnonzero(np.diff([0, *is_good, 0]))
     for first, end in zip(edges[::2], edges[1::2], strict=True):
-        yield before + int(first), before + int(end)
+        yield max_delay + int(first), max_delay + int(end)
 
 
 def _to_tensor(values: Array) -> torch.Tensor:

@@ -269,12 +269,12 @@ def _format_numbers(
 
 def _join_rows(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
     """[N, d] the rows of a column in all episodes where it has the same shape."""
-    parts: list[Any] = []
+    columns: list[Any] = []
     for episode in episodes:
         column = episode.get(name)
         if isinstance(column, np.ndarray) and column.shape[1:] == values.shape[1:]:
-            parts.append(column.reshape(len(column), -1))
-    return np.concatenate(parts)
+            columns.append(column.reshape(len(column), -1))
+    return np.concatenate(columns)
 
 
 def _format_range(lengths: Array | Sequence[int]) -> str:

@@ -36,24 +36,24 @@ class View:
     changing_share: float
 
 
-def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, where: str) -> View:
+def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, context: str) -> View:
     """Summarize what a camera shows in an episode.
 
     Args:
         images: [T] encoded images.
         position: [T, 3] positions of the arm, m.
         rate_hz: steps per second.
-        where: names episode and camera in errors.
+        context: names episode and camera in errors.
 
     Raises:
         SpearError: an image is broken, or there is not one for each step.
     """
     if len(images) != len(position):
         raise SpearError(
-            f"{where}: not one for each step (images: {len(images)}, steps: {len(position)})"
+            f"{context}: not one for each step (images: {len(images)}, steps: {len(position)})"
         )
     frames = np.array(
-        [_reduce_image(encoded, f"{where} step {step}") for step, encoded in enumerate(images)]
+        [_reduce_image(encoded, f"{context} step {step}") for step, encoded in enumerate(images)]
     )
     interval = max(1, round(rate_hz / CONTROL_RATE_HZ))  # a camera may be slower than the arm
     distance_m = np.linalg.norm(position[interval:] - position[:-interval], axis=1)
@@ -64,9 +64,9 @@ def summarize_view(images: Sequence[bytes], position: Array, rate_hz: float, whe
     return View(is_blank, float(np.median(shares)) if len(shares) else float("nan"))
 
 
-def _reduce_image(encoded: bytes, where: str) -> Array:
+def _reduce_image(encoded: bytes, context: str) -> Array:
     """A small gray version of an encoded image, float32."""
-    image = Image.fromarray(decode_image(encoded, where)).convert("L")
+    image = Image.fromarray(decode_image(encoded, context)).convert("L")
     return np.asarray(image.resize(COMPARED_SIZE_PX, Image.Resampling.BOX), np.float32)
 
 

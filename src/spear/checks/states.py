@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spear.checks.recording import Recording, are_degrees
-from spear.checks.result import Check
+from spear.checks.result import Check, Verdict
 from spear.types import MAX_EE_SPEED_M_S, Episode
 from spear.util.units import LENGTH_UNITS
 
@@ -58,6 +58,6 @@ def check_rate(recordings: Sequence[Recording]) -> list[Check]:
     top_speed_m_s = float(np.quantile(speeds_m_s, 0.99))
     if MIN_TOP_SPEED_M_S <= top_speed_m_s <= MAX_TOP_SPEED_M_S:
         return []
-    verdict = "wrong" if top_speed_m_s > MAX_EE_SPEED_M_S else "cannot tell"
+    verdict: Verdict = "wrong" if top_speed_m_s > MAX_EE_SPEED_M_S else "cannot tell"
     words = f"by it the arm moves at {top_speed_m_s:.2g} m/s when it is quickest, as few arms do"
     return [Check("rate_hz", verdict, words)]

@@ -11,7 +11,7 @@ from spear.audit.dataset_audit import (
     MAX_STEPS,
     Finding,
     Margin,
-    Part,
+    ActionPart,
     Report,
     format_size,
 )
@@ -35,9 +35,9 @@ QUESTIONS = {
 
 
 class _NamedFinding(NamedTuple):
-    """A finding, the part that it is about, and its name, such as "rotation frame"."""
+    """A finding, what it is about, and its name, such as "rotation frame"."""
 
-    part: Part
+    action_part: ActionPart
     finding: Finding
     name: str
 
@@ -58,10 +58,10 @@ def format_report(report: Report) -> str:
 def conclude(report: Report) -> str:
     """One line: the outcome, and what it is about."""
     findings = []
-    for part in report.parts:
-        for finding in part.findings:
-            name = f"{part.name} {QUESTIONS[finding.question]}"
-            findings.append(_NamedFinding(part, finding, name))
+    for action_part in report.action_parts:
+        for finding in action_part.findings:
+            name = f"{action_part.name} {QUESTIONS[finding.question]}"
+            findings.append(_NamedFinding(action_part, finding, name))
 
     if report.outcome == "contradiction":
         problems = [*report.states, *_list_contradictions(report, findings)]
@@ -81,13 +81,13 @@ def conclude(report: Report) -> str:
 def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[str]:
     """What contradicts the layout, and what fits instead."""
     contradictions = []
-    for part, finding, name in findings:
-        if finding.verdict == "wrong" and part.verdict == "wrong":
+    for action_part, finding, name in findings:
+        if finding.verdict == "wrong" and action_part.verdict == "wrong":
             contradictions.append(f"{name}: {finding.best_answer}, not {finding.layout_answer}")
     if not contradictions:
-        for part in report.parts:
-            if part.verdict == "wrong":
-                contradictions.append(f"{part.name}s: the whole reading")
+        for action_part in report.action_parts:
+            if action_part.verdict == "wrong":
+                contradictions.append(f"{action_part.name}s: the whole reading")
     if report.fitting_formats:  # then the actions only look wrong
         formats = " or ".join(report.fitting_formats)
         contradictions = [f"rotation_format: {formats} fits all else that the layout says"]
@@ -99,7 +99,7 @@ def _list_contradictions(report: Report, findings: list[_NamedFinding]) -> list[
 
 def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[str]:
     """What the data do not decide, and why."""
-    decidable = [named for named in findings if not named.part.note]
+    decidable = [named for named in findings if not named.action_part.note]
     open_questions = []
     for _, finding, name in decidable:
         if finding.verdict == "cannot tell":
@@ -109,9 +109,9 @@ def _list_open_questions(report: Report, findings: list[_NamedFinding]) -> list[
         if finding.verdict == "not said" and not is_punctual:
             answer = finding.best_answer
             open_questions.append(f"{name} (not in the layout; {answer} fits best)")
-    for part in report.parts:
-        if part.note:
-            open_questions.append(f"{part.name}s ({part.note})")
+    for action_part in report.action_parts:
+        if action_part.note:
+            open_questions.append(f"{action_part.name}s ({action_part.note})")
     for check in report.checks:
         if check.verdict == "cannot tell":
             open_questions.append(f"{check.name} ({check.words})")
@@ -122,14 +122,16 @@ def write_audit_page(report: Report, out: Path) -> None:
     """Write the report as one HTML file. Raises `SpearError` for a file that cannot be written."""
     facts = [(f"{report.num_episodes:,}", f"episodes, {format_count(report.num_steps, 'steps')}")]
     paths = []
-    for part in report.parts:
-        label = f"of the logged {part.name}s unexplained by their best reading"
-        facts.append((f"{part.best_fit.relative_error:.1%}", label))
-        if part.name == "translation":
-            paths = _draw_paths(report, part)
+    for action_part in report.action_parts:
+        label = f"of the logged {action_part.name}s unexplained by their best reading"
+        facts.append((f"{action_part.best_fit.relative_error:.1%}", label))
+        if action_part.name == "translation":
+            paths = _draw_paths(report, action_part)
     findings = []
-    for part in report.parts:
-        findings.append((part, [(f, _draw_bars(part, f)) for f in part.findings]))
+    for action_part in report.action_parts:
+        findings.append(
+            (action_part, [(f, _draw_bars(action_part, f)) for f in action_part.findings])
+        )
     html = render(
         "audit.html",
         title=f"Audit: {Path(report.path).resolve().name}",
@@ -137,19 +139,19 @@ def write_audit_page(report: Report, out: Path) -> None:
         report=report,
         conclusion=conclude(report),
         questions=QUESTIONS,
-        parts=findings,
+        action_parts=findings,
         paths=paths,
     )
     write_text(out, html)
 
 
-def _draw_bars(part: Part, finding: Finding) -> str:
+def _draw_bars(action_part: ActionPart, finding: Finding) -> str:
     """What each answer leaves of the motion; those that fit as well as the best in green."""
     rows = []
     for answer, (fit, margin) in finding.answers.items():
         comparison = "best" if answer == finding.best_answer else _format_interval(margin)
         label = f"{answer} · layout" if answer == finding.layout_answer else answer
-        error = f"{fit.relative_error:.1%} ({format_size(part.name, fit.mean_error)})"
+        error = f"{fit.relative_error:.1%} ({format_size(action_part.name, fit.mean_error)})"
         style = "good" if answer in finding.tied_answers else ""
         rows.append(Bar(label, fit.relative_error, f"{error}, {comparison}", style=style))
     return bars([("", rows)], (0.0, 1.2))
@@ -159,13 +161,16 @@ def _format_interval(margin: Margin) -> str:
     return f"{margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
 
 
-def _draw_paths(report: Report, part: Part) -> list[tuple[str, list[str]]]:
+def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list[str]]]:
     """Paths of some episodes: as recorded, and as the logged translations lead from the start."""
     drawn = []
     for recording in report.recordings[:MAX_PATHS]:
         seconds = np.arange(len(recording.position)) / recording.rate_hz
         paths = [Line("recorded", seconds, recording.position, GREY)]
-        for name, fit in (("best reading", part.best_fit), ("layout", part.layout_fit)):
+        for name, fit in (
+            ("best reading", action_part.best_fit),
+            ("layout", action_part.layout_fit),
+        ):
             if fit is not None:
                 path = integrate_translations(recording, fit)
                 paths.append(Line(name, seconds, path, dashed=True))
