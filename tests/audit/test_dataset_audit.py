@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation
 from data_tiny import make
 from refusals import Command, refuses
 from spear.audit.dataset_audit import (
-    Finding,
     ActionPart,
+    Finding,
     Report,
     audit,
     judge,

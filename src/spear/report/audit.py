@@ -9,9 +9,9 @@ import numpy as np
 from spear.audit.dataset_audit import (
     MAX_EPISODES,
     MAX_STEPS,
+    ActionPart,
     Finding,
     Margin,
-    ActionPart,
     Report,
     format_size,
 )
