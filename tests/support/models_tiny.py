@@ -7,18 +7,24 @@ from typing import Any
 import torch
 
 from spear import flow
-from spear.models.presets import Preset, _gemma, _sizes, build_spear1_config, build_vlm_config
+from spear.models.presets import (
+    Preset,
+    build_spear1_config,
+    build_vlm_config,
+    gemma_fields,
+    network_fields,
+)
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
 
-TEXT = _gemma(32, 2, 4, intermediate_size=48, head_dim=8, initializer_range=0.2)
+TEXT = gemma_fields(32, 2, 4, intermediate_size=48, head_dim=8, initializer_range=0.2)
 TINY = Preset(
     name="tiny",
     image_sizes={"external": (48, 32), "wrist": (32, 32)},
     stem="conv",
-    vision=_sizes(24, 2, 2, intermediate_size=32, patch_size=16, image_size=32),
-    moge=_sizes(16, 5, 2, mlp_ratio=2, patch_size=16, image_size=32),
+    vision=network_fields(24, 2, 2, intermediate_size=32, patch_size=16, image_size=32),
+    moge=network_fields(16, 5, 2, mlp_ratio=2, patch_size=16, image_size=32),
     text=TEXT,
     expert={**TEXT, "hidden_size": 16},
     vocabulary=40,

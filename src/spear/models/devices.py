@@ -1,4 +1,5 @@
-"""The device that a process computes on: which one, and how its memory is kept."""
+"""The device that a process computes on: which one, how many threads, and what happens to freed
+memory."""
 
 import ctypes
 import os
@@ -12,85 +13,125 @@ from torch import nn
 from spear.errors import SpearError, format_count, unknown_name_error
 from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
-MAX_MMAP_THRESHOLD_BYTES = 2**25
-"""Bytes from which glibc still maps memory anew and gives it back: the largest bound that it takes."""
-_PARAMETERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# Parameters of `mallopt`, as in glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+MAX_MMAP_THRESHOLD_BYTES = 2**25  # the largest that glibc takes
+NEVER_TRIM = -1
+
+PARAMETERS_PER_THREAD = 100_000_000  # times inputs of a batch
+
+_num_parameters: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called auto (a GPU if there is one), cpu, cuda or cuda:N; a GPU becomes the current one.
+    """The device that a name stands for; a GPU becomes the current one.
 
-    Several processes (`torchrun`) take a GPU each: the one of their number on their machine, LOCAL_RANK.
-    Raises `SpearError` for a device that is not there, or cuda:N with several processes.
+    If there are several processes (`torchrun`), each takes the GPU with its number on its machine,
+    LOCAL_RANK.
+
+    Args:
+        name: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:N".
+
+    Raises:
+        SpearError: For a device that does not exist, or for cuda:N with several processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, colon, number = name.partition(":")
-    if kind == "auto" and not colon:
-        kind = "cuda" if count else "cpu"
+    if name == "auto":
+        kind = "cuda" if num_gpus else "cpu"
     if kind == "cpu" and not colon:
         return torch.device("cpu")
     if kind != "cuda" or (colon and not number.isdecimal()):
         raise unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
-    if colon and several:
-        why = "several processes cannot share a GPU"
-        raise SpearError(f"device {name}: {why}: give cuda, and each takes its own")
-    index = int(number) if colon else int(os.environ.get("LOCAL_RANK", "0")) if several else 0
-    if index >= count:
-        cure = "start as many processes as there are GPUs" if several else "give another"
-        found = f"PyTorch {torch.__version__} finds {format_count(count, 'GPUs') if count else 'no GPU'} here"
-        raise SpearError(f"no device cuda:{index}: {found}: {cure}, or give cpu")
+    if colon and has_several_processes:
+        raise SpearError(
+            f"device {name}: several processes cannot share a GPU. Use cuda, and each process takes"
+            " its own."
+        )
+
+    if colon:
+        index = int(number)
+    elif has_several_processes:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+    else:
+        index = 0
+    if index >= num_gpus:
+        gpus = format_count(num_gpus, "GPUs") if num_gpus else "no GPU"
+        advice = (
+            "Start as many processes as there are GPUs" if has_several_processes else "Use another"
+        )
+        raise SpearError(
+            f"no device cuda:{index}: PyTorch {torch.__version__} finds {gpus} here. {advice}, or"
+            " use cpu."
+        )
+
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # By default convolutions in float32 round to 10 bits: actions of nano were 3e-3 off a CPU's, now 8e-6.
+    # By default, float32 convolutions round to 10 bits: nano's actions were 3e-3 from a CPU's, now
+    # 8e-6.
     torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def is_bfloat16_fast(device: torch.device) -> bool:
-    """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's AVX-512.
+    """Whether training takes less time in bfloat16 than in float32: on GPUs, with AMX, with AMD's
+    AVX-512.
 
-    With Intel's AVX-512 it takes longer, since everything beside the matrix products has to convert. On AMD's
-    Zen 5 a nano step takes 0.4 to 0.5 of float32's time (`benchmarks/train/step.py`; Zen 4 was not measured).
+    With Intel's AVX-512 it takes longer, because everything around the matrix products has to be
+    converted. On AMD's Zen 5 a nano step takes 0.4 to 0.5 of float32's time
+    (`benchmarks/train/step.py`; Zen 4 was not measured).
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    limit = "AMX" if limit in ("", "ALL", "DEFAULT") else limit  # none: the most that there is
-    tiles = "AMX" in limit and torch.cpu._is_amx_tile_supported()
-    pairs = (
-        any(part in limit for part in ("AMX", "FP16", "BF16"))
-        and torch.cpu._is_avx512_bf16_supported()
-    )
-    return device.type != "cpu" or (
-        HAS_BFLOAT16 and (tiles or (pairs and "AuthenticAMD" in CPU_INFO))
-    )
+    if device.type != "cpu":
+        return True
+    if not HAS_BFLOAT16:
+        return False
+
+    # oneDNN uses no instructions above this limit.
+    max_isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if max_isa in ("", "ALL", "DEFAULT"):
+        max_isa = "AMX"
+    if "AMX" in max_isa and torch.cpu._is_amx_tile_supported():
+        return True
+    allows_avx512_bf16 = any(isa in max_isa for isa in ("AMX", "FP16", "BF16"))
+    has_avx512_bf16 = allows_avx512_bf16 and torch.cpu._is_avx512_bf16_supported()
+    return has_avx512_bf16 and "AuthenticAMD" in CPU_INFO
 
 
 @contextmanager
-def limit_threads(model: nn.Module, inputs: int) -> Iterator[None]:
-    """Within it, PyTorch has as many threads as a model's inference on a CPU surely gains from, if so many.
+def limit_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
+    """Within it, PyTorch uses no more threads than a model's inference on a CPU surely gains from.
 
-    One for every 100 million parameters × inputs (our choice). An action of nano takes as long by two as by
-    one on quiet cores, twice as long beside other work (docs/robots.md).
+    These are one per 100 million parameters times inputs. An action of nano takes as long on two
+    cores as on one if they are idle, and twice as long if they are busy (docs/robots.md).
     """
-    if model not in _PARAMETERS:
-        _PARAMETERS[model] = sum(parameter.numel() for parameter in model.parameters())
-    had = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(had, _PARAMETERS[model] * inputs // 100_000_000)))
+    if model not in _num_parameters:
+        _num_parameters[model] = sum(parameter.numel() for parameter in model.parameters())
+    num_threads_before = torch.get_num_threads()
+    num_useful = _num_parameters[model] * batch_size // PARAMETERS_PER_THREAD
+    torch.set_num_threads(max(1, min(num_threads_before, num_useful)))
     try:
         yield
     finally:
-        torch.set_num_threads(had)
+        torch.set_num_threads(num_threads_before)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep memory that it frees, for good, but for tensors of 32 MB and more.
+    """From now on, let this process keep memory that it frees, except for tensors of 32 MB and
+    more.
 
-    Returns whether it can: on Linux with glibc. Without it glibc gives most large tensors' memory back to the
-    system, which in every step hands out cleared pages again, one by one. On a CPU that is up to a twelfth of
-    a nano training step (`experiments/memory_allocator`); on a GPU PyTorch has a cache of its own.
+    Without it, glibc gives the memory of most large tensors back to the system, which hands out
+    cleared pages again in every step, one by one. On a CPU that is up to a twelfth of a nano
+    training step (`python -m experiments.memory_allocator`). On a GPU, PyTorch has a cache of its
+    own.
+
+    Returns:
+        Whether the process can do so: on Linux with glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(
-        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD_BYTES) and mallopt(M_TRIM_THRESHOLD, -1)
-    )
+    if mallopt is None:
+        return False
+    if not mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD_BYTES):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))

@@ -1,4 +1,5 @@
-"""How much memory a computation takes, told by running it on tensors without contents."""
+"""How much memory a computation takes, measured by running it on fake tensors, which have no
+contents."""
 
 import weakref
 from typing import Any
@@ -10,12 +11,14 @@ from torch.utils._pytree import tree_map_only
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is on: `live` now, `peak` at most."""
+    """While it is on, counts the bytes of all tensors that operations make: `live` now, `peak` at
+    most."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.live = 0
+        self.peak = 0
+        self._counted_storages: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -31,23 +34,28 @@ class MemoryMeter(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
+        if key not in self._counted_storages:
+            self._counted_storages.add(key)
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._forget, key, storage.nbytes())
         return tensor
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._counted_storages.discard(key)
+        self.live -= num_bytes
 
 
 def allocate_storage(model: torch.nn.Module, device: str = "cpu") -> None:
-    """Replace meta tensors, which have a shape alone, by fake ones (of the mode that is on) with storage."""
+    """Replace a model's meta tensors, which have only a shape, by fake tensors, which have a
+    storage.
+
+    Runs inside a `FakeTensorMode`.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, torch.nn.Parameter(made, requires_grad=parameter.requires_grad))
+            tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            fake = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            setattr(module, name, fake)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

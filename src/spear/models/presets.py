@@ -1,4 +1,4 @@
-"""The sizes SPEAR comes in: a preset changes numbers, never code."""
+"""The sizes that SPEAR comes in. A preset changes numbers, never code."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,17 +13,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """The numbers of one size.
+    """The numbers of one model size.
 
-    image_sizes  view -> (width, height) in pixels, in the order of the views' tokens.
-    vision, moge, text, expert  fields of SigLIP's, DINOv2's and the two Gemma's Transformers configs; the
-                 vocabulary comes from the tokenizer.
-    stem         "patch": one convolution per patch, as published; "conv": `spear.models.vision.ConvStem`.
-    vocabulary   text tokens of the base tokenizer, without 3D tokens.
-    bins         3D tokens. horizon: actions per chunk, at the steps per second of the data
-                 (`types.CONTROL_RATE_HZ`).
-    coordinate_smoothing  see `SpearVLMConfig`. flow: fields of `spear.flow.FlowConfig`.
-    prompt_tokens  the longest text prompt accepted.
+    name          By which commands know the size.
+    image_sizes   View -> (width, height) in pixels, in the order of the views' tokens.
+    vision        Fields of SigLIP's Transformers config.
+    moge          Fields of DINOv2's, or None for a plain PaliGemma.
+    text          Fields of the VLM's Gemma; its vocabulary comes from the tokenizer.
+    expert        Fields of the action expert's Gemma.
+    stem          "patch" (one convolution per patch, as published) or "conv"
+                  (`spear.models.vision.ConvStem`).
+    vocabulary    Text tokens of the base tokenizer, without 3D tokens.
+    bins          Number of 3D tokens.
+    horizon       Actions per chunk, at the control rate of the data (`types.CONTROL_RATE_HZ`).
+    coordinate_smoothing  As in `SpearVLMConfig`.
+    flow          Fields of `spear.types.FlowConfig`.
+    prompt_tokens  The longest text prompt accepted, in tokens.
     """
 
     name: str
@@ -42,68 +47,83 @@ class Preset:
 
 
 SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-"""Gemma's, and the nano tokenizer's."""
+"""Gemma's, and those of a tokenizer trained for small models."""
 
-_PAPER_IMAGES = {"external": (280, 210), "wrist": (112, 112)}
-
-
-def _sizes(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    """Fields of a network's config, SigLIP's, DINOv2's or Gemma's; patches and images in pixels a side."""
-    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
+_PAPER_IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
 
 
-def _gemma(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    return _sizes(width, layers, heads, num_key_value_heads=1, **more)
+def network_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> dict[str, Any]:
+    """Fields of SigLIP's or DINOv2's config; `patch_size` and `image_size` are pixels per side."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        **fields,
+    }
 
 
-_ALL = (
-    Preset(
-        # Our choice of sizes: trains on two CPU cores, 6 × 4 + 3 × 3 visual tokens, under 10M parameters.
-        name="nano",
-        image_sizes={"external": (192, 128), "wrist": (96, 96)},
-        stem="conv",
-        vision=_sizes(192, 3, 3, intermediate_size=512, patch_size=32, image_size=192),
-        moge=_sizes(128, 4, 2, mlp_ratio=4, patch_size=32, image_size=192, initializer_range=0.08),
-        text=_gemma(192, 5, 3, intermediate_size=576, head_dim=64, initializer_range=0.05),
-        expert=_gemma(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
-        vocabulary=2048,
-        coordinate_smoothing=2.0,
-        # Squared errors on the scale of the other parts: under the chord of the geodesic term alone the
-        # expert learned never to turn, which is right for most steps.
-        flow=dict(
-            prediction="clean",
-            rotation_loss="mse",
-            geodesic_weight=0.0,
-            rotation_weight=50.0,
-            steps=5,
-        ),
+def gemma_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> dict[str, Any]:
+    """Fields of Gemma's config, with one key-value head."""
+    return network_fields(width, num_layers, num_heads, num_key_value_heads=1, **fields)
+
+
+# Trains on two CPU cores: 6 × 4 + 3 × 3 visual tokens, fewer than 10M parameters. The sizes are
+# ours.
+NANO = Preset(
+    name="nano",
+    image_sizes={"external": (192, 128), "wrist": (96, 96)},
+    stem="conv",
+    vision=network_fields(192, 3, 3, intermediate_size=512, patch_size=32, image_size=192),
+    moge=network_fields(
+        128, 4, 2, mlp_ratio=4, patch_size=32, image_size=192, initializer_range=0.08
     ),
-    Preset(
-        # Our choice of sizes: a third of a billion parameters, for one consumer GPU.
-        name="small",
-        image_sizes=_PAPER_IMAGES,
-        vision=_sizes(768, 12, 12, intermediate_size=3072, patch_size=14, image_size=224),
-        moge=_sizes(384, 12, 6, mlp_ratio=4, patch_size=14, image_size=224),
-        text=_gemma(1024, 12, 8, intermediate_size=4096, head_dim=128),
-        expert=_gemma(512, 12, 8, intermediate_size=2048, head_dim=128),
-        vocabulary=32768,
-    ),
-    Preset(
-        # The paper: PaliGemma-3B + MoGe ViT-L/14 + π0's 300M action expert.
-        name="spear1",
-        image_sizes=_PAPER_IMAGES,
-        vision=_sizes(1152, 27, 16, intermediate_size=4304, patch_size=14, image_size=224),
-        # As MoGe's weights were trained.
-        moge=_sizes(1024, 24, 16, mlp_ratio=4, patch_size=14, image_size=518, position_offset=0.1),
-        text=_gemma(2048, 18, 8, intermediate_size=16384, head_dim=256),
-        expert=_gemma(1024, 18, 8, intermediate_size=4096, head_dim=256),
+    text=gemma_fields(192, 5, 3, intermediate_size=576, head_dim=64, initializer_range=0.05),
+    expert=gemma_fields(160, 5, 3, intermediate_size=384, head_dim=64, initializer_range=0.05),
+    vocabulary=2048,
+    coordinate_smoothing=2.0,
+    # Squared errors on the scale of the other parts. Under the geodesic term alone the expert
+    # learned never to turn, which is right for most steps.
+    flow=dict(
+        prediction="clean",
+        rotation_loss="mse",
+        geodesic_weight=0.0,
+        rotation_weight=50.0,
+        steps=5,
     ),
 )
-PRESETS: dict[str, Preset] = {size.name: size for size in _ALL}
+
+# A third of a billion parameters, for one consumer GPU. The sizes are ours.
+SMALL = Preset(
+    name="small",
+    image_sizes=_PAPER_IMAGE_SIZES,
+    vision=network_fields(768, 12, 12, intermediate_size=3072, patch_size=14, image_size=224),
+    moge=network_fields(384, 12, 6, mlp_ratio=4, patch_size=14, image_size=224),
+    text=gemma_fields(1024, 12, 8, intermediate_size=4096, head_dim=128),
+    expert=gemma_fields(512, 12, 8, intermediate_size=2048, head_dim=128),
+    vocabulary=32768,
+)
+
+# The paper: PaliGemma-3B, MoGe ViT-L/14 and π0's 300M action expert.
+SPEAR1 = Preset(
+    name="spear1",
+    image_sizes=_PAPER_IMAGE_SIZES,
+    vision=network_fields(1152, 27, 16, intermediate_size=4304, patch_size=14, image_size=224),
+    # `image_size` and `position_offset` as MoGe's weights were trained.
+    moge=network_fields(
+        1024, 24, 16, mlp_ratio=4, patch_size=14, image_size=518, position_offset=0.1
+    ),
+    text=gemma_fields(2048, 18, 8, intermediate_size=16384, head_dim=256),
+    expert=gemma_fields(1024, 18, 8, intermediate_size=4096, head_dim=256),
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (NANO, SMALL, SPEAR1)}
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name; raises SpearError, suggesting the nearest name, when there is none."""
+    """The preset of that name.
+
+    Raises SpearError if there is none, and suggests the nearest name.
+    """
     check_known("preset", PRESETS, name)
     return PRESETS[name]
 
@@ -114,30 +134,30 @@ def build_vlm_config(
     coordinate_start: int | None = None,
     networks: Mapping[str, Any] | None = None,
 ) -> "SpearVLMConfig":
-    """The SPEAR-VLM config of a preset.
+    """Build the SPEAR-VLM config of a preset.
 
-    vocabulary: of the tokenizer, 3D tokens included; coordinate_start: the id of `<3d0000>`. By default the
-    3D tokens follow the preset's text vocabulary. networks: the configs `vision_config`, `text_config` and
-    `moge_config` to take instead of the preset's.
+    Args:
+        size: The preset.
+        vocabulary: Of the tokenizer, 3D tokens included.
+        coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
+            vocabulary.
+        networks: `vision_config`, `text_config` and `moge_config` to use instead of the preset's.
     """
-    from spear.models.vlm import (
-        SpearVLMConfig,
-    )  # here: presets are looked up before networks are needed
+    # Imported here, so that a preset can be looked up without importing PyTorch.
+    from spear.models.vlm import SpearVLMConfig
 
-    stem = {"stem": size.stem}
-    own = {
-        "vision_config": {**size.vision, **stem, "vision_use_head": False},
-        "moge_config": None
-        if size.moge is None
-        else {**size.moge, **stem, "use_mask_token": False},
-        "text_config": {
-            **size.text,
-            "vocab_size": vocabulary or size.vocabulary + size.bins,
-            **SPECIAL_TOKEN_IDS,
-        },
-    }
+    if networks is None:
+        moge = None
+        if size.moge is not None:
+            moge = {**size.moge, "stem": size.stem, "use_mask_token": False}
+        vocabulary = vocabulary or size.vocabulary + size.bins
+        networks = {
+            "vision_config": {**size.vision, "stem": size.stem, "vision_use_head": False},
+            "moge_config": moge,
+            "text_config": {**size.text, "vocab_size": vocabulary, **SPECIAL_TOKEN_IDS},
+        }
     return SpearVLMConfig(
-        **(networks or own),
+        **networks,
         views=list(size.image_sizes),
         coordinate_start=size.vocabulary if coordinate_start is None else coordinate_start,
         coordinate_bins=size.bins,
@@ -148,15 +168,21 @@ def build_vlm_config(
 def build_spear1_config(
     size: Preset, vlm: "SpearVLMConfig | None" = None, expert: Mapping[str, Any] | None = None
 ) -> "Spear1Config":
-    """The SPEAR-1 config of a preset, around a VLM config (the preset's own by default). expert: the fields
-    of one that exists; a new one is as wide as the preset's and as deep as the VLM that it is around."""
+    """Build the SPEAR-1 config of a preset.
+
+    Args:
+        size: The preset.
+        vlm: The config of the VLM inside, the preset's by default.
+        expert: Fields of an action expert that exists. By default it is as wide as the preset's,
+            and as deep as the VLM.
+    """
     from spear.models.spear1 import SHARED_WITH_VLM, Spear1Config
 
     if expert is None:
-        expert = {
-            **size.expert,
-            **({name: getattr(vlm.text_config, name) for name in SHARED_WITH_VLM} if vlm else {}),
-        }
+        expert = dict(size.expert)
+        if vlm is not None:
+            for name in SHARED_WITH_VLM:
+                expert[name] = getattr(vlm.text_config, name)
     return Spear1Config(
         vlm_config=vlm or build_vlm_config(size),
         expert_config={**expert, "vocab_size": 1, **dict.fromkeys(SPECIAL_TOKEN_IDS)},

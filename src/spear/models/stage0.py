@@ -1,6 +1,7 @@
-"""Stage 0, at nano size: what stands in for the pretraining of MoGe and SigLIP, of which no small ones exist.
+"""Stage 0 at nano size: pretraining that replaces MoGe's and SigLIP's, of which there are no small
+ones.
 
-All of it is our choice.
+None of it is from the paper.
 """
 
 import math
@@ -17,13 +18,12 @@ from spear.models.layers import PortableConfig, choose_attention
 from spear.models.vision import NUM_FEATURE_LAYERS, MogeEncoder, check_pixels
 from spear.models.vlm import LossOutput, SpearVLMForConditionalGeneration
 
-CELLS_PER_SIDE = 4
-"""A patch is cut into so many cells a side."""
+CELLS_PER_SIDE = 4  # a patch of `PatchClassification` is divided into 4 × 4 cells
 
 
 @strict
 class MogeDepthConfig(PortableConfig):
-    """A MoGe-style encoder with a depth head; `cells` × `cells` depths are predicted per patch."""
+    """A MoGe-style encoder with a depth head, which predicts `cells` × `cells` depths per patch."""
 
     model_type = "spear_moge_depth"
     sub_configs_defaults: ClassVar = {"moge_config": SubConfigSpec(config_class=Dinov2Config)}
@@ -34,10 +34,11 @@ class MogeDepthConfig(PortableConfig):
 
 
 class MogeForDepth(PreTrainedModel):
-    """Metric depth from one image, to pretrain a small `MogeEncoder` for which no MoGe weights exist.
+    """Metric depth from one image, to pretrain a small `MogeEncoder` for which there are no MoGe
+    weights.
 
-    Our choice. As in MoGe-2, shape and scale are two losses: most of depth is shape. The head on the
-    encoder's features is a single linear layer, so that the encoder learns what depth needs.
+    As in MoGe-2, shape and scale are two losses, because most of depth is shape. The head is a
+    single linear layer, so that the encoder learns what depth needs.
     """
 
     config: MogeDepthConfig
@@ -51,41 +52,56 @@ class MogeForDepth(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixels: Tensor, depth: Tensor) -> LossOutput:
-        """The loss of the predicted logarithm of depth, on a grid of `cells` × `cells` cells per patch: mean
-        absolute error up to one scale per image, plus that of the scale's logarithm.
+        """The loss of the predicted log depth, on a grid of `cells` × `cells` cells per patch.
 
-        pixels [B, 3, h, w] uint8. depth [B, h, w] (metres or a relative unit), 0, infinite or NaN where
-        unknown: the target of a cell is the mean log depth of its known pixels, if it has any.
+        It is the mean absolute error up to one scale per image, plus the mean absolute error of the
+        log scale.
+
+        Args:
+            pixels: [B, 3, h, w] uint8.
+            depth: [B, h, w] in meters or a relative unit; 0, infinite or NaN where it is unknown.
+                The target of a cell is the mean log depth of its known pixels, if it has any.
         """
-        patch, cells = self.config.moge_config.patch_size, self.config.cells
+        patch = self.config.moge_config.patch_size
+        cells = self.config.cells
         check_pixels("pixels", pixels, patch)
-        rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
+        rows = pixels.shape[2] // patch
+        columns = pixels.shape[3] // patch
+
+        # Prediction: [B, rows · columns, cells²] -> [B, rows · cells, columns · cells].
         grid = self.head(self.moge(pixels)).float().view(-1, rows, columns, cells, cells)
         log_depth = grid.transpose(2, 3).reshape(-1, rows * cells, columns * cells)
-        known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
-        logs = torch.where(known > 0, depth[:, None].float(), torch.ones_like(known)).log()
+
+        # Target: the mean over the known pixels of each cell.
+        is_known = (torch.isfinite(depth) & (depth > 0)).float()[:, None]
+        target = torch.where(is_known > 0, depth[:, None].float(), torch.ones_like(is_known)).log()
         size = log_depth.shape[1:]
-        count = nn.functional.adaptive_avg_pool2d(known, size)[:, 0]
-        target = nn.functional.adaptive_avg_pool2d(logs * known, size)[:, 0] / count.clamp_min(1e-6)
-        seen = (count > 0).float()
+        known_fraction = nn.functional.adaptive_avg_pool2d(is_known, size)[:, 0]
+        target = nn.functional.adaptive_avg_pool2d(target * is_known, size)[:, 0]
+        target = target / known_fraction.clamp_min(1e-6)
+
+        has_target = (known_fraction > 0).float()
         error = log_depth - target
-        shift = (error * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
-        shape = ((error - shift[:, None, None]).abs() * seen).sum() / seen.sum().clamp_min(1)
-        return LossOutput(loss=shape + shift.abs().mean())
+        num_targets = has_target.sum((1, 2)).clamp_min(1)
+        log_scale_error = (error * has_target).sum((1, 2)) / num_targets
+        shape_error = (error - log_scale_error[:, None, None]).abs() * has_target
+        shape_loss = shape_error.sum() / has_target.sum().clamp_min(1)
+        return LossOutput(loss=shape_loss + log_scale_error.abs().mean())
 
 
 class PatchClassification(nn.Module):
-    """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labelled images.
+    """Trains SPEAR-VLM's image encoder, its projection and the names' embeddings on labeled images.
 
-    SigLIP's sigmoid loss, between patches and names: a patch's visual token shall point towards the text
-    embeddings of what it shows. Two linear heads, thrown away afterwards, teach places finer than patches:
-    how much of each object each of its `CELLS_PER_SIDE`² cells shows, and where the centre of its largest
-    object lies. names: token ids of each object name.
+    The loss between patches and names is SigLIP's sigmoid loss: the visual token of a patch must
+    point towards the text embeddings of what it shows. Two linear heads, which are thrown away
+    afterwards, teach places finer than patches. They predict how much of each object each of a
+    patch's `CELLS_PER_SIDE`² cells shows, and where the center of its largest object lies.
     """
 
     def __init__(
         self, vlm: SpearVLMForConditionalGeneration, names: Sequence[Sequence[int]]
     ) -> None:
+        """names: Token ids of each object name."""
         super().__init__()
         self.vlm = vlm
         self.names = [torch.tensor(ids) for ids in names]
@@ -99,31 +115,48 @@ class PatchClassification(nn.Module):
     def forward(
         self, pixels: Tensor, shown: Tensor, cells: Tensor, centre: Tensor, largest: Tensor
     ) -> LossOutput:
-        """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error in patches).
+        """The loss of a batch and its parts: "names", "cells" (nats) and "centres" (mean error,
+        patches).
 
-        pixels   [B, 3, h, w] uint8.
-        shown    [B, P, C] bool: patch p shows an object called c.
-        cells    [B, P, CELLS_PER_SIDE², C] uint8: the share of each cell that shows it, 255 for all of it.
-        centre   [B, P, 2]: x, y of the centre of the largest object in the patch's frame, in patches.
-        largest  [B, P] bool: there is such an object.
+        Args:
+            pixels: [B, 3, h, w] uint8.
+            shown: [B, P, C] bool, True if patch p shows an object called c.
+            cells: [B, P, `CELLS_PER_SIDE`², C] uint8, the fraction of each cell that shows it; 255
+                is all.
+            centre: [B, P, 2] x, y of the center of the largest object in the patch's frame, in
+                patches.
+            largest: [B, P] bool, True if there is such an object.
         """
         tokens = self.vlm.encode_views(pixels)[0]
+
+        # Which objects each patch shows.
         embed = self.vlm.get_input_embeddings()
-        names = torch.stack([embed(ids.to(tokens.device)).float().mean(0) for ids in self.names])
-        directions = nn.functional.normalize(tokens.float(), dim=-1)
-        logits = (
-            self.scale.exp() * directions @ nn.functional.normalize(names, dim=-1).T + self.bias
+        name_embeddings = torch.stack(
+            [embed(ids.to(tokens.device)).float().mean(0) for ids in self.names]
         )
-        naming = _sigmoid_loss(logits, shown.float())
-        filling = _sigmoid_loss(self.cells(tokens).float().view(cells.shape), cells / 255)
-        error = (self.centre(tokens).float() - centre).abs().mean(-1)
-        placing = (error * largest).sum() / largest.sum().clamp_min(1)
-        parts = {"names": naming.detach(), "centres": placing.detach(), "cells": filling.detach()}
-        return LossOutput(loss=naming + placing + filling, parts=parts)
+        token_directions = nn.functional.normalize(tokens.float(), dim=-1)
+        name_directions = nn.functional.normalize(name_embeddings, dim=-1)
+        logits = self.scale.exp() * token_directions @ name_directions.T + self.bias
+        names_loss = _sigmoid_loss(logits, shown.float())
+
+        # How much of each object each cell shows.
+        cell_logits = self.cells(tokens).float().view(cells.shape)
+        cells_loss = _sigmoid_loss(cell_logits, cells / 255)
+
+        # Where the center of the largest object is.
+        center_error = (self.centre(tokens).float() - centre).abs().mean(-1)
+        centers_loss = (center_error * largest).sum() / largest.sum().clamp_min(1)
+
+        parts = {
+            "names": names_loss.detach(),
+            "centres": centers_loss.detach(),
+            "cells": cells_loss.detach(),
+        }
+        return LossOutput(loss=names_loss + centers_loss + cells_loss, parts=parts)
 
 
 def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed over classes, averaged over the rest."""
+    """Binary cross-entropy, summed over classes and averaged over the rest."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.sum(-1).mean()
 
