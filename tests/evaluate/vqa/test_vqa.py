@@ -218,7 +218,7 @@ def test_coverage_is_what_it_should_be(too_sure: float, inside: float) -> None:
         truth = rng.normal(0.4, 0.1, 3)
         oracle.sigma = sigma / too_sure
         c = Certainty.of(oracle._held(truth + rng.normal(0, sigma, 3)), truth, np.full(3, 0.5))
-        answers.append((image, c, float(100 * c.off.mean())))
+        answers.append((image, c, float(100 * c.relative_error.mean())))
     found = calibrate(answers, compute_spread_factor([c for _, c, _ in answers[:150]]))
     assert found.coverage["80%"].value == pytest.approx(inside, abs=0.05)
     assert found.coverage["80%"].low < inside < found.coverage["80%"].high + 0.05

@@ -1,4 +1,4 @@
-"""Images to ask about, from files or held-out scenes of the simulator; and one question about one image."""
+"""Images to ask about, from files or held-out scenes; and one question about one image."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -20,16 +20,25 @@ from spear.labels.questions.templates import (
 )
 from spear.labels.store import select_labels
 from spear.models.processing import Processor
-from spear.models.readout import Decode, replace_numbers
+from spear.models.readout import Decode, Distribution, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, Frame, LabeledImage
 from spear.util.images import load_image
 
+NUM_BOX_NUMBERS = 24
+MAX_NAME_TOKENS = 8  # of an answer to "what is there?"
+
 
 def load_picture(where: str, size: tuple[int, int], camera: str = "external") -> Frame:
-    """An image file (see `util.images.load_image`, also for what it raises), or "sim:SEED": that held-out
-    scene at `size` (width, height), whose camera is known (see `held_out_frames`)."""
+    """Load the image to ask about.
+
+    Args:
+        where: An image file (raises as `util.images.load_image`), or "sim:SEED" for a held-out
+            scene, whose camera is known.
+        size: (width, height) of the rendered scene, px.
+        camera: Of the scene.
+    """
     if where.startswith("sim:"):
         return next(render_held_out_frames(1, parse_sim_seed(where), size, camera))
     return Frame(load_image(where))
@@ -44,132 +53,194 @@ def ask_question(
     trust: Trust | None = None,
     view: str = "external",
 ) -> tuple[Answer | None, str]:
-    """The model's answer about an image [h, w, 3] uint8 of a camera, read as `decode` says, and its words.
+    """Ask a model one question about an image.
 
-    family  of the question; without it that of its wording (`understand`), or a free answer.
-    trust   the words then say how sure the numbers are, or that this is not known; or what is not in the
-            picture: no answer (None).
+    Args:
+        model: SPEAR-VLM with its processor.
+        image: [h, w, 3] uint8.
+        question: In words.
+        family: The question type. Without it the type of its wording (`parse_question`), or else a
+            free answer.
+        decode: How numbers are read off the model's probabilities.
+        trust: With it, the text also says how sure the numbers are, or that this is not known.
+        view: The camera that took the image.
 
-    Raises SpearError for an unknown question family or an empty question.
+    Returns:
+        The answer and its text. The answer is None if the model does not see the object.
+
+    Raises:
+        SpearError: The question type is unknown, or the question is empty.
     """
     if family is not None:
         check_known("question family", QUESTION_TYPES, family)
     if not question.strip():
         raise SpearError("empty question: ask something about the image, in words")
-    meant, names = parse_question(question) or (None, [])
-    family = family or meant
-    if (
-        trust
-        and trust.tells_absent
-        and names
-        and (lacking := find_absent_objects(model, image, names, view))
-    ):
-        seen = (
-            f"{name} (where the model points for it, it sees: {it})" for name, it in lacking.items()
+    parsed_family, names = parse_question(question) or (None, [])
+    family = family or parsed_family
+
+    if trust and trust.tells_absent and names:
+        absent = find_absent_objects(model, image, names, view)
+        if absent:
+            return None, _describe_absent(absent)
+
+    (answer,) = model.answer([image], [question], family, view, distributions=True)
+    distribution = answer.distribution
+    if distribution:
+        segments = replace_numbers(answer.segments, distribution.read(decode))
+        answer = replace(answer, segments=segments)
+    text = format_reply(answer, image)
+    if trust and distribution:
+        is_known_wording = parsed_family is not None and family == parsed_family
+        certainty = _describe_certainty(answer, distribution, family, is_known_wording, trust)
+        text += f"\n  {certainty}"
+    return answer, text
+
+
+def _describe_absent(absent: dict[str, str]) -> str:
+    descriptions = []
+    for name, seen in absent.items():
+        descriptions.append(f"{name} (where the model points for it, it sees: {seen})")
+    return f"not in the picture: {'; '.join(descriptions)}"
+
+
+def _describe_certainty(
+    answer: Answer,
+    distribution: Distribution,
+    family: str | None,
+    is_known_wording: bool,
+    trust: Trust,
+) -> str:
+    """How sure the numbers of an answer are, as far as it was measured."""
+    if not is_known_wording or family is None:  # intervals were measured with known wordings
+        template = PROMPT_TEMPLATES[family or "distance"][0]
+        example = template.format(x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0])
+        return (
+            f'how sure this is, is not known: ask in a wording that was taught, such as "{example}"'
         )
-        return None, f"not in the picture: {'; '.join(seen)}"
-    answer = model.answer([image], [question], family, view, distributions=True)[0]
-    if held := answer.distribution:
-        answer = replace(answer, segments=replace_numbers(answer.segments, held.read(decode)))
-    said = format_reply(answer, image)
-    if not trust or not held:
-        return answer, said
-    if meant is None or family != meant:  # intervals were measured with known wordings
-        form = PROMPT_TEMPLATES[family or "distance"][0].format(
-            x="the mug", y="the bowl", p=KEYPOINT_NAMES["closest"][0]
-        )
-        said += f'\n  how sure this is, is not known: ask in a wording that was taught, such as "{form}"'
-    elif family not in trust.factors:
-        said += "\n  how sure this is, was not measured for this kind of question"
+    if family not in trust.factors:
+        return "how sure this is, was not measured for this kind of question"
+    low, high = trust.interval(family, distribution)
+    if len(low) > 3:
+        intervals = f"each number ± {float((high - low).mean()) / 2:.3f}"
     else:
-        low, high = trust.interval(family, held)
-        ends = [f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True)]
-        if len(ends) > 3:
-            ends = [f"each number ± {float((high - low).mean()) / 2:.3f}"]
-        said += (
-            f"\n  {TRUSTED_COVERAGE:.0%} interval: {'; '.join(ends)} {abbreviate_unit(answer.unit)}"
-        )
-    return answer, said
+        intervals = "; ".join(f"{a:.3f} … {b:.3f}" for a, b in zip(low, high, strict=True))
+    return f"{TRUSTED_COVERAGE:.0%} interval: {intervals} {abbreviate_unit(answer.unit)}"
 
 
 def parse_question(question: str) -> tuple[str, list[str]] | None:
-    """The family of a 3D question in one of its known wordings, and the objects that it names."""
+    """Parse a 3D question in one of its known wordings.
+
+    Returns:
+        The question type and the objects that it names; None for any other question.
+    """
     text = " ".join(question.split())
-    for before, after in (
-        wording.split("{}") for some in UNIT_TEMPLATES.values() for wording in some
-    ):
-        text = text.removeprefix(before).removesuffix(after)
+    for templates in UNIT_TEMPLATES.values():
+        for template in templates:
+            prefix, suffix = template.split("{}")
+            text = text.removeprefix(prefix).removesuffix(suffix)
     text = text.rstrip(" ?.")
-    point = "|".join(re.escape(word) for words in KEYPOINT_NAMES.values() for word in words)
+
     for family in QUESTION_TYPES:
         for prompt in PROMPT_TEMPLATES[family]:
-            form = re.escape(prompt.rstrip("?")).replace(r"\{p\}", f"(?:{point})")
-            form = re.sub(
-                r"\\{([xy])\\}",
-                r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)",
-                form,
-            )
-            if found := re.fullmatch(form, text, re.IGNORECASE):
-                return family, [name for _, name in sorted(found.groupdict().items())]
+            match = re.fullmatch(_to_pattern(prompt), text, re.IGNORECASE)
+            if match:
+                names = match.groupdict()
+                return family, [names[gap] for gap in sorted(names)]
     return None
+
+
+def _to_pattern(prompt: str) -> str:
+    """A prompt template as a regular expression whose groups x and y are the objects' names."""
+    keypoints: list[str] = []
+    for words in KEYPOINT_NAMES.values():
+        keypoints += [re.escape(word) for word in words]
+    pattern = re.escape(prompt.rstrip("?"))
+    pattern = pattern.replace(r"\{p\}", f"(?:{'|'.join(keypoints)})")
+    # A name goes on until a comma, or until a word that begins the second object.
+    name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
+    return re.sub(r"\\{([xy])\\}", name, pattern)
 
 
 def find_absent_objects(
     model: VlmBundle, image: Array, names: Sequence[str], view: str = "external"
 ) -> dict[str, str]:
-    """Those of these objects that the model does not find in an image, and what it sees instead: it points at
-    each and names what is there. Only a model that was taught both can be asked (`Trust.tells_absent`)."""
-    points = [PROMPT_TEMPLATES["centre_2d"][0].format(x=with_article(name, True)) for name in names]
-    places = model.answer([image] * len(names), points, "centre_2d", view)
-    what = [PROMPT_TEMPLATES["what_at"][0].format(p=answer.segments[0]) for answer in places]
-    answers = model.answer([image] * len(names), what, "what_at", view, max_new_tokens=8)
-    seen = [format_reply(answer, image) for answer in answers]
-    return {n: s for n, s in zip(names, seen, strict=True) if not (is_a(s, n) or is_a(n, s))}
+    """Find the objects that the model does not see in an image.
+
+    The model points at each object and then names what is at that point. Only a model that was
+    taught both can be asked (`Trust.tells_absent`).
+
+    Returns:
+        Name of each absent object → what the model sees instead.
+    """
+    images = [image] * len(names)
+    location_template = PROMPT_TEMPLATES["centre_2d"][0]
+    locations = [location_template.format(x=with_article(name, True)) for name in names]
+    points = model.answer(images, locations, "centre_2d", view)
+
+    name_template = PROMPT_TEMPLATES["what_at"][0]
+    naming = [name_template.format(p=answer.segments[0]) for answer in points]
+    answers = model.answer(images, naming, "what_at", view, max_new_tokens=MAX_NAME_TOKENS)
+
+    absent = {}
+    for name, answer in zip(names, answers, strict=True):
+        seen = format_reply(answer, image)
+        if not is_a(seen, name) and not is_a(name, seen):
+            absent[name] = seen
+    return absent
 
 
 def format_reply(answer: Answer, image: Array) -> str:
-    """An answer to read, image points in pixels of `image`; a box by its centre and vertices."""
+    """An answer as text, with image points in pixels of `image`; a box by its center and
+    vertices.
+    """
     values = answer.values
-    if len(values) == len(answer.segments) == 24:
+    if len(values) == len(answer.segments) == NUM_BOX_NUMBERS:
         vertices = np.reshape(values, (8, 3))
-        centre, *ends = (
-            format_answer(place, answer.unit) for place in (vertices.mean(0), *vertices)
-        )
-        return "\n  ".join([f"centre {centre}; vertices:", *ends])
+        lines = [f"centre {format_answer(vertices.mean(0).tolist(), answer.unit)}; vertices:"]
+        lines += [format_answer(vertex, answer.unit) for vertex in vertices.tolist()]
+        return "\n  ".join(lines)
     return format_answer(answer.segments, answer.unit, image.shape[1::-1]) or "(no answer)"
 
 
 def load_labeled_images(
     where: str, images: int, view: str, processor: Processor
 ) -> list[LabeledImage]:
-    """At most `images` labelled images, as the camera `view` of the model with this processor sees them.
+    """Load at most `images` labeled images, as one camera of a model sees them.
 
-    where: a folder of label shards, or with a sub-folder of them per view, taken evenly spread. Or "sim" or
-    "sim:SEED": held-out scenes from SEED on.
+    Args:
+        where: A folder of label shards, or with a sub-folder of them per view; images are taken
+            evenly spread. Or "sim" or "sim:SEED": held-out scenes from SEED on.
+        images: Maximum number.
+        view: The camera.
+        processor: Of the model.
 
-    Raises SpearError for an unknown view, no labels there, labels in another unit than the model's numbers,
-    and seeds that are not held out.
+    Raises:
+        SpearError: The view is unknown; the folder has no labels; the labels have another unit than
+            the model's numbers; or the seeds are not held out.
     """
     check_known("view", processor.image_sizes, view)
     if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
-        frames = render_held_out_frames(
-            images, parse_sim_seed(where), processor.image_sizes[view], view
-        )
+        size = processor.image_sizes[view]
+        frames = render_held_out_frames(images, parse_sim_seed(where), size, view)
         labels = list(label_with_ground_truth(frames))
     else:
         folder = Path(where)
-        labels = select_labels(folder / view if (folder / view).is_dir() else folder, images)
+        if (folder / view).is_dir():
+            folder = folder / view
+        labels = select_labels(folder, images)
+
     unit = processor.coordinates.unit
-    if other := next((label for label in labels if label.unit != unit), None):
-        units = f"{other.source} is labelled in unit {other.unit!r}, the model answers in {unit!r}"
-        raise SpearError(
-            f"{where}: {units}: label with a point map of that unit, or ask another model"
-        )
+    for label in labels:
+        if label.unit != unit:
+            raise SpearError(
+                f"{where}: {label.source} is labelled in unit {label.unit!r}, the model answers in "
+                f"{unit!r}: label with a point map of that unit, or ask another model"
+            )
     return labels
 
 
 def parse_sim_seed(where: str) -> int:
-    """The seed in "sim:SEED"; 0 of "sim". Raises SpearError where it is no number."""
+    """The seed in "sim:SEED"; 0 of "sim". Raises `SpearError` where it is no number."""
     seed = where.partition(":")[2] or "0"
     if not seed.isdecimal():
         raise SpearError(f"{where!r}: write sim:SEED with a number, for example sim:7")
@@ -179,8 +250,17 @@ def parse_sim_seed(where: str) -> int:
 def render_held_out_frames(
     scenes: int, first_seed: int, size: tuple[int, int], camera: str = "external"
 ) -> Iterator[Frame]:
-    """Scenes first_seed, first_seed + 1, … as a camera of `size` (width, height) sees them, with their truth.
-    Raises SpearError for seeds that training uses (10,000 and above)."""
+    """Render scenes first_seed, first_seed + 1, … with their ground truth.
+
+    Args:
+        scenes: How many.
+        first_seed: Of the first scene.
+        size: (width, height), px.
+        camera: "external" or "wrist".
+
+    Raises:
+        SpearError: Training uses these seeds (10,000 and above).
+    """
     from spear.sim.render import render_clutter_frame
     from spear.sim.scene import held_out_seeds
 

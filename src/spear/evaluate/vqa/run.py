@@ -1,11 +1,12 @@
-"""SPEAR-VLM asked in 3D about labelled images that it has not seen; `measures` says what is scored.
+"""SPEAR-VLM asked in 3D about labeled images that it has not seen; `measures` says what is scored.
 
-Every question is asked twice: held to the grammar of its family, which is what is scored, and freely, which
-shows how often the grammar would have been right by itself. Each number is read off the probabilities of its
-bins in three ways (`models.readout`): those of one way are scored, the others are compared with it.
+Every question is asked twice. The answer that is held to the grammar of its question type is
+scored. The free answer shows how often the grammar would have been right by itself. Each number is
+read off the probabilities of its bins in three ways (`models.readout`): the numbers of one way are
+scored, the others are compared with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,9 +21,14 @@ from spear.labels.questions.templates import is_a
 from spear.models.readout import DECODE_METHODS, Decode, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
-from spear.types import LabeledImage, Question
+from spear.types import Array, LabeledImage, Question
 from spear.util.images import decode_image
 from spear.util.progress import ProgressBar, track_progress
+
+NUM_NAMED_OBJECTS = 2  # objects per image that are named, and as many that are not there
+
+QuestionsByFamily = Mapping[str, Sequence[tuple[int, Question]]]
+"""Question type → (index of the image, question)."""
 
 
 def evaluate_vqa(
@@ -31,100 +37,192 @@ def evaluate_vqa(
     options: QuestionOptions,
     trust: Trust | None = None,
 ) -> Scores:
-    """Ask questions of each family about each image, all in the model's unit, and score the answers, and the
-    intervals that `trust` gives them, unless it was measured on some of these images: there they hold by
-    making. Raises SpearError for an unknown family, and where no image allows a question."""
+    """Ask questions of each type about each image, and score the answers.
+
+    Args:
+        model: SPEAR-VLM with its processor.
+        labels: Images, in the unit of the model's numbers.
+        options: Which questions, and how answers are read.
+        trust: Its intervals are scored too, unless it was measured on some of these images, where
+            they are right by construction.
+
+    Raises:
+        SpearError: A question type is unknown, or no image allows a question.
+    """
     families = tuple(dict.fromkeys(options.families)) or QUESTION_TYPES
     check_known("family of 3D questions", QUESTION_TYPES, *families)
-    questions = generate_questions_by_family(labels, families, options.per_image, options.seed)
-    free: dict[str, list[bool]] = {family: [] for family, some in questions.items() if some}
-    if not free:
-        raise SpearError(
-            "no questions: no object in these labels can be asked about: see spear label show"
-        )
-    if absent := ", ".join(family for family in families if family not in free):
-        notice(f"left out, since no object in these labels can be asked so: {absent}")
-    if trust and (known := {*trust.sources} & {label.source for label in labels}):
-        notice(
-            f"calibrated on {len(known)} of these images: its intervals are not judged: take other ones"
-        )
+    questions = _drop_empty_families(
+        generate_questions_by_family(labels, families, options.per_image, options.seed)
+    )
+    if trust and _was_measured_on(trust, labels):
         trust = None
-    pictures = [decode_image(label.image, label.source) for label in labels]
-
-    asked: list[AnsweredQuestion] = []
-    with ProgressBar("asking", sum(map(len, questions.values())), "questions") as bar:
-        for family, some in questions.items():
-            for start in range(0, len(some), options.batch):
-                part = some[start : start + options.batch]
-                images, prompts = [pictures[i] for i, _ in part], [q.prompt for _, q in part]
-                held = model.answer(images, prompts, family, options.view, distributions=True)
-                freely = model.answer(images, prompts, None, options.view)
-                for (i, question), answer, other in zip(part, held, freely, strict=True):
-                    asked.append(_asked(i, labels[i], question, answer, options.decode))
-                    free[family].append(is_grammatical(question, other.segments))
-                bar.update(bar.done + len(part), family)
-    return summarize(asked, free, labels, options.decode, trust)
-
-
-def measure_trust(
-    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str
-) -> Trust:
-    """How far the model can be trusted: from `scores` of questions about these images, and from two objects
-    that are in each and two that are not. where: the images, in words."""
-    rng, names = (
-        np.random.default_rng(0),
-        sorted({o.name for label in labels for o in label.objects}),
-    )
-    found: dict[bool, list[bool]] = {True: [], False: []}
-    for label in track_progress(labels, ProgressBar("naming", len(labels), "images")):
-        image, here = decode_image(label.image, label.source), [o.name for o in label.objects]
-        others = [n for n in names if not any(is_a(n, o) or is_a(o, n) for o in here)]
-        for there, some in ((True, [o.name for o in find_askable_objects(label)]), (False, others)):
-            asked = rng.permutation(some)[:2].tolist() if some else []
-            lacking = find_absent_objects(model, image, asked) if asked else {}
-            found[there] += [name not in lacking for name in asked]
-    sure = {
-        f: [a.certainty for a in scores.asked if a.question.family == f] for f in scores.calibration
-    }
-    factors = {
-        f: compute_spread_factor([c for c in some if c is not None]) for f, some in sure.items()
-    }
-    present, absent = (
-        float(np.mean(named)) if named else 1.0 - there for there, named in found.items()
-    )
-    sources = [label.source for label in labels]
-    return Trust(
-        f"{format_count(len(labels), 'images')} of {where}",
-        factors,
-        present,
-        absent,
-        sources=sources,
-    )
+    answered, is_free_grammatical = _ask_questions(model, labels, questions, options)
+    return summarize(answered, is_free_grammatical, labels, options.decode, trust)
 
 
 def generate_questions_by_family(
     labels: Sequence[LabeledImage], families: Sequence[str], per_image: int, seed: int
 ) -> dict[str, list[tuple[int, Question]]]:
-    """(number of the image, question) per family; an image's do not depend on how many images follow."""
+    """Generate questions of some types about images.
+
+    An image's questions do not depend on how many images follow.
+
+    Returns:
+        Question type → (index of the image, question).
+    """
     rng = np.random.default_rng(seed)
-    questions: dict[str, list[tuple[int, Question]]] = {f: [] for f in families}
+    questions: dict[str, list[tuple[int, Question]]] = {family: [] for family in families}
     for index, label in enumerate(labels):
         for family in families:
-            asked = generate_questions(label, rng, (per_image, per_image), families=(family,))
-            questions[family] += [(index, q) for q in asked]
+            new_questions = generate_questions(
+                label, rng, (per_image, per_image), families=(family,)
+            )
+            questions[family] += [(index, question) for question in new_questions]
     return questions
 
 
-def _asked(
+def _drop_empty_families(questions: QuestionsByFamily) -> QuestionsByFamily:
+    """Only the types with questions, with a notice. Raises `SpearError` if there are none."""
+    asked = {family: members for family, members in questions.items() if members}
+    if not asked:
+        raise SpearError(
+            "no questions: no object in these labels can be asked about: see spear label show"
+        )
+    empty_families = [family for family in questions if family not in asked]
+    if empty_families:
+        notice(
+            "left out, since no object in these labels can be asked so: "
+            f"{', '.join(empty_families)}"
+        )
+    return asked
+
+
+def _was_measured_on(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
+    """Whether some of these images were used to measure the trust, with a notice."""
+    shared_sources = set(trust.sources) & {label.source for label in labels}
+    if shared_sources:
+        notice(
+            f"calibrated on {len(shared_sources)} of these images: "
+            "its intervals are not judged: take other ones"
+        )
+    return bool(shared_sources)
+
+
+def _ask_questions(
+    model: VlmBundle,
+    labels: Sequence[LabeledImage],
+    questions: QuestionsByFamily,
+    options: QuestionOptions,
+) -> tuple[list[AnsweredQuestion], dict[str, list[bool]]]:
+    """Ask every question twice: held to the grammar, and freely.
+
+    Returns:
+        The answers that are held to the grammar; and per question type, whether each free answer
+        was grammatical.
+    """
+    images = [decode_image(label.image, label.source) for label in labels]
+    num_questions = sum(len(members) for members in questions.values())
+    answered: list[AnsweredQuestion] = []
+    is_free_grammatical: dict[str, list[bool]] = {family: [] for family in questions}
+    with ProgressBar("asking", num_questions, "questions") as bar:
+        for family, members in questions.items():
+            for start in range(0, len(members), options.batch):
+                batch = members[start : start + options.batch]
+                batch_images: list[Array] = [images[index] for index, _ in batch]
+                prompts = [question.prompt for _, question in batch]
+                constrained_answers = model.answer(
+                    batch_images, prompts, family, options.view, distributions=True
+                )
+                free_answers = model.answer(batch_images, prompts, None, options.view)
+                for position, (index, question) in enumerate(batch):
+                    answer = constrained_answers[position]
+                    answered.append(
+                        _read_answer(index, labels[index], question, answer, options.decode)
+                    )
+                    free_segments = free_answers[position].segments
+                    is_free_grammatical[family].append(is_grammatical(question, free_segments))
+                bar.update(bar.done + len(batch), family)
+    return answered, is_free_grammatical
+
+
+def _read_answer(
     image: int, label: LabeledImage, question: Question, answer: Answer, decode: Decode
 ) -> AnsweredQuestion:
-    """An answer with all its readings; of its distribution only what is scored is kept, which is small."""
-    if (said := answer.distribution) is None:
+    """An answer with its numbers read in every way.
+
+    Of its distribution only what is scored is kept, which is small.
+    """
+    distribution = answer.distribution
+    if distribution is None:
         return AnsweredQuestion(image, label, question, answer.segments)
-    readings = {d: replace_numbers(answer.segments, said.read(d)) for d in DECODE_METHODS}
+    readings = {}
+    for method in DECODE_METHODS:
+        readings[method] = replace_numbers(answer.segments, distribution.read(method))
     certainty = None
-    if len(said) and is_grammatical(question, answer.segments):
-        certainty = Certainty.of(
-            said, extract_numbers(question.segments), compute_error_scales(question, label)
-        )
+    if len(distribution) and is_grammatical(question, answer.segments):
+        truth = extract_numbers(question.segments)
+        certainty = Certainty.of(distribution, truth, compute_error_scales(question, label))
     return AnsweredQuestion(image, label, question, readings[decode], readings, certainty)
+
+
+def measure_trust(
+    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str
+) -> Trust:
+    """Measure how far a model can be trusted.
+
+    Args:
+        model: SPEAR-VLM with its processor.
+        labels: Images; the model is asked to name two objects that are in each, and two that are
+            not.
+        scores: Of questions about these images.
+        where: The images, in words.
+    """
+    factors = {}
+    for family in scores.calibration:
+        certainties = []
+        for answered in scores.asked:
+            if answered.question.family == family and answered.certainty is not None:
+                certainties.append(answered.certainty)
+        factors[family] = compute_spread_factor(certainties)
+
+    names_present, names_absent = _measure_naming(model, labels)
+    return Trust(
+        measured_on=f"{format_count(len(labels), 'images')} of {where}",
+        factors=factors,
+        names_present=names_present,
+        names_absent=names_absent,
+        sources=[label.source for label in labels],
+    )
+
+
+def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[float, float]:
+    """How often the model names an object that is in an image, and one that is not."""
+    rng = np.random.default_rng(0)
+    all_names = sorted({object_.name for label in labels for object_ in label.objects})
+    present_results: list[bool] = []
+    absent_results: list[bool] = []
+    for label in track_progress(labels, ProgressBar("naming", len(labels), "images")):
+        image = decode_image(label.image, label.source)
+        names_in_image = [object_.name for object_ in label.objects]
+        askable_names = [object_.name for object_ in find_askable_objects(label)]
+        absent_names = [name for name in all_names if not _is_any_of(name, names_in_image)]
+        present_results += _name_objects(model, image, askable_names, rng)
+        absent_results += _name_objects(model, image, absent_names, rng)
+    names_present = float(np.mean(present_results)) if present_results else 0.0
+    names_absent = float(np.mean(absent_results)) if absent_results else 1.0
+    return names_present, names_absent
+
+
+def _is_any_of(name: str, others: Sequence[str]) -> bool:
+    return any(is_a(name, other) or is_a(other, name) for other in others)
+
+
+def _name_objects(
+    model: VlmBundle, image: Array, names: Sequence[str], rng: np.random.Generator
+) -> list[bool]:
+    """Whether the model names each of a few of these objects where it points for it."""
+    if not names:
+        return []
+    chosen_names: list[str] = rng.permutation(names)[:NUM_NAMED_OBJECTS].tolist()
+    absent = find_absent_objects(model, image, chosen_names)
+    return [name not in absent for name in chosen_names]
