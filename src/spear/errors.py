@@ -1,4 +1,8 @@
-"""What a user sees when something is wrong, or was put right: one line of what, where and what to do."""
+"""What a user sees when something is wrong: one line that says what happened, where, and what to
+do.
+
+Errors are `SpearError`s. Notices (`notice`) tell of an input that was usable but could be better.
+"""
 
 import difflib
 import importlib
@@ -11,103 +15,151 @@ from typing import Any
 
 
 class SpearError(Exception):
-    """Bad input. The message is one line: what was wrong, where, what to do. The CLI exits with `code`."""
+    """Bad input. Its message is one line: what is wrong, where, what to do.
+
+    The command line prints the message and exits with `code`.
+    """
 
     code = 2
 
 
 class UndecidedError(SpearError):
-    """Nothing is wrong that could be shown, nor is it shown to be right."""
+    """A check has neither found something wrong nor shown that all is right."""
 
     code = 3
 
 
 class RetryableError(SpearError):
-    """A `SpearError` whose cause may pass, such as a service that cannot be reached: later it may go well."""
+    """An error whose cause is temporary, such as a service that cannot be reached."""
 
 
-def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> SpearError:
-    """A `SpearError` for a name that does not exist, suggesting the nearest one that does, or its initials.
+def unknown_name_error(kind: str, name: str, known_names: Iterable[str]) -> SpearError:
+    """Make the error for a name that does not exist. It suggests a similar one that does.
 
-    >>> unknown_name("preset", "nanno", ["nano", "small"]).args[0]
-    "unknown preset 'nanno': did you mean 'nano'? known: nano, small"
+    Args:
+        kind: what is named, for the message: "preset".
+        name: the unknown name.
+        known_names: the names that exist.
+
+    Example:
+        >>> print(unknown_name_error("preset", "nanno", ["nano", "small"]))
+        unknown preset 'nanno': did you mean 'nano'? known: nano, small
+        >>> print(unknown_name_error("key", "learning_rate", ["lr", "steps"]))
+        unknown key 'learning_rate': did you mean 'lr'? known: lr, steps
     """
-    names = sorted(known)
-    initials = "".join(part[:1] for part in name.split("_"))  # of learning_rate: lr
-    near = (
-        [initials] if initials in names else difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    )
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return SpearError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
+    known_names = sorted(known_names)
+    initials = "".join(word[:1] for word in name.split("_"))
+    if initials in known_names:
+        similar_names = [initials]
+    else:
+        similar_names = difflib.get_close_matches(name, known_names, n=1, cutoff=0.4)
+    suggestion = f"did you mean {similar_names[0]!r}? " if similar_names else ""
+    return SpearError(f"unknown {kind} {name!r}: {suggestion}known: {', '.join(known_names)}")
 
 
-def check_known(kind: str, known: Collection[str], *names: str) -> None:
-    """Raises `unknown_name_error` for the first of the names that does not exist."""
+def check_known(kind: str, known_names: Collection[str], *names: str) -> None:
+    """Raise `unknown_name_error` for the first of `names` that is not a known name."""
     for name in names:
-        if name not in known:
-            raise unknown_name_error(kind, name, known)
+        if name not in known_names:
+            raise unknown_name_error(kind, name, known_names)
 
 
-def import_optional(module: str, extra: str, what: str) -> Any:
-    """An optional module. Raises `SpearError`, which names the extra that brings it, where it is missing."""
+def import_optional(module: str, extra: str, feature: str) -> Any:
+    """Import a module that comes with an extra of this package.
+
+    Args:
+        module: the module's name.
+        extra: the extra that installs it: "serve".
+        feature: what needs the module, for the message.
+
+    Raises:
+        SpearError: the module, or one that it imports, is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpearError(missing_extra_message(what, error.name or module, extra)) from error
+        raise SpearError(missing_extra_message(feature, error.name or module, extra)) from error
 
 
-def missing_extra_message(what: str, module: str, extra: str) -> str:
-    """What is said where the module that an extra of this package brings is missing."""
-    return f"{what} needs {module}: pip install 'spear-vla[{extra}]'"
+def missing_extra_message(feature: str, module: str, extra: str) -> str:
+    """The message for a feature whose module is not installed.
+
+    >>> missing_extra_message("the simulator", "mujoco", "sim")
+    "the simulator needs mujoco: pip install 'spear-vla[sim]'"
+    """
+    return f"{feature} needs {module}: pip install 'spear-vla[{extra}]'"
 
 
 def summarize_error(error: BaseException | str) -> str:
-    """The first line of an error's message; its type when it has none. Of pydantic's errors the first key
-    ("features.state.dtype") and what is wrong with it, in a few words."""
+    """Say in one line what an error says: the first line of its message, or its type if that is
+    empty.
+
+    A pydantic error becomes the first key that is wrong and why: "features.state.dtype should be
+    …".
+    """
     from pydantic_core import ValidationError
 
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        words = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        return f"{'.'.join(map(str, first['loc']))} {words}".strip()
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first_problem = error.errors()[0]
+        key = ".".join(str(part) for part in first_problem["loc"])
+        reason = first_problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        return f"{key} {reason}".strip()
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def format_count(number: int, things: str) -> str:
-    """A number and what it counts, a plural in -s: "1 image", "1,000 images"."""
-    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+def format_count(number: int, unit: str) -> str:
+    """A number and what it counts.
+
+    Args:
+        number: how many.
+        unit: what is counted, a plural that ends in -s.
+
+    Example:
+        >>> format_count(1, "images"), format_count(1000, "images")
+        ('1 image', '1,000 images')
+    """
+    return f"{number:,} {unit.removesuffix('s') if number == 1 else unit}"
 
 
 class Notice(UserWarning):
-    """What was done with an input that could be better, in one line. The CLI shows it as "note: …"."""
+    """What was done with an input that could be better, in one line. The CLI shows it as "note:
+    …"."""
 
 
-_SAYING: ContextVar[bool] = ContextVar("saying notices", default=True)
+_are_notices_enabled: ContextVar[bool] = ContextVar("are notices enabled", default=True)
 
 
 @contextmanager
 def suppress_notices() -> Iterator[None]:
-    """Inside, `notice` says nothing: for inputs that are ours and no user's."""
-    before = _SAYING.set(False)
+    """Suppress notices in the `with` block, for inputs that are not the user's."""
+    token = _are_notices_enabled.set(False)
     try:
         yield
     finally:
-        _SAYING.reset(before)
+        _are_notices_enabled.reset(token)
 
 
 def disable_notices() -> None:
-    """From now on `notice` says nothing in this process, since another one does the same work."""
-    _SAYING.set(False)
+    """Suppress notices in this process from now on, since another process does the same work."""
+    _are_notices_enabled.set(False)
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for its run: it is alone, or the first one that `torchrun` started."""
+    """Whether this process reports for its run: it is the only one, or the first that `torchrun`
+    started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def notice(message: str) -> bool:
-    """Warn with a `Notice`, as if from the caller's caller, in the first process; returns whether it did."""
-    said = _SAYING.get() and is_first_process()
-    if said:
+    """Warn with a `Notice`, in the first process, unless notices are suppressed.
+
+    The warning has the place of the caller's caller.
+
+    Returns:
+        Whether it warned.
+    """
+    should_warn = _are_notices_enabled.get() and is_first_process()
+    if should_warn:
         warnings.warn(message, Notice, stacklevel=3)
-    return said
+    return should_warn

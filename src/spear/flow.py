@@ -1,18 +1,39 @@
-"""Flow matching on R³ × S³ × R: from noise to actions (the paper's section on the policy's flow head).
+"""Flow matching on R³ × S³ × R: from noise to action chunks (the paper's section on the action
+expert).
 
-Time τ runs from 0 (noise) to 1 (data). Translation and gripper flow in straight lines, rotations along great
-circles of S³, where q and -q are different points. The paper draws noise from U(S³) and keeps every
-quaternion in the half-space w > 0; we keep noise there too (our reading). It is geodesically convex, so every
-state on the way is in it; from the other half the way would lead through rotations that the network also
-knows under the other sign. Everything works on `Action`s in the model's normalised units; a velocity is one
-too: d/dτ of each part, rotations tangent to the sphere.
+Each action is a = [x, q, g]: translation x in R³, rotation q in S³ (a unit quaternion) and gripper
+g in R. An action flows from noise at the flow time τ = 0 to data at τ = 1. The network v_θ learns
+the velocity of that flow. Acting means to draw noise and to follow the velocity in Euler steps.
 
-The network predicts either the velocity (the paper) or the clean action (our addition, better at small
-scale), from which the velocity follows: (x̂ - x_τ) / (1 - τ), on the sphere log_{q_τ}(q̂) / (1 - τ).
+The equations, in the paper's letters; the numbers are ours:
 
-A time is per chunk [...] or per action [..., H]: some actions of a chunk may be decided already, at τ = 1.
+    (1)  x_τ = τ x + (1 - τ) ε,  ε ~ N(0, I)                         translation at τ (gripper
+    alike) (2)  u = x - ε                                                   its velocity (3)  q_τ =
+    sin((1-τ)θ)/sin θ q_ε + sin(τθ)/sin θ q,              rotation at τ (slerp)
+         q_ε ~ U(S³),  θ = arccos(q_ε · q)
+    (4)  u = θ/sin θ (cos(τθ) q - cos((1-τ)θ) q_ε)                   its velocity, tangent to S³
+    (5)  L_R3 = ‖v_θ - u‖²                                           loss of the translation
+    (6)  L_S3 = 1 - v_θ · u                                          loss of the rotation: cosine
+                loss and + min(‖q_{τ+δ} - q̂_{τ+δ}‖, ‖q_{τ+δ} + q̂_{τ+δ}‖)      geodesic loss
+    (7)  ω = 2 Im(q* ⊗ q̇),  Δφ = ‖ω‖ Δτ,                             integration step, also for
+         q̂_{τ+δ} q ← q ⊗ [cos(Δφ/2), ω̂ sin(Δφ/2)]
 
-With `rotation="linear"`, the ablation, quaternions flow in straight lines of R⁴ like translations.
+Where the code differs from the paper:
+
+- The paper keeps every quaternion in the half-space w > 0. We keep the noise there, too (our
+  reading). The half-space is geodesically convex, so it contains every state on the way. From the
+  other half the way would lead through rotations that the network also knows under the other sign.
+- (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω, which is the same and stays
+  exact where the quotients by sin θ are 0/0.
+- With `prediction="clean"` the network predicts the action at τ = 1 instead of the velocity (our
+  addition, better for small models). The velocity follows from it: (x̂ - x_τ) / (1 - τ), and on the
+  sphere log_{q_τ}(q̂) / (1 - τ).
+- With `rotation="linear"`, the paper's ablation, quaternions flow in straight lines of R⁴, as
+translations.
+
+All functions work on `Action`s in the model's normalized units. A velocity is an `Action`, too:
+d/dτ of each part. A flow time is per chunk [...] or per action [..., H], because some actions of a
+chunk may be committed already, at τ = 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,35 +59,36 @@ from spear.geometry import (
 )
 from spear.types import Action, FlowConfig
 
-_MIN_REMAINING = 1e-4
-"""Least 1 - τ that a velocity is derived from; sampled times stay ten times further from 1."""
+# How wrong committed actions are made in training (see `perturb_committed`), as standard
+# deviations: of translations as a multiple of their own, of rotations per component. Our choice:
+# more than demonstrations of a scene differ. With less, a committed action tells how fast this one
+# is, and the network continues as fast instead of making up for the difference.
+PERTURBATION_TRANSLATION = 1.0
+PERTURBATION_ROTATION_RAD = 0.1
 
-MISTAKE = 1.0, 0.1
-"""Standard deviation of what is wrong in given actions (`perturb_committed`): of translations, as a multiple
-of their own; of each component of a turn in rad. Our choice: more than demonstrations of a scene differ. Else
-a given action says how fast this one is, and the next is as fast, instead of making up for it."""
-
-_MIN_SPEED = 1e-2
-"""Rotation speed (norm of q̇; about 1 is typical) below which the cosine loss sees no direction."""
+_MIN_REMAINING = 1e-4  # of 1 - τ in a quotient; sampled times stay ten times further from τ = 1
+_MIN_SPEED = 1e-2  # ‖q̇‖ below which the cosine loss sees no direction; about 1 is typical
 
 
 @dataclass(frozen=True)
 class CommittedPrefix:
-    """Actions of a chunk that are decided already, since they will be executed before the rest is known.
+    """Actions of a chunk that are decided already: they are executed before the rest is known.
 
-    actions  [..., H, ·], normalised units, unit canonical rotations; of any value where they are not held.
-    is_committed  [..., H] bool: which ones.
+    Attributes:
+        actions: [..., H, ·], normalized units, unit canonical rotations. Where an action is not
+            committed, the values do not matter.
+        is_committed: [..., H] bool.
     """
 
     actions: Action
     is_committed: Tensor
 
-    def write_into(self, state: Action) -> Action:
-        """A state with these actions in their places."""
-        whole = torch.where(
-            self.is_committed[..., None], self.actions.to_vector(), state.to_vector()
+    def write_into(self, chunk: Action) -> Action:
+        """Replace the actions of a chunk that are committed."""
+        vector = torch.where(
+            self.is_committed[..., None], self.actions.to_vector(), chunk.to_vector()
         )
-        return Action.from_vector(whole)
+        return Action.from_vector(vector)
 
 
 def sample_noise(
@@ -75,11 +97,25 @@ def sample_noise(
     generator: torch.Generator | None = None,
     device: Any = None,
 ) -> Action:
-    """Noise at τ = 0 for chunks of leading shape (B, H): N(0, I), rotations uniform on S³ and made canonical,
-    that is, uniform on the half with w ≥ 0 (our reading of the paper, see above)."""
-    translation, rotation, gripper = (
-        torch.randn(*shape, size, generator=generator, device=device) for size in (3, 4, 1)
-    )
+    """Draw noise ε at τ = 0.
+
+    Translation and gripper are N(0, I). Rotations are uniform on the half of S³ with w ≥ 0 (our
+    reading of the paper, see the module's description).
+
+    Args:
+        shape: leading dimensions of the chunks, (B, H).
+        config: says whether rotations are on S³ or in R⁴.
+        generator: source of the random numbers.
+        device: where the noise is drawn.
+
+    Example:
+        >>> noise = sample_noise((2, 5), FlowConfig())
+        >>> noise.translation.shape, noise.rotation.shape, noise.gripper.shape
+        (torch.Size([2, 5, 3]), torch.Size([2, 5, 4]), torch.Size([2, 5, 1]))
+    """
+    translation = torch.randn(*shape, 3, generator=generator, device=device)
+    rotation = torch.randn(*shape, 4, generator=generator, device=device)
+    gripper = torch.randn(*shape, 1, generator=generator, device=device)
     if config.rotation == "s3":
         rotation = quat_canonical(quat_normalize(rotation))
     return Action(translation, rotation, gripper)
@@ -88,115 +124,169 @@ def sample_noise(
 def sample_time(
     batch: int, config: FlowConfig, generator: torch.Generator | None = None, device: Any = None
 ) -> Tensor:
-    """τ [B] in [0, time_scale], with the density Beta((scale - τ) / scale; alpha, beta)."""
-    # A Beta variable is a ratio of Gamma ones. `torch.distributions` takes no generator; what it calls does.
-    # No tensor of constants: copying one to a GPU would mean waiting.
+    """Draw flow times τ [batch] in [0, time_scale], of density Beta((scale - τ) / scale; alpha,
+    beta)."""
+    # A Beta variable is a ratio of Gamma variables. `torch.distributions` takes no generator, but
+    # what it calls does. The constants are filled in, because copying a tensor of them to a GPU
+    # would mean waiting.
     concentration = torch.full((batch, 2), float(config.time_alpha), device=device)
     concentration[:, 1].fill_(config.time_beta)
     gamma = torch._standard_gamma(concentration, generator=generator)
-    return config.time_scale * (
-        gamma[:, 1] / gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny)
-    )
+    total = gamma.sum(-1).clamp_min(torch.finfo(gamma.dtype).tiny)
+    return config.time_scale * (gamma[:, 1] / total)
 
 
 def sample_committed(
-    shape: Sequence[int], longest: int, generator: torch.Generator | None = None, device: Any = None
+    shape: Sequence[int],
+    max_committed: int,
+    generator: torch.Generator | None = None,
+    device: Any = None,
 ) -> Tensor:
-    """Which actions of chunks are given clean, [*batch, H] bool for that shape: the first d, with d uniform
-    on 0 … longest per chunk (training-time action conditioning, arXiv 2512.05964)."""
-    count = torch.randint(longest + 1, (*shape[:-1], 1), generator=generator, device=device)
-    return torch.arange(shape[-1], device=device) < count
+    """Draw which actions of a chunk are committed: the first d, with d uniform on 0 …
+    max_committed.
+
+    The network gets them clean (training-time action conditioning, arXiv 2512.05964).
+
+    Args:
+        shape: of the mask, (..., H); d is drawn for each chunk.
+        max_committed: the longest committed prefix.
+        generator: source of the random numbers.
+        device: where the numbers are drawn.
+
+    Returns:
+        [..., H] bool.
+    """
+    *batch_shape, horizon = shape
+    num_committed = torch.randint(
+        max_committed + 1, (*batch_shape, 1), generator=generator, device=device
+    )
+    return torch.arange(horizon, device=device) < num_committed
 
 
 def perturb_committed(
     data: Action,
-    held: Tensor,
+    is_committed: Tensor,
     generator: torch.Generator | None = None,
-    known: Tensor | None = None,
+    is_valid: Tensor | None = None,
 ) -> Action:
-    """Chunks [..., H, ·] whose given actions (`held` [..., H], see `sample_committed`) are a little wrong,
-    and whose first other action makes up for it: the poses after it are those demonstrated (our choice).
+    """Make the committed actions of demonstrations a little wrong, and the next action make up for
+    it.
 
-    Demonstrations alone never show what to do about a mistake that is about to be made. Translations are
-    deltas in the base frame, so their mistakes add up; a rotation is in the frame that the one before it
-    leads to. How large translations are is seen in all chunks, at the actions that are `known` [..., H] bool.
+    Demonstrations alone never show what to do about an error that is about to be made (our choice).
+    From the first action after the prefix on, the poses are those demonstrated.
+
+    Args:
+        data: demonstrated chunks [..., H, ·].
+        is_committed: [..., H] bool, see `sample_committed`.
+        generator: source of the random numbers.
+        is_valid: [..., H] bool, the actions from which the scale of translations is estimated; None
+            is all.
     """
-    draw = torch.randn(
-        *held.shape, 6, generator=generator, dtype=data.translation.dtype, device=held.device
+    noise = torch.randn(
+        *is_committed.shape,
+        6,
+        generator=generator,
+        dtype=data.translation.dtype,
+        device=is_committed.device,
     )
-    draw = draw * held[..., None]
-    next_one = (held.sum(-1, keepdim=True) == torch.arange(held.shape[-1], device=held.device))[
-        ..., None
-    ]
-    counts = torch.ones_like(held) if known is None else known
-    share = (counts / counts.sum().clamp_min(1))[..., None]
-    around, every = data.translation, tuple(range(held.dim()))
-    spread = (share * (around - (share * around).sum(every)).square()).sum(every).sqrt()
-    wrong = MISTAKE[0] * spread * draw[..., :3]
-    translation = data.translation + wrong - next_one * wrong.sum(-2, keepdim=True)
-    turned, rotations = quat_exp(MISTAKE[1] * draw[..., 3:]), []
-    missed = torch.zeros_like(
+    noise = noise * is_committed[..., None]
+    num_committed = is_committed.sum(-1, keepdim=True)
+    index = torch.arange(is_committed.shape[-1], device=is_committed.device)
+    is_next = (num_committed == index)[..., None]  # the first action that is not committed
+
+    # Translations are displacements in the base frame, so their errors add up.
+    scale = _standard_deviation(data.translation, is_valid)
+    error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
+    translation = data.translation + error - is_next * error.sum(-2, keepdim=True)
+
+    # A rotation is in the frame that the rotation before it leads to.
+    perturbation = quat_exp(PERTURBATION_ROTATION_RAD * noise[..., 3:])
+    rotations = []
+    missing = torch.zeros_like(
         data.rotation[..., 0, :]
-    )  # from where the arm should be to where it is
-    missed[..., 0] = 1
-    for i, rotation in enumerate(data.rotation.unbind(-2)):
-        mended = quat_multiply(quat_conjugate(missed), rotation)
-        made = torch.where(next_one[..., i, :], mended, quat_multiply(rotation, turned[..., i, :]))
-        missed = quat_multiply(quat_multiply(quat_conjugate(rotation), missed), made)
-        rotations.append(made)
-    return Action(translation, quat_canonical(torch.stack(rotations, -2)), data.gripper)
+    )  # from the demonstrated frame to the actual
+    missing[..., 0] = 1
+    for i, demonstrated in enumerate(data.rotation.unbind(-2)):
+        correcting = quat_multiply(quat_conjugate(missing), demonstrated)
+        perturbed = quat_multiply(demonstrated, perturbation[..., i, :])
+        actual = torch.where(is_next[..., i, :], correcting, perturbed)
+        missing = quat_multiply(quat_multiply(quat_conjugate(demonstrated), missing), actual)
+        rotations.append(actual)
+    rotation = quat_canonical(torch.stack(rotations, -2))
+    return Action(translation, rotation, data.gripper)
 
 
 def interpolate(
-    noise: Action, data: Action, time: Tensor, config: FlowConfig
+    noise: Action, data: Action, tau: Tensor, config: FlowConfig
 ) -> tuple[Action, Action]:
-    """The state at a time between noise and data [..., H, ·], and its velocity there.
+    """The state at τ between noise and data, and its velocity there: equations (1) to (4).
 
-    x_τ = τ x + (1 - τ) ε with velocity x - ε; on the sphere the paper's slerp from q_ε to q (data made
-    canonical) at constant speed θ, and its derivative. Written as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω,
-    which equals the paper's quotients by sin θ and stays exact where these are 0/0.
+    Args:
+        noise: ε, chunks [..., H, ·].
+        data: x, q and g; rotations are made canonical.
+        tau: flow time per chunk [...] or per action [..., H].
+        config: says whether rotations are on S³ or in R⁴.
+
+    Returns:
+        The state at τ and the velocity u.
     """
-    tau = _per_part(time, noise)
-    target = quat_canonical(data.rotation)
+    tau = _broadcast_time(tau, noise)
+    epsilon = noise.translation
+    x = data.translation
+    q_epsilon = noise.rotation
+    q = quat_canonical(data.rotation)
+
     if config.rotation == "s3":
-        omega = sphere_angular_velocity(noise.rotation, target)
-        rotation = quat_multiply(noise.rotation, quat_exp(tau * omega))
-        rotation_velocity = quat_derivative(rotation, omega)
+        omega = sphere_angular_velocity(q_epsilon, q)  # ‖ω‖ = 2θ
+        q_tau = quat_multiply(q_epsilon, quat_exp(tau * omega))  # (3)
+        u_rotation = quat_derivative(q_tau, omega)  # (4)
     else:
-        rotation = tau * target + (1 - tau) * noise.rotation
-        rotation_velocity = target - noise.rotation
-    state = Action(
-        tau * data.translation + (1 - tau) * noise.translation,
-        rotation,
-        tau * data.gripper + (1 - tau) * noise.gripper,
-    )
-    velocity = Action(
-        data.translation - noise.translation, rotation_velocity, data.gripper - noise.gripper
-    )
+        q_tau = tau * q + (1 - tau) * q_epsilon
+        u_rotation = q - q_epsilon
+
+    x_tau = tau * x + (1 - tau) * epsilon  # (1)
+    g_tau = tau * data.gripper + (1 - tau) * noise.gripper
+    u_translation = x - epsilon  # (2)
+    u_gripper = data.gripper - noise.gripper
+    state = Action(x_tau, q_tau, g_tau)
+    velocity = Action(u_translation, u_rotation, u_gripper)
     return state, velocity
 
 
 def prediction_to_velocity(
-    prediction: Action, state: Action, time: Tensor, config: FlowConfig
+    prediction: Action, state: Action, tau: Tensor, config: FlowConfig
 ) -> Action:
-    """What the network said, as a velocity: rotations tangent to the sphere at the state.
+    """The velocity v_θ that a prediction of the network means; on S³ it is tangent at the state.
 
-    Of a clean action it is the one that leads there from the state at its time. On the sphere that action is
-    normalised and made canonical first, as data is: with the true one this is exactly the velocity of
-    `interpolate`. In R⁴ it is normalised where the loss is the cosine, which teaches no length.
+    A predicted velocity is projected on the tangent space. For a predicted clean action, the
+    velocity leads from the state at τ to that action in the time that remains. On S³ the action is
+    first normalized and made canonical, as data is, so that of the true action it is exactly the
+    velocity of `interpolate`. In R⁴ it is normalized if the loss is the cosine, which teaches no
+    length.
+
+    Args:
+        prediction: [..., H, ·], as `config.prediction` says.
+        state: the state that the network got.
+        tau: its flow time, per chunk [...] or per action [..., H].
+        config: says what the network predicts, and where rotations are.
     """
-    rotation, on_sphere = prediction.rotation, config.rotation == "s3"
+    q_tau = state.rotation
     if config.prediction == "velocity":
-        if not on_sphere:
+        if config.rotation != "s3":
             return prediction
-        along = (rotation * state.rotation).sum(-1, keepdim=True)
-        return replace(prediction, rotation=rotation - along * state.rotation)
-    remaining = _per_part(1 - time, state).clamp_min(_MIN_REMAINING)
-    goal = _meant(rotation, config)
-    way = sphere_log(state.rotation, quat_canonical(goal)) if on_sphere else goal - state.rotation
+        v_rotation = prediction.rotation
+        radial = (v_rotation * q_tau).sum(-1, keepdim=True)
+        return replace(prediction, rotation=v_rotation - radial * q_tau)
+
+    remaining = _broadcast_time(1 - tau, state).clamp_min(_MIN_REMAINING)
+    q_hat = _clean_rotation(prediction.rotation, config)
+    if config.rotation == "s3":
+        displacement = sphere_log(q_tau, quat_canonical(q_hat))
+    else:
+        displacement = q_hat - q_tau
     return Action(
         (prediction.translation - state.translation) / remaining,
-        way / remaining,
+        displacement / remaining,
         (prediction.gripper - state.gripper) / remaining,
     )
 
@@ -205,46 +295,64 @@ def compute_loss(
     prediction: Action,
     noise: Action,
     data: Action,
-    time: Tensor,
+    tau: Tensor,
     config: FlowConfig,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How far the network's prediction at `interpolate(noise, data, time)` is from the truth: the total, and
-    its unweighted parts "translation", "rotation", "geodesic", "gripper"; 0-d tensors.
+    """The loss of a prediction made at the state `interpolate(noise, data, tau)`: equations (5) and
+    (6).
 
-    Translation and gripper: mean squared error. Rotation plus `geodesic_weight` · geodesic, for velocities:
+    For predicted velocities:
 
-    - cosine: 1 - cos(v, u). The paper writes 1 - v·u; with v not normalised that has no lower bound.
-    - mse: ‖v - u‖² / 4.
-    - geodesic: min(‖q_{τ+δ} - q̂_{τ+δ}‖, ‖q_{τ+δ} + q̂_{τ+δ}‖), where q̂ is one integration step of length δ
-      along v. Under the cosine loss this term alone teaches the speed.
+    - Translation and gripper have the mean squared error.
+    - The rotation's cosine loss is 1 - cos(v, u). The paper writes 1 - v·u, which has no lower
+      bound while v is not normalized. "mse" is ‖v - u‖² / 4.
+    - The geodesic loss compares the rotations after one integration step of length δ along v and
+      along u. With the cosine loss this term alone teaches the speed.
 
-    For clean predictions the same among actions, because velocity errors grow without bound as τ → 1 (our
-    choice): cosine: 1 - ⟨q̂, q⟩²; mse: the squared angle between them, rad²; geodesic: min(‖q - q̂‖, ‖q +
-    q̂‖), half the angle, whose gradient does not fade for small rotations, as that of the others does; but
-    what it says of several possible truths is their median, and in data where most steps do not turn that is
-    not to turn. "linear" has the velocities' formulas in R⁴ for both, on predictions as
-    `prediction_to_velocity` takes them.
+    For predicted clean actions the losses compare actions, because errors of velocities grow
+    without bound as τ → 1 (our choice). The rotation's cosine loss is 1 - ⟨q̂, q⟩², "mse" the
+    squared angle between the two (rad²). The geodesic loss is min(‖q - q̂‖, ‖q + q̂‖), half the
+    angle. Its gradient does not fade for small rotations, as those of the others do; but of several
+    possible rotations it teaches the median, and where most steps do not rotate that is no
+    rotation.
 
-    The paper sums over a chunk; we average over all chunks' valid steps: mask [..., H] bool, None is all.
+    With rotation "linear" both have the velocities' formulas, in R⁴.
+
+    Args:
+        prediction: [..., H, ·], as `config.prediction` says.
+        noise: ε.
+        data: the demonstrated actions.
+        tau: flow time, per chunk [...] or per action [..., H].
+        config: says what the losses are and how they are weighted.
+        mask: [..., H] bool, the actions that count; None is all.
+
+    Returns:
+        The total loss, and its unweighted parts "translation", "rotation", "geodesic" and
+        "gripper"; 0-d tensors. The paper sums over a chunk; we average over the valid actions of
+        all chunks.
     """
     if config.prediction == "clean":
-        spoken, truth = prediction, data
-        ends = [_meant(prediction.rotation, config), quat_canonical(data.rotation)]
-        rotation = _clean_rotation_error(ends[0], ends[1], config)
+        predicted = prediction
+        target = data
+        q_hat = _clean_rotation(prediction.rotation, config)
+        q = quat_canonical(data.rotation)
+        rotation_errors = _clean_rotation_error(q_hat, q, config)
     else:
-        state, truth = interpolate(noise, data, time, config)
-        spoken = prediction_to_velocity(prediction, state, time, config)
-        rotation = _rotation_error(spoken.rotation, truth.rotation, config)
-        step = _per_part(1 - time, state)
+        state, target = interpolate(noise, data, tau, config)
+        predicted = prediction_to_velocity(prediction, state, tau, config)
+        rotation_errors = _velocity_error(predicted.rotation, target.rotation, config)
+        delta = _broadcast_time(1 - tau, state)
         if config.geodesic_step is not None:
-            step = step.clamp_max(config.geodesic_step)
-        ends = [_advance(state.rotation, way.rotation, step, config) for way in (spoken, truth)]
+            delta = delta.clamp_max(config.geodesic_step)
+        q_hat = _integrate_rotation(state.rotation, predicted.rotation, delta, config)
+        q = _integrate_rotation(state.rotation, target.rotation, delta, config)
+
     parts = {
-        "translation": _average(_squared(spoken.translation, truth.translation), mask),
-        "rotation": _average(rotation, mask),
-        "geodesic": _average(_chord(*ends), mask),
-        "gripper": _average(_squared(spoken.gripper, truth.gripper), mask),
+        "translation": _mean(_squared_error(predicted.translation, target.translation), mask),
+        "rotation": _mean(rotation_errors, mask),
+        "geodesic": _mean(_chord(q_hat, q), mask),
+        "gripper": _mean(_squared_error(predicted.gripper, target.gripper), mask),
     }
     total = (
         config.translation_weight * parts["translation"]
@@ -255,18 +363,19 @@ def compute_loss(
 
 
 def euler_step(
-    state: Action, prediction: Action, time: Tensor, k: int, steps: int, config: FlowConfig
+    state: Action, prediction: Action, tau: Tensor, k: int, steps: int, config: FlowConfig
 ) -> Action:
-    """Step k of `integrate`: from the state at its time to the next."""
+    """Step k of `integrate`: from the state at τ to the next, equation (7) for rotations on S³."""
     if config.prediction == "clean":
-        return _towards(state, prediction, 1 / (steps - k), config)
-    velocity = prediction_to_velocity(prediction, state, time, config)
-    rotation = _advance(state.rotation, velocity.rotation, 1 / steps, config)
+        return _step_towards_clean(state, prediction, 1 / (steps - k), config)
+    velocity = prediction_to_velocity(prediction, state, tau, config)
+    rotation = _integrate_rotation(state.rotation, velocity.rotation, 1 / steps, config)
     if config.rotation == "s3":
-        # Rounding alone would drift off the sphere over many steps.
+        # Rounding errors alone would lead off the sphere over many steps.
         rotation = quat_canonical(quat_normalize(rotation))
     translation = state.translation + velocity.translation / steps
-    return Action(translation, rotation, state.gripper + velocity.gripper / steps)
+    gripper = state.gripper + velocity.gripper / steps
+    return Action(translation, rotation, gripper)
 
 
 def integrate(
@@ -277,96 +386,141 @@ def integrate(
     committed: CommittedPrefix | None = None,
     advance: Callable[..., Action] = euler_step,
 ) -> Action:
-    """From noise [..., H, ·] to an action in `steps` equal Euler steps; rotations end unit and canonical.
+    """Integrate from noise to an action chunk in equal Euler steps.
 
-    predict(state, time [...]) is the network's prediction, as `config.prediction` says. On the sphere each
-    step is the paper's: it follows a great circle, and the state stays a canonical unit quaternion.
+    On S³ each step follows a great circle, and the state stays a canonical unit quaternion.
 
-    What is committed stays as it is, at time 1, as in training with `sample_committed`: predict gets
-    [..., H].
-    advance: `euler_step`, or what computes the same.
+    Args:
+        predict: the network, predict(state, tau), whose prediction is as `config.prediction` says.
+            It gets τ per chunk [...], or per action [..., H] if there is a committed prefix.
+        noise: the state at τ = 0, [..., H, ·].
+        steps: number of steps.
+        config: says what the network predicts, and where rotations are.
+        committed: actions that are not changed. They stay at τ = 1, as in training with
+            `sample_committed`.
+        advance: `euler_step`, or a function that computes the same.
+
+    Returns:
+        The chunk at τ = 1; its rotations are unit and canonical.
+
+    Raises:
+        SpearError: `steps` is below 1.
+
+    Example:
+        >>> config = FlowConfig(prediction="clean")
+        >>> goal = Action.from_vector(torch.tensor([[0.1, 0, 0, 1, 0, 0, 0, 1]]))
+        >>> noise = sample_noise((1,), config)
+        >>> chunk = integrate(lambda state, tau: goal, noise, steps=10, config=config)
+        >>> torch.allclose(chunk.to_vector(), goal.to_vector(), atol=1e-6)
+        True
     """
     if steps < 1:
         raise SpearError(f"integration steps: {steps}: give at least 1")
-    keep = (lambda chunk: chunk) if committed is None else committed.write_into
-    state = keep(noise)
+
+    state = noise if committed is None else committed.write_into(noise)
     for k in range(steps):
-        time = torch.full_like(noise.translation[..., 0, 0], k / steps)
+        tau = torch.full_like(noise.translation[..., 0, 0], k / steps)
         if committed is not None:
-            time = torch.where(committed.is_committed, 1.0, time[..., None])
-        state = keep(advance(state, predict(state, time), time, k, steps, config))
-    return keep(
-        Action(state.translation, quat_canonical(quat_normalize(state.rotation)), state.gripper)
-    )
+            tau = torch.where(committed.is_committed, 1.0, tau[..., None])
+        state = advance(state, predict(state, tau), tau, k, steps, config)
+        if committed is not None:
+            state = committed.write_into(state)
+
+    rotation = quat_canonical(quat_normalize(state.rotation))
+    chunk = Action(state.translation, rotation, state.gripper)
+    return chunk if committed is None else committed.write_into(chunk)
 
 
-def _per_part(time: Tensor, chunk: Action) -> Tensor:
-    """A time per chunk [...] or per action [..., H], as a factor of the chunk's parts [..., H, ·]."""
-    return time[..., None] if time.dim() == chunk.translation.dim() - 1 else time[..., None, None]
+def _broadcast_time(tau: Tensor, chunk: Action) -> Tensor:
+    """A time per chunk [...] or per action [..., H], as a factor of a chunk's parts [..., H, ·]."""
+    is_per_action = tau.dim() == chunk.translation.dim() - 1
+    return tau[..., None] if is_per_action else tau[..., None, None]
 
 
-def _advance(
-    rotation: Tensor, velocity: Tensor, step: Tensor | float, config: FlowConfig
+def _integrate_rotation(
+    rotation: Tensor, velocity: Tensor, delta: Tensor | float, config: FlowConfig
 ) -> Tensor:
+    """One integration step of length δ (or Δτ) along a velocity: equation (7) on S³."""
     if config.rotation == "s3":
-        return sphere_exp(rotation, velocity * step)
-    return rotation + velocity * step
+        return sphere_exp(rotation, velocity * delta)
+    return rotation + velocity * delta
 
 
-def _towards(state: Action, clean: Action, part: float, config: FlowConfig) -> Action:
-    """That part of the way from a state to a clean action: the Euler step with the velocity that follows from
-    it, without the quotients, in a fifth of the time."""
-    rotation = _meant(clean.rotation, config)
+def _step_towards_clean(
+    state: Action, clean: Action, fraction: float, config: FlowConfig
+) -> Action:
+    """Go a fraction of the way from a state to a clean action.
+
+    This is the Euler step with the velocity that follows from the clean action. Without the
+    quotients it takes a fifth of the time.
+    """
+    q_hat = _clean_rotation(clean.rotation, config)
     if config.rotation == "s3":
-        rotation = sphere_slerp(state.rotation, quat_canonical(rotation), part)
+        rotation = sphere_slerp(state.rotation, quat_canonical(q_hat), fraction)
     else:
-        rotation = torch.lerp(state.rotation, rotation, part)
-    translation = torch.lerp(state.translation, clean.translation, part)
-    return Action(translation, rotation, torch.lerp(state.gripper, clean.gripper, part))
+        rotation = torch.lerp(state.rotation, q_hat, fraction)
+    translation = torch.lerp(state.translation, clean.translation, fraction)
+    gripper = torch.lerp(state.gripper, clean.gripper, fraction)
+    return Action(translation, rotation, gripper)
 
 
-def _meant(clean: Tensor, config: FlowConfig) -> Tensor:
-    """The quaternion that a clean prediction means: of unit length, unless the loss itself teaches that."""
-    free = config.rotation == "linear" and config.rotation_loss == "mse"
-    return clean if free else quat_normalize(clean)
+def _clean_rotation(predicted: Tensor, config: FlowConfig) -> Tensor:
+    """The quaternion q̂ that a clean prediction means: normalized, unless the loss teaches the
+    length."""
+    loss_teaches_length = config.rotation == "linear" and config.rotation_loss == "mse"
+    return predicted if loss_teaches_length else quat_normalize(predicted)
 
 
-def _clean_rotation_error(predicted: Tensor, target: Tensor, config: FlowConfig) -> Tensor:
+def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
+    """The rotation's error of a clean prediction, [...], see `compute_loss`."""
     if config.rotation == "linear":
-        return _rotation_error(predicted, target, config)
-    between = quat_multiply(quat_conjugate(predicted), target)
-    # the imaginary part's square is 1 - ⟨q̂, q⟩² without cancellation
-    turn = quat_log(between) if config.rotation_loss == "mse" else between[..., 1:]
-    return turn.square().sum(-1)
-
-
-def _squared(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().mean(-1)
-
-
-def _rotation_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """‖v - u‖² / 4, or 1 - cos(v, u) [...], 0 where u has no direction; bounded gradient where v has none."""
+        return _velocity_error(q_hat, q, config)
+    difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
-        return _squared(v, u)
-    v_norm, u_norm = (torch.linalg.vector_norm(velocity, dim=-1) for velocity in (v, u))
+        return quat_log(difference).square().sum(-1)
+    # The squared imaginary part is 1 - ⟨q̂, q⟩² without cancellation.
+    return difference[..., 1:].square().sum(-1)
+
+
+def _velocity_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+    """‖v - u‖² / 4, or 1 - cos(v, u), [...].
+
+    The cosine loss is 0 where u has no direction, and has a bounded gradient where v has none.
+    """
+    if config.rotation_loss == "mse":
+        return _squared_error(v, u)
+    v_norm = torch.linalg.vector_norm(v, dim=-1)
+    u_norm = torch.linalg.vector_norm(u, dim=-1)
     cos = (v * u).sum(-1) / (v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED))
     return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
 
 
+def _squared_error(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean(-1)
+
+
 def _chord(a: Tensor, b: Tensor) -> Tensor:
-    """min(‖a - b‖, ‖a + b‖) [...]: q and -q are the same rotation."""
+    """min(‖a - b‖, ‖a + b‖), [...]: q and -q are the same rotation."""
     return torch.minimum(
         torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1)
     )
 
 
-def _average(error: Tensor, mask: Tensor | None) -> Tensor:
+def _standard_deviation(values: Tensor, is_valid: Tensor | None) -> Tensor:
+    """The standard deviation [·] of values [..., H, ·] over the valid ones [..., H]."""
+    all_but_last = tuple(range(values.dim() - 1))
+    counts = torch.ones_like(values[..., 0]) if is_valid is None else is_valid
+    weight = (counts / counts.sum().clamp_min(1))[..., None]
+    mean = (weight * values).sum(all_but_last)
+    return (weight * (values - mean).square()).sum(all_but_last).sqrt()
+
+
+def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of errors over the actions that count."""
+    if mask is None:
+        return error.mean()
     if (
-        mask is not None and mask.shape != error.shape
-    ):  # that of one number per chunk would fit another axis
+        mask.shape != error.shape
+    ):  # a mask of one number per chunk would broadcast along another axis
         raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
-    return (
-        error.mean()
-        if mask is None
-        else torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)
-    )
+    return torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

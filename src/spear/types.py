@@ -1,10 +1,12 @@
-"""The nouns that pass between rooms: few, typed, frozen; shapes, units and frames stated here once.
+"""The types that pass between rooms: few and frozen. Their shapes, units and frames are stated
+here.
 
-Frames
-    base    robot base: x forward, y left, z up, metres.
-    ee      end-effector (tool centre point, between the finger tips).
-    camera  x right, y down, z forward (OpenCV), metres, or MoGe's relative unit.
-Rotations are unit quaternions, scalar first (w, x, y, z), kept in the half-space w >= 0.
+Frames:
+    base    robot base: x forward, y left, z up, in meters.
+    ee      end-effector frame, at the point between the finger tips.
+    camera  x right, y down, z forward (OpenCV), in meters or in MoGe's relative unit.
+
+Rotations are unit quaternions, scalar first (w, x, y, z), in the half-space w >= 0.
 Gripper values are openings in [0, 1]: 1 is open, 0 is closed (our choice).
 """
 
@@ -22,29 +24,38 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Unit = Literal["metre", "relative"]
+"""The unit of 3D labels, as it is written in files: meters, or MoGe's relative unit."""
 
-ACTION_DIM = 8
-"""translation 3 + rotation quaternion 4 + gripper 1."""
-CONTROL_RATE_HZ = 5.0
-"""Control steps per second (the paper)."""
-MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S = 3.0, 10.0
-"""Metres and radians per second that an end-effector can move and turn, and still be believed (our choice; a
-Franka moves at 1.7 m/s, its wrist turns at 2.6 rad/s)."""
-STATE_DIM = 8
-"""An observed robot state: position 3 (m, base) + orientation quaternion 4 (base) + gripper opening 1."""
+ACTION_DIM = 8  # translation 3, rotation quaternion 4, gripper 1
+STATE_DIM = 8  # position 3, orientation quaternion 4, gripper opening 1
+CONTROL_RATE_HZ = 5.0  # the paper's
+
+# What an end-effector can do and still be believed (our choice): a Franka moves at 1.7 m/s, and its
+# wrist turns at 2.6 rad/s.
+MAX_EE_SPEED_M_S = 3.0
+MAX_EE_TURN_RAD_S = 10.0
+
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters and halves of characters: no instruction has one."""
+"""Matches control characters and halves of characters: no instruction has one."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """A chunk of H actions, one per control step (5 Hz); leading dimensions are free.
+    """An action chunk: H actions, one per control step (5 Hz). Leading dimensions are free.
 
-    translation [..., H, 3]  step displacement of the end-effector, base frame; metres (or normalised units
-                             inside the model, see `spear.data.normalize`).
-    rotation    [..., H, 4]  unit quaternion of the step rotation, expressed in the end-effector frame:
-                             R_next = R_now · R(rotation).
-    gripper     [..., H, 1]  commanded opening, absolute, 1 open … 0 closed (-1 … 1 inside the model).
+    Attributes:
+        translation: [..., H, 3], displacement of the end-effector in one step, base frame, meters
+            (in normalized units inside the model, see `spear.data.normalize`).
+        rotation: [..., H, 4], unit quaternion of the rotation in one step, in the end-effector
+            frame: R_next = R_now · R(rotation).
+        gripper: [..., H, 1], commanded opening, absolute: 1 is open, 0 is closed (-1 to 1 inside
+            the model).
+
+    Example:
+        >>> import torch
+        >>> still = Action.from_vector(torch.tensor([[0.0, 0, 0, 1, 0, 0, 0, 1]]))  # one step, open
+        >>> still.translation.shape, still.rotation.shape, still.gripper.shape
+        (torch.Size([1, 3]), torch.Size([1, 4]), torch.Size([1, 1]))
     """
 
     translation: "torch.Tensor"
@@ -52,39 +63,52 @@ class Action:
     gripper: "torch.Tensor"
 
     def to_vector(self) -> "torch.Tensor":
-        """[..., H, 8]: translation, rotation, gripper side by side."""
+        """Translation, rotation and gripper side by side, [..., H, 8]."""
         import torch
 
         return torch.cat([self.translation, self.rotation, self.gripper], dim=-1)
 
     @staticmethod
     def from_vector(vector: "torch.Tensor") -> "Action":
-        """The inverse of `to_vector`; [..., H, 8] in."""
+        """The inverse of `to_vector`, of [..., H, 8]."""
         return Action(vector[..., :3], vector[..., 3:7], vector[..., 7:8])
 
     def to(self, *args: Any, **kwargs: Any) -> "Action":
-        """`torch.Tensor.to` on each part."""
+        """Apply `torch.Tensor.to` to each part."""
         return Action(
-            *(part.to(*args, **kwargs) for part in (self.translation, self.rotation, self.gripper))
+            translation=self.translation.to(*args, **kwargs),
+            rotation=self.rotation.to(*args, **kwargs),
+            gripper=self.gripper.to(*args, **kwargs),
         )
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """What flows how, and what is penalised. The defaults are the paper's, or else our choice and say so.
+    """Configuration of the flow-matching objective. The defaults are the paper's unless marked as
+    ours.
 
-    rotation          "s3" (great circles) or "linear" (straight lines in R⁴).
-    rotation_loss     "cosine" or "mse".
-    prediction        what the network gives: "velocity" or "clean".
-    geodesic_weight   of the geodesic term within the rotation loss, 0 for none (1: the paper adds it).
-    geodesic_step     δ of the geodesic term for velocities, clipped to the 1 - τ that remains; None is all of
-                      it. The paper gives no number: 0.1, one Euler step of ten, is our choice (measured by
-                      experiments/flow_losses, see docs/train.md).
-    *_weight          of the parts in the total (1: the paper adds them; the gripper's is our choice).
-    steps             Euler steps from noise to an action, when acting (10: π0's; the paper does not say). How
-                      many are best depends on the model (docs/nano.md).
-    time_*            τ = scale · (1 - u), u ~ Beta(alpha, beta): skewed towards noise (π0's values; the paper
-                      says "as π0").
+    Attributes:
+        rotation: "s3" (quaternions flow along great circles of S³) or "linear" (straight lines in
+            R⁴).
+        rotation_loss: "cosine" or "mse".
+        prediction: what the network predicts, "velocity" or "clean" (the clean action; ours).
+        geodesic_weight: weight of the geodesic loss within the rotation's loss; 0 is none.
+        geodesic_step: δ of the geodesic loss on velocities, at most the 1 - τ that remains. None is
+            all of that. The paper gives no number; 0.1, one of ten Euler steps, is our choice
+            (measured by `experiments/flow_losses`, see docs/train.md).
+        translation_weight: weight of the translation's loss in the total.
+        rotation_weight: weight of the rotation's loss in the total.
+        gripper_weight: weight of the gripper's loss in the total (our choice).
+        time_alpha: with `time_beta` and `time_scale` the distribution of τ in training:
+            τ = scale · (1 - u), u ~ Beta(alpha, beta), skewed towards noise. The values are π0's;
+            the paper says "as π0".
+        time_beta: see `time_alpha`.
+        time_scale: see `time_alpha`.
+        steps: number of Euler steps from noise to an action (10 is π0's; the paper does not say).
+            How many are best depends on the model (docs/nano.md).
+
+    Raises:
+        SpearError: a field has an unknown word, or a number out of range.
     """
 
     rotation: Literal["s3", "linear"] = "s3"
@@ -101,39 +125,48 @@ class FlowConfig:
     steps: int = 10
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if get_origin(f.type) is Literal:
-                check_known(f"flow {f.name}", get_args(f.type), getattr(self, f.name))
-        for name in (f.name for f in fields(self) if f.type in (int, float, float | None)):
-            whole = name == "steps"
-            value, least = (
-                getattr(self, name),
-                1 if whole else 0.0 if name.endswith("weight") else 1e-6,
-            )
-            most = 1.0 if name == "time_scale" else 1e6
-            number = isinstance(value, int if whole else int | float) and least <= value <= most
-            if not number and (value is not None or name != "geodesic_step"):
-                raise SpearError(
-                    f"flow {name} is {value!r}: give a number from {least:g} to {most:g}"
-                )
+        for config_field in fields(self):
+            name = config_field.name
+            value = getattr(self, name)
+            if get_origin(config_field.type) is Literal:
+                check_known(f"flow {name}", get_args(config_field.type), value)
+            elif name == "steps":
+                _check_number(name, value, minimum=1, maximum=1e6, types=int)
+            elif name == "time_scale":
+                _check_number(name, value, minimum=1e-6, maximum=1)
+            elif name.endswith("_weight"):
+                _check_number(name, value, minimum=0, maximum=1e6)
+            elif name != "geodesic_step" or value is not None:
+                _check_number(name, value, minimum=1e-6, maximum=1e6)
+
+
+def _check_number(
+    name: str, value: Any, minimum: float, maximum: float, types: Any = int | float
+) -> None:
+    """Raise `SpearError` if a field of `FlowConfig` is not a number of this range."""
+    if not (isinstance(value, types) and minimum <= value <= maximum):
+        raise SpearError(f"flow {name} is {value!r}: give a number from {minimum:g} to {maximum:g}")
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One robot demonstration of T steps, as any reader or the simulator gives it.
+    """A robot demonstration of T steps, as every reader and the simulator return it.
 
-    images       camera name -> T encoded images (JPEG or PNG bytes). Canonical names: "external", "wrist".
-    position     [T, 3] end-effector position, metres, base frame.
-    rotation     [T, 4] end-effector orientation, unit quaternion (w, x, y, z), base frame.
-    gripper      [T] measured opening, 0 closed … 1 open.
-    instruction  what the robot was asked to do.
-    rate_hz      steps per second.
-    source       where it came from (dataset name and index, or simulator family and seed).
-    action       [T, 8] commanded action at each step (layout of `Action`), or None when unknown (then actions
-                 are derived from the states).
-    action_mask  [T] bool, False where the step is not a demonstration (an injected disturbance): never a
-                 training target. None means all True.
-    success      whether the task was achieved, None when unknown.
+    Attributes:
+        images: camera name -> T encoded images (JPEG or PNG). The names that policies know are
+            "external" and "wrist".
+        position: [T, 3], measured end-effector position, base frame, meters.
+        rotation: [T, 4], measured end-effector orientation, unit quaternion (w, x, y, z), base
+            frame.
+        gripper: [T], measured opening, 0 (closed) to 1 (open).
+        instruction: what the robot was asked to do.
+        rate_hz: steps per second.
+        source: where the episode comes from: dataset name and index, or task family and seed.
+        action: [T, 8], the command of each step in the layout of `Action`. None if unknown: actions
+            are then derived from the states.
+        action_mask: [T] bool, whether the action of a step may be a training target. It is False
+            for injected disturbances. None is all True.
+        success: whether the task was achieved; None if unknown.
     """
 
     images: Mapping[str, Sequence[bytes]]
@@ -153,18 +186,22 @@ class Episode:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image with whatever ground truth is known about it (from the simulator or RGB-D files).
+    """An image with the ground truth that the simulator or an RGB-D file knows about it.
 
-    image       [h, w, 3] uint8 RGB.
-    depth       [h, w] float32 metres along the camera's z axis (0 or inf where unknown), or None.
-    instances   [h, w] int32 instance ids, 0 is background, or None.
-    names       instance id -> object name, e.g. {3: "carrot"}.
-    intrinsics  [3, 3] pixels, or None. Pixel centres are at integer + 0.5.
-    extrinsics  [4, 4] camera pose in the base frame (camera -> base), or None.
-    boxes       instance id -> [8, 3] true oriented-box vertices, camera frame, metres (any order), or None.
-    source      where it came from.
-    is_turned   whether its EXIF turns or mirrors it in a way that its size does not show.
-    is_measured whether depth and instances are from sensors: near to the truth, not it.
+    Attributes:
+        image: [h, w, 3] uint8, RGB.
+        depth: [h, w] float32, meters along the camera's z axis; 0 or inf where unknown.
+        instances: [h, w] int32, instance ids; 0 is background.
+        names: instance id -> object name, for example {3: "carrot"}.
+        intrinsics: [3, 3], pixels. Pixel centers are at integer + 0.5.
+        extrinsics: [4, 4], camera pose in the base frame (maps camera to base coordinates).
+        boxes: instance id -> [8, 3] vertices of the true oriented box in any order, camera frame,
+            meters.
+        source: where the image comes from.
+        is_turned: whether the image's EXIF data turns or mirrors it in a way that its size does not
+            show.
+        is_measured: whether depth and instances come from sensors, so that they are near the truth
+            only.
     """
 
     image: Array
@@ -183,8 +220,11 @@ class Frame:
 class Box3D:
     """An oriented 3D box, camera frame.
 
-    vertices  [8, 3] in the consistent order of `spear.labels.fit.box3d.order_vertices`.
-    center    [3]; size [3] full side lengths along the box axes; rotation [3, 3] columns are the box axes.
+    Attributes:
+        vertices: [8, 3], in the order of `spear.labels.fit.box3d.order_vertices`.
+        center: [3].
+        size: [3], full side lengths along the box axes.
+        rotation: [3, 3], its columns are the box axes.
     """
 
     vertices: Array
@@ -195,14 +235,16 @@ class Box3D:
 
 @dataclass(frozen=True)
 class LabeledObject:
-    """One object of a labelled image.
+    """An object of a labeled image.
 
-    name        what the detector called it.
-    box2d       [4] x0, y0, x1, y1 in pixels.
-    mask        run lengths (COCO, column-major, starting with zeros) of the instance mask.
-    box3d       oriented box, or None when too few points were left.
-    keypoints   {"closest", "furthest", "centre"} -> [3] camera frame; the first two of what is seen.
-    scores      quality numbers: detection score, points, visible fraction, ...
+    Attributes:
+        name: what the detector calls it.
+        box2d: [4], x0, y0, x1, y1 in pixels.
+        mask: instance mask as run lengths (COCO: column-major, starting with zeros).
+        box3d: the oriented box; None if too few points of the object are known.
+        keypoints: {"closest", "furthest", "centre"} -> [3], camera frame. The first two are of the
+            visible surface.
+        scores: quality measures: detection score, number of points, visible fraction and others.
     """
 
     name: str
@@ -215,12 +257,17 @@ class LabeledObject:
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """An image and what is known of its objects in 3D.
+    """An image with its objects in 3D.
 
-    image       encoded bytes (JPEG or PNG); width, height in pixels.
-    intrinsics  [3, 3] pixels.
-    unit        of every 3D number here: "metre" or MoGe's "relative".
-    provenance  which model said what: {"detector": ..., "segmenter": ..., "pointmap": ...}.
+    Attributes:
+        image: the encoded image (JPEG or PNG).
+        width: in pixels.
+        height: in pixels.
+        intrinsics: [3, 3], pixels.
+        objects: the objects of the image.
+        unit: of every 3D number in the label.
+        source: where the image comes from.
+        provenance: which model made what: {"detector": …, "segmenter": …, "pointmap": …}.
     """
 
     image: bytes
@@ -235,14 +282,15 @@ class LabeledImage:
 
 @dataclass(frozen=True)
 class Question:
-    """A 3D question and its answer.
+    """A question about an image, and its answer.
 
-    family    which of the question families made it ("box_vertices", "keypoint", ...).
-    prompt    the question in words.
-    segments  the answer as text pieces and numbers: each item is a str, a float (one 3D token, in the label's
-              unit, camera frame) or a `Pixel` (two location tokens). Text and numbers in reading order.
-    objects   the names asked about.
-    unit      of the floats.
+    Attributes:
+        family: the question type, one of those in `spear.question_types`.
+        prompt: the question in words.
+        segments: the answer in reading order. An item is text, a float (one 3D token, in the
+            label's unit, camera frame) or a `Pixel` (two location tokens).
+        objects: names of the objects asked about.
+        unit: of the floats.
     """
 
     family: str
@@ -254,42 +302,59 @@ class Question:
     @property
     def values(self) -> list[float]:
         """The 3D numbers of the answer, in order."""
-        return [s for s in self.segments if isinstance(s, float)]
+        return [segment for segment in self.segments if isinstance(segment, float)]
 
 
 @dataclass(frozen=True)
 class Pixel:
-    """A 2D image location as fractions of the image: x in [0, 1) left to right, y top to bottom."""
+    """A location in an image: x in [0, 1) from left to right, y in [0, 1) from top to bottom.
+
+    Example:
+        >>> str(Pixel(0.25, 0.5))  # PaliGemma's two location tokens, y before x
+        '<loc0512><loc0256>'
+    """
 
     x: float
     y: float
 
     def __str__(self) -> str:
-        """As PaliGemma's two location tokens, y before x: "<loc0512><loc0256>"."""
-        return "".join(f"<loc{min(max(int(v * 1024), 0), 1023):04d}>" for v in (self.y, self.x))
+        """The location as PaliGemma's location tokens, 1,024 of them along each axis."""
+        indices = [min(max(int(value * 1024), 0), 1023) for value in (self.y, self.x)]
+        return "".join(f"<loc{index:04d}>" for index in indices)
 
 
 Segments = Sequence[str | float | Pixel]
-"""An answer, in reading order: text, numbers and image locations."""
+"""An answer in reading order: text, numbers and image locations."""
 
 
 class Policy(Protocol):
-    """Anything that acts. The openpi convention: a flat dict in, a dict out.
+    """Anything that acts. The convention is openpi's: a flat dict in, a dict out.
 
-    Observation keys
-        "observation/image"        [h, w, 3] uint8, the external camera
-        "observation/wrist_image"  [h, w, 3] uint8, optional
-        "observation/state"        [8] float32: position (m) and quaternion (w x y z), base; gripper opening
-        "prompt"                   str
-        "seed"                     int, optional: fixes what is random in this answer; give each look another
-        "committed"                [d, 8] float32, optional: actions that are executed before the answer is
-                                   there, which begins with them
-    Result keys
-        "actions"                  [H, 8] float32, the layout of `Action`, metres
-    It may say which cameras it takes: `image_sizes`, view → (width, height), as
+    An observation has these keys:
+
+        "observation/image"        [h, w, 3] uint8, the external camera.
+        "observation/wrist_image"  [h, w, 3] uint8, optional.
+        "observation/state"        [8] float32: position (m) and quaternion (w, x, y, z), base
+                                   frame; gripper opening.
+        "prompt"                   str, the instruction.
+        "seed"                     int, optional: fixes what is random in this answer. Send another
+                                   one with each observation.
+        "committed"                [d, 8] float32, optional: the committed prefix, actions that will
+                                   be executed before the answer arrives. The answer begins with
+                                   them.
+
+    The result has one key:
+
+        "actions"                  [H, 8] float32, in the layout of `Action`, meters.
+
+    A policy may say which cameras it takes, by an attribute `image_sizes`, view → (width, height), as
     `spear.embodiments.observations.get_image_sizes` returns them.
     """
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]: ...
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute an action chunk for one observation."""
+        ...
 
-    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]: ...
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Compute an action chunk for each of several observations."""
+        ...
