@@ -1,15 +1,18 @@
-"""3D tokens: equal use, round trips, bad values, and their place in a tokenizer and an embedding table."""
+"""3D tokens: equal use, round trips, bad values, and their place in a tokenizer and an embedding
+table."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,188 +26,360 @@ from spear.tokens import (
 )
 
 
-def coordinates(n: int, seed: int) -> np.ndarray:
-    """Camera-frame coordinates as labels have them: mostly around 0, depth skewed, metres."""
+def draw_coordinates(n: int, seed: int) -> np.ndarray:
+    """Camera-frame coordinates as labels have them: mostly around 0, depth skewed, meters."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.normal(0, 0.3, 2 * n), rng.lognormal(0.2, 0.4, n)])
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CoordinateTokenizer:
-    return CoordinateTokenizer.fit(coordinates(100_000, seed=0))
+    return CoordinateTokenizer.fit(draw_coordinates(100_000, seed=0))
+
+
+# Bins
 
 
 def test_token_use_is_uniform_on_held_out_data(tokenizer: CoordinateTokenizer) -> None:
-    held_out = coordinates(100_000, seed=1)
+    held_out = draw_coordinates(100_000, seed=1)
+
     counts = np.bincount(tokenizer.encode(held_out), minlength=NUM_BINS)
+
     expected = len(held_out) / NUM_BINS
-    # Both the edges and the counts are samples of n values: the variance of a count is twice Poisson's.
-    deviation = (counts - expected) / math.sqrt(2 * expected)
-    assert abs(float(deviation.std()) - 1) < 0.1 and float(np.abs(deviation).max()) < 5
-    assert tokenizer.num_bins == NUM_BINS
+    # Edges and counts are both from samples of n values: a count has twice Poisson's variance.
+    deviations = (counts - expected) / math.sqrt(2 * expected)
+    assert float(deviations.std()) == pytest.approx(1, abs=0.1)
+    assert float(np.abs(deviations).max()) < 5
 
 
-def test_decoding_lands_inside_the_bin(tokenizer: CoordinateTokenizer) -> None:
-    x = coordinates(10_000, seed=2).clip(tokenizer.bin_edges[0], tokenizer.bin_edges[-1])
-    ids = tokenizer.encode(x)
-    decoded = tokenizer.decode(ids)
-    assert (tokenizer.bin_edges[ids] <= decoded).all() and (
-        decoded < tokenizer.bin_edges[ids + 1]
-    ).all()
-    assert (tokenizer.bin_edges[ids] <= x).all() and (x <= tokenizer.bin_edges[ids + 1]).all()
-    assert (tokenizer.encode(decoded) == ids).all()
-    assert (tokenizer.encode(tokenizer.decode(np.arange(NUM_BINS))) == np.arange(NUM_BINS)).all()
+def test_the_default_is_1024_bins(tokenizer: CoordinateTokenizer) -> None:
+    assert tokenizer.num_bins == NUM_BINS == 1024
 
 
-def test_a_representative_is_the_median_of_its_bin_and_values_out_of_range_clamp() -> None:
-    fitted = CoordinateTokenizer.fit(np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40]), bins=2)
-    assert fitted.bin_edges.tolist() == [0, 6.5, 40] and fitted.bin_centers.tolist() == [1.5, 20]
-    fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
-    assert fitted.encode(np.array([-1.0, 0, 1.0])).tolist()[::2] == [0, NUM_BINS - 1]
-    assert fitted.encode([[-1.001, -math.inf], [0.0, 2]]).tolist()[0] == [0, 0]
-    assert fitted.encode(0.25).shape == () and fitted.encode(np.zeros((0, 3))).shape == (0, 3)
+def test_bins_of_few_values_are_their_quantiles_and_medians() -> None:
+    values = np.array([0.0, 1, 1.5, 2, 3, 10, 11, 20, 29, 40])
 
+    fitted = CoordinateTokenizer.fit(values, bins=2)
 
-def test_bad_values_are_refused(tokenizer: CoordinateTokenizer) -> None:
-    refuses("NaN", tokenizer.encode, np.array([0.1, math.nan]))
-    for bad in (math.nan, math.inf):
-        refuses("NaN or infinite", CoordinateTokenizer.fit, [0.0, 1.0, bad])
-    refuses(
-        "'unifrom': did you mean 'uniform'", CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom"
-    )
-    for few in ([], [2.0], [2.0, 2.0, 2.0]):
-        refuses("at least 2", CoordinateTokenizer.fit, few)
-    for ids in ([-1], [0, NUM_BINS]):
-        refuses("1023", tokenizer.decode, ids)
+    assert fitted.bin_edges.tolist() == [0, 6.5, 40]
+    assert fitted.bin_centers.tolist() == [1.5, 20]
 
 
 @given(
-    hnp.arrays(
+    values=hnp.arrays(
         np.float64,
         st.integers(2, 40),
         elements=st.one_of(st.sampled_from([0.0, 0.1, 0.25, -3.0]), st.floats(-1e3, 1e3)),
     ),
-    st.integers(1, 64),
+    bins=st.integers(1, 64),
 )
 def test_any_values_with_ties_give_increasing_edges(values: np.ndarray, bins: int) -> None:
-    if len(np.unique(values)) < 2:
-        return
+    assume(len(np.unique(values)) >= 2)
+
     fitted = CoordinateTokenizer.fit(values, bins)
+
     assert (np.diff(fitted.bin_edges) > 0).all()
-    assert (fitted.encode(fitted.decode(np.arange(bins))) == np.arange(bins)).all()
-    order = np.sort(values)
-    assert (np.diff(fitted.encode(order)) >= 0).all()
-    assert fitted.bin_edges[0] <= order[0] and order[-1] <= fitted.bin_edges[-1]
+    assert fitted.bin_edges[0] <= values.min()
+    assert values.max() <= fitted.bin_edges[-1]
+    ids = np.arange(bins)
+    assert (fitted.encode(fitted.decode(ids)) == ids).all()
+    assert (np.diff(fitted.encode(np.sort(values))) >= 0).all()
 
 
 def test_repeated_values_count_as_often_as_they_occur() -> None:
     values = np.random.default_rng(0).normal(size=20_000).round(1)
-    for i, edge in enumerate(CoordinateTokenizer.fit(values, bins=64).bin_edges[1:-1], start=1):
-        # The tick that the edge was spread below holds the i-th share of the values.
-        tick = np.ceil(edge * 10 - 1e-9) / 10
-        assert (
-            (values < tick - 0.01).mean() - 0.01 <= i / 64 <= (values < tick + 0.01).mean() + 0.01
-        )
+
+    edges = CoordinateTokenizer.fit(values, bins=64).bin_edges
+
+    for i, edge in enumerate(edges[1:-1], start=1):
+        # The repeated value whose occurrences were spread over the gap that contains the edge.
+        value = np.ceil(edge * 10 - 1e-9) / 10
+        fraction_below = (values < value - 0.01).mean()
+        fraction_up_to = (values < value + 0.01).mean()
+        assert fraction_below - 0.01 <= i / 64 <= fraction_up_to + 0.01
 
 
-def test_saving_and_loading_is_exact(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
-    fitted = CoordinateTokenizer.fit(coordinates(2000, seed=3), unit="relative")
+# Encoding and decoding
+
+
+def test_decoded_coordinates_are_in_the_bin_of_the_encoded_ones(
+    tokenizer: CoordinateTokenizer,
+) -> None:
+    edges = tokenizer.bin_edges
+    coordinates = draw_coordinates(10_000, seed=2).clip(edges[0], edges[-1])
+
+    ids = tokenizer.encode(coordinates)
+    decoded = tokenizer.decode(ids)
+
+    assert (edges[ids] <= coordinates).all()
+    assert (coordinates <= edges[ids + 1]).all()
+    assert (edges[ids] <= decoded).all()
+    assert (decoded < edges[ids + 1]).all()
+
+
+def test_every_id_is_encoded_from_its_decoded_coordinate(tokenizer: CoordinateTokenizer) -> None:
+    ids = np.arange(NUM_BINS)
+
+    assert (tokenizer.encode(tokenizer.decode(ids)) == ids).all()
+
+
+def test_the_smallest_and_largest_fitted_values_have_the_first_and_last_id() -> None:
+    fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
+
+    assert fitted.encode([-1.0, 1.0]).tolist() == [0, NUM_BINS - 1]
+
+
+def test_values_out_of_range_have_the_first_or_last_id() -> None:
+    fitted = CoordinateTokenizer.fit(np.linspace(-1, 1, 5000))
+
+    assert fitted.encode([-1.001, -math.inf]).tolist() == [0, 0]
+    assert fitted.encode([2, math.inf]).tolist() == [NUM_BINS - 1, NUM_BINS - 1]
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 2)])
+def test_ids_have_the_shape_of_the_coordinates(
+    tokenizer: CoordinateTokenizer, shape: tuple[int, ...]
+) -> None:
+    ids = tokenizer.encode(np.zeros(shape))
+
+    assert ids.shape == shape
+    assert tokenizer.decode(ids).shape == shape
+
+
+# Bad values
+
+
+def test_nan_is_not_encoded(tokenizer: CoordinateTokenizer) -> None:
+    refuses("NaN", tokenizer.encode, np.array([0.1, math.nan]))
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, NUM_BINS]])
+def test_ids_out_of_range_are_not_decoded(tokenizer: CoordinateTokenizer, ids: list[int]) -> None:
+    refuses("1023", tokenizer.decode, ids)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fitting_refuses_values_that_are_not_finite(value: float) -> None:
+    refuses("NaN or infinite", CoordinateTokenizer.fit, [0.0, 1.0, value])
+
+
+@pytest.mark.parametrize("values", [[], [2.0], [2.0, 2.0, 2.0]])
+def test_fitting_refuses_fewer_than_two_different_values(values: ArrayLike) -> None:
+    refuses("at least 2", CoordinateTokenizer.fit, values)
+
+
+def test_fitting_refuses_an_unknown_spacing() -> None:
+    suggestion = "'unifrom': did you mean 'uniform'"
+
+    refuses(suggestion, CoordinateTokenizer.fit, [0.0, 1.0], spacing="unifrom")
+
+
+# Files
+
+
+def test_saving_and_loading_is_exact(tmp_path: Path) -> None:
+    fitted = CoordinateTokenizer.fit(draw_coordinates(2000, seed=3), unit="relative")
     path = tmp_path / "coordinates.json"
+
     fitted.save(path)
     loaded = CoordinateTokenizer.load(path)
+
     assert loaded.bin_edges.tobytes() == fitted.bin_edges.tobytes()
     assert loaded.bin_centers.tobytes() == fitted.bin_centers.tobytes()
-    assert loaded.unit == "relative" and tokenizer.unit == "metre"
-    assert [p.name for p in tmp_path.iterdir()] == ["coordinates.json"]
+    assert loaded.unit == "relative"
+    assert [file.name for file in tmp_path.iterdir()] == ["coordinates.json"]
 
 
-def test_bad_files_are_one_clear_line(tokenizer: CoordinateTokenizer, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    refuses(r"coordinates\.json", CoordinateTokenizer.load, tmp_path / "coordinates.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "coordinates.json"
+    path.write_text(text)
+
     refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
-    tokenizer.save(path)
-    good = json.loads(path.read_text())
-    for text in (
-        "{",
-        "[]",
-        json.dumps({k: v for k, v in good.items() if k != "edges"}),
-        json.dumps(good | {"edges": good["edges"][::-1]}),
-        json.dumps(good | {"representatives": good["representatives"][1:]}),
-        json.dumps(good | {"unit": "inch"}),
-        json.dumps(good | {"edges": [math.nan] * (NUM_BINS + 1)}),
-        json.dumps(good | {"edges": [*good["edges"][:-1], math.inf]}),
-        json.dumps(good | {"edges": [0.0], "representatives": []}),
-        json.dumps(good | {"edges": [good["edges"]], "representatives": [[]]}),
-    ):
-        path.write_text(text)
-        refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"edges": None},
+        {"edges": [3.0, 2.0, 1.0, 0.0]},
+        {"representatives": [1.5, 2.5]},
+        {"unit": "inch"},
+        {"edges": [math.nan] * 4},
+        {"edges": [0.0, 1.0, 2.0, math.inf]},
+        {"edges": [0.0], "representatives": []},
+        {"edges": [[0.0, 1.0, 2.0, 3.0]], "representatives": [[]]},
+    ],
+    ids=[
+        "no edges",
+        "decreasing edges",
+        "too few centers",
+        "unknown unit",
+        "NaN edges",
+        "infinite edge",
+        "no bins",
+        "two dimensions",
+    ],
+)
+def test_a_file_with_bad_content_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    content = {"unit": "metre", "edges": [0.0, 1.0, 2.0, 3.0], "representatives": [0.5, 1.5, 2.5]}
+    path = tmp_path / "coordinates.json"
+    path.write_text(json.dumps(content))
+    CoordinateTokenizer.load(path)  # the content is good without the changes
+    changed = {key: value for key, value in (content | changes).items() if value is not None}
+    path.write_text(json.dumps(changed))
+
+    refuses(r"coordinates\.json", CoordinateTokenizer.load, path)
+
+
+# Hugging Face tokenizers
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<unk>", "the", "mug", "is", "at", "and", "."])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
 
 
-def test_a_hugging_face_tokenizer_learns_the_names(tmp_path: Path) -> None:
-    words = word_tokenizer()
-    before, first = len(words), extend_tokenizer(words)
-    assert first == before and len(words) == before + NUM_BINS
-    names = [TOKEN_FORMAT.format(i) for i in range(NUM_BINS)]
-    assert names[7] == "<3d0007>"
-    text = f"the mug is at {names[0]}{names[1023]} {names[512]} and"
-    ids = words(text)["input_ids"]
-    assert ids == [1, 2, 3, 4, first, first + 1023, first + 512, 5]
-    assert names[1023] in words.decode(ids, skip_special_tokens=True)
-    assert extend_tokenizer(words) == first and len(words) == before + NUM_BINS
+TOKENS = [TOKEN_FORMAT.format(i) for i in range(NUM_BINS)]
+TEXT = f"the mug is at {TOKENS[0]}{TOKENS[1023]} {TOKENS[512]} and"
 
+
+def test_3d_tokens_are_numbered_names() -> None:
+    assert TOKENS[7] == "<3d0007>"
+
+
+def test_3d_tokens_follow_the_vocabulary() -> None:
+    words = make_word_tokenizer()
+    num_words = len(words)
+
+    first_id = extend_tokenizer(words)
+
+    assert first_id == num_words
+    assert len(words) == num_words + NUM_BINS
+    expected = [1, 2, 3, 4, first_id, first_id + 1023, first_id + 512, 5]
+    assert words(TEXT)["input_ids"] == expected
+
+
+def test_3d_tokens_are_not_skipped_as_special_tokens() -> None:
+    words = make_word_tokenizer()
+    extend_tokenizer(words)
+
+    decoded = words.decode(words(TEXT)["input_ids"], skip_special_tokens=True)
+
+    assert TOKENS[1023] in decoded
+
+
+def test_extending_a_tokenizer_twice_changes_nothing() -> None:
+    words = make_word_tokenizer()
+    first_id = extend_tokenizer(words)
+    num_words = len(words)
+
+    assert extend_tokenizer(words) == first_id
+    assert len(words) == num_words
+
+
+def test_a_saved_tokenizer_has_the_same_3d_tokens(tmp_path: Path) -> None:
+    words = make_word_tokenizer()
+    first_id = extend_tokenizer(words)
     words.save_pretrained(tmp_path)
-    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert extend_tokenizer(again) == first and again(text)["input_ids"] == ids
-    scattered = word_tokenizer()
+
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+
+    assert extend_tokenizer(loaded) == first_id
+    assert loaded(TEXT)["input_ids"] == words(TEXT)["input_ids"]
+
+
+def test_a_tokenizer_with_scattered_3d_tokens_is_refused() -> None:
+    scattered = make_word_tokenizer()
     scattered.add_tokens(["<3d0001>"])
+
     refuses("3D tokens", extend_tokenizer, scattered)
 
 
+# Embeddings
+
+
 def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> None:
-    g = torch.Generator().manual_seed(0)
-    existing = torch.randn(20_000, 6, generator=g) @ torch.randn(6, 6, generator=g) + torch.arange(
-        6
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(20_000, 6, generator=generator)
+    existing = mixing @ torch.randn(6, 6, generator=generator) + torch.arange(6)
+
+    new = init_new_embeddings(existing, 50_000, generator)
+
+    variance = float(torch.cov(existing.T).diag().max())
+    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * variance**0.5, rtol=0)
+    torch.testing.assert_close(
+        torch.cov(new.T), torch.cov(existing.T), atol=0.03 * variance, rtol=0
     )
-    new = init_new_embeddings(existing, 50_000, g)
-    scale = float(torch.cov(existing.T).diag().max())
-    torch.testing.assert_close(new.mean(0), existing.mean(0), atol=0.03 * scale**0.5, rtol=0)
-    torch.testing.assert_close(torch.cov(new.T), torch.cov(existing.T), atol=0.03 * scale, rtol=0)
-    same = [init_new_embeddings(existing, 5, torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*same)
+
+
+def test_the_same_generator_draws_the_same_embeddings() -> None:
+    existing = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+
+    first = init_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
+    second = init_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
+
+    assert torch.equal(first, second)
 
 
 def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
-    g = torch.Generator().manual_seed(0)
-    few = torch.randn(3, 16, generator=g).bfloat16()  # three rows span a plane around their mean
-    new = init_new_embeddings(few, 8, g)
-    assert new.dtype == torch.bfloat16 and new.shape == (8, 16) and bool(torch.isfinite(new).all())
-    basis = torch.linalg.svd((few - few.mean(0)).float()).Vh[:2]
-    offset = new.float() - few.float().mean(0)
+    generator = torch.Generator().manual_seed(0)
+    # Three rows span a plane around their mean.
+    existing = torch.randn(3, 16, generator=generator).bfloat16()
+
+    new = init_new_embeddings(existing, 8, generator)
+
+    assert new.dtype == torch.bfloat16
+    assert new.shape == (8, 16)
+    basis = torch.linalg.svd((existing - existing.mean(0)).float()).Vh[:2]
+    offset = new.float() - existing.float().mean(0)
     assert float((offset - offset @ basis.T @ basis).abs().max()) < 0.02
-    constant = torch.full((10, 4), 0.5)
-    torch.testing.assert_close(init_new_embeddings(constant, 2, g), constant[:2])
 
 
-def test_smooth_embeddings_have_the_same_distribution_and_alike_neighbours() -> None:
+def test_new_embeddings_of_equal_ones_are_the_same() -> None:
+    existing = torch.full((10, 4), 0.5)
+
+    new = init_new_embeddings(existing, 2, torch.Generator().manual_seed(0))
+
+    torch.testing.assert_close(new, existing[:2])
+
+
+@pytest.fixture(scope="module")
+def smooth_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """Existing embeddings, and 400 drawn smooth tables [400, 256, 12]."""
     generator = torch.Generator().manual_seed(0)
     existing = torch.randn(500, 12, generator=generator, dtype=torch.float64)
     existing = existing @ torch.randn(12, 12, generator=generator, dtype=torch.float64) + 3.0
-    # [draws, rows, width]
-    tables = torch.stack(
-        [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
-    )
-    pooled, scale = tables[:, ::64].reshape(-1, 12), existing.std(0)
-    assert ((pooled.mean(0) - existing.mean(0)).abs() < 0.15 * scale).all()
-    assert (pooled.T.cov() - existing.T.cov()).abs().max() < 0.15 * existing.T.cov().abs().max()
+    tables = [init_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
+    return existing, torch.stack(tables)
 
-    def likeness(gap: int) -> float:
-        centred = (tables - existing.mean(0)) / scale
-        return float((centred[:, :-gap] * centred[:, gap:]).mean())
 
-    assert likeness(1) > 0.95 and likeness(1) > likeness(16) > likeness(200)
+def test_smooth_embeddings_have_the_distribution_of_the_existing_ones(
+    smooth_tables: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    existing, tables = smooth_tables
+    rows = tables[:, ::64].reshape(-1, 12)
+
+    assert ((rows.mean(0) - existing.mean(0)).abs() < 0.15 * existing.std(0)).all()
+    covariance = existing.T.cov()
+    assert (rows.T.cov() - covariance).abs().max() < 0.15 * covariance.abs().max()
+
+
+def test_smooth_embeddings_are_alike_if_their_rows_are_near(
+    smooth_tables: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    existing, tables = smooth_tables
+    standardized = (tables - existing.mean(0)) / existing.std(0)
+
+    def correlation(gap: int) -> float:
+        return float((standardized[:, :-gap] * standardized[:, gap:]).mean())
+
+    assert correlation(1) > 0.95
+    assert correlation(1) > correlation(16)
+    assert correlation(16) > correlation(200)

@@ -195,6 +195,8 @@ def perturb_committed(
     is_next = (num_committed == index)[..., None]  # the first action that is not committed
 
     # Translations are displacements in the base frame, so their errors add up.
+    if is_valid is None:
+        is_valid = torch.ones_like(is_committed)
     scale = _standard_deviation(data.translation, is_valid)
     error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
     translation = data.translation + error - is_next * error.sum(-2, keepdim=True)
@@ -202,10 +204,8 @@ def perturb_committed(
     # A rotation is in the frame that the rotation before it leads to.
     perturbation = quat_exp(PERTURBATION_ROTATION_RAD * noise[..., 3:])
     rotations = []
-    missing = torch.zeros_like(
-        data.rotation[..., 0, :]
-    )  # from the demonstrated frame to the actual
-    missing[..., 0] = 1
+    missing = torch.zeros_like(data.rotation[..., 0, :])
+    missing[..., 0] = 1  # the rotation from the demonstrated frame to the actual one
     for i, demonstrated in enumerate(data.rotation.unbind(-2)):
         correcting = quat_multiply(quat_conjugate(missing), demonstrated)
         perturbed = quat_multiply(demonstrated, perturbation[..., i, :])
@@ -506,11 +506,10 @@ def _chord(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def _standard_deviation(values: Tensor, is_valid: Tensor | None) -> Tensor:
-    """The standard deviation [·] of values [..., H, ·] over the valid ones [..., H]."""
-    all_but_last = tuple(range(values.dim() - 1))
-    counts = torch.ones_like(values[..., 0]) if is_valid is None else is_valid
-    weight = (counts / counts.sum().clamp_min(1))[..., None]
+def _standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
+    """The standard deviation [·] of values [..., H, ·] over those that are valid, [..., H] bool."""
+    all_but_last = tuple(range(is_valid.dim()))
+    weight = (is_valid / is_valid.sum().clamp_min(1))[..., None]
     mean = (weight * values).sum(all_but_last)
     return (weight * (values - mean).square()).sum(all_but_last).sqrt()
 
@@ -519,8 +518,6 @@ def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
     """The mean of errors over the actions that count."""
     if mask is None:
         return error.mean()
-    if (
-        mask.shape != error.shape
-    ):  # a mask of one number per chunk would broadcast along another axis
+    if mask.shape != error.shape:  # one number per chunk would broadcast along another axis
         raise ValueError(f"mask {list(mask.shape)}: give {list(error.shape)}")
     return torch.where(mask, error, 0).sum() / mask.sum().clamp_min(1)

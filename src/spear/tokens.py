@@ -1,8 +1,10 @@
-"""Coordinates ⇄ 3D tokens: the numbers of SPEAR-VLM's answers as words of its vocabulary.
+"""Coordinates ⇄ 3D tokens: the numbers in SPEAR-VLM's answers as words of its vocabulary.
 
-The paper adds N = 1024 "3D tokens" whose bins are not uniform: coordinates are about normally distributed, so
-the bins are their quantiles, fine near the mean and wide in the tails, and every token is used about equally
-often. New embeddings are drawn from a normal with the mean and covariance of the pretrained ones.
+The paper adds N = 1024 "3D tokens" to the vocabulary, each for an interval (bin) of coordinates.
+The bins are not uniform: coordinates are about normally distributed, so the bins are their
+quantiles, fine near the mean and wide in the tails. Every token is then used about equally often.
+New embeddings are drawn from a normal distribution with the mean and covariance of the pretrained
+ones.
 """
 
 import json
@@ -21,23 +23,36 @@ from spear.errors import SpearError, check_known
 from spear.types import Array, Unit
 from spear.util.files import write_text
 
-NUM_BINS = 1024
-BinSpacing = Literal["quantile", "uniform"]
-"""Where the edges of the bins lie: at quantiles of the fitted values (the paper), or at equal distances."""
+NUM_BINS = 1024  # the paper's
 TOKEN_FORMAT = "<3d{:04d}>"
+BinSpacing = Literal["quantile", "uniform"]
+"""Where the bin edges are: at quantiles of the fitted values (the paper), or at equal distances."""
 
-_CHUNK = 8192
-"""Embedding rows taken to float64 at a time, so that a large vocabulary is never copied whole."""
+_NUM_ROWS_AT_ONCE = 8192  # embedding rows in float64, instead of a copy of the whole table
+
+_NUM_WAVES = 64  # of a smooth column of embeddings
+_MIN_WAVELENGTH_ROWS = 8
+_MAX_WAVELENGTH_TABLES = 4  # in lengths of the table
 
 
 @dataclass
 class CoordinateTokenizer:
-    """Numbers in `unit` to bin ids 0 … bins - 1 and back.
+    """Converts coordinates to token ids 0 … num_bins - 1, and back.
 
-    bin_edges    [bins + 1] strictly increasing; bin i is [edges[i], edges[i + 1]),
-                 the last one closed.
-    bin_centers  [bins] the median of the fitted values of each bin (its middle if it had none).
-    unit         of the values, "metre" or "relative".
+    Attributes:
+        bin_edges: [num_bins + 1], strictly increasing. Bin i is [edge i, edge i + 1); the last is
+            closed.
+        bin_centers: [num_bins], the median of the fitted values in each bin, or the middle of a bin
+            without.
+        unit: of the coordinates.
+
+    Example:
+        >>> tokenizer = CoordinateTokenizer.fit(np.random.default_rng(0).normal(size=10_000))
+        >>> ids = tokenizer.encode([-0.5, 0.5])
+        >>> ids
+        array([316, 699])
+        >>> tokenizer.decode(ids).round(2)
+        array([-0.5,  0.5])
     """
 
     bin_edges: Array
@@ -55,50 +70,61 @@ class CoordinateTokenizer:
         unit: Unit = "metre",
         spacing: BinSpacing = "quantile",
     ) -> "CoordinateTokenizer":
-        """Bins with equal shares of the values (any shape, pooled); "uniform" ones are equally wide instead.
+        """Choose bins that contain equal numbers of the given values.
 
-        Repeated values are spread evenly over the gap below them, so that edges always increase strictly.
-        Raises `SpearError` for another spacing, values that are not finite, and fewer than two different.
+        Args:
+            values: coordinates of any shape, pooled. Repeated values are spread evenly over the gap
+                below them, so that edges always increase strictly.
+            bins: number of bins.
+            unit: of the values.
+            spacing: "uniform" makes the bins equally wide instead.
+
+        Raises:
+            SpearError: for an unknown spacing, values that are not finite, and fewer than two
+                different ones.
         """
         check_known("spacing", get_args(BinSpacing), spacing)
-        flat = np.sort(np.asarray(values, dtype=np.float64).ravel())
-        if not np.isfinite(flat).all():
+        sorted_values = np.sort(np.asarray(values, dtype=np.float64).ravel())
+        if not np.isfinite(sorted_values).all():
             raise SpearError(
                 "coordinates to fit 3D tokens on: some are NaN or infinite: leave those out"
             )
-        distinct, counts = np.unique(flat, return_counts=True)
+        distinct, counts = np.unique(sorted_values, return_counts=True)
         if len(distinct) < 2:
             raise SpearError(
                 f"coordinates to fit 3D tokens on: {len(distinct)} different: give at least 2"
             )
-        share = (np.cumsum(counts) - counts[0]) / (len(flat) - counts[0])
+
         if spacing == "uniform":
             edges = np.linspace(distinct[0], distinct[-1], bins + 1)
         else:
-            edges = np.interp(np.linspace(0, 1, bins + 1), share, distinct)
+            num_others = len(sorted_values) - counts[0]
+            cumulative_fraction = (np.cumsum(counts) - counts[0]) / num_others
+            edges = np.interp(np.linspace(0, 1, bins + 1), cumulative_fraction, distinct)
         for i in range(bins):  # rounding may have closed the narrowest bins
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
-        middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
-        middle = np.where(middle < edges[1:], middle, edges[:-1])
-        ends = np.searchsorted(flat, [*edges[1:-1], math.inf])  # of each bin's values
-        starts = np.append(0, ends[:-1])
-        representatives = np.where(starts < ends, flat[(starts + ends - 1) // 2], middle)
-        return CoordinateTokenizer(edges, representatives, unit)
+
+        return CoordinateTokenizer(edges, _find_bin_centers(edges, sorted_values), unit)
 
     def encode(self, values: ArrayLike) -> Array:
-        """Bin ids, int64, of the same shape; monotone in the value.
+        """The id of each value's bin, int64, of the same shape.
 
-        Values out of range take the first or last bin. NaN raises `SpearError`.
+        Values below or above all bins get the first or last id.
+
+        Raises:
+            SpearError: a value is NaN.
         """
-        x = np.asarray(values, dtype=np.float64)
-        if np.isnan(x).any():
+        array = np.asarray(values, dtype=np.float64)
+        if np.isnan(array).any():
             raise SpearError("coordinates to encode as 3D tokens: some are NaN: leave those out")
-        return np.asarray(np.searchsorted(self.bin_edges[1:-1], x, side="right"), dtype=np.int64)
+        ids = np.searchsorted(self.bin_edges[1:-1], array, side="right")
+        return np.asarray(ids, dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> Array:
-        """The representative of each bin, in `unit`, float64, of the same shape.
+        """The center of each id's bin, in `unit`, float64, of the same shape.
 
-        Ids outside 0 … bins - 1 raise `SpearError`.
+        Raises:
+            SpearError: an id is not in 0 … num_bins - 1.
         """
         index = np.asarray(ids, dtype=np.int64)
         if index.size and (index.min() < 0 or index.max() >= self.num_bins):
@@ -108,90 +134,134 @@ class CoordinateTokenizer:
         return np.asarray(self.bin_centers[index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it exactly (floats with all their digits), whole or not at all."""
-        content = {"edges": self.bin_edges.tolist(), "representatives": self.bin_centers.tolist()}
-        write_text(Path(path), json.dumps({"unit": self.unit, **content}))
+        """Write the tokenizer as JSON, with all digits, so that `load` gives exactly the same
+        back."""
+        content = {
+            "unit": self.unit,
+            "edges": self.bin_edges.tolist(),
+            "representatives": self.bin_centers.tolist(),
+        }
+        write_text(Path(path), json.dumps(content))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "CoordinateTokenizer":
-        """Read what `save` wrote; `SpearError` if the file is missing or not a tokenizer."""
+        """Read what `save` wrote.
+
+        Raises:
+            SpearError: the file is missing, or not a tokenizer.
+        """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            edges, value = (
-                np.asarray(content[name], np.float64) for name in ("edges", "representatives")
-            )
+            edges = np.asarray(content["edges"], np.float64)
+            centers = np.asarray(content["representatives"], np.float64)
             unit = content["unit"]
-            if unit not in get_args(Unit):
-                raise ValueError(f"unknown unit {unit!r}")
-            low, high = edges[:-1], edges[1:]
-            rising = (low <= value) & (value <= high) & (low < high) & np.isfinite(high - low)
-            if low.ndim != 1 or low.shape != value.shape or not (len(low) and rising.all()):
-                raise ValueError("finite edges must increase, with one value between each two")
+            _check_bins(edges, centers, unit)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise SpearError(
                 f"not a 3D tokenizer: {path} ({error}): choose another file"
             ) from error
-        return CoordinateTokenizer(edges, value, unit)
+        return CoordinateTokenizer(edges, centers, unit)
+
+
+def _find_bin_centers(edges: Array, sorted_values: Array) -> Array:
+    """The median of the values in each bin (the lower one of two), or the middle of a bin without
+    values."""
+    middle = edges[:-1] + (edges[1:] - edges[:-1]) / 2
+    middle = np.where(middle < edges[1:], middle, edges[:-1])
+    ends = np.searchsorted(sorted_values, [*edges[1:-1], math.inf])
+    starts = np.append(0, ends[:-1])
+    median = sorted_values[(starts + ends - 1) // 2]
+    return np.where(starts < ends, median, middle)
+
+
+def _check_bins(edges: Array, centers: Array, unit: str) -> None:
+    """Raise `ValueError` for what is not the content of a tokenizer."""
+    if unit not in get_args(Unit):
+        raise ValueError(f"unknown unit {unit!r}")
+    low = edges[:-1]
+    high = edges[1:]
+    is_valid_bin = (low <= centers) & (centers <= high) & (low < high) & np.isfinite(high - low)
+    if low.ndim != 1 or low.shape != centers.shape or not len(low) or not is_valid_bin.all():
+        raise ValueError("finite edges must increase, with one value between each two")
 
 
 def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
-    """Add the 3D tokens to a Hugging Face tokenizer, once; the id of the first (the others follow it).
+    """Add the 3D tokens to a Hugging Face tokenizer, unless it has them already.
 
-    They are ordinary tokens: `skip_special_tokens` keeps them. Raises `SpearError` if the tokenizer
-    already knows some of the names under ids that are not consecutive.
+    They are ordinary tokens, so that decoding with `skip_special_tokens` keeps them.
+
+    Args:
+        tokenizer: a tokenizer of `transformers`.
+        bins: number of 3D tokens.
+
+    Returns:
+        The id of the first 3D token. The others follow it.
+
+    Raises:
+        SpearError: the tokenizer knows some of the tokens under ids that are not consecutive.
     """
     names = [TOKEN_FORMAT.format(i) for i in range(bins)]
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
-    first = int(ids[0])
-    if list(ids) != list(range(first, first + bins)):
+    first_id = int(ids[0])
+    if list(ids) != list(range(first_id, first_id + bins)):
         raise SpearError(
-            f"tokenizer: its 3D tokens are not the {bins} ids from {first}: take one without"
+            f"tokenizer: its 3D tokens are not the {bins} ids from {first_id}: take one without"
         )
-    return first
+    return first_id
 
 
 def init_new_embeddings(
     existing: Tensor, count: int, generator: torch.Generator | None = None, smooth: bool = False
 ) -> Tensor:
-    """New rows [count, D] from N(mean, cov) of the rows of `existing` [V, D]; its dtype and device.
+    """Draw embeddings of new tokens from N(mean, covariance) of the existing ones (the paper).
 
-    The covariance is D × D in float64 and may be singular (V ≤ D, unused dimensions): its symmetric square
-    root is taken from its eigenvectors. Random numbers come from the CPU `generator`, whatever the device.
+    The covariance may be singular (few tokens, unused dimensions), because its symmetric square
+    root is computed from its eigenvectors. The random numbers come from the CPU, whatever the
+    device.
 
-    smooth  False: rows are independent (the paper). True: each row has the same distribution, but
-            neighbouring rows are alike, as the bins that they stand for are (our choice for small models,
-            which cannot learn the order of a thousand tokens from few examples).
+    Args:
+        existing: [V, D], the pretrained embeddings.
+        count: number of new rows.
+        generator: source of the random numbers.
+        smooth: whether neighboring rows are similar, as the bins that they stand for are. Each row
+            has the same distribution. This is our choice for small models, which cannot learn the
+            order of a thousand tokens from few examples.
+
+    Returns:
+        [count, D], in the dtype and on the device of `existing`.
     """
-    rows, width = existing.shape
-    weight = existing.detach()
-    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
-    mean = sum((chunk.double().sum(0) for chunk in weight.split(_CHUNK)), zero) / rows
-    centred = (chunk.double() - mean for chunk in weight.split(_CHUNK))
-    cov = sum((chunk.T @ chunk for chunk in centred), zero) / rows
-    eigenvalues, vectors = torch.linalg.eigh(cov)
-    root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
+    num_rows, width = existing.shape
+    embeddings = existing.detach()
+    zero = torch.zeros((), dtype=torch.float64, device=embeddings.device)
+    mean = (
+        sum((rows.double().sum(0) for rows in embeddings.split(_NUM_ROWS_AT_ONCE)), zero) / num_rows
+    )
+    centered = (rows.double() - mean for rows in embeddings.split(_NUM_ROWS_AT_ONCE))
+    covariance = sum((rows.T @ rows for rows in centered), zero) / num_rows
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    root = (eigenvectors * eigenvalues.clamp_min(0).sqrt()) @ eigenvectors.T
     if smooth:
-        drawn = _smooth_normal(count, width, generator)
+        noise = _smooth_normal(count, width, generator)
     else:
-        drawn = torch.randn(count, width, generator=generator, dtype=torch.float64)
-    return (mean + drawn.to(weight.device) @ root).to(weight.dtype)
+        noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    return (mean + noise.to(embeddings.device) @ root).to(embeddings.dtype)
 
 
-def _smooth_normal(
-    count: int, width: int, generator: torch.Generator | None, waves: int = 64
-) -> Tensor:
-    """[count, width] standard normals, independent between columns, each a smooth curve along the rows.
+def _smooth_normal(num_rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """Standard normals [num_rows, width], independent between columns, each smooth along the rows.
 
-    A column is a sum of waves with random amplitudes; their lengths are spread evenly, in octaves, from 8
-    rows to four times the table.
+    A column is a sum of waves with random amplitudes. Their wavelengths are spread evenly, on a
+    logarithmic scale, from 8 rows to four times the table.
     """
-    octaves = torch.rand(waves, width, generator=generator, dtype=torch.float64)
-    length = 8 * (4 * count / 8) ** octaves
-    amplitudes = torch.randn(2, waves, width, generator=generator, dtype=torch.float64) / waves**0.5
-    place = torch.arange(count, dtype=torch.float64)[:, None]
-    total = torch.zeros(count, width, dtype=torch.float64)
-    for wave in range(waves):
-        angle = 2 * math.pi * place / length[wave]
+    exponent = torch.rand(_NUM_WAVES, width, generator=generator, dtype=torch.float64)
+    wavelength_ratio = _MAX_WAVELENGTH_TABLES * num_rows / _MIN_WAVELENGTH_ROWS
+    wavelength = _MIN_WAVELENGTH_ROWS * wavelength_ratio**exponent
+    amplitudes = torch.randn(2, _NUM_WAVES, width, generator=generator, dtype=torch.float64)
+    amplitudes = amplitudes / _NUM_WAVES**0.5
+    row = torch.arange(num_rows, dtype=torch.float64)[:, None]
+    total = torch.zeros(num_rows, width, dtype=torch.float64)
+    for wave in range(_NUM_WAVES):
+        angle = 2 * math.pi * row / wavelength[wave]
         total += amplitudes[0, wave] * angle.cos() + amplitudes[1, wave] * angle.sin()
     return total
