@@ -117,7 +117,7 @@ CARROT = "PutCarrotOnPlate-v1"
         ("label photos --scenes 3", "--scenes"),
         ("evaluate vqa nano sim --calibrate --images 1", "--images"),
         ("label nowhere.jpg", "no such file"),
-        ("label sim:x", "write a scene as"),
+        ("label sim:x", "is not a scene. Write one as sim:7"),
         ("label simpler:10000-10001 photos", "give it alone"),
         ("label show nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
