@@ -173,7 +173,10 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
             lambda at: Image.new("I;16", (64, 64), 999).save(at / "depth/0.png"),
             r"0\.png has 64×64 pixels",
         ),
-        (lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])), r"0\.txt contains no pose"),
+        (
+            lambda at: np.savetxt(at / "pose/0.txt", np.diag([2.0, 1, 1, 1])),
+            r"0\.txt contains no pose",
+        ),
         (
             lambda at: np.savetxt(at / "intrinsics.txt", np.diag([0.9, 0.9, 1.0])),
             r"s\.txt .* in pixels",
@@ -201,9 +204,15 @@ ZERO = '{"fx": 0, "fy": 9, "cx": 5, "cy": 5}'
             "center",
         ),
         (lambda at: (at / "intrinsics.txt").unlink(), r"intrinsics\.txt contains no matrix"),
-        (lambda at: (at / "intrinsics.txt").write_text("fx fy"), r"intrinsics\.txt contains no matrix"),
+        (
+            lambda at: (at / "intrinsics.txt").write_text("fx fy"),
+            r"intrinsics\.txt contains no matrix",
+        ),
         (lambda at: (at / "intrinsics.txt").write_text("1 2 3"), "a matrix of 1×3"),
-        (lambda at: (at / "intrinsics.json").write_text("{}"), r"intrinsics\.json contains no intrinsics"),
+        (
+            lambda at: (at / "intrinsics.json").write_text("{}"),
+            r"intrinsics\.json contains no intrinsics",
+        ),
         (lambda at: (at / "intrinsics.json").write_text(ZERO), r"intrinsics\.json .* in pixels"),
         (lambda at: (at / "color" / "0.png").unlink(), "no image in color/"),
         (
