@@ -1,4 +1,5 @@
-"""Tiny checkpoints with random weights, in the layouts that PaliGemma, MoGe and π0 are published in."""
+"""Tiny checkpoints with random weights, in the layouts that PaliGemma, MoGe and π0 are published
+in."""
 
 import dataclasses
 import json
@@ -79,7 +80,8 @@ def publish_paligemma(
     layout: str = "2024",
     tokenizer: bool = True,
 ) -> Path:
-    """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or now."""
+    """Write a PaliGemma folder: as on the Hub in 2024 (two shards), as Transformers 4.52, or
+    now."""
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "now":
         model.save_pretrained(folder)
@@ -120,9 +122,9 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
     weights: dict[str, torch.Tensor] = {}
     for ours, weight in MogeV1(config).state_dict().items():
         value = weight + 0.1 * torch.randn_like(weight)
-        name = moge_checkpoint.to_published_name(ours, moge_checkpoint._PREFIXES[1])
+        name = moge_checkpoint.to_published_name(ours, moge_checkpoint.NAME_PREFIXES[1])
         weights[name] = torch.cat([weights[name], value]) if name in weights else value
-    for name, values in moge_checkpoint._CONSTANTS.items():
+    for name, values in moge_checkpoint.IMAGE_STATISTICS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
     weights["backbone.mask_token"] = torch.zeros(1, MOGE[0])
     torch.save({"model_config": config, "model": weights}, path)

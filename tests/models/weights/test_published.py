@@ -1,4 +1,5 @@
-"""The tensors that published files are expected to hold are those that the loaders take, all of them."""
+"""The tensors that published files are expected to hold are those that the loaders take, all of
+them."""
 
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import PaliGemmaConfig
 
-from spear.models.moge.checkpoint import _CONSTANTS, Checkpoint, build_moge
+from spear.models.moge.checkpoint import IMAGE_STATISTICS, Checkpoint, build_moge
 from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
@@ -66,7 +67,7 @@ def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moge(name: str) -> None:
     known = PUBLISHED[name]
     weights = {name: torch.empty(shape, device="meta") for name, shape in known.tensors().items()}
-    for constant, values in _CONSTANTS.items():
+    for constant, values in IMAGE_STATISTICS.items():
         prefix = "encoder." if name == "moge-2" else ""
         weights[prefix + constant] = torch.tensor(values)[None, :, None, None]
     build_moge(Checkpoint(Path("x"), weights, known.config, int(known.kind[-1])))
@@ -80,7 +81,8 @@ def test_the_published_files_are_known_by_revision_and_as_large_as_these_tensors
         for n in ("moge", "paligemma", "pi0")
     }
     assert 0 < 1_256_823_446 - 4 * numbers["moge"] < 2e5
-    # π0 holds its VLM, whose vocabulary is 64 rows shorter, and a head of the expert that is not read.
+    # π0 holds its VLM, whose vocabulary is 64 rows shorter, and a head of the expert that is not
+    # read.
     assert (
         0
         < 14_005_618_584 - 4 * (numbers["paligemma"] - 64 * 2048 + numbers["pi0"] + 257_152 * 1024)

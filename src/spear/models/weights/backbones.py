@@ -97,9 +97,9 @@ def plan_backbones(
     if rows != published.text_config.vocab_size:
         apart = f"its config says {published.text_config.vocab_size} tokens, its embeddings have {rows} rows"
         raise SpearError(f"vocabulary mismatch: {shards.folder}: {apart}: {_BOTH}")
-    tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.num_bins)
+    tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.bins)
     encoder = None if moge is None else read_checkpoint(moge)
-    config = _vlm_config(numbers, published, max(rows, start + numbers.num_bins), start, encoder)
+    config = _vlm_config(numbers, published, max(rows, start + numbers.bins), start, encoder)
     patch = config.vision_config.patch_size
     for view, (width, height) in numbers.image_sizes.items():
         if width % patch or height % patch:
@@ -111,7 +111,7 @@ def plan_backbones(
     wanted = model.state_dict()
     plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
     keys, names = match_weights(plain, shards, stored, "PaliGemma")
-    of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.num_bins)
+    of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.bins)
     keys, parts = keys + of_vocabulary, [grow, make_weight_reader(shards, names)]
     sources = {"PaliGemma": describe_source(paligemma, shards.folder)}
     if encoder is not None and model.moge is not None:
