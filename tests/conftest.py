@@ -77,9 +77,9 @@ def nano(loaded_nano: Any) -> Any:
 @pytest.fixture
 def known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets and an encoder as small as the checkpoints of `published_checkpoints`."""
-    from published_checkpoints import know_tiny
+    from published_checkpoints import register_tiny_sizes
 
-    know_tiny(monkeypatch)
+    register_tiny_sizes(monkeypatch)
 
 
 @pytest.fixture(scope="module")

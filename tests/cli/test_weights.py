@@ -1,20 +1,20 @@
-"""`spear convert …`: dry runs, whole ways there and back, and one clear line for bad input."""
+"""`spear convert …`: dry runs, from published weights to a policy, and one clear line for bad
+input."""
 
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from published_checkpoints import (
-    ROWS,
+    NUM_ROWS,
     TINY14,
-    paligemma,
-    pi0,
+    make_paligemma,
+    make_pi0,
     publish_moge,
     publish_paligemma,
     publish_pi0,
@@ -27,77 +27,169 @@ from spear.models.weights import conversion
 from spear.models.weights.published import PUBLISHED
 from spear.tokens import CoordinateTokenizer
 
-pytestmark = pytest.mark.usefixtures("known_sizes")
 BACKBONES = ("convert", "backbones")
+SIZE = ("--preset", "tiny14")
+
+pytestmark = pytest.mark.usefixtures("known_sizes")
 
 
-def coordinates(path: Path, bins: int = TINY14.bins) -> str:
-    CoordinateTokenizer.fit(np.random.default_rng(0).normal(size=1000), bins, "metre").save(path)
+def save_coordinates(path: Path, num_bins: int = TINY14.bins) -> str:
+    values = np.random.default_rng(0).normal(size=1000)
+    CoordinateTokenizer.fit(values, num_bins, "metre").save(path)
     return str(path)
 
 
-def test_from_backbones_to_a_policy(
-    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
-    moge = publish_moge(tmp_path / "model.pt")
-    expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
-    vlm, policy = (tmp_path / name for name in ("vlm", "policy"))
-    meaning = coordinates(tmp_path / "coordinates.json")
-    size = ("--preset", "tiny14")
-    monkeypatch.setattr(conversion, "MOST", "100KB")
-    made = [
-        (*BACKBONES, str(folder), str(moge), "--out", str(vlm), "--coordinates", meaning, *size),
-        ("convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *size),
-    ]
-    for argv in made:
-        said = done(*argv, "--dry-run")
-        assert "nothing written" in said and "SPEAR-VLM" in said
-        assert not Path(argv[argv.index("--out") + 1]).exists()
-        assert done(*argv).startswith(said.partition("nothing written")[0])
-    first, last = (load_inner_vlm(path).state_dict() for path in (vlm, policy))
-    assert all(torch.equal(last[name], weight) for name, weight in first.items())
-    assert len(list(policy.glob("*.safetensors"))) > 1
-    for path in (vlm, policy):
-        processor = Processor.load(path)
-        assert processor.coordinate_ids.start == ROWS
-        assert dict(processor.image_sizes) == dict(TINY14.image_sizes)
-        assert json.loads((path / "recipe.json").read_text())["converted"]
-        assert (path / "README.md").read_text().startswith("---\nlicense: gemma\n")
+class TestFromBackbonesToAPolicy:
+    @pytest.fixture(autouse=True)
+    def several_shards(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(conversion, "MAX_SHARD_SIZE", "100KB")
+
+    @pytest.fixture
+    def vlm(self, tmp_path: Path) -> Path:
+        return tmp_path / "vlm"
+
+    @pytest.fixture
+    def policy(self, tmp_path: Path) -> Path:
+        return tmp_path / "policy"
+
+    @pytest.fixture
+    def make_vlm(self, tmp_path: Path, vlm: Path) -> list[str]:
+        """The command that makes the VLM."""
+        folder = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
+        moge = publish_moge(tmp_path / "model.pt")
+        coordinates = save_coordinates(tmp_path / "coordinates.json")
+        options = ["--out", str(vlm), "--coordinates", coordinates, *SIZE]
+        return [*BACKBONES, str(folder), str(moge), *options]
+
+    @pytest.fixture
+    def make_policy(self, tmp_path: Path, vlm: Path, policy: Path) -> list[str]:
+        """The command that makes the policy from the VLM."""
+        expert = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
+        return ["convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *SIZE]
+
+    def test_a_dry_run_prints_the_report_and_writes_nothing(
+        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+    ) -> None:
+        for command, folder in ((make_vlm, vlm), (make_policy, policy)):
+            dry_output = done(*command, "--dry-run")
+
+            assert "nothing written" in dry_output
+            assert "SPEAR-VLM" in dry_output
+            assert not folder.exists()
+            report = dry_output.partition("nothing written")[0]
+            assert done(*command).startswith(report)
+
+    def test_the_policy_has_the_weights_of_its_vlm(
+        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+    ) -> None:
+        done(*make_vlm)
+        done(*make_policy)
+
+        expected = load_inner_vlm(vlm).state_dict()
+        weights = load_inner_vlm(policy).state_dict()
+        for name, weight in expected.items():
+            assert torch.equal(weights[name], weight)
+        assert len(list(policy.glob("*.safetensors"))) > 1
+
+    def test_both_have_a_processor_and_say_what_they_were_made_from(
+        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+    ) -> None:
+        done(*make_vlm)
+        done(*make_policy)
+
+        for folder in (vlm, policy):
+            processor = Processor.load(folder)
+            assert processor.coordinate_ids.start == NUM_ROWS
+            assert dict(processor.image_sizes) == dict(TINY14.image_sizes)
+            assert json.loads((folder / "recipe.json").read_text())["converted"]
+            assert (folder / "README.md").read_text().startswith("---\nlicense: gemma\n")
 
 
-def test_what_does_not_fit_is_one_line(
-    tmp_path: Path,
-    done: Command,
-    refused: Command,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: Any,
-) -> None:
-    bare = str(publish_paligemma(paligemma(), tmp_path / "bare", tokenizer=False))
-    size = ("--preset", "tiny14", "--dry-run")
-    few = coordinates(tmp_path / "few.json", 8)
-    assert "tokenizer" in refused(*BACKBONES, bare, "none", "--coordinates", few, *size)
-    assert "'--dry-run'" in refused(*BACKBONES, bare, "none", "--dryrun")
-    into = ("--out", str(tmp_path / "few.json" / "out"), "--preset", "tiny14")  # that is a file
-    assert "cannot write" in refused(*BACKBONES, bare, "none", *into)
-    into = ("--out", str(tmp_path / "full"), "--preset", "tiny14")
-    with monkeypatch.context() as full:
-        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
-        assert "no room for" in refused(*BACKBONES, bare, "none", *into)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".part", "full"))]
-    into = ("--out", str(tmp_path / "out"), "--preset", "tiny14")
-    assert "without a processor" in done(*BACKBONES, bare, "none", *into)
-    for command in ((*BACKBONES, bare, "none"), ("convert", "vlm", bare)):
-        assert main([*command, "--out", str(tmp_path / "out")]) == 2
-        said = capsys.readouterr()
-        assert "is there already" in said.err and not said.out
+class TestWithoutTokenizer:
+    """A PaliGemma folder without tokenizer, and options that do not fit it."""
+
+    @pytest.fixture
+    def paligemma(self, tmp_path: Path) -> str:
+        folder = tmp_path / "bare"
+        return str(publish_paligemma(make_paligemma(), folder, with_tokenizer=False))
+
+    def test_coordinates_need_a_tokenizer(
+        self, refused: Command, paligemma: str, tmp_path: Path
+    ) -> None:
+        coordinates = save_coordinates(tmp_path / "few.json", 8)
+
+        message = refused(
+            *BACKBONES, paligemma, "none", "--coordinates", coordinates, *SIZE, "--dry-run"
+        )
+
+        assert "tokenizer" in message
+
+    def test_an_unknown_option_gets_a_suggestion(self, refused: Command, paligemma: str) -> None:
+        assert "'--dry-run'" in refused(*BACKBONES, paligemma, "none", "--dryrun")
+
+    def test_a_file_cannot_be_written_into(
+        self, refused: Command, paligemma: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").touch()
+        out = str(tmp_path / "file" / "out")
+
+        assert "cannot write" in refused(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+
+    def test_a_full_disk_leaves_nothing_behind(
+        self,
+        refused: Command,
+        paligemma: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+        out = str(tmp_path / "full")
+
+        assert "no room for" in refused(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+
+        names = [path.name for path in tmp_path.iterdir()]
+        assert not [name for name in names if name.startswith((".part", "full"))]
+
+    def test_the_result_is_without_a_processor(
+        self, done: Command, paligemma: str, tmp_path: Path
+    ) -> None:
+        out = str(tmp_path / "out")
+
+        assert "without a processor" in done(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+
+    @pytest.mark.parametrize("command", [(*BACKBONES, "{}", "none"), ("convert", "vlm", "{}")])
+    def test_a_folder_with_content_is_refused_before_any_work(
+        self,
+        command: tuple[str, ...],
+        paligemma: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+        words = [word.format(paligemma) for word in command]
+
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+
+        output = capsys.readouterr()
+        assert "is there already" in output.err
+        assert not output.out
 
 
-def test_what_published_files_must_hold(done: Command, refused: Command) -> None:
-    said = done("convert", "expected", "list")
-    assert len(said.splitlines()) == len(PUBLISHED) and PUBLISHED["moge"].revision in said
-    said = done("convert", "expected", "moge")
-    assert (
-        "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in said and "420 tensors" in said
-    )
-    assert "'pi0'" in refused("convert", "expected", "pi00")
+class TestExpected:
+    """`spear convert expected`."""
+
+    def test_list_shows_all_networks(self, done: Command) -> None:
+        output = done("convert", "expected", "list")
+
+        assert len(output.splitlines()) == len(PUBLISHED)
+        assert PUBLISHED["moge"].revision in output
+
+    def test_a_name_shows_its_tensors(self, done: Command) -> None:
+        output = done("convert", "expected", "moge")
+
+        assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in output
+        assert "420 tensors" in output
+
+    def test_an_unknown_name_gets_a_suggestion(self, refused: Command) -> None:
+        assert "'pi0'" in refused("convert", "expected", "pi00")

@@ -1,5 +1,6 @@
 """Published PaliGemma, MoGe and π0 folders become SPEAR-VLM and SPEAR-1, and compute the same."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from models_tiny import TINY
 from parity import compute_logits_of_both, relative_error
 from published_checkpoints import (
     IMAGE_TOKEN,
-    LAYOUTS,
-    ROWS,
+    NUM_ROWS,
+    PALIGEMMA_LAYOUTS,
     TINY14,
-    paligemma,
-    pi0,
+    make_paligemma,
+    make_pi0,
     publish_moge,
     publish_paligemma,
     publish_pi0,
@@ -35,300 +36,596 @@ from spear.models.weights.load import StoredCheckpoint
 from spear.tokens import init_new_embeddings
 from spear.types import Action
 
-B, H = 2, TINY.horizon
-SPEAR_VLM = SpearVLMForConditionalGeneration
+BATCH = 2
+WIDTH_PX, HEIGHT_PX = 280, 210
+MAX_ERROR = 1e-5
+NEW_END = NUM_ROWS + TINY14.bins
+PI05_WEIGHT = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
+SECOND_SHARD = "model-00002-of-00002.safetensors"
+
 pytestmark = pytest.mark.usefixtures("known_sizes")
 
 
-@pytest.mark.parametrize("text", ["gemma", "gemma2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_moge_the_logits_are_those_of_the_same_folder(
-    tmp_path: Path, layout: str, text: str
-) -> None:
-    folder = publish_paligemma(paligemma(text), tmp_path / "paligemma", layout)
-    theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
-    ours = plan_backbones(folder, None, "tiny14").run()
-    mine, expected = compute_logits_of_both(ours, theirs, 280, 210)
-    assert mine.shape[-1] == ROWS + TINY14.bins and relative_error(mine[:, :ROWS], expected) < 1e-5
-    ours.save_pretrained(again := tmp_path / "saved")
-    assert torch.equal(
-        compute_logits_of_both(weights.load(SPEAR_VLM, again), theirs, 280, 210)[0], mine
-    )
-    ours.set_attn_implementation("eager")
-    assert relative_error(compute_logits_of_both(ours, theirs, 280, 210)[0], mine) < 1e-5
-
-
-def test_every_weight_is_accounted_for(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", "2025")
-    moge = publish_moge(tmp_path / "model.pt")
-    plan = plan_backbones(folder, moge, "tiny14")
-    report, model = plan.report, plan.run()
-    assert {key.name.split("[")[0] for key in report.with_status("loaded", "new")} == set(
-        model.state_dict()
-    )
-    assert report.num_parameters() == sum(p.numel() for p in model.parameters())
-    published = set(StoredCheckpoint.open(folder, "PaliGemma").weights) | set(
-        torch.load(moge)["model"]
-    )
-    left = {key.name for key in report.with_status("left out")}
-    assert {key.note.split(": ")[-1] for key in report.with_status("loaded")} | left == published
-    assert left >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
-    assert sorted(key.name for key in report.with_status("new")) == [
-        f"{EMBEDDINGS}[{ROWS}:{ROWS + TINY14.bins}]",
-        "moge_projector.linear.bias",
-        "moge_projector.linear.weight",
-    ]
-    assert report.with_status("missing", "refused") == []
-
-
-@pytest.mark.parametrize(("rows", "start"), [(ROWS, ROWS), (ROWS + 64, ROWS), (ROWS - 1, ROWS)])
-def test_3d_tokens_follow_the_tokenizer(tmp_path: Path, rows: int, start: int) -> None:
-    published = paligemma(rows=rows)
-    plan = plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
-    model = plan.run()
-    table = model.language_model.embed_tokens.weight
-    assert (
-        plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start == model.config.coordinate_start
-    )
-    assert len(table) == max(rows, start + TINY14.bins) == model.config.text_config.vocab_size
-    known = published.model.language_model.embed_tokens.weight
-    keep = min(rows, start)
-    assert torch.equal(table[:keep], known[:keep])
-    assert torch.equal(table[start + TINY14.bins :], known[start + TINY14.bins :])
-    end = start + TINY14.bins
-    drawn = init_new_embeddings(known[:keep], end - keep, torch.Generator().manual_seed(0))
-    assert torch.equal(table[keep:end], drawn)
-    assert torch.equal(plan.run().language_model.embed_tokens.weight, table)
-    assert not torch.equal(plan.run(seed=1).language_model.embed_tokens.weight, table)
-
-
-def test_bfloat16_weights_are_the_rounded_ones(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
-    moge = publish_moge(tmp_path / "model.pt")
-    full, half = (
-        plan_backbones(folder, moge, "tiny14").run(dtype) for dtype in (None, torch.bfloat16)
-    )
-    expected = full.state_dict()
-    for name, weight in half.state_dict().items():
-        assert weight.dtype == torch.bfloat16
-        if "moge_projector" not in name and name != EMBEDDINGS:
-            assert torch.equal(weight, expected[name].to(torch.bfloat16)), name
-    assert full.dtype == torch.float32
-    half.save_pretrained(tmp_path / "half")
-    assert plan_policy(tmp_path / "half", size="tiny14").dtype == torch.bfloat16
-
-
-def a_vlm(folder: Path) -> Path:
-    SPEAR_VLM(build_vlm_config(TINY14)).save_pretrained(folder)
+def save_new_vlm(folder: Path) -> Path:
+    SpearVLMForConditionalGeneration(build_vlm_config(TINY14)).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("layout", ["lerobot", "openpi", "transformers"])
-def test_with_pi0s_expert_the_velocity_and_the_actions_are_pi0s(
-    tmp_path: Path, layout: str
-) -> None:
-    theirs = pi0()
-    theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
-    published = paligemma()
-    published.model.load_state_dict(theirs.model.vlm.state_dict())
-    folder = publish_paligemma(published, tmp_path / "paligemma", tokenizer=False)
-    plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
-    expert = publish_pi0(theirs, tmp_path / "pi0", layout)
-    ours = plan_policy(tmp_path / "vlm", expert, "linear14").run()
-    if layout == "transformers":
-        theirs = Pi0.from_pretrained(expert).eval()
-    images = torch.randint(0, 256, (B, 2, 3, 224, 224), dtype=torch.uint8)
-    ids, state = torch.randint(3, 40, (B, 6)), torch.randn(B, 10)
-    mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
-    before = torch.ones(B, 2 * 256, dtype=torch.long)
-    views = {"external": images[:, 0], "wrist": images[:, 1]}
-    mine: dict[str, Any] = {"pixel_values": views, "input_ids": ids, "attention_mask": mask}
-    reference = {
-        "pixel_values": images / 127.5 - 1,
-        "pixel_attention_mask": torch.ones(B, 2, dtype=torch.bool),
-        "input_ids": torch.cat([before * IMAGE_TOKEN, ids], dim=1),
-        "attention_mask": torch.cat([before, mask], dim=1),
-    }
-    noisy, time = torch.randn(B, H, 8), torch.tensor([0.2, 0.9])
-    with torch.no_grad():
-        expected = -theirs(state=state, noise=noisy, timestep=1 - time, **reference).logits
-        velocity = ours.predict(
-            ours.encode_prefix(**mine), state, Action.from_vector(noisy), time
-        ).to_vector()
-    assert relative_error(velocity, expected) < 1e-5
-    goal = Action.from_vector(
-        theirs.sample_actions(state=state, noise=noisy, num_steps=4, **reference)
+@pytest.fixture
+def paligemma_folder(tmp_path: Path) -> Path:
+    """A PaliGemma of 2024, in two shards, without tokenizer."""
+    return publish_paligemma(make_paligemma(), tmp_path / "paligemma", with_tokenizer=False)
+
+
+@pytest.fixture
+def vlm_folder(tmp_path: Path) -> Path:
+    """A new SPEAR-VLM."""
+    return save_new_vlm(tmp_path / "vlm")
+
+
+# --- PaliGemma and MoGe ---
+
+
+class TestPaliGemmaWithoutMoge:
+    @pytest.fixture(params=["gemma", "gemma2"])
+    def text_type(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    @pytest.fixture(params=PALIGEMMA_LAYOUTS)
+    def folder(self, tmp_path: Path, request: pytest.FixtureRequest, text_type: str) -> Path:
+        return publish_paligemma(make_paligemma(text_type), tmp_path / "paligemma", request.param)
+
+    def test_computes_the_logits_of_the_published_model(self, folder: Path) -> None:
+        theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+        ours = plan_backbones(folder, None, "tiny14").run()
+
+        logits, expected = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
+        ours.set_attn_implementation("eager")
+        eager_logits, _ = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
+
+        assert logits.shape[-1] == NEW_END
+        assert relative_error(logits[:, :NUM_ROWS], expected) < MAX_ERROR
+        assert relative_error(eager_logits, logits) < MAX_ERROR
+
+    def test_is_the_same_after_saving_and_loading(self, folder: Path, tmp_path: Path) -> None:
+        theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder).eval()
+        ours = plan_backbones(folder, None, "tiny14").run()
+
+        ours.save_pretrained(tmp_path / "saved")
+        loaded = weights.load(SpearVLMForConditionalGeneration, tmp_path / "saved")
+
+        logits, _ = compute_logits_of_both(ours, theirs, WIDTH_PX, HEIGHT_PX)
+        loaded_logits, _ = compute_logits_of_both(loaded, theirs, WIDTH_PX, HEIGHT_PX)
+        assert torch.equal(loaded_logits, logits)
+
+
+class TestReport:
+    """The report of PaliGemma and MoGe names every weight of both and of the new model."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", "2025")
+
+    @pytest.fixture
+    def moge(self, tmp_path: Path) -> Path:
+        return publish_moge(tmp_path / "model.pt")
+
+    def test_has_every_weight_of_the_new_model(self, folder: Path, moge: Path) -> None:
+        plan = plan_backbones(folder, moge, "tiny14")
+
+        model = plan.run()
+
+        reported = plan.report.with_status("loaded", "new")
+        assert {key.name.split("[")[0] for key in reported} == set(model.state_dict())
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert plan.report.num_parameters() == num_parameters
+
+    def test_has_every_published_weight(self, folder: Path, moge: Path) -> None:
+        report = plan_backbones(folder, moge, "tiny14").report
+
+        loaded = {key.note.split(": ")[-1] for key in report.with_status("loaded")}
+        left_out = {key.name for key in report.with_status("left out")}
+        paligemma_names = set(StoredCheckpoint.open(folder, "PaliGemma").weights)
+        moge_names = set(torch.load(moge)["model"])
+        assert loaded | left_out == paligemma_names | moge_names
+        assert left_out >= {"lm_head.weight", "image_mean", "backbone.mask_token"}
+
+    def test_names_what_is_new(self, folder: Path, moge: Path) -> None:
+        report = plan_backbones(folder, moge, "tiny14").report
+
+        assert sorted(key.name for key in report.with_status("new")) == [
+            f"{EMBEDDINGS}[{NUM_ROWS}:{NEW_END}]",
+            "moge_projector.linear.bias",
+            "moge_projector.linear.weight",
+        ]
+        assert report.with_status("missing", "refused") == []
+
+
+class TestCoordinateTokens:
+    """The 3D tokens follow the tokenizer's tokens, and overwrite rows of the embeddings after
+    them."""
+
+    @pytest.fixture(
+        params=[(NUM_ROWS, NUM_ROWS), (NUM_ROWS + 64, NUM_ROWS), (NUM_ROWS - 1, NUM_ROWS)]
     )
-    sampled = ours.sample_actions(**mine, state=state, steps=4, noise=Action.from_vector(noisy))
-    assert relative_error(sampled.translation, goal.translation) < 1e-5
-    assert relative_error(sampled.gripper, goal.gripper) < 1e-5
-    unit = torch.nn.functional.normalize(
-        goal.rotation, dim=-1
-    )  # ours end as unit quaternions with w >= 0
-    assert relative_error(sampled.rotation, unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)) < 1e-5
+    def num_rows_and_start(self, request: pytest.FixtureRequest) -> tuple[int, int]:
+        return request.param
+
+    @pytest.fixture
+    def plan(self, tmp_path: Path, num_rows_and_start: tuple[int, int]) -> Any:
+        published = make_paligemma(num_rows=num_rows_and_start[0])
+        return plan_backbones(publish_paligemma(published, tmp_path / "paligemma"), None, "tiny14")
+
+    def test_have_the_ids_after_the_tokenizers(
+        self, plan: Any, num_rows_and_start: tuple[int, int]
+    ) -> None:
+        num_rows, start = num_rows_and_start
+
+        model = plan.run()
+
+        assert plan.tokenizer.convert_tokens_to_ids("<3d0000>") == start
+        assert model.config.coordinate_start == start
+        num_new_rows = len(model.language_model.embed_tokens.weight)
+        assert num_new_rows == max(num_rows, start + TINY14.bins)
+        assert num_new_rows == model.config.text_config.vocab_size
+
+    def test_leave_the_other_rows_as_published(
+        self, plan: Any, num_rows_and_start: tuple[int, int]
+    ) -> None:
+        num_rows, start = num_rows_and_start
+        published = make_paligemma(num_rows=num_rows).model.language_model.embed_tokens.weight
+
+        embeddings = plan.run().language_model.embed_tokens.weight
+
+        num_known = min(num_rows, start)
+        end = start + TINY14.bins
+        assert torch.equal(embeddings[:num_known], published[:num_known])
+        assert torch.equal(embeddings[end:], published[end:])
+
+    def test_are_drawn_like_the_known_rows(
+        self, plan: Any, num_rows_and_start: tuple[int, int]
+    ) -> None:
+        num_rows, start = num_rows_and_start
+        published = make_paligemma(num_rows=num_rows).model.language_model.embed_tokens.weight
+        num_known = min(num_rows, start)
+        end = start + TINY14.bins
+        generator = torch.Generator().manual_seed(0)
+        expected = init_new_embeddings(published[:num_known], end - num_known, generator)
+
+        embeddings = plan.run().language_model.embed_tokens.weight
+
+        assert torch.equal(embeddings[num_known:end], expected)
+
+    def test_repeat_with_their_seed(self, plan: Any) -> None:
+        first, same, other = [
+            plan.run(seed=seed).language_model.embed_tokens.weight for seed in (0, 0, 1)
+        ]
+
+        assert torch.equal(first, same)
+        assert not torch.equal(first, other)
 
 
-def test_of_a_pi0_for_other_robots_the_layers_that_take_states_and_actions_are_new(
-    tmp_path: Path,
-) -> None:
-    expert = publish_pi0(pi0(state=32, action=32), tmp_path / "pi0")
-    plan = plan_policy(a_vlm(tmp_path / "vlm"), expert, "tiny14")
-    model = plan.run()
-    ends = ("state_proj", "action_in_proj", "action_out_proj")
-    new = {f"{end}.{part}" for end in ends for part in ("weight", "bias")}
-    assert {key.name for key in plan.report.with_status("new")} == new
-    left = {key.name: key.note for key in plan.report.with_status("left out")}
-    assert left["model.state_proj.weight"] == "its states and actions mean other numbers"
-    assert "normalize_inputs.buffer_observation_state.mean" in left
-    stored = (StoredCheckpoint.open(folder, "one") for folder in (tmp_path / "vlm", expert))
-    assert len(plan.report.with_status("loaded", "left out")) == sum(
-        len(one.weights) for one in stored
+class TestBfloat16:
+    @pytest.fixture
+    def half(self, paligemma_folder: Path, tmp_path: Path) -> Any:
+        plan = plan_backbones(paligemma_folder, publish_moge(tmp_path / "model.pt"), "tiny14")
+        return plan.run(torch.bfloat16)
+
+    def test_weights_are_the_rounded_ones(
+        self, half: Any, paligemma_folder: Path, tmp_path: Path
+    ) -> None:
+        full = plan_backbones(paligemma_folder, tmp_path / "model.pt", "tiny14").run()
+
+        assert full.dtype == torch.float32
+        expected = full.state_dict()
+        for name, weight in half.state_dict().items():
+            assert weight.dtype == torch.bfloat16
+            is_new = "moge_projector" in name or name == EMBEDDINGS
+            if not is_new:
+                assert torch.equal(weight, expected[name].to(torch.bfloat16)), name
+
+    def test_a_policy_takes_the_precision_of_its_vlm(self, half: Any, tmp_path: Path) -> None:
+        half.save_pretrained(tmp_path / "half")
+
+        assert plan_policy(tmp_path / "half", size="tiny14").dtype == torch.bfloat16
+
+    def test_one_weight_in_it_does_not_round_the_others(self, vlm_folder: Path) -> None:
+        file = vlm_folder / "model.safetensors"
+        state = load_file(file)
+        save_file({**state, EMBEDDINGS: state[EMBEDDINGS].bfloat16()}, file)
+
+        assert plan_policy(vlm_folder, size="tiny14").dtype == torch.float32
+
+
+# --- π0 ---
+
+
+class TestPolicyWithPi0:
+    """A SPEAR-1 with the weights of a π0 computes what that computes."""
+
+    @pytest.fixture(params=["lerobot", "openpi", "transformers"])
+    def layout(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    @pytest.fixture
+    def models(self, tmp_path: Path, layout: str) -> tuple[Any, Any]:
+        """Ours and theirs."""
+        theirs = make_pi0()
+        theirs.config.dit_config.rms_norm_eps = 1e-2 if layout == "transformers" else 1e-6
+        paligemma = make_paligemma()
+        paligemma.model.load_state_dict(theirs.model.vlm.state_dict())
+        folder = publish_paligemma(paligemma, tmp_path / "paligemma", with_tokenizer=False)
+        plan_backbones(folder, None, "tiny14").save(tmp_path / "vlm")
+        expert = publish_pi0(theirs, tmp_path / "pi0", layout)
+        ours = plan_policy(tmp_path / "vlm", expert, "linear14").run()
+        if layout == "transformers":
+            theirs = Pi0.from_pretrained(expert).eval()
+        return ours, theirs
+
+    @pytest.fixture
+    def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same images and padded text, for ours and for theirs."""
+        images = torch.randint(0, 256, (BATCH, 2, 3, 224, 224), dtype=torch.uint8)
+        ids = torch.randint(3, 40, (BATCH, 6))
+        mask = torch.ones_like(ids)
+        mask[0, 4:] = 0
+        ours = {
+            "pixel_values": {"external": images[:, 0], "wrist": images[:, 1]},
+            "input_ids": ids,
+            "attention_mask": mask,
+        }
+        image_mask = torch.ones(BATCH, 2 * 256, dtype=torch.long)
+        theirs = {
+            "pixel_values": images / 127.5 - 1,
+            "pixel_attention_mask": torch.ones(BATCH, 2, dtype=torch.bool),
+            "input_ids": torch.cat([image_mask * IMAGE_TOKEN, ids], dim=1),
+            "attention_mask": torch.cat([image_mask, mask], dim=1),
+        }
+        return ours, theirs
+
+    def test_predicts_the_same_velocity(
+        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
+    ) -> None:
+        ours, theirs = models
+        our_inputs, their_inputs = inputs
+        state = torch.randn(BATCH, 10)
+        noisy = torch.randn(BATCH, TINY.horizon, 8)
+        tau = torch.tensor([0.2, 0.9])
+
+        with torch.no_grad():
+            # π0's time and velocity point the other way.
+            output = theirs(state=state, noise=noisy, timestep=1 - tau, **their_inputs)
+            prefix = ours.encode_prefix(**our_inputs)
+            velocity = ours.predict(prefix, state, Action.from_vector(noisy), tau)
+
+        assert relative_error(velocity.to_vector(), -output.logits) < MAX_ERROR
+
+    def test_samples_the_same_actions(
+        self, models: tuple[Any, Any], inputs: tuple[dict[str, Any], dict[str, Any]]
+    ) -> None:
+        ours, theirs = models
+        our_inputs, their_inputs = inputs
+        state = torch.randn(BATCH, 10)
+        noise = torch.randn(BATCH, TINY.horizon, 8)
+
+        expected = Action.from_vector(
+            theirs.sample_actions(state=state, noise=noise, num_steps=4, **their_inputs)
+        )
+        sampled = ours.sample_actions(
+            **our_inputs, state=state, steps=4, noise=Action.from_vector(noise)
+        )
+
+        assert relative_error(sampled.translation, expected.translation) < MAX_ERROR
+        assert relative_error(sampled.gripper, expected.gripper) < MAX_ERROR
+        # Ours end as unit quaternions with w >= 0.
+        unit = torch.nn.functional.normalize(expected.rotation, dim=-1)
+        canonical = unit * torch.where(unit[..., :1] < 0, -1.0, 1.0)
+        assert relative_error(sampled.rotation, canonical) < MAX_ERROR
+
+
+class TestPi0OfAnotherRobot:
+    """Of a π0 with other states and actions the layers that take or give them are new."""
+
+    @pytest.fixture
+    def expert(self, tmp_path: Path) -> Path:
+        return publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
+
+    def test_its_robot_layers_are_new(self, vlm_folder: Path, expert: Path) -> None:
+        report = plan_policy(vlm_folder, expert, "tiny14").report
+
+        expected = set()
+        for layer in ("state_proj", "action_in_proj", "action_out_proj"):
+            expected |= {f"{layer}.weight", f"{layer}.bias"}
+        assert {key.name for key in report.with_status("new")} == expected
+
+    def test_every_stored_weight_is_loaded_or_left_out(
+        self, vlm_folder: Path, expert: Path
+    ) -> None:
+        report = plan_policy(vlm_folder, expert, "tiny14").report
+
+        reasons = {key.name: key.note for key in report.with_status("left out")}
+        assert reasons["model.state_proj.weight"] == "its states and actions mean other numbers"
+        assert "normalize_inputs.buffer_observation_state.mean" in reasons
+        num_stored = 0
+        for folder in (vlm_folder, expert):
+            num_stored += len(StoredCheckpoint.open(folder, "one").weights)
+        assert len(report.with_status("loaded", "left out")) == num_stored
+        assert report.with_status("missing", "refused") == []
+
+    def test_its_other_layers_are_loaded(self, vlm_folder: Path, expert: Path) -> None:
+        published = make_pi0(state_dim=32, action_dim=32)
+
+        model = plan_policy(vlm_folder, expert, "tiny14").run()
+
+        assert torch.equal(
+            model.expert.layers[1].mlp.up_proj.weight,
+            published.model.dit.layers[1].mlp.up_proj.weight,
+        )
+        assert torch.equal(
+            model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight
+        )
+
+
+class TestNewExpert:
+    def test_is_drawn_anew_with_each_seed(self, vlm_folder: Path) -> None:
+        plan = plan_policy(vlm_folder, size="tiny14")
+
+        first, same, other = [plan.run(seed=seed).state_dict() for seed in (0, 0, 1)]
+
+        for key in plan.report.with_status("new"):
+            assert torch.equal(first[key.name], same[key.name])
+            if key.note.startswith("N("):
+                assert not torch.equal(first[key.name], other[key.name]), key.name
+            else:
+                assert torch.equal(first[key.name], other[key.name])
+                assert not first[key.name].any(), key.name
+
+    def test_has_the_spread_that_the_report_says(self, vlm_folder: Path) -> None:
+        model = plan_policy(vlm_folder, size="tiny14").run()
+
+        weight = model.action_time_mlp_in.weight.detach()
+        assert float(weight.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+
+    def test_policy_is_simulator_only_like_its_vlm(self, vlm_folder: Path, tmp_path: Path) -> None:
+        plan = plan_policy(vlm_folder, size="tiny14")
+
+        plan.save(tmp_path / "of unknown data")
+        (vlm_folder / "recipe.json").write_text('{"simulator_only": true}')
+        plan.save(tmp_path / "of the simulator")
+
+        assert not is_simulator_only(tmp_path / "of unknown data")
+        assert is_simulator_only(tmp_path / "of the simulator")
+
+
+# --- What is refused, in one line ---
+
+
+class TestWrongCheckpointsAreRefused:
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        refuses("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
+
+    def test_a_paligemma_as_vlm(self, paligemma_folder: Path) -> None:
+        refuses("'paligemma'.*spear_vlm", plan_policy, paligemma_folder)
+
+    def test_a_paligemma_as_expert(self, vlm_folder: Path, paligemma_folder: Path) -> None:
+        refuses("holds no action expert", plan_policy, vlm_folder, paligemma_folder, "tiny14")
+
+    def test_a_preset_with_other_patches(self, paligemma_folder: Path) -> None:
+        message = "does not fit: its external images of 192×128"
+        refuses(message, plan_backbones, paligemma_folder, None, "nano")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"tie_word_embeddings": False}, "not tied"),
+            ({"model_type": "llava"}, "says 'llava'. Give a PaliGemma 1 or 2"),
+        ],
     )
-    assert plan.report.with_status("missing", "refused") == []
-    published = pi0(state=32, action=32)
-    layers = (model.expert.layers[1], published.model.dit.layers[1])
-    assert torch.equal(*(layer.mlp.up_proj.weight for layer in layers))
-    assert torch.equal(
-        model.action_time_mlp_in.weight, published.embed_action_time.action_time_mlp_in.weight
+    def test_a_config_of_another_model(
+        self, paligemma_folder: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        edit(paligemma_folder / "config.json", lambda config: config.update(changes))
+
+        refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
+
+    def test_a_config_that_is_no_json(self, paligemma_folder: Path) -> None:
+        (paligemma_folder / "config.json").write_text("{")
+
+        refuses("config.json", plan_backbones, paligemma_folder, None, "tiny14")
+
+    def test_a_pi05_as_expert(self, vlm_folder: Path, tmp_path: Path) -> None:
+        expert = publish_pi0(make_pi0(), tmp_path / "pi0")
+        state = load_file(expert / "model.safetensors")
+        save_file({**state, PI05_WEIGHT: torch.zeros(3)}, expert / "model.safetensors")
+
+        refuses("π0.5", plan_policy, vlm_folder, expert, "tiny14")
+
+    def test_a_file_without_weights(self, vlm_folder: Path) -> None:
+        save_file({}, vlm_folder / "model.safetensors")
+
+        refuses("holds no weights", plan_policy, vlm_folder, None, "tiny14")
+
+
+class TestIncompleteFilesAreRefused:
+    @pytest.fixture
+    def shard(self, paligemma_folder: Path) -> Path:
+        return paligemma_folder / SECOND_SHARD
+
+    def test_a_truncated_file(self, paligemma_folder: Path, shard: Path) -> None:
+        content = shard.read_bytes()
+        shard.write_bytes(content[: len(content) // 2])
+
+        message = f"broken checkpoint: .*{shard.name}"
+        refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
+
+    def test_a_missing_file(self, paligemma_folder: Path, shard: Path) -> None:
+        shard.unlink()
+
+        message = f"incomplete: .*{shard.name} is missing"
+        refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
+
+    def test_a_missing_weight(self, paligemma_folder: Path, shard: Path) -> None:
+        state = load_file(shard)
+        del state[min(state)]
+        save_file(state, shard)
+
+        plan = plan_backbones(paligemma_folder, None, "tiny14")
+
+        assert len(plan.report.with_status("missing")) == 1
+        refuses("weights missing: 1, first ", plan.run)
+
+    def test_a_weight_of_another_shape(self, paligemma_folder: Path, shard: Path) -> None:
+        state = load_file(shard)
+        save_file({**state, min(state): torch.zeros(2, 3)}, shard)
+
+        plan = plan_backbones(paligemma_folder, None, "tiny14")
+
+        refuses("weights refused: 1, first .*its shape is", plan.check)
+
+    def test_a_weight_of_another_model(self, paligemma_folder: Path, shard: Path) -> None:
+        save_file({**load_file(shard), "tail.weight": torch.ones(2)}, shard)
+
+        plan = plan_backbones(paligemma_folder, None, "tiny14")
+
+        refuses("weights refused: 1, first tail.weight .*no such", plan.run)
+
+    def test_a_quantized_weight(self, paligemma_folder: Path, shard: Path) -> None:
+        state = load_file(shard)
+        name = min(state)
+        save_file({**state, name: state[name].to(torch.int8)}, shard)
+
+        message = "wrong dtype: .* is I8. Use a checkpoint in float32"
+        refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
+
+
+class TestWrongNumbersAreRefused:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return publish_paligemma(make_paligemma(), tmp_path / "paligemma", "2025")
+
+    @pytest.fixture
+    def shards(self, folder: Path) -> tuple[Path, Path]:
+        first, second = sorted(folder.glob("*.safetensors"))
+        return first, second
+
+    @pytest.fixture
+    def norm_name(self, shards: tuple[Path, Path]) -> str:
+        return next(name for name in load_file(shards[0]) if "norm" in name)
+
+    def change(self, file: Path, name: str, addend: float) -> None:
+        state: Mapping[str, torch.Tensor] = load_file(file)
+        save_file({**state, name: state[name] + addend}, file)
+
+    def test_a_head_that_is_not_the_embeddings(
+        self, folder: Path, shards: tuple[Path, Path]
+    ) -> None:
+        self.change(shards[0], "lm_head.weight", 1)
+
+        refuses("lm_head.weight", plan_backbones(folder, None, "tiny14").run)
+
+    @pytest.mark.parametrize(
+        ("addend", "dtype"), [(torch.nan, None), (1e6, torch.float16)], ids=["nan", "overflow"]
     )
+    def test_a_weight_that_is_not_finite(
+        self,
+        folder: Path,
+        shards: tuple[Path, Path],
+        norm_name: str,
+        addend: float,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.change(shards[0], norm_name, addend)
+
+        plan = plan_backbones(folder, None, "tiny14")
+
+        refuses(norm_name.removeprefix("model."), plan.run, dtype)
+
+    def test_a_weight_in_two_files(
+        self, folder: Path, shards: tuple[Path, Path], norm_name: str
+    ) -> None:
+        norm = load_file(shards[0])[norm_name]
+        save_file({**load_file(shards[1]), norm_name: norm}, shards[1])
+
+        refuses(norm_name, plan_backbones, folder, None, "tiny14")
+
+    def test_a_weight_under_two_names(
+        self, folder: Path, shards: tuple[Path, Path], norm_name: str
+    ) -> None:
+        norm = load_file(shards[0])[norm_name]
+        old_name = norm_name.removeprefix("model.")
+        save_file({**load_file(shards[1]), old_name: norm}, shards[1])
+
+        refuses(norm_name, plan_backbones, folder, None, "tiny14")
+
+    def test_two_checkpoints_in_one_folder(self, folder: Path, shards: tuple[Path, Path]) -> None:
+        save_file(load_file(shards[0]), folder / "model.safetensors")
+
+        refuses("/model.safetensors.index.json", plan_backbones, folder, None, "tiny14")
+
+    def test_infinite_weights_when_loading(self, vlm_folder: Path) -> None:
+        file = vlm_folder / "model.safetensors"
+        state = load_file(file)
+        infinite = {**state, EMBEDDINGS: state[EMBEDDINGS] * torch.inf}
+        save_file(infinite, file, {"format": "pt"})
+
+        refuses(EMBEDDINGS, weights.load, SpearVLMForConditionalGeneration, vlm_folder)
 
 
-def test_a_new_expert_is_drawn_as_the_model_draws_it_and_repeats(tmp_path: Path) -> None:
-    folder = a_vlm(tmp_path / "vlm")
-    plan = plan_policy(folder, size="tiny14")
-    plan.save(tmp_path / "before")
-    (folder / "recipe.json").write_text('{"simulator_only": true}')
-    plan.save(tmp_path / "after")
-    assert is_simulator_only(tmp_path / "after") and not is_simulator_only(tmp_path / "before")
-    models = [plan.run(seed=seed) for seed in (0, 0, 1)]
-    for key in plan.report.with_status("new"):
-        drawn, same, other = (model.state_dict()[key.name] for model in models)
-        assert torch.equal(drawn, same)
-        if key.note.startswith("N("):
-            assert not torch.equal(drawn, other), key.name
-        else:
-            assert torch.equal(drawn, other) and not drawn.any(), key.name
-    out = models[0].action_time_mlp_in.weight.detach()
-    assert float(out.std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
+class TestVocabulariesThatDoNotFitAreRefused:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return publish_paligemma(make_paligemma(), tmp_path / "paligemma")
+
+    def test_fewer_embeddings_than_tokens(self, tmp_path: Path) -> None:
+        published = make_paligemma(num_rows=NUM_ROWS - 40)
+        folder = publish_paligemma(published, tmp_path / "short")
+
+        message = "tokenizer has 1312 tokens, its embeddings 1272"
+        refuses(f"vocabulary mismatch: .*{message}", plan_backbones, folder, None)
+
+    def test_a_config_with_another_number_of_tokens(self, folder: Path) -> None:
+        edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
+
+        message = "its config says 7 tokens, its embeddings have 1312"
+        refuses(message, plan_backbones, folder, None, "tiny14")
+
+    def test_a_tokenizer_that_has_3d_tokens(self, folder: Path) -> None:
+        plan_backbones(folder, None, "tiny14").tokenizer.save_pretrained(folder)
+
+        refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
+
+    def test_a_tokenizer_without_location_tokens(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        file.write_text(file.read_text().replace("<loc", "<place"))
+
+        refuses("<loc0000>", plan_backbones, folder, None, "tiny14")
 
 
-def test_one_weight_in_bfloat16_does_not_round_the_others(tmp_path: Path) -> None:
-    folder = a_vlm(tmp_path)
-    file = folder / "model.safetensors"
-    state = load_file(file)
-    save_file({**state, EMBEDDINGS: state[EMBEDDINGS].bfloat16()}, file)
-    assert plan_policy(folder, size="tiny14").dtype == torch.float32
-    save_file({}, file)
-    refuses("holds no weights", plan_policy, folder, None, "tiny14")
+# --- Names on the Hub ---
 
 
-def test_checkpoints_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
-    vlm = a_vlm(tmp_path / "vlm")
-    refuses("PaliGemma not found", plan_backbones, tmp_path / "nowhere", None, "tiny14")
-    refuses("'paligemma'.*spear_vlm", plan_policy, folder)
-    refuses("holds no action expert", plan_policy, vlm, folder, "tiny14")
-    refuses("does not fit: its external images of 192×128", plan_backbones, folder, None, "nano")
-    edit(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
-    refuses("not tied", plan_backbones, folder, None, "tiny14")
-    edit(folder / "config.json", lambda config: config.update(model_type="llava"))
-    refuses("says 'llava': give a PaliGemma 1 or 2", plan_backbones, folder, None, "tiny14")
-    (folder / "config.json").write_text("{")
-    refuses("config.json", plan_backbones, folder, None, "tiny14")
-    expert = publish_pi0(pi0(), tmp_path / "pi0")
-    state = load_file(expert / "model.safetensors")
-    name = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
-    save_file({**state, name: torch.zeros(3)}, expert / "model.safetensors")
-    refuses("π0.5", plan_policy, vlm, expert, "tiny14")
-
-
-def test_incomplete_and_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", tokenizer=False)
-    shard = folder / "model-00002-of-00002.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    refuses(f"broken checkpoint: .*{shard.name}", plan_backbones, folder, None, "tiny14")
-    shard.unlink()
-    refuses(f"incomplete: .*{shard.name} is missing", plan_backbones, folder, None, "tiny14")
-    shard.write_bytes(whole)
-    state = load_file(shard)
-    name = sorted(state)[0]
-
-    def with_state(**changes: torch.Tensor) -> Any:
-        kept = {k: v for k, v in state.items() if k != name or name not in changes}
-        save_file({**kept, **{k: v for k, v in changes.items() if v.numel()}}, shard)
-        return plan_backbones(folder, None, "tiny14")
-
-    plan = with_state(**{name: torch.zeros(0)})
-    assert [key.status for key in plan.report.keys].count("missing") == 1
-    refuses("weights missing: 1, first ", plan.run)
-    refuses(
-        "weights refused: 1, first .*its shape is", with_state(**{name: torch.zeros(2, 3)}).check
-    )
-    foreign = with_state(**{"tail.weight": torch.ones(2)})
-    refuses("weights refused: 1, first tail.weight .*no such", foreign.run)
-    foreign = {name: state[name].to(torch.int8)}
-    refuses(r"wrong dtype: .* is I8: use a checkpoint in float32", with_state, **foreign)
-
-
-def test_what_would_be_loaded_and_be_wrong_is_refused(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma", "2025")
-    one, two = sorted(folder.glob("*.safetensors"))
-    state, head = load_file(one), "lm_head.weight"
-    norm = next(name for name in state if "norm" in name)
-    for name, change, dtype in (
-        (head, 1, None),
-        (norm, torch.nan, None),
-        (norm, 1e6, torch.float16),
-    ):
-        save_file({**state, name: state[name] + change}, one)
-        refuses(name.removeprefix("model."), plan_backbones(folder, None, "tiny14").run, dtype)
-    rest = load_file(two)
-    for name in (
-        norm,
-        norm.removeprefix("model."),
-    ):  # stored twice; or under two names that become one
-        save_file({**rest, name: state[norm]}, two)
-        refuses(norm, plan_backbones, folder, None, "tiny14")
-    save_file(state, folder / "model.safetensors")
-    refuses("/model.safetensors.index.json", plan_backbones, folder, None, "tiny14")
-    vlm = a_vlm(tmp_path / "vlm")
-    state = load_file(vlm / "model.safetensors")
-    endless = {**state, EMBEDDINGS: state[EMBEDDINGS] * torch.inf}
-    save_file(endless, vlm / "model.safetensors", {"format": "pt"})
-    refuses(EMBEDDINGS, weights.load, SPEAR_VLM, vlm)
-
-
-def test_vocabularies_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
-    folder = publish_paligemma(paligemma(rows=ROWS - 40), tmp_path / "short")
-    sizes = "tokenizer has 1312 tokens, its embeddings 1272"
-    refuses(f"vocabulary mismatch: .*{sizes}", plan_backbones, folder, None)
-    folder = publish_paligemma(paligemma(), tmp_path / "paligemma")
-    plan = plan_backbones(folder, None, "tiny14")
-    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
-    refuses(
-        "its config says 7 tokens, its embeddings have 1312", plan_backbones, folder, None, "tiny14"
-    )
-    edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=ROWS))
-    plan.tokenizer.save_pretrained(folder)
-    refuses("has 3D tokens already", plan_backbones, folder, None, "tiny14")
-    words = folder / "tokenizer.json"
-    words.write_text(words.read_text().replace("<loc", "<place"))
-    refuses("<loc0000>", plan_backbones, folder, None, "tiny14")
-
-
-def test_names_on_the_hub_are_read_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def offline_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the Hub, which cannot be reached."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    said = "cannot get google/absent .*or give a local folder"
-    refuses(said, plan_backbones, "google/absent", None, "tiny14")
-    cached = tmp_path / "models--google--tiny"
-    publish_paligemma(paligemma(), cached / "snapshots" / "0123456789", tokenizer=False)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123456789")
+    return tmp_path
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache(offline_hub_cache: Path) -> None:
+    repository = offline_hub_cache / "models--google--tiny"
+    snapshot = repository / "snapshots" / "0123456789"
+    publish_paligemma(make_paligemma(), snapshot, with_tokenizer=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789")
+
     plan = plan_backbones("google/tiny", None, "tiny14")
+
     assert plan.sources == {"PaliGemma": "google/tiny@0123456789"}
     assert plan.report.with_status("missing", "refused") == []
+
+
+@pytest.mark.usefixtures("offline_hub_cache")
+def test_a_name_that_is_not_in_the_cache_is_refused() -> None:
+    message = "cannot get google/absent .*or give a local folder"
+    refuses(message, plan_backbones, "google/absent", None, "tiny14")

@@ -1,5 +1,4 @@
-"""The tensors that published files are expected to hold are those that the loaders take, all of
-them."""
+"""The tensors that published files must contain are those that are read."""
 
 import math
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from transformers import PaliGemmaConfig
 
-from spear.models.moge.checkpoint import IMAGE_STATISTICS, Checkpoint, build_moge
+from spear.models.moge.checkpoint import _CONSTANTS, Checkpoint, build_moge
 from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
@@ -17,74 +16,101 @@ from spear.models.weights.load import StoredCheckpoint, StoredTensor
 from spear.models.weights.published import PUBLISHED
 from spear.util.network import is_hub_name
 
+MOGE_FILE_BYTES = 1_256_823_446
+PI0_FILE_BYTES = 14_005_618_584
+MAX_HEADER_BYTES = 2e5
+BYTES_PER_NUMBER = 4  # both files are float32
 
-def stored(config: Any, tensors: dict[str, Any]) -> StoredCheckpoint:
-    weights = {
-        name: StoredTensor(Path("x"), tuple(shape), "BF16") for name, shape in tensors.items()
-    }
-    return StoredCheckpoint(Path("nowhere"), config.to_dict(), weights)
+
+def make_stored_checkpoint(config: Any, shapes: dict[str, Any]) -> StoredCheckpoint:
+    """A listed checkpoint of these shapes, without files."""
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = StoredTensor(Path("x"), tuple(shape), "BF16")
+    return StoredCheckpoint(Path("nowhere"), config.to_dict(), tensors)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
-def test_paligemma(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known, tensors = PUBLISHED[name], PUBLISHED[name].tensors()
-    vision = {
+def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = PUBLISHED[name]
+    tensors = network.tensors()
+    vision_config = {
         **PRESETS["spear1"].vision,
         "model_type": "siglip_vision_model",
         "vision_use_head": False,
     }
-    width = known.config["hidden_size"]
     config = PaliGemmaConfig(
-        vision_config=vision, text_config=dict(known.config), projection_dim=width
+        vision_config=vision_config,
+        text_config=dict(network.config),
+        projection_dim=network.config["hidden_size"],
     )
-    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored(config, tensors))
+    stored = make_stored_checkpoint(config, tensors)
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda *_: stored)
+
     report = backbones.plan_backbones("nowhere", None).report
+
     report.check("")
-    assert len(report.with_status("loaded")) == len(tensors) and not report.with_status("left out")
+    assert len(report.with_status("loaded")) == len(tensors)
+    assert not report.with_status("left out")
 
 
-def test_pi0(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with torch.device("meta"):
         vlm = SpearVLMForConditionalGeneration(build_vlm_config(PRESETS["spear1"]))
-    files = {
-        "SPEAR-VLM": stored(
-            vlm.config, {name: weight.shape for name, weight in vlm.state_dict().items()}
-        ),
-        "π0": stored(vlm.config, PUBLISHED["pi0"].tensors()),
+    vlm_shapes = {name: weight.shape for name, weight in vlm.state_dict().items()}
+    checkpoints = {
+        "SPEAR-VLM": make_stored_checkpoint(vlm.config, vlm_shapes),
+        "π0": make_stored_checkpoint(vlm.config, PUBLISHED["pi0"].tensors()),
     }
-    monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: files[what])
+    monkeypatch.setattr(StoredCheckpoint, "open", lambda _, what: checkpoints[what])
+
     report = action_expert.plan_policy("a", "b").report
+
     report.check("")
-    ends = {
-        key.name for key in report.with_status("new")
-    }  # states and actions have other sizes there
-    assert ends == {
-        f"{layer}.{part}" for layer in action_expert._ENDS for part in ("weight", "bias")
-    }
+    expected = set()
+    for layer in action_expert.ROBOT_LAYERS:
+        expected |= {f"{layer}.weight", f"{layer}.bias"}
+    assert {key.name for key in report.with_status("new")} == expected
 
 
 @pytest.mark.parametrize("name", ["moge", "moge-2"])
-def test_moge(name: str) -> None:
-    known = PUBLISHED[name]
-    weights = {name: torch.empty(shape, device="meta") for name, shape in known.tensors().items()}
-    for constant, values in IMAGE_STATISTICS.items():
-        prefix = "encoder." if name == "moge-2" else ""
-        weights[prefix + constant] = torch.tensor(values)[None, :, None, None]
-    build_moge(Checkpoint(Path("x"), weights, known.config, int(known.kind[-1])))
+def test_moge_is_built_from_its_tensors(name: str) -> None:
+    network = PUBLISHED[name]
+    tensors = {}
+    for tensor_name, shape in network.tensors().items():
+        tensors[tensor_name] = torch.empty(shape, device="meta")
+    prefix = "encoder." if name == "moge-2" else ""
+    for constant, values in _CONSTANTS.items():
+        tensors[prefix + constant] = torch.tensor(values)[None, :, None, None]
+    version = int(network.kind[-1])
+
+    build_moge(Checkpoint(Path("x"), tensors, network.config, version))
 
 
-def test_the_published_files_are_known_by_revision_and_as_large_as_these_tensors() -> None:
-    for known in PUBLISHED.values():
-        assert is_hub_name(f"{known.repository}@{known.revision}") and len(known.revision) == 40
-    numbers = {
-        n: sum(map(math.prod, PUBLISHED[n].tensors().values()))
-        for n in ("moge", "paligemma", "pi0")
-    }
-    assert 0 < 1_256_823_446 - 4 * numbers["moge"] < 2e5
-    # π0 holds its VLM, whose vocabulary is 64 rows shorter, and a head of the expert that is not
-    # read.
-    assert (
-        0
-        < 14_005_618_584 - 4 * (numbers["paligemma"] - 64 * 2048 + numbers["pi0"] + 257_152 * 1024)
-        < 2e5
-    )
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_are_known_by_their_revision(name: str) -> None:
+    network = PUBLISHED[name]
+
+    assert is_hub_name(f"{network.repository}@{network.revision}")
+    assert len(network.revision) == 40
+
+
+def count_numbers(name: str) -> int:
+    return sum(math.prod(shape) for shape in PUBLISHED[name].tensors().values())
+
+
+def test_moges_file_is_as_large_as_its_tensors() -> None:
+    header_bytes = MOGE_FILE_BYTES - BYTES_PER_NUMBER * count_numbers("moge")
+
+    assert 0 < header_bytes < MAX_HEADER_BYTES
+
+
+def test_pi0s_file_is_as_large_as_its_tensors_and_its_vlm() -> None:
+    vlm_numbers = count_numbers("paligemma") - 64 * 2048  # 64 rows less of embeddings
+    head_numbers = 257_152 * 1024  # the expert's head, which is not read
+    numbers = vlm_numbers + count_numbers("pi0") + head_numbers
+    header_bytes = PI0_FILE_BYTES - BYTES_PER_NUMBER * numbers
+
+    assert 0 < header_bytes < MAX_HEADER_BYTES

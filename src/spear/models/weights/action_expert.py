@@ -1,12 +1,12 @@
-"""SPEAR-VLM → SPEAR-1: an action expert that is new, or π0's published one.
+"""SPEAR-VLM becomes SPEAR-1, with an action expert that is new, or π0's published one.
 
-π0 is read under the names of openpi's PyTorch port and LeRobot (`paligemma_with_expert.gemma_expert.model.…`)
-and of Transformers (`model.dit.…`).
+π0 is read under the names of openpi's PyTorch port and LeRobot
+(`paligemma_with_expert.gemma_expert.model.…`) and of Transformers (`model.dit.…`).
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,164 +32,242 @@ from spear.models.weights.load import (
 )
 from spear.types import ACTION_DIM
 
-_RENAMED = (
+RENAMED_PREFIXES = (
     ("model.", ""),
     ("dit.", "expert."),
     ("paligemma_with_expert.gemma_expert.model.", "expert."),
     ("embed_action_time.", ""),
 )
-"""Beginnings of π0's names -> of ours, one after the other."""
-_UNUSED = {
-    r"vlm\.": "π0's own VLM, in whose place SPEAR-VLM is",
-    r"paligemma_with_expert\.paligemma\.": "π0's own VLM, in whose place SPEAR-VLM is",
+"""π0's names -> ours, one rule after the other."""
+
+UNUSED_WEIGHTS = {
+    r"vlm\.": "π0's own VLM, which SPEAR-VLM replaces",
+    r"paligemma_with_expert\.paligemma\.": "π0's own VLM, which SPEAR-VLM replaces",
     r"expert\.embed_tokens\.": "the expert reads no text",
-    r"paligemma_with_expert\.gemma_expert\.lm_head\.": "the expert says no text",
+    r"paligemma_with_expert\.gemma_expert\.lm_head\.": "the expert writes no text",
     r"(un)?normalize_": "statistics of π0's data",
 }
-_ENDS = {
-    "state_proj": (1, NUM_STATE_FEATURES),
-    "action_in_proj": (1, ACTION_DIM),
-    "action_out_proj": (0, ACTION_DIM),
+"""Patterns of weights that π0's files contain and that are of no use -> the reason."""
+
+OUTPUT_LAYER = "action_out_proj"
+
+
+@dataclass(frozen=True)
+class RobotLayer:
+    """A layer that takes a robot's state or actions: which axis of its weight they are, and our
+    size."""
+
+    axis: int
+    size: int
+
+
+ROBOT_LAYERS = {
+    "state_proj": RobotLayer(axis=1, size=NUM_STATE_FEATURES),
+    "action_in_proj": RobotLayer(axis=1, size=ACTION_DIM),
+    OUTPUT_LAYER: RobotLayer(axis=0, size=ACTION_DIM),
 }
-"""The layers that take a robot's state or actions: the weight's axis that is theirs, and its size here."""
 
 
 def plan_policy(
     vlm: Path | str, expert: Path | str | None = None, size: str = "spear1"
 ) -> Conversion[Spear1ForActionPrediction]:
-    """SPEAR-VLM and an action expert → SPEAR-1, with all names and shapes checked and nothing read yet.
+    """Plan the conversion of SPEAR-VLM and an action expert to SPEAR-1.
 
-    vlm     a folder, or a name on the Hub.
-    expert  None: a new one of the preset's width, as deep as the VLM. Else a π0 in safetensors: a folder, or
-            a name on the Hub. Of its layers that take states and give actions those are loaded that have our
-            sizes (state 10, action 8); the others are new, since their numbers mean other things. π0's
-            velocity points to the noise, so its last layer is negated; new where clean actions are predicted.
-    size    the preset of the horizon, the flow and a new expert.
+    All names and shapes are checked; no weights are read yet.
 
-    Raises `SpearError` as `plan_backbones` does, and for an expert that does not fit the VLM.
+    Args:
+        vlm: A folder, or a name on the Hub.
+        expert: None makes a new expert of the preset's width, as deep as the VLM. Otherwise a π0 in
+            safetensors: a folder, or a name on the Hub. Its layers that take states or give actions
+            are loaded where they have our sizes (state 10, action 8); others are new, because their
+            numbers mean other things. π0's velocity points to the noise, so its last layer is
+            negated; where clean actions are predicted, that layer is new.
+        size: The preset of the horizon, the flow and a new expert.
+
+    Raises:
+        SpearError: As `plan_backbones` does, and for an expert that does not fit the VLM.
     """
-    stored = StoredCheckpoint.open(vlm, "SPEAR-VLM")
-    sources = {"SPEAR-VLM": describe_source(vlm, stored.folder)}
-    kind = str(stored.config.get("model_type"))
-    check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], kind)
-    inner, dtype = stored.read_config(SpearVLMConfig), stored.precision(stored.weights)
-    fields, periods = None, {}
+    # The VLM and the expert, and the config of both.
+    stored_vlm = StoredCheckpoint.open(vlm, "SPEAR-VLM")
+    vlm_config = _read_vlm_config(stored_vlm)
+    dtype = stored_vlm.precision(stored_vlm.weights)
+    sources = {"SPEAR-VLM": describe_source(vlm, stored_vlm.folder)}
+    pi0 = None
     if expert is not None:
-        shards = StoredCheckpoint.open(expert, "π0")
-        names = _expert_names(shards)
-        fields = _expert_fields(shards, names, inner.text_config.head_dim)
-        periods = {k: v for k, v in shards.config.items() if k in ("min_period", "max_period")}
-        sources["action expert"] = describe_source(expert, shards.folder)
-    config = build_spear1_config(get_preset(size), inner, fields)
-    config.update(periods)
+        pi0 = _Pi0.open(expert)
+        sources["action expert"] = describe_source(expert, pi0.stored.folder)
+    config = _make_config(size, vlm_config, pi0)
+
+    # The new model without numbers: which weights it wants.
     with torch.device("meta"):
         wanted = Spear1ForActionPrediction(copy.deepcopy(config)).state_dict()
-    inside = {k: v for k, v in wanted.items() if k.startswith("vlm.")}
-    outside = {k: v for k, v in wanted.items() if k not in inside}
-    ours = {f"vlm.{name}": name for name in stored.weights}
-    keys, found = match_weights(inside, stored, ours, "SPEAR-VLM")
-    keys += report_unused_weights(
-        {o: n for o, n in ours.items() if o not in inside}, stored, {}, "SPEAR-VLM"
-    )
-    parts = [make_weight_reader(stored, found)]
-    if expert is None:
-        keys += [_new(name, weight, config) for name, weight in outside.items()]
+    wanted_of_vlm = {name: w for name, w in wanted.items() if name.startswith("vlm.")}
+    wanted_of_expert = {name: w for name, w in wanted.items() if not name.startswith("vlm.")}
+
+    # Which of them the VLM has.
+    vlm_names = {f"vlm.{name}": name for name in stored_vlm.weights}
+    keys, loaded_names = match_weights(wanted_of_vlm, stored_vlm, vlm_names, "SPEAR-VLM")
+    leftover_names = {our: name for our, name in vlm_names.items() if our not in wanted_of_vlm}
+    keys += report_unused_weights(leftover_names, stored_vlm, {}, "SPEAR-VLM")
+    readers = [make_weight_reader(stored_vlm, loaded_names)]
+
+    # The others are π0's, or new.
+    if pi0 is None:
+        keys += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
     else:
-        of_expert, more = _pi0(outside, shards, names, config)
-        keys, parts = keys + of_expert, parts + more
-    return Conversion(
-        Spear1ForActionPrediction, config, ConversionReport(keys), parts, dtype, sources
-    )
+        expert_keys, expert_readers = _plan_pi0(wanted_of_expert, pi0, config)
+        keys += expert_keys
+        readers += expert_readers
+    report = ConversionReport(keys)
+    return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)
 
 
-def _expert_names(shards: StoredCheckpoint) -> dict[str, str]:
-    """Our names -> π0's, of all its weights. Raises `SpearError` when it is not a π0."""
-    names = shards.names(_RENAMED)
-    other = f"another architecture: {shards.folder}"
-    if any(".dense." in name or name.startswith("time_mlp_") for name in names):
-        raise SpearError(
-            f"{other} is a π0.5, whose norms depend on time: give a π0 (lerobot/pi0_base)"
-        )
-    if "expert.layers.0.self_attn.q_proj.weight" not in names:
-        raise SpearError(f"{other} holds no action expert: give a π0 (lerobot/pi0_base)")
-    return names
+def _read_vlm_config(stored: StoredCheckpoint) -> SpearVLMConfig:
+    architecture = str(stored.config.get("model_type"))
+    check_known(f"architecture in {stored.folder}:", [SpearVLMConfig.model_type], architecture)
+    return stored.read_config(SpearVLMConfig)
 
 
-def _expert_fields(
-    shards: StoredCheckpoint, names: Mapping[str, str], head_dim: int
-) -> dict[str, Any]:
-    """The sizes of π0's expert, from the shapes of its weights, and what its config says beside them."""
-    said = shards.config.get("dit_config") or {}
+@dataclass(frozen=True)
+class _Pi0:
+    """A π0 checkpoint; names: our names -> its names, of all its weights."""
 
-    def rows(layer: str) -> int:
+    stored: StoredCheckpoint
+    names: Mapping[str, str]
+
+    @staticmethod
+    def open(expert: Path | str) -> "_Pi0":
+        """List its weights. Raises `SpearError` when it is not a π0."""
+        stored = StoredCheckpoint.open(expert, "π0")
+        names = stored.names(RENAMED_PREFIXES)
+        is_pi05 = any(".dense." in name or name.startswith("time_mlp_") for name in names)
+        if is_pi05:
+            raise SpearError(
+                f"another architecture: {stored.folder} is a π0.5, whose norms depend on time."
+                " Give a π0 (lerobot/pi0_base)."
+            )
+        if "expert.layers.0.self_attn.q_proj.weight" not in names:
+            raise SpearError(
+                f"another architecture: {stored.folder} holds no action expert."
+                " Give a π0 (lerobot/pi0_base)."
+            )
+        return _Pi0(stored, names)
+
+    def num_rows(self, layer: str) -> int:
+        """Rows of a weight in the first layer of the expert."""
         name = f"expert.layers.0.{layer}.weight"
-        if name not in names:
-            raise SpearError(f"checkpoint incomplete: {shards.folder} has no {name}: copy it again")
-        return shards.weights[names[name]].shape[0]
-
-    return {
-        **{
-            name: said[name]
-            for name in ("rms_norm_eps", "rope_parameters", "hidden_act")
-            if name in said
-        },
-        "hidden_size": rows("input_layernorm"),
-        "intermediate_size": rows("mlp.gate_proj"),
-        "num_attention_heads": rows("self_attn.q_proj") // head_dim,
-        "num_key_value_heads": rows("self_attn.k_proj") // head_dim,
-        "num_hidden_layers": len(
-            {n.split(".")[2] for n in names if n.startswith("expert.layers.")}
-        ),
-        "head_dim": head_dim,
-    }
+        if name not in self.names:
+            raise SpearError(
+                f"checkpoint incomplete: {self.stored.folder} has no {name}. Copy it again."
+            )
+        return self.stored.weights[self.names[name]].shape[0]
 
 
-def _pi0(
-    wanted: Mapping[str, Tensor],
-    shards: StoredCheckpoint,
-    names: Mapping[str, str],
-    config: Spear1Config,
+def _make_config(size: str, vlm_config: SpearVLMConfig, pi0: _Pi0 | None) -> Spear1Config:
+    preset = get_preset(size)
+    if pi0 is None:
+        return build_spear1_config(preset, vlm_config, None)
+    expert_fields = _read_expert_fields(pi0, vlm_config.text_config.head_dim)
+    config = build_spear1_config(preset, vlm_config, expert_fields)
+    for name in ("min_period", "max_period"):
+        if name in pi0.stored.config:
+            config.update({name: pi0.stored.config[name]})
+    return config
+
+
+def _read_expert_fields(pi0: _Pi0, head_dim: int) -> dict[str, Any]:
+    """Return the sizes of π0's expert from the shapes of its weights, and some fields of its
+    config."""
+    fields: dict[str, Any] = {}
+    expert_config = pi0.stored.config.get("dit_config") or {}
+    for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
+        if name in expert_config:
+            fields[name] = expert_config[name]
+
+    layer_numbers = set()
+    for name in pi0.names:
+        if name.startswith("expert.layers."):
+            layer_numbers.add(name.split(".")[2])
+    fields["hidden_size"] = pi0.num_rows("input_layernorm")
+    fields["intermediate_size"] = pi0.num_rows("mlp.gate_proj")
+    fields["num_attention_heads"] = pi0.num_rows("self_attn.q_proj") // head_dim
+    fields["num_key_value_heads"] = pi0.num_rows("self_attn.k_proj") // head_dim
+    fields["num_hidden_layers"] = len(layer_numbers)
+    fields["head_dim"] = head_dim
+    return fields
+
+
+def _plan_pi0(
+    wanted: Mapping[str, Tensor], pi0: _Pi0, config: Spear1Config
 ) -> tuple[list[WeightStatus], list[WeightReader]]:
-    """The keys of π0's expert, and what reads them."""
-    # The ends whose states or actions are not ours, or that predict something else.
-    other = {"action_out_proj"} if _is_clean(config) else set()
-    for layer, (axis, ours) in _ENDS.items():
-        stored = names.get(f"{layer}.weight")
-        if stored is not None and shards.weights[stored].shape[axis] != ours:
-            other.add(layer)
-    fresh = [name for name in wanted if name.split(".")[0] in other]
-    keys, found = match_weights(
-        {k: v for k, v in wanted.items() if k not in fresh}, shards, names, "π0"
-    )
-    last = {ours: name for ours, name in found.items() if ours.startswith("action_out_proj.")}
-    negated = "negated: π0's velocity points to the noise"
-    keys = [replace(k, note=f"{k.note}, {negated}") if k.name in last else k for k in keys]
-    keys += [_new(name, wanted[name], config) for name in fresh]
-    rest = {ours: name for ours, name in names.items() if ours not in wanted or ours in fresh}
-    others = dict.fromkeys(fresh, "its states and actions mean other numbers")
-    keys += report_unused_weights(rest, shards, {**others, **_UNUSED}, "the action expert")
-    parts = [
-        make_weight_reader(shards, {ours: name for ours, name in found.items() if ours not in last})
+    """Plan the weights of π0's expert: what becomes of them, and what reads them."""
+    new_layers = _find_new_layers(pi0, config)
+    new_names = [name for name in wanted if name.split(".")[0] in new_layers]
+    wanted_of_pi0 = {name: w for name, w in wanted.items() if name not in new_names}
+    keys, loaded_names = match_weights(wanted_of_pi0, pi0.stored, pi0.names, "π0")
+
+    # The output layer is negated.
+    output_names: dict[str, str] = {}
+    other_names: dict[str, str] = {}
+    for our_name, stored_name in loaded_names.items():
+        is_output = our_name.startswith(f"{OUTPUT_LAYER}.")
+        target = output_names if is_output else other_names
+        target[our_name] = stored_name
+    keys = [_note_negation(key) if key.name in output_names else key for key in keys]
+    readers = [
+        make_weight_reader(pi0.stored, other_names),
+        make_weight_reader(pi0.stored, output_names, sign=-1.0),
     ]
-    return keys, [*parts, make_weight_reader(shards, last, sign=-1.0)]
+
+    # Layers for other states or actions are new, and π0's are left out.
+    keys += [_report_new(name, wanted[name], config) for name in new_names]
+    leftover_names = {}
+    for our_name, stored_name in pi0.names.items():
+        if our_name not in wanted or our_name in new_names:
+            leftover_names[our_name] = stored_name
+    reasons = dict.fromkeys(new_names, "its states and actions mean other numbers")
+    unused = {**reasons, **UNUSED_WEIGHTS}
+    keys += report_unused_weights(leftover_names, pi0.stored, unused, "the action expert")
+    return keys, readers
 
 
-def _is_clean(config: Spear1Config) -> bool:
+def _find_new_layers(pi0: _Pi0, config: Spear1Config) -> set[str]:
+    """Return the layers whose states or actions are not ours, or that predict something else."""
+    new_layers = set()
+    if _predicts_clean_actions(config):
+        new_layers.add(OUTPUT_LAYER)
+    for name, layer in ROBOT_LAYERS.items():
+        stored_name = pi0.names.get(f"{name}.weight")
+        if stored_name is None:
+            continue
+        if pi0.stored.weights[stored_name].shape[layer.axis] != layer.size:
+            new_layers.add(name)
+    return new_layers
+
+
+def _note_negation(key: WeightStatus) -> WeightStatus:
+    return replace(key, note=f"{key.note}, negated: π0's velocity points to the noise")
+
+
+def _predicts_clean_actions(config: Spear1Config) -> bool:
     return (config.flow or {})["prediction"] == "clean"
 
 
-def _new(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus:
-    """A new weight, with the initialisation that `Spear1ForActionPrediction` gives it."""
+def _report_new(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus:
+    """Report a new weight, with the initialization that `Spear1ForActionPrediction` gives it."""
     shape = tuple(weight.shape)
+    return WeightStatus(name, shape, "new", _describe_initialization(name, shape, config))
+
+
+def _describe_initialization(name: str, shape: tuple[int, ...], config: Spear1Config) -> str:
+    is_output = name.startswith(OUTPUT_LAYER)
     if name.startswith("expert."):
-        norm = name.endswith("norm.weight")
-        how = "0 (a scale of 1)" if norm else f"N(0, {config.expert_config.initializer_range}²)"
-    elif name.endswith("bias"):
-        how = (
-            "the action that stays"
-            if _is_clean(config) and name.startswith("action_out_proj")
-            else "0"
-        )
-    else:
-        how = f"N(0, {'0.01' if name.startswith('action_out_proj') else '1'} / {shape[1]})"
-    return WeightStatus(name, shape, "new", how)
+        if name.endswith("norm.weight"):
+            return "0 (a scale of 1)"
+        return f"N(0, {config.expert_config.initializer_range}²)"
+    if name.endswith("bias"):
+        if is_output and _predicts_clean_actions(config):
+            return "the action that does not move"
+        return "0"
+    variance = "0.01" if is_output else "1"
+    return f"N(0, {variance} / {shape[1]})"

@@ -1,10 +1,12 @@
-"""PaliGemma and MoGe, as published, → SPEAR-VLM.
+"""PaliGemma and MoGe, as published, become SPEAR-VLM.
 
-PaliGemma 1 and 2 are read under the names that were published in 2024 and under those that Transformers has
-written since; MoGe as `spear.models.moge.checkpoint` reads it.
+PaliGemma 1 and 2 are read under the names that were published in 2024 and under those that
+Transformers has written since; MoGe as `spear.models.moge.checkpoint` reads it.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,201 +43,368 @@ from spear.models.weights.load import (
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
-_BOTH = "take both from the same checkpoint"
-_UNUSED = {
-    r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
-    r"vision_tower\.embeddings\.position_ids": "computed, not learned",
-    r".*\.rotary_emb\.inv_freq": "computed, not learned",
-}
-"""Weights that may lie in a PaliGemma's file and are of no use, by patterns of our names -> why."""
-_RENAMED = (
+HEAD = "lm_head.weight"
+
+RENAMED_PREFIXES = (
     ("model.", ""),
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "language_model."),
     ("vision_tower.vision_model.", "vision_tower."),
 )
-"""PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one after the other."""
-_NOT_OURS = (
+"""PaliGemma's names, whichever Transformers wrote them -> SPEAR-VLM's, one rule after the other."""
+
+UNUSED_WEIGHTS = {
+    r"vision_tower\.head\.": "SigLIP's pooling, which PaliGemma does not read",
+    r"vision_tower\.embeddings\.position_ids": "computed, not learned",
+    r".*\.rotary_emb\.inv_freq": "computed, not learned",
+}
+"""Patterns of weights that PaliGemma's files may contain and that are of no use -> the reason."""
+
+IGNORED_CONFIG_FIELDS = (
     "_name_or_path",
     "architectures",
     "dtype",
     "transformers_version",
     "use_bidirectional_attention",
 )
-"""Fields of a part's config that describe the file it came from, or what our masks say."""
+"""Fields of a network's config that describe the file it came from, or what our masks do."""
+
+
+@dataclass(frozen=True)
+class _StoredVocabulary:
+    """The token embeddings of a PaliGemma.
+
+    name       their name in the checkpoint.
+    head_name  the name of the output head's copy of them; None where it has none.
+    num_rows   rows of the matrix.
+    """
+
+    name: str
+    head_name: str | None
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class _CoordinateTokens:
+    """Where the 3D tokens are: ids start … end - 1."""
+
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
 
 
 def plan_backbones(
     paligemma: Path | str, moge: Path | str | None, size: str = "spear1"
 ) -> Conversion[SpearVLMForConditionalGeneration]:
-    """PaliGemma and MoGe → SPEAR-VLM, with all names and shapes checked and nothing read yet.
+    """Plan the conversion of PaliGemma and MoGe to SPEAR-VLM.
 
-    paligemma  the folder of a PaliGemma 1 or 2, or its name on the Hub.
-    moge       a MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None: a plain PaliGemma, no 3D encoder.
-    size       the preset whose views, image sizes and number of 3D tokens the model gets; the sizes of the
-               networks are those of the checkpoints.
+    All names and shapes are checked; no weights are read yet. The 3D tokens follow the tokenizer's
+    own tokens, or the embeddings where the folder has no tokenizer. They are drawn from N(mean,
+    covariance) of the rows before them (the paper). MoGe's projection is new.
 
-    The 3D tokens follow the tokenizer's own tokens, or the embeddings where the folder has no tokenizer, and
-    are drawn from N(mean, covariance) of the rows before them (the paper). MoGe's projection is new.
-    Raises `SpearError` for a checkpoint that is missing, incomplete, broken or of another architecture, a
-    dtype that is not floating point, and a vocabulary that does not fit. What is wrong with single weights is
-    in the report, and raised by `check` and `run`.
+    Args:
+        paligemma: The folder of a PaliGemma 1 or 2, or its name on the Hub.
+        moge: A MoGe v1 or MoGe-2 as `read_checkpoint` takes it; None makes a plain PaliGemma
+        without
+            3D encoder.
+        size: The preset whose views, image sizes and number of 3D tokens the model gets. The sizes
+        of
+            the networks are those of the checkpoints.
+
+    Returns:
+        The conversion. Problems with single weights are in its report; its `check` and `run` raise
+        them.
+
+    Raises:
+        SpearError: If a checkpoint is missing, incomplete, broken or of another architecture, if a
+            dtype is not floating point, or if the vocabulary does not fit.
     """
-    numbers = get_preset(size)
-    shards = StoredCheckpoint.open(paligemma, "PaliGemma")
-    published = _paligemma_config(shards)
-    stored = shards.names(_RENAMED)
-    head = stored.pop("lm_head.weight", None)
-    if head is not None and EMBEDDINGS not in stored:  # one matrix, saved under the head's name
-        stored[EMBEDDINGS], head = head, None
-    if EMBEDDINGS not in stored:
-        raise SpearError(
-            f"checkpoint incomplete: {shards.folder} has no token embeddings: copy it again"
-        )
-    table = stored[EMBEDDINGS]
-    rows = shards.weights[table].shape[0]
-    if rows != published.text_config.vocab_size:
-        apart = f"its config says {published.text_config.vocab_size} tokens, its embeddings have {rows} rows"
-        raise SpearError(f"vocabulary mismatch: {shards.folder}: {apart}: {_BOTH}")
-    tokenizer, start = _extended_tokenizer(shards.folder, rows, numbers.bins)
-    encoder = None if moge is None else read_checkpoint(moge)
-    config = _vlm_config(numbers, published, max(rows, start + numbers.bins), start, encoder)
-    patch = config.vision_config.patch_size
-    for view, (width, height) in numbers.image_sizes.items():
-        if width % patch or height % patch:
-            why = f"its {view} images of {width}×{height} are no multiple of the checkpoint's patch, {patch}"
-            raise SpearError(f"preset {size} does not fit: {why}: choose another preset")
+    preset = get_preset(size)
 
+    # PaliGemma: what it is, its weights under our names, and its vocabulary.
+    stored = StoredCheckpoint.open(paligemma, "PaliGemma")
+    published_config = _read_paligemma_config(stored)
+    stored_names = stored.names(RENAMED_PREFIXES)
+    vocabulary = _find_vocabulary(stored, stored_names, published_config)
+    tokenizer, first_new_id = _extend_tokenizer(stored.folder, vocabulary.num_rows, preset.bins)
+    new_tokens = _CoordinateTokens(first_new_id, preset.bins)
+
+    # MoGe, and the new model's config.
+    encoder_checkpoint = None if moge is None else read_checkpoint(moge)
+    config = _make_vlm_config(preset, published_config, vocabulary, new_tokens, encoder_checkpoint)
+    _check_image_sizes(preset, config.vision_config.patch_size)
+
+    # The new model without numbers: which weights it wants.
     with torch.device("meta"):
         model = SpearVLMForConditionalGeneration(copy.deepcopy(config))
     wanted = model.state_dict()
-    plain = {k: v for k, v in wanted.items() if not k.startswith("moge") and k != EMBEDDINGS}
-    keys, names = match_weights(plain, shards, stored, "PaliGemma")
-    of_vocabulary, grow = _vocabulary(shards, table, head, start, numbers.bins)
-    keys, parts = keys + of_vocabulary, [grow, make_weight_reader(shards, names)]
-    sources = {"PaliGemma": describe_source(paligemma, shards.folder)}
-    if encoder is not None and model.moge is not None:
-        keys += _moge_keys(model.moge, encoder)
-        for part, how in (("weight", f"N(0, {config.initializer_range}²)"), ("bias", "0")):
-            name = f"moge_projector.linear.{part}"
-            keys.append(WeightStatus(name, tuple(wanted[name].shape), "new", how))
-        parts.insert(
-            0, _moge_part(config, encoder.path)
-        )  # first, while there is room for its float32 copy
-        sources["MoGe"] = describe_source(str(moge), encoder.path.parent)
-    if head is not None:
-        keys.append(
-            WeightStatus(
-                head, shards.weights[head].shape, "left out", "tied to the token embeddings"
-            )
-        )
-    rest = {ours: name for ours, name in stored.items() if ours not in wanted}
-    keys += report_unused_weights(rest, shards, _UNUSED, "SPEAR-VLM")
-    place = {name: i for i, name in enumerate(wanted)}  # the report has the order of the model
-    report = ConversionReport(
-        sorted(keys, key=lambda key: place.get(key.name.split("[")[0], len(place)))
+
+    # Which of them PaliGemma has.
+    wanted_of_paligemma = {
+        name: weight
+        for name, weight in wanted.items()
+        if not name.startswith("moge") and name != EMBEDDINGS
+    }
+    keys, loaded_names = match_weights(wanted_of_paligemma, stored, stored_names, "PaliGemma")
+    keys += _report_vocabulary(stored, vocabulary, new_tokens)
+    readers = [
+        _make_vocabulary_reader(stored, vocabulary, new_tokens),
+        make_weight_reader(stored, loaded_names),
+    ]
+    sources = {"PaliGemma": describe_source(paligemma, stored.folder)}
+
+    # Which of them MoGe has. It is read first, while there is room for its float32 copy.
+    if encoder_checkpoint is not None and model.moge is not None:
+        keys += _report_moge(model.moge, encoder_checkpoint)
+        keys += _report_new_projector(wanted, config)
+        readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
+        sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
+
+    # What nobody wants.
+    if vocabulary.head_name is not None:
+        head_shape = stored.weights[vocabulary.head_name].shape
+        reason = "tied to the token embeddings"
+        keys.append(WeightStatus(vocabulary.head_name, head_shape, "left out", reason))
+    leftover_names = {our: name for our, name in stored_names.items() if our not in wanted}
+    keys += report_unused_weights(leftover_names, stored, UNUSED_WEIGHTS, "SPEAR-VLM")
+
+    return Conversion(
+        model_class=SpearVLMForConditionalGeneration,
+        config=config,
+        report=ConversionReport(_sort_like_model(keys, wanted)),
+        readers=readers,
+        dtype=stored.precision([vocabulary.name, *loaded_names.values()]),
+        sources=sources,
+        tokenizer=tokenizer,
     )
-    kind, dtype = SpearVLMForConditionalGeneration, shards.precision([table, *names.values()])
-    return Conversion(kind, config, report, parts, dtype, sources, tokenizer)
 
 
-def _paligemma_config(shards: StoredCheckpoint) -> Any:
-    """The `PaliGemmaConfig` of a folder, checked to be one that SPEAR-VLM can be made from."""
-    kind, where = shards.config.get("model_type"), shards.folder / "config.json"
-    other = f"another architecture: {where}"
-    if kind != PaliGemmaConfig.model_type:
-        raise SpearError(f"{other} says {kind!r}: give a PaliGemma 1 or 2 folder ('paligemma')")
-    config: Any = shards.read_config(PaliGemmaConfig)
-    text = config.text_config.model_type
-    if text not in ("gemma", "gemma2"):
-        raise SpearError(f"{other}: its language model is {text!r}: give a PaliGemma 1 or 2")
-    if shards.config.get("tie_word_embeddings") is False:
-        raise SpearError(f"{other}: its head is not tied to its embeddings: SPEAR-VLM ties both")
+def _sort_like_model(
+    keys: Sequence[WeightStatus], wanted: Mapping[str, Tensor]
+) -> list[WeightStatus]:
+    """Sort by the order of the model's weights; others stay at the end."""
+    order = {name: index for index, name in enumerate(wanted)}
+
+    def position(key: WeightStatus) -> int:
+        whole_name = key.name.split("[")[0]
+        return order.get(whole_name, len(order))
+
+    return sorted(keys, key=position)
+
+
+# --- PaliGemma ---
+
+
+def _read_paligemma_config(stored: StoredCheckpoint) -> Any:
+    """Return the `PaliGemmaConfig` of a folder. SPEAR-VLM can be made from such a PaliGemma."""
+    model_type = stored.config.get("model_type")
+    file = stored.folder / "config.json"
+    if model_type != PaliGemmaConfig.model_type:
+        raise SpearError(
+            f"another architecture: {file} says {model_type!r}."
+            " Give a PaliGemma 1 or 2 folder ('paligemma')."
+        )
+    config: Any = stored.read_config(PaliGemmaConfig)
+    text_type = config.text_config.model_type
+    if text_type not in ("gemma", "gemma2"):
+        raise SpearError(
+            f"another architecture: {file}: its language model is {text_type!r}."
+            " Give a PaliGemma 1 or 2."
+        )
+    if stored.config.get("tie_word_embeddings") is False:
+        raise SpearError(
+            f"another architecture: {file}: its head is not tied to its embeddings."
+            " SPEAR-VLM ties both; give a PaliGemma 1 or 2."
+        )
     return config
 
 
-def _extended_tokenizer(folder: Path, rows: int, bins: int) -> tuple[Any, int]:
-    """The folder's tokenizer with the 3D tokens, or None; and the id of the first 3D token."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None, rows
+def _find_vocabulary(
+    stored: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
+) -> _StoredVocabulary:
+    """Find the token embeddings, and take the head out of the names."""
+    head_name = stored_names.pop(HEAD, None)
+    if head_name is not None and EMBEDDINGS not in stored_names:
+        # One matrix, saved under the head's name.
+        stored_names[EMBEDDINGS] = head_name
+        head_name = None
+    if EMBEDDINGS not in stored_names:
+        raise SpearError(
+            f"checkpoint incomplete: {stored.folder} has no token embeddings. Copy it again."
+        )
+    name = stored_names[EMBEDDINGS]
+    num_rows = stored.weights[name].shape[0]
+    num_tokens = published_config.text_config.vocab_size
+    if num_rows != num_tokens:
+        raise SpearError(
+            f"vocabulary mismatch: {stored.folder}: its config says {num_tokens} tokens,"
+            f" its embeddings have {num_rows} rows. Take both from the same checkpoint."
+        )
+    return _StoredVocabulary(name, head_name, num_rows)
+
+
+def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple[Any, int]:
+    """Return the folder's tokenizer with the 3D tokens, or None; and the id of the first 3D
+    token."""
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if not has_tokenizer:
+        return None, num_rows
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer)
-    mismatch = f"vocabulary mismatch: {folder}: its tokenizer has"
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
-        raise SpearError(f"{mismatch} 3D tokens already: give a PaliGemma's own")
-    if (
-        len(tokenizer) > rows + 1
-    ):  # the image token may lie one past the embeddings: it is never embedded
-        raise SpearError(f"{mismatch} {len(tokenizer)} tokens, its embeddings {rows} rows: {_BOTH}")
-    return tokenizer, extend_tokenizer(tokenizer, bins)
+        raise SpearError(
+            f"vocabulary mismatch: {folder}: its tokenizer has 3D tokens already."
+            " Give a PaliGemma's own."
+        )
+    # The image token may be one past the embeddings: it is never embedded.
+    if len(tokenizer) > num_rows + 1:
+        raise SpearError(
+            f"vocabulary mismatch: {folder}: its tokenizer has {len(tokenizer)} tokens,"
+            f" its embeddings {num_rows} rows. Take both from the same checkpoint."
+        )
+    return tokenizer, extend_tokenizer(tokenizer, num_new_tokens)
 
 
-def _vlm_config(
-    size: Preset, published: Any, vocabulary: int, start: int, moge: Checkpoint | None
+def _make_vlm_config(
+    preset: Preset,
+    published_config: Any,
+    vocabulary: _StoredVocabulary,
+    new_tokens: _CoordinateTokens,
+    moge: Checkpoint | None,
 ) -> SpearVLMConfig:
-    """The preset's config, with networks of the checkpoints' sizes."""
-    parts = (published.text_config.to_dict(), published.vision_config.to_dict())
-    text, vision = ({k: v for k, v in part.items() if k not in _NOT_OURS} for part in parts)
+    """Return the preset's config, with networks of the checkpoints' sizes."""
+    text_config = _copy_network_config(published_config.text_config)
+    text_config["vocab_size"] = max(vocabulary.num_rows, new_tokens.end)
+    vision_config = _copy_network_config(published_config.vision_config)
+    vision_config["vision_use_head"] = False
     networks = {
-        "vision_config": {**vision, "vision_use_head": False},
+        "vision_config": vision_config,
         "moge_config": None if moge is None else make_encoder_config(moge),
-        "text_config": {**text, "vocab_size": vocabulary, **SPECIAL_TOKEN_IDS},
+        "text_config": {**text_config, **SPECIAL_TOKEN_IDS},
     }
-    return build_vlm_config(size, coordinate_start=start, networks=networks)
+    return build_vlm_config(preset, coordinate_start=new_tokens.start, networks=networks)
 
 
-def _vocabulary(
-    shards: StoredCheckpoint, source: str, head: str | None, start: int, bins: int
-) -> tuple[list[WeightStatus], WeightReader]:
-    """The embeddings in their parts, known rows and new 3D tokens, and how they are read. head: its copy."""
-    rows, width = shards.weights[source].shape
-    known, end = min(rows, start), start + bins
-    loaded, drawn = f"PaliGemma: {source}", f"N(mean, covariance) of rows 0:{known} (the paper)"
-    keys = [
-        WeightStatus(f"{EMBEDDINGS}[:{known}]", (known, width), "loaded", loaded),
-        WeightStatus(f"{EMBEDDINGS}[{known}:{end}]", (end - known, width), "new", drawn),
-    ]
-    if rows > end:
-        keys.append(WeightStatus(f"{EMBEDDINGS}[{end}:]", (rows - end, width), "loaded", loaded))
+def _copy_network_config(config: Any) -> dict[str, Any]:
+    fields = config.to_dict()
+    return {name: value for name, value in fields.items() if name not in IGNORED_CONFIG_FIELDS}
 
-    def part(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-        table = torch.empty(max(rows, end), width, dtype=dtype)
-        shards.read_into(source, table[:rows])
-        if head is not None and not (
-            shards.weights[head].shape == (rows, width)
-            and all(
-                torch.equal(piece.to(dtype), table[:rows][place])
-                for place, piece in shards.pieces(head)
+
+def _check_image_sizes(preset: Preset, patch_px: int) -> None:
+    for view, (width, height) in preset.image_sizes.items():
+        if width % patch_px or height % patch_px:
+            raise SpearError(
+                f"preset {preset.name} does not fit: its {view} images of {width}×{height} are no"
+                f" multiple of the checkpoint's patch, {patch_px}. Choose another preset."
             )
-        ):
-            raise SpearError(f"{shards.folder}: {head} is not {source}: SPEAR-VLM ties both")
-        table[known:end] = init_new_embeddings(table[:known], end - known, generator)
-        return {EMBEDDINGS: table}
-
-    return keys, part
 
 
-def _moge_part(config: SpearVLMConfig, path: Path) -> WeightReader:
-    def part(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
+def _report_vocabulary(
+    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
+) -> list[WeightStatus]:
+    """Report the embeddings in parts: loaded rows, new 3D tokens, and loaded rows after them, if
+    any."""
+    num_rows, width = stored.weights[vocabulary.name].shape
+    start, end = new_tokens.start, new_tokens.end
+    num_known = min(num_rows, start)
+    source = f"PaliGemma: {vocabulary.name}"
+    initialization = f"N(mean, covariance) of rows 0:{num_known} (the paper)"
+    known_shape = (num_known, width)
+    new_shape = (end - num_known, width)
+    keys = [
+        WeightStatus(f"{EMBEDDINGS}[:{num_known}]", known_shape, "loaded", source),
+        WeightStatus(f"{EMBEDDINGS}[{num_known}:{end}]", new_shape, "new", initialization),
+    ]
+    if num_rows > end:
+        rest_shape = (num_rows - end, width)
+        keys.append(WeightStatus(f"{EMBEDDINGS}[{end}:]", rest_shape, "loaded", source))
+    return keys
+
+
+def _make_vocabulary_reader(
+    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
+) -> WeightReader:
+    """Return what reads the known rows of the embeddings and draws the new ones."""
+    num_rows, width = stored.weights[vocabulary.name].shape
+    end = new_tokens.end
+    num_known = min(num_rows, new_tokens.start)
+
+    def read(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+        embeddings = torch.empty(max(num_rows, end), width, dtype=dtype)
+        stored.read_into(vocabulary.name, embeddings[:num_rows])
+        _check_head(stored, vocabulary, embeddings[:num_rows])
+        known_rows = embeddings[:num_known]
+        embeddings[num_known:end] = init_new_embeddings(known_rows, end - num_known, generator)
+        return {EMBEDDINGS: embeddings}
+
+    return read
+
+
+def _check_head(
+    stored: StoredCheckpoint, vocabulary: _StoredVocabulary, embeddings: Tensor
+) -> None:
+    """Raise `SpearError` if the head's copy of the embeddings differs from them."""
+    head_name = vocabulary.head_name
+    if head_name is None:
+        return
+    is_equal = stored.weights[head_name].shape == embeddings.shape
+    if is_equal:
+        is_equal = all(
+            torch.equal(piece.to(embeddings.dtype), embeddings[place])
+            for place, piece in stored.pieces(head_name)
+        )
+    if not is_equal:
+        raise SpearError(
+            f"{stored.folder}: {head_name} differs from {vocabulary.name}, but SPEAR-VLM ties both."
+            " Give a PaliGemma's own."
+        )
+
+
+# --- MoGe ---
+
+
+def _report_moge(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
+    """Report the encoder's weights, and MoGe's others."""
+    stored_names = match_encoder(encoder, checkpoint)
+    keys = []
+    for name, weight in encoder.state_dict().items():
+        source = f"MoGe: {stored_names[name]}"
+        keys.append(WeightStatus(f"moge.{name}", tuple(weight.shape), "loaded", source))
+    loaded_names = set(stored_names.values())
+    for name, weight in checkpoint.weights.items():
+        if name not in loaded_names:
+            reason = _explain_unused_moge_weight(name)
+            keys.append(WeightStatus(name, tuple(weight.shape), "left out", reason))
+    return keys
+
+
+def _explain_unused_moge_weight(name: str) -> str:
+    if name.endswith(("image_mean", "image_std")):
+        return "ImageNet's, checked"
+    if "mask_token" in name:
+        return "DINOv2's own training"
+    return "MoGe's head"
+
+
+def _report_new_projector(
+    wanted: Mapping[str, Tensor], config: SpearVLMConfig
+) -> list[WeightStatus]:
+    initializations = {"weight": f"N(0, {config.initializer_range}²)", "bias": "0"}
+    keys = []
+    for part, initialization in initializations.items():
+        name = f"moge_projector.linear.{part}"
+        keys.append(WeightStatus(name, tuple(wanted[name].shape), "new", initialization))
+    return keys
+
+
+def _make_moge_reader(config: SpearVLMConfig, path: Path) -> WeightReader:
+    def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         with torch.device("meta"):
             encoder = MogeEncoder(copy.deepcopy(config.moge_config))
         fill_encoder(encoder, read_checkpoint(path))
         return {f"moge.{name}": weight.to(dtype) for name, weight in encoder.state_dict().items()}
 
-    return part
-
-
-def _moge_keys(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
-    names = match_encoder(encoder, checkpoint)
-    ours = encoder.state_dict().items()
-    keys = [
-        WeightStatus(f"moge.{n}", tuple(weight.shape), "loaded", f"MoGe: {names[n]}")
-        for n, weight in ours
-    ]
-    for name, weight in checkpoint.weights.items():
-        if name not in names.values():
-            why = "DINOv2's own training" if "mask_token" in name else "MoGe's head"
-            if name.endswith(("image_mean", "image_std")):
-                why = "ImageNet's, checked"
-            keys.append(WeightStatus(name, tuple(weight.shape), "left out", why))
-    return keys
+    return read

@@ -1,4 +1,5 @@
-"""A conversion: weights matched by name and shape first, read piece by piece after, and saved as a folder."""
+"""A conversion: weights are matched by name and shape first, read piece by piece after, and
+saved."""
 
 import math
 import os
@@ -27,23 +28,44 @@ from spear.util.files import check_new_folder
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
 PROBLEMS: tuple[Status, ...] = ("missing", "refused")
-_EXPERT = ("expert", "state_proj", "action_")
+
+MAX_SHARD_SIZE = "5GB"
+"""The most that one file of weights contains."""
+
+EXPERT_PREFIXES = ("expert", "state_proj", "action_")
 """Beginnings of the names of weights that are the action expert's."""
-MOST = "5GB"
-"""The most that one file of weights holds."""
+
 _NUMBER = re.compile(r"\b\d+\b")
-_ABOUT = {
-    "spear_vlm": ("SPEAR-VLM", "image-text-to-text", "answers 3D questions about images"),
-    "spear1": ("SPEAR-1", "robotics", "controls a robot"),
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What the model card says of an architecture; pipeline: its tag on the Hub."""
+
+    title: str
+    pipeline: str
+    use: str
+
+
+CARD_TEXTS = {
+    "spear_vlm": CardText(
+        title="SPEAR-VLM",
+        pipeline="image-text-to-text",
+        use="answers 3D questions about images",
+    ),
+    "spear1": CardText(title="SPEAR-1", pipeline="robotics", use="controls a robot"),
 }
-"""model_type -> title, the Hub's pipeline tag and use."""
+"""By `model_type`."""
 
 
 @dataclass(frozen=True)
 class WeightStatus:
-    """One weight. name: ours; for what is left out or refused, the checkpoint's.
+    """What becomes of one weight.
 
-    note  loaded: where from; new: its initialisation; else why.
+    name    our name; of weights that are left out or refused, the checkpoint's.
+    shape   of the weight.
+    status  loaded, new, left out (of the checkpoint), missing (in it), or refused.
+    note    of loaded weights: where from; of new ones: their initialization; otherwise the reason.
     """
 
     name: str
@@ -54,115 +76,158 @@ class WeightStatus:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Every weight of a conversion: the new model's and the checkpoints'. Prints as a table."""
+    """Every weight of a conversion: the new model's and the checkpoints'. It prints as a table."""
 
     keys: Sequence[WeightStatus]
 
-    def with_status(self, *status: Status) -> list[WeightStatus]:
-        """The keys of these statuses."""
-        return [key for key in self.keys if key.status in status]
+    def with_status(self, *statuses: Status) -> list[WeightStatus]:
+        """Return the weights of these statuses."""
+        return [key for key in self.keys if key.status in statuses]
 
     def check(self, where: str) -> None:
-        """Raise `SpearError` when weights are missing or refused: how many, and the first of each kind."""
-        if wrong := [
-            (keys[0], len(keys)) for status in PROBLEMS if (keys := self.with_status(status))
-        ]:
-            said = (
-                f"weights {k.status}: {n}, first {k.name} {list(k.shape)} ({k.note})"
-                for k, n in wrong
+        """Raise `SpearError` when weights are missing or refused: how many, and the first of
+        each."""
+        problems = []
+        for status in PROBLEMS:
+            keys = self.with_status(status)
+            if keys:
+                first = keys[0]
+                problems.append(
+                    f"weights {status}: {len(keys)}, first {first.name} {list(first.shape)}"
+                    f" ({first.note})"
+                )
+        if problems:
+            raise SpearError(
+                f"checkpoint does not fit: {where}: {'; '.join(problems)}."
+                " Compare it with `spear convert expected`, or report this line."
             )
-            also = "compare with `spear convert expected`, or report this line"
-            raise SpearError(f"checkpoint does not fit: {where}: {'; '.join(said)}: {also}")
 
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
-        """The keys, each with a count: numbered layers are one line, unless something is wrong with them."""
+        """Return the weights with counts: numbered layers become one line, unless they have a
+        problem."""
         groups: dict[tuple[str, ...], list[WeightStatus]] = {}
         for key in self.keys:
-            place = key.name if key.status in PROBLEMS else _NUMBER.sub("*", key.name)
-            like = (place, str(key.shape), key.status, _NUMBER.sub("*", key.note))
-            groups.setdefault(like, []).append(key)
-        ends = ((keys[0], keys[-1], len(keys)) for keys in groups.values())
-        return [
-            (WeightStatus(_span(a.name, b.name), a.shape, a.status, _span(a.note, b.note)), n)
-            for a, b, n in ends
-        ]
+            is_problem = key.status in PROBLEMS
+            name = key.name if is_problem else _NUMBER.sub("*", key.name)
+            group = (name, str(key.shape), key.status, _NUMBER.sub("*", key.note))
+            groups.setdefault(group, []).append(key)
+
+        folded = []
+        for keys in groups.values():
+            first, last = keys[0], keys[-1]
+            name = _join_numbers(first.name, last.name)
+            note = _join_numbers(first.note, last.note)
+            folded.append((WeightStatus(name, first.shape, first.status, note), len(keys)))
+        return folded
 
     def num_parameters(self) -> int:
-        """Parameters of the new model."""
+        """Return the number of parameters of the new model."""
         return sum(math.prod(key.shape) for key in self.with_status("loaded", "new"))
 
     def module_table(self) -> str:
-        """Parameters per module, and of each model as a whole."""
-        modules: dict[str, list[int]] = {}
-        whole = {"SPEAR-VLM": [0, 0], "action expert": [0, 0], "all": [0, 0]}
+        """Return a table of the parameters per module, and of each model as a whole."""
+        modules: dict[str, _ParameterCount] = {}
+        vlm, expert, total = _ParameterCount(), _ParameterCount(), _ParameterCount()
         for key in self.with_status("loaded", "new"):
-            part = "action expert" if key.name.startswith(_EXPERT) else "SPEAR-VLM"
-            for count in (modules.setdefault(_module(key.name), [0, 0]), whole[part], whole["all"]):
-                count[key.status == "new"] += math.prod(key.shape)
-        if not any(whole["action expert"]):
-            whole = {"SPEAR-VLM": whole["all"]}
+            module = modules.setdefault(_module_name(key.name), _ParameterCount())
+            model = expert if key.name.startswith(EXPERT_PREFIXES) else vlm
+            for count in (module, model, total):
+                count.add(key)
+
+        counts = {**modules, "SPEAR-VLM": vlm}
+        if expert.loaded or expert.new:
+            counts |= {"action expert": expert, "all": total}
         rows = [("module", "parameters", "loaded", "new")]
-        rows += [
-            (name, f"{a + b:,}", f"{a:,}", f"{b:,}")
-            for name, (a, b) in {**modules, **whole}.items()
-        ]
-        return _columns(rows, right=(1, 2, 3))
+        for name, count in counts.items():
+            total_text = f"{count.loaded + count.new:,}"
+            rows.append((name, total_text, f"{count.loaded:,}", f"{count.new:,}"))
+        return _format_columns(rows, right_aligned=(1, 2, 3))
 
     def __str__(self) -> str:
         rows = [("status", "weight", "shape", "number", "from")]
         for key, count in self.fold_layers():
-            rows.append(
-                (key.status, key.name, " × ".join(map(str, key.shape)) or "1", str(count), key.note)
-            )
-        counts = {status: len(self.with_status(status)) for status in get_args(Status)}
-        total = ", ".join(f"{n} {s}" for s, n in counts.items() if n or s in ("loaded", "new"))
-        return f"{_columns(rows, right=(3,))}\n\n{self.module_table()}\n\n{total}"
+            shape = " × ".join(map(str, key.shape)) or "1"
+            rows.append((key.status, key.name, shape, str(count), key.note))
+
+        totals = []
+        for status in get_args(Status):
+            count = len(self.with_status(status))
+            if count > 0 or status in ("loaded", "new"):
+                totals.append(f"{count} {status}")
+        weight_table = _format_columns(rows, right_aligned=(3,))
+        return f"{weight_table}\n\n{self.module_table()}\n\n{', '.join(totals)}"
+
+
+@dataclass
+class _ParameterCount:
+    loaded: int = 0
+    new: int = 0
+
+    def add(self, key: WeightStatus) -> None:
+        if key.status == "new":
+            self.new += math.prod(key.shape)
+        else:
+            self.loaded += math.prod(key.shape)
 
 
 @dataclass(frozen=True)
 class Conversion(Generic[ModelT]):
-    """A new model whose every weight has been found a place, before any is read.
+    """A new model for whose every weight a source is known, before any is read.
 
-    config    the new model's. report: what became of each weight.
-    parts     what reads the loaded weights, in the order that keeps memory low.
-    dtype     of the sources, and so of the result unless another is asked for.
-    sources   role -> path or name, for messages and the model card.
-    tokenizer a Hugging Face tokenizer with the 3D tokens, where the sources had one.
+    model_class  class of the new model.
+    config       its config.
+    report       what becomes of each weight.
+    readers      read the loaded weights, in the order that needs least memory.
+    dtype        of the sources, and so of the result unless another is asked for.
+    sources      role -> path or name, for messages and the model card.
+    tokenizer    a Hugging Face tokenizer with the 3D tokens, where the sources had one.
     """
 
-    cls: type[ModelT]
+    model_class: type[ModelT]
     config: PreTrainedConfig
     report: ConversionReport
-    parts: Sequence[WeightReader]
+    readers: Sequence[WeightReader]
     dtype: torch.dtype
     sources: Mapping[str, str]
     tokenizer: Any = None
 
     def check(self) -> None:
-        """Raise `SpearError`, naming the first, when a weight is missing or refused."""
+        """Raise `SpearError`, which names the first, when a weight is missing or refused."""
         self.report.check(", ".join(self.sources.values()))
 
     def run(self, dtype: torch.dtype | None = None, seed: int = 0) -> ModelT:
-        """The model in evaluation mode, on the CPU. The same seed gives the same new weights.
+        """Build the model and read its weights.
 
-        Beside the weights in `dtype` there is never more in memory than a piece of a file and the covariance
-        of the embeddings. Raises `SpearError` when a weight is missing, refused or not finite.
+        Besides the weights in `dtype`, memory never holds more than a piece of a file and the
+        covariance of the embeddings.
+
+        Args:
+            dtype: Precision of the weights; None takes that of the sources.
+            seed: The same seed gives the same new weights.
+
+        Returns:
+            The model in evaluation mode, on the CPU.
+
+        Raises:
+            SpearError: If a weight is missing, refused or not finite.
         """
         self.check()
         dtype = dtype or self.dtype
         weights: dict[str, Tensor] = {}
-        for part in self.parts:
-            weights |= part(dtype, torch.Generator().manual_seed(seed))
+        for read in self.readers:
+            weights |= read(dtype, torch.Generator().manual_seed(seed))
+
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            loaded: Any = self.cls.from_pretrained(
+            loaded: Any = self.model_class.from_pretrained(
                 None, config=self.config, state_dict=weights, dtype=dtype, output_loading_info=True
             )
-        model, info = loaded
-        new = {key.name for key in self.report.with_status("new") if "[" not in key.name}
-        assert set(info["missing_keys"]) == new and not info["unexpected_keys"], (
-            "the report is wrong"
-        )
+        model, loading_info = loaded
+
+        # Parts of a weight, "name[…]", have been read or drawn together.
+        new_names = {key.name for key in self.report.with_status("new") if "[" not in key.name}
+        assert set(loading_info["missing_keys"]) == new_names, "the report is wrong"
+        assert not loading_info["unexpected_keys"], "the report is wrong"
         check_finite(model, ", ".join(self.sources.values()))
         return model.eval()
 
@@ -171,72 +236,103 @@ class Conversion(Generic[ModelT]):
         folder: Path,
         dtype: torch.dtype | None = None,
         seed: int = 0,
-        also: Callable[[Path], Any] | None = None,
+        save_more: Callable[[Path], Any] | None = None,
     ) -> ModelT:
-        """`run`, and write the model as sharded safetensors with a model card, whole or not at all.
+        """Run the conversion, and write the model with a model card, whole or not at all.
 
-        `recipe.json` says what the model was made of. also: writes more files into the folder
-        (`Processor.save`). Raises `SpearError` as `run` does, for a folder that holds something already, and
-        when it cannot be written or does not fit on the disk.
+        recipe.json says what the model was made from.
+
+        Args:
+            folder: A new or empty folder.
+            dtype: As of `run`.
+            seed: As of `run`.
+            save_more: Writes more files into the folder (`Processor.save`).
+
+        Raises:
+            SpearError: As `run` does, for a folder that contains something already, and when the
+                model cannot be written or does not fit on the disk.
         """
         check_new_folder(folder)
         self.check()
         part = folder.with_name(f".part-{folder.name}-{os.getpid()}")
-        size = self.report.num_parameters() * (dtype or self.dtype).itemsize
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            free = shutil.disk_usage(part).free
-            if free < size:
-                lacks = f"{size / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free"
-                raise SpearError(
-                    f"no room for {folder.parent}: {lacks}: make room, or give another folder"
-                )
+            self._check_disk_space(part, dtype or self.dtype)
             model = self.run(dtype, seed)
-            with quiet_transformers():
-                model.save_pretrained(part, max_shard_size=MOST)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(part)
-            if also is not None:
-                also(part)
-            made = {
-                "converted": dict(self.sources),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "seed": seed,
-                "simulator_only": all(
-                    is_simulator_only(Path(source)) for source in self.sources.values()
-                ),
-            }
-            write_provenance(part, made)
-            (part / "README.md").write_text(self._card(folder.name), encoding="utf-8")
+            self._write(model, part, folder.name, seed, save_more)
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
         except (OSError, SafetensorError) as error:
             raise SpearError(
-                f"cannot write {folder}: {summarize_error(error)}: give another folder"
+                f"cannot write {folder}: {summarize_error(error)}. Give another folder."
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return model
 
-    def _card(self, name: str) -> str:
-        """The README.md, with the header that the Hub reads. The licence is that of PaliGemma's weights."""
-        title, pipeline, use = _ABOUT[self.config.model_type]
-        new = [key for key, _ in self.report.fold_layers() if key.status == "new"]
-        fresh = ["These weights are new and untrained:", ""]
-        fresh += [f"- `{key.name}` {list(key.shape)}: {key.note}" for key in new]
+    def _check_disk_space(self, part: Path, dtype: torch.dtype) -> None:
+        needed_bytes = self.report.num_parameters() * dtype.itemsize
+        free_bytes = shutil.disk_usage(part).free
+        if free_bytes < needed_bytes:
+            raise SpearError(
+                f"no room for {part.parent}: {needed_bytes / 1e9:.1f} GB to be written,"
+                f" {free_bytes / 1e9:.1f} GB free. Make room, or give another folder."
+            )
+
+    def _write(
+        self,
+        model: ModelT,
+        part: Path,
+        name: str,
+        seed: int,
+        save_more: Callable[[Path], Any] | None,
+    ) -> None:
+        with quiet_transformers():
+            model.save_pretrained(part, max_shard_size=MAX_SHARD_SIZE)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(part)
+        if save_more is not None:
+            save_more(part)
+        source_folders = [Path(source) for source in self.sources.values()]
+        write_provenance(
+            part,
+            {
+                "converted": dict(self.sources),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "seed": seed,
+                "simulator_only": all(map(is_simulator_only, source_folders)),
+            },
+        )
+        (part / "README.md").write_text(self._make_card(name), encoding="utf-8")
+
+    def _make_card(self, name: str) -> str:
+        """Return the README.md, with the header that the Hub reads. The license is that of
+        PaliGemma's weights."""
+        card_text = CARD_TEXTS[self.config.model_type]
+        new_weights = []
+        for key, _ in self.report.fold_layers():
+            if key.status == "new":
+                new_weights.append(f"- `{key.name}` {list(key.shape)}: {key.note}")
+        fresh = "Every weight was loaded; none is new."
+        if new_weights:
+            fresh = "\n".join(["These weights are new and untrained:", "", *new_weights])
+
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         return template.format(
             name=name,
-            title=title,
-            pipeline=pipeline,
-            use=use,
+            title=card_text.title,
+            pipeline=card_text.pipeline,
+            use=card_text.use,
             made="\n".join(f"- {role}: `{source}`" for role, source in self.sources.items()),
-            fresh="\n".join(fresh) if new else "Every weight was loaded; none is new.",
+            fresh=fresh,
             table=self.report.module_table(),
-            module=self.cls.__module__,
-            cls=self.cls.__name__,
+            module=self.model_class.__module__,
+            cls=self.model_class.__name__,
         )
+
+
+# --- Matching ---
 
 
 def match_weights(
@@ -244,68 +340,100 @@ def match_weights(
 ) -> tuple[list[WeightStatus], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
-    wanted  our names -> tensors (their shapes count, so the meta device will do).
-    stored  names as ours would be -> names in `shards`.
-    where   the checkpoint, for the notes.
-    Returns a key for each (loaded, missing, or refused for its shape) and the names of the loaded ones:
-    ours -> stored. Raises `SpearError` for a dtype that is not plain floating point.
+    Args:
+        wanted: Our names -> tensors, whose shapes count (the meta device will do).
+        shards: The checkpoint.
+        stored: Its names, renamed to ours -> names in `shards`.
+        where: The checkpoint, for the notes.
+
+    Returns:
+        The status of each (loaded, missing, or refused for its shape), and the names of the loaded
+        ones: ours -> stored.
+
+    Raises:
+        SpearError: If a dtype is not plain floating point.
     """
     keys: list[WeightStatus] = []
-    names: dict[str, str] = {}
-    for ours, tensor in wanted.items():
+    loaded_names: dict[str, str] = {}
+    for our_name, tensor in wanted.items():
         shape = tuple(tensor.shape)
-        if ours not in stored:
-            keys.append(WeightStatus(ours, shape, "missing", f"not in {where}"))
+        if our_name not in stored:
+            keys.append(WeightStatus(our_name, shape, "missing", f"not in {where}"))
             continue
-        theirs = stored[ours]
-        shards.dtype(theirs)
-        found = shards.weights[theirs].shape
-        if found != shape:
-            note = f"its shape is {list(found)}, its config says {list(shape)}"
-            keys.append(WeightStatus(theirs, found, "refused", note))
+        stored_name = stored[our_name]
+        shards.dtype(stored_name)  # raises for quantized weights
+        stored_shape = shards.weights[stored_name].shape
+        if stored_shape != shape:
+            note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"
+            keys.append(WeightStatus(stored_name, stored_shape, "refused", note))
         else:
-            keys.append(WeightStatus(ours, shape, "loaded", f"{where}: {theirs}"))
-            names[ours] = theirs
-    return keys, names
+            keys.append(WeightStatus(our_name, shape, "loaded", f"{where}: {stored_name}"))
+            loaded_names[our_name] = stored_name
+    return keys, loaded_names
 
 
 def report_unused_weights(
     stored: Mapping[str, str], shards: StoredCheckpoint, unused: Mapping[str, str], what: str
 ) -> Iterator[WeightStatus]:
-    """The keys of weights that the new model has no place for: left out where it is known why, else refused.
+    """Report the weights that the new model has no place for.
 
-    stored: names as ours would be -> names in `shards`. unused: patterns of the former's beginnings -> why
-    they are of no use. what: the model, for the note of refused ones.
+    They are left out where the reason is known, and otherwise refused.
+
+    Args:
+        stored: Their names, renamed to ours -> names in `shards`.
+        shards: The checkpoint.
+        unused: Patterns of the beginnings of our names -> why such weights are of no use.
+        what: The model, for the note of refused weights.
     """
-    for ours, name in stored.items():
-        why = next((reason for pattern, reason in unused.items() if re.match(pattern, ours)), None)
-        note = f"{what} has no such weight" if why is None else why
-        yield WeightStatus(
-            name, shards.weights[name].shape, "refused" if why is None else "left out", note
-        )
+    for our_name, stored_name in stored.items():
+        shape = shards.weights[stored_name].shape
+        reason = _find_reason(our_name, unused)
+        if reason is not None:
+            yield WeightStatus(stored_name, shape, "left out", reason)
+        else:
+            yield WeightStatus(stored_name, shape, "refused", f"{what} has no such weight")
 
 
-def _module(name: str) -> str:
-    """The part of the model that a weight belongs to: its first name, of the two Gemmas the first two."""
-    inside = name.removeprefix("vlm.")
-    parts = inside.split("[")[0].split(".")
+def _find_reason(name: str, unused: Mapping[str, str]) -> str | None:
+    for pattern, reason in unused.items():
+        if re.match(pattern, name):
+            return reason
+    return None
+
+
+# --- Printing ---
+
+
+def _module_name(weight_name: str) -> str:
+    """The module that a weight belongs to: its first name, of the two Gemmas the first two."""
+    inner_name = weight_name.removeprefix("vlm.")
+    prefix = weight_name[: len(weight_name) - len(inner_name)]
+    parts = inner_name.split("[")[0].split(".")
     depth = 2 if parts[0] in ("language_model", "expert") else 1
-    return name[: len(name) - len(inside)] + ".".join(parts[:depth])
+    return prefix + ".".join(parts[:depth])
 
 
-def _span(first: str, last: str) -> str:
-    """ "layers.0.x" and "layers.17.x" -> "layers.0…17.x"."""
-    ends = iter(_NUMBER.findall(last))
+def _join_numbers(first: str, last: str) -> str:
+    """Join two names that differ in numbers.
 
-    def both(match: re.Match[str]) -> str:
-        end = next(ends)
-        return match[0] if match[0] == end else f"{match[0]}…{end}"
+    >>> _join_numbers("layers.0.x", "layers.17.x")
+    'layers.0…17.x'
+    """
+    last_numbers = iter(_NUMBER.findall(last))
 
-    return _NUMBER.sub(both, first)
+    def join(match: re.Match[str]) -> str:
+        last_number = next(last_numbers)
+        return match[0] if match[0] == last_number else f"{match[0]}…{last_number}"
+
+    return _NUMBER.sub(join, first)
 
 
-def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> str:
-    """Rows as lines with aligned columns; those of `right` are numbers."""
+def _format_columns(rows: Sequence[tuple[str, ...]], right_aligned: tuple[int, ...]) -> str:
+    """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = [f"{'>' if i in right else '<'}{width}" for i, width in enumerate(widths)]
-    return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
+    formats = []
+    for index, width in enumerate(widths):
+        alignment = ">" if index in right_aligned else "<"
+        formats.append(f"{alignment}{width}")
+    lines = ["  ".join(map(format, row, formats)).rstrip() for row in rows]
+    return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Folders of checkpoints: where they are by name, what they have seen, and what was saved together."""
+"""Checkpoint folders: where they are by name, what they were trained on, and which files belong
+together."""
 
 import hashlib
 import json
@@ -13,58 +14,96 @@ from spear.errors import SpearError, notice
 from spear.util.files import read_json_as
 
 BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
-"""Where the weights that come with the package lie: a folder per name."""
-_PIECE, _PIECES = 2**16, 64
-"""A larger file is known by its size and so many pieces of so many bytes, spread over all of it."""
-_APART = "recipe.json", "README.md", "calibration.json"
+"""Where the weights that come with the package are: a folder per name."""
+
+HASHED_BLOCK_BYTES = 2**16
+MAX_HASHED_BLOCKS = 64
+"""Of a file larger than so many blocks, blocks spread over all of it are hashed, and its size."""
+
+NOT_HASHED = ("recipe.json", "README.md", "calibration.json")
 """Files that are written later, or by hand."""
 
 
 def locate(name: str | Path) -> Path:
-    """The folder of a checkpoint: a folder itself (or a run's, whose `final` is taken), or a shipped name.
+    """Find the folder of a checkpoint.
 
-    Raises `SpearError` when there is none, or none yet.
+    Args:
+        name: A folder; or the folder of a training, whose `final` is taken; or the name of weights
+            that come with the package.
+
+    Raises:
+        SpearError: If there is no such model, or its training is not finished.
     """
-    path, shipped = Path(name), BUNDLED_WEIGHTS / str(name)
+    path = Path(name)
+    bundled = BUNDLED_WEIGHTS / str(name)
+    is_bundled = (bundled / "config.json").is_file()
     if path.is_dir():
-        if path != shipped and (shipped / "config.json").is_file():
+        if is_bundled and path != bundled:
             notice(
-                f"{path}: this folder is taken, not the weights of that name that come with the package"
+                f"{path}: this folder is used, not the weights of that name that come with the"
+                " package."
             )
-        if ((final := path / "final") / "config.json").is_file():
-            steps = (
-                read_provenance(final)
-                .get("recipe", {})
-                .get("optimization", {})
-                .get("steps", math.inf)
+        superseded_step = _find_superseded_step(path)
+        if superseded_step is not None:
+            notice(
+                f"{path}: these are the weights of step {superseded_step:,}; a longer training is"
+                " not finished. Run its command again to use the newer weights."
             )
-            if any(
-                int(saved.name[5:]) > steps
-                for saved in path.glob("checkpoints/step-" + 8 * "[0-9]")
-            ):
-                notice(
-                    f"{path}: weights of step {steps:,}, newer are not finished: give its command again"
-                )
-            return final
-        if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
-            raise SpearError(f"{path}: its training is not finished: give the same command again")
-        return path
-    if (shipped / "config.json").is_file():
-        return shipped
-    names = ", ".join(sorted(p.parent.name for p in BUNDLED_WEIGHTS.glob("*/config.json")))
-    known = f"the name of one that comes with this package: {names}"
-    raise SpearError(f"no model {str(name)!r}: give a folder with a trained one, or {known}")
+        return _resolve_training_folder(path)
+    if is_bundled:
+        return bundled
+
+    bundled_names = sorted(config.parent.name for config in BUNDLED_WEIGHTS.glob("*/config.json"))
+    raise SpearError(
+        f"no model {str(name)!r}. Give the folder of a trained model, or the name of one that comes"
+        f" with this package: {', '.join(bundled_names)}."
+    )
+
+
+def _find_superseded_step(path: Path) -> int | None:
+    """Return the step of a training's finished weights if later steps were begun, else None."""
+    final = path / "final"
+    if not (final / "config.json").is_file():
+        return None
+    optimization = read_provenance(final).get("recipe", {}).get("optimization", {})
+    final_step = optimization.get("steps", math.inf)
+    digits = "[0-9]" * 8
+    for checkpoint in path.glob(f"checkpoints/step-{digits}"):
+        if int(checkpoint.name.removeprefix("step-")) > final_step:
+            return final_step
+    return None
+
+
+def _resolve_training_folder(path: Path) -> Path:
+    """Return the folder of the finished weights where `path` is that of a training, else `path`."""
+    if (path / "final" / "config.json").is_file():
+        return path / "final"
+    if (path / "checkpoints").is_dir() and not (path / "config.json").is_file():
+        raise SpearError(
+            f"{path}: its training is not finished. Run the same `spear train` command again."
+        )
+    return path
 
 
 def is_simulator_only(folder: Path) -> bool:
-    """Whether the model in a folder learned from nothing but the built-in simulator: those that come with the
-    package, and those whose training says so. Raises `SpearError` for a broken recipe.json."""
-    said = read_provenance(folder).get("simulator_only", False)
-    return said or folder.resolve().is_relative_to(BUNDLED_WEIGHTS.resolve())
+    """Return whether the model in a folder learned from nothing but the built-in simulator.
+
+    This holds for the weights that come with the package, and for those whose recipe.json says so.
+    Raises `SpearError` for a broken recipe.json.
+    """
+    if read_provenance(folder).get("simulator_only", False):
+        return True
+    return folder.resolve().is_relative_to(BUNDLED_WEIGHTS.resolve())
 
 
 class Provenance(BaseModel, extra="allow"):
-    """What of a recipe.json is asked for; files: of `hash_files`; learned: fingerprints of training data."""
+    """What this package reads of a recipe.json.
+
+    recipe          the recipe that the model was trained by.
+    files           of `hash_files`.
+    learned         fingerprints of the episodes and images it was trained on.
+    simulator_only  whether these came from nothing but the built-in simulator.
+    """
 
     recipe: dict[str, Any] = {}
     files: dict[str, str] = {}
@@ -73,47 +112,59 @@ class Provenance(BaseModel, extra="allow"):
 
 
 def read_provenance(folder: Path) -> Mapping[str, Any]:
-    """What a trained folder says about itself (recipe.json); nothing where somebody else saved it."""
+    """Return the recipe.json of a trained folder; an empty one where something else saved it."""
     path = folder / "recipe.json"
     if not path.is_file():
         return {}
-    return read_json_as(Provenance, path, "copy the folder again, or remove this file").model_dump(
-        exclude_unset=True
-    )
+    provenance = read_json_as(Provenance, path, "copy the folder again, or remove this file")
+    return provenance.model_dump(exclude_unset=True)
 
 
-def write_provenance(folder: Path, said: Mapping[str, Any]) -> None:
-    """Write what a folder says about itself, and of which files it is whole; the last thing that is saved."""
-    text = json.dumps({**said, "files": hash_files(folder)}, indent=1)
+def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Write recipe.json, with the hashes of the folder's files. Call it after all of them are
+    saved."""
+    text = json.dumps({**provenance, "files": hash_files(folder)}, indent=1)
     (folder / "recipe.json").write_text(text, encoding="utf-8")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The files that make up the model in a folder: name → a short hash."""
-    found = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _APART):
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(_PIECE, size // _PIECES)):
-                file.seek(place)
-                digest.update(file.read(_PIECE))
-        found[path.name] = digest.hexdigest()[:12]
-    return found
+    """Return the files that make up the model in a folder: name -> a short hash."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in NOT_HASHED:
+            hashes[path.name] = _hash_file(path)
+    return hashes
+
+
+def _hash_file(path: Path) -> str:
+    size = path.stat().st_size
+    stride = max(HASHED_BLOCK_BYTES, size // MAX_HASHED_BLOCKS)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in range(0, size, stride):
+            file.seek(offset)
+            digest.update(file.read(HASHED_BLOCK_BYTES))
+    return digest.hexdigest()[:12]
 
 
 def warn_about_changed_files(folder: Path) -> None:
-    """Say on stderr which files of a trained or converted folder are not those that were saved together.
+    """Give a notice if files of a trained or converted folder are not those that were saved
+    together.
 
-    Weights with the normalizer.json or the words of another training fit by shape, and act wrongly.
+    Weights with the normalizer.json or the tokenizer of another training fit by shape, and act
+    wrongly.
     """
-    if other := find_changed_files(folder, read_provenance(folder).get("files", {})):
+    changed = find_changed_files(folder, read_provenance(folder).get("files", {}))
+    if changed:
         notice(
-            f"{folder}: {', '.join(other)}: not as saved with the rest: copy the whole folder again"
+            f"{folder}: {', '.join(changed)}: not as saved with the other files."
+            " Copy the whole folder again."
         )
 
 
-def find_changed_files(folder: Path, saved: Mapping[str, str]) -> list[str]:
-    """Which files of a folder are missing, or others than when these were its `hash_files`."""
-    here = hash_files(folder) if saved else {}
-    return [name for name in saved if here.get(name) != saved[name]]
+def find_changed_files(folder: Path, saved_hashes: Mapping[str, str]) -> list[str]:
+    """Return which of the files are missing, or have another hash than `hash_files` gave then."""
+    if not saved_hashes:
+        return []
+    present_hashes = hash_files(folder)
+    return [name for name, value in saved_hashes.items() if present_hashes.get(name) != value]

@@ -1,4 +1,5 @@
-"""The published networks that are read: where they are, and the tensors that their files must hold."""
+"""The published networks that are read: where they are, and the tensors that their files must
+contain."""
 
 import tomllib
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from spear.models.presets import build_spear1_config, build_vlm_config, get_pres
 
 @dataclass(frozen=True)
 class Published:
-    """A network on the Hugging Face Hub: the fields of `published.toml`, which explains them."""
+    """A network on the Hugging Face Hub. The fields are those of `published.toml`, which explains
+    them."""
 
     repository: str
     revision: str
@@ -22,7 +24,8 @@ class Published:
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
 
     def build(self) -> Any:
-        """The network that its weights go into, on the meta device: shapes without numbers."""
+        """Build the network that its weights go into, on the meta device: shapes without
+        numbers."""
         import torch
         import transformers
 
@@ -30,41 +33,38 @@ class Published:
         from spear.models.spear1 import Spear1ForActionPrediction
         from spear.models.vlm import SpearVLMForConditionalGeneration
 
-        size = get_preset("spear1")
+        preset = get_preset("spear1")
         with torch.device("meta"):
             if self.kind.startswith("Moge"):
                 return getattr(networks, self.kind)(self.config)
             if self.kind == "Pi0":
-                policy = Spear1ForActionPrediction(build_spear1_config(size))
+                policy = Spear1ForActionPrediction(build_spear1_config(preset))
                 del policy.vlm
                 return policy
             if self.kind == "PaliGemma":
-                inner = build_vlm_config(size)
-                inner.moge_config, inner.text_config = (
-                    None,
-                    transformers.AutoConfig.for_model(**self.config),
-                )
-                return SpearVLMForConditionalGeneration(inner)
-            kind: Any = getattr(transformers, self.kind)
-            return kind(kind.config_class(**self.config))
+                config = build_vlm_config(preset)
+                config.moge_config = None
+                config.text_config = transformers.AutoConfig.for_model(**self.config)
+                return SpearVLMForConditionalGeneration(config)
+            network_class: Any = getattr(transformers, self.kind)
+            return network_class(network_class.config_class(**self.config))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that are read of its files, by their names there. What else they hold is left out."""
+        """The tensors that are read of its files: their name there -> shape. Other tensors are
+        ignored."""
         from spear.models.moge.checkpoint import get_published_shapes
         from spear.models.weights.load import rename_prefixes
 
         network = self.build()
         if self.kind.startswith("Moge"):
             return get_published_shapes(network, int(self.kind[-1]))
-        found = {
-            rename_prefixes(ours, self.names): weight
-            for ours, weight in network.state_dict().items()
-        }
-        return {name: tuple(self.shapes.get(name, weight.shape)) for name, weight in found.items()}
+        tensors = {}
+        for our_name, weight in network.state_dict().items():
+            name = rename_prefixes(our_name, self.names)
+            tensors[name] = tuple(self.shapes.get(name, weight.shape))
+        return tensors
 
 
-_FILE = Path(__file__).with_suffix(".toml")
-PUBLISHED = {
-    name: Published(**fields) for name, fields in tomllib.loads(_FILE.read_text("utf-8")).items()
-}
-"""By the names that `spear convert expected` and the labeller's options take."""
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+PUBLISHED = {name: Published(**fields) for name, fields in _TABLES.items()}
+"""The networks by the names that `spear convert expected` and the labeler's options take."""
