@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from browser import Tab, chromium
-from serve_here import serving
+from serve_here import run_server
 from spear.policy import Spear1Policy
 from spear.ui.page import Page
 
@@ -29,7 +29,7 @@ def main(out: Path = PICTURE) -> None:
     with (
         tempfile.TemporaryDirectory() as profile,
         chromium(Path(profile)) as browser,
-        serving(policy, page=Page(policy, "nano", None, 2**20)) as server,
+        run_server(policy, page=Page(policy, "nano", None, 2**20)) as server,
     ):
         tab = Tab(browser)
         tab.open(f"http://127.0.0.1:{server.port}/", WIDTH, 1200)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_here import SPEAR, started
+from serve_here import SPEAR_CLI_CODE, run_python
 from spear import cli
 from spear.cli.parsing import get_options_class, parse_options
 from spear.data.readers.formats import read_episodes
@@ -161,7 +161,7 @@ def test_the_tutorial_runs_and_what_it_trains_can_be_served(
         row.count("(n = 1)") == 3 for row in rows
     )  # one episode gives no interval
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
-    with started(SPEAR, "serve", str(tmp_path / "mine"), "--port", "0") as server:
+    with run_python(SPEAR_CLI_CODE, "serve", str(tmp_path / "mine"), "--port", "0") as server:
         said = server.stdout.readline()
         found = re.search(r"ws://\S+", said)
         assert found, said

@@ -86,7 +86,7 @@ def make_data(root: Path, episodes: int, steps: int) -> None:
     write_episodes(ordered, root / "recorded", shard_size=8)
     sizes = tuple(f"{camera}={width}x{height}" for camera, (height, width) in VIEWS.items())
     begun = time.perf_counter()
-    prepare(root / "recorded", root / "prepared", how=Conversion(size=sizes), workers=CORES)
+    prepare(root / "recorded", root / "prepared", conversion=Conversion(size=sizes), workers=CORES)
     took = time.perf_counter() - begun
     frames = int(EpisodeStore(root / "prepared").lengths.sum())
     size = sum(p.stat().st_size for p in (root / "prepared").rglob("*") if p.is_file())

@@ -102,7 +102,7 @@ class Video:
 
     def batch(self, step: int) -> dict[str, Any]:
         samples = self.mixture.draw(step, self.batch_size)
-        arrays = [self.mixture.arrays(sample, HORIZON) for sample in samples]
+        arrays = [self.mixture.read_arrays(sample, HORIZON) for sample in samples]
         batch = {
             f"numbers {i}": torch.from_numpy(np.stack(a))
             for i, a in enumerate(zip(*arrays, strict=True))

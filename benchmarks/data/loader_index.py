@@ -80,7 +80,7 @@ def start(root: Path) -> dict[str, float]:
     Normalizer.fit([(store, weight) for _, store, weight in sources])
     marks.append((time.perf_counter(), time.process_time()))
     for sample in mixture.draw(0, 2048):
-        mixture.arrays(sample, 5)
+        mixture.read_arrays(sample, 5)
     marks.append((time.perf_counter(), time.process_time()))
     found: dict[str, float] = {
         "valid steps": len(mixture),

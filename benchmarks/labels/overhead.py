@@ -23,9 +23,9 @@ import tyro
 
 from spear.cli import run_reporting_errors
 from spear.labels.engine import run_local
-from spear.labels.inputs import list_images, read_images
+from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
-from spear.labels.pipeline import detect_objects, predict_point_maps, segment_objects
+from spear.labels.pipeline import detect_objects, predict_point_maps, read_images, segment_objects
 from spear.labels.run import label_folder
 from stand_ins import StandIn, photos
 

@@ -3,9 +3,10 @@
     python benchmarks/models/convert_memory.py
     python benchmarks/models/convert_memory.py --sizes large full --dtypes bfloat16
 
-Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary folder,
-converts them in a process of their own, and prints how much more memory that process needed at its peak than
-before, divided by the bytes of the weights: reading, building and saving, mapped files included. Linux only.
+Writes a PaliGemma with random weights and a MoGe (ViT-S; at full size ViT-L) into a temporary
+folder, converts them in a process of their own, and prints how much more memory that process needed
+at its peak than before, divided by the bytes of the weights: reading, building and saving, mapped
+files included. Linux only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from spear.cli import run_reporting_errors
-from spear.models.moge.checkpoint import _CONSTANTS, _PREFIXES, to_published_name
+from spear.models.moge.checkpoint import IMAGE_STATISTICS, NAME_PREFIXES, to_published_name
 from spear.models.moge.networks import MogeV1
 from spear.models.weights.backbones import plan_backbones
 
@@ -78,7 +79,8 @@ SHARD = 200 * 10**6
 
 
 def write_paligemma(folder: Path, size: str) -> None:
-    """A PaliGemma in bfloat16 under its published names of 2025, in several files; its weights are random."""
+    """A PaliGemma in bfloat16 under its published names of 2025, in several files; its weights are
+    random."""
     text = {**TEXT, **SIZES[size]}
     width = text["hidden_size"]
     vision = FULL_VISION if size == "full" else VISION
@@ -119,9 +121,9 @@ def write_moge(path: Path, size: str) -> None:
     weights: dict[str, torch.Tensor] = {}
     config = {"encoder": encoder, "remap_output": "exp"}
     for ours, weight in MogeV1(config).state_dict().items():
-        name = to_published_name(ours, _PREFIXES[1])
+        name = to_published_name(ours, NAME_PREFIXES[1])
         weights[name] = torch.cat([weights[name], weight]) if name in weights else weight
-    for name, values in _CONSTANTS.items():
+    for name, values in IMAGE_STATISTICS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
     torch.save({"model_config": config, "model": weights}, path)
 
@@ -151,9 +153,8 @@ def main(
     """Print a table.
 
     Args:
-        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder, full (PaliGemma 3B) 14 GB
-            in
-            bfloat16.
+        sizes: of the PaliGemma; large writes up to 7 GB into the temporary folder, full (PaliGemma
+            3B) 14 GB in bfloat16.
         dtypes: of the new weights.
     """
     print("| precision | parameters | weights | peak above start | over the weights | ratio |")

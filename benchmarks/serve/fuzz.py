@@ -38,7 +38,7 @@ from spear.cli import run_reporting_errors
 from spear.embodiments import Embodiment
 from spear.errors import SpearError
 from spear.serve import wire
-from spear.serve.server import LARGEST_MESSAGE
+from spear.serve.connection import ConnectionLimits
 from spear.types import Array
 from structures import Maker, check_message, check_observation
 
@@ -220,7 +220,9 @@ async def client(url: str, fuzz: Fuzz, seed: int, index: int, frames: int) -> No
 
 async def huge(connection: ClientConnection) -> None:
     """The head of a frame that says it is larger than the limit: it must end the connection."""
-    connection.transport.write(b"\x82\xff" + (LARGEST_MESSAGE + 1).to_bytes(8, "big") + b"mask")
+    connection.transport.write(
+        b"\x82\xff" + (ConnectionLimits().max_message_bytes + 1).to_bytes(8, "big") + b"mask"
+    )
     try:
         raise SystemExit(f"a huge message is answered with {await connection.recv()!r}")
     except ConnectionClosed as closed:

@@ -35,14 +35,16 @@ from process import Server, server
 from spear import embodiments
 from spear.cli import run_reporting_errors
 from spear.serve import wire
-from spear.serve.server import DRAIN_S, LARGEST_MESSAGE
+from spear.serve.connection import ConnectionLimits
+
+DRAIN_S = ConnectionLimits().drain_timeout_s
 
 CLIENTS = 8
 FACTOR = 3.0
 GROWTH = 0.10
 TOKEN = "a-secret"
 RAW: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "ping_interval": None}
-FULL = LARGEST_MESSAGE - 2**16
+FULL = ConnectionLimits().max_message_bytes - 2**16
 HELLO = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"

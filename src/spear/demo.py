@@ -112,7 +112,7 @@ def answers(vlm: VlmBundle) -> Values:
     )
     scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
     boxes = [
-        a for a in scores.asked if a.question.family == "box_vertices" and "error" in a.measures
+        a for a in scores.answers if a.question.family == "box_vertices" and "error" in a.measures
     ]
     first = {a.image: a for a in reversed(boxes)}
     box = scores.families["box_vertices"]

@@ -470,7 +470,9 @@ def test_preparing_warns_of_each_gripper_mistake(
     layout.write_text(json.dumps({"like": "bridge_dataset", **changes}))
 
     with pytest.warns(match=f": {check_name}: "):
-        prepare(shared / "data/bridge_v2_sample", tmp_path / "out", how=Conversion(layout=layout))
+        prepare(
+            shared / "data/bridge_v2_sample", tmp_path / "out", conversion=Conversion(layout=layout)
+        )
 
 
 def test_positions_in_another_unit_than_the_layout_says(shared: Path, tmp_path: Path) -> None:

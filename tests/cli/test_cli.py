@@ -18,7 +18,7 @@ import pytest
 
 import spear
 from refusals import Command
-from serve_here import SPEAR
+from serve_here import SPEAR_CLI_CODE
 from spear import embodiments
 from spear.cli import COMMANDS, load_command, main
 from spear.cli.parsing import get_options_class
@@ -117,7 +117,7 @@ CARROT = "PutCarrotOnPlate-v1"
         ("label photos --scenes 3", "--scenes"),
         ("evaluate vqa nano sim --calibrate --images 1", "--images"),
         ("label nowhere.jpg", "no such file"),
-        ("label sim:x", "write a scene as"),
+        ("label sim:x", "is not a scene. Write one as sim:7"),
         ("label simpler:10000-10001 photos", "give it alone"),
         ("label show nowhere", "nowhere"),
         ("record --families stack_cubes", "did you mean 'stack_cube'?"),
@@ -235,7 +235,7 @@ def test_a_path_that_is_a_loop_of_links_is_one_line(refused: Command, tmp_path: 
 def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:
     """Run a command whose output Python holds back until it exits."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", SPEAR, *argv]
+    command = [sys.executable, "-c", SPEAR_CLI_CODE, *argv]
     return subprocess.run(
         command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refusals import Command
-from serve_here import Homing, serving
+from serve_here import HomingPolicy, run_server
 from spear.embodiments import load as robot_of
 from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES
@@ -41,20 +41,23 @@ def test_cheap_checks_come_before_loading_a_model(
 
 
 def test_a_server_for_another_robot_is_refused() -> None:
-    with serving(robot="droid") as server, pytest.raises(SpearError, match="--embodiment generic"):
+    with (
+        run_server(robot="droid") as server,
+        pytest.raises(SpearError, match="--embodiment generic"),
+    ):
         load_agent(f"ws://127.0.0.1:{server.port}")
 
 
 def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> None:
     """A server that comes back with others, at the same address, goes on with nobody's results."""
     policy, port, options = (
-        Homing(),
+        HomingPolicy(),
         0,
         TabletopOptions(families=("put_on",), scenes=1, out=tmp_path),
     )
     for weights, scenes in (("one", 1), ("one", 2), ("two", 3)):
         policy.identity = weights
-        with serving(policy, port=port) as server:
+        with run_server(policy, port=port) as server:
             port, agent = server.port, load_agent(f"ws://127.0.0.1:{server.port}")
             assert agent.weights == weights
             with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
@@ -68,10 +71,13 @@ def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])
 def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
-    policy = Homing()
+    policy = HomingPolicy()
     if sizes:
         policy.image_sizes = sizes
-    with serving(policy) as server, pytest.warns(Notice, match="which weights"):  # it does not say
+    with (
+        run_server(policy) as server,
+        pytest.warns(Notice, match="which weights"),
+    ):  # it does not say
         assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (
             sizes or DEFAULT_IMAGE_SIZES
         )
@@ -94,7 +100,7 @@ def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
 
 def test_a_served_policy_does_as_it_does_here() -> None:
     options = TabletopOptions(scenes=2, families=("put_on",))
-    here, _ = evaluate_tabletop(PolicyAgent(Homing(), "here"), options)
-    with serving() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:
+    here, _ = evaluate_tabletop(PolicyAgent(HomingPolicy(), "here"), options)
+    with run_server() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:
         there, _ = evaluate_tabletop(PolicyAgent(remote, "there"), options)
     assert here.outcomes == there.outcomes

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from data_tiny import make, png, stored
 from refusals import refuses
 from spear.data.actions import canonicalize_actions
-from spear.data.mixture import Mixture, TrainingSamples, jitter
+from spear.data.mixture import Mixture, TrainingSamples, jitter_colors
 from spear.data.store.episode_store import EpisodeStore
 from spear.train import loop
 
@@ -74,12 +74,14 @@ def test_a_batch_holds_what_the_episodes_hold(mixture: Mixture) -> None:
 
 def test_every_valid_step_is_drawn_and_weights_hold(mixture: Mixture) -> None:
     drawn = [s for step in range(40) for s in mixture.draw(step, 100)]
-    assert np.mean([s.source == 0 for s in drawn]) == pytest.approx(0.75, abs=0.027)  # 4 deviations
-    seen = {(s.source, s.episode, s.step) for s in drawn}
+    assert np.mean([s.dataset == 0 for s in drawn]) == pytest.approx(
+        0.75, abs=0.027
+    )  # 4 deviations
+    seen = {(s.dataset, s.episode, s.step) for s in drawn}
     assert len(seen) == len(mixture) == (5 + 6 + 7 + 8 + 9 - 5) + (5 + 6 - 2)
     assert all(step != 2 for _, _, step in seen)
     assert (
-        chisquare([*Counter((s.episode, s.step) for s in drawn if s.source == 0).values()]).pvalue
+        chisquare([*Counter((s.episode, s.step) for s in drawn if s.dataset == 0).values()]).pvalue
         > 0.001
     )
 
@@ -128,9 +130,9 @@ def test_the_order_depends_on_seed_and_step_alone(
     mixture, steps = Mixture(sources, seed), list(range(first, first + 6))
     order = [mixture.draw(step, batch) for step in steps]
     for sample in (sample for drawn in order for sample in drawn):
-        episode = sources[sample.source][1].without_images(sample.episode)
+        episode = sources[sample.dataset][1].without_images(sample.episode)
         assert canonicalize_actions(episode)[1][sample.step]
-        state, action, mask = mixture.arrays(sample, 5)
+        state, action, mask = mixture.read_arrays(sample, 5)
         seen = [getattr(episode, part)[sample.step] for part in ("position", "rotation", "gripper")]
         np.testing.assert_array_equal(state, np.hstack(seen))
         assert mask[0] and action.shape == (5, 8)
@@ -173,7 +175,7 @@ def test_jitter_leaves_what_pads_an_image_black(
     plain, jittered = (TrainingSamples(mixture, views, augment=a).batch(3, 64) for a in (0.0, 1.0))
     for i, sample in enumerate(mixture.draw(3, 64)):
         expected = np.zeros((height, width, 3), np.uint8)
-        expected[rows, columns] = jitter(
+        expected[rows, columns] = jitter_colors(
             plain["images"]["external"][i, rows, columns], sample.draws, 1.0
         )
         np.testing.assert_array_equal(jittered["images"]["external"][i], expected)
@@ -181,8 +183,8 @@ def test_jitter_leaves_what_pads_an_image_black(
 
 def test_jitter_is_photometric_and_bounded() -> None:
     image = np.random.default_rng(0).integers(0, 256, (10, 11, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(jitter(image, np.full(5, 0.5), 1.0), image)
-    brighter = jitter(image, np.array([1, 0.5, 0.5, 0.5, 0.5]), 1.0)
+    np.testing.assert_array_equal(jitter_colors(image, np.full(5, 0.5), 1.0), image)
+    brighter = jitter_colors(image, np.array([1, 0.5, 0.5, 0.5, 0.5]), 1.0)
     np.testing.assert_array_equal(brighter, np.clip(np.rint(image + 25.5), 0, 255))
-    flat = jitter(np.full((4, 4, 3), 100, np.uint8), np.random.default_rng(1).random(5), 1.0)
+    flat = jitter_colors(np.full((4, 4, 3), 100, np.uint8), np.random.default_rng(1).random(5), 1.0)
     assert (flat == flat[0, 0]).all() and np.abs(flat.astype(int) - 100).max() < 45

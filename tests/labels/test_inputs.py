@@ -17,7 +17,8 @@ from data_tiny import png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
 from spear.evaluate.vqa.ask import load_picture
-from spear.labels.inputs import Item, list_images, read_images
+from spear.labels.inputs import Item, list_images
+from spear.labels.pipeline import read_images
 from spear.util.images import decode_image
 
 
@@ -96,11 +97,11 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
         "c.png",
     ]
     assert [i.key for i in list_images(str(tmp_path / "a.png"))] == [str(tmp_path / "a.png")]
-    assert list(list_images(str(tmp_path), besides=tmp_path / "b")) == [items[0], items[-1]]
+    assert list(list_images(str(tmp_path), excluded_folder=tmp_path / "b")) == [items[0], items[-1]]
     assert (
         list(list_images(f"{tmp_path}/**")) == items
     )  # the pattern names a folder and each file in it
-    assert [i.key for i in list_images(f"{tmp_path}/**", besides=tmp_path / "b")] == [
+    assert [i.key for i in list_images(f"{tmp_path}/**", excluded_folder=tmp_path / "b")] == [
         items[0].key,
         items[-1].key,
     ]
@@ -109,7 +110,7 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
     for name in ("IMG_1.HEIC", "IMG_2.CR2", "film.MTS", "old/run.json", "old/labels-00000.parquet"):
         (tmp_path / "b" / name).touch()
     aside = pytest.warns(Notice, match=r"1 \.cr2, 1 \.heic, 1 \.mts")
-    with aside, pytest.warns(Notice, match="b/old: left out"):
+    with aside, pytest.warns(Notice, match="b/old contains labels"):
         assert list(list_images(str(tmp_path))) == items
     (tmp_path / "z.MPO").touch()  # a JPEG for each eye, the first of which is read
     with pytest.warns(Notice):
@@ -141,7 +142,7 @@ def test_a_video_gives_frames_at_a_rate(tmp_path: Path) -> None:
     every = list(list_images(str(tmp_path / "film.mp4"), rate=1000))
     assert len(every) == 40
     assert np.abs(np.array([int(v) for v in grey(every[30:])]) - 5 * np.arange(30, 40)).max() <= 2
-    assert "ends before 99.00 s" in str(grey([items[9], items[0]._replace(place=99.0)])[1])
+    assert "ends before 99.00 s" in str(grey([items[9], items[0]._replace(location=99.0)])[1])
 
 
 def test_a_video_of_pixels_that_are_not_square_is_seen_as_it_is_shown(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("absent", "no such"),
+        ("absent", "does not exist"),
         ("empty", "no image"),
         ("*.jpg", "pattern"),
         ("notes.txt", ".jpg"),

@@ -1,4 +1,5 @@
-"""A real photograph through every component with a network in it: random weights, real code, real files."""
+"""A real photograph through every component with a network in it: random weights, real code, real
+files."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from labels_tiny import WORDS, save_grounding_dino, save_sam2
-from moge_reference import random_v1
+from moge_reference import build_small_v1
 from refusals import refuses
 from spear.labels.models.open_vocabulary import GroundingDinoDetector
 from spear.labels.models.pointmap import MogePointMapModel
@@ -33,7 +34,7 @@ def test_a_photograph_goes_through_the_whole_graph(
     monkeypatch.setattr(GroundingDinoDetector, "threshold", 0.0)
     detector = GroundingDinoDetector(network, vocabulary=VOCABULARY)
     segmenter = Sam2Segmenter(str(save_sam2(tmp_path / "sam2")))
-    pointmap = MogePointMapModel(deepcopy(random_v1()), device="cpu")
+    pointmap = MogePointMapModel(deepcopy(build_small_v1()), device="cpu")
     monkeypatch.setattr(pointmap.model, "max_tokens", 60)
     monkeypatch.setattr("spear.labels.objects.MIN_POINTS", 8)
     write_labels(

@@ -11,8 +11,8 @@ from data_tiny import make, png
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import Notice
-from spear.labels.inputs import read_contents, read_images
-from spear.labels.pipeline import label_with_ground_truth
+from spear.labels.inputs import read_contents
+from spear.labels.pipeline import label_with_ground_truth, read_images
 from spear.labels.sources import list_items
 from spear.labels.store import read_labels as read_labels
 from spear.sim_data.label_scenes import label_scenes

@@ -58,9 +58,9 @@ def test_broken_shards_and_other_files_are_named(
     (path,) = write(labels, tmp_path, 99)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refuses(r"labels-00000\.parquet: broken.*label it again", count_labels, tmp_path)
+    refuses(r"labels-00000\.parquet is broken.*label it again", count_labels, tmp_path)
     path.write_bytes(whole[:100] + bytes(4000) + whole[4100:])
-    refuses(r"labels-00000\.parquet: broken", list, read_labels(path))
+    refuses(r"labels-00000\.parquet is broken", list, read_labels(path))
     for change in (
         {"width": None},
         {"unit": "inch"},
@@ -69,9 +69,9 @@ def test_broken_shards_and_other_files_are_named(
     ):
         (first, *rest) = pq.read_table(pa.BufferReader(whole)).to_pylist()
         pq.write_table(pa.Table.from_pylist([first | change, *rest], SCHEMA), path)
-        refuses(r"labels-00000\.parquet: broken", list, read_labels(path, pixels=False))
+        refuses(r"labels-00000\.parquet is broken", list, read_labels(path, pixels=False))
     path.unlink()
     refuses("no label shards", count_labels, tmp_path)
     refuses("no label shards", list, read_labels(tmp_path / "absent"))
     pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
-    refuses("not a label shard, it lacks", count_labels, tmp_path)
+    refuses("not a label shard, because it has no", count_labels, tmp_path)

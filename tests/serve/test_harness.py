@@ -16,7 +16,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import spear
-from serve_here import SPEAR, Homing, homing, started
+from serve_here import SPEAR_CLI_CODE, HomingPolicy, make_homing_chunk, run_python
 from spear import embodiments
 from spear.cli import main
 from spear.serve.options import VlaEvalOptions
@@ -31,11 +31,13 @@ ROBOT = embodiments.load("maniskill2_widowx")
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness writes its progress into results/ of where it runs: two tests at once would share it."""
+    """The harness writes its progress into results/ of where it runs: two tests at once would share
+    it.
+    """
     monkeypatch.chdir(tmp_path)
 
 
-def run(policy: Homing, **params: Any) -> dict[str, Any]:
+def run(policy: HomingPolicy, **params: Any) -> dict[str, Any]:
     """Two episodes of the harness with its own server, client and runner."""
     pytest.importorskip("mujoco")
     from vla_eval import api
@@ -60,7 +62,7 @@ def test_the_harness_evaluates_as_we_would() -> None:
     from spear.sim.env import TabletopEnv
     from tabletop_benchmark import SENT
 
-    policy = Homing()
+    policy = HomingPolicy()
     (task,) = run(policy)["tasks"]
     assert [e["metrics"] for e in task["episodes"]] == [{"success": False}] * 2
     assert [e["steps"] for e in task["episodes"]] == [5, 5]
@@ -69,14 +71,14 @@ def test_the_harness_evaluates_as_we_would() -> None:
         seen, _ = env.reset(seed=seed)
         for step in range(5):
             if step % 2 == 0:  # two of five actions, then a new look
-                chunk = homing(seen["observation/state"])
+                chunk = make_homing_chunk(seen["observation/state"])
             seen, *_ = env.step(chunk[step % 2])
             expected.append(np.array2string(seen["observation/state"][:3], precision=5))
     assert expected == SENT
     first, second = policy.seeds[:3], policy.seeds[3:]
     assert [s - first[0] for s in first] == [s - second[0] for s in second] == [0, 2, 4]
     assert first[0] != second[0]
-    again = Homing()
+    again = HomingPolicy()
     run(again)
     assert again.seeds == policy.seeds
 
@@ -90,14 +92,14 @@ def test_what_nobody_could_use_is_refused_before_anybody_connects(
 
 
 def test_a_bad_observation_ends_its_episode_with_a_reason() -> None:
-    (task,) = run(Homing(), broken=True)["tasks"]
+    (task,) = run(HomingPolicy(), broken=True)["tasks"]
     assert [e["failure_reason"] for e in task["episodes"]] == ["model_act"] * 2
     assert all("observation/state" in e["failure_detail"] for e in task["episodes"])
 
 
 def test_simplerenv_gets_what_its_controller_takes() -> None:
-    """ManiSkill 2's rule for "ee_align2": the target moves along base axes and turns about them by a rotation
-    vector; the harness hands the action on, with its own rule for the gripper."""
+    """ManiSkill 2's rule for "ee_align2": the target moves along base axes and turns about them by
+    a rotation vector; the harness hands the action on, with its own rule for the gripper."""
     from vla_eval.benchmarks.simpler.benchmark import SimplerEnvBenchmark
     from vla_eval.recording import NullEpisodeRecorder
 
@@ -129,7 +131,7 @@ def test_the_example_config_is_one_of_the_harness() -> None:
     from vla_eval.cli.config_loader import load_config
     from vla_eval.config import DockerConfig, EvalConfig, ServerConfig
 
-    from spear.serve.harness import NEEDED
+    from spear.serve.harness import OBSERVATION_PARAMETERS
 
     config = load_config(str(Path(__file__).parents[2] / "examples" / "simpler_widowx.yaml"))
     assert set(config) == {"server", "docker", "benchmarks"}
@@ -137,7 +139,9 @@ def test_the_example_config_is_one_of_the_harness() -> None:
     assert DockerConfig.from_dict(config["docker"]).image
     (benchmark,) = (EvalConfig.from_dict(b) for b in config["benchmarks"])
     module, name = benchmark.benchmark.split(":")
-    made = getattr(importlib.import_module(module), name)(**benchmark.params, **NEEDED)
+    made = getattr(importlib.import_module(module), name)(
+        **benchmark.params, **OBSERVATION_PARAMETERS
+    )
     assert made.get_tasks()[0]["name"] == "widowx_carrot_on_plate" and made.send_state
 
 
@@ -157,7 +161,7 @@ def test_the_commands_of_the_docs_evaluate_nano(tmp_path: Path) -> None:
     )
     serve = ["vla-eval", "nano", "--port", str(port), "--device", "cpu"]
     serve += ["--embodiment", f"{support}/tabletop_benchmark.py"]
-    with started(SPEAR, *serve, env=environment, stderr=subprocess.STDOUT) as server:
+    with run_python(SPEAR_CLI_CODE, *serve, env=environment, stderr=subprocess.STDOUT) as server:
         while "serving nano" not in (line := server.stdout.readline()):
             assert line, "the server ended"
         evaluate = [

@@ -1,4 +1,4 @@
-"""Clients that mean harm: what each limit stops, while an honest client beside it is answered."""
+"""Hostile clients: what each limit stops, while an honest client beside them is answered."""
 
 import signal
 import socket
@@ -14,18 +14,28 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from refusals import refuses
-from serve_here import Loud, get, process, serving
+from serve_here import LargeAnswerPolicy, http_get, run_server, run_server_process
 from spear.embodiments import load
-from spear.serve import server, wire
+from spear.serve import wire
+from spear.serve.access import find_reachable_host
 from spear.serve.client import RemotePolicy
+from spear.serve.connection import ConnectionLimits
 
 GENERIC = load("generic")
 MANY = 2**20
-HELLO = (
+UPGRADE_REQUEST = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-PING = b"\x89\xfdmask" + bytes(125)
+PING_FRAME = b"\x89\xfdmask" + bytes(125)
+EMPTY_CONTINUATION_FRAME = b"\x00\x81maskx"
+FIRST_TEXT_FRAME = b"\x02\x81maskx"
+UNFINISHED_LARGE_FRAME = b"\x82\xff" + (2**23).to_bytes(8, "big") + b"mask" + bytes(2**16)
+
+
+def make_frame(message: bytes) -> bytes:
+    """A binary frame, masked with zeros, as bytes on the wire."""
+    return b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message
 
 
 @pytest.mark.parametrize(
@@ -38,113 +48,177 @@ PING = b"\x89\xfdmask" + bytes(125)
         b"\xdf" + MANY.to_bytes(4, "big") + MANY * b"\xa1a\xc0",
         b"\x8a" + b"\xa1a\x91" * MANY,
     ],
+    ids=["lists", "maps", "deep lists", "lists of lists", "one large map", "nested maps"],
 )
-def test_bombs_are_refused_before_they_are_anything(bomb: bytes) -> None:
+def test_a_bomb_is_refused_before_it_takes_memory(bomb: bytes) -> None:
     tracemalloc.start()
     try:
-        refuses(r"^message: ", wire.decode, bomb)
-        assert tracemalloc.get_traced_memory()[1] < 2**24
+        refuses(r"^the message ", wire.decode, bomb)
+        _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+
+    assert peak_bytes < 2**24
 
 
 def test_messages_of_every_shape_are_refused_or_understood() -> None:
     maker = Maker(np.random.default_rng(0))
-    counts = Counter(check_message(maker) for _ in range(3000))
-    good = {k: v[:16, :16] if np.ndim(v) == 3 else v for k, v in GENERIC.example().items()}
-    counts.update(check_observation(maker, GENERIC, good) for _ in range(500))
-    assert counts.keys() == {"refused", "accepted"} and min(counts.values()) > 300
+    example = {}
+    for key, value in GENERIC.example().items():
+        example[key] = value[:16, :16] if np.ndim(value) == 3 else value
+
+    outcomes = Counter(check_message(maker) for _ in range(3000))
+    outcomes.update(check_observation(maker, GENERIC, example) for _ in range(500))
+
+    assert outcomes.keys() == {"refused", "accepted"}
+    assert min(outcomes.values()) > 300
 
 
-def deaf(port: int) -> socket.socket:
-    """A client that is welcome and reads nothing more."""
-    made = socket.create_connection(("127.0.0.1", port), 60)
-    made.sendall(HELLO)
-    assert b" 101 " in made.recv(20)
-    return made
+def connect_without_reading(port: int) -> socket.socket:
+    """A client whose websocket is open, and which reads nothing more."""
+    client = socket.create_connection(("127.0.0.1", port), 60)
+    client.sendall(UPGRADE_REQUEST)
+    assert b" 101 " in client.recv(20)
+    return client
 
 
 @pytest.mark.parametrize(
-    ("attack", "limits"),
+    ("attack", "repeated", "limits"),
     [
-        (500 * PING, {}),
-        (b"\x02\x81maskx" + 500 * b"\x00\x81maskx", {}),
-        (b"\x82\xff" + (2**23).to_bytes(8, "big") + b"mask" + bytes(2**16), {"HELD": 2**20}),
-        (500 * PING, {"MOST_SMALL": 10**9}),
+        pytest.param(500 * PING_FRAME, b"\0", ConnectionLimits(), id="pings"),
+        pytest.param(
+            FIRST_TEXT_FRAME + 500 * EMPTY_CONTINUATION_FRAME,
+            b"\0",
+            ConnectionLimits(),
+            id="small pieces",
+        ),
+        pytest.param(
+            UNFINISHED_LARGE_FRAME,
+            b"\0",
+            ConnectionLimits(max_unanswered_bytes=2**20),
+            id="never whole",
+        ),
+        pytest.param(
+            500 * PING_FRAME,
+            PING_FRAME,
+            ConnectionLimits(max_small_frames_per_s=10**9),
+            id="never read",
+        ),
     ],
-    ids=["pings", "pieces", "never whole", "never read"],
 )
 def test_a_client_beyond_a_limit_is_cut_off_alone(
-    attack: bytes, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    attack: bytes, repeated: bytes, limits: ConnectionLimits
 ) -> None:
-    for name, value in limits.items():
-        monkeypatch.setattr(server, name, value)
-    with serving() as running, closing(RemotePolicy(f"ws://127.0.0.1:{running.port}")) as honest:
-        other = deaf(running.port)
+    with (
+        run_server(limits=limits) as server,
+        closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as honest,
+    ):
+        hostile = connect_without_reading(server.port)
         with pytest.raises(ConnectionError):
-            other.sendall(attack)
+            hostile.sendall(attack)
             while True:
-                other.sendall(500 * (PING if "MOST_SMALL" in limits else b"\0"))
+                hostile.sendall(500 * repeated)
+
         assert np.isfinite(honest.infer(GENERIC.example())["actions"]).all()
 
 
 def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
-    with serving(Loud(), bounds={"SEND_S": 0.1}) as running, deaf(running.port) as slow:
-        message, left = wire.encode(GENERIC.example()), 2**26
-        slow.sendall(b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message)
-        while left > 0:
-            read = len(slow.recv(2**20))
-            assert read, f"cut off, {left} bytes before the end"
-            left -= read
-            slow.sendall(PING)
+    num_bytes_left = 2**26
+    with (
+        run_server(LargeAnswerPolicy(), limits=ConnectionLimits(send_timeout_s=0.1)) as server,
+        connect_without_reading(server.port) as slow,
+    ):
+        slow.sendall(make_frame(wire.encode(GENERIC.example())))
+        while num_bytes_left > 0:
+            num_read = len(slow.recv(2**20))
+            assert num_read, f"cut off, {num_bytes_left} bytes before the end"
+            num_bytes_left -= num_read
+            slow.sendall(PING_FRAME)
             time.sleep(0.02)
 
 
-def test_those_who_never_say_what_they_want_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "OPENING", 3)
-    with serving() as running:
-        silent = [socket.create_connection(("127.0.0.1", running.port), 60) for _ in range(5)]
-        assert [s.recv(1) for s in silent[:2]] == [b"", b""]
-        RemotePolicy(f"ws://127.0.0.1:{running.port}").close()
-        for s in silent:
-            s.close()
+def test_connections_without_a_request_make_room_for_others() -> None:
+    with run_server(limits=ConnectionLimits(max_opening=3)) as server:
+        silent = [socket.create_connection(("127.0.0.1", server.port), 60) for _ in range(5)]
+
+        assert [connection.recv(1) for connection in silent[:2]] == [b"", b""]
+        RemotePolicy(f"ws://127.0.0.1:{server.port}").close()
+
+        for connection in silent:
+            connection.close()
 
 
 def test_sigterm_ends_the_server_whatever_clients_do() -> None:
-    wedged = "Policy, server.DRAIN_S, server.SEND_S = Loud, 0.5, 1e6"
-    with process(wedged) as (server, port, _), deaf(port) as loud:
-        stuck = socket.create_connection(("127.0.0.1", port))  # has not said what it wants
-        message = wire.encode(GENERIC.example())
-        loud.sendall(4 * (b"\x82\xff" + len(message).to_bytes(8, "big") + bytes(4) + message))
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-        stuck.close()
+    limits = "ConnectionLimits(drain_timeout_s=0.5, send_timeout_s=1e6)"
+    frame = make_frame(wire.encode(GENERIC.example()))
+    with (
+        run_server_process("Policy = LargeAnswerPolicy", limits) as (process, port, _),
+        connect_without_reading(port) as never_reads,
+        socket.create_connection(("127.0.0.1", port)),  # sends no request
+    ):
+        never_reads.sendall(4 * frame)
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/anything"])
-def test_pages_of_others_get_nothing(path: str) -> None:
-    with serving() as running:
-        port = running.port
-        found = 404 if path in ("/", "/anything") else 200
-        both = {"Host": "evil.example", "Origin": "http://evil.example"}
-        origins = ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}")
-        for wrong in (*({"Origin": o} for o in origins), {"Host": f"evil.example:{port}"}, both):
-            assert get(running, path, **wrong)[0] == 403
-        hosts = (f"localhost:{port}", "[::1]", "gpu-box:8000", "host.docker.internal:8000")
-        for right in ({"Origin": f"http://127.0.0.1:{port}"}, *({"Host": host} for host in hosts)):
-            assert get(running, path, **right)[0] == found
-        for headers in (
-            {"origin": "http://evil.example"},
-            {"additional_headers": {"Host": "evil.example"}},
-        ):
-            with pytest.raises(InvalidStatus, match=r"40[03]"):
-                connect(f"ws://127.0.0.1:{port}{path}", proxy=None, **headers)
+PATHS = [("/healthz", 200), ("/metrics", 200), ("/", 404), ("/anything", 404)]
 
 
-def test_an_address_for_others_is_one_that_answers() -> None:
-    assert server.reachable("::1") == "[::1]" and server.reachable("10.0.0.5") == "10.0.0.5"
-    address = server.reachable("0.0.0.0")
-    assert address not in ("", "0.0.0.0")
-    assert server.reachable("::").startswith("[")  # who listens there answers on IPv6 alone
-    with serving(host="0.0.0.0") as running:
-        RemotePolicy(f"ws://{address}:{running.port}").close()
+@pytest.mark.parametrize(("path", "_status"), PATHS)
+def test_web_pages_of_others_get_nothing(path: str, _status: int) -> None:
+    with run_server() as server:
+        foreign_headers = [
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Origin": f"http://127.0.0.1:{server.port + 1}"},
+            {"Host": f"evil.example:{server.port}"},
+            {"Host": "evil.example", "Origin": "http://evil.example"},
+        ]
+        for headers in foreign_headers:
+            assert http_get(server, path, **headers)[0] == 403
+
+
+@pytest.mark.parametrize(("path", "status"), PATHS)
+def test_own_pages_and_local_names_are_answered(path: str, status: int) -> None:
+    with run_server() as server:
+        own_headers = [
+            {"Origin": f"http://127.0.0.1:{server.port}"},
+            {"Host": f"localhost:{server.port}"},
+            {"Host": "[::1]"},
+            {"Host": "gpu-box:8000"},
+            {"Host": "host.docker.internal:8000"},
+        ]
+        for headers in own_headers:
+            assert http_get(server, path, **headers)[0] == status
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"origin": "http://evil.example"},
+        {"additional_headers": {"Host": "evil.example"}},
+    ],
+)
+def test_websockets_of_other_pages_are_refused(options: dict[str, str]) -> None:
+    with run_server() as server:
+        with pytest.raises(InvalidStatus, match=r"40[03]"):
+            connect(f"ws://127.0.0.1:{server.port}/", proxy=None, **options)
+
+
+def test_a_single_address_is_the_one_that_others_use() -> None:
+    assert find_reachable_host("::1") == "[::1]"
+    assert find_reachable_host("10.0.0.5") == "10.0.0.5"
+
+
+def test_a_server_on_all_addresses_names_one_that_answers() -> None:
+    host = find_reachable_host("0.0.0.0")
+
+    assert host not in ("", "0.0.0.0")
+    with run_server(host="0.0.0.0") as server:
+        RemotePolicy(f"ws://{host}:{server.port}").close()
+
+
+def test_a_server_on_all_ipv6_addresses_names_an_ipv6_address() -> None:
+    assert find_reachable_host("::").startswith("[")

@@ -1,4 +1,5 @@
-"""`spear serve --ui` and the real openpi-client, each in its own process and environment, as on a robot.
+"""`spear serve --ui` and the real openpi-client, each in its own process and environment, as on a
+robot.
 
 openpi-client pins numpy < 2. The environment is made once, in the folder for temporary files or in
 SPEAR_OPENPI_VENV; without a package index the test is skipped.
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve_here import SPEAR, started
+from serve_here import SPEAR_CLI_CODE, run_python
 from spear import embodiments
 from spear.policy import Spear1Policy
 from spear.serve.service import Service
@@ -87,7 +88,7 @@ def test_the_real_client_drives_droid(
 ) -> None:
     pytest.importorskip("mujoco")
     options = ["nano", "--port", "0", "--embodiment", "droid", "--token", "secret", "--ui"]
-    with started(SPEAR, "serve", *options, stderr=subprocess.PIPE) as server:
+    with run_python(SPEAR_CLI_CODE, "serve", *options, stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()
         found = re.fullmatch(
             r"serving nano for droid \(joint_velocity\) at ws://127\.0\.0\.1:(\d+)\n", line

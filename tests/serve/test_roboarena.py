@@ -7,7 +7,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from refusals import refuses
-from serve_here import serving
+from serve_here import run_server
 from spear.embodiments import droid, load, roboarena
 from spear.serve import wire
 
@@ -27,7 +27,7 @@ def asked(client: ClientConnection, **request: Any) -> Any:
 @pytest.mark.parametrize("control", roboarena.EMBODIMENT.controls)
 def test_the_configuration_then_observations_and_resets(control: str, first: int) -> None:
     with (
-        serving(robot="roboarena", control=control) as server,
+        run_server(robot="roboarena", control=control) as server,
         connect(f"ws://127.0.0.1:{server.port}", compression=None) as client,
     ):
         about = wire.decode(client.recv())
@@ -52,7 +52,7 @@ def test_the_configuration_then_observations_and_resets(control: str, first: int
         client.send(
             b"\x82\xa8endpoint\xa5reset\xa1a" + b"\x91" * 20 + b"\xc0"
         )  # too deep, for a reset too
-        assert client.recv().startswith("a: ")
+        assert client.recv().startswith("a has ")
 
 
 def test_the_pose_and_the_commands_are_those_of_droid() -> None:

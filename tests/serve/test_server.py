@@ -1,4 +1,6 @@
-"""The server over real sockets: what clients get, what broken ones cannot do, busy, drained, counted."""
+"""The server over real sockets: answers, errors, batches, clients that come and go, busy, drain,
+counts.
+"""
 
 import asyncio
 import dataclasses
@@ -6,9 +8,9 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,155 +21,255 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
 from refusals import no_warning, refuses
-from serve_here import Homing, get, homing, process, serving
+from serve_here import HomingPolicy, http_get, make_homing_chunk, run_server, run_server_process
 from spear.chunks import Pilot
 from spear.embodiments import Control, load
 from spear.errors import Notice, SpearError
 from spear.serve import wire
+from spear.serve.batcher import Batcher
 from spear.serve.client import RemotePolicy
+from spear.serve.connection import ConnectionLimits
 from spear.serve.options import ServeOptions
 from spear.serve.server import PolicyServer
-from spear.serve.service import Batcher, Service
+from spear.serve.service import Service
 
 GENERIC = load("generic")
 
 
-def url(server: PolicyServer) -> str:
+def url_of(server: PolicyServer) -> str:
     return f"ws://127.0.0.1:{server.port}"
 
 
-def seen(x: float = 0.4, **changes: Any) -> dict[str, Any]:
-    """The example with the arm at x, which `Homing`'s answer shows."""
+def make_observation(x: float = 0.4, **changes: Any) -> dict[str, Any]:
+    """The example with the arm at x, which the answer of `HomingPolicy` shows."""
     observation = GENERIC.example()
     observation["observation/state"][0] = x
     return {**observation, **changes}
 
 
-def test_metadata_then_actions_with_timings_and_counts() -> None:
-    with (
-        serving() as server,
-        serving(),
-        closing(RemotePolicy(url(server))) as policy,
-    ):  # each counts its own
-        assert get(server, "/healthz")[2] == "ok\n"
-        assert policy.metadata["embodiment"] == "generic" and policy.metadata["rate_hz"] == 5.0
+def connect_raw(server: PolicyServer) -> ClientConnection:
+    """A connection that has read the greeting."""
+    connection = connect(url_of(server), compression=None)
+    connection.recv()
+    return connection
+
+
+def first_x(result: Mapping[str, Any]) -> float:
+    """The x translation of an answer's first action; `HomingPolicy` makes it -0.1 times the arm's
+    x.
+    """
+    return float(result["actions"][0, 0])
+
+
+@contextmanager
+def run_other_server(handle: Callable[[ServerConnection], None]) -> Iterator[str]:
+    """Run a websocket server that is no policy server; yields its address."""
+    with serve(handle, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+
+
+def read_metrics(server: PolicyServer) -> dict[str, float]:
+    _, _, body = http_get(server, "/metrics")
+    counts = {}
+    for line in body.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            counts[name] = float(value)
+    return counts
+
+
+def test_a_healthy_server_says_ok() -> None:
+    with run_server() as server:
+        assert http_get(server, "/healthz")[2] == "ok\n"
+
+
+def test_the_metadata_describe_the_robot() -> None:
+    with run_server() as server, closing(RemotePolicy(url_of(server))) as policy:
+        assert policy.metadata["embodiment"] == "generic"
+        assert policy.metadata["rate_hz"] == 5.0
         assert set(policy.metadata["observation"]) == set(GENERIC.required)
-        first, second = policy.infer(seen()), policy.infer(seen())
-        np.testing.assert_array_equal(first["actions"], homing(seen()["observation/state"]))
-        assert first["server_timing"]["infer_ms"] >= first["policy_timing"]["infer_ms"] >= 0
-        assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"]
-        refuses("prompt", policy.infer, seen(prompt=""))
-        lines = [
-            line for line in get(server, "/metrics")[2].splitlines() if not line.startswith("#")
-        ]
-        counts = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
-        assert counts['spear_requests_total{outcome="ok"}'] == 2
-        assert counts['spear_requests_total{outcome="refused"}'] == 1
-        assert (
-            counts["spear_request_seconds_count"]
-            == counts['spear_batch_size_bucket{le="1.0"}']
-            == 3
-        )
-        assert (
-            counts["spear_inference_seconds_count"] == 3 and counts["spear_gpu_memory_bytes"] >= 0
-        )
-        assert (counts["spear_clients"], counts["spear_queue"]) == (1, 0)
+
+
+def test_an_observation_is_answered_with_actions_and_timings() -> None:
+    with run_server() as server, closing(RemotePolicy(url_of(server))) as policy:
+        first = policy.infer(make_observation())
+        second = policy.infer(make_observation())
+
+    expected = make_homing_chunk(make_observation()["observation/state"])
+    np.testing.assert_array_equal(first["actions"], expected)
+    infer_ms = first["server_timing"]["infer_ms"]
+    assert infer_ms >= first["policy_timing"]["infer_ms"] >= 0
+    assert second["server_timing"]["prev_total_ms"] >= infer_ms
+
+
+def test_each_server_counts_its_own_requests() -> None:
+    with (
+        run_server() as server,
+        run_server(),
+        closing(RemotePolicy(url_of(server))) as policy,
+    ):
+        policy.infer(make_observation())
+        policy.infer(make_observation())
+        refuses("prompt", policy.infer, make_observation(prompt=""))
+
+        counts = read_metrics(server)
+
+    assert counts['spear_requests_total{outcome="ok"}'] == 2
+    assert counts['spear_requests_total{outcome="refused"}'] == 1
+    assert counts["spear_request_seconds_count"] == 3
+    assert counts['spear_batch_size_bucket{le="1.0"}'] == 3
+    assert counts["spear_inference_seconds_count"] == 3
+    assert counts["spear_gpu_memory_bytes"] >= 0
+    assert counts["spear_clients"] == 1
+    assert counts["spear_queue"] == 0
 
 
 @pytest.mark.parametrize(
-    "greeting", ["hello", b"\xff", *map(wire.encode, ({"image_sizes": [1]}, {"committed": "x"}))]
+    "greeting",
+    [
+        "hello",
+        b"\xff",
+        wire.encode({"image_sizes": [1]}),
+        wire.encode({"committed": "x"}),
+    ],
 )
-def test_what_is_no_policy_server_is_left(greeting: bytes | str) -> None:
-    left = threading.Event()
+def test_a_client_leaves_a_server_that_greets_as_no_policy_server_does(
+    greeting: bytes | str,
+) -> None:
+    has_left = threading.Event()
 
-    def other(client: ServerConnection) -> None:
+    def greet(client: ServerConnection) -> None:
         client.send(greeting)
         with pytest.raises(ConnectionClosed):
             client.recv()
-        left.set()
+        has_left.set()
 
-    with serve(other, "127.0.0.1", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        refuses(
-            "no policy server", RemotePolicy, f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
-        )
-        assert left.wait(60)
+    with run_other_server(greet) as address:
+        refuses("no policy server", RemotePolicy, address)
+        assert has_left.wait(60)
 
 
-@pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}, None])
-def test_an_answer_without_actions_or_none_is_refused(
-    answer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def other(client: ServerConnection) -> None:
+@pytest.mark.parametrize("answer", [{"action": np.zeros(7)}, {}])
+def test_an_answer_without_actions_is_refused(answer: dict[str, Any]) -> None:
+    def answer_each(client: ServerConnection) -> None:
         client.send(wire.encode({}))
         for _ in client:
-            if answer is not None:
-                client.send(wire.encode(answer))
+            client.send(wire.encode(answer))
 
-    with serve(other, "127.0.0.1", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
-        if answer is None:
-            monkeypatch.setattr("spear.serve.client.STUCK", 0.1)
-        refuses("has gone" if answer is None else "without actions", policy.infer, seen())
-        policy.close()
+    with run_other_server(answer_each) as address, closing(RemotePolicy(address)) as policy:
+        refuses("without actions", policy.infer, make_observation())
+
+
+def test_a_silent_server_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stay_silent(client: ServerConnection) -> None:
+        client.send(wire.encode({}))
+        for _ in client:
+            pass
+
+    monkeypatch.setattr("spear.serve.client.ANSWER_TIMEOUT_S", 0.1)
+    with run_other_server(stay_silent) as address, closing(RemotePolicy(address)) as policy:
+        refuses("has gone", policy.infer, make_observation())
 
 
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:9", "ws://127.0.0.1:99999", "ws://[::1", "ws://a..b"]
 )
-def test_an_address_of_no_server_is_named(address: str) -> None:
+def test_the_error_names_an_address_without_a_server(address: str) -> None:
     refuses(re.escape(address), RemotePolicy, address, "two\nlines")
 
 
-def test_bad_messages_name_the_key_and_the_next_good_request_works() -> None:
-    rng, good = np.random.default_rng(0), wire.encode(seen())
-    bad: list[tuple[bytes | str, str]] = [
+GOOD_MESSAGE = wire.encode(make_observation())
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
         ("text", "message"),
-        (good[:1000], "message"),
+        (GOOD_MESSAGE[:1000], "message"),
         (wire.encode({"x": 1}), "'x'"),
-        (wire.encode(seen(**{"observation/state": np.full(8, np.nan)})), "observation/state"),
         (
-            wire.encode(seen(**{"observation/image": np.zeros((9, 9), np.uint8)})),
+            wire.encode(make_observation(**{"observation/state": np.full(8, np.nan)})),
+            "observation/state",
+        ),
+        (
+            wire.encode(make_observation(**{"observation/image": np.zeros((9, 9), np.uint8)})),
             "observation/image",
         ),
-        (wire.encode(seen(prompt="explode")), "explode"),
-        (wire.encode(seen(prompt="bug")), "ZeroDivisionError"),
-        (wire.encode(seen(prompt="stop")), "RuntimeError"),
-    ]
-    bad += [(rng.bytes(int(n)), "message") for n in rng.integers(0, 400, 20)]
+        (wire.encode(make_observation(prompt="explode")), "explode"),
+        (wire.encode(make_observation(prompt="bug")), "ZeroDivisionError"),
+        (wire.encode(make_observation(prompt="stop")), "RuntimeError"),
+    ],
+    ids=["text", "cut off", "key", "state", "image", "refused", "bug", "stop"],
+)
+def test_an_error_names_what_is_wrong_and_the_next_request_works(
+    message: bytes | str, words: str
+) -> None:
+    with run_server() as server, connect_raw(server) as connection:
+        connection.send(message)
+        error = connection.recv()
+        connection.send(GOOD_MESSAGE)
+        answer = connection.recv()
+
+    assert isinstance(error, str)
+    assert words in error
+    assert "\n" not in error
+    expected = make_homing_chunk(make_observation()["observation/state"])
+    np.testing.assert_array_equal(wire.decode(answer)["actions"], expected)
+
+
+def test_random_and_damaged_messages_leave_the_connection_usable() -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.bytes(int(size)) for size in rng.integers(0, 400, 20)]
+    damaged = []
     for place in rng.integers(0, 700, 40):
-        broken = bytearray(good)
-        broken[place] = rng.integers(256)
-        bad.append((bytes(broken), ""))
-    with serving() as server, connect(url(server), compression=None) as raw:
-        raw.recv()
-        for message, said in bad:
-            raw.send(message)
-            reply = raw.recv()
-            if said:
-                assert isinstance(reply, str) and said in reply and "\n" not in reply
-        raw.send(good)
-        np.testing.assert_array_equal(
-            wire.decode(raw.recv())["actions"], homing(seen()["observation/state"])
-        )
+        message = bytearray(GOOD_MESSAGE)
+        message[place] = rng.integers(256)
+        damaged.append(bytes(message))
+
+    with run_server() as server, connect_raw(server) as connection:
+        for message in noise:
+            connection.send(message)
+            error = connection.recv()
+            assert isinstance(error, str)
+            assert "message" in error
+            assert "\n" not in error
+        for message in damaged:
+            connection.send(message)
+            connection.recv()
+        connection.send(GOOD_MESSAGE)
+        answer = connection.recv()
+
+    expected = make_homing_chunk(make_observation()["observation/state"])
+    np.testing.assert_array_equal(wire.decode(answer)["actions"], expected)
 
 
-@pytest.mark.parametrize("where", ["observe", "convert"])
-def test_a_mistake_in_a_robots_file_fails_one(where: str, caplog: pytest.LogCaptureFixture) -> None:
-    def mistaken(*given: Any) -> Any:
-        if given[-1]["prompt"] == "odd":
+@pytest.mark.parametrize("function", ["observe", "convert"])
+def test_a_mistake_in_a_robots_file_fails_one_observation(
+    function: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_for_odd(*arguments: Any) -> Any:
+        if arguments[-1]["prompt"] == "odd":
             raise ZeroDivisionError
-        return given[0]
+        return arguments[0]
 
-    control = Control("", 5.0, mistaken) if where == "convert" else Control("", 5.0)
-    observe = mistaken if where == "observe" else GENERIC.observe
+    control = Control("", 5.0)
+    observe = GENERIC.observe
+    if function == "convert":
+        control = Control("", 5.0, fail_for_odd)
+    else:
+        observe = fail_for_odd
     robot = dataclasses.replace(GENERIC, observe=observe, controls={"pose": control})
-    answers = Service(Homing(), robot).answer([seen(0.1), seen(prompt="odd"), seen(0.3)])
-    assert isinstance(answers[1], SpearError) and "ZeroDivisionError" in str(answers[1])
-    for answer, x in zip(answers[::2], (0.1, 0.3), strict=True):
-        np.testing.assert_allclose(answer["actions"][0, 0], -0.1 * x, rtol=1e-5)
-    (record,) = caplog.records
+
+    first, odd, last = Service(HomingPolicy(), robot).answer(
+        [make_observation(0.1), make_observation(prompt="odd"), make_observation(0.3)]
+    )
+
+    assert isinstance(odd, SpearError)
+    assert "ZeroDivisionError" in str(odd)
+    assert first_x(first) == pytest.approx(-0.01, rel=1e-5)
+    assert first_x(last) == pytest.approx(-0.03, rel=1e-5)
+    [record] = caplog.records
     assert record.exc_info
 
 
@@ -176,203 +278,313 @@ def test_a_mistake_in_a_robots_file_fails_one(where: str, caplog: pytest.LogCapt
 )
 def test_commands_that_are_no_rows_of_numbers_reach_no_robot(rows: Any) -> None:
     robot = dataclasses.replace(GENERIC, controls={"pose": Control("", 5.0, lambda *_: rows)})
-    (answer,) = Service(Homing(), robot).answer([seen()])
-    assert isinstance(answer, SpearError) and "robot's file" in str(answer)
+
+    [answer] = Service(HomingPolicy(), robot).answer([make_observation()])
+
+    assert isinstance(answer, SpearError)
+    assert "robot's file" in str(answer)
 
 
-def test_actions_that_are_decided_reach_a_policy_that_has_learned_it() -> None:
-    class Learned(Homing):
-        committed = 2
+class CommittedPolicy(HomingPolicy):
+    """A policy that takes two committed actions, and repeats them."""
 
-        def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-            return [{"actions": np.repeat(o["committed"], 5, axis=0)} for o in observations]
+    committed = 2
 
-    rows = homing(np.ones(8))[:1]
-    for robot, most in (("generic", 2), ("droid", 0)):
-        with (
-            serving(Learned(), robot=robot) as server,
-            closing(RemotePolicy(url(server))) as remote,
-        ):
-            assert remote.committed == most
-            asked = {**load(robot).example(), "committed": rows}
-            if most:
-                np.testing.assert_array_equal(
-                    remote.infer(asked)["actions"], np.repeat(rows, 5, axis=0)
-                )
-            else:
-                refuses("committed", remote.infer, asked)
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{"actions": np.repeat(o["committed"], 5, axis=0)} for o in observations]
 
 
-def test_clients_and_messages_are_bounded() -> None:
-    with serving(bounds={"LARGEST_MESSAGE": 300_000, "MOST_CLIENTS": 2}) as server:
-        with (
-            connect(url(server), compression=None) as other,
-            connect(url(server), compression=None) as raw,
-        ):
-            raw.recv()
-            other.recv()
-            refuses("503", RemotePolicy, url(server))
-            assert get(server, "/healthz")[2] == "ok\n"
-            raw.send(b"\0" * 300_001)
-            with pytest.raises(ConnectionClosedError, match="1009"):
-                raw.recv()
-            other.send(wire.encode(seen()))
-            assert isinstance(other.recv(), bytes)
-        remote, large = RemotePolicy(url(server)), np.zeros((400, 400, 3), np.uint8)
-        refuses("observation", remote.infer, {**seen(), "observation/image": large})
-        remote.infer(seen())
+def test_committed_actions_reach_a_policy_that_has_learned_them() -> None:
+    committed = make_homing_chunk(np.ones(8))[:1]
+
+    with (
+        run_server(CommittedPolicy()) as server,
+        closing(RemotePolicy(url_of(server))) as policy,
+    ):
+        result = policy.infer(make_observation(committed=committed))
+
+        assert policy.committed == 2
+        np.testing.assert_array_equal(result["actions"], np.repeat(committed, 5, axis=0))
 
 
-def test_the_token_is_asked_for() -> None:
-    with serving(token="secret") as server:
-        assert get(server, "/healthz")[2] == "ok\n"
-        for wrong in (None, "Secret"):
-            refuses("401", RemotePolicy, url(server), token=wrong)
-        for headers, path, status in (
-            ({}, "/metrics", 401),
-            ({"Authorization": "Api-Key s\xe9cret"}, "/metrics", 401),
-            ({"Authorization": "Api-Key secret"}, "/nowhere", 404),
-        ):
-            assert get(server, path, **headers)[0] == status
-        assert "spear_clients" in get(server, "/metrics", Authorization="Api-Key secret")[2]
-        RemotePolicy(url(server), token="secret").infer(seen())
+def test_a_robot_with_actions_of_its_own_takes_no_committed_actions() -> None:
+    committed = make_homing_chunk(np.ones(8))[:1]
+
+    with (
+        run_server(CommittedPolicy(), robot="droid") as server,
+        closing(RemotePolicy(url_of(server))) as policy,
+    ):
+        assert policy.committed == 0
+        observation = {**load("droid").example(), "committed": committed}
+        refuses("committed", policy.infer, observation)
 
 
-def test_many_clients_are_answered_together_each_with_its_own() -> None:
-    policy = Homing(seconds=0.02)
-    with serving(policy, max_batch=8, wait_ms=1000.0) as server:
-        clients = [RemotePolicy(url(server)) for _ in range(8)]
+def test_clients_beyond_the_limit_are_refused() -> None:
+    with (
+        run_server(limits=ConnectionLimits(max_clients=2)) as server,
+        connect_raw(server),
+        connect_raw(server),
+    ):
+        refuses("503", RemotePolicy, url_of(server))
+        assert http_get(server, "/healthz")[2] == "ok\n"
 
-        def ask(index: int) -> None:
-            for k in range(4):
-                x = 0.1 + 0.01 * index + 0.1 * k
-                answer = clients[index].infer(seen(x))["actions"]
-                np.testing.assert_allclose(answer[0, 0], -0.1 * x, rtol=1e-5)
 
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(ask, range(8)))
-        assert max(policy.batches) == 8 and sum(policy.batches) == 32 and len(policy.batches) < 20
+def test_a_message_beyond_the_limit_ends_its_own_connection() -> None:
+    limits = ConnectionLimits(max_message_bytes=300_000)
+    with (
+        run_server(limits=limits) as server,
+        connect_raw(server) as other,
+        connect_raw(server) as sender,
+    ):
+        sender.send(b"\0" * 300_001)
+        with pytest.raises(ConnectionClosedError, match="1009"):
+            sender.recv()
+
+        other.send(GOOD_MESSAGE)
+        assert isinstance(other.recv(), bytes)
+
+
+def test_a_remote_policy_names_an_observation_beyond_the_limit_and_works_again() -> None:
+    limits = ConnectionLimits(max_message_bytes=300_000)
+    with run_server(limits=limits) as server, closing(RemotePolicy(url_of(server))) as policy:
+        large_image = np.zeros((400, 400, 3), np.uint8)
+        refuses("observation", policy.infer, make_observation(**{"observation/image": large_image}))
+
+        policy.infer(make_observation())
+
+
+@pytest.mark.parametrize("token", [None, "Secret"])
+def test_a_client_without_the_token_is_refused(token: str | None) -> None:
+    with run_server(token="secret") as server:
+        refuses("401", RemotePolicy, url_of(server), token=token)
+
+
+@pytest.mark.parametrize(
+    ("headers", "path", "status"),
+    [
+        ({}, "/healthz", 200),
+        ({}, "/metrics", 401),
+        ({"Authorization": "Api-Key s\xe9cret"}, "/metrics", 401),
+        ({"Authorization": "Api-Key secret"}, "/metrics", 200),
+        ({"Authorization": "Api-Key secret"}, "/nowhere", 404),
+    ],
+)
+def test_all_but_health_needs_the_token(headers: dict[str, str], path: str, status: int) -> None:
+    with run_server(token="secret") as server:
+        assert http_get(server, path, **headers)[0] == status
+
+
+def test_a_client_with_the_token_is_answered() -> None:
+    with (
+        run_server(token="secret") as server,
+        closing(RemotePolicy(url_of(server), token="secret")) as policy,
+    ):
+        policy.infer(make_observation())
+
+
+def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> None:
+    policy = HomingPolicy(inference_s=0.02)
+    with run_server(policy, max_batch=8, wait_ms=1000.0) as server:
+        clients = [RemotePolicy(url_of(server)) for _ in range(8)]
+
+        def ask_four_times(index: int) -> None:
+            for number in range(4):
+                x = 0.1 + 0.01 * index + 0.1 * number
+                result = clients[index].infer(make_observation(x))
+                assert first_x(result) == pytest.approx(-0.1 * x, rel=1e-5)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(ask_four_times, range(8)))
+
+    assert max(policy.batch_sizes) == 8
+    assert sum(policy.batch_sizes) == 32
+    assert len(policy.batch_sizes) < 20
+
+
+def test_a_refused_observation_leaves_nothing_behind_for_the_next_call() -> None:
+    with run_server(max_batch=8) as server, closing(RemotePolicy(url_of(server))) as policy:
+        refused = make_observation(prompt="explode")
         refuses(
             "explode",
-            clients[0].infer_batch,
-            [seen(0.1), seen(prompt="explode"), seen(0.3), seen(0.4)],
+            policy.infer_batch,
+            [make_observation(0.1), refused, make_observation(0.3), make_observation(0.4)],
         )
-        # a bad observation spoils its own answer only, and leaves nothing behind for the next call
-        answers = clients[0].infer_batch([seen(0.1), seen(0.2), seen(0.3), seen(0.4)])
-        found = [a["actions"][0, 0] for a in answers]
-        np.testing.assert_allclose(found, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
-    found = Service(policy := Homing(), GENERIC).answer([*[seen(0.1)] * 15, seen(prompt="explode")])
-    assert [isinstance(a, SpearError) for a in found] == [False] * 15 + [True] and len(
-        policy.batches
-    ) <= 9
+
+        results = policy.infer_batch([make_observation(0.1 * k) for k in range(1, 5)])
+
+    xs = [first_x(result) for result in results]
+    np.testing.assert_allclose(xs, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rate_hz", "rows_of_one"), [(15.0, 3), (5.0, 1), (15.0, 1), (5.0, 3)])
-def test_rows_that_move_an_arm_at_another_pace_are_said(rate_hz: float, rows_of_one: int) -> None:
-    control = Control("", rate_hz, lambda actions, *_: np.repeat(actions, rows_of_one, axis=0))
-    service = Service(Homing(), dataclasses.replace(GENERIC, controls={"mine": control}))
-    with pytest.warns(Notice, match="rate_hz") if rows_of_one * 5 != rate_hz else no_warning():
-        assert service.warm_up() == 5 * rows_of_one
+def test_a_refused_observation_is_found_by_halving_the_batch() -> None:
+    policy = HomingPolicy()
+    observations = [make_observation(0.1)] * 15 + [make_observation(prompt="explode")]
+
+    answers = Service(policy, GENERIC).answer(observations)
+
+    assert [isinstance(answer, SpearError) for answer in answers] == [False] * 15 + [True]
+    assert len(policy.batch_sizes) <= 9
 
 
-def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rate_hz", "rows_per_action", "is_right"),
+    [(15.0, 3, True), (5.0, 1, True), (15.0, 1, False), (5.0, 3, False)],
+)
+def test_rows_that_take_another_time_than_their_actions_bring_a_notice(
+    rate_hz: float, rows_per_action: int, is_right: bool
+) -> None:
+    def repeat_actions(actions: np.ndarray, *_: Any) -> np.ndarray:
+        return np.repeat(actions, rows_per_action, axis=0)
+
+    control = Control("", rate_hz, repeat_actions)
+    service = Service(HomingPolicy(), dataclasses.replace(GENERIC, controls={"mine": control}))
+
+    with no_warning() if is_right else pytest.warns(Notice, match="rate_hz"):
+        num_rows = service.warm_up()
+
+    assert num_rows == 5 * rows_per_action
+
+
+def test_threads_may_share_a_client() -> None:
+    xs = [0.1 + 0.05 * index for index in range(8)]
+    with (
+        run_server(HomingPolicy(inference_s=0.02)) as server,
+        closing(RemotePolicy(url_of(server))) as policy,
+    ):
+        with ThreadPoolExecutor(4) as threads:
+            found_xs = list(threads.map(lambda x: first_x(policy.infer(make_observation(x))), xs))
+
+    np.testing.assert_allclose(found_xs, -0.1 * np.array(xs), rtol=1e-5)
+
+
+def test_an_episode_may_begin_while_the_last_chunk_of_another_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)
-    with serving(Homing(seconds=0.02)) as server:
-        policy = RemotePolicy(url(server))
-        places = [0.1 + 0.05 * i for i in range(8)]
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda x: policy.infer(seen(x))["actions"][0, 0], places))
-        np.testing.assert_allclose(found, -0.1 * np.array(places), rtol=1e-5)
-        for (
-            x
-        ) in places:  # as an episode ends while its last chunk is computed, and the next one begins
+    with (
+        run_server(HomingPolicy(inference_s=0.02)) as server,
+        closing(RemotePolicy(url_of(server))) as policy,
+    ):
+        for x in [0.1 + 0.05 * index for index in range(8)]:
             with closing(Pilot(policy, "async", replan_interval=3)) as pilot:
-                np.testing.assert_allclose(
-                    [pilot.step(seen(x))[0] for _ in range(3)], -0.1 * x, rtol=1e-5
-                )
+                found_xs = [pilot.step(make_observation(x))[0] for _ in range(3)]
+
+            np.testing.assert_allclose(found_xs, -0.1 * x, rtol=1e-5)
 
 
-@pytest.mark.parametrize("at", ["an answer", "a greeting", "hanging up"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("moment", ["answer", "greeting", "closing"])
 def test_an_interrupted_call_leaves_no_answer_to_the_next(
-    at: str, monkeypatch: pytest.MonkeyPatch
+    moment: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving() as server:
-        policy = RemotePolicy(url(server))
-        for batch in ([seen(0.1)], [seen(0.1), seen(0.2)], [seen(0.1)] * 3):
-            if at == "a greeting":
-                policy.close()
-            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr(ClientConnection, "recv", Mock(side_effect=KeyboardInterrupt))
-                if at == "hanging up":  # a second Ctrl-C
-                    patched.setattr(ClientConnection, "close", Mock(side_effect=KeyboardInterrupt))
-                policy.infer_batch(batch)
-            np.testing.assert_allclose(policy.infer(seen(0.3))["actions"][0, 0], -0.03, rtol=1e-5)
-            policy.infer_batch([seen(), seen()])
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    with run_server() as server:
+        policy = RemotePolicy(url_of(server))
+        if moment == "greeting":
+            policy.close()
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(ClientConnection, "recv", interrupt)
+            if moment == "closing":  # a second Ctrl-C
+                patched.setattr(ClientConnection, "close", interrupt)
+            policy.infer_batch([make_observation(0.1)] * batch_size)
+
+        assert first_x(policy.infer(make_observation(0.3))) == pytest.approx(-0.03, rel=1e-5)
+        policy.infer_batch([make_observation(), make_observation()])
 
 
-@pytest.mark.parametrize("converted", [False, True])
-def test_a_pilot_takes_no_commands_for_steps(
-    converted: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_pilot_executes_the_rows_of_a_robot_that_takes_actions(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A robot of its own whose rows, [5, 8] with unit quaternions, are SPEAR-1's actions, or poses."""
-    poses = (
-        {"convert": lambda actions, state, observation: np.tile(state, (5, 1))} if converted else {}
-    )
-    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, **poses)})
+    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0)})
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
-    with serving(robot="arm.py") as server:
-        policy = RemotePolicy(url(server))
-        if converted:
-            refuses("arm.py", Pilot, policy)
-        else:
-            np.testing.assert_allclose(Pilot(policy).step(seen())[0], -0.04, rtol=1e-5)
+
+    with run_server(robot="arm.py") as server:
+        action = Pilot(RemotePolicy(url_of(server))).step(make_observation())
+
+    assert action[0] == pytest.approx(-0.04, rel=1e-5)
 
 
-@pytest.mark.parametrize("other", ["policy", "control"])
-def test_a_server_that_comes_back_as_another_one_moves_no_robot(other: str) -> None:
-    policy, droid, port, controls = Homing(), load("droid").example(), 0, ["joint_velocity"] * 2
-    with serving(policy, "droid", control=controls[0]) as server:
-        port, robot = server.port, RemotePolicy(url(server))
-        before = robot.infer(droid)["actions"]
-    refuses("has gone", robot.infer, droid)
-    with serving(policy, "droid", port=port, control=controls[0]):  # the same one again
-        np.testing.assert_array_equal(robot.infer(droid)["actions"], before)
-    refuses("has gone", robot.infer, droid)
-    if other == "policy":
+def test_a_pilot_does_not_take_commands_for_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands are poses, [5, 8] with unit quaternions, and so look like actions."""
+
+    def convert_to_poses(actions: Any, state: np.ndarray, observation: Any) -> np.ndarray:
+        return np.tile(state, (5, 1))
+
+    robot = dataclasses.replace(GENERIC, controls={"mine": Control("x", 5.0, convert_to_poses)})
+    monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
+
+    with run_server(robot="arm.py") as server:
+        refuses("arm.py", Pilot, RemotePolicy(url_of(server)))
+
+
+def test_a_client_goes_on_with_the_same_server_after_a_restart() -> None:
+    policy = HomingPolicy()
+    observation = load("droid").example()
+    with run_server(policy, "droid") as server:
+        port = server.port
+        client = RemotePolicy(url_of(server))
+        before = client.infer(observation)["actions"]
+    refuses("has gone", client.infer, observation)
+
+    with run_server(policy, "droid", port=port):
+        after = client.infer(observation)["actions"]
+
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("changed", ["policy", "control"])
+def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> None:
+    policy = HomingPolicy()
+    observation = load("droid").example()
+    with run_server(policy, "droid", control="joint_velocity") as server:
+        port = server.port
+        client = RemotePolicy(url_of(server))
+        client.infer(observation)
+    refuses("has gone", client.infer, observation)
+
+    if changed == "policy":
         policy.identity = "fine-tuned"
-    else:
-        controls[1] = "joint_position"
-    with serving(policy, "droid", port=port, control=controls[1]) as server:
+    control = "joint_position" if changed == "control" else "joint_velocity"
+    with run_server(policy, "droid", port=port, control=control) as server:
         for _ in range(2):
-            refuses("before", robot.infer, droid)
-        assert RemotePolicy(url(server)).infer(droid)["actions"].shape == before.shape
+            refuses("than before", client.infer, observation)
+        new_client = RemotePolicy(url_of(server))
+        assert new_client.infer(observation)["actions"].shape == (15, 8)
 
 
-def test_a_server_that_can_answer_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Batcher, "_collect", lambda self: asyncio.sleep(0, [None]))
+def test_a_server_whose_batcher_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batcher, "_collect_batch", lambda self: asyncio.sleep(0, [None]))
+    server = PolicyServer(Service(HomingPolicy(), GENERIC), ServeOptions("test", port=0))
+
     with pytest.raises(AttributeError):
-        asyncio.run(PolicyServer(Service(Homing(), GENERIC), ServeOptions("test", port=0)).run())
+        asyncio.run(server.run())
 
 
-def test_a_full_queue_says_busy_at_once() -> None:
-    with serving(Homing(seconds=0.2), max_batch=1, queue=2) as server:
-        clients = [connect(url(server), compression=None) for _ in range(6)]
-        for client in clients:
-            client.recv()
-        for client in clients:
-            client.send(wire.encode(seen()))
-        replies = [client.recv() for client in clients]
-        busy = [r for r in replies if isinstance(r, str)]
-        assert (
-            busy and all(r.startswith("busy: 2 ") for r in busy) and len(replies) - len(busy) >= 2
-        )
-        for client in clients:
-            client.close()
-        assert len(RemotePolicy(url(server)).infer_batch([seen()] * 4)) == 4
+def test_a_full_queue_refuses_at_once() -> None:
+    with run_server(HomingPolicy(inference_s=0.2), max_batch=1, queue=2) as server:
+        connections = [connect_raw(server) for _ in range(6)]
+        for connection in connections:
+            connection.send(GOOD_MESSAGE)
+        replies = [connection.recv() for connection in connections]
+        for connection in connections:
+            connection.close()
+
+    errors = [reply for reply in replies if isinstance(reply, str)]
+    assert errors
+    assert all(error.startswith("busy: 2 ") for error in errors)
+    assert len(replies) - len(errors) >= 2
 
 
-SLOW = """
-class Policy(Homing):
+def test_a_remote_policy_asks_a_busy_server_again() -> None:
+    with run_server(HomingPolicy(inference_s=0.2), max_batch=1, queue=2) as server:
+        results = RemotePolicy(url_of(server)).infer_batch([make_observation()] * 4)
+
+    assert len(results) == 4
+
+
+SLOW_POLICY = """
+class Policy(HomingPolicy):
     def infer_batch(self, observations):
         print("asked", flush=True)
         time.sleep(0.3)
@@ -381,17 +593,20 @@ class Policy(Homing):
 
 
 def test_sigterm_answers_what_is_under_way_and_ends_well() -> None:
-    with process(SLOW) as (server, port, said):
+    with run_server_process(SLOW_POLICY) as (process, port, output):
         url = f"ws://127.0.0.1:{port}"
-        with connect(url, compression=None) as raw, connect(url, compression=None) as other:
-            raw.recv()
-            other.recv()
-            raw.send(wire.encode(seen()))
-            assert said.readline() == "asked\n"
-            server.send_signal(signal.SIGTERM)
-            reply = wire.decode(raw.recv())
-            np.testing.assert_array_equal(reply["actions"], homing(seen()["observation/state"]))
-            for left in (raw, other):
+        with connect(url, compression=None) as asking, connect(url, compression=None) as idle:
+            asking.recv()
+            idle.recv()
+            asking.send(GOOD_MESSAGE)
+            assert output.readline() == "asked\n"
+
+            process.send_signal(signal.SIGTERM)
+            answer = wire.decode(asking.recv())
+
+            expected = make_homing_chunk(make_observation()["observation/state"])
+            np.testing.assert_array_equal(answer["actions"], expected)
+            for connection in (asking, idle):
                 with pytest.raises(ConnectionClosedOK, match="1001"):
-                    left.recv()
-        assert server.wait(60) == 0
+                    connection.recv()
+        assert process.wait(60) == 0

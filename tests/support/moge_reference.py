@@ -1,7 +1,9 @@
-"""MoGe with weights that a rule makes from their names: the parity data's, and small ones for other tests.
+"""MoGe with weights that a rule makes from their names: the parity data's, and small ones for other
+tests.
 
-The rule is the README's in the folder of reference outputs: seeded by the CRC of the name, scaled by the
-fan-in, then changed a little such that x and y are about the view plane and a sane camera fits.
+The rule is the README's in the folder of reference outputs: seeded by the CRC of the name, scaled
+by the fan-in, then changed a little such that x and y are about the view plane and a sane camera
+fits.
 """
 
 import json
@@ -21,83 +23,115 @@ from spear.types import Array
 Weights = dict[str, torch.Tensor]
 
 
-def value(name: str, shape: list[int]) -> torch.Tensor:
-    if name.endswith(("image_mean", "image_std")):
-        return torch.tensor(IMAGENET_MEAN if name.endswith("mean") else IMAGENET_STD).view(
-            1, 3, 1, 1
-        )
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+def make_weight(name: str, shape: list[int]) -> torch.Tensor:
+    """The weight that the rule makes from a name."""
+    if name.endswith("image_mean"):
+        return torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    if name.endswith("image_std"):
+        return torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(shape, generator=generator)
     if name.endswith("gamma"):
         return 0.1 + 0.02 * noise
     if len(shape) == 1:
-        return 0.02 * noise + float(name.endswith("weight"))
-    return noise * (0.3 if len(shape) == 3 else (noise.numel() / shape[0]) ** -0.5)
+        mean = float(name.endswith("weight"))
+        return 0.02 * noise + mean
+    if len(shape) == 3:
+        return noise * 0.3
+    fan_in = noise.numel() / shape[0]
+    return noise * fan_in**-0.5
 
 
-def see_the_view_plane(weights: Weights) -> None:
-    """Let the x and y channels of the points pass the uv channels on, with a little noise. In place."""
+def pass_view_plane_through(weights: Weights) -> None:
+    """Let the x and y channels of the points pass on the uv channels, with a little noise. In
+    place."""
     if "head.projects.0.weight" in weights:
-        first, last = "head.output_block.0.0.", weights["head.output_block.0.2.weight"]
-        weights[first + "weight"][:4] = 0
-        weights[first + "bias"][:4] = 0
-        last[:2] *= 0.2
-        last[:, :4] = 0
-        for row in range(4):  # u, −u, v, −v, since a ReLU follows
-            sign = 1.0 - 2.0 * (row % 2)
-            weights[first + "weight"][row, row // 2 - 2, 1, 1] = sign
-            last[row // 2, row] = sign
-        return
-    pair = torch.eye(2)
-    for part in ("neck.", "points_head."):
-        weights[part + "resamplers.3.1.weight"][:2] = 0
-        weights[part + "input_blocks.4.weight"][:2] = 0
-        weights[part + "input_blocks.4.weight"][:2, :2, 0, 0] = pair
-    last = weights["points_head.output_blocks.4.weight"]
-    last *= torch.tensor([0.05, 0.05, 0.25]).view(3, 1, 1, 1)
-    last[:, :2] = 0
-    last[:2, :2, 0, 0] = pair
+        _pass_view_plane_through_v1(weights)
+    else:
+        _pass_view_plane_through_v2(weights)
+
+
+def _pass_view_plane_through_v1(weights: Weights) -> None:
+    first_weight = weights["head.output_block.0.0.weight"]
+    first_bias = weights["head.output_block.0.0.bias"]
+    last_weight = weights["head.output_block.0.2.weight"]
+    first_weight[:4] = 0
+    first_bias[:4] = 0
+    last_weight[:2] *= 0.2
+    last_weight[:, :4] = 0
+    # A ReLU follows, so four rows carry u, -u, v and -v. The uv channels are the last two.
+    for row in range(4):
+        axis = row // 2
+        sign = 1.0 - 2.0 * (row % 2)
+        first_weight[row, axis - 2, 1, 1] = sign
+        last_weight[axis, row] = sign
+
+
+def _pass_view_plane_through_v2(weights: Weights) -> None:
+    identity = torch.eye(2)
+    for part in ("neck", "points_head"):
+        weights[f"{part}.resamplers.3.1.weight"][:2] = 0
+        weights[f"{part}.input_blocks.4.weight"][:2] = 0
+        weights[f"{part}.input_blocks.4.weight"][:2, :2, 0, 0] = identity
+    last_weight = weights["points_head.output_blocks.4.weight"]
+    last_weight *= torch.tensor([0.05, 0.05, 0.25]).view(3, 1, 1, 1)
+    last_weight[:, :2] = 0
+    last_weight[:2, :2, 0, 0] = identity
 
 
 @cache
-def description(shared: Path, version: int) -> dict[str, Any]:
+def load_description(shared: Path, version: int) -> dict[str, Any]:
     """v1.json or v2.json: the config, shapes and probes of the weights, and the cases."""
     return json.loads((shared / "fixtures" / "moge" / f"v{version}.json").read_text())
 
 
 @cache
-def arrays(shared: Path, case: str) -> dict[str, Array]:
+def load_arrays(shared: Path, case: str) -> dict[str, Array]:
+    """Inputs and expected outputs of a case."""
     with np.load(shared / "fixtures" / "moge" / f"{case}.npz") as data:
         return {name: data[name] for name in data.files}
 
 
 @cache
-def checkpoint(shared: Path, version: int) -> Checkpoint:
-    about = description(shared, version)
-    weights = {name: value(name, entry["shape"]) for name, entry in about["state_dict"].items()}
-    see_the_view_plane(weights)
-    return Checkpoint(Path(f"reference-v{version}.pt"), weights, about["config"], version)
+def make_checkpoint(shared: Path, version: int) -> Checkpoint:
+    """The checkpoint that the reference outputs were computed with."""
+    description = load_description(shared, version)
+    weights = {
+        name: make_weight(name, entry["shape"]) for name, entry in description["state_dict"].items()
+    }
+    pass_view_plane_through(weights)
+    return Checkpoint(Path(f"reference-v{version}.pt"), weights, description["config"], version)
 
 
 @cache
-def reference(shared: Path, version: int) -> MogeV1 | MogeV2:
-    return build_moge(checkpoint(shared, version))
+def build_reference_model(shared: Path, version: int) -> MogeV1 | MogeV2:
+    return build_moge(make_checkpoint(shared, version))
 
 
 @cache
-def random_v1() -> MogeV1:
-    """A MoGe v1 with a small encoder and random weights, which knows every point and fits a camera."""
+def build_small_v1() -> MogeV1:
+    """A MoGe v1 with a small encoder and random weights, which knows every point and fits a
+    camera."""
     torch.manual_seed(0)
-    size = {"dim_proj": 32, "dim_upsample": (32, 32, 32), "num_tokens_range": (6, 24)}
-    model = MogeV1({"encoder": "dinov2_vits14", "remap_output": "exp", **size}).eval()
+    config = {
+        "encoder": "dinov2_vits14",
+        "remap_output": "exp",
+        "dim_proj": 32,
+        "dim_upsample": (32, 32, 32),
+        "num_tokens_range": (6, 24),
+    }
+    model = MogeV1(config).eval()
     weights = model.state_dict()
-    see_the_view_plane(weights)
+    pass_view_plane_through(weights)
     weights["head.output_block.1.2.bias"][:] = 3.0
     return model
 
 
-def error(found: torch.Tensor, expected: Array) -> float:
-    """The largest difference over the largest expected value, where both are finite."""
-    wanted = torch.as_tensor(expected)
-    finite = found.isfinite() & wanted.isfinite()
-    assert found.shape == wanted.shape and finite.any()
-    return float((found - wanted)[finite].abs().max() / wanted[finite].abs().max())
+def relative_error(actual: torch.Tensor, expected: Array) -> float:
+    """The largest difference divided by the largest expected value, where both are finite."""
+    expected_tensor = torch.as_tensor(expected)
+    is_finite = actual.isfinite() & expected_tensor.isfinite()
+    assert actual.shape == expected_tensor.shape
+    assert is_finite.any()
+    difference = (actual - expected_tensor)[is_finite]
+    return float(difference.abs().max() / expected_tensor[is_finite].abs().max())

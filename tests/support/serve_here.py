@@ -1,4 +1,6 @@
-"""A server in this process, and a small policy whose answers show what it was asked."""
+"""A server in this process or in one of its own, and small policies whose answers show what they
+got.
+"""
 
 import asyncio
 import subprocess
@@ -10,114 +12,137 @@ from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import IO, Any
-from unittest.mock import patch
 
 import numpy as np
 
 from spear import embodiments
 from spear.errors import SpearError
+from spear.serve.connection import ConnectionLimits
 from spear.serve.options import ServeOptions
 from spear.serve.server import PolicyServer
 from spear.serve.service import Service
 
+START_TIMEOUT_S = 120
+HTTP_TIMEOUT_S = 240
 
-class Homing:
-    """Moves a tenth of the way towards the origin per step; refuses to "explode". Notes what it is asked."""
+SPEAR_CLI_CODE = "import sys; from spear.cli import main; sys.exit(main())"
+"""The Python code of the command `spear`."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-        self.batches: list[int] = []
-        self.seeds: list[int] = []
+
+class HomingPolicy:
+    """Moves a tenth of the way towards the origin per step, and records what it is asked.
+
+    Some prompts make it fail: "explode" is refused, "bug" and "stop" raise exceptions.
+    """
+
+    def __init__(self, inference_s: float = 0.0) -> None:
+        self.inference_s = inference_s
+        self.batch_sizes: list[int] = []
+        self.seeds: list[int | None] = []
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        self.batches.append(len(observations))
-        self.seeds += [o.get("seed") for o in observations]
-        time.sleep(self.seconds)
-        if any(o["prompt"] == "explode" for o in observations):
+        self.batch_sizes.append(len(observations))
+        self.seeds += [observation.get("seed") for observation in observations]
+        time.sleep(self.inference_s)
+        prompts = [observation["prompt"] for observation in observations]
+        if "explode" in prompts:
             raise SpearError("prompt: 'explode': say something else")
-        if any(o["prompt"] == "bug" for o in observations):
+        if "bug" in prompts:
             raise ZeroDivisionError("a mistake of ours")
-        if any(o["prompt"] == "stop" for o in observations):
+        if "stop" in prompts:
             raise StopIteration
-        return [{"actions": homing(o["observation/state"])} for o in observations]
+        return [
+            {"actions": make_homing_chunk(observation["observation/state"])}
+            for observation in observations
+        ]
 
 
-class Loud(Homing):
-    """Whose answers are 64 MiB long."""
+class LargeAnswerPolicy(HomingPolicy):
+    """A policy whose answers are 64 MiB long."""
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"actions": np.repeat(homing(np.ones(8))[:1], 2**21, 0)} for _ in observations]
+        one_action = make_homing_chunk(np.ones(8))[:1]
+        return [{"actions": np.repeat(one_action, 2**21, 0)} for _ in observations]
 
 
-def homing(state: np.ndarray) -> np.ndarray:
-    return np.tile([*(-0.1 * np.float64(state[:3])), 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
-
-
-SPEAR = "import sys; from spear.cli import main; sys.exit(main())"
-"""The code of `spear`, whose words follow it."""
+def make_homing_chunk(state: np.ndarray) -> np.ndarray:
+    """The chunk [5, 8] that `HomingPolicy` predicts from a state [8]."""
+    translation = -0.1 * np.float64(state[:3])
+    return np.tile([*translation, 1, 0, 0, 0, 1], (5, 1)).astype(np.float32)
 
 
 @contextmanager
-def started(code: str, *words: str, **how: Any) -> Iterator[subprocess.Popen[str]]:
-    """Code in a process of its own, whose output can be read."""
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True, **how
+def run_python(code: str, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run code in a process of its own, whose output can be read; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, **options
     )
     try:
-        yield running
+        yield process
     finally:
-        running.kill()
-        running.wait()
+        process.kill()
+        process.wait()
 
 
 @contextmanager
-def process(code: str) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
-    """A server of the class `Policy` of this code in a process of its own; its port; what it says."""
-    made = (
-        "PolicyServer(Service(Policy(), embodiments.load('generic')), ServeOptions('test', port=0))"
-    )
-    run = f"asyncio.run({made}.run(lambda made: print(made.port, flush=True)))"
-    code = "\n".join(["from serve_here import *; from spear.serve import server", code, run])
-    with started(code, cwd=Path(__file__).parent) as running:
-        yield running, int(running.stdout.readline()), running.stdout
+def run_server_process(
+    code: str, limits: str = "ConnectionLimits()"
+) -> Iterator[tuple[subprocess.Popen[str], int, IO[str]]]:
+    """Serve the class `Policy` that this code defines, in a process of its own.
+
+    limits: the code of the server's limits. Yields the process, its port and its output.
+    """
+    run_code = f"""
+from serve_here import *
+{code}
+service = Service(Policy(), embodiments.load("generic"))
+server = PolicyServer(service, ServeOptions("test", port=0), limits={limits})
+asyncio.run(server.run(lambda server: print(server.port, flush=True)))
+"""
+    with run_python(run_code, cwd=Path(__file__).parent) as process:
+        port = int(process.stdout.readline())
+        yield process, port, process.stdout
 
 
-def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body, redirects as they are."""
-    with closing(HTTPConnection("127.0.0.1", server.port, timeout=240)) as connection:
+def http_get(server: PolicyServer, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body of a GET request, without following redirects."""
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=HTTP_TIMEOUT_S)) as connection:
         connection.request("GET", path, headers=headers)
         reply = connection.getresponse()
         return reply.status, dict(reply.getheaders()), reply.read().decode()
 
 
 @contextmanager
-def serving(
+def run_server(
     policy: Any = None,
     robot: str = "generic",
     page: Any = None,
-    bounds: Mapping[str, float] = {},
-    **how: Any,
+    limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008, it is frozen
+    **options: Any,
 ) -> Iterator[PolicyServer]:
-    """A server on a free port of this machine, stopped at the end. bounds: other constants of its module."""
-    service = Service(
-        policy or Homing(), embodiments.load(robot), "test", robot, how.get("control")
-    )
-    started = threading.Event()
-    held: dict[str, Any] = {}
+    """Run a server in a thread, on a free port of this machine; stopped at the end.
+
+    options: those of `ServeOptions`.
+    """
+    control = options.get("control")
+    service = Service(policy or HomingPolicy(), embodiments.load(robot), "test", robot, control)
+    serve_options = ServeOptions("test", **{"port": 0, **options})
+    is_ready = threading.Event()
+    running: dict[str, Any] = {}
 
     async def main() -> None:
-        server = PolicyServer(service, ServeOptions("test", **{"port": 0, **how}), page)
-        held.update(server=server, loop=asyncio.get_running_loop())
-        await server.run(lambda _: started.set())
+        server = PolicyServer(service, serve_options, page, limits)
+        running["server"] = server
+        running["loop"] = asyncio.get_running_loop()
+        await server.run(lambda _: is_ready.set())
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
-    with patch.dict("spear.serve.server.__dict__", bounds):
-        thread.start()
-        assert started.wait(120), "the server did not start"
-        try:
-            yield held["server"]
-        finally:
-            if not held["loop"].is_closed():
-                held["loop"].call_soon_threadsafe(held["server"].stop)  # as SIGTERM would
-            thread.join(120)
-            assert not thread.is_alive(), "the server did not stop"
+    thread.start()
+    assert is_ready.wait(START_TIMEOUT_S), "the server did not start"
+    try:
+        yield running["server"]
+    finally:
+        if not running["loop"].is_closed():
+            running["loop"].call_soon_threadsafe(running["server"].stop)  # as SIGTERM would
+        thread.join(START_TIMEOUT_S)
+        assert not thread.is_alive(), "the server did not stop"

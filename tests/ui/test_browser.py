@@ -11,9 +11,10 @@ import pytest
 from browser import PATIENCE, Tab, chromium
 from data_tiny import make
 from processes import until
-from serve_here import serving
+from serve_here import run_server
 from spear.data.store.episode_store import write_episodes
 from spear.policy import Spear1Policy
+from spear.serve.connection import ConnectionLimits
 from spear.serve.server import PolicyServer
 
 pytest.importorskip("mujoco")
@@ -51,7 +52,7 @@ def server(browser: int, renderer: Any) -> Iterator[PolicyServer]:
     """`renderer`: skips where nothing can be rendered."""
     policy = Spear1Policy.load("nano", steps=2)
     page = Page(policy, "nano", None, 2**20)
-    with serving(policy, page=page, bounds={"LARGEST_MESSAGE": 2**20}) as running:
+    with run_server(policy, page=page, limits=ConnectionLimits(max_message_bytes=2**20)) as running:
         yield running
 
 

@@ -21,7 +21,7 @@ from websockets.sync.client import connect
 
 from data_tiny import bare_png, make, png
 from refusals import Command
-from serve_here import get, serving
+from serve_here import http_get, run_server
 from spear.chunks import DEFAULT_REPLAN_INTERVAL
 from spear.data.store.episode_store import write_episodes
 from spear.embodiments import load
@@ -33,7 +33,8 @@ from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy, VlmBundle
 from spear.serve.client import RemotePolicy
-from spear.serve.server import MOST_SMALL, PolicyServer
+from spear.serve.connection import ConnectionLimits
+from spear.serve.server import PolicyServer
 from spear.util.images import decode_image
 
 pytest.importorskip("mujoco")
@@ -59,7 +60,7 @@ def policy() -> Spear1Policy:
 @pytest.fixture(scope="module")
 def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
     page = Page(policy, "nano", None, LIMIT)
-    with serving(policy, page=page, bounds={"LARGEST_MESSAGE": LIMIT}) as running:
+    with run_server(policy, page=page, limits=ConnectionLimits(max_message_bytes=LIMIT)) as running:
         yield running
 
 
@@ -102,34 +103,34 @@ def tab(server: PolicyServer, renderer: Any) -> Iterator[Tab]:
 
 
 def test_the_page_is_whole(server: PolicyServer) -> None:
-    status, headers, html = get(server, "/")
+    status, headers, html = http_get(server, "/")
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'self'" in headers["Content-Security-Policy"]
     wanted = re.findall(r'(?:src|href)="([^"]+)"', html)
     assert len(wanted) >= 4
     for path in wanted:
         if not path.startswith("data:"):
-            status, _, text = get(server, path)
+            status, _, text = http_get(server, path)
             assert status == 200 and "://" not in text
-    assert get(server, "/nowhere")[0] == 404
-    with serving() as plain:  # a server without a page
-        assert get(plain, "/")[0] == get(plain, "/ui.js")[0] == 404
+    assert http_get(server, "/nowhere")[0] == 404
+    with run_server() as plain:  # a server without a page
+        assert http_get(plain, "/")[0] == http_get(plain, "/ui.js")[0] == 404
 
 
 def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
-    with serving(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
+    with run_server(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
         for path in ("/", "/?token=wrong", *pages.SCRIPTS):
-            status, _, body = get(server, path)
+            status, _, body = http_get(server, path)
             assert status == 401 and "secret" not in body and 'name="token"' in body
         with pytest.raises(InvalidStatus, match="401"):
             Tab(server)
-        status, headers, _ = get(server, "/?token=secret")
+        status, headers, _ = http_get(server, "/?token=secret")
         assert status == 303 and headers["Location"] == "/"
         cookie, *rest = headers["Set-Cookie"].split("; ")
         assert "secret" not in cookie and {"HttpOnly", "SameSite=Strict"} <= set(rest)
         assert (
-            get(server, "/", Cookie=cookie)[0] == 200
-            and get(server, "/", Cookie=cookie[:-1])[0] == 401
+            http_get(server, "/", Cookie=cookie)[0] == 200
+            and http_get(server, "/", Cookie=cookie[:-1])[0] == 401
         )
         with (opened := Tab(server, additional_headers={"Cookie": f"other=1; {cookie}"})).socket:
             assert opened.view["source"] == "simulator"
@@ -139,7 +140,7 @@ def test_other_sites_get_nothing_and_tabs_are_bounded(
     server: PolicyServer, renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in (*pages.FILES, "/ui"):
-        assert get(server, path, Host=f"evil.example:{server.port}")[0] == 403
+        assert http_get(server, path, Host=f"evil.example:{server.port}")[0] == 403
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
     Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()
@@ -237,7 +238,7 @@ def test_recorded_episodes_are_replayed(
     )
     with film(tab) as opened:
         assert opened.streams.video[0].frames == 5 + 5
-    for step in range(3 * MOST_SMALL):  # as when it is dragged
+    for step in range(3 * ConnectionLimits().max_small_frames_per_s):  # as when it is dragged
         assert tab.ask("look", step=step % 5) is None
     (tmp_path / "empty").mkdir()
     assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
@@ -417,7 +418,7 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
         (png(120, 300, 200)[:200], "the image"),
-        (png(120, 300, 8), "the image: 300 x 8"),
+        (png(120, 300, 8), "the image has 300 x 8"),
         (bare_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
     ):
         problem = tab.send(request)
@@ -434,7 +435,7 @@ def test_tabs_run_beside_each_other_and_the_server_stays_awake(
         assert other.view["running"] is False and other.view["step"] == 0
         assert (
             other.ask("reset", family="stack_cube", seed=1) is None
-            and get(server, "/healthz")[0] == 200
+            and http_get(server, "/healthz")[0] == 200
         )
         with closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as robot:
             assert robot.infer(load("generic").example())["actions"].shape == (5, 8)

@@ -199,9 +199,8 @@ def _shards(labels: Path) -> Path:
 
 def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMapResult | None]":
     """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
-    from spear.labels.inputs import read_images
     from spear.labels.model_factories import resolve_factory
-    from spear.labels.pipeline import admit_frame, predict_point_maps
+    from spear.labels.pipeline import admit_frame, predict_point_maps, read_images
     from spear.labels.sources import list_items
     from spear.sim_data.label_scenes import list_scenes
     from spear.types import Frame

@@ -28,7 +28,9 @@ def serve(options: ServeOptions) -> None:
         spear serve nano --ui --episodes runs/my_evaluation
         spear serve runs/my_policy --embodiment droid --host 0.0.0.0 --token SECRET
     """
-    from spear.serve.server import LARGEST_MESSAGE, PolicyServer, reachable
+    from spear.serve.access import find_reachable_host
+    from spear.serve.connection import ConnectionLimits
+    from spear.serve.server import PolicyServer
 
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
@@ -42,10 +44,12 @@ def serve(options: ServeOptions) -> None:
     if options.ui:
         from spear.ui.page import Page
 
-        page = Page(policy, options.policy, options.token, LARGEST_MESSAGE, shelf)
+        page = Page(
+            policy, options.policy, options.token, ConnectionLimits().max_message_bytes, shelf
+        )
 
     def ready(server: PolicyServer) -> None:
-        address = f"{reachable(options.host)}:{server.port}"
+        address = f"{find_reachable_host(options.host)}:{server.port}"
         what = f"{options.policy} for {options.embodiment} ({service.metadata['control']})"
         print(f"serving {what} at ws://{address}", flush=True)
         if page:
@@ -68,25 +72,25 @@ def vla_eval(options: VlaEvalOptions) -> None:
     """
     from vla_eval.model_servers.serve import serve
 
+    from spear.serve.access import find_reachable_host, listen_error
     from spear.serve.harness import HarnessServer
-    from spear.serve.server import cannot_listen, reachable
 
     _, service = _warm(options)
-    address = f"ws://{reachable(options.host)}:{options.port}"
+    address = f"ws://{find_reachable_host(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.embodiment} to vla-eval at {address}", flush=True)
     _warn_of_others(options, "the harness's protocol has no token")
     try:
         serve(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
-        raise cannot_listen(options.host, options.port, group.exceptions[0]) from group
+        raise listen_error(options.host, options.port, group.exceptions[0]) from group
 
 
 def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
     """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything
     and an address that cannot be had, before the weights are read."""
-    from spear.serve.server import check_address
+    from spear.serve.access import check_can_listen
 
-    check_address(options.host, options.port)
+    check_can_listen(options.host, options.port)
 
     from spear import embodiments
     from spear.chunks import check_replan_interval

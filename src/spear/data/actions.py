@@ -1,9 +1,10 @@
 """Canonical actions: the same meaning for every robot, at 5 Hz, in chunks; and the check of whole episodes.
 
-An action is a translation delta in the base frame, a rotation delta in the end-effector frame (unit
-quaternion) and an absolute gripper command (1 open, 0 closed): `spear.types.Action`, here as numpy rows [8].
-Logged commands are used when an episode has them; otherwise actions are derived from the states: the step
-that was made in fact. That happens once, when an episode is written (`add_actions`).
+An action consists of a translation in the base frame, a rotation in the end-effector frame (unit
+quaternion) and an absolute gripper command (1 open, 0 closed). It is `spear.types.Action`, here as
+numpy rows [8]. Logged commands are used if an episode has them. Otherwise actions are derived from
+the states, as the motion that in fact followed. That happens once, when an episode is written
+(`add_actions`).
 """
 
 import dataclasses
@@ -23,199 +24,285 @@ from spear.geometry import (
 from spear.gripper import commands_from_motion
 from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
-HORIZON = 5
-"""Actions in a chunk (the paper)."""
+HORIZON = 5  # actions in a chunk (the paper)
 ACTION_RULES_VERSION = 4
-"""Raised when a recording becomes other steps or actions than before: what is prepared is then made again."""
+"""Raised when a recording becomes other steps or actions than before: what was prepared before is
+then prepared again."""
+TIME_TOLERANCE_STEPS = 1e-6  # of the rounding of times, when an episode is resampled
+OPENING_TOLERANCE = 1e-3  # by which an opening may be outside 0 … 1
 
 
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
-    """[T, 8] actions from poses [T, 3] (m) and [T, 4], and gripper commands [T].
+    """Derive actions from poses: action t leads from pose t to pose t + 1.
 
-    Action t leads from pose t to pose t + 1. The last one leads nowhere known: it stays (mask it).
+    Args:
+        position: [T, 3] end-effector positions, m, base frame.
+        rotation: [T, 4] end-effector orientations, unit quaternions, base frame.
+        command: [T] gripper commands.
+
+    Returns:
+        [T, 8] actions, float32. The last one stays where it is, because the next pose is not known;
+        mask it.
     """
     actions = np.zeros((len(position), ACTION_DIM), np.float32)
     actions[:, 3] = 1
-    where, turn = (torch.as_tensor(np.asarray(x, np.float64)) for x in (position, rotation))
-    step, delta = action_between_poses(where[:-1], turn[:-1], where[1:], turn[1:])
-    actions[:-1, :3] = step.numpy()
-    actions[:-1, 3:7] = quat_normalize(delta).numpy()
+    positions = torch.as_tensor(np.asarray(position, np.float64))
+    rotations = torch.as_tensor(np.asarray(rotation, np.float64))
+    translation, delta_rotation = action_between_poses(
+        positions[:-1], rotations[:-1], positions[1:], rotations[1:]
+    )
+    actions[:-1, :3] = translation.numpy()
+    actions[:-1, 3:7] = quat_normalize(delta_rotation).numpy()
     actions[:, 7] = command
     return actions
 
 
 def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
-    """Canonical actions [T, 8] of an episode at its own rate, and which of them are known [T] bool.
+    """Get the canonical actions of an episode at its own rate; derive them if it logs none.
 
-    Without logged ones the gripper was told what it did (`commands_from_motion`). The last is not known.
+    Without logged commands, the gripper's motion tells its commands (`commands_from_motion`), and
+    the last action is not known.
+
+    Returns:
+        Actions [T, 8], and which of them are known [T] bool.
     """
-    known = np.ones(len(episode), bool) if episode.action_mask is None else episode.action_mask
+    is_known = episode.action_mask
+    if is_known is None:
+        is_known = np.ones(len(episode), bool)
     if episode.action is not None:
-        return episode.action, known
-    command = commands_from_motion(np.append(episode.gripper, episode.gripper[-1]), episode.rate_hz)
-    known = known & (np.arange(len(episode)) < len(episode) - 1)
-    return derive_actions(episode.position, episode.rotation, command), known
+        return episode.action, is_known
+
+    openings = np.append(episode.gripper, episode.gripper[-1])
+    command = commands_from_motion(openings, episode.rate_hz)
+    is_known = is_known & (np.arange(len(episode)) < len(episode) - 1)
+    return derive_actions(episode.position, episode.rotation, command), is_known
 
 
 def add_actions(episode: Episode) -> Episode:
-    """The episode with its canonical actions and their mask, as files keep it."""
-    actions, known = canonicalize_actions(episode)
-    return dataclasses.replace(episode, action=actions, action_mask=known)
+    """Add the canonical actions and their mask, as stores have them."""
+    actions, is_known = canonicalize_actions(episode)
+    return dataclasses.replace(episode, action=actions, action_mask=is_known)
 
 
 def extract_chunk(
-    actions: Array, valid: Array, step: int, horizon: int = HORIZON
+    actions: Array, is_known: Array, step: int, horizon: int = HORIZON
 ) -> tuple[Array, Array]:
-    """The chunk that starts at `step`: actions [H, 8] float32 and which of them are targets [H] bool.
+    """Extract the action chunk that starts at a step.
 
-    From the episode's end or the first invalid action on it stays (no motion, the gripper as it was), masked.
+    From the episode's end, or the first unknown action on, the chunk stays where it is: no motion,
+    and the gripper unchanged. These actions are masked.
+
+    Args:
+        actions: [T, 8] actions of an episode.
+        is_known: [T] bool, which of them are known.
+        step: The first step of the chunk.
+        horizon: H, the number of actions in the chunk.
+
+    Returns:
+        Actions [H, 8] float32, and which of them are training targets [H] bool.
     """
-    known = valid[step : step + horizon]
-    count = len(known) if known.all() else int(known.argmin())
-    out = np.zeros((horizon, ACTION_DIM), np.float32)
-    out[:, 3] = 1
-    out[:count] = actions[step : step + count]
-    out[count:, 7] = actions[step + max(count, 1) - 1, 7]
-    return out, np.arange(horizon) < count
+    is_target = is_known[step : step + horizon]
+    num_targets = len(is_target) if is_target.all() else int(is_target.argmin())
+    chunk = np.zeros((horizon, ACTION_DIM), np.float32)
+    chunk[:, 3] = 1
+    chunk[:num_targets] = actions[step : step + num_targets]
+    last_step = step + max(num_targets, 1) - 1
+    chunk[num_targets:, 7] = actions[last_step, 7]
+    return chunk, np.arange(horizon) < num_targets
 
 
 def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:
-    """At another rate: positions and openings linear, rotations by slerp, images the last that there was.
+    """Resample an episode to another rate.
 
-    Motions are derived from the resampled states, gripper commands are those in force at the end of each new
-    step; a new step is masked when any step it covers is. An episode at this rate is returned as it is.
+    Positions and openings are interpolated linearly, rotations by slerp; an image is the last one
+    before its time. Motions are derived from the resampled states. A gripper command is the one in
+    force at the end of the new step. A new step is masked if any step that it covers is.
+
+    Returns:
+        The resampled episode; the episode itself if it has this rate.
     """
     if np.isclose(episode.rate_hz, rate_hz):
         return episode
-    steps = len(episode)
-    count = int(np.floor((steps - 1) * rate_hz / episode.rate_hz + 1e-6)) + 1
-    when = np.minimum(
-        np.arange(count + 1) * episode.rate_hz / rate_hz, steps - 1
-    )  # in steps of the source
-    low = np.floor(when[:-1]).astype(int)
-    high = np.minimum(low + 1, steps - 1)
-    part = (when[:-1] - low)[:, None]
-    turn = torch.tensor(episode.rotation)
-    rotation = quat_slerp(turn[low], turn[high], torch.as_tensor(part[:, 0], dtype=turn.dtype))
-    position = (1 - part) * episode.position[low] + part * episode.position[high]
+
+    # Times are in steps of the source, with one time more than there are new steps.
+    num_source_steps = len(episode)
+    last_source_step = num_source_steps - 1
+    num_steps = int(np.floor(last_source_step * rate_hz / episode.rate_hz + TIME_TOLERANCE_STEPS))
+    num_steps += 1
+    times = np.arange(num_steps + 1) * episode.rate_hz / rate_hz
+    times = np.minimum(times, last_source_step)
+    starts = times[:-1]
+    ends = times[1:]
+
+    # States, between the source steps before and after.
+    before = np.floor(starts).astype(int)
+    after = np.minimum(before + 1, last_source_step)
+    part = starts - before
+    position = (1 - part[:, None]) * episode.position[before]
+    position = position + part[:, None] * episode.position[after]
+    rotations = torch.tensor(episode.rotation)
+    part_tensor = torch.as_tensor(part, dtype=rotations.dtype)
+    rotation = quat_slerp(rotations[before], rotations[after], part_tensor)
     quaternion = quat_canonical(quat_normalize(rotation)).numpy()
-    covered_to = np.maximum(
-        np.ceil(when[1:] - 1e-6).astype(int) - 1, low
-    )  # last source step of each new one
-    known = np.ones(steps, bool) if episode.action_mask is None else episode.action_mask
-    mask = np.array([known[a : b + 1].all() for a, b in zip(low, covered_to, strict=True)])
+    gripper = np.interp(starts, np.arange(num_source_steps), episode.gripper)
+
+    # Actions, and which of them are known.
+    last_covered = np.ceil(ends - TIME_TOLERANCE_STEPS).astype(int) - 1
+    last_covered = np.maximum(last_covered, before)
+    is_source_known = episode.action_mask
+    if is_source_known is None:
+        is_source_known = np.ones(num_source_steps, bool)
+    covered = zip(before, last_covered, strict=True)
+    is_known = np.array([is_source_known[first : last + 1].all() for first, last in covered])
     action = None
     if episode.action is not None:
-        action = derive_actions(position, quaternion, episode.action[covered_to, 7])
-        mask[-1] = False
-    seen = np.floor(when[:-1] + 1e-6).astype(int)
+        action = derive_actions(position, quaternion, episode.action[last_covered, 7])
+        is_known[-1] = False
+
+    image_steps = np.floor(starts + TIME_TOLERANCE_STEPS).astype(int)
     return dataclasses.replace(
         episode,
-        images={camera: [images[i] for i in seen] for camera, images in episode.images.items()},
+        images={
+            camera: [images[step] for step in image_steps]
+            for camera, images in episode.images.items()
+        },
         position=position.astype(np.float32),
         rotation=quaternion.astype(np.float32),
-        gripper=np.interp(when[:-1], np.arange(steps), episode.gripper).astype(np.float32),
+        gripper=gripper.astype(np.float32),
         rate_hz=rate_hz,
         action=action,
-        action_mask=mask,
+        action_mask=is_known,
     )
 
 
 def check_episode(episode: Episode) -> Episode:
-    """The same episode with float32 arrays, unit quaternions (w >= 0) and gripper openings in [0, 1].
+    """Check an episode, and bring its arrays into the form that everything else expects.
 
-    Raises SpearError, naming the episode and the step, for: no steps, arrays of different lengths, NaN or
-    infinity, a quaternion whose norm is further than 1e-3 from 1, an empty instruction, a rate that is not
-    positive, a gripper opening outside [0, 1] by more than 1e-3, no image at all.
+    Returns:
+        The episode with float32 arrays, unit quaternions (w >= 0) and gripper openings in [0, 1].
+
+    Raises:
+        SpearError: For an episode without steps or images, arrays of different lengths, NaN or
+            infinity, a quaternion whose norm is further than 1e-3 from 1, an empty instruction, a
+            rate that is not positive, or a gripper opening outside [0, 1] by more than 1e-3. The
+            message names the episode and the step.
     """
-    name, steps = episode.source, len(episode)
-    if steps == 0:
+    name = episode.source
+    num_steps = len(episode)
+    if num_steps == 0:
         raise empty_episode_error(name)
     check_instruction(episode.instruction, name)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(f"bad rate {episode.rate_hz}: {name}: give the steps per second")
+    _check_images(episode)
+
+    gripper = _check_array(name, "gripper", episode.gripper, (num_steps,))
+    checked = dataclasses.replace(
+        episode,
+        position=_check_array(name, "position", episode.position, (num_steps, 3)),
+        rotation=_check_array(name, "rotation", episode.rotation, (num_steps, 4)),
+        gripper=_clip_opening(name, "gripper", gripper),
+    )
+    return check_actions(checked)
+
+
+def _check_images(episode: Episode) -> None:
+    """Raise SpearError unless each camera has a (possibly broken) image of every step."""
+    name = episode.source
     if not episode.images:
         raise SpearError(f"no camera: {name}: an episode needs at least one camera's images")
     for camera, images in episode.images.items():
-        _check_length(name, f"camera {camera!r}", len(images), steps)
+        _check_length(name, f"camera {camera!r}", len(images), len(episode))
         if b"" in images:
-            raise SpearError(
-                f"empty image: {name} step {images.index(b'')} camera {camera!r}: leave it out"
-            )
-    shapes = {"position": (steps, 3), "rotation": (steps, 4), "gripper": (steps,)}
-    parts: dict[str, Any]
-    parts = {
-        what: _array(name, what, getattr(episode, what), shape) for what, shape in shapes.items()
-    }
-    parts["gripper"] = _opening(name, "gripper", parts["gripper"])
-    return check_actions(dataclasses.replace(episode, **parts))
+            step = images.index(b"")
+            raise SpearError(f"empty image: {name} step {step} camera {camera!r}: leave it out")
 
 
 def check_instruction(text: str, name: str) -> None:
-    """Raises SpearError, naming the episode, for an instruction without words."""
-    if not any(map(str.isalnum, text)):
+    """Raise SpearError, naming the episode, for an instruction without words."""
+    if not any(character.isalnum() for character in text):
         raise SpearError(
             f"empty instruction: {name}: say what the robot does, or leave the episode out"
         )
 
 
 def empty_episode_error(name: str) -> SpearError:
-    """What is said of an episode without steps."""
+    """The error for an episode without steps."""
     return SpearError(f"empty episode: {name}: it has no steps; leave it out")
 
 
 def check_actions(episode: Episode) -> Episode:
-    """The part of `check_episode` that can go wrong after the states and images have been checked."""
-    name, steps = episode.source, len(episode)
-    parts: dict[str, Any] = {"rotation": _unit(name, "rotation", episode.rotation)}
+    """Check rotations and actions, the part of `check_episode` that later steps may change again."""
+    name = episode.source
+    num_steps = len(episode)
+    fields: dict[str, Any] = {"rotation": _normalize_rotation(name, "rotation", episode.rotation)}
     if episode.action is not None:
-        action = _array(name, "action", episode.action, (steps, ACTION_DIM)).copy()
-        action[:, 3:7] = _unit(name, "action rotation", action[:, 3:7])
-        action[:, 7] = _opening(name, "action gripper", action[:, 7])
-        parts["action"] = action
+        action = _check_array(name, "action", episode.action, (num_steps, ACTION_DIM)).copy()
+        action[:, 3:7] = _normalize_rotation(name, "action rotation", action[:, 3:7])
+        action[:, 7] = _clip_opening(name, "action gripper", action[:, 7])
+        fields["action"] = action
     if episode.action_mask is not None:
-        parts["action_mask"] = np.asarray(episode.action_mask, bool)
-        _check_length(name, "action_mask", len(parts["action_mask"]), steps)
-    return dataclasses.replace(episode, **parts)
+        mask = np.asarray(episode.action_mask, bool)
+        _check_length(name, "action_mask", len(mask), num_steps)
+        fields["action_mask"] = mask
+    return dataclasses.replace(episode, **fields)
 
 
-def _check_length(name: str, what: str, length: int, steps: int) -> None:
-    if length != steps:
+def find_first(mask: Any) -> int | None:
+    """Find the first True of a mask [N]; None if all are False."""
+    return int(mask.argmax()) if mask.any() else None
+
+
+def _check_length(name: str, what: str, length: int, num_steps: int) -> None:
+    if length != num_steps:
         raise SpearError(
-            f"lengths: {name}: {what} has {format_count(length, 'rows')} but there are {steps} steps"
+            f"lengths: {name}: {what} has {format_count(length, 'rows')} "
+            f"but there are {num_steps} steps"
         )
 
 
-def find_first(bad: Any) -> int | None:
-    """The number of the first row that is bad [N] bool; None where none is."""
-    return int(bad.argmax()) if bad.any() else None
-
-
-def _array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array:
+def _check_array(name: str, what: str, values: Array, shape: tuple[int, ...]) -> Array:
+    """Convert an array to float32; raise SpearError for another shape, or what is not finite."""
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(f"wrong shape: {name}: {what} is {array.shape}, expected {shape}")
-    if (step := find_first(~np.isfinite(array.reshape(shape[0], -1)).all(axis=1))) is not None:
+    is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
+    step = find_first(~is_finite)
+    if step is not None:
         raise SpearError(f"not a number: {name} step {step}: {what} is {array[step].tolist()}")
     return array
 
 
 def check_unit_norm(quaternion: Array, name: str, what: str) -> Array:
-    """[T] the norms of quaternions [T, 4]. Raises SpearError where one is further than 1e-3 from 1."""
+    """Check that quaternions [T, 4] have norms within 1e-3 of 1.
+
+    Returns:
+        [T] the norms.
+
+    Raises:
+        SpearError: For another norm; the message names the episode and the step.
+    """
     norm: Array = np.linalg.norm(quaternion.astype(np.float64), axis=1)
-    if (step := find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)) is not None:
-        wrong = f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, expected 1"
-        raise SpearError(f"{wrong}; check the layout (w x y z) or leave the episode out")
+    step = find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)
+    if step is not None:
+        raise SpearError(
+            f"not a rotation: {name} step {step}: {what} quaternion has norm {norm[step]:.4g}, "
+            "expected 1; check the layout (w x y z) or leave the episode out"
+        )
     return norm
 
 
-def _unit(name: str, what: str, quaternion: Array) -> Array:
+def _normalize_rotation(name: str, what: str, quaternion: Array) -> Array:
+    """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
     unit = quaternion / check_unit_norm(quaternion, name, what)[:, None]
     return np.where(unit[:, :1] < 0, -unit, unit).astype(np.float32)
 
 
-def _opening(name: str, what: str, opening: Array) -> Array:
-    if (step := find_first((opening < -1e-3) | (opening > 1 + 1e-3))) is not None:
+def _clip_opening(name: str, what: str, opening: Array) -> Array:
+    """Clip openings [T] to 0 … 1; raise SpearError for one that is outside by more than rounding."""
+    is_outside = (opening < -OPENING_TOLERANCE) | (opening > 1 + OPENING_TOLERANCE)
+    step = find_first(is_outside)
+    if step is not None:
         raise SpearError(
             f"out of range: {name} step {step}: {what} is {opening[step]:.4g}, not in 0 … 1"
         )

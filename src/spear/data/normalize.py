@@ -1,8 +1,8 @@
-"""Normalised units: one scale for translations and one for positions, shared by the whole mixture.
+"""Normalization: one scale for translations and one for positions, shared by the whole mixture.
 
-The paper normalises translations by global quantiles over the whole mixture (not per dataset); "minmax" and
-"meanstd" are its ablations. Rotations stay unit quaternions; gripper openings 0 … 1 become -1 … 1.
-Works on torch tensors of any leading shape, on any device and in any floating type.
+The paper normalizes translations by global quantiles over the whole mixture (not per dataset);
+"minmax" and "meanstd" are its ablations. Rotations stay unit quaternions, and gripper openings 0 … 1
+become -1 … 1. Everything works on torch tensors of any leading shape, device and floating type.
 """
 
 import io
@@ -28,21 +28,33 @@ from spear.util.files import read_json_as, write_bytes, write_text
 Mode = Literal["quantile", "minmax", "meanstd"]
 Triple = tuple[float, float, float]
 Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-MIN_SCALES = (1e-3,) * 3 + (1e-2,) * 3
-"""Metres, of translations (in a step of 0.2 s) and positions. An axis that varies less is scaled as if it
-varied by so much: its noise is not blown up, and what is predicted for it stays small (our choice)."""
+
+MIN_TRANSLATION_SCALE_M = 1e-3  # in a step of 0.2 s
+MIN_POSITION_SCALE_M = 1e-2
+MIN_SCALES = (MIN_TRANSLATION_SCALE_M,) * 3 + (MIN_POSITION_SCALE_M,) * 3
+"""An axis that varies less is scaled as if it varied by this much. Otherwise normalization would
+amplify its noise; and what a policy predicts for it stays small."""
+LOW_QUANTILE = 0.01  # becomes -1
+HIGH_QUANTILE = 0.99  # becomes 1
 STATE_VECTOR_DIM = 10
+NUM_AXES = 6  # translation x, y, z and position x, y, z
 SKETCHES_FILE = "sketches.npz"
-"""Of a prepared dataset: the quantiles of its translations and positions, taken when it was prepared."""
+"""In a prepared dataset: the quantile sketches of its translations and positions."""
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """normalised = (metres - offset) / scale, per axis (x, y, z; base frame).
+    """Normalization statistics: normalized = (meters - offset) / scale, per axis (x, y, z; base frame).
 
     Values outside the fitted range are not clipped, so that the inverse is exact.
-    `samples` is the number of steps it was fitted on. `datasets` is empty, or, for the ablation, has a
-    normalizer of its own for each dataset, by name and in the order of the mixture (see `for_dataset`).
+
+    Attributes:
+        mode: How offset and scale were fitted.
+        translation_offset, translation_scale: Of the translations of actions, m.
+        position_offset, position_scale: Of end-effector positions, m.
+        samples: The number of steps that they were fitted on.
+        datasets: Empty; or, in the ablation, dataset name → the dataset's own normalizer, in the
+            order of the mixture (see `for_dataset`).
     """
 
     mode: Mode
@@ -58,152 +70,236 @@ class Normalizer:
     def fit_per_dataset(
         stores: Sequence[tuple[str, EpisodeStore, float]], mode: Mode = "quantile"
     ) -> "Normalizer":
-        """Statistics over a mixture, and those of each dataset: (name, store, weight) as in `Mixture`."""
+        """Fit statistics over a mixture, and those of each dataset.
+
+        Args:
+            stores: (name, store, weight) of each dataset, as in `Mixture`.
+            mode: See `fit`.
+        """
         names = [name for name, _, _ in stores]
         if len(set(names)) < len(names):
             raise SpearError(
                 f"datasets of the same name: {', '.join(names)}: give each folder its own name"
             )
-        whole = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
-        return replace(whole, datasets={n: Normalizer.fit([(s, 1.0)], mode) for n, s, _ in stores})
+
+        over_mixture = Normalizer.fit([(store, weight) for _, store, weight in stores], mode)
+        per_dataset = {name: Normalizer.fit([(store, 1.0)], mode) for name, store, _ in stores}
+        return replace(over_mixture, datasets=per_dataset)
 
     def for_dataset(self, dataset: str | None) -> "Normalizer":
-        """The one to use for a dataset: this one, unless datasets have their own.
+        """Get the normalizer of a dataset: this one, unless datasets have their own.
 
-        Raises SpearError when they have and `dataset` is None (with more than one) or not among them.
+        Raises:
+            SpearError: If datasets have their own, and `dataset` is not one of them, or is None
+                although there are several.
         """
-        if not self.datasets or (dataset is None and len(self.datasets) == 1):
-            return next(iter(self.datasets.values()), self)
+        if not self.datasets:
+            return self
+        if dataset is None and len(self.datasets) == 1:
+            return next(iter(self.datasets.values()))
         if dataset is None:
-            known = ", ".join(self.datasets)
             raise SpearError(
-                f"normalised per dataset: say which one the robot is like (--dataset): {known}"
+                "normalized per dataset: say which one the robot is like (--dataset): "
+                f"{', '.join(self.datasets)}"
             )
         check_known("dataset", self.datasets, dataset)
         return self.datasets[dataset]
 
     @staticmethod
     def fit(stores: Iterable[tuple[EpisodeStore, float]], mode: Mode = "quantile") -> "Normalizer":
-        """Statistics over a mixture: (store, weight) pairs, weights as in `Mixture`.
+        """Fit statistics over a mixture.
 
-        "quantile": the 1st and 99th percentile become -1 and 1 · "minmax": the extremes do · "meanstd": zero
-        mean, unit deviation. Every dataset counts with its weight, whatever its size (our choice); masked
-        steps do not. One pass over each store in bounded memory: percentiles are exact for up to 16,384 steps
-        per dataset, and within 0.1 % in rank beyond (`QuantileSketch`).
+        Every dataset counts with its weight, whatever its size; masked steps do not count. It takes
+        one pass over each store in bounded memory. Percentiles are exact for up to 16,384 steps per
+        dataset, and within 0.1 % in rank beyond (`QuantileSketch`).
+
+        Args:
+            stores: (store, weight) of each dataset, weights as in `Mixture`.
+            mode: "quantile" maps the 1st and 99th percentile to -1 and 1; "minmax" the extremes;
+                "meanstd" gives zero mean and unit deviation.
+
+        Raises:
+            SpearError: If no store has a valid action.
         """
-        check_known("normalisation", get_args(Mode), mode)
-        seen = [
-            (columns, weight) for store, weight in stores if (columns := _sketch(store))[0].count
-        ]
-        if not seen:
+        check_known("normalization", get_args(Mode), mode)
+        sketches_of_stores: list[list[QuantileSketch]] = []
+        weights: list[float] = []
+        for store, weight in stores:
+            sketches = _load_or_make_sketches(store)
+            if sketches[0].count:
+                sketches_of_stores.append(sketches)
+                weights.append(weight)
+        if not sketches_of_stores:
             raise SpearError(
                 "nothing to fit: no valid action in the stores; check their masks and lengths"
             )
-        weights = [weight for _, weight in seen]
-        share = np.array(weights) / sum(weights)
-        axes = (_fit_axis([columns[i] for columns, _ in seen], share, mode) for i in range(6))
-        offset, scale = zip(*axes, strict=True)
-        scale = tuple(map(max, scale, MIN_SCALES))
-        samples = sum(columns[0].count for columns, _ in seen)
-        return Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], samples)
+
+        shares = np.array(weights) / sum(weights)
+        offsets: list[float] = []
+        scales: list[float] = []
+        for axis, min_scale in enumerate(MIN_SCALES):
+            axis_sketches = [sketches[axis] for sketches in sketches_of_stores]
+            offset, scale = _fit_axis(axis_sketches, shares, mode)
+            offsets.append(offset)
+            scales.append(max(scale, min_scale))
+        return Normalizer(
+            mode=mode,
+            translation_offset=_to_triple(offsets[:3]),
+            translation_scale=_to_triple(scales[:3]),
+            position_offset=_to_triple(offsets[3:]),
+            position_scale=_to_triple(scales[3:]),
+            samples=sum(sketches[0].count for sketches in sketches_of_stores),
+        )
 
     def normalize_action(self, action: Action) -> Action:
-        """Translation and gripper in -1 … 1; rotation as it is."""
+        """Normalize translation and gripper opening to about -1 … 1; the rotation stays unchanged."""
         translation = _normalize(
             action.translation, self.translation_offset, self.translation_scale
         )
         return Action(translation, action.rotation, action.gripper * 2 - 1)
 
     def unnormalize_action(self, action: Action) -> Action:
-        """The inverse of `normalize_action`: metres, opening 0 … 1."""
-        like, offset, scale = action.translation, self.translation_offset, self.translation_scale
-        metres = like * like.new_tensor(scale) + like.new_tensor(offset)
-        return Action(metres, action.rotation, (action.gripper + 1) / 2)
+        """Invert `normalize_action`: translation in meters, gripper opening in 0 … 1."""
+        normalized = action.translation
+        scale = normalized.new_tensor(self.translation_scale)
+        offset = normalized.new_tensor(self.translation_offset)
+        translation_m = normalized * scale + offset
+        return Action(translation_m, action.rotation, (action.gripper + 1) / 2)
 
     def state_vector(self, position: Tensor, rotation: Tensor, gripper: Tensor) -> Tensor:
-        """What the policy sees of its own state, [..., 10].
+        """Encode the state as the policy sees it.
 
-        position [..., 3] m, rotation [..., 4], gripper [..., 1] opening -> normalised position 3, rotation 6
-        (the first two columns of its matrix), gripper 1 in -1 … 1. Six numbers because they follow every
-        rotation without the jump that a quaternion's sign makes somewhere: our choice.
+        The rotation becomes the first two columns of its matrix. These six numbers follow every
+        rotation without a jump, whereas the sign of a quaternion jumps somewhere.
+
+        Args:
+            position: [..., 3] end-effector position, m, base frame.
+            rotation: [..., 4] end-effector orientation, unit quaternion.
+            gripper: [..., 1] opening in 0 … 1.
+
+        Returns:
+            [..., 10]: normalized position 3, rotation 6, gripper 1 in -1 … 1.
         """
-        where = _normalize(position, self.position_offset, self.position_scale)
-        return torch.cat([where, quat_to_6d(rotation), gripper * 2 - 1], dim=-1)
+        normalized_position = _normalize(position, self.position_offset, self.position_scale)
+        return torch.cat([normalized_position, quat_to_6d(rotation), gripper * 2 - 1], dim=-1)
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON; complete or not at all."""
+        """Write the statistics as JSON. The file is complete or not there at all."""
         write_text(Path(path), json.dumps(asdict(self), indent=2))
 
     @staticmethod
     def load(path: str | Path) -> "Normalizer":
-        """Read what `save` wrote. Raises SpearError when the file is missing or is something else."""
+        """Read what `save` wrote. Raises SpearError if the file is missing or is something else."""
         advice = "take the file beside the weights"
-        return read_json_as(Normalizer, Path(path), advice, "cannot read normalisation statistics")
+        return read_json_as(Normalizer, Path(path), advice, "cannot read normalization statistics")
+
+
+def _to_triple(values: Sequence[float]) -> Triple:
+    x, y, z = values
+    return x, y, z
 
 
 def save_sketches(store: EpisodeStore) -> None:
-    """Write the sketches of a prepared dataset's demonstrations beside its index: none reads it all again."""
+    """Write the sketches of a prepared dataset's demonstrations, so that training need not read it all."""
     with suppress_notices():
-        learned = store.select_demonstrations()
-    write_sketches(learned, _sketch(learned))
+        demonstrations = store.select_demonstrations()
+    write_sketches(demonstrations, _make_sketches(demonstrations))
 
 
 def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> None:
-    """Write the six sketches of a store, and of which episodes they are."""
+    """Write the six sketches of a store, and the fingerprint of its episodes."""
     arrays: dict[str, Any] = {"of": np.array(store.fingerprint())}
     for axis, sketch in enumerate(sketches):
-        arrays |= {f"{axis} {name}": values for name, values in sketch.to_arrays().items()}
+        for name, values in sketch.to_arrays().items():
+            arrays[f"{axis} {name}"] = values
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(store.path / SKETCHES_FILE, buffer.getvalue())
 
 
-def _sketch(store: EpisodeStore) -> list[QuantileSketch]:
-    """Six sketches of the known steps of a store, in one pass: translation x, y, z, position x, y, z."""
+def _load_or_make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
+    """Get the sketches of the known steps of a store: from its file, or else in one pass."""
     file = store.path / SKETCHES_FILE
     if store.is_complete and file.is_file():
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                names = arrays.files
-                if (
-                    "of" in names and str(arrays["of"]) == store.fingerprint()
-                ):  # no shards came, went or changed
-                    parts = [
-                        {n[2:]: arrays[n] for n in names if n.startswith(f"{i} ")} for i in range(6)
-                    ]
-                    return [QuantileSketch.from_arrays(part) for part in parts]
+            sketches = _load_sketches(file, store)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise SpearError(
                 f"unreadable: {file}: {error}; remove it, and it is not needed"
             ) from error
-    sketches = [QuantileSketch() for _ in range(6)]
+        if sketches is not None:
+            return sketches
+    return _make_sketches(store)
+
+
+def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | None:
+    """Load the sketches of a store; None if they are of other episodes, as shards came or went."""
+    with np.load(file, allow_pickle=False) as arrays:
+        if "of" not in arrays.files or str(arrays["of"]) != store.fingerprint():
+            return None
+
+        sketches: list[QuantileSketch] = []
+        for axis in range(NUM_AXES):
+            prefix = f"{axis} "
+            parts = {
+                name.removeprefix(prefix): arrays[name]
+                for name in arrays.files
+                if name.startswith(prefix)
+            }
+            sketches.append(QuantileSketch.from_arrays(parts))
+        return sketches
+
+
+def _make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
+    """Make the sketches of the known steps of a store: translation x, y, z, position x, y, z."""
+    sketches = [QuantileSketch() for _ in range(NUM_AXES)]
     for index in range(len(store)):
         episode = store.without_images(index)
-        assert episode.action is not None and episode.action_mask is not None  # a store has them
+        assert episode.action is not None
+        assert episode.action_mask is not None
         rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
         for sketch, column in zip(sketches, rows[episode.action_mask].T, strict=True):
             sketch.add(column)
     return sketches
 
 
-def _fit_axis(sketches: Sequence[QuantileSketch], share: Array, mode: Mode) -> tuple[float, float]:
-    """Offset and scale of an axis, of which each dataset has a sketch and a share."""
-    parts = list(zip(sketches, share, strict=True))
+def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> tuple[float, float]:
+    """Fit offset and scale of an axis, from the sketch and the share of each dataset."""
     if mode == "meanstd":
-        offset = float(sum(w * s.mean for s, w in parts))
-        scale = float(
-            np.sqrt(sum(w * (s.squares / s.count + (s.mean - offset) ** 2) for s, w in parts))
-        )
-        return offset, scale
+        return _fit_mean_and_deviation(sketches, shares)
     if mode == "minmax":
-        low, high = min(s.low for s in sketches), max(s.high for s in sketches)
+        low = min(sketch.low for sketch in sketches)
+        high = max(sketch.high for sketch in sketches)
     else:
-        pairs = [s.weighted() for s in sketches]
-        values = np.concatenate([v for v, _ in pairs])
-        weights = [n * w / s.count for (_, n), (s, w) in zip(pairs, parts, strict=True)]
-        low, high = (weighted_quantile(values, np.concatenate(weights), q) for q in (0.01, 0.99))
+        low, high = _fit_quantiles(sketches, shares)
     return (high + low) / 2, (high - low) / 2
 
 
-def _normalize(metres: Tensor, offset: Triple, scale: Triple) -> Tensor:
-    return (metres - metres.new_tensor(offset)) / metres.new_tensor(scale)
+def _fit_mean_and_deviation(
+    sketches: Sequence[QuantileSketch], shares: Array
+) -> tuple[float, float]:
+    mean = float(sum(share * s.mean for s, share in zip(sketches, shares, strict=True)))
+    variance = sum(
+        share * (s.squares / s.count + (s.mean - mean) ** 2)
+        for s, share in zip(sketches, shares, strict=True)
+    )
+    return mean, float(np.sqrt(variance))
+
+
+def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[float, float]:
+    """The 1st and 99th percentile, where each dataset counts with its share."""
+    all_values: list[Array] = []
+    all_weights: list[Array] = []
+    for sketch, share in zip(sketches, shares, strict=True):
+        values, counts = sketch.weighted()
+        all_values.append(values)
+        all_weights.append(counts * share / sketch.count)
+    values = np.concatenate(all_values)
+    weights = np.concatenate(all_weights)
+    low = weighted_quantile(values, weights, LOW_QUANTILE)
+    high = weighted_quantile(values, weights, HIGH_QUANTILE)
+    return low, high
+
+
+def _normalize(meters: Tensor, offset: Triple, scale: Triple) -> Tensor:
+    return (meters - meters.new_tensor(offset)) / meters.new_tensor(scale)

@@ -9,41 +9,57 @@ from tyro.conf import Positional, arg
 from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range
 
-_SOURCE = "An RLDS or LeRobot dataset, or episodes written by this program."
-DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_SOURCE)]
-MAX_IMAGE_SIDE_PX = 8192
-"""The largest side of an image that is asked for."""
+MAX_IMAGE_SIDE_PX = 8192  # of the images that preparing writes
+
+_FOLDER_HELP = "An RLDS or LeRobot dataset, or episodes written by this program."
+DatasetFolder = Annotated[Positional[Path], arg(metavar="FOLDER", help=_FOLDER_HELP)]
 
 
 class Conversion(Options):
-    """What preparing makes of episodes."""
+    """How preparing converts episodes."""
 
     size: tuple[str, ...] = ()
-    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all cameras
-    or CAMERA=WIDTHxHEIGHT for one; not stretched: training adds bars. Without it they stay as they are."""
+    """Width x height of the images, as the model takes them (SPEAR-1: 280x210 wrist=112x112), for all
+    cameras or CAMERA=WIDTHxHEIGHT for one. Images are not stretched; training adds bars. Without it
+    they keep their size."""
     rate: Annotated[float, Range(0.01, 1000)] = 5.0
     """Steps per second (training takes 5)."""
     quality: Annotated[int, Range(1, 100)] = 95
-    """JPEG quality of images that are changed; colour is kept at full resolution (our choice)."""
+    """JPEG quality of resized images; color keeps its full resolution."""
     layout: LayoutFile = None
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Camera -> (width, height), "" for all others. `SpearError` for other words, and two of one."""
+        """Camera → (width, height) in pixels; the key "" stands for all other cameras.
+
+        Raises SpearError for a text that is no size, and for two sizes of one camera.
+        """
         sizes: dict[str, tuple[int, int]] = {}
-        for word in self.size:
-            camera, _, text = word.rpartition("=")
-            numbers = [int(n) if n.isdecimal() else 0 for n in text.split("x")]
-            if len(numbers) != 2 or not all(0 < n <= MAX_IMAGE_SIDE_PX for n in numbers):
+        for text in self.size:
+            camera, _, size_text = text.rpartition("=")
+            size = _parse_size(size_text)
+            if size is None:
                 raise SpearError(
-                    f"--size {word}: write it as 280x210, or for one camera as wrist=112x112"
+                    f"--size {text}: write it as 280x210, or for one camera as wrist=112x112"
                 )
             if camera in sizes:
                 raise SpearError(
-                    f"--size {word}: this camera has another size already: give it once"
+                    f"--size {text}: this camera has another size already: give it once"
                 )
-            sizes[camera] = (numbers[0], numbers[1])
+            sizes[camera] = size
         return sizes
+
+
+def _parse_size(text: str) -> tuple[int, int] | None:
+    """Parse "280x210" as (width, height); None for anything else, or a size that is too large."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        return None
+    width = int(parts[0])
+    height = int(parts[1])
+    if not (0 < width <= MAX_IMAGE_SIDE_PX and 0 < height <= MAX_IMAGE_SIDE_PX):
+        return None
+    return width, height
 
 
 class PrepareOptions(Options):
@@ -53,7 +69,7 @@ class PrepareOptions(Options):
     """Folder to write to."""
     split: EpisodeSplit = "train"
     workers: Annotated[OptionalInt, Range(0, 1024)] = None
-    """Processes that read and resize; one for each processor by default. The result is the same."""
+    """Processes that read and resize. Default: one per processor. The result does not depend on it."""
     conversion: Conversion = Conversion()
 
 
@@ -63,5 +79,6 @@ class ExportOptions(Options):
     """Folder to write to; it must not exist yet."""
     split: EpisodeSplit = "train"
     images: Literal["image", "video"] = "image"
-    """Images as they are (image), or as AV1 video (video), which is much smaller and a little blurred."""
+    """Write images unchanged (image), or as AV1 video (video), which is much smaller and slightly
+    blurred."""
     layout: LayoutFile = None

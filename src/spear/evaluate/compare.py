@@ -1,9 +1,9 @@
-"""Comparison of results: two on the same scenes, and ours with published numbers.
+"""Comparison of results: two on the same scenes, and measured_results with published numbers.
 
 A comparison of two results says which is better, by how much, and whether the difference may be
-chance. Published numbers are shown next to ours and never mixed with them. There is one TOML file
-per published table in `reference/`: its title, source, columns (tasks), which families of our
-results are the same tasks, and success in percent.
+chance. Published numbers are shown next to measured_results and never mixed with them. There is one
+TOML file per published table in `reference/`: its title, source, columns (tasks), which families of
+our results are the same tasks, and success in percent.
 """
 
 import tomllib
@@ -237,7 +237,7 @@ class Reference:
         """The headers of the columns of `cells`."""
         return ["success, %", *self.columns, "mean"]
 
-    def cells(self, ours: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
+    def cells(self, measured_results: Sequence[tuple[str, Results]] = ()) -> list[list[str]]:
         """The table as text, marked as published; below it our results (by name), as measured
         here.
         """
@@ -247,7 +247,7 @@ class Reference:
             if not row:
                 row = ["–"] * len(self.columns)
             lines.append([f"{method} (published)", *row, f"{mean:.1f}"])
-        for name, results in ours:
+        for name, results in measured_results:
             measured = set(results.families)
             row = []
             for family in self.families:
@@ -257,10 +257,12 @@ class Reference:
             lines.append([f"{name} (measured here)", *row, _format_percent(mean_rate)])
         return lines
 
-    def to_table(self, ours: Sequence[tuple[str, Results]] = ()) -> Table:
+    def to_table(self, measured_results: Sequence[tuple[str, Results]] = ()) -> Table:
         """The same for a terminal."""
         caption = f"Published numbers: {self.source}. {self.note}".strip()
-        return build_terminal_table(self.title, self.headers(), self.cells(ours), caption)
+        return build_terminal_table(
+            self.title, self.headers(), self.cells(measured_results), caption
+        )
 
 
 def _format_percent(rate: Estimate | None) -> str:

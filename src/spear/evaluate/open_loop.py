@@ -79,8 +79,8 @@ def build_observations(
         raise SpearError(
             f"{episode.source}: cameras are {recorded_views}, the policy sees {', '.join(views)}"
         )
-    parts = [episode.position, episode.rotation, episode.gripper[:, None]]
-    states = np.concatenate(parts, 1, dtype=np.float32)
+    columns = [episode.position, episode.rotation, episode.gripper[:, None]]
+    states = np.concatenate(columns, 1, dtype=np.float32)
     observations: list[dict[str, Any]] = [
         {"observation/state": state, "prompt": episode.instruction} for state in states
     ]

@@ -251,25 +251,25 @@ def build_terminal_table(
     return table
 
 
-def merge_results(parts: Sequence[Results]) -> Results:
+def merge_results(shards: Sequence[Results]) -> Results:
     """Merge parts of one evaluation: families in the order of their first appearance, scenes by
     seed.
 
     Raises `SpearError` if policies or settings differ, or if a scene ended differently in two
     parts.
     """
-    first = parts[0]
+    first = shards[0]
     outcomes: dict[SceneId, Outcome] = {}
-    for part in parts:
-        difference = describe_difference(_to_header(first), _to_header(part))
+    for shard in shards:
+        difference = describe_difference(_to_header(first), _to_header(shard))
         if difference:
             raise SpearError(
-                f"results of {part.policy}: {difference}: only parts of one evaluation merge"
+                f"results of {shard.policy}: {difference}: only parts of one evaluation merge"
             )
-        for outcome in part.outcomes:
+        for outcome in shard.outcomes:
             if outcomes.setdefault(outcome.scene, outcome) != outcome:
                 raise SpearError(
-                    f"results of {part.policy}: {outcome.family} scene {outcome.seed} ended "
+                    f"results of {shard.policy}: {outcome.family} scene {outcome.seed} ended "
                     "differently in two parts: rounding, or another policy: "
                     "remove one journal, or all"
                 )
@@ -278,11 +278,11 @@ def merge_results(parts: Sequence[Results]) -> Results:
     sorted_outcomes = sorted(
         outcomes.values(), key=lambda outcome: (families.index(outcome.family), outcome.seed)
     )
-    wanted: frozenset[SceneId] = frozenset()
-    for part in parts:
-        wanted |= part.wanted
-    seconds = sum(part.seconds for part in parts)
-    return Results(first.policy, first.settings, sorted_outcomes, seconds, wanted)
+    scheduled: frozenset[SceneId] = frozenset()
+    for shard in shards:
+        scheduled |= shard.wanted
+    seconds = sum(shard.seconds for shard in shards)
+    return Results(first.policy, first.settings, sorted_outcomes, seconds, scheduled)
 
 
 def _to_header(results: Results) -> dict[str, Any]:
@@ -386,19 +386,19 @@ def read_journal(path: Path) -> Results:
     try:
         complete_lines = path.read_text("utf-8").rpartition("\n")[0]
         header, *records = [json.loads(line) for line in complete_lines.split("\n")]
-        wanted: set[SceneId] = set()
+        scheduled: set[SceneId] = set()
         episodes = []
         total_seconds = 0.0
         for record in records:
             if "scenes" in record:
                 for family, seeds in record["scenes"].items():
-                    wanted.update((family, seed) for seed in seeds)
+                    scheduled.update((family, seed) for seed in seeds)
                 continue
             seconds = record.pop("seconds")
             total_seconds += record.pop("wall", seconds)  # old journals: seconds is what wall is
             episodes.append(record)
         return Results(
-            header["policy"], header["settings"], episodes, total_seconds, frozenset(wanted)
+            header["policy"], header["settings"], episodes, total_seconds, frozenset(scheduled)
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SpearError(f"results: {path}: not a journal of `spear evaluate`: remove it") from None

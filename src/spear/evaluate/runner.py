@@ -79,7 +79,7 @@ def run_evaluation(
     """
     # Choose this process's part of the scenes.
     shard = parse_shard(options.shard)
-    part = select_part(scenes, shard)
+    shard_scenes = select_shard(scenes, shard)
     if options.films:
         video.import_encoder()  # a missing one is reported before any episode runs
 
@@ -87,20 +87,22 @@ def run_evaluation(
         # Open the journal, which knows what earlier runs have finished.
         journal = None
         if options.out:
-            journal = stack.enter_context(open_journal(options, agent.name, settings, shard, part))
+            journal = stack.enter_context(
+                open_journal(options, agent.name, settings, shard, shard_scenes)
+            )
 
         # Run what is missing, one family after another.
         started = time.perf_counter()
         evaluation = _Evaluation(simulator, agent, options, journal)
         outcomes: list[Outcome] = []
-        for family, seeds in part.items():
+        for family, seeds in shard_scenes.items():
             outcomes += evaluation.run_family(family, seeds)
 
     results = Results(agent.name, settings, outcomes, time.perf_counter() - started)
     return results, evaluation.films
 
 
-def select_part(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Sequence[int]]:
+def select_shard(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Sequence[int]]:
     """The scenes of part k of n. Raises `SpearError` if there are none."""
     index, count = shard
     max_scenes = max(map(len, scenes.values()), default=0)
@@ -118,7 +120,7 @@ def open_journal(
     policy: str,
     settings: Mapping[str, Any],
     shard: tuple[int, int],
-    part: ScenesByFamily,
+    shard_scenes: ScenesByFamily,
 ) -> Iterator[Journal]:
     """The journal of a shard in `options.out`, which no other process writes meanwhile."""
     assert options.out is not None
@@ -126,7 +128,7 @@ def open_journal(
     check_holds_no_input(options.out, "evaluate")
     lock_name = f".episodes-{index}-of-{count}.lock"
     with acquire_run_lock(options.out, f"running part {index}/{count} in", name=lock_name):
-        yield Journal(options.out, policy, settings, shard, part)
+        yield Journal(options.out, policy, settings, shard, shard_scenes)
 
 
 @dataclass

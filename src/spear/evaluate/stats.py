@@ -46,11 +46,11 @@ class Estimate:
         """Half the interval's width: the number is known to about ± this."""
         return (self.high - self.low) / 2
 
-    def to_text(self, form: str, scale: float = 1.0, unit: str = "") -> str:
+    def to_text(self, format_spec: str, scale: float = 1.0, unit: str = "") -> str:
         """Format the number and its interval; without an interval, the number and n.
 
         Args:
-            form: Format specification of each number, for example ".1f".
+            format_spec: Format specification of each number, for example ".1f".
             scale: Factor on each number, for example 100 for percent.
             unit: Text behind the number.
 
@@ -58,11 +58,11 @@ class Estimate:
             >>> Estimate(0.8, 0.49, 0.943, 10).to_text(".1f", 100)
             '80.0 [49.0, 94.3]'
         """
-        value = format(scale * self.value, form)
+        value = format(scale * self.value, format_spec)
         if math.isnan(self.low):
             return f"{value}{unit} (n = {self.n})"
-        low = format(scale * self.low, form)
-        high = format(scale * self.high, form)
+        low = format(scale * self.low, format_spec)
+        high = format(scale * self.high, format_spec)
         return f"{value}{unit} [{low}, {high}]"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from spear.errors import Notice, RetryableError, import_optional
-from spear.labels.inputs import Item, read_images
+from spear.labels.inputs import Item
 from spear.labels.models.protocols import Detector, PointMapModel, Segmenter
 from spear.labels.options import WorkOptions
 from spear.labels.pipeline import (
@@ -28,6 +28,7 @@ from spear.labels.pipeline import (
     detect_objects,
     fit_boxes,
     predict_point_maps,
+    read_images,
     segment_objects,
 )
 from spear.labels.store import to_table

@@ -1,4 +1,4 @@
-"""Images in, 3D-labeled images out: detect → segment → predict point maps → fit boxes.
+"""Images in, 3D-labeled images out: read → detect → segment → predict point maps → fit boxes.
 
 Each stage is a function on a batch of `PendingImage`s. `label_images` runs them one after the
 other; the engines (`spear.labels.engine`) run the same functions in processes or on a cluster.
@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from spear.errors import SpearError, notice
-from spear.labels.fit.image import find_lit_part
+from spear.labels.fit.image import find_lit_part, shrink_image
 from spear.labels.fit.points import (
     MAX_PLANE_POINTS,
     Plane,
@@ -20,6 +20,7 @@ from spear.labels.fit.points import (
     fit_support_plane,
     subsample,
 )
+from spear.labels.inputs import Content, Item, hash_content, read_contents
 from spear.labels.models.ground_truth import GROUND_TRUTH, GroundTruth
 from spear.labels.models.protocols import (
     Detection,
@@ -30,7 +31,7 @@ from spear.labels.models.protocols import (
 )
 from spear.labels.objects import ImageGeometry, label_object
 from spear.types import Array, Frame, LabeledImage
-from spear.util.images import encode_jpeg
+from spear.util.images import encode_jpeg, load_image_and_orientation
 
 T = TypeVar("T")
 
@@ -70,6 +71,44 @@ class PendingImage:
     provenance: dict[str, str] = field(default_factory=dict)
     content_hash: str = ""
     lit_part: Array | None = None
+
+
+def read_images(items: Sequence[Item], longest: int | None = None) -> list[PendingImage]:
+    """Read images and encode them as the labels store them; an image that cannot be read is
+    skipped.
+
+    Args:
+        items: In the order in which they were listed, so that neighbors in one file are read
+            together.
+        longest: Images with a longer side are made smaller, aspect kept, until it is this long
+            (pixels); frames with ground truth stay as they are. None keeps the size of all images.
+    """
+    images = []
+    for item, content in zip(items, read_contents(items), strict=True):
+        image = _start_image(item.key, content, longest)
+        image.content_hash = hash_content(content)
+        images.append(image)
+    return images
+
+
+def _start_image(source: str, content: Content, max_side_px: int | None) -> PendingImage:
+    if isinstance(content, SpearError):
+        return PendingImage(source, None, content)
+    if isinstance(content, Frame):
+        frame = content
+    else:
+        pixels = content
+        is_turned = False
+        if isinstance(content, bytes):
+            try:
+                pixels, is_turned = load_image_and_orientation(content, source)
+            except SpearError as error:
+                return PendingImage(source, None, error)
+        frame = Frame(shrink_image(pixels, max_side_px), is_turned=is_turned)
+    image = admit_frame(replace(frame, source=source))
+    if image.error is None:
+        image.encoded = encode_jpeg(frame.image)
+    return image
 
 
 def label_images(

@@ -1,11 +1,11 @@
-"""All that can be labelled, as items: photos and videos, robot episodes, RGB-D scenes, the
+"""Everything that can be labeled, as items: photos and videos, robot episodes, RGB-D scenes, the
 simulator.
 
-photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
-runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         robot episodes: frames spread over
-each rgbd:scene0000_00                                               frames with true depth
-sim:10000-10499                                                 scenes of the simulator, with all
-truth
+    photos/  *.jpg  shard.tar  images.parquet  film.mp4  takes/     see `spear.labels.inputs`
+    runs/episodes  bridge_dataset/1.0.0  my_lerobot_dataset         frames spread over each robot
+    episode rgbd:scene0000_00                                               frames with measured
+    depth sim:10000-10499                                                 scenes with all ground
+    truth
 """
 
 import os
@@ -19,13 +19,13 @@ from spear.labels.inputs import Content, Item, list_images, read_row_group
 from spear.labels.rgbd import RgbdScene
 from spear.types import Episode
 
+PREFERRED_CAMERA = "external"
+"""The camera of robot episodes that is labeled; the first by name where none has this name."""
+
 ListScenes = Callable[[range], Iterator[Item]]
 """Seeds → the simulator's scenes of these seeds, as items."""
 
-_scene = lru_cache(maxsize=1)(RgbdScene)
-PREFERRED_CAMERA = "external"
-"""The camera of robot episodes that is labelled; the first by name when there is none of this
-name."""
+_open_scene = lru_cache(maxsize=1)(RgbdScene)
 
 
 def list_items(
@@ -35,86 +35,107 @@ def list_items(
     excluded_folder: Path | None = None,
     list_scenes: ListScenes | None = None,
 ) -> Iterator[Item]:
-    """The images behind all arguments, one after the other; one that is met again is passed over.
+    """List the images behind all arguments, one after the other; of equal ones only the first.
 
-    besides      a folder that is not entered: that of the labels may lie among the photos.
-    rate         frames per second of video.
-    per_episode  frames of each robot episode, spread evenly from its first to its last.
-    Raises `SpearError`: an argument with nothing to label in it.
+    Args:
+        arguments: As in this module's docstring.
+        rate: Frames per second of video.
+        per_episode: Frames of each robot episode, spread evenly from its first to its last.
+        excluded_folder: A folder that is not entered: the folder of the labels may be among the
+            photos.
+        list_scenes: Lists the scenes of `sim:`; without it, such an argument is refused.
+
+    Raises:
+        SpearError: There is nothing to label in an argument.
     """
-    for kept in (_scene, _episode, read_row_group):
-        kept.cache_clear()  # by an earlier listing in this process: files may have changed since
-    seen: set[str] = set()
+    # Files may have changed since an earlier listing in this process.
+    for cached in (_open_scene, _read_episode, read_row_group):
+        cached.cache_clear()
+
+    listed_names: set[str] = set()
     for argument in arguments:
-        for item in _items(
-            os.path.normpath(argument), rate, per_episode, excluded_folder, list_scenes
-        ):
+        path = os.path.normpath(argument)
+        if path.startswith("sim:"):
+            items = _list_simulated(path, list_scenes)
+        else:
+            items = _list_recorded(path, rate, per_episode, excluded_folder)
+        for item in items:
             if len(arguments) > 1:
-                if (name := os.path.abspath(item.key)) in seen:
+                name = os.path.abspath(item.key)
+                if name in listed_names:
                     continue
-                seen.add(name)
-            # Parquet holds text, and the names of files may be bytes that are none.
+                listed_names.add(name)
+            # Parquet stores text, and names of files may be bytes that are no text.
             yield item._replace(key=item.key.encode(errors="backslashreplace").decode())
 
 
-def _items(
-    argument: str,
-    rate: float,
-    per_episode: int,
-    excluded_folder: Path | None,
-    list_scenes: ListScenes | None,
+def _list_simulated(argument: str, list_scenes: ListScenes | None) -> Iterator[Item]:
+    if list_scenes is None:
+        raise SpearError(f"{argument} needs the simulator. Label it with `spear label`.")
+    return list_scenes(parse_scene_seeds(argument, "sim"))
+
+
+def _list_recorded(
+    path: str, rate: float, per_episode: int, excluded_folder: Path | None
 ) -> Iterator[Item]:
     from spear.data.readers.formats import find_format
 
-    if argument.startswith("sim:"):
-        if list_scenes is None:
-            raise SpearError(f"{argument}: scenes of the simulator are not an input here")
-        return list_scenes(parse_scene_seeds(argument, "sim"))
-    if argument.startswith("rgbd:"):
-        scene = _scene(folder := argument.removeprefix("rgbd:"))
-        if scene.alone:
-            notice(
-                f"{folder}: {format_count(scene.alone, 'color images')} left out: none in depth/ has its name"
-            )
-        return (
-            Item(source, read_rgbd, folder, i, scene.stamp(i))
-            for i, source in enumerate(scene.sources)
-        )
-    photos = find_format(argument) is None
-    if photos and any(Path(argument).glob("depth/*.png")):
+    if path.startswith("rgbd:"):
+        return _list_rgbd(path.removeprefix("rgbd:"))
+    if find_format(path) is not None:
+        return _list_episodes(path, per_episode)
+    if any(Path(path).glob("depth/*.png")):
         notice(
-            f"{argument}: the pictures in depth/ count as photos, too: give rgbd:{argument} for its depth"
+            f"The images in {path}/depth are labeled as photos, too. Give rgbd:{path} to use them "
+            "as depth."
         )
-    return (
-        list_images(argument, rate, excluded_folder)
-        if photos
-        else _find_episodes(argument, per_episode)
-    )
+    return list_images(path, rate, excluded_folder)
 
 
 def parse_scene_seeds(argument: str, simulator: str) -> range:
-    """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`. Raises `SpearError` for anything
-    else."""
-    if not (match := re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)):
+    """The seeds of `SIMULATOR:SEED` or `SIMULATOR:SEED-SEED`.
+
+    Raises:
+        SpearError: The argument is neither.
+
+    Example:
+        >>> parse_scene_seeds("sim:10000-10499", "sim")
+        range(10000, 10500)
+    """
+    match = re.fullmatch(rf"{simulator}:(\d+)(?:-(\d+))?", argument)
+    if match is None:
         raise SpearError(
-            f"{argument}: write a scene as {simulator}:7, scenes as {simulator}:10000-10499"
+            f"{argument} is not a scene. Write one as {simulator}:7, several as "
+            f"{simulator}:10000-10499."
         )
-    first, last = int(match[1]), int(match[2] or match[1])
+    first = int(match[1])
+    last = int(match[2] or match[1])
     if last < first:
-        raise SpearError(f"{argument}: ends before it begins: write {simulator}:{last}-{first}")
+        raise SpearError(f"{argument} ends before it begins. Write {simulator}:{last}-{first}.")
     return range(first, last + 1)
 
 
-def read_rgbd(folder: str, numbers: Sequence[int]) -> Iterator[Content]:
-    """Frames of an RGB-D scene."""
-    for number in numbers:
+def _list_rgbd(folder: str) -> Iterator[Item]:
+    scene = _open_scene(folder)
+    if scene.num_without_depth:
+        notice(
+            f"{format_count(scene.num_without_depth, 'color images')} of {folder} are ignored, "
+            "because no image in depth/ has the same name."
+        )
+    for index, source in enumerate(scene.sources):
+        yield Item(source, read_rgbd, folder, index, scene.compute_stamp(index))
+
+
+def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
+    """Read frames of an RGB-D scene."""
+    for index in indices:
         try:
-            yield _scene(folder)[number]
+            yield _open_scene(folder)[index]
         except SpearError as error:
             yield error
 
 
-def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
+def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
     from spear.data.readers.formats import (
         count_episodes,
         find_format,
@@ -122,37 +143,46 @@ def _find_episodes(folder: str, per_episode: int) -> Iterator[Item]:
         open_dataset,
     )
 
-    ours, stamp = find_format(folder) == "store", fingerprint_dataset(open_dataset(folder))
-    for split, count in count_episodes(folder).items():
-        name = folder if ours else f"{folder}/{split}"
-        for index in range(count):
+    has_splits = find_format(folder) != "store"
+    stamp = fingerprint_dataset(open_dataset(folder))
+    for split, num_episodes in count_episodes(folder).items():
+        name = f"{folder}/{split}" if has_splits else folder
+        for episode in range(num_episodes):
             for number in range(per_episode):
-                key = f"{name}#{index}/{number + 1}-of-{per_episode}"
-                yield Item(key, read_episodes, folder, (split, index, number, per_episode), stamp)
+                key = f"{name}#{episode}/{number + 1}-of-{per_episode}"
+                location = (split, episode, number, per_episode)
+                yield Item(key, read_episodes, folder, location, stamp)
 
 
-def read_episodes(folder: str, places: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
-    """Frames of a dataset of any format, by (split, episode, number of the frame, frames per
-    episode)."""
-    for split, index, number, count in places:
-        episode = _episode(folder, split, index)
+def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
+    """Read frames of a dataset of any format.
+
+    Args:
+        folder: The dataset.
+        locations: (split, episode, number of the frame, frames per episode) of each frame.
+    """
+    for split, index, number, per_episode in locations:
+        episode = _read_episode(folder, split, index)
         if isinstance(episode, SpearError):
             yield episode
             continue
-        camera = PREFERRED_CAMERA if PREFERRED_CAMERA in episode.images else min(episode.images)
-        steps = len(episode)
-        if number < steps:  # frame `number` of `count` that are spread evenly
-            yield bytes(
-                episode.images[camera][number * (steps - 1) // max(min(count, steps) - 1, 1)]
-            )
-        else:
+        num_steps = len(episode)
+        if number >= num_steps:
             yield SpearError(
-                f"the episode has only {format_count(steps, 'steps')}: take fewer frames of each"
+                f"the episode has only {format_count(num_steps, 'steps')}. Use a smaller --per-episode."
             )
+            continue
+        camera = PREFERRED_CAMERA
+        if camera not in episode.images:
+            camera = min(episode.images)
+        num_intervals = max(min(per_episode, num_steps) - 1, 1)
+        step = number * (num_steps - 1) // num_intervals  # the frames are spread evenly
+        yield bytes(episode.images[camera][step])
 
 
 @lru_cache(maxsize=1)
-def _episode(folder: str, split: str, index: int) -> Episode | SpearError:
+def _read_episode(folder: str, split: str, index: int) -> Episode | SpearError:
+    """An episode, or why it cannot be read."""
     from spear.data.readers import formats
 
     try:

@@ -1,5 +1,4 @@
-"""Parquet files, each written whole or not at all: shards of labelled images, and images with
-depth.
+"""Parquet files, each written whole or not at all: shards of labeled images, and images with depth.
 
 A shard has one row per image. Its column `image` is {bytes, path}, as Hugging Face `datasets` has
 it, and is marked as such. Rows are grouped by `ROWS_PER_GROUP`, the unit of random access.
@@ -20,24 +19,22 @@ from spear.errors import SpearError, notice, summarize_error
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
 from spear.util.files import report_write_errors
 
-SKIPPED_FILE = "skipped.parquet"
-QUESTIONS_FILE = "questions.parquet"
-"""Files that may lie beside the shards in their folder."""
+SKIPPED_FILE = "skipped.parquet"  # beside the shards in their folder
+QUESTIONS_FILE = "questions.parquet"  # beside the shards in their folder
 ROWS_PER_GROUP = 16
-DEPTH_STRIDE = 4
-"""Depth is kept at every fourth pixel: the head predicts cells of four pixels at nano's patch
-size."""
+DEPTH_STRIDE_PX = 4  # of stored depth: the head predicts cells of four pixels at nano's patch size
 
 _VECTOR = pa.list_(pa.float32())
-_SHAPES = {"vertices": (8, 3), "center": (3,), "size": (3,), "rotation": (3, 3)}
-_BOX = pa.struct(dict.fromkeys(_SHAPES, _VECTOR))
+_BOX_SHAPES = {"vertices": (8, 3), "center": (3,), "size": (3,), "rotation": (3, 3)}
+_BOX = pa.struct(dict.fromkeys(_BOX_SHAPES, _VECTOR))
+_KEYPOINTS = pa.struct(dict.fromkeys(("closest", "furthest", "centre"), _VECTOR))
 _OBJECT = pa.struct(
     {
         "name": pa.string(),
         "box2d": _VECTOR,
         "mask": pa.list_(pa.int32()),
         "box3d": _BOX,
-        "keypoints": pa.struct({"closest": _VECTOR, "furthest": _VECTOR, "centre": _VECTOR}),
+        "keypoints": _KEYPOINTS,
         "scores": pa.string(),
     }
 )
@@ -55,44 +52,65 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 """Matrices are stored row by row; scores and provenance as JSON."""
-_WITHOUT_PIXELS = [name for name in SCHEMA.names if name not in ("image", "objects")] + [
-    f"objects.list.element.{field.name}" for field in _OBJECT if field.name != "mask"
-]
+
+
+def _list_columns_without_pixels() -> list[str]:
+    """All columns but those of images and masks, which take most of a shard."""
+    columns = [name for name in SCHEMA.names if name not in ("image", "objects")]
+    for field in _OBJECT:
+        if field.name != "mask":
+            columns.append(f"objects.list.element.{field.name}")
+    return columns
+
+
+_COLUMNS_WITHOUT_PIXELS = _list_columns_without_pixels()
 
 
 class ParquetWriter:
-    """Writes to a temporary name beside `path`; `commit` gives the file its name.
+    """Writes a file under a temporary name beside `path`; `commit` gives it its name.
 
     Used as a context, it removes the temporary file when `commit` was not reached. The bytes of the
-    file depend on its rows alone, not on how they were handed over.
+    file depend on its rows alone, not on how many `write` gets at a time.
 
-    Raises `SpearError`: the disk is full, or the file cannot be written.
+    Args:
+        path: The file.
+        schema: Of its rows.
+        rows_per_group: Rows per row group.
+
+    Raises:
+        SpearError: The disk is full, or the file cannot be written.
+
+    Example:
+        >>> with ParquetWriter(tmp_path / "numbers.parquet", table.schema) as writer:  # doctest:
+        +SKIP ...     writer.write(table)
+        ...     writer.commit()
     """
 
     def __init__(self, path: Path, schema: pa.Schema, rows_per_group: int = ROWS_PER_GROUP) -> None:
-        self.path, self.rows_per_group = path, rows_per_group
+        self.path = path
+        self.rows_per_group = rows_per_group
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._waiting = schema.empty_table()
+        self._buffer = schema.empty_table()
         with report_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._parquet = pq.ParquetWriter(self._temporary, schema, compression="zstd")
 
     def write(self, table: pa.Table) -> None:
         """Add rows."""
-        self._waiting = pa.concat_tables([self._waiting, table])
-        while len(self._waiting) >= self.rows_per_group:
+        self._buffer = pa.concat_tables([self._buffer, table])
+        while len(self._buffer) >= self.rows_per_group:
             self._write_group(self.rows_per_group)
 
-    def _write_group(self, rows: int) -> None:
+    def _write_group(self, num_rows: int) -> None:
         with report_write_errors(self.path):
-            self._parquet.write_table(self._waiting.slice(0, rows).combine_chunks())
-        self._waiting = self._waiting.slice(rows)
+            self._parquet.write_table(self._buffer.slice(0, num_rows).combine_chunks())
+        self._buffer = self._buffer.slice(num_rows)
 
     def commit(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the last rows, and `metadata` into the footer; then the file is there, on the
+        """Write the last rows, and `metadata` into the footer; then the file exists and is on the
         disk."""
-        if len(self._waiting):
-            self._write_group(len(self._waiting))
+        if len(self._buffer):
+            self._write_group(len(self._buffer))
         with report_write_errors(self.path):
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
@@ -111,24 +129,32 @@ class ParquetWriter:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files that killed writers have left in a folder."""
+    """Remove the temporary files that writers left in a folder when they were killed."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def remove_outdated_questions(folder: Path) -> None:
-    """Remove the questions of a folder to which labels are about to come that they do not ask
-    about."""
-    if (folder / QUESTIONS_FILE).is_file():
-        (folder / QUESTIONS_FILE).unlink()
+    """Remove the questions of a folder that is about to get new labels, with a notice."""
+    questions = folder / QUESTIONS_FILE
+    if questions.is_file():
+        questions.unlink()
         notice(
-            f"{folder / QUESTIONS_FILE}: removed, it lacks what is labelled now: `spear questions` asks again"
+            f"{questions} was removed, because it lacks questions about what is labeled now. "
+            "Run `spear questions` to write it again."
         )
 
 
 def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
-    """Write labels to one shard, such as FOLDER/labels-00000.parquet; nothing stays when `labels`
-    raises."""
+    """Write labels to one shard. No file is left when `labels` raises.
+
+    Args:
+        labels: The labels.
+        path: The shard, such as FOLDER/labels-00000.parquet.
+
+    Raises:
+        SpearError: The disk is full, or the file cannot be written.
+    """
     with ParquetWriter(path, SCHEMA) as writer:
         for label in labels:
             writer.write(to_table([label]))
@@ -137,64 +163,94 @@ def write_labels(labels: Iterable[LabeledImage], path: Path) -> None:
 
 def to_table(labels: Iterable[LabeledImage]) -> pa.Table:
     """Labels as rows of `SCHEMA`."""
-    return pa.Table.from_pylist([_to_row(label) for label in labels], SCHEMA)
+    return pa.Table.from_pylist([_label_to_row(label) for label in labels], SCHEMA)
 
 
 def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]:
-    """The labels of a shard, or of all shards of a folder, in order; one row group in memory at a
-    time.
+    """Read the labels of a shard, or of all shards of a folder, in order.
 
-    pixels: False leaves images and masks empty, which is quicker. `SpearError`: no shard, or a
-    broken one.
+    One row group is in memory at a time.
+
+    Args:
+        path: The shard or folder.
+        pixels: False leaves images and masks empty, which is faster.
+
+    Raises:
+        SpearError: There is no shard, or a broken one.
+
+    Example:
+        >>> for label in read_labels("runs/labels"):  # doctest: +SKIP
+        ...     print(label.source, [o.name for o in label.objects])
     """
     for shard in find_shards(path):
-        file = _open(shard)
+        file = _open_shard(shard)
         for group in range(file.num_row_groups):
-            yield from _labels(shard, file, group, pixels=pixels)
+            yield from _read_group(shard, file, group, pixels=pixels)
 
 
 def count_labels(path: str | Path) -> int:
-    """How many labels a shard or folder holds; raises as `read`."""
-    return sum(_open(shard).metadata.num_rows for shard in find_shards(path))
+    """How many labels a shard or folder contains. Raises `SpearError` as `read_labels` does."""
+    return sum(_open_shard(shard).metadata.num_rows for shard in find_shards(path))
 
 
-def select_labels(path: str | Path, images: int) -> list[LabeledImage]:
-    """At most `images` labels, spread evenly over a shard or folder; only their row groups are
-    read."""
-    total, first, found = count_labels(path), 0, list[LabeledImage]()
-    shown = min(images, total)
-    wanted = [i * total // shown for i in range(shown)]
+def select_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
+    """Read at most `max_images` labels, spread evenly over a shard or folder.
+
+    Only the row groups are read that contain them.
+
+    Args:
+        path: The shard or folder.
+        max_images: How many.
+
+    Raises:
+        SpearError: As in `read_labels`.
+    """
+    num_labels = count_labels(path)
+    num_selected = min(max_images, num_labels)
+    selected_rows = [i * num_labels // num_selected for i in range(num_selected)]
+    labels: list[LabeledImage] = []
+    first = 0  # row of the group, in all shards
     for shard in find_shards(path):
-        file = _open(shard)
+        file = _open_shard(shard)
         for group in range(file.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
-            if rows := [row - first for row in wanted if first <= row < end]:
-                found += _labels(shard, file, group, rows)
+            rows = [row - first for row in selected_rows if first <= row < end]
+            if rows:
+                labels += _read_group(shard, file, group, rows)
             first = end
-    return found
+    return labels
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The shards of a folder in order, or the one shard given."""
+    """Find the shards of a folder, in order, or return the one shard that `path` is.
+
+    Raises:
+        SpearError: There is none.
+    """
     path = Path(path)
-    shards = (
-        sorted(path.glob("labels*.parquet")) if path.is_dir() else [path] if path.is_file() else []
-    )
+    shards = []
+    if path.is_dir():
+        shards = sorted(path.glob("labels*.parquet"))
+    elif path.is_file():
+        shards = [path]
     if not shards:
         raise SpearError(
-            f"{path}: no label shards (labels*.parquet): give a folder that `spear label` wrote"
+            f"{path} contains no label shards (labels*.parquet). Give a folder that `spear label` wrote."
         )
     return shards
 
 
 def read_footer(path: Path, key: str) -> bytes | None:
-    """What a shard's footer holds under `key`."""
-    return (_open(path).metadata.metadata or {}).get(key.encode())
+    """What a shard's footer contains under `key`."""
+    metadata = _open_shard(path).metadata.metadata or {}
+    return metadata.get(key.encode())
 
 
 @contextmanager
-def explain_read_errors(path: Path, advice: str = "delete it and label it again") -> Iterator[None]:
-    """Turns the errors of reading a Parquet file into one line that says what to do."""
+def explain_read_errors(
+    path: Path, advice: str = "Delete it and label it again."
+) -> Iterator[None]:
+    """Turn the errors of reading a Parquet file into a `SpearError` that ends in an advice."""
     try:
         yield
     except (
@@ -205,43 +261,48 @@ def explain_read_errors(path: Path, advice: str = "delete it and label it again"
         ValueError,
         AttributeError,
     ) as error:
-        raise SpearError(f"{path}: broken ({summarize_error(error)}): {advice}") from error
+        raise SpearError(f"{path} is broken ({summarize_error(error)}). {advice}") from error
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open_shard(path: Path) -> pq.ParquetFile:
     with explain_read_errors(path):
         file = pq.ParquetFile(path)
-    if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
-        lacks = ", ".join(sorted(missing))
-        raise SpearError(f"{path}: not a label shard, it lacks {lacks}: give another file")
+    missing = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
+    if missing:
+        raise SpearError(
+            f"{path} is not a label shard, because it has no {', '.join(missing[:6])}. Give another file."
+        )
     return file
 
 
-def _labels(
+def _read_group(
     shard: Path,
     file: pq.ParquetFile,
     group: int,
     rows: Sequence[int] | None = None,
     pixels: bool = True,
 ) -> list[LabeledImage]:
+    """The labels of a row group, or of some of its rows."""
+    columns = SCHEMA.names if pixels else _COLUMNS_WITHOUT_PIXELS
     with explain_read_errors(shard):
-        columns = SCHEMA.names if pixels else _WITHOUT_PIXELS
         table = file.read_row_group(group, columns=columns, use_threads=False)
-        return [_from_row(row) for row in (table if rows is None else table.take(rows)).to_pylist()]
+        if rows is not None:
+            table = table.take(rows)
+        return [_label_from_row(row) for row in table.to_pylist()]
 
 
-def _flat(values: Any) -> Array:
+def _flatten(values: Any) -> Array:
     return np.array(values, np.float32).ravel()
 
 
-def _floats(values: Any, *shape: int) -> Array:
-    found = np.array(values, np.float32).reshape(shape)
-    if not np.isfinite(found).all():
+def _unflatten(values: Any, *shape: int) -> Array:
+    array = np.array(values, np.float32).reshape(shape)
+    if not np.isfinite(array).all():
         raise ValueError("a number is missing")
-    return found
+    return array
 
 
-def _to_row(label: LabeledImage) -> dict[str, Any]:
+def _label_to_row(label: LabeledImage) -> dict[str, Any]:
     return vars(label) | {
         "image": {"bytes": label.image, "path": None},
         "intrinsics": np.asarray(label.intrinsics, np.float64).ravel(),
@@ -251,74 +312,97 @@ def _to_row(label: LabeledImage) -> dict[str, Any]:
 
 
 def _object_to_row(o: LabeledObject) -> dict[str, Any]:
-    box = o.box3d
+    box = None
+    if o.box3d is not None:
+        box = {name: _flatten(getattr(o.box3d, name)) for name in _BOX_SHAPES}
+    keypoints = {name: _flatten(point) for name, point in o.keypoints.items()}
     return vars(o) | {
-        "box2d": _flat(o.box2d),
+        "box2d": _flatten(o.box2d),
         "mask": list(o.mask),
-        "box3d": box and {name: _flat(getattr(box, name)) for name in _SHAPES},
-        "keypoints": {k: _flat(v) for k, v in o.keypoints.items()} or None,
+        "box3d": box,
+        "keypoints": keypoints or None,
         "scores": json.dumps(dict(o.scores), sort_keys=True),
     }
 
 
-def _from_row(row: dict[str, Any]) -> LabeledImage:
-    made = {
+def _label_from_row(row: dict[str, Any]) -> LabeledImage:
+    """A label; `ValueError` where a part of it is missing or makes no sense."""
+    values = {
         "image": row["image"]["bytes"] if "image" in row else b"",
         "intrinsics": np.array(row["intrinsics"], np.float64).reshape(3, 3),
         "objects": [_object_from_row(o) for o in row["objects"]],
         "provenance": json.loads(row["provenance"]),
     }
-    label = LabeledImage(**row | made)
-    given = None not in (label.image, label.source, *(o.name for o in label.objects))
-    positive = min(label.width, label.height, *label.intrinsics.diagonal()) > 0
-    if not (
-        given and positive and np.isfinite(label.intrinsics).all() and label.unit in get_args(Unit)
-    ):
+    label = LabeledImage(**row | values)
+    names = [o.name for o in label.objects]
+    is_complete = None not in (label.image, label.source, *names)
+    is_positive = min(label.width, label.height, *label.intrinsics.diagonal()) > 0
+    is_finite = np.isfinite(label.intrinsics).all()
+    if not (is_complete and is_positive and is_finite and label.unit in get_args(Unit)):
         raise ValueError(f"image, source, name, size, intrinsics or unit of {label.source}")
     return label
 
 
 def _object_from_row(row: dict[str, Any]) -> LabeledObject:
-    made = {
-        "box2d": _floats(row["box2d"], 4),
+    box = None
+    if row["box3d"]:
+        arrays = {}
+        for name, values in row["box3d"].items():
+            arrays[name] = _unflatten(values, *_BOX_SHAPES[name])
+        box = Box3D(**arrays)
+    keypoints = row["keypoints"] or {}
+    values = {
+        "box2d": _unflatten(row["box2d"], 4),
         "mask": row.get("mask", ()),
-        "box3d": row["box3d"]
-        and Box3D(**{k: _floats(v, *_SHAPES[k]) for k, v in row["box3d"].items()}),
-        "keypoints": {k: _floats(v, 3) for k, v in (row["keypoints"] or {}).items()},
+        "box3d": box,
+        "keypoints": {name: _unflatten(point, 3) for name, point in keypoints.items()},
         "scores": json.loads(row["scores"]),
     }
-    return LabeledObject(**row | made)
+    return LabeledObject(**row | values)
 
 
-def write_depth(rows: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
-    """Write (encoded image, depth [h, w] metres, 0 where unknown) pairs to one Parquet file, on
-    which a small depth encoder is pretrained. Raises `SpearError` when it cannot be written."""
-    found = []
-    for image, depth in rows:
+DepthImages = list[tuple[bytes, Array]]
+"""Encoded images, each with its depth [h / DEPTH_STRIDE_PX, w / DEPTH_STRIDE_PX] float16,
+meters."""
+
+
+def write_depth(images: Iterable[tuple[bytes, Array | None]], path: Path) -> None:
+    """Write images with depth to one Parquet file, on which a small depth encoder is pretrained.
+
+    Args:
+        images: (encoded image, depth [h, w] in meters, 0 where unknown) pairs.
+        path: The file.
+
+    Raises:
+        SpearError: The file cannot be written.
+    """
+    rows = []
+    middle = DEPTH_STRIDE_PX // 2
+    for image, depth in images:
         assert depth is not None
-        small = np.ascontiguousarray(
-            depth[DEPTH_STRIDE // 2 :: DEPTH_STRIDE, DEPTH_STRIDE // 2 :: DEPTH_STRIDE], np.float16
-        )
-        height, width = small.shape
-        found.append({"image": image, "depth": small.tobytes(), "height": height, "width": width})
-    table = pa.Table.from_pylist(found)
+        coarse = depth[middle::DEPTH_STRIDE_PX, middle::DEPTH_STRIDE_PX]
+        coarse = np.ascontiguousarray(coarse, np.float16)
+        height, width = coarse.shape
+        rows.append({"image": image, "depth": coarse.tobytes(), "height": height, "width": width})
+    table = pa.Table.from_pylist(rows)
     with ParquetWriter(path, table.schema, rows_per_group=max(1, len(table))) as writer:
         writer.write(table)
         writer.commit()
 
 
-DepthImages = list[tuple[bytes, Array]]
-"""Encoded images, each with its depth [h / STRIDE, w / STRIDE] float16, metres."""
-
-
 def read_depth(folder: Path) -> DepthImages:
-    """All images of a folder of files of `write_depth`. `SpearError`: there are none, or a file is
-    broken."""
-    if not (files := sorted(folder.glob("*.parquet"))):
-        raise SpearError(f"no images with depth in {folder}: make some with `spear label`")
+    """Read all images of a folder of files of `write_depth`.
+
+    Raises:
+        SpearError: There are none, or a file is broken.
+    """
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        raise SpearError(f"{folder} contains no images with depth. Make some with `spear label`.")
+    images = []
     with explain_read_errors(folder):
-        rows = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
-        depths = (
-            np.frombuffer(r["depth"], np.float16).reshape(r["height"], r["width"]) for r in rows
-        )
-        return [(row["image"], depth) for row, depth in zip(rows, depths, strict=True)]
+        table = pa.concat_tables([pq.read_table(file) for file in files])
+        for row in table.to_pylist():
+            depth = np.frombuffer(row["depth"], np.float16).reshape(row["height"], row["width"])
+            images.append((row["image"], depth))
+    return images

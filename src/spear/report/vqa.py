@@ -75,7 +75,7 @@ def _facts(scores: Scores) -> list[tuple[str, str]]:
 
 def _ranked(scores: Scores, family: str) -> list[AnsweredQuestion]:
     """The answers of a family that have an error, the best first."""
-    rows = [a for a in scores.asked if a.question.family == family and "relative" in a.measures]
+    rows = [a for a in scores.answers if a.question.family == family and "relative" in a.measures]
     return sorted(rows, key=lambda a: a.measures["relative"])
 
 

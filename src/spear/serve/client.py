@@ -1,7 +1,8 @@
-"""A served policy as a `spear.types.Policy`, so that whatever runs a policy here runs one elsewhere.
+"""A served policy as a `spear.types.Policy`, so that whatever runs a policy here can run a remote
+one.
 
-This is for programs that have this package. A robot's own computer needs only openpi-client, which pins
-numpy < 2 and so lives in an environment of its own.
+This is for programs that have this package. A robot's own computer needs only openpi-client, which
+pins numpy < 2 and therefore lives in an environment of its own.
 """
 
 import threading
@@ -16,100 +17,132 @@ from websockets.sync.client import ClientConnection, connect
 from spear.errors import SpearError, summarize_error
 from spear.serve import wire
 
-PAUSE, PATIENCE, STUCK = 0.05, 30.0, 600.0
-"""Seconds before a busy server is asked again, for how long, and until a silent one has gone (our choice)."""
+BUSY_PAUSE_S = 0.05  # before a busy server is asked again
+MAX_BUSY_S = 30.0  # after which a busy server's answer is an error
+ANSWER_TIMEOUT_S = 600.0  # after which a silent server counts as gone
+GREETING_TIMEOUT_S = 10.0
+MAX_QUOTED_CHARS = 80
 
 
 class RemotePolicy:
-    """A policy at "ws://host:port".
+    """A policy that a server serves.
 
-    The observations of a batch are sent on as many connections at once, so that the server can answer them
-    together; calls from several threads wait for each other. `token` is the server's --token. Raises
-    `SpearError` with its words for a bad observation, when it stays busy, is gone, or has become another.
+    The observations of a batch are sent on as many connections at once, so that the server can
+    answer them together. Several threads may share a `RemotePolicy`; their calls wait for each
+    other.
+
+    Args:
+        url: the server's address, "ws://host:port".
+        token: the server's --token.
+
+    Attributes:
+        metadata: what the server says of itself: what an action means, rows per second.
+        image_sizes: view → (width, height), the cameras that the policy takes.
+        committed: the largest number of committed actions that the policy takes; 0 for none.
+
+    Raises:
+        SpearError: there is no policy server at that address, or it refuses the token.
+
+    Example:
+        >>> policy = RemotePolicy("ws://localhost:8000")  # doctest: +SKIP
+        >>> policy.infer(observation)["actions"].shape  # doctest: +SKIP
+        (5, 8)
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        self.url, self._token, self._greeting = url, token, b""
+        self.url = url
+        self._token = token
+        self._greeting = b""
         self._connections: list[ClientConnection] = []
-        self._one_call = threading.Lock()
-        self._open(1)
+        self._lock = threading.Lock()  # one call at a time
+        self._open_connections(1)
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One observation → {"actions": …, timings}."""
+        """Infer the actions for one observation.
+
+        Args:
+            observation: with the keys of the embodiment that is served.
+
+        Returns:
+            {"actions": rows, "server_timing": …, "policy_timing": …}
+
+        Raises:
+            SpearError: the server rejects the observation, stays busy, is gone, or serves another
+                policy than before.
+        """
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Several observations, one result each, in order."""
-        messages = [wire.encode(o) for o in observations]
-        with self._one_call:
-            return self._exchange(messages)
+        """Infer the actions for several observations; results are in order.
 
-    def _exchange(self, messages: Sequence[bytes]) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + PATIENCE
-        try:
-            self._open(len(messages))
-            sent = list(zip(self._connections, messages, strict=False))
-            for connection, message in sent:
-                connection.send(message)
-            # every answer is read, so that a refused one leaves nothing behind for the next call
-            replies = [connection.recv(timeout=STUCK) for connection, _ in sent]
-            for index, (connection, message) in enumerate(sent):
-                while isinstance(said := replies[index], str) and said.startswith("busy: "):
-                    if time.monotonic() > deadline:
-                        break
-                    time.sleep(PAUSE)
-                    connection.send(message)
-                    replies[index] = connection.recv(timeout=STUCK)
-        except (
-            BaseException
-        ) as error:  # Ctrl-C too: what is unread would be taken for the next call's answer
-            self.close()
-            if not isinstance(error, ConnectionClosed | TimeoutError):
-                raise
-            if (last := getattr(error, "rcvd", None)) and last.code == CloseCode.MESSAGE_TOO_BIG:
-                raise SpearError(
-                    "observation: larger than the server takes: send smaller ones"
-                ) from error
-            raise SpearError(
-                f"{self.url}: the server has gone ({error}): start it again"
-            ) from error
-        if refused := [reply for reply in replies if isinstance(reply, str)]:
-            raise SpearError(refused[0])
+        Raises as `infer` does.
+        """
+        messages = [wire.encode(observation) for observation in observations]
+        with self._lock:
+            replies = self._exchange(messages)
+        for reply in replies:
+            if isinstance(reply, str):
+                raise SpearError(reply)
+
         results = [wire.decode(reply) for reply in replies if isinstance(reply, bytes)]
-        if others := [", ".join(result)[:80] for result in results if "actions" not in result]:
-            raise SpearError(f"{self.url}: answers {others[0]!r} without actions: no policy server")
+        for result in results:
+            if "actions" not in result:
+                keys = ", ".join(result)[:MAX_QUOTED_CHARS]
+                raise SpearError(
+                    f"{self.url} answers {keys!r} without actions: it is no policy server."
+                )
         return results
 
     def close(self) -> None:
-        """Hang up; the next call connects again."""
-        left, self._connections = self._connections, []
-        for connection in left:
+        """Close all connections; the next call connects again."""
+        connections = self._connections
+        self._connections = []
+        for connection in connections:
             connection.close()
 
-    def _open(self, count: int) -> None:
-        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+    def _exchange(self, messages: Sequence[bytes]) -> list[bytes | str]:
+        """Send messages, one per connection, and receive their replies."""
+        deadline = time.monotonic() + MAX_BUSY_S
+        try:
+            self._open_connections(len(messages))
+            connections = self._connections[: len(messages)]
+            for connection, message in zip(connections, messages, strict=True):
+                connection.send(message)
+            # Read every reply, so that an error leaves nothing behind for the next call.
+            replies = [connection.recv(timeout=ANSWER_TIMEOUT_S) for connection in connections]
+            for index, connection in enumerate(connections):
+                while _is_busy(replies[index]) and time.monotonic() <= deadline:
+                    time.sleep(BUSY_PAUSE_S)
+                    connection.send(messages[index])
+                    replies[index] = connection.recv(timeout=ANSWER_TIMEOUT_S)
+            return replies
+        except (ConnectionClosed, TimeoutError) as error:
+            self.close()
+            raise self._lost_error(error) from error
+        except BaseException:
+            # Ctrl-C too: the next call would take a reply that is not read yet for its own.
+            self.close()
+            raise
+
+    def _lost_error(self, error: Exception) -> SpearError:
+        """Make the error for a connection that was lost."""
+        close_frame = getattr(error, "rcvd", None)
+        if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:
+            return SpearError(
+                "the observation is larger than the server takes. Send a smaller one."
+            )
+        return SpearError(f"{self.url}: the server has gone ({error}). Start it again.")
+
+    def _open_connections(self, count: int) -> None:
+        """Connect until there are `count` connections."""
         while len(self._connections) < count:
             try:
-                connection = connect(
-                    self.url,
-                    compression=None,
-                    max_size=None,
-                    additional_headers=headers,
-                    proxy=None,
-                ).__enter__()  # websockets 17 asks for that
-                self._connections.append(connection)
-                greeting: Any = connection.recv(timeout=10)
-                self.metadata = wire.decode(greeting)
-                self.image_sizes = {
-                    v: (w, h) for v, (w, h) in self.metadata.get("image_sizes", {}).items()
-                }
-                self.committed = int(
-                    self.metadata.get("committed", 0)
-                )  # see `Spear1Policy.committed`
+                greeting = self._open_connection()
             except InvalidStatus as error:
-                said = (error.response.body or b"").decode(errors="replace").strip()
+                reason = (error.response.body or b"").decode(errors="replace").strip()
+                status = error.response.status_code
                 raise SpearError(
-                    f"{self.url}: refused with {error.response.status_code}: {said}"
+                    f"{self.url} refuses the connection with {status}: {reason}"
                 ) from error
             except (
                 OSError,
@@ -119,13 +152,45 @@ class RemotePolicy:
                 TypeError,
                 AttributeError,
             ) as error:
-                self.close()  # also of one that greets as no policy server does
+                self.close()  # also that of a server that greets as no policy server does
                 raise SpearError(
-                    f"{self.url}: no policy server ({summarize_error(error)}): start one"
+                    f"{self.url} is no policy server ({summarize_error(error)}). "
+                    "Start one with `spear serve`."
                 ) from error
-            self._greeting = self._greeting or greeting
-            if greeting != self._greeting:
-                self.close()
-                raise SpearError(
-                    f"{self.url}: serves others than before: make a new `RemotePolicy` for them"
-                )
+            self._check_same_server(greeting)
+
+    def _open_connection(self) -> Any:
+        """Connect once, and return the server's greeting after reading the policy's properties from
+        it.
+        """
+        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        connection = connect(
+            self.url,
+            compression=None,
+            max_size=None,
+            additional_headers=headers,
+            proxy=None,
+        ).__enter__()  # websockets 17 asks for that
+        self._connections.append(connection)
+        greeting: Any = connection.recv(timeout=GREETING_TIMEOUT_S)
+        self.metadata = wire.decode(greeting)
+        self.image_sizes = {
+            view: (width, height)
+            for view, (width, height) in self.metadata.get("image_sizes", {}).items()
+        }
+        self.committed = int(self.metadata.get("committed", 0))
+        return greeting
+
+    def _check_same_server(self, greeting: bytes) -> None:
+        if not self._greeting:
+            self._greeting = greeting
+        if greeting != self._greeting:
+            self.close()
+            raise SpearError(
+                f"{self.url} serves another policy, robot or control than before. Make a new "
+                "`RemotePolicy` for it."
+            )
+
+
+def _is_busy(reply: bytes | str) -> bool:
+    return isinstance(reply, str) and reply.startswith("busy: ")

@@ -1,63 +1,84 @@
 """A model server for AllenAI's vla-eval harness: its episodes in, one action per observation out.
 
-The harness's own server speaks its protocol; this is the class that it calls. Observations of all running
-episodes are answered together (`spear.serve.service`). A bad one ends its own episode only.
+The harness's own server speaks its protocol and calls the class below. The batcher answers
+observations of all running episodes together. A wrong observation ends its own episode only.
 """
 
 import zlib
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyio.abc import TaskGroup
 from vla_eval.model_servers.base import ModelServer, SessionContext
 
+from spear.serve.batcher import Batcher
 from spear.serve.options import VlaEvalOptions
-from spear.serve.service import Batcher, Service
+from spear.serve.service import Service
 from spear.types import Array
 
-NEEDED = {"send_state": True}
+OBSERVATION_PARAMETERS = {"send_state": True}
 """What benchmarks are asked to send besides images, where they have such an option."""
+QUEUE_CAPACITY = 256
+SEEDS_PER_EPISODE = 1000  # an episode has fewer steps
+
+
+@dataclass
+class _Episode:
+    """A running episode: its first seed, and the rows that are predicted and not executed yet."""
+
+    first_seed: int = 0
+    rows: deque[Array] = field(default_factory=deque)
 
 
 class HarnessServer(ModelServer):
-    """`service` behind the harness's protocol. Its embodiment reads the harness's observations."""
+    """A `Service` behind the harness's protocol.
+
+    Its embodiment reads the harness's observations.
+    """
 
     def __init__(self, service: Service, options: VlaEvalOptions) -> None:
-        self._service, self._options = service, options
-        self._episodes: dict[str, tuple[int, deque[Array]]] = {}  # seed, actions that are left
+        self._service = service
+        self._options = options
+        self._episodes: dict[str, _Episode] = {}  # by session
 
     async def on_serve_start(self, tg: TaskGroup) -> None:
-        """The harness calls this before the first connection."""
-        o = self._options
-        self._batcher = Batcher(self._service.answer, o.max_batch, o.wait_ms / 1000, capacity=256)
+        """Start the batcher; the harness calls this before the first connection."""
+        self._batcher = Batcher(
+            self._service.answer,
+            max_batch=self._options.max_batch,
+            wait_s=self._options.wait_ms / 1000,
+            capacity=QUEUE_CAPACITY,
+        )
         tg.start_soon(self._batcher.run)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """Forgets the last episode. Randomness depends on task and episode number alone, however they run."""
+        """Forget the last episode. The seed depends only on the task and the episode's number."""
         task = config.get("task") or {}
         name = f"{task.get('name')}/{task.get('episode_idx')}"
-        self._episodes[ctx.session_id] = 1000 * zlib.crc32(name.encode()), deque()
+        first_seed = SEEDS_PER_EPISODE * zlib.crc32(name.encode())
+        self._episodes[ctx.session_id] = _Episode(first_seed)
 
     async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
-        """Answers with the next action of the chunk; asks the policy again when those are used up."""
-        seed, rows = self._episodes.setdefault(ctx.session_id, (0, deque()))
-        if not rows:
-            obs = {**obs, "seed": seed + ctx.step}
-            result = await self._batcher.submit(ctx.session_id, obs)
-            rows.extend(result["actions"][: self._options.replan])
-        await ctx.send_action({"actions": rows.popleft()})
+        """Send the next action of the chunk; ask the policy for a new chunk when none is left."""
+        episode = self._episodes.setdefault(ctx.session_id, _Episode())
+        if not episode.rows:
+            observation = {**obs, "seed": episode.first_seed + ctx.step}
+            result = await self._batcher.submit(ctx.session_id, observation)
+            episode.rows.extend(result["actions"][: self._options.replan])
+        await ctx.send_action({"actions": episode.rows.popleft()})
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
-        """Also called when the connection is lost."""
+        """Forget the episode; the harness calls this also when the connection is lost."""
         self._episodes.pop(ctx.session_id, None)
         self._batcher.forget(ctx.session_id)
 
     def get_observation_params(self) -> dict[str, Any]:
-        """Options for the benchmark."""
-        return dict(NEEDED)
+        """Return options for the benchmark."""
+        return dict(OBSERVATION_PARAMETERS)
 
     def get_action_spec(self) -> dict[str, Any]:
-        """Declares nothing: the embodiment checks each observation."""
+        """Declare nothing: the embodiment checks each observation."""
         return {}
 
     get_observation_spec = get_action_spec

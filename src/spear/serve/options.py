@@ -1,4 +1,6 @@
-"""Options of the servers: light, so that the command line knows them without what a server needs to run."""
+"""Options of the servers: light, so that the command line knows them without what a server needs to
+run.
+"""
 
 from typing import Annotated
 
@@ -25,11 +27,11 @@ class ServiceOptions(Options):
     port: Annotated[int, Range(0, 65535)] = 8000
     """Where to listen; 0 takes a free port."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine, such as
-    benchmarks in Docker."""
+    """Address to listen on. The default lets only this machine in; 0.0.0.0 lets in every machine,
+    such as benchmarks in Docker."""
     embodiment: str = "generic"
-    """The robot: generic, droid, roboarena, widowx, simpler_widowx, maniskill2_widowx, or a Python file
-    that describes yours (see docs/robots.md)."""
+    """The robot: generic, droid, roboarena, widowx, simpler_widowx, maniskill2_widowx, or a Python
+    file that describes yours (see docs/robots.md)."""
     control: OptionalName = None
     """How the robot is commanded, where it has several ways (droid: joint_velocity, joint_position,
     cartesian_position). Default: the robot's usual one."""
@@ -46,19 +48,21 @@ class ServiceOptions(Options):
 
 class ServeOptions(ServiceOptions):
     token: Annotated[str | None, arg(metavar="TEXT")] = None
-    """What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other users of this
-    machine do not see it."""
+    """What clients must send (openpi-client: api_key). Also read from SPEAR_TOKEN, where other
+    users of this machine do not see it."""
     queue: Annotated[int, Range(1)] = 64
     """So many observations may wait; further ones are told that the server is busy."""
     ui: bool = False
-    """Also serve a page for people, at the address that is printed: watch and steer the policy in the
-    built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
+    """Also serve a page for people, at the address that is printed: watch and steer the policy in
+    the built-in simulator, ask SPEAR-VLM about a scene or a photo (see docs/robots.md)."""
     episodes: OptionalFolder = None
-    """With --ui: recorded episodes, or the results of an evaluation (its --out), to replay on the page."""
+    """With --ui: recorded episodes, or the results of an evaluation (its --out), to replay on the
+    page.
+    """
 
     def __post_init__(self) -> None:
-        """Refuses episodes without a page, and a token that no client could send in an HTTP header, above all
-        an empty one: it would leave a server open that was meant to be closed."""
+        """Refuses episodes without a page, and a token that no client could send in an HTTP header,
+        above all an empty one: it would leave a server open that was meant to be closed."""
         super().__post_init__()
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes}: is for the page: add --ui")

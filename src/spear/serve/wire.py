@@ -1,135 +1,200 @@
-"""Messages: msgpack maps with arrays in them, as openpi-client packs them. No pickle, nothing is executed.
+"""Messages: msgpack maps with arrays in them, as openpi-client packs them.
 
-An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [...]}, a numpy scalar
-{b"__npgeneric__": True, b"data": value, b"dtype": ...}. Only booleans, integers and floats are accepted.
+Nothing in a message is executed; there is no pickle. An array is a map {b"__ndarray__": True,
+b"data": bytes, b"dtype": "<f4", b"shape": [...]}, a NumPy scalar {b"__npgeneric__": True, b"data":
+value, b"dtype": ...}. Only booleans, integers and floats are accepted.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgpack
 import numpy as np
 
 from spear.errors import SpearError
 
-_TYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
-_DEPTH = 8
-"""The most dimensions of an array, and the deepest nesting of maps and lists."""
-_VALUES = 1000
-"""The most values in the lists and maps of a message: what is many is an array (our choice)."""
+MAX_DEPTH = 8  # dimensions of an array, and nesting of maps and lists
+MAX_VALUES = 1000  # in the lists and maps of a message; larger data come as arrays
+_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
+_MAX_QUOTED_CHARS = 80
+_MAX_REASON_CHARS = 100
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """A message as bytes. Values: numbers, texts, lists, maps, numpy arrays and scalars."""
+    """Pack a message.
+
+    Args:
+        message: texts → numbers, texts, lists, maps, NumPy arrays and scalars.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        SpearError: a value is of another type.
+    """
     return msgpack.packb(message, default=_pack)
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse of `encode`; arrays are read-only views. Raises `SpearError` naming the bad key.
+    """Unpack a message, the inverse of `encode`.
 
-    What it costs is bounded: lists and maps are counted while they are unpacked.
+    What it costs is bounded: the values of lists and maps are counted while they are unpacked.
+
+    Args:
+        data: the message's bytes.
+
+    Returns:
+        The message; arrays are read-only views of `data`.
+
+    Raises:
+        SpearError: the message is broken, too large or has a value of another type; the error names
+            its key.
+
+    Example:
+        >>> decode(encode({"state": np.zeros(3)}))
+        {'state': array([0., 0., 0.])}
     """
-    left = _VALUES
+    counter = _ValueCounter()
+    try:
+        message = msgpack.unpackb(
+            data,
+            max_array_len=MAX_VALUES,
+            max_map_len=MAX_VALUES,
+            list_hook=counter.count_list,
+            object_pairs_hook=counter.make_map,
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
+        raise SpearError(
+            f"the message cannot be unpacked ({reason}). Pack one map as openpi-client does, with "
+            f"arrays as "
+            "arrays."
+        ) from error
+    if not isinstance(message, dict):
+        raise SpearError(
+            f"the message is a {type(message).__name__}. Send a map of keys to values."
+        )
+    decoded = {}
+    for key, value in message.items():
+        decoded[_check_key(key, "the message")] = _decode_value(value, _quote(key))
+    return decoded
 
-    def counted(values: list[Any]) -> list[Any]:
-        nonlocal left
-        left -= 1 + len(values)
-        if left < 0:
-            raise ValueError(f"more than {_VALUES} values in lists and maps")
+
+class _ValueCounter:
+    """Counts the values in lists and maps while they are unpacked, and stops when there are too
+    many.
+    """
+
+    def __init__(self) -> None:
+        self._num_values = 0
+
+    def count_list(self, values: list[Any]) -> list[Any]:
+        self._num_values += 1 + len(values)
+        if self._num_values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values in lists and maps")
         return values
 
-    def unique(pairs: list[Any]) -> dict[Any, Any]:
-        made = dict(counted(pairs))
-        if len(made) < len(pairs):
+    def make_map(self, pairs: list[Any]) -> dict[Any, Any]:
+        values = dict(self.count_list(pairs))
+        if len(values) < len(pairs):
             raise ValueError("a map with a key twice")
-        return made
-
-    hooks = {"list_hook": counted, "object_pairs_hook": unique}
-    try:
-        message = msgpack.unpackb(data, max_array_len=_VALUES, max_map_len=_VALUES, **hooks)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        how = "pack one map as openpi-client does, with arrays as arrays"
-        raise SpearError(f"message: cannot be unpacked ({reason}): {how}") from error
-    if not isinstance(message, dict):
-        raise SpearError(f"message: a {type(message).__name__}: send a map of keys to values")
-    return {_key(key, "message"): _value(value, _shown(key)) for key, value in message.items()}
+        return values
 
 
-def _key(key: Any, where: str) -> str:
+def _check_key(key: Any, path: str) -> str:
     if not isinstance(key, str):
-        raise SpearError(f"{where}: key {_shown(key)}: keys must be texts")
+        raise SpearError(f"{path} has the key {_quote(key)}. Keys must be texts.")
     return key
 
 
-def _shown(what: Any) -> str:
-    """A part of a message for an error, which is one line however odd it is."""
-    text = str(what)[:80]
+def _quote(part: Any) -> str:
+    """Return a part of a message for an error, on one line and not too long."""
+    text = str(part)[:_MAX_QUOTED_CHARS]
     return text if text.isprintable() else repr(text)
 
 
-def _value(value: Any, where: str, depth: int = 0) -> Any:
-    if depth > _DEPTH:
-        key = where.split("/")[0]
+def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
+    """Decode a value.
+
+    `path` is where it stands in the message, keys joined by slashes, for errors.
+    """
+    if depth > MAX_DEPTH:
+        key = path.split("/")[0]
         raise SpearError(
-            f"{key}: maps or lists more than {_DEPTH} deep: send numbers, texts or arrays"
+            f"{key} has maps or lists more than {MAX_DEPTH} deep. Send numbers, texts or arrays."
         )
     if isinstance(value, dict):
         if b"__ndarray__" in value:
-            return _array(value, where)
+            return _decode_array(value, path)
         if b"__npgeneric__" in value:
-            return _scalar(value, where)
+            return _decode_scalar(value, path)
         return {
-            _key(k, where): _value(v, f"{where}/{_shown(k)}", depth + 1) for k, v in value.items()
+            _check_key(key, path): _decode_value(entry, f"{path}/{_quote(key)}", depth + 1)
+            for key, entry in value.items()
         }
     if isinstance(value, list):
-        return [_value(v, where, depth + 1) for v in value]
+        return [_decode_value(entry, path, depth + 1) for entry in value]
     if isinstance(value, msgpack.ExtType | msgpack.Timestamp):
         raise SpearError(
-            f"{where}: a msgpack extension: send numbers, texts, lists, maps or arrays"
+            f"{path} is a msgpack extension. Send numbers, texts, lists, maps or arrays."
         )
     return value
 
 
-def _array(packed: dict[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    dtype, shape, data = _dtype(packed, where), packed.get(b"shape"), packed.get(b"data")
+def _decode_array(packed: dict[Any, Any], path: str) -> np.ndarray[Any, Any]:
+    dtype = _decode_dtype(packed, path)
+    data = packed.get(b"data")
     if not isinstance(data, bytes):
-        raise SpearError(f"{where}: an array without bytes: pack it as openpi-client does")
-    sizes = shape if isinstance(shape, list) else [None]
-    if len(sizes) > _DEPTH or any(type(n) is not int or n < 0 for n in sizes):
+        raise SpearError(f"{path} is an array without bytes. Pack it as openpi-client does.")
+
+    shape = packed.get(b"shape")
+    if not _is_shape(shape):
         raise SpearError(
-            f"{where}: an array of shape {_shown(shape)}: give up to {_DEPTH} whole numbers"
+            f"{path} is an array of shape {_quote(shape)}. Give up to {MAX_DEPTH} whole numbers."
         )
-    if math.prod(sizes) * dtype.itemsize != len(data):
-        given = f"{len(data)} bytes for an array {dtype} {str(sizes)[:80]}"
-        raise SpearError(f"{where}: {given}: the message was cut or mispacked")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise SpearError(
+            f"{path} has {len(data)} bytes for an array {dtype} {_quote(shape)}: the message was "
+            f"cut or "
+            "mispacked."
+        )
     try:
-        return np.frombuffer(data, dtype).reshape(sizes)
+        return np.frombuffer(data, dtype).reshape(shape)
     except ValueError as error:  # an empty array with absurd other sizes
-        raise SpearError(f"{where}: an array of shape {str(sizes)[:80]}: {error}") from error
+        raise SpearError(f"{path} is an array of shape {_quote(shape)}: {error}.") from error
 
 
-def _scalar(packed: dict[Any, Any], where: str) -> np.generic:
-    value, dtype = packed.get(b"data"), _dtype(packed, where)
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
+    """Return whether a value is a list of few enough sizes. Booleans are no sizes."""
+    return (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DEPTH
+        and all(type(size) is int and size >= 0 for size in shape)
+    )
+
+
+def _decode_scalar(packed: dict[Any, Any], path: str) -> np.generic:
+    value = packed.get(b"data")
+    dtype = _decode_dtype(packed, path)
     if not isinstance(value, bool | int | float):
-        raise SpearError(f"{where}: a numpy scalar that is a {type(value).__name__}: send a number")
+        raise SpearError(f"{path} is a NumPy scalar of a {type(value).__name__}. Send a number.")
     try:
         scalar: np.generic = dtype.type(value)
-        fits = dtype.kind == "f" or scalar == value
+        is_exact = dtype.kind == "f" or scalar == value
     except (ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise SpearError(f"{where}: {str(value)[:40]} does not fit {dtype}: send another type")
+        is_exact = False
+    if not is_exact:
+        raise SpearError(f"{path}: {str(value)[:40]} does not fit {dtype}. Send another type.")
     return scalar
 
 
-def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
+def _decode_dtype(packed: dict[Any, Any], path: str) -> np.dtype[Any]:
     name = packed.get(b"dtype")
-    if not isinstance(name, str) or not _TYPE.fullmatch(name):
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise SpearError(
-            f"{where}: an array of type {str(name)[:40]!r}: send booleans, integers or floats"
+            f"{path} is an array of type {str(name)[:40]!r}. Send booleans, integers or floats."
         )
     return np.dtype(name)
 
@@ -137,13 +202,17 @@ def _dtype(packed: dict[Any, Any], where: str) -> np.dtype[Any]:
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biuf":
         raise SpearError(
-            f"cannot send an array of type {value.dtype}: only booleans, integers and floats"
+            f"an array of type {value.dtype} cannot be sent. Send booleans, integers or floats."
         )
     if isinstance(value, np.ndarray):
-        parts = {b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
-        return {b"__ndarray__": True, **parts}
+        return {
+            b"__ndarray__": True,
+            b"data": value.tobytes(),
+            b"dtype": value.dtype.str,
+            b"shape": value.shape,
+        }
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
     raise SpearError(
-        f"cannot send a {type(value).__name__}: only numbers, texts, lists, maps and arrays"
+        f"a {type(value).__name__} cannot be sent. Send numbers, texts, lists, maps and arrays."
     )

@@ -1,7 +1,11 @@
-"""The scripted expert's demonstrations → a store of episodes. Killed at any moment, the same call goes on."""
+"""Recording the scripted expert's demonstrations into a store of episodes.
+
+After a kill at any moment, the same call continues.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from spear.data.store.episode_store import (
     SHARD_GLOB,
@@ -24,92 +28,150 @@ from spear.util.progress import ProgressBar, track_progress
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import record_or_check_settings
 
-SETTINGS_FILE = ".recorded.json"
-"""What the demonstrations depend on that no episode tells."""
+SETTINGS_FILE = ".recorded.json"  # what the demonstrations depend on that no episode says
+
+
+class _Progress(NamedTuple):
+    """How many demonstrations a store has, and how many sources were tried for them."""
+
+    num_recorded: int
+    num_tried: int
 
 
 def record_demonstrations(
     out: Path,
     families: Sequence[str],
-    episodes: int,
+    episodes_per_family: int,
     first_seed: int,
-    sizes: Mapping[str, ImageSize],
+    image_sizes: Mapping[str, ImageSize],
     workers: int = 2,
     policy: InterveningPolicy | None = None,
 ) -> tuple[int, int]:
-    """Record `episodes` demonstrations of each task family (none: all); how many succeeded, and of how many.
+    """Record demonstrations of task families with the scripted expert.
 
-    sizes  camera ("external", "wrist") → (width, height) of its images, in pixels.
-    policy takes turns with the expert; its steps are masked (`spear.sim.record`).
+    The same call, or one with more episodes, continues behind the last shard that was written.
 
-    The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError`, before it writes, for an unknown family, scenes kept for testing, and a folder of others.
+    Args:
+        out: The folder of the store.
+        families: The task families; all if empty.
+        episodes_per_family: How many demonstrations to try of each family.
+        first_seed: The seed of the first scene.
+        image_sizes: Camera ("external", "wrist") → (width, height) of its images, in pixels.
+        workers: The number of processes.
+        policy: Takes turns with the expert; its steps are masked (`spear.sim.record`).
+
+    Returns:
+        How many demonstrations succeeded, and how many were tried.
+
+    Raises:
+        SpearError: Before anything is written, for an unknown family, scenes held out for testing,
+            or a folder with other demonstrations.
     """
     check_known("task family", FAMILIES, *families)
     check_training_seed(first_seed)
-    each = dict.fromkeys(families or FAMILIES)  # once
-    tasks = [(family, first_seed + i) for i in range(episodes) for family in each]
-    sources = [format_episode_source(*task, policy is not None) for task in tasks]
+    distinct_families = dict.fromkeys(families or FAMILIES)
+    tasks: list[tuple[str, int]] = []
+    for index in range(episodes_per_family):
+        for family in distinct_families:
+            tasks.append((family, first_seed + index))
+    has_policy = policy is not None
+    sources = [format_episode_source(family, seed, has_policy) for family, seed in tasks]
 
-    def make(first: int) -> Iterator[Episode]:
+    def record_from(first: int) -> Iterator[Episode]:
         return record_episodes(
-            tasks[first:], sizes["external"], sizes["wrist"], workers=workers, policy=policy
+            tasks[first:],
+            image_sizes["external"],
+            image_sizes["wrist"],
+            workers=workers,
+            policy=policy,
         )
 
-    return record_successes(out, sources, make, sizes, policy, SIMULATOR_VERSION)
+    return record_successes(out, sources, record_from, image_sizes, policy, SIMULATOR_VERSION)
 
 
-def check_training_seed(first: int) -> None:
-    """Raises `SpearError` for scenes that are kept for testing."""
-    if first < FIRST_TRAIN_SEED:
+def check_training_seed(first_seed: int) -> None:
+    """Raise SpearError for scenes that are held out for testing."""
+    if first_seed < FIRST_TRAIN_SEED:
         raise SpearError(
-            f"--first-seed {first}: below {FIRST_TRAIN_SEED} are scenes kept for testing"
+            f"--first-seed {first_seed}: below {FIRST_TRAIN_SEED} are scenes kept for testing"
         )
 
 
 def record_successes(
     out: Path,
     sources: Sequence[str],
-    make: Callable[[int], Iterator[Episode]],
-    sizes: Mapping[str, ImageSize],
+    record_from: Callable[[int], Iterator[Episode]],
+    image_sizes: Mapping[str, ImageSize],
     policy: InterveningPolicy | None,
-    simulator: str,
+    simulator_version: str,
     shard_size: int = 256,
 ) -> tuple[int, int]:
-    """Write the successful ones of these episodes; the rest is as in `record_demonstrations`.
+    """Record episodes, and write the successful ones.
 
-    sources     the episodes' names, in order; make(i) makes them from number i on.
-    shard_size  how many are written at once: fewer are lost when it is killed.
-    simulator   what tells it, or what it shows, from others.
+    Args:
+        out: The folder of the store.
+        sources: The names of the episodes, in order.
+        record_from: Records the episodes from a number on.
+        image_sizes: Camera → (width, height) of its images, in pixels.
+        policy: The policy that intervenes, if any.
+        simulator_version: What identifies the simulator, and what it renders.
+        shard_size: How many episodes are written at once. A kill loses fewer of a smaller number.
+
+    Returns:
+        How many demonstrations succeeded, and how many were tried.
     """
     check_no_foreign_files(out, SHARD_GLOB, "record")
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
-        kept, first = _look(out, sources, sizes) if list_shards(out) else (0, 0)
-        told = {"simulator": simulator, "policy": policy and fingerprint_checkpoint(policy.folder)}
-        record_or_check_settings(out / SETTINGS_FILE, told, bool(list_shards(out)))
-        bar = ProgressBar("recording", len(sources), "demonstrations", first)
-        good = (episode for episode in track_progress(make(first), bar) if episode.success)
-        return kept + write_episodes(good, out, shard_size), len(sources)
+        progress = _Progress(num_recorded=0, num_tried=0)
+        if list_shards(out):
+            progress = _read_progress(out, sources, image_sizes)
+        settings = {
+            "simulator": simulator_version,
+            "policy": None if policy is None else fingerprint_checkpoint(policy.folder),
+        }
+        record_or_check_settings(out / SETTINGS_FILE, settings, bool(list_shards(out)))
+
+        bar = ProgressBar("recording", len(sources), "demonstrations", progress.num_tried)
+        episodes = track_progress(record_from(progress.num_tried), bar)
+        successes = (episode for episode in episodes if episode.success)
+        num_written = write_episodes(successes, out, shard_size)
+        return progress.num_recorded + num_written, len(sources)
 
 
-def _look(out: Path, sources: Sequence[str], sizes: Mapping[str, ImageSize]) -> tuple[int, int]:
-    """How many of these demonstrations are there, and how many sources they are done with."""
+def _read_progress(
+    out: Path, sources: Sequence[str], image_sizes: Mapping[str, ImageSize]
+) -> _Progress:
+    """Read how many of these demonstrations a store has. Raises SpearError for any others."""
     store = EpisodeStore(out)
-    places = {source: place for place, source in enumerate(sources)}
-    last = -1
+    positions = {source: position for position, source in enumerate(sources)}
+    last_position = -1
     for index in range(len(store)):
-        place = places.get(store.source(index), -1)
-        if place <= last:
-            why = f"other settings ({store.source(index)} is not the next of these)"
+        position = positions.get(store.source(index), -1)
+        if position <= last_position:
             raise SpearError(
-                f"{out} holds demonstrations of {why}: give the same ones, or another folder"
+                f"{out} holds demonstrations of other settings ({store.source(index)} is not the "
+                "next of these): give the same ones, or another folder"
             )
-        last = place
-    for camera, (width, height) in sizes.items():
-        image = store.image(0, 0, camera)
-        shape = None if image is None else decode_image(image, store.source(0)).shape[1::-1]
-        if shape != (width, height):
-            why = f"other images ({camera}: {shape}, not {(width, height)})"
-            raise SpearError(f"{out} holds demonstrations with {why}: give the same --preset")
-    return len(store), last + 1
+        last_position = position
+
+    for camera, size in image_sizes.items():
+        _check_image_size(store, out, camera, size)
+    return _Progress(num_recorded=len(store), num_tried=last_position + 1)
+
+
+def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: ImageSize) -> None:
+    """Raise SpearError if a store's images of a camera have another size."""
+    encoded = store.image(0, 0, camera)
+    stored_size = None
+    if encoded is not None:
+        height, width = decode_image(encoded, store.source(0)).shape[:2]
+        stored_size = (width, height)
+    if stored_size == tuple(size):
+        return
+
+    stored_text = "none" if stored_size is None else f"{stored_size[0]} x {stored_size[1]}"
+    raise SpearError(
+        f"{out} holds demonstrations with other images ({camera}: {stored_text}, "
+        f"not {size[0]} x {size[1]}): give the same --preset"
+    )

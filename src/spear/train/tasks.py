@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from spear.data.mixture import JITTER_DRAWS, TrainingSamples, jitter
+from spear.data.mixture import NUM_JITTER_DRAWS, TrainingSamples, jitter_colors
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
 from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
@@ -110,7 +110,9 @@ class PatchTask:
 
         pixels = []
         for sample in samples:
-            image = jitter(decode_image(sample.image), rng.random(JITTER_DRAWS), PATCH_JITTER)
+            image = jitter_colors(
+                decode_image(sample.image), rng.random(NUM_JITTER_DRAWS), PATCH_JITTER
+            )
             pixels.append(self.processor.prepare_image(image, view))
         return {
             "pixels": torch.stack(pixels),
@@ -372,7 +374,7 @@ class QuestionSamples:
 
             image = decode_image(label.image, label.source)
             if self.augment > 0:
-                image = jitter(image, rng.random(JITTER_DRAWS), self.augment)
+                image = jitter_colors(image, rng.random(NUM_JITTER_DRAWS), self.augment)
             image_index += [len(pixels)] * len(image_questions)
             pixels.append(self.processor.prepare_image(image, view))
             size = image.shape[1::-1]

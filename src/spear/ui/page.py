@@ -75,7 +75,7 @@ class Page:
         path = urlsplit(request.path).path
         return path == SOCKET or (path in FILES and "Upgrade" not in request.headers)
 
-    def request(self, request: Request) -> Response | None:
+    def respond(self, request: Request) -> Response | None:
         """The answer to a request that the page owns; None lets its websocket in."""
         parts = urlsplit(request.path)
         if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):

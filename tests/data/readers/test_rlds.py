@@ -188,7 +188,7 @@ def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
     assert len(list(read_episodes(copy, on_error=reasons.append))) == 24 and "empty" in str(
         reasons[0]
     )
-    assert "looked at     24 episodes" in inspect(copy) and audit(copy).episodes == 24
+    assert "looked at     24 episodes" in inspect(copy) and audit(copy).num_episodes == 24
     assert describe(copy)["position"] == "observation/state[0:3]"
     edit(copy / "dataset_info.json", lambda info: info.update(splits=[]))
     for look in (inspect, audit, describe):
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
     for ours, theirs in zip(read_episodes(copy), plain, strict=True):
         assert_same(ours, theirs)
     assert inspect(copy).count("not read: ") == len(strange)
-    assert describe(copy)["gripper"] and audit(copy).episodes == 25
+    assert describe(copy)["gripper"] and audit(copy).num_episodes == 25
     write_page(copy, copy / "look.html", None)
     assert "the first 4 of 25 episodes" in (copy / "look.html").read_text()
     for name in strange:

@@ -146,10 +146,10 @@ def test_files_are_cut_and_every_part_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "DATA_MB": 0,
-        "VIDEO_MB": -1,
+        "MAX_DATA_FILE_MIB": 0,
+        "MAX_VIDEO_FILE_MIB": -1,
         "EPISODES_PER_FILE": 2,
-        "CHUNK_FILES": 2,
+        "FILES_PER_CHUNK": 2,
     }.items():
         monkeypatch.setattr(lerobot_write, name, value)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))

@@ -53,14 +53,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def shards_of_one_block() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "BLOCK", 2)
+        patch.setattr(preparing, "BLOCK_SIZE", 2)
         patch.setattr(preparing, "MAX_SHARD_MIB", 0.0)
         yield
 
 
 def run(recorded: Path, out: Path, **changes: Any) -> tuple[int, list[str]]:
     how = Conversion(size=changes.pop("size", ("48x40", "wrist=24x24")))
-    return prepare(recorded, out, how=how, **changes)
+    return prepare(recorded, out, conversion=how, **changes)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -265,7 +265,9 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
     written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
     found = [number for reason in reasons for number in "0123" if f"made#{number}" in reason]
     assert written == 4 and sorted(found) == ["1", "3"]  # broken, a single step
-    written, reasons = prepare(tmp_path / "arm", tmp_path / "fit", how=Conversion(size=("32x32",)))
+    written, reasons = prepare(
+        tmp_path / "arm", tmp_path / "fit", conversion=Conversion(size=("32x32",))
+    )
     assert written == 4 and len(reasons) == 2
     said, how = (
         r"no good episode: .*'wirst': made#\d: .*external",

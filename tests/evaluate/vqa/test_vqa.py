@@ -133,7 +133,7 @@ def test_broken_grammar_is_counted_and_counts_as_a_miss(monkeypatch: pytest.Monk
     lonely = replace(labels[0], objects=labels[0].objects[:1])
     with pytest.warns(Notice, match="offset, chain_of_thought"):
         assert len(ask_oracle(Oracle(), [lonely], monkeypatch).families) == 4
-    question = scores.asked[0].question
+    question = scores.answers[0].question
     assert measure_answer(question, question.segments[:-1], labels[0]) == {"iou_25": 0, "iou_50": 0}
 
 
@@ -256,7 +256,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
             scores.families[family].measures["relative"].value
         )
         assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
-    uri, _ = figure(next(a for a in scores.asked if a.question.family == "box_vertices"))
+    uri, _ = figure(next(a for a in scores.answers if a.question.family == "box_vertices"))
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
     assert picture.shape == (420, 560, 3)
     for colour in (TRUTH, PREDICTION):

@@ -14,7 +14,7 @@ from PIL import Image
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
 from spear.labels.fit.masks import decode_mask, decode_run_lengths, encode_mask, rasterize_polygons
-from spear.labels.inputs import list_images, read_images
+from spear.labels.inputs import list_images
 from spear.labels.model_factories import resolve_factory
 from spear.labels.models.annotations import (
     Annotation,
@@ -26,6 +26,7 @@ from spear.labels.models.annotations import (
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
+from spear.labels.pipeline import read_images
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")

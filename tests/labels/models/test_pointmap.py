@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from labels_stand_ins import noise
-from moge_reference import checkpoint, random_v1, reference
+from moge_reference import build_reference_model, build_small_v1, make_checkpoint
 from refusals import refuses
 from spear.labels.fit.image import project
 from spear.labels.models.pointmap import MogePointMapModel
@@ -16,7 +16,7 @@ from spear.models.moge.infer import infer_geometry
 
 def test_images_of_all_sizes_come_back_in_order() -> None:
     frames = [noise(0), noise(1, 56, 42), noise(2)]
-    pointmap = MogePointMapModel(random_v1(), device="cpu")
+    pointmap = MogePointMapModel(build_small_v1(), device="cpu")
     for one, result in zip(frames, pointmap.predict(frames), strict=True):
         assert result.points.shape == one.image.shape and result.points.dtype == np.float32
         assert (
@@ -31,7 +31,7 @@ def test_images_of_all_sizes_come_back_in_order() -> None:
 
 
 def test_points_lie_on_the_rays_of_their_pixels() -> None:
-    (found,) = MogePointMapModel(random_v1(), device="cpu").predict([noise(0)])
+    (found,) = MogePointMapModel(build_small_v1(), device="cpu").predict([noise(0)])
     y, x = np.mgrid[:40, :60] + 0.5
     np.testing.assert_allclose(
         project(found.points, found.intrinsics), np.stack([x, y], -1), atol=1e-2
@@ -40,9 +40,9 @@ def test_points_lie_on_the_rays_of_their_pixels() -> None:
 
 
 def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> None:
-    model = copy.deepcopy(reference(shared, 2))
+    model = copy.deepcopy(build_reference_model(shared, 2))
     model.max_tokens = 20
-    pointmap = MogePointMapModel(model, checkpoint(shared, 2).path.name, device="cpu")
+    pointmap = MogePointMapModel(model, make_checkpoint(shared, 2).path.name, device="cpu")
     assert pointmap.name == "moge-2 reference-v2.pt"
     one = noise(0)
     (found,) = pointmap.predict([one])
@@ -55,7 +55,7 @@ def test_moge_2_gives_metres_and_leaves_unknown_points_at_zero(shared: Path) -> 
 
 
 def test_points_to_which_no_camera_fits_are_an_error() -> None:
-    model = copy.deepcopy(random_v1())
+    model = copy.deepcopy(build_small_v1())
     last = model.head.output_block[0][2]
     last.bias.data[2] = 200.0  # exp(200) overflows
     refuses(r"0\.jpg: no camera fits", MogePointMapModel(model, device="cpu").predict, [noise(0)])

@@ -1,32 +1,34 @@
-"""MoGe checkpoints: every name accounted for, files that are refused, and the Hub."""
+"""MoGe checkpoints: every name is accounted for, and broken or foreign files are refused."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moge_reference import checkpoint, reference
+from moge_reference import build_reference_model, make_checkpoint
 from refusals import refuses
 from spear.models.moge.checkpoint import Checkpoint, build_moge, load_moge
 from spear.models.moge.networks import MogeV1
 
 
 def test_a_file_gives_the_network(shared: Path, tmp_path: Path) -> None:
-    published = checkpoint(shared, 1)
-    torch.save(
-        {"model_config": published.config, "model": published.weights}, tmp_path / "model.pt"
-    )
+    published = make_checkpoint(shared, 1)
+    content = {"model_config": published.config, "model": published.weights}
+    torch.save(content, tmp_path / "model.pt")
+
     model = load_moge(tmp_path / "model.pt")
-    assert model.unit == "relative" and not model.training and model.max_tokens == 2500
-    torch.testing.assert_close(
-        model.state_dict(), reference(shared, 1).state_dict(), rtol=0, atol=0
-    )
+
+    assert model.unit == "relative"
+    assert model.max_tokens == 2500
+    assert not model.training
+    expected = build_reference_model(shared, 1).state_dict()
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
 
 
-def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Checkpoint:
-    weights = {k: v for k, v in published.weights.items() if k != drop}
-    return dataclasses.replace(published, weights={**weights, **extra})
+def add_weights(published: Checkpoint, **weights: torch.Tensor) -> Checkpoint:
+    return dataclasses.replace(published, weights={**published.weights, **weights})
 
 
 @pytest.mark.parametrize(
@@ -40,40 +42,57 @@ def changed(published: Checkpoint, drop: str = "", **extra: torch.Tensor) -> Che
     ],
 )
 def test_a_missing_weight_is_named(shared: Path, version: int, name: str) -> None:
-    lacking = changed(checkpoint(shared, version), drop=name)
-    refuses(rf"weights missing: 1, first {name} \[[\d, ]+\]: ", build_moge, lacking)
+    published = make_checkpoint(shared, version)
+    weights = dict(published.weights)
+    del weights[name]
+    incomplete = dataclasses.replace(published, weights=weights)
+
+    refuses(rf"weights missing: 1, first {name} \[[\d, ]+\]", build_moge, incomplete)
 
 
-def test_unknown_misshapen_and_foreign_weights_are_named(shared: Path) -> None:
-    v1, v2 = checkpoint(shared, 1), checkpoint(shared, 2)
-    for published, extra in (
-        (v1, "backbone.register_tokens"),
-        (v2, "edge_head.bias"),
-        (v2, "image_mean"),
-    ):
-        more = changed(published, **{extra: torch.zeros(3)})
-        refuses(rf"weights unknown: 1, first {extra} \[3\]: ", build_moge, more)
-    other = changed(v1, **{"head.projects.0.bias": torch.zeros(5)})
-    refuses(r"wrong shape: 1, first head\.projects\.0\.bias \[5\], not \[512\]", build_moge, other)
-    grey = changed(v1, image_mean=torch.full((1, 3, 1, 1), 0.5))
-    refuses(r"image_mean is not ImageNet's", build_moge, grey)
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [(1, "backbone.register_tokens"), (2, "edge_head.bias"), (2, "image_mean")],
+)
+def test_an_unknown_weight_is_named(shared: Path, version: int, name: str) -> None:
+    published = add_weights(make_checkpoint(shared, version), **{name: torch.zeros(3)})
+    refuses(rf"weights unknown: 1, first {name} \[3\]", build_moge, published)
 
 
-def test_configs_that_were_never_published_are_refused(shared: Path) -> None:
-    config = checkpoint(shared, 1).config
-    refuses(
-        "MoGe config not supported: .*'sinh', only 'exp'",
-        MogeV1,
-        {**config, "remap_output": "sinh"},
-    )
-    refuses("MoGe config not supported: .*is 1", MogeV1, {**config, "last_res_blocks": 1})
-    v2 = checkpoint(shared, 2)
-    cut = {k: v for k, v in v2.config["neck"].items() if k != "dim_in"}
-    without = dataclasses.replace(v2, config={**v2.config, "neck": cut})
-    refuses(r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'", build_moge, without)
+def test_a_weight_of_another_shape_is_named(shared: Path) -> None:
+    name = "head.projects.0.bias"
+    published = add_weights(make_checkpoint(shared, 1), **{name: torch.zeros(5)})
+    refuses(rf"wrong shape: 1, first {name} \[5\], not \[512\]", build_moge, published)
 
 
-class Harmful:
+def test_other_image_statistics_are_refused(shared: Path) -> None:
+    gray = torch.full((1, 3, 1, 1), 0.5)
+    published = add_weights(make_checkpoint(shared, 1), image_mean=gray)
+    refuses(r"image_mean is not ImageNet's", build_moge, published)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("remap_output", "sinh", "'sinh', only 'exp'"), ("last_res_blocks", 1, "is 1")],
+)
+def test_configs_that_were_never_published_are_refused(
+    shared: Path, field: str, value: Any, message: str
+) -> None:
+    config = {**make_checkpoint(shared, 1).config, field: value}
+    refuses(f"MoGe config not supported: .*{message}", MogeV1, config)
+
+
+def test_a_config_without_a_field_is_refused(shared: Path) -> None:
+    published = make_checkpoint(shared, 2)
+    neck = dict(published.config["neck"])
+    del neck["dim_in"]
+    incomplete = dataclasses.replace(published, config={**published.config, "neck": neck})
+
+    message = r"MoGe v2 cannot be built from the config in .*KeyError 'dim_in'"
+    refuses(message, build_moge, incomplete)
+
+
+class RunsCodeWhenLoaded:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
@@ -81,22 +100,39 @@ class Harmful:
         return Path.touch, (self.marker,)
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    torch.save({"model": {}, "model_config": Harmful(marker)}, tmp_path / "harmful.pt")
-    why = r"harmful\.pt is not a PyTorch file of tensors and plain data alone"
-    refuses(rf"refused: .*{why}", load_moge, tmp_path / "harmful.pt")
+    file = tmp_path / "harmful.pt"
+    torch.save({"model": {}, "model_config": RunsCodeWhenLoaded(marker)}, file)
+
+    reason = r"harmful\.pt is not a PyTorch file of tensors and plain data alone"
+    refuses(rf"refused: .*{reason}", load_moge, file)
+
     assert not marker.exists()
-    for name, content, words in (
-        ("other.pt", {"model": {"conv.weight": torch.zeros(2)}}, r"has no backbone\.cls_token"),
-        ("list.pt", [1, 2], "holds no weights by name"),
-        ("part.pt", {"backbone.cls_token": torch.zeros(1, 1, 384)}, "no model_config"),
-    ):
-        torch.save(content, tmp_path / name)
-        refuses(words, load_moge, tmp_path / name)
-    whole = (tmp_path / "part.pt").read_bytes()
-    for name, content in (("cut.pt", whole[: len(whole) // 2]), ("empty.pt", b"")):
-        (tmp_path / name).write_bytes(content)
-        refuses(r"(broken checkpoint|checkpoint refused): ", load_moge, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"conv.weight": torch.zeros(2)}}, r"has no backbone\.cls_token"),
+        ([1, 2], "holds no weights by name"),
+        ({"backbone.cls_token": torch.zeros(1, 1, 384)}, "no model_config"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    refuses(message, load_moge, tmp_path / "other.pt")
+
+
+def test_a_truncated_or_empty_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"backbone.cls_token": torch.zeros(1, 1, 384)}, file)
+    content = file.read_bytes()
+    for size in (len(content) // 2, 0):
+        file.write_bytes(content[:size])
+        refuses(r"(broken checkpoint|checkpoint refused): ", load_moge, file)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path, "runs/absent.pt", tmp_path / "nowhere.pt"):
         refuses("MoGe checkpoint not found", load_moge, name)

@@ -1,15 +1,16 @@
-"""Write episodes as a LeRobot v3.0 dataset: the files, schemas and metadata of LeRobot's own library.
+"""Writing episodes as a LeRobot v3.0 dataset: the files, schemas and metadata of LeRobot's own library.
 
-"observation.state" [8] is position (m, base), quaternion (w x y z) and gripper opening; "action" [8] is the
-canonical action (`Action.to_vector`). `spear.json` beside `meta` says so, as for any dataset. Columns that
-LeRobot knows no name for (`action_mask`, `success`, `source`) are ordinary features of the dataset.
+"observation.state" [8] consists of position (m, base frame), quaternion (w x y z) and gripper
+opening; "action" [8] is the canonical action (`Action.to_vector`). As for any dataset, a `spear.json`
+next to `meta` says so. Columns that LeRobot has no name for (`action_mask`, `success`, `source`) are
+ordinary features of the dataset.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,247 +23,350 @@ from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
 from spear.errors import SpearError
-from spear.types import Episode
+from spear.types import Array, Episode
 from spear.util.files import check_new_folder, report_write_errors, write_text
 from spear.util.images import decode_image
 from spear.util.run_lock import acquire_run_lock
 
-CHUNK_FILES, DATA_MB, VIDEO_MB = 1000, 100, 200
-"""Files in a folder, and the sizes at which the next file begins: LeRobot's."""
+FILES_PER_CHUNK = 1000  # files in a folder, as LeRobot has it
+MAX_DATA_FILE_MIB = 100  # after which the next file of rows begins, as LeRobot has it
+MAX_VIDEO_FILE_MIB = 200  # after which the next video file begins, as LeRobot has it
+EPISODES_PER_FILE = 10_000  # rows of one file of `meta/episodes`
+MIB = 2**20  # bytes
+PNG_START = b"\x89PNG"
+
 STATE_NAMES = ["x", "y", "z", "qw", "qx", "qy", "qz", "gripper"]
 ACTION_NAMES = ["dx", "dy", "dz", "dqw", "dqx", "dqy", "dqz", "gripper"]
-_OURS = {"action_mask": "bool", "success": "int64", "source": "string"}
-_INDEX = {"timestamp": "float32"}
-_INDEX |= dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
-_ARROW = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
+OWN_FEATURES = {"action_mask": "bool", "success": "int64", "source": "string"}
+"""Feature → type, of those that only our datasets have."""
+INDEX_FEATURES = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+"""Feature → type, of those that all LeRobot datasets have."""
+ARROW_TYPES = {
+    "float32": pa.float32(),
+    "int64": pa.int64(),
+    "bool": pa.bool_(),
+    "string": pa.string(),
+}
+NUMBER_TYPES = ("float32", "int64", "bool")  # of the features that have statistics
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-EPISODES_PER_FILE = 10_000
-"""Rows of one file of `meta/episodes` (our choice)."""
 
 
 def write_lerobot(
     episodes: Iterable[Episode], folder: str | Path, images: Literal["image", "video"] = "image"
 ) -> int:
-    """Write episodes, checked, as a LeRobot v3.0 dataset; returns how many.
+    """Write episodes, checked, as a LeRobot v3.0 dataset.
 
-    images  "image" keeps the encoded images as they are, inside Parquet; "video" encodes them as AV1.
-    The folder appears when everything is in it. Raises SpearError when it holds something, or another process
-    writes it, for a bad episode or none, and when episodes differ in cameras, image size or rate.
+    Args:
+        episodes: At least one episode. All have the same rate, cameras and image sizes.
+        folder: The folder of the dataset. It appears when it is complete.
+        images: "image" writes the encoded images unchanged into Parquet; "video" encodes them as
+            AV1.
+
+    Returns:
+        The number of episodes.
+
+    Raises:
+        SpearError: If the folder is not empty, another process writes it, an episode is bad, or
+            episodes differ in cameras, image size or rate.
     """
     target = Path(folder)
     check_new_folder(target)
-    part = target.with_name(f".{target.name}.part")
-    with acquire_run_lock(part, "exporting in"), report_write_errors(target):
+    work_dir = target.with_name(f".{target.name}.part")
+    with acquire_run_lock(work_dir, "exporting in"), report_write_errors(target):
         writer: _Writer | None = None
-        shutil.rmtree(part / "dataset", ignore_errors=True)
+        shutil.rmtree(work_dir / "dataset", ignore_errors=True)
         try:
-            for episode in map(add_actions, map(check_episode, episodes)):
+            for unchecked_episode in episodes:
+                episode = add_actions(check_episode(unchecked_episode))
                 samples = sample_images(episode)
-                writer = writer or _Writer(part / "dataset", samples, episode.rate_hz, images)
+                if writer is None:
+                    writer = _Writer(work_dir / "dataset", samples, episode.rate_hz, images)
                 writer.add(episode, samples)
             if writer is None:
                 raise SpearError(f"no episodes: nothing to write to {target}")
             writer.finish()
             writer.folder.replace(target)
-            return writer.episodes
+            return writer.num_episodes
         finally:
             if writer is not None:
-                with contextlib.suppress(
-                    OSError
-                ):  # the disk may be full: what went wrong first is told
+                # If the disk is full, the error that is being raised already says so.
+                with contextlib.suppress(OSError):
                     writer.close()
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(work_dir, ignore_errors=True)
 
 
 class _Writer:
-    """The files of a dataset being written, one episode after the other.
+    """Writes the files of a dataset, one episode after the other.
 
-    samples   of the images of the first episode, whose cameras and sizes all have.
-    rate_hz   of all episodes.
+    Args:
+        folder: The folder of the dataset.
+        samples: Camera → sample of the images of the first episode. All episodes must have its
+            cameras and image sizes.
+        rate_hz: The rate of all episodes.
+        images: "image" or "video".
     """
 
     def __init__(
         self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, images: str
     ) -> None:
-        self.folder, self.images, self.rate_hz = folder, images, rate_hz
-        self.sizes = {camera: samples[camera].size for camera in sorted(samples)}
-        self.features = make_features(self.sizes, images, self.rate_hz)
+        self.folder = folder
+        self.images = images
+        self.rate_hz = rate_hz
+        self.image_sizes = {camera: samples[camera].size for camera in sorted(samples)}
+        self.features = make_features(self.image_sizes, images, self.rate_hz)
         self.schema = make_schema(self.features)
-        self.tasks: dict[str, int] = {}
-        numbers = [
-            n for n, f in self.features.items() if f["dtype"] in ("float32", "int64", "bool")
-        ]
-        self.rows = {name: RowStats() for name in numbers}
-        self.pictures = {camera: ImageSample(size) for camera, size in self.sizes.items()}
-        self.episodes = self.frames = self.data_files = self.meta_files = 0
-        self.waiting: list[dict[str, Any]] = []
-        self.video_files = dict.fromkeys(self.sizes, 0)
+
+        # What was written so far.
+        self.num_episodes = 0
+        self.num_rows = 0
+        self.tasks: dict[str, int] = {}  # instruction → task index
+        self.episode_rows: list[dict[str, Any]] = []  # not yet in a file of `meta/episodes`
+
+        # Statistics over all episodes.
+        self.row_stats: dict[str, RowStats] = {}
+        for name, feature in self.features.items():
+            if feature["dtype"] in NUMBER_TYPES:
+                self.row_stats[name] = RowStats()
+        self.image_samples = {
+            camera: ImageSample(size) for camera, size in self.image_sizes.items()
+        }
+
+        # The numbers of the current files, and the open ones.
+        self.data_file_number = 0
+        self.meta_file_number = 0
+        self.video_file_numbers = dict.fromkeys(self.image_sizes, 0)
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, VideoWriter] = {}
 
     def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
-        """Write a checked episode; samples are those of its images (see `sample_images`). Raises SpearError
-        when it differs from the others in cameras, image sizes or rate."""
-        name, cameras = episode.source, sorted(episode.images)
-        if cameras != list(self.sizes):
-            raise SpearError(
-                f"cameras differ: {name} has {cameras}, the first episode {list(self.sizes)}"
-            )
-        for camera, size in self.sizes.items():
-            check_size(samples[camera].size, size, f"{name} step 0 camera {camera!r}")
-        if episode.rate_hz != self.rate_hz:
-            rates = f"{name} is at {episode.rate_hz:g} Hz, the first episode at {self.rate_hz:g}"
-            raise SpearError(f"rates differ: {rates}: resample (see `spear data prepare`)")
-        if self._data is not None and os.path.getsize(self._data_path) > DATA_MB << 20:
-            self._end_file()
-        length, columns = len(episode), self._columns(episode)
+        """Write a checked episode.
+
+        Args:
+            episode: The episode, with canonical actions.
+            samples: Camera → sample of its images (see `sample_images`).
+
+        Raises:
+            SpearError: If it differs from the first episode in cameras, image sizes or rate.
+        """
+        self._check_same_form(episode, samples)
+        if self._data is not None and os.path.getsize(self._data_path) > MAX_DATA_FILE_MIB * MIB:
+            self._end_data_file()
+
+        # The rows of the steps, and the row of the episode.
+        length = len(episode)
+        columns = self._make_columns(episode)
         row: dict[str, Any] = {
-            "episode_index": self.episodes,
+            "episode_index": self.num_episodes,
             "tasks": [episode.instruction],
             "length": length,
             **self._write_rows(columns, episode),
-            "dataset_from_index": self.frames,
-            "dataset_to_index": self.frames + length,
+            "dataset_from_index": self.num_rows,
+            "dataset_to_index": self.num_rows + length,
         }
-        rows = {name: columns[name].reshape(length, -1) for name in self.rows}
-        stats = {name: RowStats().add(values).total() for name, values in rows.items()}
-        for camera in self.sizes:
-            if self.images == "video":
+        if self.images == "video":
+            for camera in self.image_sizes:
                 row |= self._write_video(camera, episode)
-            stats[feature_name(camera)] = samples[camera].stats()
-            self.pictures[camera].histogram[...] += samples[camera].histogram
-        for name in self.features:
-            for which, values in stats.get(name, {}).items():
-                row[f"stats/{name}/{which}"] = values.tolist()
-        self.waiting.append(row | file_indices("meta/episodes", self.meta_files))
-        for name, values in rows.items():
-            self.rows[name].add(values)
-        self.episodes += 1
-        self.frames += length
-        if len(self.waiting) == EPISODES_PER_FILE:
-            self._write_episodes()
+        row |= self._make_stats_columns(columns, samples)
+        row |= file_indices("meta/episodes", self.meta_file_number)
+        self.episode_rows.append(row)
 
-    def _columns(self, episode: Episode) -> dict[str, Any]:
-        """Everything but images, as arrays [T] or [T, d]."""
+        # Statistics and counts of the whole dataset.
+        for name, stats in self.row_stats.items():
+            stats.add(columns[name].reshape(length, -1))
+        for camera, sample in self.image_samples.items():
+            sample.histogram[...] += samples[camera].histogram
+        self.num_episodes += 1
+        self.num_rows += length
+        if len(self.episode_rows) == EPISODES_PER_FILE:
+            self._write_episode_rows()
+
+    def _check_same_form(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
+        """Raise SpearError for an episode that differs from the first in cameras, sizes or rate."""
+        cameras = sorted(episode.images)
+        if cameras != list(self.image_sizes):
+            raise SpearError(
+                f"cameras differ: {episode.source} has {', '.join(cameras)}, "
+                f"the first episode {', '.join(self.image_sizes)}"
+            )
+        for camera, size in self.image_sizes.items():
+            check_size(samples[camera].size, size, f"{episode.source} step 0 camera {camera!r}")
+        if episode.rate_hz != self.rate_hz:
+            raise SpearError(
+                f"rates differ: {episode.source} is at {episode.rate_hz:g} Hz, the first episode "
+                f"at {self.rate_hz:g}: resample (see `spear data prepare`)"
+            )
+
+    def _make_columns(self, episode: Episode) -> dict[str, Any]:
+        """Make all columns except the images: arrays [T] or [T, d], or lists of T texts."""
         length = len(episode)
-        state = episode.position, episode.rotation, episode.gripper
+        state = np.column_stack([episode.position, episode.rotation, episode.gripper])
+        success = -1 if episode.success is None else episode.success
+        task_index = self.tasks.setdefault(episode.instruction, len(self.tasks))
         return {
-            "observation.state": np.column_stack(state).astype(np.float32),
+            "observation.state": state.astype(np.float32),
             "action": np.asarray(episode.action, np.float32),
             "action_mask": np.asarray(episode.action_mask),
-            "success": np.full(
-                length, -1 if episode.success is None else episode.success, np.int64
-            ),
+            "success": np.full(length, success, np.int64),
             "source": [episode.source] * length,
             "timestamp": (np.arange(length) / self.rate_hz).astype(np.float32),
             "frame_index": np.arange(length),
-            "episode_index": np.full(length, self.episodes),
-            "index": self.frames + np.arange(length),
-            "task_index": np.full(
-                length, self.tasks.setdefault(episode.instruction, len(self.tasks))
-            ),
+            "episode_index": np.full(length, self.num_episodes),
+            "index": self.num_rows + np.arange(length),
+            "task_index": np.full(length, task_index),
         }
+
+    def _make_stats_columns(
+        self, columns: Mapping[str, Any], samples: Mapping[str, ImageSample]
+    ) -> dict[str, Any]:
+        """Make the columns of an episode's row that have its statistics."""
+        stats: dict[str, Mapping[str, Array]] = {}
+        for name in self.row_stats:
+            values = columns[name]
+            stats[name] = RowStats().add(values.reshape(len(values), -1)).total()
+        for camera in self.image_sizes:
+            stats[feature_name(camera)] = samples[camera].stats()
+
+        stats_columns: dict[str, Any] = {}
+        for name in self.features:
+            for statistic, values in stats.get(name, {}).items():
+                stats_columns[f"stats/{name}/{statistic}"] = values.tolist()
+        return stats_columns
 
     @property
     def _data_path(self) -> Path:
-        return self.folder / file_path(DATA_PATH, self.data_files)
+        return self.folder / file_path(DATA_PATH, self.data_file_number)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
+        """Append the steps of an episode; returns in which file they are."""
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
             self._data = pq.ParquetWriter(self._data_path, self.schema)
+
         rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
-        for camera, images in episode.images.items() if self.images == "image" else ():
-            end = "png" if images[0][:4] == b"\x89PNG" else "jpg"
-            cells = [
-                {"bytes": image, "path": f"frame-{step:06d}.{end}"}
-                for step, image in enumerate(images)
-            ]
-            rows[feature_name(camera)] = cells
+        if self.images == "image":
+            for camera, images in episode.images.items():
+                rows[feature_name(camera)] = _make_image_cells(images)
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
-        return file_indices("data", self.data_files)
+        return file_indices("data", self.data_file_number)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
-        """Append the frames of an episode; returns where they are."""
-        name = feature_name(camera)
-        if camera in self._videos and self._videos[camera].num_bytes > VIDEO_MB << 20:
-            self._videos.pop(camera).close()
-            self.video_files[camera] += 1
-        if camera not in self._videos:
-            path = self.folder / file_path(VIDEO_PATH, self.video_files[camera], video_key=name)
-            self._videos[camera] = VideoWriter(path, *self.sizes[camera], self.rate_hz)
-        video = self._videos[camera]
-        first = video.num_frames
+        """Append the images of an episode to a video; returns in which file and where they are."""
+        video = self._get_video(camera)
+        first_frame = video.num_frames
         for step, encoded in enumerate(episode.images[camera]):
-            where = f"{episode.source} step {step} camera {camera!r}"
-            image = decode_image(encoded, where)
-            check_size(image.shape[:2], self.sizes[camera], where)
+            description = f"{episode.source} step {step} camera {camera!r}"
+            image = decode_image(encoded, description)
+            check_size(image.shape[:2], self.image_sizes[camera], description)
             video.write(image)
+
+        prefix = f"videos/{feature_name(camera)}"
         return {
-            **file_indices(f"videos/{name}", self.video_files[camera]),
-            f"videos/{name}/from_timestamp": first / self.rate_hz,
-            f"videos/{name}/to_timestamp": (first + len(episode)) / self.rate_hz,
+            **file_indices(prefix, self.video_file_numbers[camera]),
+            f"{prefix}/from_timestamp": first_frame / self.rate_hz,
+            f"{prefix}/to_timestamp": (first_frame + len(episode)) / self.rate_hz,
         }
 
-    def _end_file(self) -> None:
+    def _get_video(self, camera: str) -> VideoWriter:
+        """Get the open video of a camera; a new one if there is none, or it is too large."""
+        video = self._videos.get(camera)
+        if video is not None and video.num_bytes > MAX_VIDEO_FILE_MIB * MIB:
+            self._videos.pop(camera).close()
+            self.video_file_numbers[camera] += 1
+            video = None
+        if video is None:
+            number = self.video_file_numbers[camera]
+            path = self.folder / file_path(VIDEO_PATH, number, video_key=feature_name(camera))
+            height, width = self.image_sizes[camera]
+            video = VideoWriter(path, height, width, self.rate_hz)
+            self._videos[camera] = video
+        return video
+
+    def _end_data_file(self) -> None:
         """Complete the file of rows; the next episode begins another."""
         if self._data is not None:
-            data, self._data = self._data, None
+            data = self._data
+            self._data = None
             data.close()
-            self.data_files += 1
+            self.data_file_number += 1
 
-    def _write_episodes(self) -> None:
-        """Write a file of `meta/episodes` from what is waiting for it."""
-        path = self.folder / file_path(EPISODES_PATH, self.meta_files)
+    def _write_episode_rows(self) -> None:
+        """Write the rows of episodes that are not yet in a file of `meta/episodes`."""
+        path = self.folder / file_path(EPISODES_PATH, self.meta_file_number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(self.waiting), path)
-        self.waiting, self.meta_files = [], self.meta_files + 1
+        pq.write_table(pa.Table.from_pylist(self.episode_rows), path)
+        self.episode_rows = []
+        self.meta_file_number += 1
 
     def close(self) -> None:
-        """Close what is open."""
-        self._end_file()
+        """Close the open files."""
+        self._end_data_file()
         while self._videos:
-            self._videos.popitem()[1].close()
+            _, video = self._videos.popitem()
+            video.close()
 
     def finish(self) -> None:
-        """Complete all files, and write those that sum up the dataset."""
+        """Complete all files, and write those that describe the whole dataset."""
         self.close()
-        if self.waiting:
-            self._write_episodes()
-        stats = {name: rows.total() for name, rows in self.rows.items()}
-        stats |= {feature_name(camera): seen.stats() for camera, seen in self.pictures.items()}
-        lists = {
-            n: {k: v.tolist() for k, v in stats[n].items()} for n in self.features if n in stats
-        }
-        info = {
+        if self.episode_rows:
+            self._write_episode_rows()
+        self._write_json("meta/stats.json", self._make_stats())
+        self._write_json("meta/info.json", self._make_info())
+        self._write_json(LAYOUT_FILE, describe_layout(self.image_sizes))
+        write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+
+    def _make_stats(self) -> dict[str, Any]:
+        """Make the content of stats.json, with features in the order of the columns."""
+        stats = {name: row_stats.total() for name, row_stats in self.row_stats.items()}
+        for camera, sample in self.image_samples.items():
+            stats[feature_name(camera)] = sample.stats()
+
+        content: dict[str, Any] = {}
+        for name in self.features:
+            if name in stats:
+                content[name] = {key: values.tolist() for key, values in stats[name].items()}
+        return content
+
+    def _make_info(self) -> dict[str, Any]:
+        """Make the content of info.json."""
+        return {
             "codebase_version": "v3.0",
             "robot_type": "unknown",
-            "total_episodes": self.episodes,
-            "total_frames": self.frames,
+            "total_episodes": self.num_episodes,
+            "total_frames": self.num_rows,
             "total_tasks": len(self.tasks),
-            "chunks_size": CHUNK_FILES,
-            "data_files_size_in_mb": DATA_MB,
-            "video_files_size_in_mb": VIDEO_MB,
+            "chunks_size": FILES_PER_CHUNK,
+            "data_files_size_in_mb": MAX_DATA_FILE_MIB,
+            "video_files_size_in_mb": MAX_VIDEO_FILE_MIB,
             "fps": int_if_whole(self.rate_hz),
-            "splits": {"train": f"0:{self.episodes}"},
+            "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.images == "video" else None,
             "features": self.features,
         }
-        layout = describe_layout(self.sizes)
-        for name, content in {
-            "meta/stats.json": lists,
-            "meta/info.json": info,
-            LAYOUT_FILE: layout,
-        }.items():
-            write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
-        write_tasks(self.folder / "meta/tasks.parquet", list(self.tasks))
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_text(self.folder / name, json.dumps(content, indent=4, ensure_ascii=False))
+
+
+def _make_image_cells(images: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Make the cells of an image column, as the `datasets` library has them."""
+    suffix = "png" if images[0].startswith(PNG_START) else "jpg"
+    cells: list[dict[str, Any]] = []
+    for step, image in enumerate(images):
+        cells.append({"bytes": image, "path": f"frame-{step:06d}.{suffix}"})
+    return cells
 
 
 def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
-    """What `spear.json` says of the columns."""
+    """The content of `spear.json`: what the columns of our datasets mean."""
     return {
         "images": {camera: f"observation/images/{camera}" for camera in cameras},
         "position": "observation/state[0:3]",
@@ -271,24 +375,29 @@ def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
         "gripper": "observation/state[7]",
         "gripper_range": [0.0, 1.0],
         "action": "action",
-        **{name: name for name in _OURS},
+        **{name: name for name in OWN_FEATURES},
     }
 
 
 def make_features(
-    sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float
+    image_sizes: Mapping[str, tuple[int, int]], images: str, rate_hz: float
 ) -> dict[str, Any]:
-    """The "features" of info.json, in the order of the columns."""
+    """Make the "features" of info.json, in the order of the columns.
+
+    Args:
+        image_sizes: Camera → (height, width) in pixels.
+        images: "image" or "video".
+        rate_hz: The rate of the dataset.
+    """
     features: dict[str, Any] = {}
-    for camera, (height, width) in sizes.items():
-        names = ["height", "width", "channels"]
-        features[feature_name(camera)] = {
+    for camera, (height, width) in image_sizes.items():
+        feature: dict[str, Any] = {
             "dtype": images,
             "shape": [height, width, 3],
-            "names": names,
+            "names": ["height", "width", "channels"],
         }
         if images == "video":
-            features[feature_name(camera)]["info"] = {
+            feature["info"] = {
                 "video.height": height,
                 "video.width": width,
                 "video.codec": "av1",
@@ -298,64 +407,81 @@ def make_features(
                 "video.channels": 3,
                 "has_audio": False,
             }
+        features[feature_name(camera)] = feature
+
     features["observation.state"] = {"dtype": "float32", "shape": [8], "names": STATE_NAMES}
     features["action"] = {"dtype": "float32", "shape": [8], "names": ACTION_NAMES}
-    for name, dtype in {**_OURS, **_INDEX}.items():
+    for name, dtype in {**OWN_FEATURES, **INDEX_FEATURES}.items():
         features[name] = {"dtype": dtype, "shape": [1], "names": None}
     return features
 
 
 def make_schema(features: Mapping[str, Any]) -> pa.Schema:
-    """The schema of the rows, with the note that lets the `datasets` library restore its types."""
+    """Make the schema of the rows, with the note by which the `datasets` library restores its types."""
     fields: list[pa.Field] = []
     note: dict[str, Any] = {}
     for name, feature in features.items():
-        dtype, length = feature["dtype"], feature["shape"][0]
-        value = {"dtype": dtype, "_type": "Value"}
+        dtype = feature["dtype"]
+        length = feature["shape"][0]
+        value_note = {"dtype": dtype, "_type": "Value"}
+        if dtype == "video":
+            continue
         if dtype == "image":
             fields.append(pa.field(name, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
             note[name] = {"_type": "Image"}
-        elif dtype != "video" and length == 1:
-            fields.append(pa.field(name, _ARROW[dtype]))
-            note[name] = value
-        elif dtype != "video":
-            fields.append(pa.field(name, pa.list_(pa.field("element", _ARROW[dtype]), length)))
-            note[name] = {"feature": value, "length": length, "_type": "List"}
+        elif length == 1:
+            fields.append(pa.field(name, ARROW_TYPES[dtype]))
+            note[name] = value_note
+        else:
+            element = pa.field("element", ARROW_TYPES[dtype])
+            fields.append(pa.field(name, pa.list_(element, length)))
+            note[name] = {"feature": value_note, "length": length, "_type": "List"}
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": note}})})
 
 
 def write_tasks(path: Path, tasks: list[str]) -> None:
-    """The tasks, as the index of the table for whoever reads it with pandas."""
-    index = "__index_level_0__"
-    column = {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"}
+    """Write the tasks, as the index of a table for programs that read it with pandas."""
+    index_name = "__index_level_0__"
+    index_column = {
+        "name": None,
+        "field_name": index_name,
+        "pandas_type": "unicode",
+        "numpy_type": "object",
+        "metadata": None,
+    }
     note = {
-        "index_columns": [index],
-        "columns": [{**column, "metadata": None}],
+        "index_columns": [index_name],
+        "columns": [index_column],
         "column_indexes": [],
     }
-    numbers, texts = pa.array(range(len(tasks)), pa.int64()), pa.array(tasks, pa.large_string())
-    table = pa.table({"task_index": numbers, index: texts})
+    columns = {
+        "task_index": pa.array(range(len(tasks)), pa.int64()),
+        index_name: pa.array(tasks, pa.large_string()),
+    }
+    table = pa.table(columns)
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), path)
 
 
 def feature_name(camera: str) -> str:
+    """The name of the feature with a camera's images."""
     return f"observation.images.{camera}"
 
 
 def file_path(template: str, number: int, **names: str) -> str:
     """The path of file `number` of one kind below the folder of the dataset."""
     return template.format(
-        chunk_index=number // CHUNK_FILES, file_index=number % CHUNK_FILES, **names
+        chunk_index=number // FILES_PER_CHUNK, file_index=number % FILES_PER_CHUNK, **names
     )
 
 
 def file_indices(prefix: str, number: int) -> dict[str, int]:
+    """The columns of an episode's row that say in which file its data are."""
     return {
-        f"{prefix}/chunk_index": number // CHUNK_FILES,
-        f"{prefix}/file_index": number % CHUNK_FILES,
+        f"{prefix}/chunk_index": number // FILES_PER_CHUNK,
+        f"{prefix}/file_index": number % FILES_PER_CHUNK,
     }
 
 
 def int_if_whole(rate_hz: float) -> int | float:
-    """LeRobot's rates are whole numbers where they can be."""
+    """A rate as LeRobot writes it: a whole number if it can be one."""
     return int(rate_hz) if rate_hz == int(rate_hz) else rate_hz

@@ -1,12 +1,14 @@
-"""From a robot dataset in any format to one that training reads at the speed of the decoder.
+"""Preparing a robot dataset in any format for training.
 
-What is written is a store of episodes (`spear.data.store.episode_store`): canonical actions, 5 Hz, JPEGs in
-the size that the model sees. Beside the shards lie `sketches.npz` (see `spear.data.normalize`),
-`request.json`, for which request they were made, and `skipped.json`: which episodes were left out, and why.
+The result is a store of episodes (`spear.data.store.episode_store`) with canonical actions at 5 Hz
+and JPEGs in the size that the model sees, so that training reads it at the speed of the decoder. Next
+to its shards are three files: `sketches.npz` (see `spear.data.normalize`), `request.json`, which says
+what the store was made from, and `skipped.json`, which says which episodes were skipped, and why.
 
-Blocks of episodes are made ready by any number of processes and written in order: the bytes do not depend on
-how many there are. Until all is done the folder is `.OUT.part/dataset`. The note of each shard says how far
-the work was and what was left out since the one before, so a run that was killed continues behind the last.
+Any number of processes prepare blocks of episodes, which are written in order, so the bytes do not
+depend on the number of processes. Until the work is finished its folder is `.OUT.part/dataset`. The
+note of each shard says how many blocks are done, and which episodes were skipped since the shard
+before. After a kill, the same call therefore continues behind the last shard.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +37,7 @@ from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episo
 from spear.data.normalize import save_sketches
 from spear.data.options import Conversion
 from spear.data.readers import formats
+from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.splits import parse_split
 from spear.data.store.episode_store import (
     REQUEST_FILE,
@@ -54,230 +57,362 @@ from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import describe_difference, record_or_check_settings
 from spear.util.skipped_items import SkippedItems
 
-BLOCK, MAX_SHARD_MIB, MAX_BAD_SHARE = 16, 100, 0.5
-"""Episodes that are made ready at a time, images in a shard, about, and the share of bad episodes above which
-preparing is given up (our choice)."""
+BLOCK_SIZE = 16  # episodes that a worker prepares at a time
+MAX_SHARD_MIB = 100  # of images, after which the next shard begins
+MAX_BAD_SHARE = 0.5  # of the episodes; with more, preparing stops
+NUM_CHECKED_EPISODES = 100  # whose units and grippers are checked at the end
+POLL_INTERVAL_S = 0.5  # at which other processes look for the prepared folder
+JPEG_START = b"\xff\xd8"
 SKIPPED_FILE = "skipped.json"
+
+
+class Block(NamedTuple):
+    """A part of the split that is prepared at a time, as the readers take it ("train[0:16]")."""
+
+    split: str
+    num_episodes: int
+
+
+class PreparationPlan(NamedTuple):
+    """What `prepare` will do.
+
+    request       what the result depends on; it is recorded as `request.json`.
+    has_commands  whether the dataset logs gripper commands.
+    """
+
+    request: dict[str, Any]
+    blocks: list[Block]
+    has_commands: bool
 
 
 def prepare(
     path: str | Path,
     out_dir: str | Path,
     split: str = "train",
-    how: Conversion | None = None,
+    conversion: Conversion | None = None,
     workers: int = 0,
 ) -> tuple[int, list[str]]:
-    """Make a dataset ready for training (see above); returns how many episodes it has, and why not the rest.
+    """Prepare a dataset for training.
 
-    path       in any format that `spear.data.readers.formats` knows; split says which of its episodes.
-    how        what is made of them; by default at 5 Hz, images as they are.
-    workers    processes that read and resize (0: this one). The result is the same, byte for byte.
+    Broken records are skipped, as is what `check_episode` rejects, and what has no known action, no
+    image, or not the cameras that `conversion` names.
 
-    Skipped are broken records, what `check_episode` refuses, and what has no known action, picture or camera
-    that `how` names. `out_dir` appears when all is in it; the same call then finds it. Raises SpearError when
-    most are bad, `out_dir` holds something else, or the disk is full: the same call then continues.
+    Args:
+        path: A folder in any format that `spear.data.readers.formats` knows.
+        out_dir: The folder of the result. It appears when it is complete; the same call then finds
+            it and returns at once.
+        split: Which episodes: "train", "train[:20%]", …
+        conversion: Rate and image sizes; by default 5 Hz and unchanged images.
+        workers: The number of processes that read and resize; 0 for this one. The result is the
+            same, byte for byte.
+
+    Returns:
+        The number of episodes, and why the others were skipped.
+
+    Raises:
+        SpearError: If most episodes are bad, `out_dir` contains something else, or the disk is
+            full. The same call continues the work.
     """
-    path, out, how = Path(path), Path(out_dir), how or Conversion()
-    request, todo, logged = plan_preparation(path, out, split, how)
+    path = Path(path)
+    out = Path(out_dir)
+    conversion = conversion or Conversion()
+    plan = plan_preparation(path, out, split, conversion)
     if (out / REQUEST_FILE).is_file():
         return len(EpisodeStore(out)), json.loads((out / SKIPPED_FILE).read_text("utf-8"))
-    work = out.with_name(f".{out.name}.part")
-    folder = work / "dataset"
-    with acquire_run_lock(work, "preparing data in", REQUEST_FILE):
+
+    work_dir = out.with_name(f".{out.name}.part")
+    folder = work_dir / "dataset"
+    with acquire_run_lock(work_dir, "preparing data in", REQUEST_FILE):
+        # Write the shards that an earlier call did not write.
         folder.mkdir(exist_ok=True)
         record_or_check_settings(
-            work / REQUEST_FILE, request, is_resuming=bool(list_shards(folder))
+            work_dir / REQUEST_FILE, plan.request, is_resuming=bool(list_shards(folder))
         )
-        good, skipped = _write_shards(path, folder, todo, how, workers)
-        formats.check_enough_good(good, skipped, path, split)
+        num_good, skipped = _write_shards(path, folder, plan.blocks, conversion, workers)
+        formats.check_enough_good(num_good, skipped, path, split)
+
+        # Check the result, and summarize its statistics.
         store = EpisodeStore(folder)
-        _notice_units(store, path, logged)
+        _notice_implausible_values(store, path, plan.has_commands)
         if store.failed_mask().all():
             notice(
-                f"{path}: no episode of {good} succeeded: {out} is to look at, nothing learns from it"
+                f"{path}: no episode of {num_good} succeeded: {out} is to look at, "
+                "nothing learns from it"
             )
         else:
             save_sketches(store)
-        write_text(folder / SKIPPED_FILE, json.dumps(skipped.reasons, indent=4, ensure_ascii=False))
-        write_text(
-            folder / REQUEST_FILE,
-            json.dumps(request | {"shards": len(list_shards(folder))}, indent=2),
-        )
+
+        # Complete the folder, and give it its name.
+        skipped_text = json.dumps(skipped.reasons, indent=4, ensure_ascii=False)
+        write_text(folder / SKIPPED_FILE, skipped_text)
+        request = plan.request | {"shards": len(list_shards(folder))}
+        write_text(folder / REQUEST_FILE, json.dumps(request, indent=2))
         folder.replace(out)
-        shutil.rmtree(work, ignore_errors=True)
-    return good, skipped.reasons
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return num_good, skipped.reasons
 
 
-def plan_preparation(
-    path: Path, out: Path, split: str, how: Conversion
-) -> tuple[dict[str, Any], list[tuple[str, int]], bool]:
-    """The request that `prepare` will note, the pieces of the split with their lengths, and whether gripper
-    commands are logged. Writes nothing; raises `SpearError` for a layout, or an `out`, that does not fit."""
+def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) -> PreparationPlan:
+    """Plan what `prepare` will do. Writes nothing.
+
+    Raises:
+        SpearError: If the layout or the split is bad, or `out` contains something else.
+    """
     source = formats.open_dataset(path)
-    todo: list[
-        tuple[str, int]
-    ] = []  # pieces of the split as the readers take them, with their lengths
+    blocks: list[Block] = []
     for name, start, end in parse_split(formats.count_episodes(source), split, path):
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
-            todo.append((f"{name}[{first}:{last}]", last - first))
-    # what its columns mean; and says what is wrong with that before anything is written
-    layout = source.load_layout(how.layout) if isinstance(source, formats.Dataset) else None
-    # The hashed text keeps the class name of earlier versions, so that their folders stay valid.
-    meant = repr(layout and dataclasses.replace(layout, facts={}, weight=None))
-    meant = meant.replace("DatasetLayout(", "DatasetSpec(", 1)
+        for first in range(start, end, BLOCK_SIZE):
+            last = min(first + BLOCK_SIZE, end)
+            blocks.append(Block(f"{name}[{first}:{last}]", last - first))
+
+    layout = None
+    if isinstance(source, formats.Dataset):
+        layout = source.load_layout(conversion.layout)
     request = {
         "path": str(path.resolve()),
         "data": formats.fingerprint_dataset(source),
-        "episodes": hashlib.sha256("\n".join(block for block, _ in todo).encode()).hexdigest(),
-        "layout": hashlib.sha256(meant.encode()).hexdigest(),
-        "size": dict(sorted(how.sizes.items())),
-        "rate": how.rate,
+        "episodes": _hash_text("\n".join(block.split for block in blocks)),
+        "layout": _hash_layout(layout),
+        "size": dict(sorted(conversion.sizes.items())),
+        "rate": conversion.rate,
         "rules": ACTION_RULES_VERSION,
-        "quality": how.quality,
+        "quality": conversion.quality,
         "shard_mb": MAX_SHARD_MIB,
     }
+    _check_out_folder(out, request)
+    has_commands = layout is not None and layout.command is not None
+    return PreparationPlan(request, blocks, has_commands)
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash_layout(layout: DatasetLayout | None) -> str:
+    """Hash what a layout says of the columns."""
+    if layout is not None:
+        layout = dataclasses.replace(layout, facts={}, weight=None)
+    # The text keeps the class name of earlier versions, so that their folders stay valid.
+    return _hash_text(repr(layout).replace("DatasetLayout(", "DatasetSpec(", 1))
+
+
+def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
+    """Raise SpearError if the output folder contains anything but the result of this request."""
     if not (out / REQUEST_FILE).is_file():
         check_new_folder(out)
-    else:
-        made = read_json(out / REQUEST_FILE, "remove that folder") | {
-            "shards": None
-        }  # no part of the request
-        if other := describe_difference(made, request):
-            why = f"{out} was prepared from other episodes, or in another way ({other})"
-            raise SpearError(f"{why}: remove that folder, or choose another --out")
-    return request, todo, layout is not None and layout.command is not None
+        return
+
+    earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
+    earlier_request["shards"] = None  # no part of the request
+    difference = describe_difference(earlier_request, request)
+    if difference:
+        raise SpearError(
+            f"{out} was prepared from other episodes, or in another way ({difference}): "
+            "remove that folder, or choose another --out"
+        )
 
 
 def _write_shards(
-    path: Path, folder: Path, todo: Sequence[tuple[str, int]], how: Conversion, workers: int
+    path: Path, folder: Path, blocks: Sequence[Block], conversion: Conversion, workers: int
 ) -> tuple[int, SkippedItems]:
-    """Make the shards of all blocks (pieces of the split, each with its length) but for those that are there.
-    Returns how many episodes are good, and why the others are not."""
+    """Prepare all blocks, and write the shards that the folder does not have yet.
+
+    Returns the number of good episodes, and why the others were skipped.
+    """
+    # Continue behind the last shard.
     remove_unfinished_shards(folder)
-    blocks, good, skipped, waiting = 0, 0, SkippedItems(MAX_BAD_SHARE), list[Episode]()
+    num_done_blocks = 0
+    num_good = 0
+    skipped = SkippedItems(MAX_BAD_SHARE)
     for file in list_shards(folder):
         shard, note = open_shard(file)
-        blocks, reasons = json.loads(note["done"])
-        good, skipped.reasons = good + len(shard), skipped.reasons + reasons
-    told = len(skipped.reasons)  # of them in the notes of shards
-    left, before, total = todo[blocks:], sum(n for _, n in todo[:blocks]), sum(n for _, n in todo)
-    bar = ProgressBar(f"preparing {path.name}", total, "episodes", before)
+        num_done_blocks, reasons = json.loads(note["done"])
+        num_good += len(shard)
+        skipped.reasons += reasons
+
+    num_noted_reasons = len(skipped.reasons)  # that are in the notes of shards
+    remaining_blocks = blocks[num_done_blocks:]
+    bar = ProgressBar(
+        f"preparing {path.name}",
+        sum(block.num_episodes for block in blocks),
+        "episodes",
+        sum(block.num_episodes for block in blocks[:num_done_blocks]),
+    )
     advice = "use fewer --workers, and run the same command again: it continues"
     with bar, processes.open_worker_pool(workers, __name__, advice) as pool:
-        splits = [block for block, _ in left]
-        results = processes.map_in_order(pool, partial(prepare_block, path, how), splits, workers)
-        for (_, length), (ready, reasons) in zip(left, results, strict=True):
-            blocks, good = blocks + 1, good + len(ready)
-            waiting += ready
+        results = processes.map_in_order(
+            pool,
+            partial(prepare_block, path, conversion),
+            [block.split for block in remaining_blocks],
+            workers,
+        )
+        shard_episodes: list[Episode] = []
+        for block, (episodes, reasons) in zip(remaining_blocks, results, strict=True):
+            num_done_blocks += 1
+            num_good += len(episodes)
+            shard_episodes += episodes
             skipped.reasons += reasons
-            skipped.check(good)
-            bar.update(bar.done + length, f"{len(skipped.reasons)} skipped")
-            images = (image for e in waiting for images in e.images.values() for image in images)
-            if waiting and (blocks == len(todo) or sum(map(len, images)) >= MAX_SHARD_MIB * 2**20):
-                add_shard(waiting, folder, {"done": json.dumps([blocks, skipped.reasons[told:]])})
-                waiting, told = [], len(skipped.reasons)
-    return good, skipped
+            skipped.check(num_good)
+            bar.update(bar.done + block.num_episodes, f"{len(skipped.reasons)} skipped")
+
+            is_last_block = num_done_blocks == len(blocks)
+            is_full = _count_image_bytes(shard_episodes) >= MAX_SHARD_MIB * 2**20
+            if shard_episodes and (is_last_block or is_full):
+                new_reasons = skipped.reasons[num_noted_reasons:]
+                note = {"done": json.dumps([num_done_blocks, new_reasons])}
+                add_shard(shard_episodes, folder, note)
+                shard_episodes = []
+                num_noted_reasons = len(skipped.reasons)
+    return num_good, skipped
 
 
-def _notice_units(store: EpisodeStore, path: Path, logged: bool) -> None:
-    """Says what is wrong with the first episodes' positions and gripper, whose commands may be `logged`."""
-    first = [store.without_images(index) for index in range(min(len(store), 100))]
-    for remark in find_implausible_states(first):
+def _count_image_bytes(episodes: Sequence[Episode]) -> int:
+    num_bytes = 0
+    for episode in episodes:
+        for images in episode.images.values():
+            num_bytes += sum(len(image) for image in images)
+    return num_bytes
+
+
+def _notice_implausible_values(store: EpisodeStore, path: Path, has_commands: bool) -> None:
+    """Notice what is wrong with positions and gripper of the first episodes."""
+    num_checked = min(len(store), NUM_CHECKED_EPISODES)
+    episodes = [store.without_images(index) for index in range(num_checked)]
+    for remark in find_implausible_states(episodes):
         notice(f"{path}: {remark}")
-    arms = [Recording.from_episode(e) for e in first]
-    checks = check_gripper(
-        arms if logged else [dataclasses.replace(arm, command=None) for arm in arms]
-    )
-    wrong: list[Check | None] = [check for check in checks if check.verdict == "wrong"]
-    seen, told = [e.gripper for e in first], [np.asarray(e.action)[:, 7] for e in first]
-    ends, most = (max(map(np.max, seen)), 1 - min(map(np.min, seen))), max(map(np.ptp, seen))
-    if not wrong and most > MIN_MOTION * min(ends):  # it may be in another unit
-        wrong = [
-            check_range(seen, told if most > MIN_MOTION else ())
-            or check_command_timing([*zip(seen, told, strict=True)])
-        ]
-    for check in filter(None, wrong):
+    for check in _find_wrong_gripper(episodes, has_commands):
         notice(f"{path}: {check.name}: {check.words}")
 
 
+def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list[Check]:
+    """Find what is wrong with the gripper's openings and commands."""
+    recordings = [Recording.from_episode(episode) for episode in episodes]
+    if not has_commands:
+        recordings = [dataclasses.replace(recording, command=None) for recording in recordings]
+    wrong = [check for check in check_gripper(recordings) if check.verdict == "wrong"]
+    if wrong:
+        return wrong
+
+    # A gripper that moves little, compared with its distance from both ends, may have another unit.
+    openings = [episode.gripper for episode in episodes]
+    commands = [np.asarray(episode.action)[:, 7] for episode in episodes]
+    largest_opening = max(opening.max() for opening in openings)
+    smallest_opening = min(opening.min() for opening in openings)
+    largest_motion = max(np.ptp(opening) for opening in openings)
+    if largest_motion <= MIN_MOTION * min(largest_opening, 1 - smallest_opening):
+        return []
+    check = check_range(openings, commands if largest_motion > MIN_MOTION else ())
+    if check is None:
+        check = check_command_timing(list(zip(openings, commands, strict=True)))
+    return [] if check is None else [check]
+
+
 def read_good_episodes(
-    path: str | Path, split: str, layout: Path | None, skipped: SkippedItems
+    path: str | Path, split: str, layout_file: Path | None, skipped: SkippedItems
 ) -> Iterator[Episode]:
-    """The good episodes of a dataset in any format; the others go to `skipped`.
+    """Read the good episodes of a dataset in any format; `skipped` collects the errors of the others.
 
-    Raises SpearError when too many are bad, or nothing good is left.
+    Raises SpearError if too many episodes are bad, or none is good.
     """
-    count = 0
-    for count, episode in enumerate(formats.read_episodes(path, split, layout, skipped), 1):
-        skipped.check(count)
+    num_good = 0
+    for episode in formats.read_episodes(path, split, layout_file, skipped):
+        num_good += 1
+        skipped.check(num_good)
         yield episode
-    formats.check_enough_good(count, skipped, path, split)
+    formats.check_enough_good(num_good, skipped, path, split)
 
 
-def prepare_block(path: Path, how: Conversion, split: str) -> tuple[list[Episode], list[str]]:
-    """The good episodes of a split with their canonical actions, and why not the others."""
-    good, reasons = list[Episode](), list[str]()
-    for episode in formats.read_episodes(
-        path, split, how.layout, lambda error: reasons.append(str(error))
-    ):
+def prepare_block(
+    path: Path, conversion: Conversion, split: str
+) -> tuple[list[Episode], list[str]]:
+    """Prepare the episodes of a block; returns the good ones, and why the others were skipped."""
+    good_episodes: list[Episode] = []
+    reasons: list[str] = []
+
+    def skip(error: SpearError) -> None:
+        reasons.append(str(error))
+
+    for episode in formats.read_episodes(path, split, conversion.layout, skip):
         try:
-            good.append(_ready(episode, how))
+            good_episodes.append(_convert_episode(episode, conversion))
         except SpearError as error:
-            reasons.append(str(error))
-    return good, reasons
+            skip(error)
+    return good_episodes, reasons
 
 
-def _ready(episode: Episode, how: Conversion) -> Episode:
-    if unknown := set(how.sizes) - {"", *episode.images}:
-        known = ", ".join(sorted(episode.images))
-        raise SpearError(f"no camera {min(unknown)!r}: {episode.source}: its cameras are {known}")
-    episode = add_actions(resample_episode(episode, how.rate))
+def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
+    """Convert an episode to canonical actions at the new rate, with images in their new sizes."""
+    unknown_cameras = set(conversion.sizes) - {"", *episode.images}
+    if unknown_cameras:
+        raise SpearError(
+            f"no camera {min(unknown_cameras)!r}: {episode.source}: "
+            f"its cameras are {', '.join(sorted(episode.images))}"
+        )
+
+    episode = add_actions(resample_episode(episode, conversion.rate))
     if not np.any(episode.action_mask):
         raise SpearError(f"nothing to learn from: {episode.source}: none of its actions is known")
-    images = {camera: fitted for camera in episode.images if (fitted := _fit(episode, camera, how))}
+
+    images: dict[str, Sequence[bytes]] = {}
+    for camera in episode.images:
+        converted_images = _convert_images(episode, camera, conversion)
+        if converted_images is not None:
+            images[camera] = converted_images
     if not images:
         raise SpearError(f"nothing to see: {episode.source}: its images are blank, or one picture")
     return dataclasses.replace(episode, images=images)
 
 
-def _fit(episode: Episode, camera: str, how: Conversion) -> Sequence[bytes]:
-    """A camera's images as JPEG in the size wanted, without bars: training adds its model's own, as acting
-    does, and jitters none. One that is so already stays as it is, and so do all where no size is wanted.
-    Of a blank camera (datasets have that where it was absent) or a frozen one none. Raises SpearError for a
-    broken image."""
-    size, fitted, levels = how.sizes.get(camera, how.sizes.get("")), list[bytes](), set[int]()
+def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> list[bytes] | None:
+    """Convert a camera's images to JPEG in their new size, without bars at their sides.
+
+    Training adds the bars of its model, as acting does, and does not jitter them. An image that
+    has its size and format already stays unchanged, as do all images without a new size.
+
+    Returns None for a camera that is blank, as datasets have it for an absent one, or frozen.
+    Raises SpearError for a broken image.
+    """
+    size = conversion.sizes.get(camera, conversion.sizes.get(""))
+    converted_images: list[bytes] = []
+    levels: set[int] = set()  # brightness, until there are two of them
     for step, encoded in enumerate(episode.images[camera]):
         image = decode_image(encoded, f"{episode.source} step {step} camera {camera!r}")
         if len(levels) < 2:
             levels |= {int(image.min()), int(image.max())}
-        small = image if size is None else fit_image(image, size[1], size[0], bars=False)
-        if small.shape != image.shape or (size is not None and encoded[:2] != b"\xff\xd8"):
-            encoded = encode_jpeg(small, how.quality)
-        fitted.append(encoded)
-    return (
-        fitted
-        if len(levels) > 1 and not is_frozen(episode.images[camera], episode.position)
-        else ()
-    )
+        if size is not None:
+            width, height = size
+            resized = fit_image(image, height, width, bars=False)
+            if resized.shape != image.shape or not encoded.startswith(JPEG_START):
+                encoded = encode_jpeg(resized, conversion.quality)
+        converted_images.append(encoded)
+
+    is_blank = len(levels) < 2
+    if is_blank or is_frozen(episode.images[camera], episode.position):
+        return None
+    return converted_images
 
 
 def open_store(
     path: str | Path, work_dir: str | Path, split: str = "train"
 ) -> tuple[EpisodeStore, list[str]]:
-    """The episodes of a split of a folder in any format, as training reads them, and why some were skipped.
+    """Open the episodes of a split of a folder in any format, as training reads them.
 
-    A store (recorded or prepared) is opened as it is. Anything else is prepared first, once, into a folder of
-    `work_dir` whose name depends on path and split; of several processes by the first, and the others wait.
+    A store is opened unchanged. Any other dataset is first prepared, once, into a folder of
+    `work_dir` whose name depends on path and split. Of several processes the first one prepares it,
+    and the others wait.
+
+    Returns:
+        The store, and why episodes were skipped in this call.
     """
     if isinstance(formats.open_dataset(path), EpisodeStore):
         return formats.open_store_split(path, split), []
-    whole = Path(path).resolve()
-    target = (
-        Path(work_dir)
-        / f"{whole.name}-{hashlib.sha256(f'{whole} {split}'.encode()).hexdigest()[:8]}"
-    )
-    reasons = prepare(path, target, split)[1] if is_first_process() else []
+
+    source = Path(path).resolve()
+    suffix = _hash_text(f"{source} {split}")[:8]
+    target = Path(work_dir) / f"{source.name}-{suffix}"
+    reasons: list[str] = []
+    if is_first_process():
+        _, reasons = prepare(path, target, split)
     while not target.is_dir():
-        time.sleep(0.5)
+        time.sleep(POLL_INTERVAL_S)
     return EpisodeStore(target), reasons

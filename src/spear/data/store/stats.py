@@ -1,7 +1,8 @@
-"""Statistics of features as LeRobot keeps them: per episode, and over the dataset.
+"""Statistics of features as LeRobot has them: per episode, and over the dataset.
 
-Those of an image are per channel, of pixel values in 0 … 1, over some frames of each episode. LeRobot's
-quantiles of a dataset are averages over its episodes; ours are the quantiles of the rows themselves.
+The statistics of an image feature are per channel, of pixel values in 0 … 1, over some images of each
+episode. LeRobot's quantiles of a dataset are averages over its episodes; ours are the quantiles of
+the rows themselves.
 """
 
 import math
@@ -16,8 +17,9 @@ from spear.types import Array, Episode
 from spear.util.images import decode_image
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-MOST_FRAMES = 100
-"""Frames of an episode that are looked at, spread over it (our choice; LeRobot takes about as many)."""
+QUANTILE_TOLERANCE = 1e-12  # of the rounding of summed shares
+MAX_SAMPLED_IMAGES = 100  # per episode and camera, spread over it; LeRobot takes about as many
+SKETCH_CAPACITY = 16384  # values in a buffer of `QuantileSketch`
 
 Stats = dict[str, Array]
 
@@ -26,176 +28,214 @@ class RowStats:
     """Statistics of a feature of numbers, over all rows added."""
 
     def __init__(self) -> None:
-        self._columns: list[QuantileSketch] = []
+        self._sketches: list[QuantileSketch] = []  # of each column
+        self._dtype: np.dtype | None = None
 
     def add(self, values: Array) -> Self:
-        """Take in one episode's rows [T, d]; returns itself."""
-        self._columns, self._kind = (
-            self._columns or [QuantileSketch() for _ in values.T],
-            values.dtype,
-        )
-        for sketch, column in zip(self._columns, values.T, strict=True):
+        """Add the rows [T, d] of an episode; returns itself."""
+        self._dtype = values.dtype
+        if not self._sketches:
+            self._sketches = [QuantileSketch() for _ in values.T]
+        for sketch, column in zip(self._sketches, values.T, strict=True):
             sketch.add(column)
         return self
 
     def total(self) -> Stats:
-        """Statistics of everything added."""
-        rows = self._columns
-        low, high = (
-            np.array([getattr(s, n) for s in rows]).astype(self._kind) for n in ("low", "high")
-        )
-        spread = np.array([np.sqrt(s.squares / s.count) for s in rows])
-        found = {"min": low, "max": high, "mean": np.array([s.mean for s in rows]), "std": spread}
-        found["count"] = np.array([rows[0].count])
-        for name, q in QUANTILES.items():
-            found[name] = np.array([weighted_quantile(*s.weighted(), q) for s in rows])
-        return found
+        """The statistics of all rows added, each [d]; "count" is [1]."""
+        sketches = self._sketches
+        stats = {
+            "min": np.array([sketch.low for sketch in sketches]).astype(self._dtype),
+            "max": np.array([sketch.high for sketch in sketches]).astype(self._dtype),
+            "mean": np.array([sketch.mean for sketch in sketches]),
+            "std": np.array([np.sqrt(sketch.squares / sketch.count) for sketch in sketches]),
+            "count": np.array([sketches[0].count]),
+        }
+        for name, quantile in QUANTILES.items():
+            quantiles: list[float] = []
+            for sketch in sketches:
+                values, weights = sketch.weighted()
+                quantiles.append(weighted_quantile(values, weights, quantile))
+            stats[name] = np.array(quantiles)
+        return stats
 
 
 @dataclass(frozen=True)
 class ImageSample:
-    """What some of a camera's images look like.
+    """A summary of some of a camera's images.
 
-    size (height, width) in pixels; histogram [3, 256] of the values of each channel, which can be added up.
+    size       (height, width) in pixels.
+    histogram  [3, 256] counts of the values of each channel, which can be added up.
     """
 
     size: tuple[int, int]
     histogram: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
 
     def stats(self) -> Stats:
-        """[3, 1, 1] statistics of each channel."""
+        """The statistics of each channel, [3, 1, 1]; "count" is [1], in images."""
         level = np.arange(256) / 255
         share = self.histogram / self.histogram.sum(1, keepdims=True)
         mean = share @ level
-        below = np.cumsum(share, axis=1)
-        found = {
-            "min": level[(self.histogram > 0).argmax(1)],
-            "max": level[255 - (self.histogram[:, ::-1] > 0).argmax(1)],
+        variance = share @ level**2 - mean**2
+        first_level = (self.histogram > 0).argmax(1)
+        last_level = 255 - (self.histogram[:, ::-1] > 0).argmax(1)
+        stats = {
+            "min": level[first_level],
+            "max": level[last_level],
             "mean": mean,
-            "std": np.sqrt(np.maximum(share @ level**2 - mean**2, 0)),
+            "std": np.sqrt(np.maximum(variance, 0)),
             "count": self.histogram[:1].sum(1) // math.prod(self.size),
         }
-        for name, q in QUANTILES.items():
-            found[name] = level[np.minimum((below < q - 1e-12).sum(1), 255)]
-        return {name: v if name == "count" else v.reshape(3, 1, 1) for name, v in found.items()}
+        cumulative_share = np.cumsum(share, axis=1)
+        for name, quantile in QUANTILES.items():
+            num_levels_below = (cumulative_share < quantile - QUANTILE_TOLERANCE).sum(1)
+            stats[name] = level[np.minimum(num_levels_below, 255)]
+        return {
+            name: values if name == "count" else values.reshape(3, 1, 1)
+            for name, values in stats.items()
+        }
 
 
 def sample_images(episode: Episode) -> dict[str, ImageSample]:
-    """Some images of each camera of an episode, spread over it.
+    """Summarize some images of each camera of an episode, spread over it.
 
-    Raises SpearError, naming it, for an image that is broken or of another size than the others.
+    Returns:
+        Camera → summary.
+
+    Raises:
+        SpearError: If an image is broken, or has another size than the camera's first one.
     """
     samples: dict[str, ImageSample] = {}
     for camera, images in episode.images.items():
-        steps = np.unique(
-            np.linspace(0, len(images) - 1, min(len(images), MOST_FRAMES)).round().astype(int)
-        )
-        for step in steps.tolist():
-            where = f"{episode.source} step {step} camera {camera!r}"
-            image = decode_image(images[step], where)
-            size = image.shape[0], image.shape[1]
-            sample = samples.setdefault(camera, ImageSample(size))
-            check_size(size, sample.size, where)
-            histogram = [np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)]
-            sample.histogram[...] += histogram
+        num_sampled = min(len(images), MAX_SAMPLED_IMAGES)
+        steps = np.linspace(0, len(images) - 1, num_sampled).round().astype(int)
+        for step in np.unique(steps).tolist():
+            description = f"{episode.source} step {step} camera {camera!r}"
+            image = decode_image(images[step], description)
+            height, width = image.shape[:2]
+            sample = samples.setdefault(camera, ImageSample((height, width)))
+            check_size((height, width), sample.size, description)
+            for channel in range(3):
+                values = image[..., channel].reshape(-1)
+                sample.histogram[channel] += np.bincount(values, minlength=256)
     return samples
 
 
-def check_size(size: tuple[int, ...], first: tuple[int, int], where: str) -> None:
-    """Raises SpearError for an image whose (height, width) is not that of the first one."""
-    if size != first:
-        (h, w), (h0, w0) = size, first
-        apart = f"image sizes differ: {where} is {w} x {h} pixels, the first {w0} x {h0}"
-        raise SpearError(f"{apart}: leave the episode out; of one aspect, prepare --size")
-
-
-CAPACITY = 16384
-"""Values in a buffer. The error in rank is at most (levels - 1) / CAPACITY: 0.07 % for 45 million values."""
+def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: str) -> None:
+    """Raise SpearError for an image whose (height, width) differs from that of the first one."""
+    if size == first_size:
+        return
+    height, width = size
+    first_height, first_width = first_size
+    raise SpearError(
+        f"image sizes differ: {description} is {width} x {height} pixels, "
+        f"the first {first_width} x {first_height}: "
+        "leave the episode out; of one aspect, prepare --size"
+    )
 
 
 class QuantileSketch:
     """Quantiles of a stream in one pass, of bounded size, with a proven bound on the error in rank.
 
-    Values wait in a buffer. A full one is sorted and every second value kept, which then stands for two and
-    waits in the next buffer, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two is kept
-    alternates, so the result is the same in every run. Up to `capacity` values nothing is lost. count, low,
-    high and mean are exact; `squares` is the sum of squared deviations from the mean.
+    Values wait in a buffer. A full buffer is sorted, and every second value moves to the next buffer,
+    where it stands for two, and so on (Manku, Rajagopalan and Lindsay, 1998). Which of two values
+    moves alternates, so the result is the same in every run. Up to `capacity` values nothing is lost.
+    The error in rank is at most (levels - 1) / capacity: 0.07 % for 45 million values.
+
+    Attributes:
+        capacity: The number of values in a buffer.
+        count, low, high, mean: Of all values, exact.
+        squares: The sum of squared deviations from the mean.
     """
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, capacity: int = SKETCH_CAPACITY) -> None:
         self.capacity = capacity
         self.count = 0
-        self.low, self.high = np.inf, -np.inf
-        self.mean, self.squares = 0.0, 0.0
-        self._levels: list[Array] = [np.zeros(0)]
-        self._keep_odd = [False]
+        self.low = np.inf
+        self.high = -np.inf
+        self.mean = 0.0
+        self.squares = 0.0
+        self._levels: list[Array] = [np.zeros(0)]  # values of level i stand for 2^i values
+        self._keep_odd = [False]  # which of two values of a level moves next
 
     def add(self, values: Array) -> None:
-        """Take in numbers [N], in any pieces."""
+        """Add numbers [N]."""
         values = np.asarray(values, np.float64).reshape(-1)
         for first in range(0, len(values), self.capacity):
             piece = values[first : first + self.capacity]
-            mean = float(piece.mean())
-            squares = float(((piece - mean) ** 2).sum())
-            # Of two parts, the moments of the whole (Chan, Golub and LeVeque, 1979).
-            total, apart = self.count + len(piece), mean - self.mean
-            self.mean += apart * len(piece) / total
-            self.squares += squares + apart**2 * self.count * len(piece) / total
-            self.low, self.high = (
-                min(self.low, float(piece.min())),
-                max(self.high, float(piece.max())),
-            )
-            self.count = total
+            self._add_moments(piece)
             self._levels[0] = np.concatenate([self._levels[0], piece])
             self._compact()
 
+    def _add_moments(self, piece: Array) -> None:
+        """Update the moments by those of two parts (Chan, Golub and LeVeque, 1979)."""
+        piece_mean = float(piece.mean())
+        piece_squares = float(((piece - piece_mean) ** 2).sum())
+        total = self.count + len(piece)
+        difference = piece_mean - self.mean
+        self.mean += difference * len(piece) / total
+        self.squares += piece_squares + difference**2 * self.count * len(piece) / total
+        self.low = min(self.low, float(piece.min()))
+        self.high = max(self.high, float(piece.max()))
+        self.count = total
+
+    def _compact(self) -> None:
+        """Move every second value of full levels to the next one."""
+        for level, values in enumerate(self._levels):  # the list may grow in this loop
+            if len(values) <= self.capacity:
+                continue
+            values = np.sort(values)
+            num_paired = len(values) // 2 * 2
+            first = int(self._keep_odd[level])
+            moved = values[first:num_paired:2]
+            if level + 1 == len(self._levels):
+                self._levels.append(np.zeros(0))
+                self._keep_odd.append(False)
+            self._levels[level] = values[num_paired:]
+            self._levels[level + 1] = np.concatenate([self._levels[level + 1], moved])
+            self._keep_odd[level] = not self._keep_odd[level]
+
     def weighted(self) -> tuple[Array, Array]:
-        """Values, and for how many each of them stands; together they stand for `count`."""
+        """The values of the sketch, and how many values each stands for; together `count`."""
         weights = [np.full(len(values), 2.0**level) for level, values in enumerate(self._levels)]
         return np.concatenate(self._levels), np.concatenate(weights)
 
     def to_arrays(self) -> dict[str, Array]:
-        """All of it, for `from_arrays`."""
+        """Convert the whole sketch to arrays, for `from_arrays`."""
         moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
-        levels = {f"level {i}": values for i, values in enumerate(self._levels)}
-        return {
+        arrays = {
             "moments": np.array(moments, np.float64),
             "keep_odd": np.array(self._keep_odd),
-            **levels,
         }
+        for level, values in enumerate(self._levels):
+            arrays[f"level {level}"] = values
+        return arrays
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, Array]) -> "QuantileSketch":
-        """The sketch that `to_arrays` took apart. Raises KeyError or ValueError when it is none."""
+        """Restore what `to_arrays` converted. Raises KeyError or ValueError for other arrays."""
         count, low, high, mean, squares, capacity, *_ = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))
-        sketch.count, sketch.low, sketch.high = int(count), low, high
-        sketch.mean, sketch.squares = mean, squares
+        sketch.count = int(count)
+        sketch.low = low
+        sketch.high = high
+        sketch.mean = mean
+        sketch.squares = squares
         sketch._keep_odd = arrays["keep_odd"].tolist()
-        sketch._levels = [arrays[f"level {i}"] for i in range(len(sketch._keep_odd))]
+        sketch._levels = [arrays[f"level {level}"] for level in range(len(sketch._keep_odd))]
         return sketch
 
-    def _compact(self) -> None:
-        for level, values in enumerate(self._levels):  # which grow meanwhile
-            if len(values) > self.capacity:
-                values = np.sort(values)
-                even = len(values) // 2 * 2
-                kept = values[int(self._keep_odd[level]) : even : 2]
-                if level + 1 == len(self._levels):
-                    self._levels.append(np.zeros(0))
-                    self._keep_odd.append(False)
-                self._levels[level] = values[even:]
-                self._levels[level + 1] = np.concatenate([self._levels[level + 1], kept])
-                self._keep_odd[level] = not self._keep_odd[level]
 
-
-def weighted_quantile(values: Array, weights: Array, q: float) -> float:
-    """The quantile of values [N] of which each stands for a share; linear between them.
+def weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
+    """Compute a quantile of values [N], each of which stands for a weight; linear between them.
 
     Equal weights give `numpy.quantile`.
+
+    Example:
+        >>> weighted_quantile(np.array([1.0, 2.0, 3.0]), np.ones(3), 0.5)
+        2.0
     """
     order = np.argsort(values, kind="stable")
-    share = weights[order]
-    rank = np.cumsum(share) - share / 2  # the middle of each value's share
+    sorted_weights = weights[order]
+    rank = np.cumsum(sorted_weights) - sorted_weights / 2  # the middle of each value's weight
     rank = (rank - rank[0]) / max(rank[-1] - rank[0], np.finfo(float).tiny)
-    return float(np.interp(q, rank, values[order]))
+    return float(np.interp(quantile, rank, values[order]))

@@ -30,18 +30,18 @@ NUM_BOX_NUMBERS = 24
 MAX_NAME_TOKENS = 8  # of an answer to "what is there?"
 
 
-def load_picture(where: str, size: tuple[int, int], camera: str = "external") -> Frame:
+def load_picture(source: str, size: tuple[int, int], camera: str = "external") -> Frame:
     """Load the image to ask about.
 
     Args:
-        where: An image file (raises as `util.images.load_image`), or "sim:SEED" for a held-out
+        source: An image file (raises as `util.images.load_image`), or "sim:SEED" for a held-out
             scene, whose camera is known.
         size: (width, height) of the rendered scene, px.
         camera: Of the scene.
     """
-    if where.startswith("sim:"):
-        return next(render_held_out_frames(1, parse_sim_seed(where), size, camera))
-    return Frame(load_image(where))
+    if source.startswith("sim:"):
+        return next(render_held_out_frames(1, parse_sim_seed(source), size, camera))
+    return Frame(load_image(source))
 
 
 def ask_question(
@@ -98,8 +98,8 @@ def ask_question(
 
 def _describe_absent(absent: dict[str, str]) -> str:
     descriptions = []
-    for name, seen in absent.items():
-        descriptions.append(f"{name} (where the model points for it, it sees: {seen})")
+    for name, seen_name in absent.items():
+        descriptions.append(f"{name} (where the model points for it, it sees: {seen_name})")
     return f"not in the picture: {'; '.join(descriptions)}"
 
 
@@ -183,9 +183,9 @@ def find_absent_objects(
 
     absent = {}
     for name, answer in zip(names, answers, strict=True):
-        seen = format_reply(answer, image)
-        if not is_a(seen, name) and not is_a(name, seen):
-            absent[name] = seen
+        seen_name = format_reply(answer, image)
+        if not is_a(seen_name, name) and not is_a(name, seen_name):
+            absent[name] = seen_name
     return absent
 
 
@@ -203,12 +203,12 @@ def format_reply(answer: Answer, image: Array) -> str:
 
 
 def load_labeled_images(
-    where: str, images: int, view: str, processor: Processor
+    source: str, images: int, view: str, processor: Processor
 ) -> list[LabeledImage]:
     """Load at most `images` labeled images, as one camera of a model sees them.
 
     Args:
-        where: A folder of label shards, or with a sub-folder of them per view; images are taken
+        source: A folder of label shards, or with a sub-folder of them per view; images are taken
             evenly spread. Or "sim" or "sim:SEED": held-out scenes from SEED on.
         images: Maximum number.
         view: The camera.
@@ -219,12 +219,12 @@ def load_labeled_images(
             the model's numbers; or the seeds are not held out.
     """
     check_known("view", processor.image_sizes, view)
-    if (where == "sim" or where.startswith("sim:")) and not Path(where).exists():
+    if (source == "sim" or source.startswith("sim:")) and not Path(source).exists():
         size = processor.image_sizes[view]
-        frames = render_held_out_frames(images, parse_sim_seed(where), size, view)
+        frames = render_held_out_frames(images, parse_sim_seed(source), size, view)
         labels = list(label_with_ground_truth(frames))
     else:
-        folder = Path(where)
+        folder = Path(source)
         if (folder / view).is_dir():
             folder = folder / view
         labels = select_labels(folder, images)
@@ -233,17 +233,17 @@ def load_labeled_images(
     for label in labels:
         if label.unit != unit:
             raise SpearError(
-                f"{where}: {label.source} is labelled in unit {label.unit!r}, the model answers in "
-                f"{unit!r}: label with a point map of that unit, or ask another model"
+                f"{source}: {label.source} is labelled in unit {label.unit!r}, "
+                f"the model answers in {unit!r}: label with a point map of that unit, or ask another model"
             )
     return labels
 
 
-def parse_sim_seed(where: str) -> int:
+def parse_sim_seed(source: str) -> int:
     """The seed in "sim:SEED"; 0 of "sim". Raises `SpearError` where it is no number."""
-    seed = where.partition(":")[2] or "0"
+    seed = source.partition(":")[2] or "0"
     if not seed.isdecimal():
-        raise SpearError(f"{where!r}: write sim:SEED with a number, for example sim:7")
+        raise SpearError(f"{source!r}: write sim:SEED with a number, for example sim:7")
     return int(seed)
 
 

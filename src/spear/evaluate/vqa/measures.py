@@ -62,13 +62,13 @@ class Measure:
     def to_text(self, value: float | Estimate) -> str:
         """A value with its unit; an estimate as "12.3 mm [10.1, 14.0]"."""
         if self.statistic == "rate":
-            form = ".0%"
+            format_spec = ".0%"
         else:
-            form = ".1f" if self.unit else ".2f"
+            format_spec = ".1f" if self.unit else ".2f"
         unit = f" {self.unit}" if self.unit else ""
         if isinstance(value, Estimate):
-            return value.to_text(form, 1.0, unit)
-        return format(value, form) + unit
+            return value.to_text(format_spec, 1.0, unit)
+        return format(value, format_spec) + unit
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -265,8 +265,8 @@ def _conclude(question: Question, guess: Segments, questions: Sequence[Question]
     if question.family != "chain_of_thought":
         return guess
     is_first_closer = []
-    for other in questions:
-        first_distance, second_distance = extract_numbers(other.segments)
+    for example in questions:
+        first_distance, second_distance = extract_numbers(example.segments)
         is_first_closer.append(first_distance - second_distance < 0)
     closer = question.objects[0 if np.mean(is_first_closer) >= 0.5 else 1]
     return [*guess[:-1], f" so the {closer} is closer"]

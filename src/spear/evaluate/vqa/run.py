@@ -83,18 +83,18 @@ def generate_questions_by_family(
 
 def _drop_empty_families(questions: QuestionsByFamily) -> QuestionsByFamily:
     """Only the types with questions, with a notice. Raises `SpearError` if there are none."""
-    asked = {family: members for family, members in questions.items() if members}
-    if not asked:
+    questions_asked = {family: members for family, members in questions.items() if members}
+    if not questions_asked:
         raise SpearError(
             "no questions: no object in these labels can be asked about: see spear label show"
         )
-    empty_families = [family for family in questions if family not in asked]
+    empty_families = [family for family in questions if family not in questions_asked]
     if empty_families:
         notice(
             "left out, since no object in these labels can be asked so: "
             f"{', '.join(empty_families)}"
         )
-    return asked
+    return questions_asked
 
 
 def _was_measured_on(trust: Trust, labels: Sequence[LabeledImage]) -> bool:
@@ -166,7 +166,7 @@ def _read_answer(
 
 
 def measure_trust(
-    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, where: str
+    model: VlmBundle, labels: Sequence[LabeledImage], scores: Scores, images_in_words: str
 ) -> Trust:
     """Measure how far a model can be trusted.
 
@@ -175,19 +175,19 @@ def measure_trust(
         labels: Images; the model is asked to name two objects that are in each, and two that are
             not.
         scores: Of questions about these images.
-        where: The images, in words.
+        images_in_words: The images, in words.
     """
     factors = {}
     for family in scores.calibration:
         certainties = []
-        for answered in scores.asked:
+        for answered in scores.answers:
             if answered.question.family == family and answered.certainty is not None:
                 certainties.append(answered.certainty)
         factors[family] = compute_spread_factor(certainties)
 
     names_present, names_absent = _measure_naming(model, labels)
     return Trust(
-        measured_on=f"{format_count(len(labels), 'images')} of {where}",
+        measured_on=f"{format_count(len(labels), 'images')} of {images_in_words}",
         factors=factors,
         names_present=names_present,
         names_absent=names_absent,
@@ -213,8 +213,8 @@ def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[f
     return names_present, names_absent
 
 
-def _is_any_of(name: str, others: Sequence[str]) -> bool:
-    return any(is_a(name, other) or is_a(other, name) for other in others)
+def _is_any_of(name: str, object_names: Sequence[str]) -> bool:
+    return any(is_a(name, object_name) or is_a(object_name, name) for object_name in object_names)
 
 
 def _name_objects(

@@ -100,7 +100,7 @@ class Scores:
     """A whole evaluation.
 
     readings, calibration  of question types with numbers, if the model gave distributions.
-    asked                  every question with its answer.
+    answers                every question with its answer.
     """
 
     unit: Unit
@@ -109,11 +109,11 @@ class Scores:
     families: Mapping[str, FamilyScore]
     readings: Mapping[str, Readings]
     calibration: Mapping[str, Calibration]
-    asked: Sequence[AnsweredQuestion]
+    answers: Sequence[AnsweredQuestion]
 
-    def save(self, path: Path, about: Mapping[str, object]) -> None:
-        """Write the scores (not the single answers) as JSON, whole or not at all; `about` comes
-        first.
+    def save(self, path: Path, run_settings: Mapping[str, object]) -> None:
+        """Write the scores (not the single answers) as JSON, whole or not at all; `run_settings`
+        come first.
         """
         readings = {}
         for family, reading in self.readings.items():
@@ -122,7 +122,7 @@ class Scores:
         for family, calibration in self.calibration.items():
             calibrations[family] = {**asdict(calibration), "miss": calibration.miss}
         content = {
-            **about,
+            **run_settings,
             "unit": self.unit,
             "decode": self.decode,
             "images": self.images,
@@ -136,7 +136,7 @@ class Scores:
 
     def tables(self) -> list[Table]:
         """The scores for a terminal."""
-        title = f"SPEAR-VLM in 3D (questions: {len(self.asked)}, images: {self.images})"
+        title = f"SPEAR-VLM in 3D (questions: {len(self.answers)}, images: {self.images})"
         tables = [
             _to_terminal_table(title, self.rows()),
             _to_terminal_table("More about them", self.detail_rows()),
@@ -250,7 +250,7 @@ def _format_measure(name: str, value: Estimate | float | None) -> str:
 
 
 def summarize(
-    asked: Sequence[AnsweredQuestion],
+    answers: Sequence[AnsweredQuestion],
     free: Mapping[str, Sequence[bool]],
     labels: Sequence[LabeledImage],
     decode: Decode,
@@ -259,7 +259,7 @@ def summarize(
     """Compute the scores per question type.
 
     Args:
-        asked: Every question with its answer.
+        answers: Every question with its answer.
         free: Question type → whether each free answer was grammatical.
         labels: The images.
         decode: How the scored numbers were read.
@@ -270,11 +270,11 @@ def summarize(
     readings = {}
     calibrations = {}
     for family, is_free_grammatical in free.items():
-        answers = [answered for answered in asked if answered.question.family == family]
-        scores[family] = _score_family(answers, is_free_grammatical)
+        family_answers = [a for a in answers if a.question.family == family]
+        scores[family] = _score_family(family_answers, is_free_grammatical)
         certain_answers = []
         certainties = []
-        for answered in answers:
+        for answered in family_answers:
             if answered.certainty is not None:
                 certain_answers.append(answered)
                 relative_error = answered.measures["relative"]
@@ -282,7 +282,7 @@ def summarize(
         if certainties:
             readings[family] = _compare_readings(certain_answers)
             calibrations[family] = calibrate(certainties, factors.get(family))
-    return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, asked)
+    return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, answers)
 
 
 def _score_family(

@@ -7,6 +7,7 @@ y1 in pixels; x1 and y1 are exclusive.
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from spear.types import Array
 
@@ -66,6 +67,20 @@ def resize_nearest(image: Array, height: int, width: int) -> Array:
 
 def _nearest_indices(new_size: int, size: int) -> Array:
     return ((np.arange(new_size) + 0.5) * size / new_size).astype(np.intp)
+
+
+def shrink_image(image: Array, max_side_px: int | None) -> Array:
+    """Make an image [h, w, 3] uint8 smaller until its longer side is `max_side_px` long; aspect kept.
+
+    Smaller images stay as they are, and so do all images with None.
+    """
+    height, width = image.shape[:2]
+    if max_side_px is None or max(height, width) <= max_side_px:
+        return image
+    scale = max_side_px / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(resized)
 
 
 def compute_iou_2d(a: Array, b: Array) -> Array:

@@ -23,8 +23,7 @@ from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from spear.errors import RetryableError, SpearError, format_count, import_optional, summarize_error
-from spear.labels.fit.image import compute_iou_2d
-from spear.labels.inputs import shrink_image
+from spear.labels.fit.image import compute_iou_2d, shrink_image
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text

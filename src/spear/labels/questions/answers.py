@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from spear.labels.questions.templates import EVERYDAY_NAMES, KEYPOINT_NAMES, is_a, with_article
-from spear.labels.store import DEPTH_STRIDE
+from spear.labels.store import DEPTH_STRIDE_PX
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segments
 
 MIN_RELATIVE_GAP = 0.05
@@ -149,7 +149,7 @@ def _pixel_point(scene: QuestionScene, rng: Random) -> Draft | None:
     if not (np.isfinite(z) and z > 0):
         return None
     label = scene.label
-    x, y = (place * DEPTH_STRIDE + DEPTH_STRIDE // 2 + 0.5 for place in (column, row))
+    x, y = (place * DEPTH_STRIDE_PX + DEPTH_STRIDE_PX // 2 + 0.5 for place in (column, row))
     point = z * np.linalg.solve(label.intrinsics, [x, y, 1.0])
     return {"p": str(Pixel(x / label.width, y / label.height))}, point.tolist(), ()
 

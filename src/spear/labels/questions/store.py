@@ -82,7 +82,7 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     `SpearError` when the file is broken."""
     if not (path := folder / QUESTIONS_FILE).is_file():
         return
-    with explain_read_errors(path, "write it again with `spear questions`"):
+    with explain_read_errors(path, "Write it again with `spear questions`."):
         for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
             for row in batch.to_pylist():
                 said = json.loads(row["segments"])

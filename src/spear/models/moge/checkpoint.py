@@ -1,6 +1,7 @@
 """MoGe's published checkpoints: a local file or a name on the Hugging Face Hub -> our networks.
 
-A checkpoint is a `.pt` file {"model_config": …, "model": …}. Names and shapes are checked one by one.
+A checkpoint is a `.pt` file {"model_config": …, "model": …}. Every name and every shape in it is
+checked.
 """
 
 import pickle
@@ -23,14 +24,22 @@ from spear.models.weights.load import (
 from spear.util.network import is_hub_name
 
 Weights = Mapping[str, Tensor]
-Prefixes = tuple[tuple[str, str], ...]
-"""Beginnings of our names, and those of the checkpoint in their place."""
 
-_PREFIXES: dict[int, Prefixes] = {
+Prefixes = tuple[tuple[str, str], ...]
+"""(beginning of our names, beginning of the checkpoint's names)."""
+
+NAME_PREFIXES: dict[int, Prefixes] = {
     1: (("encoder.backbone.", "backbone."),),
     2: (("output_projections.", "encoder.output_projections."),),
 }
-_DINOV2 = (
+"""Version of MoGe -> prefixes of all its names."""
+
+BACKBONE_PREFIX = {1: "backbone.", 2: "encoder.backbone."}
+
+IMAGE_STATISTICS = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+"""Constants that a checkpoint holds, and that we have in code."""
+
+_DINOV2_NAMES = (
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
     ("embeddings.position_embeddings", "pos_embed"),
     ("embeddings.cls_token", "cls_token"),
@@ -43,14 +52,21 @@ _DINOV2 = (
     ("attention.k_proj.", "attn.qkv."),
     ("attention.v_proj.", "attn.qkv."),
 )
-"""Parts of names in Transformers' DINOv2 -> in DINOv2's own code."""
-_BACKBONE = {1: "backbone.", 2: "encoder.backbone."}
-_CONSTANTS = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+"""(part of a name in Transformers' DINOv2, the same part in DINOv2's own code)."""
+
+FUSED_PROJECTIONS = ".attn.qkv."
+"""In names of weights that hold queries, keys and values, one after the other."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint in memory: weights under their own names, config, and version (1 or 2)."""
+    """A published checkpoint in memory.
+
+    path     The file.
+    weights  Under the checkpoint's own names.
+    config   The checkpoint's `model_config`.
+    version  1 (MoGe) or 2 (MoGe-2).
+    """
 
     path: Path
     weights: Weights
@@ -59,149 +75,209 @@ class Checkpoint:
 
 
 def load_moge(name: Path | str) -> MogeV1 | MogeV2:
-    """A MoGe v1 or MoGe-2 in evaluation mode, float32, on the CPU.
+    """Load a MoGe v1 or MoGe-2 in evaluation mode, float32, on the CPU.
 
-    name: a local `.pt` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1, "Ruicheng/moge-2-vitl-normal"
-    is MoGe-2 with metric scale). Raises `SpearError` when it is not found or no MoGe, its config is not
-    supported, or weights are missing, unknown or of another shape.
+    Args:
+        name: A local `.pt` file, or a name on the Hub ("Ruicheng/moge-vitl" is v1,
+            "Ruicheng/moge-2-vitl-normal" is MoGe-2 with metric scale).
+
+    Raises:
+        SpearError: If it is not found or no MoGe, its config is not supported, or weights are
+            missing, unknown or of another shape.
     """
     return build_moge(read_checkpoint(name))
 
 
 def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
     """`load_moge` from a checkpoint in memory, whose tensors are copied."""
+    network = MogeV1 if checkpoint.version == 1 else MogeV2
     try:
         with torch.device("meta"):
-            model = (MogeV1 if checkpoint.version == 1 else MogeV2)(checkpoint.config)
+            model = network(checkpoint.config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}"
-        why = f"{type(error).__name__} {error}"
-        raise SpearError(f"{what}: {why}: use one of the published checkpoints") from error
-    unused = {name for name in checkpoint.weights if name.startswith("normal_head.")}
-    _fill(model, checkpoint, _match(model, checkpoint, _PREFIXES[checkpoint.version], unused))
-    return model.eval()
-
-
-def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
-    """Fill the encoder of a SPEAR-VLM with that of a published MoGe, in place; the heads are left out.
-
-    Raises `SpearError` as `load_moge` does, and when the encoder is of another size or resamples its position
-    embeddings in another way.
-    """
-    _fill(encoder, checkpoint, match_encoder(encoder, checkpoint))
-
-
-def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
-    """The encoder's names -> the checkpoint's, checked as `fill_encoder` does, without reading weights."""
-    offset = getattr(encoder.backbone.config, "position_offset", 0.0)
-    if offset != 0.1:
-        has = f"its position_offset is {offset}"
-        raise SpearError(f"encoder does not fit {checkpoint.path}: {has}: MoGe needs 0.1")
-    prefix = _BACKBONE[checkpoint.version]
-    heads = {k for k in checkpoint.weights if not k.startswith(prefix)}
-    return _match(encoder, checkpoint, (("backbone.", prefix),), heads)
-
-
-def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, told from its width."""
-    width = checkpoint.weights[f"{_BACKBONE[checkpoint.version]}cls_token"].shape[-1]
-    names = {size[0]: name for name, size in ENCODERS.items()}
-    if width not in names:
         raise SpearError(
-            f"MoGe config not supported: encoder of width {width}: known are {sorted(names)}"
-        )
-    config = dinov2_config(names[width])
-    fields = ("hidden_size", "mlp_ratio", "num_hidden_layers", "num_attention_heads", "patch_size")
-    more = ("image_size", "use_mask_token", "position_offset")
-    return {name: getattr(config, name) for name in fields + more}
+            f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}"
+            f" ({type(error).__name__} {error}). Use one of the published checkpoints."
+        ) from error
+    unused = {name for name in checkpoint.weights if name.startswith("normal_head.")}
+    prefixes = NAME_PREFIXES[checkpoint.version]
+    _fill(model, checkpoint, _match_names(model, checkpoint, prefixes, unused))
+    return model.eval()
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
     """Read a local file, or one from the Hub; see `load_moge`."""
     path = Path(name)
     if not path.is_file():
-        if path.exists() or path.suffix == ".pt" or not is_hub_name(str(name)):
-            known = "a name on the Hub such as Ruicheng/moge-vitl"
-            raise SpearError(f"MoGe checkpoint not found: {path}: give a .pt file, or {known}")
+        is_path = path.exists() or path.suffix == ".pt"
+        if is_path or not is_hub_name(str(name)):
+            raise SpearError(
+                f"MoGe checkpoint not found: {path}. Give a .pt file, or a name on the Hub such as"
+                " Ruicheng/moge-vitl."
+            )
         path = download_from_hub(str(name), "a local model.pt", file="model.pt")
-    weights, config = _read(path)
+
+    weights, config = _read_file(path)
     version = 2 if "encoder.backbone.cls_token" in weights else 1
-    if f"{_BACKBONE[version]}cls_token" not in weights:
+    if f"{BACKBONE_PREFIX[version]}cls_token" not in weights:
         raise SpearError(
-            f"not a MoGe checkpoint: {path} has no backbone.cls_token: download it again"
+            f"not a MoGe checkpoint: {path} has no backbone.cls_token. Download it again."
         )
     if not isinstance(config, dict):
         raise SpearError(
-            f"checkpoint incomplete: {path} has no model_config: use the published file"
+            f"checkpoint incomplete: {path} has no model_config. Use the published file."
         )
     return Checkpoint(path, weights, config, version)
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Put the weights in place. names: ours -> the checkpoint's."""
-    state = {}
-    for ours, name in names.items():
-        weight = checkpoint.weights[name]
-        if ".attn.qkv." in name:  # queries, keys and values are one in MoGe
-            weight = weight.chunk(3)["qkv".index(ours.split("attention.")[1][0])]
-        state[ours] = weight.to(torch.float32, copy=True)
-    model.load_state_dict(state, assign=next(model.parameters()).is_meta)
+def _read_file(path: Path) -> tuple[Weights, Any]:
+    """The weights and the config in a file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise SpearError(
+            f"checkpoint refused: {path} is not a PyTorch file of tensors and plain data alone. Use"
+            " the published file."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise SpearError(
+            f"broken checkpoint: {path}: {summarize_error(error)}. Download it again."
+        ) from error
+
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    is_named = isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())
+    if not is_named:
+        raise SpearError(
+            f"not a MoGe checkpoint: {path} holds no weights by name. Use the published file."
+        )
+    return weights, content.get("model_config")
 
 
-def _match(
-    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]
-) -> dict[str, str]:
-    """Our names -> the checkpoint's. Each of its names is used, or in `unused`, or else refused."""
-    weights, where = checkpoint.weights, f"checkpoint does not fit: {checkpoint.path}"
-    expected = get_published_shapes(model, checkpoint.version, prefixes)
-    # DINOv2's own training needs the mask token, MoGe does not.
-    left = {f"{_BACKBONE[checkpoint.version]}mask_token", *unused} - set(expected)
-    found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in left}
-    if wrong := describe_tensor_differences(expected, found):
-        raise SpearError(f"{where}: {wrong}: download it again, or report this line")
-    for name, values in _CONSTANTS.items():
-        key = name if checkpoint.version == 1 else f"encoder.{name}"
-        if not torch.allclose(weights[key].float().flatten(), torch.tensor(values), atol=1e-3):
-            raise SpearError(
-                f"{where}: {key} is not ImageNet's: use one of the published checkpoints"
-            )
-    return {ours: to_published_name(ours, prefixes) for ours in model.state_dict()}
+# The encoder alone, for a SPEAR-VLM
+
+
+def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
+    """Fill the encoder of a SPEAR-VLM with that of a published MoGe, in place, without the heads.
+
+    Raises SpearError as `load_moge` does, and if the encoder has another size or resamples its
+    position embeddings in another way.
+    """
+    _fill(encoder, checkpoint, match_encoder(encoder, checkpoint))
+
+
+def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
+    """The encoder's names -> the checkpoint's, checked as in `fill_encoder`, without reading
+    weights."""
+    offset = getattr(encoder.backbone.config, "position_offset", 0.0)
+    if offset != 0.1:
+        raise SpearError(
+            f"encoder does not fit {checkpoint.path}: its position_offset is {offset}, MoGe's is"
+            " 0.1. Set position_offset to 0.1."
+        )
+    prefix = BACKBONE_PREFIX[checkpoint.version]
+    heads = {name for name in checkpoint.weights if not name.startswith(prefix)}
+    return _match_names(encoder, checkpoint, (("backbone.", prefix),), heads)
+
+
+def make_encoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `moge_config` of a SPEAR-VLM that a checkpoint's encoder fits, found by its width."""
+    class_token = checkpoint.weights[f"{BACKBONE_PREFIX[checkpoint.version]}cls_token"]
+    width = class_token.shape[-1]
+    names = {encoder_width: name for name, (encoder_width, _, _) in ENCODERS.items()}
+    if width not in names:
+        raise SpearError(
+            f"MoGe config not supported: its encoder has width {width}. Known widths are"
+            f" {', '.join(map(str, sorted(names)))}."
+        )
+    config = dinov2_config(names[width])
+    fields = (
+        "hidden_size",
+        "mlp_ratio",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "use_mask_token",
+        "position_offset",
+    )
+    return {name: getattr(config, name) for name in fields}
+
+
+# Names and shapes
+
+
+def to_published_name(name: str, prefixes: Prefixes) -> str:
+    """The checkpoint's name of one of our weights."""
+    if "backbone." in name:
+        for our_part, their_part in _DINOV2_NAMES:
+            name = name.replace(our_part, their_part)
+    return rename_prefixes(name, prefixes)
 
 
 def get_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a checkpoint must hold for a model, by the checkpoint's names."""
+    """The shapes of the weights that a checkpoint must hold for a model, by the checkpoint's
+    names."""
+    if prefixes is None:
+        prefixes = NAME_PREFIXES[version]
     shapes: dict[str, tuple[int, ...]] = {}
-    for ours, tensor in model.state_dict().items():
-        name = to_published_name(ours, _PREFIXES[version] if prefixes is None else prefixes)
-        shapes[name] = ((3 if ".attn.qkv." in name else 1) * tensor.shape[0], *tensor.shape[1:])
-    return shapes | {
-        f"{'' if version == 1 else 'encoder.'}{name}": (1, 3, 1, 1) for name in _CONSTANTS
+    for our_name, tensor in model.state_dict().items():
+        name = to_published_name(our_name, prefixes)
+        num_fused = 3 if FUSED_PROJECTIONS in name else 1
+        shapes[name] = (num_fused * tensor.shape[0], *tensor.shape[1:])
+    for constant in IMAGE_STATISTICS:
+        shapes[_constant_name(constant, version)] = (1, 3, 1, 1)
+    return shapes
+
+
+def _constant_name(constant: str, version: int) -> str:
+    return constant if version == 1 else f"encoder.{constant}"
+
+
+def _match_names(
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused: set[str]
+) -> dict[str, str]:
+    """Our names -> the checkpoint's.
+
+    Raises SpearError unless each of the checkpoint's names is matched or in `unused`.
+    """
+    version = checkpoint.version
+    expected_shapes = get_published_shapes(model, version, prefixes)
+    # DINOv2's own training needs the mask token, MoGe does not.
+    mask_token = f"{BACKBONE_PREFIX[version]}mask_token"
+    ignored = {mask_token, *unused} - set(expected_shapes)
+    shapes = {
+        name: tuple(weight.shape)
+        for name, weight in checkpoint.weights.items()
+        if name not in ignored
     }
-
-
-def to_published_name(ours: str, prefixes: Prefixes) -> str:
-    """The checkpoint's name of one of our weights."""
-    if "backbone." in ours:
-        for here, there in _DINOV2:
-            ours = ours.replace(here, there)
-    return rename_prefixes(ours, prefixes)
-
-
-def _read(path: Path) -> tuple[Weights, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        why = f"{path} is not a PyTorch file of tensors and plain data alone"
-        raise SpearError(f"checkpoint refused: {why}: use the published file") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    differences = describe_tensor_differences(expected_shapes, shapes)
+    if differences:
         raise SpearError(
-            f"broken checkpoint: {path}: {summarize_error(error)}: download it again"
-        ) from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise SpearError(
-            f"not a MoGe checkpoint: {path} holds no weights by name: use the published file"
+            f"checkpoint does not fit: {checkpoint.path}: {differences}. Download it again, or"
+            " report this line."
         )
-    return weights, content.get("model_config")
+
+    for constant, values in IMAGE_STATISTICS.items():
+        name = _constant_name(constant, version)
+        published = checkpoint.weights[name].float().flatten()
+        if not torch.allclose(published, torch.tensor(values), atol=1e-3):
+            raise SpearError(
+                f"checkpoint does not fit: {checkpoint.path}: {name} is not ImageNet's. Use one of"
+                " the published checkpoints."
+            )
+    return {name: to_published_name(name, prefixes) for name in model.state_dict()}
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Put a checkpoint's weights into a model; names: ours -> the checkpoint's."""
+    state = {}
+    for our_name, name in names.items():
+        weight = checkpoint.weights[name]
+        if FUSED_PROJECTIONS in name:
+            projection = our_name.split("attention.")[1][0]  # q, k or v
+            weight = weight.chunk(3)["qkv".index(projection)]
+        state[our_name] = weight.to(torch.float32, copy=True)
+    is_meta = next(model.parameters()).is_meta
+    model.load_state_dict(state, assign=is_meta)

@@ -1,8 +1,9 @@
-"""MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): one image -> a point map and where it is known.
+"""MoGe v1 (arXiv 2410.19115) and MoGe-2 (arXiv 2507.02546): from an image to a point map and its
+mask.
 
-v1 labelled SPEAR's images; its points are up to a scale and a shift along z. MoGe-2's are up to a shift, with
-their metric scale. The modules are nested so that they carry the names of the published checkpoints, which
-`spear.models.moge.checkpoint.load_moge` reads.
+v1 labeled SPEAR's images; its points are correct up to a scale and a shift along z. MoGe-2's are
+correct up to a shift, and have a metric scale. Modules are nested so that their weights have the
+names of the published checkpoints, which `spear.models.moge.checkpoint.load_moge` reads.
 """
 
 import math
@@ -30,11 +31,12 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class MogeOutput:
-    """What a network says of B images, before a camera is fitted (see `spear.models.moge.infer.infer`).
+    """What a network predicts about B images, before a camera is fitted
+    (`moge.infer.infer_geometry`).
 
-    points  [B, h, w, 3] float32, affine: z is off by a shift, and all by a scale.
-    mask    [B, h, w] float32, over 0.5 where a point is known.
-    scale   [B] float32 metres per unit of the points, or None.
+    points  [B, h, w, 3] float32, affine: z is off by a shift, and all coordinates by a scale.
+    mask    [B, h, w] float32, above 0.5 where a point is known.
+    scale   [B] float32, meters per unit of the points, or None.
     """
 
     points: Tensor
@@ -43,99 +45,160 @@ class MogeOutput:
 
 
 def dinov2_config(encoder: str) -> Dinov2Config:
-    """The config of one of `ENCODERS` as MoGe uses it. Raises `SpearError` for another name."""
+    """The config of one of `ENCODERS` as MoGe uses it.
+
+    Raises SpearError for another name.
+    """
     check_known("MoGe encoder", ENCODERS, encoder)
-    width, layers, heads = ENCODERS[encoder]
-    ours: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    ours |= {"patch_size": PATCH_SIZE_PX, "image_size": 37 * PATCH_SIZE_PX, "position_offset": 0.1}
-    ours |= {"use_mask_token": False, "attn_implementation": "sdpa"}
-    return Dinov2Config(**ours)
+    width, num_layers, num_heads = ENCODERS[encoder]
+    return Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        patch_size=PATCH_SIZE_PX,
+        image_size=37 * PATCH_SIZE_PX,
+        position_offset=0.1,
+        use_mask_token=False,
+        attn_implementation="sdpa",
+    )
 
 
-def check_supported(part: str, config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Refuse a published config whose fields, where given, are not what is built here."""
-    for key, value in fixed.items():
+def check_supported(part: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raises SpearError if a published config has another value than the one that is built here."""
+    for key, value in supported.items():
         if config.get(key, value) != value:
-            why = f"{part}{key} is {config[key]!r}, only {value!r} is"
             raise SpearError(
-                f"MoGe config not supported: {why}: use one of the published checkpoints"
+                f"MoGe config not supported: {part}{key} is {config[key]!r}, only {value!r} is. Use"
+                " one of the published checkpoints."
             )
 
 
-def build_conv3x3(width: int, out: int) -> nn.Conv2d:
+# Building blocks
+
+
+def build_conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
     """A 3×3 convolution that repeats the edge outwards."""
-    return nn.Conv2d(width, out, 3, padding=1, padding_mode="replicate")
+    return nn.Conv2d(in_width, out_width, 3, padding=1, padding_mode="replicate")
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), the norms over groups, or none. [B, width, h, w]."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), with norms over groups of channels or none."""
 
-    def __init__(self, width: int, hidden: int, norms: bool) -> None:
+    def __init__(self, width: int, hidden_width: int, has_norms: bool) -> None:
         super().__init__()
-        first = nn.GroupNorm(1, width) if norms else nn.Identity()
-        second = nn.GroupNorm(hidden // 32, hidden) if norms else nn.Identity()
-        one, other = build_conv3x3(width, hidden), build_conv3x3(hidden, width)
-        self.layers = nn.Sequential(first, nn.ReLU(), one, second, nn.ReLU(), other)
+        first_norm: nn.Module = nn.Identity()
+        second_norm: nn.Module = nn.Identity()
+        if has_norms:
+            first_norm = nn.GroupNorm(1, width)
+            second_norm = nn.GroupNorm(hidden_width // 32, hidden_width)
+        self.layers = nn.Sequential(
+            first_norm,
+            nn.ReLU(),
+            build_conv3x3(width, hidden_width),
+            second_norm,
+            nn.ReLU(),
+            build_conv3x3(hidden_width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width, h, w] -> the same."""
         return x + self.layers(x)
 
 
-def build_upsampler(kind: str, width: int, out: int) -> nn.Sequential:
-    """[B, width, h, w] -> [B, out, 2h, 2w], learned ("conv_transpose") or "bilinear", then a convolution."""
+def build_upsampler(kind: str, in_width: int, out_width: int) -> nn.Sequential:
+    """[B, in, h, w] -> [B, out, 2h, 2w]: learned ("conv_transpose") or "bilinear", then a
+    convolution."""
     if kind == "bilinear":
-        return nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear"), build_conv3x3(width, out)
-        )
-    return nn.Sequential(nn.ConvTranspose2d(width, out, 2, stride=2), build_conv3x3(out, out))
+        upsample = nn.Upsample(scale_factor=2, mode="bilinear")
+        return nn.Sequential(upsample, build_conv3x3(in_width, out_width))
+    return nn.Sequential(
+        nn.ConvTranspose2d(in_width, out_width, 2, stride=2), build_conv3x3(out_width, out_width)
+    )
 
 
 def make_view_plane(
     width: int, height: int, aspect: float | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """MoGe's uv grid: view-plane coordinates of a grid's cell centres, [height, width, 2] float32.
+    """MoGe's uv grid: view-plane coordinates of a grid's cell centers, [height, width, 2] float32.
 
-    MoGe measures the view plane in half diagonals of the image. u runs to the right and v down; both are 0 at
-    the image's centre. aspect: width / height of the image that the grid covers, if cells are not square.
+    MoGe measures the view plane in half diagonals of the image. u points right and v down; both are
+    0 at the image's center.
+
+    aspect: Width / height of the image that the grid covers, if its cells are not square.
     """
     ratio = width / height if aspect is None else aspect
     diagonal = math.sqrt(1 + ratio**2)
-    ends = [(n - 1) / n * span / diagonal for n, span in ((width, ratio), (height, 1.0))]
-    u, v = (
-        torch.linspace(-end, end, n, device=device)
-        for end, n in zip(ends, (width, height), strict=True)
-    )
+    u_end = (width - 1) / width * ratio / diagonal
+    v_end = (height - 1) / height * 1.0 / diagonal
+    u = torch.linspace(-u_end, u_end, width, device=device)
+    v = torch.linspace(-v_end, v_end, height, device=device)
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
 def make_uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
-    """`view_plane` as two channels [B, 2, height, width], of the type and device of another tensor;
-    computed in float32 first: in float16 the errors of the steps would add up along a row."""
+    """`make_view_plane` as channels [B, 2, height, width], with the type and device of another
+    tensor.
+
+    It is computed in float32 first, because in float16 the errors of the steps would add up along a
+    row.
+    """
     uv = make_view_plane(width, height, aspect, like.device).to(like.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
+def append_uv(x: Tensor, aspect: float) -> Tensor:
+    """Append where each cell lies on the view plane of an image: [B, c, h, w] -> [B, c + 2, h,
+    w]."""
+    batch, _, height, width = x.shape
+    return torch.cat([x, make_uv_channels(batch, width, height, aspect, x)], dim=1)
+
+
 def resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, without antialias. [B, c, h, w] -> [B, c, height, width]."""
+    """Bilinear, without antialias: [B, c, h, w] -> [B, c, height, width]."""
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def upsample_output(raw: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """MoGe's "exp" output (x / z, y / z, log z) [B, 3, h, w] and raw mask [B, 1, h, w] -> points [B, H, W, 3]
-    and mask [B, H, W], float32, at the size of the images [B, 3, H, W]."""
+def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw outputs at the size of the images [B, 3, H, W].
+
+    Args:
+        raw_points: [B, 3, h, w] MoGe's "exp" output: x / z, y / z and log z.
+        raw_mask: [B, 1, h, w].
+        images: [B, 3, H, W].
+
+    Returns:
+        Points [B, H, W, 3] and mask [B, H, W], float32.
+    """
+    height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
-        points, mask = (resize(x.float(), *images.shape[2:]) for x in raw)
+        points = resize(raw_points.float(), height, width)
+        mask = resize(raw_mask.float(), height, width)
         plane, log_z = points.permute(0, 2, 3, 1).split([2, 1], dim=-1)
         z = log_z.exp()
         return torch.cat([plane * z, z], dim=-1), mask[:, 0]
 
 
-_FIXED_V1 = {
+def to_feature_map(layer: Tensor, patches: Tensor) -> Tensor:
+    """A layer's output [B, 1 + rows · columns, width] -> [B, width, rows, columns], without class
+    token.
+
+    patches: The encoder's input [B, 3, 14·rows, 14·columns].
+    """
+    rows = patches.shape[2] // PATCH_SIZE_PX
+    columns = patches.shape[3] // PATCH_SIZE_PX
+    return layer[:, 1:].mT.unflatten(2, (rows, columns))
+
+
+def _too_thin_error(width: int, height: int, num_tokens: int) -> SpearError:
+    return SpearError(
+        f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens. Crop it to a less"
+        " extreme aspect."
+    )
+
+
+# MoGe v1
+
+_SUPPORTED_V1 = {
     "remap_output": "exp",
     "output_mask": True,
     "split_head": True,
@@ -144,7 +207,123 @@ _FIXED_V1 = {
     "last_conv_size": 1,
     "mask_threshold": 0.5,
 }
-_FIXED_STACK = {
+
+
+class MogeV1(nn.Module):
+    """DINOv2's last layers, summed after a projection each, and a convolutional head.
+
+    unit        Of the points.
+    max_tokens  The most patches that the network was trained to cut an image into.
+    """
+
+    unit: Unit = "relative"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """config: The `model_config` of a published checkpoint. Raises SpearError if it is not
+        supported."""
+        super().__init__()
+        check_supported("", {"remap_output": "linear", **config}, _SUPPORTED_V1)
+        num_tokens_range = config.get("num_tokens_range", (1200, 2500))
+        self.max_tokens = int(num_tokens_range[1])
+        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
+            self.max_tokens = int(config["trained_area_range"][1]) // PATCH_SIZE_PX**2
+        self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
+        encoder_config = self.encoder.backbone.config
+        num_layers = encoder_config.num_hidden_layers
+        num_feature_layers = config.get("intermediate_layers", 4)
+        self.feature_layers = range(num_layers - num_feature_layers, num_layers)
+        self.head = MogeV1Head(config, encoder_config.hidden_size)
+
+    def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
+        """Bring images [B, 3, h, w] from 0 to 1 to a size that is cut into about `num_tokens`
+        patches.
+
+        Returns:
+            The encoder's input [B, 3, 14·rows, 14·columns], and the head's size (height, width),
+            which lies between those of the image and of the encoder's input.
+
+        Raises:
+            SpearError: If an image is too long and thin for so few tokens.
+        """
+        height, width = images.shape[2:]
+        factor = math.sqrt(num_tokens * PATCH_SIZE_PX**2 / (height * width))
+        head_size = int(height * factor), int(width * factor)
+        if min(head_size) < PATCH_SIZE_PX:
+            raise _too_thin_error(width, height, num_tokens)
+        resized = nn.functional.interpolate(
+            images, head_size, mode="bicubic", antialias=True, align_corners=False
+        )
+        patch_size = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in head_size]
+        patches = nn.functional.interpolate(
+            standardize(resized), patch_size, mode="bilinear", antialias=True, align_corners=False
+        )
+        return patches, head_size
+
+    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
+        """Points and mask of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`
+        patches."""
+        patches, head_size = self.cut_into_patches(images, num_tokens)
+        layers = self.encoder.layers(patches, self.feature_layers)
+        features = [to_feature_map(layer, patches) for layer in layers]
+        raw_points, raw_mask = self.head(features, head_size)
+        points, mask = upsample_output(raw_points, raw_mask, images)
+        return MogeOutput(points, mask)
+
+
+class MogeV1Head(nn.Module):
+    """From the encoder's patch features to raw points (x / z, y / z, log z) and a raw mask."""
+
+    def __init__(self, config: Mapping[str, Any], width: int) -> None:
+        super().__init__()
+        num_feature_layers = config.get("intermediate_layers", 4)
+        project_width = config.get("dim_proj", 512)
+        widths = config.get("dim_upsample", (256, 128, 128))
+        num_res_blocks = config.get("num_res_blocks", 1)
+        hidden_factor = config.get("dim_times_res_block_hidden", 1)
+        last_width = config.get("last_conv_channels", 32)
+
+        self.projects = nn.ModuleList(
+            nn.Conv2d(width, project_width, 1) for _ in range(num_feature_layers)
+        )
+
+        upsample_blocks = []
+        for in_width, out_width in pairwise((project_width, *widths)):
+            layers: list[nn.Module] = [build_upsampler("conv_transpose", in_width + 2, out_width)]
+            for _ in range(num_res_blocks):
+                layers.append(ResidualBlock(out_width, out_width * hidden_factor, has_norms=True))
+            upsample_blocks.append(nn.Sequential(*layers))
+        self.upsample_blocks = nn.ModuleList(upsample_blocks)
+
+        output_blocks = []
+        for num_channels in (3, 1):  # points, mask
+            first = build_conv3x3(widths[-1] + 2, last_width)
+            last = nn.Conv2d(last_width, num_channels, 1)
+            output_blocks.append(nn.Sequential(first, nn.ReLU(), last))
+        self.output_block = nn.ModuleList(output_blocks)
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Features [B, width, rows, columns] of each layer -> raw points and raw mask at a size.
+
+        size: (height, width) of the result, whose aspect the uv channels have throughout. The
+            result is
+        [B, 3, height, width] and [B, 1, height, width].
+        """
+        height, width = size
+        aspect = width / height
+        projected = []
+        for project, layer_features in zip(self.projects, features, strict=True):
+            projected.append(project(layer_features))
+        x = torch.stack(projected).sum(dim=0)
+        for block in self.upsample_blocks:
+            x = block(append_uv(x, aspect))
+        x = append_uv(resize(x, height, width), aspect)
+        points_block, mask_block = self.output_block
+        return points_block(x), mask_block(x)
+
+
+# MoGe-2
+
+_SUPPORTED_STACK = {
     "res_block_in_norm": "none",
     "res_block_hidden_norm": "none",
     "activation": "relu",
@@ -152,210 +331,157 @@ _FIXED_STACK = {
 }
 
 
-class MogeV1(nn.Module):
-    """DINOv2's last layers, summed after a projection each, and a convolutional head.
-
-    config: a published checkpoint's `model_config`; `SpearError` for one that is not supported. max_tokens:
-    the most patches that it was trained to cut an image into.
-    """
-
-    unit: Unit = "relative"
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        check_supported("", {"remap_output": "linear", **config}, _FIXED_V1)
-        self.max_tokens = int(config.get("num_tokens_range", (1200, 2500))[1])
-        if "trained_area_range" in config:  # the released checkpoint's older field, in pixels
-            self.max_tokens = int(config["trained_area_range"][1]) // PATCH_SIZE_PX**2
-        self.encoder = MogeEncoder(dinov2_config(config.get("encoder", "dinov2_vitb14")))
-        read, depth = (
-            config.get("intermediate_layers", 4),
-            self.encoder.backbone.config.num_hidden_layers,
-        )
-        self.layers = range(depth - read, depth)
-        self.head = MogeV1Head(config, self.encoder.backbone.config.hidden_size)
-
-    def cut_into_patches(self, images: Tensor, num_tokens: int) -> tuple[Tensor, tuple[int, int]]:
-        """Images [B, 3, h, w] in 0 … 1 -> encoder input [B, 3, 14·rows, 14·columns], and the head's size.
-
-        The size (height, width) lies between the image's and the encoder's. Raises `SpearError` when an image
-        is too long and thin for so few tokens.
-        """
-        height, width = images.shape[2:]
-        factor = math.sqrt(num_tokens * PATCH_SIZE_PX**2 / (height * width))
-        size = int(height * factor), int(width * factor)
-        if min(size) < PATCH_SIZE_PX:
-            raise SpearError(
-                f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
-            )
-        resized = nn.functional.interpolate(
-            images, size, mode="bicubic", antialias=True, align_corners=False
-        )
-        patches = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in size]
-        normal = standardize(resized)
-        cut = nn.functional.interpolate(
-            normal, patches, mode="bilinear", antialias=True, align_corners=False
-        )
-        return cut, size
-
-    def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points and mask of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
-        patches, size = self.cut_into_patches(images, num_tokens)
-        tokens = self.encoder.layers(patches, self.layers)
-        grid = (patches.shape[2] // PATCH_SIZE_PX, patches.shape[3] // PATCH_SIZE_PX)
-        raw = self.head([layer[:, 1:].mT.unflatten(2, grid) for layer in tokens], size)
-        return MogeOutput(*upsample_output(raw, images))
-
-
-class MogeV1Head(nn.Module):
-    """From the encoder's patch features to raw points (x/z, y/z, log z) and raw mask."""
-
-    def __init__(self, config: Mapping[str, Any], width: int) -> None:
-        super().__init__()
-        project, widths = config.get("dim_proj", 512), config.get("dim_upsample", (256, 128, 128))
-        times, blocks = config.get("dim_times_res_block_hidden", 1), config.get("num_res_blocks", 1)
-        last, layers = config.get("last_conv_channels", 32), config.get("intermediate_layers", 4)
-        self.projects = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in range(layers))
-        self.upsample_blocks = nn.ModuleList(
-            nn.Sequential(
-                build_upsampler("conv_transpose", before + 2, after),
-                *(ResidualBlock(after, after * times, True) for _ in range(blocks)),
-            )
-            for before, after in pairwise((project, *widths))
-        )
-        self.output_block = nn.ModuleList(
-            nn.Sequential(build_conv3x3(widths[-1] + 2, last), nn.ReLU(), nn.Conv2d(last, out, 1))
-            for out in (3, 1)
-        )
-
-    def forward(self, layers: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """Features [B, width, rows, columns] of each layer -> [B, 3, height, width] and [B, 1, height, width]
-        at size (height, width), whose aspect the uv channels have throughout."""
-        height, width = size
-        x = torch.stack([p(layer) for p, layer in zip(self.projects, layers, strict=True)]).sum(
-            dim=0
-        )
-        for block in self.upsample_blocks:
-            x = block(append_uv(x, width / height))
-        x = append_uv(resize(x, height, width), width / height)
-        return [block(x) for block in self.output_block]
-
-
-def append_uv(x: Tensor, aspect: float) -> Tensor:
-    """[B, c, h, w] -> [B, c + 2, h, w]: where each cell lies on the view plane of an image of that aspect."""
-    batch, _, height, width = x.shape
-    return torch.cat([x, make_uv_channels(batch, width, height, aspect, x)], dim=1)
-
-
 class MogeV2(nn.Module):
-    """The network: DINOv2, projected and summed, a neck shared by all heads, one head per output.
+    """DINOv2's features, projected and summed, a neck that all heads share, and one head per
+    output.
 
-    config, max_tokens: as of `MogeV1`.
+    unit        Of the points times the scale.
+    max_tokens  As of `MogeV1`.
     """
 
     unit: Unit = "metre"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        """config: The `model_config` of a published checkpoint. Raises SpearError if it is not
+        supported."""
         super().__init__()
         check_supported("", {"remap_output": "linear", **config}, {"remap_output": "exp"})
-        encoder = config["encoder"]
-        self.max_tokens = int(config.get("num_tokens_range", (1200, 3600))[1])
-        self.encoder = MogeEncoder(dinov2_config(encoder["backbone"]))
-        read, depth = encoder["intermediate_layers"], self.encoder.backbone.config.num_hidden_layers
-        self.layers = range(depth - read, depth) if isinstance(read, int) else read
-        width, project = self.encoder.backbone.config.hidden_size, encoder["dim_out"]
-        self.output_projections = nn.ModuleList(nn.Conv2d(width, project, 1) for _ in self.layers)
-        names = "neck", "points_head", "mask_head"  # some have normals as well
-        self.neck, self.points_head, self.mask_head = (
-            ConvStack(name, config[name]) for name in names
+        num_tokens_range = config.get("num_tokens_range", (1200, 3600))
+        self.max_tokens = int(num_tokens_range[1])
+
+        fields = config["encoder"]
+        self.encoder = MogeEncoder(dinov2_config(fields["backbone"]))
+        encoder_config = self.encoder.backbone.config
+        feature_layers = fields["intermediate_layers"]
+        if isinstance(feature_layers, int):  # that many of the last layers
+            num_layers = encoder_config.num_hidden_layers
+            feature_layers = range(num_layers - feature_layers, num_layers)
+        self.feature_layers = feature_layers
+        self.output_projections = nn.ModuleList(
+            nn.Conv2d(encoder_config.hidden_size, fields["dim_out"], 1) for _ in self.feature_layers
         )
+
+        # Some checkpoints have a head for normals, too, which is not read.
+        self.neck = ConvStack("neck", config["neck"])
+        self.points_head = ConvStack("points_head", config["points_head"])
+        self.mask_head = ConvStack("mask_head", config["mask_head"])
         layers: list[nn.Module] = []
-        for before, after in pairwise(config["scale_head"]["dims"]):
-            layers += [nn.Linear(before, after), nn.ReLU()]
+        for in_width, out_width in pairwise(config["scale_head"]["dims"]):
+            layers += [nn.Linear(in_width, out_width), nn.ReLU()]
         self.scale_head = nn.Sequential(*layers[:-1])
 
     def cut_into_patches(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Images [B, 3, h, w] in 0 … 1 -> the encoder's input [B, 3, 14·rows, 14·columns]. Raises
-        `SpearError` when an image is too long and thin for so few tokens."""
+        """Bring images [B, 3, h, w] from 0 to 1 to a size that is cut into about `num_tokens`
+        patches.
+
+        Returns:
+            The encoder's input [B, 3, 14·rows, 14·columns].
+
+        Raises:
+            SpearError: If an image is too long and thin for so few tokens.
+        """
         height, width = images.shape[2:]
         aspect = width / height
-        rows, columns = round(math.sqrt(num_tokens / aspect)), round(math.sqrt(num_tokens * aspect))
+        rows = round(math.sqrt(num_tokens / aspect))
+        columns = round(math.sqrt(num_tokens * aspect))
         if min(rows, columns) < 1:
-            raise SpearError(
-                f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens: crop it"
-            )
+            raise _too_thin_error(width, height, num_tokens)
         size = (rows * PATCH_SIZE_PX, columns * PATCH_SIZE_PX)
-        cut = nn.functional.interpolate(
+        resized = nn.functional.interpolate(
             images, size, mode="bilinear", antialias=True, align_corners=False
         )
-        return standardize(cut)
+        return standardize(resized)
 
     def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised [B, 3, 14·rows, 14·columns] -> features [B, project, rows, columns], and the class token
-        [B, width] of the last layer that is read."""
-        tokens = self.encoder.layers(patches, self.layers)
-        grid = (patches.shape[2] // PATCH_SIZE_PX, patches.shape[3] // PATCH_SIZE_PX)
-        pairs = zip(self.output_projections, tokens, strict=True)
-        projected = [projection(layer[:, 1:].mT.unflatten(2, grid)) for projection, layer in pairs]
-        return torch.stack(projected).sum(dim=0), tokens[-1][:, 0]
+        """Encode normalized patches [B, 3, 14·rows, 14·columns].
+
+        Returns:
+            Features [B, project width, rows, columns], and the class token [B, width] of the last
+            layer that is read.
+        """
+        layers = self.encoder.layers(patches, self.feature_layers)
+        projected = []
+        for projection, layer in zip(self.output_projections, layers, strict=True):
+            projected.append(projection(to_feature_map(layer, patches)))
+        return torch.stack(projected).sum(dim=0), layers[-1][:, 0]
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
-        """Points, mask and scale of images [B, 3, h, w] in 0 … 1, cut into about `num_tokens` patches."""
-        features, token = self.encode(self.cut_into_patches(images, num_tokens))
+        """Points, mask and scale of images [B, 3, h, w] from 0 to 1, cut into about `num_tokens`
+        patches."""
+        features, class_token = self.encode(self.cut_into_patches(images, num_tokens))
         batch, _, rows, columns = features.shape
         height, width = images.shape[2:]
-        sizes = (
-            (columns << level, rows << level) for level in range(1, len(self.neck.input_blocks))
-        )
-        finer = [make_uv_channels(batch, *size, width / height, features) for size in sizes]
-        levels = self.neck([append_uv(features, width / height), *finer])
-        raw = [head(levels)[-1] for head in (self.points_head, self.mask_head)]
-        scale = self.scale_head(token)
-        points, mask = upsample_output(raw, images)
-        return MogeOutput(points, mask.sigmoid(), scale.float()[:, 0].exp())
+        aspect = width / height
+
+        # Input of the neck: features and uv at the coarsest level, uv alone at each level twice as
+        # fine.
+        pyramid = [append_uv(features, aspect)]
+        for level in range(1, len(self.neck.input_blocks)):
+            pyramid.append(
+                make_uv_channels(batch, columns << level, rows << level, aspect, features)
+            )
+        levels = self.neck(pyramid)
+
+        raw_points = self.points_head(levels)[-1]
+        raw_mask = self.mask_head(levels)[-1]
+        log_scale = self.scale_head(class_token)
+        points, mask = upsample_output(raw_points, raw_mask, images)
+        return MogeOutput(points, mask.sigmoid(), log_scale.float()[:, 0].exp())
 
 
 class ConvStack(nn.Module):
-    """A pyramid from coarse to fine: each level is the upsampled one before, plus its input, refined.
-
-    config: the published fields; a single value stands for all levels. Raises `SpearError`, naming the stack,
-    for what is not supported.
-    """
+    """A pyramid from coarse to fine: each level is the one before, upsampled, plus its input,
+    refined."""
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        """config: The published fields, where a single value stands for all levels.
+
+        Raises SpearError, which names the stack, for a field that is not supported.
+        """
         super().__init__()
-        norms = {
-            "res_block_in_norm": "layer_norm",
-            "res_block_hidden_norm": "group_norm",
-        }  # when not given
-        check_supported(f"{name}.", {**norms, **config}, _FIXED_STACK)
+        norm_defaults = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}
+        check_supported(f"{name}.", {**norm_defaults, **config}, _SUPPORTED_STACK)
+
         widths = config["dim_res_blocks"]
+        num_levels = len(widths)
+        in_widths = _per_level(config["dim_in"], num_levels)
+        resamplers = _per_level(config["resamplers"], num_levels - 1)
+        check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *resamplers)
+        res_block_counts = _per_level(config.get("num_res_blocks", 1), num_levels)
+        out_widths = _per_level(config.get("dim_out"), num_levels)
 
-        def each(value: Any, levels: int = len(widths)) -> Sequence[Any]:
-            return value if isinstance(value, list | tuple) else [value] * levels
-
-        kinds = each(config["resamplers"], len(widths) - 1)
-        check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *kinds)
-        sizes = zip(each(config["dim_in"]), widths, strict=True)
-        self.input_blocks = nn.ModuleList(nn.Conv2d(before, width, 1) for before, width in sizes)
-        pairs = zip(kinds, pairwise(widths), strict=True)
-        self.resamplers = nn.ModuleList(build_upsampler(kind, *pair) for kind, pair in pairs)
-        self.res_blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, width, False) for _ in range(count)))
-            for width, count in zip(widths, each(config.get("num_res_blocks", 1)), strict=True)
+        self.input_blocks = nn.ModuleList(
+            nn.Conv2d(in_width, width, 1) for in_width, width in zip(in_widths, widths, strict=True)
         )
+        self.resamplers = nn.ModuleList(
+            build_upsampler(kind, coarse_width, fine_width)
+            for kind, (coarse_width, fine_width) in zip(resamplers, pairwise(widths), strict=True)
+        )
+        res_blocks = []
+        for width, count in zip(widths, res_block_counts, strict=True):
+            blocks = [ResidualBlock(width, width, has_norms=False) for _ in range(count)]
+            res_blocks.append(nn.Sequential(*blocks))
+        self.res_blocks = nn.ModuleList(res_blocks)
         self.output_blocks = nn.ModuleList(
-            nn.Conv2d(width, out, 1) if out else nn.Identity()
-            for out, width in zip(each(config.get("dim_out")), widths, strict=True)
+            nn.Conv2d(width, out_width, 1) if out_width else nn.Identity()
+            for out_width, width in zip(out_widths, widths, strict=True)
         )
 
-    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """[B, channels, h, w] per level, each twice the size of the one before -> the same, refined."""
-        found: list[Tensor] = []
+    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """[B, channels, h, w] per level, each twice the size of the one before -> the same,
+        refined."""
+        outputs: list[Tensor] = []
         x: Tensor | None = None
         for level, features in enumerate(pyramid):
-            inside = self.input_blocks[level](features)
-            x = inside if x is None else self.resamplers[level - 1](x) + inside
+            level_input = self.input_blocks[level](features)
+            x = level_input if x is None else self.resamplers[level - 1](x) + level_input
             x = self.res_blocks[level](x)
-            found.append(self.output_blocks[level](x))
-        return found
+            outputs.append(self.output_blocks[level](x))
+        return outputs
+
+
+def _per_level(value: Any, num_levels: int) -> Sequence[Any]:
+    """A config's value for each level; a single value stands for all."""
+    if isinstance(value, list | tuple):
+        return value
+    return [value] * num_levels

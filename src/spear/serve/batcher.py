@@ -1,0 +1,175 @@
+"""The batcher: a work queue of several clients' requests, answered together in one thread.
+
+A server reads a connection's next request only when the last one is answered. A client therefore
+has at most one place in the queue, however fast it sends, so first come, first served is fair.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from spear.errors import SpearError, format_count
+
+LOG = logging.getLogger(__name__)
+ACTIVE_S = 1.0  # a client that asked within this time is expected to ask again
+
+
+class ServerBusyError(SpearError):
+    """The queue is full, or the server is stopping: the request was not taken."""
+
+
+class ClientGoneError(Exception):
+    """The client left before its request was computed."""
+
+
+@dataclass(frozen=True)
+class _QueuedRequest:
+    client: Hashable
+    request: Any
+    is_wanted: Callable[[], bool]
+    result: asyncio.Future[Any]
+
+
+class Batcher:
+    """Collects requests and has them answered in one thread, batch after batch.
+
+    Args:
+        answer: requests and their clients → one result each, in order. A result that is an
+            exception is raised for its client.
+        max_batch: the largest number of requests in a batch.
+        wait_s: the longest time for which a batch waits for more requests once the last batch is
+            done. It starts at once when it is full, or when it has a request of every client that
+            was active within the last second.
+        capacity: the largest number of requests that wait; further ones are refused (backpressure).
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Any], Sequence[Hashable]], Sequence[Any]],
+        max_batch: int,
+        wait_s: float,
+        capacity: int,
+    ) -> None:
+        self._answer = answer
+        self._max_batch = max_batch
+        self._wait_s = wait_s
+        self._capacity = capacity
+        self._queue: deque[_QueuedRequest] = deque()
+        self._last_active: dict[Hashable, float] = {}
+        self._has_arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    def __len__(self) -> int:
+        """Return the number of requests that wait."""
+        return len(self._queue)
+
+    async def submit(
+        self, client: Hashable, request: Any, is_wanted: Callable[[], bool] = lambda: True
+    ) -> Any:
+        """Wait for the result of one request.
+
+        Args:
+            client: who asks.
+            request: what `answer` takes.
+            is_wanted: whether somebody still wants the result; called just before it is computed.
+
+        Returns:
+            The result.
+
+        Raises:
+            ServerBusyError: the queue is full.
+            ClientGoneError: `is_wanted` returned False.
+        """
+        if len(self._queue) >= self._capacity:
+            num_waiting = format_count(self._capacity, "requests")
+            raise ServerBusyError(f"busy: {num_waiting} waiting already. Try again in a moment.")
+        result = asyncio.get_running_loop().create_future()
+        self._last_active[client] = time.perf_counter()
+        self._queue.append(_QueuedRequest(client, request, is_wanted, result))
+        self._has_arrived.set()
+        return await result
+
+    def forget(self, client: Hashable) -> None:
+        """Stop waiting for a client that has gone."""
+        self._last_active.pop(client, None)
+
+    async def run(self) -> None:
+        """Answer requests until cancelled."""
+        loop = asyncio.get_running_loop()
+        batch: list[_QueuedRequest] = []
+        try:
+            while True:
+                batch = await self._collect_batch()
+                if not batch:  # everyone who asked has left
+                    continue
+                requests = [queued.request for queued in batch]
+                clients = [queued.client for queued in batch]
+                results = await loop.run_in_executor(
+                    self._thread, self._answer_safely, requests, clients
+                )
+                self._deliver(batch, results)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            for queued in (*batch, *self._queue):
+                if not queued.result.done():
+                    queued.result.set_exception(ClientGoneError())
+
+    def _deliver(self, batch: Sequence[_QueuedRequest], results: Sequence[Any]) -> None:
+        for queued, result in zip(batch, results, strict=True):
+            if queued.client in self._last_active:
+                self._last_active[queued.client] = time.perf_counter()
+            if queued.result.done():
+                continue
+            if isinstance(result, BaseException):
+                queued.result.set_exception(result)
+            else:
+                queued.result.set_result(result)
+
+    def _answer_safely(self, requests: Sequence[Any], clients: Sequence[Hashable]) -> Sequence[Any]:
+        """Answer a batch in the thread; an exception becomes the result of every request.
+
+        A future cannot carry a `StopIteration`, so that one is replaced.
+        """
+        try:
+            return self._answer(requests, clients)
+        except StopIteration as error:
+            LOG.exception("inference failed")
+            return [RuntimeError(repr(error))] * len(requests)
+        except Exception as error:
+            LOG.exception("inference failed")
+            return [error] * len(requests)
+
+    async def _collect_batch(self) -> list[_QueuedRequest]:
+        """Wait for requests, and take those that are still wanted off the queue."""
+        while not self._queue:
+            await self._wait_for_arrival()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                while len(self._queue) < min(self._max_batch, self._count_active_clients()):
+                    await self._wait_for_arrival()
+
+        batch: list[_QueuedRequest] = []
+        while self._queue and len(batch) < self._max_batch:
+            queued = self._queue.popleft()
+            if queued.result.done():
+                continue
+            if queued.is_wanted():
+                batch.append(queued)
+            else:
+                queued.result.set_exception(ClientGoneError())
+        return batch
+
+    async def _wait_for_arrival(self) -> None:
+        self._has_arrived.clear()
+        await self._has_arrived.wait()
+
+    def _count_active_clients(self) -> int:
+        """Return how many clients are expected to ask again."""
+        now = time.perf_counter()
+        return sum(now - last_active < ACTIVE_S for last_active in self._last_active.values())

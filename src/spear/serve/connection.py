@@ -1,0 +1,136 @@
+"""Limits of the server's connections: what one client may cost before it is cut off."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import Frame
+from websockets.protocol import State
+
+MIB = 2**20
+FRAME_HEADER_BYTES = 14  # the longest header of a websocket frame
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What clients of one server may do. All numbers are our choice."""
+
+    max_message_bytes: int = 16 * MIB
+    """A larger message ends its connection with code 1009."""
+    max_clients: int = 256
+    """Connections at a time; the server answers further ones with 503."""
+    max_opening: int = 256
+    """Connections that have not sent their request yet; beyond this number the oldest are cut off.
+    """
+    max_unanswered_bytes: int = 256 * MIB
+    """Messages of all clients that are not answered yet; beyond this the largest sender is cut off.
+    """
+    max_unread_bytes: int = MIB
+    """What may wait for a client to read it, besides its answer: replies to its pings."""
+    small_frame_bytes: int = 1024
+    """A frame below this size is as much work as a large one, so their number is limited."""
+    max_small_frames_per_s: int = 100
+    send_timeout_s: float = 10.0
+    """A client that does not read its answer for this long, per MiB, is cut off."""
+    close_timeout_s: float = 1.0
+    """A client that does not confirm the end of its connection for this long is cut off."""
+    error_pause_s: float = 0.05
+    """After an error the server does not listen to that client for this long."""
+    unauthorized_pause_s: float = 0.5
+    """A wrong token is not answered for this long, so that guessing takes long."""
+    drain_timeout_s: float = 30.0
+    """How long requests under way may take when the server stops."""
+
+
+class LimitedConnection(ServerConnection):
+    """One of a server's open connections, `peers`; it is cut off when it exceeds a limit."""
+
+    def __init__(
+        self,
+        peers: "dict[LimitedConnection, None]",
+        limits: ConnectionLimits,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._peers = peers
+        self._limits = limits
+        self.unanswered_bytes = 0  # received, and not answered yet
+        self._current_message_bytes = 0
+        self._bytes_being_sent = 0
+        self._second_began_s = 0.0
+        self._num_small_frames = 0  # in the current second
+
+    async def send(self, message: Any, *, text: bool | None = None) -> None:
+        """Send a message.
+
+        The client gets `send_timeout_s` for each MiB, and once more for the rest.
+        """
+        self._bytes_being_sent += len(message)
+        timeout_s = self._limits.send_timeout_s * (1 + len(message) / MIB)
+        await self._abort_after(timeout_s, super().send(message, text=text))
+        self._bytes_being_sent -= len(message)
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """End the connection within `close_timeout_s`."""
+        await self._abort_after(self._limits.close_timeout_s, super().close(code, reason))
+
+    async def recv(self, decode: bool | None = None) -> Any:
+        """Wait for the next message; by then the one before has been answered."""
+        self.unanswered_bytes = max(0, self.unanswered_bytes - self._current_message_bytes)
+        self._current_message_bytes = 0
+        message = await super().recv(decode)
+        data = message if isinstance(message, bytes) else message.encode()
+        self._current_message_bytes = FRAME_HEADER_BYTES + len(data)
+        return message
+
+    async def _abort_after(self, timeout_s: float, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await work
+        except TimeoutError:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._peers[self] = None
+        opening = [peer for peer in self._peers if peer.state is State.CONNECTING]
+        for peer in opening[: -self._limits.max_opening]:
+            peer.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._peers.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read data in pieces, so that many small frames are noticed before all are read."""
+        self.unanswered_bytes += len(data)
+        unread = memoryview(data)
+        piece_bytes = self._limits.small_frame_bytes
+        while unread and not self.transport.is_closing():
+            num_small_frames = self._num_small_frames
+            super().data_received(bytes(unread[:piece_bytes]))
+            unread = unread[piece_bytes:]
+            had_small_frames = self._num_small_frames != num_small_frames
+            piece_bytes = self._limits.small_frame_bytes if had_small_frames else 2 * piece_bytes
+
+        max_buffered_bytes = self._limits.max_unread_bytes + self._bytes_being_sent
+        if self.transport.get_write_buffer_size() > max_buffered_bytes:
+            self.transport.abort()
+        total_unanswered_bytes = sum(peer.unanswered_bytes for peer in self._peers)
+        if total_unanswered_bytes > self._limits.max_unanswered_bytes:
+            largest_sender = max(self._peers, key=lambda peer: peer.unanswered_bytes)
+            largest_sender.transport.abort()
+
+    def process_event(self, event: Any) -> None:
+        """Count small frames, and cut the client off when there are too many within a second."""
+        if isinstance(event, Frame) and len(event.data) < self._limits.small_frame_bytes:
+            if self.loop.time() - self._second_began_s > 1:
+                self._second_began_s = self.loop.time()
+                self._num_small_frames = 0
+            self._num_small_frames += 1
+            if self._num_small_frames > self._limits.max_small_frames_per_s:
+                self.transport.abort()
+        super().process_event(event)
