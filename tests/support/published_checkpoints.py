@@ -148,12 +148,12 @@ def publish_moge(path: Path, seed: int = 0) -> Path:
     weights: dict[str, torch.Tensor] = {}
     for our_name, weight in MogeV1(config).state_dict().items():
         value = weight + 0.1 * torch.randn_like(weight)
-        name = moge_checkpoint.to_published_name(our_name, moge_checkpoint._PREFIXES[1])
+        name = moge_checkpoint.to_published_name(our_name, moge_checkpoint.NAME_PREFIXES[1])
         if name in weights:
             weights[name] = torch.cat([weights[name], value])
         else:
             weights[name] = value
-    for name, values in moge_checkpoint._CONSTANTS.items():
+    for name, values in moge_checkpoint.IMAGE_STATISTICS.items():
         weights[name] = torch.tensor(values).view(1, 3, 1, 1)
     weights["backbone.mask_token"] = torch.zeros(1, MOGE_ENCODER[0])
     torch.save({"model_config": config, "model": weights}, path)

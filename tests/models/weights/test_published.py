@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PaliGemmaConfig
 
-from spear.models.moge.checkpoint import _CONSTANTS, Checkpoint, build_moge
+from spear.models.moge.checkpoint import IMAGE_STATISTICS, Checkpoint, build_moge
 from spear.models.presets import PRESETS, build_vlm_config
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import action_expert, backbones
@@ -82,7 +82,7 @@ def test_moge_is_built_from_its_tensors(name: str) -> None:
     for tensor_name, shape in network.tensors().items():
         tensors[tensor_name] = torch.empty(shape, device="meta")
     prefix = "encoder." if name == "moge-2" else ""
-    for constant, values in _CONSTANTS.items():
+    for constant, values in IMAGE_STATISTICS.items():
         tensors[prefix + constant] = torch.tensor(values)[None, :, None, None]
     version = int(network.kind[-1])
 
