@@ -1,4 +1,4 @@
-"""Checkpoints as something that answers and acts: `load_vlm(...)` and `Spear1Policy.load(...)`."""
+"""Checkpoints that answer and act: `load_vlm(...)` and `Spear1Policy.load(...)`."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spear import flow
 from spear.chunks import check_chunk
@@ -44,26 +45,38 @@ from spear.util.fingerprints import fingerprint_checkpoint
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: its words, numbers (in `unit`, camera frame) and image locations, in order.
+    """An answer of SPEAR-VLM.
 
-    distribution  what the model held possible for each number, where that was asked for.
-    family        of the question, to whose form it was held; None for a free answer.
+    Attributes:
+        segments: words, numbers (in `unit`, camera frame) and image locations, in order.
+        unit: of the numbers.
+        distribution: the probabilities of each number's 3D tokens, if they were asked for.
+        question_type: the type whose form the answer has; None for a free answer.
     """
 
     segments: Segments
     unit: Unit
     distribution: Distribution | None = field(default=None, compare=False, repr=False)
-    family: str | None = field(default=None, compare=False)
+    question_type: str | None = field(default=None, compare=False)
 
     @property
     def values(self) -> list[float]:
         """The numbers alone."""
-        return [s for s in self.segments if isinstance(s, float)]
+        return [segment for segment in self.segments if isinstance(segment, float)]
 
 
 @dataclass(frozen=True)
 class VlmBundle:
-    """SPEAR-VLM with its processor."""
+    """SPEAR-VLM with its processor; `load_vlm` loads one.
+
+    Example:
+        >>> import numpy as np
+        >>> vlm = load_vlm("nano-vlm")
+        >>> image = np.zeros((128, 192, 3), np.uint8)
+        >>> [answer] = vlm.answer([image], ["How far is the mug?"], "distance")
+        >>> len(answer.values), answer.unit
+        (1, 'metre')
+    """
 
     model: SpearVLMForConditionalGeneration
     processor: Processor
@@ -72,18 +85,26 @@ class VlmBundle:
         self,
         images: Sequence[Array],
         prompts: Sequence[str],
-        family: str | None = None,
+        question_type: str | None = None,
         view: str = "external",
         max_new_tokens: int = 64,
         distributions: bool = False,
     ) -> list[Answer]:
-        """Greedy answers, one per (image [h, w, 3] uint8, prompt) pair.
+        """Answer one prompt about each image, by greedy decoding.
 
-        family  of the questions: answers are then held to its form, with exactly as many numbers or
-                image locations as it has. None: the model answers freely.
-        distributions  also give the probabilities of the 3D tokens with each answer.
-        Raises SpearError for an unknown family or view, an empty or too long prompt, or not one per
-        image.
+        Args:
+            images: [h, w, 3] uint8 each.
+            prompts: as many as images.
+            question_type: the type of the prompts, one of `spear.question_types`. An answer then
+                has the form of that type, with exactly as many numbers or image locations. None:
+                the model answers freely.
+            view: the camera of the images.
+            max_new_tokens: the most tokens of a free answer.
+            distributions: whether to add the probabilities of the 3D tokens to the answers.
+
+        Raises:
+            SpearError: for an unknown type or view, an empty or too long prompt, and numbers of
+                images and prompts that differ.
         """
         if len(prompts) != len(images):
             raise SpearError(
@@ -91,14 +112,21 @@ class VlmBundle:
             )
         if not prompts:
             return []
-        device, tokens = self.model.device, self.processor.coordinate_ids
+
+        # Inputs. Locations in a prompt are of its image, those that the model sees of the fitted
+        # image.
+        device = self.model.device
         pixels = torch.stack([self.processor.prepare_image(image, view) for image in images])
-        sizes, target = [image.shape[1::-1] for image in images], self.processor.image_sizes[view]
-        framed = [
-            self.processor.map_text_pixels(*both, view) for both in zip(prompts, sizes, strict=True)
+        image_sizes = [image.shape[1::-1] for image in images]
+        fitted_prompts = [
+            self.processor.map_text_pixels(prompt, size, view)
+            for prompt, size in zip(prompts, image_sizes, strict=True)
         ]
-        text = self.processor.encode_prompts(framed)
-        watched = LogitRecorder((tokens.start, tokens.stop)) if distributions else None
+        text = self.processor.encode_prompts(fitted_prompts)
+
+        # Decoding
+        token_ids = self.processor.coordinate_ids
+        recorder = LogitRecorder((token_ids.start, token_ids.stop)) if distributions else None
         with limit_threads(self.model, len(prompts)):
             ids = decode_greedily(
                 self.model,
@@ -106,37 +134,55 @@ class VlmBundle:
                 text["input_ids"].to(device),
                 text["attention_mask"].to(device),
                 max_new_tokens=max_new_tokens,
-                grammar=self._grammar(family),
-                recorder=watched,
+                grammar=self._get_grammar(question_type),
+                recorder=recorder,
             )
-        probable, held = None, None
-        if watched is not None and watched.logits:
-            probable = torch.stack(watched.logits, dim=1).softmax(-1).cpu().numpy()
+
+        # Answers
+        probabilities = None
+        if recorder is not None and recorder.logits:
+            probabilities = torch.stack(recorder.logits, dim=1).softmax(-1).cpu().numpy()
         answers = []
-        for index, (row, size) in enumerate(zip(ids.tolist(), sizes, strict=True)):
-            said = self.processor.decode_answer(row)
-            places = [
-                map_pixel(s, size, target, inverse=True) if isinstance(s, Pixel) else s
-                for s in said
-            ]
-            if probable is not None:
-                of_numbers = probable[index, [i for i, token in enumerate(row) if token in tokens]]
-                held = Distribution(of_numbers, self.processor.coordinates)
-            answers.append(Answer(places, self.processor.coordinates.unit, held, family))
+        for index, (answer_ids, image_size) in enumerate(
+            zip(ids.tolist(), image_sizes, strict=True)
+        ):
+            distribution = None
+            if probabilities is not None:
+                steps = [step for step, token in enumerate(answer_ids) if token in token_ids]
+                distribution = Distribution(probabilities[index, steps], self.processor.coordinates)
+            answer = Answer(
+                segments=self._read_segments(answer_ids, image_size, view),
+                unit=self.processor.coordinates.unit,
+                distribution=distribution,
+                question_type=question_type,
+            )
+            answers.append(answer)
         return answers
 
-    def _grammar(self, family: str | None) -> Any:
-        if family is None:
+    def _read_segments(
+        self, answer_ids: list[int], image_size: tuple[int, int], view: str
+    ) -> Segments:
+        """The segments of an answer's token ids, with locations in the image as it was given."""
+        fitted_size = self.processor.image_sizes[view]
+        segments: list[str | float | Pixel] = []
+        for segment in self.processor.decode_answer(answer_ids):
+            if isinstance(segment, Pixel):
+                segment = map_pixel(segment, image_size, fitted_size, inverse=True)
+            segments.append(segment)
+        return segments
+
+    def _get_grammar(self, question_type: str | None) -> Any:
+        """The answer grammar of a question type; None where answers are free."""
+        if question_type is None:
             return None
-        check_known(
-            "question family", (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL), family
-        )
-        if family in NUM_ANSWER_NUMBERS or family in NUM_ANSWER_PIXELS:
-            return self.processor.coordinate_grammar(
-                NUM_ANSWER_NUMBERS.get(family, 0), NUM_ANSWER_PIXELS.get(family, 0)
-            )
-        if family in NUM_NUMBERS_BETWEEN_WORDS:
-            return self.processor.free_text_grammar(NUM_NUMBERS_BETWEEN_WORDS[family])
+        known_types = (*QUESTION_TYPES, *QUESTION_TYPES_2D, *QUESTION_TYPES_PIXEL)
+        check_known("question family", known_types, question_type)
+        if question_type in NUM_NUMBERS_BETWEEN_WORDS:
+            return self.processor.free_text_grammar(NUM_NUMBERS_BETWEEN_WORDS[question_type])
+        num_numbers = NUM_ANSWER_NUMBERS.get(question_type, 0)
+        num_pixels = NUM_ANSWER_PIXELS.get(question_type, 0)
+        if num_numbers or num_pixels:
+            return self.processor.coordinate_grammar(num_numbers, num_pixels)
         return None
 
 
@@ -145,45 +191,66 @@ def load_vlm(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
 ) -> VlmBundle:
-    """SPEAR-VLM from a folder or a shipped name; of a policy, the SPEAR-VLM inside it.
+    """Load SPEAR-VLM.
 
-    device as in `choose_device`; dtype of the weights. Raises `SpearError` when it is missing or
-    broken.
+    Args:
+        name: a folder, or the name of a shipped model. Of a policy it is the SPEAR-VLM inside it.
+        device: "cpu", "cuda" and so on, see `choose_device`.
+        dtype: of the weights. "bfloat16" takes half the memory of "float32".
+
+    Raises:
+        SpearError: the model is missing or broken.
     """
-    folder, model = _load(load_inner_vlm, name, device, dtype)
+    folder, model = _load_model(load_inner_vlm, name, device, dtype)
     return VlmBundle(model, Processor.load(folder, model.config))
 
 
-def _load(
-    read: Callable[[Path, torch.dtype], ModelT],
+def _load_model(
+    read_model: Callable[[Path, torch.dtype], ModelT],
     name: str | Path,
     device: str | torch.device,
     dtype: str | torch.dtype,
 ) -> tuple[Path, ModelT]:
-    """The folder of that name, and the model that is read from it, on its device."""
-    folder, place = locate(name), choose_device(device) if isinstance(device, str) else device
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(kind, torch.dtype):
+    """Find a model's folder and load the model to its device."""
+    folder = locate(name)
+    if isinstance(device, str):
+        device = choose_device(device)
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype):
         raise unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
-    model = read(folder, kind)
-    if model.dtype == torch.bfloat16 and not is_bfloat16_fast(place):
+
+    model = read_model(folder, torch_dtype)
+    if model.dtype == torch.bfloat16 and not is_bfloat16_fast(device):
         notice("bfloat16 takes longer than float32 on this CPU: it only saves memory")
-    torch.nn.Module.to(model, place)
-    if place.type == "cpu":
-        keep_freed_memory()  # else the temporaries of a batch of eight are a tenth of its time
+    torch.nn.Module.to(model, device)
+    if device.type == "cpu":
+        keep_freed_memory()  # otherwise temporaries take a tenth of the time of a batch of eight
     return folder, model
 
 
 @dataclass
 class Spear1Policy:
-    """SPEAR-1 behind the `Policy` protocol: observations in, metric actions out.
+    """SPEAR-1 as a `Policy`: observations in, action chunks in meters out.
 
-    steps  Euler steps of the flow; `load` takes the model's own unless some are given.
-    seed   the noise of an observation depends on (seed, its "seed" key) alone, or, without that
-           key, on how many observations came before it; never on what else is in the batch.
-    folder where it was loaded from; dataset: whose units were asked for.
-    known  what it saw in training; what its first observations have otherwise is noted.
-    cut    whether a too long instruction is cut, as in training, instead of being refused.
+    Attributes:
+        model: the network.
+        processor: prepares images and instructions.
+        normalizer: converts between the model's units and meters.
+        steps: number of Euler steps of the flow; `load` takes the model's own by default.
+        seed: of the noise. The noise of an observation depends on this seed and the observation's
+            key "seed"; without that key, on how many observations came before. It never depends on
+            the rest of a batch.
+        folder: where the policy was loaded from.
+        dataset: the training dataset whose normalization statistics are used, if each had its own.
+        training_distribution: what the drift monitor compares observations with.
+        truncate_instructions: whether too long instructions are truncated, as in training, instead
+            of refused.
+
+    Example:
+        >>> from spear.embodiments import load
+        >>> policy = Spear1Policy.load("nano")
+        >>> policy.infer(load("generic").example())["actions"].shape
+        (5, 8)
     """
 
     model: Spear1ForActionPrediction
@@ -195,7 +262,7 @@ class Spear1Policy:
     dataset: str | None = None
     training_distribution: TrainingDistribution | None = None
     truncate_instructions: bool = False
-    _observed: int = field(default=0, init=False, repr=False)
+    _num_observations: int = field(default=0, init=False, repr=False)
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
     @staticmethod
@@ -207,174 +274,229 @@ class Spear1Policy:
         dataset: str | None = None,
         dtype: str | torch.dtype = "float32",
     ) -> "Spear1Policy":
-        """From a folder or a shipped name. Raises `SpearError` when it is missing or broken.
+        """Load a policy.
 
-        device   as in `choose_device`.
-        dataset  whose units to use, where (and only there) each dataset of the mixture had its own.
-        dtype    of the weights: bfloat16 takes half the memory of float32.
+        Args:
+            name: a folder, or the name of a shipped policy.
+            device: "cpu", "cuda" and so on, see `choose_device`.
+            steps: number of Euler steps of the flow; None is the model's own.
+            seed: of the noise.
+            dataset: the training dataset whose normalization statistics to use. Give it if, and
+                only if, each dataset of the training mixture had its own.
+            dtype: of the weights. "bfloat16" takes half the memory of "float32".
+
+        Raises:
+            SpearError: the policy is missing or broken, or `dataset` is given without need.
         """
-        folder, model = _load(
-            functools.partial(weights.load, Spear1ForActionPrediction), name, device, dtype
-        )
+        read_model = functools.partial(weights.load, Spear1ForActionPrediction)
+        folder, model = _load_model(read_model, name, device, dtype)
         normalizer = Normalizer.load(folder / "normalizer.json")
         if dataset is not None and not normalizer.datasets:
             raise SpearError(
                 f"{folder}: has the same units for all datasets: leave out --dataset {dataset}"
             )
-        processor = Processor.load(folder, model.config.vlm_config)
-        steps = model.flow.steps if steps is None else steps
-        known = TrainingDistribution.load(folder / "seen.json")
         return Spear1Policy(
-            model, processor, normalizer.for_dataset(dataset), steps, seed, folder, dataset, known
+            model=model,
+            processor=Processor.load(folder, model.config.vlm_config),
+            normalizer=normalizer.for_dataset(dataset),
+            steps=model.flow.steps if steps is None else steps,
+            seed=seed,
+            folder=folder,
+            dataset=dataset,
+            training_distribution=TrainingDistribution.load(folder / "seen.json"),
         )
 
     @property
     def identity(self) -> str | None:
-        """Which weights act, in which precision, units and number of flow steps: results of others
-        never mix. None where they are from no folder."""
-        dtype, own, units = self.model.dtype, self.steps == self.model.flow.steps, self.dataset
-        told = ("" if dtype == torch.float32 else f" {dtype}") + (
-            "" if units is None else f" {units}"
-        )
-        return self._files and self._files + told + ("" if own else f" steps {self.steps}")
+        """What determines the actions: weights, precision, dataset and number of flow steps.
+
+        Results of policies with different identities are never mixed. It is None for a policy that
+        was not loaded from a folder.
+        """
+        if self._fingerprint is None:
+            return None
+        words = [self._fingerprint]
+        if self.model.dtype != torch.float32:
+            words.append(str(self.model.dtype))
+        if self.dataset is not None:
+            words.append(self.dataset)
+        if self.steps != self.model.flow.steps:
+            words.append(f"steps {self.steps}")
+        return " ".join(words)
 
     @functools.cached_property
-    def _files(self) -> str | None:
+    def _fingerprint(self) -> str | None:
         return None if self.folder is None else fingerprint_checkpoint(self.folder)
 
     @property
     def committed(self) -> int:
-        """The most actions that an observation may come with as decided already; 0: never trained
-        for it."""
+        """The longest committed prefix that the policy was trained with; 0 if it was trained with
+        none."""
         return int(self.model.config.committed)
 
     @property
     def image_sizes(self) -> Mapping[str, tuple[int, int]]:
-        """Its cameras: view → (width, height)."""
+        """The cameras of the policy: view → (width, height) in pixels."""
         return self.processor.image_sizes
 
     def reset(self) -> None:
-        """Start the noise again, so that a run repeats."""
-        self._observed = 0
+        """Restart the sequence of noise and the drift monitor, so that a run can be repeated."""
+        self._num_observations = 0
         self._monitor.reset()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One observation (keys: see `spear.types.Policy`) → {"actions": [H, 8] float32},
-        metres."""
+        """Compute an action chunk for an observation.
+
+        Args:
+            observation: its keys are those of `spear.types.Policy`.
+
+        Returns:
+            {"actions": [H, 8] float32}, in the layout of `spear.types.Action`, meters.
+
+        Raises:
+            SpearError: for a bad image, state or instruction, and for a chunk that no robot should
+                execute.
+        """
         return self.infer_batch([observation])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Several observations in one pass. Raises `SpearError` for a bad image, state or
-        instruction."""
+        """Compute an action chunk for each of several observations in one pass, as `infer` does."""
         if not observations:
             return []
         with limit_threads(self.model, len(observations)):
-            actions = self.normalizer.unnormalize_action(
-                self.predict(self.prepare_inputs(observations))
-            )
+            normalized_actions = self.predict(self.prepare_inputs(observations))
+            actions = self.normalizer.unnormalize_action(normalized_actions)
         vectors = actions.to_vector()
         vectors[..., 7].clamp_(0, 1)
         chunks = vectors.cpu().numpy().astype(np.float32)
-        told = [{"actions": check_chunk(chunk)} for chunk in chunks]
+        results = [{"actions": check_chunk(chunk)} for chunk in chunks]
         self._monitor.record_commands(observations, chunks)
-        return told
+        return results
 
     def predict(self, inputs: Mapping[str, Any]) -> Action:
-        """The network alone: normalised actions [B, H, ·] for what `inputs` gives."""
+        """Run the network alone: normalized actions [B, H, ·] for the result of
+        `prepare_inputs`."""
         return self.model.sample_actions(**inputs, steps=self.steps)
 
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Observations as the network's arguments. Unchecked ones are checked first."""
-        device = self.model.device
-        observations = [
-            o
-            if isinstance(o, CheckedObservation)
-            else check_observation({k: v for k, v in o.items() if v is not None})
-            for o in observations
-        ]
-        states = torch.from_numpy(np.stack([o["observation/state"] for o in observations]))
-        pixels, there = self._pixels(observations)
+        """Convert observations to the network's arguments.
+
+        Observations that are not `CheckedObservation`s are checked first. The drift monitor sees
+        all of them.
+        """
+        checked = [_check_once(observation) for observation in observations]
+        states = torch.from_numpy(np.stack([o["observation/state"] for o in checked]))
+        pixels, is_present = self._prepare_images(checked)
         self._monitor.check_batch(
-            self.training_distribution, observations, states.numpy(), pixels, there
+            self.training_distribution, checked, states.numpy(), pixels, is_present
         )
         text = self.processor.encode_instructions(
-            [o["prompt"] for o in observations], self.truncate_instructions
+            [o["prompt"] for o in checked], self.truncate_instructions
         )
-        padded = not bool(
-            text["attention_mask"].all()
-        )  # the network is faster when it need not look
+        attention_mask = text["attention_mask"]
+        noise = torch.cat([self._draw_noise(o) for o in checked])
+        committed = self._prepare_committed([o.get("committed", ()) for o in checked])
+
+        device = self.model.device
+        view_masks = {
+            view: torch.tensor(is_present[view], device=device)
+            for view in pixels
+            if not all(is_present[view])
+        }
+        state = self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8])
+        # Without padding the network is faster if there is no mask that it has to read.
+        is_padded = not bool(attention_mask.all())
         return {
             "pixel_values": {view: images.to(device) for view, images in pixels.items()},
-            "view_mask": {
-                v: torch.tensor(there[v], device=device) for v in pixels if not all(there[v])
-            },
+            "view_mask": view_masks,
             "input_ids": text["input_ids"].to(device),
-            "attention_mask": text["attention_mask"].to(device) if padded else None,
-            "state": self.normalizer.state_vector(states[:, :3], states[:, 3:7], states[:, 7:8]).to(
-                device
-            ),
-            "noise": Action.from_vector(torch.cat([self._noise(o) for o in observations])).to(
-                device
-            ),
-            "committed": self._committed([o.get("committed", ()) for o in observations]),
+            "attention_mask": attention_mask.to(device) if is_padded else None,
+            "state": state.to(device),
+            "noise": Action.from_vector(noise).to(device),
+            "committed": committed,
         }
 
-    def _pixels(
+    def _prepare_images(
         self, observations: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
-        """View → images [B, 3, h, w] uint8, without views that nobody has; and which [B] are
-        there."""
-        keys = {camera_key(view): view for view in self.image_sizes}
-        for key in (key for observation in observations for key in observation):
-            if is_camera_key(key) and key not in keys:
-                raise SpearError(
-                    f"{key}: not a camera of the model (it has {', '.join(keys)}): leave it out"
-                )
-        pixels: dict[str, torch.Tensor] = {}
-        there: dict[str, list[bool]] = {}
-        for key, view in keys.items():
-            images = [o.get(key) for o in observations]
-            sent = there[view] = [image is not None for image in images]
-            learned = (
-                self.training_distribution is None
-                or view in self.training_distribution.red_minus_blue
-            )  # training had that camera
-            without = "the policy was trained without that camera"
-            if learned and not all(sent):
-                self._monitor.report(key, f"observations without {key}: send it, unless {without}")
-            elif not learned and any(sent):
-                self._monitor.report(key, f"observations with {key}: {without}: leave it out")
-            if any(sent):  # a view that nobody has costs nothing
-                width, height = self.image_sizes[view]
-                blank = torch.zeros(3, height, width, dtype=torch.uint8)
-                fitted = (
-                    blank if i is None else self.processor.prepare_image(i, view) for i in images
-                )
-                pixels[view] = torch.stack([*fitted])
-        return pixels, there
+    ) -> tuple[dict[str, Tensor], dict[str, list[bool]]]:
+        """Fit the images of all cameras to the network.
 
-    def _committed(self, rows: Sequence[Array]) -> flow.CommittedPrefix | None:
-        """Each observation's actions [d, 8] that are decided already; None where there are none."""
-        if not (most := max(map(len, rows))):
+        Returns:
+            View → images [B, 3, h, w] uint8, black where an observation has none. Views that no
+            observation has are left out, because they would take time. View → [B], whether each
+            observation has that image.
+        """
+        view_of_key = {camera_key(view): view for view in self.image_sizes}
+        for observation in observations:
+            for key in observation:
+                if is_camera_key(key) and key not in view_of_key:
+                    raise SpearError(
+                        f"{key}: not a camera of the model (it has {', '.join(view_of_key)}): "
+                        "leave it out"
+                    )
+
+        pixels: dict[str, Tensor] = {}
+        is_present: dict[str, list[bool]] = {}
+        for key, view in view_of_key.items():
+            images = [observation.get(key) for observation in observations]
+            is_present[view] = [image is not None for image in images]
+            self._report_camera_differences(key, view, is_present[view])
+            if any(is_present[view]):
+                pixels[view] = torch.stack([self._prepare_image(image, view) for image in images])
+        return pixels, is_present
+
+    def _prepare_image(self, image: Array | None, view: str) -> Tensor:
+        """An image fitted to the network, [3, h, w] uint8; a black one for None."""
+        if image is not None:
+            return self.processor.prepare_image(image, view)
+        width, height = self.image_sizes[view]
+        return torch.zeros(3, height, width, dtype=torch.uint8)
+
+    def _report_camera_differences(self, key: str, view: str, is_present: Sequence[bool]) -> None:
+        """Print a notice if observations lack a camera of the training, or have one that it
+        lacked."""
+        distribution = self.training_distribution
+        is_trained_view = distribution is None or view in distribution.red_minus_blue
+        untrained = "the policy was trained without that camera"
+        if is_trained_view and not all(is_present):
+            self._monitor.report(key, f"observations without {key}: send it, unless {untrained}")
+        elif not is_trained_view and any(is_present):
+            self._monitor.report(key, f"observations with {key}: {untrained}: leave it out")
+
+    def _prepare_committed(self, prefixes: Sequence[Array]) -> flow.CommittedPrefix | None:
+        """The committed prefixes [d, 8] of observations, normalized; None where there are none."""
+        num_committed = [len(prefix) for prefix in prefixes]
+        if max(num_committed) == 0:
             return None
-        if most > self.committed:
+        if max(num_committed) > self.committed:
             raise SpearError(
-                f"committed: {most} of them: the policy has learned to take {self.committed}"
+                f"committed: {max(num_committed)} of them: the policy has learned to take "
+                f"{self.committed}"
             )
-        vectors = torch.zeros(len(rows), self.model.config.horizon, ACTION_DIM)
-        held = torch.arange(vectors.shape[1]) < torch.tensor([[len(row)] for row in rows])
-        vectors[held] = torch.cat([torch.as_tensor(row) for row in rows if len(row)])
-        actions, device = (
-            self.normalizer.normalize_action(Action.from_vector(vectors)),
-            self.model.device,
+        horizon = self.model.config.horizon
+        is_committed = torch.arange(horizon) < torch.tensor(num_committed)[:, None]
+        vectors = torch.zeros(len(prefixes), horizon, ACTION_DIM)
+        vectors[is_committed] = torch.cat(
+            [torch.as_tensor(prefix) for prefix in prefixes if len(prefix)]
         )
-        return flow.CommittedPrefix(actions.to(device), held.to(device))
+        actions = self.normalizer.normalize_action(Action.from_vector(vectors))
+        device = self.model.device
+        return flow.CommittedPrefix(actions.to(device), is_committed.to(device))
 
-    def _noise(self, observation: Mapping[str, Any]) -> torch.Tensor:
-        """The noise [1, H, ·] that an observation's actions flow from."""
-        draw = int(observation.get("seed", self._observed))
-        self._observed += 1
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**63)
-        return flow.sample_noise(
-            (1, self.model.config.horizon), self.model.flow, generator
-        ).to_vector()
+    def _draw_noise(self, observation: Mapping[str, Any]) -> Tensor:
+        """The noise [1, H, 8] from which an observation's actions flow."""
+        observation_seed = int(observation.get("seed", self._num_observations))
+        self._num_observations += 1
+        seed = (self.seed * 1_000_003 + observation_seed) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, self.model.config.horizon)
+        return flow.sample_noise(shape, self.model.flow, generator).to_vector()
+
+
+def _check_once(observation: Mapping[str, Any]) -> CheckedObservation:
+    """An observation after checking it, unless it is checked already."""
+    if isinstance(observation, CheckedObservation):
+        return observation
+    return check_observation(
+        {key: value for key, value in observation.items() if value is not None}
+    )
