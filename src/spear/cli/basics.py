@@ -83,7 +83,9 @@ def ask(options: AskOptions) -> None:
     elif o.draw and answer is not None:
         from spear.report.draw import draw_answer
 
-        drawn = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.question_type)
+        drawn = draw_answer(
+            answer.segments, picture.image, picture.intrinsics, answer.question_type
+        )
         write_bytes(o.draw, encode_image_file(drawn, str(o.draw)))
 
 
