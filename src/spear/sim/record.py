@@ -85,7 +85,7 @@ def record_episodes(
     with processes.open_worker_pool(
         workers if workers > 1 else 0, __name__, "give fewer --workers"
     ) as executor:
-        yield from processes.map_in_order(executor, job, tasks, ahead=2 * workers)
+        yield from processes.map_in_order(executor, job, tasks, num_ahead=2 * workers)
 
 
 def record_episode(

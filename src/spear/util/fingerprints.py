@@ -38,9 +38,10 @@ def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: byt
     """
     digest = hashlib.sha256(prefix)
     for folder in folders:
-        paths = sorted(
-            path for pattern in patterns for path in list_files_recursively(folder, pattern)
-        )
+        paths: list[Path] = []
+        for pattern in patterns:
+            paths += list_files_recursively(folder, pattern)
+        paths.sort()
         stride = 1 + len(paths) // MAX_LARGE_FILES_READ
         for number, path in enumerate(paths):
             num_bytes = path.stat().st_size

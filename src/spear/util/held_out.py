@@ -1,4 +1,5 @@
-"""Which simulated scenes are held out: their seeds are never used for training, only for evaluation."""
+"""Which simulated scenes are held out: their seeds are never used for training, only for
+evaluation."""
 
 import re
 

@@ -1,9 +1,10 @@
-"""Encoded images in, pixels out, and back."""
+"""Reading, fitting and writing images."""
 
 import base64
 import contextlib
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -13,119 +14,192 @@ from spear.errors import SpearError, summarize_error
 from spear.types import Array
 
 IMAGE_MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG")
-"""What JPEG and PNG files begin with."""
+"""The first bytes of JPEG and PNG files."""
+
+# Values of EXIF orientation. 1 is upright; 2 to 4 mirror or turn by 180°, which keeps the size; 5
+# to 8 exchange width and height.
+_SAME_SIZE_ORIENTATIONS = (2, 3, 4)
+_EXCHANGED_SIZE_ORIENTATIONS = (5, 6, 7, 8)
+_INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others are their own inverses
 
 
-def decode_image(encoded: bytes, where: str = "an image", out: Array | None = None) -> Array:
-    """JPEG or PNG bytes as [h, w, 3] uint8 RGB, writable. Raises SpearError naming `where` when broken.
+def decode_image(encoded: bytes, name: str = "an image", out: Array | None = None) -> Array:
+    """Decode a JPEG or PNG to [h, w, 3] uint8 RGB, writable, as it is stored.
 
-    out: an array that is filled and returned, if it has the image's size; else a new one is.
-    JPEGs by libjpeg-turbo itself, in half of the time that Pillow takes around it for the same numbers. What
-    is not plain (CMYK, of no sane size, broken) `load_image` reads, as stored, or says why not.
+    JPEGs are decoded by libjpeg-turbo itself, in half of the time that Pillow takes around it for
+    the same numbers. Pillow decodes what is not plain (CMYK, of no sane size, broken), or says why
+    it cannot.
+
+    Args:
+        encoded: the content of the file.
+        name: the image's name in messages.
+        out: an array that is filled and returned if it has the image's size.
+
+    Raises:
+        SpearError: the image is broken.
     """
     if encoded.startswith(IMAGE_MAGIC_BYTES[0]):
         with contextlib.suppress(ValueError):
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "RGB", "Gray") and height * width <= (
-                Image.MAX_IMAGE_PIXELS or 0
-            ):
-                fits = out is not None and out.shape == (height, width, 3)
-                found = simplejpeg.decode_jpeg(encoded, buffer=out if fits else None)
-                return out if out is not None and fits else np.asarray(found)
-    return load_image(encoded, where, stored=True)
+            height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
+            is_plain = color_space in ("YCbCr", "RGB", "Gray")
+            if is_plain and height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+                if out is not None and out.shape == (height, width, 3):
+                    simplejpeg.decode_jpeg(encoded, buffer=out)
+                    return out
+                return np.asarray(simplejpeg.decode_jpeg(encoded))
+    return load_image(encoded, name, stored=True)
 
 
-def compute_placement(
-    source: tuple[int, int], target: tuple[int, int]
-) -> tuple[float, int, int, int, int]:
-    """Where `fit_image` puts an image: its scale, and left, top, width and height in pixels of the target.
-    Sizes are (width, height)."""
+class Placement(NamedTuple):
+    """Where an image of one size is placed in one of another size, in pixels of the latter."""
+
+    scale: float
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Placement:
+    """Where `fit_image` places an image. Sizes are (width, height).
+
+    >>> compute_placement((640, 480), (280, 280))
+    Placement(scale=0.4375, left=0, top=35, width=280, height=210)
+    """
     scale = min(target[0] / source[0], target[1] / source[1])
-    width, height = (max(1, round(side * scale)) for side in source)
-    return scale, (target[0] - width) // 2, (target[1] - height) // 2, width, height
+    width = max(1, round(source[0] * scale))
+    height = max(1, round(source[1] * scale))
+    left = (target[0] - width) // 2
+    top = (target[1] - height) // 2
+    return Placement(scale, left, top, width, height)
 
 
 def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array:
-    """Bring an image to a size without stretching it (the paper: depth depends on the aspect).
+    """Bring an image to a size without stretching it, because depth depends on the aspect (the
+    paper).
 
-    image [h, w, 3] uint8 RGB -> [height, width, 3] uint8: scaled with antialiasing, then padded with black
-    `bars` around it (without: a later call adds them). Raises SpearError for any other kind of array. By
-    PyTorch, in a sixth of Pillow's time for the same numbers, but for one level in 0.2 % of them.
+    The image is scaled with antialiasing, and padded with black bars. PyTorch does it in a sixth of
+    Pillow's time, for the same numbers but for one level in 0.2 % of them.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        bars: whether to pad; without bars, a later call adds them.
+
+    Returns:
+        [height, width, 3] uint8; without bars one of the sides may be smaller.
+
+    Raises:
+        SpearError: the image is another kind of array.
     """
-    array = isinstance(image, np.ndarray)
-    if not array or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-        what = f"{image.dtype} {image.shape}" if array else type(image).__name__
-        raise SpearError(f"wrong image type: {what}: give a uint8 array of shape [h, w, 3]")
-    h, w = image.shape[:2]
-    if (h, w) == (height, width):
+    _check_image(image)
+    source_height, source_width = image.shape[:2]
+    if (source_height, source_width) == (height, width):
         return image
-    import torch  # here: lists and help are shown without it
+    import torch  # here, because the commands' lists and help work without it
 
-    _, left, top, across, down = compute_placement((w, h), (width, height))
-    planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    placement = compute_placement((source_width, source_height), (width, height))
+    contiguous = np.require(image, requirements=["C", "W"])
+    planes = torch.from_numpy(contiguous).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(
-        planes, (down, across), mode="bilinear", antialias=True
-    )
-    around = (left, width - across - left, top, height - down - top) if bars else (0, 0)
-    return torch.nn.functional.pad(scaled[0], around).permute(1, 2, 0).numpy()
+        planes, (placement.height, placement.width), mode="bilinear", antialias=True
+    )[0]
+    if bars:
+        right = width - placement.width - placement.left
+        bottom = height - placement.height - placement.top
+        scaled = torch.nn.functional.pad(scaled, (placement.left, right, placement.top, bottom))
+    return scaled.permute(1, 2, 0).numpy()
+
+
+def _check_image(image: Array) -> None:
+    """Raise `SpearError` if an image is not [h, w, 3] uint8."""
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        return
+    description = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+    raise SpearError(f"wrong image type: {description}: give a uint8 array of shape [h, w, 3]")
 
 
 def find_image_format(name: str) -> str:
-    """Pillow's name for the format of a file, by its ending. Raises SpearError for all but PNG and JPEG."""
-    kind = Image.registered_extensions().get(Path(name).suffix.lower(), "")
-    if kind not in ("PNG", "JPEG"):
+    """Pillow's name for the format of a file, by its suffix.
+
+    Raises:
+        SpearError: the suffix is none of PNG and JPEG files.
+    """
+    image_format = Image.registered_extensions().get(Path(name).suffix.lower(), "")
+    if image_format not in ("PNG", "JPEG"):
         raise SpearError(f"{name}: not a name for a picture: end it in .png or .jpg")
-    return kind
+    return image_format
 
 
 def encode_image_file(image: Array, name: str) -> bytes:
-    """[h, w, 3] uint8 RGB -> the bytes of a picture file of this name. Raises as `find_image_format` does."""
+    """Encode [h, w, 3] uint8 RGB for a file of this name; errors are those of
+    `find_image_format`."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, find_image_format(name))
     return buffer.getvalue()
 
 
 def encode_jpeg(image: Array, quality: int = 95) -> bytes:
-    """[h, w, 3] uint8 RGB -> JPEG bytes, colour at full resolution: small objects are told apart by it."""
+    """Encode [h, w, 3] uint8 RGB as JPEG, with color at full resolution: it distinguishes small
+    objects."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
 def to_jpeg_data_uri(image: Array) -> str:
-    """[h, w, 3] uint8 RGB as a data URI, for an image's source in a page."""
+    """Encode [h, w, 3] uint8 RGB as a data URI, for the source of an image in a page."""
     return to_data_uri(encode_jpeg(image, quality=88), "image/jpeg")
 
 
 def to_data_uri(data: bytes, mime: str) -> str:
-    """What a page holds inside instead of a link to a file."""
+    """Encode data as a URI that contains it, in place of a link to a file.
+
+    >>> to_data_uri(b"hello", "text/plain")
+    'data:text/plain;base64,aGVsbG8='
+    """
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def load_image(
     source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
 ) -> Array:
-    """An image file as [h, w, 3] uint8 RGB, turned as its EXIF orientation says.
+    """Load an image file as [h, w, 3] uint8 RGB, upright as its EXIF orientation says.
 
-    CMYK, palette and grey images become RGB; 16-bit ones lose their lower byte; what is transparent is laid
-    on white; of an animation the first frame is taken. Colour profiles are not applied. (Our choice.)
+    CMYK, palette and gray images become RGB. 16-bit ones lose their lower byte, transparent parts
+    are laid on white, and of an animation the first frame is loaded. Color profiles are not
+    applied. (Our choice.)
 
-    source   a path, or the bytes of the file; name: what errors call it, the path when not given.
-    longest  the most pixels that a side may have: looked at before the pixels are.
-    stored   leaves it as it is stored, where depth, intrinsics or other views belong to its pixels.
+    Args:
+        source: a path, or the content of the file.
+        name: the image's name in messages; by default the path.
+        longest: the maximal length of a side in pixels; it is checked before the pixels are
+            decoded.
+        stored: whether to leave the image as it is stored, because depth, intrinsics or other views
+            belong to its pixels.
 
-    Raises `SpearError` for no such file, not an image, a broken or truncated one, one that claims to be
-    enormous (Pillow's limit, 179 million pixels), or pixels with no meaning as brightness (floating point,
-    more than 16 bits).
+    Raises:
+        SpearError: for a missing file, for what is no image, for a broken or truncated image, for
+            one that claims to be enormous (Pillow's limit, 179 million pixels), and for pixels that
+            are no brightness (floating point, more than 16 bits).
     """
-    return load_image_and_orientation(source, name, longest, stored)[0]
+    image, _ = load_image_and_orientation(source, name, longest, stored)
+    return image
 
 
 def load_image_and_orientation(
     source: str | Path | bytes, name: str = "", longest: int | None = None, stored: bool = False
 ) -> tuple[Array, bool]:
-    """As `load_image`, and `Frame.is_turned`: whether its EXIF says a turn that its size does not show."""
-    name = name or ("image" if isinstance(source, bytes) else str(source))
+    """Load an image as `load_image` does, and find out whether its EXIF turns it invisibly.
+
+    Returns:
+        The image, and whether its EXIF data turns or mirrors it in a way that its size does not
+        show (see `Frame.is_turned`).
+    """
+    if not name:
+        name = "image" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
@@ -133,32 +207,42 @@ def load_image_and_orientation(
         raise SpearError(f"{name}: cannot read the image ({reason}): check the path") from error
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if longest and max(image.size) > longest:
-                size = "{} x {}".format(*image.size)
-                raise SpearError(f"{name}: {size} pixels: send sides of at most {longest}")
-            said = image.getexif().get(ExifTags.Base.Orientation, 1)
-            image.load()
-            if stored and said != image.getexif().get(
-                ExifTags.Base.Orientation, 1
-            ):  # a TIFF turns by itself
-                image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(
-                    said, said
-                )  # so: back
-                stored = False
-            seen = _rgb(image if stored else ImageOps.exif_transpose(image), name)
-            return np.array(seen), said in (2, 3, 4) or (
-                said in (5, 6, 7, 8) and seen.width == seen.height
-            )
+            return _read_pixels(image, name, longest, stored)
     except SpearError:
         raise
-    except Exception as error:  # on broken files decoders raise errors of many kinds
+    except Exception as error:  # on broken files decoders raise errors of many types
         reason = summarize_error(error).partition(" <_io.")[0]
         raise SpearError(
             f"{name}: not a readable image ({reason}): replace it by a JPEG or PNG"
         ) from error
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _read_pixels(
+    image: Image.Image, name: str, longest: int | None, stored: bool
+) -> tuple[Array, bool]:
+    """The pixels of an opened image, and whether its EXIF turns it invisibly."""
+    if longest and max(image.size) > longest:
+        width, height = image.size
+        raise SpearError(f"{name}: {width} x {height} pixels: send sides of at most {longest}")
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    image.load()
+    was_turned_by_pillow = orientation != image.getexif().get(ExifTags.Base.Orientation, 1)
+    if stored and was_turned_by_pillow:  # Pillow turns TIFF files by itself: turn them back
+        inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
+        image.getexif()[ExifTags.Base.Orientation] = inverse
+        stored = False
+    upright = _to_rgb(image if stored else ImageOps.exif_transpose(image), name)
+
+    if orientation in _SAME_SIZE_ORIENTATIONS:
+        is_turned_invisibly = True
+    else:
+        is_square = upright.width == upright.height
+        is_turned_invisibly = orientation in _EXCHANGED_SIZE_ORIENTATIONS and is_square
+    return np.array(upright), is_turned_invisibly
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert an image of any mode to RGB, see `load_image`."""
     if image.mode == "F":
         raise SpearError(
             f"{name}: floating-point pixels: convert it to 8 bits, as you want it to look"
@@ -169,5 +253,6 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             raise SpearError(f"{name}: pixels of more than 16 bits: convert it to 8 bits")
         image = Image.fromarray((values // 256).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")

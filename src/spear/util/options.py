@@ -1,7 +1,9 @@
-"""Options of commands: dataclasses beside what they configure, from which the command line is made.
+"""Options of commands: dataclasses next to what they configure, from which the command line is
+made.
 
-Each field is followed by a docstring, which is its help; what several commands take has its one description
-here. Ranges are annotations and are checked whenever options are made, from the command line or in Python.
+The docstring below each field is its help. Options that several commands have are defined here,
+with one description. Ranges are annotations (`Range`), and are checked whenever options are made,
+from the command line or in Python.
 """
 
 import dataclasses
@@ -20,17 +22,26 @@ from spear.errors import SpearError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The range that a number, or each number of a tuple, must lie in. None and words are always allowed."""
+    """The range of a number, or of each number of a tuple. None and words are always allowed."""
 
-    least: float
-    most: float = 1e15
+    minimum: float
+    maximum: float = 1e15
 
 
 @typing.dataclass_transform(frozen_default=True)
 class Options:
-    """What options inherit, which makes a class a frozen dataclass; ranges are checked when one is made.
+    """Base class that makes a class a frozen dataclass whose ranges are checked.
 
-    Raises `SpearError` for a number outside its range, naming the field as the command line does.
+    Raises:
+        SpearError: a number is out of its range. The message names the field as the command line
+            does.
+
+    Example:
+        >>> class EvaluateOptions(Options):
+        ...     scenes: Annotated[int, Range(1)] = 384
+        >>> EvaluateOptions(scenes=0)
+        Traceback (most recent call last):
+        spear.errors.SpearError: --scenes 0: give at least 1
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -39,50 +50,80 @@ class Options:
         dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            for mark in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)):
-                for number in value if isinstance(value, tuple) else (value,):
-                    if isinstance(number, int | float) and not mark.least <= number <= mark.most:
-                        bound = (
-                            f"most {mark.most:g}" if number > mark.most else f"least {mark.least:g}"
-                        )
-                        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}")
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for name, hint in hints.items():
+            for annotation in getattr(hint, "__metadata__", ()):
+                if isinstance(annotation, Range):
+                    _check_range(name, getattr(self, name), annotation)
+
+
+def _check_range(name: str, value: Any, allowed: Range) -> None:
+    """Raise `SpearError` if a field's value, or one of a tuple, is a number out of range."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if not isinstance(number, int | float) or allowed.minimum <= number <= allowed.maximum:
+            continue
+        if number > allowed.maximum:
+            bound = f"most {allowed.maximum:g}"
+        else:
+            bound = f"least {allowed.minimum:g}"
+        raise SpearError(f"{to_option_name(name)} {number:g}: give at {bound}")
 
 
 def to_option_name(field: str) -> str:
-    """A field as the command line has it: first_seed is --first-seed."""
+    """A field's name on the command line.
+
+    >>> to_option_name("first_seed")
+    '--first-seed'
+    """
     return "--" + field.replace("_", "-")
 
 
 def list_changed_options(options: Options, *names: str) -> list[str]:
-    """Those of the options that are not as they are by default, as the command line has them."""
-    return [to_option_name(n) for n in names if getattr(options, n) != getattr(type(options), n)]
+    """The names, on the command line, of those options that differ from their defaults."""
+    return [
+        to_option_name(name)
+        for name in names
+        if getattr(options, name) != getattr(type(options), name)
+    ]
 
 
 def list_option_names(options: type) -> list[str]:
-    """The options of a dataclass, with those of dataclasses inside it; positional arguments are none.
+    """The names, on the command line, of a dataclass's options and of those of dataclasses inside
+    it.
 
-    What stands below each field becomes its help, as one paragraph: tyro by itself keeps the line breaks.
+    Positional arguments are left out. As a side effect the docstring of each field becomes its
+    help, as one paragraph; tyro by itself would keep the line breaks.
     """
-    found = []
-    hints, types = (
-        typing.get_type_hints(options, include_extras=True),
-        typing.get_type_hints(options),
-    )
-    inherited = (parse_from_object(kind).params for kind in options.__mro__[-2::-1])
-    said = {param.arg_name: param.description for params in inherited for param in params}
+    names = []
+    hints = typing.get_type_hints(options, include_extras=True)
+    types = typing.get_type_hints(options)
+    descriptions = _read_field_docstrings(options)
     for field in dataclasses.fields(options):
-        help = " ".join((said.get(field.name) or "").split())
-        field.metadata = MappingProxyType({**field.metadata, "help": help or None})
-        hint, inner = hints[field.name], types[field.name]
-        if dataclasses.is_dataclass(inner):
-            found += list_option_names(typing.cast(type, inner))
-        elif Positional[int].__metadata__[0] not in getattr(hint, "__metadata__", ()):  # type: ignore[attr-defined]
-            found.append(to_option_name(field.name))
-            if inner is bool:
-                found.append(to_option_name("no_" + field.name))
-    return found
+        help_text = " ".join((descriptions.get(field.name) or "").split())
+        field.metadata = MappingProxyType({**field.metadata, "help": help_text or None})
+        field_type = types[field.name]
+        if dataclasses.is_dataclass(field_type):
+            names += list_option_names(typing.cast(type, field_type))
+        elif not _is_positional(hints[field.name]):
+            names.append(to_option_name(field.name))
+            if field_type is bool:
+                names.append(to_option_name("no_" + field.name))
+    return names
+
+
+def _read_field_docstrings(options: type) -> dict[str, str | None]:
+    """The docstrings of the fields of a class and of those it inherits from."""
+    descriptions = {}
+    for base in options.__mro__[-2::-1]:
+        for param in parse_from_object(base).params:
+            descriptions[param.arg_name] = param.description
+    return descriptions
+
+
+def _is_positional(hint: Any) -> bool:
+    marker = Positional[int].__metadata__[0]  # type: ignore[attr-defined]
+    return marker in getattr(hint, "__metadata__", ())
 
 
 OptionalFolder = Annotated[Path | None, arg(metavar="FOLDER")]
@@ -91,39 +132,51 @@ OptionalName = Annotated[str | None, arg(metavar="NAME")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 Seed = Annotated[int, Range(0), arg(help="The same seed gives the same result.")]
 Device = Annotated[str, arg(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")]
-_HALF = "Precision of the weights: bfloat16 takes half the memory of float32."
-Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_HALF)]
+_DTYPE_HELP = "Precision of the weights: bfloat16 takes half the memory of float32."
+Dtype = Annotated[Literal["float32", "bfloat16"], arg(help=_DTYPE_HELP)]
 PolicyName = Annotated[
     str, arg(help="nano (comes with this package) or a folder with a trained policy.")
 ]
-_MODEL = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
-ModelName = Annotated[str, arg(help=_MODEL)]
-_UNITS = "Of a policy whose training datasets were each normalised by itself: whose units to use."
-DatasetName = Annotated[str | None, arg(metavar="NAME", help=_UNITS)]
-_LAYOUT = "What the dataset's columns mean, as JSON, when its folder has no spear.json."
-LayoutFile = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT)]
+_MODEL_HELP = "The SPEAR-VLM: nano-vlm (comes with this package) or a folder with a trained one."
+ModelName = Annotated[str, arg(help=_MODEL_HELP)]
+_DATASET_HELP = (
+    "Of a policy whose training datasets were each normalized by itself: the dataset whose "
+    "statistics to use."
+)
+DatasetName = Annotated[str | None, arg(metavar="NAME", help=_DATASET_HELP)]
+_LAYOUT_HELP = "What the dataset's columns mean, as JSON, when its folder has no spear.json."
+LayoutFile = Annotated[Path | None, arg(metavar="FILE", help=_LAYOUT_HELP)]
 EpisodeSplit = Annotated[
     str, arg(help="Which episodes: train, val, train[:90%], train[90%:], train+val …")
 ]
-_CHANGES = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4."
-RecipeChanges = Annotated[tuple[str, ...], arg(help=_CHANGES)]
+_CHANGES_HELP = "Changes to the recipe as KEY=VALUE, for example batch_size=16 lr=1e-4."
+RecipeChanges = Annotated[tuple[str, ...], arg(help=_CHANGES_HELP)]
 
 
 def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
-    """KEY=VALUE words of --set; a value is read as JSON (numbers, true, lists …) if it is any, else a string.
+    """Parse the KEY=VALUE words of --set.
 
-    named: keys that have options of their own, with what those say (None: nothing). Raises `SpearError` for a
-    word without =, and for a key that is given twice.
+    Args:
+        items: the words. A value is read as JSON (numbers, true, lists and so on) if it is any,
+            otherwise as a string.
+        named: values of keys that have options of their own; None if not given.
+
+    Raises:
+        SpearError: a word has no =, or a key is given twice.
+
+    Example:
+        >>> parse_key_values(["lr=1e-4", "rotation=s3"], batch_size=16, seed=None)
+        {'batch_size': 16, 'lr': 0.0001, 'rotation': 's3'}
     """
-    found = {key: value for key, value in named.items() if value is not None}
+    values = {key: value for key, value in named.items() if value is not None}
     for item in items:
-        key, equals, text = item.partition("=")
-        if not equals:
+        key, equals_sign, text = item.partition("=")
+        if not equals_sign:
             raise SpearError(f"--set {item}: write it as KEY=VALUE")
-        if key in found:
-            raise SpearError(f"--set {item}: {key} is also given as {found[key]}: give it once")
+        if key in values:
+            raise SpearError(f"--set {item}: {key} is also given as {values[key]}: give it once")
         try:
-            found[key] = json.loads(text)
+            values[key] = json.loads(text)
         except ValueError:
-            found[key] = text
-    return found
+            values[key] = text
+    return values

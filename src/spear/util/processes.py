@@ -1,4 +1,4 @@
-"""Worker processes that give results back in order."""
+"""Worker processes that return results in order."""
 
 import multiprocessing
 import os
@@ -25,79 +25,105 @@ NO_WORKER_STARTED = (
 
 @contextmanager
 def open_worker_pool(
-    workers: int, preload: str, advice: str
+    num_workers: int, preload: str, advice: str
 ) -> Iterator[ProcessPoolExecutor | None]:
-    """So many worker processes, None for none; they end with this process, however it ends.
+    """Start worker processes that end with this process, however it ends.
 
-    preload  the module that they need. advice is what to do when one of them is killed, for the `SpearError`.
-             Where none has begun, it is the script that is run again in each of them.
+    Args:
+        num_workers: number of processes. With 0 the pool is None.
+        preload: the module that the workers need.
+        advice: what to do when a worker is killed, for the message.
+
+    Raises:
+        SpearError: a worker was killed. If none has started, the cause is a script without a main
+            guard, which is run again in each of them.
     """
-    if workers <= 0:
+    if num_workers <= 0:
         yield None
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    begun = context.Event()  # before the mask: it starts multiprocessing's tracker, which lifts it
+    # The event starts multiprocessing's tracker, which unblocks interrupts: make it before blocking
+    # them.
+    has_started = context.Event()
     with block_interrupts():
-        ensure_running()  # the server
+        ensure_running()  # the fork server
     executor = ProcessPoolExecutor(
-        workers, context, initializer=follow_parent_process, initargs=(begun,)
+        num_workers, context, initializer=follow_parent_process, initargs=(has_started,)
     )
     try:
         yield executor
     except BrokenProcessPool as error:
-        if not begun.is_set():
+        if not has_started.is_set():
             raise SpearError(NO_WORKER_STARTED) from error
         raise SpearError(f"a worker process was killed (out of memory?): {advice}") from error
-    except (
-        BaseException
-    ):  # such as Ctrl-C: nobody waits for what they are at, nor for those still to begin
-        os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
-        _forkserver._stop()  # type: ignore[attr-defined]  # until it is gone: the next pool has another
-        for worker in [*executor._processes.values()]:
-            worker.terminate()
+    except BaseException:
+        _kill_workers(executor)
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _kill_workers(executor: ProcessPoolExecutor) -> None:
+    """End the workers of a pool, for example after Ctrl-C: nobody waits for their results any more.
+
+    Workers that are yet to start are not started, because the fork server is killed first. Waiting
+    for its end lets the next pool have another one.
+    """
+    os.kill(_forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    _forkserver._stop()  # type: ignore[attr-defined]
+    for worker in list(executor._processes.values()):
+        worker.terminate()
+
+
 @contextmanager
 def block_interrupts() -> Iterator[None]:
-    """What this thread starts meanwhile keeps the mask: Ctrl-C is for this process alone."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    """Let processes that are started in the `with` block ignore Ctrl-C, which is for this process
+    alone."""
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
-def follow_parent_process(begun: Event | None = None) -> None:
-    """A worker leaves interrupts to the process that it works for, and ends when that one does. begun: is
-    set, as a sign that it works."""
-    if begun is not None:
-        begun.set()
+def follow_parent_process(has_started: Event | None = None) -> None:
+    """In a worker: leave interrupts to the parent process, and end when that one ends.
+
+    Args:
+        has_started: is set, to show that the worker runs.
+    """
+    if has_started is not None:
+        has_started.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def map_in_order(
-    executor: Executor | None, call: Callable[[T], R], pieces: Iterable[T], ahead: int
+    executor: Executor | None, function: Callable[[T], R], items: Iterable[T], num_ahead: int
 ) -> Iterator[R]:
-    """`map`, by the workers, with at most `ahead` results waiting."""
+    """Map a function over items by the workers of a pool, with the results in order.
+
+    Args:
+        executor: the pool; None computes in this process.
+        function: what to compute.
+        items: its arguments.
+        num_ahead: the most results that wait for the consumer.
+    """
     if executor is None:
-        yield from map(call, pieces)
+        yield from map(function, items)
         return
-    waiting: deque[Any] = deque()
-    for piece in pieces:
-        waiting.append(executor.submit(call, piece))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    futures: deque[Any] = deque()
+    for item in items:
+        futures.append(executor.submit(function, item))
+        if len(futures) > num_ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()

@@ -1,4 +1,5 @@
-"""How far long work is, with rate and time left, on stderr: a bar in a terminal, else now and then a line."""
+"""Progress of long work on stderr, with rate and remaining time: a bar in a terminal, lines
+elsewhere."""
 
 import sys
 import time
@@ -12,23 +13,33 @@ from rich.table import Column
 from spear.errors import format_count
 
 T = TypeVar("T")
-LOG_INTERVAL_S = 30.0
-"""Seconds between the lines in a log (our choice)."""
+LOG_INTERVAL_S = 30.0  # between the lines in a log (our choice)
 
 
 class ProgressBar:
-    """Counts what is done of some work, and shows it from `with` on.
+    """Counts finished items of some work, and shows the count inside its `with` block.
 
-    total   how many there are to do.
-    unit    what is counted, as a plural.
-    num_done_before  how many of them an earlier command had done; they count as done, but not for the rate.
+    Args:
+        name: of the work.
+        total: number of items to do.
+        unit: what is counted, as a plural.
+        num_done_before: how many of them an earlier command has done. They do not count for the
+            rate.
     """
 
     def __init__(
         self, name: str, total: int, unit: str = "steps", num_done_before: int = 0
     ) -> None:
+        self.name = name
+        self.unit = unit
+        self.total = total
+        self.num_done_before = num_done_before
+        self.done = num_done_before
+        self._info = ""
+        self._num_lines = 0
+        self._start_time_s = time.monotonic()
+        self._last_line_time_s = self._start_time_s
         console = Console(file=sys.stderr)
-        self.name, self.unit, self._info, self._lines = name, unit, "", 0
         self._bar = Progress(
             BarColumn(20),
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -36,60 +47,74 @@ class ProgressBar:
             disable=not console.is_terminal,
             refresh_per_second=2,  # drawing takes time from the work
         )
-        self._row = self._bar.add_task(name, total=total)
-        self.total, self.num_done_before, self.done = total, num_done_before, num_done_before
-        self._begun = self._said = time.monotonic()
+        self._task = self._bar.add_task(name, total=total)
 
     def __enter__(self) -> Self:
-        self._begun = self._said = time.monotonic()
+        self._start_time_s = time.monotonic()
+        self._last_line_time_s = self._start_time_s
         self.update(self.num_done_before)
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lines:
-            self._line()  # where it ended
+        if self._num_lines:
+            self._log_line()  # shows where the work ended
         self._bar.stop()
 
     def update(self, done: int, info: str = "") -> None:
-        """So many are done. info: what else there is to say."""
-        self.done, self._info = done, info
+        """Set the number of finished items, and what else to show."""
+        self.done = done
+        self._info = info
         if not self._bar.disable:
-            self._bar.update(self._row, completed=done, description=self.format_line())
-        elif time.monotonic() - self._said > LOG_INTERVAL_S:
-            self._line()
+            self._bar.update(self._task, completed=done, description=self.format_line())
+        elif time.monotonic() - self._last_line_time_s > LOG_INTERVAL_S:
+            self._log_line()
 
     def print_line(self, line: str) -> None:
-        """A line of its own beside the bar."""
+        """Print a line above the bar."""
         print(line, file=sys.stderr, flush=True)
 
     def format_line(self) -> str:
-        """All of it in words."""
-        per_second, left = self._per_second(), ""
-        if self.done < self.total and per_second:
-            minutes, seconds = divmod(round((self.total - self.done) / per_second), 60)
-            left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-        done = f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}"
-        return ", ".join(filter(None, [done, self.format_rate(), left, self._info]))
+        """All that is known: "training: 100 of 1,000 steps, 5.0 steps/s, 0:03:00 left"."""
+        parts = [
+            f"{self.name}: {self.done:,} of {format_count(self.total, self.unit)}",
+            self.format_rate(),
+            self._format_remaining_time(),
+            self._info,
+        ]
+        return ", ".join(part for part in parts if part)
 
     def format_rate(self) -> str:
-        """How fast this command does it, in words; nothing as long as nothing was done."""
-        rate = self._per_second()
-        if rate >= 1 or rate == 0:
-            return f"{rate:,.1f} {self.unit}/s" if rate else ""
-        return f"{60 * rate:.1f} {self.unit}/min"
+        """How fast this command works, "5.0 steps/s" or "3.0 steps/min"; empty before the first
+        item."""
+        rate_hz = self._rate_hz()
+        if rate_hz == 0:
+            return ""
+        if rate_hz >= 1:
+            return f"{rate_hz:,.1f} {self.unit}/s"
+        return f"{60 * rate_hz:.1f} {self.unit}/min"
 
-    def _per_second(self) -> float:
-        return (self.done - self.num_done_before) / max(time.monotonic() - self._begun, 1e-9)
+    def _format_remaining_time(self) -> str:
+        rate_hz = self._rate_hz()
+        if self.done >= self.total or not rate_hz:
+            return ""
+        minutes, seconds = divmod(round((self.total - self.done) / rate_hz), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d} left"
 
-    def _line(self) -> None:
+    def _rate_hz(self) -> float:
+        elapsed_s = time.monotonic() - self._start_time_s
+        return (self.done - self.num_done_before) / max(elapsed_s, 1e-9)
+
+    def _log_line(self) -> None:
         self.print_line(self.format_line())
-        self._said, self._lines = time.monotonic(), self._lines + 1
+        self._last_line_time_s = time.monotonic()
+        self._num_lines += 1
 
 
 def track_progress(items: Iterable[T], bar: ProgressBar) -> Iterator[T]:
-    """The same items, counted by a bar as the next one is asked for."""
+    """Yield the items, and count each one when the next is asked for."""
     with bar:
-        for done, item in enumerate(items, bar.done + 1):
+        for num_done, item in enumerate(items, bar.done + 1):
             yield item
-            bar.update(done)
+            bar.update(num_done)

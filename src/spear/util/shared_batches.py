@@ -1,7 +1,9 @@
-"""Batches from worker processes in memory that was mapped before they began, filled again and again.
+"""Batches from worker processes, through shared memory that is mapped once and filled again and
+again.
 
-PyTorch's own way makes new shared memory for every tensor, clears it, sends its descriptor through a socket
-and maps it (docs/speed.md). Here a batch is copied into a slot, and where it lies is sent.
+PyTorch's own way makes new shared memory for every tensor, clears it, sends its descriptor through
+a socket and maps it (docs/speed.md). Here a worker copies a batch into a slot of shared memory, and
+sends only where each tensor is.
 """
 
 import math
@@ -16,71 +18,98 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spear.types import Array
 
-SLOT_BYTES = 256 * 2**20
-"""Bytes of a slot, which take memory where they are written to (our choice)."""
-ALIGNMENT = 64
+SLOT_BYTES = 256 * 2**20  # they take memory only where they are written to (our choice)
+ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where in its slot a tensor lies, in bytes, and what it is."""
+    """Where a tensor is in its slot, and what it is.
+
+    Attributes:
+        offset: of its first byte.
+        dtype: of its elements.
+        shape: its sizes.
+        stride: in elements.
+    """
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def of(self, slot: Array) -> torch.Tensor:
-        """The tensor, in the memory of `slot` [SIZE] uint8, which it keeps from being filled again."""
-        own = slot[self.offset : self.offset + self.dtype.itemsize * math.prod(self.shape)]
-        return torch.from_numpy(own).view(self.dtype).as_strided(self.shape, self.stride)
+    def view(self, slot: Array) -> torch.Tensor:
+        """The tensor in the memory of `slot` [SLOT_BYTES] uint8. It keeps the slot from being
+        freed."""
+        num_bytes = self.dtype.itemsize * math.prod(self.shape)
+        tensor_bytes = slot[self.offset : self.offset + num_bytes]
+        return torch.from_numpy(tensor_bytes).view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class SlottedBatch(NamedTuple):
-    """A batch in a slot: as it was made, with a `TensorLocation` for each tensor."""
+    """A batch whose tensors are in a slot.
+
+    Attributes:
+        slot: the worker's number, and the slot's number of that worker.
+        batch: the batch, with a `TensorLocation` in place of each tensor.
+    """
 
     slot: tuple[int, int]
     batch: dict[str, Any]
 
 
 class SharedBatchSlots:
-    """Slots for batches of worker processes, which are forked later: `each` for each of them, or none (0)."""
+    """Slots of shared memory for the batches of worker processes, which are forked later.
 
-    def __init__(self, workers: int, each: int) -> None:
+    Args:
+        num_workers: number of worker processes.
+        slots_per_worker: number of slots of each; 0 means that batches are sent as they are.
+    """
+
+    def __init__(self, num_workers: int, slots_per_worker: int) -> None:
         try:
-            self._memory = [
-                [mmap.mmap(-1, SLOT_BYTES) for _ in range(each)] for _ in range(workers)
-            ]
-        except OSError:  # so much may not be asked for here: batches come as they are
-            self._memory, each = [], 0
-        self._taken = np.frombuffer(mmap.mmap(-1, workers * each or 1), bool)[: workers * each]
-        self._taken = self._taken.reshape(workers, each)
+            self._memory = [_map_slots(slots_per_worker) for _ in range(num_workers)]
+        except OSError:  # this machine does not give so much memory
+            self._memory = []
+            slots_per_worker = 0
+        num_slots = num_workers * slots_per_worker
+        shared_flags = np.frombuffer(mmap.mmap(-1, max(num_slots, 1)), bool)[:num_slots]
+        self._is_taken = shared_flags.reshape(num_workers, slots_per_worker)
 
     def put(self, batch: dict[str, Any], worker: int) -> SlottedBatch | dict[str, Any]:
-        """In a worker: `batch` in a free slot, or as it is where none is free or it is too large for one."""
+        """In a worker: copy a batch into a free slot.
+
+        The batch is returned as it is if no slot is free, or if it is too large for one.
+        """
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-        if (
-            sum(tensor.nbytes + ALIGNMENT for tensor in tensors) > SLOT_BYTES
-            or self._taken[worker].all()
-        ):
+        max_bytes = sum(tensor.nbytes + ALIGNMENT_BYTES for tensor in tensors)
+        if max_bytes > SLOT_BYTES or self._is_taken[worker].all():
             return batch
-        number, end = int(self._taken[worker].argmin()), 0
-        self._taken[worker, number] = True
+        number = int(self._is_taken[worker].argmin())
+        self._is_taken[worker, number] = True
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
+        offset = 0
 
-        def placed(tensor: torch.Tensor) -> TensorLocation:
-            nonlocal end
+        def copy_into_slot(tensor: torch.Tensor) -> TensorLocation:
+            nonlocal offset
             stride = torch.empty_like(tensor, device="meta").stride()
-            place = TensorLocation(end, tensor.dtype, tuple(tensor.shape), stride)
-            place.of(slot).copy_(tensor)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            return place
+            location = TensorLocation(offset, tensor.dtype, tuple(tensor.shape), stride)
+            location.view(slot).copy_(tensor)
+            offset += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            return location
 
-        return SlottedBatch((worker, number), tree_map_only(torch.Tensor, placed, batch))
+        locations = tree_map_only(torch.Tensor, copy_into_slot, batch)
+        return SlottedBatch((worker, number), locations)
 
-    def take(self, handed: SlottedBatch) -> dict[str, Any]:
-        """Here: the batch. Its slot is filled again when nobody holds a tensor of it any more."""
-        worker, number = handed.slot
+    def take(self, slotted: SlottedBatch) -> dict[str, Any]:
+        """In the parent: reconstruct a batch. Its slot becomes free when nobody holds its tensors
+        any more."""
+        worker, number = slotted.slot
         slot = np.frombuffer(self._memory[worker][number], np.uint8)
-        weakref.finalize(slot, self._taken.__setitem__, handed.slot, False)
-        return tree_map_only(TensorLocation, lambda place: place.of(slot), handed.batch)
+        weakref.finalize(slot, self._is_taken.__setitem__, slotted.slot, False)
+        return tree_map_only(TensorLocation, lambda location: location.view(slot), slotted.batch)
+
+
+def _map_slots(count: int) -> list[mmap.mmap]:
+    """Map shared memory for the slots of one worker."""
+    return [mmap.mmap(-1, SLOT_BYTES) for _ in range(count)]

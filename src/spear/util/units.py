@@ -1,4 +1,5 @@
-"""Units of lengths and angles that datasets are recorded in, with their factors to meters and radians."""
+"""Units of lengths and angles that datasets are recorded in, with their factors to meters and
+radians."""
 
 import math
 

@@ -105,7 +105,7 @@ def record_episodes(
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         for _ in range(min(workers, len(seeds))):  # they end first, and with them the threads
             free.put(stack.enter_context(contextlib.closing(SimplerProcess(task, assets))))
-        yield from map_in_order(threads, one, seeds, ahead=2 * workers)
+        yield from map_in_order(threads, one, seeds, num_ahead=2 * workers)
 
 
 def record_episode(
