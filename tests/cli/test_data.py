@@ -40,7 +40,7 @@ def test_there_and_back_again(store: Path, tmp_path: Path, done: Command) -> Non
     assert [item.key for item in listed] == [
         f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)
     ]
-    assert list(listed[2].reader(listed[2].path, [listed[2].place])) == [
+    assert list(listed[2].reader(listed[2].path, [listed[2].location])) == [
         make(1, 9).images["external"][0]
     ]
 

@@ -13,7 +13,7 @@ from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.models.protocols import PointMapResult
 from spear.labels.questions.generate import find_exclusion_reasons, format_answer
 from spear.labels.questions.statistics import (
-    Statistics,
+    LabelStatistics,
     compute_statistics,
     compute_token_usage,
     count_skip_reasons,
@@ -55,10 +55,10 @@ def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
         "labels.html",
         title=f"3D labels: {folder.resolve().name}",
         facts=[
-            (f"{found.images:,}", "labelled images"),
+            (f"{found.num_images:,}", "labelled images"),
             (
-                f"{found.objects:,}",
-                f"objects, {found.boxed:,} with a 3D box, {found.asked:,} to ask about",
+                f"{found.num_objects:,}",
+                f"objects, {found.num_boxes:,} with a 3D box, {found.num_askable:,} to ask about",
             ),
             (
                 f"{families.total():,}",
@@ -112,7 +112,7 @@ def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _histograms(found: Statistics) -> list[tuple[str, str]]:
+def _histograms(found: LabelStatistics) -> list[tuple[str, str]]:
     unit = "m" if found.unit == "metre" else "the image's own unit"
     spreads = {f"Distance from the camera ({unit})": found.distances}
     spreads |= {f"Longest side of the box ({unit})": found.sizes}

@@ -10,50 +10,124 @@ from labels_scenes import TRUTH, random_frame
 from refusals import refuses
 from spear.labels.pipeline import label_images
 from spear.labels.questions.generate import find_askable_objects, generate_questions
-from spear.labels.questions.statistics import compute_statistics, compute_token_usage
+from spear.labels.questions.statistics import (
+    LabelStatistics,
+    compute_statistics,
+    compute_token_usage,
+)
 from spear.tokens import CoordinateTokenizer
-from spear.types import LabeledImage
+from spear.types import LabeledImage, LabeledObject
+
+NUM_BINS = 16
 
 
 @pytest.fixture(scope="module")
 def labels() -> list[LabeledImage]:
+    """Images of 2, 3, 5, 7, 0 and 1 objects; the last one has no box."""
     rng = np.random.default_rng(1)
-    found = list(label_images([random_frame(rng, objects=n) for n in (2, 3, 5, 7, 0)], *TRUTH))
-    return [
-        *found,
-        replace(found[1], objects=[replace(found[1].objects[0], box3d=None, keypoints={})]),
-    ]
+    frames = [random_frame(rng, objects=num_objects) for num_objects in (2, 3, 5, 7, 0)]
+    labels = list(label_images(frames, *TRUTH))
+    object_without_box = replace(labels[1].objects[0], box3d=None, keypoints={})
+    return [*labels, replace(labels[1], objects=[object_without_box])]
 
 
-def test_counts_are_those_by_hand_and_units_are_not_mixed(labels: list[LabeledImage]) -> None:
-    s = compute_statistics(iter(labels))
-    objects = [o for image in labels for o in image.objects]
-    boxed = [o for o in objects if o.box3d is not None]
-    assert (s.images, s.objects, s.boxed, s.unit) == (6, 18, 17, "metre")
-    assert s.asked == sum(len(find_askable_objects(image)) for image in labels)
-    assert s.names == dict(Counter(o.name for o in objects).most_common())
-    assert s.provenance["segmenter: ground-truth"] == 6
-    assert s.reasons["ambiguous"] == 2 and s.reasons["no box"] == 1
-    assert list(s.distances) == pytest.approx([np.linalg.norm(o.box3d.center) for o in boxed])
-    assert max(s.sizes) == pytest.approx(max(o.box3d.size.max() for o in boxed))
-    assert len(s.scores["visible"]) == 18 and len(s.scores["stability"]) == 18
-    refuses("'relative'", compute_statistics, [labels[0], replace(labels[1], unit="relative")])
+@pytest.fixture(scope="module")
+def statistics(labels: list[LabeledImage]) -> LabelStatistics:
+    return compute_statistics(iter(labels))
 
 
-def test_token_use_counts_what_is_even_unused_and_outside(labels: list[LabeledImage]) -> None:
-    asked = [
-        q
-        for i in range(40)
-        for x in labels
-        for q in generate_questions(x, np.random.default_rng(i))
-    ]
-    values = [value for q in asked for value in q.values]
-    tokens = CoordinateTokenizer.fit(values, 16)
-    even = compute_token_usage(values, tokens)
-    assert sum(even.counts) == len(values) and even.unused == even.outside == 0
-    assert even.evenness > 0.95 and compute_token_usage(
-        [0.0] * 5, tokens
-    ).evenness == pytest.approx(1 / 16)
-    far = compute_token_usage([1e3, -1e3], tokens)
-    assert far.outside == 2 and far.counts[0] == far.counts[-1] == 1 and far.unused == 14
-    assert compute_token_usage([], tokens).evenness == 0.0
+def list_objects(labels: list[LabeledImage]) -> list[LabeledObject]:
+    objects = []
+    for label in labels:
+        objects += label.objects
+    return objects
+
+
+def list_answer_values(labels: list[LabeledImage]) -> list[float]:
+    """The numbers in the answers to many questions."""
+    values = []
+    for seed in range(40):
+        for label in labels:
+            for question in generate_questions(label, np.random.default_rng(seed)):
+                values += question.values
+    return values
+
+
+def test_images_objects_and_boxes_are_counted(statistics: LabelStatistics) -> None:
+    assert statistics.num_images == 6
+    assert statistics.num_objects == 18
+    assert statistics.num_boxes == 17
+    assert statistics.unit == "metre"
+
+
+def test_objects_are_counted_by_name_and_images_by_provenance(
+    statistics: LabelStatistics, labels: list[LabeledImage]
+) -> None:
+    names = Counter(o.name for o in list_objects(labels))
+
+    assert statistics.names == dict(names.most_common())
+    assert statistics.provenance["segmenter: ground-truth"] == 6
+
+
+def test_askable_objects_are_counted_and_the_reasons_of_the_others(
+    statistics: LabelStatistics, labels: list[LabeledImage]
+) -> None:
+    num_askable = sum(len(find_askable_objects(label)) for label in labels)
+
+    assert statistics.num_askable == num_askable
+    assert statistics.reasons["ambiguous"] == 2
+    assert statistics.reasons["no box"] == 1
+
+
+def test_distances_sizes_and_scores_are_those_of_the_objects(
+    statistics: LabelStatistics, labels: list[LabeledImage]
+) -> None:
+    boxes = [o.box3d for o in list_objects(labels) if o.box3d is not None]
+
+    distances = [np.linalg.norm(box.center) for box in boxes]
+    assert list(statistics.distances) == pytest.approx(distances)
+    assert max(statistics.sizes) == pytest.approx(max(box.size.max() for box in boxes))
+    assert len(statistics.scores["visible"]) == 18
+    assert len(statistics.scores["stability"]) == 18
+
+
+def test_labels_of_several_units_are_refused(labels: list[LabeledImage]) -> None:
+    relative = replace(labels[1], unit="relative")
+
+    refuses("'relative'", compute_statistics, [labels[0], relative])
+
+
+def test_all_bins_are_used_alike_by_the_values_that_they_were_fitted_to(
+    labels: list[LabeledImage],
+) -> None:
+    values = list_answer_values(labels)
+    tokens = CoordinateTokenizer.fit(values, NUM_BINS)
+
+    usage = compute_token_usage(values, tokens)
+
+    assert sum(usage.counts) == len(values)
+    assert usage.unused == 0
+    assert usage.outside == 0
+    assert usage.evenness > 0.95
+
+
+@pytest.mark.parametrize(("values", "evenness"), [([0.0] * 5, 1 / NUM_BINS), ([], 0.0)])
+def test_evenness_is_least_where_one_bin_is_used_and_0_without_values(
+    labels: list[LabeledImage], values: list[float], evenness: float
+) -> None:
+    tokens = CoordinateTokenizer.fit(list_answer_values(labels), NUM_BINS)
+
+    assert compute_token_usage(values, tokens).evenness == pytest.approx(evenness)
+
+
+def test_values_outside_all_bins_count_for_the_first_and_the_last_one(
+    labels: list[LabeledImage],
+) -> None:
+    tokens = CoordinateTokenizer.fit(list_answer_values(labels), NUM_BINS)
+
+    usage = compute_token_usage([1e3, -1e3], tokens)
+
+    assert usage.outside == 2
+    assert usage.counts[0] == 1
+    assert usage.counts[-1] == 1
+    assert usage.unused == NUM_BINS - 2

@@ -1,18 +1,23 @@
-"""Questions and answers about a labelled image: 3D families, and 2D ones to pretrain a small VLM on.
+"""Questions and answers about a labeled image: 3D types, and 2D ones to pretrain a small VLM on.
 
-3D answers (numbers in the label's unit, camera frame: x right, y down, z forward; signs and ends are ours):
-    box_vertices      24 numbers: the eight vertices in `box3d.order_vertices` order, x y z each.
-    keypoint          3: the closest or furthest of the points of X that are seen, or the centre of its box.
-    offset            3: centre of Y minus centre of X, signed.
-    distance          1: from the camera to the centre of X, Euclidean.
+3D answers (numbers in the label's unit, camera frame: x right, y down, z forward; signs and ends
+are ours):
+
+    box_vertices      24 numbers: the eight vertices in the order of `box3d.order_vertices`, x y z
+    each. keypoint          3: the closest or furthest of the points of X that are seen, or the
+    center of its box. offset            3: center of Y minus center of X, signed.
+    distance          1: from the camera to the center of X, Euclidean.
     back_projection   8 pixels: where the vertices appear in the image.
     chain_of_thought  "the X is d and the Y is e so the X is closer".
-    pixel_point       3: the point that a pixel drawn at random shows, where the depth is given (ablation).
+    pixel_point       3: the point that a pixel drawn at random shows, where depth is known
+    (ablation).
 
-The objects asked about are those that a reader can tell apart and whose label is good: see `why_not_asked`.
+Questions are about objects that a reader can tell apart and whose label is good: see
+`find_exclusion_reasons`.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,35 +36,41 @@ from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
 
 MIN_VISIBLE_2D = 0.6
-"""Objects less of whose outline is seen are not asked about in 2D (our choice)."""
+"""2D questions are about objects of whose outline at least this fraction is seen (our choice)."""
+TRIES_PER_QUESTION = 4  # many draws allow no question, or repeat one
 
 
 def find_exclusion_reasons(label: LabeledImage) -> list[tuple[str, ...]]:
-    """For each object of a label, all that keeps 3D questions from asking about it; empty for a good one.
+    """For each object of a label, everything that keeps 3D questions from being about it; empty for
+    a good one.
 
-    "ambiguous": its name also fits another object of the image. "no box". "outside": its centre is not in the
-    image. Or the names of the scores in which it fails (`quality.failings`).
+    The reasons are "ambiguous" (its name also fits another object of the image), "no box",
+    "outside" (its center is not in the image), and the names of the scores in which it fails
+    (`find_failed_scores`).
     """
-    found: list[tuple[str, ...]] = []
+    reasons_of_objects: list[tuple[str, ...]] = []
     for o in label.objects:
-        why = () if _alone(o, label) else ("ambiguous",)
+        reasons = []
+        if not _is_name_unique(o, label):
+            reasons.append("ambiguous")
         if o.box3d is None:
-            found.append((*why, "no box"))
-            continue
-        outside = ("outside",) if project_to_pixels(o.box3d.center[None], label) == [None] else ()
-        found.append((*why, *outside, *find_failed_scores(o.scores)))
-    return found
+            reasons.append("no box")
+        else:
+            if project_to_pixels(o.box3d.center[None], label) == [None]:
+                reasons.append("outside")
+            reasons += find_failed_scores(o.scores)
+        reasons_of_objects.append(tuple(reasons))
+    return reasons_of_objects
 
 
-def _alone(o: LabeledObject, label: LabeledImage) -> bool:
+def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
     return sum(is_a(other.name, o.name) for other in label.objects) == 1
 
 
 def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:
-    """The objects that 3D questions are asked about."""
-    return [
-        o for o, why in zip(label.objects, find_exclusion_reasons(label), strict=True) if not why
-    ]
+    """The objects that 3D questions may be about."""
+    pairs = zip(label.objects, find_exclusion_reasons(label), strict=True)
+    return [o for o, reasons in pairs if not reasons]
 
 
 def generate_questions(
@@ -71,61 +82,82 @@ def generate_questions(
 ) -> list[Question]:
     """Ask about an image.
 
-    rng       decides everything random here; the same state gives the same questions.
-    pairs     fewest and most questions.
-    families  of `QUESTION_TYPES`, `QUESTION_TYPES_2D` and `QUESTION_TYPES_PIXEL`, drawn with
-              equal chance.
-    depth     of the image, see `answers.Scene`; without it "pixel_point" is not asked.
+    Args:
+        label: Of the image.
+        rng: Decides everything random here; the same state gives the same questions.
+        pairs: Fewest and most questions.
+        families: The question types (`spear.question_types`), drawn with equal chance.
+        depth: Of the image, see `QuestionScene`; without it "pixel_point" is never asked.
 
-    Returns up to `pairs[1]` different questions; fewer than `pairs[0]`, or none, when the image does not
-    allow more. Raises `SpearError`: an unknown family, and pairs that are not 1 <= fewest <= most.
+    Returns:
+        Up to `pairs[1]` different questions. There are fewer than `pairs[0]`, or none, when the
+        image does not allow more.
+
+    Raises:
+        SpearError: A question type is unknown, or `pairs` are not 1 <= fewest <= most.
     """
-    fewest, most = pairs
-    if not 1 <= fewest <= most:
-        raise SpearError(f"pairs {pairs}: questions per image: give 1 <= fewest <= most")
-    check_known("question family", DRAFTERS, *families)
-    flat = [
-        o
-        for o in label.objects
-        if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _alone(o, label)
-    ]
-    scene = QuestionScene(label, find_askable_objects(label), flat, depth)
-    wanted = fewest + int(rng.random() * (most - fewest + 1))
+    min_questions, max_questions = pairs
+    if not 1 <= min_questions <= max_questions:
+        raise SpearError(
+            f"{pairs} is no range of questions per image. Give --pairs FEWEST MOST, both at least 1."
+        )
+    check_known("question type", DRAFTERS, *families)
+
+    objects_2d = []
+    for o in label.objects:
+        if o.scores.get("visible", 1.0) >= MIN_VISIBLE_2D and _is_name_unique(o, label):
+            objects_2d.append(o)
+    scene = QuestionScene(label, find_askable_objects(label), objects_2d, depth)
+
+    num_questions = min_questions + int(rng.random() * (max_questions - min_questions + 1))
     questions: dict[tuple[Any, ...], Question] = {}
-    for _ in range(4 * wanted):
+    for _ in range(TRIES_PER_QUESTION * num_questions):
         family = draw_one(families, rng)
-        if (answer := DRAFTERS[family](scene, rng)) is None:
+        draft = DRAFTERS[family](scene, rng)
+        if draft is None:
             continue
-        words, segments, objects = answer
-        key = (family, objects, tuple(segments))
+        key = (family, draft.names, tuple(draft.segments))
         if key in questions:
             continue
-        prompt = draw_one(PROMPT_TEMPLATES[family], rng).format_map(words)
-        if len(UNIT_TEMPLATES[label.unit]) > 1 and any(isinstance(s, float) for s in segments):
+        prompt = draw_one(PROMPT_TEMPLATES[family], rng).format_map(draft.words)
+        has_numbers = any(isinstance(segment, float) for segment in draft.segments)
+        if has_numbers and len(UNIT_TEMPLATES[label.unit]) > 1:
             prompt = draw_one(UNIT_TEMPLATES[label.unit], rng).format(prompt)
-        questions[key] = Question(family, prompt, segments, objects, label.unit)
-        if len(questions) == wanted:
+        questions[key] = Question(family, prompt, draft.segments, draft.names, label.unit)
+        if len(questions) == num_questions:
             break
     return list(questions.values())
 
 
 def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
-    """An answer as a person reads it: numbers to three decimals with their unit, in threes where nothing else
-    is said; image locations in pixels of an image of `size` (width, height), or as PaliGemma's tokens."""
-    measure = abbreviate_unit(unit)
-    numbers = [f"{s:.3f}" for s in segments if isinstance(s, float)]
+    """Write an answer for people.
+
+    Args:
+        segments: The answer. Numbers get three decimals and their unit; those of an answer of
+            numbers alone are grouped to points of three.
+        unit: Of the numbers.
+        size: Width and height of the image. With it, image locations are written in pixels, without
+            it as PaliGemma's tokens.
+
+    Example:
+        >>> format_answer([0.1, -0.2, 1.0], "metre")
+        '(0.100, -0.200, 1.000) m'
+    """
+    symbol = abbreviate_unit(unit)
+    numbers = [f"{segment:.3f}" for segment in segments if isinstance(segment, float)]
     if 1 < len(numbers) == len(segments):
         points = [f"({', '.join(numbers[i : i + 3])})" for i in range(0, len(numbers), 3)]
-        return f"{' '.join(points)} {measure}"
-    said = []
+        return f"{' '.join(points)} {symbol}"
+    words = []
     for segment in segments:
         if isinstance(segment, float):
-            said.append(f"{segment:.3f} {measure}")
+            words.append(f"{segment:.3f} {symbol}")
         elif isinstance(segment, Pixel) and size:
-            said.append(f"({segment.x * size[0]:.0f}, {segment.y * size[1]:.0f}) px")
+            width, height = size
+            words.append(f"({segment.x * width:.0f}, {segment.y * height:.0f}) px")
         else:
-            said.append(str(segment).strip())
-    return " ".join(said)
+            words.append(str(segment).strip())
+    return " ".join(words)
 
 
 def abbreviate_unit(unit: Unit) -> str:
@@ -134,15 +166,22 @@ def abbreviate_unit(unit: Unit) -> str:
 
 
 def iterate_tokenizer_texts(names: Sequence[str]) -> Iterator[str]:
-    """Every template with every name, and every worded answer: a small tokenizer is trained on them."""
-    points = [word for synonyms in KEYPOINT_NAMES.values() for word in synonyms]
-    for x, y in zip(names, [*names[1:], *names[:1]], strict=True):
+    """Every template with every name, and every answer in words; a small tokenizer is trained on
+    them."""
+    keypoint_words = list(chain.from_iterable(KEYPOINT_NAMES.values()))
+    next_names = [*names[1:], *names[:1]]
+    for x, y in zip(names, next_names, strict=True):
         for definite in (True, False):
             words = {"x": with_article(x, definite), "y": with_article(y, definite)}
             for family, templates in PROMPT_TEMPLATES.items():
-                fillings = points if family == "keypoint" else [""]
-                yield from (t.format_map({**words, "p": p}) for t in templates for p in fillings)
+                fillings = keypoint_words if family == "keypoint" else [""]
+                for template in templates:
+                    for filling in fillings:
+                        yield template.format_map({**words, "p": filling})
         yield f"the {x} is  and the {y} is  so the {x} is closer"
         yield f"{x}, {y}"
-    yield from (wording.format("") for wordings in UNIT_TEMPLATES.values() for wording in wordings)
-    yield from ("yes", "no", "left", "right", *map(str, range(10)))
+    for templates in UNIT_TEMPLATES.values():
+        for template in templates:
+            yield template.format("")
+    yield from ("yes", "no", "left", "right")
+    yield from (str(digit) for digit in range(10))

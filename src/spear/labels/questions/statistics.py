@@ -1,4 +1,5 @@
-"""What a set of labels holds, in numbers; and the dataset card that says so, for people and Hugging Face."""
+"""What a set of labels contains, in numbers; and the dataset card with them, for people and Hugging
+Face."""
 
 import re
 from array import array
@@ -31,12 +32,18 @@ SCORES = (
     "stability",
     "compact",
 )
+MAX_REASON_LENGTH = 120  # characters of a reason for skipping, in a summary
 
 
 class TokenUsage(NamedTuple):
-    """How often each 3D token (bin) occurs in the answers: `counts`; how many bins are `unused`, and how many
-    numbers `outside` all; `evenness`, 1 where all are used alike, 1 / bins where only one is: exp(entropy) /
-    bins."""
+    """How often each 3D token (bin) occurs in answers.
+
+    Attributes:
+        counts: Occurrences of each bin.
+        unused: How many bins never occur.
+        outside: How many numbers are outside all bins.
+        evenness: exp(entropy) / bins: 1 where all bins are used alike, 1 / bins where only one is.
+    """
 
     counts: Sequence[int]
     unused: int
@@ -44,106 +51,141 @@ class TokenUsage(NamedTuple):
     evenness: float
 
 
-@dataclass
-class Statistics:
-    """Of a set of labels, all in one unit.
+def _make_score_arrays() -> "dict[str, array[float]]":
+    return {name: array("d") for name in SCORES}
 
-    asked       objects that 3D questions may be about.
-    provenance  what made the labels ("detector: …") → images.
-    names       name → objects.
-    reasons     why objects are not asked about → objects (one may have several reasons).
-    distances   of boxed objects: from the camera to the box's centre; sizes: the box's longest side.
-    scores      score → its values, of the objects that have it. (Lists would take four times the memory.)
+
+@dataclass
+class LabelStatistics:
+    """Statistics of a set of labels, all in one unit.
+
+    Attributes:
+        num_images: Labeled images.
+        num_askable: Objects that 3D questions may be about.
+        unit: Of the labels.
+        provenance: What made the labels ("detector: …") → images.
+        names: Name → objects.
+        reasons: Why 3D questions are not about objects → objects (one may have several reasons).
+        distances: From the camera to the centers of the boxes.
+        sizes: The longest sides of the boxes.
+        scores: Score → its values, of the objects that have it. (Lists would take four times the
+            memory.)
     """
 
-    images: int = 0
-    asked: int = 0
+    num_images: int = 0
+    num_askable: int = 0
     unit: Unit | None = None
     provenance: Counter[str] = field(default_factory=Counter)
     names: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     distances: "array[float]" = field(default_factory=lambda: array("d"))
     sizes: "array[float]" = field(default_factory=lambda: array("d"))
-    scores: "dict[str, array[float]]" = field(
-        default_factory=lambda: {name: array("d") for name in SCORES}
-    )
+    scores: "dict[str, array[float]]" = field(default_factory=_make_score_arrays)
 
     @property
-    def objects(self) -> int:
-        """How many there are, with and without a 3D box."""
+    def num_objects(self) -> int:
+        """How many objects there are, with and without a 3D box."""
         return self.names.total()
 
     @property
-    def boxed(self) -> int:
+    def num_boxes(self) -> int:
         """How many objects have a 3D box."""
         return len(self.distances)
 
-
-def compute_statistics(labels: Iterable[LabeledImage]) -> Statistics:
-    """Count what labels hold, in one pass that keeps no image. `SpearError`: they are in several units."""
-    found = Statistics()
-    for label in labels:
-        found.unit = found.unit or label.unit
-        if label.unit != found.unit:
-            which = f"{label.source or 'label'}: in unit {label.unit!r}, not {found.unit!r} as the others"
-            raise SpearError(f"{which}: give labels of one unit")
-        found.images += 1
-        found.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
-        for o, why in zip(label.objects, find_exclusion_reasons(label), strict=True):
-            found.names[o.name] += 1
-            found.reasons.update(why)
-            found.asked += not why
-            for name in found.scores.keys() & o.scores.keys():
-                found.scores[name].append(float(o.scores[name]))
+    def add(self, label: LabeledImage) -> None:
+        """Count a label. Raises `SpearError` if it is in another unit than those before."""
+        self.unit = self.unit or label.unit
+        if label.unit != self.unit:
+            raise SpearError(
+                f"{label.source or 'a label'} is in unit {label.unit!r}, the labels before it in "
+                f"{self.unit!r}. Give labels of one unit."
+            )
+        self.num_images += 1
+        self.provenance.update(f"{role}: {name}" for role, name in label.provenance.items())
+        for o, reasons in zip(label.objects, find_exclusion_reasons(label), strict=True):
+            self.names[o.name] += 1
+            self.reasons.update(reasons)
+            self.num_askable += not reasons
+            for name in self.scores.keys() & o.scores.keys():
+                self.scores[name].append(float(o.scores[name]))
             if o.box3d is not None:
-                found.distances.append(float(np.linalg.norm(o.box3d.center)))
-                found.sizes.append(float(o.box3d.size.max()))
-    return found
+                self.distances.append(float(np.linalg.norm(o.box3d.center)))
+                self.sizes.append(float(o.box3d.size.max()))
+
+
+def compute_statistics(labels: Iterable[LabeledImage]) -> LabelStatistics:
+    """Count what labels contain, in one pass that keeps no image.
+
+    Raises:
+        SpearError: The labels are in several units.
+    """
+    statistics = LabelStatistics()
+    for label in labels:
+        statistics.add(label)
+    return statistics
 
 
 def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokenizer") -> TokenUsage:
-    """How often each bin holds one of `values`; those outside count for the first or the last."""
-    every = np.asarray(values, np.float64)
-    inside = every.clip(coordinates.bin_edges[0], coordinates.bin_edges[-1])
-    counts = np.bincount(coordinates.encode(every), minlength=coordinates.num_bins)
-    share = counts[counts > 0] / max(len(every), 1)
-    evenness = (
-        float(np.exp(-(share * np.log(share)).sum()) / coordinates.num_bins) if len(every) else 0.0
-    )
+    """Count how often each bin contains one of `values`; those outside count for the first or the
+    last bin."""
+    numbers = np.asarray(values, np.float64)
+    clipped = numbers.clip(coordinates.bin_edges[0], coordinates.bin_edges[-1])
+    counts = np.bincount(coordinates.encode(numbers), minlength=coordinates.bins)
+    evenness = 0.0
+    if len(numbers):
+        frequencies = counts[counts > 0] / len(numbers)
+        entropy = -(frequencies * np.log(frequencies)).sum()
+        evenness = float(np.exp(entropy) / coordinates.bins)
     return TokenUsage(
-        counts.tolist(), int((counts == 0).sum()), int((every != inside).sum()), evenness
+        counts=counts.tolist(),
+        unused=int((counts == 0).sum()),
+        outside=int((numbers != clipped).sum()),
+        evenness=evenness,
     )
 
 
 def count_skip_reasons(folder: Path) -> Counter[str]:
-    """Why images of a folder were skipped → images, without paths, numbers and what is in brackets."""
+    """Why images of a folder were skipped → images.
+
+    Paths, numbers, quotations and what is in brackets are left out, so that equal reasons count
+    together.
+    """
     path = folder / SKIPPED_FILE
+    if not path.is_file():
+        return Counter()
     with explain_read_errors(path):
-        reasons = pq.read_table(path)["reason"].to_pylist() if path.is_file() else []
-    short = (re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason) for reason in reasons)
-    return Counter(re.sub(r"\d+(\.\d+)?", "N", reason)[:120] for reason in short)
+        reasons = pq.read_table(path)["reason"].to_pylist()
+    summaries = Counter[str]()
+    for reason in reasons:
+        without_details = re.sub(r"\([^()]*\)|\S*/\S*|'[^']*'", "…", reason)
+        without_numbers = re.sub(r"\d+(\.\d+)?", "N", without_details)
+        summaries[without_numbers[:MAX_REASON_LENGTH]] += 1
+    return summaries
 
 
 def write_dataset_card(folder: Path) -> None:
-    """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the shards."""
-    skipped = count_skip_reasons(folder).total()
-    files = {
-        "questions": (folder / QUESTIONS_FILE).is_file() and QUESTIONS_FILE,
-        "skipped": skipped and SKIPPED_FILE,
-    }
-    more = "".join(
-        f"- config_name: {name}\n  data_files: {file}\n" for name, file in files.items() if file
-    )
-    were = "image was" if skipped == 1 else "images were"
-    words = (
-        f"{skipped:,} {were} skipped (`{SKIPPED_FILE}`)." if skipped else "No image was skipped."
-    )
+    """Write README.md, with the YAML header by which `datasets.load_dataset(folder)` finds the
+    shards."""
+    num_skipped = count_skip_reasons(folder).total()
+    configs = ""
+    if (folder / QUESTIONS_FILE).is_file():
+        configs += f"- config_name: questions\n  data_files: {QUESTIONS_FILE}\n"
+    if num_skipped:
+        configs += f"- config_name: skipped\n  data_files: {SKIPPED_FILE}\n"
+
+    skipped = "No image was skipped."
+    if num_skipped:
+        verb = "was" if num_skipped == 1 else "were"
+        skipped = f"{format_count(num_skipped, 'images')} {verb} skipped (`{SKIPPED_FILE}`)."
+
+    statistics = compute_statistics(read_labels(folder, pixels=False))
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    found = compute_statistics(read_labels(folder, pixels=False))
-    counts = {
-        "images": format_count(found.images, "images"),
-        "objects": format_count(found.objects, "objects"),
-    }
-    write_text(
-        folder / "README.md", template.format(found=found, more=more, skipped=words, **counts)
+    card = template.format(
+        configs=configs,
+        images=format_count(statistics.num_images, "images"),
+        objects=format_count(statistics.num_objects, "objects"),
+        num_boxes=statistics.num_boxes,
+        num_askable=statistics.num_askable,
+        skipped=skipped,
     )
+    write_text(folder / "README.md", card)

@@ -1,7 +1,7 @@
 """Questions about a folder of labels, in a file beside them: `LABELS/questions.parquet`.
 
-The questions about an image depend on the seed and the image's source alone, so they stay the same when
-images are added or the labels are made again.
+The questions about an image depend on the seed and the image's source alone, so they stay the same
+when images are added or the labels are made again.
 """
 
 import hashlib
@@ -30,8 +30,18 @@ from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.types import LabeledImage, Pixel, Question
 from spear.util.progress import ProgressBar
 
-_TEXTS = dict.fromkeys(("source", "family", "prompt", "answer", "segments"), pa.string())
-_SCHEMA = pa.schema({**_TEXTS, "objects": pa.list_(pa.string()), "unit": pa.string()})
+BATCH_SIZE = 256  # images whose questions are written together
+ROWS_PER_GROUP = 4096
+READ_BATCH_SIZE = 1024  # questions that are read at a time
+
+_TEXT_COLUMNS = ("source", "family", "prompt", "answer", "segments")
+_SCHEMA = pa.schema(
+    {
+        **dict.fromkeys(_TEXT_COLUMNS, pa.string()),
+        "objects": pa.list_(pa.string()),
+        "unit": pa.string(),
+    }
+)
 """answer: for people to read; segments: exact, as JSON (texts, numbers, {"pixel": [x, y]})."""
 
 
@@ -41,7 +51,14 @@ def generate_label_questions(
     pairs: tuple[int, int] = (1, 4),
     families: Sequence[str] = QUESTION_TYPES,
 ) -> list[Question]:
-    """The questions about one image; `pairs` and `families` as for `generate`."""
+    """Ask about one image; equal seeds and sources give equal questions.
+
+    Args:
+        label: Of the image.
+        seed: Of the random numbers, with the label's source.
+        pairs: As in `generate_questions`.
+        families: As in `generate_questions`.
+    """
     digest = hashlib.sha256(label.source.encode()).digest()
     rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
     return generate_questions(label, rng, pairs, families)
@@ -53,52 +70,75 @@ def write_questions(
     pairs: tuple[int, int] = (1, 4),
     families: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[int, Counter[str]]:
-    """Ask about every image of a folder of labels; returns the number of images and the questions per family.
+    """Ask about every image of a folder of labels. The file is replaced as a whole, and so is the
+    dataset card.
 
-    The file is replaced as a whole; the dataset card names it from then on. `SpearError`: no labels there, an
-    unknown family or one that needs depth, bad pairs, or the disk is full.
+    Args:
+        folder: The folder.
+        seed: As in `generate_label_questions`.
+        pairs: As in `generate_questions`.
+        families: As in `generate_questions`.
+
+    Returns:
+        The number of images, and the number of questions of each type.
+
+    Raises:
+        SpearError: There are no labels, a question type is unknown or needs depth, `pairs` is no
+            range, or the disk is full.
     """
-    check_known("question family about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *families)
+    check_known("question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *families)
     counts: Counter[str] = Counter()
     bar = ProgressBar("asking", count_labels(folder), "images")
-    with ParquetWriter(folder / QUESTIONS_FILE, _SCHEMA, rows_per_group=4096) as writer, bar:
+    path = folder / QUESTIONS_FILE
+    with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
         labels = read_labels(folder, pixels="what_at" in families)  # it is about what a mask covers
-        while some := list(islice(labels, 256)):
-            asked = [
-                (label.source, q)
-                for label in some
-                for q in generate_label_questions(label, seed, pairs, families)
-            ]
-            counts.update(question.family for _, question in asked)
-            writer.write(pa.Table.from_pylist([_to_row(source, q) for source, q in asked], _SCHEMA))
-            bar.update(bar.done + len(some))
+        while batch := list(islice(labels, BATCH_SIZE)):
+            rows = []
+            for label in batch:
+                for question in generate_label_questions(label, seed, pairs, families):
+                    counts[question.family] += 1
+                    rows.append(_question_to_row(label.source, question))
+            writer.write(pa.Table.from_pylist(rows, _SCHEMA))
+            bar.update(bar.done + len(batch))
         writer.commit()
     write_dataset_card(folder)
     return bar.done, counts
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
-    """(source of the image, question) in the order of the labels; nothing when none were written.
-    `SpearError` when the file is broken."""
-    if not (path := folder / QUESTIONS_FILE).is_file():
+    """Read the questions about a folder of labels.
+
+    Yields:
+        The source of the image, and the question, in the order of the labels; nothing when no
+        questions were written.
+
+    Raises:
+        SpearError: The file is broken.
+    """
+    path = folder / QUESTIONS_FILE
+    if not path.is_file():
         return
     with explain_read_errors(path, "Write it again with `spear questions`."):
-        for batch in pq.ParquetFile(path).iter_batches(1024, use_threads=False):
+        for batch in pq.ParquetFile(path).iter_batches(READ_BATCH_SIZE, use_threads=False):
             for row in batch.to_pylist():
-                said = json.loads(row["segments"])
-                segments = [Pixel(*s["pixel"]) if isinstance(s, dict) else s for s in said]
-                objects = tuple(row["objects"])
-                yield (
-                    row["source"],
-                    Question(row["family"], row["prompt"], segments, objects, row["unit"]),
-                )
+                yield row["source"], _question_from_row(row)
 
 
-def _to_row(source: str, question: Question) -> dict[str, Any]:
-    segments = [{"pixel": [s.x, s.y]} if isinstance(s, Pixel) else s for s in question.segments]
-    words = {"source": source, "answer": format_answer(question.segments, question.unit)}
-    return (
-        vars(question)
-        | words
-        | {"segments": json.dumps(segments), "objects": list(question.objects)}
-    )
+def _question_to_row(source: str, question: Question) -> dict[str, Any]:
+    segments = []
+    for segment in question.segments:
+        is_pixel = isinstance(segment, Pixel)
+        segments.append({"pixel": [segment.x, segment.y]} if is_pixel else segment)
+    return vars(question) | {
+        "source": source,
+        "answer": format_answer(question.segments, question.unit),
+        "segments": json.dumps(segments),
+        "objects": list(question.objects),
+    }
+
+
+def _question_from_row(row: dict[str, Any]) -> Question:
+    segments = []
+    for value in json.loads(row["segments"]):
+        segments.append(Pixel(*value["pixel"]) if isinstance(value, dict) else value)
+    return Question(row["family"], row["prompt"], segments, tuple(row["objects"]), row["unit"])
