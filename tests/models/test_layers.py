@@ -1,6 +1,7 @@
-"""What the networks share: norms and attention as Transformers computes them; gradient checkpointing."""
+"""Shared layers: norms and attention as Transformers computes them; gradient checkpointing."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,89 +11,140 @@ from models_tiny import actions, pixels, spear1, text, vlm
 from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_checkpointing
 
 
-def act(model: torch.nn.Module) -> torch.Tensor:
+def flow_loss(model: torch.nn.Module) -> torch.Tensor:
     ids, mask = text(2, 6)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 10, generator=generator)
-    return model(
-        pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator
-    ).loss
+    output = model(pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator)
+    return output.loss
 
 
-def answer(model: torch.nn.Module) -> torch.Tensor:
+def answer_loss(model: torch.nn.Module) -> torch.Tensor:
     ids, mask = text(2, 6)
     return model(pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
 
 
-def step(
-    model: torch.nn.Module, task: Callable[..., torch.Tensor]
-) -> tuple[torch.Tensor, dict, int]:
-    """Loss, gradients, and the bytes (without weights) kept for the backward pass."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+class Step(NamedTuple):
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    saved_bytes: int  # for the backward pass, without weights
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+
+def run_step(
+    model: torch.nn.Module, compute_loss: Callable[[torch.nn.Module], torch.Tensor]
+) -> Step:
+    """One forward and backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = task(model)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = compute_loss(model)
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
     model.zero_grad()
-    return loss.detach(), gradients, sum(kept.values())
+    return Step(loss.detach(), gradients, sum(saved.values()))
 
 
-@pytest.mark.parametrize(("make", "task"), [(spear1, act), (vlm, answer)])
-def test_loss_and_gradients_are_the_same(
-    make: Callable[[], torch.nn.Module], task: Callable
-) -> None:
-    model = make().train()
-    loss, gradients, kept = step(model, task)
-    set_gradient_checkpointing(model)
-    again, recomputed, less = step(model, task)
-    assert (
-        torch.equal(loss, again) and gradients.keys() == recomputed.keys() and len(gradients) > 50
-    )
-    assert all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
-    assert (
-        any(n.endswith("k_proj.weight") and "language_model" in n for n in gradients)
-        and less < 0.7 * kept
-    )
-    set_gradient_checkpointing(model, enabled=False)
-    assert step(model, task)[2] == kept
+@pytest.mark.parametrize(("build", "compute_loss"), [(spear1, flow_loss), (vlm, answer_loss)])
+class TestGradientCheckpointing:
+    def test_changes_neither_loss_nor_gradients(
+        self, build: Callable[[], torch.nn.Module], compute_loss: Callable
+    ) -> None:
+        model = build().train()
+        expected = run_step(model, compute_loss)
+
+        set_gradient_checkpointing(model)
+        step = run_step(model, compute_loss)
+
+        assert torch.equal(step.loss, expected.loss)
+        assert step.gradients.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            assert torch.equal(step.gradients[name], gradient), name
+
+    def test_reaches_the_keys_of_the_language_model(
+        self, build: Callable[[], torch.nn.Module], compute_loss: Callable
+    ) -> None:
+        model = build().train()
+        set_gradient_checkpointing(model)
+
+        gradients = run_step(model, compute_loss).gradients
+
+        assert len(gradients) > 50
+        assert any("language_model" in n and n.endswith("k_proj.weight") for n in gradients)
+
+    def test_saves_memory_until_it_is_turned_off(
+        self, build: Callable[[], torch.nn.Module], compute_loss: Callable
+    ) -> None:
+        model = build().train()
+        saved_without = run_step(model, compute_loss).saved_bytes
+
+        set_gradient_checkpointing(model)
+        assert run_step(model, compute_loss).saved_bytes < 0.7 * saved_without
+
+        set_gradient_checkpointing(model, enabled=False)
+        assert run_step(model, compute_loss).saved_bytes == saved_without
 
 
-def test_fast_norm_is_gemmas_gradients_included() -> None:
+class TestFastRMSNorm:
+    @pytest.fixture
+    def norms(self) -> tuple[GemmaRMSNorm, FastRMSNorm]:
+        torch.manual_seed(0)
+        reference = GemmaRMSNorm(24)
+        torch.nn.init.normal_(reference.weight)
+        fast = FastRMSNorm(24)
+        fast.load_state_dict(reference.state_dict())
+        return reference, fast
+
+    def test_is_gemmas_gradients_included(self, norms: tuple[GemmaRMSNorm, FastRMSNorm]) -> None:
+        x = torch.randn(3, 5, 24) + 0.5
+        output_gradient = torch.randn(3, 5, 24)
+
+        results = []
+        for norm in norms:
+            leaf = x.clone().requires_grad_()
+            output = norm(leaf)
+            output.backward(output_gradient)
+            results.append((output, leaf.grad, norm.weight.grad))
+
+        expected, actual = results
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+    def test_returns_the_lower_precision_under_autocast(
+        self, norms: tuple[GemmaRMSNorm, FastRMSNorm]
+    ) -> None:
+        _, fast = norms
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(torch.randn(3, 5, 24)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_grouped_attention_is_attention(num_kv_heads: int, has_mask: bool) -> None:
     torch.manual_seed(0)
-    theirs, ours = GemmaRMSNorm(24), FastRMSNorm(24)
-    torch.nn.init.normal_(theirs.weight)
-    ours.load_state_dict(theirs.state_dict())
-    x, grad = torch.randn(3, 5, 24) + 0.5, torch.randn(3, 5, 24)
-    results = []
-    for norm in (theirs, ours):
-        leaf = x.clone().requires_grad_()
-        out = norm(leaf)
-        out.backward(grad)
-        results.append((out, leaf.grad, norm.weight.grad))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ours(x).dtype == torch.bfloat16
+    query = torch.randn(2, 4, 5, 8)
+    key = torch.randn(2, num_kv_heads, 7, 8)
+    value = torch.randn(2, num_kv_heads, 7, 8)
+    mask = None
+    if has_mask:
+        mask = (torch.rand(2, 1, 5, 7) < 0.6) | (torch.arange(7) == 0)
 
+    output, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask)
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_grouped_attention_is_attention(groups: int) -> None:
-    torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(2, 4, 5, 8),
-        torch.randn(2, groups, 7, 8),
-        torch.randn(2, groups, 7, 8),
+    num_groups = 4 // num_kv_heads
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(num_groups, dim=1),
+        value.repeat_interleave(num_groups, dim=1),
+        attn_mask=mask,
     )
-    mask = (torch.rand(2, 1, 5, 7) < 0.6) | (torch.arange(7) == 0)
-    full = [x.repeat_interleave(4 // groups, dim=1) for x in (key, value)]
-    for allowed in (mask, None):
-        expected = torch.nn.functional.scaled_dot_product_attention(query, *full, attn_mask=allowed)
-        out, _ = grouped_attention(torch.nn.Identity(), query, key, value, allowed)
-        torch.testing.assert_close(out.transpose(1, 2), expected)
+    torch.testing.assert_close(output.transpose(1, 2), expected)

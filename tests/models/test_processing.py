@@ -108,16 +108,16 @@ class TestAnswers:
         decoded = processor.decode_answer([*processor.encode_answer(segments), *end_token_and_more])
 
         assert len(decoded) == len(segments)
-        for before, after in zip(segments, decoded, strict=True):
-            assert type(before) is type(after)
-            if isinstance(before, Pixel):
-                assert after.x == pytest.approx(before.x, abs=0.5 / 1024 + 1e-9)
-                assert after.y == pytest.approx(before.y, abs=0.5 / 1024 + 1e-9)
-            elif isinstance(before, float):
+        for segment, decoded_segment in zip(segments, decoded, strict=True):
+            assert type(segment) is type(decoded_segment)
+            if isinstance(segment, Pixel):
+                assert decoded_segment.x == pytest.approx(segment.x, abs=0.5 / 1024 + 1e-9)
+                assert decoded_segment.y == pytest.approx(segment.y, abs=0.5 / 1024 + 1e-9)
+            elif isinstance(segment, float):
                 encode = processor.coordinates.encode
-                assert encode(np.array(before)) == encode(np.array(after))
+                assert encode(np.array(segment)) == encode(np.array(decoded_segment))
             else:
-                assert before == after
+                assert segment == decoded_segment
 
     def test_a_location_token_without_a_partner_stays_text(self, processor: Processor) -> None:
         y_token = processor.encode_answer([Pixel(0.5, 0.5)])[:1]
@@ -347,10 +347,10 @@ class TestPixels:
     def test_are_where_the_prepared_image_shows_them(
         self, processor: Processor, size: tuple[int, int]
     ) -> None:
-        shown = self.prepared(processor, size)
-        height, width = shown.shape
-        center_x = float((torch.arange(width) + 0.5).double() @ shown.sum(0) / shown.sum())
-        center_y = float((torch.arange(height) + 0.5).double() @ shown.sum(1) / shown.sum())
+        pixels = self.prepared(processor, size)
+        height, width = pixels.shape
+        center_x = float((torch.arange(width) + 0.5).double() @ pixels.sum(0) / pixels.sum())
+        center_y = float((torch.arange(height) + 0.5).double() @ pixels.sum(1) / pixels.sum())
 
         mapped = map_pixel(self.pixel(size), size, (width, height))
 
@@ -360,11 +360,11 @@ class TestPixels:
     def test_are_scaled_alike_across_and_down(
         self, processor: Processor, size: tuple[int, int]
     ) -> None:
-        shown = self.prepared(processor, size)
-        height, width = shown.shape
+        pixels = self.prepared(processor, size)
+        height, width = pixels.shape
         scale = min(width / size[0], height / size[1])
         expected_area = (self.square_px * scale) ** 2
-        assert float(shown.sum()) / 255 == pytest.approx(expected_area, rel=0.05)
+        assert float(pixels.sum()) / 255 == pytest.approx(expected_area, rel=0.05)
 
     def test_map_back(self, processor: Processor, size: tuple[int, int]) -> None:
         pixel = self.pixel(size)

@@ -203,12 +203,12 @@ def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[A
     model = spear1()
     inputs = observation(2, ("external",), False)
     noise = actions(2, H)
-    before = sample_and_check(model, inputs, noise, 2)
+    sampled_before = sample_and_check(model, inputs, noise, 2)
 
     change(model.get_submodule(name))
-    after = sample_and_check(model, inputs, noise, 2)
+    sampled_after = sample_and_check(model, inputs, noise, 2)
 
-    assert relative_error(after, before) > 1e-3
+    assert relative_error(sampled_after, sampled_before) > 1e-3
 
 
 def test_all_changes_of_a_layer_take_effect_together() -> None:
@@ -216,13 +216,13 @@ def test_all_changes_of_a_layer_take_effect_together() -> None:
     inputs = observation(2, ("external",), False)
     noise = actions(2, H)
     layer = model.get_submodule("expert.layers.0.mlp.down_proj")
-    before = sample_and_check(model, inputs, noise, 2)
+    sampled_before = sample_and_check(model, inputs, noise, 2)
 
     for change in (use_another_class, add_forward_hook, add_forward_pre_hook):
         change(layer)
-        after = sample_and_check(model, inputs, noise, 2)
-        assert relative_error(after, before) > 1e-3
-        before = after
+        sampled_after = sample_and_check(model, inputs, noise, 2)
+        assert relative_error(sampled_after, sampled_before) > 1e-3
+        sampled_before = sampled_after
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -275,15 +275,15 @@ class TestChangedWeights:
         model = spear1()
         inputs = observation(1, ("external",), False)
         noise = actions(1, H)
-        before = sample_and_check(model, inputs, noise, 2)
+        sampled_before = sample_and_check(model, inputs, noise, 2)
         sampler = get_sampler(model, True)
         assert get_sampler(model, True) is sampler
 
         getattr(self, change)(model)
 
         assert get_sampler(model, True) is not sampler
-        after = sample_and_check(model, inputs, noise, 2)
-        assert relative_error(after, before) > 1e-4
+        sampled_after = sample_and_check(model, inputs, noise, 2)
+        assert relative_error(sampled_after, sampled_before) > 1e-4
 
     @pytest.mark.parametrize(
         "part", ["vlm.vision_tower", "vlm.moge", "state_proj", "action_out_proj"]
@@ -316,27 +316,27 @@ def test_lora_takes_effect() -> None:
     model = spear1()
     inputs = observation(1, ("external",), False)
     noise = actions(1, H)
-    before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
+    sampled_before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
 
     add_adapters(model, rank=2, alpha=4.0)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
-    after = sample_and_check(model, inputs, noise, 2)
+    sampled_after = sample_and_check(model, inputs, noise, 2)
 
-    assert relative_error(after, before) > 1e-3
+    assert relative_error(sampled_after, sampled_before) > 1e-3
 
 
 def test_sampling_leaves_weights_where_and_as_they_are() -> None:
     model = spear1()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    weights_before = {name: weight.clone() for name, weight in model.state_dict().items()}
     addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
 
     model.sample_actions(**observation(2, ("external",), True), noise=actions(2, H))
 
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == addresses[name]
-        assert torch.equal(weight, before[name])
+        assert torch.equal(weight, weights_before[name])
 
 
 def test_a_model_learns_after_sampling() -> None:

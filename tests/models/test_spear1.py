@@ -22,21 +22,24 @@ B = 3
 H = TINY.horizon
 RECORDED_LAYERS = ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
 
-Observation = tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
-"""pixel_values, input_ids, attention_mask, state"""
 
-
-def observation(seed: int = 0) -> Observation:
+def observation(seed: int = 0) -> dict[str, Any]:
     ids, mask = text(B, 6, seed)
     state = torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
-    return pixels(B, seed), ids, mask, state
+    return {
+        "pixel_values": pixels(B, seed),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "state": state,
+    }
 
 
 def record_activations(
     model: Spear1ForActionPrediction, state: torch.Tensor, noisy: Action
 ) -> dict[str, torch.Tensor]:
     """Every layer's output, of the VLM [B, S, D] and of the expert [B, 1 + H, D]."""
-    images, ids, mask, _ = observation()
+    prefix_inputs = observation()
+    del prefix_inputs["state"]
     activations: dict[str, torch.Tensor] = {}
 
     def make_hook(name: str) -> Callable[..., None]:
@@ -49,7 +52,7 @@ def record_activations(
         for name, module in model.named_modules():
             if type(module).__name__ in RECORDED_LAYERS:
                 hooks.enter_context(module.register_forward_hook(make_hook(name)))
-        prefix = model.encode_prefix(images, ids, mask)
+        prefix = model.encode_prefix(**prefix_inputs)
         model.predict(prefix, state, noisy, torch.full((B,), 0.3))
     return activations
 
@@ -62,47 +65,47 @@ class TestInformationFlow:
         return spear1()
 
     @pytest.fixture
-    def before(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-        return record_activations(model, observation()[3], actions(B, H))
+    def baseline(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
+        return record_activations(model, observation()["state"], actions(B, H))
 
     @pytest.fixture
     def after_other_action(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
         noisy = actions(B, H)
         noisy.translation[:, 2] += 1
-        return record_activations(model, observation()[3], noisy)
+        return record_activations(model, observation()["state"], noisy)
 
     @pytest.fixture
     def after_other_state(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-        return record_activations(model, observation()[3] + 1, actions(B, H))
+        return record_activations(model, observation()["state"] + 1, actions(B, H))
 
     def test_an_action_changes_no_activation_of_prefix_or_state(
-        self, before: dict[str, torch.Tensor], after_other_action: dict[str, torch.Tensor]
+        self, baseline: dict[str, torch.Tensor], after_other_action: dict[str, torch.Tensor]
     ) -> None:
-        for name, value in before.items():
+        for name, value in baseline.items():
             if name.startswith("expert"):
                 assert torch.equal(value[:, 0], after_other_action[name][:, 0]), name
             else:
                 assert torch.equal(value, after_other_action[name]), name
 
     def test_the_state_changes_no_activation_of_the_prefix(
-        self, before: dict[str, torch.Tensor], after_other_state: dict[str, torch.Tensor]
+        self, baseline: dict[str, torch.Tensor], after_other_state: dict[str, torch.Tensor]
     ) -> None:
-        for name, value in before.items():
+        for name, value in baseline.items():
             is_expert = name.startswith("expert")
             assert torch.equal(value, after_other_state[name]) != is_expert, name
 
     def test_every_action_sees_the_state_and_all_actions(
         self,
         model: Spear1ForActionPrediction,
-        before: dict[str, torch.Tensor],
+        baseline: dict[str, torch.Tensor],
         after_other_action: dict[str, torch.Tensor],
         after_other_state: dict[str, torch.Tensor],
     ) -> None:
         last_layer = f"expert.layers.{len(model.expert.layers) - 1}"
-        for after in (after_other_action, after_other_state):
+        for changed in (after_other_action, after_other_state):
             for position in range(1, 1 + H):
                 unchanged = torch.equal(
-                    before[last_layer][:, position], after[last_layer][:, position]
+                    baseline[last_layer][:, position], changed[last_layer][:, position]
                 )
                 assert not unchanged, position
 
@@ -110,7 +113,11 @@ class TestInformationFlow:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_expert_does_not_see_padding_or_a_missing_view(side: str) -> None:
     model = spear1()
-    images, ids, mask, state = observation()
+    inputs = observation()
+    images = inputs["pixel_values"]
+    ids = inputs["input_ids"]
+    mask = inputs["attention_mask"]
+    state = inputs["state"]
     noisy = actions(B, H)
     tau = torch.full((B,), 0.3)
     is_missing = {"wrist": torch.zeros(B, dtype=torch.bool)}
@@ -144,28 +151,36 @@ class TestFlowSamples:
         counts = torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
         noise, tau = self.draws()
 
-        together = model(*observation(), target, counts, noise=noise, tau=tau).loss
+        together = model(
+            **observation(), actions=target, action_mask=counts, noise=noise, tau=tau
+        ).loss
 
         separate = []
         for k in range(self.num_chunks):
             chunk = slice(k, k + 1)
             noise_chunk = Action.from_vector(noise.to_vector()[:, chunk])
-            output = model(*observation(), target, counts, noise=noise_chunk, tau=tau[:, chunk])
+            output = model(
+                **observation(),
+                actions=target,
+                action_mask=counts,
+                noise=noise_chunk,
+                tau=tau[:, chunk],
+            )
             separate.append(output.loss)
         torch.testing.assert_close(together, torch.stack(separate).mean(), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("given", ["noise", "tau"])
-    def test_noise_or_tau_determines_how_many_samples_there_are(self, given: str) -> None:
+    @pytest.mark.parametrize("argument", ["noise", "tau"])
+    def test_noise_or_tau_determines_how_many_samples_there_are(self, argument: str) -> None:
         model = spear1()
         noise, tau = self.draws()
-        draws: dict[str, Any] = {"noise": noise} if given == "noise" else {"tau": tau}
+        draws: dict[str, Any] = {"noise": noise} if argument == "noise" else {"tau": tau}
 
         losses = []
         for flow_samples in (1, self.num_chunks):
             generator = torch.Generator().manual_seed(7)
             output = model(
-                *observation(),
-                actions(B, H),
+                **observation(),
+                actions=actions(B, H),
                 **draws,
                 generator=generator,
                 flow_samples=flow_samples,
@@ -191,7 +206,9 @@ class TestCommittedActions:
         return torch.Generator().manual_seed(3)
 
     def loss(self, model: Spear1ForActionPrediction, **arguments: Any) -> torch.Tensor:
-        return model(*observation(), self.target, self.counts, **arguments).loss
+        return model(
+            **observation(), actions=self.target, action_mask=self.counts, **arguments
+        ).loss
 
     def test_without_them_only_noise_and_flow_time_are_drawn(
         self, model: Spear1ForActionPrediction, generator: torch.Generator
@@ -200,10 +217,12 @@ class TestCommittedActions:
         tau = flow.sample_time(B * self.num_chunks, model.flow, generator)
         tau = tau.view(B, self.num_chunks)
 
-        drawn = self.loss(model, flow_samples=self.num_chunks, generator=generator.manual_seed(3))
-        given = self.loss(model, noise=noise, tau=tau)
+        with_own_draws = self.loss(
+            model, flow_samples=self.num_chunks, generator=generator.manual_seed(3)
+        )
+        with_given_draws = self.loss(model, noise=noise, tau=tau)
 
-        assert torch.equal(drawn, given)
+        assert torch.equal(with_own_draws, with_given_draws)
 
     def test_they_are_given_slightly_wrong_and_teach_nothing(
         self, model: Spear1ForActionPrediction, generator: torch.Generator
@@ -249,7 +268,7 @@ class TestCommittedActions:
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
     model = spear1().train()
 
-    model(*observation(), actions(B, H), flow_samples=2).loss.backward()
+    model(**observation(), actions=actions(B, H), flow_samples=2).loss.backward()
 
     without_gradient = set()
     for name, parameter in model.named_parameters():
@@ -286,7 +305,7 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
     sampled = []
     for seed in (0, 0, 1):
         noise = flow.sample_noise((B, H), model.flow, torch.Generator().manual_seed(seed))
-        sampled.append(model.sample_actions(*observation(), noise, steps=7).to_vector())
+        sampled.append(model.sample_actions(**observation(), noise=noise, steps=7).to_vector())
 
     assert sampled[0].shape == (B, H, 8)
     assert torch.equal(sampled[0], sampled[1])
@@ -298,7 +317,7 @@ def test_noise_of_another_horizon_is_refused() -> None:
     noise = flow.sample_noise((B, H + 1), model.flow)
 
     with pytest.raises(ValueError, match=f"{H + 1} actions"):
-        model.sample_actions(*observation(), noise)
+        model.sample_actions(**observation(), noise=noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,8 +336,8 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype, l
     assert loaded.flow == model.flow
     assert loaded.config.vlm_config.views == model.config.vlm_config.views
     if dtype == torch.float32:
-        expected = model.sample_actions(*observation(), noise=actions(B, H)).to_vector()
-        sampled = loaded.sample_actions(*observation(), noise=actions(B, H)).to_vector()
+        expected = model.sample_actions(**observation(), noise=actions(B, H)).to_vector()
+        sampled = loaded.sample_actions(**observation(), noise=actions(B, H)).to_vector()
         assert torch.equal(sampled, expected)
 
 
@@ -397,8 +416,8 @@ class TestBrokenCheckpoints:
         self, folder: Path, field: str, value: Any, names_field: bool
     ) -> None:
         config = build_spear1_config(TINY).to_dict()
-        part, _, name = field.rpartition(".")
-        fields = config[part] if part else config
+        section, _, name = field.rpartition(".")
+        fields = config[section] if section else config
         fields[name] = value
         (folder / "config.json").write_text(json.dumps(config))
 

@@ -1,6 +1,8 @@
-"""SPEAR-VLM: fusion of the encoders, masks, loss, decoding, checkpoints."""
+"""SPEAR-VLM: fusion of the encoders, masks, loss, sizes of the presets; and the depth loss of stage
+0."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,168 +16,269 @@ from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.models.vlm import IGNORE_LABEL, compute_token_loss
 
 
-def batch(rows: int = 4, length: int = 9, prompt: int = 4) -> dict[str, torch.Tensor]:
+def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[str, torch.Tensor]:
+    """Prompts and answers of several lengths, with labels on the answers."""
     ids, mask = text(rows, length, last=START + TINY.bins)
-    answer = (torch.arange(length) >= prompt) & mask.bool()
-    labels = ids.masked_fill(~answer, IGNORE_LABEL)
+    is_answer = (torch.arange(length) >= prompt_length) & mask.bool()
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "token_type_ids": answer.long(),
-        "labels": labels,
+        "token_type_ids": is_answer.long(),
+        "labels": ids.masked_fill(~is_answer, IGNORE_LABEL),
     }
 
 
-def test_visual_tokens_are_the_average_of_both_projections_exactly() -> None:
-    model, image = vlm(), pixels(3)["external"]
-    siglip = model.vision_tower(image / 127.5 - 1, interpolate_pos_encoding=True).last_hidden_state
-    parts = model.multi_modal_projector(siglip), model.moge_projector(model.moge(image))
-    (fused,) = model.encode_views(image)
-    assert fused.shape == (3, 6, 32)
-    torch.testing.assert_close(fused, (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)
-    plain = vlm(moge=None)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("moge")})
-    torch.testing.assert_close(plain.encode_views(image)[0], parts[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(fused, 0.5 * (plain.encode_views(image)[0] + parts[1]))
+class TestVisualTokens:
+    def test_are_the_average_of_both_projections(self) -> None:
+        model = vlm()
+        image = pixels(3)["external"]
+        siglip = model.vision_tower(
+            image / 127.5 - 1, interpolate_pos_encoding=True
+        ).last_hidden_state
+        siglip_tokens = model.multi_modal_projector(siglip)
+        moge_tokens = model.moge_projector(model.moge(image))
+
+        tokens = model.encode_views(image)[0]
+
+        assert tokens.shape == (3, 6, 32)
+        average = (siglip_tokens + moge_tokens) / 2
+        torch.testing.assert_close(tokens, average, rtol=1e-5, atol=1e-6)
+
+    def test_without_moge_are_siglips_exactly(self) -> None:
+        model = vlm()
+        image = pixels(3)["external"]
+        moge_tokens = model.moge_projector(model.moge(image))
+        without_moge = vlm(moge=None)
+        siglip_weights = {
+            name: weight
+            for name, weight in model.state_dict().items()
+            if not name.startswith("moge")
+        }
+        without_moge.load_state_dict(siglip_weights)
+
+        siglip_tokens = without_moge.encode_views(image)[0]
+
+        assert torch.equal(model.encode_views(image)[0], 0.5 * (siglip_tokens + moge_tokens))
+
+    def test_of_a_missing_view_are_not_seen(self) -> None:
+        model = vlm()
+        images = pixels(2)
+        ids, mask = text(2, 5)
+        is_present = {"wrist": torch.zeros(2, dtype=torch.bool)}
+
+        masked = model(images, ids, mask, view_mask=is_present).logits
+        absent = model({"external": images["external"]}, ids, mask).logits
+
+        torch.testing.assert_close(masked, absent, rtol=1e-4, atol=1e-5)
+
+    def test_are_in_the_order_of_the_config(self) -> None:
+        model = vlm()
+        images = pixels(2)
+        ids, mask = text(2, 5)
+        swapped = {"wrist": images["wrist"], "external": images["external"]}
+        assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
 
 
-def test_prefix_sees_itself_and_answers_see_only_the_past() -> None:
+def test_the_prefix_sees_itself_and_answers_see_only_the_past() -> None:
     valid = torch.tensor([[1, 1, 1, 1, 0]]).bool()
-    mask = make_prefix_lm_mask(valid, torch.tensor([[0, 0, 1, 1, 0]]).bool())[0, 0].int()
+    causal = torch.tensor([[0, 0, 1, 1, 0]]).bool()
+
+    mask = make_prefix_lm_mask(valid, causal)[0, 0].int()
+
     assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-    assert compute_position_ids(torch.tensor([[1, 0, 1, 1, 0]]).bool()).tolist() == [
-        [0, 0, 1, 2, 2]
-    ]
 
 
-def test_a_missing_view_is_as_if_it_had_no_tokens() -> None:
-    model, images = vlm(), pixels(2)
-    ids, mask = text(2, 5)
-    gone = {"wrist": torch.zeros(2, dtype=torch.bool)}
-    without = model({"external": images["external"]}, ids, mask).logits
-    swapped = {
-        view: images[view] for view in ("wrist", "external")
-    }  # the config's order is what counts
-    assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
-    torch.testing.assert_close(
-        model(images, ids, mask, view_mask=gone).logits, without, rtol=1e-4, atol=1e-5
-    )
+def test_padding_takes_no_position() -> None:
+    valid = torch.tensor([[1, 0, 1, 1, 0]]).bool()
+    assert compute_position_ids(valid).tolist() == [[0, 0, 1, 2, 2]]
 
 
-def test_loss_weighs_3d_tokens_by_lambda() -> None:
+def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
     model = vlm()
-    images, inputs = pixels(4, views=("external",)), batch()
-    labels, result = inputs["labels"], model(images, **inputs)
-    log_p = model(images, **{k: v for k, v in inputs.items() if k != "labels"}).logits.log_softmax(
-        -1
-    )[:, :-1]
-    wanted = labels[:, 1:] != IGNORE_LABEL
-    each = -log_p.gather(-1, labels[:, 1:].clamp_min(0)[..., None])[..., 0][wanted]
-    coordinate = labels[:, 1:][wanted] >= START
-    weight = 1.0 + coordinate
-    torch.testing.assert_close(result.loss, (weight * each).sum() / weight.sum())
-    torch.testing.assert_close(result.parts["coordinates"], each[coordinate].mean())
-    torch.testing.assert_close(result.parts["text"], each[~coordinate].mean())
+    images = pixels(4, views=("external",))
+    inputs = make_batch()
+
+    output = model(images, **inputs)
+
+    labels = inputs.pop("labels")
+    log_p = model(images, **inputs).logits.log_softmax(-1)[:, :-1]
+    next_labels = labels[:, 1:]
+    is_learned = next_labels != IGNORE_LABEL
+    losses = -log_p.gather(-1, next_labels.clamp_min(0)[..., None])[..., 0][is_learned]
+    is_coordinate = next_labels[is_learned] >= START
+    weights = torch.where(is_coordinate, 2.0, 1.0)
+    torch.testing.assert_close(output.loss, (weights * losses).sum() / weights.sum())
+    torch.testing.assert_close(output.parts["coordinates"], losses[is_coordinate].mean())
+    torch.testing.assert_close(output.parts["text"], losses[~is_coordinate].mean())
 
 
-def test_smoothing_spreads_a_3d_target_over_its_neighbours() -> None:
-    labels = torch.tensor([START + 10, START, 5])
+def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None:
+    sigma = 1.5
+    labels = torch.tensor([START + 10, START, 5])  # the last one is text
     logits = torch.randn(3, START + TINY.bins, dtype=torch.float64).float()
-    bins, target = torch.arange(TINY.bins), torch.zeros_like(logits)
-    for row, centre in ((0, 10), (1, 0)):
-        gauss = torch.exp(-0.5 * ((bins - centre) / 1.5) ** 2) * ((bins - centre).abs() <= 4)
-        target[row, START:] = gauss / gauss.sum()
+
+    loss, _ = compute_token_loss(logits, labels, range(START, START + TINY.bins), 2.0, sigma)
+
+    bins = torch.arange(TINY.bins)
+    target = torch.zeros_like(logits)
+    for row, center in ((0, 10), (1, 0)):
+        is_near = (bins - center).abs() <= 4  # 3σ
+        gaussian = torch.exp(-0.5 * ((bins - center) / sigma) ** 2) * is_near
+        target[row, START:] = gaussian / gaussian.sum()
     target[2, 5] = 1
-    each = -(target * logits.log_softmax(-1)).sum(-1)
-    loss, _ = compute_token_loss(logits, labels, range(START, START + TINY.bins), 2.0, 1.5)
-    torch.testing.assert_close(loss, (2 * each[0] + 2 * each[1] + each[2]) / 5)
+    losses = -(target * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(loss, (2 * losses[0] + 2 * losses[1] + losses[2]) / 5)
 
 
 def test_gradients_reach_every_weight() -> None:
     model = vlm().train()
-    model(pixels(4), **batch()).loss.backward()
-    assert [
-        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    ] == []
+
+    model(pixels(4), **make_batch()).loss.backward()
+
+    without_gradient = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0:
+            without_gradient.append(name)
+    assert without_gradient == []
 
 
-def test_unknown_views_wrong_images_and_parts_that_do_not_fit_are_refused() -> None:
-    model = vlm()
-    ids, mask = text(1, 4)
-    images = pixels(1)
-    refuses(
-        r"unknown view 'wrst': did you mean 'wrist'\?", model, {"wrst": images["wrist"]}, ids, mask
+class TestRefusals:
+    inputs = text(1, 4)
+    wrist = pixels(1)["wrist"]
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            ({"wrst": wrist}, r"unknown view 'wrst': did you mean 'wrist'\?"),
+            ({"wrist": wrist / 255}, r"'wrist' is torch\.float32"),
+            ({"wrist": wrist[:, :1]}, "wrong image type"),
+            ({}, "no images"),
+        ],
     )
-    refuses(r"'wrist' is torch\.float32", model, {"wrist": images["wrist"] / 255}, ids, mask)
-    refuses("wrong image type", model, {"wrist": images["wrist"][:, :1]}, ids, mask)
-    refuses(
-        "wrong image size: .* 31×32",
-        vlm(stem="patch"),
-        {"wrist": images["wrist"][..., 1:]},
-        ids,
-        mask,
-    )
-    refuses("no images", model, {}, ids, mask)
-    refuses("patch 16, MoGe patch 8", vlm, moge={**(TINY.moge or {}), "patch_size": 8})
-    refuses("head_dim is 4, the VLM's is 8", spear1, expert={**TINY.expert, "head_dim": 4})
-    refuses("did you mean 'nano'", get_preset, "nanno")
+    def test_of_images(self, images: dict[str, torch.Tensor], message: str) -> None:
+        refuses(message, vlm(), images, *self.inputs)
+
+    def test_of_parts_of_patches(self) -> None:
+        images = {"wrist": self.wrist[..., 1:]}
+        refuses("wrong image size: .* 31×32", vlm(stem="patch"), images, *self.inputs)
+
+    def test_of_encoders_with_other_patches(self) -> None:
+        moge = {**(TINY.moge or {}), "patch_size": 8}
+        refuses("patch 16, MoGe patch 8", vlm, moge=moge)
+
+    def test_of_an_expert_that_does_not_fit_the_vlm(self) -> None:
+        expert = {**TINY.expert, "head_dim": 4}
+        refuses("head_dim is 4, the VLM's is 8", spear1, expert=expert)
+
+    def test_of_an_unknown_preset(self) -> None:
+        refuses("did you mean 'nano'", get_preset, "nanno")
 
 
-def test_the_loss_of_depth_is_that_of_shape_and_scale_where_it_is_known() -> None:
-    """Of a head that says the same of each patch, whose 4 × 4 cells are 4 pixels wide."""
-    model = MogeForDepth(MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config, cells=4))
-    image, said, apart = (
-        pixels(3)["external"],
-        torch.linspace(-1, 1, 16),
-        torch.tensor([1.0, -1]).repeat(8),
-    )
-    depth = said.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
-    depth[:, :4, :8], depth[:, 4:6], depth[:, 30, 1] = math.inf, 0, math.nan
+@pytest.mark.parametrize(("log_scale_error", "shape_error"), [(0, 0), (0.3, 0), (-0.3, 0.2)])
+def test_the_depth_loss_is_that_of_shape_and_of_scale(
+    log_scale_error: float, shape_error: float
+) -> None:
+    """The head predicts the same for each patch, whose 4 × 4 cells are 4 pixels wide."""
+    config = MogeDepthConfig(moge_config=build_vlm_config(TINY).moge_config, cells=4)
+    model = MogeForDepth(config)
+    log_depth = torch.linspace(-1, 1, 16)  # of the cells
+    alternating = torch.tensor([1.0, -1]).repeat(8)
     torch.nn.init.zeros_(model.head.weight)
-    for scale, shape in ((0, 0), (0.3, 0), (-0.3, 0.2)):
-        model.head.bias.data = said + scale + shape * apart
-        assert model(image, depth).loss.item() == pytest.approx(abs(scale) + shape, abs=1e-5)
+    model.head.bias.data = log_depth + log_scale_error + shape_error * alternating
+
+    depth = log_depth.view(4, 4).kron(torch.ones(4, 4)).exp().repeat(3, 2, 3)
+    depth[:, :4, :8] = math.inf
+    depth[:, 4:6] = 0
+    depth[:, 30, 1] = math.nan
+    loss = model(pixels(3)["external"], depth).loss.item()
+
+    assert loss == pytest.approx(abs(log_scale_error) + shape_error, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "vlm_b", "total_b"),
+    ("name", "vlm_billions", "total_billions"),
     [("spear1", 3.24, 3.55), ("small", 0.32, 0.38), ("nano", 0.01, 0.01)],
 )
-def test_presets_have_the_papers_size(name: str, vlm_b: float, total_b: float) -> None:
+def test_presets_have_the_papers_size(
+    name: str, vlm_billions: float, total_billions: float
+) -> None:
     with torch.device("meta"):
         model = Spear1ForActionPrediction(build_spear1_config(get_preset(name)))
+
     assert next(model.parameters()).is_meta
-    assert sum(p.numel() for p in model.vlm.parameters()) / 1e9 == pytest.approx(vlm_b, abs=0.01)
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(total_b, abs=0.01)
-    patch = get_preset(name).vision["patch_size"]
-    assert all(w % patch == 0 and h % patch == 0 for w, h in get_preset(name).image_sizes.values())
+    num_vlm = sum(parameter.numel() for parameter in model.vlm.parameters())
+    num_total = sum(parameter.numel() for parameter in model.parameters())
+    assert num_vlm / 1e9 == pytest.approx(vlm_billions, abs=0.01)
+    assert num_total / 1e9 == pytest.approx(total_billions, abs=0.01)
 
 
-def test_texts_that_share_an_image_and_texts_in_groups_of_similar_length_have_the_same_loss() -> (
-    None
-):
-    model, arguments = vlm(), batch()
-    lengths = torch.tensor([int(v) for v in arguments["attention_mask"].sum(1)])
-    whole = model(pixels(4), **arguments).loss
-    whole.backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-    for groups in (2, 3, 9):
-        model.zero_grad()
-        loss = model(pixels(4), **arguments, length_groups=groups).loss
+@pytest.mark.parametrize("name", ["spear1", "small", "nano"])
+def test_images_of_presets_are_whole_patches(name: str) -> None:
+    preset = get_preset(name)
+    patch = preset.vision["patch_size"]
+    for width, height in preset.image_sizes.values():
+        assert width % patch == 0
+        assert height % patch == 0
+
+
+class TestLossOfSeveralTexts:
+    @pytest.fixture
+    def single_group(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and the gradients of all texts in one group."""
+        model = vlm()
+        loss = model(pixels(4), **make_batch()).loss
         loss.backward()
-        torch.testing.assert_close(loss, whole)
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-3)
-    assert len(lengths.unique()) > 1
-    answers_known = {name: one for name, one in arguments.items() if name != "token_type_ids"}
-    torch.testing.assert_close(
-        model(pixels(4), **answers_known).loss, whole
-    )  # else answers would see themselves
-    left = {
-        name: left_padded(one, arguments["attention_mask"])[0] for name, one in arguments.items()
-    }
-    torch.testing.assert_close(model(pixels(4), **left, length_groups=3).loss, whole)
-    images, owners = pixels(2), torch.tensor([1, 0, 1, 1])
-    each = {view: image[owners] for view, image in images.items()}
-    shared = model(images, image_index=owners, **arguments, length_groups=2).loss
-    torch.testing.assert_close(shared, model(each, **arguments).loss)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return loss.detach(), gradients
+
+    @pytest.mark.parametrize("length_groups", [2, 3, 9])
+    def test_does_not_depend_on_groups_of_similar_length(
+        self, single_group: tuple[torch.Tensor, dict[str, Any]], length_groups: int
+    ) -> None:
+        model = vlm()
+        inputs = make_batch()
+        lengths = inputs["attention_mask"].sum(1)
+        assert len(lengths.unique()) > 1
+        expected_loss, expected_gradients = single_group
+
+        loss = model(pixels(4), **inputs, length_groups=length_groups).loss
+        loss.backward()
+
+        torch.testing.assert_close(loss.detach(), expected_loss)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                parameter.grad, expected_gradients[name], atol=1e-5, rtol=1e-3
+            )
+
+    def test_does_not_depend_on_the_side_of_the_padding(
+        self, single_group: tuple[torch.Tensor, dict[str, Any]]
+    ) -> None:
+        inputs = make_batch()
+        mask = inputs["attention_mask"]
+        shifted = {name: left_padded(tensor, mask)[0] for name, tensor in inputs.items()}
+
+        loss = vlm()(pixels(4), **shifted, length_groups=3).loss
+
+        torch.testing.assert_close(loss.detach(), single_group[0])
+
+    def test_takes_tokens_with_labels_as_the_answer(
+        self, single_group: tuple[torch.Tensor, dict[str, Any]]
+    ) -> None:
+        """Otherwise answers would see themselves."""
+        inputs = make_batch()
+        del inputs["token_type_ids"]
+
+        loss = vlm()(pixels(4), **inputs).loss
+
+        torch.testing.assert_close(loss.detach(), single_group[0])
+
+    def test_of_texts_that_share_an_image_is_that_of_texts_with_copies_of_it(self) -> None:
+        model = vlm()
+        inputs = make_batch()
+        images = pixels(2)
+        image_index = torch.tensor([1, 0, 1, 1])
+        copies = {view: image[image_index] for view, image in images.items()}
+
+        shared = model(images, image_index=image_index, **inputs, length_groups=2).loss
+
+        torch.testing.assert_close(shared, model(copies, **inputs).loss)

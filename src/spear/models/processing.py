@@ -175,8 +175,8 @@ class Processor:
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             loss = describe_fit(size, (width, height))
             message = (
-                f"images of view {view!r}: {loss}. Give images of that aspect and size to use all of"
-                " it."
+                f"images of view {view!r}: {loss}. Give images of that aspect and size to use all"
+                " of it."
             )
             if loss is None or notice(message):
                 self._notified.add((view, size))
@@ -336,9 +336,9 @@ class Processor:
         text_ids = range(self.location_start)
         special_ids = sorted(i for i in self.tokenizer.all_special_ids if i in text_ids)
         words = []
-        for before, after in itertools.pairwise([-1, *special_ids, self.location_start]):
-            if before + 1 < after:
-                words.append((before + 1, after))
+        for previous_id, next_id in itertools.pairwise([-1, *special_ids, self.location_start]):
+            if previous_id + 1 < next_id:
+                words.append((previous_id + 1, next_id))
         number = (self.coordinate_ids.start, self.coordinate_ids.stop)
         return FreeTextGrammar(num_numbers, tuple(words), number)
 

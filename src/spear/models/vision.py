@@ -206,11 +206,11 @@ def resample_positions(table: Tensor, rows: int, columns: int, offset: float = 0
 _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
-def _interpolation_weights(side: int, count: int, offset: float, like: Tensor) -> Tensor:
+def _interpolation_weights(side: int, count: int, offset: float, template: Tensor) -> Tensor:
     """The weight of each of `side` positions in each of `count` resampled ones: [count, side],
     cached."""
-    key = (side, count, offset, like.device)
-    is_fake = isinstance(like, FakeTensor)
+    key = (side, count, offset, template.device)
+    is_fake = isinstance(template, FakeTensor)
     if key in _interpolation_cache and not is_fake:
         return _interpolation_cache[key]
 
@@ -218,7 +218,7 @@ def _interpolation_weights(side: int, count: int, offset: float, like: Tensor) -
     if offset:
         size = {"scale_factor": ((count + offset) / side, 1.0)}
     with torch.inference_mode(False), torch.no_grad():
-        identity = torch.eye(side, dtype=torch.float64, device=like.device)[None, ..., None]
+        identity = torch.eye(side, dtype=torch.float64, device=template.device)[None, ..., None]
         resampled = nn.functional.interpolate(identity, mode="bicubic", align_corners=False, **size)
         weights = resampled[0, :, :, 0].T.contiguous()
     if not is_fake:

@@ -63,13 +63,13 @@ def dinov2_config(encoder: str) -> Dinov2Config:
     )
 
 
-def check_supported(part: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+def check_supported(prefix: str, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
     """Raises SpearError if a published config has another value than the one that is built here."""
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise SpearError(
-                f"MoGe config not supported: {part}{key} is {config[key]!r}, only {value!r} is. Use"
-                " one of the published checkpoints."
+                f"MoGe config not supported: {prefix}{key} is {config[key]!r}, only {value!r} is."
+                " Use one of the published checkpoints."
             )
 
 
@@ -135,14 +135,16 @@ def make_view_plane(
     return torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)
 
 
-def make_uv_channels(batch: int, width: int, height: int, aspect: float, like: Tensor) -> Tensor:
+def make_uv_channels(
+    batch: int, width: int, height: int, aspect: float, template: Tensor
+) -> Tensor:
     """`make_view_plane` as channels [B, 2, height, width], with the type and device of another
     tensor.
 
     It is computed in float32 first, because in float16 the errors of the steps would add up along a
     row.
     """
-    uv = make_view_plane(width, height, aspect, like.device).to(like.dtype)
+    uv = make_view_plane(width, height, aspect, template.device).to(template.dtype)
     return uv.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
