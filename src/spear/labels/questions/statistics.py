@@ -130,12 +130,12 @@ def compute_token_usage(values: Sequence[float], coordinates: "CoordinateTokeniz
     last bin."""
     numbers = np.asarray(values, np.float64)
     clipped = numbers.clip(coordinates.bin_edges[0], coordinates.bin_edges[-1])
-    counts = np.bincount(coordinates.encode(numbers), minlength=coordinates.bins)
+    counts = np.bincount(coordinates.encode(numbers), minlength=coordinates.num_bins)
     evenness = 0.0
     if len(numbers):
         frequencies = counts[counts > 0] / len(numbers)
         entropy = -(frequencies * np.log(frequencies)).sum()
-        evenness = float(np.exp(entropy) / coordinates.bins)
+        evenness = float(np.exp(entropy) / coordinates.num_bins)
     return TokenUsage(
         counts=counts.tolist(),
         unused=int((counts == 0).sum()),
