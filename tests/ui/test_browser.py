@@ -20,8 +20,8 @@ from spear.serve.server import PolicyServer
 pytest.importorskip("mujoco")
 
 from spear.ui import page as pages
+from spear.ui.episodes import EpisodeFolder
 from spear.ui.page import Page
-from spear.ui.scenes import Shelf
 
 FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 PAINTED = """((canvas, name) => {
@@ -192,7 +192,7 @@ def test_time_goes_back_and_forth(
     assert tab.run("[view.step, document.querySelector('#problem').hidden]") == [0, True]
     tab.run("show({step: 0, images: {...view.images, wrist: view.images.external}})")
     assert tab.run("document.querySelector('#wrist').src === picture.src")
-    monkeypatch.setattr(pages, "MOST_TABS", 0)
+    monkeypatch.setattr(pages, "MAX_TABS", 0)
     tab.run("socket.close()")
     tab.wait("document.querySelector('#problem').textContent.startsWith('busy: ')")
     tab.errors.clear()
@@ -202,7 +202,7 @@ def test_a_phone(
     browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
-    monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
+    monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     tab = Tab(browser)
     tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)
     settled(tab)

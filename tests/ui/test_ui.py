@@ -43,10 +43,10 @@ from spear.evaluate import closed_loop
 from spear.sim.env import TabletopEnv
 from spear.sim.render import camera_pose, object_boxes
 from spear.ui import page as pages
-from spear.ui import scenes
+from spear.ui import episodes
+from spear.ui.episodes import EpisodeFolder
 from spear.ui.page import Page
-from spear.ui.scenes import Shelf
-from spear.ui.table import Studio
+from spear.ui.tab import SharedModel
 
 LIMIT = 2**20
 PATIENCE = 240
@@ -65,8 +65,8 @@ def server(policy: Spear1Policy) -> Iterator[PolicyServer]:
 
 
 @pytest.fixture
-def studio(server: PolicyServer) -> Studio:
-    return server.page._studio
+def studio(server: PolicyServer) -> SharedModel:
+    return server.page._shared
 
 
 class Tab:
@@ -119,7 +119,7 @@ def test_the_page_is_whole(server: PolicyServer) -> None:
 
 def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
     with run_server(policy, token="secret", page=Page(policy, "nano", "secret", LIMIT)) as server:
-        for path in ("/", "/?token=wrong", *pages.SCRIPTS):
+        for path in ("/", "/?token=wrong", "/ui.js", "/memory.js", "/space.js", "/timeline.js"):
             status, _, body = http_get(server, path)
             assert status == 401 and "secret" not in body and 'name="token"' in body
         with pytest.raises(InvalidStatus, match="401"):
@@ -139,12 +139,12 @@ def test_the_token_is_asked_for(policy: Spear1Policy, renderer: Any) -> None:
 def test_other_sites_get_nothing_and_tabs_are_bounded(
     server: PolicyServer, renderer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in (*pages.FILES, "/ui"):
+    for path in (*pages.SUBTYPE_BY_PATH, "/ui"):
         assert http_get(server, path, Host=f"evil.example:{server.port}")[0] == 403
     with pytest.raises(InvalidStatus, match="403"):
         Tab(server, origin="http://evil.example")
     Tab(server, origin=f"http://127.0.0.1:{server.port}").socket.close()
-    monkeypatch.setattr(pages, "MOST_TABS", 0)
+    monkeypatch.setattr(pages, "MAX_TABS", 0)
     with pytest.raises(InvalidStatus, match="503"):
         Tab(server)
 
@@ -221,7 +221,7 @@ def test_recorded_episodes_are_replayed(
 ) -> None:
     said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
     write_episodes(said, tmp_path)
-    monkeypatch.setattr(server.page._studio, "shelf", Shelf(tmp_path))
+    monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     assert tab.ask("open", episode=1) is None
     assert (tab.view["source"], tab.view["limit"], tab.view["outcome"]) == ("recording", 4, None)
     np.testing.assert_allclose(tab.view["track"]["position"], said[1].position, atol=1e-4)
@@ -253,7 +253,11 @@ def test_recorded_episodes_are_replayed(
 
 
 def test_a_policy_is_shown_the_cameras_that_it_takes(
-    tab: Tab, studio: Studio, policy: Spear1Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tab: Tab,
+    studio: SharedModel,
+    policy: Spear1Policy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the simulator as in a recording: one of two; and a third, where it takes that."""
     seen: list[set[str]] = []
@@ -265,7 +269,7 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     write_episodes(
         [make(0, steps=4, images=i) for i in (three, {"wrist": three["wrist"]})], tmp_path
     )
-    monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
+    monkeypatch.setattr(studio, "episode_folder", EpisodeFolder(tmp_path))
     sizes = {"external": policy.image_sizes["external"]}
     monkeypatch.setattr(policy, "processor", replace(policy.processor, image_sizes=sizes))
     assert tab.ask("reset", family="put_on", seed=0) is None and tab.ask("step") is None
@@ -278,7 +282,7 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     )  # the last one stays
     assert seen == [{"observation/image"}] * 2 and tab.view["images"]["wrist"] is None
     sizes["left"] = (96, 96)
-    other = Shelf(tmp_path).open(0, policy).observation(1)
+    other = EpisodeFolder(tmp_path).open(0, policy).observation_at(1)
     assert {key for key in other if "image" in key} == {
         "observation/image",
         "observation/left_image",
@@ -286,9 +290,13 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
 
 
 def test_an_evaluations_failure_is_run_again(
-    tab: Tab, policy: Spear1Policy, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tab: Tab,
+    policy: Spear1Policy,
+    studio: SharedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (closed_loop, scenes):
+    for module in (closed_loop, episodes):
         monkeypatch.setattr(module, "MAX_STEPS", 7)
     agent = PolicyAgent(policy, "nano", policy.identity)
     evaluated = {}
@@ -301,7 +309,7 @@ def test_an_evaluations_failure_is_run_again(
     monkeypatch.setattr(agent, "act", act)
     options = TabletopOptions(scenes=1, families=("stack_cube",), out=tmp_path, replan=2)
     closed_loop.evaluate_tabletop(agent, replace(options, execution="async", latency_ms=200.0))
-    monkeypatch.setattr(studio, "shelf", Shelf(tmp_path))
+    monkeypatch.setattr(studio, "episode_folder", EpisodeFolder(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(policy, "steps", 3)
         assert "stack_cube 0: " in (tab.ask("open", episode=0) or "")
@@ -323,7 +331,7 @@ def test_an_evaluations_failure_is_run_again(
     with next(tmp_path.glob("*.jsonl")).open("a") as journal:
         journal.write('{"scenes": {"stack_cube": [1]}}\n')
     with pytest.warns(Notice, match="1 scene left"):
-        Shelf(tmp_path)
+        EpisodeFolder(tmp_path)
 
 
 def test_boxes_are_spear_vlms_and_measured_against_the_truth(
@@ -346,13 +354,13 @@ def test_boxes_are_spear_vlms_and_measured_against_the_truth(
 
 
 def test_numbers_without_a_scale_are_no_metres(
-    studio: Studio, tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+    studio: SharedModel, tab: Tab, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert studio.about()["unit"] == "metre"
+    assert studio.describe()["unit"] == "metre"
     relative = replace(policy.processor.coordinates, unit="relative")
     monkeypatch.setattr(policy.processor, "coordinates", relative)
     assert (
-        studio.about()["unit"] == "relative"
+        studio.describe()["unit"] == "relative"
         and tab.ask("boxes", objects=tab.view["objects"][:1]) is None
     )
     assert [(b["error_mm"], b["within_mm"]) for b in tab.view["boxes"]] == [(None, None)]
@@ -361,7 +369,7 @@ def test_numbers_without_a_scale_are_no_metres(
 
 
 def test_boxes_say_how_sure_they_are(
-    studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch
+    studio: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [tab.view["objects"][0], "zebra"]
     monkeypatch.setattr(studio, "trust", None)
@@ -381,7 +389,7 @@ def test_boxes_say_how_sure_they_are(
 
 
 def test_a_photo_can_be_asked_about(
-    studio: Studio, tab: Tab, monkeypatch: pytest.MonkeyPatch
+    studio: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tab.send(png(120, 300, 200)) is None
     assert tab.ask("boxes", objects=["mug"]) is None and tab.view["absent"] == ["mug"]

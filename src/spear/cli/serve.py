@@ -34,18 +34,22 @@ def serve(options: ServeOptions) -> None:
 
     if options.token is None:
         options = dataclasses.replace(options, token=os.environ.get("SPEAR_TOKEN"))
-    shelf = None
+    episode_folder = None
     if options.episodes:  # before the weights are read
-        from spear.ui.scenes import Shelf
+        from spear.ui.episodes import EpisodeFolder
 
-        shelf = Shelf(options.episodes)
+        episode_folder = EpisodeFolder(options.episodes)
     policy, service = _warm(options)
     page = None
     if options.ui:
         from spear.ui.page import Page
 
         page = Page(
-            policy, options.policy, options.token, ConnectionLimits().max_message_bytes, shelf
+            policy,
+            options.policy,
+            options.token,
+            ConnectionLimits().max_message_bytes,
+            episode_folder,
         )
 
     def ready(server: PolicyServer) -> None:

@@ -1,9 +1,11 @@
 """The page: its files, who may see them, and its tabs, each with a websocket.
 
-The page puts this machine to work for whoever opens it; other web sites may not (`spear.serve.server`).
+The page puts this machine to work for whoever opens it; other web sites may not
+(`spear.serve.access`).
 
-A tab sends JSON {"do": one of `REQUESTS`, …}, or the bytes of an image file; it is sent parts of its view.
-Whatever is wrong becomes {"problem": one line}. One thread does all the work, never the event loop.
+A tab sends JSON {"do": the name of a request, …}, or the bytes of an image file; the server sends
+parts of its view. Whatever is wrong becomes {"problem": one line}. One thread does all the work,
+never the event loop.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ import http
 import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import resources
 from typing import Any
@@ -29,145 +31,178 @@ from spear.errors import SpearError
 from spear.policy import Spear1Policy
 from spear.sim.scene import FAMILIES
 from spear.types import CONTROL_RATE_HZ
-from spear.ui.scenes import Shelf, View
-from spear.ui.table import Studio, Table
+from spear.ui.episodes import EpisodeFolder, View
+from spear.ui.tab import Handler, SharedModel, Tab
 
 LOG = logging.getLogger("spear.ui")
-OF_TABLE = ("look", "film", "predict", "boxes", "question", "reset", "open", "instruct", "step")
-REQUESTS = (*OF_TABLE, "start", "stop")
-"""What a tab may ask for: `OF_TABLE` are methods of `spear.ui.table.Table`."""
-LONGEST_REQUEST = 10_000
-"""Characters: what is longer is no request (our choice)."""
-SOCKET = "/ui"
-SCRIPTS = {f"/{name}.js": "javascript" for name in ("ui", "memory", "space", "timeline")}
-FILES = {"/": "html", "/ui.css": "css", **SCRIPTS}
-MOST_TABS, PAUSE_S = 8, 0.01
-"""Open at a time; after each answer a tab is not heard for so long: one that is dragged through a recording
-would else send more than the server's `MOST_SMALL` messages (our choice)."""
-POLICY = (
+
+MAX_REQUEST_CHARS = 10_000  # what is longer is no request of the page
+MAX_TABS = 8  # open at a time
+PAUSE_S = 0.01
+"""After each answer the server does not listen to a tab for this long: one that is dragged through
+a recording would otherwise send more than the server's `max_small_frames_per_s` messages."""
+REQUESTS_THAT_STOP = ("stop", "step", "reset", "open", "photo")
+"""Requests before which a running rollout ends."""
+
+SOCKET_PATH = "/ui"
+STYLE_PATH = "/ui.css"
+SUBTYPE_BY_PATH = {
+    "/": "html",
+    STYLE_PATH: "css",
+    "/ui.js": "javascript",
+    "/memory.js": "javascript",
+    "/space.js": "javascript",
+    "/timeline.js": "javascript",
+}
+CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'self'"
 )
 
 
 class Page:
-    """A page for people beside the websocket for robots. `token`, `max_bytes` (a message's): the server's.
-    shelf: episodes to replay."""
+    """A page for people, served together with the websocket for robots.
+
+    Args:
+        policy: what acts and answers.
+        name: what the page calls it.
+        token: the server's.
+        max_message_bytes: of a message to the server.
+        episode_folder: episodes to replay.
+    """
 
     def __init__(
         self,
         policy: Spear1Policy,
         name: str,
         token: str | None,
-        max_bytes: int,
-        shelf: Shelf | None = None,
+        max_message_bytes: int,
+        episode_folder: EpisodeFolder | None = None,
     ) -> None:
-        self._studio = Studio(policy, name, shelf)
+        self._shared = SharedModel(policy, name, episode_folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="page")
-        self._token, self._max_bytes, self._tabs = token, max_bytes, 0
+        self._token = token
+        self._max_message_bytes = max_message_bytes
+        self._num_tabs = 0
         folder = resources.files("spear.ui")
-        read = {path: folder.joinpath(path[1:] or "index.html").read_bytes() for path in FILES}
-        self._files = {path: (data, f"text/{FILES[path]}") for path, data in read.items()}
-        self._ask = folder.joinpath("door.html").read_text("utf-8")
+        self._token_form = folder.joinpath("token_form.html").read_text("utf-8")
+        self._files: dict[str, tuple[bytes, str]] = {}  # path → content, content type
+        for path, subtype in SUBTYPE_BY_PATH.items():
+            content = folder.joinpath(path[1:] or "index.html").read_bytes()
+            self._files[path] = (content, f"text/{subtype}")
 
     def owns(self, request: Request) -> bool:
-        """Whether a request is for the page, and not for the policy, whose websocket is everywhere else."""
+        """Return whether a request is for the page; the policy's websocket is everywhere else."""
         path = urlsplit(request.path).path
-        return path == SOCKET or (path in FILES and "Upgrade" not in request.headers)
+        is_file = path in self._files and "Upgrade" not in request.headers
+        return path == SOCKET_PATH or is_file
 
     def respond(self, request: Request) -> Response | None:
-        """The answer to a request that the page owns; None lets its websocket in."""
-        parts = urlsplit(request.path)
-        if parts.path == "/" and (sent := parse_qs(parts.query).get("token")):
-            return self._enter(request, sent[-1])
-        if not self._known(request) and parts.path != "/ui.css":
-            return self._door("This page asks for the server's token.")
-        if parts.path != SOCKET:
-            return _response(http.HTTPStatus.OK, *self._files[parts.path])
-        if self._tabs >= MOST_TABS:
-            busy = f"busy: {self._tabs} tabs are open: close one"
-            return _response(http.HTTPStatus.SERVICE_UNAVAILABLE, busy)
+        """Answer a request that the page owns; None lets its websocket in."""
+        url = urlsplit(request.path)
+        tokens = parse_qs(url.query).get("token")
+        if url.path == "/" and tokens:
+            return self._respond_to_token(request, tokens[-1])
+        if not self._is_authorized(request) and url.path != STYLE_PATH:
+            return self._ask_for_token("This page asks for the server's token.")
+        if url.path != SOCKET_PATH:
+            content, content_type = self._files[url.path]
+            return _make_response(http.HTTPStatus.OK, content, content_type)
+        if self._num_tabs >= MAX_TABS:
+            return _make_response(
+                http.HTTPStatus.SERVICE_UNAVAILABLE,
+                f"busy: {self._num_tabs} tabs are open: close one",
+            )
         return None
 
     async def talk(self, connection: ServerConnection) -> None:
-        """One tab, until it is closed."""
-        self._tabs += 1
+        """Serve one tab until it is closed."""
+        self._num_tabs += 1
         try:
-            about = {"max_bytes": self._max_bytes, **self._studio.about()}
-            await Session(connection, self._studio, self._thread).talk(about)
+            description = {"max_bytes": self._max_message_bytes, **self._shared.describe()}
+            await TabConnection(connection, self._shared, self._thread).talk(description)
         finally:
-            self._tabs -= 1
+            self._num_tabs -= 1
 
     def close(self) -> None:
-        """When the server stops and all tabs are gone."""
+        """End the thread; the server calls this when it stops and all tabs are gone."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _known(self, request: Request) -> bool:
-        sent = "; ".join(request.headers.get_all("Cookie")).split("; ")
-        return self._token is None or any(_equal(cookie, self._cookie(request)) for cookie in sent)
+    def _is_authorized(self, request: Request) -> bool:
+        if self._token is None:
+            return True
+        cookies = "; ".join(request.headers.get_all("Cookie")).split("; ")
+        return any(_is_same_secret(cookie, self._make_cookie(request)) for cookie in cookies)
 
-    def _enter(self, request: Request, sent: str) -> Response:
-        if self._token is not None and not _equal(sent, self._token):
-            return self._door("That is not the token: try again.")
-        response = _response(http.HTTPStatus.SEE_OTHER, "")
+    def _respond_to_token(self, request: Request, sent_token: str) -> Response:
+        if self._token is not None and not _is_same_secret(sent_token, self._token):
+            return self._ask_for_token("That is not the token: try again.")
+        response = _make_response(http.HTTPStatus.SEE_OTHER, "")
         response.headers["Location"] = "/"
         if self._token is not None:
-            response.headers["Set-Cookie"] = (
-                f"{self._cookie(request)}; Path=/; HttpOnly; SameSite=Strict"
-            )
+            cookie = self._make_cookie(request)
+            response.headers["Set-Cookie"] = f"{cookie}; Path=/; HttpOnly; SameSite=Strict"
         return response
 
-    def _door(self, words: str) -> Response:
-        return _response(http.HTTPStatus.UNAUTHORIZED, self._ask.format(words), "text/html")
+    def _ask_for_token(self, words: str) -> Response:
+        form = self._token_form.format(words)
+        return _make_response(http.HTTPStatus.UNAUTHORIZED, form, "text/html")
 
-    def _cookie(self, request: Request) -> str:
-        """What a browser that knows the token sends. Cookies do not know ports: the name does."""
+    def _make_cookie(self, request: Request) -> str:
+        """Return what a browser that knows the token sends.
+
+        Browsers send cookies to all ports of a host, so the cookie's name contains the port.
+        """
         port = request.headers.get("Host", "").rpartition(":")[2]
         value = hmac.new((self._token or "").encode(), b"spear page", hashlib.sha256).hexdigest()
         return f"spear_{port if port.isdecimal() else 80}={value}"
 
 
-def _equal(sent: str, right: str) -> bool:
-    """Whether a secret is the right one; the time that this takes tells nothing about it."""
-    return hmac.compare_digest(sent.encode(errors="surrogateescape"), right.encode())
+def _is_same_secret(sent: str, expected: str) -> bool:
+    """Compare secrets in a time that does not depend on how much of them is the same."""
+    return hmac.compare_digest(sent.encode(errors="surrogateescape"), expected.encode())
 
 
-def _response(status: http.HTTPStatus, body: str | bytes, kind: str = "text/plain") -> Response:
-    data = body.encode() if isinstance(body, str) else body
+def _make_response(
+    status: http.HTTPStatus, body: str | bytes, content_type: str = "text/plain"
+) -> Response:
+    content = body.encode() if isinstance(body, str) else body
     headers = {
-        "Content-Type": f"{kind}; charset=utf-8",
-        "Content-Length": str(len(data)),
+        "Content-Type": f"{content_type}; charset=utf-8",
+        "Content-Length": str(len(content)),
         "Connection": "close",
         "Cache-Control": "no-store",
-        "Content-Security-Policy": POLICY,
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
-    return Response(status.value, status.phrase, Headers(headers), data)
+    return Response(status.value, status.phrase, Headers(headers), content)
 
 
-class Session:
-    """One tab. `thread` is the one thread that the studio belongs to."""
+class TabConnection:
+    """The websocket of one tab. `thread` is the one thread that the shared model belongs to."""
 
-    def __init__(self, connection: ServerConnection, studio: Studio, thread: Executor) -> None:
-        self._connection, self._thread = connection, thread
-        self._table = Table(studio, lambda: connection.close_code is None)
+    def __init__(self, connection: ServerConnection, shared: SharedModel, thread: Executor) -> None:
+        self._connection = connection
+        self._thread = thread
+        self._tab = Tab(shared, is_open=lambda: connection.close_code is None)
         self._rollout: asyncio.Task[None] | None = None
 
-    async def talk(self, about: View) -> None:
-        """Serve the tab until it is closed. `about` is sent first, then the first scene."""
+    async def talk(self, description: View) -> None:
+        """Send the description and the first scene, then answer requests until the tab closes."""
         try:
-            await self._send({**about, "running": False, "problem": None})
-            await self._safely(self._do({"do": "reset", "family": FAMILIES[0], "seed": 0}))
+            await self._send({**description, "running": False, "problem": None})
+            first_scene = {"do": "reset", "family": FAMILIES[0], "seed": 0}
+            await self._report_problems(self._handle_request(first_scene))
             async for message in self._connection:
-                await self._safely(self._answer(message))
+                await self._report_problems(self._handle_message(message))
                 await asyncio.sleep(PAUSE_S)
         finally:
             if self._rollout is not None:
                 self._rollout.cancel()
 
-    async def _safely(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it; what goes wrong is said to the page."""
+    async def _report_problems(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work, and tell the page what went wrong with it."""
         try:
             await work
             await self._send({"problem": None})
@@ -175,52 +210,60 @@ class Session:
             await self._send({"problem": str(error)})
         except Exception as error:
             LOG.exception("request failed")
-            await self._send({"problem": f"the server failed: {type(error).__name__}: see its log"})
+            await self._send(
+                {"problem": f"the server failed with {type(error).__name__}. See its log."}
+            )
 
-    async def _answer(self, message: str | bytes) -> None:
+    async def _handle_message(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
-            return await self._do({"do": "photo", "data": message})
+            await self._handle_request({"do": "photo", "data": message})
+        else:
+            await self._handle_request(self._parse_request(message))
+
+    def _parse_request(self, message: str) -> Mapping[str, Any]:
         try:
-            request = json.loads(message[:LONGEST_REQUEST])
-            REQUESTS.index(request["do"])
+            request = json.loads(message[:MAX_REQUEST_CHARS])
+            name = request["do"]
+            is_known = name in ("start", "stop") or (name in self._tab.handlers and name != "photo")
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise SpearError(f"{message[:60]!r}: no request of this page: reload it") from None
-        await self._do(request)
+            is_known = False
+        if not is_known:
+            raise SpearError(f"{message[:60]!r} is no request of this page. Reload it.")
+        return request
 
-    async def _do(self, request: Mapping[str, Any]) -> None:
+    async def _handle_request(self, request: Mapping[str, Any]) -> None:
         name = request["do"]
-        if name in ("stop", "step", "reset", "open", "photo"):
-            await self._stop()
+        if name in REQUESTS_THAT_STOP:
+            await self._stop_rollout()
         if name not in ("start", "stop"):
-            await self._send(await self._work(getattr(self._table, name), request))
-        starts = name == "start" or (name == "open" and self._table.moves)
-        if starts and (self._rollout is None or self._rollout.done()):
-            self._rollout = asyncio.create_task(self._safely(self._roll()))
+            await self._send(await self._run_in_thread(self._tab.handlers[name], request))
+        starts_rollout = name == "start" or (name == "open" and self._tab.can_move)
+        if starts_rollout and (self._rollout is None or self._rollout.done()):
+            self._rollout = asyncio.create_task(self._report_problems(self._roll_out()))
 
-    async def _stop(self) -> None:
-        """The step that is being made is made, and said: else the page would lack one."""
-        task, self._rollout = self._rollout, None
-        if task is not None:
-            await task
+    async def _stop_rollout(self) -> None:
+        """Wait until the step under way is finished and sent; otherwise the page would lack it."""
+        rollout = self._rollout
+        self._rollout = None
+        if rollout is not None:
+            await rollout
 
-    async def _roll(self) -> None:
-        """Steps at the robot's pace, or as fast as this machine can, until stopped or the episode is over."""
+    async def _roll_out(self) -> None:
+        """Execute steps at the robot's pace, or as fast as this machine can, until the end."""
         await self._send({"running": True})
         try:
             due = time.monotonic()
             while self._rollout is asyncio.current_task():
-                await self._send(await self._work(self._table.step, {}))
-                if not self._table.moves:
+                await self._send(await self._run_in_thread(self._tab.execute_step, {}))
+                if not self._tab.can_move:
                     break
                 due = max(due + 1 / CONTROL_RATE_HZ, time.monotonic() - 1 / CONTROL_RATE_HZ)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         finally:
             await self._send({"running": False})
 
-    async def _work(
-        self, job: Callable[[Mapping[str, Any]], View], request: Mapping[str, Any]
-    ) -> View:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, job, request)
+    async def _run_in_thread(self, handler: Handler, request: Mapping[str, Any]) -> View:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, handler, request)
 
     async def _send(self, view: View) -> None:
         with contextlib.suppress(ConnectionClosed):  # `talk` notices it

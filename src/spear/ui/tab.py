@@ -1,0 +1,336 @@
+"""What one tab of the page works with: an episode, step by step, and a model that looks at it.
+
+Everything here blocks and belongs to one thread, as a `spear.sim.render.Renderer` does. Results are
+parts of the page's view, as plain JSON, which the page keeps by step.
+"""
+
+import base64
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.observations import MAX_IMAGE_SIDE_PX, read_image, read_prompt
+from spear.errors import SpearError
+from spear.evaluate import film as video
+from spear.evaluate.vqa import ask
+from spear.evaluate.vqa.calibration import Trust
+from spear.labels.fit.box3d import BOX_EDGES
+from spear.policy import Spear1Policy, VlmBundle
+from spear.sim.scene import EXTERNAL_CAMERA_FOV_Y_DEG, FAMILIES, NOMINAL_START_POSITION_M
+from spear.types import Array
+from spear.ui.episodes import (
+    Episode,
+    EpisodeFolder,
+    RecordedEpisode,
+    SimulatedEpisode,
+    View,
+    check_whole_number,
+)
+from spear.util.images import decode_image, load_image
+
+Request = Mapping[str, Any]
+Handler = Callable[[Request], View]
+
+MAX_SEED = 2**31 - 1
+MAX_BOXES = 8  # objects that may be asked for at once
+MM_PER_M = 1000
+BOX_QUESTION_TYPE = "box_vertices"
+PHOTO_STATE = np.array([[*NOMINAL_START_POSITION_M, 1, 0, 0, 0, 1]], np.float32)
+"""The robot's state that a photo gets: gripper open, pointing down over the table."""
+EMPTY_VIEW: View = {"chunk": None, "answer": None, "recorded": None, "things": [], "objects": []}
+"""Parts of the view that do not stay when another episode begins."""
+
+
+class SharedModel:
+    """The model that all tabs share, and the episodes that they may open."""
+
+    def __init__(
+        self, policy: Spear1Policy, name: str, episode_folder: EpisodeFolder | None = None
+    ) -> None:
+        self.policy = policy
+        self.name = name
+        self.episode_folder = episode_folder
+        self.vlm = VlmBundle(policy.model.vlm, policy.processor)
+        self.trust = Trust.load(policy.folder) if policy.folder else None
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether the model's 3D numbers are meters."""
+        return self.vlm.processor.coordinates.unit == "metre"
+
+    def describe(self) -> View:
+        """Return what does not change: the model, its unit, task families, a box's edges."""
+        measured = {"missed": 1 - self.trust.names_present} if self.trust else None
+        episodes = self.episode_folder.describe() if self.episode_folder else {}
+        return {
+            "model": self.name,
+            "unit": self.vlm.processor.coordinates.unit,
+            "families": list(FAMILIES),
+            "edges": [list(edge) for edge in BOX_EDGES],
+            "default_fov": EXTERNAL_CAMERA_FOV_Y_DEG,
+            "measured": measured,
+            **episodes,
+        }
+
+
+class Tab:
+    """One tab's episode or photo, and the requests that the page may send.
+
+    Each handler takes a request, whose "step" is the step to look at (by default the newest), and
+    returns the part of the view that changes. It raises `SpearError` for whatever is wrong with the
+    request.
+
+    Args:
+        shared: the model.
+        is_open: whether the tab is still open.
+    """
+
+    def __init__(self, shared: SharedModel, is_open: Callable[[], bool]) -> None:
+        self._shared = shared
+        self._is_open = is_open
+        self._episode: Episode | None = None
+        self._box_names: list[str] = []  # objects whose boxes were asked for last
+        self._instruction = ""
+        self._chunk_instruction = ""  # the instruction with which the current chunk was predicted
+        self._follows_boxes = False
+        self.handlers: dict[str, Handler] = {
+            "reset": self.start_scene,
+            "open": self.open_episode,
+            "photo": self.open_photo,
+            "instruct": self.set_instruction,
+            "look": self.show_step,
+            "predict": self.predict_chunk,
+            "step": self.execute_step,
+            "boxes": self.find_boxes,
+            "question": self.answer_question,
+            "film": self.make_film,
+        }
+
+    @property
+    def can_move(self) -> bool:
+        """Whether a robot can act: in the simulator, until the episode is over."""
+        return isinstance(self._episode, SimulatedEpisode) and not self._episode.is_over
+
+    def start_scene(self, request: Request) -> View:
+        """Go to the start of a simulated scene, by its family and seed."""
+        family = str(request.get("family"))[:40]
+        seed = check_whole_number("seed", request.get("seed"), MAX_SEED)
+        return self._begin(SimulatedEpisode(family, seed, self._shared.policy))
+
+    def open_episode(self, request: Request) -> View:
+        """Open an episode of `spear serve --episodes`, by its number."""
+        folder = self._shared.episode_folder
+        if folder is None:
+            raise SpearError("there are no episodes. Start the server with --episodes FOLDER.")
+        return self._begin(folder.open(request.get("episode"), self._shared.policy))
+
+    def open_photo(self, request: Request) -> View:
+        """Open a photo, from the data of its file."""
+        pixels = load_image(request["data"], "the image", MAX_IMAGE_SIDE_PX)
+        image = read_image({"the image": pixels}, "the image")
+        photo = RecordedEpisode(
+            kind="photo",
+            name="photo",
+            load_image=lambda step, view: image if view == "external" else None,
+            states=PHOTO_STATE,
+        )
+        return self._begin(photo)
+
+    def set_instruction(self, request: Request) -> View:
+        """Set what the robot is to do from now on, and whether boxes are found again after each
+        step.
+        """
+        text = request.get("text", self._instruction)
+        self._instruction = text if isinstance(text, str) else ""
+        self._follows_boxes = request.get("follow", self._follows_boxes) is True
+        return {}
+
+    def show_step(self, request: Request) -> View:
+        """Show the images and the robot at a step."""
+        episode, step = self._find_step(request)
+        return episode.view_at(step)
+
+    def predict_chunk(self, request: Request) -> View:
+        """Show the chunk of actions that the policy would execute."""
+        episode, step = self._find_step(request)
+        _, chunk = self._infer(episode.observation_at(step), step)
+        return {"step": step, "chunk": chunk}
+
+    def execute_step(self, _: Request) -> View:
+        """Execute one action, 0.2 s, after inferring a new chunk if one is needed."""
+        episode, step = self._find_step({})
+        if not isinstance(episode, SimulatedEpisode):
+            raise SpearError(f"a {episode.kind} does not move. Choose a scene of the simulator.")
+        if episode.is_over:
+            raise SpearError("this episode is over. Reset it, or choose another scene.")
+
+        view: View = {}
+        executor = episode.executor
+        if executor.needs_chunk():
+            observation = {**episode.observation_at(step), **executor.committed_actions()}
+            actions, view["chunk"] = self._infer(observation, step)
+            executor.add_chunk(actions, arrival_tick=executor.tick + episode.num_latency_steps)
+            self._chunk_instruction = self._instruction
+        episode.execute(executor.next_action(), self._chunk_instruction)
+        view |= episode.view_at(episode.newest_step)
+        if self._follows_boxes and self._box_names:
+            view |= self.find_boxes({"objects": self._box_names})
+        return view
+
+    def find_boxes(self, request: Request) -> View:
+        """Ask SPEAR-VLM for the 3D boxes of several objects at once.
+
+        In the simulator the view says how far off each box is, if the model's unit is meters. If
+        the model was calibrated, the view says within which distance (mm) a box is, and which
+        objects are absent.
+        """
+        names = request.get("objects")
+        if not isinstance(names, list) or not 0 < len(names) <= MAX_BOXES:
+            raise SpearError(f"objects {str(names)[:60]} is not a list of 1 to {MAX_BOXES} names.")
+        names = [read_prompt({"object": name}, "object") for name in names]
+        episode, step = self._find_step(request)
+        image = episode.observation_at(step)["observation/image"]
+
+        started = time.perf_counter()
+        absent_names = self._find_absent_objects(image, names)
+        present_names = [name for name in names if name not in absent_names]
+        answers = self._ask_for_boxes(image, present_names)
+        elapsed_s = time.perf_counter() - started
+
+        true_centers = self._find_true_centers(episode, step)
+        boxes = []
+        for name, answer in zip(present_names, answers, strict=True):
+            vertices = np.reshape(answer.values, (8, 3))
+            boxes.append(
+                {
+                    "name": name,
+                    "vertices": vertices.tolist(),
+                    "step": step,
+                    "error_mm": _distance_mm(vertices.mean(0), true_centers.get(name)),
+                    "within_mm": self._compute_interval_mm(answer),
+                }
+            )
+        self._box_names = names
+        return {
+            "step": step,
+            "boxes": boxes,
+            "absent": absent_names,
+            "boxes_ms": 1000 * elapsed_s,
+        }
+
+    def _find_absent_objects(self, image: Array, names: list[str]) -> list[str]:
+        trust = self._shared.trust
+        if trust is None or not trust.tells_absent:
+            return []
+        return list(ask.find_absent_objects(self._shared.vlm, image, names))
+
+    def _ask_for_boxes(self, image: Array, names: list[str]) -> list[Any]:
+        if not names:
+            return []
+        prompts = [f"Provide the 3D bounding box coordinates of the {name}" for name in names]
+        return self._shared.vlm.answer(
+            [image] * len(names), prompts, BOX_QUESTION_TYPE, distributions=True
+        )
+
+    def _find_true_centers(self, episode: Episode, step: int) -> dict[str, Array]:
+        """Return the true centers [3] of the objects by name, if they are comparable with the
+        model's.
+        """
+        if not self._shared.is_metric:
+            return {}
+        objects = episode.view_at(step).get("things", ())
+        return {entry["name"]: np.array(entry["vertices"]).mean(0) for entry in objects}
+
+    def _compute_interval_mm(self, answer: Any) -> float | None:
+        """Return the calibrated half width of an answer's interval; None without a calibration."""
+        trust = self._shared.trust
+        if trust is None or BOX_QUESTION_TYPE not in trust.factors:
+            return None
+        if not self._shared.is_metric or answer.distribution is None:
+            return None
+        low, high = trust.interval(BOX_QUESTION_TYPE, answer.distribution)
+        return MM_PER_M * float((high - low).mean()) / 2
+
+    def answer_question(self, request: Request) -> View:
+        """Ask SPEAR-VLM any question, and show its answer in words."""
+        episode, step = self._find_step(request)
+        question = read_prompt({"question": request.get("text")}, "question")
+        image = episode.observation_at(step)["observation/image"]
+        _, answer = ask.ask_question(self._shared.vlm, image, question, trust=self._shared.trust)
+        return {"step": step, "answer": {"question": question, "text": answer, "step": step}}
+
+    def make_film(self, _: Request) -> View:
+        """Make a film of all steps so far."""
+        episode, newest_step = self._find_step({})
+        video.import_encoder()
+        data = video.encode_film(self._film_frames(episode, newest_step), episode.rate_hz)
+        return {"film": {"name": f"{episode.name}.mp4", "data": base64.b64encode(data).decode()}}
+
+    def _film_frames(self, episode: Episode, newest_step: int) -> Iterator[Array]:
+        for step in range(newest_step + 1):
+            if not self._is_open():
+                raise SpearError("the film is not made, because the tab was closed.")
+            view = episode.view_at(step)
+            wrist_uri = view["images"]["wrist"]
+            outcome = view["outcome"]
+            yield video.compose_frame(
+                _decode_data_uri(view["images"]["external"]),
+                _decode_data_uri(wrist_uri) if wrist_uri else None,
+                view["told"] or "",
+                None if outcome is None else outcome == "success",
+            )
+
+    def _begin(self, episode: Episode) -> View:
+        """Show another episode from its first step on."""
+        view = {
+            **EMPTY_VIEW,
+            "source": episode.kind,
+            "rate_hz": episode.rate_hz,
+            **episode.describe(),
+            **episode.view_at(0),
+        }
+        self._episode = episode
+        self._box_names = []
+        self._instruction = view["instruction"] or self._instruction  # a photo has none
+        return view
+
+    def _find_step(self, request: Request) -> tuple[Episode, int]:
+        """Return the episode, and the step that a request is about."""
+        if self._episode is None:
+            raise SpearError("there is no image yet. Choose a scene or open a photo.")
+        newest_step = self._episode.newest_step
+        step = request.get("step")
+        if step is None:
+            return self._episode, newest_step
+        return self._episode, check_whole_number("step", step, newest_step)
+
+    def _infer(self, observation: View, step: int) -> tuple[Array, View]:
+        """Infer actions [H, 8], and the chunk to draw: H + 1 poses from the gripper's pose on."""
+        observation["prompt"] = read_prompt({"prompt": self._instruction})
+        started = time.perf_counter()
+        actions = self._shared.policy.infer(observation)["actions"]
+        elapsed_s = time.perf_counter() - started
+
+        state: Array = observation["observation/state"]
+        positions, rotations = compute_target_poses(state, actions)
+        chunk = {
+            "step": step,
+            "positions": [state[:3].tolist(), *positions.tolist()],
+            "rotations": [state[3:7].tolist(), *rotations.tolist()],
+            "openings": [float(state[7]), *actions[:, 7].tolist()],
+            "ms": 1000 * elapsed_s,
+        }
+        return actions, chunk
+
+
+def _distance_mm(center: Array, true_center: Array | None) -> float | None:
+    if true_center is None:
+        return None
+    return MM_PER_M * float(np.linalg.norm(center - true_center))
+
+
+def _decode_data_uri(uri: str) -> Array:
+    return decode_image(base64.b64decode(uri.partition(",")[2]))
