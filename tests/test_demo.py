@@ -1,4 +1,4 @@
-"""The demo's page is whole, and so are the answers and films that it is made of."""
+"""The demo's page is complete, and so are the answers and films that it is made of."""
 
 import re
 import shlex
@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_tiny import make
 from refusals import Command
-from spear import cli, demo
-from spear.cli import main
+from spear import demo
+from spear.cli import load_command, main
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
 from spear.evaluate import film as video
@@ -21,84 +21,181 @@ from spear.policy import locate
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"SCENES": 1, "QUESTION_SCENES": 1, "LABEL_SCENES": 2, "FINE_TUNE_STEPS": 1}
-    for name, value in {**few, "FAMILIES": ("put_on",)}.items():
-        monkeypatch.setattr(demo, name, value)
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SCENES", 1)
+    monkeypatch.setattr(demo, "QUESTION_SCENES", 1)
+    monkeypatch.setattr(demo, "LABEL_SCENES", 2)
+    monkeypatch.setattr(demo, "FINE_TUNE_STEPS", 1)
+    monkeypatch.setattr(demo, "FAMILIES", ("put_on",))
     monkeypatch.setattr(closed_loop, "MAX_STEPS", 3)
     monkeypatch.setattr(video, "HEIGHT", 84)
 
 
-def test_ask_answers_in_metres_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With weights whose answers nobody has measured."""
-    model = shutil.copytree(locate("nano"), tmp_path / "nano")
+@pytest.fixture(scope="module")
+def uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose certainty nobody has measured."""
+    model = shutil.copytree(locate("nano"), tmp_path_factory.mktemp("models") / "nano")
     (model / CALIBRATION_FILE).unlink()
-    ask = ["ask", "--model", str(model)]
-    assert main([*ask, "sim:7", "How far away is the bowl?", "--family", "distance"]) == 0
-    said = capsys.readouterr()
-    assert re.fullmatch(r"-?\d\.\d{3} m\n", said.out) and "--calibrate" in said.err
-    photo, drawing = tmp_path / "p.jpg", tmp_path / "d.png"
-    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(photo)
-    question = ["Where does the box around the mug appear?", "--family", "back_projection"]
-    assert main([*ask, str(photo), *question, "--draw", str(drawing)]) == 0
-    said = capsys.readouterr()
-    assert said.out.count("px") == 8
-    notes = said.err.splitlines()  # the size, that nothing was measured, that photos are new to it
-    assert (
-        len(notes) == 3 and "80×60" in notes[0] and all(note.startswith("note: ") for note in notes)
-    )
+    return str(model)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(path)
+    return path
+
+
+BOX_QUESTION = ["Where does the box around the mug appear?", "--family", "back_projection"]
+
+
+def test_ask_answers_in_meters_and_says_that_certainty_was_not_measured(
+    uncalibrated: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = ["How far away is the bowl?", "--family", "distance"]
+
+    assert main(["ask", "--model", uncalibrated, "sim:7", *question]) == 0
+
+    output = capsys.readouterr()
+    assert re.fullmatch(r"-?\d\.\d{3} m\n", output.out)
+    assert "--calibrate" in output.err
+
+
+def test_ask_draws_a_box_on_a_photo(
+    uncalibrated: str, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = photo.with_name("drawing.png")
+
+    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--draw", str(drawing)]
+    assert main(["ask", *words]) == 0
+
+    output = capsys.readouterr()
+    assert output.out.count("px") == 8
+    # About the size, about certainty, and that photos are new to the model.
+    notes = output.err.splitlines()
+    assert len(notes) == 3
+    assert "80×60" in notes[0]
+    assert all(note.startswith("note: ") for note in notes)
     assert Image.open(drawing).size == (240, 180)
-    assert main([*ask, str(photo), *question, "--draw", str(photo / "d.png")]) == 2
-    *notes, said = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: {photo}: ") and all(line.startswith("note: ") for line in notes)
 
 
-def test_the_example_of_ask_draws_and_what_cannot_be_drawn_is_said(
+def test_ask_refuses_a_drawing_that_cannot_be_written(
+    uncalibrated: str, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_a_file = photo / "drawing.png"
+
+    words = ["--model", uncalibrated, str(photo), *BOX_QUESTION, "--draw", str(in_a_file)]
+    assert main(["ask", *words]) == 2
+
+    *notes, last_line = capsys.readouterr().err.splitlines()
+    assert last_line.startswith(f"error: {photo}: ")
+    assert all(note.startswith("note: ") for note in notes)
+
+
+def test_the_example_of_ask_draws_without_a_notice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"spear (ask sim:.*)", cli.load_command("ask").__doc__ or "")
-    *words, drawing = shlex.split(example)
-    assert main([*words, drawing]) == 0 and Image.open(drawing).size == (576, 384)
+    (example,) = re.findall(r"spear (ask sim:.*)", load_command("ask").__doc__ or "")
+    words = shlex.split(example)
+
+    assert main(words) == 0
+
+    assert Image.open(words[-1]).size == (576, 384)
     assert "note:" not in capsys.readouterr().err
-    assert main(["ask", "sim:7", "How far away is the zebra?", "--draw", "none.png"]) == 0
-    away = "Estimate the x, y, z distance between the plate and the sponge"
-    assert main(["ask", "sim:7", away, "--draw", "none.png"]) == 2  # an offset is no place
-    assert "note: none.png" in capsys.readouterr().err and not Path("none.png").exists()
-    Image.new("RGB", (1, 1)).save("dot.png")
-    assert main(["ask", "dot.png", "How far away is the mug?"]) == 0
-    assert not re.search(r"\d", capsys.readouterr().out)  # what it sees instead is no number
 
 
-def test_the_page_without_real_data_says_how_to_get_some(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Command
+@pytest.mark.parametrize(
+    ("question", "exit_code"),
+    [
+        ("How far away is the zebra?", 0),  # which is not in the picture
+        # An offset is no place.
+        ("Estimate the x, y, z distance between the plate and the sponge", 2),
+    ],
+)
+def test_ask_draws_no_answer_that_has_no_place(
+    question: str, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(tmp_path / "page/index.html") in done("demo", "--out", "page")
-    html = (tmp_path / "page/index.html").read_text()
-    assert "make demo DATA=" in html and html.count("<video") == 1 and html.count("<section>") == 4
+
+    assert main(["ask", "sim:7", question, "--draw", "none.png"]) == exit_code
+
+    assert not Path("none.png").exists()
+
+
+def test_ask_notes_a_drawing_that_it_does_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    main(["ask", "sim:7", "How far away is the zebra?", "--draw", "none.png"])
+
+    assert "note: none.png" in capsys.readouterr().err
+
+
+def test_an_image_that_shows_nothing_has_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+
+    assert main(["ask", str(tmp_path / "dot.png"), "How far away is the mug?"]) == 0
+
+    assert not re.search(r"\d", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_page_without_real_data_says_how_to_get_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page" / "index.html"
+
+    assert str(page) in done("demo", "--out", "page")
+
+    html = page.read_text()
+    assert "make demo DATA=" in html
+    assert html.count("<video") == 1
+    assert html.count("<section>") == 4
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
-def test_bad_episodes_are_refused(
+def test_bad_episodes_are_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
 ) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
-    data, out = tmp_path / "mine", tmp_path / "page"
+    data = tmp_path / "mine"
+    out = tmp_path / "page"
     write_lerobot([make(0), make(1)], data)
     (data / "spear.json").write_text('{"like": "bridge_dataset"}')
-    assert "'observation/image_0'" in refused("demo", "--data", str(data), "--out", str(out))
+
+    message = refused("demo", "--data", str(data), "--out", str(out))
+
+    assert "'observation/image_0'" in message
     assert not out.exists()
 
 
-def test_real_episodes_are_learned_and_scored(small: None, shared: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_demo")
+def test_real_episodes_are_learned_and_scored(shared: Path, tmp_path: Path) -> None:
     data = shared / "data/bridge_v2_sample"
-    values = demo.real_episodes(tmp_path, data)
-    assert (values["learned"], values["held_out"], values["source"]) == (19, 6, "bridge_dataset")
-    assert "mean action" in values["headers"] and len(values["charts"]) == 3
+
+    values = demo.fine_tune(tmp_path, data)
+
+    assert values["source"] == "bridge_dataset"
+    assert values["learned"] == 19
+    assert values["held_out"] == 6
+    assert "mean action" in values["headers"]
     assert "mean action" in values["fact"][1]
-    before = sorted(p.name for p in tmp_path.iterdir())
-    assert [len(store) for store in demo._split(data, tmp_path)] == [19, 6]
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert len(values["charts"]) == 3
+
+
+def test_real_episodes_are_prepared_once(shared: Path, tmp_path: Path) -> None:
+    data = shared / "data/bridge_v2_sample"
+    demo._split_episodes(data, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    training, held_out = demo._split_episodes(data, tmp_path)
+
+    assert len(training) == 19
+    assert len(held_out) == 6
+    for path, time_ns in files.items():
+        assert path.stat().st_mtime_ns == time_ns

@@ -1,5 +1,6 @@
 """`spear doctor`: what agrees passes, what does not is named, with exit code 1."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,65 @@ from spear.train.memory import MemoryEstimate
 
 def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> None:
     page = tmp_path / "doctor.html"
-    said = done("doctor", "--device", "cpu", "--out", str(page))
-    for way in ("plain network", "fast"):
+
+    output = done("doctor", "--device", "cpu", "--out", str(page))
+
+    for name in ("plain network", "fast"):
         for dtype in ("float32", "bfloat16"):
-            assert all(f"| {way} | {dtype} |" in text for text in (said, page.read_text()))
+            row_start = f"| {name} | {dtype} |"
+            assert row_start in output
+            assert row_start in page.read_text()
 
 
-def test_a_way_that_differs_or_raises_is_named(
+@pytest.fixture
+def instant_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine and a memory plan that are not measured again."""
+    speed = doctor.MachineSpeed(bytes_per_s=1e10, flops_per_s=1e11)
+    estimate = MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
+    monkeypatch.setattr(doctor, "measure_machine", lambda *_: speed)
+    monkeypatch.setattr(doctor, "measure_inference", lambda *_: estimate)
+
+
+@pytest.mark.usefixtures("instant_measurements")
+def test_an_implementation_that_differs_or_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = doctor.sample_fast
+    sample_fast = doctor.sample_fast
 
-    def broken(model: Any, *rest: Any) -> torch.Tensor:
+    def sample_wrongly(model: Any, *arguments: Any) -> torch.Tensor:
         if model.dtype == torch.bfloat16:
             raise RuntimeError("no kernel")
-        return real(model, *rest) + 3e-4
+        return sample_fast(model, *arguments) + 3e-4
 
-    monkeypatch.setattr(doctor, "sample_fast", broken)
-    monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))  # measured above
-    monkeypatch.setattr(
-        doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
-    )
+    monkeypatch.setattr(doctor, "sample_fast", sample_wrongly)
+
     assert main(["doctor", "--device", "cpu", "--out", str(tmp_path / "doctor.html")]) == 1
-    found = capsys.readouterr()
-    assert "fast in float32, fast in bfloat16" in found.err and "no kernel" in found.out
+
+    output = capsys.readouterr()
+    assert "fast in float32, fast in bfloat16" in output.err
+    assert "no kernel" in output.out
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def examined(available: int) -> str:
-        (tmp_path / "meminfo").write_text(f"MemFree: 9 kB\nMemAvailable: {available} kB\n")
+@pytest.fixture
+def examine_with(
+    instant_measurements: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], str]:
+    """Examine a machine with so many kB of memory; returns the first type that is used."""
+    monkeypatch.setattr(doctor, "MEMORY_INFO", tmp_path / "meminfo")
+
+    def examine(available_kb: int) -> str:
+        text = f"MemFree: 9 kB\nMemAvailable: {available_kb} kB\n"
+        (tmp_path / "meminfo").write_text(text)
         return next(doctor.examine(get_preset("nano"), torch.device("cpu"), repeats=1)).dtype
 
-    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(doctor, "machine", lambda *_: doctor.Machine(1e10, 1e11))
-    monkeypatch.setattr(
-        doctor, "measure_inference", lambda *_: MemoryEstimate(2**25, 0, 0, 0, 0, 1, 0)
-    )
-    assert examined(2**30) == "float32"  # memory that holds copies of files is there to be had
-    refuses("nano", examined, 9)
+    return examine
+
+
+def test_memory_that_holds_copies_of_files_is_available(
+    examine_with: Callable[[int], str],
+) -> None:
+    assert examine_with(2**30) == "float32"
+
+
+def test_a_preset_that_does_not_fit_is_refused(examine_with: Callable[[int], str]) -> None:
+    refuses("nano", examine_with, 9)

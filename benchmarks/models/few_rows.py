@@ -17,7 +17,7 @@ from transformers import GemmaConfig
 
 from pi0_pair import relative
 from spear.cli import run_reporting_errors
-from spear.doctor import machine
+from spear.doctor import measure_machine
 from spear.models.fast.cuda_graphs import CudaGraphCache
 from spear.models.fast.few_rows import FewRows
 from spear.models.fast.stack import LayerStack
@@ -84,7 +84,7 @@ def main(
     weights = sum(p.numel() * p.element_size() for p in model.layers.parameters())
     for name, taken in times.items():
         print(f"{name}: {taken} ms for ten flow steps")
-    least = 1000 * machine(device, kind).least(*[(0, weights)] * 10)
+    least = 1000 * measure_machine(device, kind).least_seconds(*[(0, weights)] * 10)
     print(f"roofline: {least:.1f} ms; {torch.cuda.get_device_name()}")
 
 

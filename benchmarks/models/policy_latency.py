@@ -31,7 +31,7 @@ from openpi_pi0 import OpenPi
 from pi0_pair import SIZES, observation, pair, reduced, relative
 from spear import flow
 from spear.cli import run_reporting_errors
-from spear.doctor import Machine, machine
+from spear.doctor import MachineSpeed, measure_machine
 from spear.models.presets import build_spear1_config
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import Action
@@ -62,7 +62,11 @@ def compile_pi0(theirs: Any, given: dict[str, Any]) -> Any:
 
 
 def roofline(
-    model: Spear1ForActionPrediction, tokens: list[int], batch: int, horizon: int, limit: Machine
+    model: Spear1ForActionPrediction,
+    tokens: list[int],
+    batch: int,
+    horizon: int,
+    limit: MachineSpeed,
 ) -> float:
     """Milliseconds that nobody can do without. tokens: of each view."""
     config, wide = model.config, model.action_out_proj.weight.element_size()
@@ -99,7 +103,7 @@ def roofline(
     flops, moved = phase(expert, horizon, length + 1 + horizon, width, len(layers))
     memory = 2 * len(layers) * batch * length * text.num_key_value_heads * text.head_dim * wide
     phases += [(flops, moved + memory)] * STEPS
-    return 1000 * limit.least(*phases)
+    return 1000 * limit.least_seconds(*phases)
 
 
 def whole(
@@ -214,9 +218,9 @@ def main(
         torch.set_num_threads(threads)
     limits = {}
     for kind in dtypes:
-        limits[kind] = machine(device, getattr(torch, kind), processor_time)
+        limits[kind] = measure_machine(device, getattr(torch, kind), processor_time)
         print(
-            f"{kind}: {limits[kind].bandwidth / 1e9:.0f} GB/s, {limits[kind].peak / 1e12:.3f} T operations/s"
+            f"{kind}: {limits[kind].bytes_per_s / 1e9:.0f} GB/s, {limits[kind].flops_per_s / 1e12:.3f} T operations/s"
         )
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds\n")
     ratios = ["π0 / ours", "openpi / ours", "ours / roofline", "difference"]

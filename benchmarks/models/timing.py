@@ -42,7 +42,7 @@ def seconds(run: Callable[[], object], device: str, processor: bool) -> float:
     if isinstance(run, Elsewhere):
         run()
         return run.took[processor]
-    return doctor.seconds(run, device, processor)
+    return doctor.measure_seconds(run, device, processor)
 
 
 def race(

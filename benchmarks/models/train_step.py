@@ -20,7 +20,7 @@ from torch import nn
 
 from pi0_pair import observation, one, pair, reduced
 from spear.cli import run_reporting_errors
-from spear.doctor import machine
+from spear.doctor import measure_machine
 from spear.types import Action
 from timing import Times, race
 
@@ -87,12 +87,12 @@ def main(
     """
     if threads:
         torch.set_num_threads(threads)
-    limit = machine(device, getattr(torch, dtype), processor_time)
+    limit = measure_machine(device, getattr(torch, dtype), processor_time)
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, batch "
         f"{batch_size};"
     )
-    print(f"peak {limit.peak / 1e12:.3f} T operations/s; milliseconds\n")
+    print(f"peak {limit.flops_per_s / 1e12:.3f} T operations/s; milliseconds\n")
     names = ["preset", "frozen", "ours", "π0", "π0 / ours", "MFU of ours", "MFU of π0"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for name in presets:
@@ -140,7 +140,9 @@ def main(
             both = isinstance(a, Times) and isinstance(b, Times)
             ratio = f"{b.median / a.median:.2f}" if both else "–"  # type: ignore[union-attr]
             use = [
-                f"{flops / (t.median / 1000) / limit.peak:.0%}" if isinstance(t, Times) else "–"
+                f"{flops / (t.median / 1000) / limit.flops_per_s:.0%}"
+                if isinstance(t, Times)
+                else "–"
                 for t in (a, b)
             ]
             label = name + (f" ({layers} layers)" if layers else "")

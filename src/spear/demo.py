@@ -1,4 +1,7 @@
-"""The main job: from images to a robot that moves, on one HTML page with every number's n and interval."""
+"""The main job: from images to a robot that moves, on one HTML page.
+
+Every number on the page comes with its sample count and interval.
+"""
 
 import hashlib
 import time
@@ -16,6 +19,7 @@ from spear.errors import SpearError
 from spear.evaluate import closed_loop, film, open_loop
 from spear.evaluate.agents import ExpertAgent, IdleAgent, PolicyAgent
 from spear.evaluate.options import QuestionOptions, TabletopOptions
+from spear.evaluate.results import Results
 from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.fit.quality import compare_labels
@@ -30,72 +34,90 @@ from spear.sim.scene import FAMILIES
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
 from spear.train.run import train
+from spear.types import CONTROL_RATE_HZ
 from spear.util.files import write_text
 from spear.util.images import to_jpeg_data_uri
 
-SCENES = 40
-"""Closed-loop scenes per family: an interval of ± 15 points at most, in a few minutes."""
-QUESTION_SCENES = 60
-"""Scenes 0, 1, … that SPEAR-VLM is asked about."""
-LABEL_SCENES, LABEL_SEED, LABEL_SIZE = 30, 100, (240, 160)
-"""How many scenes are labelled, from which seed on, in pictures of which (width, height) in pixels."""
+SCENES = 40  # closed-loop scenes per family: an interval of ± 15 points, in a few minutes
+QUESTION_SCENES = 60  # scenes 0, 1, … that SPEAR-VLM is asked about
+LABEL_SCENES = 30  # scenes that are labeled
+FIRST_LABEL_SCENE = 100
+LABEL_SIZE = (240, 160)  # width and height of their images, in pixels
+NUM_LABEL_PICTURES = 4
+NUM_ANSWER_PICTURES = 6
 FINE_TUNE_STEPS = 600
-HELD_OUT = 0.25
-"""The part of a real dataset's episodes that the fine-tuning does not see."""
-MOST_EPISODES = 400
-"""Of a larger dataset, so many episodes are used."""
+HELD_OUT_FRACTION = 0.25  # of a real dataset's episodes, which the fine-tuning does not see
+MAX_EPISODES = 400  # of a larger dataset, the first so many episodes are used
+ERROR_NAMES = {
+    "translation_mm": ("translation of one step, mm", ".2f"),
+    "chunk_end_mm": ("where five steps lead, mm", ".2f"),
+    "rotation_deg": ("rotation of one step, degrees", ".2f"),
+    "gripper_accuracy": ("gripper command right", ".0%"),
+}
+"""Errors of open-loop evaluation: their names on the page, and their number formats."""
 
 Values = dict[str, Any]
-"""What a part of templates/demo.html.j2 shows; its "fact" is a card on top: a number, and what it is."""
+"""What a section of templates/demo.html.j2 shows.
+
+Its "fact" is a card at the top of the page: a number, and what it is.
+"""
 
 
-def make(out: Path, data: Path | None = None) -> Path:
-    """Write `out`/index.html and return its path.
+def write_report(out: Path, data: Path | None = None) -> Path:
+    """Run the pipeline on small examples, and write a report.
 
-    data  a folder with real robot episodes (RLDS, LeRobot); without it there is no fine-tuning.
+    Args:
+        out: folder of the report and of intermediate results.
+        data: folder of real robot episodes (RLDS, LeRobot); without it nothing is fine-tuned.
 
-    Raises SpearError when the package has no trained weights, or for data that cannot be read.
+    Returns:
+        The report, `out/index.html`.
+
+    Raises:
+        SpearError: when the package has no trained weights, or for data that cannot be read.
     """
-    log, started = Console(stderr=True), time.perf_counter()
-    film.import_encoder()  # what is wrong is said before minutes of other work
+    console = Console(stderr=True)
+    start = time.perf_counter()
+
+    # Mistakes are found before minutes of work.
+    film.import_encoder()
     if data is not None:
-        _split(data, out)
-    vlm, policy = load_vlm("nano-vlm"), Spear1Policy.load("nano")
+        _split_episodes(data, out)
+
+    vlm = load_vlm("nano-vlm")
+    policy = Spear1Policy.load("nano")
     disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
-    jobs: dict[str, tuple[str, Callable[[], Values]]] = {
-        "labels": ("a. labelling a scene in 3D", labelled_scenes),
-        "answers": ("b. asking SPEAR-VLM about held-out scenes", lambda: answers(vlm)),
-        "acting": ("c. SPEAR-1 acting in held-out scenes", lambda: robot_at_work(policy)),
-        "real": ("d. fine-tuning on real robot episodes", lambda: real_episodes(out, data)),
+    sections: dict[str, tuple[str, Callable[[], Values]]] = {
+        "labels": ("a. labeling a scene in 3D", label_scenes),
+        "answers": ("b. asking SPEAR-VLM about held-out scenes", lambda: ask_questions(vlm)),
+        "acting": ("c. SPEAR-1 acting in held-out scenes", lambda: evaluate_policy(policy)),
+        "real": ("d. fine-tuning on real robot episodes", lambda: fine_tune(out, data)),
     }
-    parts: dict[str, Values] = {}
-    for name, (title, job) in jobs.items():
-        log.print(title)
-        begun = time.perf_counter()
-        parts[name] = {**job(), "seconds": time.perf_counter() - begun}
-    facts = [values["fact"] for values in parts.values() if "fact" in values]
-    html = render(
-        "demo.html",
-        title="SPEAR-1 nano: from images to a robot that moves",
-        facts=[*facts, (f"{(time.perf_counter() - started) / 60:.1f} min", "to make this page")],
-        **parts,
-    )
-    write_text(out / "index.html", html)
-    return out / "index.html"
+    values_of_section: dict[str, Values] = {}
+    for name, (title, make_values) in sections.items():
+        console.print(title)
+        section_start = time.perf_counter()
+        values = make_values()
+        values_of_section[name] = {**values, "seconds": time.perf_counter() - section_start}
+
+    facts = [values["fact"] for values in values_of_section.values() if "fact" in values]
+    facts.append((f"{(time.perf_counter() - start) / 60:.1f} min", "to make this page"))
+    title = "SPEAR-1 nano: from images to a robot that moves"
+    page = out / "index.html"
+    write_text(page, render("demo.html", title=title, facts=facts, **values_of_section))
+    return page
 
 
-def labelled_scenes() -> Values:
-    """(a) Scenes labelled by the pipeline, with the error of its boxes against the simulator's true ones."""
-    frames = list(render_held_out_frames(LABEL_SCENES, LABEL_SEED, LABEL_SIZE))
+def label_scenes() -> Values:
+    """(a) Label scenes with the pipeline, and compare its boxes with the simulator's true ones."""
+    frames = list(render_held_out_frames(LABEL_SCENES, FIRST_LABEL_SCENE, LABEL_SIZE))
     labels = list(label_with_ground_truth(iter(frames)))
-    pictures = [
-        (
-            to_jpeg_data_uri(draw_label(label, scale=4)),
-            f"scene {LABEL_SEED + i}, objects: {len(label.objects)}",
-        )
-        for i, label in enumerate(labels[:4])
-    ]
+
+    pictures = []
+    for index, label in enumerate(labels[:NUM_LABEL_PICTURES]):
+        caption = f"scene {FIRST_LABEL_SCENE + index}, objects: {len(label.objects)}"
+        pictures.append((to_jpeg_data_uri(draw_label(label, scale=4)), caption))
     return {
         "pictures": pictures,
         "accuracy": compare_labels(labels, frames),
@@ -103,115 +125,126 @@ def labelled_scenes() -> Values:
     }
 
 
-def answers(vlm: VlmBundle) -> Values:
-    """(b) SPEAR-VLM's answers beside the truth, with errors per kind of question."""
-    labels = list(
-        label_with_ground_truth(
-            render_held_out_frames(QUESTION_SCENES, 0, vlm.processor.image_sizes["external"])
-        )
-    )
+def ask_questions(vlm: VlmBundle) -> Values:
+    """(b) Ask SPEAR-VLM questions, and compare its answers with the true ones."""
+    size = vlm.processor.image_sizes["external"]
+    frames = render_held_out_frames(QUESTION_SCENES, 0, size)
+    labels = list(label_with_ground_truth(frames))
     scores = vqa.evaluate_vqa(vlm, labels, QuestionOptions())
-    boxes = [
-        a for a in scores.answers if a.question.family == "box_vertices" and "error" in a.measures
-    ]
-    first = {a.image: a for a in reversed(boxes)}
-    box = scores.families["box_vertices"]
-    error, guess = box.measures["error"].value, box.constant["error"]
+
+    # The first answer about a box in each image.
+    answer_of_image: dict[int, Any] = {}
+    for answer in scores.answers:
+        if answer.question.family == "box_vertices" and "error" in answer.measures:
+            answer_of_image.setdefault(answer.image, answer)
+    pictures = [figure(answer) for _, answer in sorted(answer_of_image.items())]
+
+    boxes = scores.families["box_vertices"]
+    error_mm = boxes.measures["error"].value
+    constant_guess_mm = boxes.constant["error"]
+    description = f"median 3D center error; constant guess {constant_guess_mm:.0f} mm"
     return {
-        "pictures": [figure(a) for _, a in sorted(first.items())[:6]],
+        "pictures": pictures[:NUM_ANSWER_PICTURES],
         "table": scores.rows(),
-        "fact": (f"{error:.0f} mm", f"median 3D centre error; constant guess {guess:.0f} mm"),
+        "fact": (f"{error_mm:.0f} mm", description),
     }
 
 
-def robot_at_work(policy: Spear1Policy) -> Values:
-    """(c) Closed loop per task family, between doing nothing and the scripted expert, with films."""
-    ours = PolicyAgent(policy, "SPEAR-1 nano")
-    result, films = closed_loop.evaluate_tabletop(
-        ours, TabletopOptions(SCENES, films=1, families=FAMILIES)
-    )
-    unseen = TabletopOptions(SCENES, films=0, families=FAMILIES)
-    results = [
-        result,
-        *(
-            closed_loop.evaluate_tabletop(agent, unseen)[0]
-            for agent in (ExpertAgent(), IdleAgent())
-        ),
-    ]
-    rows = []
+def evaluate_policy(policy: Spear1Policy) -> Values:
+    """(c) Evaluate the policy in closed loop, between doing nothing and the scripted expert."""
+    agent = PolicyAgent(policy, "SPEAR-1 nano")
+    options = TabletopOptions(SCENES, films=1, families=FAMILIES)
+    result, films = closed_loop.evaluate_tabletop(agent, options)
+    results = [result]
+    without_films = TabletopOptions(SCENES, films=0, families=FAMILIES)
+    for other_agent in (ExpertAgent(), IdleAgent()):
+        other_result, _ = closed_loop.evaluate_tabletop(other_agent, without_films)
+        results.append(other_result)
+
+    rates = []
     for family in FAMILIES:
-        s = result.summarize(family)
-        steps = "–" if s.steps is None else f"{s.steps:.0f} ({s.steps / 5:.0f} s)"
-        numbers = [f"{e.value:.0%}" for e in (s.reached, s.grasped, s.success, s.wrong_object)]
-        rows.append([spaced(family), *numbers, steps])
-    every = result.summarize().success
-    rates = [
-        (spaced(f), rate_bars([(r.policy, r.summarize(f).success) for r in results]))
-        for f in FAMILIES
-    ]
-    captions = [
-        f"{spaced(o.family)}, scene {o.seed}: {ending(o)}" for o in (one.outcome for one in films)
-    ]
-    shown = [(one.data, caption) for one, caption in zip(films, captions, strict=True)]
-    fact = (
-        f"{result.mean_success().value:.0%}",
-        f"mean success [{every.low:.0%}, {every.high:.0%}], n = {every.n}",
-    )
-    return {"scenes": SCENES, "rates": bars(rates), "rows": rows, "films": shown, "fact": fact}
+        rate_of_agent = [(r.policy, r.summarize(family).success) for r in results]
+        rates.append((spaced(family), rate_bars(rate_of_agent)))
+    captioned_films = []
+    for one_film in films:
+        outcome = one_film.outcome
+        caption = f"{spaced(outcome.family)}, scene {outcome.seed}: {ending(outcome)}"
+        captioned_films.append((one_film.data, caption))
+
+    success = result.summarize().success
+    description = f"mean success [{success.low:.0%}, {success.high:.0%}], n = {success.n}"
+    return {
+        "scenes": SCENES,
+        "rates": bars(rates),
+        "rows": [_family_row(result, family) for family in FAMILIES],
+        "films": captioned_films,
+        "fact": (f"{result.mean_success().value:.0%}", description),
+    }
 
 
-def real_episodes(out: Path, data: Path | None) -> Values:
-    """(d) Fine-tune the shipped weights on real episodes; errors on others, beside mean and last action."""
+def _family_row(result: Results, family: str) -> list[str]:
+    """Return how often each part of a task succeeded, and the steps that successes took."""
+    summary = result.summarize(family)
+    rates = (summary.reached, summary.grasped, summary.success, summary.wrong_object)
+    steps = "–"
+    if summary.steps is not None:
+        steps = f"{summary.steps:.0f} ({summary.steps / CONTROL_RATE_HZ:.0f} s)"
+    return [spaced(family), *(f"{rate.value:.0%}" for rate in rates), steps]
+
+
+def fine_tune(out: Path, data: Path | None) -> Values:
+    """(d) Fine-tune the shipped policy on real episodes, and measure its errors on others."""
     if data is None:
         return {"source": None}
-    learned, held_out = _split(data, out)
-    weights = (locate("nano") / "model.safetensors").read_bytes()
-    key = hashlib.sha256(str(learned.path.resolve()).encode() + weights).hexdigest()[:8]
-    run = out / f"fine-tuned-{key}"
-    inputs = TrainingInputs(episodes=[(data.name, learned, 1.0)], init=locate("nano"))
-    tuned = train(get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS), run, inputs)
+    training, held_out = _split_episodes(data, out)
+    inputs = TrainingInputs(episodes=[(data.name, training, 1.0)], init=locate("nano"))
+    recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
+    final = train(recipe, _fine_tuning_folder(out, training), inputs)
+
     scores = [
-        open_loop.score_policy("fine-tuned", Spear1Policy.load(str(tuned)), held_out),
-        open_loop.score_mean_action(learned, held_out),
+        open_loop.score_policy("fine-tuned", Spear1Policy.load(str(final)), held_out),
+        open_loop.score_mean_action(training, held_out),
         open_loop.score_last_action(held_out),
         open_loop.score_policy("before fine-tuning", Spear1Policy.load("nano"), held_out),
     ]
-    names = {
-        "translation_mm": ("translation of one step, mm", ".2f"),
-        "chunk_end_mm": ("where five steps lead, mm", ".2f"),
-        "rotation_deg": ("rotation of one step, degrees", ".2f"),
-        "gripper_accuracy": ("gripper command right", ".0%"),
-    }
-    summaries = [s.summarize() for s in scores]
-    ours, mean = (s["translation_mm"].value for s in summaries[:2])
+    summaries = [score.summarize() for score in scores]
+    rows = []
+    for name, (description, number_format) in ERROR_NAMES.items():
+        cells = [summary[name].to_text(number_format) for summary in summaries]
+        rows.append([description, *cells])
+
+    error_mm = summaries[0]["translation_mm"].value
+    mean_action_mm = summaries[1]["translation_mm"].value
+    fact = f"error per step on real held-out episodes; mean action {mean_action_mm:.1f} mm"
     return {
         "source": get_dataset_name(data),
-        "learned": len(learned),
+        "learned": len(training),
         "held_out": len(held_out),
         "steps": FINE_TUNE_STEPS,
-        "headers": ["mean error [95 %]", *(s.name for s in scores)],
-        "rows": [
-            [words, *(s[name].to_text(f) for s in summaries)] for name, (words, f) in names.items()
-        ],
+        "headers": ["mean error [95 %]", *(score.name for score in scores)],
+        "rows": rows,
         "charts": open_loop_charts(scores[0], scores[1]),
-        "fact": (
-            f"{ours:.1f} mm",
-            f"error per step on real held-out episodes; mean action {mean:.1f} mm",
-        ),
+        "fact": (f"{error_mm:.1f} mm", fact),
     }
 
 
-def _split(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    """The first episodes of a dataset for learning and the last of those for testing, prepared once."""
-    name, total = next(iter(count_episodes(source).items()))
-    count = min(MOST_EPISODES, total)
-    cut = count - max(1, round(HELD_OUT * count))
-    if cut < 1:
+def _fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
+    """Return the folder for a fine-tuning of these weights on these episodes."""
+    weights = (locate("nano") / "model.safetensors").read_bytes()
+    store_path = str(training.path.resolve()).encode()
+    key = hashlib.sha256(store_path + weights).hexdigest()[:8]
+    return out / f"fine-tuned-{key}"
+
+
+def _split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, EpisodeStore]:
+    """Return a dataset's first episodes for training and its last for testing, prepared once."""
+    split, total = next(iter(count_episodes(source).items()))
+    count = min(MAX_EPISODES, total)
+    num_training = count - max(1, round(HELD_OUT_FRACTION * count))
+    if num_training < 1:
         raise SpearError(
-            f"too few episodes: {source}: its split {name!r} has {count}: give at least 2"
+            f"{source}: its split {split!r} has too few episodes ({count}). Give at least 2."
         )
-    splits = f"{name}[:{cut}]", f"{name}[{cut}:{count}]"
-    learned, held_out = (
-        open_store(source, out, split)[0].select_demonstrations() for split in splits
-    )
-    return learned, held_out
+    training, _ = open_store(source, out, f"{split}[:{num_training}]")
+    held_out, _ = open_store(source, out, f"{split}[{num_training}:{count}]")
+    return training.select_demonstrations(), held_out.select_demonstrations()

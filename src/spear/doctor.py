@@ -1,7 +1,8 @@
-"""Whether SPEAR-1 is right and fast on this machine: `spear doctor`.
+"""Whether SPEAR-1 is correct and fast on this machine: `spear doctor`.
 
-One observation goes through the plain network and through everything that replaces it: the fast way, its CUDA
-graph, bfloat16. Each is compared with the plain network, and timed beside what the machine could do at most.
+One observation goes through the plain network and through everything that replaces it: the fast
+implementation, its CUDA graph, bfloat16. Each is compared with the plain network, and timed in
+comparison with the least time that the machine needs.
 """
 
 import os
@@ -39,179 +40,238 @@ from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.load import load
 from spear.train.memory import GIB, measure_inference
 
-TEXT = 12
-"""Tokens of the instruction."""
-MEMORY = Path("/proc/meminfo")
+INSTRUCTION_TOKENS = 12
+MEMORY_INFO = Path("/proc/meminfo")
+NUM_TRIALS = 5  # of a matrix product and of a copy, of which the fastest counts
+COLUMNS = ["implementation", "type", "ms", "of the least", "difference", "memory of planned", ""]
+
+Phase = tuple[float, float]
+"""(floating-point operations, bytes moved) of a part of the computation."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to compute actions.
+class InferenceResult:
+    """How one implementation computes actions.
 
-    milliseconds  median of an observation. least: what the machine needs for its operations and weights.
-    apart         `sampling.relative_difference` from the plain network in the first type that was tried.
-    held, planned bytes of GPU memory that it took, and that `spear plan` says; held is None on a CPU.
-    problem       why it did not run, or is too far from the plain network; else empty.
+    median_ms      time of an observation.
+    least_ms       time that the machine needs for the operations and for reading the weights.
+    difference     `sampling.relative_difference` from the plain network in the first type.
+    peak_bytes     GPU memory that was used; None on a CPU.
+    planned_bytes  GPU memory that `spear plan` says.
+    problem        why it did not run, or that it is too different; else empty.
     """
 
     name: str
     dtype: str
-    milliseconds: float = float("nan")
-    least: float = float("nan")
-    apart: float = float("nan")
-    held: int | None = None
-    planned: int = 0
+    median_ms: float = float("nan")
+    least_ms: float = float("nan")
+    difference: float = float("nan")
+    peak_bytes: int | None = None
+    planned_bytes: int = 0
     problem: str = ""
 
-    def row(self) -> list[str]:
-        """As a line of a table: `COLUMNS`."""
-        if self.milliseconds != self.milliseconds:
+    def to_row(self) -> list[str]:
+        """Return a row of the table with `COLUMNS`."""
+        did_run = self.median_ms == self.median_ms  # NaN is different from itself
+        if not did_run:
             return [self.name, self.dtype, "–", "–", "–", "–", self.problem]
-        memory = (
-            "–" if self.held is None else f"{self.held / GIB:.2f} of {self.planned / GIB:.2f} GiB"
-        )
-        times = f"{self.milliseconds:.1f}", f"{self.milliseconds / self.least:.1f} ×"
+        memory = "–"
+        if self.peak_bytes is not None:
+            memory = f"{self.peak_bytes / GIB:.2f} of {self.planned_bytes / GIB:.2f} GiB"
         return [
             self.name,
             self.dtype,
-            *times,
-            f"{self.apart:.1g}",
+            f"{self.median_ms:.1f}",
+            f"{self.median_ms / self.least_ms:.1f} ×",
+            f"{self.difference:.1g}",
             memory,
             self.problem or "agrees",
         ]
 
 
-COLUMNS = ["way", "type", "ms", "of the least", "difference", "memory of planned", ""]
-
-
 @dataclass(frozen=True)
-class Machine:
-    """What was measured: bytes/s read from memory and floating-point operations/s, in a dtype."""
+class MachineSpeed:
+    """What a machine can do at most in a type, as measured.
 
-    bandwidth: float
-    peak: float
+    bytes_per_s  read from memory and written to it.
+    flops_per_s  floating-point operations of a matrix product.
+    """
 
-    def least(self, *phases: tuple[float, float]) -> float:
-        """The roofline of phases that follow each other, each of (operations, bytes): seconds."""
-        return sum(max(flops / self.peak, moved / self.bandwidth) for flops, moved in phases)
+    bytes_per_s: float
+    flops_per_s: float
 
-
-def seconds(run: Callable[[], object], device: str, processor: bool = False) -> float:
-    """One run. processor: processor time of all threads, which other work on the machine changes less."""
-    clock = time.process_time if processor else time.perf_counter
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    begun = clock()
-    run()
-    wait()
-    return clock() - begun
+    def least_seconds(self, *phases: Phase) -> float:
+        """Return the roofline of phases that follow each other."""
+        total = 0.0
+        for flops, moved_bytes in phases:
+            total += max(flops / self.flops_per_s, moved_bytes / self.bytes_per_s)
+        return total
 
 
-@torch.no_grad()
-def machine(device: str, dtype: torch.dtype, processor: bool = False) -> Machine:
-    """Measure it: the best of some runs of a large matrix product and of a copy far larger than any cache."""
-    slow = dtype == torch.bfloat16 and not HAS_BFLOAT16  # larger products would take seconds each
-    side, count = (8192, 2**29) if device == "cuda" else (512 if slow else 1536, 2**25)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.ones(count, device=device, dtype=torch.float32)
-    target = torch.empty_like(source)
-
-    def best(run: Callable[[], object]) -> float:
-        run()
-        return min(seconds(run, device, processor) for _ in range(5))
-
-    product = min(best(lambda: a @ b), best(lambda: linear(a, b)))
-    copied = best(lambda: target.copy_(source))
-    return Machine(bandwidth=2 * source.nbytes / copied, peak=2 * side**3 / product)
-
-
-class Disagrees(SpearError):
-    """Something does not compute here what the plain network does."""
+class DisagreementError(SpearError):
+    """An implementation does not compute here what the plain network does."""
 
     code = 1
 
 
-def about(size: Preset, device: torch.device) -> list[tuple[str, str]]:
-    """What runs here: (what, which)."""
-    packages = [
-        f"spear {spear.__version__}",
-        *(f"{n} {version(n)}" for n in ("torch", "transformers")),
-    ]
-    found = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
-    named = re.search(r"^model name\s*: *(.+)", CPU_INFO, re.MULTILINE)
-    name = named[1].strip() if named else platform.machine()
-    found.append(
-        ("processor", f"{name}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}")
+def measure_seconds(
+    run: Callable[[], object], device: str, use_processor_time: bool = False
+) -> float:
+    """Measure one run.
+
+    use_processor_time: of all threads, which other work on the machine changes less than the time
+    on the clock.
+    """
+    clock = time.process_time if use_processor_time else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+@torch.no_grad()
+def measure_machine(
+    device: str, dtype: torch.dtype, use_processor_time: bool = False
+) -> MachineSpeed:
+    """Measure a large matrix product, and a copy far larger than any cache."""
+
+    def measure_best(run: Callable[[], object]) -> float:
+        run()
+        return min(measure_seconds(run, device, use_processor_time) for _ in range(NUM_TRIALS))
+
+    # Larger products would take seconds each where bfloat16 is slow.
+    is_slow = dtype == torch.bfloat16 and not HAS_BFLOAT16
+    side = 512 if is_slow else 1536
+    num_copied = 2**25
+    if device == "cuda":
+        side = 8192
+        num_copied = 2**29
+
+    first = torch.randn(side, side, device=device).to(dtype)
+    second = torch.randn(side, side, device=device).to(dtype)
+    product_s = min(
+        measure_best(lambda: first @ second), measure_best(lambda: linear(first, second))
+    )
+    source = torch.ones(num_copied, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    copy_s = measure_best(lambda: target.copy_(source))
+    return MachineSpeed(bytes_per_s=2 * source.nbytes / copy_s, flops_per_s=2 * side**3 / product_s)
+
+
+def describe_machine(size: Preset, device: torch.device) -> list[tuple[str, str]]:
+    """Return what is examined, as pairs of a name and its description."""
+    packages = [f"spear {spear.__version__}"]
+    packages += [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    facts = [("software", f"Python {platform.python_version()}, {', '.join(packages)}")]
+
+    match = re.search(r"^model name\s*: *(.+)", CPU_INFO, re.MULTILINE)
+    processor = match[1].strip() if match else platform.machine()
+    facts.append(
+        ("processor", f"{processor}, cores: {os.cpu_count()}, threads: {torch.get_num_threads()}")
     )
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         driver = f"CUDA {torch.version.cuda}, compute capability {gpu.major}.{gpu.minor}"
-        found.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
-    quick = (
-        "faster matrix products than in" if is_bfloat16_fast(device) else "only saves memory beside"
-    )
-    found.append(("bfloat16", f"{quick} float32 on {device.type}"))
+        facts.append(("device", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, {driver}"))
+
+    if is_bfloat16_fast(device):
+        facts.append(("bfloat16", f"faster matrix products than in float32 on {device.type}"))
+    else:
+        facts.append(("bfloat16", f"only saves memory, compared with float32 on {device.type}"))
+
     weights = "the weights of this package" if size.name == "nano" else "random weights"
     steps = FlowConfig(**size.flow).steps
-    return [
-        *found,
-        ("model", f"{size.name}, {weights}, {steps} flow steps, one observation of all views"),
-    ]
+    model = f"{size.name}, {weights}, {steps} flow steps, one observation of all views"
+    facts.append(("model", model))
+    return facts
 
 
-def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[Way]:
-    """Every way to act on this device, the plain network first; float32 where it fits, and bfloat16.
+def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[InferenceResult]:
+    """Yield how each implementation acts on this device, the plain network first.
 
-    Of nano the weights that come with this package, else random ones. `SpearError`: not even bfloat16 fits.
+    In float32 if that fits into memory, and in bfloat16. The weights are those that come with this
+    package for nano, otherwise random ones. Raises `SpearError` if not even bfloat16 fits.
     """
-    said = re.search(r"MemAvailable: *(\d+)", MEMORY.read_text("utf-8") if MEMORY.is_file() else "")
-    on_cpu = (
-        1024 * int(said[1]) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
-    planned = {
+    planned_bytes = {
         dtype: measure_inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)
     }
-    fits = [dtype for dtype, needed in planned.items() if needed < free]
-    if not fits:
-        needs = f"{planned[torch.bfloat16] / GIB:.1f} GiB, {device} has {free / GIB:.1f}"
-        raise SpearError(f"preset {size.name} needs {needs}: give another")
-    inputs = _observation(size, device)
-    truth: torch.Tensor | None = None
-    for dtype in fits:
-        model = _model(size, dtype, device)
-        least = 1000 * machine(device.type, dtype).least(*_phases(model, inputs))
-        sampler = get_sampler(model, True)
-        ways: dict[str, Callable[[], torch.Tensor]] = {
-            "plain network": partial(sample_plain, model, inputs, model.flow.steps),
-            "fast": partial(sample_fast, model, sampler, inputs, model.flow.steps, False),
-        }
-        if device.type == "cuda":
-            ways["fast, as a CUDA graph"] = partial(
-                sample_fast, model, sampler, inputs, model.flow.steps, True
-            )
-        for name, run in ways.items():
-            word = str(dtype).removeprefix("torch.")
+    free_bytes = _free_bytes(device)
+    fitting_dtypes = [dtype for dtype, needed in planned_bytes.items() if needed < free_bytes]
+    if not fitting_dtypes:
+        raise SpearError(
+            f"preset {size.name} needs {planned_bytes[torch.bfloat16] / GIB:.1f} GiB, and {device} "
+            f"has {free_bytes / GIB:.1f}. Give a smaller preset with --preset."
+        )
+
+    inputs = _make_observation(size, device)
+    expected: torch.Tensor | None = None
+    for dtype in fitting_dtypes:
+        model = _load_model(size, dtype, device)
+        speed = measure_machine(device.type, dtype)
+        least_ms = 1000 * speed.least_seconds(*_count_phases(model, inputs))
+        implementations = _list_implementations(model, inputs)
+        for name, run in implementations.items():
+            dtype_name = str(dtype).removeprefix("torch.")
             try:
-                found, held = _held(run, device)
-                times = [1000 * seconds(run, device.type) for _ in range(repeats)]
+                actions, peak_bytes = _run_and_measure_memory(run, device)
+                times_ms = [1000 * measure_seconds(run, device.type) for _ in range(repeats)]
             except Exception as error:  # whatever a compiler may raise
-                yield Way(name, word, problem=summarize_error(error))
+                yield InferenceResult(name, dtype_name, problem=summarize_error(error))
                 continue
-            truth = found if truth is None else truth
-            apart = relative_difference(found, truth)
-            problem = (
-                ""
-                if apart <= MAX_RELATIVE_DIFFERENCE[dtype]
-                else f"more than {MAX_RELATIVE_DIFFERENCE[dtype]:g} from the plain network"
+            if expected is None:
+                expected = actions
+            difference = relative_difference(actions, expected)
+            yield InferenceResult(
+                name,
+                dtype_name,
+                median_ms=statistics.median(times_ms),
+                least_ms=least_ms,
+                difference=difference,
+                peak_bytes=peak_bytes,
+                planned_bytes=planned_bytes[dtype],
+                problem=_describe_difference(difference, dtype),
             )
-            yield Way(
-                name, word, statistics.median(times), least, apart, held, planned[dtype], problem
-            )
-        del model, sampler, ways, run  # else the next type's memory has this one's in it
+        del model, implementations, run  # else they would count in the next type's memory
 
 
-def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
+def _free_bytes(device: torch.device) -> float:
+    """Return the memory that is free on the device; on a CPU, or can be freed for programs."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes
+    text = MEMORY_INFO.read_text("utf-8") if MEMORY_INFO.is_file() else ""
+    match = re.search(r"MemAvailable: *(\d+)", text)
+    if match is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 1024 * int(match[1])
+
+
+def _list_implementations(model: Any, inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return functions that compute actions, by name."""
+    steps = model.flow.steps
+    sampler = get_sampler(model, True)
+    implementations: dict[str, Callable[[], torch.Tensor]] = {
+        "plain network": partial(sample_plain, model, inputs, steps),
+        "fast": partial(sample_fast, model, sampler, inputs, steps, False),
+    }
+    if inputs["noise"].device.type == "cuda":
+        fast_as_graph = partial(sample_fast, model, sampler, inputs, steps, True)
+        implementations["fast, as a CUDA graph"] = fast_as_graph
+    return implementations
+
+
+def _describe_difference(difference: float, dtype: torch.dtype) -> str:
+    """Return what is wrong with a difference from the plain network; empty if nothing is."""
+    max_difference = MAX_RELATIVE_DIFFERENCE[dtype]
+    if difference <= max_difference:
+        return ""
+    return f"more than {max_difference:g} from the plain network"
+
+
+def _load_model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
     if size.name == "nano":
         return load(Spear1ForActionPrediction, BUNDLED_WEIGHTS / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
@@ -219,39 +279,49 @@ def _model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
         return AutoModel.from_config(build_spear1_config(size), dtype=dtype).eval()
 
 
-def _observation(size: Preset, device: torch.device) -> Inputs:
-    """One of all views, without padding: arguments of `sampling.sample_actions`."""
-    draw = torch.Generator().manual_seed(0)
-    given: dict[str, torch.Tensor] = {
-        f"pixels/{view}": torch.randint(
-            0, 256, (1, 3, height, width), generator=draw, dtype=torch.uint8
+def _make_observation(size: Preset, device: torch.device) -> Inputs:
+    """Return one observation of all views, without padding: inputs of `sampling.sample_actions`."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, torch.Tensor] = {}
+    for view, (width, height) in size.image_sizes.items():
+        inputs[f"pixels/{view}"] = torch.randint(
+            0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8
         )
-        for view, (width, height) in size.image_sizes.items()
-    }
-    given["input_ids"] = torch.randint(3, size.vocabulary, (1, TEXT), generator=draw)
-    given["state"] = torch.zeros(1, NUM_STATE_FEATURES)
-    given["noise"] = sample_noise((1, size.horizon), FlowConfig(**size.flow), draw).to_vector()
-    return {name: tensor.to(device) for name, tensor in given.items()}
+    ids = torch.randint(3, size.vocabulary, (1, INSTRUCTION_TOKENS), generator=generator)
+    noise = sample_noise((1, size.horizon), FlowConfig(**size.flow), generator)
+    inputs["input_ids"] = ids
+    inputs["state"] = torch.zeros(1, NUM_STATE_FEATURES)
+    inputs["noise"] = noise.to_vector()
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _phases(model: Any, inputs: Inputs) -> list[tuple[float, float]]:
-    """(operations, bytes of weights) of the prefix and of each flow step."""
-    wide = model.action_out_proj.weight.element_size()
-    expert = sum(p.numel() for p in model.expert.parameters())
-    whole = sum(p.numel() for n, p in model.vlm.named_parameters() if "embed_tokens" not in n)
-    flops = []
-    for count in (1, 2):
+def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
+    """Return the operations and the bytes of weights of the prefix, and of each flow step."""
+    flops_of_steps = []
+    for num_steps in (1, 2):
         with FlopCounterMode(display=False) as counter:
-            sample_plain(model, inputs, count)
-        flops.append(counter.get_total_flops())
-    step = flops[1] - flops[0]
-    return [(flops[0] - step, whole * wide), *[(step, expert * wide)] * model.flow.steps]
+            sample_plain(model, inputs, num_steps)
+        flops_of_steps.append(counter.get_total_flops())
+    step_flops = flops_of_steps[1] - flops_of_steps[0]
+    prefix_flops = flops_of_steps[0] - step_flops
+
+    bytes_per_weight = model.action_out_proj.weight.element_size()
+    num_expert_weights = sum(parameter.numel() for parameter in model.expert.parameters())
+    num_vlm_weights = 0
+    for name, parameter in model.vlm.named_parameters():
+        if "embed_tokens" not in name:  # of which few rows are read
+            num_vlm_weights += parameter.numel()
+    prefix = (prefix_flops, num_vlm_weights * bytes_per_weight)
+    step = (step_flops, num_expert_weights * bytes_per_weight)
+    return [prefix] + [step] * model.flow.steps
 
 
-def _held(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, int | None]:
-    """What a run gives, after one to warm up, and the most memory that was taken."""
-    first = run()
+def _run_and_measure_memory(
+    run: Callable[[], torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, int | None]:
+    """Return a run's actions, after one run to warm up, and the most GPU memory that it used."""
+    actions = run()
     if device.type != "cuda":
-        return first, None
+        return actions, None
     torch.cuda.reset_peak_memory_stats(device)
     return run(), int(torch.cuda.max_memory_allocated(device))

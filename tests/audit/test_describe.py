@@ -342,7 +342,7 @@ def test_the_command_prints_a_proposal_and_where_it_belongs(
     output = capsys.readouterr()
     assert exit_code == 0
     assert json.loads(output.out)["facts"]
-    assert "1.0.0/spear.json is to be this" in output.err
+    assert "1.0.0/spear.json should contain this" in output.err
 
 
 def test_the_command_overwrites_nothing(
@@ -357,5 +357,5 @@ def test_the_command_overwrites_nothing(
 
     assert first_exit_code == 0
     assert json.loads(layout.read_text())["facts"]
-    assert f"{layout} is to be this" in capsys.readouterr().err
+    assert f"{layout} should contain this" in capsys.readouterr().err
     assert second_exit_code == 2

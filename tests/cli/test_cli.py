@@ -116,7 +116,7 @@ CARROT = "PutCarrotOnPlate-v1"
         ("label --vocabulary mug", "--vocabulary"),
         ("label photos --scenes 3", "--scenes"),
         ("evaluate vqa nano sim --calibrate --images 1", "--images"),
-        ("label nowhere.jpg", "no such file"),
+        ("label nowhere.jpg", "nowhere.jpg does not exist"),
         ("label sim:x", "is not a scene. Write one as sim:7"),
         ("label simpler:10000-10001 photos", "give it alone"),
         ("label show nowhere", "nowhere"),

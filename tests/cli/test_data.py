@@ -16,98 +16,188 @@ from spear.labels.sources import list_items
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
+    """Three episodes, of which the last has a single step."""
     write_episodes([make(0, success=True), make(1, 9), make(2, 1)], tmp_path / "store")
     return tmp_path / "store"
 
 
-def test_there_and_back_again(store: Path, tmp_path: Path, done: Command) -> None:
-    """A store, exported, inspected, prepared and listed for labelling."""
+@pytest.fixture
+def exported(store: Path, tmp_path: Path, done: Command) -> Path:
+    """The first two episodes as a LeRobot dataset."""
     out = tmp_path / "set"
-    assert "2 episodes in" in done(
-        "data", "export", str(store), "--out", str(out), "--split", "train[:2]"
-    )
-    assert [e.source for e in read_episodes(out)] == ["made#0", "made#1"]
-    text = done("data", "inspect", str(out))
-    assert (
-        "a LeRobot dataset, v3.0" in text
-        and "episodes      train 2, 15 steps (6 … 7 … 9 each)" in text
-    )
-    assert re.search(r"observation/images/external +images, 64 x 80 x 3", text)
-    assert "layout        described by" in text and "1 × push the block 0" in text
-    done("data", "prepare", str(out), "--out", str(tmp_path / "again"), "--workers", "0")
+    output = done("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
+    assert "2 episodes in" in output
+    return out
+
+
+def test_exported_episodes_can_be_read(exported: Path) -> None:
+    assert [episode.source for episode in read_episodes(exported)] == ["made#0", "made#1"]
+
+
+def test_exported_episodes_can_be_inspected(exported: Path, done: Command) -> None:
+    output = done("data", "inspect", str(exported))
+
+    assert "a LeRobot dataset, v3.0" in output
+    assert "episodes      train 2, 15 steps (6 … 7 … 9 each)" in output
+    assert re.search(r"observation/images/external +images, 64 x 80 x 3", output)
+    assert "layout        described by" in output
+    assert "1 × push the block 0" in output
+
+
+def test_exported_episodes_can_be_prepared(exported: Path, tmp_path: Path, done: Command) -> None:
+    done("data", "prepare", str(exported), "--out", str(tmp_path / "again"), "--workers", "0")
+
     assert len(EpisodeStore(tmp_path / "again")) == 2
-    listed = list(list_items([str(out)], per_episode=2))
-    assert [item.key for item in listed] == [
-        f"{out}/train#{e}/{n}-of-2" for e in (0, 1) for n in (1, 2)
-    ]
-    assert list(listed[2].reader(listed[2].path, [listed[2].location])) == [
-        make(1, 9).images["external"][0]
-    ]
 
 
-def test_each_dataset_keeps_its_cameras(
-    store: Path, tmp_path: Path, done: Command, refused: Command
+def test_exported_episodes_can_be_listed_for_labeling(exported: Path) -> None:
+    items = list(list_items([str(exported)], per_episode=2))
+
+    assert [item.key for item in items] == [
+        f"{exported}/train#0/1-of-2",
+        f"{exported}/train#0/2-of-2",
+        f"{exported}/train#1/1-of-2",
+        f"{exported}/train#1/2-of-2",
+    ]
+    third = items[2]
+    (image,) = third.reader(third.path, [third.location])
+    assert image == make(1, 9).images["external"][0]
+
+
+@pytest.fixture
+def prepare_two(store: Path, tmp_path: Path) -> list[str]:
+    """The words that prepare two datasets with different cameras."""
+    wrist_episode = make(3, images={"wrist": make(3).images["external"]})
+    write_episodes([wrist_episode], tmp_path / "other")
+    folders = [str(store), str(tmp_path / "other")]
+    return ["data", "prepare", *folders, "--workers", "0", "--out", str(tmp_path / "out")]
+
+
+def test_each_prepared_dataset_keeps_its_cameras(
+    prepare_two: list[str], tmp_path: Path, done: Command
 ) -> None:
-    write_episodes([make(3, images={"wrist": make(3).images["external"]})], tmp_path / "other")
-    prepare = ["data", "prepare", str(store), str(tmp_path / "other"), "--workers", "0", "--out"]
-    assert "'wrist'" in refused(*prepare, str(tmp_path / "out"), "--size", "wrsit=16x16")
-    done(*prepare, str(tmp_path / "out"), "--size", "32x32", "wrist=16x16")
-    for name, camera in (("store", "external"), ("other", "wrist")):
-        assert EpisodeStore(tmp_path / "out" / name).cameras == [camera]
+    done(*prepare_two, "--size", "32x32", "wrist=16x16")
+
+    assert EpisodeStore(tmp_path / "out" / "store").cameras == ["external"]
+    assert EpisodeStore(tmp_path / "out" / "other").cameras == ["wrist"]
+
+
+def test_a_size_of_an_unknown_camera_is_refused(
+    prepare_two: list[str], tmp_path: Path, refused: Command
+) -> None:
+    assert "'wrist'" in refused(*prepare_two, "--size", "wrsit=16x16")
+
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
-def test_data_without_a_layout_are_shown(
+def test_data_without_a_layout_are_shown_with_what_is_needed_to_write_one(
     shared: Path, tmp_path: Path, done: Command, version: str
 ) -> None:
-    """Before anybody has written a spear.json: what is needed to write it."""
     page = tmp_path / "look.html"
+
     done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
+
     html = page.read_text()
-    assert [html.count(tag) for tag in ("<h2", "<img", "<script")] == [5, 4 * 8, 0]
-    body = html.partition("</pre>")[2]
+    assert html.count("<h2") == 5
+    assert html.count("<img") == 4 * 8
+    assert html.count("<script") == 0
+    _, _, body = html.partition("</pre>")
     for words in ("observation/state[3:6]", "observation/state[6:7]", "action[0:3]", "spear.json"):
         assert words in body, words
-    assert (
-        "counts from 0 to 9" in body and "<b>frame_index</b>" not in body
-    )  # a row's number is no signal
-    assert not any("nan" in plot for plot in re.findall(r"<svg.*?</svg>", body))
+    assert "counts from 0 to 9" in body
+    assert "<b>frame_index</b>" not in body  # a row's number is no signal
+    for plot in re.findall(r"<svg.*?</svg>", body):
+        assert "nan" not in plot
 
 
-def test_bad_input_is_one_line(shared: Path, tmp_path: Path, refused: Command) -> None:
-    data = shared / "data" / "lerobot" / "v3.0_image"
-    (tmp_path / "empty").mkdir()
-    out, layout = ["--out", str(tmp_path / "out")], tmp_path / "layout.json"
-    layout.write_text(
-        json.dumps({"like": "bridge_dataset", "images": {"external": "observation/image_9"}})
-    )
-    for arguments, message in (
-        (["data", "inspect", str(tmp_path / "empty")], "no robot data"),
-        (["data", "inspect", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
-        (["data", "export", str(data), *out, "--layout", str(layout)], "'observation/image_9'"),
-        (["data", "export", str(data), "--out", "x", "--images", "gif"], "gif"),
-        (["data", "prepare", str(data), *out, "--rate", "nan"], "--rate nan"),
-    ):
-        assert message in refused(*arguments)
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def wrong_layout(tmp_path: Path) -> Path:
+    """A layout that names a camera that the dataset does not have."""
+    layout = tmp_path / "layout.json"
+    content = {"like": "bridge_dataset", "images": {"external": "observation/image_9"}}
+    layout.write_text(json.dumps(content))
+    return layout
 
 
-def test_a_layout_is_never_ignored(
-    store: Path, tmp_path: Path, done: Command, refused: Command
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("inspect", "--out {out} --layout {layout}", "'observation/image_9'"),
+        ("export", "--out {out} --layout {layout}", "'observation/image_9'"),
+        ("export", "--out x --images gif", "gif"),
+        ("prepare", "--out {out} --rate nan", "--rate nan"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    command: str,
+    words: str,
+    message: str,
+    shared: Path,
+    tmp_path: Path,
+    wrong_layout: Path,
+    refused: Command,
 ) -> None:
-    exported, layout = tmp_path / "set", tmp_path / "layout.json"
-    done("data", "export", str(store), "--out", str(exported))
-    out = ["--out", str(tmp_path / "out")]
-    commands = (["audit"], ["export", *out], ["inspect"], ["prepare", *out])
-    for folder in (exported, store):
-        for name, *rest in commands:
-            said = refused("data", name, str(folder), *rest, "--layout", str(layout))
-            assert f"--layout {layout}: no such file" in said
-    shutil.copy(exported / "spear.json", layout)
-    for name, *rest in commands:
-        assert "needs no layout" in refused(
-            "data", name, str(store), *rest, "--layout", str(layout)
-        )
-    assert not (tmp_path / "out").exists()
-    refused("data", "inspect", str(exported), "--layout", str(layout))
-    done("data", "inspect", str(exported), "--layout", str(layout), *out)
+    out = tmp_path / "out"
+    data = shared / "data" / "lerobot" / "v3.0_image"
+    arguments = words.format(out=out, layout=wrong_layout).split()
+
+    assert message in refused("data", command, str(data), *arguments)
+
+    assert not out.exists()
+
+
+def test_an_empty_folder_is_no_robot_data(tmp_path: Path, refused: Command) -> None:
+    assert "no robot data" in refused("data", "inspect", str(tmp_path))
+
+
+COMMANDS_WITH_LAYOUT = pytest.mark.parametrize(
+    "words",
+    [
+        "audit {folder}",
+        "export {folder} --out {out}",
+        "inspect {folder}",
+        "prepare {folder} --out {out}",
+    ],
+)
+
+
+@COMMANDS_WITH_LAYOUT
+@pytest.mark.parametrize("source", ["set", "store"])
+def test_a_layout_that_does_not_exist_is_refused(
+    words: str, source: str, exported: Path, tmp_path: Path, refused: Command
+) -> None:
+    layout = tmp_path / "layout.json"
+    out = tmp_path / "out"
+    command = words.format(folder=tmp_path / source, out=out)
+
+    message = refused("data", *command.split(), "--layout", str(layout))
+
+    assert f"--layout {layout}: no such file" in message
+    assert not out.exists()
+
+
+@COMMANDS_WITH_LAYOUT
+def test_a_layout_for_a_store_is_refused(
+    words: str, store: Path, exported: Path, tmp_path: Path, refused: Command
+) -> None:
+    """A store says itself what it holds."""
+    layout = shutil.copy(exported / "spear.json", tmp_path / "layout.json")
+    out = tmp_path / "out"
+    command = words.format(folder=store, out=out)
+
+    assert "needs no layout" in refused("data", *command.split(), "--layout", str(layout))
+
+    assert not out.exists()
+
+
+def test_inspect_uses_a_layout_for_its_page_alone(
+    exported: Path, tmp_path: Path, done: Command, refused: Command
+) -> None:
+    layout = str(shutil.copy(exported / "spear.json", tmp_path / "layout.json"))
+    page = tmp_path / "look.html"
+
+    refused("data", "inspect", str(exported), "--layout", layout)
+    done("data", "inspect", str(exported), "--layout", layout, "--out", str(page))
+
+    assert page.exists()

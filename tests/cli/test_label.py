@@ -1,6 +1,7 @@
 """`spear label` of photos, scenes and RGB-D folders, from the command line."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,41 +16,72 @@ from labels_stand_ins import BoxSegmenter, BrightDetector, SlopePointMap, photos
 from refusals import Command
 from rgbd_folders import write_scannet
 from spear.cli import main
-from spear.doctor import Machine
+from spear.doctor import MachineSpeed
 from spear.labels import model_factories
 from spear.labels.fit.quality import compare_labels
 from spear.labels.models import resources
 from spear.labels.questions.store import read_questions
 from spear.labels.store import read_labels
 
-TRUTH = ["--detector", "ground-truth", "--segmenter", "ground-truth", "--pointmap", "ground-truth"]
+TRUE_MASKS_AND_DEPTH = ["--segmenter", "ground-truth", "--pointmap", "ground-truth"]
+GROUND_TRUTH = ["--detector", "ground-truth", *TRUE_MASKS_AND_DEPTH]
 
 
-def test_scenes_are_labelled_asked_and_shown(
-    tmp_path: Path, done: Command, refused: Command
-) -> None:
+@pytest.fixture(scope="module")
+def scene_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two scenes, labeled and asked about."""
     pytest.importorskip("mujoco")
+    out = tmp_path_factory.mktemp("scenes") / "labels"
+    assert main(["label", "sim:3-4", *scene_options(out)]) == 0
+    return out
+
+
+def scene_options(out: Path) -> list[str]:
+    return ["--out", str(out), "--workers", "0", "--questions", *GROUND_TRUTH]
+
+
+def test_scenes_are_labeled_and_the_folder_says_from_what(scene_labels: Path) -> None:
+    labels = list(read_labels(scene_labels))
+
+    assert [label.source for label in labels] == ["sim:3", "sim:4"]
+    assert labels[0].objects
+    run = json.loads((scene_labels / "run.json").read_text())
+    assert run["inputs"] == ["sim:3-4"]
+    assert run["pointmap"] == "ground-truth"
+
+
+def test_questions_are_asked_about_the_labeled_scenes(scene_labels: Path) -> None:
+    sources = {source for source, _ in read_questions(scene_labels)}
+
+    assert sources <= {"sim:3", "sim:4"}
+
+
+def test_the_same_command_finds_its_labels_finished(scene_labels: Path, done: Command) -> None:
+    output = done("label", "sim:3-4", *scene_options(scene_labels))
+
+    for words in ("2 labeled images", "0 skipped", "questions about"):
+        assert words in output
+
+
+def test_a_folder_with_labels_of_other_inputs_is_refused(
+    scene_labels: Path, refused: Command
+) -> None:
+    assert "inputs" in refused("label", "sim:3-5", *scene_options(scene_labels))
+
+
+def test_labels_are_shown_with_point_clouds(
+    scene_labels: Path, tmp_path: Path, done: Command
+) -> None:
     pytest.importorskip("rerun")
-    out = tmp_path / "labels"
-    options = ["--out", str(out), "--workers", "0", "--questions", *TRUTH]
-    said = done("label", "sim:3-4", *options)
-    assert all(
-        words in said for words in ("2 labelled images", "0 skipped", "images/", "questions about")
-    )
-    labels = list(read_labels(out))
-    assert [one.source for one in labels] == ["sim:3", "sim:4"] and labels[0].objects
-    assert {source for source, _ in read_questions(out)} <= {"sim:3", "sim:4"}
-    run = json.loads((out / "run.json").read_text())
-    assert run["inputs"] == ["sim:3-4"] and run["pointmap"] == "ground-truth"
-    assert "2 labelled images" in done("label", "sim:3-4", *options)
-    assert "inputs" in refused("label", "sim:3-5", *options)
-    rrd = tmp_path / "x.rrd"
-    done("label", "show", str(out), "--rerun", str(rrd))
-    assert rrd.stat().st_size > 500_000  # the clouds are in it
+    recording = tmp_path / "x.rrd"
+
+    done("label", "show", str(scene_labels), "--rerun", str(recording))
+
+    assert recording.stat().st_size > 500_000  # the clouds are in it
 
 
 @pytest.mark.parametrize(
-    ("given", "key"),
+    ("words", "hint"),
     [
         ("photos --pointmap ground-truth", "rgbd:FOLDER"),
         ("photos --detector file:bad.json", "bad.json"),
@@ -74,99 +106,137 @@ def test_scenes_are_labelled_asked_and_shown(
         ("photos --segmenter ground-truth=foo", "no network"),
     ],
 )
-def test_what_cannot_be_labelled_is_refused_with_a_way_out_and_leaves_nothing(
-    given: str, key: str, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_labeled_is_refused_with_a_way_out_and_leaves_nothing(
+    words: str, hint: str, tmp_path: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     photos(tmp_path / "photos", 2, bad=False)
     (tmp_path / "bad.json").write_text("{}")
-    there = set(tmp_path.iterdir())
-    assert (
-        key in refused("label", *given.split(), "--workers", "0")
-        and set(tmp_path.iterdir()) == there
-    )
+    files = set(tmp_path.iterdir())
+
+    message = refused("label", *words.split(), "--workers", "0")
+
+    assert hint in message
+    assert set(tmp_path.iterdir()) == files
 
 
-def test_a_plan_says_what_labelling_costs_and_gets_nothing(
-    tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a command that plans to label three photos, on a machine of known speed."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    folder, out = photos(tmp_path / "photos", 3, bad=False), tmp_path / "out"
-    monkeypatch.setattr(
-        "spear.doctor.machine", lambda *_: Machine(1e10, 1e11)
-    )  # measured in its own tests
-    batch = ["--batch-size", "2", "--out", str(out), "--plan"]
-    said = done(
-        "label", str(folder), "--segmenter", "sam2=somebody/else", "--pointmap", "moge", *batch
-    )
-    assert said.startswith("3 images, 2 at a time") and "314 M parameters, 1.17 GiB" in said
-    assert "before it is loaded: somebody/else" in said and "tokens in" in said and not out.exists()
-    need = resources.estimate_resources("moge", 2, 840, 8)
-    tokens, width = 2500, 1024  # ViT-L's matrix products, without MoGe's head
-    encoder = 24 * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    assert 1.1 * encoder < need.flops < 1.5 * encoder
-    assert f"activations {need.activations / 2**30:.2f} GiB" in said
-    assert (
-        main(["label", str(folder), "--detector", "grounding-dino", *TRUTH[2:], *batch]) == 2
-    )  # no depth
-
-
-def test_the_bill_comes_however_the_work_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Paid(BrightDetector):
-        def bill(self) -> str:
-            return "3 requests"
-
+    speed = MachineSpeed(bytes_per_s=1e10, flops_per_s=1e11)
+    monkeypatch.setattr("spear.doctor.measure_machine", lambda *_: speed)
     folder = photos(tmp_path / "photos", 3, bad=False)
-    made: dict[str, Any] = {
-        "sam2:Sam2Segmenter": BoxSegmenter,
-        "pointmap:load_point_map_model": SlopePointMap,
-    }
-    monkeypatch.setattr(model_factories, "_make_model", lambda entry, *_: made[entry.location]())
-    (boxes := tmp_path / "boxes.json").write_text(
-        '{"images": [], "annotations": [], "categories": []}'
-    )
-    for unreached, status, before in (
-        ("none", 0, ""),
-        (".png", 2, ""),
-        ("no", 0, f"file:{boxes}+"),
-    ):
-        made["gemini:GeminiDetector"] = partial(Paid, unreached=(unreached,))
-        words = [
-            "--out",
-            str(tmp_path / unreached),
-            "--workers",
-            "0",
-            "--detector",
-            f"{before}gemini",
-        ]
-        assert (
-            main(["label", str(folder), *words]) == status
-            and "3 requests" in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    return ["label", str(folder), "--batch-size", "2", "--out", out, "--plan"]
+
+
+def test_a_plan_says_what_labeling_costs_and_labels_nothing(
+    plan: list[str], tmp_path: Path, done: Command
+) -> None:
+    output = done(*plan, "--segmenter", "sam2=somebody/else", "--pointmap", "moge")
+
+    assert output.startswith("3 images, 2 at a time")
+    assert "314 M parameters, 1.17 GiB" in output
+    assert "before it is loaded: somebody/else" in output
+    assert "tokens in" in output
+    moge = resources.estimate_resources("moge", 2, 840, 8)
+    assert f"activations {moge.activations / 2**30:.2f} GiB" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_planned_operations_are_those_of_the_encoder_and_a_head() -> None:
+    num_tokens = 2500
+    width = 1024  # of a ViT-L with 24 layers
+    layer_flops = 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
+    encoder_flops = 24 * layer_flops
+
+    flops = resources.estimate_resources("moge", 2, 840, 8).flops
+
+    assert 1.1 * encoder_flops < flops
+    assert flops < 1.5 * encoder_flops
+
+
+def test_a_plan_needs_depth(plan: list[str], refused: Command) -> None:
+    """Photos have no true masks and depth."""
+    assert refused(*plan, "--detector", "grounding-dino", *TRUE_MASKS_AND_DEPTH)
+
+
+class BillingDetector(BrightDetector):
+    """A detector that is paid for."""
+
+    def bill(self) -> str:
+        return "3 requests"
+
+
+@pytest.fixture
+def label_with_gemini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Label three photos with a detector in Gemini's place; returns the exit code.
+
+    unreached: part of the names of photos for which the service cannot be reached.
+    """
+    folder = photos(tmp_path / "photos", 3, bad=False)
+
+    def label(unreached: str, detector: str) -> int:
+        makers: dict[str, Any] = {
+            "gemini:GeminiDetector": partial(BillingDetector, unreached=(unreached,)),
+            "sam2:Sam2Segmenter": BoxSegmenter,
+            "pointmap:load_point_map_model": SlopePointMap,
+        }
+        monkeypatch.setattr(
+            model_factories, "_make_model", lambda entry, *_: makers[entry.location]()
         )
+        out = str(tmp_path / "labels")
+        return main(["label", str(folder), "--out", out, "--workers", "0", "--detector", detector])
+
+    return label
 
 
-def test_a_broken_frame_is_set_aside(tmp_path: Path, done: Command) -> None:
+@pytest.mark.parametrize(("unreached", "exit_code"), [("none", 0), (".png", 2)])
+def test_the_bill_is_printed_however_the_work_ends(
+    unreached: str,
+    exit_code: int,
+    label_with_gemini: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert label_with_gemini(unreached, "gemini") == exit_code
+
+    assert "3 requests" in capsys.readouterr().out
+
+
+def test_the_bill_is_printed_where_gemini_completes_a_file(
+    label_with_gemini: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text('{"images": [], "annotations": [], "categories": []}')
+
+    assert label_with_gemini("no", f"file:{boxes}+gemini") == 0
+
+    assert "3 requests" in capsys.readouterr().out
+
+
+def test_a_broken_frame_is_skipped_and_labeled_when_it_is_mended(
+    tmp_path: Path, done: Command
+) -> None:
     frames = [random_frame(np.random.default_rng(seed), width=96, height=64) for seed in (0, 0, 1)]
-    folder, out = write_scannet(tmp_path / "scan", frames), tmp_path / "labels"
+    folder = write_scannet(tmp_path / "scan", frames)
+    out = tmp_path / "labels"
     depth = folder / "depth" / "0.png"
     depth.write_bytes(depth.read_bytes()[:100])
-    command = ("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *TRUTH)
-    assert "2 labelled images" in done(*command)
-    (aside,) = pq.read_table(out / "skipped.parquet").to_pylist()
-    assert aside["source"] == str(folder / "color" / "0.png")
-    assert [label.source for label in read_labels(out)] == [
-        str(folder / f"color/{i}.png") for i in (1, 2)
-    ]
-    assert (
-        compare_labels(
-            read_labels(out), [replace(f, names=frames[2].names) for f in frames[1:]]
-        ).center
-        < 0.005
-    )
+    command = ("label", f"rgbd:{folder}", "--out", str(out), "--workers", "0", *GROUND_TRUTH)
+
+    assert "2 labeled images" in done(*command)
+
+    (skipped,) = pq.read_table(out / "skipped.parquet").to_pylist()
+    assert skipped["source"] == str(folder / "color" / "0.png")
+    labels = list(read_labels(out))
+    expected_sources = [str(folder / f"color/{number}.png") for number in (1, 2)]
+    assert [label.source for label in labels] == expected_sources
+    true_frames = [replace(frame, names=frames[2].names) for frame in frames[1:]]
+    assert compare_labels(labels, true_frames).center < 0.005
+
     depth.write_bytes((folder / "depth" / "1.png").read_bytes())
-    assert "3 labelled images" in done(*command)
+    assert "3 labeled images" in done(*command)

@@ -1,19 +1,20 @@
-"""A served policy does as it does here."""
+"""A served policy does what it does in the same process."""
 
 import socket
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refusals import Command
+from refusals import Command, refuses
 from serve_here import HomingPolicy, run_server
-from spear.embodiments import load as robot_of
+from spear import embodiments
 from spear.embodiments.generic import EMBODIMENT as GENERIC
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES
-from spear.errors import Notice, SpearError
+from spear.errors import Notice
 from spear.evaluate.agents import PolicyAgent, load_agent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
@@ -22,85 +23,129 @@ from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
 from spear.serve.service import Service
 
+ONE_SCENE = TabletopOptions(scenes=1, families=("put_on",))
 
-def test_cheap_checks_come_before_loading_a_model(
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model is a mistake."""
+    monkeypatch.setattr(Spear1Policy, "load", None)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--host 192.0.2.1", "192.0.2.1"),
+        ("--host no..name", "no..name"),
+        ("--token=", "--token"),
+        ("--device tpu9", "tpu9"),
+    ],
+)
+def test_bad_options_are_found_before_a_model_is_loaded(
+    option: str, named: str, refused: Command
+) -> None:
+    assert named in refused("serve", "nano", *option.split())
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(
+    taken_port: int, refused: Command
+) -> None:
+    assert str(taken_port) in refused("serve", "nano", "--port", str(taken_port))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_empty_token_in_the_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch, refused: Command
 ) -> None:
-    monkeypatch.setattr(Spear1Policy, "load", None)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        wrong = {
-            "--host 192.0.2.1": "192.0.2.1",
-            "--host no..name": "no..name",
-            f"--port {port}": port,
-        }
-        for option, named in {**wrong, "--token=": "--token", "--device tpu9": "tpu9"}.items():
-            assert named in refused("serve", "nano", *option.split())
-    monkeypatch.setenv("SPEAR_TOKEN", "")  # set but empty: no server that is open to all
+    """It would mean a server that is open to all."""
+    monkeypatch.setenv("SPEAR_TOKEN", "")
+
     assert "SPEAR_TOKEN" in refused("serve", "nano")
 
 
 def test_a_server_for_another_robot_is_refused() -> None:
-    with (
-        run_server(robot="droid") as server,
-        pytest.raises(SpearError, match="--embodiment generic"),
-    ):
-        load_agent(f"ws://127.0.0.1:{server.port}")
+    with run_server(robot="droid") as server:
+        refuses("--embodiment generic", load_agent, f"ws://127.0.0.1:{server.port}")
 
 
-def test_results_of_a_served_policy_are_those_of_its_weights(tmp_path: Path) -> None:
-    """A server that comes back with others, at the same address, goes on with nobody's results."""
-    policy, port, options = (
-        HomingPolicy(),
-        0,
-        TabletopOptions(families=("put_on",), scenes=1, out=tmp_path),
-    )
-    for weights, scenes in (("one", 1), ("one", 2), ("two", 3)):
-        policy.identity = weights
-        with run_server(policy, port=port) as server:
-            port, agent = server.port, load_agent(f"ws://127.0.0.1:{server.port}")
-            assert agent.weights == weights
-            with nullcontext() if weights == "one" else pytest.raises(SpearError, match="weights"):
-                evaluate_tabletop(agent, replace(options, scenes=scenes))
+def test_results_of_a_served_policy_are_continued_with_the_same_weights_alone(
+    tmp_path: Path,
+) -> None:
+    """A server may come back at the same address with other weights."""
+    options = replace(ONE_SCENE, out=tmp_path)
+    policy = HomingPolicy()
+    policy.identity = "one"
+    with run_server(policy) as server:
+        port = server.port
+        agent = load_agent(f"ws://127.0.0.1:{port}")
+        assert agent.weights == "one"
+        evaluate_tabletop(agent, options)
+    with run_server(policy, port=port):
+        evaluate_tabletop(load_agent(f"ws://127.0.0.1:{port}"), replace(options, scenes=2))
+
+    policy.identity = "two"
+    with run_server(policy, port=port):
+        agent = load_agent(f"ws://127.0.0.1:{port}")
+        assert agent.weights == "two"
+        refuses("weights", evaluate_tabletop, agent, replace(options, scenes=3))
+
     assert len(load_results(tmp_path).outcomes) == 2
-    assert (
-        Service(loaded := Spear1Policy.load("nano"), GENERIC).metadata["weights"] == loaded.identity
-    )
-    assert loaded.identity == load_agent("nano").weights != load_agent("nano", flow_steps=3).weights
+
+
+def test_a_service_names_its_weights_as_an_agent_does() -> None:
+    policy = Spear1Policy.load("nano")
+
+    assert Service(policy, GENERIC).metadata["weights"] == policy.identity
+    assert load_agent("nano").weights == policy.identity
+    assert load_agent("nano", flow_steps=3).weights != policy.identity
 
 
 @pytest.mark.parametrize("sizes", [{"external": (48, 32), "wrist": (24, 24)}, {}])
-def test_a_served_policy_is_shown_pictures_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
+def test_a_served_policy_is_shown_images_of_its_size(sizes: dict[str, tuple[int, int]]) -> None:
     policy = HomingPolicy()
     if sizes:
         policy.image_sizes = sizes
-    with (
-        run_server(policy) as server,
-        pytest.warns(Notice, match="which weights"),
-    ):  # it does not say
-        assert load_agent(f"ws://127.0.0.1:{server.port}").image_sizes == (
-            sizes or DEFAULT_IMAGE_SIZES
-        )
+
+    with run_server(policy) as server, pytest.warns(Notice, match="which weights"):
+        agent = load_agent(f"ws://127.0.0.1:{server.port}")
+
+    assert agent.image_sizes == (sizes or DEFAULT_IMAGE_SIZES)
 
 
-def test_a_policy_of_one_camera_is_served_to_a_robot_that_has_two() -> None:
-    policy, robot = Spear1Policy.load("nano", steps=1, seed=3), robot_of("droid")
+def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
+    policy = Spear1Policy.load("nano", steps=1, seed=3)
     policy.processor = replace(
         policy.processor, image_sizes={"external": policy.image_sizes["external"]}
     )
-    service, seen = Service(policy, robot, robot="droid"), {**robot.example(), "seed": 1}
-    assert service.warm_up() > 0 and list(service.metadata["image_sizes"]) == ["external"]
-    (answer,) = service.answer([seen])
-    ours = {k: v for k, v in robot.read(seen).items() if k != "observation/wrist_image"}
-    rows = robot.select_control(None)[1].convert(
-        policy.infer(ours)["actions"], ours["observation/state"], seen
-    )
-    np.testing.assert_array_equal(answer["actions"], rows)
+    robot = embodiments.load("droid")
+    request = {**robot.example(), "seed": 1}
+    service = Service(policy, robot, robot="droid")
+
+    assert service.warm_up() > 0
+    (answer,) = service.answer([request])
+
+    assert list(service.metadata["image_sizes"]) == ["external"]
+    observation = robot.read(request)
+    del observation["observation/wrist_image"]
+    actions = policy.infer(observation)["actions"]
+    _, control = robot.select_control(None)
+    expected = control.convert(actions, observation["observation/state"], request)
+    np.testing.assert_array_equal(answer["actions"], expected)
 
 
-def test_a_served_policy_does_as_it_does_here() -> None:
-    options = TabletopOptions(scenes=2, families=("put_on",))
-    here, _ = evaluate_tabletop(PolicyAgent(HomingPolicy(), "here"), options)
+def test_a_served_policy_has_the_same_outcomes_as_in_the_same_process() -> None:
+    two_scenes = replace(ONE_SCENE, scenes=2)
+    local_results, _ = evaluate_tabletop(PolicyAgent(HomingPolicy(), "local"), two_scenes)
+
     with run_server() as server, closing(RemotePolicy(f"ws://127.0.0.1:{server.port}")) as remote:
-        there, _ = evaluate_tabletop(PolicyAgent(remote, "there"), options)
-    assert here.outcomes == there.outcomes
+        remote_results, _ = evaluate_tabletop(PolicyAgent(remote, "remote"), two_scenes)
+
+    assert remote_results.outcomes == local_results.outcomes

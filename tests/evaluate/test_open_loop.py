@@ -38,7 +38,7 @@ def test_held_out_episodes_that_were_learned_from_are_known(
     write_episodes([episode(i) for i in range(3)], tmp_path / "arm")
     write_lerobot([replace(episode(i), source=f"new#{i}") for i in range(2, 4)], tmp_path / "new")
     words = "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
-    assert "1 of them also in --train-split" in refused(*words)
+    assert "1 of the episodes are in both" in refused(*words)
 
 
 class Replay:

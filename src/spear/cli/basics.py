@@ -1,7 +1,7 @@
 """Commands of their own: asking about an image, recording demonstrations, the demo, the doctor."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -20,7 +20,11 @@ from spear.util.options import (
 )
 
 if TYPE_CHECKING:
+    from spear.doctor import InferenceResult
     from spear.sim.record import InterveningPolicy
+    from spear.types import Frame
+
+MAIN_VIEW = "external"  # the only camera with whose images a model's certainty is measured
 
 
 class AskOptions(Options):
@@ -30,12 +34,12 @@ class AskOptions(Options):
     """What to ask, in words."""
     model: ModelName = "nano-vlm"
     family: OptionalName = None
-    """Kind of question, which fixes the form of the answer: box_vertices, keypoint, offset, distance,
-    back_projection or chain_of_thought. Without it the model answers freely."""
-    view: str = "external"
-    """Which camera took it: external, or wrist."""
+    """Question type, which fixes the form of the answer, one of {box_vertices, keypoint, offset,
+    distance, back_projection, chain_of_thought}. Without it the model answers freely."""
+    view: str = MAIN_VIEW
+    """Camera that took the image, one of {external,wrist}."""
     decode: Decode = "median"
-    """How numbers are read off the model's probabilities; the interval is around the median."""
+    """How numbers are read from the model's probabilities; the interval is around the median."""
     draw: OptionalFile = None
     """Save the image with the answer's box drawn on it (for sim: images, whose camera is known)."""
     device: Device = "auto"
@@ -45,195 +49,247 @@ class AskOptions(Options):
 def ask(options: AskOptions) -> None:
     """Ask SPEAR-VLM a 3D question about an image.
 
-    Numbers in the answer are metres from the camera (for a model of relative labels, their unit): x to the
-    right, y down, z forward. Of a model that was calibrated, with the interval that held 80 % of the truths,
-    or "not in the picture".
+    Numbers in the answer are meters in the camera frame (for a model of relative labels, their
+    unit): x to the right, y down, z forward. A calibrated model adds the interval that contained
+    80 % of the true values, or answers "not in the picture".
 
     Examples:
         spear ask photo.jpg "How far away is the mug?"
         spear ask sim:7 "Provide the 3D bounding box coordinates of the cucumber" --draw box.png
     """
-    from spear.evaluate.vqa import ask as asking
+    from spear.evaluate.vqa.ask import ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust
     from spear.models.weights.folders import is_simulator_only
     from spear.policy import load_vlm, locate
-    from spear.util.images import encode_image_file, find_image_format
+    from spear.util.images import find_image_format
 
-    o, folder = options, locate(options.model)
-    if o.draw:
-        find_image_format(str(o.draw))
-    bundle = load_vlm(o.model, o.device, o.dtype)
-    check_known("view", bundle.processor.image_sizes, o.view)
-    picture = asking.load_picture(o.image, bundle.processor.image_sizes[o.view], o.view)
-    trust = (
-        Trust.load(folder) if o.view == "external" else None
-    )  # it was measured with images of that one
-    answer, said = asking.ask_question(
-        bundle, picture.image, o.question, o.family, o.decode, trust, o.view
+    folder = locate(options.model)
+    if options.draw:
+        find_image_format(str(options.draw))  # an unknown one is refused before the work
+    bundle = load_vlm(options.model, options.device, options.dtype)
+    check_known("view", bundle.processor.image_sizes, options.view)
+    size = bundle.processor.image_sizes[options.view]
+    picture = load_picture(options.image, size, options.view)
+
+    trust = Trust.load(folder) if options.view == MAIN_VIEW else None
+    answer, reply = ask_question(
+        bundle,
+        picture.image,
+        options.question,
+        options.family,
+        options.decode,
+        trust,
+        options.view,
     )
-    print(said)
-    if trust is None and o.view == "external":
-        notice(
-            f"not measured how sure this is: `spear evaluate vqa {o.model} sim --calibrate` does it"
-        )
-    if not o.image.startswith("sim:") and is_simulator_only(folder):
-        notice(f"{o.model} has seen nothing but the built-in simulator: it knows little of photos")
-    if o.draw and answer is None:
-        notice(f"{o.draw} is not written: there is no answer to draw")
-    elif o.draw and answer is not None:
-        from spear.report.draw import draw_answer
+    print(reply)
 
-        drawn = draw_answer(
-            answer.segments, picture.image, picture.intrinsics, answer.question_type
+    if trust is None and options.view == MAIN_VIEW:
+        notice(
+            "how certain this answer is was not measured. "
+            f"`spear evaluate vqa {options.model} sim --calibrate` does it."
         )
-        write_bytes(o.draw, encode_image_file(drawn, str(o.draw)))
+    if not options.image.startswith("sim:") and is_simulator_only(folder):
+        notice(
+            f"{options.model} has seen nothing but the built-in simulator. Do not expect a "
+            "meaningful answer about a photo."
+        )
+    if options.draw:
+        _draw_answer(answer, picture, options.draw)
+
+
+def _draw_answer(answer: Any, picture: "Frame", file: Path) -> None:
+    """Save the picture with the answer's box drawn on it."""
+    if answer is None:
+        notice(f"{file} is not written, because there is no answer to draw.")
+        return
+    from spear.report.draw import draw_answer
+    from spear.util.images import encode_image_file
+
+    drawing = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.question_type)
+    write_bytes(file, encode_image_file(drawing, str(file)))
 
 
 class DemonstrationOptions(Options):
     """What is recorded: the same in every simulator."""
 
     out: Path = Path("runs/episodes")
-    """Folder to write to."""
+    """Write to this folder."""
     episodes: Annotated[int, Range(1)] = 200
-    """How many demonstrations per task."""
+    """Number of demonstrations per task."""
     first_seed: int = 10_000
-    """Scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
+    """Record the scenes first-seed, first-seed + 1, … Those below 10000 are kept for testing."""
     preset: str = "nano"
-    """Model size to whose cameras the pictures are scaled."""
+    """Model size to whose cameras the images are scaled."""
     workers: Annotated[int, Range(1, 1024)] = 2
-    """Processes."""
+    """Number of processes."""
     policy: OptionalName = None
-    """A trained folder or shipped name that takes turns with the expert: what it does wrong is put right."""
+    """Trained folder or shipped name of a policy that takes turns with the expert, which corrects
+    its mistakes."""
 
 
 class RecordOptions(DemonstrationOptions):
     families: tuple[str, ...] = ()
-    """Task families; all of them when none is given."""
+    """Task families; default: all."""
 
 
 def record(options: RecordOptions) -> None:
     """Record demonstrations of the scripted expert in the simulator, to train a policy on.
 
-    Now and then the arm is pushed off course; the expert recovers, and the push itself is never a training
-    target. Demonstrations that fail are left out. If it is stopped, the same command continues behind what is
-    written, every 256 episodes; with more episodes it adds them.
+    Now and then the arm is pushed off course. The expert recovers, and the push itself is never a
+    training target. Failed demonstrations are not written. Demonstrations are written 256 at a
+    time: run the same command to continue after it was stopped, or with more --episodes to add
+    some.
 
     Examples:
         spear record --episodes 3000 --out runs/episodes
         spear record --policy nano --first-seed 40000 --out runs/corrections
     """
-    from spear.models.presets import get_preset as find_preset
+    from spear.models.presets import get_preset
     from spear.sim_data.demonstrations import record_demonstrations
 
-    o, sizes = options, find_preset(options.preset).image_sizes
-    how = o.first_seed, sizes, o.workers
-    written, tried = record_demonstrations(
-        o.out, o.families, o.episodes, *how, policy=_turns(o.policy)
+    num_written, num_tried = record_demonstrations(
+        options.out,
+        options.families,
+        options.episodes,
+        options.first_seed,
+        get_preset(options.preset).image_sizes,
+        options.workers,
+        policy=_load_intervening_policy(options.policy),
     )
-    print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out}")
+    _print_recorded(num_written, num_tried, options.out)
 
 
 class RecordSimplerOptions(DemonstrationOptions):
     out: Path = Path("runs/simpler-episodes")
-    """Folder to write to; each task has a folder of its own in it."""
+    """Write to this folder, which has a folder for each task."""
     tasks: tuple[str, ...] = ()
-    """ManiSkill's names; all four when none is given."""
+    """ManiSkill's names of the tasks; default: all four."""
     assets: OptionalFolder = None
-    """ManiSkill's asset folder, where it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
+    """ManiSkill's asset folder, if it is neither ~/.maniskill nor named by MS_ASSET_DIR."""
 
 
 def record_simpler(options: RecordSimplerOptions) -> None:
     """Record demonstrations of SIMPLER's four WidowX tasks (ManiSkill 3), to train a policy on.
 
-    As spear record, by a script that knows the true state (oracle), from starts off the official grid. Those
-    of seeds below 10000 are kept for evaluate simpler --off-grid. Needs what spear evaluate simpler needs.
+    A script that knows the true state (oracle) acts, as in spear record, from starts off the
+    official grid. Those of seeds below 10000 are kept for evaluate simpler --off-grid. This command
+    needs what spear evaluate simpler needs.
 
     Example:
         spear record simpler --episodes 80 --out runs/simpler-episodes
     """
     from spear.evaluate.simpler.record import record_demonstrations
-    from spear.models.presets import get_preset as find_preset
+    from spear.models.presets import get_preset
 
-    o, height = options, find_preset(options.preset).image_sizes["external"][1]
-    how = o.first_seed, height, o.workers, o.assets
-    done = record_demonstrations(o.out, o.tasks, o.episodes, *how, _turns(o.policy))
-    for task, (written, tried) in done.items():
-        print(f"{written} of {format_count(tried, 'demonstrations')} succeeded: {o.out / task}")
+    _, height = get_preset(options.preset).image_sizes[MAIN_VIEW]
+    counts_of_task = record_demonstrations(
+        options.out,
+        options.tasks,
+        options.episodes,
+        options.first_seed,
+        height,
+        options.workers,
+        options.assets,
+        _load_intervening_policy(options.policy),
+    )
+    for task, (num_written, num_tried) in counts_of_task.items():
+        _print_recorded(num_written, num_tried, options.out / task)
 
 
-def _turns(policy: str | None) -> "InterveningPolicy | None":
-    """What takes turns with the expert."""
-    if policy is None:
+def _print_recorded(num_written: int, num_tried: int, folder: Path) -> None:
+    print(f"{num_written} of {format_count(num_tried, 'demonstrations')} succeeded: {folder}")
+
+
+def _load_intervening_policy(name: str | None) -> "InterveningPolicy | None":
+    """Return the policy that takes turns with the expert."""
+    if name is None:
         return None
     from spear.evaluate.agents import predict_next_action
     from spear.policy import locate
     from spear.sim.record import InterveningPolicy
 
-    return InterveningPolicy(locate(policy), predict_next_action)
+    return InterveningPolicy(locate(name), predict_next_action)
 
 
 class DemoOptions(Options):
     out: Path = Path("runs/demo")
-    """Folder for the page and its intermediate results."""
+    """Write the page and its intermediate results to this folder."""
     data: OptionalFolder = None
-    """A folder with real robot episodes (RLDS, LeRobot)."""
+    """Folder of real robot episodes (RLDS, LeRobot) to fine-tune on."""
 
 
 def demo(options: DemoOptions) -> None:
-    """Walk the whole way and make one HTML page of it; takes a few minutes on a laptop.
+    """Run the complete pipeline on small examples, and write an HTML report.
 
-    Images labelled in 3D; answers to 3D questions; the robot at work in the simulator, with films; and a
-    fine-tuning on real robot episodes.
+    Takes a few minutes on a laptop. The report shows images labeled in 3D, answers to 3D questions,
+    the robot acting in the simulator, with films, and a fine-tuning on real robot episodes.
 
     Example:
         spear demo --out runs/demo --data bridge_dataset/1.0.0
     """
-    from spear.demo import make
+    from spear.demo import write_report
 
-    print(f"open {make(options.out, options.data).resolve()}")
+    print(f"open {write_report(options.out, options.data).resolve()}")
 
 
 class DoctorOptions(Options):
     preset: str = "nano"
-    """Model size: nano (the weights that come with this package), small or spear1 (random weights)."""
+    """Model size: nano (the weights that come with this package), small or spear1 (random
+    weights)."""
     device: Device = "auto"
     out: OptionalFile = Path("runs/doctor.html")
-    """The page to write; None: none."""
+    """Write a page to this file; None writes none."""
 
 
 def doctor(options: DoctorOptions) -> None:
-    """Find out whether acting is right and fast on this machine.
+    """Check that optimized inference is correct and fast on this machine.
 
-    One observation goes through the plain network and through what replaces it: the fast way, its CUDA graph,
-    bfloat16. Each is compared with the plain network and timed. What is printed is to be pasted into an
-    issue. Exits with 1 when something disagrees.
+    One observation goes through the plain network and through what replaces it: the fast
+    implementation, its CUDA graph, bfloat16. Each is compared with the plain network and timed.
+    Paste the output into an issue. The exit code is 1 if something disagrees.
 
     Examples:
         spear doctor
         spear doctor --device cuda --preset spear1
     """
-    from spear import doctor as machine
+    from spear.doctor import COLUMNS, DisagreementError, describe_machine, examine
     from spear.models.devices import choose_device
     from spear.models.presets import get_preset
     from spear.report.page import render
 
-    size, device = get_preset(options.preset), choose_device(options.device)
-    facts = machine.about(size, device)
-    lines = [f"{what}: {which}  " for what, which in facts]
-    lines += ["", f"| {' | '.join(machine.COLUMNS)} |", "|---" * len(machine.COLUMNS) + "|"]
+    size = get_preset(options.preset)
+    device = choose_device(options.device)
+    facts = describe_machine(size, device)
+    lines = [f"{name}: {description}  " for name, description in facts]
+    lines += ["", _markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
     print("\n".join(lines), flush=True)
-    rows, wrong = [], []
-    for way in machine.examine(size, device):
-        rows.append(way.row())
-        wrong += [f"{way.name} in {way.dtype}"] if way.problem else []
-        lines.append(f"| {' | '.join(rows[-1])} |")
+
+    results: list[InferenceResult] = []
+    for result in examine(size, device):
+        results.append(result)
+        lines.append(_markdown_row(result.to_row()))
         print(lines[-1], flush=True)
-    title = f"spear doctor: {size.name} on {device}"
-    page = render(
-        "doctor.html", title=title, facts=facts, columns=machine.COLUMNS, rows=rows, text=lines
-    )
+
     if options.out is not None:
+        page = render(
+            "doctor.html",
+            title=f"spear doctor: {size.name} on {device}",
+            facts=facts,
+            columns=COLUMNS,
+            rows=[result.to_row() for result in results],
+            text=lines,
+        )
         write_text(options.out, page)
-    if wrong:
-        raise machine.Disagrees(f"{', '.join(wrong)}: paste the lines above into an issue")
-    print("\neverything agrees" + (f"; open {options.out.resolve()}" if options.out else ""))
+
+    problems = [f"{result.name} in {result.dtype}" for result in results if result.problem]
+    if problems:
+        raise DisagreementError(
+            f"these disagree with the plain network: {', '.join(problems)}. Paste the lines above "
+            "into an issue."
+        )
+    page_advice = "" if options.out is None else f"; open {options.out.resolve()}"
+    print(f"\neverything agrees{page_advice}")
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

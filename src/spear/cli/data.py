@@ -1,6 +1,5 @@
 """The commands on robot data: what a folder holds, and from one format to another."""
 
-import itertools
 import json
 import os
 import sys
@@ -10,126 +9,153 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from spear.audit.options import AuditOptions, DescribeOptions, InspectOptions
-from spear.data.options import ExportOptions, PrepareOptions
+from spear.data.options import Conversion, ExportOptions, PrepareOptions
 from spear.errors import SpearError, UndecidedError, check_known, format_count
 from spear.util.files import write_text
 
 if TYPE_CHECKING:
+    from spear.data.readers.splits import EpisodeRange
     from spear.data.store.episode_store import EpisodeStore
+
+MAX_SHOWN_REASONS = 5  # of skipped episodes
 
 
 def inspect(options: InspectOptions) -> None:
     """Show what a folder of robot data holds: format, cameras, rates, instructions.
 
-    With --out it also writes a page that opens in any browser: frames of some episodes, their actions as
-    plots, and the gripper's paths. Of a dataset whose layout is not known it shows the columns as they are.
+    With --out it also writes a page that opens in any browser, with frames of some episodes, plots
+    of their actions, and the gripper's paths. If the dataset's layout is not known, the page shows
+    the columns as they are.
 
     Examples:
         spear data inspect bridge_dataset/1.0.0
         spear data inspect my_lerobot_dataset --out look.html
     """
-    from spear.audit.inspect import inspect as describe
+    from spear.audit.inspect import inspect as describe_dataset
 
-    path, out, layout = options.path, options.out, options.layout
-    _check_layout(path, layout)
-    if layout is not None and out is None:
-        raise SpearError(f"--layout {layout}: is for the page: give --out as well")
-    print(describe(path))
-    if out is not None:
+    _check_layout(options.path, options.layout)
+    if options.layout is not None and options.out is None:
+        raise SpearError(f"--layout {options.layout} is for the page. Add --out FILE.")
+    print(describe_dataset(options.path))
+    if options.out is not None:
         from spear.report.dataset import write_page
 
-        write_page(path, out, layout)
-        print(f"open {out.resolve()}")
+        write_page(options.path, options.out, options.layout)
+        print(f"open {options.out.resolve()}")
 
 
 def describe(options: DescribeOptions) -> None:
-    """Propose a spear.json for a dataset that nobody has described: to be read and corrected.
+    """Propose a spear.json for a dataset that nobody has described, for you to read and correct.
 
-    Columns, units, ranges, the form of rotations, frames and the gripper's sense are guessed from the
-    metadata and from what explains the recorded motion best; "facts" says why, and what is open (null).
+    Columns, units, ranges, rotation format, frames and the gripper's direction are guessed from the
+    metadata and from what explains the recorded motion best. The key "facts" says why, and what is
+    open (null).
 
     Examples:
         spear data describe my_robot
         spear data describe my_robot --out my_robot/spear.json
     """
-    from spear.audit.describe import describe as propose
+    from spear.audit.describe import describe as propose_layout
     from spear.data.readers.dataset_layout import LAYOUT_FILE
     from spear.data.readers.formats import open_dataset
 
-    path, out = options.path, options.out
-    if out is not None and out.exists():
-        raise SpearError(f"--out {out}: it exists already: correct it, or choose another name")
-    text = json.dumps(propose(path), indent=2, ensure_ascii=False)
-    file = open_dataset(path).path / LAYOUT_FILE  # of RLDS in the folder of the version
-    advice = (
-        "is there already: take from this what it lacks"
-        if file.exists()
-        else "is to be this, corrected"
-    )
-    if out is None:
+    if options.out is not None and options.out.exists():
+        raise SpearError(f"--out {options.out} exists already. Correct it, or give another name.")
+    text = json.dumps(propose_layout(options.path), indent=2, ensure_ascii=False)
+    file = open_dataset(options.path).path / LAYOUT_FILE  # of RLDS in the folder of the version
+    advice = f"{file} should contain this, once you have corrected it"
+    if file.exists():
+        advice = f"{file} exists already: add what it lacks"
+
+    if options.out is None:
         print(text)
     else:
-        write_text(out, text + "\n")
-    print(f"{file} {advice}; then: spear data audit {path}", file=sys.stderr)
+        write_text(options.out, text + "\n")
+    print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
 
 
 def prepare(options: PrepareOptions) -> None:
     """Make robot datasets ready for training: small images, 5 Hz, one meaning of actions.
 
-    The result is a store of episodes, which `spear train` reads as fast as its images can be decoded. Bad
-    episodes are skipped, with the reasons in skipped.json. If it is stopped, the same command continues.
+    The result is a store of episodes, which `spear train` reads as fast as its images can be
+    decoded. Bad episodes are skipped, with the reasons in skipped.json. Run the same command to
+    continue after it was stopped.
 
     Examples:
         spear data prepare bridge_dataset/1.0.0 --out runs/bridge --size 280x210
-        spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210 wrist=112x112
+        spear data prepare droid/1.0.1 bridge_dataset/1.0.0 --out runs/data --size 280x210
     """
     from spear.data.readers.formats import get_dataset_name, list_cameras
     from spear.data.store.prepare import plan_preparation
-    from spear.data.store.prepare import prepare as run
+    from spear.data.store.prepare import prepare as prepare_dataset
 
+    conversion = options.conversion
     if not options.paths:
-        raise SpearError("nothing to prepare: give one folder of robot data, or several")
-    how = options.conversion
+        raise SpearError("there is nothing to prepare. Give one folder of robot data, or several.")
     for path in options.paths:
-        _check_layout(path, how.layout)
+        _check_layout(path, conversion.layout)
     names = [get_dataset_name(path) for path in options.paths]
     if len(set(names)) < len(names):
-        raise SpearError(f"datasets of the same name: {', '.join(names)}: prepare them one by one")
-    seen = [list_cameras(path, how.layout) for path in options.paths]
-    check_known(
-        "camera (in --size)", {*itertools.chain(*seen)}, *(name for name in how.sizes if name)
-    )
+        raise SpearError(
+            f"several datasets have the same name: {', '.join(names)}. Prepare them one by one."
+        )
+    cameras_of_path = {path: list_cameras(path, conversion.layout) for path in options.paths}
+    _check_sized_cameras(conversion, list(cameras_of_path.values()))
+
+    # Mistakes in the last dataset are found before the first is prepared.
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     jobs = []
-    for path, name, there in zip(options.paths, names, seen, strict=True):
+    for path, name in zip(options.paths, names, strict=True):
         target = options.out if len(names) == 1 else options.out / name
-        own = tuple(size for size in how.size if size.rpartition("=")[0] in ("", *there))
-        jobs.append((path, target, options.split, replace(how, size=own)))
-        plan_preparation(*jobs[-1])  # what is wrong with the last is said before the first is made
-    for job in jobs:
-        written, reasons = run(*job, workers)
-        _report(written, job[1], reasons)
+        own_conversion = _conversion_of_dataset(conversion, cameras_of_path[path])
+        plan_preparation(path, target, options.split, own_conversion)
+        jobs.append((path, target, own_conversion))
+
+    for path, target, own_conversion in jobs:
+        num_written, reasons = prepare_dataset(path, target, options.split, own_conversion, workers)
+        _report(num_written, target, reasons)
+
+
+def _check_sized_cameras(conversion: Conversion, cameras_of_datasets: Sequence[list[str]]) -> None:
+    """Check that every camera in --size is in one of the datasets."""
+    all_cameras: set[str] = set()
+    for cameras in cameras_of_datasets:
+        all_cameras.update(cameras)
+    for camera in conversion.sizes:
+        if camera:
+            check_known("camera (in --size)", all_cameras, camera)
+
+
+def _conversion_of_dataset(conversion: Conversion, cameras: Sequence[str]) -> Conversion:
+    """Return the conversion with the sizes of the dataset's own cameras."""
+    sizes = []
+    for size in conversion.size:
+        camera, _, _ = size.rpartition("=")
+        if camera in ("", *cameras):
+            sizes.append(size)
+    return replace(conversion, size=tuple(sizes))
 
 
 def _check_layout(path: Path, layout: Path | None) -> None:
-    """Raises `SpearError` for a --layout that is no file, or is given with data that need none."""
+    """Check that --layout is a file, and is not given with data that need none."""
     from spear.data.readers.formats import FORMATS, find_format
 
     if layout is None:
         return
     if not layout.is_file():
-        raise SpearError(f"--layout {layout}: no such file: give a JSON file like spear.json")
+        raise SpearError(f"--layout {layout}: no such file. Give a JSON file like spear.json.")
     if find_format(path) == "store":
         raise SpearError(
-            f"--layout {layout}: {path} is {FORMATS['store'].title} and needs no layout"
+            f"--layout {layout}: {path} is {FORMATS['store'].title} and needs no layout. "
+            "Leave it out."
         )
 
 
 def export(options: ExportOptions) -> None:
     """Write robot episodes as a LeRobot v3.0 dataset, at their own rate.
 
-    Its states are position, quaternion (w x y z) and gripper opening; its actions are SPEAR-1's. Broken
-    episodes are skipped and counted.
+    Its states are position, quaternion (w x y z) and gripper opening; its actions are SPEAR-1's.
+    Broken episodes are skipped and counted.
 
     Example:
         spear data export runs/episodes --out my_lerobot_dataset --images video
@@ -141,85 +167,101 @@ def export(options: ExportOptions) -> None:
     from spear.util.progress import ProgressBar, track_progress
     from spear.util.skipped_items import SkippedItems
 
-    path, split, skipped = options.path, options.split, SkippedItems(MAX_BAD_SHARE)
-    _check_layout(path, options.layout)
-    total = sum(end - first for _, first, end in parse_split(count_episodes(path), split, path))
+    _check_layout(options.path, options.layout)
+    ranges = parse_split(count_episodes(options.path), options.split, options.path)
+    total = sum(end - first for _, first, end in ranges)
     bar = ProgressBar("writing", total, "episodes")
-    episodes = read_good_episodes(path, split, options.layout, skipped)
-    written = write_lerobot(track_progress(episodes, bar), options.out, options.images)
-    _report(written, options.out, skipped.reasons)
+    skipped = SkippedItems(MAX_BAD_SHARE)
+    episodes = read_good_episodes(options.path, options.split, options.layout, skipped)
+    num_written = write_lerobot(track_progress(episodes, bar), options.out, options.images)
+    _report(num_written, options.out, skipped.reasons)
 
 
 def audit(options: AuditOptions) -> None:
     """Check that a dataset means what its layout says: frame, unit, signs, delay, gripper, cameras.
 
-    Every plausible reading of the logged actions is integrated from the recorded states and compared with
-    where the robot went. The table says which fits best, how much worse the next one is, and whether the
-    layout (spear.json, or the list of known datasets) says the same; where the data cannot tell, it says so.
-    The gripper must follow its commands, and a camera must show something. The last line and the exit code
-    say which it is: consistent (0), contradiction (2) or undecided (3).
+    Every plausible meaning of the logged actions is integrated from the recorded states and
+    compared with where the robot went. The table says which meaning fits best, how much worse the
+    next one is, and whether the layout (spear.json, or the list of known datasets) says the same.
+    It also says what the data cannot tell. The gripper must follow its commands, and a camera must
+    show something. The last line and the exit code are the verdict: consistent (0), contradiction
+    (2) or undecided (3).
 
     Examples:
         spear data audit bridge_dataset/1.0.0
         spear data audit my_lerobot_dataset --out audit.html
     """
-    from spear.audit.dataset_audit import audit as run
+    from spear.audit.dataset_audit import audit as audit_dataset
     from spear.report.audit import conclude, format_report, write_audit_page
 
     _check_layout(options.path, options.layout)
-    report = run(options.path, options.split, options.layout)
+    report = audit_dataset(options.path, options.split, options.layout)
     if options.out is not None:
         write_audit_page(report, options.out)
         print(f"open {options.out.resolve()}")
     print(format_report(report))
     if report.outcome == "contradiction":
-        raise SpearError(f"{options.path}: {conclude(report)}: say what fits in its spear.json")
+        raise SpearError(
+            f"{options.path}: {conclude(report)}. Write what fits into its spear.json."
+        )
     if report.outcome == "undecided":
-        raise UndecidedError(f"{options.path}: undecided: the line above says what cannot be told")
+        raise UndecidedError(
+            f"{options.path}: undecided. The line above says what the data cannot tell."
+        )
 
 
 def datasets() -> None:
-    """List the datasets whose layout is known, with their share of the training mixture.
+    """List the datasets whose layout is known, with their sampling weight in the training mixture.
 
     Example:
         spear data datasets
     """
     from spear.data.readers.dataset_layout import REGISTRY, find_missing_fields
 
-    for name, spec in sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0)):
-        weight = f"{spec.weight:5.1f} %" if spec.weight is not None else "      -"
-        rate = f"{spec.rate_hz:g} Hz" if spec.rate_hz else "rate not known"
-        unknown = find_missing_fields(spec)
-        note = (
-            f"not readable yet: {', '.join(unknown)} not known"
-            if unknown
-            else ", ".join(spec.images)
-        )
-        print(f"{weight}  {name:<62} {spec.robot or '':<16} {rate:<8} {note}")
+    layouts = sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0))
+    for name, layout in layouts:
+        weight = f"{layout.weight:5.1f} %" if layout.weight is not None else "      -"
+        rate = f"{layout.rate_hz:g} Hz" if layout.rate_hz else "rate not known"
+        missing = find_missing_fields(layout)
+        note = ", ".join(layout.images)
+        if missing:
+            note = f"not readable yet: {', '.join(missing)} not known"
+        print(f"{weight}  {name:<62} {layout.robot or '':<16} {rate:<8} {note}")
 
 
-def _report(written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None) -> None:
-    for reason in reasons[:5]:
+def _report(
+    num_written: int, folder: Path, reasons: Sequence[str], file: TextIO | None = None
+) -> None:
+    """Print how many episodes were written, and why others were skipped."""
+    for reason in reasons[:MAX_SHOWN_REASONS]:
         print(f"skipped: {reason}", file=sys.stderr)
-    print(f"{format_count(written, 'episodes')} in {folder}, {len(reasons)} skipped", file=file)
+    episodes = format_count(num_written, "episodes")
+    print(f"{episodes} in {folder}, {len(reasons)} skipped", file=file)
 
 
-def check_episodes(path: Path, split: str) -> Sequence[tuple[str, int, int]]:
-    """What `parse_split` finds. Raises `SpearError` for a folder without a format, a layout or this split;
-    makes nothing."""
+def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
+    """Return the ranges of episodes of a split (see `parse_split`), without preparing them.
+
+    Raises `SpearError` for a folder without a known format, layout, split or camera.
+    """
     from spear.data.readers.formats import count_episodes, list_cameras
     from spear.data.readers.splits import parse_split
 
-    ranges, there = parse_split(count_episodes(path), split, path), list_cameras(path)
-    if not {"external", "wrist"} & {*there}:
+    ranges = parse_split(count_episodes(path), split, path)
+    cameras = list_cameras(path)
+    if "external" not in cameras and "wrist" not in cameras:
         raise SpearError(
-            f"{path}: no camera external or wrist, but {', '.join(there)}: name them so"
+            f"{path}: there is no camera external or wrist, but {', '.join(cameras)}. Name them "
+            "external and wrist in its spear.json."
         )
     return ranges
 
 
 def open_episodes(path: Path, out: Path, split: str = "train") -> "EpisodeStore":
-    """The episodes of a folder; other than our own are prepared first, into OUT, by the first process."""
+    """Return the episodes of a folder; in other formats than ours they are first prepared in `out`.
+
+    The first process prepares them, and the others wait.
+    """
     from spear.data.store.prepare import open_store
 
     store, reasons = open_store(path, out, split)

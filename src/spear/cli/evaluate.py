@@ -1,9 +1,10 @@
 """Evaluating policies and SPEAR-VLMs, and comparing the results of two policies."""
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich import print as show
 from tyro.conf import Positional, arg
@@ -28,6 +29,13 @@ from spear.util.options import (
 )
 from spear.util.run_settings import describe_difference
 
+if TYPE_CHECKING:
+    from spear.data.store.episode_store import EpisodeStore
+    from spear.evaluate.open_loop import OpenLoopErrors
+    from spear.types import LabeledImage
+
+MIN_CALIBRATION_IMAGES = 100
+
 
 class EvaluateOptions(Options):
     agent: AgentOptions = field(default_factory=AgentOptions)
@@ -39,9 +47,9 @@ class EvaluateOptions(Options):
 def evaluate(options: EvaluateOptions) -> None:
     """Let a policy act in simulated scenes it has never seen, and count its successes.
 
-    Prints success per task family with 95 % intervals; writes OUT/results.json and films of successes and
-    failures. Outcomes are written as they come: the same command continues an evaluation that was stopped,
-    and one with more --scenes adds to it.
+    Prints success per task family with 95 % intervals; writes OUT/results.json and films of
+    successes and failures. Outcomes are written as they come: the same command continues an
+    evaluation that was stopped, and one with more --scenes adds to it.
 
     Examples:
         spear evaluate --policy nano --scenes 200
@@ -49,10 +57,11 @@ def evaluate(options: EvaluateOptions) -> None:
         spear evaluate --policy nano --shard 2/5 --films failures
     """
     from spear.evaluate.agents import load_agent
-    from spear.evaluate.closed_loop import evaluate_tabletop as run
+    from spear.evaluate.closed_loop import evaluate_tabletop
 
-    ran, _ = run(load_agent(**vars(options.agent)), options.loop)
-    _report(options.agent.policy, options.loop.out, len(ran.outcomes))
+    agent = load_agent(**vars(options.agent))
+    results, _ = evaluate_tabletop(agent, options.loop)
+    _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
 
 
 class EvaluateSimplerOptions(Options):
@@ -65,9 +74,9 @@ class EvaluateSimplerOptions(Options):
 def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     """Let a policy act in SIMPLER's four WidowX tasks (ManiSkill 3), and count its successes.
 
-    Needs pip install 'spear-vla[simpler]', ManiSkill's assets and a Vulkan driver: see docs/simpler.md.
-    Prints success per task with 95 % intervals beside the paper's numbers; writes OUT/results.json and films.
-    The same command continues an evaluation that was stopped.
+    Needs pip install 'spear-vla[simpler]', ManiSkill's assets and a Vulkan driver: see
+    docs/simpler.md. Prints success per task with 95 % intervals and the paper's numbers; writes
+    OUT/results.json and films. The same command continues an evaluation that was stopped.
 
     Examples:
         spear evaluate simpler --policy runs/my_policy
@@ -76,12 +85,14 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     from spear.evaluate.agents import load_agent
     from spear.evaluate.simpler import run
 
-    who = options.agent
-    if who.policy == "expert":
-        raise SpearError("--policy expert: knows the embedded simulator only: give oracle")
-    agent = run.OracleAgent() if who == AgentOptions("oracle") else load_agent(**vars(who))
-    ran, _ = run.evaluate_simpler(agent, options.loop)
-    _report(who.policy, options.loop.out, len(ran.outcomes))
+    if options.agent.policy == "expert":
+        raise SpearError(
+            "--policy expert knows only the embedded simulator. Give --policy oracle for SIMPLER."
+        )
+    is_plain_oracle = options.agent == AgentOptions("oracle")
+    agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
+    results, _ = run.evaluate_simpler(agent, options.loop)
+    _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
 
 
 class EvaluateDataOptions(Options):
@@ -91,12 +102,12 @@ class EvaluateDataOptions(Options):
     split: str = "train"
     """Which of its episodes are held out: train, val, train[90%:] …"""
     train: OptionalFolder = None
-    """Folder of the training episodes, whose mean action is a reference (default: the same folder with
-    --train-split, or else the held-out episodes)."""
+    """Folder of the training episodes, whose mean action is a baseline. Default: the same folder
+    with --train-split, otherwise the held-out episodes."""
     train_split: OptionalName = None
     """Which of the training folder's episodes were trained on."""
     plot: OptionalFile = None
-    """Write a page with plots of predictions and truth to this file."""
+    """Write a page with plots of predicted and true actions to this file."""
     device: Device = "auto"
     dtype: Dtype = "float32"
     dataset: DatasetName = None
@@ -105,85 +116,149 @@ class EvaluateDataOptions(Options):
 def evaluate_data(options: EvaluateDataOptions) -> None:
     """Compare a policy's actions with a demonstrator's, on recorded episodes (no robot needed).
 
-    Prints the errors, with 95 % intervals over episodes, beside those of two policies that see nothing:
-    always the mean action, and always the last action again.
+    Prints the errors, with 95 % intervals over episodes, and those of two baselines that ignore the
+    observation: always the mean action, and the last action repeated.
 
     Examples:
         spear evaluate data runs/my_robot runs/held_out --train runs/train --plot errors.html
-        spear evaluate data runs/my_robot my_dataset --split "train[90%:]" --train-split "train[:90%]"
+        spear evaluate data runs/mine my_dataset --split "train[90%:]" --train-split "train[:90%]"
     """
-    from spear.data.readers.splits import count_shared_episodes
     from spear.evaluate import open_loop
-    from spear.models.weights.folders import read_provenance
-    from spear.policy import Spear1Policy, locate
+    from spear.policy import Spear1Policy
     from spear.report.comparison import open_loop_page
 
-    o = options
-    learned = (o.train or o.data, o.train_split or ("train" if o.train else o.split))
-    held, trained = check_episodes(o.data, o.split), check_episodes(*learned)
-    known = (o.train or o.train_split) and learned[0].resolve() == o.data.resolve()
-    if known and (both := count_shared_episodes(held, trained)):
-        where = f"--split {o.split}: {both} of its episodes also in --train-split {learned[1]}"
-        raise SpearError(f"{where}: hold others out")
-    model = Spear1Policy.load(o.policy, o.device, dataset=o.dataset, dtype=o.dtype)
-    model.truncate_instructions = True  # its training cut the instructions of these episodes, too
+    # Mistakes are found before the weights are loaded and the data prepared.
+    train_folder, train_split = _choose_training_episodes(options)
+    _check_splits_are_disjoint(options, train_folder, train_split)
+    policy = Spear1Policy.load(
+        options.policy, options.device, dataset=options.dataset, dtype=options.dtype
+    )
+    policy.truncate_instructions = True  # as its training did with instructions of these episodes
+
     with TemporaryDirectory() as scratch:
-        held_out = open_episodes(
-            o.data, Path(scratch) / "held-out", o.split
-        ).select_demonstrations()
-        train, marks = held_out, held_out.episode_fingerprints()
-        if o.train or o.train_split:
-            train = open_episodes(
-                learned[0], Path(scratch) / "train", learned[1]
-            ).select_demonstrations()
-            if both := len({*marks} & {*train.episode_fingerprints()}):
-                raise SpearError(
-                    f"--split {o.split}: {both} of them also in --train-split {learned[1]}"
-                )
-        if both := len({*marks} & {*read_provenance(locate(o.policy)).get("learned", "").split()}):
-            notice(
-                f"{o.policy} was trained on held-out episodes, {both} of {len(marks)}: hold others out"
-            )
-        ours = open_loop.score_policy(o.policy, model, held_out)
-        horizon = model.model.config.horizon
-        reference = open_loop.score_mean_action(train, held_out, horizon)
-        scores = (ours, reference, open_loop.score_last_action(held_out, horizon))
+        store = open_episodes(options.data, Path(scratch) / "held-out", options.split)
+        held_out = store.select_demonstrations()
+        training = held_out
+        if options.train or options.train_split:
+            store = open_episodes(train_folder, Path(scratch) / "train", train_split)
+            training = store.select_demonstrations()
+            _check_episodes_are_disjoint(options, held_out, training, train_split)
+        _note_learned_episodes(options.policy, held_out)
+
+        horizon = policy.model.config.horizon
+        policy_errors = open_loop.score_policy(options.policy, policy, held_out)
+        mean_action_errors = open_loop.score_mean_action(training, held_out, horizon)
+        last_action_errors = open_loop.score_last_action(held_out, horizon)
+
+    _print_open_loop_errors(
+        [policy_errors, mean_action_errors, last_action_errors], num_episodes=len(held_out)
+    )
+    if options.plot:
+        write_text(options.plot, open_loop_page(policy_errors, mean_action_errors))
+        print(f"page: {options.plot}")
+
+
+def _choose_training_episodes(options: EvaluateDataOptions) -> tuple[Path, str]:
+    """Return the folder and the split of the episodes whose mean action is a baseline."""
+    default_split = "train" if options.train else options.split
+    return options.train or options.data, options.train_split or default_split
+
+
+def _check_splits_are_disjoint(
+    options: EvaluateDataOptions, train_folder: Path, train_split: str
+) -> None:
+    """Check that both folders have their splits, which do not overlap in the same folder."""
+    from spear.data.readers.splits import count_shared_episodes
+
+    held_out_ranges = check_episodes(options.data, options.split)
+    train_ranges = check_episodes(train_folder, train_split)
+    if not (options.train or options.train_split):
+        return
+    if train_folder.resolve() != options.data.resolve():
+        return
+    num_shared = count_shared_episodes(held_out_ranges, train_ranges)
+    if num_shared:
+        raise SpearError(_describe_shared_episodes(options, train_split, num_shared))
+
+
+def _check_episodes_are_disjoint(
+    options: EvaluateDataOptions,
+    held_out: "EpisodeStore",
+    training: "EpisodeStore",
+    train_split: str,
+) -> None:
+    """Check that no episode is in both stores, whatever their folders are."""
+    shared = {*held_out.episode_fingerprints()} & {*training.episode_fingerprints()}
+    if shared:
+        raise SpearError(_describe_shared_episodes(options, train_split, len(shared)))
+
+
+def _describe_shared_episodes(
+    options: EvaluateDataOptions, train_split: str, num_shared: int
+) -> str:
+    return (
+        f"--split {options.split} and --train-split {train_split}: {num_shared} of the episodes "
+        "are in both. Hold other episodes out."
+    )
+
+
+def _note_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
+    """Give a notice if the policy was trained on held-out episodes."""
+    fingerprints = set(held_out.episode_fingerprints())
+    num_learned = len(fingerprints & _learned_fingerprints(policy))
+    if num_learned:
+        notice(
+            f"{policy} was trained on {num_learned} of {len(fingerprints)} held-out episodes. "
+            "Hold other episodes out."
+        )
+
+
+def _learned_fingerprints(model: str) -> set[str]:
+    """Return the fingerprints of the images and episodes that a model was trained on."""
+    from spear.models.weights.folders import read_provenance
+    from spear.policy import locate
+
+    return set(read_provenance(locate(model)).get("learned", "").split())
+
+
+def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
+    """Print a table: a row per kind of error, a column per policy."""
     summaries = [score.summarize() for score in scores]
-    rows = [[format_count(len(held_out), "held-out episodes"), *(s.name[-26:] for s in scores)]]
-    rows += [
-        [name.replace("_", " "), *(s[name].to_text(".3f") for s in summaries)]
-        for name in summaries[0]
-    ]
-    for head, *cells in rows:
-        print(f"{head:<24}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
-    if o.plot:
-        write_text(o.plot, open_loop_page(ours, reference))
-        print(f"page: {o.plot}")
+    names = [score.name[-26:] for score in scores]
+    rows = [(format_count(num_episodes, "held-out episodes"), names)]
+    for error_name in summaries[0]:
+        cells = [summary[error_name].to_text(".3f") for summary in summaries]
+        rows.append((error_name.replace("_", " "), cells))
+    for title, cells in rows:
+        columns = "".join(f"{cell:<28}" for cell in cells)
+        print(f"{title:<24}{columns.rstrip()}")
 
 
 class EvaluateVqaOptions(Options):
     model: Annotated[Positional[ModelName], arg(metavar="MODEL")]
     questions: Annotated[Positional[str], arg(metavar="QUESTIONS")]
-    """A folder of labelled images that `spear label` wrote, of which questions are made; or sim, for scenes
-    of the built-in simulator that nothing is trained on (sim:SEED begins with that one)."""
+    """A folder of labeled images that `spear label` wrote, from which questions are made; or sim,
+    for scenes of the built-in simulator that nothing is trained on (sim:SEED begins with that
+    one)."""
     images: Annotated[int, Range(1)] = 300
-    """At most so many images; of a folder, spread evenly over it."""
+    """Maximum number of images; of a folder, they are spread evenly over it."""
     asked: QuestionOptions = field(default_factory=QuestionOptions)
     device: Device = "auto"
     dtype: Dtype = "float32"
     out: Path = Path("runs/evaluate-vqa")
-    """Folder for the results of this model and these questions."""
+    """Write the results of this model and these questions to this folder."""
     calibrate: bool = False
-    """Also write calibration.json beside the model's weights, from which `spear ask` says how sure an answer
-    is, and what is not in the picture. Evaluate on other images than those."""
+    """Also write calibration.json beside the model's weights, from which `spear ask` says how
+    certain an answer is, and what is not in the picture. Evaluate on other images afterwards."""
 
 
 def evaluate_vqa(options: EvaluateVqaOptions) -> None:
-    """Measure what SPEAR-VLM knows in 3D: ask it about labelled images that it has not seen.
+    """Measure what SPEAR-VLM knows in 3D: ask it about labeled images that it has not seen.
 
-    Prints, per kind of question, how far off the answers are, beside a constant guess and one that knows only
-    how far away the scene is; how well boxes overlap; which way of reading numbers off the model's
-    probabilities is best; and how well these are calibrated. Writes OUT/scores.json and a page, index.html.
+    Prints, per question type, how far off the answers are, compared with a constant guess and with
+    one that knows only how far away the scene is; how well boxes overlap; which way of reading
+    numbers from the model's probabilities is best; and how well these are calibrated. Writes
+    OUT/scores.json and a page, index.html.
 
     Examples:
         spear evaluate vqa nano-vlm sim --images 100
@@ -192,118 +267,176 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     """
     from spear.evaluate.vqa import run
     from spear.evaluate.vqa.ask import load_labeled_images
-    from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Trust
-    from spear.labels.inputs import hash_content
-    from spear.models.weights.folders import read_provenance
+    from spear.evaluate.vqa.calibration import Trust
     from spear.policy import load_vlm, locate
     from spear.report.vqa import vqa_page
 
-    o, asked = options, options.asked
-    if o.calibrate and (asked.families or asked.view != "external"):
+    scores_file = options.out / "scores.json"
+    settings = _describe_vqa_run(options)
+    _check_vqa_run(options, scores_file, settings)
+
+    # Ask.
+    bundle = load_vlm(options.model, options.device, options.dtype)
+    labels = load_labeled_images(
+        options.questions, options.images, options.asked.view, bundle.processor
+    )
+    if options.calibrate and len(labels) < MIN_CALIBRATION_IMAGES:
         raise SpearError(
-            "--calibrate: for all that `spear ask` may be asked: leave out --families, --view"
+            f"--calibrate needs at least {MIN_CALIBRATION_IMAGES} images, and there are "
+            f"{len(labels)}. Give more with --images."
         )
-    check_no_foreign_files(o.out, "scores.json", "evaluate")
-    file = o.out / "scores.json"
-    check_writable(file)
-    if o.calibrate:
-        check_writable(locate(o.model) / CALIBRATION_FILE)
-    about = {f"--{key}": value for key, value in vars(asked).items() if key != "batch"}
-    about |= {"model": o.model, "questions": o.questions, "--images": o.images}
-    there = read_json(file, "remove it, or give another --out") if file.is_file() else about
-    if others := describe_difference({key: there.get(key) for key in about}, about):
-        raise SpearError(f"{file}: these are other scores: {others}: give another --out")
-    bundle = load_vlm(o.model, o.device, o.dtype)
-    labels = load_labeled_images(o.questions, o.images, asked.view, bundle.processor)
-    if o.calibrate and len(labels) < 100:
+    _note_learned_images(options.model, labels)
+    trust = None if options.calibrate else Trust.load(locate(options.model))
+    scores = run.evaluate_vqa(bundle, labels, options.asked, trust)
+
+    # Save and print.
+    scores.save(scores_file, settings)
+    page = options.out / "index.html"
+    write_text(page, vqa_page(scores, options.model, options.questions))
+    for table in scores.tables():
+        show(table)
+    print(f"page: {page}")
+    if options.calibrate:
+        measured_trust = run.measure_trust(bundle, labels, scores, options.questions)
+        print(f"calibration: {measured_trust.save(locate(options.model))}")
+
+
+def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
+    """Return the settings that scores depend on, as they are recorded with the scores."""
+    settings: dict[str, Any] = {}
+    for name, value in vars(options.asked).items():
+        if name != "batch":  # which changes no score
+            settings[f"--{name}"] = value
+    settings["model"] = options.model
+    settings["questions"] = options.questions
+    settings["--images"] = options.images
+    return settings
+
+
+def _check_vqa_run(
+    options: EvaluateVqaOptions, scores_file: Path, settings: dict[str, Any]
+) -> None:
+    """Check the options, and that the folder can be written and has no other scores."""
+    from spear.evaluate.vqa.calibration import CALIBRATION_FILE
+    from spear.policy import locate
+
+    if options.calibrate and (options.asked.families or options.asked.view != "external"):
         raise SpearError(
-            f"--calibrate: too few images ({len(labels)}): take at least 100 (--images)"
+            "--calibrate measures everything that `spear ask` may be asked. Leave out --families "
+            "and --view."
         )
-    learned = {*read_provenance(locate(o.model)).get("learned", "").split()}
-    if both := sum(hash_content(label.image) in learned for label in labels):
-        notice(f"{o.model} was trained on these images, {both} of {len(labels)}: hold others out")
-    trust = None if o.calibrate else Trust.load(locate(o.model))
-    scores = run.evaluate_vqa(bundle, labels, asked, trust)
-    scores.save(file, about)
-    write_text(o.out / "index.html", vqa_page(scores, o.model, o.questions))
-    show(*scores.tables())
-    print(f"page: {o.out / 'index.html'}")
-    if o.calibrate:
-        kept = run.measure_trust(bundle, labels, scores, o.questions).save(locate(o.model))
-        print(f"calibration: {kept}")
+    check_no_foreign_files(options.out, "scores.json", "evaluate")
+    check_writable(scores_file)
+    if options.calibrate:
+        check_writable(locate(options.model) / CALIBRATION_FILE)
+    if not scores_file.is_file():
+        return
+    recorded = read_json(scores_file, "remove it, or give another --out")
+    recorded_settings = {name: recorded.get(name) for name in settings}
+    differences = describe_difference(recorded_settings, settings)
+    if differences:
+        raise SpearError(f"{scores_file} holds other scores: {differences}. Give another --out.")
+
+
+def _note_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:
+    """Give a notice if the model was trained on some of the images."""
+    from spear.labels.inputs import hash_content
+
+    learned = _learned_fingerprints(model)
+    num_learned = sum(hash_content(label.image) in learned for label in labels)
+    if num_learned:
+        notice(
+            f"{model} was trained on {num_learned} of {len(labels)} evaluated images. Hold other "
+            "images out."
+        )
 
 
 class CompareOptions(Options):
     first: Annotated[Positional[Path], arg(metavar="A")]
     """Folder that spear evaluate wrote (or its results.json)."""
     second: Annotated[Positional[Path], arg(metavar="B")]
-    """The folder (or results.json) to compare with."""
+    """Folder (or results.json) to compare with."""
     out: OptionalFile = None
     """Also write an HTML page with plots, and films of the same scenes side by side."""
     films: Annotated[int, Range(0)] = 12
-    """At most so many pairs of films on the page; scenes that only one of the two solved come first. Of
-    all scenes there are films where both were evaluated with --films all."""
+    """Maximum number of pairs of films on the page; scenes that only one of the two solved come
+    first. All scenes have films if both were evaluated with --films all."""
 
 
 def compare(options: CompareOptions) -> None:
     """Say which of two evaluated policies is better, on the scenes that both have seen.
 
-    Prints both success rates per task family, and the difference (A minus B, in percentage points) with 95 %
-    interval and p-value, which is below 0.05 exactly where the interval leaves out zero.
+    Prints both success rates per task family, and the difference (A minus B, in percentage points)
+    with its 95 % interval and p-value, which is below 0.05 exactly if the interval excludes zero.
 
     Examples:
         spear evaluate compare runs/mine runs/evaluate
         spear evaluate compare runs/mine runs/evaluate --out compare.html
     """
-    from spear.evaluate.compare import compare_results as pair_up
+    from spear.evaluate.compare import compare_results
     from spear.report.comparison import comparison_page
 
-    first, second = options.first, options.second
-    results = load_results(first), load_results(second)
-    one, other = (given if given.is_dir() else given.parent for given in (first, second))
-    if one.resolve() == other.resolve():
-        raise SpearError(f"{first} and {second}: are the same results: name two that differ")
-    same = results[0].policy == results[1].policy
-    comparison = pair_up(*results, names=(str(first), str(second)) if same else None)
+    first = load_results(options.first)
+    second = load_results(options.second)
+    folders = (_folder_of(options.first), _folder_of(options.second))
+    if folders[0].resolve() == folders[1].resolve():
+        raise SpearError(
+            f"{options.first} and {options.second} are the same results. Give two that differ."
+        )
+
+    names = None
+    if first.policy == second.policy:  # only the folders tell them apart
+        names = (str(options.first), str(options.second))
+    comparison = compare_results(first, second, names=names)
     show(comparison.to_table())
     print(comparison.verdict())
     for setting in comparison.settings:
         print(f"run differently: {setting}")
     if comparison.unshared:
-        print(
-            f"left out: {format_count(comparison.unshared, 'episodes')} whose scene only one of the two saw"
-        )
-    ours = list(zip((comparison.first, comparison.second), results, strict=True))
-    published = find_matching_references(results[0])
-    for table in published:
-        show(table.to_table(ours))
+        num_unshared = format_count(comparison.unshared, "episodes")
+        print(f"not compared: {num_unshared} whose scene only one of the two saw")
+
+    named_results = [(comparison.first, first), (comparison.second, second)]
+    references = find_matching_references(first)
+    for reference_table in references:
+        show(reference_table.to_table(named_results))
     if options.out:
-        write_text(
-            options.out, comparison_page(comparison, (one, other), options.films, published, ours)
-        )
+        page = comparison_page(comparison, folders, options.films, references, named_results)
+        write_text(options.out, page)
         print(f"page: {options.out}")
+
+
+def _folder_of(results: Path) -> Path:
+    """Return the folder of results, which may be given as the file in it."""
+    return results if results.is_dir() else results.parent
 
 
 def reference() -> None:
     """Show the numbers that the SPEAR-1 paper published.
 
-    They are theirs, not measured here. `spear evaluate` shows them beside results on the same tasks.
+    They were not measured with this package. `spear evaluate` shows them together with results on
+    the same tasks.
 
     Example:
         spear evaluate reference
     """
-    show(*(table.to_table() for table in load_references().values()))
+    for table in load_references().values():
+        show(table.to_table())
 
 
-def _report(name: str, out: Path | None, ran: int) -> None:
-    """Write results.json into a folder, and print all its results (`ran`: those asked for now)."""
+def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -> None:
+    """Write results.json into a folder, and print all its results.
+
+    num_requested: how many of its episodes this command asked for.
+    """
     assert out is not None
     results = load_results(out)
     results.save(out / "results.json")
-    show(
-        results.to_table(),
-        *(table.to_table([(name, results)]) for table in find_matching_references(results)),
-    )
-    more = len(results.outcomes) - ran
-    among = f", {format_count(more, 'episodes')} of other commands among them" if more else ""
-    print(f"results in {out}{among}")
+    show(results.to_table())
+    for table in find_matching_references(results):
+        show(table.to_table([(policy, results)]))
+    num_others = len(results.outcomes) - num_requested
+    others = ""
+    if num_others:
+        others = f", including {format_count(num_others, 'episodes')} of other commands"
+    print(f"results in {out}{others}")

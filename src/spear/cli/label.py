@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -13,19 +13,28 @@ from spear.util.options import OptionalFile, Options, Range, list_changed_option
 
 if TYPE_CHECKING:
     from spear.labels.models.protocols import PointMapResult
+    from spear.labels.models.resources import Resources
     from spear.types import LabeledImage
+
+SIMPLER_PREFIX = "simpler:"
+DEFAULT_PLANNED_SIZE_PX = 840  # longer side, where photos keep their size
+DEFAULT_PLANNED_NAMES = 8  # that are looked for, where no vocabulary is given
+MODEL_OPTIONS = ("detector", "segmenter", "pointmap")
+"""The options that name the three models that label an image."""
 
 
 def label(options: LabelOptions) -> None:
     """Label images with the 3D boxes of the objects in them.
 
-    Finds every object of an image, outlines it, lifts it to 3D and fits an oriented box. PHOTOS are images,
-    folders, patterns, tar shards, Parquet files, videos, EgoExo4D takes, robot episodes, rgbd:FOLDER or
-    sim:SEED-SEED. Writes Parquet shards and a dataset card; what cannot be labelled goes to skipped.parquet
-    with the reason. Stopped at any moment, the same command finishes the rest.
+    Finds every object of an image, outlines it, lifts it to 3D and fits an oriented box. PHOTOS are
+    images, folders, patterns, tar shards, Parquet files, videos, EgoExo4D takes, robot episodes,
+    rgbd:FOLDER or sim:SEED-SEED. Writes Parquet shards and a dataset card. Images that cannot be
+    labeled are recorded in skipped.parquet with the reason. Run the same command to continue after
+    it was stopped.
 
-    Without PHOTOS, scenes of the simulator are labelled from what it knows, in the layout that `spear train`
-    reads. So are those of SIMPLER's four tasks, as simpler:SEED-SEED (docs/simpler.md).
+    Without PHOTOS, scenes of the simulator are labeled from its ground truth, in the layout that
+    `spear train` reads. So are scenes of SIMPLER's four tasks, with simpler:SEED-SEED
+    (docs/simpler.md).
 
     Examples:
         spear label photos/ --plan
@@ -34,117 +43,195 @@ def label(options: LabelOptions) -> None:
         spear label --scenes 1000 --out runs/labels
         spear label simpler:10000-10255 --out runs/simpler-labels
     """
-    simpler = any(photo.startswith("simpler:") for photo in options.photos)
-    if simpler and (len(options.photos) > 1 or options.plan):
-        raise SpearError(
-            "simpler:SEED-SEED: give it alone, without --plan: no network labels these scenes"
-        )
-    of_scenes = ("scenes", "first_seed") if simpler else ("scenes", "first_seed", "preset")
-    idle = list_changed_options(options.scene, *of_scenes) if options.photos else []
-    if simpler or not options.photos:
-        idle += list_changed_options(
-            options, "detector", "segmenter", "pointmap", "vocabulary", "cache", "per_minute"
-        )
-        idle += list_changed_options(
-            options, "size", "rate", "per_episode", "retry_skipped", "device"
-        )
-        idle += list_changed_options(
-            options.work, "engine", "batch_size", "shard_size", "copies", "gpus"
-        )
-    if idle:
-        where = "beside PHOTOS" if options.photos else "without PHOTOS to label"
-        raise SpearError(f"{idle[0]} says nothing {where}: leave it out, or name others")
-    if list_changed_options(options, "seed") and not options.questions:
-        raise SpearError("--seed says nothing without --questions: leave it out, or ask for them")
+    is_simpler = any(photo.startswith(SIMPLER_PREFIX) for photo in options.photos)
+    _check_label_options(options, is_simpler)
     if options.plan:
-        _plan(options)
-        return
-    if options.photos and not simpler:
-        from spear.labels.run import label_photos
-        from spear.sim_data.label_scenes import list_scenes
-
-        done = label_photos(options, list_scenes)
-        labelled = format_count(done.num_done - done.num_skipped, "labelled images")
-        said = f"{labelled} in {options.out}", f"{done.num_skipped:,} skipped", done.rate
-        print(", ".join(filter(None, said)))
-        if done.num_retryable:
-            print(
-                f"{done.num_retryable:,} of them for a reason that may pass: "
-                "--retry-skipped tries these again"
-            )
+        _print_plan(options)
+    elif is_simpler:
+        _label_simpler_scenes(options)
+    elif options.photos:
+        _label_photos(options)
     else:
-        from spear.labels.sources import parse_scene_seeds
-        from spear.models.presets import get_preset
-        from spear.sim_data.label_scenes import label_scenes
-
-        out, scene, workers = options.out, options.scene, options.work.workers
-        sizes = get_preset(scene.preset).image_sizes
-        if simpler:
-            from spear.evaluate.simpler.record import label_tasks
-
-            images = label_tasks(
-                out, parse_scene_seeds(options.photos[0], "simpler"), sizes["external"], workers
-            )
-        else:
-            images = label_scenes(out, scene.scenes, sizes, scene.first_seed, workers)
-        print(
-            f"{format_count(images, 'labelled images')} in {out}; to look at them: spear label show {out}"
-        )
-    if options.questions:
+        _label_simulated_scenes(options)
+    if options.questions and not options.plan:
         ask_about(QuestionOptions(options.out, options.seed))
 
 
-def _plan(options: LabelOptions) -> None:
-    """Print what labelling would cost. Of FILE+OTHERWISE the second is counted, for every image."""
-    import torch
+def _check_label_options(options: LabelOptions, is_simpler: bool) -> None:
+    """Check that no option is given that has no effect on what is labeled."""
+    if is_simpler and (len(options.photos) > 1 or options.plan):
+        raise SpearError(
+            f"{SIMPLER_PREFIX}SEED-SEED: give it alone, without --plan, because these scenes are "
+            "labeled without networks."
+        )
 
-    from spear.doctor import machine
-    from spear.labels.model_factories import parse_description
-    from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
-    from spear.labels.models.resources import estimate_resources
+    unused_options: list[str] = []
+    if options.photos:
+        unused_options += list_changed_options(options.scene, "scenes", "first_seed")
+        if not is_simpler:
+            unused_options += list_changed_options(options.scene, "preset")
+    if is_simpler or not options.photos:
+        unused_options += list_changed_options(
+            options,
+            "detector",
+            "segmenter",
+            "pointmap",
+            "vocabulary",
+            "cache",
+            "per_minute",
+            "size",
+            "rate",
+            "per_episode",
+            "retry_skipped",
+            "device",
+        )
+        unused_options += list_changed_options(
+            options.work, "engine", "batch_size", "shard_size", "copies", "gpus"
+        )
+    if unused_options:
+        circumstance = "with PHOTOS" if options.photos else "without PHOTOS to label"
+        raise SpearError(
+            f"{unused_options[0]} has no effect {circumstance}. Leave it out, or change PHOTOS."
+        )
+    if list_changed_options(options, "seed") and not options.questions:
+        raise SpearError("--seed has no effect without --questions. Leave it out, or add those.")
+
+
+def _label_photos(options: LabelOptions) -> None:
+    from spear.labels.run import label_photos
+    from spear.sim_data.label_scenes import list_scenes
+
+    result = label_photos(options, list_scenes)
+    num_labeled = format_count(result.num_done - result.num_skipped, "labeled images")
+    parts = [f"{num_labeled} in {options.out}", f"{result.num_skipped:,} skipped"]
+    if result.rate:
+        parts.append(result.rate)
+    print(", ".join(parts))
+    if result.num_retryable:
+        print(
+            f"{result.num_retryable:,} of them failed for a temporary reason: --retry-skipped "
+            "tries these again"
+        )
+
+
+def _label_simulated_scenes(options: LabelOptions) -> None:
+    from spear.models.presets import get_preset
+    from spear.sim_data.label_scenes import label_scenes
+
+    num_images = label_scenes(
+        options.out,
+        options.scene.scenes,
+        get_preset(options.scene.preset).image_sizes,
+        options.scene.first_seed,
+        options.work.workers,
+    )
+    _print_labeled_scenes(num_images, options.out)
+
+
+def _label_simpler_scenes(options: LabelOptions) -> None:
+    from spear.evaluate.simpler.record import label_tasks
+    from spear.labels.sources import parse_scene_seeds
+    from spear.models.presets import get_preset
+
+    seeds = parse_scene_seeds(options.photos[0], "simpler")
+    size = get_preset(options.scene.preset).image_sizes["external"]
+    num_images = label_tasks(options.out, seeds, size, options.work.workers)
+    _print_labeled_scenes(num_images, options.out)
+
+
+def _print_labeled_scenes(num_images: int, out: Path) -> None:
+    print(
+        f"{format_count(num_images, 'labeled images')} in {out}; to look at them: "
+        f"spear label show {out}"
+    )
+
+
+def _print_plan(options: LabelOptions) -> None:
+    """Print what labeling would cost.
+
+    If a model is a file that another model completes (FILE+OTHER), the other one is counted, for
+    every image.
+    """
     from spear.labels.run import prepare_run
     from spear.models.devices import choose_device
-    from spear.models.weights.published import PUBLISHED
     from spear.sim_data.label_scenes import list_scenes
 
     if not options.photos:
-        raise SpearError("--plan: name the PHOTOS that shall be labelled")
-    device, (_, listing, settings) = (
-        choose_device(options.device),
-        prepare_run(options, list_scenes),
-    )
-    images, words = sum(1 for _ in listing), settings["vocabulary"]
-    batch, longest = options.work.batch_size, options.size or 840
+        raise SpearError("--plan: there is nothing to plan. Name the PHOTOS to label.")
+    device = choose_device(options.device)
+    _, images, settings = prepare_run(options, list_scenes)
+    num_images = sum(1 for _ in images)
+    size_px = options.size or DEFAULT_PLANNED_SIZE_PX
     print(
-        f"{format_count(images, 'images')}, {batch} at a time, {longest} pixels wide; computed in float32:"
+        f"{format_count(num_images, 'images')}, {options.work.batch_size} at a time, {size_px} "
+        "pixels wide; computed in float32:"
     )
-    found = []
-    for part in ("detector", "segmenter", "pointmap"):
-        name, model = parse_description(getattr(options, part).rpartition("+")[2])
-        said = f"not known before it is loaded: {model}" if name in PUBLISHED else "no network"
-        if name == "gemini":
-            each = estimate_input_tokens(words)
-            said = (
-                f"per image about {each:,} tokens in, at most {MAX_OUTPUT_TOKENS:,} out; "
-                f"all {each * images:,} in"
-            )
-        elif name in PUBLISHED and not model:
-            found.append(estimate_resources(name, batch, longest, len(words) or 8))
-            said = f"{found[-1]}: {PUBLISHED[name].repository}"
-        print(f"  {name:<15} {said}")
-    if found:
-        most = sum(n.weights for n in found) + max(n.activations for n in found)
-        work, peak = sum(n.flops for n in found), machine(device.type, torch.float32).peak
-        print(f"memory: at least {most / 2**30:.2f} GiB; a smaller --batch-size needs less")
-        time = f"{work / peak:.3g} s per image, {images * work / peak / 3600:.2g} h in all"
-        speed = f"{work / 1e12:.2f} TFLOP; {peak / 1e12:.2f} TFLOP/s, measured in a matrix product"
-        print(f"time on {device}: at least {time} ({speed})")
+
+    networks: list[Resources] = []
+    for option in MODEL_OPTIONS:
+        _, _, description = getattr(options, option).rpartition("+")
+        line, resources = _plan_model(description, settings["vocabulary"], num_images, options)
+        print(f"  {line}")
+        if resources is not None:
+            networks.append(resources)
+    if networks:
+        _print_totals(networks, num_images, device)
+
+
+def _plan_model(
+    description: str, vocabulary: Sequence[str], num_images: int, options: LabelOptions
+) -> "tuple[str, Resources | None]":
+    """Return a line about what a model costs, and the resources of a network that is known."""
+    from spear.labels.model_factories import parse_description
+    from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
+    from spear.labels.models.resources import estimate_resources
+    from spear.models.weights.published import PUBLISHED
+
+    name, user_model = parse_description(description)
+    if name == "gemini":
+        tokens = estimate_input_tokens(vocabulary)
+        cost = (
+            f"per image about {tokens:,} tokens in, at most {MAX_OUTPUT_TOKENS:,} out; "
+            f"all {tokens * num_images:,} in"
+        )
+        return f"{name:<15} {cost}", None
+    if name not in PUBLISHED:
+        return f"{name:<15} no network", None
+    if user_model:
+        return f"{name:<15} not known before it is loaded: {user_model}", None
+    size_px = options.size or DEFAULT_PLANNED_SIZE_PX
+    num_names = len(vocabulary) or DEFAULT_PLANNED_NAMES
+    resources = estimate_resources(name, options.work.batch_size, size_px, num_names)
+    return f"{name:<15} {resources}: {PUBLISHED[name].repository}", resources
+
+
+def _print_totals(networks: "Sequence[Resources]", num_images: int, device: Any) -> None:
+    """Print the memory and the time that networks need at least."""
+    import torch
+
+    from spear.doctor import measure_machine
+
+    weight_bytes = sum(network.weights for network in networks)
+    activation_bytes = max(network.activations for network in networks)
+    memory_gib = (weight_bytes + activation_bytes) / 2**30
+    print(f"memory: at least {memory_gib:.2f} GiB; a smaller --batch-size needs less")
+
+    flops = sum(network.flops for network in networks)
+    flops_per_s = measure_machine(device.type, torch.float32).flops_per_s
+    seconds = flops / flops_per_s
+    hours = num_images * seconds / 3600
+    print(
+        f"time on {device}: at least {seconds:.3g} s per image, {hours:.2g} h in all "
+        f"({flops / 1e12:.2f} TFLOP; {flops_per_s / 1e12:.2f} TFLOP/s, measured in a matrix "
+        "product)"
+    )
 
 
 def ask_about(options: QuestionOptions) -> None:
-    """Ask 3D questions about labelled images, and answer them from the labels.
+    """Ask 3D questions about labeled images, and answer them from the labels.
 
-    Writes LABELS/questions.parquet. Objects that occur twice in an image, or are barely seen, are left out.
+    Writes LABELS/questions.parquet. No questions are asked about objects that occur twice in an
+    image or are barely visible.
 
     Example:
         spear questions runs/my_labels --pairs 2 4
@@ -152,12 +239,13 @@ def ask_about(options: QuestionOptions) -> None:
     from spear.labels.questions.store import write_questions
     from spear.question_types import QUESTION_TYPES
 
-    folder, families = _shards(options.labels), options.families or QUESTION_TYPES
-    images, counts = write_questions(folder, options.seed, options.pairs, families)
-    kinds = ", ".join(f"{count:,} {family}" for family, count in counts.most_common())
+    folder = _shard_folder(options.labels)
+    question_types = options.families or QUESTION_TYPES
+    num_images, counts = write_questions(folder, options.seed, options.pairs, question_types)
+    counts_text = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
     print(
         f"{format_count(counts.total(), 'questions')} about "
-        f"{format_count(images, 'images')}: {kinds or 'none'}"
+        f"{format_count(num_images, 'images')}: {counts_text or 'none'}"
     )
 
 
@@ -165,15 +253,15 @@ class ShowOptions(Options):
     labels: Annotated[Positional[Path], arg(metavar="LABELS")]
     """Folder that spear label has written."""
     out: OptionalFile = None
-    """HTML file; default: LABELS/show.html."""
+    """Write the page to this HTML file; default: LABELS/show.html."""
     images: Annotated[int, Range(1)] = 24
-    """How many images to show."""
+    """Number of images to show."""
     rerun: OptionalFile = None
     """Also write the images, boxes and point clouds to this file, for the Rerun viewer."""
 
 
 def show(options: ShowOptions) -> None:
-    """Make a page of labelled images, with masks, 3D boxes, questions and statistics, to look at.
+    """Make a page of labeled images, with masks, 3D boxes, questions and statistics.
 
     Examples:
         spear label show runs/my_labels
@@ -182,23 +270,29 @@ def show(options: ShowOptions) -> None:
     from spear.labels.store import select_labels
     from spear.report.labels import label_page, write_rerun
 
-    folder = _shards(options.labels)
-    shown = select_labels(folder, options.images)
-    target = options.out or options.labels / "show.html"
-    label_page(folder, shown, target)
-    print(f"open {target.resolve()}")
+    folder = _shard_folder(options.labels)
+    labels = select_labels(folder, options.images)
+    page = options.out or options.labels / "show.html"
+    label_page(folder, labels, page)
+    print(f"open {page.resolve()}")
     if options.rerun is not None:
-        write_rerun(shown, _point_maps(folder, shown), options.rerun)
+        write_rerun(labels, _predict_point_maps(folder, labels), options.rerun)
         print(f"rerun {options.rerun}")
 
 
-def _shards(labels: Path) -> Path:
-    """The folder of shards: the one given, or the view of the scene that has most to show."""
-    return labels / "external" if (labels / "external").is_dir() else labels
+def _shard_folder(labels: Path) -> Path:
+    """Return the folder of shards: the one given, or that of the external camera in it."""
+    external = labels / "external"
+    return external if external.is_dir() else labels
 
 
-def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMapResult | None]":
-    """The point maps of labels, which are not kept: made again as run.json says; None if that cannot be."""
+def _predict_point_maps(
+    folder: Path, labels: "Sequence[LabeledImage]"
+) -> "list[PointMapResult | None]":
+    """Predict the point maps of labels again, as run.json says, because they are not stored.
+
+    Returns None for each that cannot be predicted.
+    """
     from spear.labels.model_factories import resolve_factory
     from spear.labels.pipeline import admit_frame, predict_point_maps, read_images
     from spear.labels.sources import list_items
@@ -209,11 +303,17 @@ def _point_maps(folder: Path, labels: "Sequence[LabeledImage]") -> "list[PointMa
     if not (folder / "run.json").is_file():
         return [None] * len(labels)
     run = read_json(folder / "run.json", "leave out --rerun, or copy the folder again")
-    works = [admit_frame(Frame(decode_image(label.image), source=label.source)) for label in labels]
-    if run["pointmap"] == "ground-truth":
+
+    if run["pointmap"] == "ground-truth":  # which is in the source
         items = list_items(run["inputs"], run["rate"], run["per_episode"], list_scenes=list_scenes)
-        found = {item.key: item for item in items}
-        works = read_images([found[label.source] for label in labels if label.source in found])
-    predict_point_maps(works, resolve_factory("point map", run["pointmap"], LabelOptions())())
-    located = {work.source: work.point_map for work in works}
-    return [located.get(label.source) for label in labels]
+        item_of_source = {item.key: item for item in items}
+        works = read_images(
+            [item_of_source[label.source] for label in labels if label.source in item_of_source]
+        )
+    else:
+        frames = [Frame(decode_image(label.image), source=label.source) for label in labels]
+        works = [admit_frame(frame) for frame in frames]
+    make_model = resolve_factory("point map", run["pointmap"], LabelOptions())
+    predict_point_maps(works, make_model())
+    point_map_of_source = {work.source: work.point_map for work in works}
+    return [point_map_of_source.get(label.source) for label in labels]

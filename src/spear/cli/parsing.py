@@ -105,7 +105,7 @@ def _parse_with_tyro(
 
 
 def _read_complaint(text: str, name: str) -> str:
-    """Return the sentence in tyro's box, without its title, the options' help and the last lines."""
+    """Return the sentence in tyro's box, without its title and what stands behind it."""
     boilerplate = ("For full helptext", f"spear {name} --help", "---")
     lines = [line.strip(" │╭╮╰╯─|+") for line in text.splitlines()[1:]]
     own_lines = [line for line in lines if line and not line.startswith(boilerplate)]

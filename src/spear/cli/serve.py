@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from spear.policy import Spear1Policy
     from spear.serve.service import Service
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(options: ServeOptions) -> None:
     """Serve a policy to robots, over a websocket that openpi-client connects to.
 
-    Several robots may connect; what they ask at the same time is answered together. GET /healthz says whether
-    the server is up, GET /metrics counts for Prometheus. Ctrl+C or SIGTERM answers what is under way, then
-    stops.
+    Several robots may connect, and what they request at the same time is answered together. GET
+    /healthz says whether the server is up, GET /metrics counts for Prometheus. Press Ctrl+C or send
+    SIGTERM to stop after the current requests are answered.
 
     Examples:
         spear serve nano
@@ -39,59 +39,58 @@ def serve(options: ServeOptions) -> None:
         from spear.ui.episodes import EpisodeFolder
 
         episode_folder = EpisodeFolder(options.episodes)
-    policy, service = _warm(options)
+    policy, service = _load_service(options)
     page = None
     if options.ui:
         from spear.ui.page import Page
 
-        page = Page(
-            policy,
-            options.policy,
-            options.token,
-            ConnectionLimits().max_message_bytes,
-            episode_folder,
-        )
+        max_message_bytes = ConnectionLimits().max_message_bytes
+        page = Page(policy, options.policy, options.token, max_message_bytes, episode_folder)
 
-    def ready(server: PolicyServer) -> None:
+    def announce(server: PolicyServer) -> None:
         address = f"{find_reachable_host(options.host)}:{server.port}"
-        what = f"{options.policy} for {options.embodiment} ({service.metadata['control']})"
-        print(f"serving {what} at ws://{address}", flush=True)
+        control = service.metadata["control"]
+        served = f"{options.policy} for {options.embodiment} ({control})"
+        print(f"serving {served} at ws://{address}", flush=True)
         if page:
             print(f"page at http://{address}/", flush=True)
         if not options.token:
-            _warn_of_others(options, "there is no --token")
+            _warn_if_open(options, "there is no --token")
 
-    asyncio.run(PolicyServer(service, options, page).run(ready))
+    asyncio.run(PolicyServer(service, options, page).run(announce))
 
 
 def vla_eval(options: VlaEvalOptions) -> None:
     """Serve a policy to AllenAI's vla-eval harness, which evaluates it in its benchmarks.
 
-    Then, where the harness is: vla-eval run -c BENCHMARK.yaml, with server.url ws://HOST:PORT (see
-    docs/simpler.md).
+    Then run the harness, where it is installed: vla-eval run -c BENCHMARK.yaml, with server.url
+    ws://HOST:PORT (see docs/simpler.md).
 
     Examples:
         spear vla-eval runs/my_policy
         spear vla-eval nano --embodiment my_benchmark.py --host 0.0.0.0 --port 8001
     """
-    from vla_eval.model_servers.serve import serve
+    from vla_eval.model_servers.serve import serve as serve_harness
 
     from spear.serve.access import find_reachable_host, listen_error
     from spear.serve.harness import HarnessServer
 
-    _, service = _warm(options)
+    _, service = _load_service(options)
     address = f"ws://{find_reachable_host(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.embodiment} to vla-eval at {address}", flush=True)
-    _warn_of_others(options, "the harness's protocol has no token")
+    _warn_if_open(options, "the harness's protocol has no token")
     try:
-        serve(HarnessServer(service, options), options.host, options.port)
+        serve_harness(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
         raise listen_error(options.host, options.port, group.exceptions[0]) from group
 
 
-def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
-    """The policy and its service, which has answered once. Raises `SpearError` for a bad name of anything
-    and an address that cannot be had, before the weights are read."""
+def _load_service(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
+    """Load a policy and its service, and let it answer once to warm up.
+
+    Raises `SpearError` for an unknown name, or an address that cannot be used, before the weights
+    are read.
+    """
     from spear.serve.access import check_can_listen
 
     check_can_listen(options.host, options.port)
@@ -104,18 +103,21 @@ def _warm(options: ServiceOptions) -> "tuple[Spear1Policy, Service]":
 
     robot = embodiments.load(options.embodiment)
     robot.select_control(options.control)
-    folder, device = locate(options.policy), choose_device(options.device)
+    folder = locate(options.policy)
+    device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
-    o = options
-    policy = Spear1Policy.load(folder, device, o.flow_steps, dataset=o.dataset, dtype=o.dtype)
+    policy = Spear1Policy.load(
+        folder, device, options.flow_steps, dataset=options.dataset, dtype=options.dtype
+    )
     service = Service(policy, robot, options.policy, options.embodiment, options.control)
-    rows = service.warm_up()
+    num_rows = service.warm_up()
     if isinstance(options, VlaEvalOptions):
-        check_replan_interval(options.replan, rows)
+        check_replan_interval(options.replan, num_rows)
     policy.reset()
     return policy, service
 
 
-def _warn_of_others(options: ServiceOptions, why: str) -> None:
-    if options.host not in LOOPBACK:
-        print(f"warning: other machines may connect and {why}", file=sys.stderr, flush=True)
+def _warn_if_open(options: ServiceOptions, reason: str) -> None:
+    """Warn if other machines can connect."""
+    if options.host not in LOOPBACK_HOSTS:
+        print(f"warning: other machines may connect and {reason}", file=sys.stderr, flush=True)

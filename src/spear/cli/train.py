@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def train(options: TrainOptions) -> None:
     """Train one stage; the same command continues a run that was stopped.
 
-    `spear train list` shows the recipes. Several processes train together under torchrun; for Slurm,
-    Kubernetes and Ray there are scripts in examples/cluster.
+    Use `spear train list` to show the recipes. Several processes train together under torchrun; for
+    Slurm, Kubernetes and Ray there are scripts in examples/cluster.
 
     Examples:
         spear train nano-vlm-1 --labels runs/labels --init nano-vlm-0 --moge nano-depth
