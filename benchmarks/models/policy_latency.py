@@ -220,7 +220,8 @@ def main(
     for kind in dtypes:
         limits[kind] = measure_machine(device, getattr(torch, kind), processor_time)
         print(
-            f"{kind}: {limits[kind].bytes_per_s / 1e9:.0f} GB/s, {limits[kind].flops_per_s / 1e12:.3f} T operations/s"
+            f"{kind}: {limits[kind].bytes_per_s / 1e9:.0f} GB/s, "
+            f"{limits[kind].flops_per_s / 1e12:.3f} T operations/s"
         )
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds\n")
     ratios = ["π0 / ours", "openpi / ours", "ours / roofline", "difference"]
