@@ -1,4 +1,5 @@
-"""Observations from outside: what is refused, and what is put right."""
+"""Loaded policies and VLMs: what they refuse, what they put right, and what their actions depend
+on."""
 
 import dataclasses
 import shutil
@@ -15,29 +16,42 @@ from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
-from spear.policy import Spear1Policy, load_vlm, locate
+from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
 from spear.train.tasks import encode_robot_batch
-from spear.types import Action
+from spear.types import Action, Array
 from spear.util.images import fit_image
 
 STATE = np.array([0.45, 0, 0.2, 0, 1, 0, 0, 1], np.float32)
+IDENTITY_ACTION = np.eye(8)[3:4]  # no motion, gripper closed
 
 
-def observation(**changes: Any) -> dict[str, Any]:
+def make_observation(**changes: Any) -> dict[str, Any]:
+    """An observation with some of its keys changed; "image", "wrist" and "state" are short for
+    theirs."""
     rng = np.random.default_rng(0)
-    names = {
-        "image": "observation/image",
-        "wrist": "observation/wrist_image",
-        "state": "observation/state",
-    }
-    whole = {
+    observation = {
         "observation/image": rng.integers(0, 256, (210, 280, 3), dtype=np.uint8),
         "observation/wrist_image": rng.integers(0, 256, (112, 112, 3), dtype=np.uint8),
         "observation/state": STATE,
         "prompt": "put the carrot on the plate",
         "seed": 1,
     }
-    return {**whole, **{names.get(k, k): v for k, v in changes.items()}}
+    full_keys = {
+        "image": "observation/image",
+        "wrist": "observation/wrist_image",
+        "state": "observation/state",
+    }
+    for key, value in changes.items():
+        observation[full_keys.get(key, key)] = value
+    return observation
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VlmBundle:
+    return load_vlm()
+
+
+# Observations that are refused
 
 
 @pytest.mark.parametrize(
@@ -54,163 +68,319 @@ def observation(**changes: Any) -> dict[str, Any]:
         ({"observation/wrist": np.zeros((99, 99, 3), np.uint8)}, "'observation/wrist'"),
         ({"observation/image_wrist": np.zeros((99, 99, 3), np.uint8)}, "'observation/image_wrist'"),
         ({"wrist_image": np.zeros((99, 99, 3), np.uint8)}, "'wrist_image'"),
-        ({"comitted": np.eye(8)[3:4]}, "'comitted'"),
+        ({"comitted": IDENTITY_ACTION}, "'comitted'"),
         ({"prompt": "  "}, "prompt"),
         ({"prompt": "put " * 200}, "prompt"),
         ({"seed": 0.5}, "seed"),
         ({"committed": np.zeros((1, 7))}, "committed"),
         ({"committed": np.full((1, 8), np.nan)}, "committed"),
         ({"committed": np.ones((1, 8))}, "committed"),
-        ({"committed": np.eye(8)[3:4] + 20 * np.eye(8)[:1]}, r"committed\[0:3\]"),  # millimetres
-        ({"committed": np.eye(8)[3:4] + 50 * np.eye(8)[7:]}, r"committed\[7\]"),  # per cent
-        ({"committed": np.eye(8)[3:4]}, "committed"),  # nano has not learned it
+        ({"committed": IDENTITY_ACTION + 20 * np.eye(8)[:1]}, r"committed\[0:3\]"),  # millimeters
+        ({"committed": IDENTITY_ACTION + 50 * np.eye(8)[7:]}, r"committed\[7\]"),  # per cent
+        ({"committed": IDENTITY_ACTION}, "committed"),  # nano was not trained for it
     ],
 )
 def test_bad_observations_are_refused_by_key(
     nano: Spear1Policy, changes: dict[str, Any], key: str
 ) -> None:
-    refuses(key, nano.infer, observation(**changes))
+    refuses(key, nano.infer, make_observation(**changes))
 
 
-def test_units_of_one_dataset_are_asked_for_by_its_name(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
-    whole = Normalizer.load(folder / "normalizer.json")
-    twice = dataclasses.replace(whole, translation_scale=(1.0, 1.0, 1.0))
-    dataclasses.replace(whole, datasets={"slow": whole, "fast": twice}).save(
-        folder / "normalizer.json"
-    )
-    refuses(r"slow, fast", load_agent, str(folder))
-    refuses("fst", load_agent, str(folder), dataset="fst")
-    with pytest.warns(Notice, match="normalizer.json: not as saved"):
-        slow, fast = (load_agent(str(folder), dataset=name) for name in ("slow", "fast"))
-    assert (
-        slow.weights != fast.weights
-        and Spear1Policy.load(folder, dataset="fast").normalizer == twice
-    )
-    refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
+def test_no_observations_have_no_actions(nano: Spear1Policy) -> None:
+    assert nano.infer_batch([]) == []
+
+
+# Actions
 
 
 @pytest.mark.parametrize(
-    ("column", "wrong"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)]
+    ("column", "value"), [(0, 99.0), (2, np.nan), (5, 3.0), (5, np.nan), (7, np.nan)]
 )
-def test_no_action_is_nonsense(
-    nano: Spear1Policy, column: int, wrong: float, monkeypatch: Any
+def test_implausible_actions_are_refused(
+    nano: Spear1Policy, column: int, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunk = torch.eye(8)[3].index_fill(0, torch.tensor(column), wrong)
-    monkeypatch.setattr(nano, "predict", lambda inputs: Action.from_vector(chunk.expand(1, 5, 8)))
-    refuses("do not move", nano.infer, observation())
+    action = torch.eye(8)[3].index_fill(0, torch.tensor(column), value)
+    chunk = Action.from_vector(action.expand(1, 5, 8))
+    monkeypatch.setattr(nano, "predict", lambda inputs: chunk)
+
+    refuses("do not move", nano.infer, make_observation())
 
 
-def test_an_answer_begins_with_what_is_decided(
-    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nano.model.config, "committed", 2)
-    free = nano.infer(observation())["actions"]
-    rows = np.array(
-        [[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32
-    )
-    both = [observation(), observation(committed=rows), observation(committed=rows[:1])]
-    none, two, one = (result["actions"] for result in nano.infer_batch(both))
-    np.testing.assert_allclose(none, free, atol=1e-5)
-    np.testing.assert_allclose(two[:2], rows, atol=1e-6)
-    np.testing.assert_allclose(one[:1], rows[:1], atol=1e-6)
-    assert np.abs(one[1:] - two[1:]).max() > 1e-4 < np.abs(one[1:] - free[1:]).max()
-    refuses("committed", nano.infer, observation(committed=two[:3]))
-
-
+@pytest.mark.parametrize(("bias", "opening"), [(9.0, 1), (-9.0, 0)])
 def test_the_gripper_stays_in_its_range(
-    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch
+    nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch, bias: float, opening: int
 ) -> None:
-    before = (bias := nano.model.action_out_proj.bias).data.clone()
-    for far, opening in ((9.0, 1), (-9.0, 0)):
-        monkeypatch.setattr(bias, "data", before + far * torch.eye(8)[7])
-        assert (nano.infer(observation())["actions"][:, 7] == opening).all()
+    parameter = nano.model.action_out_proj.bias
+    monkeypatch.setattr(parameter, "data", parameter.data + bias * torch.eye(8)[7])
 
+    actions = nano.infer(make_observation())["actions"]
 
-def test_how_many_flow_steps_it_takes_is_the_models_own_unless_told(nano: Spear1Policy) -> None:
-    assert nano.steps == nano.model.flow.steps == 5
-    inputs = nano.prepare_inputs([observation()])
-    own, two = nano.model.sample_actions(**inputs), nano.model.sample_actions(**inputs, steps=2)
-    assert torch.equal(own.to_vector(), nano.predict(inputs).to_vector())
-    assert torch.equal(
-        two.to_vector(), Spear1Policy.load("nano", steps=2).predict(inputs).to_vector()
-    )
-    assert (
-        load_agent("nano", flow_steps=2).weights != load_agent("nano").weights
-    )  # results never mix
-    assert load_agent("nano", flow_steps=5).weights == load_agent("nano").weights
-    refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, observation())
-
-
-@pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
-def test_what_a_policy_loaded_here_is_told_is_refused_for_others(name: str) -> None:
-    for option, value in {
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "dataset": "fast",
-        "flow_steps": 2,
-    }.items():
-        refuses(f"--{option.replace('_', '-')} {value}", load_agent, name, **{option: value})
-
-
-def test_of_nothing_there_are_no_actions_and_no_answers(nano: Spear1Policy) -> None:
-    answer, picture = load_vlm().answer, [observation()["observation/image"]]
-    assert nano.infer_batch([]) == answer([], []) == []
-    refuses("1 images, 2 prompts", answer, picture, ["how far?", "where?"])
-    refuses("max_new_tokens is 0", answer, picture, ["how far?"], max_new_tokens=0)
-    refuses("dtype 'fp16'", load_vlm, dtype="fp16")
+    assert (actions[:, 7] == opening).all()
 
 
 def test_acting_reads_an_observation_as_training_reads_a_step(nano: Spear1Policy) -> None:
     state = np.array([0.45, 0.1, 0.2, 0.8, 0.36, -0.48, 0, 0.25], np.float32)
-    seen = observation(state=state)
-    keys = {"external": "observation/image", "wrist": "observation/wrist_image"}
-    images = {v: fit_image(seen[k], *nano.image_sizes[v][::-1])[None] for v, k in keys.items()}
-    raw = {"images": images, "views": {}, "action": np.zeros((1, 5, 8), np.float32)}
-    raw |= {"position": state[None, :3], "rotation": state[None, 3:7], "gripper": state[7:]}
-    raw |= {"action_mask": np.ones((1, 5), bool), "instruction": [seen["prompt"]]}
-    learned, acted = (
-        encode_robot_batch(nano.processor, nano.normalizer, raw),
-        nano.prepare_inputs([seen]),
-    )
+    observation = make_observation(state=state)
+    images = {}
+    for view, key in (("external", "observation/image"), ("wrist", "observation/wrist_image")):
+        width, height = nano.image_sizes[view]
+        images[view] = fit_image(observation[key], height, width)[None]
+    training_step = {
+        "images": images,
+        "views": {},
+        "position": state[None, :3],
+        "rotation": state[None, 3:7],
+        "gripper": state[7:],
+        "instruction": [observation["prompt"]],
+        "action": np.zeros((1, 5, 8), np.float32),
+        "action_mask": np.ones((1, 5), bool),
+    }
+
+    acting_inputs = nano.prepare_inputs([observation])
+
+    training_inputs = encode_robot_batch(nano.processor, nano.normalizer, training_step)
     for name in ("state", "input_ids", "pixel_values"):
-        torch.testing.assert_close(acted[name], learned[name])
+        torch.testing.assert_close(acting_inputs[name], training_inputs[name])
 
 
-def test_how_the_instruction_is_typed_changes_nothing(nano: Spear1Policy) -> None:
-    typed = nano.infer(observation(prompt="Put the carrot on the plate."))
-    np.testing.assert_array_equal(typed["actions"], nano.infer(observation())["actions"])
-    with pytest.warns(Notice, match="cut off"):  # as training does
-        dataclasses.replace(nano, truncate_instructions=True).infer(
-            observation(prompt="put " * 200)
-        )
+# The committed prefix
 
 
-def test_the_wrist_camera_may_be_missing_which_is_said_and_matters_to_nobody_else() -> None:
+@pytest.fixture
+def committing_nano(nano: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> Spear1Policy:
+    """The shipped policy, as if it were trained with prefixes of up to two actions."""
+    monkeypatch.setattr(nano.model.config, "committed", 2)
+    return nano
+
+
+COMMITTED = np.array(
+    [[0.01, -0.02, 0.03, 1, 0, 0, 0, 0], [0.0, 0.01, 0, 0.8, 0, -0.6, 0, 1]], np.float32
+)
+
+
+def infer_with_prefixes(policy: Spear1Policy, lengths: list[int]) -> list[Array]:
+    observations = [
+        make_observation(committed=COMMITTED[:length]) if length else make_observation()
+        for length in lengths
+    ]
+    return [result["actions"] for result in policy.infer_batch(observations)]
+
+
+def test_a_chunk_begins_with_the_committed_prefix(committing_nano: Spear1Policy) -> None:
+    _, two, one = infer_with_prefixes(committing_nano, [0, 2, 1])
+
+    np.testing.assert_allclose(two[:2], COMMITTED, atol=1e-6)
+    np.testing.assert_allclose(one[:1], COMMITTED[:1], atol=1e-6)
+
+
+def test_the_actions_after_the_prefix_depend_on_it(committing_nano: Spear1Policy) -> None:
+    none, two, one = infer_with_prefixes(committing_nano, [0, 2, 1])
+
+    assert np.abs(one[1:] - two[1:]).max() > 1e-4
+    assert np.abs(one[1:] - none[1:]).max() > 1e-4
+
+
+def test_prefixes_of_others_in_the_batch_change_nothing(committing_nano: Spear1Policy) -> None:
+    none, _, _ = infer_with_prefixes(committing_nano, [0, 2, 1])
+
+    alone = committing_nano.infer(make_observation())["actions"]
+    np.testing.assert_allclose(none, alone, atol=1e-5)
+
+
+def test_a_prefix_longer_than_those_of_training_is_refused(committing_nano: Spear1Policy) -> None:
+    three = np.concatenate([COMMITTED, COMMITTED[:1]])
+
+    refuses("committed", committing_nano.infer, make_observation(committed=three))
+
+
+# Flow steps
+
+
+def test_the_number_of_flow_steps_is_the_models_own_by_default(nano: Spear1Policy) -> None:
+    inputs = nano.prepare_inputs([make_observation()])
+
+    assert nano.steps == nano.model.flow.steps == 5
+    own = nano.model.sample_actions(**inputs)
+    assert torch.equal(nano.predict(inputs).to_vector(), own.to_vector())
+
+
+def test_another_number_of_flow_steps_may_be_given(nano: Spear1Policy) -> None:
+    inputs = nano.prepare_inputs([make_observation()])
+
+    two_steps = Spear1Policy.load("nano", steps=2).predict(inputs)
+
+    expected = nano.model.sample_actions(**inputs, steps=2)
+    assert torch.equal(two_steps.to_vector(), expected.to_vector())
+
+
+def test_results_of_other_numbers_of_flow_steps_do_not_mix() -> None:
+    weights = load_agent("nano").weights
+
+    assert load_agent("nano", flow_steps=2).weights != weights
+    assert load_agent("nano", flow_steps=5).weights == weights
+
+
+def test_no_flow_steps_are_refused() -> None:
+    refuses("steps: 0", Spear1Policy.load("nano", steps=0).infer, make_observation())
+
+
+@pytest.mark.parametrize("name", ["expert", "nothing", "ws://127.0.0.1:9"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("device", "cpu"), ("dtype", "bfloat16"), ("dataset", "fast"), ("flow_steps", 2)],
+)
+def test_options_of_loaded_policies_are_refused_for_others(
+    name: str, option: str, value: Any
+) -> None:
+    message = f"--{option.replace('_', '-')} {value}"
+
+    refuses(message, load_agent, name, **{option: value})
+
+
+# Normalization statistics
+
+
+@pytest.fixture
+def folder_with_two_datasets(tmp_path: Path) -> tuple[Path, Normalizer]:
+    """A policy whose training datasets "slow" and "fast" had their own statistics; and those of
+    fast."""
+    folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
+    slow = Normalizer.load(folder / "normalizer.json")
+    fast = dataclasses.replace(slow, translation_scale=(1.0, 1.0, 1.0))
+    both = dataclasses.replace(slow, datasets={"slow": slow, "fast": fast})
+    both.save(folder / "normalizer.json")
+    return folder, fast
+
+
+def test_the_dataset_of_the_statistics_must_be_named(
+    folder_with_two_datasets: tuple[Path, Normalizer],
+) -> None:
+    folder, _ = folder_with_two_datasets
+
+    refuses(r"slow, fast", load_agent, str(folder))
+    refuses("fst", load_agent, str(folder), dataset="fst")
+
+
+@pytest.mark.filterwarnings("ignore:.*normalizer.json. not as saved")
+def test_a_policy_has_the_statistics_of_the_named_dataset(
+    folder_with_two_datasets: tuple[Path, Normalizer],
+) -> None:
+    folder, fast = folder_with_two_datasets
+
+    assert Spear1Policy.load(folder, dataset="fast").normalizer == fast
+
+
+@pytest.mark.filterwarnings("ignore:.*normalizer.json. not as saved")
+def test_results_of_other_statistics_do_not_mix(
+    folder_with_two_datasets: tuple[Path, Normalizer],
+) -> None:
+    folder, _ = folder_with_two_datasets
+
+    slow = load_agent(str(folder), dataset="slow")
+    fast = load_agent(str(folder), dataset="fast")
+
+    assert slow.weights != fast.weights
+
+
+def test_a_policy_with_a_changed_file_is_loaded_with_a_notice(
+    folder_with_two_datasets: tuple[Path, Normalizer],
+) -> None:
+    folder, _ = folder_with_two_datasets
+
+    with pytest.warns(Notice, match=r"normalizer.json: not as saved"):
+        Spear1Policy.load(folder, dataset="fast")
+
+
+def test_a_dataset_is_refused_where_all_have_the_same_statistics() -> None:
+    refuses("--dataset fast", Spear1Policy.load, "nano", dataset="fast")
+
+
+# What is put right
+
+
+def test_case_and_full_stop_of_the_instruction_change_nothing(nano: Spear1Policy) -> None:
+    typed = nano.infer(make_observation(prompt="Put the carrot on the plate."))["actions"]
+
+    np.testing.assert_array_equal(typed, nano.infer(make_observation())["actions"])
+
+
+def test_long_instructions_may_be_truncated_as_in_training(nano: Spear1Policy) -> None:
+    policy = dataclasses.replace(nano, truncate_instructions=True)
+
+    with pytest.warns(Notice, match="cut off"):
+        policy.infer(make_observation(prompt="put " * 200))
+
+
+def test_a_missing_wrist_camera_is_reported_once() -> None:
     policy = Spear1Policy.load()
-    both = [observation(wrist=None), observation(prompt="open the drawer, please", seed=2)]
+    without_wrist = make_observation(wrist=None)
+
     with no_warning(), suppress_notices():
-        policy.infer(both[0])
+        policy.infer(without_wrist)
     with pytest.warns(Notice, match="observation/wrist_image"):
-        alone = [policy.infer(one)["actions"] for one in both]
-    with no_warning():  # once
-        policy.infer(both[0])
-    for one, result in zip(alone, policy.infer_batch(both), strict=True):
-        np.testing.assert_allclose(one, result["actions"], atol=1e-5)
-    assert not np.allclose(alone[0], policy.infer(observation())["actions"])
-
-
-def test_another_aspect_is_said_once_and_never_stretched(nano: Spear1Policy) -> None:
-    tall = np.zeros((300, 200, 3), np.uint8)
-    with no_warning(), suppress_notices():
-        nano.infer(observation(image=tall))  # an example of ours, of which users need not hear
-    with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
-        nano.infer(observation(image=tall))
+        policy.infer(without_wrist)
     with no_warning():
-        nano.infer(observation(image=tall))
+        policy.infer(without_wrist)
 
 
-def changed(
+@pytest.mark.filterwarnings("ignore:observations without")
+def test_a_missing_wrist_camera_matters_to_no_other_observation_of_the_batch(
+    nano: Spear1Policy,
+) -> None:
+    observations = [
+        make_observation(wrist=None),
+        make_observation(prompt="open the drawer, please", seed=2),
+    ]
+
+    together = [result["actions"] for result in nano.infer_batch(observations)]
+
+    separate = [nano.infer(observation)["actions"] for observation in observations]
+    np.testing.assert_allclose(together, separate, atol=1e-5)
+    with_wrist = nano.infer(make_observation())["actions"]
+    assert not np.allclose(together[0], with_wrist)
+
+
+def test_another_aspect_is_reported_once(nano: Spear1Policy) -> None:
+    tall = make_observation(image=np.zeros((300, 200, 3), np.uint8))
+
+    with no_warning(), suppress_notices():
+        nano.infer(tall)
+    with pytest.warns(Notice, match=r"'external': 200×300 shown in 192×128 .*56%"):
+        nano.infer(tall)
+    with no_warning():
+        nano.infer(tall)
+
+
+# Answers
+
+
+def test_no_prompts_have_no_answers(vlm: VlmBundle) -> None:
+    assert vlm.answer([], []) == []
+
+
+def test_prompts_and_images_must_be_equally_many(vlm: VlmBundle) -> None:
+    image = make_observation()["observation/image"]
+
+    refuses("1 images, 2 prompts", vlm.answer, [image], ["how far?", "where?"])
+
+
+def test_an_answer_of_no_tokens_is_refused(vlm: VlmBundle) -> None:
+    image = make_observation()["observation/image"]
+
+    refuses("max_new_tokens is 0", vlm.answer, [image], ["how far?"], max_new_tokens=0)
+
+
+def test_an_unknown_question_type_is_refused(vlm: VlmBundle) -> None:
+    image = make_observation()["observation/image"]
+    suggestion = "'distence': did you mean 'distance'"
+
+    refuses(suggestion, vlm.answer, [image], ["How far is the mug?"], "distence")
+
+
+# Models that are refused
+
+
+def copy_nano(
     folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json"
 ) -> Path:
     """A copy of the nano policy with one of its JSON files changed."""
@@ -218,16 +388,34 @@ def changed(
     return folder
 
 
-def test_unknown_models_and_parts_of_another_network_are_refused(tmp_path: Path) -> None:
-    for name in ("nanno", "nowhere/at/all"):
-        refuses(name, load_vlm, name)
-    image = np.zeros((128, 192, 3), np.uint8)
-    refuses(
-        "'distence': did you mean 'distance'", load_vlm().answer, [image], ["How far?"], "distence"
+@pytest.mark.parametrize("name", ["nanno", "nowhere/at/all"])
+def test_unknown_models_are_refused(name: str) -> None:
+    refuses(name, load_vlm, name)
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    refuses("dtype 'fp16'", load_vlm, dtype="fp16")
+
+
+@pytest.mark.filterwarnings("ignore:.*config.json. not as saved")
+def test_3d_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    folder = copy_nano(
+        tmp_path / "start", lambda config: config["vlm_config"].update(coordinate_start=1000)
     )
-    start = changed(tmp_path / "start", lambda c: c["vlm_config"].update(coordinate_start=1000))
-    refuses(r"vocabulary mismatch: .* 1000 … 2023 of 2786", Spear1Policy.load, start)
-    views = changed(tmp_path / "views", lambda c: c["vlm_config"].update(views=["external"]))
-    refuses(r"views do not match: .*wrist", load_vlm, views)
+
+    refuses(r"vocabulary mismatch: .* 1000 … 2023 of 2786", Spear1Policy.load, folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*config.json. not as saved")
+def test_other_views_than_those_of_the_processor_are_refused(tmp_path: Path) -> None:
+    folder = copy_nano(
+        tmp_path / "views", lambda config: config["vlm_config"].update(views=["external"])
+    )
+
+    refuses(r"views do not match: .*wrist", load_vlm, folder)
+
+
+def test_a_vlm_is_refused_as_a_policy(tmp_path: Path) -> None:
     load_vlm("nano").model.save_pretrained(tmp_path / "vlm")
+
     refuses("SPEAR-VLM", Spear1Policy.load, tmp_path / "vlm")

@@ -64,7 +64,7 @@ def franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
 
     Example:
         >>> position, rotation = franka_pose(np.array([[0, -0.785, 0, -2.356, 0, 1.571, 0.785]]))
-        >>> position.round(2)
+        >>> position.round(2) + 0.0
         array([[0.31, 0.  , 0.49]])
     """
     if joints.ndim != 2 or joints.shape[1] != NUM_JOINTS:

@@ -81,8 +81,8 @@ class ParquetWriter:
         SpearError: The disk is full, or the file cannot be written.
 
     Example:
-        >>> with ParquetWriter(tmp_path / "numbers.parquet", table.schema) as writer:  # doctest:
-        +SKIP ...     writer.write(table)
+        >>> with ParquetWriter(path, table.schema) as writer:  # doctest: +SKIP
+        ...     writer.write(table)
         ...     writer.commit()
     """
 

@@ -1,0 +1,30 @@
+"""The examples in docstrings print what they say."""
+
+import doctest
+import importlib
+import warnings
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def modules_with_examples() -> list[str]:
+    names = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        if ">>> " in path.read_text(encoding="utf-8"):
+            parts = path.relative_to(SOURCE).with_suffix("").parts
+            names.append(".".join(parts).removesuffix(".__init__"))
+    return names
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings_are_right(name: str) -> None:
+    module = importlib.import_module(name)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an example is about something else
+        results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+
+    assert results.failed == 0
