@@ -1,0 +1,112 @@
+"""Gripper commands from measured and commanded openings."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spear.data.actions import canonicalize_actions
+from spear.data.readers.formats import read_episodes
+from spear.gripper import (
+    binarize_commands,
+    binarize_gripper,
+    commands_from_motion,
+    observed_openings,
+)
+
+TRIGGER = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
+"""Openings commanded by a trigger that is pressed and released slowly."""
+
+
+def test_openings_are_binarized_with_hysteresis() -> None:
+    opening = np.array([0.55, 0.45, 0.7, 0.5, 0.41, 0.39, 0.5, 0.59, 0.61, 0.45])
+
+    np.testing.assert_array_equal(binarize_gripper(opening), [1, 1, 1, 1, 1, 0, 0, 0, 1, 1])
+
+
+def test_before_any_threshold_the_nearer_command_is_taken() -> None:
+    np.testing.assert_array_equal(binarize_gripper(np.array([0.45, 0.55])), [0, 0])
+
+
+MOTIONS = {
+    "fast closing": ([1, 1, 0.1, 0.1], [1, 0, 0, 0]),
+    "slow motion, commanded before it begins": (
+        [1, 1, 0.9, 0.6, 0.3, 0.3, 0.6, 1],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    ),
+    "around a wide object, half open": (
+        [1, 1, 0.8, 0.56, 0.55, 0.55, 0.8, 1],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    ),
+    "first narrower, then closed": (
+        [1, 0.7, 0.7, 0.71, 0.7, 0.7, 0.4, 0.41],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+    ),
+    "at rest, then opened": ([0.7, 0.72, 0.7, 1], [0, 0, 1, 1]),
+    "never moves": ([0.6] * 4, [1] * 4),
+}
+
+
+@pytest.mark.parametrize(("opening", "expected"), MOTIONS.values(), ids=MOTIONS)
+def test_motion_tells_the_command(opening: list[float], expected: list[int]) -> None:
+    openings = np.array([*opening, opening[-1]], np.float32)
+
+    np.testing.assert_array_equal(commands_from_motion(openings, 5.0), expected)
+
+
+@pytest.mark.parametrize(("opening", "expected"), MOTIONS.values(), ids=MOTIONS)
+def test_motion_tells_the_same_command_at_a_higher_rate(
+    opening: list[float], expected: list[int]
+) -> None:
+    steps = np.arange(len(opening))
+    steps_at_30_hz = np.arange(6 * len(opening) - 5) / 6
+    openings_at_30_hz = np.interp(steps_at_30_hz, steps, opening)
+
+    commands = commands_from_motion(openings_at_30_hz, 30.0)
+
+    np.testing.assert_array_equal(commands[3::6], expected[:-1])
+
+
+def test_motion_tells_what_real_grippers_were_commanded(shared: Path) -> None:
+    """220 of 225 commands; binarizing the openings gets 190 right."""
+    num_right = 0
+    num_commands = 0
+    for episode in read_episodes(shared / "data" / "bridge_v2_sample"):
+        inferred, _ = canonicalize_actions(dataclasses.replace(episode, action=None))
+        is_right = inferred[:-1, 7] == episode.action[:-1, 7]
+        num_right += int(is_right.sum())
+        num_commands += len(is_right)
+
+    assert num_right / num_commands > 0.95
+
+
+def test_steps_of_a_commanded_motion_have_the_command_that_it_leads_to() -> None:
+    commands = binarize_commands(TRIGGER, 10.0)
+
+    np.testing.assert_array_equal(commands, [1] * 3 + [0] * 6 + [1] * 3)
+
+
+@pytest.mark.parametrize("trigger", [0.46 + 0.54 * TRIGGER, 0.1 + 0.48 * TRIGGER])
+def test_commands_that_pass_only_one_threshold_count_by_their_motion(trigger: np.ndarray) -> None:
+    np.testing.assert_array_equal(binarize_commands(trigger, 10.0), [1] * 2 + [0] * 6 + [1] * 4)
+
+
+def test_binary_commands_stay_unchanged() -> None:
+    pulses = np.array([1, 0, 1, 0, 0, 1])
+
+    np.testing.assert_array_equal(binarize_commands(pulses, 30.0), pulses)
+
+
+def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:
+    command = np.array([1.0, 0.0, 0.5])
+
+    np.testing.assert_array_equal(
+        observed_openings(command + 1e-4, command), [1.0001, 1.0001, 1e-4]
+    )
+
+
+def test_measured_openings_are_observed_at_once() -> None:
+    measured = np.array([1.0, 0.8, 0.5])
+
+    np.testing.assert_array_equal(observed_openings(measured, np.array([1.0, 0, 0])), measured)
