@@ -1,10 +1,10 @@
-"""Normalised units: invertible, global, and kind to axes that do not move."""
+"""Normalization: invertible, global, and kind to axes that do not move."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,113 +21,211 @@ from spear.data.store.stats import QuantileSketch
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action
 
+ZEROS = (0.0, 0.0, 0.0)
+ONES = (1.0, 1.0, 1.0)
+
 
 def make_store(
-    folder: Path, seed: int, spread: tuple[float, float, float], steps: int = 500
+    folder: Path, seed: int, spread: tuple[float, float, float], num_steps: int = 500
 ) -> EpisodeStore:
     """One episode, its logged translations uniform in ± spread; every other step is masked and absurd."""
-    rng, action = np.random.default_rng(seed), np.zeros((steps, 8), np.float32)
-    action[:, :3] = rng.uniform(-1, 1, (steps, 3)) * spread
+    rng = np.random.default_rng(seed)
+    action = np.zeros((num_steps, 8), np.float32)
+    action[:, :3] = rng.uniform(-1, 1, (num_steps, 3)) * spread
     action[:, 3] = 1
-    valid = np.arange(steps) % 2 == 0
-    action[~valid, :3] = 1000
-    position = rng.uniform(0, 1, (steps, 3)) * spread
-    parts = {
-        "images": {"external": [b"x"] * steps},
-        "position": position,
-        "gripper": np.ones(steps),
-    }
-    return stored([make(seed, steps, action=action, action_mask=valid, **parts)], folder)
+    is_known = np.arange(num_steps) % 2 == 0
+    action[~is_known, :3] = 1000
+    episode = make(
+        seed,
+        num_steps,
+        images={"external": [b"x"] * num_steps},
+        position=rng.uniform(0, 1, (num_steps, 3)) * spread,
+        gripper=np.ones(num_steps),
+        action=action,
+        action_mask=is_known,
+    )
+    return stored([episode], folder)
 
 
-def test_statistics_mean_what_they_say(tmp_path: Path) -> None:
-    store = make_store(tmp_path, 0, (0.02, 0.05, 0.0))
-    normalizer = Normalizer.fit([(store, 1.0)])
-    truth = store[0].action[store[0].action_mask][:, :3].astype(np.float64)
-    normal = normalizer.normalize_action(as_action(truth)).translation.numpy()
-    ends = np.quantile(normal, [0.01, 0.99], axis=0)
-    np.testing.assert_allclose(ends[:, :2], [[-1, -1], [1, 1]], atol=1e-5)
-    np.testing.assert_array_equal(normal[:, 2], 0)  # the axis that does not move
-    assert normalizer.samples == 250
-
-
-def as_action(translation: np.ndarray) -> Action:
+def make_action(translation: np.ndarray) -> Action:
     vector = torch.zeros(len(translation), 8, dtype=torch.float64)
-    vector[:, :3], vector[:, 3] = torch.as_tensor(translation), 1
+    vector[:, :3] = torch.as_tensor(translation)
+    vector[:, 3] = 1
     return Action.from_vector(vector)
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
-@pytest.mark.parametrize("noise", [0.0, 1e-6, 3e-4])
-def test_an_axis_that_stands_still_stays_small(tmp_path: Path, mode: Mode, noise: float) -> None:
-    """Normalised its noise and a rare jump stay small, and in metres what a network predicts for it."""
-    normalizer = Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise)), 1.0)], mode)
-    seen = normalizer.normalize_action(
-        as_action(np.array([[0, 0, noise], [0, 0, 0.02]]))
-    ).translation[:, 2]
-    assert abs(seen[0]) < 0.5 and abs(seen[1]) < 21
-    assert (
-        abs(normalizer.unnormalize_action(as_action(np.full((1, 3), 0.1))).translation[0][2]) < 2e-4
-    )
-    still = torch.tensor([[0.0, 0, 0.05]], dtype=torch.float64)
-    turn = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
-    assert abs(normalizer.state_vector(still, turn, turn[:, :1])[0, 2]) < 6
+@pytest.fixture
+def flat_store(tmp_path: Path) -> EpisodeStore:
+    """A store whose actions never move along z."""
+    return make_store(tmp_path, 0, (0.02, 0.05, 0.0))
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
+def test_the_1st_and_99th_percentile_become_minus_one_and_one(flat_store: EpisodeStore) -> None:
+    normalizer = Normalizer.fit([(flat_store, 1.0)])
+
+    episode = flat_store[0]
+    known_actions = episode.action[episode.action_mask].astype(np.float64)
+    normalized = normalizer.normalize_action(make_action(known_actions[:, :3])).translation.numpy()
+    percentiles = np.quantile(normalized[:, :2], [0.01, 0.99], axis=0)
+    np.testing.assert_allclose(percentiles, [[-1, -1], [1, 1]], atol=1e-5)
+    np.testing.assert_array_equal(normalized[:, 2], 0)
+
+
+def test_statistics_count_known_steps_only(flat_store: EpisodeStore) -> None:
+    assert Normalizer.fit([(flat_store, 1.0)]).samples == 250
+
+
+@pytest.fixture(params=get_args(Mode))
+def mode(request: pytest.FixtureRequest) -> Mode:
+    return request.param
+
+
+@pytest.fixture(params=[0.0, 1e-6, 3e-4])
+def noise_m(request: pytest.FixtureRequest) -> float:
+    return request.param
+
+
+@pytest.fixture
+def still_axis_normalizer(tmp_path: Path, mode: Mode, noise_m: float) -> Normalizer:
+    """Fitted on actions whose z is noise."""
+    return Normalizer.fit([(make_store(tmp_path, 0, (0.05, 0.05, noise_m)), 1.0)], mode)
+
+
+def test_noise_of_an_axis_that_does_not_move_stays_small(
+    still_axis_normalizer: Normalizer, noise_m: float
+) -> None:
+    action = make_action(np.array([[0, 0, noise_m]]))
+
+    assert abs(still_axis_normalizer.normalize_action(action).translation[0, 2]) < 0.5
+
+
+def test_a_rare_jump_of_an_axis_that_does_not_move_stays_bounded(
+    still_axis_normalizer: Normalizer,
+) -> None:
+    action = make_action(np.array([[0, 0, 0.02]]))
+
+    assert abs(still_axis_normalizer.normalize_action(action).translation[0, 2]) < 21
+
+
+def test_what_a_network_predicts_for_an_axis_that_does_not_move_stays_small(
+    still_axis_normalizer: Normalizer,
+) -> None:
+    predicted = make_action(np.full((1, 3), 0.1))
+
+    assert abs(still_axis_normalizer.unnormalize_action(predicted).translation[0, 2]) < 2e-4
+
+
+def test_a_position_on_an_axis_that_does_not_move_stays_bounded(
+    still_axis_normalizer: Normalizer,
+) -> None:
+    position = torch.tensor([[0.0, 0, 0.05]], dtype=torch.float64)
+    rotation = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
+    gripper = torch.ones(1, 1, dtype=torch.float64)
+
+    assert abs(still_axis_normalizer.state_vector(position, rotation, gripper)[0, 2]) < 6
+
+
+def known_rows(store: EpisodeStore) -> np.ndarray:
+    """Translation and position of the known steps of a store's first episode."""
+    episode = store[0]
+    rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
+    return rows[episode.action_mask].astype(np.float64)
+
+
+def expected_bounds(mode: Mode, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """What becomes -1 and 1, by NumPy's weighted statistics."""
+    if mode == "quantile":
+        return np.quantile(rows, [0.01, 0.99], axis=0, weights=shares, method="inverted_cdf")
+    if mode == "minmax":
+        return np.stack([rows.min(0), rows.max(0)])
+    mean = shares @ rows
+    deviation = np.sqrt(shares @ (rows - mean) ** 2)
+    return np.stack([mean - deviation, mean + deviation])
+
+
 def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mode) -> None:
-    """Translations and positions, against NumPy's weighted statistics of all rows."""
-    stores = [make_store(tmp_path / f"{n}", n, (s, s, s), n) for n, s in ((400, 0.1), (4000, 0.01))]
-    normalizer = Normalizer.fit(zip(stores, (3.0, 1.0), strict=True), mode)
-    known = [
-        np.concatenate([s[0].action[:, :3], s[0].position], 1)[s[0].action_mask] for s in stores
-    ]
-    rows, share = (
-        np.concatenate(known).astype(np.float64),
-        np.repeat([0.75 / 200, 0.25 / 2000], [200, 2000]),
-    )
-    middle = share @ rows
-    ends = {
-        "quantile": np.quantile(rows, [0.01, 0.99], axis=0, weights=share, method="inverted_cdf"),
-        "minmax": np.stack([rows.min(0), rows.max(0)]),
-        "meanstd": middle + np.sqrt(share @ (rows - middle) ** 2) * [[-1], [1]],
-    }[mode]
+    short = make_store(tmp_path / "short", 400, (0.1, 0.1, 0.1), 400)
+    long = make_store(tmp_path / "long", 4000, (0.01, 0.01, 0.01), 4000)
+
+    normalizer = Normalizer.fit([(short, 3.0), (long, 1.0)], mode)
+
+    rows = np.concatenate([known_rows(short), known_rows(long)])
+    shares = np.repeat([0.75 / 200, 0.25 / 2000], [200, 2000])
+    low, high = expected_bounds(mode, rows, shares)
     offset = [*normalizer.translation_offset, *normalizer.position_offset]
-    found = [offset, [*normalizer.translation_scale, *normalizer.position_scale]]
-    atol = (
-        2e-3 if mode == "quantile" else 1e-6
-    )  # NumPy has weights for quantiles that are not interpolated
-    np.testing.assert_allclose(
-        found, [ends.mean(0), np.diff(ends, axis=0)[0] / 2], rtol=1e-5, atol=atol
-    )
+    scale = [*normalizer.translation_scale, *normalizer.position_scale]
+    # NumPy has weights only for quantiles that are not interpolated.
+    atol = 2e-3 if mode == "quantile" else 1e-6
+    np.testing.assert_allclose(offset, (low + high) / 2, rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(scale, (high - low) / 2, rtol=1e-5, atol=atol)
 
 
-def test_each_dataset_by_itself_there_and_back(tmp_path: Path) -> None:
-    small = make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
-    large = make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
-    Normalizer.fit_per_dataset([("small", small, 1.0), ("large", large, 1.0)]).save(
-        tmp_path / "n.json"
-    )
-    both = Normalizer.load(tmp_path / "n.json")
-    for name, store in (("small", small), ("large", large)):
-        assert both.for_dataset(name) == Normalizer.fit([(store, 5.0)])
-    np.testing.assert_allclose(both.for_dataset("small").translation_scale, 0.0098, rtol=0.05)
-    refuses("say which one", both.for_dataset, None)
-    refuses("did you mean 'small'", both.for_dataset, "smal")
-    whole = Normalizer.fit([(small, 1.0), (large, 1.0)])
-    assert dataclasses.replace(both, datasets={}) == whole and whole.for_dataset(None) is whole
-    refuses("same name", Normalizer.fit_per_dataset, [("a", small, 1.0), ("a", large, 1.0)])
+@pytest.fixture
+def small_store(tmp_path: Path) -> EpisodeStore:
+    return make_store(tmp_path / "small", 0, (0.01, 0.01, 0.01))
 
 
-def test_training_rows_are_normalised_by_their_own_dataset() -> None:
-    own = [Normalizer("minmax", (0.0,) * 3, (s,) * 3, (0.0,) * 3, (s,) * 3, 1) for s in (2.0, 4.0)]
-    both = dataclasses.replace(own[0], datasets={"a": own[0], "b": own[1]})
-    words = SimpleNamespace(
-        encode_instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
-    )
+@pytest.fixture
+def large_store(tmp_path: Path) -> EpisodeStore:
+    return make_store(tmp_path / "large", 1, (0.1, 0.1, 0.1))
+
+
+@pytest.fixture
+def per_dataset(small_store: EpisodeStore, large_store: EpisodeStore) -> Normalizer:
+    return Normalizer.fit_per_dataset([("small", small_store, 1.0), ("large", large_store, 1.0)])
+
+
+def test_each_dataset_has_its_own_statistics(
+    per_dataset: Normalizer, small_store: EpisodeStore, large_store: EpisodeStore
+) -> None:
+    assert per_dataset.for_dataset("small") == Normalizer.fit([(small_store, 5.0)])
+    assert per_dataset.for_dataset("large") == Normalizer.fit([(large_store, 5.0)])
+    small_scale = per_dataset.for_dataset("small").translation_scale
+    np.testing.assert_allclose(small_scale, 0.0098, rtol=0.05)
+
+
+def test_statistics_per_dataset_include_those_of_the_mixture(
+    per_dataset: Normalizer, small_store: EpisodeStore, large_store: EpisodeStore
+) -> None:
+    over_mixture = Normalizer.fit([(small_store, 1.0), (large_store, 1.0)])
+
+    assert dataclasses.replace(per_dataset, datasets={}) == over_mixture
+
+
+def test_statistics_of_a_mixture_are_those_of_any_dataset() -> None:
+    normalizer = Normalizer("minmax", ZEROS, ONES, ZEROS, ONES, 1)
+
+    assert normalizer.for_dataset(None) is normalizer
+
+
+def test_statistics_are_saved_and_loaded(per_dataset: Normalizer, tmp_path: Path) -> None:
+    per_dataset.save(tmp_path / "normalizer.json")
+
+    assert Normalizer.load(tmp_path / "normalizer.json") == per_dataset
+
+
+def test_the_dataset_must_be_named_if_there_are_several(per_dataset: Normalizer) -> None:
+    refuses("say which one", per_dataset.for_dataset, None)
+
+
+def test_an_unknown_dataset_is_refused_with_a_suggestion(per_dataset: Normalizer) -> None:
+    refuses("did you mean 'small'", per_dataset.for_dataset, "smal")
+
+
+def test_datasets_of_the_same_name_are_refused(
+    small_store: EpisodeStore, large_store: EpisodeStore
+) -> None:
+    sources = [("a", small_store, 1.0), ("a", large_store, 1.0)]
+
+    refuses("same name", Normalizer.fit_per_dataset, sources)
+
+
+@pytest.fixture
+def raw_batch() -> dict[str, Any]:
+    """Three samples of datasets 1, 0 and 1."""
     image = np.zeros((3, 2, 4, 3), np.uint8)
     image[:, 1, 3, 0] = 9
-    raw = {
+    return {
         "images": {"external": image},
         "views": {"wrist": np.array([True, False, True])},
         "position": np.ones((3, 3), np.float32),
@@ -138,58 +236,116 @@ def test_training_rows_are_normalised_by_their_own_dataset() -> None:
         "instruction": ["go"] * 3,
         "dataset": np.array([1, 0, 1]),
     }
-    batch = encode_robot_batch(words, both, raw)
-    assert batch["pixel_values"]["external"].shape == (3, 3, 2, 4)
-    assert (batch["pixel_values"]["external"][:, 0, 1, 3] == 9).all()
-    np.testing.assert_allclose(batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
-    np.testing.assert_allclose(batch["state"][:, 1], [0.25, 0.5, 0.25])
-    np.testing.assert_array_equal(batch["view_mask"]["wrist"], raw["views"]["wrist"])
-    np.testing.assert_array_equal(batch["action_mask"], raw["action_mask"])
 
 
-def test_what_is_normalised_comes_back() -> None:
-    rng = np.random.default_rng(0)
-    for offset, scale in zip(
-        rng.uniform(-2, 2, (20, 3)), rng.uniform(1e-3, 2, (20, 3)), strict=True
-    ):
-        normalizer = Normalizer("quantile", tuple(offset), tuple(scale), (0.0,) * 3, (1.0,) * 3, 1)
-        action = as_action(rng.uniform(-2, 2, (5, 3)))
-        action = dataclasses.replace(action, gripper=torch.rand(5, 1, dtype=torch.float64))
-        normal = normalizer.normalize_action(action)
-        assert float(normal.gripper.min()) >= -1 and float(normal.gripper.max()) <= 1
-        back = normalizer.unnormalize_action(normal).to_vector()
-        torch.testing.assert_close(back, action.to_vector(), atol=1e-12, rtol=0)
+@pytest.fixture
+def encoded_batch(raw_batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch normalized by a scale of 2 m for dataset 0 and of 4 m for dataset 1."""
+    first = Normalizer("minmax", ZEROS, (2.0, 2.0, 2.0), ZEROS, (2.0, 2.0, 2.0), 1)
+    second = Normalizer("minmax", ZEROS, (4.0, 4.0, 4.0), ZEROS, (4.0, 4.0, 4.0), 1)
+    normalizer = dataclasses.replace(first, datasets={"a": first, "b": second})
+    processor = SimpleNamespace(
+        encode_instructions=lambda texts, cut: {"input_ids": torch.zeros(len(texts), 1)}
+    )
+    return encode_robot_batch(processor, normalizer, raw_batch)
 
 
-def test_state_vector_is_position_rotation_columns_and_gripper() -> None:
-    normalizer = Normalizer("minmax", (0.0,) * 3, (1.0,) * 3, (0.1, 0.2, 0.3), (0.5, 0.5, 2.0), 1)
+def test_training_rows_are_normalized_by_their_own_dataset(encoded_batch: dict[str, Any]) -> None:
+    np.testing.assert_allclose(encoded_batch["actions"][:, 2, 0], [0.25, 0.5, 0.25])
+    np.testing.assert_allclose(encoded_batch["state"][:, 1], [0.25, 0.5, 0.25])
+
+
+def test_training_images_have_their_channels_first(encoded_batch: dict[str, Any]) -> None:
+    images = encoded_batch["pixel_values"]["external"]
+
+    assert images.shape == (3, 3, 2, 4)
+    assert (images[:, 0, 1, 3] == 9).all()
+
+
+def test_training_masks_stay_unchanged(
+    encoded_batch: dict[str, Any], raw_batch: dict[str, Any]
+) -> None:
+    np.testing.assert_array_equal(encoded_batch["view_mask"]["wrist"], raw_batch["views"]["wrist"])
+    np.testing.assert_array_equal(encoded_batch["action_mask"], raw_batch["action_mask"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_normalized_actions_come_back(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    offset = tuple(rng.uniform(-2, 2, 3))
+    scale = tuple(rng.uniform(1e-3, 2, 3))
+    normalizer = Normalizer("quantile", offset, scale, ZEROS, ONES, 1)
+    gripper = torch.as_tensor(rng.uniform(size=(5, 1)))
+    action = dataclasses.replace(make_action(rng.uniform(-2, 2, (5, 3))), gripper=gripper)
+
+    normalized = normalizer.normalize_action(action)
+
+    assert float(normalized.gripper.min()) >= -1
+    assert float(normalized.gripper.max()) <= 1
+    restored = normalizer.unnormalize_action(normalized).to_vector()
+    torch.testing.assert_close(restored, action.to_vector(), atol=1e-12, rtol=0)
+
+
+STATE_NORMALIZER = Normalizer("minmax", ZEROS, ONES, (0.1, 0.2, 0.3), (0.5, 0.5, 2.0), 1)
+STATE_POSITIONS = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
+STATE_GRIPPERS = torch.full((6, 1), 0.25, dtype=torch.float64)
+
+
+def test_the_state_vector_is_position_rotation_columns_and_gripper() -> None:
     rotation = Rotation.random(6, random_state=0)
     quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
-    position = torch.tensor([0.6, 0.2, 0.3], dtype=torch.float64).expand(6, 3)
-    state = normalizer.state_vector(
-        position, quaternion, torch.full((6, 1), 0.25, dtype=torch.float64)
-    )
+
+    state = STATE_NORMALIZER.state_vector(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
+
     assert state.shape == (6, STATE_VECTOR_DIM)
+    first_two_columns = np.moveaxis(rotation.as_matrix()[:, :, :2], 2, 1).reshape(6, 6)
     np.testing.assert_allclose(state[:, :3], np.tile([1.0, 0, 0], (6, 1)), atol=1e-12)
-    columns = np.moveaxis(rotation.as_matrix()[:, :, :2], 2, 1).reshape(6, 6)
-    np.testing.assert_allclose(state[:, 3:9], columns, atol=1e-9)
+    np.testing.assert_allclose(state[:, 3:9], first_two_columns, atol=1e-9)
     np.testing.assert_allclose(state[:, 9], -0.5)
-    other = normalizer.state_vector(position, -quaternion, state[:, 9:])
-    torch.testing.assert_close(other[:, :9], state[:, :9])
 
 
-def test_bad_statistics_are_refused(tmp_path: Path) -> None:
+def test_the_state_vector_does_not_depend_on_the_sign_of_the_quaternion() -> None:
+    rotation = Rotation.random(6, random_state=0)
+    quaternion = torch.as_tensor(rotation.as_quat(scalar_first=True))
+
+    state = STATE_NORMALIZER.state_vector(STATE_POSITIONS, quaternion, STATE_GRIPPERS)
+    negated = STATE_NORMALIZER.state_vector(STATE_POSITIONS, -quaternion, STATE_GRIPPERS)
+
+    torch.testing.assert_close(negated, state)
+
+
+def test_missing_statistics_are_refused(tmp_path: Path) -> None:
+    refuses("cannot read normalization statistics", Normalizer.load, tmp_path / "normalizer.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"]
+)
+def test_broken_statistics_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "normalizer.json"
-    refuses("cannot read normalisation statistics", Normalizer.load, path)
-    for text in ("{}", "not json", '{"mode": "quantile", "translation_offset": [1, 2]}', "[1]"):
-        path.write_text(text)
-        refuses(r"normalizer\.json", Normalizer.load, path)
-    for scale in (0.0, -1.0, np.nan, np.inf):
-        Normalizer("quantile", (0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0, 1.0, scale), 9).save(path)
-        refuses("position_scale", Normalizer.load, path)
-    store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), steps=10)
+    path.write_text(text)
+
+    refuses(r"normalizer\.json", Normalizer.load, path)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_a_scale_that_is_not_positive_is_refused(tmp_path: Path, scale: float) -> None:
+    path = tmp_path / "normalizer.json"
+    Normalizer("quantile", ZEROS, ONES, ZEROS, (1.0, 1.0, scale), 9).save(path)
+
+    refuses("position_scale", Normalizer.load, path)
+
+
+def test_an_unknown_mode_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+    store = make_store(tmp_path, 0, (0.1, 0.1, 0.1), num_steps=10)
+
     refuses("did you mean 'quantile'", Normalizer.fit, [(store, 1.0)], "quantiles")
+
+
+def test_a_store_without_known_actions_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), num_steps=10)
     masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
+
     refuses("nothing to fit", Normalizer.fit, [(stored([masked], tmp_path / "b"), 1.0)])
 
 
@@ -200,23 +356,38 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "few values": lambda rng, count: rng.integers(0, 3, count).astype(float),
     "heavy tails": lambda rng, count: rng.standard_cauchy(count),
 }
+CAPACITY = 256
+MAX_LEVELS = 6  # of up to 6000 values
 
 
 @settings(max_examples=25)
 @given(st.sampled_from(list(STREAMS)), st.integers(1, 6000), st.lists(st.floats(0, 1), max_size=5))
-def test_rank_error_is_within_the_bound(kind: str, count: int, cuts: list[float]) -> None:
+def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
+    kind: str, count: int, cuts: list[float]
+) -> None:
     values = STREAMS[kind](np.random.default_rng(0), count)
-    sketch = QuantileSketch(256)
-    for piece in np.split(values, sorted(int(c * count) for c in cuts)):
+    sketch = QuantileSketch(CAPACITY)
+
+    for piece in np.split(values, sorted(int(count * cut) for cut in cuts)):
         sketch.add(piece)
-    kept, weights = sketch.weighted()
-    assert sketch.count == count and weights.sum() == count
-    # The rank of a value: the share at or below it, of the sketch and of the values.
-    order, at = np.argsort(kept), np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
-    below = np.concatenate([[0], np.cumsum(weights[order])])
-    ranks = below[np.searchsorted(kept[order], at, side="right")] / count
-    off = np.abs(ranks - np.searchsorted(np.sort(values), at, side="right") / count)
-    assert off.max() <= (6 / 256 if count > 256 else 0) + 1e-12
-    assert len(kept) <= 6 * 256 and (sketch.low, sketch.high) == (values.min(), values.max())
-    assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-9 * np.abs(values).max())
+
+    # The moments are exact, and the size is bounded.
+    sketch_values, weights = sketch.weighted()
+    assert sketch.count == count
+    assert weights.sum() == count
+    assert len(sketch_values) <= MAX_LEVELS * CAPACITY
+    assert sketch.low == values.min()
+    assert sketch.high == values.max()
+    mean_tolerance = 1e-9 * np.abs(values).max()
+    assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=mean_tolerance)
     assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
+
+    # The rank of a value is the share at or below it, of the sketch and of the values.
+    probes = np.quantile(values, np.linspace(0, 1, 41), method="inverted_cdf")
+    order = np.argsort(sketch_values)
+    cumulative = np.concatenate([[0], np.cumsum(weights[order])])
+    positions = np.searchsorted(sketch_values[order], probes, side="right")
+    ranks = cumulative[positions] / count
+    expected_ranks = np.searchsorted(np.sort(values), probes, side="right") / count
+    max_rank_error = MAX_LEVELS / CAPACITY if count > CAPACITY else 0
+    assert np.abs(ranks - expected_ranks).max() <= max_rank_error + 1e-12

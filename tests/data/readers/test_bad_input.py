@@ -14,85 +14,124 @@ from spear.data.readers.formats import read_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 
-IMAGES, STATE = "observation.images.external", "observation.state"
-OVER = {3: [0.33, 0, 0.2, 0, 1, 0, 0, 0]}
+IMAGE_FEATURE = "observation.images.external"
+STATE_FEATURE = "observation.state"
+STEPS_PER_EPISODE = 6
+UPSIDE_DOWN_STATE = [0.33, 0, 0.2, 0, 1, 0, 0, 0]
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> Path:
+def three_episodes(tmp_path: Path) -> Path:
     """A LeRobot dataset of three episodes of 6 steps; the tests break the second."""
     write_lerobot([make(0), make(1), make(2)], tmp_path / "set")
     return tmp_path / "set"
 
 
-def set_cells(folder: Path, column: str, values: dict[int, Any]) -> None:
-    """Replace some of the second episode's cells in a column of the rows."""
+def data_file(folder: Path) -> Path:
     (file,) = (folder / "data").rglob("*.parquet")
+    return file
+
+
+def set_cells(folder: Path, feature: str, values: dict[int, Any]) -> None:
+    """Replace some of the second episode's cells in a column of the rows: step -> value."""
+    file = data_file(folder)
     table = pq.read_table(file)
-    at, cells = table.column_names.index(column), table[column].to_pylist()
+    index = table.column_names.index(feature)
+    cells = table[feature].to_pylist()
     for step, value in values.items():
-        cells[6 + step] = value
-    pq.write_table(table.set_column(at, column, pa.array(cells, table.schema.field(at).type)), file)
+        cells[STEPS_PER_EPISODE + step] = value
+    column = pa.array(cells, table.schema.field(index).type)
+    pq.write_table(table.set_column(index, feature, column), file)
 
 
 def break_image(folder: Path) -> None:
-    (file,) = (folder / "data").rglob("*.parquet")
-    whole = pq.read_table(file)[IMAGES].to_pylist()[6 + 2]["bytes"]
-    set_cells(folder, IMAGES, {2: {"bytes": whole[:-200], "path": None}})
+    cells = pq.read_table(data_file(folder))[IMAGE_FEATURE].to_pylist()
+    encoded = cells[STEPS_PER_EPISODE + 2]["bytes"]
+    set_cells(folder, IMAGE_FEATURE, {2: {"bytes": encoded[:-200], "path": None}})
 
 
-def no_steps(folder: Path) -> None:
-    (file,) = (folder / "data").rglob("*.parquet")
+def remove_image(folder: Path) -> None:
+    set_cells(folder, IMAGE_FEATURE, {4: None})
+
+
+def empty_image(folder: Path) -> None:
+    set_cells(folder, IMAGE_FEATURE, {4: {"bytes": b""}})
+
+
+def remove_state(folder: Path) -> None:
+    set_cells(folder, STATE_FEATURE, {4: None})
+
+
+def remove_timestamp(folder: Path) -> None:
+    set_cells(folder, "timestamp", {4: None})
+
+
+def remove_task_index(folder: Path) -> None:
+    set_cells(folder, "task_index", {0: None})
+
+
+def set_unknown_task_index(folder: Path) -> None:
+    set_cells(folder, "task_index", dict.fromkeys(range(STEPS_PER_EPISODE), 7))
+
+
+def set_other_task_index(folder: Path) -> None:
+    set_cells(folder, "task_index", dict.fromkeys(range(STEPS_PER_EPISODE), 0))
+
+
+def turn_upside_down(folder: Path) -> None:
+    set_cells(folder, STATE_FEATURE, {3: UPSIDE_DOWN_STATE})
+
+
+def remove_steps(folder: Path) -> None:
+    file = data_file(folder)
     table = pq.read_table(file)
-    pq.write_table(
-        table.filter(pa.array([i != 1 for i in table["episode_index"].to_pylist()])), file
-    )
-    (meta,) = (folder / "meta/episodes").rglob("*.parquet")
-    rows = pq.read_table(meta).to_pylist()
+    is_other_episode = [index != 1 for index in table["episode_index"].to_pylist()]
+    pq.write_table(table.filter(pa.array(is_other_episode)), file)
+
+    (episodes_file,) = (folder / "meta/episodes").rglob("*.parquet")
+    rows = pq.read_table(episodes_file).to_pylist()
     rows[1]["length"] = 0
-    pq.write_table(pa.Table.from_pylist(rows), meta)
+    pq.write_table(pa.Table.from_pylist(rows), episodes_file)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (break_image, "set/train#1 step 2 camera 'external'"),
-        (lambda f: set_cells(f, IMAGES, {4: None}), "missing image: "),
-        (lambda f: set_cells(f, IMAGES, {4: {"bytes": b""}}), "empty image: set/train#1 step 4"),
-        (
-            lambda f: set_cells(f, STATE, {4: None}),
-            "no column 'observation/state[0:3]': set/train#1",
-        ),
-        (lambda f: set_cells(f, "timestamp", {4: None}), "broken rows: set#1"),
-        (lambda f: set_cells(f, "task_index", {0: None}), "broken rows: set#1"),
-        (
-            lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 7)),
-            "empty instruction: set/train#1",
-        ),
-        (lambda f: set_cells(f, "task_index", dict.fromkeys(range(6), 0)), "set#1: by task_index"),
-        (
-            lambda f: set_cells(f, STATE, OVER),
-            "jump: set/train#1 step 3: the end-effector is turned by",
-        ),
-        (no_steps, "empty episode: set#1"),
+        (remove_image, "missing image: "),
+        (empty_image, "empty image: set/train#1 step 4"),
+        (remove_state, "no column 'observation/state[0:3]': set/train#1"),
+        (remove_timestamp, "broken rows: set#1"),
+        (remove_task_index, "broken rows: set#1"),
+        (set_unknown_task_index, "empty instruction: set/train#1"),
+        (set_other_task_index, "set#1: by task_index"),
+        (turn_upside_down, "jump: set/train#1 step 3: the end-effector is turned by"),
+        (remove_steps, "empty episode: set#1"),
     ],
-    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_a_bad_episode_is_skipped_by_name(
-    three: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+    three_episodes: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    damage(three)
+    damage(three_episodes)
+
     reasons: list[str] = []
-    good = list(read_episodes(three, on_error=lambda error: reasons.append(str(error))))
-    assert [e.source for e in good] == ["made#0", "made#2"]
-    assert len(reasons) == 1 and words in reasons[0] and "\n" not in reasons[0], reasons
-    written, aside = prepare(three, tmp_path / "store")
-    assert written == 2 and aside == reasons
+    good = list(read_episodes(three_episodes, on_error=lambda error: reasons.append(str(error))))
+    num_prepared, prepare_reasons = prepare(three_episodes, tmp_path / "store")
+
+    assert [episode.source for episode in good] == ["made#0", "made#2"]
+    assert len(reasons) == 1
+    assert words in reasons[0]
+    assert "\n" not in reasons[0]
+    assert num_prepared == 2
+    assert prepare_reasons == reasons
 
 
-def test_an_image_file_that_came_is_other_data(three: Path, tmp_path: Path) -> None:
-    set_cells(three, IMAGES, {4: {"bytes": None, "path": "images/4.png"}})
-    assert prepare(three, tmp_path / "store")[0] == 2
-    (three / "images").mkdir()
-    (three / "images/4.png").write_bytes(png(9))
-    refuses("data is", prepare, three, tmp_path / "store")
+def test_an_image_file_that_came_is_other_data(three_episodes: Path, tmp_path: Path) -> None:
+    set_cells(three_episodes, IMAGE_FEATURE, {4: {"bytes": None, "path": "images/4.png"}})
+    num_prepared, _ = prepare(three_episodes, tmp_path / "store")
+    assert num_prepared == 2
+
+    (three_episodes / "images").mkdir()
+    (three_episodes / "images/4.png").write_bytes(png(9))
+
+    refuses("data is", prepare, three_episodes, tmp_path / "store")
