@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import signal
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from serve_here import SPEAR_CLI_CODE, run_python
-from spear import cli
+from spear.cli import COMMANDS, find_command, load_command
 from spear.cli.parsing import get_options_class, parse_options
 from spear.data.readers.formats import read_episodes
 from spear.evaluate.open_loop import build_observations
@@ -23,151 +24,200 @@ from spear.util.options import list_option_names
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^[ $]*|`|\.venv/bin/|=\S+ )spear ([a-z][^`#\n]*)", re.MULTILINE)
+NAMED_FILE = re.compile(
+    r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"
+)
+CODE_FOLDERS = ("src", "benchmarks", "experiments", "scripts")
 
 
-def joined(page: Path) -> str:
-    """A page, with lines that end in a backslash joined to the next."""
+def parametrize_pages(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+def read_page(page: Path) -> str:
+    """Return a page, with lines that end in a backslash joined to the next."""
     return page.read_text().replace("\\\n", " ")
 
 
-def options(name: str) -> set[str]:
-    known = get_options_class(cli.load_command(name))
-    return {"--help", *(list_option_names(known) if known else ())}
+def find_blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", read_page(page), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def list_options(name: str) -> set[str]:
+    """Return the options of a command."""
+    options_class = get_options_class(load_command(name))
+    if options_class is None:
+        return {"--help"}
+    return {"--help", *list_option_names(options_class)}
+
+
+def find_named_command(line: str) -> str | None:
+    """Return the command that a line behind "spear" begins with; None for the name of a group."""
+    words = line.split()
+    for name in (" ".join(words[:2]), words[0]):
+        if name in COMMANDS:
+            return name
+    return None
+
+
+@parametrize_pages(PAGES)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    for line in COMMAND.findall(joined(page)):
+    first_words = {name.split()[0] for name in COMMANDS}
+    for line in COMMAND.findall(read_page(page)):
         words = line.split()
-        if all(name.split()[0] != words[0] for name in cli.COMMANDS):
+        if words[0] not in first_words:  # a sentence about spear
             continue
-        name = next((n for n in (" ".join(words[:2]), words[0]) if n in cli.COMMANDS), None)
+        name = find_named_command(line)
         if name is None:
             assert words[1:] in ([], ["…"]), f"spear {line}"  # the group by itself
             continue
-        for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line.partition(" & ")[0]):
-            assert option.replace("--no-", "--") in options(name), f"spear {line}"
+        command, _, _ = line.partition(" & ")
+        for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", command):
+            assert option.replace("--no-", "--") in list_options(name), f"spear {line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@parametrize_pages(PAGES)
 def test_commands_in_blocks_are_understood(page: Path) -> None:
-    """Read as the command line reads them, values and positional arguments included."""
-    for block in re.findall(r"```sh\n(.*?)```", joined(page), re.DOTALL):
+    """As the command line reads them, values and positional arguments included."""
+    for block in find_blocks(page, "sh"):
         for line in block.splitlines():
-            words = shlex.split(line.partition(" & ")[0].removeprefix(".venv/bin/"), comments=True)
+            command, _, _ = line.partition(" & ")
+            words = shlex.split(command.removeprefix(".venv/bin/"), comments=True)
             if words[:1] != ["spear"] or "…" in line or "*" in line:
                 continue
-            name = cli.find_command(words[1:])
-            function, rest = cli.load_command(name), words[1 + len(name.split()) :]
-            parse_options(name, function, rest, "")
+            name = find_command(words[1:])
+            arguments = words[1 + len(name.split()) :]
+            parse_options(name, load_command(name), arguments, help_text="")
 
 
 def test_commands_are_found() -> None:
-    assert sum(len(COMMAND.findall(joined(page))) for page in PAGES) > 100
+    num_commands = sum(len(COMMAND.findall(read_page(page))) for page in PAGES)
+
+    assert num_commands > 100
 
 
 def test_docstrings_have_nothing_that_markdown_takes_for_a_link() -> None:
     """`make docs` makes the reference of them, and fails at a link that leads nowhere."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for file in sorted((ROOT / "src" / "spear").rglob("*.py")):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = [
-            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, documented)
-        ]
-        assert not [n for n in nodes if re.search(r"\][\[(]", ast.get_docstring(n) or "")], file
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, documented):
+                docstring = ast.get_docstring(node) or ""
+                assert not re.search(r"\][\[(]", docstring), file
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def find_anchors(page: Path) -> list[str]:
+    """Return a page's headings, as GitHub names them in links."""
+    anchors = []
+    for heading in re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE):
+        anchors.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return anchors
+
+
+@parametrize_pages([*PAGES, ROOT / "CHANGELOG.md"])
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        where, _, anchor = link.partition("#")
         if "://" in link:
             continue
-        target = page.parent / where if where else page
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
         assert target.exists(), link
-        # a page's headings, as GitHub names them
-        titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
-        named = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-        assert not anchor or anchor in named, link
+        if anchor:
+            assert anchor in find_anchors(target), link
+
+
+def list_code_files() -> Iterator[Path]:
+    for folder in CODE_FOLDERS:
+        yield from (ROOT / folder).rglob("*.py")
 
 
 def test_files_that_are_named_exist() -> None:
-    named = re.compile(
-        r"(?<![\w/])((?:benchmarks|experiments|docs|tests|scripts|examples|src)/[\w./-]+\.\w+)"
-    )
-    rooms = ("src", "benchmarks", "experiments", "scripts")
-    code = (file for room in rooms for file in (ROOT / room).rglob("*.py"))
-    files = [*PAGES, *code]
-    names = {
-        (file, name)
-        for file in files
-        for name in named.findall(file.read_text())
-        if "NAME" not in name
-    }
-    assert not [(file, name) for file, name in names if not (ROOT / name).exists()]
+    for file in [*PAGES, *list_code_files()]:
+        for name in NAMED_FILE.findall(file.read_text()):
+            if "NAME" not in name:
+                assert (ROOT / name).exists(), f"{file}: {name}"
 
 
 def test_experiments_that_are_named_can_be_run() -> None:
     readmes = (ROOT / "experiments").rglob("*.md")
-    code = [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "src").rglob("*.py")]
-    for file in [*PAGES, *readmes, *code]:
+    for file in [*PAGES, *readmes, *list_code_files()]:
         for name in re.findall(r"-m (experiments(?:\.\w+)+)", file.read_text()):
             module = ROOT.joinpath(*name.split("."))
-            assert (module / "__main__.py").exists() or module.with_suffix(".py").exists(), file
+            is_package = (module / "__main__.py").exists()
+            assert is_package or module.with_suffix(".py").exists(), file
 
 
-def test_scripts_end_as_commands_do() -> None:
+def test_scripts_report_errors_as_commands_do() -> None:
+    """A script calls tyro inside `run_reporting_errors`."""
     files = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
-    scripts = {file: file.read_text() for file in files}
-    assert not [
-        f for f, text in scripts.items() if re.search(r"^ *(tyro|app)\.cli\(", text, re.MULTILINE)
-    ]
+    for file in files:
+        assert not re.search(r"^ *(tyro|app)\.cli\(", file.read_text(), re.MULTILINE), file
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_the_python_of_a_page_imports_exists(page: Path) -> None:
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec("\n".join(re.findall(r"^from spear\b.*", block, re.MULTILINE)), {})
+@parametrize_pages(PAGES)
+def test_imports_in_the_python_of_a_page_exist(page: Path) -> None:
+    for block in find_blocks(page, "python"):
+        imports = re.findall(r"^from spear\b.*", block, re.MULTILINE)
+        exec("\n".join(imports), {})
 
 
 def test_the_python_of_the_readme_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    (block,) = find_blocks(PAGES[0], "python")
     names: dict[str, Any] = {}
+
     exec(block, names)
+
     assert names["actions"].shape == (5, 8)
 
 
-def test_the_tutorial_runs_and_what_it_trains_can_be_served(
+def read_tutorial() -> list[dict[str, Any]]:
+    """Return the cells of the tutorial."""
+    return json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+
+
+def test_the_tutorial_is_stored_without_outputs() -> None:
+    assert not any(cell.get("outputs") for cell in read_tutorial())
+
+
+def test_the_tutorial_runs_and_the_policy_that_it_trains_can_be_served(
     renderer: object,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its cells in order, with few scenes and steps: label, ask, act, record, audit, fine-tune, score; then
-    docs/finetune.md's last step."""
-    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
-    assert not any(cell.get("outputs") for cell in cells)
+    """Its cells in order, with few scenes and steps, and then the last step of docs/finetune.md.
+
+    They label, ask, act, record, audit, fine-tune and score.
+    """
     monkeypatch.setenv("SPEAR_QUICK", "1")
     monkeypatch.setenv("SPEAR_TUTORIAL", str(tmp_path))
     names: dict[str, Any] = {}
-    for cell in cells:
+    for cell in read_tutorial():
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
-    said = capsys.readouterr().out
-    assert "(5, 8)" in said and "WRONG" not in said and "trained: " in said
+
+    output = capsys.readouterr().out
+    assert "(5, 8)" in output
+    assert "WRONG" not in output
+    assert "trained: " in output
     assert len(list(tmp_path.glob("label-*.png"))) == 2
-    header, *rows = said.partition("1 held-out episode")[2].splitlines()
+    _, _, table = output.partition("1 held-out episode")
+    header, *rows = table.splitlines()
     assert header.endswith("last action")
-    assert len(rows) == 4 and all(
-        row.count("(n = 1)") == 3 for row in rows
-    )  # one episode gives no interval
+    assert len(rows) == 4
+    for row in rows:
+        assert row.count("(n = 1)") == 3  # one episode gives no interval
+
     (episode,) = read_episodes(tmp_path / "my_robot", "train[2:]")
     with run_python(SPEAR_CLI_CODE, "serve", str(tmp_path / "mine"), "--port", "0") as server:
-        said = server.stdout.readline()
-        found = re.search(r"ws://\S+", said)
-        assert found, said
-        with closing(RemotePolicy(found[0])) as policy:
+        line = server.stdout.readline()
+        match = re.search(r"ws://\S+", line)
+        assert match, line
+        with closing(RemotePolicy(match[0])) as policy:
             actions = policy.infer(build_observations(episode)[0])["actions"]
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
-    assert actions.shape == (5, 8) and np.isfinite(actions).all()
+    assert actions.shape == (5, 8)
+    assert np.isfinite(actions).all()
     np.testing.assert_allclose(np.linalg.norm(actions[:, 3:7], axis=1), 1, atol=1e-5)
