@@ -50,13 +50,20 @@ class PutSpoonOnPlate(BaseBridgeEnv):
 
 # 24 official starts, 60 steps. The script that demonstrates takes a spoon in either direction (2), 3 cm along
 # its length. Starts off the grid lie within 10 cm of its middle, and 12 cm from each other.
-TASKS[NAME] = Task(starts=24, steps=60, turns=2, along=0.03, around=(0.1, 0.1), apart=0.12)
+TASKS[NAME] = Task(
+    num_starts=24,
+    max_steps=60,
+    num_grasp_directions=2,
+    grasp_offset_m=0.03,
+    max_offset_m=(0.1, 0.1),
+    min_distance_m=0.12,
+)
 
 
 def main(what: str, count: int, where: str) -> None:
     if what == "record":
         ((written, tried),) = record_demonstrations(
-            Path(where), [NAME], count, FIRST_TRAIN_SEED, height=128
+            Path(where), [NAME], range(FIRST_TRAIN_SEED, FIRST_TRAIN_SEED + count), height=128
         ).values()
         print(f"demonstrations that succeeded, in {where}: {written} of {tried}")
     else:

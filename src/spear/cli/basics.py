@@ -185,8 +185,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     counts_of_task = record_demonstrations(
         options.out,
         options.tasks,
-        options.episodes,
-        options.first_seed,
+        range(options.first_seed, options.first_seed + options.episodes),
         height,
         options.workers,
         options.assets,

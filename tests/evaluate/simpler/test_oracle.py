@@ -12,8 +12,15 @@ from refusals import refuses
 from spear import embodiments
 from spear.embodiments.simpler_widowx import POSE_KEY
 from spear.evaluate.simpler import oracle, record
-from spear.evaluate.simpler.tasks import MARGIN, TASKS, Truth, is_official, sample_off_grid_start
-from spear.evaluate.simpler.world import _ours, compute_opening, is_at_rest, to_base_frame
+from spear.evaluate.simpler.tasks import (
+    MIN_START_OFFSET_M,
+    MIN_START_TURN_RAD,
+    TASKS,
+    Truth,
+    is_official,
+    sample_off_grid_start,
+)
+from spear.evaluate.simpler.world import _to_ee_pose, compute_opening, is_at_rest, to_base_frame
 from spear.types import Array
 
 DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
@@ -100,7 +107,7 @@ class Table:
 def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: float) -> None:
     table = Table(task, np.array(at), yaw)
     table.open = False  # the fingers closed on nothing: it tries again
-    for _ in range(TASKS[task].steps):
+    for _ in range(TASKS[task].max_steps):
         table.act()
     assert table.open
     while table.waits[-1]:  # at the end
@@ -111,7 +118,7 @@ def test_the_oracle_brings_the_object(task: str, at: tuple[float, float], yaw: f
     assert table.taken_across < 0.1 or ("Cube" in task and table.taken_across > 0.99)
 
 
-def test_poses_and_the_opening_are_ours() -> None:
+def test_poses_and_the_opening_are_to_ee_pose() -> None:
     base = np.array([0.147, 0.028, 0.870, 0, 0, 0, 1])  # turned by half a turn about z
     turned = Rotation.from_euler("z", 90, degrees=True)
     found = to_base_frame(
@@ -122,7 +129,7 @@ def test_poses_and_the_opening_are_ours() -> None:
 
     # The end-effector is parallel to the base when the gripper points down.
     link = np.array([0.3, 0.0, 0.1, *DOWN.as_quat(scalar_first=True)])
-    np.testing.assert_allclose(_ours(link), [0.3, 0.0, 0.1, 1, 0, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(_to_ee_pose(link), [0.3, 0.0, 0.1, 1, 0, 0, 0], atol=1e-9)
     openings = [compute_opening(np.full(2, q)) for q in (0.014, 0.015, 0.026, 0.037, 0.038)]
     assert openings == pytest.approx([0, 0, 0.5, 1, 1])
 
@@ -148,10 +155,12 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         nearest = np.linalg.norm(places[:, :, :2] - start.places[:, :2], axis=-1).max(axis=1).min()
         off = Rotation.from_quat(turns[:, 0], scalar_first=True).inv()
         turned = (off * Rotation.from_quat(start.turns[0], scalar_first=True)).magnitude().min()
-        assert nearest >= MARGIN[0] or turned >= MARGIN[1]
-        assert np.linalg.norm(start.places[0] - start.places[1]) >= task.apart
+        assert nearest >= MIN_START_OFFSET_M or turned >= MIN_START_TURN_RAD
+        assert np.linalg.norm(start.places[0] - start.places[1]) >= task.min_distance_m
         assert (abs(start.places[:, :2] - [-0.16, 0]) <= 0.1).all() and turned <= np.pi / 4 + 1e-9
-        near = dataclasses.replace(start, places=places[3] + 0.5 * MARGIN[0], turns=turns[1])
+        near = dataclasses.replace(
+            start, places=places[3] + 0.5 * MIN_START_OFFSET_M, turns=turns[1]
+        )
         assert is_official(near, places, turns)
     np.testing.assert_array_equal(
         sample_off_grid_start(task, 7, places, turns).places, starts[7].places
@@ -161,7 +170,8 @@ def test_starts_off_the_grid_are_none_of_the_official_ones() -> None:
         task, 0, np.stack([corners, *corners[[[2] * 4, [1] * 4]]], axis=1), turns[:, [0, 1, 1]]
     )
     np.testing.assert_array_equal(fixed.places[1:], corners[[2, 1]])
-    refuses("apart", sample_off_grid_start, dataclasses.replace(task, apart=0.6), 0, places, turns)
+    crowded = dataclasses.replace(task, min_distance_m=0.6)
+    refuses("min_distance_m", sample_off_grid_start, crowded, 0, places, turns)
 
 
 def test_a_recording_that_is_left_waits_for_no_episode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler.frames import fit_frame
 from spear.evaluate.simpler.record import record_demonstrations, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
-from spear.evaluate.simpler.tasks import MARGIN, TASKS, Task
+from spear.evaluate.simpler.tasks import MIN_START_OFFSET_M, TASKS, Task
 from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
 from spear.geometry import apply_action, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
@@ -118,7 +118,7 @@ def test_the_oracle_succeeds(simpler: Simpler, task: str, start: int) -> None:
     assert (
         outcome.success and outcome.reached and outcome.grasped and not outcome.wrong_object_moved
     )
-    assert outcome.unreachable == 0 and outcome.steps < TASKS[task].steps
+    assert outcome.unreachable == 0 and outcome.steps < TASKS[task].max_steps
 
 
 def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProcess) -> None:
@@ -127,13 +127,17 @@ def test_a_demonstration_starts_off_the_grid_and_recovers(process: SimplerProces
     assert first.success and first.action is not None and first.action_mask is not None
     assert 0 < (~first.action_mask).sum() < len(first) / 2
     np.testing.assert_array_equal(first.position, again.position)
-    official = [process.reset(start, False).truth for start in range(TASKS[TASK].starts)]
+    official = [process.reset(start, False).truth for start in range(TASKS[TASK].num_starts)]
     assert (
-        np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MARGIN[0] < TASKS[TASK].around
+        np.ptp([one.goal[:2] for one in official], axis=0) / 2 + MIN_START_OFFSET_M
+        < TASKS[TASK].max_offset_m
     ).all()
     begun = process.reset(10_001, False, other=True).truth
     pairs = [np.stack([one.source[:2], one.goal[:2]]) for one in (begun, *official)]
-    assert min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:]) > MARGIN[0] / 2
+    assert (
+        min(np.linalg.norm(pairs[0] - pair, axis=1).max() for pair in pairs[1:])
+        > MIN_START_OFFSET_M / 2
+    )
     assert np.linalg.norm(begun.measured[:3] - official[0].measured[:3]) > 1e-3
 
 
@@ -161,16 +165,17 @@ def test_labels_of_the_scenes_are_true(process: SimplerProcess) -> None:
 def test_recording_goes_on_behind_what_is_written(
     simpler: Simpler, shared: Path, tmp_path: Path
 ) -> None:
-    how = 10_000, 128, 1, shared / "assets" / "simpler"
-    assert record_demonstrations(tmp_path, [TASK], 1, *how) == {TASK: (1, 1)}
-    assert record_demonstrations(tmp_path, [TASK], 2, *how) == {TASK: (2, 2)}
+    how = 128, 1, shared / "assets" / "simpler"
+    seeds = range(10_000, 10_002)
+    assert record_demonstrations(tmp_path, [TASK], seeds[:1], *how) == {TASK: (1, 1)}
+    assert record_demonstrations(tmp_path, [TASK], seeds, *how) == {TASK: (2, 2)}
     store = EpisodeStore(tmp_path / TASK)
     assert [store.source(i) for i in range(2)] == [
         f"simpler/{TASK}/{seed}" for seed in (10_000, 10_001)
     ]
     assert decode_image(store.image(1, 0, "external") or b"").shape == (128, 171, 3)
     (tmp_path / TASK / SETTINGS_FILE).write_text('{"assets": "of before"}')
-    refuses("assets", record_demonstrations, tmp_path, [TASK], 2, *how)
+    refuses("assets", record_demonstrations, tmp_path, [TASK], seeds, *how)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_recording_goes_on_behind_what_is_written(
             "(NAME,)",
             "(NAME,), assets=Path(__file__).with_name('assets')",
         ),
-        ("SpearError: .*Task", "evaluate 1 oracle", "starts=24", "starts=12"),
+        ("SpearError: .*Task", "evaluate 1 oracle", "num_starts=24", "num_starts=12"),
         ("SpearError: .*__main__", "evaluate 1 oracle", '__name__ == "__main__"', "True"),
     ],
 )

@@ -1,1 +1,4 @@
-"""SIMPLER's WidowX tasks on ManiSkill 3: photographs of a real table, with a simulated arm and objects."""
+"""SIMPLER's WidowX tasks on ManiSkill 3.
+
+The background is a photograph of a real table; the arm and the objects are simulated.
+"""

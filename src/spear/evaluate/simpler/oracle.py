@@ -1,10 +1,11 @@
-"""The scripted reference for SIMPLER: knows the true state, acts through the policy's own eight numbers.
+"""The scripted expert for SIMPLER: knows the true state, acts through the policy's eight numbers.
 
-It takes the same way as a policy (canonical action, adapter, controller), so its success says what that way
-lets through. Its action depends on the present moment only, so it tries again when something slips.
+Its actions pass through the same adapter and controller as a policy's, so its success says what
+these let through. An action depends on the present moment only, so the oracle tries again when an
+object slips.
 
-The controller moves a commanded pose that the arm follows with a lag, so steps are planned from the commanded
-pose, and what has been reached is judged by the measured one.
+The controller moves a commanded pose that the arm follows with a lag. Steps are therefore planned
+from the commanded pose, and what has been reached is judged by the measured one.
 """
 
 import math
@@ -23,81 +24,116 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_STEP = 0.03
-"""Longest step, m."""
-MAX_TURN = 0.3
-"""Largest turn of a step, rad."""
-HOVER = 0.06
-"""Height over the grasp while the gripper is not above it, m."""
-CARRY = 0.06
-"""Height over its place at which an object is carried, m."""
-LOWEST = 0.016
-"""Lowest height of the end-effector over the table: at 0.0145 m the finger tips touch it, m."""
-HELD = 0.12
-"""A closed gripper that is open by more than this has something between its fingers."""
+MAX_STEP = 0.03  # longest step, m
+MAX_TURN = 0.3  # largest rotation of a step, rad
+HOVER_M = 0.06  # height above the grasp while the gripper is not above it
+CARRY_M = 0.06  # height above its place at which an object is carried
+RETREAT_M = 0.1  # height above the placed object to which the gripper retreats
+MIN_HEIGHT_M = 0.016  # of the end-effector above the table: at 0.0145 m the finger tips touch it
+MIN_HELD_OPENING = 0.12  # a closed gripper that is open by more has something between its fingers
+
+MAX_GRASP_OFFSET_M = 0.012  # horizontally; with more, the gripper does not descend or close
+MAX_GRASP_TURN_RAD = 0.1
+MAX_COMMAND_OFFSET_M = 1e-3  # the commanded pose has arrived
+MAX_ARM_OFFSET_M = 0.006  # the arm has arrived, or lags behind by no more
+MAX_ABOVE_OFFSET_M = 0.015  # a carried object is above its place
+MAX_PLACE_OFFSET_M = 0.008  # a carried object may be released
+MAX_PLACED_OFFSET_M = 0.03  # a released object lies in its place
+MAX_PLACED_HEIGHT_M = 0.02
+MAX_BLOCKED_HEIGHT_M = 0.03  # an object that rests on something lower than this is not lowered
+ACROSS_MARGIN_M = 0.02  # how far below `CARRY_M` an object may already move across
+RELEASE_MARGIN_M = 0.004  # above the task's release height
 
 
-def choose_action(task: str, t: Truth) -> Array:
-    """[8] float32: the action at this moment (layout of `spear.types.Action`)."""
-    grip = TASKS[task]
-    # Where the object's origin is to come: on top of the goal.
-    top = t.goal[2] + t.goal_size[2] / 2
-    rest = np.array([t.goal[0], t.goal[1], top + t.source_size[2] / 2])
-    aside = float(np.linalg.norm(t.source[:2] - rest[:2]))
-    if t.open:
-        if aside < 0.03 and abs(t.source[2] - rest[2]) < 0.02 + grip.drop:
-            away = np.array([t.commanded[0], t.commanded[1], rest[2] + 0.1])
-            return _to(t, away, _yaw(t.commanded), True)
-        return _approach(t, grip)
-    if t.closing and t.opening > HELD:
-        return _to(t, t.commanded[:3], _yaw(t.commanded), False)
-    if t.opening <= HELD:
-        return _to(t, t.commanded[:3], _yaw(t.commanded), True)
-    return _carry(t, grip, rest, aside)
+def choose_action(task: str, truth: Truth) -> Array:
+    """The action [8] float32 at this moment (layout of `spear.types.Action`)."""
+    grasp = TASKS[task]
+    # The object's origin should come to rest on top of the goal.
+    goal_top = truth.goal[2] + truth.goal_size[2] / 2
+    rest = np.array([truth.goal[0], truth.goal[1], goal_top + truth.source_size[2] / 2])
+    offset = float(np.linalg.norm(truth.source[:2] - rest[:2]))
+    if truth.open:
+        height = abs(truth.source[2] - rest[2])
+        is_placed = (
+            offset < MAX_PLACED_OFFSET_M and height < MAX_PLACED_HEIGHT_M + grasp.release_height_m
+        )
+        return _retreat(truth, rest) if is_placed else _approach(truth, grasp)
+    has_object = truth.opening > MIN_HELD_OPENING
+    if truth.closing and has_object:
+        return _wait(truth, opened=False)
+    if not has_object:
+        return _wait(truth, opened=True)
+    return _carry(truth, grasp, rest, offset)
 
 
-def _approach(t: Truth, grip: Task) -> Array:
+def _retreat(truth: Truth, rest: Array) -> Array:
+    """Straight up, away from the placed object."""
+    position = np.array([truth.commanded[0], truth.commanded[1], rest[2] + RETREAT_M])
+    return _move_towards(truth, position, _yaw(truth.commanded), True)
+
+
+def _wait(truth: Truth, opened: bool) -> Array:
+    """Move the fingers only."""
+    return _move_towards(truth, truth.commanded[:3], _yaw(truth.commanded), opened)
+
+
+def _approach(truth: Truth, grasp: Task) -> Array:
     """Above the object first, then down to it, then close."""
-    axis = quat_to_matrix(torch.from_numpy(t.source[3:])).numpy()[:, 0]
-    point = t.source[:3] + grip.along * axis
-    period, now = 2 * math.pi / grip.turns, _yaw(t.commanded)  # of the good directions, the nearest
-    yaw = now + (math.atan2(axis[1], axis[0]) - now + period / 2) % period - period / 2
-    goal = np.array([point[0], point[1], max(point[2], LOWEST)])
-    aside = float(np.linalg.norm(t.measured[:2] - goal[:2]))
-    turned = abs((yaw - _yaw(t.measured) + math.pi) % (2 * math.pi) - math.pi)
-    if aside > 0.012 or turned > 0.1:
-        goal[2] += HOVER
-    there = np.linalg.norm(t.commanded[:3] - goal) < 1e-3
-    near = np.linalg.norm(t.measured[:3] - goal) < 0.006
-    closing = aside <= 0.012 and turned <= 0.1 and there and (near or t.still)
-    return _to(t, goal, yaw, not closing)
+    axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
+    point = truth.source[:3] + grasp.grasp_offset_m * axis
+    goal = np.array([point[0], point[1], max(point[2], MIN_HEIGHT_M)])
+
+    # Of the equally good directions take the nearest.
+    period = 2 * math.pi / grasp.num_grasp_directions
+    current_yaw = _yaw(truth.commanded)
+    object_yaw = math.atan2(axis[1], axis[0])
+    yaw = current_yaw + (object_yaw - current_yaw + period / 2) % period - period / 2
+
+    offset = float(np.linalg.norm(truth.measured[:2] - goal[:2]))
+    turn = abs((yaw - _yaw(truth.measured) + math.pi) % (2 * math.pi) - math.pi)
+    if offset > MAX_GRASP_OFFSET_M or turn > MAX_GRASP_TURN_RAD:
+        goal[2] += HOVER_M
+    is_aligned = offset <= MAX_GRASP_OFFSET_M and turn <= MAX_GRASP_TURN_RAD
+    is_commanded = np.linalg.norm(truth.commanded[:3] - goal) < MAX_COMMAND_OFFSET_M
+    is_near = np.linalg.norm(truth.measured[:3] - goal) < MAX_ARM_OFFSET_M
+    should_close = is_aligned and is_commanded and (is_near or truth.still)
+    return _move_towards(truth, goal, yaw, not should_close)
 
 
-def _carry(t: Truth, grip: Task, rest: Array, aside: float) -> Array:
-    """Up, across, down, open. It comes down while it still moves across: a policy that cannot tell 5 mm from
-    15 learns to hover from an expert that waits to be exact."""
-    height = t.source[2] - rest[2]
-    goal = t.commanded[:3].copy()
-    above = aside < 0.015
-    if above or height > CARRY - 0.02:
-        goal[:2] = t.measured[:2] + rest[:2] - t.source[:2]
-    goal[2] = t.measured[2] - height + (grip.drop if above else CARRY)
-    lag = float(np.linalg.norm(t.commanded[:3] - t.measured[:3]))
-    blocked = t.still and lag > 0.006 and height < 0.03
-    placed = aside < 0.008 and height < grip.drop + 0.004
-    return _to(t, goal, _yaw(t.commanded), placed or (above and blocked))
+def _carry(truth: Truth, grasp: Task, rest: Array, offset: float) -> Array:
+    """Up, across, down, open.
+
+    The object comes down while it still moves across: a policy that cannot tell 5 mm from 15 mm
+    learns to hover from an expert that waits to be exact.
+    """
+    height = truth.source[2] - rest[2]
+    goal = truth.commanded[:3].copy()
+    is_above = offset < MAX_ABOVE_OFFSET_M
+    if is_above or height > CARRY_M - ACROSS_MARGIN_M:
+        goal[:2] = truth.measured[:2] + rest[:2] - truth.source[:2]
+    goal[2] = truth.measured[2] - height + (grasp.release_height_m if is_above else CARRY_M)
+
+    lag = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
+    is_blocked = truth.still and lag > MAX_ARM_OFFSET_M and height < MAX_BLOCKED_HEIGHT_M
+    is_placed = offset < MAX_PLACE_OFFSET_M and height < grasp.release_height_m + RELEASE_MARGIN_M
+    should_open = is_placed or (is_above and is_blocked)
+    return _move_towards(truth, goal, _yaw(truth.commanded), should_open)
 
 
-def _to(t: Truth, goal: Array, yaw: float, opened: bool) -> Array:
-    """A step of the commanded pose towards a place [3] and a gripper that points down, turned by `yaw`."""
+def _move_towards(truth: Truth, goal: Array, yaw: float, opened: bool) -> Array:
+    """A step of the commanded pose towards a position [3] and a gripper that points down.
+
+    yaw     how the gripper is turned about the vertical, rad.
+    opened  whether the gripper should be open.
+    """
     facing = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
-    place, rotation = torch.from_numpy(t.commanded).split([3, 4])
-    move, rotation = action_between_poses(place, rotation, torch.from_numpy(goal), facing)
+    position, orientation = torch.from_numpy(truth.commanded).split([3, 4])
+    move, rotation = action_between_poses(position, orientation, torch.from_numpy(goal), facing)
     turn = quat_log(rotation)
     move = move * min(1.0, MAX_STEP / max(float(move.norm()), 1e-9))
     turn = turn * min(1.0, MAX_TURN / max(float(turn.norm()), 1e-9))
-    parts = move, quat_canonical(quat_exp(turn)), [float(opened)]
-    return np.concatenate(parts).astype(np.float32)
+    action = np.concatenate([move, quat_canonical(quat_exp(turn)), [float(opened)]])
+    return action.astype(np.float32)
 
 
 def _yaw(pose: Array) -> float:

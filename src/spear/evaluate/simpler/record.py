@@ -1,6 +1,8 @@
-"""What is learned from the tasks: demonstrations as `Episode`s (the oracle at work from starts off the
-official grid, with disturbances that it recovers from, as `spear.sim.record` has them), and labelled
-images."""
+"""What policies learn from SIMPLER's tasks: demonstrations as `Episode`s, and labeled images.
+
+The oracle demonstrates the tasks from starts off the official grid, and recovers from disturbances
+(`spear.sim.record`).
+"""
 
 import contextlib
 import math
@@ -32,12 +34,10 @@ from spear.types import CONTROL_RATE_HZ, Episode, Frame
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
-SHARD_SIZE = 16
-"""Demonstrations that are written at once: a minute or two of recording."""
-AFTER = 5
-"""Steps that a demonstration goes on after the task was fulfilled: the policy has to leave it so."""
-PUSHES = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
-"""Smaller than in the embedded simulator: the arm reaches less far."""
+SHARD_SIZE = 16  # demonstrations that are written at once: a minute or two of recording
+NUM_STEPS_AFTER_SUCCESS = 5  # a demonstration goes on: the policy has to leave the task fulfilled
+DISTURBANCE = Disturbance(translation=0.02, rotation=math.radians(6), twist=math.radians(20))
+"""Smaller than in the embedded simulator, because the arm reaches less far."""
 VIEW = "external"
 SCENES_PER_JOB = 64
 
@@ -45,41 +45,48 @@ SCENES_PER_JOB = 64
 def record_demonstrations(
     out: Path,
     tasks: Sequence[str],
-    episodes: int,
-    first_seed: int,
+    seeds: range,
     height: int,
     workers: int = 2,
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Record `episodes` demonstrations of each task (none: all), each task in a folder of its name in `out`;
-    how many succeeded, and of how many.
+    """Record demonstrations of tasks, one per seed, each task in a folder of its name in `out`.
 
-    height  of the pictures, pixels; the whole camera image is scaled to it.
-    policy  takes turns with the oracle; its steps are masked (`spear.sim.record`).
+    Called again, or with more seeds, it continues behind the last shard that was written.
 
-    The same call, or one with more episodes, continues behind the last shard that was written. Raises
-    `SpearError` as `spear.sim_data.demonstrations.record_demonstrations`, and where ManiSkill, its assets or
-    a renderer are missing.
+    Args:
+        out: Folder.
+        tasks: Their names; all if there are none.
+        seeds: Of the starts.
+        height: Of the images, px; the whole camera image is scaled to it.
+        workers: Processes that run at once.
+        assets: ManiSkill's asset folder, see `check_assets`.
+        policy: Takes turns with the oracle; its steps are masked (`spear.sim.record`).
+
+    Returns:
+        Task → how many demonstrations succeeded, and of how many.
+
+    Raises:
+        SpearError: As `spear.sim_data.demonstrations.record_demonstrations`; or ManiSkill, its
+            assets or a renderer are missing.
     """
     check_known("task", TASKS, *tasks)
-    check_training_seed(first_seed)
-    shown = describe_simulator(check_assets(assets))
-    size = round(CAMERA_SIZE[0] * height / CAMERA_SIZE[1]), height
-    seeds = range(first_seed, first_seed + episodes)
-    written = {}
+    check_training_seed(seeds.start)
+    simulator = describe_simulator(check_assets(assets))
+    camera_width, camera_height = CAMERA_SIZE
+    size = (round(camera_width * height / camera_height), height)
+    counts = {}
     for task in dict.fromkeys(tasks or TASKS):
 
-        def make(first: int, task: str = task) -> Iterator[Episode]:
+        def record_from(first: int, task: str = task) -> Iterator[Episode]:
             return record_episodes(task, seeds[first:], size, workers, assets, policy)
 
-        sources = [
-            format_episode_source(task, seed, policy is not None, "simpler") for seed in seeds
-        ]
-        written[task] = record_successes(
-            out / task, sources, make, {"external": size}, policy, shown, SHARD_SIZE
+        sources = [_format_source(task, seed, policy) for seed in seeds]
+        counts[task] = record_successes(
+            out / task, sources, record_from, {VIEW: size}, policy, simulator, SHARD_SIZE
         )
-    return written
+    return counts
 
 
 def record_episodes(
@@ -90,22 +97,26 @@ def record_episodes(
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
 ) -> Iterator[Episode]:
-    """An `Episode` for each seed, in that order; also of failures (`success` False). Pictures are JPEG
-    (quality 95) of size (width, height)."""
-    free: SimpleQueue[SimplerProcess] = SimpleQueue()
+    """Record an `Episode` for each seed, in that order, also of failures (`success` False).
 
-    def one(seed: int) -> Episode:
-        process = free.get()
+    Images are JPEG (quality 95) of size (width, height).
+    """
+    free_processes: SimpleQueue[SimplerProcess] = SimpleQueue()
+
+    def record_in_free_process(seed: int) -> Episode:
+        process = free_processes.get()
         try:
             return record_episode(process, task, seed, size, policy)
         finally:
-            free.put(process)
+            free_processes.put(process)
 
     with contextlib.ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(workers))
-        for _ in range(min(workers, len(seeds))):  # they end first, and with them the threads
-            free.put(stack.enter_context(contextlib.closing(SimplerProcess(task, assets))))
-        yield from map_in_order(threads, one, seeds, num_ahead=2 * workers)
+        # The processes are closed before the threads, which then end.
+        for _ in range(min(workers, len(seeds))):
+            process = SimplerProcess(task, assets)
+            free_processes.put(stack.enter_context(contextlib.closing(process)))
+        yield from map_in_order(threads, record_in_free_process, seeds, num_ahead=2 * workers)
 
 
 def record_episode(
@@ -115,34 +126,62 @@ def record_episode(
     size: tuple[int, int],
     policy: InterveningPolicy | None = None,
 ) -> Episode:
-    """The oracle's demonstration from one start off the grid, disturbed, or by turns with a policy."""
+    """Record the oracle's demonstration from one start off the grid.
+
+    It is disturbed, or takes turns with a policy.
+    """
     robot = embodiments.load(ROBOT)
-    convert = robot.select_control(None)[1].convert
-    push = ArmDisturber(PUSHES, np.random.default_rng([seed, 1]), policy)
-    tape = EpisodeRecorder()
-    moment, fulfilled = process.reset(seed, True, other=True), 0
-    while moment.steps < TASKS[task].steps and fulfilled < AFTER:
-        seen = robot.read(moment.observation)
-        action, pushed = push(oracle.choose_action(task, moment.truth), moment.steps, seen, seed)
-        picture = fit_image(seen["observation/image"], size[1], size[0])
-        tape.add({"external": picture}, seen["observation/state"], action, pushed)
-        moment = process.run(
-            convert(action[None], seen["observation/state"], moment.observation), True
-        )
-        fulfilled = fulfilled + 1 if moment.success else 0
-    source = format_episode_source(task, seed, policy is not None, "simpler")
-    success = fulfilled >= AFTER or moment.success
-    return tape.episode(str(moment.observation["prompt"]), CONTROL_RATE_HZ, source, success)
+    _, control = robot.select_control(None)
+    disturb = ArmDisturber(DISTURBANCE, np.random.default_rng([seed, 1]), policy)
+    recorder = EpisodeRecorder()
+    width, height = size
+
+    moment = process.reset(seed, True, other=True)
+    num_fulfilled_steps = 0
+    while moment.steps < TASKS[task].max_steps and num_fulfilled_steps < NUM_STEPS_AFTER_SUCCESS:
+        observation = robot.read(moment.observation)
+        state = observation["observation/state"]
+        oracle_action = oracle.choose_action(task, moment.truth)
+        action, is_disturbed = disturb(oracle_action, moment.steps, observation, seed)
+        picture = fit_image(observation["observation/image"], height, width)
+        recorder.add({VIEW: picture}, state, action, is_disturbed)
+        rows = control.convert(action[None], state, moment.observation)
+        moment = process.run(rows, True)
+        num_fulfilled_steps = num_fulfilled_steps + 1 if moment.success else 0
+
+    success = num_fulfilled_steps >= NUM_STEPS_AFTER_SUCCESS or moment.success
+    instruction = str(moment.observation["prompt"])
+    source = _format_source(task, seed, policy)
+    return recorder.episode(instruction, CONTROL_RATE_HZ, source, success)
+
+
+def _format_source(task: str, seed: int, policy: InterveningPolicy | None) -> str:
+    return format_episode_source(task, seed, policy is not None, "simpler")
 
 
 def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
-    """Label the scenes of these seeds, of all four tasks, at (width, height), from the simulator's truth;
-    returns the images. The rest is as in `label_scene_jobs`. Raises `SpearError` where ManiSkill, its assets
-    or a renderer are missing."""
+    """Label the scenes of these seeds, of all four tasks, from the simulator's ground truth.
+
+    The rest is as in `label_scene_jobs`.
+
+    Args:
+        out: Folder.
+        seeds: Of the scenes.
+        size: (width, height) of the images, px.
+        workers: Processes that run at once.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        SpearError: ManiSkill, its assets or a renderer are missing.
+    """
     assets = check_assets(None)
-    jobs = [job for task in TASKS for job in split_into_jobs(task, seeds, SCENES_PER_JOB)]
+    jobs: list[SceneJob] = []
+    for task in TASKS:
+        jobs += split_into_jobs(task, seeds, SCENES_PER_JOB)
     source = SceneSource(
-        render=partial(_frames, size, assets),
+        render=partial(_render_frames, size, assets),
         views=[VIEW],
         settings={
             "scenes": len(seeds),
@@ -150,12 +189,16 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
             "size": size,
             "simulator": describe_simulator(assets),
         },
-        collect_instructions=lambda: sorted({f"the {name}" for name in OBJECT_NAMES.values()}),
+        collect_instructions=_collect_instructions,
     )
     return label_scene_jobs(out, jobs, source, workers)
 
 
-def _frames(
+def _collect_instructions() -> list[str]:
+    return sorted({f"the {name}" for name in OBJECT_NAMES.values()})
+
+
+def _render_frames(
     size: tuple[int, int], assets: Path, job: SceneJob
 ) -> Iterator[tuple[str, list[Frame]]]:
     task, seeds = job

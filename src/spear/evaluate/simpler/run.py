@@ -1,6 +1,7 @@
-"""Closed loop in SIMPLER: a policy acts in ManiSkill's WidowX tasks, through the robot's own adapter.
+"""Closed loop in SIMPLER: a policy acts in ManiSkill's WidowX tasks, through the robot's own
+adapter.
 
-As in SIMPLER's own scripts, an episode runs to its time limit and what counts is whether the task is
+As in SIMPLER's own scripts, an episode runs to its time limit. What counts is whether the task is
 fulfilled then, not whether it was for a moment.
 """
 
@@ -10,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +22,7 @@ from spear.errors import check_known
 from spear.evaluate import film as video
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import SimplerOptions
-from spear.evaluate.results import MILESTONES, Outcome, Results
+from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.tasks import TASKS, Moment
@@ -31,41 +31,59 @@ from spear.sim.scene import held_out_seeds
 from spear.types import Array
 
 ROBOT = "simpler_widowx"
-UNSEEN = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
+NO_IMAGE = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
+"""The robot's adapter wants an image, also where none was rendered."""
 
 
 def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, list[Film]]:
-    """Success on the seeds first_seed … first_seed + scenes - 1 of each task; the films made now.
+    """Measure success on the seeds first_seed … first_seed + scenes - 1 of each task.
 
-    A task has few starts: further seeds show them again, with other noise for the policy. References, which
-    have none, see each start at most once. With `options.off_grid` every seed has a start of its own.
+    A task has few starts: further seeds use them again, with other noise for the policy. Baselines,
+    which have no noise, use each start at most once. With `options.off_grid` every seed has a start
+    of its own.
 
-    Raises SpearError for a folder with results of another policy or of other settings, for an unknown task,
-    and where ManiSkill, its assets or a renderer are missing.
+    Returns:
+        The results, and the films made now.
+
+    Raises:
+        SpearError: The folder has results of another policy or of other settings; a task is
+            unknown; or ManiSkill, its assets or a renderer are missing.
     """
     tasks = options.tasks or tuple(TASKS)
     check_known("task", TASKS, *tasks)
     if options.off_grid:
-        held_out_seeds(options.first_seed, options.scenes)
-    settings = {
+        held_out_seeds(options.first_seed, options.scenes)  # raises for seeds of training
+
+    settings: dict[str, Any] = {
         "simulator": f"ManiSkill {version('mani_skill')}",
         "assets": hash_assets(check_assets(options.assets)),
         "commands begin at": "the last that was reached",
         "replan": options.replan,
         "weights": agent.weights,
-        **({"starts": "off the grid"} if options.off_grid else {}),
     }
-    first, repeats = options.first_seed, agent.needs_images or options.off_grid
-    counts = {t: options.scenes if repeats else min(options.scenes, TASKS[t].starts) for t in tasks}
-    scenes = {t: range(first, first + count) for t, count in counts.items()}
+    if options.off_grid:
+        settings["starts"] = "off the grid"
+
+    can_repeat_starts = agent.needs_images or options.off_grid
+    scenes = {}
+    for task in tasks:
+        num_scenes = options.scenes
+        if not can_repeat_starts:
+            num_scenes = min(num_scenes, TASKS[task].num_starts)
+        scenes[task] = range(options.first_seed, options.first_seed + num_scenes)
     with contextlib.closing(Simpler(options)) as simulator:
         return run_evaluation(simulator, agent, scenes, settings, options)
 
 
 @dataclass
 class SimplerScene:
-    """A running scene. moment: what is known since the last look; pictures: of each step so far, for a film;
-    achieved: the step since which the task has been fulfilled, None while it is not."""
+    """A running scene.
+
+    moment    what is known since the last inference.
+    pictures  of each step so far, for a film.
+    achieved  the step since which the task has been fulfilled; None while it is not.
+    started   when, in seconds of `time.perf_counter`.
+    """
 
     task: str
     seed: int
@@ -81,7 +99,9 @@ class SimplerScene:
 
 
 class OracleAgent(Agent):
-    """The scripted reference, which sees the true state: what adapter, controller and time limit allow."""
+    """The scripted expert, which sees the true state: what adapter, controller and time limit
+    allow.
+    """
 
     name = "oracle"
 
@@ -92,7 +112,10 @@ class OracleAgent(Agent):
 
 
 class Simpler:
-    """The tasks as a `spear.evaluate.runner.Simulator`. A track is the camera's picture at each step."""
+    """SIMPLER's tasks as a `spear.evaluate.runner.Simulator`.
+
+    A track is the camera's image at each step.
+    """
 
     films_are_free = False
 
@@ -100,42 +123,56 @@ class Simpler:
         self._options = options
         self._batch = options.batch or os.cpu_count() or 1
         self._robot = embodiments.load(ROBOT)
-        self._convert = self._robot.select_control(None)[1].convert
+        _, control = self._robot.select_control(None)
+        self._convert = control.convert
         self._processes: list[SimplerProcess] = []
         self._task = ""
 
     def run(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
     ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """All seeds through a few processes."""
-        free = self.open(family, min(self._batch, len(seeds)))
+        """Run all seeds through a few processes; one whose episode ends takes the next seed."""
+        free_processes = self.open(family, min(self._batch, len(seeds)))
         image = agent.needs_images or filming
-        waiting, scenes = list(seeds)[::-1], list[SimplerScene]()
+        waiting_seeds = list(reversed(seeds))
+        scenes: list[SimplerScene] = []
         with ThreadPoolExecutor(self._batch) as threads:
-            while waiting or scenes:
-                new = [(free.pop(), waiting.pop()) for _ in range(min(len(free), len(waiting)))]
-                scenes += threads.map(
-                    lambda pair: self._start(family, pair[0], pair[1], image), new
-                )
-                # The robot's adapter wants a picture, also where nobody looked through the camera.
-                observations = [
-                    self._robot.read({**UNSEEN, **s.moment.observation}) for s in scenes
-                ]
+
+            def start(process: SimplerProcess, seed: int) -> SimplerScene:
+                return self._start(family, process, seed, image)
+
+            def execute(scene: SimplerScene, chunk: Array, observation: Mapping[str, Any]) -> bool:
+                return self._execute(scene, chunk, observation, image, filming)
+
+            while waiting_seeds or scenes:
+                num_new = min(len(free_processes), len(waiting_seeds))
+                new_processes = [free_processes.pop() for _ in range(num_new)]
+                new_seeds = [waiting_seeds.pop() for _ in range(num_new)]
+                scenes += threads.map(start, new_processes, new_seeds)
+
+                observations = []
+                for scene in scenes:
+                    observations.append(self._robot.read({**NO_IMAGE, **scene.moment.observation}))
                 chunks = agent.act(scenes, observations)
-                todo = partial(self._execute, image=image, filming=filming)
-                ended = list(threads.map(todo, scenes, chunks, observations))
-                for scene, over in zip(scenes, ended, strict=True):
-                    if over:
-                        yield _outcome(scene), time.perf_counter() - scene.started, scene.pictures
-                        free.append(scene.process)
-                scenes = [s for s, over in zip(scenes, ended, strict=True) if not over]
+                has_ended = list(threads.map(execute, scenes, chunks, observations))
+
+                running = []
+                for scene, is_over in zip(scenes, has_ended, strict=True):
+                    if is_over:
+                        seconds = time.perf_counter() - scene.started
+                        yield _make_outcome(scene), seconds, scene.pictures
+                        free_processes.append(scene.process)
+                    else:
+                        running.append(scene)
+                scenes = running
 
     def film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
-        ended = [*[None] * (len(track) - 1), outcome.success]
-        return [
-            video.compose_frame(p, None, outcome.instruction, e)
-            for p, e in zip(track, ended, strict=True)
-        ]
+        frames = []
+        for step, picture in enumerate(track):
+            is_last = step == len(track) - 1
+            success = outcome.success if is_last else None
+            frames.append(video.compose_frame(picture, None, outcome.instruction, success))
+        return frames
 
     def close(self) -> None:
         for process in self._processes:
@@ -143,7 +180,7 @@ class Simpler:
         self._processes = []
 
     def open(self, task: str, count: int) -> list[SimplerProcess]:
-        """Processes of a task; those of another one end."""
+        """Processes of a task; those of another task end."""
         if task != self._task:
             self.close()
             self._task = task
@@ -152,10 +189,11 @@ class Simpler:
         return self._processes[:count]
 
     def _start(self, task: str, process: SimplerProcess, seed: int, image: bool) -> SimplerScene:
-        other = self._options.off_grid
-        moment = process.reset(seed if other else seed % TASKS[task].starts, image, other)
-        seen = [moment.observation["observation/image"]] if image else []
-        return SimplerScene(task, seed, moment, process, seen)
+        off_grid = self._options.off_grid
+        start = seed if off_grid else seed % TASKS[task].num_starts
+        moment = process.reset(start, image, off_grid)
+        pictures = [moment.observation["observation/image"]] if image else []
+        return SimplerScene(task, seed, moment, process, pictures)
 
     def _execute(
         self,
@@ -165,18 +203,34 @@ class Simpler:
         image: bool,
         filming: bool,
     ) -> bool:
-        """Steps one scene until it is time to look again; True when its episode has ended."""
+        """Step one scene until the next inference is due. Returns True if its episode has ended."""
         check_replan_interval(self._options.replan, len(chunk))
-        actions = chunk[: min(self._options.replan, TASKS[scene.task].steps - scene.steps)]
-        rows = self._convert(actions, observation["observation/state"], scene.moment.observation)
+        max_steps = TASKS[scene.task].max_steps
+        num_actions = min(self._options.replan, max_steps - scene.steps)
+        state = observation["observation/state"]
+        rows = self._convert(chunk[:num_actions], state, scene.moment.observation)
         scene.moment = scene.process.run(rows, image, filming)
-        scene.pictures = scene.pictures + scene.moment.pictures if filming else []
-        scene.achieved = (scene.achieved or scene.steps) if scene.moment.success else None
-        return scene.steps >= TASKS[scene.task].steps
+        if filming:
+            scene.pictures = scene.pictures + scene.moment.pictures
+        else:
+            scene.pictures = []
+        if not scene.moment.success:
+            scene.achieved = None
+        elif not scene.achieved:
+            scene.achieved = scene.steps
+        return scene.steps >= max_steps
 
 
-def _outcome(scene: SimplerScene) -> Outcome:
+def _make_outcome(scene: SimplerScene) -> Outcome:
     moment = scene.moment
-    seen = {name: getattr(moment, name) for name in (*MILESTONES, "unreachable")}
-    where = scene.task, scene.seed, moment.observation["prompt"]
-    return Outcome(*where, **seen, steps=scene.achieved or moment.steps)
+    return Outcome(
+        family=scene.task,
+        seed=scene.seed,
+        instruction=moment.observation["prompt"],
+        success=moment.success,
+        reached=moment.reached,
+        grasped=moment.grasped,
+        wrong_object_moved=moment.wrong_object_moved,
+        unreachable=moment.unreachable,
+        steps=scene.achieved or moment.steps,
+    )

@@ -234,7 +234,8 @@ def load_labeled_images(
         if label.unit != unit:
             raise SpearError(
                 f"{source}: {label.source} is labelled in unit {label.unit!r}, "
-                f"the model answers in {unit!r}: label with a point map of that unit, or ask another model"
+                f"the model answers in {unit!r}: "
+                "label with a point map of that unit, or ask another model"
             )
     return labels
 
