@@ -15,7 +15,7 @@ from spear.cli import main
 settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("spear")
 torch.set_num_threads(1)
-gc.disable()  # nothing of what is imported is garbage: a tenth of the time went into looking
+gc.disable()  # nothing that is imported is garbage, and looking for it takes a tenth of the time
 
 
 def pytest_collection_finish() -> None:
@@ -25,37 +25,37 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and reference outputs (SPEAR_SHARED); skips without it."""
-    path = Path(
-        os.environ.get("SPEAR_SHARED", Path(__file__).parents[1] / ".." / "shared")
-    ).resolve()
+    """The folder of real data and reference outputs (SPEAR_SHARED); skips the test without it."""
+    default = Path(__file__).parents[1] / ".." / "shared"
+    path = Path(os.environ.get("SPEAR_SHARED", default)).resolve()
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path} (set SPEAR_SHARED)")
     return path
 
 
 @pytest.fixture
-def done(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must succeed; returns what it printed."""
+def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must succeed, and returns what it prints on stdout."""
 
-    def run(*argv: str) -> str:
+    def run(*words: str) -> str:
         capsys.readouterr()
-        assert main(argv) == 0
+        assert main(words) == 0
         return capsys.readouterr().out
 
     return run
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must fail with one line, which it returns."""
+def run_refused_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused with one line on stderr, which it returns."""
 
-    def run(*argv: str) -> str:
+    def run(*words: str) -> str:
         capsys.readouterr()
-        assert main(argv) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1
-        return said
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
 
     return run
 
@@ -69,27 +69,30 @@ def loaded_nano() -> Any:
 
 @pytest.fixture
 def nano(loaded_nano: Any) -> Any:
-    """The shipped policy, a `Spear1Policy`, its noise begun anew. Tests leave it as it is otherwise."""
+    """The shipped policy, a `Spear1Policy` that all tests share, with its noise restarted.
+
+    Tests leave it as it is otherwise.
+    """
     loaded_nano.reset()
     return loaded_nano
 
 
 @pytest.fixture
-def known_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_published_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets and an encoder as small as the checkpoints of `published_checkpoints`."""
-    from published_checkpoints import register_tiny_sizes
+    from published_checkpoints import know_tiny
 
-    register_tiny_sizes(monkeypatch)
+    know_tiny(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Any:
-    """The simulator's `Renderer`; skips where there is none."""
+    """The simulator's `Renderer`; skips the test where rendering does not work."""
     pytest.importorskip("mujoco")
     from spear.errors import SpearError
-    from spear.sim.render import get_thread_renderer
+    from spear.sim.render import own_renderer
 
     try:
-        return get_thread_renderer()
+        return own_renderer()
     except SpearError as error:
         pytest.skip(str(error))

@@ -145,12 +145,12 @@ def test_an_image_that_shows_nothing_has_no_number(
 
 @pytest.mark.usefixtures("small_demo")
 def test_the_page_without_real_data_says_how_to_get_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Command
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Command
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page" / "index.html"
 
-    assert str(page) in done("demo", "--out", "page")
+    assert str(page) in run_command("demo", "--out", "page")
 
     html = page.read_text()
     assert "make demo DATA=" in html
@@ -160,7 +160,7 @@ def test_the_page_without_real_data_says_how_to_get_some(
 
 
 def test_bad_episodes_are_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
     monkeypatch.setattr(demo, "load_vlm", None)
     data = tmp_path / "mine"
@@ -168,7 +168,7 @@ def test_bad_episodes_are_refused_before_the_work(
     write_lerobot([make(0), make(1)], data)
     (data / "spear.json").write_text('{"like": "bridge_dataset"}')
 
-    message = refused("demo", "--data", str(data), "--out", str(out))
+    message = run_refused_command("demo", "--data", str(data), "--out", str(out))
 
     assert "'observation/image_0'" in message
     assert not out.exists()

@@ -14,10 +14,10 @@ from spear.models.presets import get_preset
 from spear.train.memory import MemoryEstimate
 
 
-def test_everything_agrees_on_this_machine(tmp_path: Path, done: Command) -> None:
+def test_everything_agrees_on_this_machine(tmp_path: Path, run_command: Command) -> None:
     page = tmp_path / "doctor.html"
 
-    output = done("doctor", "--device", "cpu", "--out", str(page))
+    output = run_command("doctor", "--device", "cpu", "--out", str(page))
 
     for name in ("plain network", "fast"):
         for dtype in ("float32", "bfloat16"):

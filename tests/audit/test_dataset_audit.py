@@ -344,9 +344,9 @@ def write_canonical_store(folder: Path) -> None:
     write_episodes(episodes, folder)
 
 
-def export_with_wrong_frame(store: Path, exported: Path, done: Command) -> None:
+def export_with_wrong_frame(store: Path, exported: Path, run_command: Command) -> None:
     """A LeRobot dataset whose spear.json claims the base frame for rotations in the ee frame."""
-    done("data", "export", str(store), "--out", str(exported))
+    run_command("data", "export", str(store), "--out", str(exported))
     layout_file = exported / "spear.json"
     layout = json.loads(layout_file.read_text())
     action_column = layout["action"]
@@ -362,11 +362,11 @@ def export_with_wrong_frame(store: Path, exported: Path, done: Command) -> None:
     layout_file.write_text(json.dumps(layout))
 
 
-def test_the_command_finds_a_store_consistent(tmp_path: Path, done: Command) -> None:
+def test_the_command_finds_a_store_consistent(tmp_path: Path, run_command: Command) -> None:
     write_canonical_store(tmp_path / "store")
     page = tmp_path / "audit.html"
 
-    output = done("data", "audit", str(tmp_path / "store"), "--out", str(page))
+    output = run_command("data", "audit", str(tmp_path / "store"), "--out", str(page))
 
     assert output.splitlines()[-1].startswith("consistent: ")
     assert "WRONG" not in output
@@ -376,11 +376,11 @@ def test_the_command_finds_a_store_consistent(tmp_path: Path, done: Command) -> 
 
 
 def test_the_command_finds_a_wrong_layout(
-    tmp_path: Path, done: Command, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_canonical_store(tmp_path / "store")
     exported = tmp_path / "exported"
-    export_with_wrong_frame(tmp_path / "store", exported, done)
+    export_with_wrong_frame(tmp_path / "store", exported, run_command)
     page = tmp_path / "audit.html"
     capsys.readouterr()
 

@@ -156,13 +156,17 @@ CARROT = "PutCarrotOnPlate-v1"
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(
-    command: str, hint: str, refused: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    hint: str,
+    run_refused_command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if command.startswith("vla-eval"):
         pytest.importorskip("vla_eval")
     monkeypatch.chdir(tmp_path)
 
-    message = refused(*shlex.split(command))
+    message = run_refused_command(*shlex.split(command))
 
     assert hint in message
     assert not list(tmp_path.iterdir())
@@ -174,21 +178,21 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_a_port_that_is_taken_is_refused(taken_port: int, refused: Command) -> None:
+def test_a_port_that_is_taken_is_refused(taken_port: int, run_refused_command: Command) -> None:
     pytest.importorskip("vla_eval")
 
-    assert "--port" in refused("vla-eval", "nano", "--port", str(taken_port))
+    assert "--port" in run_refused_command("vla-eval", "nano", "--port", str(taken_port))
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
-    monkeypatch: pytest.MonkeyPatch, refused: Command
+    monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
     for name in list(sys.modules):
         if name.startswith(("spear.sim", "spear.evaluate.closed")):
             monkeypatch.delitem(sys.modules, name)
 
-    message = refused("evaluate", "--policy", "expert", "--scenes", "1")
+    message = run_refused_command("evaluate", "--policy", "expert", "--scenes", "1")
 
     assert "pip install 'spear-vla[sim]'" in message
 
@@ -216,20 +220,22 @@ SafetensorError = type("SafetensorError", (Exception,), {})
     ],
 )
 def test_a_full_disk_is_one_line(
-    error: Exception, refused: Command, monkeypatch: pytest.MonkeyPatch
+    error: Exception, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the error does not name the file, and where it is not Python's own."""
     fill_disk = Mock(side_effect=error)
     monkeypatch.setattr("spear.data.readers.dataset_layout.find_missing_fields", fill_disk)
 
-    assert "the disk is full: free some space" in refused("data", "datasets")
+    assert "the disk is full: free some space" in run_refused_command("data", "datasets")
 
 
-def test_a_path_that_is_a_loop_of_links_is_one_line(refused: Command, tmp_path: Path) -> None:
+def test_a_path_that_is_a_loop_of_links_is_one_line(
+    run_refused_command: Command, tmp_path: Path
+) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
 
-    assert str(loop) in refused("data", "prepare", str(loop), "--out", "never")
+    assert str(loop) in run_refused_command("data", "prepare", str(loop), "--out", "never")
 
 
 def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:

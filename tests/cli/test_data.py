@@ -22,10 +22,10 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def exported(store: Path, tmp_path: Path, done: Command) -> Path:
+def exported(store: Path, tmp_path: Path, run_command: Command) -> Path:
     """The first two episodes as a LeRobot dataset."""
     out = tmp_path / "set"
-    output = done("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
+    output = run_command("data", "export", str(store), "--out", str(out), "--split", "train[:2]")
     assert "2 episodes in" in output
     return out
 
@@ -34,8 +34,8 @@ def test_exported_episodes_can_be_read(exported: Path) -> None:
     assert [episode.source for episode in read_episodes(exported)] == ["made#0", "made#1"]
 
 
-def test_exported_episodes_can_be_inspected(exported: Path, done: Command) -> None:
-    output = done("data", "inspect", str(exported))
+def test_exported_episodes_can_be_inspected(exported: Path, run_command: Command) -> None:
+    output = run_command("data", "inspect", str(exported))
 
     assert "a LeRobot dataset, v3.0" in output
     assert "episodes      train 2, 15 steps (6 … 7 … 9 each)" in output
@@ -44,8 +44,12 @@ def test_exported_episodes_can_be_inspected(exported: Path, done: Command) -> No
     assert "1 × push the block 0" in output
 
 
-def test_exported_episodes_can_be_prepared(exported: Path, tmp_path: Path, done: Command) -> None:
-    done("data", "prepare", str(exported), "--out", str(tmp_path / "again"), "--workers", "0")
+def test_exported_episodes_can_be_prepared(
+    exported: Path, tmp_path: Path, run_command: Command
+) -> None:
+    run_command(
+        "data", "prepare", str(exported), "--out", str(tmp_path / "again"), "--workers", "0"
+    )
 
     assert len(EpisodeStore(tmp_path / "again")) == 2
 
@@ -74,29 +78,29 @@ def prepare_two(store: Path, tmp_path: Path) -> list[str]:
 
 
 def test_each_prepared_dataset_keeps_its_cameras(
-    prepare_two: list[str], tmp_path: Path, done: Command
+    prepare_two: list[str], tmp_path: Path, run_command: Command
 ) -> None:
-    done(*prepare_two, "--size", "32x32", "wrist=16x16")
+    run_command(*prepare_two, "--size", "32x32", "wrist=16x16")
 
     assert EpisodeStore(tmp_path / "out" / "store").cameras == ["external"]
     assert EpisodeStore(tmp_path / "out" / "other").cameras == ["wrist"]
 
 
 def test_a_size_of_an_unknown_camera_is_refused(
-    prepare_two: list[str], tmp_path: Path, refused: Command
+    prepare_two: list[str], tmp_path: Path, run_refused_command: Command
 ) -> None:
-    assert "'wrist'" in refused(*prepare_two, "--size", "wrsit=16x16")
+    assert "'wrist'" in run_refused_command(*prepare_two, "--size", "wrsit=16x16")
 
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("version", ["v2.1_video", "v3.0_image", "v3.0_video"])
 def test_data_without_a_layout_are_shown_with_what_is_needed_to_write_one(
-    shared: Path, tmp_path: Path, done: Command, version: str
+    shared: Path, tmp_path: Path, run_command: Command, version: str
 ) -> None:
     page = tmp_path / "look.html"
 
-    done("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
+    run_command("data", "inspect", str(shared / "data" / "lerobot" / version), "--out", str(page))
 
     html = page.read_text()
     assert html.count("<h2") == 5
@@ -136,19 +140,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     shared: Path,
     tmp_path: Path,
     wrong_layout: Path,
-    refused: Command,
+    run_refused_command: Command,
 ) -> None:
     out = tmp_path / "out"
     data = shared / "data" / "lerobot" / "v3.0_image"
     arguments = words.format(out=out, layout=wrong_layout).split()
 
-    assert message in refused("data", command, str(data), *arguments)
+    assert message in run_refused_command("data", command, str(data), *arguments)
 
     assert not out.exists()
 
 
-def test_an_empty_folder_is_no_robot_data(tmp_path: Path, refused: Command) -> None:
-    assert "no robot data" in refused("data", "inspect", str(tmp_path))
+def test_an_empty_folder_is_no_robot_data(tmp_path: Path, run_refused_command: Command) -> None:
+    assert "no robot data" in run_refused_command("data", "inspect", str(tmp_path))
 
 
 COMMANDS_WITH_LAYOUT = pytest.mark.parametrize(
@@ -165,13 +169,13 @@ COMMANDS_WITH_LAYOUT = pytest.mark.parametrize(
 @COMMANDS_WITH_LAYOUT
 @pytest.mark.parametrize("source", ["set", "store"])
 def test_a_layout_that_does_not_exist_is_refused(
-    words: str, source: str, exported: Path, tmp_path: Path, refused: Command
+    words: str, source: str, exported: Path, tmp_path: Path, run_refused_command: Command
 ) -> None:
     layout = tmp_path / "layout.json"
     out = tmp_path / "out"
     command = words.format(folder=tmp_path / source, out=out)
 
-    message = refused("data", *command.split(), "--layout", str(layout))
+    message = run_refused_command("data", *command.split(), "--layout", str(layout))
 
     assert f"--layout {layout}: no such file" in message
     assert not out.exists()
@@ -179,25 +183,27 @@ def test_a_layout_that_does_not_exist_is_refused(
 
 @COMMANDS_WITH_LAYOUT
 def test_a_layout_for_a_store_is_refused(
-    words: str, store: Path, exported: Path, tmp_path: Path, refused: Command
+    words: str, store: Path, exported: Path, tmp_path: Path, run_refused_command: Command
 ) -> None:
     """A store says itself what it holds."""
     layout = shutil.copy(exported / "spear.json", tmp_path / "layout.json")
     out = tmp_path / "out"
     command = words.format(folder=store, out=out)
 
-    assert "needs no layout" in refused("data", *command.split(), "--layout", str(layout))
+    assert "needs no layout" in run_refused_command(
+        "data", *command.split(), "--layout", str(layout)
+    )
 
     assert not out.exists()
 
 
 def test_inspect_uses_a_layout_for_its_page_alone(
-    exported: Path, tmp_path: Path, done: Command, refused: Command
+    exported: Path, tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
     layout = str(shutil.copy(exported / "spear.json", tmp_path / "layout.json"))
     page = tmp_path / "look.html"
 
-    refused("data", "inspect", str(exported), "--layout", layout)
-    done("data", "inspect", str(exported), "--layout", layout, "--out", str(page))
+    run_refused_command("data", "inspect", str(exported), "--layout", layout)
+    run_command("data", "inspect", str(exported), "--layout", layout, "--out", str(page))
 
     assert page.exists()

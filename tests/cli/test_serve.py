@@ -49,26 +49,26 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_options_are_found_before_a_model_is_loaded(
-    option: str, named: str, refused: Command
+    option: str, named: str, run_refused_command: Command
 ) -> None:
-    assert named in refused("serve", "nano", *option.split())
+    assert named in run_refused_command("serve", "nano", *option.split())
 
 
 @pytest.mark.usefixtures("no_model")
 def test_a_port_that_is_taken_is_found_before_a_model_is_loaded(
-    taken_port: int, refused: Command
+    taken_port: int, run_refused_command: Command
 ) -> None:
-    assert str(taken_port) in refused("serve", "nano", "--port", str(taken_port))
+    assert str(taken_port) in run_refused_command("serve", "nano", "--port", str(taken_port))
 
 
 @pytest.mark.usefixtures("no_model")
 def test_an_empty_token_in_the_environment_is_refused(
-    monkeypatch: pytest.MonkeyPatch, refused: Command
+    monkeypatch: pytest.MonkeyPatch, run_refused_command: Command
 ) -> None:
     """It would mean a server that is open to all."""
     monkeypatch.setenv("SPEAR_TOKEN", "")
 
-    assert "SPEAR_TOKEN" in refused("serve", "nano")
+    assert "SPEAR_TOKEN" in run_refused_command("serve", "nano")
 
 
 def test_a_server_for_another_robot_is_refused() -> None:

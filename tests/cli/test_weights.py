@@ -30,7 +30,7 @@ from spear.tokens import CoordinateTokenizer
 BACKBONES = ("convert", "backbones")
 SIZE = ("--preset", "tiny14")
 
-pytestmark = pytest.mark.usefixtures("known_sizes")
+pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
 def save_coordinates(path: Path, num_bins: int = TINY14.bins) -> str:
@@ -68,22 +68,32 @@ class TestFromBackbonesToAPolicy:
         return ["convert", "vlm", str(vlm), "--out", str(policy), "--expert", str(expert), *SIZE]
 
     def test_a_dry_run_prints_the_report_and_writes_nothing(
-        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+        self,
+        run_command: Command,
+        make_vlm: list[str],
+        make_policy: list[str],
+        vlm: Path,
+        policy: Path,
     ) -> None:
         for command, folder in ((make_vlm, vlm), (make_policy, policy)):
-            dry_output = done(*command, "--dry-run")
+            dry_output = run_command(*command, "--dry-run")
 
             assert "nothing written" in dry_output
             assert "SPEAR-VLM" in dry_output
             assert not folder.exists()
             report = dry_output.partition("nothing written")[0]
-            assert done(*command).startswith(report)
+            assert run_command(*command).startswith(report)
 
     def test_the_policy_has_the_weights_of_its_vlm(
-        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+        self,
+        run_command: Command,
+        make_vlm: list[str],
+        make_policy: list[str],
+        vlm: Path,
+        policy: Path,
     ) -> None:
-        done(*make_vlm)
-        done(*make_policy)
+        run_command(*make_vlm)
+        run_command(*make_policy)
 
         expected = load_inner_vlm(vlm).state_dict()
         weights = load_inner_vlm(policy).state_dict()
@@ -92,10 +102,15 @@ class TestFromBackbonesToAPolicy:
         assert len(list(policy.glob("*.safetensors"))) > 1
 
     def test_both_have_a_processor_and_say_what_they_were_made_from(
-        self, done: Command, make_vlm: list[str], make_policy: list[str], vlm: Path, policy: Path
+        self,
+        run_command: Command,
+        make_vlm: list[str],
+        make_policy: list[str],
+        vlm: Path,
+        policy: Path,
     ) -> None:
-        done(*make_vlm)
-        done(*make_policy)
+        run_command(*make_vlm)
+        run_command(*make_policy)
 
         for folder in (vlm, policy):
             processor = Processor.load(folder)
@@ -114,30 +129,34 @@ class TestWithoutTokenizer:
         return str(publish_paligemma(make_paligemma(), folder, with_tokenizer=False))
 
     def test_coordinates_need_a_tokenizer(
-        self, refused: Command, paligemma: str, tmp_path: Path
+        self, run_refused_command: Command, paligemma: str, tmp_path: Path
     ) -> None:
         coordinates = save_coordinates(tmp_path / "few.json", 8)
 
-        message = refused(
+        message = run_refused_command(
             *BACKBONES, paligemma, "none", "--coordinates", coordinates, *SIZE, "--dry-run"
         )
 
         assert "tokenizer" in message
 
-    def test_an_unknown_option_gets_a_suggestion(self, refused: Command, paligemma: str) -> None:
-        assert "'--dry-run'" in refused(*BACKBONES, paligemma, "none", "--dryrun")
+    def test_an_unknown_option_gets_a_suggestion(
+        self, run_refused_command: Command, paligemma: str
+    ) -> None:
+        assert "'--dry-run'" in run_refused_command(*BACKBONES, paligemma, "none", "--dryrun")
 
     def test_a_file_cannot_be_written_into(
-        self, refused: Command, paligemma: str, tmp_path: Path
+        self, run_refused_command: Command, paligemma: str, tmp_path: Path
     ) -> None:
         (tmp_path / "file").touch()
         out = str(tmp_path / "file" / "out")
 
-        assert "cannot write" in refused(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+        assert "cannot write" in run_refused_command(
+            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+        )
 
     def test_a_full_disk_leaves_nothing_behind(
         self,
-        refused: Command,
+        run_refused_command: Command,
         paligemma: str,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -145,17 +164,21 @@ class TestWithoutTokenizer:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
         out = str(tmp_path / "full")
 
-        assert "no room for" in refused(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+        assert "no room for" in run_refused_command(
+            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+        )
 
         names = [path.name for path in tmp_path.iterdir()]
         assert not [name for name in names if name.startswith((".part", "full"))]
 
     def test_the_result_is_without_a_processor(
-        self, done: Command, paligemma: str, tmp_path: Path
+        self, run_command: Command, paligemma: str, tmp_path: Path
     ) -> None:
         out = str(tmp_path / "out")
 
-        assert "without a processor" in done(*BACKBONES, paligemma, "none", "--out", out, *SIZE)
+        assert "without a processor" in run_command(
+            *BACKBONES, paligemma, "none", "--out", out, *SIZE
+        )
 
     @pytest.mark.parametrize("command", [(*BACKBONES, "{}", "none"), ("convert", "vlm", "{}")])
     def test_a_folder_with_content_is_refused_before_any_work(
@@ -179,17 +202,17 @@ class TestWithoutTokenizer:
 class TestExpected:
     """`spear convert expected`."""
 
-    def test_list_shows_all_networks(self, done: Command) -> None:
-        output = done("convert", "expected", "list")
+    def test_list_shows_all_networks(self, run_command: Command) -> None:
+        output = run_command("convert", "expected", "list")
 
         assert len(output.splitlines()) == len(PUBLISHED)
         assert PUBLISHED["moge"].revision in output
 
-    def test_a_name_shows_its_tensors(self, done: Command) -> None:
-        output = done("convert", "expected", "moge")
+    def test_a_name_shows_its_tensors(self, run_command: Command) -> None:
+        output = run_command("convert", "expected", "moge")
 
         assert "24 × backbone.blocks.0…23.attn.qkv.weight [3072, 1024]" in output
         assert "420 tensors" in output
 
-    def test_an_unknown_name_gets_a_suggestion(self, refused: Command) -> None:
-        assert "'pi0'" in refused("convert", "expected", "pi00")
+    def test_an_unknown_name_gets_a_suggestion(self, run_refused_command: Command) -> None:
+        assert "'pi0'" in run_refused_command("convert", "expected", "pi00")

@@ -96,7 +96,7 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
 
 
 def test_the_command_prints_and_writes_a_page(
-    tmp_path: Path, done: Command, refused: Command
+    tmp_path: Path, run_command: Command, run_refused_command: Command
 ) -> None:
     results("mine <b>", {"a": "x" * 8 + "..", "b": "x" * 9}).save(
         tmp_path / "mine" / "results.json"
@@ -109,15 +109,17 @@ def test_the_command_prints_and_writes_a_page(
         str(tmp_path / "mine"),
         str(tmp_path / "theirs" / "results.json"),
     ]
-    said = done(*argv, "--out", str(page))
+    said = run_command(*argv, "--out", str(page))
     assert "mine <b> is better than theirs: +40.0 points" in said and "+80.0" in said
     assert (
         "mine &lt;b&gt; is better" in page.read_text() and "<b> is better" not in page.read_text()
     )
-    assert str(tmp_path) in refused("evaluate", "compare", str(tmp_path / "mine"), str(tmp_path))
-    refused(*argv[:2], argv[3].removesuffix("/results.json"), argv[3])  # with itself
+    assert str(tmp_path) in run_refused_command(
+        "evaluate", "compare", str(tmp_path / "mine"), str(tmp_path)
+    )
+    run_refused_command(*argv[:2], argv[3].removesuffix("/results.json"), argv[3])  # with itself
     results("theirs", {"a": "x" * 10}).save(
         tmp_path / "again" / "results.json"
     )  # told apart by folders
-    said = done("evaluate", "compare", str(tmp_path / "theirs"), str(tmp_path / "again"))
+    said = run_command("evaluate", "compare", str(tmp_path / "theirs"), str(tmp_path / "again"))
     assert f"{tmp_path / 'again'} is better than {tmp_path / 'theirs'}" in said

@@ -32,13 +32,13 @@ def episode(seed: int, steps: int = 12) -> Episode:
 
 
 def test_held_out_episodes_that_were_learned_from_are_known(
-    tmp_path: Path, refused: Command
+    tmp_path: Path, run_refused_command: Command
 ) -> None:
     """Wherever they lie, whatever they are called."""
     write_episodes([episode(i) for i in range(3)], tmp_path / "arm")
     write_lerobot([replace(episode(i), source=f"new#{i}") for i in range(2, 4)], tmp_path / "new")
     words = "evaluate", "data", "nano", str(tmp_path / "new"), "--train", str(tmp_path / "arm")
-    assert "1 of the episodes are in both" in refused(*words)
+    assert "1 of the episodes are in both" in run_refused_command(*words)
 
 
 class Replay:

@@ -29,7 +29,7 @@ from experiments.ablations.report import write
 from experiments.ablations.rows import SETTINGS, TABLES, AblationOptions
 from experiments.ablations.run import done, final, run, scored
 from experiments.ablations.table import fill, judge
-from processes import ends_with
+from processes import run_in_process
 from spear import flow
 from spear.evaluate import closed_loop
 from spear.evaluate.compare import load_references
@@ -325,7 +325,7 @@ def test_killed_at_any_moment_it_goes_on(
     plan = short("full", data=data, families=("put_on",))
     said: list[str] = []
     # Not forked: what tests before left in this process would go with it.
-    ends_with(-signal.SIGKILL, run, plan, tmp_path, data, 0, die, way="spawn")
+    run_in_process(-signal.SIGKILL, run, plan, tmp_path, data, 0, die, start_method="spawn")
     made = {job.key: done(tmp_path, job) for job in plan.trainings}
     assert [job.recipe.name for job in plan.trainings if made[job.key]] == ["nano-vlm-1"]
     kept = {t.key: final(tmp_path, t).stat().st_mtime_ns for t in plan.trainings if made[t.key]}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from labels_stand_ins import engine, photos
-from processes import until
+from processes import wait_until
 from refusals import refuses
 from spear.errors import Notice, SpearError
 from spear.labels.inputs import list_images
@@ -176,7 +176,7 @@ def test_killed_again_and_again_it_loses_nothing(source: Path, whole: Path, tmp_
             target=_labels_in_a_process, args=(str(source), str(out), deaths == 2)
         )
         process.start()
-        until((out / "run.json").is_file, "a run", process)
+        wait_until((out / "run.json").is_file, "a run", process)
         time.sleep(chance.uniform(0, 0.4 * max(1, deaths - 4)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -201,7 +201,7 @@ def test_workers_end_with_the_process_that_is_killed(source: Path, tmp_path: Pat
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    until(lambda: not _group(process.pid), f"the end of {group}")
+    wait_until(lambda: not _group(process.pid), f"the end of {group}")
 
 
 def _group(leader: int) -> list[int]:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from models_tiny import START, TINY, left_padded, pixels, text, vlm
+from models_tiny import FIRST_COORDINATE_ID, TINY, to_left_padded, draw_pixels, draw_text, make_vlm
 from refusals import refuses
 from spear.models import decode
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution
 from spear.policy import load_vlm
 from spear.tokens import CoordinateTokenizer
 
-NUMBER = (START, START + TINY.bins)
+NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
 END = 1
 PAD = 0
 COORDINATES = CoordinateTokenizer.fit(np.random.default_rng(0).normal(0.2, 0.5, 20_000), bins=64)
@@ -77,15 +77,15 @@ GRAMMARS: dict[str, decode.Grammar | None] = {
 @pytest.mark.parametrize("grammar_name", GRAMMARS)
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, padding: str) -> None:
-    model = vlm()
+    model = make_vlm()
     grammar = GRAMMARS[grammar_name]
-    two_images = pixels(2, views=("external",))["external"]
+    two_images = draw_pixels(2, views=("external",))["external"]
     images = {"external": two_images[[1, 0, 1]]}
-    ids, mask = text(3, 6)
+    ids, mask = draw_text(3, 6)
     if padding == "none":
         mask = torch.ones_like(mask)
     if padding == "left":
-        ids, mask = left_padded(ids, mask)
+        ids, mask = to_left_padded(ids, mask)
 
     answers = decode.decode_greedily(
         model, images, ids, None if padding == "none" else mask, max_new_tokens=7, grammar=grammar
@@ -108,13 +108,13 @@ def test_answers_are_the_likeliest_that_the_grammar_allows(grammar_name: str, pa
 def test_an_answer_that_would_be_cut_off_is_refused(
     grammar: decode.Grammar, min_tokens: int
 ) -> None:
-    ids, _ = text(1, 6)
-    images = pixels(1, views=("external",))
+    ids, _ = draw_text(1, 6)
+    images = draw_pixels(1, views=("external",))
 
     refuses(
         f"{min_tokens} tokens",
         decode.decode_greedily,
-        vlm(),
+        make_vlm(),
         images,
         ids,
         None,

@@ -4,7 +4,16 @@ there."""
 import pytest
 import torch
 
-from models_tiny import START, TINY, actions, pixels, reference, spear1, text, vlm
+from models_tiny import (
+    FIRST_COORDINATE_ID,
+    TINY,
+    draw_actions,
+    draw_pixels,
+    sample_by_reference,
+    make_spear1,
+    draw_text,
+    make_vlm,
+)
 from parity import relative_error
 from refusals import no_warning
 from spear import flow
@@ -13,37 +22,39 @@ from spear.models.fast.stack import can_compile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 H = TINY.horizon
-NUMBER = (START, START + TINY.bins)
+NUMBER = (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 def test_actions_from_graphs(dtype: torch.dtype, tolerance: float) -> None:
-    model = spear1().to("cuda", dtype)
+    model = make_spear1().to("cuda", dtype)
     with no_warning():  # a notice would say that a graph cannot be recorded
         for batch, padded in ((1, False), (3, True), (1, False), (3, True)):
-            ids, mask = text(batch, 6)
+            ids, mask = draw_text(batch, 6)
             inputs = {
-                "pixel_values": {view: image.cuda() for view, image in pixels(batch).items()},
+                "pixel_values": {view: image.cuda() for view, image in draw_pixels(batch).items()},
                 "input_ids": ids.cuda(),
                 "attention_mask": mask.cuda() if padded else None,
                 "state": torch.randn(batch, 10, device="cuda"),
             }
-            noise = actions(batch, H).to("cuda")
+            noise = draw_actions(batch, H).to("cuda")
             committed = None
             if padded:
                 is_committed = torch.arange(H, device="cuda").expand(batch, H) < 2
-                committed = flow.CommittedPrefix(actions(batch, H, seed=5).to("cuda"), is_committed)
+                committed = flow.CommittedPrefix(
+                    draw_actions(batch, H, seed=5).to("cuda"), is_committed
+                )
 
             sampled = model.sample_actions(**inputs, steps=4, noise=noise, committed=committed)
 
-            expected = reference(model, inputs, steps=4, noise=noise, committed=committed)
+            expected = sample_by_reference(model, inputs, steps=4, noise=noise, committed=committed)
             assert relative_error(sampled.to_vector(), expected) < tolerance
 
 
 def test_answers_from_graphs() -> None:
-    model = vlm()
-    ids, mask = text(3, 6)
-    images = pixels(3, views=("external",))
+    model = make_vlm()
+    ids, mask = draw_text(3, 6)
+    images = draw_pixels(3, views=("external",))
     grammar = [NUMBER, (7, 8), NUMBER]
     on_cpu = decode_greedily(model, images, ids, mask, max_new_tokens=8, grammar=grammar)
 
@@ -58,11 +69,11 @@ def test_answers_from_graphs() -> None:
 
 
 def test_only_answers_of_a_known_length_are_recorded_as_a_graph() -> None:
-    model = vlm().cuda()
-    ids, mask = text(3, 6)
+    model = make_vlm().cuda()
+    ids, mask = draw_text(3, 6)
     ids = ids.cuda()
     mask = mask.cuda()
-    images = {view: image.cuda() for view, image in pixels(3, views=("external",)).items()}
+    images = {view: image.cuda() for view, image in draw_pixels(3, views=("external",)).items()}
 
     decode_greedily(model, images, ids, mask, max_new_tokens=8, grammar=[NUMBER, (7, 8), NUMBER])
     free_text = decode_greedily(model, images, ids, mask, max_new_tokens=12)

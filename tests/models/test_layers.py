@@ -7,21 +7,23 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from models_tiny import actions, pixels, spear1, text, vlm
+from models_tiny import draw_actions, draw_pixels, make_spear1, draw_text, make_vlm
 from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_checkpointing
 
 
 def flow_loss(model: torch.nn.Module) -> torch.Tensor:
-    ids, mask = text(2, 6)
+    ids, mask = draw_text(2, 6)
     generator = torch.Generator().manual_seed(1)
     state = torch.randn(2, 10, generator=generator)
-    output = model(pixels(2), ids, mask, state, actions(2, 5), flow_samples=2, generator=generator)
+    output = model(
+        draw_pixels(2), ids, mask, state, draw_actions(2, 5), flow_samples=2, generator=generator
+    )
     return output.loss
 
 
 def answer_loss(model: torch.nn.Module) -> torch.Tensor:
-    ids, mask = text(2, 6)
-    return model(pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
+    ids, mask = draw_text(2, 6)
+    return model(draw_pixels(2), ids, mask, token_type_ids=mask, labels=ids).loss
 
 
 class Step(NamedTuple):
@@ -55,7 +57,9 @@ def run_step(
     return Step(loss.detach(), gradients, sum(saved.values()))
 
 
-@pytest.mark.parametrize(("build", "compute_loss"), [(spear1, flow_loss), (vlm, answer_loss)])
+@pytest.mark.parametrize(
+    ("build", "compute_loss"), [(make_spear1, flow_loss), (make_vlm, answer_loss)]
+)
 class TestGradientCheckpointing:
     def test_changes_neither_loss_nor_gradients(
         self, build: Callable[[], torch.nn.Module], compute_loss: Callable

@@ -9,7 +9,15 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import Gemma2Config
 
-from models_tiny import TEXT, TINY, actions, pixels, reference, spear1, text
+from models_tiny import (
+    TEXT_SIZES,
+    TINY,
+    draw_actions,
+    draw_pixels,
+    sample_by_reference,
+    make_spear1,
+    draw_text,
+)
 from parity import relative_error
 from refusals import no_warning
 from spear import flow
@@ -23,7 +31,7 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.types import Action
 
 H = TINY.horizon
-GROUPED = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
+GROUPED = {**TEXT_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "velocity": {},
     "clean": {"flow": {"prediction": "clean"}},
@@ -33,9 +41,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def observation(batch: int, views: tuple[str, ...], padded: bool, seed: int = 0) -> dict[str, Any]:
-    ids, mask = text(batch, 6, seed)
+    ids, mask = draw_text(batch, 6, seed)
     state = torch.randn(batch, 10, generator=torch.Generator().manual_seed(seed))
-    inputs = {"pixel_values": pixels(batch, seed, views), "input_ids": ids, "state": state}
+    inputs = {"pixel_values": draw_pixels(batch, seed, views), "input_ids": ids, "state": state}
     inputs["attention_mask"] = mask if padded else None
     if padded and "wrist" in views:
         inputs["view_mask"] = {"wrist": torch.arange(batch) != 1}
@@ -52,7 +60,9 @@ def sample_and_check(
     """Sample actions [B, H, 8], and assert that they are those of the plain network."""
     sampled = model.sample_actions(**inputs, steps=steps, noise=noise, committed=committed)
     vector = sampled.to_vector()
-    assert relative_error(vector, reference(model, inputs, noise, steps, committed)) < 1e-5
+    assert (
+        relative_error(vector, sample_by_reference(model, inputs, noise, steps, committed)) < 1e-5
+    )
     return vector
 
 
@@ -64,9 +74,9 @@ def sample_and_check(
 def test_actions_are_those_of_the_plain_network(
     architecture: str, padded: bool, batch: int, views: tuple[str, ...]
 ) -> None:
-    model = spear1(**ARCHITECTURES[architecture])
+    model = make_spear1(**ARCHITECTURES[architecture])
     inputs = observation(batch, views, padded)
-    noise = actions(batch, H)
+    noise = draw_actions(batch, H)
 
     for steps, attention in ((1, "spear"), (4, "spear"), (4, "eager"), (1, "sdpa")):
         model.set_attn_implementation(attention)
@@ -78,10 +88,10 @@ def test_actions_are_those_of_the_plain_network(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_committed_actions_come_back_and_change_the_others(architecture: str, padded: bool) -> None:
-    model = spear1(**ARCHITECTURES[architecture])
+    model = make_spear1(**ARCHITECTURES[architecture])
     inputs = observation(3, ("external", "wrist"), padded)
-    noise = actions(3, H)
-    committed = actions(3, H, seed=5)
+    noise = draw_actions(3, H)
+    committed = draw_actions(3, H, seed=5)
     is_committed = torch.arange(H) < torch.tensor([[0], [1], [H - 1]])
 
     free = model.sample_actions(**inputs, steps=4, noise=noise).to_vector()
@@ -101,10 +111,10 @@ def test_committed_actions_come_back_and_change_the_others(architecture: str, pa
 def test_a_fast_path_that_fails_is_not_used(
     failure: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = spear1()
+    model = make_spear1()
     inputs = observation(3, ("external", "wrist"), True)
-    noise = actions(3, H)
-    expected = reference(model, inputs, noise, 4)
+    noise = draw_actions(3, H)
+    expected = sample_by_reference(model, inputs, noise, 4)
 
     def broken_sample(*args: Any) -> torch.Tensor:
         if failure == "raises":
@@ -124,7 +134,7 @@ def test_a_fast_path_that_fails_is_not_used(
 class TestThreeViewsOfOneSize:
     @pytest.fixture
     def model(self) -> Spear1ForActionPrediction:
-        return spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
+        return make_spear1(image_sizes={name: (32, 32) for name in ("a", "b", "c")})
 
     @pytest.fixture
     def inputs(self) -> dict[str, Any]:
@@ -139,7 +149,7 @@ class TestThreeViewsOfOneSize:
     def test_run_through_the_encoder_as_one_batch(
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
     ) -> None:
-        noise = actions(2, H)
+        noise = draw_actions(2, H)
         model.sample_actions(**inputs, noise=noise)  # the first also runs through the plain network
         calls: list[int] = []
         layer = model.vlm.vision_tower.encoder.layers[0]
@@ -148,17 +158,19 @@ class TestThreeViewsOfOneSize:
         sampled = model.sample_actions(**inputs, noise=noise).to_vector()
 
         assert len(calls) == 1
-        assert relative_error(sampled, reference(model, inputs, noise, 10)) < 1e-5
+        assert relative_error(sampled, sample_by_reference(model, inputs, noise, 10)) < 1e-5
 
     def test_bfloat16_is_no_further_from_the_plain_network_than_from_float32(
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
     ) -> None:
-        noise = actions(2, H)
+        noise = draw_actions(2, H)
         exact = model.sample_actions(**inputs, noise=noise).to_vector()
 
         model.to(torch.bfloat16)
         rounded = model.sample_actions(**inputs, noise=noise).to_vector()
-        plain = reference(model, inputs, noise, 10)  # it rounds at every layer, in another order
+        plain = sample_by_reference(
+            model, inputs, noise, 10
+        )  # it rounds at every layer, in another order
 
         assert rounded.dtype == torch.float32
         assert relative_error(rounded, plain) < 0.03
@@ -167,13 +179,13 @@ class TestThreeViewsOfOneSize:
     def test_a_bfloat16_vlm_and_a_float32_expert_agree_with_the_plain_network(
         self, model: Spear1ForActionPrediction, inputs: dict[str, Any]
     ) -> None:
-        noise = actions(2, H)
+        noise = draw_actions(2, H)
         model.to(torch.bfloat16).float().vlm.to(torch.bfloat16)
 
         with no_warning():  # a notice would say that fast sampling does not work
             mixed = model.sample_actions(**inputs, noise=noise).to_vector()
 
-        assert relative_error(mixed, reference(model, inputs, noise, 10)) < 0.03
+        assert relative_error(mixed, sample_by_reference(model, inputs, noise, 10)) < 0.03
 
 
 class DoubledLinear(torch.nn.Linear):
@@ -200,9 +212,9 @@ def add_forward_pre_hook(layer: Any) -> None:
     "name", ["action_in_proj", "action_time_mlp_in", "expert.layers.0.mlp.down_proj"]
 )
 def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[Any], None]) -> None:
-    model = spear1()
+    model = make_spear1()
     inputs = observation(2, ("external",), False)
-    noise = actions(2, H)
+    noise = draw_actions(2, H)
     sampled_before = sample_and_check(model, inputs, noise, 2)
 
     change(model.get_submodule(name))
@@ -212,9 +224,9 @@ def test_changes_of_a_layer_by_a_user_take_effect(name: str, change: Callable[[A
 
 
 def test_all_changes_of_a_layer_take_effect_together() -> None:
-    model = spear1()
+    model = make_spear1()
     inputs = observation(2, ("external",), False)
-    noise = actions(2, H)
+    noise = draw_actions(2, H)
     layer = model.get_submodule("expert.layers.0.mlp.down_proj")
     sampled_before = sample_and_check(model, inputs, noise, 2)
 
@@ -230,7 +242,7 @@ def test_gemma2_layers_too(padded: bool) -> None:
     torch.manual_seed(0)
     vlm_config = build_vlm_config(TINY)
     vlm_config.text_config = Gemma2Config(
-        **TEXT,
+        **TEXT_SIZES,
         query_pre_attn_scalar=8,
         attn_logit_softcapping=3.0,
         sliding_window=4096,
@@ -241,7 +253,7 @@ def test_gemma2_layers_too(padded: bool) -> None:
     )
     model = Spear1ForActionPrediction(build_spear1_config(TINY, vlm_config)).eval()
 
-    sample_and_check(model, observation(2, ("external",), padded), actions(2, H), 3)
+    sample_and_check(model, observation(2, ("external",), padded), draw_actions(2, H), 3)
 
 
 class TestChangedWeights:
@@ -254,17 +266,19 @@ class TestChangedWeights:
                 parameter.mul_(1.3)
 
     def load_state(self, model: Any) -> None:
-        model.load_state_dict(spear1(seed=3).state_dict())
+        model.load_state_dict(make_spear1(seed=3).state_dict())
 
     def assign_state(self, model: Any) -> None:
-        model.load_state_dict(spear1(seed=4).state_dict(), assign=True)
+        model.load_state_dict(make_spear1(seed=4).state_dict(), assign=True)
 
     def replace_data(self, model: Any) -> None:
         model.action_in_proj.weight.data = torch.randn_like(model.action_in_proj.weight)
 
     def copy_into_data(self, model: Any) -> None:
         """As EMA weights are put in place."""
-        for parameter, other in zip(model.parameters(), spear1(seed=5).parameters(), strict=True):
+        for parameter, other in zip(
+            model.parameters(), make_spear1(seed=5).parameters(), strict=True
+        ):
             parameter.data.copy_(other.data)
 
     @pytest.mark.parametrize(
@@ -272,9 +286,9 @@ class TestChangedWeights:
         ["scale_in_place", "load_state", "assign_state", "replace_data", "copy_into_data"],
     )
     def test_are_noticed(self, change: str) -> None:
-        model = spear1()
+        model = make_spear1()
         inputs = observation(1, ("external",), False)
-        noise = actions(1, H)
+        noise = draw_actions(1, H)
         sampled_before = sample_and_check(model, inputs, noise, 2)
         sampler = get_sampler(model, True)
         assert get_sampler(model, True) is sampler
@@ -289,7 +303,7 @@ class TestChangedWeights:
         "part", ["vlm.vision_tower", "vlm.moge", "state_proj", "action_out_proj"]
     )
     def test_moved_weights_are_noticed(self, part: str) -> None:
-        model = spear1()
+        model = make_spear1()
         sampler = get_sampler(model, True)
 
         weight = next(model.get_submodule(part).parameters())
@@ -299,9 +313,9 @@ class TestChangedWeights:
 
     def test_of_a_network_made_in_inference_mode_are_noticed(self) -> None:
         inputs = observation(1, ("external",), False)
-        noise = actions(1, H)
+        noise = draw_actions(1, H)
         with torch.inference_mode():
-            model = spear1()
+            model = make_spear1()
             sample_and_check(model, inputs, noise, 2)
 
             model.action_in_proj.weight.mul_(1.3)
@@ -313,9 +327,9 @@ def test_lora_takes_effect() -> None:
     pytest.importorskip("peft")
     from spear.train.optimize import add_adapters
 
-    model = spear1()
+    model = make_spear1()
     inputs = observation(1, ("external",), False)
-    noise = actions(1, H)
+    noise = draw_actions(1, H)
     sampled_before = model.sample_actions(**inputs, steps=2, noise=noise).to_vector()
 
     add_adapters(model, rank=2, alpha=4.0)
@@ -328,11 +342,11 @@ def test_lora_takes_effect() -> None:
 
 
 def test_sampling_leaves_weights_where_and_as_they_are() -> None:
-    model = spear1()
+    model = make_spear1()
     weights_before = {name: weight.clone() for name, weight in model.state_dict().items()}
     addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
 
-    model.sample_actions(**observation(2, ("external",), True), noise=actions(2, H))
+    model.sample_actions(**observation(2, ("external",), True), noise=draw_actions(2, H))
 
     for name, weight in model.state_dict().items():
         assert weight.data_ptr() == addresses[name]
@@ -340,12 +354,12 @@ def test_sampling_leaves_weights_where_and_as_they_are() -> None:
 
 
 def test_a_model_learns_after_sampling() -> None:
-    model = spear1()
+    model = make_spear1()
     inputs = observation(2, ("external",), True)
-    model.sample_actions(**inputs, noise=actions(2, H))
+    model.sample_actions(**inputs, noise=draw_actions(2, H))
 
     model.train()
-    model(**inputs, actions=actions(2, H)).loss.backward()
+    model(**inputs, actions=draw_actions(2, H)).loss.backward()
 
     assert model.expert.layers[0].self_attn.q_proj.weight.grad is not None
 
@@ -391,8 +405,8 @@ class TestCompiledStack:
 
     @pytest.fixture
     def language_model(self) -> Any:
-        fields = {**TEXT, "num_hidden_layers": self.num_layers}
-        return spear1(text=fields, expert=fields).vlm.language_model
+        fields = {**TEXT_SIZES, "num_hidden_layers": self.num_layers}
+        return make_spear1(text=fields, expert=fields).vlm.language_model
 
     @staticmethod
     def compile_stack(stack: LayerStack, backend: Callable[..., Any]) -> None:
@@ -409,7 +423,7 @@ class TestCompiledStack:
         """The output of the last layer, and all keys and values."""
         torch.manual_seed(0)
         with torch.inference_mode():
-            x = torch.randn(2, 7, TEXT["hidden_size"])
+            x = torch.randn(2, 7, TEXT_SIZES["hidden_size"])
             positions = torch.arange(7).expand(2, 7)
             cache = stack.allocate_cache(2, 7, x.dtype, x.device)
             rotations = stack.compute_rotations(positions, x.dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from models_tiny import TINY, actions, left_padded, pixels, spear1, text
+from models_tiny import TINY, draw_actions, to_left_padded, draw_pixels, make_spear1, draw_text
 from refusals import refuses
 from spear import flow
 from spear.models.presets import build_spear1_config
@@ -24,10 +24,10 @@ RECORDED_LAYERS = ("GemmaDecoderLayer", "SiglipEncoderLayer", "Dinov2Layer")
 
 
 def observation(seed: int = 0) -> dict[str, Any]:
-    ids, mask = text(B, 6, seed)
+    ids, mask = draw_text(B, 6, seed)
     state = torch.randn(B, 10, generator=torch.Generator().manual_seed(seed))
     return {
-        "pixel_values": pixels(B, seed),
+        "pixel_values": draw_pixels(B, seed),
         "input_ids": ids,
         "attention_mask": mask,
         "state": state,
@@ -62,21 +62,21 @@ class TestInformationFlow:
 
     @pytest.fixture
     def model(self) -> Spear1ForActionPrediction:
-        return spear1()
+        return make_spear1()
 
     @pytest.fixture
     def baseline(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-        return record_activations(model, observation()["state"], actions(B, H))
+        return record_activations(model, observation()["state"], draw_actions(B, H))
 
     @pytest.fixture
     def after_other_action(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-        noisy = actions(B, H)
+        noisy = draw_actions(B, H)
         noisy.translation[:, 2] += 1
         return record_activations(model, observation()["state"], noisy)
 
     @pytest.fixture
     def after_other_state(self, model: Spear1ForActionPrediction) -> dict[str, torch.Tensor]:
-        return record_activations(model, observation()["state"] + 1, actions(B, H))
+        return record_activations(model, observation()["state"] + 1, draw_actions(B, H))
 
     def test_an_action_changes_no_activation_of_prefix_or_state(
         self, baseline: dict[str, torch.Tensor], after_other_action: dict[str, torch.Tensor]
@@ -112,16 +112,16 @@ class TestInformationFlow:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_expert_does_not_see_padding_or_a_missing_view(side: str) -> None:
-    model = spear1()
+    model = make_spear1()
     inputs = observation()
     images = inputs["pixel_values"]
     ids = inputs["input_ids"]
     mask = inputs["attention_mask"]
     state = inputs["state"]
-    noisy = actions(B, H)
+    noisy = draw_actions(B, H)
     tau = torch.full((B,), 0.3)
     is_missing = {"wrist": torch.zeros(B, dtype=torch.bool)}
-    padded_ids, padded_mask = left_padded(ids, mask) if side == "left" else (ids, mask)
+    padded_ids, padded_mask = to_left_padded(ids, mask) if side == "left" else (ids, mask)
 
     prefix = model.encode_prefix(images, padded_ids, padded_mask, is_missing)
     together = model.predict(prefix, state, noisy, tau).to_vector()
@@ -141,13 +141,13 @@ class TestFlowSamples:
     num_chunks = 4
 
     def draws(self) -> tuple[Action, torch.Tensor]:
-        noise = actions(B, self.num_chunks, H, seed=2)
+        noise = draw_actions(B, self.num_chunks, H, seed=2)
         tau = torch.rand(B, self.num_chunks, generator=torch.Generator().manual_seed(6))
         return noise, tau
 
     def test_samples_that_share_a_prefix_equal_separate_calls(self) -> None:
-        model = spear1()
-        target = actions(B, H)
+        model = make_spear1()
+        target = draw_actions(B, H)
         counts = torch.rand(B, H, generator=torch.Generator().manual_seed(5)) < 0.7
         noise, tau = self.draws()
 
@@ -171,7 +171,7 @@ class TestFlowSamples:
 
     @pytest.mark.parametrize("argument", ["noise", "tau"])
     def test_noise_or_tau_determines_how_many_samples_there_are(self, argument: str) -> None:
-        model = spear1()
+        model = make_spear1()
         noise, tau = self.draws()
         draws: dict[str, Any] = {"noise": noise} if argument == "noise" else {"tau": tau}
 
@@ -180,7 +180,7 @@ class TestFlowSamples:
             generator = torch.Generator().manual_seed(7)
             output = model(
                 **observation(),
-                actions=actions(B, H),
+                actions=draw_actions(B, H),
                 **draws,
                 generator=generator,
                 flow_samples=flow_samples,
@@ -194,12 +194,12 @@ class TestCommittedActions:
     """In training, the first actions of a chunk may be given clean, at τ = 1."""
 
     num_chunks = 8
-    target = actions(B, H)
+    target = draw_actions(B, H)
     counts = torch.arange(H) < torch.tensor([[H], [H - 1], [H]])
 
     @pytest.fixture
     def model(self) -> Spear1ForActionPrediction:
-        return spear1(flow={"rotation_loss": "mse"})
+        return make_spear1(flow={"rotation_loss": "mse"})
 
     @pytest.fixture
     def generator(self) -> torch.Generator:
@@ -266,9 +266,9 @@ class TestCommittedActions:
 
 
 def test_gradients_reach_expert_vlm_and_encoders() -> None:
-    model = spear1().train()
+    model = make_spear1().train()
 
-    model(**observation(), actions=actions(B, H), flow_samples=2).loss.backward()
+    model(**observation(), actions=draw_actions(B, H), flow_samples=2).loss.backward()
 
     without_gradient = set()
     for name, parameter in model.named_parameters():
@@ -291,7 +291,7 @@ def test_gradients_reach_expert_vlm_and_encoders() -> None:
     ("prediction", "rotation"), [("clean", [1.0, 0, 0, 0]), ("velocity", [0.0, 0, 0, 0])]
 )
 def test_an_untrained_network_predicts_not_to_turn(prediction: str, rotation: list[float]) -> None:
-    model = spear1(flow={"prediction": prediction})
+    model = make_spear1(flow={"prediction": prediction})
 
     bias = Action.from_vector(model.action_out_proj.bias.detach())
 
@@ -300,7 +300,7 @@ def test_an_untrained_network_predicts_not_to_turn(prediction: str, rotation: li
 
 @pytest.mark.parametrize("prediction", ["clean", "velocity"])
 def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
-    model = spear1(flow={"prediction": prediction})
+    model = make_spear1(flow={"prediction": prediction})
 
     sampled = []
     for seed in (0, 0, 1):
@@ -313,7 +313,7 @@ def test_sampled_actions_repeat_with_their_seed(prediction: str) -> None:
 
 
 def test_noise_of_another_horizon_is_refused() -> None:
-    model = spear1()
+    model = make_spear1()
     noise = flow.sample_noise((B, H + 1), model.flow)
 
     with pytest.raises(ValueError, match=f"{H + 1} actions"):
@@ -323,7 +323,7 @@ def test_noise_of_another_horizon_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loader", ["spear", "transformers"])
 def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype, loader: str) -> None:
-    model = spear1(flow={"prediction": "clean", "geodesic_weight": 0.5}).to(dtype)
+    model = make_spear1(flow={"prediction": "clean", "geodesic_weight": 0.5}).to(dtype)
 
     model.save_pretrained(tmp_path)
     if loader == "spear":
@@ -336,13 +336,13 @@ def test_saving_and_loading_changes_no_bit(tmp_path: Path, dtype: torch.dtype, l
     assert loaded.flow == model.flow
     assert loaded.config.vlm_config.views == model.config.vlm_config.views
     if dtype == torch.float32:
-        expected = model.sample_actions(**observation(), noise=actions(B, H)).to_vector()
-        sampled = loaded.sample_actions(**observation(), noise=actions(B, H)).to_vector()
+        expected = model.sample_actions(**observation(), noise=draw_actions(B, H)).to_vector()
+        sampled = loaded.sample_actions(**observation(), noise=draw_actions(B, H)).to_vector()
         assert torch.equal(sampled, expected)
 
 
 def test_a_saved_config_is_read_back_and_so_is_one_of_an_older_checkpoint(tmp_path: Path) -> None:
-    model = spear1(flow={"prediction": "clean", "geodesic_weight": 0.5})
+    model = make_spear1(flow={"prediction": "clean", "geodesic_weight": 0.5})
 
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -358,7 +358,7 @@ class TestBrokenCheckpoints:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         folder = tmp_path / "model"
-        spear1().save_pretrained(folder)
+        make_spear1().save_pretrained(folder)
         return folder
 
     @staticmethod
@@ -433,14 +433,14 @@ class TestBrokenCheckpoints:
         assert "broken checkpoint" in self.message(folder)
 
     def test_a_missing_key(self, tmp_path: Path) -> None:
-        model = spear1()
+        model = make_spear1()
         state = model.state_dict()
         del state["state_proj.bias"]
         model.save_pretrained(tmp_path, state_dict=state)
         assert "missing keys, first state_proj.bias" in self.message(tmp_path)
 
     def test_an_unexpected_key(self, tmp_path: Path) -> None:
-        model = spear1()
+        model = make_spear1()
         state = {**model.state_dict(), "tail.weight": torch.ones(2)}
         model.save_pretrained(tmp_path, state_dict=state)
         assert "unexpected keys, first tail.weight" in self.message(tmp_path)
@@ -448,7 +448,7 @@ class TestBrokenCheckpoints:
     def test_a_weight_of_another_shape(self, tmp_path: Path) -> None:
         config = build_spear1_config(TINY)
         config.vlm_config.text_config.vocab_size += 1
-        spear1().save_pretrained(tmp_path)
+        make_spear1().save_pretrained(tmp_path)
         config.save_pretrained(tmp_path)
         message = self.message(tmp_path)
         assert "mismatched keys, first vlm.language_model.embed_tokens.weight" in message

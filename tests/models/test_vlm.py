@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from models_tiny import START, TINY, left_padded, pixels, spear1, text, vlm
+from models_tiny import (
+    FIRST_COORDINATE_ID,
+    TINY,
+    to_left_padded,
+    draw_pixels,
+    make_spear1,
+    draw_text,
+    make_vlm,
+)
 from refusals import refuses
 from spear.models.layers import compute_position_ids, make_prefix_lm_mask
 from spear.models.presets import build_spear1_config, build_vlm_config, get_preset
@@ -18,7 +26,7 @@ from spear.models.vlm import IGNORE_LABEL, compute_token_loss
 
 def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[str, torch.Tensor]:
     """Prompts and answers of several lengths, with labels on the answers."""
-    ids, mask = text(rows, length, last=START + TINY.bins)
+    ids, mask = draw_text(rows, length, last=FIRST_COORDINATE_ID + TINY.bins)
     is_answer = (torch.arange(length) >= prompt_length) & mask.bool()
     return {
         "input_ids": ids,
@@ -30,8 +38,8 @@ def make_batch(rows: int = 4, length: int = 9, prompt_length: int = 4) -> dict[s
 
 class TestVisualTokens:
     def test_are_the_average_of_both_projections(self) -> None:
-        model = vlm()
-        image = pixels(3)["external"]
+        model = make_vlm()
+        image = draw_pixels(3)["external"]
         siglip = model.vision_tower(
             image / 127.5 - 1, interpolate_pos_encoding=True
         ).last_hidden_state
@@ -45,10 +53,10 @@ class TestVisualTokens:
         torch.testing.assert_close(tokens, average, rtol=1e-5, atol=1e-6)
 
     def test_without_moge_are_siglips_exactly(self) -> None:
-        model = vlm()
-        image = pixels(3)["external"]
+        model = make_vlm()
+        image = draw_pixels(3)["external"]
         moge_tokens = model.moge_projector(model.moge(image))
-        without_moge = vlm(moge=None)
+        without_moge = make_vlm(moge=None)
         siglip_weights = {
             name: weight
             for name, weight in model.state_dict().items()
@@ -61,9 +69,9 @@ class TestVisualTokens:
         assert torch.equal(model.encode_views(image)[0], 0.5 * (siglip_tokens + moge_tokens))
 
     def test_of_a_missing_view_are_not_seen(self) -> None:
-        model = vlm()
-        images = pixels(2)
-        ids, mask = text(2, 5)
+        model = make_vlm()
+        images = draw_pixels(2)
+        ids, mask = draw_text(2, 5)
         is_present = {"wrist": torch.zeros(2, dtype=torch.bool)}
 
         masked = model(images, ids, mask, view_mask=is_present).logits
@@ -72,9 +80,9 @@ class TestVisualTokens:
         torch.testing.assert_close(masked, absent, rtol=1e-4, atol=1e-5)
 
     def test_are_in_the_order_of_the_config(self) -> None:
-        model = vlm()
-        images = pixels(2)
-        ids, mask = text(2, 5)
+        model = make_vlm()
+        images = draw_pixels(2)
+        ids, mask = draw_text(2, 5)
         swapped = {"wrist": images["wrist"], "external": images["external"]}
         assert torch.equal(model(swapped, ids, mask).logits, model(images, ids, mask).logits)
 
@@ -94,8 +102,8 @@ def test_padding_takes_no_position() -> None:
 
 
 def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
-    model = vlm()
-    images = pixels(4, views=("external",))
+    model = make_vlm()
+    images = draw_pixels(4, views=("external",))
     inputs = make_batch()
 
     output = model(images, **inputs)
@@ -105,7 +113,7 @@ def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
     next_labels = labels[:, 1:]
     is_learned = next_labels != IGNORE_LABEL
     losses = -log_p.gather(-1, next_labels.clamp_min(0)[..., None])[..., 0][is_learned]
-    is_coordinate = next_labels[is_learned] >= START
+    is_coordinate = next_labels[is_learned] >= FIRST_COORDINATE_ID
     weights = torch.where(is_coordinate, 2.0, 1.0)
     torch.testing.assert_close(output.loss, (weights * losses).sum() / weights.sum())
     torch.testing.assert_close(output.parts["coordinates"], losses[is_coordinate].mean())
@@ -114,26 +122,30 @@ def test_the_loss_weighs_3d_tokens_by_lambda() -> None:
 
 def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None:
     sigma = 1.5
-    labels = torch.tensor([START + 10, START, 5])  # the last one is text
-    logits = torch.randn(3, START + TINY.bins, dtype=torch.float64).float()
+    labels = torch.tensor(
+        [FIRST_COORDINATE_ID + 10, FIRST_COORDINATE_ID, 5]
+    )  # the last one is text
+    logits = torch.randn(3, FIRST_COORDINATE_ID + TINY.bins, dtype=torch.float64).float()
 
-    loss, _ = compute_token_loss(logits, labels, range(START, START + TINY.bins), 2.0, sigma)
+    loss, _ = compute_token_loss(
+        logits, labels, range(FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins), 2.0, sigma
+    )
 
     bins = torch.arange(TINY.bins)
     target = torch.zeros_like(logits)
     for row, center in ((0, 10), (1, 0)):
         is_near = (bins - center).abs() <= 4  # 3σ
         gaussian = torch.exp(-0.5 * ((bins - center) / sigma) ** 2) * is_near
-        target[row, START:] = gaussian / gaussian.sum()
+        target[row, FIRST_COORDINATE_ID:] = gaussian / gaussian.sum()
     target[2, 5] = 1
     losses = -(target * logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(loss, (2 * losses[0] + 2 * losses[1] + losses[2]) / 5)
 
 
 def test_gradients_reach_every_weight() -> None:
-    model = vlm().train()
+    model = make_vlm().train()
 
-    model(pixels(4), **make_batch()).loss.backward()
+    model(draw_pixels(4), **make_batch()).loss.backward()
 
     without_gradient = []
     for name, parameter in model.named_parameters():
@@ -143,8 +155,8 @@ def test_gradients_reach_every_weight() -> None:
 
 
 class TestRefusals:
-    inputs = text(1, 4)
-    wrist = pixels(1)["wrist"]
+    inputs = draw_text(1, 4)
+    wrist = draw_pixels(1)["wrist"]
 
     @pytest.mark.parametrize(
         ("images", "message"),
@@ -156,19 +168,19 @@ class TestRefusals:
         ],
     )
     def test_of_images(self, images: dict[str, torch.Tensor], message: str) -> None:
-        refuses(message, vlm(), images, *self.inputs)
+        refuses(message, make_vlm(), images, *self.inputs)
 
     def test_of_parts_of_patches(self) -> None:
         images = {"wrist": self.wrist[..., 1:]}
-        refuses("wrong image size: .* 31×32", vlm(stem="patch"), images, *self.inputs)
+        refuses("wrong image size: .* 31×32", make_vlm(stem="patch"), images, *self.inputs)
 
     def test_of_encoders_with_other_patches(self) -> None:
         moge = {**(TINY.moge or {}), "patch_size": 8}
-        refuses("patch 16, MoGe patch 8", vlm, moge=moge)
+        refuses("patch 16, MoGe patch 8", make_vlm, moge=moge)
 
     def test_of_an_expert_that_does_not_fit_the_vlm(self) -> None:
         expert = {**TINY.expert, "head_dim": 4}
-        refuses("head_dim is 4, the VLM's is 8", spear1, expert=expert)
+        refuses("head_dim is 4, the VLM's is 8", make_spear1, expert=expert)
 
     def test_of_an_unknown_preset(self) -> None:
         refuses("did you mean 'nano'", get_preset, "nanno")
@@ -190,7 +202,7 @@ def test_the_depth_loss_is_that_of_shape_and_of_scale(
     depth[:, :4, :8] = math.inf
     depth[:, 4:6] = 0
     depth[:, 30, 1] = math.nan
-    loss = model(pixels(3)["external"], depth).loss.item()
+    loss = model(draw_pixels(3)["external"], depth).loss.item()
 
     assert loss == pytest.approx(abs(log_scale_error) + shape_error, abs=1e-5)
 
@@ -225,8 +237,8 @@ class TestLossOfSeveralTexts:
     @pytest.fixture
     def single_group(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and the gradients of all texts in one group."""
-        model = vlm()
-        loss = model(pixels(4), **make_batch()).loss
+        model = make_vlm()
+        loss = model(draw_pixels(4), **make_batch()).loss
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         return loss.detach(), gradients
@@ -235,13 +247,13 @@ class TestLossOfSeveralTexts:
     def test_does_not_depend_on_groups_of_similar_length(
         self, single_group: tuple[torch.Tensor, dict[str, Any]], length_groups: int
     ) -> None:
-        model = vlm()
+        model = make_vlm()
         inputs = make_batch()
         lengths = inputs["attention_mask"].sum(1)
         assert len(lengths.unique()) > 1
         expected_loss, expected_gradients = single_group
 
-        loss = model(pixels(4), **inputs, length_groups=length_groups).loss
+        loss = model(draw_pixels(4), **inputs, length_groups=length_groups).loss
         loss.backward()
 
         torch.testing.assert_close(loss.detach(), expected_loss)
@@ -255,9 +267,9 @@ class TestLossOfSeveralTexts:
     ) -> None:
         inputs = make_batch()
         mask = inputs["attention_mask"]
-        shifted = {name: left_padded(tensor, mask)[0] for name, tensor in inputs.items()}
+        shifted = {name: to_left_padded(tensor, mask)[0] for name, tensor in inputs.items()}
 
-        loss = vlm()(pixels(4), **shifted, length_groups=3).loss
+        loss = make_vlm()(draw_pixels(4), **shifted, length_groups=3).loss
 
         torch.testing.assert_close(loss.detach(), single_group[0])
 
@@ -268,14 +280,14 @@ class TestLossOfSeveralTexts:
         inputs = make_batch()
         del inputs["token_type_ids"]
 
-        loss = vlm()(pixels(4), **inputs).loss
+        loss = make_vlm()(draw_pixels(4), **inputs).loss
 
         torch.testing.assert_close(loss.detach(), single_group[0])
 
     def test_of_texts_that_share_an_image_is_that_of_texts_with_copies_of_it(self) -> None:
-        model = vlm()
+        model = make_vlm()
         inputs = make_batch()
-        images = pixels(2)
+        images = draw_pixels(2)
         image_index = torch.tensor([1, 0, 1, 1])
         copies = {view: image[image_index] for view, image in images.items()}
 

@@ -108,8 +108,10 @@ def test_the_rerun_file_is_whole(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_commands_ask_and_show(folder: Path, done: Command, refused: Command) -> None:
-    said = done("questions", str(folder), "--seed", "2", "--pairs", "1", "1")
+def test_the_commands_ask_and_show(
+    folder: Path, run_command: Command, run_refused_command: Command
+) -> None:
+    said = run_command("questions", str(folder), "--seed", "2", "--pairs", "1", "1")
     assert "12 questions about 12 images:" in said
-    assert str(folder / "show.html") in done("label", "show", str(folder), "--images", "2")
-    assert "'distance'" in refused("questions", str(folder), "--families", "distanze")
+    assert str(folder / "show.html") in run_command("label", "show", str(folder), "--images", "2")
+    assert "'distance'" in run_refused_command("questions", str(folder), "--families", "distanze")

@@ -18,7 +18,7 @@ CORNERS = [
 ]
 
 
-def complaints(label: LabeledImage, question: Question) -> list[str]:
+def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
     """What is wrong with a question about a label; empty when nothing is."""
     found: list[str] = []
     prompt = question.prompt

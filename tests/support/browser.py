@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from processes import until
+from processes import wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 240
@@ -70,7 +70,7 @@ class Tab:
             result = self.call("Runtime.evaluate", expression=f"!!({script})", returnByValue=True)
             return result["result"].get("value") is True
 
-        until(true, script, patience=patience)
+        wait_until(true, script, timeout_s=patience)
 
     def where(self, selector: str) -> list[float]:
         """Left, top, width and height of an element in the window, scrolled to if need be."""
@@ -134,7 +134,7 @@ def chromium(folder: Path) -> Iterator[int]:
     try:
         ready = folder / "DevToolsActivePort"
         begun = lambda: process.poll() is not None or (ready.exists() and "\n" in ready.read_text())  # noqa: E731
-        until(begun, program, patience=PATIENCE)
+        wait_until(begun, program, timeout_s=PATIENCE)
         if process.poll() is not None:
             pytest.skip(f"{program} does not start here (exit code {process.returncode})")
         yield int(ready.read_text().splitlines()[0])

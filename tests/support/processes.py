@@ -1,4 +1,4 @@
-"""Work in a process of its own, and waiting for what others do."""
+"""Work in another process, and waiting for what others do."""
 
 import multiprocessing
 import time
@@ -6,18 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 
-def ends_with(code: int, work: Callable[..., object], *given: Any, way: str = "fork") -> None:
-    """Do `work` in a process of its own, which must end with this code."""
-    process: Any = multiprocessing.get_context(way).Process(target=work, args=given)
+def run_in_process(
+    exit_code: int, work: Callable[..., object], *args: Any, start_method: str = "fork"
+) -> None:
+    """Do work in a process of its own, which must end with this exit code."""
+    process: Any = multiprocessing.get_context(start_method).Process(target=work, args=args)
     process.start()
     process.join()
-    assert process.exitcode == code
+    assert process.exitcode == exit_code
 
 
-def until(true: Callable[[], object], what: str, *processes: Any, patience: float = 300) -> None:
-    """Wait for it, for so many seconds at most, while these processes live."""
-    deadline = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        assert all(process.is_alive() for process in processes), f"a process ended before {what}"
+def wait_until(
+    condition: Callable[[], object], description: str, *processes: Any, timeout_s: float = 300
+) -> None:
+    """Wait until a condition is true, while all of these processes live."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited in vain for {description}"
+        for process in processes:
+            assert process.is_alive(), f"a process ended before {description}"
         time.sleep(0.02)

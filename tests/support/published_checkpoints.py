@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PI0Config
 from transformers import PI0ForConditionalGeneration as Pi0
 
-from models_tiny import TEXT, TINY
+from models_tiny import TEXT_SIZES, TINY
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.networks import ENCODERS, MogeV1
@@ -51,7 +51,7 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
     """PaliGemma's config; with a text model "gemma2" PaliGemma 2's, whose soft caps are low enough
     to matter."""
     text_config: dict[str, Any] = {
-        **TEXT,
+        **TEXT_SIZES,
         "model_type": text_type,
         "vocab_size": num_rows,
         "pad_token_id": 0,
@@ -70,8 +70,8 @@ def make_paligemma_config(text_type: str = "gemma", num_rows: int = NUM_ROWS) ->
     return PaliGemmaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        projection_dim=TEXT["hidden_size"],
-        hidden_size=TEXT["hidden_size"],
+        projection_dim=TEXT_SIZES["hidden_size"],
+        hidden_size=TEXT_SIZES["hidden_size"],
         image_token_index=IMAGE_TOKEN,
     )
 

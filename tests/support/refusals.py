@@ -1,4 +1,4 @@
-"""What is wrong is said in one line, by everything that refuses; what is right is not warned of."""
+"""What is wrong is refused in one line, and what is right has no warning."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,23 +10,28 @@ import pytest
 from spear.errors import SpearError
 
 Command = Callable[..., str]
-"""What the fixtures `done` and `refused` are: a command's words -> what it says."""
+"""The fixtures `run_command` and `run_refused_command`: a command's words -> what it prints."""
 
 
-def refuses(words: str, call: Callable[..., Any], *given: Any, **named: Any) -> str:
-    """This call must be refused in one line that matches `words`, which it returns."""
+def refuses(pattern: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Call a function that must raise a `SpearError` of one line, which matches a pattern.
+
+    Returns:
+        The line.
+    """
     __tracebackhide__ = True
-    with pytest.raises(SpearError, match=words or None) as caught:
-        call(*given, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    with pytest.raises(SpearError, match=pattern or None) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 @contextmanager
 def no_warning() -> Iterator[None]:
+    """Make warnings errors in the `with` block."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings(
-            "ignore", category=DeprecationWarning, module=r"torch\."
-        )  # of its compiler
+        of_the_compiler = r"torch\."
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=of_the_compiler)
         yield

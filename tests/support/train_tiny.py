@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from models_tiny import START, TINY, actions, pixels, spear1, text
+from models_tiny import FIRST_COORDINATE_ID, TINY, draw_actions, draw_pixels, make_spear1, draw_text
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.presets import build_spear1_config, build_vlm_config
@@ -134,18 +134,18 @@ class NonFiniteRegression(Regression):
 class PolicyTask:
     """`VlaTask` on made-up batches, with `VlmTask`'s embeddings of which some rows learn."""
 
-    trainable_rows = {EMBEDDINGS: (START, START + TINY.bins)}  # noqa: RUF012
+    trainable_rows = {EMBEDDINGS: (FIRST_COORDINATE_ID, FIRST_COORDINATE_ID + TINY.bins)}  # noqa: RUF012
 
     def __init__(self) -> None:
-        self.model = spear1()
+        self.model = make_spear1()
         self.recipe = get_recipe("nano-vla").with_changes(question_weight=0.5, flow_samples=2)
 
     def batch(self, step: int) -> dict[str, Any]:
-        ids, mask = text(2, 6, seed=step)
-        question_ids, question_mask = text(3, 8, seed=step + 1)
+        ids, mask = draw_text(2, 6, seed=step)
+        question_ids, question_mask = draw_text(3, 8, seed=step + 1)
         is_answer = (torch.arange(8) > 3).long() * question_mask
         questions = {
-            "pixel_values": pixels(2, seed=step, views=("external",)),
+            "pixel_values": draw_pixels(2, seed=step, views=("external",)),
             "image_index": torch.tensor([0, 0, 1]),
             "input_ids": question_ids,
             "attention_mask": question_mask,
@@ -153,7 +153,7 @@ class PolicyTask:
             "labels": torch.where(is_answer.bool(), question_ids, -100),
         }
         return {
-            "pixel_values": pixels(2, seed=step),
+            "pixel_values": draw_pixels(2, seed=step),
             "view_mask": {
                 "external": torch.tensor([True, True]),
                 "wrist": torch.tensor([True, False]),
@@ -163,7 +163,7 @@ class PolicyTask:
             "state": torch.randn(
                 2, NUM_STATE_FEATURES, generator=torch.Generator().manual_seed(step)
             ),
-            "actions": actions(2, TINY.horizon, seed=step).to_vector(),
+            "actions": draw_actions(2, TINY.horizon, seed=step).to_vector(),
             "action_mask": torch.ones(2, TINY.horizon, dtype=torch.bool),
             "questions": questions,
         }

@@ -91,7 +91,7 @@ def test_mistakes_are_found_before_data_are_made(
     named: str,
     folders: Path,
     tmp_path: Path,
-    refused: Command,
+    run_refused_command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     too_late = Mock(side_effect=AssertionError("too late"))
@@ -106,7 +106,7 @@ def test_mistakes_are_found_before_data_are_made(
         if option not in arguments:
             arguments += [option, value]
 
-    message = refused(*arguments)
+    message = run_refused_command(*arguments)
 
     assert named in message
     assert not (tmp_path / "run").exists()
@@ -114,23 +114,25 @@ def test_mistakes_are_found_before_data_are_made(
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", "trained: it\n"), ("1", "")])
 def test_only_the_first_process_says_that_the_training_is_done(
-    rank: str, printed: str, tmp_path: Path, done: Command, monkeypatch: pytest.MonkeyPatch
+    rank: str, printed: str, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_episodes([make(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
     monkeypatch.setenv("RANK", rank)
 
-    output = done("train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store"))
+    output = run_command(
+        "train", "nano-post", "--init", "nano", "--episodes", str(tmp_path / "store")
+    )
 
     assert output == printed
 
 
 @pytest.fixture
-def refused_vlm(tmp_path: Path, refused: Command) -> Callable[[str], str]:
+def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str], str]:
     """Refuse to train a VLM's recipe, with other words, on labels."""
     labels = tmp_path / "labels"
     write_labels([labelled(0)], labels / "labels-00000.parquet")
-    return lambda words: refused("train", *words.split(), "--labels", str(labels))
+    return lambda words: run_refused_command("train", *words.split(), "--labels", str(labels))
 
 
 @pytest.mark.parametrize("recipe", ["nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"])
@@ -158,18 +160,20 @@ def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
     "words", ["nowhere {}", "nano {} --split nowhere", "nano {} --train-split nowhere"]
 )
 def test_evaluation_finds_unknown_names_before_data_are_made(
-    words: str, folders: Path, refused: Command, monkeypatch: pytest.MonkeyPatch
+    words: str, folders: Path, run_refused_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spear.data.store.prepare.prepare", None)
 
     arguments = words.format(folders / "mine").split()
-    assert "nowhere" in refused("evaluate", "data", *arguments)
+    assert "nowhere" in run_refused_command("evaluate", "data", *arguments)
 
 
-def test_evaluation_refuses_episodes_that_were_trained_on(folders: Path, refused: Command) -> None:
+def test_evaluation_refuses_episodes_that_were_trained_on(
+    folders: Path, run_refused_command: Command
+) -> None:
     words = f"evaluate data nano {folders / 'mine'} --split train[:1] --train-split train"
 
-    assert "--train-split train: " in refused(*words.split())
+    assert "--train-split train: " in run_refused_command(*words.split())
 
 
 @pytest.mark.parametrize(
@@ -215,11 +219,11 @@ def test_inputs_that_are_missing_or_without_effect_are_named(
     ],
 )
 def test_keys_that_a_recipe_does_not_use_are_refused(
-    name: str, changes: str, refused: Command
+    name: str, changes: str, run_refused_command: Command
 ) -> None:
     inputs = "--init nano --episodes mine" if name == "nano-post" else "--labels labels"
 
-    message = refused("train", name, *inputs.split(), "--set", *changes.split())
+    message = run_refused_command("train", name, *inputs.split(), "--set", *changes.split())
 
     first_change = changes.split()[0]
     assert f"--set {first_change}: recipe {name}" in message

@@ -127,10 +127,10 @@ def test_kubernetes_mounts_the_volumes_that_it_names(job: Any) -> None:
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_kubernetes_runs_one_of_our_commands(job: Any, refused: Command) -> None:
+def test_kubernetes_runs_one_of_our_commands(job: Any, run_refused_command: Command) -> None:
     """With one bad value at its end, that is what is complained about."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     words = container["command"]
     command = words[words.index("spear") + 1 :]
 
-    assert "lr" in refused(*command, "--set", "lr=-1")
+    assert "lr" in run_refused_command(*command, "--set", "lr=-1")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from data_tiny import edit
-from processes import until
+from processes import wait_until
 from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
@@ -353,7 +353,7 @@ def test_a_run_that_a_signal_stopped_continues_bit_for_bit(
     log_file = stopped / "log.jsonl"
 
     (process,) = start_processes(run_slowly, tmp_path, 1, options)
-    until(lambda: log_file.is_file() and len(read_log(stopped)) >= 12, "12 steps", process)
+    wait_until(lambda: log_file.is_file() and len(read_log(stopped)) >= 12, "12 steps", process)
     os.kill(process.pid, signal_number)
     process.join()
 

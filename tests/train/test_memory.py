@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._C._profiler import _EventType
 
-from models_tiny import TINY, actions, spear1
+from models_tiny import TINY, draw_actions, make_spear1
 from refusals import Command
 from spear.models import presets
 from spear.train import memory
@@ -51,8 +51,8 @@ def estimate(small_presets: None) -> MemoryEstimate:
 
 def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
     """Return a stepper with the loss that the estimate runs, and a batch, on real tensors."""
-    model = spear1()
-    chunk = actions(8, 5)
+    model = make_spear1()
+    chunk = draw_actions(8, 5)
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, Mapping]:
         output = model(**batch, actions=chunk, flow_samples=2, generator=generator)
@@ -195,8 +195,8 @@ PLAN_LARGE_BATCH = (*PLAN, "--batch-size", "64", "--recipe", "post-train-bridge"
 
 
 @pytest.mark.usefixtures("instant_estimates")
-def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(done: Command) -> None:
-    output = done(*PLAN_LARGE_BATCH, "--gpu", "16GB")
+def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(run_command: Command) -> None:
+    output = run_command(*PLAN_LARGE_BATCH, "--gpu", "16GB")
 
     assert "total" in output
     assert "usable on 16GB: 14.8 GiB" in output
@@ -204,7 +204,7 @@ def test_the_command_shows_what_a_recipe_needs_and_that_it_fits(done: Command) -
 
 
 def test_the_command_plans_inference_in_both_precisions(
-    done: Command, monkeypatch: pytest.MonkeyPatch
+    run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     estimates: list[MemoryEstimate] = []
     measure_inference = memory.measure_inference
@@ -215,7 +215,7 @@ def test_the_command_plans_inference_in_both_precisions(
 
     monkeypatch.setattr(memory, "measure_inference", measure_and_keep)
 
-    output = done(*PLAN, "--gpu", "8GB", "--recipe", "inference")
+    output = run_command(*PLAN, "--gpu", "8GB", "--recipe", "inference")
 
     assert "bfloat16" in output
     assert output.count("fits on 8GB") == 2
@@ -235,12 +235,14 @@ def test_the_command_plans_inference_in_both_precisions(
         ("--batch-size 64 --set batch_size=8", "batch_size=8"),
     ],
 )
-def test_the_command_names_what_it_cannot_plan(words: str, named: str, refused: Command) -> None:
-    assert named in refused(*PLAN, *words.split())
+def test_the_command_names_what_it_cannot_plan(
+    words: str, named: str, run_refused_command: Command
+) -> None:
+    assert named in run_refused_command(*PLAN, *words.split())
 
 
 def test_the_command_names_the_changes_that_make_a_recipe_fit(
-    done: Command, monkeypatch: pytest.MonkeyPatch
+    run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     totals = iter((100, 60, 50))  # without changes, with one, with two
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
@@ -250,17 +252,17 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
         lambda recipe: MemoryEstimate(next(totals), 0, 0, 0, 0, 1, 1),
     )
 
-    output = done(*PLAN_LARGE_BATCH)
+    output = run_command(*PLAN_LARGE_BATCH)
 
     assert "fits with --set frozen_precision=bf16 gradient_checkpointing=true: " in output
 
 
 def test_the_command_says_that_no_change_makes_a_recipe_fit(
-    done: Command, monkeypatch: pytest.MonkeyPatch
+    run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
         memory, "measure_training", lambda recipe: MemoryEstimate(51, 0, 0, 0, 0, 1, 1)
     )
 
-    assert "does not fit even with --set" in done(*PLAN_LARGE_BATCH)
+    assert "does not fit even with --set" in run_command(*PLAN_LARGE_BATCH)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from models_tiny import START
-from processes import until
+from models_tiny import FIRST_COORDINATE_ID
+from processes import wait_until
 from refusals import refuses
 from spear.errors import SpearError
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -108,18 +108,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # One of two processes is killed.
     killed = start_processes(run_until_killed, root)
     checkpoint = root / "killed" / "checkpoints" / "step-00000004"
-    until(checkpoint.is_dir, "a checkpoint", *killed, patience=PATIENCE_S)
+    wait_until(checkpoint.is_dir, "a checkpoint", *killed, timeout_s=PATIENCE_S)
     killed[1].kill()
     killed[0].join(PATIENCE_S)
 
     # One of two processes is told to stop.
     stopped = start_processes(run_until_stopped, root)
     log_file = root / "stopped" / "log.jsonl"
-    until(
+    wait_until(
         lambda: log_file.is_file() and read_log(root / "stopped"),
         "a step",
         *stopped,
-        patience=PATIENCE_S,
+        timeout_s=PATIENCE_S,
     )
     stopped[1].terminate()
     for process in stopped:
@@ -209,8 +209,8 @@ def test_only_the_trainable_rows_learn(name: str, one: Path, two: Any) -> None:
 
     after = read_tensors(out, 2)[f"model.{EMBEDDINGS}"]
 
-    assert torch.equal(before[:START], after[:START])
-    assert not torch.equal(before[START:], after[START:])
+    assert torch.equal(before[:FIRST_COORDINATE_ID], after[:FIRST_COORDINATE_ID])
+    assert not torch.equal(before[FIRST_COORDINATE_ID:], after[FIRST_COORDINATE_ID:])
 
 
 def test_the_result_of_a_sharded_run_is_a_plain_model(two: Any) -> None:

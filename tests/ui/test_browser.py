@@ -10,7 +10,7 @@ import pytest
 
 from browser import PATIENCE, Tab, chromium
 from data_tiny import make
-from processes import until
+from processes import wait_until
 from serve_here import run_server
 from spear.data.store.episode_store import write_episodes
 from spear.policy import Spear1Policy
@@ -180,7 +180,7 @@ def test_time_goes_back_and_forth(
     )
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     tab.click("#film")
-    until((tmp_path / "put_on-0.mp4").is_file, "the film", patience=PATIENCE)
+    wait_until((tmp_path / "put_on-0.mp4").is_file, "the film", timeout_s=PATIENCE)
     tab.run("memory.moments.delete(2); memory.asked = 2; show({problem: 'it is broken'}); seek(2)")
     assert tab.run("[memory.asked, view.late]") == [
         None,

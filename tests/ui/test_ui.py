@@ -217,7 +217,7 @@ def test_recorded_episodes_are_replayed(
     tab: Tab,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    refused: Command,
+    run_refused_command: Command,
 ) -> None:
     said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
     write_episodes(said, tmp_path)
@@ -241,8 +241,10 @@ def test_recorded_episodes_are_replayed(
     for step in range(3 * ConnectionLimits().max_small_frames_per_s):  # as when it is dragged
         assert tab.ask("look", step=step % 5) is None
     (tmp_path / "empty").mkdir()
-    assert "--episodes" in refused("serve", "nano", "--ui", "--episodes", str(tmp_path / "empty"))
-    assert "--ui" in refused("serve", "nano", "--episodes", str(tmp_path))
+    assert "--episodes" in run_refused_command(
+        "serve", "nano", "--ui", "--episodes", str(tmp_path / "empty")
+    )
+    assert "--ui" in run_refused_command("serve", "nano", "--episodes", str(tmp_path))
     drawn = list[None]()
     monkeypatch.setattr(
         video, "compose_frame", lambda *a: (drawn.append(tab.socket.close()), time.sleep(1), *a)[2]

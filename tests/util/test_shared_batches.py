@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from processes import ends_with
+from processes import run_in_process
 from spear.train import loop
 from spear.util.shared_batches import SLOT_BYTES, SharedBatchSlots, SlottedBatch
 
@@ -32,7 +32,7 @@ def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
     slots, there = SharedBatchSlots(2, 1), SharedBatchSlots(2, 1)
     handed = there.put(BATCH, 1)  # where things lie is the same in every process
     assert isinstance(handed, SlottedBatch)
-    ends_with(0, slots.put, BATCH, 1)
+    run_in_process(0, slots.put, BATCH, 1)
     found = slots.take(handed)
     (ours, like), (given, likewise) = tree_flatten(found), tree_flatten(BATCH)
     assert like == likewise  # the same kinds, with keys in the same order
@@ -74,7 +74,7 @@ def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         assert SharedBatchSlots(1, 3).put(BATCH, 0) is BATCH
 
-    ends_with(0, limited)
+    run_in_process(0, limited)
 
 
 @pytest.mark.parametrize("held", [0, 1, 100])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_tiny import assert_same, edit, make, png, stored
-from processes import ends_with
+from processes import run_in_process
 from refusals import refuses
 from spear.data.actions import canonicalize_actions, derive_actions, resample_episode
 from spear.data.normalize import SKETCHES_FILE, Normalizer
@@ -175,7 +175,7 @@ def test_a_killed_run_ends_the_same(
         Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
         run(recorded, out)
 
-    ends_with(-signal.SIGKILL, die)
+    run_in_process(-signal.SIGKILL, die)
     assert not out.exists()
     finished = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
     assert finished == min(6, kill_at // 4)
@@ -217,7 +217,7 @@ def test_an_unfinished_preparation_of_something_else_is_kept(
         preparing.save_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
         run(recorded, out)
 
-    ends_with(-signal.SIGKILL, die)
+    run_in_process(-signal.SIGKILL, die)
     refuses(
         r"\.arm\.part: was begun with other settings: size is", run, recorded, out, size=("40x40",)
     )
@@ -355,9 +355,11 @@ def test_a_store_is_known_by_content(
 
 
 def test_all_datasets_are_looked_at_before_one_is_made(
-    tmp_path: Path, refused: Callable[..., str]
+    tmp_path: Path, run_refused_command: Callable[..., str]
 ) -> None:
     folders = [str(stored([make(0)], tmp_path / name).path) for name in "ab"]
     (tmp_path / "out" / "b" / "mine").mkdir(parents=True)
-    assert "not empty" in refused("data", "prepare", *folders, "--out", str(tmp_path / "out"))
+    assert "not empty" in run_refused_command(
+        "data", "prepare", *folders, "--out", str(tmp_path / "out")
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]

@@ -75,9 +75,11 @@ def test_an_answer_says_how_sure_it_is_or_that_there_is_no_such_thing(nano: VlmB
     )  # never measured, never said
 
 
-def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, done: Callable[..., str]) -> None:
+def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[..., str]) -> None:
     (label,) = load_labeled_images("sim:7", 1, "wrist", nano.processor)
-    said = done("ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist")
+    said = run_command(
+        "ask", "sim:7", f"How far away is the {label.objects[0].name}?", "--view", "wrist"
+    )
     assert (
         float(said.split()[0]) < 0.5 and "interval" not in said
     )  # from the other camera all is further

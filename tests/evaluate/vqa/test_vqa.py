@@ -270,7 +270,7 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
 
 
 def test_the_command_writes_a_page(
-    tmp_path: Path, done: Command, refused: Command, monkeypatch: Any
+    tmp_path: Path, run_command: Command, run_refused_command: Command, monkeypatch: Any
 ) -> None:
     labels = [replace(one := labelled(i), image=one.image + bytes([i])) for i in range(4)]
     said, learned = list[str](), {"learned": hash_content(labels[2].image)}
@@ -288,7 +288,9 @@ def test_the_command_writes_a_page(
         "--per-image",
         "1",
     ]
-    assert "Calibration" in done(*command, "--families", "keypoint", "distance", "--out", str(out))
+    assert "Calibration" in run_command(
+        *command, "--families", "keypoint", "distance", "--out", str(out)
+    )
     saved = json.loads((out / "scores.json").read_text())
     assert (saved["images"], saved["model"]) == (2, "nano") and "1 of 2" in said[0]
     assert set(saved["readings"]["keypoint"]["error"]) == {"mode", "mean", "median"}
@@ -296,13 +298,13 @@ def test_the_command_writes_a_page(
     assert (out / "index.html").stat().st_size > 5000
     cases = ["nano-vlm", command[3]], ["nano", "sim"], [*command[2:], "--families", "offset"]
     for other, what in zip(cases, ("model", "questions", "--families"), strict=True):
-        assert f"{what} is" in refused(*command[:2], *other, "--out", str(out))
+        assert f"{what} is" in run_refused_command(*command[:2], *other, "--out", str(out))
 
 
-def test_labels_of_another_unit_are_refused(tmp_path: Path, refused: Command) -> None:
+def test_labels_of_another_unit_are_refused(tmp_path: Path, run_refused_command: Command) -> None:
     write_labels([labelled(0, unit="relative")], tmp_path / "labels-00000.parquet")
     command = ("evaluate", "vqa", "nano", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert "the model answers in 'metre'" in refused(*command)
+    assert "the model answers in 'metre'" in run_refused_command(*command)
 
 
 @pytest.mark.parametrize(("unit", "said"), [("metre", "m"), ("relative", "units")])

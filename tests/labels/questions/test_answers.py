@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from answer_checker import complaints
+from answer_checker import find_answer_errors
 from spear.labels.fit.box3d import make_box
 from spear.labels.questions.generate import generate_questions
 from spear.labels.questions.templates import UNIT_TEMPLATES, is_a
@@ -24,7 +24,7 @@ NAMES = (
 
 
 def wrong(label: LabeledImage, questions: list[Question]) -> list[str]:
-    return [c for q in questions for c in complaints(label, q)]
+    return [c for q in questions for c in find_answer_errors(label, q)]
 
 
 def test_answers_about_scenes(labels: list[LabeledImage]) -> None:

@@ -43,7 +43,7 @@ NEW_END = NUM_ROWS + TINY14.bins
 PI05_WEIGHT = "model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"
 SECOND_SHARD = "model-00002-of-00002.safetensors"
 
-pytestmark = pytest.mark.usefixtures("known_sizes")
+pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
 def save_new_vlm(folder: Path) -> Path:
