@@ -80,9 +80,9 @@ def nano(loaded_nano: Any) -> Any:
 @pytest.fixture
 def tiny_published_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets and an encoder as small as the checkpoints of `published_checkpoints`."""
-    from published_checkpoints import know_tiny
+    from published_checkpoints import register_tiny_sizes
 
-    know_tiny(monkeypatch)
+    register_tiny_sizes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def renderer() -> Any:
     """The simulator's `Renderer`; skips the test where rendering does not work."""
     pytest.importorskip("mujoco")
     from spear.errors import SpearError
-    from spear.sim.render import own_renderer
+    from spear.sim.render import get_thread_renderer
 
     try:
-        return own_renderer()
+        return get_thread_renderer()
     except SpearError as error:
         pytest.skip(str(error))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models_tiny import FIRST_COORDINATE_ID, TINY, to_left_padded, draw_pixels, draw_text, make_vlm
+from models_tiny import FIRST_COORDINATE_ID, TINY, draw_pixels, draw_text, make_vlm, to_left_padded
 from refusals import refuses
 from spear.models import decode
 from spear.models.readout import ONE_SIGMA_PROBABILITY, Distribution

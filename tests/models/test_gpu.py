@@ -9,10 +9,10 @@ from models_tiny import (
     TINY,
     draw_actions,
     draw_pixels,
-    sample_by_reference,
-    make_spear1,
     draw_text,
+    make_spear1,
     make_vlm,
+    sample_by_reference,
 )
 from parity import relative_error
 from refusals import no_warning

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from models_tiny import draw_actions, draw_pixels, make_spear1, draw_text, make_vlm
+from models_tiny import draw_actions, draw_pixels, draw_text, make_spear1, make_vlm
 from spear.models.layers import FastRMSNorm, grouped_attention, set_gradient_checkpointing
 
 

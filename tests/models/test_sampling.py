@@ -14,9 +14,9 @@ from models_tiny import (
     TINY,
     draw_actions,
     draw_pixels,
-    sample_by_reference,
-    make_spear1,
     draw_text,
+    make_spear1,
+    sample_by_reference,
 )
 from parity import relative_error
 from refusals import no_warning

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from models_tiny import TINY, draw_actions, to_left_padded, draw_pixels, make_spear1, draw_text
+from models_tiny import TINY, draw_actions, draw_pixels, draw_text, make_spear1, to_left_padded
 from refusals import refuses
 from spear import flow
 from spear.models.presets import build_spear1_config

@@ -10,11 +10,11 @@ import torch
 from models_tiny import (
     FIRST_COORDINATE_ID,
     TINY,
-    to_left_padded,
     draw_pixels,
-    make_spear1,
     draw_text,
+    make_spear1,
     make_vlm,
+    to_left_padded,
 )
 from refusals import refuses
 from spear.models.layers import compute_position_ids, make_prefix_lm_mask

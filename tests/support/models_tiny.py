@@ -100,6 +100,6 @@ def sample_by_reference(
     """Sample actions step by step through the network as it is trained, with nothing precomputed."""
     prefix_inputs = {name: value for name, value in inputs.items() if name != "state"}
     with torch.no_grad():
-        prefix = model.prefix(**prefix_inputs)
+        prefix = model.encode_prefix(**prefix_inputs)
         predict = partial(model.predict, prefix, inputs["state"])
         return flow.integrate(predict, noise, steps, model.flow, committed).to_vector()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from models_tiny import FIRST_COORDINATE_ID, TINY, draw_actions, draw_pixels, make_spear1, draw_text
+from models_tiny import FIRST_COORDINATE_ID, TINY, draw_actions, draw_pixels, draw_text, make_spear1
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
 from spear.models.presets import build_spear1_config, build_vlm_config
