@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tiny import make, png
+from data_tiny import make_episode, make_png
 from spear.data.store.episode_store import write_episodes
 
 SOURCE = Path(__file__).parents[1] / "src" / "spear"
@@ -112,8 +112,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> None:
     """Those that docs/label.md and docs/finetune.md do not name either."""
-    write_episodes([make(0)], tmp_path)
-    (tmp_path / "photo.png").write_bytes(png(0))
+    write_episodes([make_episode(0)], tmp_path)
+    (tmp_path / "photo.png").write_bytes(make_png(0))
     label = "label photo.png --plan --batch-size 1"
     train = "train nano-post --init nano --episodes . --steps 1 --set batch_size=2 --out out"
     code = (

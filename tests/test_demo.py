@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tiny import make
+from data_tiny import make_episode
 from refusals import Command
 from spear import demo
 from spear.cli import load_command, main
@@ -165,7 +165,7 @@ def test_bad_episodes_are_refused_before_the_work(
     monkeypatch.setattr(demo, "load_vlm", None)
     data = tmp_path / "mine"
     out = tmp_path / "page"
-    write_lerobot([make(0), make(1)], data)
+    write_lerobot([make_episode(0), make_episode(1)], data)
     (data / "spear.json").write_text('{"like": "bridge_dataset"}')
 
     message = run_refused_command("demo", "--data", str(data), "--out", str(out))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tiny import edit
+from data_tiny import edit_json
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, suppress_notices
@@ -384,7 +384,7 @@ def copy_nano(
     folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json"
 ) -> Path:
     """A copy of the nano policy with one of its JSON files changed."""
-    edit(Path(shutil.copytree(locate("nano"), folder)) / file, change)
+    edit_json(Path(shutil.copytree(locate("nano"), folder)) / file, change)
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make
+from data_tiny import make_episode
 from refusals import Command, refuses
 from spear.audit.dataset_audit import (
     ActionPart,
@@ -312,7 +312,7 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
         time_s = np.arange(24) / rate_hz
         x = 0.4 + 0.4 * np.sin(1.5 * time_s)
         position = np.stack([x, np.zeros(24), np.full(24, 0.3)], axis=1)
-        episodes.append(make(number, 24, (8, 8), position=position, rate_hz=rate_hz))
+        episodes.append(make_episode(number, 24, (8, 8), position=position, rate_hz=rate_hz))
     write_episodes(episodes, tmp_path / "store")
 
     report = audit(tmp_path / "store")
@@ -329,7 +329,7 @@ def write_canonical_store(folder: Path) -> None:
         num_steps = len(quaternion)
         gripper = np.float32(np.arange(num_steps) < 12)
         command = np.append(gripper[1:], gripper[-1])
-        episode = make(
+        episode = make_episode(
             number,
             num_steps,
             (8, 8),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import copied, edit
+from data_tiny import copy_dataset, edit_json
 from refusals import refuses
 from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
@@ -31,7 +31,7 @@ describe_once = cache(describe)
 
 def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
     """A copy of the real sample with changed states and actions."""
-    copy = copied(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
+    copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     states = np.array(table[STATE].to_pylist())
@@ -294,7 +294,7 @@ def name_state_as_joints(copy: Path) -> None:
     def change(info: dict[str, Any]) -> None:
         info["features"][STATE]["names"] = {"motors": names}
 
-    edit(copy / "meta/info.json", change)
+    edit_json(copy / "meta/info.json", change)
 
 
 def test_columns_of_joints_are_no_pose(shared: Path, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_the_command_prints_a_proposal_and_where_it_belongs(
 def test_the_command_overwrites_nothing(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = copied(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy", None)
+    copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy", None)
     layout = copy / "spear.json"
     command = ["data", "describe", str(copy), "--out", str(layout)]
 

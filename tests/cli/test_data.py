@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tiny import make
+from data_tiny import make_episode
 from refusals import Command
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -17,7 +17,9 @@ from spear.labels.sources import list_items
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Three episodes, of which the last has a single step."""
-    write_episodes([make(0, success=True), make(1, 9), make(2, 1)], tmp_path / "store")
+    write_episodes(
+        [make_episode(0, success=True), make_episode(1, 9), make_episode(2, 1)], tmp_path / "store"
+    )
     return tmp_path / "store"
 
 
@@ -65,13 +67,13 @@ def test_exported_episodes_can_be_listed_for_labeling(exported: Path) -> None:
     ]
     third = items[2]
     (image,) = third.reader(third.path, [third.location])
-    assert image == make(1, 9).images["external"][0]
+    assert image == make_episode(1, 9).images["external"][0]
 
 
 @pytest.fixture
 def prepare_two(store: Path, tmp_path: Path) -> list[str]:
     """The words that prepare two datasets with different cameras."""
-    wrist_episode = make(3, images={"wrist": make(3).images["external"]})
+    wrist_episode = make_episode(3, images={"wrist": make_episode(3).images["external"]})
     write_episodes([wrist_episode], tmp_path / "other")
     folders = [str(store), str(tmp_path / "other")]
     return ["data", "prepare", *folders, "--workers", "0", "--out", str(tmp_path / "out")]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation, Slerp
 
-from data_tiny import make
+from data_tiny import make_episode
 from spear.data.actions import (
     ACTION_RULES_VERSION,
     canonicalize_actions,
@@ -25,7 +25,7 @@ def make_smooth_episode(seed: int, num_steps: int, rate_hz: float = 5.0) -> Epis
     rng = np.random.default_rng(seed)
     first_rotation = Rotation.random(1, rng)
     turns = Rotation.from_rotvec(np.cumsum(rng.normal(0, 0.3, (num_steps, 3)), axis=0))
-    episode = make(
+    episode = make_episode(
         seed,
         num_steps,
         images={"external": [b"%d" % step for step in range(num_steps)]},

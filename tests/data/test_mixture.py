@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data_tiny import make, png, stored
+from data_tiny import make_episode, make_png, write_store
 from refusals import refuses
 from spear.data.actions import canonicalize_actions
 from spear.data.mixture import Mixture, Sample, TrainingSamples, jitter_colors
@@ -35,10 +35,10 @@ def make_numbered_episode(name: str, number: int, has_wrist: bool, rate_hz: floa
     action[:, 3] = 1
     action[:, 7] = steps % 2
     zeros = np.zeros(num_steps)
-    images = {"external": [png(10 * number + step, 16, 12) for step in range(num_steps)]}
+    images = {"external": [make_png(10 * number + step, 16, 12) for step in range(num_steps)]}
     if has_wrist:
-        images["wrist"] = [png(WRIST_LEVEL, 8, 8)] * num_steps
-    return make(
+        images["wrist"] = [make_png(WRIST_LEVEL, 8, 8)] * num_steps
+    return make_episode(
         number,
         num_steps,
         images=images,
@@ -57,7 +57,7 @@ def make_store(
     episodes = [
         make_numbered_episode(name, number, has_wrist, rate_hz) for number in range(num_episodes)
     ]
-    return stored(episodes, folder, shard_size=2)
+    return write_store(episodes, folder, shard_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def draw_store(data: st.DataObject, lengths: list[int], folder: Path) -> Episode
         mask = np.array(data.draw(masks))
         is_logged = data.draw(st.booleans())
         action = np.tile(NO_MOTION, (num_steps, 1)) if is_logged else None
-        episodes.append(make(number, num_steps, action=action, action_mask=mask))
-    episodes.append(make(len(lengths), 2))
-    return stored(episodes, folder, shard_size=2)
+        episodes.append(make_episode(number, num_steps, action=action, action_mask=mask))
+    episodes.append(make_episode(len(lengths), 2))
+    return write_store(episodes, folder, shard_size=2)
 
 
 def assert_same_samples(samples: list[Sample], expected: list[Sample]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from refusals import refuses
 from spear.data.normalize import STATE_VECTOR_DIM, Mode, Normalizer
 from spear.data.store.episode_store import EpisodeStore
@@ -35,7 +35,7 @@ def make_store(
     action[:, 3] = 1
     is_known = np.arange(num_steps) % 2 == 0
     action[~is_known, :3] = 1000
-    episode = make(
+    episode = make_episode(
         seed,
         num_steps,
         images={"external": [b"x"] * num_steps},
@@ -44,7 +44,7 @@ def make_store(
         action=action,
         action_mask=is_known,
     )
-    return stored([episode], folder)
+    return write_store([episode], folder)
 
 
 def make_action(translation: np.ndarray) -> Action:
@@ -346,7 +346,7 @@ def test_a_store_without_known_actions_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a", 0, (0.1, 0.1, 0.1), num_steps=10)
     masked = dataclasses.replace(store[0], action_mask=np.zeros(10, bool))
 
-    refuses("nothing to fit", Normalizer.fit, [(stored([masked], tmp_path / "b"), 1.0)])
+    refuses("nothing to fit", Normalizer.fit, [(write_store([masked], tmp_path / "b"), 1.0)])
 
 
 STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

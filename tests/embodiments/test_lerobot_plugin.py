@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make
+from data_tiny import make_episode
 from refusals import refuses
 from spear.data.actions import add_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES, write_lerobot
@@ -163,7 +163,8 @@ def test_exported_data_stay_and_what_is_no_pose_is_refused() -> None:
 def test_frames_of_episodes_that_failed_do_not_count(tmp_path: Path) -> None:
     """As in `spear train`; but columns of these names in others' datasets mean what they mean there."""
     episodes = [
-        add_actions(make(i, success=success)) for i, success in enumerate((True, False, None))
+        add_actions(make_episode(i, success=success))
+        for i, success in enumerate((True, False, None))
     ]
     write_lerobot(iter(episodes), tmp_path / "exported", "image")
     info = json.loads((tmp_path / "exported" / "meta" / "info.json").read_text())

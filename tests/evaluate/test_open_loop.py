@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from refusals import Command, refuses
 from spear.data.actions import canonicalize_actions, extract_chunk
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -28,7 +28,7 @@ from spear.types import Array, Episode
 def episode(seed: int, steps: int = 12) -> Episode:
     """Of `data_tiny`, with steps that differ in length; the gripper closes half way."""
     moved = np.random.default_rng(seed).normal(0.01, 0.01, (steps, 3)).cumsum(0)
-    return make(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
+    return make_episode(seed, steps, position=moved, gripper=(np.arange(steps) < 6).astype(float))
 
 
 def test_held_out_episodes_that_were_learned_from_are_known(
@@ -64,7 +64,7 @@ class Replay:
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[EpisodeStore, EpisodeStore]:
-    store = stored([episode(i) for i in range(8)], tmp_path)
+    store = write_store([episode(i) for i in range(8)], tmp_path)
     return store.subset(range(6)), store.subset([6, 7])
 
 
@@ -129,8 +129,8 @@ def test_the_last_action_is_what_was_done_a_step_before(
 
 @pytest.mark.parametrize("views", [("external",), ("external", "left")])
 def test_a_policy_is_asked_about_its_own_cameras(tmp_path: Path, views: tuple[str, ...]) -> None:
-    three = dict.fromkeys(("external", "wrist", "left"), make(0, 6).images["external"])
-    store, seen = stored([make(0, 6, images=three)], tmp_path), set[str]()
+    three = dict.fromkeys(("external", "wrist", "left"), make_episode(0, 6).images["external"])
+    store, seen = write_store([make_episode(0, 6, images=three)], tmp_path), set[str]()
 
     class Asked(Replay):
         image_sizes = dict.fromkeys(views, (32, 32))

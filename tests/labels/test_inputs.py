@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tiny import png
+from data_tiny import make_png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
 from spear.evaluate.vqa.ask import load_picture
@@ -85,7 +85,7 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
         (".hidden.png", 9),
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(png(value))
+        (tmp_path / name).write_bytes(make_png(value))
     (tmp_path / "notes.txt").write_text("no image")
     items = list(list_images(str(tmp_path)))
     names = [Path(i.key).relative_to(tmp_path).as_posix() for i in items]
@@ -118,11 +118,14 @@ def test_a_folder_is_walked_in_order_and_passes_over_what_is_no_image(tmp_path: 
 
 
 def test_a_tar_shard_and_a_parquet_file_give_their_images(tmp_path: Path) -> None:
-    tarred(tmp_path / "shard.tar", {"x/0.png": png(40), "x/0.json": b"{}", "x/1.jpg": png(50)[:60]})
-    rows = [{"bytes": png(60 + i), "path": None} for i in range(5)] + [None]
+    tarred(
+        tmp_path / "shard.tar",
+        {"x/0.png": make_png(40), "x/0.json": b"{}", "x/1.jpg": make_png(50)[:60]},
+    )
+    rows = [{"bytes": make_png(60 + i), "path": None} for i in range(5)] + [None]
     table = pa.table({"image": rows, "label": list(range(6))})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    pq.write_table(pa.table({"jpg": [png(80)], "n": [1]}), tmp_path / "u.parquet")
+    pq.write_table(pa.table({"jpg": [make_png(80)], "n": [1]}), tmp_path / "u.parquet")
     items = list(list_images(str(tmp_path)))
     assert [i.key.removeprefix(f"{tmp_path}/") for i in items] == [
         "shard.tar/x/0.png", "shard.tar/x/1.jpg", *(f"t.parquet#{i}" for i in range(6)), "u.parquet#0"
@@ -186,7 +189,7 @@ def test_a_take_gives_its_colour_cameras_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_set_aside_alone(tmp_path: Path) -> None:
-    for name, data in {"good": png(7), "tiny": png(7, 1, 1), "zero": b""}.items():
+    for name, data in {"good": make_png(7), "tiny": make_png(7, 1, 1), "zero": b""}.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     items = list(list_images(str(tmp_path)))
     gone = items[0]._replace(key="gone.png", path=str(tmp_path / "gone.png"))

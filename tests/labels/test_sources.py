@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tiny import make, png
+from data_tiny import make_episode, make_png
 from refusals import refuses
 from spear.data.store.episode_store import write_episodes
 from spear.errors import Notice
@@ -22,8 +22,8 @@ from spear.util.held_out import is_held_out
 
 def episode(steps: int, camera: str, first: int) -> Episode:
     """An episode whose image at step i is grey of value `first` + i."""
-    images = {camera: [png(first + i) for i in range(steps)], "wrist": [png(255)] * steps}
-    return make(0, steps, images=images)
+    images = {camera: [make_png(first + i) for i in range(steps)], "wrist": [make_png(255)] * steps}
+    return make_episode(0, steps, images=images)
 
 
 def test_frames_of_episodes_are_spread_over_each(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_same_image_given_twice_is_labelled_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(png(3))
+        (tmp_path / name).write_bytes(make_png(3))
     given = [str(tmp_path / "b.png"), f"{tmp_path}/", f"{tmp_path}/./*.png"]
     assert [Path(item.key).name for item in list_items(given)] == ["b.png", "a.png"]
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,9 @@ def test_the_same_image_given_twice_is_labelled_once(
 
 def test_names_that_are_no_text_are_named_in_text(tmp_path: Path) -> None:
     for letter in (b"\xe8", b"\xe9"):  # as Latin-1 has them, in files of old disks and archives
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")).write_bytes(png(3))
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")).write_bytes(
+            make_png(3)
+        )
     works = read_images(list(list_items([str(tmp_path)])))
     assert [work.error for work in works] == [None, None]
     assert len({work.source.encode() for work in works}) == 2

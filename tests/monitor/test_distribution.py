@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from refusals import refuses
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.monitor.distribution import TrainingDistribution
@@ -20,13 +20,13 @@ NUM_EPISODES = 3
 def distribution(tmp_path_factory: pytest.TempPathFactory) -> TrainingDistribution:
     """A summary of three small episodes, drawn with augmentation."""
     folder = tmp_path_factory.mktemp("episodes")
-    store = stored([make(index) for index in range(NUM_EPISODES)], folder)
+    store = write_store([make_episode(index) for index in range(NUM_EPISODES)], folder)
     samples = TrainingSamples(Mixture([("it", store, 1.0)]), {"external": (40, 50)}, augment=1.0)
     return TrainingDistribution.from_samples(samples, 32)
 
 
 def test_limits_are_those_of_all_positions(distribution: TrainingDistribution) -> None:
-    positions = [make(index).position[:-1] for index in range(NUM_EPISODES)]
+    positions = [make_episode(index).position[:-1] for index in range(NUM_EPISODES)]
 
     np.testing.assert_allclose(distribution.min_position_m, np.min(positions, (0, 1)), atol=1e-6)
     np.testing.assert_allclose(distribution.max_position_m, np.max(positions, (0, 1)), atol=1e-6)
@@ -35,7 +35,9 @@ def test_limits_are_those_of_all_positions(distribution: TrainingDistribution) -
 def test_max_rotation_is_measured_from_the_mean_orientation(
     distribution: TrainingDistribution,
 ) -> None:
-    quaternions = np.concatenate([make(index).rotation[:-1] for index in range(NUM_EPISODES)])
+    quaternions = np.concatenate(
+        [make_episode(index).rotation[:-1] for index in range(NUM_EPISODES)]
+    )
     rotations = Rotation.from_quat(quaternions, scalar_first=True)
     expected_rad = (rotations.mean().inv() * rotations).magnitude().max()
 
@@ -58,7 +60,7 @@ def test_grippers_that_are_opened_and_closed_in_turn_are_opposite_to_their_comma
 
 
 def test_initial_opening_is_that_of_the_episodes(distribution: TrainingDistribution) -> None:
-    assert distribution.mean_initial_opening == make(0).gripper[0]
+    assert distribution.mean_initial_opening == make_episode(0).gripper[0]
 
 
 def test_a_saved_summary_is_loaded_again(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import assert_same, edit
+from data_tiny import assert_same, edit_json
 from refusals import refuses
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
 from spear.sim.record import InterveningPolicy
@@ -77,7 +77,7 @@ def test_a_complete_recording_continues_with_more_episodes_of_the_same_simulator
     store = EpisodeStore(out)
     assert store.source(4) == "sim/put_on/10002"
     assert store.source(5) == "sim/spoon_on_towel/10002"
-    edit(out / SETTINGS_FILE, lambda settings: settings.update(simulator="MuJoCo 3.7.0"))
+    edit_json(out / SETTINGS_FILE, lambda settings: settings.update(simulator="MuJoCo 3.7.0"))
     refuses("simulator is", record, out, episodes=4)
 
 

@@ -18,7 +18,8 @@ from spear.util.images import encode_image_file, encode_jpeg
 LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
 
 
-def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
+def copy_dataset(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -> Path:
+    """Copy a dataset so that tests may change it, and write its layout."""
     shutil.copytree(folder, target)
     for path in [target, *target.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -27,77 +28,90 @@ def copied(folder: Path, target: Path, layout: dict[str, Any] | None = LAYOUT) -
     return target
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a JSON file holds."""
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a JSON file."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def png(grey: int, width: int = 48, height: int = 32) -> bytes:
-    return encode_image_file(np.full((height, width, 3), grey, np.uint8), "grey.png")
+def make_png(level: int, width: int = 48, height: int = 32) -> bytes:
+    """A PNG of one gray level."""
+    return encode_image_file(np.full((height, width, 3), level, np.uint8), "gray.png")
 
 
-def bare_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
-    """A PNG of this width, height, bits per channel and kind of colour."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    parts = (
-        chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0)),
-        chunk(b"IDAT", data),
-        chunk(b"IEND", b""),
+def assemble_png(head: tuple[int, int, int, int], data: bytes) -> bytes:
+    """A PNG of this width, height, bits per channel and color type, with this compressed data."""
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *head, 0, 0, 0))
+        + _png_chunk(b"IDAT", data)
+        + _png_chunk(b"IEND", b"")
     )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _png_chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + checksum
 
 
 def write_records(path: Path, records: list[bytes]) -> Path:
-    """A TFRecord file."""
-
-    def masked(data: bytes) -> bytes:
-        crc = crc32c(data)
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
+    """Write a TFRecord file."""
     with open(path, "wb") as file:
         for record in records:
             length = struct.pack("<Q", len(record))
-            file.write(length + masked(length) + record + masked(record))
+            file.write(length + _masked_crc(length) + record + _masked_crc(record))
     return path
 
 
-def make(index: int, steps: int = 6, size: tuple[int, int] = (64, 80), **parts: Any) -> Episode:
-    """A smooth episode whose images can be told apart."""
-    t = np.arange(steps, dtype=np.float32)
-    angle = 0.1 * t + index
-    shown = 0 if "images" in parts else steps
-    images = [np.full((*size, 3), (30 * k + 20, 40 * index, 90), np.uint8) for k in range(shown)]
-    fields: dict[str, Any] = {
-        "images": {"external": [encode_jpeg(image) for image in images]},
-        "position": np.stack([0.3 + 0.01 * t, 0.02 * np.sin(angle), 0.2 + 0 * t], axis=1),
-        "rotation": np.stack([np.cos(angle / 9), 0 * t, 0 * t, np.sin(angle / 9)], axis=1),
-        "gripper": (t % 2).astype(np.float32),
+def _masked_crc(data: bytes) -> bytes:
+    crc = crc32c(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return struct.pack("<I", masked)
+
+
+def make_episode(
+    index: int, num_steps: int = 6, size: tuple[int, int] = (64, 80), **fields: Any
+) -> Episode:
+    """A smooth episode whose images can be told apart; `fields` replace its own."""
+    steps = np.arange(num_steps, dtype=np.float32)
+    zeros = 0 * steps
+    angle = 0.1 * steps + index
+    if "images" not in fields:
+        images = [
+            np.full((*size, 3), (30 * step + 20, 40 * index, 90), np.uint8)
+            for step in range(num_steps)
+        ]
+        fields["images"] = {"external": [encode_jpeg(image) for image in images]}
+    position = np.stack([0.3 + 0.01 * steps, 0.02 * np.sin(angle), 0.2 + zeros], axis=1)
+    rotation = np.stack([np.cos(angle / 9), zeros, zeros, np.sin(angle / 9)], axis=1)
+    defaults: dict[str, Any] = {
+        "position": position,
+        "rotation": rotation,
+        "gripper": (steps % 2).astype(np.float32),
         "instruction": f"push the block {index % 2}",
         "rate_hz": 5.0,
         "source": f"made#{index}",
     }
-    return Episode(**{**fields, **parts})
+    return Episode(**{**defaults, **fields})
 
 
-def stored(episodes: Iterable[Episode], folder: Path, **how: int) -> EpisodeStore:
-    write_episodes(episodes, folder, **how)
+def write_store(episodes: Iterable[Episode], folder: Path, **options: int) -> EpisodeStore:
+    """Write a store of these episodes, and open it."""
+    write_episodes(episodes, folder, **options)
     return EpisodeStore(folder)
 
 
-def assert_same(a: Episode, b: Episode, atol: float = 0.0) -> None:
-    """Two episodes are one; `atol`: of their numbers."""
-    assert {k: list(v) for k, v in a.images.items()} == {k: list(v) for k, v in b.images.items()}
+def assert_same(episode: Episode, expected: Episode, atol: float = 0.0) -> None:
+    """Two episodes are equal; `atol` is the tolerance of their numbers."""
+    images = {camera: list(encoded) for camera, encoded in episode.images.items()}
+    expected_images = {camera: list(encoded) for camera, encoded in expected.images.items()}
+    assert images == expected_images
     for name in ("position", "rotation", "gripper", "action", "action_mask"):
-        x, y = getattr(a, name), getattr(b, name)
-        assert (x is None) == (y is None)
-        if x is not None:
-            np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+        values = getattr(episode, name)
+        expected_values = getattr(expected, name)
+        assert (values is None) == (expected_values is None)
+        if values is not None:
+            np.testing.assert_allclose(values, expected_values, rtol=0, atol=atol)
     for name in ("instruction", "rate_hz", "source", "success"):
-        assert getattr(a, name) == getattr(b, name)
+        assert getattr(episode, name) == getattr(expected, name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from labels_boxes import labelled
 from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
@@ -169,7 +169,7 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     config.text_config = AutoConfig.for_model("gemma2", **fields)
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
-    episodes = [("it", stored([make(0)], tmp_path / "mine"), 1.0)]
+    episodes = [("it", write_store([make_episode(0)], tmp_path / "mine"), 1.0)]
 
     with pytest.warns(Notice, match="random weights"):
         model, task, _ = build(POLICY_RECIPE, TrainingInputs((), episodes, tmp_path / "vlm"))
@@ -195,7 +195,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     init: str, changes: dict[str, Any], mode: Any, tmp_path: Path
 ) -> None:
     """Else it would begin with steps of another length: nano's three times as long."""
-    store = stored([make(0, steps=9)], tmp_path / "mine")
+    store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
     inputs = TrainingInputs((), [("it", store, 1.0)], locate(init))
 
     with pytest.warns(Notice, match="'external': .* black bars"):  # as when the policy acts
@@ -237,7 +237,7 @@ def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
 @pytest.fixture
 def policy_inputs(tmp_path: Path) -> TrainingInputs:
     """One episode, and the shipped policy."""
-    store = stored([make(0)], tmp_path / "mine")
+    store = write_store([make_episode(0)], tmp_path / "mine")
     return TrainingInputs(episodes=[("it", store, 1.0)], init=locate("nano"))
 
 

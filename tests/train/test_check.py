@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from data_tiny import make
+from data_tiny import make_episode
 from labels_boxes import labelled
 from refusals import Command, refuses
 from spear.data.store.episode_store import write_episodes
@@ -38,13 +38,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `mine` has to be prepared before it can be learned from; `cut` is nano with half of its weights.
     """
     root = tmp_path_factory.mktemp("folders")
-    write_lerobot([make(0), make(1)], root / "mine")
+    write_lerobot([make_episode(0), make_episode(1)], root / "mine")
     weights = shutil.copytree(locate("nano"), root / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (root / "empty").mkdir()
     (root / "file").touch()
     write_labels([labelled(0)], root / "labels" / "labels-00000.parquet")
-    write_episodes([make(0, images={"wrist": make(0).images["external"]})], root / "wrist")
+    write_episodes(
+        [make_episode(0, images={"wrist": make_episode(0).images["external"]})], root / "wrist"
+    )
     write_checkpoint(root / "of-seed-5", seed=5)
     write_checkpoint(root / "of-2-pieces", pieces=2)
     return root
@@ -116,7 +118,7 @@ def test_mistakes_are_found_before_data_are_made(
 def test_only_the_first_process_says_that_the_training_is_done(
     rank: str, printed: str, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_episodes([make(0)], tmp_path / "store")
+    write_episodes([make_episode(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "it")
     monkeypatch.setenv("RANK", rank)
 

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from data_tiny import edit
+from data_tiny import edit_json
 from processes import wait_until
 from refusals import refuses
 from spear.errors import SpearError, notice
@@ -404,7 +404,7 @@ def test_only_one_process_may_train_into_a_folder(tmp_path: Path) -> None:
 
 def test_the_minutes_of_a_continued_run_add_up(trained: Path) -> None:
     path = trained / "checkpoints" / "step-00000004" / "state.json"
-    edit(path, lambda state: state.update(minutes=7.0))
+    edit_json(path, lambda state: state.update(minutes=7.0))
 
     run_loop(Regression(), replace(FOUR_STEPS, steps=6), trained)
 

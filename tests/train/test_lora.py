@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -46,7 +46,9 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    return stored([make(0), make(1)], tmp_path_factory.mktemp("episodes") / "made")
+    return write_store(
+        [make_episode(0), make_episode(1)], tmp_path_factory.mktemp("episodes") / "made"
+    )
 
 
 @pytest.fixture(scope="module")

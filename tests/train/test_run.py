@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tiny import make, stored
+from data_tiny import make_episode, write_store
 from models_tiny import TINY
 from refusals import refuses
 from spear import embodiments
@@ -60,7 +60,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     labels = root / "labels"
     label_scenes(labels, 3, sizes, first_seed=10_000, workers=1)
     episodes = record_episodes([("put_on", 10_000)], sizes["external"], sizes["wrist"], workers=1)
-    store = stored(episodes, root / "episodes")
+    store = write_store(episodes, root / "episodes")
 
     depth = run_recipe("nano-depth", root / "depth", labels, **FEW_STEPS)
     siglip = run_recipe("nano-siglip", root / "siglip", labels, **FEW_STEPS)
@@ -208,7 +208,9 @@ ONE_STEP = {**TINY_CHANGES, "steps": 1, "batch_size": 2}
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A finished run of one step on the first two of three episodes."""
     root = tmp_path_factory.mktemp("finished")
-    three_episodes = stored([make(0), make(1), make(2)], root / "store")
+    three_episodes = write_store(
+        [make_episode(0), make_episode(1), make_episode(2)], root / "store"
+    )
     store = three_episodes.subset([0, 1])
     init = save_policy(root / "tiny")
     with pytest.MonkeyPatch.context() as patch:
@@ -264,8 +266,8 @@ def test_other_episodes_are_refused(finished: SimpleNamespace) -> None:
 def test_other_instructions_of_the_same_episodes_are_refused(
     finished: SimpleNamespace, tmp_path: Path
 ) -> None:
-    episodes = [make(i, instruction="pull it") for i in range(2)]
-    store = stored(episodes, tmp_path / "pull")
+    episodes = [make_episode(i, instruction="pull it") for i in range(2)]
+    store = write_store(episodes, tmp_path / "pull")
 
     check_refused_and_unchanged(finished, "images or instructions of --episodes", store=store)
 
@@ -350,7 +352,7 @@ def test_a_result_without_checkpoints_is_not_continued(finished: SimpleNamespace
 
 @pytest.fixture
 def one_episode(tiny: Path, tmp_path: Path) -> TrainingInputs:
-    store = stored([make(0)], tmp_path / "store")
+    store = write_store([make_episode(0)], tmp_path / "store")
     return TrainingInputs((), [("made", store, 1.0)], tiny)
 
 
@@ -397,7 +399,7 @@ def test_datasets_whose_folders_have_the_same_name_are_not_mixed_up(tmp_path: Pa
     for number, name in enumerate(("one", "two")):
         folder = tmp_path / name / "1.0.0"
         folder.parent.mkdir()
-        write_lerobot([make(number)], folder)
+        write_lerobot([make_episode(number)], folder)
         store, _ = open_store(folder, tmp_path / "work")
         sources.append(store.source(0))
         assert get_dataset_name(folder) == name
@@ -410,7 +412,9 @@ def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
     """One episode each of two known datasets and one that is not in the list."""
     stores = {}
     for number, name in enumerate(("bridge_dataset", "droid", "mine")):
-        stores[name] = stored([make(number, 2, source=f"{name}/train#0")], tmp_path / name)
+        stores[name] = write_store(
+            [make_episode(number, 2, source=f"{name}/train#0")], tmp_path / name
+        )
     return stores
 
 
@@ -470,16 +474,16 @@ def learn(tiny: Path, tmp_path: Path) -> Any:
     The stores: "good" episodes, "failed" ones, one that is "blind" because its camera is unknown,
     and "all" of them.
     """
-    good = [make(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
-    failed = [make(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
-    blind = make(5, images={"side": good[0].images["external"]})
+    good = [make_episode(i, success=success) for i, success in ((0, True), (2, None), (3, None))]
+    failed = [make_episode(i, gripper=np.zeros(6, np.float32), success=False) for i in (1, 4)]
+    blind = make_episode(5, images={"side": good[0].images["external"]})
     episodes_of_store = {
         "good": good,
         "all": [good[0], failed[0], good[1], good[2], failed[1], blind],
         "failed": failed,
         "blind": [blind],
     }
-    stores = {name: stored(some, tmp_path / name) for name, some in episodes_of_store.items()}
+    stores = {name: write_store(some, tmp_path / name) for name, some in episodes_of_store.items()}
 
     def learn_from(name: str, out: str = "run", steps: int = 2) -> dict[str, bytes]:
         changes = {**TINY_CHANGES, "batch_size": 4, "schedule": "constant", "steps": steps}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from browser import PATIENCE, Tab, chromium
-from data_tiny import make
+from data_tiny import make_episode
 from processes import wait_until
 from serve_here import run_server
 from spear.data.store.episode_store import write_episodes
@@ -201,7 +201,9 @@ def test_time_goes_back_and_forth(
 def test_a_phone(
     browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_episodes([make(0, steps=11, instruction="a very long instruction " * 9)], tmp_path)
+    write_episodes(
+        [make_episode(0, num_steps=11, instruction="a very long instruction " * 9)], tmp_path
+    )
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     tab = Tab(browser)
     tab.open(f"http://127.0.0.1:{server.port}/", 390, 844, phone=True)

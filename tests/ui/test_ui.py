@@ -19,7 +19,7 @@ from PIL import Image
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from data_tiny import bare_png, make, png
+from data_tiny import assemble_png, make_episode, make_png
 from refusals import Command
 from serve_here import http_get, run_server
 from spear.chunks import DEFAULT_REPLAN_INTERVAL
@@ -219,7 +219,7 @@ def test_recorded_episodes_are_replayed(
     monkeypatch: pytest.MonkeyPatch,
     run_refused_command: Command,
 ) -> None:
-    said = [make(k, steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
+    said = [make_episode(k, num_steps=4 + k, success=(True, False, None)[k]) for k in range(3)]
     write_episodes(said, tmp_path)
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     assert tab.ask("open", episode=1) is None
@@ -267,9 +267,12 @@ def test_a_policy_is_shown_the_cameras_that_it_takes(
     monkeypatch.setattr(
         policy, "infer", lambda o: (seen.append({k for k in o if "image" in k}), infer(o))[1]
     )
-    three = dict.fromkeys(("external", "wrist", "left"), make(0, steps=4).images["external"])
+    three = dict.fromkeys(
+        ("external", "wrist", "left"), make_episode(0, num_steps=4).images["external"]
+    )
     write_episodes(
-        [make(0, steps=4, images=i) for i in (three, {"wrist": three["wrist"]})], tmp_path
+        [make_episode(0, num_steps=4, images=i) for i in (three, {"wrist": three["wrist"]})],
+        tmp_path,
     )
     monkeypatch.setattr(studio, "episode_folder", EpisodeFolder(tmp_path))
     sizes = {"external": policy.image_sizes["external"]}
@@ -393,7 +396,7 @@ def test_boxes_say_how_sure_they_are(
 def test_a_photo_can_be_asked_about(
     studio: SharedModel, tab: Tab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tab.send(png(120, 300, 200)) is None
+    assert tab.send(make_png(120, 300, 200)) is None
     assert tab.ask("boxes", objects=["mug"]) is None and tab.view["absent"] == ["mug"]
     monkeypatch.setattr(studio, "trust", None)  # now the model answers whatever it is asked
     assert (tab.view["source"], tab.view["things"], tab.view["camera"]["aspect"]) == (
@@ -427,9 +430,9 @@ def test_whatever_is_wrong_is_one_line_and_the_next_request_works(tab: Tab) -> N
         ({"do": "boxes", "objects": [{}]}, "object"),
         ({"do": "question", "text": "  "}, "question"),
         (b"GIF89a", "the image"),
-        (png(120, 300, 200)[:200], "the image"),
-        (png(120, 300, 8), "the image has 300 x 8"),
-        (bare_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
+        (make_png(120, 300, 200)[:200], "the image"),
+        (make_png(120, 300, 8), "the image has 300 x 8"),
+        (assemble_png((10_000, 10_000, 8, 2), b""), "the image: 10000 x 10000"),
     ):
         problem = tab.send(request)
         assert problem is not None and said in problem and "\n" not in problem, (request, problem)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from data_tiny import bare_png
+from data_tiny import assemble_png
 from refusals import refuses
 from spear.errors import SpearError
 from spear.types import Array
@@ -31,7 +31,7 @@ def png16(values: Array) -> bytes:
     """A PNG of 16 bits per channel, grey [h, w] or RGB [h, w, 3]: Pillow writes no RGB ones."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return bare_png((width, height, 16, 2 if values.ndim == 3 else 0), zlib.compress(rows))
+    return assemble_png((width, height, 16, 2 if values.ndim == 3 else 0), zlib.compress(rows))
 
 
 def quarters(image: Array) -> Array:
@@ -129,7 +129,7 @@ def test_what_is_no_picture_is_refused() -> None:
     bad = [
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
-        (bare_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),
+        (assemble_png((60_000, 60_000, 8, 2), b""), "exceeds limit"),
     ]
     for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF"):
         data = encoded(noise, kind)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import make, png
+from data_tiny import make_episode, make_png
 from refusals import refuses
 from spear.data.readers.formats import read_episodes
 from spear.data.store.lerobot_write import write_lerobot
@@ -23,7 +23,7 @@ UPSIDE_DOWN_STATE = [0.33, 0, 0.2, 0, 1, 0, 0, 0]
 @pytest.fixture
 def three_episodes(tmp_path: Path) -> Path:
     """A LeRobot dataset of three episodes of 6 steps; the tests break the second."""
-    write_lerobot([make(0), make(1), make(2)], tmp_path / "set")
+    write_lerobot([make_episode(0), make_episode(1), make_episode(2)], tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -132,6 +132,6 @@ def test_an_image_file_that_came_is_other_data(three_episodes: Path, tmp_path: P
     assert num_prepared == 2
 
     (three_episodes / "images").mkdir()
-    (three_episodes / "images/4.png").write_bytes(png(9))
+    (three_episodes / "images/4.png").write_bytes(make_png(9))
 
     refuses("data is", prepare, three_episodes, tmp_path / "store")

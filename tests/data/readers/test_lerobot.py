@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import LAYOUT, copied, edit, make
+from data_tiny import LAYOUT, copy_dataset, edit_json, make_episode
 from refusals import refuses
 from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
@@ -79,7 +79,7 @@ def change_rows(file: Path, change: Any) -> None:
 
 
 def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v2.1_video", tmp_path / "set")
+    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
     data, videos = folder / "data/chunk-000", folder / "videos/chunk-000/observation.images.image_0"
     listed = folder / "meta/episodes.jsonl"
     listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))  # in whatever order
@@ -106,7 +106,7 @@ def test_bad_episodes_are_skipped_by_name(lerobot: Path, tmp_path: Path) -> None
 
 def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
     """Where there are no videos nothing else tells: a second of motion would become one step of it."""
-    write_lerobot([make(0), make(1)], folder := tmp_path / "set")
+    write_lerobot([make_episode(0), make_episode(1)], folder := tmp_path / "set")
     (data,) = folder.glob("data/*/*.parquet")
     for rate, gap, good in ((5, 0.0, 2), (5, 0.05, 2), (5, 1.0, 1), (10, 0.0, 0), (6, 0.0, 0)):
         copy = shutil.copytree(folder, tmp_path / f"{rate}-{gap}" / "set")
@@ -117,7 +117,7 @@ def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
         )
         changed = pq.read_table(data).set_column(place, "timestamp", column)
         pq.write_table(changed, copy / data.relative_to(folder))
-        edit(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
+        edit_json(copy / "meta/info.json", lambda info, fps=rate: info.update(fps=fps))
         reasons: list[SpearError] = []
         assert len(list(read_episodes(copy, on_error=reasons.append))) == good
         assert len(reasons) == 2 - good and all("in time" in str(reason) for reason in reasons)
@@ -125,7 +125,7 @@ def test_rows_that_are_lost_are_noticed_by_their_times(tmp_path: Path) -> None:
 
 
 def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v2.1_video", tmp_path / "set")
+    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
     prepare(folder, tmp_path / "out", "train[:2]")
     for file, old, new in (("tasks.jsonl", "cup", "mug"), ("info.json", '"fps": 5', '"fps": 10')):
         text = (folder / "meta" / file).read_text()
@@ -136,7 +136,7 @@ def test_other_metadata_are_other_data(lerobot: Path, tmp_path: Path) -> None:
 
 
 def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v3.0_image", tmp_path / "set")
+    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "set")
     info = json.loads((folder / "meta/info.json").read_text())
     for change, message in (
         ({"codebase_version": "v1.6"}, "info.json: codebase_version "),
@@ -152,9 +152,9 @@ def test_metadata_that_are_not_in_order(lerobot: Path, tmp_path: Path) -> None:
 
 
 def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v2.1_video", tmp_path / "set")
+    folder = copy_dataset(lerobot / "v2.1_video", tmp_path / "set")
     for splits in ({"train": "0:6"}, {"train": "0:8", "val": "6:8"}):  # left out, or taken twice
-        edit(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
+        edit_json(folder / "meta/info.json", lambda info, splits=splits: info.update(splits=splits))
         with pytest.warns(Notice, match="splits"):
             assert open_lerobot(folder).split_lengths["train"] == int(splits["train"][2:])
     for name, key in (
@@ -162,34 +162,34 @@ def test_metadata_that_contradict_themselves(lerobot: Path, tmp_path: Path) -> N
         ("episodes", "episode_index"),
         ("episodes", "length"),
     ):
-        file = copied(lerobot / "v2.1_video", tmp_path / key) / f"meta/{name}.jsonl"
+        file = copy_dataset(lerobot / "v2.1_video", tmp_path / key) / f"meta/{name}.jsonl"
         lines = file.read_text().splitlines()
         file.write_text("\n".join([lines[1], *lines[1:]]).replace('"length": 10', '"length": -1'))
         refuses(key, open_lerobot, tmp_path / key)
-    folder = copied(lerobot / "v3.0_image", tmp_path / "columns")
+    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "columns")
     change_rows(
         folder / "meta/tasks.parquet", lambda t: t.add_column(0, "split", pa.array(["a"] * len(t)))
     )
     assert open_lerobot(folder).tasks == open_lerobot(lerobot / "v3.0_image").tasks
     (folder / "spear.json").write_text(json.dumps({**LAYOUT, "rate_hz": 30.0}))
     refuses("rate_hz", lambda: next(read_episodes(folder)))
-    write_lerobot([make(0)], folder := tmp_path / "quaternions")
-    edit(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
+    write_lerobot([make_episode(0)], folder := tmp_path / "quaternions")
+    edit_json(folder / "spear.json", lambda layout: layout.update(rotation_format="quat_xyzw"))
     refuses("rotation_format", lambda: next(read_episodes(folder)))
     state = [*"xyz", "qx", "qy", "qz", "qw", "gripper"]
-    edit(
+    edit_json(
         folder / "meta/info.json",
         lambda info: info["features"]["observation.state"].update(names=state),
     )
     assert next(read_episodes(folder)) and describe(folder)["rotation_format"] == "quat_xyzw"
     image, depth = "observation.images.external", {"is_depth_map": True}
-    edit(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
+    edit_json(folder / "meta/info.json", lambda info: info["features"][image].update(info=depth))
     refuses("observation/images/external", lambda: next(read_episodes(folder)))
     assert "80 x 3, depth: not read" in inspect(folder)
 
 
 def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Path) -> None:
-    folder = copied(lerobot / "v3.0_video", tmp_path / "set")
+    folder = copy_dataset(lerobot / "v3.0_video", tmp_path / "set")
     file = folder / "videos/observation.images.image_0/chunk-000/file-000.mp4"
     with av.open(str(file)) as source:
         frames = [f.to_ndarray(format="rgb24") for f in source.decode(video=0)][:75]
@@ -215,7 +215,7 @@ def test_files_that_do_not_fit_their_rows_are_named(lerobot: Path, tmp_path: Pat
         refuses(
             "bad episodes: 8 of 8|no good episode", audit, folder
         )  # the numbers alone are consistent
-    folder = copied(lerobot / "v3.0_image", tmp_path / "unnumbered")
+    folder = copy_dataset(lerobot / "v3.0_image", tmp_path / "unnumbered")
     change_rows(
         folder / "data/chunk-000/file-000.parquet", lambda t: t.drop_columns(["episode_index"])
     )

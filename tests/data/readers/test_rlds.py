@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from data_tiny import assert_same, copied, edit, write_records
+from data_tiny import assert_same, copy_dataset, edit_json, write_records
 from refusals import refuses
 from spear.audit.dataset_audit import audit
 from spear.audit.describe import describe
@@ -42,7 +42,7 @@ def bridge(shared: Path) -> Path:
 
 @pytest.fixture
 def copy(bridge: Path, tmp_path: Path) -> Path:
-    return copied(bridge / "1.0.0", tmp_path / "rlds", None)
+    return copy_dataset(bridge / "1.0.0", tmp_path / "rlds", None)
 
 
 def columns(features: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_splits_are_cut_as_tfds_cuts_them(copy: Path) -> None:
         info["splits"][0]["shardLengths"] = ["10", "15"]
         info["splits"].append({"name": "val", "shardLengths": ["4"]})
 
-    edit(copy / "dataset_info.json", two_shards)
+    edit_json(copy / "dataset_info.json", two_shards)
     folder = open_rlds(copy)
     expected = {
         "train": [("train", 0, 25)],
@@ -169,7 +169,9 @@ def test_a_truncated_shard_is_named(copy: Path, tmp_path: Path) -> None:
 def test_records_that_the_description_does_not_know_of_are_named(
     copy: Path, tmp_path: Path
 ) -> None:
-    edit(copy / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["20"]))
+    edit_json(
+        copy / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=["20"])
+    )
     refuses(r"broken record: .* record 20: dataset_info", list, read_episodes(copy))
     written, reasons = prepare(copy, tmp_path / "store")
     assert (
@@ -190,7 +192,7 @@ def test_an_episode_without_steps_is_skipped_by_all(copy: Path) -> None:
     )
     assert "looked at     24 episodes" in inspect(copy) and audit(copy).num_episodes == 24
     assert describe(copy)["position"] == "observation/state[0:3]"
-    edit(copy / "dataset_info.json", lambda info: info.update(splits=[]))
+    edit_json(copy / "dataset_info.json", lambda info: info.update(splits=[]))
     for look in (inspect, audit, describe):
         refuses("names no split", look, copy)
 
@@ -229,7 +231,7 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
             features[f"steps/{name}"].float_list.value.extend(state[: 10 * (name != "nothing")])
 
     plain = list(read_episodes(copy))
-    edit(copy / "features.json", lambda features: columns(features).update(strange | alike))
+    edit_json(copy / "features.json", lambda features: columns(features).update(strange | alike))
     edit_records(copy / SHARD, add)
     for ours, theirs in zip(read_episodes(copy), plain, strict=True):
         assert_same(ours, theirs)
@@ -257,7 +259,9 @@ def test_what_cannot_be_read_matters_only_where_it_is_named(copy: Path) -> None:
 def test_depth_is_no_camera(copy: Path) -> None:
     depth = io.BytesIO()
     Image.fromarray(np.arange(300, dtype=np.uint16).reshape(15, 20)).save(depth, "PNG")
-    edit(copy / "features.json", lambda features: columns(features).update(depth={"image": {}}))
+    edit_json(
+        copy / "features.json", lambda features: columns(features).update(depth={"image": {}})
+    )
     shown = [depth.getvalue()] * 10
     edit_records(
         copy / SHARD, lambda features: features["steps/depth"].bytes_list.value.extend(shown)
@@ -281,7 +285,7 @@ def test_a_folder_described_beside_its_data(copy: Path) -> None:
         info["name"] = "my_arm"
         info["splits"][0]["filepathTemplate"] = "bridge_dataset-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
-    edit(copy / "dataset_info.json", rename)
+    edit_json(copy / "dataset_info.json", rename)
     refuses(r"'my_arm'.*data describe .*spear\.json", next, read_episodes(copy))
     mine = {
         "images": {"external": "observation/image_1"},
@@ -441,13 +445,13 @@ def test_another_layout_or_description_is_other_data(
 
 def test_broken_versions_and_descriptions_that_do_not_fit_are_refused(copy: Path) -> None:
     wrong = {"dimensions": ["9"]}
-    edit(
+    edit_json(
         copy / "features.json",
         lambda features: columns(features)["action"]["tensor"].update(shape=wrong),
     )
     _, error = next(open_rlds(copy).read_steps("train"))
     assert re.search(r"record 0: feature 'steps/action'.*70.*\[9\]", str(error))
-    edit(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
+    edit_json(copy / "dataset_info.json", lambda info: info.update(name="bc_z", version="1.0.0"))
     refuses(r"1\.0\.0: .* 0\.1\.0", open_rlds(copy).load_layout)
     for name in ("features.json", "dataset_info.json"):
         (copy / name).write_text("[]")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tiny import assert_same, make
+from data_tiny import assert_same, make_episode
 from refusals import refuses
 from spear.data.actions import add_actions
 from spear.data.store.episode_store import EpisodeStore, write_episodes
@@ -25,7 +25,7 @@ def make_random_episode(
     action[:, :3] = rng.normal(size=(num_steps, 3))
     action[:, 3] = 1
     action[:, 7] = rng.uniform(size=num_steps)
-    return make(
+    return make_episode(
         seed,
         num_steps,
         images=images,

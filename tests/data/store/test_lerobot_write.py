@@ -14,7 +14,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 
-from data_tiny import assert_same, make
+from data_tiny import assert_same, make_episode
 from refusals import refuses
 from spear.data.readers.formats import read_episodes
 from spear.data.readers.lerobot import open_lerobot
@@ -153,8 +153,12 @@ def test_files_are_cut_and_every_part_survives(
     }.items():
         monkeypatch.setattr(lerobot_write, name, value)
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
-    episodes = [make(0, success=True), make(1, 5, action=action, success=False), make(2, 1)]
-    episodes += [make(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool))]
+    episodes = [
+        make_episode(0, success=True),
+        make_episode(1, 5, action=action, success=False),
+        make_episode(2, 1),
+    ]
+    episodes += [make_episode(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool))]
     for kind in ("image", "video"):
         folder = tmp_path / kind
         assert write_lerobot(episodes, folder, kind) == 4
@@ -172,15 +176,15 @@ def test_files_are_cut_and_every_part_survives(
 
 
 def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    small = make(1, size=(48, 48))
-    wrist = {**make(1).images, "wrist": make(1).images["external"]}
+    small = make_episode(1, size=(48, 48))
+    wrist = {**make_episode(1).images, "wrist": make_episode(1).images["external"]}
     for bad, message in (
-        (make(1, rate_hz=10.0), "made#1 is at 10 Hz"),
-        (make(1, images=wrist), r"made#1 has \['external', 'wrist'\]"),
+        (make_episode(1, rate_hz=10.0), "made#1 is at 10 Hz"),
+        (make_episode(1, images=wrist), r"made#1 has \['external', 'wrist'\]"),
         (small, "made#1 step 0 camera 'external' is 48 x 48"),
-        (make(1, instruction=" "), "instruction: made#1"),
+        (make_episode(1, instruction=" "), "instruction: made#1"),
     ):
-        refuses(message, write_lerobot, [make(0), bad], tmp_path / "set")
+        refuses(message, write_lerobot, [make_episode(0), bad], tmp_path / "set")
     refuses(
         "AV1 needs even sides of at least 64", write_lerobot, [small], tmp_path / "set", "video"
     )
@@ -188,20 +192,20 @@ def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "set").mkdir()
     (tmp_path / "set/mine.txt").write_text("keep me")
-    refuses("not empty", write_lerobot, [make(0)], tmp_path / "set")
+    refuses("not empty", write_lerobot, [make_episode(0)], tmp_path / "set")
     assert (tmp_path / "set/mine.txt").read_text() == "keep me"
 
 
 def test_two_exports_into_one_folder_are_kept_apart(tmp_path: Path) -> None:
     def meanwhile() -> Iterator[Episode]:
-        yield make(0)
-        refuses(r"\.set\.part: another process", write_lerobot, [make(1)], tmp_path / "set")
-        yield make(2)
+        yield make_episode(0)
+        refuses(r"\.set\.part: another process", write_lerobot, [make_episode(1)], tmp_path / "set")
+        yield make_episode(2)
 
     assert write_lerobot(meanwhile(), tmp_path / "set") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert [e.instruction for e in read_episodes(tmp_path / "set")] == [
-        make(i).instruction for i in (0, 2)
+        make_episode(i).instruction for i in (0, 2)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tiny import assert_same, edit, make, png, stored
+from data_tiny import assert_same, edit_json, make_episode, make_png, write_store
 from processes import run_in_process
 from refusals import refuses
 from spear.data.actions import canonicalize_actions, derive_actions, resample_episode
@@ -36,13 +36,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Episodes of 20 Hz and of 5 Hz, with and without actions of their own; one lacks a camera."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
     action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
-    wrist = {"wrist": make(5, 9, size=(32, 32)).images["external"]}
+    wrist = {"wrist": make_episode(5, 9, size=(32, 32)).images["external"]}
     episodes = []
     for i in range(COUNT):
         changes: dict[str, Any] = (
             {"action": action, "success": i % 2 == 0} if i % 3 else {"rate_hz": 20.0}
         )
-        episode = make(i, 9, size=(60, 90), **changes)
+        episode = make_episode(i, 9, size=(60, 90), **changes)
         episodes.append(
             dataclasses.replace(episode, images=episode.images | (wrist if i != 4 else {}))
         )
@@ -138,7 +138,7 @@ def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
 
 def test_episodes_that_all_failed_are_kept_with_one_notice(tmp_path: Path) -> None:
     """To be looked at and evaluated: the work is not thrown away at its end."""
-    write_episodes([make(i, success=False) for i in range(3)], tmp_path / "arm")
+    write_episodes([make_episode(i, success=False) for i in range(3)], tmp_path / "arm")
     with pytest.warns(Notice, match=f"{tmp_path / 'arm'}: .*failed") as said:
         assert prepare(tmp_path / "arm", tmp_path / "out") == (3, [])
     assert len(said) == 1 and not (tmp_path / "out" / SKETCHES_FILE).exists()
@@ -249,18 +249,28 @@ def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) ->
         lost.unlink()
         with pytest.warns(Notice, match=f"{lacks} of its shards"):
             assert len(EpisodeStore(copy)) == run(recorded, copy)[0] == left
-    edit(copy / "request.json", lambda told: told.pop("shards"))  # as before these were counted
+    edit_json(
+        copy / "request.json", lambda told: told.pop("shards")
+    )  # as before these were counted
     with pytest.warns(Notice, match="1 of its shards"):
         assert run(recorded, copy)[0] == 7
 
 
 def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:
-    broken = make(1)
+    broken = make_episode(1)
     broken = dataclasses.replace(
         broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]}
     )
     write_episodes(
-        [make(0), broken, make(2, size=(48, 48)), make(3, 1), make(4), make(5)], tmp_path / "arm"
+        [
+            make_episode(0),
+            broken,
+            make_episode(2, size=(48, 48)),
+            make_episode(3, 1),
+            make_episode(4),
+            make_episode(5),
+        ],
+        tmp_path / "arm",
     )
     written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
     found = [number for reason in reasons for number in "0123" if f"made#{number}" in reason]
@@ -274,7 +284,7 @@ def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None
         Conversion(size=("wirst=32x32",)),
     )
     refuses(said, prepare, tmp_path / "arm", tmp_path / "no" / "data", how=how)
-    write_lerobot([make(0)], tmp_path / "set")
+    write_lerobot([make_episode(0)], tmp_path / "set")
     refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
     refuses("--size wrist=8x8", getattr, Conversion(size=("wrist=9x9", "wrist=8x8")), "sizes")
     assert not (tmp_path / "no").exists()
@@ -286,7 +296,7 @@ def test_a_gripper_that_never_opens_is_noticed(
     opening: list[float], part: float, tmp_path: Path
 ) -> None:
     """Finger positions that were taken for widths: a policy that learns from them never opens again."""
-    episode = make(0, gripper=(part < 0) + part * np.array(opening))
+    episode = make_episode(0, gripper=(part < 0) + part * np.array(opening))
     write_episodes(
         [dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm"
     )
@@ -296,24 +306,28 @@ def test_a_gripper_that_never_opens_is_noticed(
 
 def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None:
     """A policy that sees the gripper closed before it is told to close never closes it."""
-    action = derive_actions(make(0).position, make(0).rotation, make(0).gripper)
-    write_episodes([make(0, action=action)], tmp_path / "arm")
+    action = derive_actions(
+        make_episode(0).position, make_episode(0).rotation, make_episode(0).gripper
+    )
+    write_episodes([make_episode(0, action=action)], tmp_path / "arm")
     with pytest.warns(Notice, match="gripper command: 100%.*leave command out"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 
 def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
     """Many datasets have black images where a camera was absent: the policy would take them for a view."""
-    dark, seen = [png(0)] * 6, make(0).images["external"]
+    dark, seen = [make_png(0)] * 6, make_episode(0).images["external"]
     views = [
         {"external": seen, "wrist": dark},
-        {"external": seen, "wrist": [*dark[1:], png(9)]},
+        {"external": seen, "wrist": [*dark[1:], make_png(9)]},
         {"external": dark},
     ]
-    write_episodes([make(i, images=images) for i, images in enumerate(views)], tmp_path / "arm")
+    write_episodes(
+        [make_episode(i, images=images) for i, images in enumerate(views)], tmp_path / "arm"
+    )
     frozen = {"external": seen, "wrist": seen[:1] * 6}
     moved = [
-        make(3, images=frozen, position=far * make(3).position) for far in (2, 0.5)
+        make_episode(3, images=frozen, position=far * make_episode(3).position) for far in (2, 0.5)
     ]  # and hardly
     write_episodes(moved, tmp_path / "arm")
     written, reasons = prepare(tmp_path / "arm", tmp_path / "out")
@@ -334,10 +348,13 @@ def test_a_store_is_known_by_content(
         "same": {},
     }
     words, size, same = (
-        stored([make(0, **changes)], tmp_path / name) for name, changes in kinds.items()
+        write_store([make_episode(0, **changes)], tmp_path / name)
+        for name, changes in kinds.items()
     )
     assert words.fingerprint() == size.fingerprint() == same.fingerprint()  # the motions
-    hand = stored([make(0, images={"hand": make(0).images["external"]})], tmp_path / "hand")
+    hand = write_store(
+        [make_episode(0, images={"hand": make_episode(0).images["external"]})], tmp_path / "hand"
+    )
     assert len({store.content_fingerprint() for store in (words, size, same, hand)}) == 4
     prepared = tmp_path / "hand-prepared"
     assert prepare(same.path, tmp_path / "again")[0] == prepare(hand.path, prepared)[0] == 1
@@ -345,10 +362,10 @@ def test_a_store_is_known_by_content(
         shutil.rmtree(same.path)
         shutil.copytree(other.path, same.path)
         refuses("other episodes", prepare, same.path, tmp_path / "again")
-    write_lerobot([make(0)], folder := tmp_path / "set")
+    write_lerobot([make_episode(0)], folder := tmp_path / "set")
     assert prepare(folder, tmp_path / "out")[0] == 1
     shutil.rmtree(folder)
-    write_lerobot([make(1)], folder)  # as many, at the same place
+    write_lerobot([make_episode(1)], folder)  # as many, at the same place
     refuses("other episodes", prepare, folder, tmp_path / "out")
     monkeypatch.setattr(preparing, "ACTION_RULES_VERSION", 0)
     refuses("rules is", prepare, hand.path, prepared)
@@ -357,7 +374,7 @@ def test_a_store_is_known_by_content(
 def test_all_datasets_are_looked_at_before_one_is_made(
     tmp_path: Path, run_refused_command: Callable[..., str]
 ) -> None:
-    folders = [str(stored([make(0)], tmp_path / name).path) for name in "ab"]
+    folders = [str(write_store([make_episode(0)], tmp_path / name).path) for name in "ab"]
     (tmp_path / "out" / "b" / "mine").mkdir(parents=True)
     assert "not empty" in run_refused_command(
         "data", "prepare", *folders, "--out", str(tmp_path / "out")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 from transformers import PI0ForConditionalGeneration as Pi0
 
-from data_tiny import edit
+from data_tiny import edit_json
 from models_tiny import TINY
 from parity import compute_logits_of_both, relative_error
 from published_checkpoints import (
@@ -424,7 +424,7 @@ class TestWrongCheckpointsAreRefused:
     def test_a_config_of_another_model(
         self, paligemma_folder: Path, changes: dict[str, Any], message: str
     ) -> None:
-        edit(paligemma_folder / "config.json", lambda config: config.update(changes))
+        edit_json(paligemma_folder / "config.json", lambda config: config.update(changes))
 
         refuses(message, plan_backbones, paligemma_folder, None, "tiny14")
 
@@ -584,7 +584,7 @@ class TestVocabulariesThatDoNotFitAreRefused:
         refuses(f"vocabulary mismatch: .*{message}", plan_backbones, folder, None)
 
     def test_a_config_with_another_number_of_tokens(self, folder: Path) -> None:
-        edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
+        edit_json(folder / "config.json", lambda config: config["text_config"].update(vocab_size=7))
 
         message = "its config says 7 tokens, its embeddings have 1312"
         refuses(message, plan_backbones, folder, None, "tiny14")
