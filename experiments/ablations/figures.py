@@ -17,7 +17,7 @@ from experiments.ablations.scores import find_key, load_scores
 from experiments.ablations.table import successes
 from spear.evaluate.compare import load_references
 from spear.evaluate.stats import Estimate, estimate_difference_over_seeds, estimate_mean_over_seeds
-from spear.report.plot import COLOURS, Axis, Line, chart
+from spear.report.plot import LINE_COLORS, Axis, Line, draw_chart
 from spear.types import Array
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -67,11 +67,11 @@ def trainings(x: list[float], found: list[list[Array]], colour: str) -> Line:
 def write(name: str, lines: list[Line], x: Axis, y: Axis) -> None:
     """A chart as a file of its own, its legend above it, on white."""
     size = (760, 320)
-    body = re.search(r"<svg[^>]*>(.*)</svg>", chart(lines, x, y, size=size), re.S)
+    body = re.search(r"<svg[^>]*>(.*)</svg>", draw_chart(lines, x, y, size=size), re.S)
     assert body is not None
     legend, left = [], 60.0
     for line in (line for line in lines if line.name):
-        legend.append(f'<circle cx="{left:g}" cy="14" r="4" fill="{line.colour}"/>')
+        legend.append(f'<circle cx="{left:g}" cy="14" r="4" fill="{line.color}"/>')
         legend.append(f'<text x="{left + 9:g}" y="18">{line.name}</text>')
         left += 30 + 6.4 * len(line.name)
     whole = (
@@ -117,9 +117,9 @@ def parts(three: Rows, long: Rows) -> None:
     ]
     places = [float(place) for place in range(len(found))]
     ours = [estimate_difference_over_seeds(with_it, without) for _, with_it, without, _ in found]
-    here = points(places, ours, "here, with its 95 % interval", COLOURS[0], joined=False)
+    here = points(places, ours, "here, with its 95 % interval", LINE_COLORS[0], joined=False)
     beside, theirs = [place + 0.12 for place in places], [there for *_, there in found]
-    paper = Line("paper", beside, theirs, COLOURS[1], dots=True, joined=False)
+    paper = Line("paper", beside, theirs, LINE_COLORS[1], dots=True, joined=False)
     ticks = [(place, name) for place, (name, *_) in zip(places, found, strict=True)]
     across = Axis(ends=(-0.6, len(found) - 0.4), ticks=ticks)
     write("parts", [here, paper], across, Axis("points that it brings"))
@@ -129,8 +129,8 @@ def demonstrations(long: Rows, some: Rows) -> None:
     """Success over demonstrations, with and without 3D, and every training."""
     lines = []
     for name, title, shift, colour in (
-        ("full method", "with 3D", -0.012, COLOURS[0]),
-        ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, COLOURS[1]),
+        ("full method", "with 3D", -0.012, LINE_COLORS[0]),
+        ("no-3d", "without (dots beside the intervals: single trainings)", 0.012, LINE_COLORS[1]),
     ):
         rows = {
             n: long[name] if n == 500 else some[f"{n:,}, {name}"] for n in (250, 500, 1000, 2000)
@@ -152,10 +152,13 @@ def images(curve: Rows) -> None:
     found = [estimate_mean_over_seeds(row) for row in curve.values()]
     lines = [
         points(
-            x, found, "three trainings each, the last two (dots beside the intervals)", COLOURS[0]
+            x,
+            found,
+            "three trainings each, the last two (dots beside the intervals)",
+            LINE_COLORS[0],
         )
     ]
-    lines.append(trainings([place + 0.03 for place in x], [*curve.values()], COLOURS[0]))
+    lines.append(trainings([place + 0.03 for place in x], [*curve.values()], LINE_COLORS[0]))
     ticks = [(place, f"{n:,}") for place, n in zip(x, numbers, strict=True)]
     across, up = Axis("3D-labelled images", (1, 4.3), ticks), Axis("success", (20, 80), unit=" %")
     write("images", lines, across, up)
@@ -171,7 +174,7 @@ def error_by_time() -> None:
     kinds = {"velocity (the paper's loss)": found[:3], "clean action": found[3:6]}
     lines = [
         Line("" if seed else name, table[:, 0], table[:, 1], colour)
-        for (name, seeds), colour in zip(kinds.items(), COLOURS, strict=False)
+        for (name, seeds), colour in zip(kinds.items(), LINE_COLORS, strict=False)
         for seed, table in enumerate(seeds)
     ]
     error = Axis("error, mm", (0, 21))

@@ -10,7 +10,7 @@ from experiments.ablations.plan import Plan
 from experiments.ablations.table import Filled, Line, to_json
 from spear.report import plot
 from spear.report.page import render_from
-from spear.report.plot import COLOURS, GREY, Axis, Bar, bars, chart, differences
+from spear.report.plot import GREY, LINE_COLORS, Axis, Bar, draw_bars, draw_chart, draw_differences
 from spear.util.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -57,7 +57,7 @@ def _section(filled: Filled) -> dict[str, Any]:
         "against": next(
             line.row.title for line in filled.lines if line.row.name == filled.table.against
         ),
-        "differences": differences(apart) if apart else "",
+        "differences": draw_differences(apart) if apart else "",
         "headers": list(_cells(filled.lines[0], filled)),
         "rows": [list(_cells(line, filled).values()) for line in filled.lines],
     }
@@ -92,7 +92,7 @@ def _bars(filled: Filled) -> str:
                 Bar("paper", line.published / 100, f"{line.published:.1f} (theirs)", style="theirs")
             )
         groups.append((line.row.title, rows))
-    return bars(groups)
+    return draw_bars(groups)
 
 
 def _scaling_curve(filled: Filled) -> str:
@@ -109,7 +109,7 @@ def _scaling_curve(filled: Filled) -> str:
         "mean of the trainings, with its 95 % interval",
         x,
         [100 * e.value for _, e, _ in found],
-        COLOURS[0],
+        LINE_COLORS[0],
         low=[100 * e.low for _, e, _ in found],
         high=[100 * e.high for _, e, _ in found],
         dots=True,
@@ -121,4 +121,4 @@ def _scaling_curve(filled: Filled) -> str:
     each = plot.Line("one training", places, successes, GREY, dots=True, joined=False)
     ticks = [(a, f"{n:,}") for a, (n, _, _) in zip(x, found, strict=True)]
     images = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
-    return chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))
+    return draw_chart([each, mean], images, Axis("success", (0, top), unit=" %"), size=(760, 340))

@@ -25,11 +25,11 @@ from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.fit.quality import compare_labels
 from spear.labels.pipeline import label_with_ground_truth
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
-from spear.report.comparison import ending, open_loop_charts
+from spear.report.comparison import describe_ending, draw_open_loop_charts
 from spear.report.draw import draw_label
-from spear.report.page import render, spaced
-from spear.report.plot import bars, rate_bars
-from spear.report.vqa import figure
+from spear.report.page import render, replace_underscores
+from spear.report.plot import draw_bars, make_rate_bars
+from spear.report.vqa import draw_figure
 from spear.sim.scene import FAMILIES
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
@@ -137,7 +137,7 @@ def ask_questions(vlm: VlmBundle) -> Values:
     for answer in scores.answers:
         if answer.question.family == "box_vertices" and "error" in answer.measures:
             answer_of_image.setdefault(answer.image, answer)
-    pictures = [figure(answer) for _, answer in sorted(answer_of_image.items())]
+    pictures = [draw_figure(answer) for _, answer in sorted(answer_of_image.items())]
 
     boxes = scores.families["box_vertices"]
     error_mm = boxes.measures["error"].value
@@ -164,18 +164,18 @@ def evaluate_policy(policy: Spear1Policy) -> Values:
     rates = []
     for family in FAMILIES:
         rate_of_agent = [(r.policy, r.summarize(family).success) for r in results]
-        rates.append((spaced(family), rate_bars(rate_of_agent)))
+        rates.append((replace_underscores(family), make_rate_bars(rate_of_agent)))
     captioned_films = []
     for one_film in films:
         outcome = one_film.outcome
-        caption = f"{spaced(outcome.family)}, scene {outcome.seed}: {ending(outcome)}"
+        caption = f"{replace_underscores(outcome.family)}, scene {outcome.seed}: {describe_ending(outcome)}"
         captioned_films.append((one_film.data, caption))
 
     success = result.summarize().success
     description = f"mean success [{success.low:.0%}, {success.high:.0%}], n = {success.n}"
     return {
         "scenes": SCENES,
-        "rates": bars(rates),
+        "rates": draw_bars(rates),
         "rows": [_family_row(result, family) for family in FAMILIES],
         "films": captioned_films,
         "fact": (f"{result.mean_success().value:.0%}", description),
@@ -189,7 +189,7 @@ def _family_row(result: Results, family: str) -> list[str]:
     steps = "–"
     if summary.steps is not None:
         steps = f"{summary.steps:.0f} ({summary.steps / CONTROL_RATE_HZ:.0f} s)"
-    return [spaced(family), *(f"{rate.value:.0%}" for rate in rates), steps]
+    return [replace_underscores(family), *(f"{rate.value:.0%}" for rate in rates), steps]
 
 
 def fine_tune(out: Path, data: Path | None) -> Values:
@@ -223,7 +223,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(score.name for score in scores)],
         "rows": rows,
-        "charts": open_loop_charts(scores[0], scores[1]),
+        "charts": draw_open_loop_charts(scores[0], scores[1]),
         "fact": (f"{error_mm:.1f} mm", fact),
     }
 

@@ -9,7 +9,7 @@ import pytest
 from refusals import Command, refuses
 from spear.evaluate.compare import compare_results, format_p_value
 from spear.evaluate.results import Outcome, Results
-from spear.report.comparison import comparison_page, filmed_pairs
+from spear.report.comparison import make_comparison_page, select_filmed_pairs
 
 
 def results(name: str, wins: dict[str, str], first_seed: int = 0) -> Results:
@@ -80,7 +80,7 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
         folder.mkdir()
         for name in names:
             (folder / f"{name}.mp4").write_bytes(name.encode())
-    shown = [(x.family, x.seed) for x, _ in filmed_pairs(c, (a, b), 9)]
+    shown = [(x.family, x.seed) for x, _ in select_filmed_pairs(c, (a, b), 9)]
     assert shown == [
         ("a", 1),
         ("b", 0),
@@ -88,8 +88,8 @@ def test_films_of_disagreements_come_first_and_families_take_turns(tmp_path: Pat
         ("b", 1),
         ("a", 0),
     ]  # of b's scene 1 there is one film
-    assert len(filmed_pairs(c, (a, b), 2)) == 2
-    html = comparison_page(c, (a, b))
+    assert len(select_filmed_pairs(c, (a, b), 2)) == 2
+    html = make_comparison_page(c, (a, b))
     assert html.count("<video") == 9 and "side by side: 5 of 5" in html
     assert html.count("y: failure, not filmed") == 1 and "exact" not in html.replace("exactly", "")
     assert not re.search(r'(src|href)="(?!data:)', html)

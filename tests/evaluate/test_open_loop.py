@@ -21,7 +21,7 @@ from spear.evaluate.open_loop import (
     score_mean_action,
     score_policy,
 )
-from spear.report.comparison import open_loop_page
+from spear.report.comparison import make_open_loop_page
 from spear.types import Array, Episode
 
 
@@ -100,7 +100,7 @@ def test_the_mean_action_is_a_reference(stores: tuple[EpisodeStore, EpisodeStore
     summary = reference.summarize()
     assert summary["translation_mm"].value > 5
     assert np.isnan(summary["rotation_deg"].low)  # of two episodes there is no interval
-    page = open_loop_page(score_policy("replay", Replay(held_out), held_out), reference)
+    page = make_open_loop_page(score_policy("replay", Replay(held_out), held_out), reference)
     assert (
         page.count("<svg") == 4 * len(held_out) and f"the first of {len(held_out)} held-out" in page
     )

@@ -17,7 +17,7 @@ from spear.labels.pipeline import label_images
 from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
 from spear.labels.store import count_labels, select_labels, write_labels
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
-from spear.report.labels import label_page, write_rerun
+from spear.report.labels import write_label_page, write_rerun
 from spear.types import Frame, LabeledImage
 
 
@@ -75,7 +75,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     shown = select_labels(folder, 5)
     assert [item.source for item in shown] == [f"scene & {n}" for n in (0, 2, 4, 7, 9)]
     out = tmp_path / "page.html"
-    label_page(folder, shown, out)
+    write_label_page(folder, shown, out)
     html = out.read_text()
     assert html.count("data:image/jpeg;base64,") == 5 and "Contact sheet: 5 of 12" in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
@@ -84,7 +84,7 @@ def test_the_page_is_whole_in_itself_and_says_what_is_there(folder: Path, tmp_pa
     assert question.prompt.split("{")[0] in html
     assert "numbers;" in html and "box vertices" in html and not list(tmp_path.glob(".*"))
     (folder / "skipped.parquet").write_bytes(b"PAR1")
-    refuses(r"skipped\.parquet: broken", label_page, folder, shown, out)
+    refuses(r"skipped\.parquet is broken", write_label_page, folder, shown, out)
 
 
 def test_the_rerun_file_is_whole(

@@ -125,7 +125,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     """
     from spear.evaluate import open_loop
     from spear.policy import Spear1Policy
-    from spear.report.comparison import open_loop_page
+    from spear.report.comparison import make_open_loop_page
 
     # Mistakes are found before the weights are loaded and the data prepared.
     train_folder, train_split = _choose_training_episodes(options)
@@ -154,7 +154,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         [policy_errors, mean_action_errors, last_action_errors], num_episodes=len(held_out)
     )
     if options.plot:
-        write_text(options.plot, open_loop_page(policy_errors, mean_action_errors))
+        write_text(options.plot, make_open_loop_page(policy_errors, mean_action_errors))
         print(f"page: {options.plot}")
 
 
@@ -269,7 +269,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     from spear.evaluate.vqa.ask import load_labeled_images
     from spear.evaluate.vqa.calibration import Trust
     from spear.policy import load_vlm, locate
-    from spear.report.vqa import vqa_page
+    from spear.report.vqa import make_vqa_page
 
     scores_file = options.out / "scores.json"
     settings = _describe_vqa_run(options)
@@ -292,7 +292,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     # Save and print.
     scores.save(scores_file, settings)
     page = options.out / "index.html"
-    write_text(page, vqa_page(scores, options.model, options.questions))
+    write_text(page, make_vqa_page(scores, options.model, options.questions))
     for table in scores.tables():
         show(table)
     print(f"page: {page}")
@@ -374,7 +374,7 @@ def compare(options: CompareOptions) -> None:
         spear evaluate compare runs/mine runs/evaluate --out compare.html
     """
     from spear.evaluate.compare import compare_results
-    from spear.report.comparison import comparison_page
+    from spear.report.comparison import make_comparison_page
 
     first = load_results(options.first)
     second = load_results(options.second)
@@ -401,7 +401,7 @@ def compare(options: CompareOptions) -> None:
     for reference_table in references:
         show(reference_table.to_table(named_results))
     if options.out:
-        page = comparison_page(comparison, folders, options.films, references, named_results)
+        page = make_comparison_page(comparison, folders, options.films, references, named_results)
         write_text(options.out, page)
         print(f"page: {options.out}")
 

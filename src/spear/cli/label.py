@@ -268,12 +268,12 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels --images 6 --rerun labels.rrd
     """
     from spear.labels.store import select_labels
-    from spear.report.labels import label_page, write_rerun
+    from spear.report.labels import write_label_page, write_rerun
 
     folder = _shard_folder(options.labels)
     labels = select_labels(folder, options.images)
     page = options.out or options.labels / "show.html"
-    label_page(folder, labels, page)
+    write_label_page(folder, labels, page)
     print(f"open {page.resolve()}")
     if options.rerun is not None:
         write_rerun(labels, _predict_point_maps(folder, labels), options.rerun)

@@ -18,7 +18,7 @@ from spear.audit.dataset_audit import (
 from spear.audit.hypotheses import integrate_translations
 from spear.errors import format_count
 from spear.report.page import render
-from spear.report.plot import GREY, Axis, Bar, Line, bars, chart
+from spear.report.plot import GREY, Axis, Bar, Line, draw_bars, draw_chart
 from spear.util.files import write_text
 
 MAX_PATHS = 3  # episodes whose path is drawn
@@ -154,7 +154,7 @@ def _draw_bars(action_part: ActionPart, finding: Finding) -> str:
         error = f"{fit.relative_error:.1%} ({format_size(action_part.name, fit.mean_error)})"
         style = "good" if answer in finding.tied_answers else ""
         rows.append(Bar(label, fit.relative_error, f"{error}, {comparison}", style=style))
-    return bars([("", rows)], (0.0, 1.2))
+    return draw_bars([("", rows)], (0.0, 1.2))
 
 
 def _format_interval(margin: Margin) -> str:
@@ -177,6 +177,6 @@ def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list
         charts = []
         for index, axis in enumerate("xyz"):
             lines = [replace(path, y=np.asarray(path.y)[:, index]) for path in paths]
-            charts.append(chart(lines, Axis("seconds"), title=f"{axis}, m"))
+            charts.append(draw_chart(lines, Axis("seconds"), title=f"{axis}, m"))
         drawn.append((recording.source, charts))
     return drawn

@@ -1,9 +1,9 @@
-"""Comparisons as pages: two policies in the same scenes; predicted actions beside a demonstrator's."""
+"""Comparisons as pages: two policies in the same scenes; predictions beside demonstrations."""
 
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spear.errors import format_count
 from spear.evaluate.compare import (
@@ -17,115 +17,192 @@ from spear.evaluate.compare import (
 )
 from spear.evaluate.open_loop import OpenLoopErrors
 from spear.evaluate.results import Outcome, Results
-from spear.report.page import render, spaced
-from spear.report.plot import COLOURS, GREY, Axis, Line, bars, chart, differences, rate_bars
+from spear.report.page import render, replace_underscores
+from spear.report.plot import (
+    GREY,
+    LINE_COLORS,
+    Axis,
+    Line,
+    draw_bars,
+    draw_chart,
+    draw_differences,
+    make_rate_bars,
+)
+from spear.types import Array
+
+NUM_SHOWN_EPISODES = 3  # of an open-loop evaluation
+MM_PER_M = 1000
 
 
-def comparison_page(
+class _ActionChart(NamedTuple):
+    """A chart of one number of the actions: its title, its column, and the unit's factor."""
+
+    title: str
+    column: int
+    factor: int
+
+
+ACTION_CHARTS = (
+    _ActionChart("Forward (x), mm", 0, MM_PER_M),
+    _ActionChart("Left (y), mm", 1, MM_PER_M),
+    _ActionChart("Up (z), mm", 2, MM_PER_M),
+    _ActionChart("Gripper opening", 7, 1),
+)
+
+
+def make_comparison_page(
     comparison: Comparison,
     folders: tuple[Path, Path],
-    films: int = 12,
+    max_films: int = 12,
     published: Sequence[Reference] = (),
     ours: Sequence[tuple[str, Results]] = (),
 ) -> str:
-    """A self-contained document.
+    """Make a self-contained page that compares two policies.
 
-    folders    where the films of the first and the second policy lie.
-    films      at most so many pairs of films, chosen by `filmed_pairs`.
-    published  tables of others; `ours`, by name, are shown below each.
+    Args:
+        comparison: what it shows.
+        folders: where the films of the first and the second policy lie.
+        max_films: the largest number of pairs of films, chosen by `select_filmed_pairs`.
+        published: tables of published numbers.
+        ours: results by name, shown below each of these tables.
     """
-    c, mean = comparison, comparison.mean
-    a, b = mean.first, mean.second
-    facts = [
-        (f"{a.value:.1%}", f"{c.first}: mean success [{a.low:.0%}, {a.high:.0%}]"),
-        (f"{b.value:.1%}", f"{c.second}: mean success [{b.low:.0%}, {b.high:.0%}]"),
-        tuple(format_points(mean.difference).split(" ", 1)),
-        (
-            f"p {format_p_value(mean.p)}",
-            f"paired test, {format_count(len(c.pairs), 'shared scenes')}",
-        ),
-    ]
-    groups = [
-        (spaced(r.name), rate_bars([(c.first, r.first), (c.second, r.second)])) for r in c.rows
-    ]
+    rows = comparison.rows
+    rate_groups = []
+    for row in rows:
+        rates = [(comparison.first, row.first), (comparison.second, row.second)]
+        rate_groups.append((replace_underscores(row.name), make_rate_bars(rates)))
+    table_rows = []
+    for row in rows:
+        name, *cells = format_row(row)
+        table_rows.append([replace_underscores(name), *cells])
+    pairs = select_filmed_pairs(comparison, folders, max_films)
     return render(
         "comparison.html",
-        title=f"{c.first} against {c.second}",
-        facts=facts,
-        comparison=c,
+        title=f"{comparison.first} against {comparison.second}",
+        facts=_list_facts(comparison),
+        comparison=comparison,
         alpha=SIGNIFICANCE_LEVEL,
-        rates=bars(groups),
-        differences=differences([(spaced(r.name), r.difference) for r in c.rows]),
-        rows=[[spaced(format_row(r)[0]), *format_row(r)[1:]] for r in c.rows],
-        scenes=[_scene(c, pair, folders) for pair in filmed_pairs(c, folders, films)],
+        rates=draw_bars(rate_groups),
+        differences=draw_differences(
+            [(replace_underscores(row.name), row.difference) for row in rows]
+        ),
+        rows=table_rows,
+        scenes=[_show_scene(comparison, pair, folders) for pair in pairs],
         published=[(table, table.headers(), table.cells(ours)) for table in published],
     )
 
 
-def open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str:
-    """A self-contained document with `open_loop_charts`."""
+def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """The page's large numbers, each with what it is."""
+    mean = comparison.mean
+    facts = []
+    for name, rate in ((comparison.first, mean.first), (comparison.second, mean.second)):
+        words = f"{name}: mean success [{rate.low:.0%}, {rate.high:.0%}]"
+        facts.append((f"{rate.value:.1%}", words))
+    points, words = format_points(mean.difference).split(" ", 1)
+    facts.append((points, words))
+    num_scenes = format_count(len(comparison.pairs), "shared scenes")
+    facts.append((f"p {format_p_value(mean.p)}", f"paired test, {num_scenes}"))
+    return facts
+
+
+def make_open_loop_page(model: OpenLoopErrors, reference: OpenLoopErrors) -> str:
+    """Make a self-contained page with `draw_open_loop_charts`."""
     num_episodes = format_count(len(model.truth), "held-out episodes")
-    title = f"{model.name}: predicted actions, the first of {num_episodes}"
     return render(
-        "open_loop.html", title=title, facts=[], charts=open_loop_charts(model, reference)
+        "open_loop.html",
+        title=f"{model.name}: predicted actions, the first of {num_episodes}",
+        facts=[],
+        charts=draw_open_loop_charts(model, reference),
     )
 
 
-def open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> list[list[str]]:
-    """Of three held-out episodes: predicted and true displacement along each axis, and gripper, by step."""
-    names = ("Forward (x), mm", "Left (y), mm", "Up (z), mm", "Gripper opening")
-    shown = []
-    episodes = zip(model.truth, model.predicted, reference.predicted, strict=True)
-    for truth, ours, theirs in itertools.islice(episodes, 3):
-        charts = []
-        for row, name in enumerate(names):
-            scale, column = (1000, row) if row < 3 else (1, 7)
-            steps = range(len(truth))
-            lines = [
-                Line("demonstrator", steps, scale * truth[:, column], GREY, dots=True),
-                Line(model.name, steps, scale * ours[:, column], COLOURS[0], dots=True),
-                Line(reference.name, steps, scale * theirs[:, column], COLOURS[1], dashed=True),
+def draw_open_loop_charts(model: OpenLoopErrors, reference: OpenLoopErrors) -> list[list[str]]:
+    """Draw predicted and true displacements and gripper openings by step, of three held-out
+    episodes.
+    """
+    charts = []
+    for index in range(min(NUM_SHOWN_EPISODES, len(model.truth))):
+        truth = model.truth[index]
+        predicted = model.predicted[index]
+        baseline = reference.predicted[index]
+        charts.append(
+            [
+                _draw_action_chart(
+                    chart, truth, (model.name, predicted), (reference.name, baseline)
+                )
+                for chart in ACTION_CHARTS
             ]
-            charts.append(chart(lines, Axis("step (5 Hz)"), title=name))
-        shown.append(charts)
-    return shown
+        )
+    return charts
 
 
-def filmed_pairs(comparison: Comparison, folders: tuple[Path, Path], limit: int) -> list[Pair]:
-    """The shared scenes to show: first those that only one of the two solved, of which both folders have a
-    film, then those of which one has, then others of which both have one. Families take turns."""
-    seen: dict[tuple[bool, bool, str], int] = {}
-    ranked = []
-    for a, b in comparison.pairs:
-        count = sum((f / o.film_name).is_file() for f, o in zip(folders, (a, b), strict=True))
-        agree = a.success == b.success
-        if count == 2 or (count and not agree):
-            key = (agree, count == 1, a.family)
-            seen[key] = seen.get(key, 0) + 1
-            ranked.append((*key[:2], seen[key], (a, b)))
-    return [pair for *_, pair in sorted(ranked, key=lambda r: r[:3])][:limit]
+def _draw_action_chart(
+    chart: _ActionChart,
+    truth: Array,
+    model: tuple[str, Array],
+    baseline: tuple[str, Array],
+) -> str:
+    """Draw one number of actions [T, 8]; the model and the baseline come with their names."""
+    steps = range(len(truth))
+
+    def select(actions: Array) -> Array:
+        return chart.factor * actions[:, chart.column]
+
+    model_name, predicted = model
+    baseline_name, baseline_actions = baseline
+    lines = [
+        Line("demonstrator", steps, select(truth), GREY, dots=True),
+        Line(model_name, steps, select(predicted), LINE_COLORS[0], dots=True),
+        Line(baseline_name, steps, select(baseline_actions), LINE_COLORS[1], dashed=True),
+    ]
+    return draw_chart(lines, Axis("step (5 Hz)"), title=chart.title)
 
 
-def _scene(c: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, Any]:
+def select_filmed_pairs(
+    comparison: Comparison, folders: tuple[Path, Path], limit: int
+) -> list[Pair]:
+    """Select the shared scenes to show.
+
+    First come scenes that only one of the two policies solved and of which both folders have a
+    film, then those of which one folder has a film, then other scenes of which both have one. Task
+    families take turns.
+    """
+    num_by_kind: Counter[tuple[bool, bool, str]] = Counter()
+    ranked_pairs = []
+    for pair in comparison.pairs:
+        first, second = pair
+        has_first_film = (folders[0] / first.film_name).is_file()
+        has_second_film = (folders[1] / second.film_name).is_file()
+        has_both_films = has_first_film and has_second_film
+        has_one_film = has_first_film != has_second_film
+        agree = first.success == second.success
+        if has_both_films or (has_one_film and not agree):
+            num_by_kind[agree, has_one_film, first.family] += 1
+            turn = num_by_kind[agree, has_one_film, first.family]
+            ranked_pairs.append(((agree, has_one_film, turn), pair))
+    ranked_pairs.sort(key=lambda ranked: ranked[0])
+    return [pair for _, pair in ranked_pairs[:limit]]
+
+
+def _show_scene(comparison: Comparison, pair: Pair, folders: tuple[Path, Path]) -> dict[str, Any]:
     """What two policies did in one scene, each with its film if there is one."""
+    names = (comparison.first, comparison.second)
     runs = []
-    for name, outcome, folder in zip((c.first, c.second), pair, folders, strict=True):
+    for name, outcome, folder in zip(names, pair, folders, strict=True):
         path = folder / outcome.film_name
-        runs.append((f"{name}: {ending(outcome)}", path.read_bytes() if path.is_file() else None))
-    first = pair[0]
-    return {
-        "title": f"{spaced(first.family)}, scene {first.seed}: {first.instruction}",
-        "runs": runs,
-    }
+        film = path.read_bytes() if path.is_file() else None
+        runs.append((f"{name}: {describe_ending(outcome)}", film))
+    scene, _ = pair
+    family = replace_underscores(scene.family)
+    return {"title": f"{family}, scene {scene.seed}: {scene.instruction}", "runs": runs}
 
 
-def ending(outcome: Outcome) -> str:
-    """How an episode ended, in words."""
-    words = (
-        f"success after {format_count(outcome.steps, 'steps')}" if outcome.success else "failure"
-    )
-    return words + (
-        f", {format_count(outcome.unreachable, 'steps')} out of reach"
-        if outcome.unreachable
-        else ""
-    )
+def describe_ending(outcome: Outcome) -> str:
+    """Say in words how an episode ended."""
+    words = "failure"
+    if outcome.success:
+        words = f"success after {format_count(outcome.steps, 'steps')}"
+    if outcome.unreachable:
+        words += f", {format_count(outcome.unreachable, 'steps')} out of reach"
+    return words

@@ -27,7 +27,7 @@ from spear.data.readers.formats import (
 from spear.errors import format_count
 from spear.geometry import quat_log, quat_to_matrix
 from spear.report.page import render
-from spear.report.plot import GREY, XYZ, Axis, Line, chart
+from spear.report.plot import GREY, XYZ_COLORS, Axis, Line, draw_chart
 from spear.types import Array, Episode
 from spear.util.files import write_text
 from spear.util.images import IMAGE_MAGIC_BYTES, decode_image, to_jpeg_data_uri
@@ -109,18 +109,20 @@ def _draw_episode(episode: Episode, actions: Array) -> list[str]:
     ]
     left_axis = Axis("y, to the left", reverse=True)
     return [
-        chart(_xyz_lines(seconds, 1000 * actions[:, :3]), TIME_AXIS, title="Step, mm (base frame)"),
-        chart(
+        draw_chart(
+            _xyz_lines(seconds, 1000 * actions[:, :3]), TIME_AXIS, title="Step, mm (base frame)"
+        ),
+        draw_chart(
             _xyz_lines(seconds, turns_deg), TIME_AXIS, title="Turn, degrees (end-effector frame)"
         ),
-        chart(gripper, TIME_AXIS, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
+        draw_chart(gripper, TIME_AXIS, Axis(ends=(-0.1, 1.1)), "Gripper (1 is open)"),
         _draw_path(episode, (1, 0), "Path seen from above, m", left_axis, Axis("x")),
         _draw_path(episode, (0, 2), "Path seen from the right, m", Axis("x, forward"), Axis("z")),
     ]
 
 
 def _xyz_lines(x: Array, values: Array) -> list[Line]:
-    return [Line(name, x, values[:, i], XYZ[i]) for i, name in enumerate("xyz")]
+    return [Line(name, x, values[:, i], XYZ_COLORS[i]) for i, name in enumerate("xyz")]
 
 
 def _draw_path(
@@ -141,10 +143,10 @@ def _draw_path(
     axis_length = 0.14 * max(extent, 1e-3)
     axes = quat_to_matrix(torch.tensor(episode.rotation)).numpy()  # columns, base frame
     for step in _spread_steps(len(episode), NUM_DRAWN_FRAMES):
-        for i, color in enumerate(XYZ):
+        for i, color in enumerate(XYZ_COLORS):
             ends = np.stack([position[step], position[step] + axis_length * axes[step, :, i]])
             lines.append(Line("", ends[:, across], ends[:, up], color))
-    return chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
+    return draw_chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
 
 
 def _show_columns(steps: Steps, source: str) -> dict[str, Any]:
@@ -199,10 +201,10 @@ def _draw_column(name: str, values: Array) -> Iterator[str]:
         end = first + numbers.shape[1]
         column_range = "" if is_single else f"[{first}:{end}]"
         lines = []
-        for index, color in zip(range(first, end), XYZ, strict=False):
+        for index, color in zip(range(first, end), XYZ_COLORS, strict=False):
             label = "" if is_single else str(index)
             lines.append(Line(label, np.arange(len(table)), table[:, index], color))
-        yield chart(lines, Axis("step"), title=name + column_range)
+        yield draw_chart(lines, Axis("step"), title=name + column_range)
 
 
 def _make_strip(images: Sequence[bytes], where: str) -> list[tuple[int, str]]:

@@ -1,6 +1,7 @@
 """Draw on images: labels as masks, 3D boxes and names; answers as boxes and points."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -13,85 +14,135 @@ from spear.labels.fit.masks import decode_mask, erode
 from spear.types import Array, LabeledImage, Segments
 from spear.util.images import decode_image
 
-Colour = tuple[int, int, int]
-TRUTH, PREDICTION = (74, 222, 128), (255, 176, 32)
-"""Green is the truth, orange the answer."""
-RIM = (16, 18, 22)
-"""The dark rim of lines, so that they can be seen on any ground, and the ground of names."""
+Color = tuple[int, int, int]
+TRUTH_COLOR = (74, 222, 128)  # green
+PREDICTION_COLOR = (255, 176, 32)  # orange
+RIM_COLOR = (16, 18, 22)  # dark, around lines and behind names, so that both are seen everywhere
+NEAR_FACE = {0, 1, 4, 5}  # vertices of a box, drawn thicker
+MIN_DEPTH_M = 1e-3  # what is nearer lies behind the camera
+NUM_BOX_VERTICES = 8
+NUMBERS_OF_3D_ANSWERS = (3, 3 * NUM_BOX_VERTICES)  # a point, or a box's vertices
+ANSWER_SCALE = 3
+MASK_OPACITY = 0.35
+TAG_STEP_PX = 3  # places for a name are tried at this distance from each other
 
 
-def colors(n: int) -> list[Colour]:
-    """n bright colours that differ in hue as much as they can."""
-    hues = (360 * ((0.02 + i * 0.618034) % 1.0) for i in range(n))
+class _NamedBox(NamedTuple):
+    name: str
+    color: Color
+    corners: Array  # [8, 2] pixels
+
+
+def make_palette(count: int) -> list[Color]:
+    """Make bright colors whose hues differ as much as they can."""
+    hues = [360 * ((0.02 + index * 0.618034) % 1.0) for index in range(count)]
     return [ImageColor.getrgb(f"hsv({hue:f},70%,100%)")[:3] for hue in hues]
 
 
 def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Array:
-    """A labelled image with its 3D boxes and names, and its masks if wanted: [scale·h, scale·w, 3] uint8.
+    """Draw a labeled image with its 3D boxes and names.
 
-    Boxes that reach behind the camera are left out, and names without room: no name covers another.
+    Boxes that reach behind the camera, and names for which there is no room, are not drawn.
+
+    Args:
+        label: the labeled image.
+        scale: how many times as large the drawing is.
+        masks: whether masks are drawn, too.
+
+    Returns:
+        [scale * h, scale * w, 3] uint8.
     """
-    image, palette = decode_image(label.image, label.source), colors(len(label.objects))
+    image = decode_image(label.image, label.source)
+    palette = make_palette(len(label.objects))
     if masks:
-        for o, colour in zip(label.objects, palette, strict=True):
-            mask = decode_mask(o.mask, label.height, label.width)
-            image[mask] = (0.65 * image[mask] + 0.35 * np.array(colour)).astype(np.uint8)
-            image[mask & ~erode(mask, 1)] = colour
+        for labeled_object, color in zip(label.objects, palette, strict=True):
+            mask = decode_mask(labeled_object.mask, label.height, label.width)
+            tinted = (1 - MASK_OPACITY) * image[mask] + MASK_OPACITY * np.array(color)
+            image[mask] = tinted.astype(np.uint8)
+            image[mask & ~erode(mask, 1)] = color
+
     canvas = _enlarge(image, scale)
-    names = []
-    for o, colour in zip(label.objects, palette, strict=True):
-        if o.box3d is None or (o.box3d.vertices[:, 2] <= 1e-3).any():
+    boxes = []
+    for labeled_object, color in zip(label.objects, palette, strict=True):
+        box = labeled_object.box3d
+        if box is None or (box.vertices[:, 2] <= MIN_DEPTH_M).any():
             continue
-        corners = project(o.box3d.vertices, label.intrinsics) * scale
-        _mark(canvas, corners, colour)
-        names.append((o.name, colour, corners))
-    _write_names(canvas, names, max(10, 5 * scale, canvas.width // 44))
+        corners = project(box.vertices, label.intrinsics) * scale
+        _draw_points(canvas, corners, color)
+        boxes.append(_NamedBox(labeled_object.name, color, corners))
+    _draw_names(canvas, boxes, font_size=max(10, 5 * scale, canvas.width // 44))
     return np.asarray(canvas)
 
 
 def draw_answers(
-    image: Array, intrinsics: Array | None, answers: Sequence[tuple[Segments, Colour]], scale: int
+    image: Array, intrinsics: Array | None, answers: Sequence[tuple[Segments, Color]], scale: int
 ) -> Array:
-    """The image [h, w, 3] uint8, `scale` times as large, with the boxes and points of answers on it.
+    """Draw the boxes and points of answers on an image.
 
-    An answer that has no place in the image (see `places`) is left out.
+    An answer without a place in the image (see `find_pixels`) is not drawn.
+
+    Args:
+        image: [h, w, 3] uint8.
+        intrinsics: [3, 3] in pixels; None if the camera is unknown.
+        answers: each with its color.
+        scale: how many times as large the drawing is.
+
+    Returns:
+        [scale * h, scale * w, 3] uint8.
     """
     canvas = _enlarge(image, scale)
-    for segments, colour in answers:
-        if (points := places(segments, image.shape[1], image.shape[0], intrinsics)) is not None:
-            _mark(canvas, points * scale, colour)
+    height, width = image.shape[:2]
+    for segments, color in answers:
+        points = find_pixels(segments, width, height, intrinsics)
+        if points is not None:
+            _draw_points(canvas, points * scale, color)
     return np.asarray(canvas)
 
 
 def draw_answer(
     answer: Segments, image: Array, intrinsics: Array | None, family: str | None
 ) -> Array:
-    """`draw_answers` of a single answer, three times as large. family: of its question, where it is known.
+    """Draw a single answer, three times as large as the image.
 
-    Raises SpearError for an answer that has nothing to draw, or one in 3D about an image of unknown camera.
+    Args:
+        answer: what to draw.
+        image: [h, w, 3] uint8.
+        intrinsics: [3, 3] in pixels; None if the camera is unknown.
+        family: the type of the question, if it is known.
+
+    Raises:
+        SpearError: the answer has nothing to draw, or is in 3D and the image's camera is unknown.
     """
-    away = family == "offset"  # the three numbers are no place
-    if away or places(answer, image.shape[1], image.shape[0], intrinsics) is None:
-        wrong = "has no box, point or image location"
-        if len(extract_numbers(answer)) in (3, 24) and not away:
-            wrong = "lies behind the camera"
-            if intrinsics is None:
-                wrong = (
-                    "is in 3D, the camera of this image unknown: ask with --family back_projection"
-                )
-        raise SpearError(f"cannot draw: the answer {wrong}")
-    return draw_answers(image, intrinsics, [(answer, PREDICTION)], 3)
+    height, width = image.shape[:2]
+    is_displacement = family == "offset"  # its three numbers are no place
+    has_place = find_pixels(answer, width, height, intrinsics) is not None
+    if has_place and not is_displacement:
+        return draw_answers(image, intrinsics, [(answer, PREDICTION_COLOR)], ANSWER_SCALE)
+
+    is_3d = len(extract_numbers(answer)) in NUMBERS_OF_3D_ANSWERS and not is_displacement
+    if not is_3d:
+        raise SpearError("cannot draw: the answer has no box, point or image location")
+    if intrinsics is None:
+        raise SpearError(
+            "cannot draw: the answer is in 3D, the camera of this image unknown: "
+            "ask with --family back_projection"
+        )
+    raise SpearError("cannot draw: the answer lies behind the camera")
 
 
-def places(answer: Segments, width: int, height: int, intrinsics: Array | None) -> Array | None:
-    """[n, 2] pixels at which an answer's vertices or points appear, in an image of that size.
+def find_pixels(
+    answer: Segments, width: int, height: int, intrinsics: Array | None
+) -> Array | None:
+    """Find the pixels [n, 2] of an answer's vertices or points, in an image of that size.
 
-    None for an answer without any, for one in 3D without `intrinsics` [3, 3], and for one behind the camera.
+    Returns None for an answer without any, for one in 3D without `intrinsics` [3, 3], and for one
+    behind the camera.
     """
     values = extract_numbers(answer)
-    if len(values) in (3, 24) and intrinsics is not None:
+    if len(values) in NUMBERS_OF_3D_ANSWERS and intrinsics is not None:
         corners = values.reshape(-1, 3)
-        return None if (corners[:, 2] <= 1e-3).any() else project(corners, intrinsics)
+        is_behind_camera = (corners[:, 2] <= MIN_DEPTH_M).any()
+        return None if is_behind_camera else project(corners, intrinsics)
     points = extract_image_points(answer) * (width, height)
     return points if len(points) else None
 
@@ -101,51 +152,103 @@ def _enlarge(image: Array, scale: int) -> Image.Image:
     return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
 
 
-def _mark(canvas: Image.Image, points: Array, colour: Colour) -> None:
-    """Eight points [8, 2] as a box with a thick near face, any others as rings. Pixels of the canvas."""
-    pen, thick = ImageDraw.Draw(canvas), max(2, canvas.width // 190)
-    at = [(float(x), float(y)) for x, y in points]
-    for rim, ink in ((2, RIM), (0, colour)):
-        for a, b in BOX_EDGES if len(at) == 8 else ():
-            near = {a, b} <= {0, 1, 4, 5}
-            pen.line([at[a], at[b]], fill=ink, width=(thick if near else (thick + 1) // 2) + rim)
-        for x, y in at if len(at) != 8 else ():
-            reach = 3 * thick + rim // 2
-            pen.ellipse(
-                (x - reach, y - reach, x + reach, y + reach), outline=ink, width=thick + rim
-            )
+def _draw_points(canvas: Image.Image, points: Array, color: Color) -> None:
+    """Draw eight points [8, 2] as a box, other points as rings; in pixels of the canvas."""
+    pen = ImageDraw.Draw(canvas)
+    line_width = max(2, canvas.width // 190)
+    places = [(float(x), float(y)) for x, y in points]
+    for rim_width, ink in ((2, RIM_COLOR), (0, color)):
+        if len(places) == NUM_BOX_VERTICES:
+            _draw_box(pen, places, ink, line_width, rim_width)
+        else:
+            _draw_rings(pen, places, ink, line_width, rim_width)
 
 
-def _write_names(
-    canvas: Image.Image, names: Sequence[tuple[str, Colour, Array]], size: int
+def _draw_box(
+    pen: ImageDraw.ImageDraw,
+    vertices: Sequence[tuple[float, float]],
+    ink: Color,
+    line_width: int,
+    rim_width: int,
 ) -> None:
-    """Names on dark tabs, as near as there is room to the top of their boxes (corners [8, 2]).
+    for start, end in BOX_EDGES:
+        is_near = {start, end} <= NEAR_FACE
+        edge_width = line_width if is_near else (line_width + 1) // 2
+        pen.line([vertices[start], vertices[end]], fill=ink, width=edge_width + rim_width)
 
-    Tabs lie inside the image and do not overlap. A line leads from a tab that had to move away to its box.
+
+def _draw_rings(
+    pen: ImageDraw.ImageDraw,
+    centers: Sequence[tuple[float, float]],
+    ink: Color,
+    line_width: int,
+    rim_width: int,
+) -> None:
+    radius = 3 * line_width + rim_width // 2
+    for x, y in centers:
+        bounds = (x - radius, y - radius, x + radius, y + radius)
+        pen.ellipse(bounds, outline=ink, width=line_width + rim_width)
+
+
+def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int) -> None:
+    """Draw names on dark tags, as near to the top of their boxes as there is room.
+
+    Tags lie inside the image and do not overlap. A line leads from a tag that had to move away to
+    its box. Narrow boxes choose first.
     """
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
-    pad = size // 4
-    taken: list[tuple[int, int, int, int]] = []
-    centres = [corners.mean(0) for _, _, corners in names]
-    for name, colour, corners in sorted(names, key=lambda n: float(np.ptp(n[2][:, 0]))):
-        width, height = round(font.getlength(name)) + 2 * pad, size + 2 * pad
-        across, down = canvas.width - width + 1, canvas.height - height + 1
-        left, top = np.meshgrid(np.arange(0, across, 3), np.arange(0, down, 3))
-        anchor = np.clip([corners[:, 0].mean(), corners[:, 1].min() - 3], 0, canvas.size)
-        away = np.hypot(left + width / 2 - anchor[0], top + height - anchor[1])
-        for x, y in centres:  # rather a little further away than on another object
-            away += 2 * height * ((left < x) & (x < left + width) & (top < y) & (y < top + height))
-        for x0, y0, x1, y1 in taken:
-            away[(left < x1) & (left + width > x0) & (top < y1) & (top + height > y0)] = np.inf
-        if not np.isfinite(away).any():
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(font_size)
+    padding = font_size // 4
+    centers = [box.corners.mean(0) for box in boxes]
+    tags: list[tuple[int, int, int, int]] = []  # left, top, right, bottom
+    for box in sorted(boxes, key=lambda box: float(np.ptp(box.corners[:, 0]))):
+        width = round(font.getlength(box.name)) + 2 * padding
+        height = font_size + 2 * padding
+        anchor = np.clip([box.corners[:, 0].mean(), box.corners[:, 1].min() - 3], 0, canvas.size)
+        place = _find_place(canvas.size, (width, height), anchor, centers, tags)
+        if place is None:
             continue
-        best = np.unravel_index(away.argmin(), away.shape)
-        x, y = int(left[best]), int(top[best])
-        taken.append((x, y, x + width, y + height))
-        end = (min(max(anchor[0], x), x + width), y + height if anchor[1] > y + height else y)
-        if np.hypot(end[0] - anchor[0], end[1] - anchor[1]) > height:
-            pen.line(
-                [(float(anchor[0]), float(anchor[1])), end], fill=colour, width=max(1, size // 10)
-            )
-        pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), pad, fill=RIM)
-        pen.text((x + pad, y + height / 2), name, fill=colour, font=font, anchor="lm")
+
+        left, top = place
+        right, bottom = left + width, top + height
+        tags.append((left, top, right, bottom))
+        line_end = (
+            min(max(anchor[0], left), right),
+            bottom if anchor[1] > bottom else top,
+        )
+        if np.hypot(line_end[0] - anchor[0], line_end[1] - anchor[1]) > height:
+            line_start = (float(anchor[0]), float(anchor[1]))
+            pen.line([line_start, line_end], fill=box.color, width=max(1, font_size // 10))
+        pen.rounded_rectangle((left, top, right - 1, bottom - 1), padding, fill=RIM_COLOR)
+        text_place = (left + padding, top + height / 2)
+        pen.text(text_place, box.name, fill=box.color, font=font, anchor="lm")
+
+
+def _find_place(
+    canvas_size: tuple[int, int],
+    size: tuple[int, int],
+    anchor: Array,
+    centers: Sequence[Array],
+    tags: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int] | None:
+    """Find the left and top of a tag that is near its anchor and covers no other tag; None without
+    room.
+    """
+    width, height = size
+    left, top = np.meshgrid(
+        np.arange(0, canvas_size[0] - width + 1, TAG_STEP_PX),
+        np.arange(0, canvas_size[1] - height + 1, TAG_STEP_PX),
+    )
+    right = left + width
+    bottom = top + height
+    cost = np.hypot(left + width / 2 - anchor[0], bottom - anchor[1])
+    for x, y in centers:  # a little further away is better than on another object
+        covers_center = (left < x) & (x < right) & (top < y) & (y < bottom)
+        cost += 2 * height * covers_center
+    for tag_left, tag_top, tag_right, tag_bottom in tags:
+        overlaps = (left < tag_right) & (right > tag_left) & (top < tag_bottom) & (bottom > tag_top)
+        cost[overlaps] = np.inf
+    if not np.isfinite(cost).any():
+        return None
+    best = np.unravel_index(cost.argmin(), cost.shape)
+    return int(left[best]), int(top[best])

@@ -1,4 +1,4 @@
-"""Labels to look at: a page with a contact sheet and statistics, and a file for the Rerun viewer."""
+"""Show labels: a page with a contact sheet and statistics, and a file for the Rerun viewer."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,169 +20,248 @@ from spear.labels.questions.statistics import (
 )
 from spear.labels.questions.store import generate_label_questions, read_questions
 from spear.labels.store import read_labels
-from spear.report.draw import colors, draw_label
-from spear.report.page import render, spaced
-from spear.report.plot import histogram
+from spear.report.draw import draw_label, make_palette
+from spear.report.page import render, replace_underscores
+from spear.report.plot import draw_histogram
 from spear.tokens import CoordinateTokenizer
 from spear.types import LabeledImage, Question, Segments
 from spear.util.files import write_bytes, write_text
 from spear.util.images import decode_image, to_jpeg_data_uri
 
-WIDTH = 640
-"""Pixels across of a picture on the sheet, at least."""
-SHOWN_BINS = 64
-"""Bars of the chart of token use; each stands for as many neighbouring tokens."""
-MOST_POINTS = 60_000
-"""Points of a cloud that the Rerun file keeps."""
+QuestionsBySource = Mapping[str, Sequence[Question]]
+
+MIN_IMAGE_WIDTH_PX = 640  # of an image on the sheet
+NUM_TOKEN_BARS = 64  # of the chart of token use; each stands for several neighboring tokens
+NUM_HISTOGRAM_BARS = 40
+MAX_LISTED_NAMES = 20
+MAX_ANSWER_CHARS = 150
+MAX_CLOUD_POINTS = 60_000  # about; of a cloud in the Rerun file
+KEYPOINT_RADIUS = 4
 
 
-def label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
-    """Write one self-contained page about a folder of labels to the file `out`, whole or not at all.
+def write_label_page(folder: Path, shown: Sequence[LabeledImage], out: Path) -> None:
+    """Write one self-contained page about a folder of labels; the file is complete or not there.
 
-    folder  shards, and questions beside them if they were written; else those of seed 0 are made up.
-    shown   the labels on the contact sheet.
+    Args:
+        folder: the shards of labels. If questions were not written beside them, those of seed 0 are
+            generated.
+        shown: the labels on the contact sheet.
+        out: the HTML file.
 
-    Raises SpearError for no labels, or labels of several units.
+    Raises:
+        SpearError: the folder has no labels, or labels of several units.
     """
-    found = compute_statistics(read_labels(folder, pixels=False))
-    questions, written = _questions(folder)
-    families = Counter(q.family for some in questions.values() for q in some)
-    skipped = count_skip_reasons(folder)
-    names = Counter(
-        name for some in questions.values() for q in some for name in q.objects
-    ).most_common()
+    statistics = compute_statistics(read_labels(folder, pixels=False))
+    questions_by_source, are_written = _load_questions(folder)
+    num_by_family = Counter(
+        question.family for questions in questions_by_source.values() for question in questions
+    )
+    num_by_name = _count_asked_names(questions_by_source).most_common()
+    num_by_skip_reason = count_skip_reasons(folder)
+
+    questions_note = "" if are_written else ", none of them written yet"
+    facts = [
+        (f"{statistics.num_images:,}", "labelled images"),
+        (
+            f"{statistics.num_objects:,}",
+            f"objects, {statistics.num_boxes:,} with a 3D box, "
+            f"{statistics.num_askable:,} to ask about",
+        ),
+        (f"{num_by_family.total():,}", f"questions{questions_note}"),
+        (f"{num_by_skip_reason.total():,}", "images skipped"),
+    ]
+    family_rows = [
+        (replace_underscores(family), count) for family, count in _format_counts(num_by_family)
+    ]
     html = render(
         "labels.html",
         title=f"3D labels: {folder.resolve().name}",
-        facts=[
-            (f"{found.num_images:,}", "labelled images"),
-            (
-                f"{found.num_objects:,}",
-                f"objects, {found.num_boxes:,} with a 3D box, {found.num_askable:,} to ask about",
-            ),
-            (
-                f"{families.total():,}",
-                f"questions{'' if written else ', none of them written yet'}",
-            ),
-            (f"{skipped.total():,}", "images skipped"),
-        ],
-        found=found,
-        cards=[_card(label, questions[label.source]) for label in shown],
-        histograms=_histograms(found),
-        names=_rows(found.names)[:20],
-        reasons=_rows(found.reasons),
-        families=[(spaced(name), count) for name, count in _rows(families)],
-        most=names[:1],
-        least=names[-1:],
-        tokens=_tokens(questions),
-        skipped=_rows(skipped),
+        facts=facts,
+        statistics=statistics,
+        cards=[_make_card(label, questions_by_source[label.source]) for label in shown],
+        histograms=_draw_histograms(statistics),
+        names=_format_counts(statistics.names)[:MAX_LISTED_NAMES],
+        reasons=_format_counts(statistics.reasons),
+        families=family_rows,
+        most=num_by_name[:1],
+        least=num_by_name[-1:],
+        tokens=_summarize_token_use(questions_by_source),
+        skipped=_format_counts(num_by_skip_reason),
     )
     write_text(out, html)
 
 
-def say(answer: Segments, label: LabeledImage, width: int) -> str:
-    """An answer about `label`, in its unit, as a person reads it, in at most so many letters."""
-    return shorten(
-        format_answer(answer, label.unit, (label.width, label.height)), width, placeholder=" …"
-    )
+def format_answer_briefly(answer: Segments, label: LabeledImage, max_chars: int) -> str:
+    """Format an answer about a label, in the label's unit, in at most so many characters."""
+    text = format_answer(answer, label.unit, (label.width, label.height))
+    return shorten(text, max_chars, placeholder=" …")
 
 
-def _questions(folder: Path) -> tuple[Mapping[str, list[Question]], bool]:
-    """Source of an image -> the questions about it; and whether they were written, not made up."""
+def _load_questions(folder: Path) -> tuple[QuestionsBySource, bool]:
+    """Return the questions about each image, by its source; and whether they were written there."""
     questions: dict[str, list[Question]] = defaultdict(list)
     for source, question in read_questions(folder):
         questions[source].append(question)
-    written = bool(questions)
-    if not written:
-        for label in read_labels(folder, pixels=False):
-            questions[label.source] = generate_label_questions(label, seed=0)
-    return questions, written
+    if questions:
+        return questions, True
+    for label in read_labels(folder, pixels=False):
+        questions[label.source] = generate_label_questions(label, seed=0)
+    return questions, False
 
 
-def _card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
-    """An image with all that is known of it, what is asked about it, and the answers."""
-    why = zip(label.objects, find_exclusion_reasons(label), strict=True)
+def _count_asked_names(questions_by_source: QuestionsBySource) -> Counter[str]:
+    """Count how often each object's name is asked about."""
+    counts: Counter[str] = Counter()
+    for questions in questions_by_source.values():
+        for question in questions:
+            counts.update(question.objects)
+    return counts
+
+
+def _make_card(label: LabeledImage, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return an image with its labels, the questions about it and the answers, for the template."""
+    scale = max(1, round(MIN_IMAGE_WIDTH_PX / label.width))
+    answered = []
+    for question in questions:
+        answer = format_answer_briefly(question.segments, label, MAX_ANSWER_CHARS)
+        answered.append((question.prompt, answer))
+    excluded = []
+    for labeled_object, reasons in zip(label.objects, find_exclusion_reasons(label), strict=True):
+        if reasons:
+            excluded.append(f"{labeled_object.name} ({', '.join(reasons)})")
     return {
         "source": label.source,
-        "image": to_jpeg_data_uri(
-            draw_label(label, max(1, round(WIDTH / label.width)), masks=True)
-        ),
-        "questions": [(q.prompt, say(q.segments, label, 150)) for q in questions],
-        "left_out": [f"{o.name} ({', '.join(reasons)})" for o, reasons in why if reasons],
+        "image": to_jpeg_data_uri(draw_label(label, scale, masks=True)),
+        "questions": answered,
+        "excluded": excluded,
     }
 
 
-def _histograms(found: LabelStatistics) -> list[tuple[str, str]]:
-    unit = "m" if found.unit == "metre" else "the image's own unit"
-    spreads = {f"Distance from the camera ({unit})": found.distances}
-    spreads |= {f"Longest side of the box ({unit})": found.sizes}
-    spreads |= {f"Score: {name}": values for name, values in found.scores.items()}
-    counted = [
-        (title, *np.histogram(values, bins=40)) for title, values in spreads.items() if values
-    ]
-    return [(t, histogram(n.tolist(), f"{at[0]:.3g}", f"{at[-1]:.3g}")) for t, n, at in counted]
+def _draw_histograms(statistics: LabelStatistics) -> list[tuple[str, str]]:
+    """Draw titled histograms of the objects' distances, sizes and scores."""
+    unit = "m" if statistics.unit == "metre" else "the image's own unit"
+    values_by_title = {
+        f"Distance from the camera ({unit})": statistics.distances,
+        f"Longest side of the box ({unit})": statistics.sizes,
+    }
+    for name, scores in statistics.scores.items():
+        values_by_title[f"Score: {name}"] = scores
+
+    histograms = []
+    for title, values in values_by_title.items():
+        if values:
+            counts, edges = np.histogram(values, bins=NUM_HISTOGRAM_BARS)
+            chart = draw_histogram(counts.tolist(), f"{edges[0]:.3g}", f"{edges[-1]:.3g}")
+            histograms.append((title, chart))
+    return histograms
 
 
-def _rows(counts: Counter[str]) -> list[tuple[str, str]]:
-    return [(name, f"{n:,}") for name, n in counts.most_common()]
+def _format_counts(counts: Counter[str]) -> list[tuple[str, str]]:
+    return [(name, f"{count:,}") for name, count in counts.most_common()]
 
 
-def _tokens(questions: Mapping[str, Sequence[Question]]) -> dict[str, Any] | None:
-    """How often each 3D token, fitted to the answers about every other image, occurs in those about the rest;
-    None where these hold too few numbers to fit any."""
-    numbers = [[v for q in asked for v in q.values] for asked in questions.values()]
-    fitted = [v for image in numbers[::2] for v in image]
-    if len(set(fitted)) < 2:
+def _summarize_token_use(questions_by_source: QuestionsBySource) -> dict[str, Any] | None:
+    """Count how often each 3D token occurs in the answers.
+
+    The tokens are fitted to the answers about every other image and counted in the rest. Returns
+    None if there are too few numbers to fit.
+    """
+    numbers_by_image = []
+    for questions in questions_by_source.values():
+        numbers_by_image.append([number for question in questions for number in question.values])
+    fitted_numbers = [number for numbers in numbers_by_image[::2] for number in numbers]
+    counted_numbers = [number for numbers in numbers_by_image[1::2] for number in numbers]
+    if len(set(fitted_numbers)) < 2:
         return None
-    tokenizer = CoordinateTokenizer.fit(fitted)
-    use = compute_token_usage([v for image in numbers[1::2] for v in image], tokenizer)
-    grouped = [int(some.sum()) for some in np.array_split(np.array(use.counts), SHOWN_BINS)]
-    chart = histogram(grouped, "lowest", "highest")
-    return {"bins": tokenizer.num_bins, "use": use, "chart": chart, "numbers": sum(use.counts)}
+
+    tokenizer = CoordinateTokenizer.fit(fitted_numbers)
+    use = compute_token_usage(counted_numbers, tokenizer)
+    groups = np.array_split(np.array(use.counts), NUM_TOKEN_BARS)
+    chart = draw_histogram([int(group.sum()) for group in groups], "lowest", "highest")
+    return {
+        "bins": tokenizer.num_bins,
+        "use": use,
+        "chart": chart,
+        "numbers": sum(use.counts),
+    }
 
 
 def write_rerun(
     labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path
 ) -> None:
-    """Write `out` (.rrd), whole or not at all: pictures, boxes, key points and clouds, one step of the
-    timeline "image" per label.
+    """Write a file for the Rerun viewer (.rrd); it is complete or not there.
 
-    clouds  the point map of each label, or None where it is not at hand.
+    It contains images, boxes, keypoints and clouds, one step of the timeline "image" per label.
 
-    Raises SpearError where rerun-sdk is not installed, and for a file that cannot be written.
+    Args:
+        labels: what to show.
+        clouds: the point map of each label; None if it is not available.
+        out: the file.
+
+    Raises:
+        SpearError: rerun-sdk is not installed, or the file cannot be written.
     """
     rr = import_optional("rerun", "view", "the Rerun viewer")
     stream = rr.RecordingStream("spear labels")
-    held = stream.memory_recording()
+    memory = stream.memory_recording()
     stream.log("camera", rr.ViewCoordinates.RDF, static=True)
     for number, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
         stream.set_time("image", sequence=number)
-        size = [label.width, label.height]
-        stream.log("camera/image", rr.Pinhole(image_from_camera=label.intrinsics, resolution=size))
-        stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
-        stream.log("source", rr.TextDocument(label.source))
-        tinted = zip(label.objects, colors(len(label.objects)), strict=True)
-        boxed = [(o, o.box3d, c) for o, c in tinted if o.box3d is not None]
-        edges = [(box.vertices[list(pair)], o.name, c) for o, box, c in boxed for pair in BOX_EDGES]
-        points = [
-            (p, f"{o.name}: {kind}", c) for o, _, c in boxed for kind, p in o.keypoints.items()
-        ]
-        radii: Any = {"radii": rr.Radius.ui_points(4)}
-        drawn: Any = (
-            ("boxes", edges, rr.LineStrips3D, {}),
-            ("keypoints", points, rr.Points3D, radii),
-        )
-        for what, some, shape, look in drawn:
-            at, names, tints = zip(*some, strict=True) if some else ((), (), ())
-            stream.log(
-                f"camera/{what}", shape(at, labels=names, colors=tints, show_labels=False, **look)
-            )
-        if cloud is None:
-            stream.log("camera/points", rr.Clear(recursive=False))
-        else:
-            every = max(1, np.count_nonzero(cloud.mask) // MOST_POINTS)
-            colours = decode_image(label.image)[cloud.mask][::every]
-            stream.log(
-                "camera/points", rr.Points3D(cloud.points[cloud.mask][::every], colors=colours)
-            )
-    write_bytes(out, held.drain_as_bytes())
+        _log_image(rr, stream, label)
+        _log_boxes(rr, stream, label)
+        _log_keypoints(rr, stream, label)
+        _log_cloud(rr, stream, label, cloud)
+    write_bytes(out, memory.drain_as_bytes())
+
+
+def _log_image(rr: Any, stream: Any, label: LabeledImage) -> None:
+    camera = rr.Pinhole(image_from_camera=label.intrinsics, resolution=[label.width, label.height])
+    stream.log("camera/image", camera)
+    stream.log("camera/image", rr.EncodedImage(contents=label.image, media_type="image/jpeg"))
+    stream.log("source", rr.TextDocument(label.source))
+
+
+def _log_boxes(rr: Any, stream: Any, label: LabeledImage) -> None:
+    edges = []
+    names = []
+    colors = []
+    palette = make_palette(len(label.objects))
+    for labeled_object, color in zip(label.objects, palette, strict=True):
+        if labeled_object.box3d is not None:
+            for edge in BOX_EDGES:
+                edges.append(labeled_object.box3d.vertices[list(edge)])
+                names.append(labeled_object.name)
+                colors.append(color)
+    strips = rr.LineStrips3D(edges, labels=names, colors=colors, show_labels=False)
+    stream.log("camera/boxes", strips)
+
+
+def _log_keypoints(rr: Any, stream: Any, label: LabeledImage) -> None:
+    places = []
+    names = []
+    colors = []
+    palette = make_palette(len(label.objects))
+    for labeled_object, color in zip(label.objects, palette, strict=True):
+        if labeled_object.box3d is not None:
+            for kind, place in labeled_object.keypoints.items():
+                places.append(place)
+                names.append(f"{labeled_object.name}: {kind}")
+                colors.append(color)
+    points = rr.Points3D(
+        places,
+        labels=names,
+        colors=colors,
+        show_labels=False,
+        radii=rr.Radius.ui_points(KEYPOINT_RADIUS),
+    )
+    stream.log("camera/keypoints", points)
+
+
+def _log_cloud(rr: Any, stream: Any, label: LabeledImage, cloud: PointMapResult | None) -> None:
+    if cloud is None:
+        stream.log("camera/points", rr.Clear(recursive=False))
+        return
+    stride = max(1, np.count_nonzero(cloud.mask) // MAX_CLOUD_POINTS)
+    colors = decode_image(label.image)[cloud.mask][::stride]
+    points = rr.Points3D(cloud.points[cloud.mask][::stride], colors=colors)
+    stream.log("camera/points", points)

@@ -1,6 +1,7 @@
-"""Self-contained HTML pages from the templates beside this file: no script, no network, light or dark.
+"""Self-contained HTML pages from the templates beside this file: no script, no network, light or
+dark.
 
-Everything that an HTML template is given is escaped, unless it is `Markup`, which only templates make.
+HTML templates escape all of their values but `Markup`, which only templates make.
 """
 
 import functools
@@ -22,24 +23,24 @@ from spear.util.images import to_data_uri
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in the template of this name (without .j2). HTML is returned as `Markup`."""
+    """Fill in the template with this name, without .j2. HTML is returned as `Markup`."""
     return render_from(None, template, **values)
 
 
 def render_from(folder: Path | None, template: str, **values: Any) -> str:
-    """The same for a page that is not part of the package: the folder's templates come first."""
+    """Fill in a template as `render` does; a folder's templates come before the package's."""
     text = _environment(folder).get_template(f"{template}.j2").render(values)
     return Markup(text) if template.endswith(".html") else text
 
 
-def spaced(name: str) -> str:
-    """A name as people write it: put_on -> put on."""
+def replace_underscores(name: str) -> str:
+    """Return a name as people write it: put on for put_on."""
     return name.replace("_", " ")
 
 
 @functools.cache
 def _environment(folder: Path | None) -> Environment:
-    """The templates beside this file, after those of a folder."""
+    """Load the templates of this package, after those of a folder."""
     loaders: list[BaseLoader] = [PackageLoader("spear.report")]
     if folder is not None:
         loaders.insert(0, FileSystemLoader(folder))
@@ -50,6 +51,6 @@ def _environment(folder: Path | None) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"spaced": spaced, "data_uri": to_data_uri}
+    environment.filters |= {"spaced": replace_underscores, "data_uri": to_data_uri}
     environment.globals["part"] = environment.get_template("parts.html.j2").module
     return environment

@@ -1,11 +1,12 @@
 """The one plotter of all pages: line charts and histograms as SVG, bars with intervals as HTML.
 
-No script and no library: templates draw them, readable on light and dark.
+It needs no script and no library: templates draw the plots, readable on light and dark.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
+from typing import Any
 
 import numpy as np
 
@@ -13,25 +14,44 @@ from spear.evaluate.stats import Estimate
 from spear.report.page import render
 from spear.types import Array
 
-COLOURS = ("#3f86f5", "#e07b28", "#26a269", "#b05fd6", "#d8486b", "#8b8f98")
-XYZ = ("#d8486b", "#26a269", "#3f86f5")
+LINE_COLORS = ("#3f86f5", "#e07b28", "#26a269", "#b05fd6", "#d8486b", "#8b8f98")
+XYZ_COLORS = ("#d8486b", "#26a269", "#3f86f5")
 GREY = "#8b8f98"
+
+TOP_MARGIN_PX = 8
+RIGHT_MARGIN_PX = 14
+LEFT_MARGIN_PX = 40
+LEFT_MARGIN_WITH_TITLE_PX = 54
+BOTTOM_MARGIN_PX = 22
+BOTTOM_MARGIN_WITH_TITLE_PX = 38
+X_TICK_SPACING_PX = 60
+Y_TICK_SPACING_PX = 40
+MIN_DIFFERENCE_RANGE = 0.1  # of a plot of differences, on each side of zero
+
+Range = tuple[float, float]
+"""Where an axis begins and ends; the first is the larger one if the axis is reversed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line through the points (x, y).
+    """A line through points.
 
-    name    in the legend; "" keeps it out.
-    y       NaN leaves a gap.
-    low, high  the ends of a whisker at each point.
-    dots    marks the points; joined=False marks only these.
+    Attributes:
+        name: in the legend; "" leaves the line out of it.
+        x: of each point.
+        y: of each point; NaN leaves a gap.
+        color: in CSS; "" for the next one of `LINE_COLORS`.
+        low: the lower end of a whisker at each point.
+        high: its upper end.
+        dots: whether the points are marked.
+        joined: whether the points are joined by a line.
+        dashed: whether that line is dashed.
     """
 
     name: str
     x: Sequence[float] | Array
     y: Sequence[float] | Array
-    colour: str = ""
+    color: str = ""
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     dots: bool = False
@@ -43,12 +63,17 @@ class Line:
 class Axis:
     """One axis of a chart.
 
-    ends   where it begins and ends; by default, so that all lines fit.
-    ticks  (place, label) of each; by default round numbers, with `unit` behind them.
+    Attributes:
+        title: beside the axis.
+        ends: where it begins and ends; by default, so that all lines fit.
+        ticks: (place, label) of each; by default round numbers, followed by `unit`.
+        unit: of the ticks' labels.
+        log: whether the axis is logarithmic.
+        reverse: whether it runs to the left, or down.
     """
 
     title: str = ""
-    ends: tuple[float, float] | None = None
+    ends: Range | None = None
     ticks: Sequence[tuple[float, str]] | None = None
     unit: str = ""
     log: bool = False
@@ -57,7 +82,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar with its interval and, behind it, a text. style: "quiet", "theirs", "good", "bad" or "dot"."""
+    """A bar with its interval, followed by a text. style: "quiet", "theirs", "good", "bad" or
+    "dot".
+    """
 
     name: str
     value: float | None
@@ -67,7 +94,7 @@ class Bar:
     style: str = ""
 
 
-def chart(
+def draw_chart(
     lines: Sequence[Line],
     x: Axis = Axis(),
     y: Axis = Axis(),
@@ -75,151 +102,217 @@ def chart(
     size: tuple[int, int] = (360, 200),
     equal: bool = False,
 ) -> str:
-    """Lines over two axes, with a legend, `size` pixels large. equal: one unit is as long on both axes."""
-    left, right, top, bottom = (
-        (54 if y.title else 40),
-        size[0] - 14,
-        8,
-        size[1] - (38 if x.title else 22),
-    )
-    across = _ends(x, [line.x for line in lines])
-    up = _ends(
-        y, [*(line.y for line in lines), *(end for line in lines for end in (line.low, line.high))]
-    )
+    """Draw lines over two axes, with a legend.
+
+    Args:
+        lines: what to draw.
+        x: the horizontal axis.
+        y: the vertical axis.
+        title: above the chart.
+        size: width and height in pixels.
+        equal: whether one unit is as long on both axes, as on a map.
+
+    Returns:
+        HTML with an SVG.
+    """
+    # The box inside of the margins.
+    width, height = size
+    left = LEFT_MARGIN_WITH_TITLE_PX if y.title else LEFT_MARGIN_PX
+    right = width - RIGHT_MARGIN_PX
+    top = TOP_MARGIN_PX
+    bottom = height - (BOTTOM_MARGIN_WITH_TITLE_PX if x.title else BOTTOM_MARGIN_PX)
+
+    # The ranges of the axes.
+    x_range = _find_range(x, [line.x for line in lines])
+    y_values = [line.y for line in lines]
+    for line in lines:
+        y_values += [line.low, line.high]
+    y_range = _find_range(y, y_values)
     if equal:
-        scale = max(
-            abs(across[1] - across[0]) / (right - left), abs(up[1] - up[0]) / (bottom - top)
-        )
-        across, up = _widen(across, scale * (right - left)), _widen(up, scale * (bottom - top))
-    to_x, to_y = _scale(across, left, right, x.log), _scale(up, bottom, top, y.log)
-    drawn = []
+        x_units_per_px = abs(x_range[1] - x_range[0]) / (right - left)
+        y_units_per_px = abs(y_range[1] - y_range[0]) / (bottom - top)
+        units_per_px = max(x_units_per_px, y_units_per_px)
+        x_range = _widen(x_range, units_per_px * (right - left))
+        y_range = _widen(y_range, units_per_px * (bottom - top))
+
+    # Everything in pixels.
+    to_x = _make_scale(x_range, left, right, x.log)
+    to_y = _make_scale(y_range, bottom, top, y.log)
+    drawn_lines = []
     for index, line in enumerate(lines):
-        found = [
-            (to_x(a), to_y(b), f"{a:.3g}, {b:.3g}") for a, b in zip(line.x, line.y, strict=True)
-        ]
-        ends = zip(line.x if len(line.low) else (), line.low, line.high, strict=True)
-        drawn.append(
-            {
-                "line": line,
-                "colour": line.colour or COLOURS[index % len(COLOURS)],
-                "path": _path([(x, y) for x, y, _ in found]) if line.joined else "",
-                "dots": [
-                    dot
-                    for dot, b in zip(found, line.y, strict=True)
-                    if line.dots and np.isfinite(b)
-                ],
-                "whiskers": [(to_x(a), to_y(low), to_y(high)) for a, low, high in ends],
-            }
-        )
+        default_color = LINE_COLORS[index % len(LINE_COLORS)]
+        drawn_lines.append(_draw_line(line, default_color, to_x, to_y))
+    x_ticks = x.ticks or _choose_ticks(x_range, x, (right - left) // X_TICK_SPACING_PX)
+    y_ticks = y.ticks or _choose_ticks(y_range, y, (bottom - top) // Y_TICK_SPACING_PX)
+    has_zero_line = not y.log and y_range[0] < 0 < y_range[1]
     return render(
         "chart.html",
-        lines=drawn,
+        lines=drawn_lines,
         title=title,
         x_title=x.title,
         y_title=y.title,
         box=(left, right, top, bottom),
         size=size,
-        x_ticks=[
-            (to_x(v), label) for v, label in x.ticks or _ticks(across, x, (right - left) // 60)
-        ],
-        y_ticks=[(to_y(v), label) for v, label in y.ticks or _ticks(up, y, (bottom - top) // 40)],
-        zero=to_y(0) if not y.log and up[0] < 0 < up[1] else None,
+        x_ticks=[(to_x(place), label) for place, label in x_ticks],
+        y_ticks=[(to_y(place), label) for place, label in y_ticks],
+        zero=to_y(0) if has_zero_line else None,
     )
 
 
-def bars(
-    groups: Sequence[tuple[str, Sequence[Bar]]], ends: tuple[float, float] = (0.0, 1.0)
-) -> str:
-    """Groups of bars, each under its heading ("" for none), on a common axis; longer ones are cut off."""
-
-    def at(value: float) -> float:
-        return round(min(max(100 * (value - ends[0]) / (ends[1] - ends[0]), 0.0), 100.0), 1)
-
-    return render("bars.html", groups=groups, at=at, zero=at(0) if ends[0] < 0 else None)
-
-
-def rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
-    """Success rates. The first is the one that is judged, and stands out; the others are its references."""
-    return [
-        Bar(name, e.value, e.to_text(".0%"), e.low, e.high, "quiet" if i else "")
-        for i, (name, e) in enumerate(rates)
-    ]
-
-
-def differences(rows: Sequence[tuple[str, Estimate]]) -> str:
-    """Differences of rates, in points, as dots with their intervals on an axis whose middle is zero."""
-    reach = max(0.1, max(max(abs(e.low), abs(e.high)) for _, e in rows))
-    dots = [
-        Bar(
-            name,
-            e.value,
-            e.to_text("+.1f", 100),
-            e.low,
-            e.high,
-            "dot" if e.low <= 0 <= e.high else "sure dot",
-        )
-        for name, e in rows
-    ]
-    return bars([("", dots)], (-reach, reach))
+def _draw_line(
+    line: Line,
+    default_color: str,
+    to_x: Callable[[float], float],
+    to_y: Callable[[float], float],
+) -> dict[str, Any]:
+    """Return a line as the template draws it, in pixels."""
+    points = []
+    dots = []
+    for x, y in zip(line.x, line.y, strict=True):
+        point = (to_x(x), to_y(y))
+        points.append(point)
+        if line.dots and np.isfinite(y):
+            dots.append((*point, f"{x:.3g}, {y:.3g}"))
+    whiskers = []
+    if len(line.low):
+        for x, low, high in zip(line.x, line.low, line.high, strict=True):
+            whiskers.append((to_x(x), to_y(low), to_y(high)))
+    return {
+        "line": line,
+        "color": line.color or default_color,
+        "path": _make_path(points) if line.joined else "",
+        "dots": dots,
+        "whiskers": whiskers,
+    }
 
 
-def histogram(counts: Sequence[int], low: str, high: str) -> str:
-    """Counts as bars as wide as the page, between the names of the two ends."""
+def draw_bars(groups: Sequence[tuple[str, Sequence[Bar]]], ends: Range = (0.0, 1.0)) -> str:
+    """Draw groups of bars, each under its heading ("" for none), on a common axis.
+
+    Bars that are longer than the axis are cut off.
+    """
+
+    def to_percent(value: float) -> float:
+        share = (value - ends[0]) / (ends[1] - ends[0])
+        return round(min(max(100 * share, 0.0), 100.0), 1)
+
+    zero = to_percent(0) if ends[0] < 0 else None
+    return render("bars.html", groups=groups, at=to_percent, zero=zero)
+
+
+def make_rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
+    """Make bars of success rates.
+
+    The first one is judged and stands out; the others are baselines.
+    """
+    bars = []
+    for index, (name, rate) in enumerate(rates):
+        style = "quiet" if index else ""
+        bars.append(Bar(name, rate.value, rate.to_text(".0%"), rate.low, rate.high, style))
+    return bars
+
+
+def draw_differences(rows: Sequence[tuple[str, Estimate]]) -> str:
+    """Draw differences of rates, in points, as dots with intervals on an axis around zero."""
+    half_range = MIN_DIFFERENCE_RANGE
+    dots = []
+    for name, difference in rows:
+        low, high = difference.low, difference.high
+        half_range = max(half_range, abs(low), abs(high))
+        style = "dot" if low <= 0 <= high else "sure dot"
+        text = difference.to_text("+.1f", 100)
+        dots.append(Bar(name, difference.value, text, low, high, style))
+    return draw_bars([("", dots)], (-half_range, half_range))
+
+
+def draw_histogram(counts: Sequence[int], low: str, high: str) -> str:
+    """Draw counts as bars, as wide as the page, with names at the two ends."""
     return render("histogram.html", counts=counts, most=max(*counts, 1), low=low, high=high)
 
 
-def _ends(axis: Axis, values: Sequence[Sequence[float] | Array]) -> tuple[float, float]:
-    """Where an axis begins and ends: around all finite values, with some air."""
+def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
+    """Find where an axis begins and ends: around all finite values, with some space."""
     if axis.ends is not None:
         return axis.ends
-    every = np.concatenate([np.ravel(v).astype(float) for v in values])
-    finite = every[np.isfinite(every) & ((every > 0) | (not axis.log))]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.1, 1.0)
+    flat = np.concatenate([np.ravel(part).astype(float) for part in values])
+    is_shown = np.isfinite(flat)
+    if axis.log:
+        is_shown &= flat > 0
+    shown = flat[is_shown]
+    low, high = 0.1, 1.0
+    if len(shown):
+        low = float(shown.min())
+        high = float(shown.max())
+
     if axis.log:
         return low / 1.2, high * 1.2
-    flat = high - low <= 1e-6 * max(abs(low), abs(high))
-    air = max(abs(high), 1.0) * 0.1 if flat else 0.07 * (high - low)
-    return (high + air, low - air) if axis.reverse else (low - air, high + air)
+    is_flat = high - low <= 1e-6 * max(abs(low), abs(high))
+    space = max(abs(high), 1.0) * 0.1 if is_flat else 0.07 * (high - low)
+    if axis.reverse:
+        return high + space, low - space
+    return low - space, high + space
 
 
-def _widen(ends: tuple[float, float], span: float) -> tuple[float, float]:
-    middle, half = (ends[0] + ends[1]) / 2, span / 2 if ends[1] > ends[0] else -span / 2
+def _widen(ends: Range, span: float) -> Range:
+    """Return a range of this span around the same middle, in the same direction."""
+    middle = (ends[0] + ends[1]) / 2
+    half = span / 2 if ends[1] > ends[0] else -span / 2
     return middle - half, middle + half
 
 
-def _scale(
-    ends: tuple[float, float], start: float, stop: float, log: bool
+def _make_scale(
+    ends: Range, start_px: float, stop_px: float, is_log: bool
 ) -> Callable[[float], float]:
-    """From a value to its pixel; values beyond the ends lie on them."""
-    low, high = (log10(ends[0]), log10(ends[1])) if log else ends
+    """Return the function from a value to its pixel; values beyond the ends lie on them."""
+    low, high = ends
+    if is_log:
+        low, high = log10(low), log10(high)
 
-    def place(value: float) -> float:
-        share = ((log10(max(value, 1e-12)) if log else value) - low) / (high - low)
-        return round(start + min(max(share, 0.0), 1.0) * (stop - start), 1)  # NaN stays NaN
+    def to_px(value: float) -> float:
+        position = log10(max(value, 1e-12)) if is_log else value
+        share = (position - low) / (high - low)
+        return round(
+            start_px + min(max(share, 0.0), 1.0) * (stop_px - start_px), 1
+        )  # NaN stays NaN
 
-    return place
-
-
-def _path(at: Sequence[tuple[float, float]]) -> str:
-    """An SVG path, broken where a point is not finite."""
-    out, pen = [], False
-    for a, b in at:
-        known = bool(np.isfinite([a, b]).all())
-        out.append(f"{'L' if pen else 'M'}{a:g} {b:g}" if known else "")
-        pen = known
-    return "".join(out)
+    return to_px
 
 
-def _ticks(ends: tuple[float, float], axis: Axis, about: int) -> list[tuple[float, str]]:
+def _make_path(points: Sequence[tuple[float, float]]) -> str:
+    """Return an SVG path, broken where a point is not finite."""
+    path = ""
+    is_pen_down = False
+    for x, y in points:
+        is_finite = bool(np.isfinite([x, y]).all())
+        if is_finite:
+            path += f"{'L' if is_pen_down else 'M'}{x:g} {y:g}"
+        is_pen_down = is_finite
+    return path
+
+
+def _choose_ticks(ends: Range, axis: Axis, max_ticks: int) -> list[tuple[float, str]]:
+    """Choose round numbers within a range, and label them."""
     low, high = sorted(ends)
-    if axis.log:
-        powers = range(floor(log10(low)), floor(log10(high)) + 1)
-        places = [
-            v for p in powers for v in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if low <= v <= high
-        ]
-    else:
-        about = max(about, 5)  # two ticks at least
-        step = 10.0 ** floor(log10((high - low) / about))
-        step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= about)
-        places = [i * step for i in range(ceil(low / step), floor(high / step + 1e-9) + 1)]
-    return [(v, f"{v:g}{axis.unit}") for v in places]
+    places = _log_ticks(low, high) if axis.log else _linear_ticks(low, high, max_ticks)
+    return [(place, f"{place:g}{axis.unit}") for place in places]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    places = []
+    for power in range(floor(log10(low)), floor(log10(high)) + 1):
+        for place in (10.0**power, 2 * 10.0**power, 5 * 10.0**power):
+            if low <= place <= high:
+                places.append(place)
+    return places
+
+
+def _linear_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+    max_ticks = max(max_ticks, 5)  # two ticks at least
+    step = 10.0 ** floor(log10((high - low) / max_ticks))
+    for factor in (1, 2, 5, 10):
+        if (high - low) / (factor * step) <= max_ticks:
+            step *= factor
+            break
+    first = ceil(low / step)
+    last = floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]

@@ -1,131 +1,192 @@
-"""What a SPEAR-VLM knows in 3D, as a page: tables, calibration plots, its best and worst answers drawn."""
+"""A page about what a SPEAR-VLM knows in 3D: tables, calibration plots, best and worst answers
+drawn.
+"""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from spear.evaluate.vqa.calibration import CURVE_LEVELS
 from spear.evaluate.vqa.measures import MEASURES
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores
-from spear.report.draw import PREDICTION, TRUTH, draw_answers
-from spear.report.labels import say
-from spear.report.page import render, spaced
-from spear.report.plot import GREY, Axis, Line, chart
+from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR, draw_answers
+from spear.report.labels import format_answer_briefly
+from spear.report.page import render, replace_underscores
+from spear.report.plot import GREY, Axis, Line, draw_chart
 from spear.util.images import decode_image, to_jpeg_data_uri
 
-WIDTH = 576
-"""Pixels across of a drawing, at least."""
-SHOWN = 6
-"""Drawings of each kind."""
+Figure = tuple[str, str]
+"""An image as a data URI, and its caption."""
+
+MIN_FIGURE_WIDTH_PX = 576
+NUM_FIGURES_BY_FAMILY = {"box_vertices": 6, "keypoint": 3, "back_projection": 3}
+"""Question type → how many of its answers are drawn of each kind: worst, median, best."""
+CAPTION_MEASURES = ("error", "pixels", "relative")
+NUM_ANSWERS_IN_WORDS = 4  # of each question type
+MAX_ANSWER_CHARS = 64
+CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 
-def vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
-    """One self-contained document about an evaluation of `checkpoint` on `questions`."""
-    drawn = [("box_vertices", SHOWN), ("keypoint", 3), ("back_projection", 3)]
+class _Fact(NamedTuple):
+    """A large number at the top of the page: a measure of a question type, and what it is."""
+
+    family: str
+    measure: str
+    description: str
+
+
+FACTS = (
+    _Fact("box_vertices", "error", "median error of a box's centre"),
+    _Fact("box_vertices", "relative", "of the distance, median error of a box's centre"),
+    _Fact("box_vertices", "iou_25", "of the boxes overlap the truth by IoU 0.25 or more"),
+    _Fact("distance", "relative", "median error of a distance"),
+    _Fact("chain_of_thought", "closer", "of the time it names the closer of two"),
+)
+
+
+def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
+    """Make one self-contained page about an evaluation of `checkpoint` on `questions`."""
+    drawn = []
+    for family, num_figures in NUM_FIGURES_BY_FAMILY.items():
+        if family in scores.families:
+            drawn.append((family, _draw_extremes(scores, family, num_figures)))
     return render(
         "vqa.html",
         title=f"3D questions: {checkpoint}",
-        facts=_facts(scores),
+        facts=_list_facts(scores),
         scores=scores,
         checkpoint=checkpoint,
         questions=questions,
-        drawn=[
-            (family, _extremes(scores, family, n))
-            for family, n in drawn
-            if family in scores.families
-        ],
-        charts=_calibration(scores) if scores.calibration else [],
-        in_words=_in_words(scores),
+        drawn=drawn,
+        charts=_draw_calibration(scores) if scores.calibration else [],
+        in_words=_list_answers(scores),
     )
 
 
-def figure(asked: AnsweredQuestion) -> tuple[str, str]:
-    """The answer (orange) and the truth (green) on the image, as a data URI; and the caption: the question,
-    and how far off the answer is. What lies behind the camera, or has no place in the image, is left out."""
-    label, measures = asked.label, asked.measures
-    answers = [(asked.question.segments, TRUTH), (asked.answer, PREDICTION)]
-    image, scale = decode_image(label.image, label.source), max(1, round(WIDTH / label.width))
-    drawn = to_jpeg_data_uri(draw_answers(image, label.intrinsics, answers, scale))
-    words = [
-        MEASURES[n].to_text(measures[n]) for n in ("error", "pixels", "relative") if n in measures
-    ]
-    if "iou" in measures:
-        words.append(f"IoU {measures['iou']:.2f}")
-    off = f"off by {', '.join(words)}" if words else "broken"
-    return drawn, f"{asked.question.prompt} — {off}"
+def draw_figure(asked: AnsweredQuestion) -> Figure:
+    """Draw an answer (orange) and the truth (green) on the image.
+
+    What lies behind the camera, or has no place in the image, is not drawn. The caption is the
+    question, and how far off the answer is.
+    """
+    label = asked.label
+    image = decode_image(label.image, label.source)
+    scale = max(1, round(MIN_FIGURE_WIDTH_PX / label.width))
+    answers = [(asked.question.segments, TRUTH_COLOR), (asked.answer, PREDICTION_COLOR)]
+    drawing = to_jpeg_data_uri(draw_answers(image, label.intrinsics, answers, scale))
+
+    errors = []
+    for name in CAPTION_MEASURES:
+        if name in asked.measures:
+            errors.append(MEASURES[name].to_text(asked.measures[name]))
+    if "iou" in asked.measures:
+        errors.append(f"IoU {asked.measures['iou']:.2f}")
+    verdict = f"off by {', '.join(errors)}" if errors else "broken"
+    return drawing, f"{asked.question.prompt} — {verdict}"
 
 
-def _facts(scores: Scores) -> list[tuple[str, str]]:
+def _list_facts(scores: Scores) -> list[tuple[str, str]]:
     facts = []
-    for family, name, what in (
-        ("box_vertices", "error", "median error of a box's centre"),
-        ("box_vertices", "relative", "of the distance, median error of a box's centre"),
-        ("box_vertices", "iou_25", "of the boxes overlap the truth by IoU 0.25 or more"),
-        ("distance", "relative", "median error of a distance"),
-        ("chain_of_thought", "closer", "of the time it names the closer of two"),
-    ):
-        if (s := scores.families.get(family)) and name in s.measures:
-            m = MEASURES[name]
-            guess = (
-                f"; a constant guess: {m.to_text(s.constant[name])}" if name in s.constant else ""
-            )
-            facts.append((m.to_text(s.measures[name].value), what + guess))
+    for fact in FACTS:
+        score = scores.families.get(fact.family)
+        if score is None or fact.measure not in score.measures:
+            continue
+        measure = MEASURES[fact.measure]
+        description = fact.description
+        if fact.measure in score.constant:
+            constant_guess = measure.to_text(score.constant[fact.measure])
+            description += f"; a constant guess: {constant_guess}"
+        facts.append((measure.to_text(score.measures[fact.measure].value), description))
     return facts
 
 
-def _ranked(scores: Scores, family: str) -> list[AnsweredQuestion]:
-    """The answers of a family that have an error, the best first."""
-    rows = [a for a in scores.answers if a.question.family == family and "relative" in a.measures]
-    return sorted(rows, key=lambda a: a.measures["relative"])
+def _rank_answers(scores: Scores, family: str) -> list[AnsweredQuestion]:
+    """Return the answers of a question type that have an error, the best first."""
+    answers = []
+    for answer in scores.answers:
+        if answer.question.family == family and "relative" in answer.measures:
+            answers.append(answer)
+    return sorted(answers, key=lambda answer: answer.measures["relative"])
 
 
-def _extremes(scores: Scores, family: str, shown: int) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The worst, those around the median and the best, by relative error, each about another object."""
-    ranked = _ranked(scores, family)
-    middle = max(0, len(ranked) // 2 - shown // 2)
-    kinds, seen = [], set()
-    for title, some in (
-        ("Worst", ranked[::-1]),
-        ("Around the median", ranked[middle:]),
-        ("Best", ranked),
-    ):
-        chosen: list[tuple[str, str]] = []
-        for a in some:
-            if len(chosen) < shown and (a.image, a.question.objects) not in seen:
-                seen.add((a.image, a.question.objects))
-                chosen.append(figure(a))
-        if chosen:
-            kinds.append((title, chosen))
-    return kinds
+def _draw_extremes(scores: Scores, family: str, num_figures: int) -> list[tuple[str, list[Figure]]]:
+    """Draw the worst answers, those around the median and the best, each about another object."""
+    ranked = _rank_answers(scores, family)
+    first_median = max(0, len(ranked) // 2 - num_figures // 2)
+    candidates_by_title: dict[str, Sequence[AnsweredQuestion]] = {
+        "Worst": ranked[::-1],
+        "Around the median": ranked[first_median:],
+        "Best": ranked,
+    }
+    figures_by_title = []
+    drawn_objects = set()
+    for title, candidates in candidates_by_title.items():
+        figures: list[Figure] = []
+        for answer in candidates:
+            objects = (answer.image, answer.question.objects)
+            if len(figures) < num_figures and objects not in drawn_objects:
+                drawn_objects.add(objects)
+                figures.append(draw_figure(answer))
+        if figures:
+            figures_by_title.append((title, figures))
+    return figures_by_title
 
 
-def _calibration(scores: Scores) -> list[str]:
-    """How often the truth lies in the central intervals, and errors over predicted spreads."""
-    found, levels = scores.calibration.items(), 100 * np.array(CURVE_LEVELS)
-    covered = [Line(spaced(family), levels, 100 * np.array(c.curve)) for family, c in found]
-    bands = [
-        Line(spaced(family), [b.spread for b in c.bands], [b.error for b in c.bands], dots=True)
-        for family, c in found
-    ]
-    values = [v for line in bands for v in (*line.x, *line.y) if v > 0 and np.isfinite(v)]
-    ends = (min(values) / 1.2, max(values) * 1.2) if values else (0.1, 10.0)
-    share = Axis("central interval", (0.0, 100.0), unit=" %")
-    spread = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
-    covered.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
-    bands.append(Line("", ends, ends, GREY, dashed=True))
-    plots = ((covered, share, "truths in it"), (bands, spread, "error, of the distance"))
-    return [chart(y, x, replace(x, title=t), size=(460, 340)) for y, x, t in plots]
+def _draw_calibration(scores: Scores) -> list[str]:
+    """Draw how often the truth lies in the central intervals, and errors over predicted spreads."""
+    return [_draw_coverage(scores), _draw_spreads(scores)]
 
 
-def _in_words(scores: Scores) -> list[list[str]]:
-    """A few answers of every family as they would be read out: evenly spread from the best to the worst."""
+def _draw_coverage(scores: Scores) -> str:
+    levels = 100 * np.array(CURVE_LEVELS)
+    lines = []
+    for family, calibration in scores.calibration.items():
+        coverage = 100 * np.array(calibration.curve)
+        lines.append(Line(replace_underscores(family), levels, coverage))
+    lines.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
+
+    axis = Axis("central interval", (0.0, 100.0), unit=" %")
+    return draw_chart(
+        lines, axis, replace(axis, title="truths in it"), size=CALIBRATION_CHART_SIZE_PX
+    )
+
+
+def _draw_spreads(scores: Scores) -> str:
+    lines = []
+    positive_values = []
+    for family, calibration in scores.calibration.items():
+        spreads = [band.spread for band in calibration.bands]
+        errors = [band.error for band in calibration.bands]
+        lines.append(Line(replace_underscores(family), spreads, errors, dots=True))
+        for value in (*spreads, *errors):
+            if value > 0 and np.isfinite(value):
+                positive_values.append(value)
+    ends = (0.1, 10.0)
+    if positive_values:
+        ends = (min(positive_values) / 1.2, max(positive_values) * 1.2)
+    lines.append(Line("", ends, ends, GREY, dashed=True))
+
+    axis = Axis("predicted spread, of the distance", ends, unit=" %", log=True)
+    return draw_chart(
+        lines, axis, replace(axis, title="error, of the distance"), size=CALIBRATION_CHART_SIZE_PX
+    )
+
+
+def _list_answers(scores: Scores) -> list[list[str]]:
+    """List a few answers of every question type in words, spread from the best to the worst."""
     rows = []
     for family in scores.families:
-        some = _ranked(scores, family)
-        for i in (
-            np.unique(np.linspace(0, len(some) - 1, min(4, len(some))).astype(int)) if some else ()
-        ):
-            a = some[i]
-            truth, answer = (say(said, a.label, 64) for said in (a.question.segments, a.answer))
-            rows.append([a.question.prompt, truth, answer, f"{a.measures['relative']:.1f} %"])
+        ranked = _rank_answers(scores, family)
+        if not ranked:
+            continue
+        num_shown = min(NUM_ANSWERS_IN_WORDS, len(ranked))
+        for index in np.unique(np.linspace(0, len(ranked) - 1, num_shown).astype(int)):
+            answered = ranked[index]
+            question = answered.question
+            truth = format_answer_briefly(question.segments, answered.label, MAX_ANSWER_CHARS)
+            answer = format_answer_briefly(answered.answer, answered.label, MAX_ANSWER_CHARS)
+            error = f"{answered.measures['relative']:.1f} %"
+            rows.append([question.prompt, truth, answer, error])
     return rows

@@ -35,8 +35,8 @@ from spear.labels.inputs import hash_content
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
-from spear.report.draw import PREDICTION, TRUTH
-from spear.report.vqa import figure, vqa_page
+from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR
+from spear.report.vqa import draw_figure, make_vqa_page
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, LabeledImage, Pixel, Question, Unit
 from spear.util.images import decode_image
@@ -256,12 +256,12 @@ def test_readings_are_compared_and_the_page_is_whole(monkeypatch: pytest.MonkeyP
             scores.families[family].measures["relative"].value
         )
         assert readings.best in readings.error and abs(readings.gain["mean"].value) < 0.5
-    uri, _ = figure(next(a for a in scores.answers if a.question.family == "box_vertices"))
+    uri, _ = draw_figure(next(a for a in scores.answers if a.question.family == "box_vertices"))
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
     assert picture.shape == (420, 560, 3)
-    for colour in (TRUTH, PREDICTION):
+    for colour in (TRUTH_COLOR, PREDICTION_COLOR):
         assert (np.abs(picture.astype(int) - colour).sum(-1) < 20).sum() > 50
-    page = vqa_page(scores, "model <1>", "labels")
+    page = make_vqa_page(scores, "model <1>", "labels")
     assert page.count("<svg") == 2 and "model &lt;1&gt;" in page and "<script" not in page
     assert page.count("<img") == page.count("data:image/jpeg;base64,") > 10
     assert all(
