@@ -97,7 +97,8 @@ def sample_by_reference(
     steps: int,
     committed: flow.CommittedPrefix | None = None,
 ) -> torch.Tensor:
-    """Sample actions step by step through the network as it is trained, with nothing precomputed."""
+    """Sample actions step by step through the network as it is trained, with nothing
+    precomputed."""
     prefix_inputs = {name: value for name, value in inputs.items() if name != "state"}
     with torch.no_grad():
         prefix = model.encode_prefix(**prefix_inputs)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and a folder holds one thing."""
+"""Files appear completely or not at all, and a folder contains one thing."""
 
 import errno
 import os
@@ -11,41 +11,62 @@ from spear.util.files import check_new_folder, write_bytes
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")]
+    ("error_number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "folder")]
 )
 def test_a_file_that_cannot_be_written_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_number: int, message: str
 ) -> None:
-    def stop(path: Path, data: bytes) -> int:
+    def fail_halfway(path: Path, data: bytes) -> int:
         path.touch()
-        raise OSError(number, os.strerror(number))
+        raise OSError(error_number, os.strerror(error_number))
 
-    write_bytes(path := tmp_path / "picture.png", b"old")
-    monkeypatch.setattr(Path, "write_bytes", stop)
-    refuses(rf"picture\.png: .*{words}", write_bytes, path, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("picture.png", b"old")]
+    path = tmp_path / "picture.png"
+    write_bytes(path, b"old")
+    monkeypatch.setattr(Path, "write_bytes", fail_halfway)
+
+    refuses(rf"picture\.png: .*{message}", write_bytes, path, b"new")
+
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
 
 
-def test_links_devices_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
-    for target in (tmp_path / "page", Path("/dev/null")):
-        (link := tmp_path / f"to-{target.name}").symlink_to(target)
-        write_bytes(link, b"old")
-        write_bytes(link, b"new")
-        assert link.is_symlink() and link.read_bytes() == (b"new" if target.is_file() else b"")
+def test_a_link_stays_a_link_to_the_written_file(tmp_path: Path) -> None:
+    link = tmp_path / "to-page"
+    link.symlink_to(tmp_path / "page")
+
+    write_bytes(link, b"old")
+    write_bytes(link, b"new")
+
+    assert link.is_symlink()
+    assert (tmp_path / "page").read_bytes() == b"new"
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    link = tmp_path / "to-null"
+    link.symlink_to("/dev/null")
+
+    write_bytes(link, b"new")
+
+    assert link.is_symlink()
+    assert link.read_bytes() == b""
 
 
 @pytest.mark.parametrize("name", ["page.html", "folder/page.html"])
-def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
-    taken = tmp_path / "results"
-    taken.touch()
-    refuses(rf"^{taken}: .*not a folder", write_bytes, taken / name, b"new")
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "results"
+    file.touch()
+
+    refuses(rf"^{file}: .*not a folder", write_bytes, file / name, b"new")
 
 
-def test_the_folder_that_one_is_in_is_no_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_the_current_folder_is_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in (Path(), tmp_path):
-        refuses("folder that you are in", check_new_folder, folder)
-        refuses("cannot be written", write_bytes, folder, b"new")
+    folder = Path() if is_relative else tmp_path
+
+    refuses("folder that you are in", check_new_folder, folder)
+    refuses("cannot be written", write_bytes, folder, b"new")
+
     assert list(tmp_path.iterdir()) == []

@@ -7,38 +7,47 @@ from pathlib import Path
 
 import pytest
 
+IMPORTS = """
+import os, signal, time
+from spear.util.processes import open_worker_pool
+"""
+MAIN_GUARD = 'if __name__ == "__main__":'
 
-def run(folder: Path, *lines: str) -> str:
-    """What a script with a module `loaded` beside it says on stderr."""
-    head = "import os, signal, time", "from spear.util.processes import open_worker_pool"
-    (folder / "script.py").write_text("\n".join((*head, *lines)))
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-    command, how = (
-        [sys.executable, str(folder / "script.py")],
-        {"env": env, "start_new_session": True},
+
+def run_script(folder: Path, script: str) -> str:
+    """Run a script that can import the modules of its folder; what it prints on stderr."""
+    path = folder / "script.py"
+    path.write_text(IMPORTS + script)
+    module_paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    finished = subprocess.run(
+        [sys.executable, str(path)],
+        env={**os.environ, "PYTHONPATH": module_paths},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        start_new_session=True,
     )
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, **how
-    ).stderr
+    return finished.stderr
 
 
 @pytest.mark.parametrize(
-    ("guard", "said"), [("if True:", "__main__"), ('if __name__ == "__main__":', "out of memory")]
+    ("guard", "message"), [("if True:", "__main__"), (MAIN_GUARD, "out of memory")]
 )
-def test_a_script_that_its_workers_would_run_again_is_told_so(
-    guard: str, said: str, tmp_path: Path
+def test_a_script_without_a_main_guard_is_told_of_it(
+    guard: str, message: str, tmp_path: Path
 ) -> None:
-    work = (
-        "    with open_worker_pool(1, 'spear.errors', '') as made:",
-        "        made.submit(os._exit, 1).result()",
-    )
-    assert said in run(tmp_path, guard, *work).splitlines()[-1]
+    script = f"""
+{guard}
+    with open_worker_pool(1, 'spear.errors', '') as pool:
+        pool.submit(os._exit, 1).result()
+"""
+
+    assert message in run_script(tmp_path, script).splitlines()[-1]
 
 
-LOADED = """import os, signal, time
+INTERRUPTS_AND_WAITS_FOR_ITS_PARENT = """
+import os, signal, time
 parent = os.getppid()
 os.killpg(0, signal.SIGINT)
 while os.getppid() == parent:
@@ -46,18 +55,20 @@ while os.getppid() == parent:
 """
 
 
-@pytest.mark.parametrize("loaded", [LOADED, ""])
-def test_an_interrupt_is_for_one_process_alone_and_waits_for_no_worker(
-    loaded: str, tmp_path: Path
+@pytest.mark.parametrize(
+    "preloaded", [INTERRUPTS_AND_WAITS_FOR_ITS_PARENT, ""], ids=["while starting", "while working"]
+)
+def test_only_the_parent_reports_an_interrupt_and_it_waits_for_no_worker(
+    preloaded: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "loaded.py").write_text(loaded)
-    heard = (
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)"  # where it is ignored too
-    )
-    begin = (
-        'if __name__ == "__main__":',
-        heard,
-        "    with open_worker_pool(1, 'loaded', '') as made:",
-    )
-    work = "        made.submit(time.sleep, 600)", "        raise KeyboardInterrupt"
-    assert run(tmp_path, *begin, *work).count("Traceback") == 1
+    (tmp_path / "preloaded.py").write_text(preloaded)
+    # The first line makes Ctrl-C work even where the test's own process ignores it.
+    script = f"""
+{MAIN_GUARD}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open_worker_pool(1, 'preloaded', '') as pool:
+        pool.submit(time.sleep, 600)
+        raise KeyboardInterrupt
+"""
+
+    assert run_script(tmp_path, script).count("Traceback") == 1

@@ -1,4 +1,4 @@
-"""What long work says while it runs: lines in a log, a bar in a terminal."""
+"""Progress of long work in a log."""
 
 import pytest
 
@@ -6,17 +6,30 @@ from spear.util import progress
 from spear.util.progress import ProgressBar, track_progress
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def clock_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test can advance by adding to its only element."""
+    clock_s = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock_s[0])
+    return clock_s
+
+
+@pytest.mark.usefixtures("clock_s")
+def test_short_work_has_no_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    items = list(track_progress("abc", ProgressBar("reading", 3)))
+
+    assert items == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+
+def test_long_work_has_a_line_every_30_seconds_and_one_at_its_end(
+    capsys: pytest.CaptureFixture[str], clock_s: list[float]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: sum(now))
-    assert list(track_progress("abc", ProgressBar("reading", 3))) == ["a", "b", "c"]
-    assert capsys.readouterr().err == ""  # short work
     with ProgressBar("recording", 7300, "episodes", num_done_before=100) as bar:
         for done in range(101, 150):
-            now.append(1)
+            clock_s[0] += 1
             bar.update(done, "3 failed")
+
     assert capsys.readouterr().err.splitlines() == [
         "recording: 131 of 7,300 episodes, 1.0 episodes/s, 1:59:29 left, 3 failed",
         "recording: 149 of 7,300 episodes, 1.0 episodes/s, 1:59:11 left, 3 failed",

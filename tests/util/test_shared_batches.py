@@ -1,4 +1,5 @@
-"""Batches in memory that two processes have: what comes out is what went in, for as long as it is held."""
+"""Batches in memory that two processes share: they come out as they went in, as long as they are
+held."""
 
 import gc
 import resource
@@ -28,61 +29,81 @@ BATCH: dict[str, Any] = {
 }
 
 
-def test_a_batch_put_by_a_fork_is_taken_as_it_was() -> None:
-    slots, there = SharedBatchSlots(2, 1), SharedBatchSlots(2, 1)
-    handed = there.put(BATCH, 1)  # where things lie is the same in every process
-    assert isinstance(handed, SlottedBatch)
+def put_in_slot(slots: SharedBatchSlots, worker: int = 0) -> SlottedBatch:
+    slotted = slots.put(BATCH, worker)
+    assert isinstance(slotted, SlottedBatch)
+    return slotted
+
+
+def put_by_a_fork_and_take() -> dict[str, Any]:
+    slots = SharedBatchSlots(2, 1)
     run_in_process(0, slots.put, BATCH, 1)
-    found = slots.take(handed)
-    (ours, like), (given, likewise) = tree_flatten(found), tree_flatten(BATCH)
-    assert like == likewise  # the same kinds, with keys in the same order
-    for a, b in zip(ours, given, strict=True):
-        assert type(a) is type(b)
-        if isinstance(a, torch.Tensor):
-            assert a.dtype == b.dtype and torch.equal(a, b)
+    # Tensors have the same locations in every process, so other slots say where they are.
+    return slots.take(put_in_slot(SharedBatchSlots(2, 1), worker=1))
+
+
+def test_a_batch_put_by_a_fork_is_taken_unchanged() -> None:
+    taken, structure = tree_flatten(put_by_a_fork_and_take())
+
+    expected, expected_structure = tree_flatten(BATCH)
+    assert structure == expected_structure  # keys are in the same order, too
+    for leaf, expected_leaf in zip(taken, expected, strict=True):
+        assert type(leaf) is type(expected_leaf)
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.dtype == expected_leaf.dtype
+            assert torch.equal(leaf, expected_leaf)
         else:
-            assert a == b
-    assert found["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
+            assert leaf == expected_leaf
+
+
+def test_strides_of_tensors_are_kept() -> None:
+    taken = put_by_a_fork_and_take()
+
+    assert taken["pixels"]["external"].stride() == BATCH["pixels"]["external"].stride()
 
 
 def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone() -> None:
     slots = SharedBatchSlots(1, 1)
-    handed = slots.put(BATCH, 0)
-    assert isinstance(handed, SlottedBatch)
-    found = slots.take(handed)
-    view = found["pixels"]["external"][1:].flatten()[3:].view(3, -1)
-    kept = found["state"][:, 0]
-    before = kept.clone()
-    del found
-    assert slots.put(BATCH, 0) is BATCH  # none is free: it comes as it is
-    del view
-    assert slots.put(BATCH, 0) is BATCH and torch.equal(kept, before)
-    del kept
+    batch = slots.take(put_in_slot(slots))
+    view_of_pixels = batch["pixels"]["external"][1:].flatten()[3:].view(3, -1)
+    view_of_state = batch["state"][:, 0]
+    state_before = view_of_state.clone()
+
+    del batch
+    assert slots.put(BATCH, 0) is BATCH  # no slot is free, so it is returned as it is
+    del view_of_pixels
+    assert slots.put(BATCH, 0) is BATCH
+    assert torch.equal(view_of_state, state_before)
+    del view_of_state
     gc.collect()
     assert isinstance(slots.put(BATCH, 0), SlottedBatch)
 
 
-def test_what_no_slot_has_memory_for_comes_as_it_is() -> None:
+def test_a_batch_larger_than_a_slot_is_returned_as_it_is() -> None:
     large = {"pixels": {"external": torch.empty(SLOT_BYTES, dtype=torch.uint8)}}
+
     assert SharedBatchSlots(1, 1).put(large, 0) is large
 
-    def limited() -> None:
-        most = (
-            int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            + SLOT_BYTES
-        )
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        assert SharedBatchSlots(1, 3).put(BATCH, 0) is BATCH
 
-    run_in_process(0, limited)
+def put_with_memory_for_one_slot() -> None:
+    used_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit_bytes = used_pages * resource.getpagesize() + SLOT_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+
+    assert SharedBatchSlots(1, 3).put(BATCH, 0) is BATCH
 
 
-@pytest.mark.parametrize("held", [0, 1, 100])
-def test_batches_stay_as_they_are_while_they_are_held(held: int) -> None:
-    """However many the one who trains keeps, more than there are slots included."""
+def test_batches_are_returned_as_they_are_without_memory_for_slots() -> None:
+    run_in_process(0, put_with_memory_for_one_slot)
+
+
+@pytest.mark.parametrize("num_held", [0, 1, 100])
+def test_batches_do_not_change_while_they_are_held(num_held: int) -> None:
+    """However many the training holds, even more than there are slots."""
     task = SimpleNamespace(batch=lambda step: {"deep": {"step": torch.full((100, 100), step)}})
-    kept: list[torch.Tensor] = []
+    held: list[torch.Tensor] = []
+
     for step, batch in enumerate(loop.load_batches(task, 0, 60, workers=2)):
-        kept = [*kept, batch["deep"]["step"]][-1 - held :]
-        for age, one in enumerate(reversed(kept)):
-            assert (one == step - age).all()
+        held = [*held, batch["deep"]["step"]][-1 - num_held :]
+        for age, tensor in enumerate(reversed(held)):
+            assert (tensor == step - age).all()
