@@ -1,7 +1,8 @@
-"""A second opinion on 3D questions: every answer worked out again from the label and the words of the prompt.
+"""A second opinion on 3D questions: every answer is computed again from the label and the prompt's
+words.
 
-It shares no code with `spear.labels`: boxes are rebuilt from centre, size and axes, points projected by hand,
-and what is asked is read off the prompt as a person would.
+It shares no code with `spear.labels`. It rebuilds boxes from their center, size and axes, projects
+points by hand, and reads off the prompt what is asked, as a person would.
 """
 
 import math
@@ -10,60 +11,100 @@ from typing import Any
 
 from spear.types import LabeledImage, LabeledObject, Pixel, Question
 
-NEAR, FAR, LEFT, RIGHT, TOP, BOTTOM = -0.5, 0.5, -0.5, 0.5, -0.5, 0.5
+# Corners in fractions of the box's sides from its center, along right, down and away from the
+# camera.
+NEAR, FAR = -0.5, 0.5
+LEFT, RIGHT = -0.5, 0.5
+TOP, BOTTOM = -0.5, 0.5
 CORNERS = [
-    (x, y, z)
-    for y in (TOP, BOTTOM)
-    for x, z in ((LEFT, NEAR), (RIGHT, NEAR), (RIGHT, FAR), (LEFT, FAR))
+    (LEFT, TOP, NEAR),
+    (RIGHT, TOP, NEAR),
+    (RIGHT, TOP, FAR),
+    (LEFT, TOP, FAR),
+    (LEFT, BOTTOM, NEAR),
+    (RIGHT, BOTTOM, NEAR),
+    (RIGHT, BOTTOM, FAR),
+    (LEFT, BOTTOM, FAR),
 ]
+
+MIN_SCORES = {
+    "visible": 0.7,
+    "points": 30,
+    "known": 0.8,
+    "whole": 0.5,
+    "stability": 0.6,
+    "compact": 0.4,
+}
+MAX_EDGE_SCORE = 0.05
+MIN_RELATIVE_DIFFERENCE = 0.05  # of two distances, to ask which object is closer
+TYPES_ABOUT_TWO_OBJECTS = ("offset", "chain_of_thought")
 
 
 def find_answer_errors(label: LabeledImage, question: Question) -> list[str]:
-    """What is wrong with a question about a label; empty when nothing is."""
-    found: list[str] = []
+    """What is wrong with a question about a label; empty if nothing is."""
     prompt = question.prompt
-    family = _family(prompt)
-    if family != question.family:
-        return [f"reads like {family}, is {question.family}: {prompt}"]
-    asked = _objects(label, prompt)
-    if len(asked) != (2 if family in ("offset", "chain_of_thought") else 1):
-        return [f"names {[o.name for o in asked]}: {prompt}"]
-    if sorted(o.name for o in asked) != sorted(question.objects):
-        found.append(f"is said to be about {question.objects}: {prompt}")
-    found += [f"{o.name}: {reason}" for o in asked for reason in _unfit(label, o)]
-    numeric = family != "back_projection"
-    relative = "relative" in prompt or "scale" in prompt
-    if (
-        relative != (label.unit == "relative" and numeric)
-        or "metre" in prompt
-        or question.unit != label.unit
-    ):
-        found.append(f"unit {label.unit}: {prompt}")
-    expected, got = _answer(label, family, asked, prompt), list(question.segments)
-    if family == "chain_of_thought":
-        near, far = sorted((expected[1], expected[3]))
-        if far - near < 0.05 * far:
-            found.append(f"a near-tie: {near} {far}")
-    if len(got) != len(expected):
-        return [*found, f"{len(got)} segments instead of {len(expected)}"]
-    for g, e in zip(got, expected, strict=True):
-        if isinstance(e, float):
-            right = isinstance(g, float) and math.isclose(g, e, rel_tol=1e-4, abs_tol=1e-5)
-        elif isinstance(e, tuple):
-            right = (
-                isinstance(g, Pixel)
-                and math.dist((g.x, g.y), e) < 1e-4
-                and 0 <= g.x < 1
-                and 0 <= g.y < 1
-            )
-        else:
-            right = g == e
-        if not right:
-            found.append(f"{g} instead of {e}")
-    return found
+    question_type = _read_question_type(prompt)
+    if question_type != question.family:
+        return [f"reads like {question_type}, is {question.family}: {prompt}"]
+
+    objects = _find_named_objects(label, prompt)
+    names = [o.name for o in objects]
+    if len(objects) != (2 if question_type in TYPES_ABOUT_TWO_OBJECTS else 1):
+        return [f"names {names}: {prompt}"]
+
+    errors = []
+    if sorted(names) != sorted(question.objects):
+        errors.append(f"is said to be about {question.objects}: {prompt}")
+    for o in objects:
+        errors += [f"{o.name}: {reason}" for reason in _find_unfit_reasons(label, o)]
+    if not _is_unit_right(label, question, question_type):
+        errors.append(f"unit {label.unit}: {prompt}")
+    if question_type == "chain_of_thought" and _is_near_tie(objects):
+        errors.append(f"a near-tie: {[_distance(o) for o in objects]}")
+
+    expected_segments = _compute_answer(label, question_type, objects, prompt)
+    segments = list(question.segments)
+    if len(segments) != len(expected_segments):
+        return [*errors, f"{len(segments)} segments instead of {len(expected_segments)}"]
+    for segment, expected in zip(segments, expected_segments, strict=True):
+        if not _is_same_segment(segment, expected):
+            errors.append(f"{segment} instead of {expected}")
+    return errors
 
 
-def _family(prompt: str) -> str:
+def _is_unit_right(label: LabeledImage, question: Question, question_type: str) -> bool:
+    """Whether the prompt says that numbers are relative, if they are, and the question has the
+    label's unit."""
+    has_numbers = question_type != "back_projection"
+    says_relative = "relative" in question.prompt or "scale" in question.prompt
+    should_say_relative = label.unit == "relative" and has_numbers
+    return (
+        says_relative == should_say_relative
+        and "metre" not in question.prompt
+        and question.unit == label.unit
+    )
+
+
+def _is_near_tie(objects: list[LabeledObject]) -> bool:
+    near, far = sorted(_distance(o) for o in objects)
+    return far - near < MIN_RELATIVE_DIFFERENCE * far
+
+
+def _is_same_segment(segment: Any, expected: Any) -> bool:
+    """Whether a segment is the expected text, number (float) or image location (tuple)."""
+    if isinstance(expected, float):
+        return isinstance(segment, float) and math.isclose(
+            segment, expected, rel_tol=1e-4, abs_tol=1e-5
+        )
+    if isinstance(expected, tuple):
+        if not isinstance(segment, Pixel):
+            return False
+        is_inside = 0 <= segment.x < 1 and 0 <= segment.y < 1
+        return is_inside and math.dist((segment.x, segment.y), expected) < 1e-4
+    return segment == expected
+
+
+def _read_question_type(prompt: str) -> str:
     if "closer" in prompt:
         return "chain_of_thought"
     if re.search(r"image\b(?! is unknown)|pixels|2D", prompt):
@@ -77,99 +118,129 @@ def _family(prompt: str) -> str:
     return "distance"
 
 
-def _objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
-    """The objects that the prompt names, in the order of their mention; longer names first."""
+def _find_named_objects(label: LabeledImage, prompt: str) -> list[LabeledObject]:
+    """The objects that the prompt names, in the order of their mention."""
     mentions: dict[int, LabeledObject] = {}
-    for o in sorted(label.objects, key=lambda o: -len(o.name)):
+    for o in sorted(label.objects, key=lambda o: -len(o.name)):  # longer names first
         for match in re.finditer(rf"\bthe {re.escape(o.name)}(?! \d)(?!\w)", prompt):
-            if not any(
-                s <= match.start() < s + len(other.name) + 4 for s, other in mentions.items()
-            ):
+            if not _is_within_mention(match.start(), mentions):
                 mentions[match.start()] = o
-    return [mentions[s] for s in sorted(mentions)]
+    return [mentions[position] for position in sorted(mentions)]
 
 
-def _unfit(label: LabeledImage, o: LabeledObject) -> list[str]:
-    def words(name: str) -> tuple[list[str], str]:
-        name = name.lower().strip()
-        name, _, aside = re.sub(r"[ _#-]*[0-9]+$", "", name).replace(" of ", " (").partition(" (")
-        return name.removesuffix("s").replace("mug", "cup").split(" "), aside
+def _is_within_mention(position: int, mentions: dict[int, LabeledObject]) -> bool:
+    """Whether a position is inside the mention of another, longer name."""
+    ends = {start: start + len("the ") + len(o.name) for start, o in mentions.items()}
+    return any(start <= position < end for start, end in ends.items())
 
-    mine, my_aside = words(o.name)
-    theirs = [words(other.name) for other in label.objects]
-    alike = [
-        aside for name, aside in theirs if name[-len(mine) :] == mine and my_aside in ("", aside)
-    ]
-    reasons = ["could be another"] if len(alike) > 1 else []
+
+def _find_unfit_reasons(label: LabeledImage, o: LabeledObject) -> list[str]:
+    """Why an object should not be asked about."""
+    reasons = []
+    if _is_ambiguous(label, o):
+        reasons.append("could be another")
     if o.box3d is None:
         return [*reasons, "has no box"]
     u, v = _project(label, [float(c) for c in o.box3d.center])
     if not (0 <= u < 1 and 0 <= v < 1):
         reasons.append("is outside the image")
-    s = o.scores
-    least = {
-        "visible": 0.7,
-        "points": 30,
-        "known": 0.8,
-        "whole": 0.5,
-        "stability": 0.6,
-        "compact": 0.4,
-    }
-    if s.get("edge", 0) > 0.05 or any(s.get(name, 99) < bar for name, bar in least.items()):
-        reasons.append(f"is under the bar: {dict(s)}")
+    has_low_score = any(o.scores.get(name, 99) < minimum for name, minimum in MIN_SCORES.items())
+    if has_low_score or o.scores.get("edge", 0) > MAX_EDGE_SCORE:
+        reasons.append(f"is under the bar: {dict(o.scores)}")
     return reasons
 
 
-def _answer(label: LabeledImage, family: str, asked: list[LabeledObject], prompt: str) -> list[Any]:
-    x = asked[0]
-    if family == "box_vertices":
-        return [c for corner in _corners(x) for c in corner]
-    if family == "keypoint":
-        (word,) = re.findall(
-            r"closest|nearest|furthest|farthest|centre|center", prompt.split(" point ")[0]
-        )
-        kind = {"nearest": "closest", "farthest": "furthest", "center": "centre"}.get(word, word)
-        return [float(c) for c in x.keypoints[kind]]
-    if family == "back_projection":
-        return [_project(label, corner) for corner in _corners(x)]
-    if family == "distance":
-        return [_distance(x)]
-    a, b = asked
-    if family == "offset":
-        # "how far is Y from X": the place one starts from comes after "from", and is mentioned last
-        start, end = (b, a) if re.search(r"How far is .* from", prompt) else (a, b)
-        return [float(e) - float(s) for s, e in zip(_middle(start), _middle(end), strict=True)]
-    closer = a if _distance(a) < _distance(b) else b
-    words = f"the {a.name} is ", f" and the {b.name} is ", f" so the {closer.name} is closer"
-    return [words[0], _distance(a), words[1], _distance(b), words[2]]
+def _is_ambiguous(label: LabeledImage, o: LabeledObject) -> bool:
+    """Whether the object's name fits several objects of the image."""
+    words, aside = _split_name(o.name)
+    num_fitting = 0
+    for other in label.objects:
+        other_words, other_aside = _split_name(other.name)
+        if other_words[-len(words) :] == words and aside in ("", other_aside):
+            num_fitting += 1
+    return num_fitting > 1
 
 
-def _middle(o: LabeledObject) -> list[float]:
-    return [sum(c) / 8 for c in zip(*_corners(o), strict=True)]
+def _split_name(name: str) -> tuple[list[str], str]:
+    """The words of a name without its number, in the singular, and what stands aside: "cup (of
+    tea)"."""
+    name = re.sub(r"[ _#-]*[0-9]+$", "", name.lower().strip())
+    name, _, aside = name.replace(" of ", " (").partition(" (")
+    return name.removesuffix("s").replace("mug", "cup").split(" "), aside
 
 
-def _distance(o: LabeledObject) -> float:
-    return math.sqrt(sum(c * c for c in _middle(o)))
+def _compute_answer(
+    label: LabeledImage, question_type: str, objects: list[LabeledObject], prompt: str
+) -> list[Any]:
+    """The segments of the right answer; image locations are tuples."""
+    first = objects[0]
+    if question_type == "box_vertices":
+        coordinates = []
+        for corner in _compute_corners(first):
+            coordinates += corner
+        return coordinates
+    if question_type == "keypoint":
+        return [float(c) for c in first.keypoints[_read_keypoint(prompt)]]
+    if question_type == "back_projection":
+        return [_project(label, corner) for corner in _compute_corners(first)]
+    if question_type == "distance":
+        return [_distance(first)]
 
-
-def _corners(o: LabeledObject) -> list[list[float]]:
-    """The eight corners: top four first, each four near-left, near-right, far-right, far-left."""
-    box = o.box3d
-    right, down, away = ([float(box.rotation[i][k]) for i in range(3)] for k in range(3))
-    w, h, d = (float(s) for s in box.size)
+    second = objects[1]
+    if question_type == "offset":
+        # In "how far is Y from X" the start is X, which comes after "from" and is mentioned last.
+        is_reversed = re.search(r"How far is .* from", prompt)
+        start, end = (second, first) if is_reversed else (first, second)
+        pairs = zip(_compute_center(start), _compute_center(end), strict=True)
+        return [end_coordinate - start_coordinate for start_coordinate, end_coordinate in pairs]
+    closer = first if _distance(first) < _distance(second) else second
     return [
-        [
-            float(box.center[i]) + x * w * right[i] + y * h * down[i] + z * d * away[i]
-            for i in range(3)
-        ]
-        for x, y, z in CORNERS
+        f"the {first.name} is ",
+        _distance(first),
+        f" and the {second.name} is ",
+        _distance(second),
+        f" so the {closer.name} is closer",
     ]
 
 
+def _read_keypoint(prompt: str) -> str:
+    """Which keypoint a prompt asks for, by its key in the label."""
+    before_point = prompt.split(" point ")[0]
+    (word,) = re.findall(r"closest|nearest|furthest|farthest|centre|center", before_point)
+    synonyms = {"nearest": "closest", "farthest": "furthest", "center": "centre"}
+    return synonyms.get(word, word)
+
+
+def _compute_center(o: LabeledObject) -> list[float]:
+    return [sum(coordinates) / 8 for coordinates in zip(*_compute_corners(o), strict=True)]
+
+
+def _distance(o: LabeledObject) -> float:
+    return math.sqrt(sum(c * c for c in _compute_center(o)))
+
+
+def _compute_corners(o: LabeledObject) -> list[list[float]]:
+    """The eight corners: top four first, each four near-left, near-right, far-right, far-left."""
+    box = o.box3d
+    corners = []
+    for fractions in CORNERS:
+        corner = []
+        for i in range(3):
+            coordinate = float(box.center[i])
+            for axis, fraction in enumerate(fractions):
+                coordinate += fraction * float(box.size[axis]) * float(box.rotation[i][axis])
+            corner.append(coordinate)
+        corners.append(corner)
+    return corners
+
+
 def _project(label: LabeledImage, point: list[float]) -> tuple[float, float]:
+    """Where a point is in the image, as fractions of its size; (-1, -1) if it is behind the
+    camera."""
     k = label.intrinsics
     x, y, z = point
     if z <= 0:
         return -1.0, -1.0
-    u = (float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])) / label.width
-    return u, ((float(k[1][1]) * y / z + float(k[1][2])) / label.height)
+    u_px = float(k[0][0]) * x / z + float(k[0][1]) * y / z + float(k[0][2])
+    v_px = float(k[1][1]) * y / z + float(k[1][2])
+    return u_px / label.width, v_px / label.height
