@@ -1,8 +1,9 @@
-"""LeRobot's own commands on SPEAR-1, and what they give against spear's own: `python check.py FOLDER`.
+"""LeRobot's own commands on SPEAR-1, compared with spear's own: `python check.py FOLDER`.
 
-In an environment with lerobot, spear and this plugin. Records two episodes of the simulator, trains 20 steps,
-compares actions bit for bit, evaluates nano in closed loop; then an arm of joint angles, made up here,
-through LeRobot's kinematics: trained on, and driven by lerobot-rollout.
+Runs in an environment with lerobot, spear and this plugin. It records two episodes in the
+simulator, trains 20 steps, compares actions bit for bit, and evaluates nano in closed loop. Then it
+makes up an arm of joint angles, trains on its data through LeRobot's kinematics, and drives it with
+lerobot-rollout.
 """
 
 from __future__ import annotations
@@ -21,191 +22,273 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lerobot_policy_spear.robots import columns
+from lerobot_policy_spear.robots import read_columns
 
 from spear.errors import SpearError
 from spear.train.optimize import learning_rate
 from spear.train.recipes import get_recipe
 
+# The made-up arm.
 MOTORS = ["base", "shoulder", "elbow", "wrist_1", "wrist_2", "wrist_3"]
-KEYS = [f"{name}.pos" for name in (*MOTORS, "gripper")]
-AXES = ["0 0 1", "0 1 0", "0 1 0", "1 0 0", "0 1 0", "1 0 0"]
-STILL = np.array([0, -30, 60, 0, 30, 0, 50], np.float32)
+MOTOR_AXES = ["0 0 1", "0 1 0", "0 1 0", "1 0 0", "0 1 0", "1 0 0"]
+JOINT_KEYS = [f"{name}.pos" for name in (*MOTORS, "gripper")]
+REST_POSITION = np.array([0, -30, 60, 0, 30, 0, 50], np.float32)  # degrees; the gripper, percent
+ARM_FPS = 10
+IMAGE_SHAPE = (60, 80, 3)
+
+EXTERNAL_KEY = "observation.images.external"
+WRIST_KEY = "observation.images.wrist"
+STATE_KEY = "observation.state"
+
+Frame = dict[str, Any]
 
 
-def run(*command: str) -> str:
-    """A command of this environment; what it prints. Ends the check when it fails."""
-    path = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+def run(command: str, *arguments: str) -> str:
+    """Run a command of this environment and return what it prints; end the check if it fails."""
+    path = str(Path(sys.executable).parent / command)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(path, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout + done.stderr
+    process = subprocess.run(
+        [path, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if process.returncode:
+        output = f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+        sys.exit(f"{command} {' '.join(arguments)}\n{output}")
+    return process.stdout + process.stderr
 
 
 def train(data: Path, out: Path, steps: int, *options: str) -> Path:
-    """The folder of the trained policy."""
-    often = f"--save_freq={steps} --num_workers=0 --env_eval_freq=0 --batch_size=8 --steps={steps}".split()
-    where = [
+    """Train with lerobot-train and return the folder of the trained policy."""
+    run(
+        "lerobot-train",
+        "--policy.type=spear1",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
         f"--dataset.repo_id=local/{data.name}",
         f"--dataset.root={data}",
         f"--output_dir={out}",
-    ]
-    policy = ["--policy.type=spear1", "--policy.device=cpu", "--policy.push_to_hub=false", *options]
-    run("lerobot-train", *policy, *where, *often)
+        f"--steps={steps}",
+        f"--save_freq={steps}",
+        "--batch_size=8",
+        "--num_workers=0",
+        "--env_eval_freq=0",
+        *options,
+    )
     return (out / "checkpoints" / "last" / "pretrained_model").resolve()
 
 
-def resume(saved: Path, steps: int) -> None:
-    """Training goes on; its learning rate falls until the last step, also where these are more than the
-    recipe's 600."""
-    from lerobot.configs import PreTrainedConfig
-    from torch import optim, zeros
-
-    run(
-        "lerobot-train",
-        f"--config_path={saved / 'train_config.json'}",
-        "--resume=true",
-        f"--steps={steps}",
-    )
-    state = saved.parents[1] / "last" / "training_state" / "scheduler_state.json"
-    step, (rate, *_) = (json.loads(state.read_text())[key] for key in ("last_epoch", "_last_lr"))
-    opt = get_recipe("nano-post").optimization
-    assert step == steps and np.isclose(rate, opt.final_lr * opt.lr), (step, rate)
-    preset = PreTrainedConfig.from_pretrained(saved).get_scheduler_preset()
-    factor = preset.build(optim.SGD([zeros(1)], lr=1.0), 4000).lr_lambdas[0]
-    longer = dataclasses.replace(opt, steps=4000)
-    assert [factor(at) for at in (0, 600, 3999)] == [
-        learning_rate(at, longer) for at in (0, 600, 3999)
-    ]
-
-
-def refuse(words: str, call: Callable[..., Any], *given: Any) -> None:
-    """This call must be refused in these words."""
+def assert_refused(words: str, call: Callable[..., Any], *arguments: Any) -> None:
+    """Assert that a call raises a SpearError with these words."""
     try:
-        call(*given)
+        call(*arguments)
     except SpearError as error:
         assert words in str(error), error
     else:
         raise AssertionError(f"not refused: {words}")
 
 
-def ends(policy: Any, before: Any, frame: dict[str, Any], folder: Path) -> None:
-    """Without a wrist camera it acts; without an external one, the state's numbers or a task it is refused,
-    as adapters are, and a dataset without its data. Gathered weights are saved as others are."""
-    front, wrist = (f"observation.images.{name}" for name in ("external", "wrist"))
+# Simulated episodes: train, compare, resume, evaluate
+
+
+def check_resumed_training(saved: Path, steps: int) -> None:
+    """Resume a training, and check that the learning rate falls until the last step.
+
+    So it does if there are more steps than the recipe's 600.
+    """
+    from lerobot.configs import PreTrainedConfig
+    from torch import optim, zeros
+
+    config_path = saved / "train_config.json"
+    run("lerobot-train", f"--config_path={config_path}", "--resume=true", f"--steps={steps}")
+
+    optimization = get_recipe("nano-post").optimization
+    state_path = saved.parents[1] / "last" / "training_state" / "scheduler_state.json"
+    state = json.loads(state_path.read_text())
+    last_lr = state["_last_lr"][0]
+    assert state["last_epoch"] == steps, state["last_epoch"]
+    assert np.isclose(last_lr, optimization.final_lr * optimization.lr), last_lr
+
+    num_steps = 4000
+    preset = PreTrainedConfig.from_pretrained(saved).get_scheduler_preset()
+    optimizer = optim.SGD([zeros(1)], lr=1.0)
+    lr_factor = preset.build(optimizer, num_steps).lr_lambdas[0]
+    longer = dataclasses.replace(optimization, steps=num_steps)
+    for step in (0, 600, num_steps - 1):
+        assert lr_factor(step) == learning_rate(step, longer)
+
+
+def check_incomplete_observations(policy: Any, preprocess: Any, frame: Frame) -> None:
+    """The wrist camera may be missing; the external one, some of the state or the task may not."""
+    without_wrist = {key: value for key, value in frame.items() if key != WRIST_KEY}
     policy.reset()
-    without = {key: value for key, value in frame.items() if key != wrist}
-    assert policy.select_action(before(without)).isfinite().all()
-    refuse(
-        front, policy.select_action, before({key: v for key, v in frame.items() if key != front})
-    )
-    state = "observation.state"
-    refuse(state, policy.select_action, before({**frame, state: frame[state][:6]}))
-    refuse("--task", policy.select_action, before({**frame, "task": ""}))
-    refuse("--peft", policy.wrap_with_peft)
-    refuse("streaming", columns, folder, "index")
+    assert policy.select_action(preprocess(without_wrist)).isfinite().all()
+
+    without_external = {key: value for key, value in frame.items() if key != EXTERNAL_KEY}
+    assert_refused(EXTERNAL_KEY, policy.select_action, preprocess(without_external))
+    short_state = {**frame, STATE_KEY: frame[STATE_KEY][:6]}
+    assert_refused(STATE_KEY, policy.select_action, preprocess(short_state))
+    without_task = {**frame, "task": ""}
+    assert_refused("--task", policy.select_action, preprocess(without_task))
+
+
+def check_gathered_weights(policy: Any, folder: Path) -> None:
+    """Weights that were gathered from several processes are saved as others are."""
     gathered = {key: weight * 2 for key, weight in policy.state_dict().items()}
-    policy.save_pretrained(folder / "gathered", state_dict=gathered)
-    again = type(policy).from_pretrained(folder / "gathered", config=policy.config)
-    assert all((weight == gathered[key]).all() for key, weight in again.state_dict().items())
+    policy.save_pretrained(folder, state_dict=gathered)
+    loaded = type(policy).from_pretrained(folder, config=policy.config)
+    for key, weight in loaded.state_dict().items():
+        assert (weight == gathered[key]).all(), key
 
 
-def compare(saved: Path, data: Path) -> None:
-    """`select_action` of the loaded policy on LeRobot's frames, against spear's `infer` on its own. Saves
-    nano for LeRobot, beside."""
-    import pyarrow.parquet as pq
+def compare_actions(saved: Path, data: Path) -> None:
+    """Compare `select_action` on LeRobot's frames with spear's `infer` on spear's own.
+
+    Also saves nano for LeRobot, beside the trained policy.
+    """
     from lerobot.configs import PreTrainedConfig
     from lerobot.datasets import LeRobotDataset
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
     from spear.policy import Spear1Policy
-    from spear.util.images import decode_image
 
     config = PreTrainedConfig.from_pretrained(saved)
-    theirs = get_policy_class("spear1").from_pretrained(saved, config=config)
-    before, after = make_pre_post_processors(config, str(saved))
-    ours, worst = Spear1Policy.load(saved / "spear"), 0.0
-    assert ours.training_distribution, "no seen.json"
-    print(
-        f"seen.json: cameras {', '.join(ours.training_distribution.red_minus_blue)}; "
-        f"episodes begin at {ours.training_distribution.mean_initial_opening:g}"
-    )
-    rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
-    frames = LeRobotDataset(f"local/{data.name}", root=data)
-    places = range(0, len(rows), 4)
-    for i in places:
-        image, wrist = (
-            rows[i][f"observation.images.{name}"]["bytes"] for name in ("external", "wrist")
-        )
-        seen = {
-            "observation/image": decode_image(image),
-            "observation/wrist_image": decode_image(wrist),
+    policy_class = get_policy_class("spear1")
+    lerobot_policy = policy_class.from_pretrained(saved, config=config)
+    preprocess, postprocess = make_pre_post_processors(config, str(saved))
+
+    spear_policy = Spear1Policy.load(saved / "spear")
+    distribution = spear_policy.training_distribution
+    assert distribution, "no seen.json"
+    cameras = ", ".join(distribution.red_minus_blue)
+    print(f"seen.json: cameras {cameras}; episodes begin at {distribution.mean_initial_opening:g}")
+
+    dataset = LeRobotDataset(f"local/{data.name}", root=data)
+    spear_observations = read_spear_observations(data, dataset)
+    indices = range(0, len(spear_observations), 4)
+    max_difference = 0.0
+    for index in indices:
+        spear_action = spear_policy.infer(spear_observations[index])["actions"][0]
+        frame = {
+            key: value
+            for key, value in dataset[index].items()
+            if key.startswith("observation.") or key == "task"
         }
-        state, words = np.float32(rows[i]["observation.state"]), frames[i]["task"]
-        own = ours.infer({**seen, "observation/state": state, "prompt": words})["actions"][0]
-        sent = {k: v for k, v in frames[i].items() if k.startswith("observation.") or k == "task"}
-        other = after(theirs.select_action(before(sent)))[0].numpy()
-        worst = max(worst, float(np.abs(own - other).max()))
-    ends(theirs, before, sent, saved.parent)
-    equal = "equal bit for bit" if worst == 0 else f"up to {worst:g} apart"
-    print(f"select_action and spear's infer, {len(places)} frames: {equal}")
-    config.pretrained_path = None  # nano itself, with its own units
-    for part in (get_policy_class("spear1")(config), before, after):
-        part.save_pretrained(saved.parent / "nano")
-    for start, same in ((saved, True), (saved.parent / "nano", False)):
-        goes_on = get_policy_class("spear1").from_pretrained(
-            start, config=config, dataset_meta=frames.meta
-        )
-        assert (
-            goes_on.spear.normalizer == ours.normalizer
-            and bool(goes_on.spear.training_distribution) is same
-        ), start
+        lerobot_action = postprocess(lerobot_policy.select_action(preprocess(frame)))[0].numpy()
+        difference = float(np.abs(spear_action - lerobot_action).max())
+        max_difference = max(max_difference, difference)
+    result = "equal bit for bit" if max_difference == 0 else f"up to {max_difference:g} apart"
+    print(f"select_action and spear's infer, {len(indices)} frames: {result}")
+
+    check_incomplete_observations(lerobot_policy, preprocess, frame)
+    check_gathered_weights(lerobot_policy, saved.parent / "gathered")
+    assert_refused("--peft", lerobot_policy.wrap_with_peft)
+    assert_refused("streaming", read_columns, saved.parent, "index")
+
+    # nano itself, with its own statistics.
+    config.pretrained_path = None
+    nano = saved.parent / "nano"
+    for component in (policy_class(config), preprocess, postprocess):
+        component.save_pretrained(nano)
+    for folder, has_statistics_of_dataset in ((saved, True), (nano, False)):
+        resumed = policy_class.from_pretrained(folder, config=config, dataset_meta=dataset.meta)
+        assert resumed.spear.normalizer == spear_policy.normalizer, folder
+        has_distribution = bool(resumed.spear.training_distribution)
+        assert has_distribution is has_statistics_of_dataset, folder
     print("trained on from either, it has the dataset's statistics")
 
 
-def made_up_arm(folder: Path) -> None:
-    """`arm.urdf`, and `joints`: a dataset of its joint angles at 10 Hz."""
+def read_spear_observations(data: Path, dataset: Any) -> list[dict[str, Any]]:
+    """A dataset's frames as observations of spear's own policy, read without LeRobot."""
+    import pyarrow.parquet as pq
+
+    from spear.util.images import decode_image
+
+    observations = []
+    rows = pq.read_table(data / "data/chunk-000/file-000.parquet").to_pylist()
+    for index, row in enumerate(rows):
+        observation = {
+            "observation/image": decode_image(row[EXTERNAL_KEY]["bytes"]),
+            "observation/wrist_image": decode_image(row[WRIST_KEY]["bytes"]),
+            "observation/state": np.float32(row[STATE_KEY]),
+            "prompt": dataset[index]["task"],
+        }
+        observations.append(observation)
+    return observations
+
+
+def evaluate_nano(saved: Path, out: Path) -> None:
+    """Evaluate nano in closed loop with lerobot-eval."""
+    run(
+        "lerobot-eval",
+        f"--policy.path={saved.parent / 'nano'}",
+        "--env.type=spear",
+        "--env.task=put_on",
+        "--eval.n_episodes=8",
+        "--eval.batch_size=4",
+        f"--output_dir={out}",
+    )
+    result = json.loads((out / "eval_info.json").read_text())["overall"]
+    num_episodes = result["n_episodes"]
+    print(f"lerobot-eval, nano on put_on: {result['pc_success']:g} % of {num_episodes} episodes")
+
+
+# The made-up arm of joint angles
+
+
+def write_arm_urdf(path: Path) -> None:
+    """Write the arm: a chain of the motors, with links of 0.1 and 0.2 m."""
+    inertia = '<inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/>'
+    inertial = f'<inertial><mass value="1"/>{inertia}</inertial>'
+    limits = '<limit lower="-3" upper="3" effort="9" velocity="9"/>'
+    elements = [f'<link name="root">{inertial}</link>']
+    parent = "root"
+    for number, (name, axis) in enumerate(zip(MOTORS, MOTOR_AXES, strict=True)):
+        x_m = 0.2 if number > 1 else 0
+        z_m = 0.1 if number < 2 else 0
+        child = f"{name}_link"
+        elements.append(
+            f'<joint name="{name}" type="revolute"><parent link="{parent}"/><child link="{child}"/>'
+            f'<origin xyz="{x_m} 0 {z_m}"/><axis xyz="{axis}"/>{limits}</joint>'
+        )
+        elements.append(f'<link name="{child}">{inertial}</link>')
+        parent = child
+    path.write_text(f'<robot name="arm">{"".join(elements)}</robot>')
+
+
+def write_joint_dataset(root: Path) -> None:
+    """Write a LeRobot dataset of 30 frames in which the arm's joints wander."""
     from lerobot.datasets import LeRobotDataset
 
-    mass = '<inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/></inertial>'
-    parts = [f'<robot name="arm"><link name="root">{mass}</link>']
-    for i, (name, axis) in enumerate(zip(MOTORS, AXES, strict=True)):
-        ends = f'<parent link="{MOTORS[i - 1] + "_link" if i else "root"}"/><child link="{name}_link"/>'
-        limits = '<limit lower="-3" upper="3" effort="9" velocity="9"/>'
-        place = f'<origin xyz="{0.2 if i > 1 else 0} 0 {0.1 if i < 2 else 0}"/><axis xyz="{axis}"/>'
-        parts.append(f'<joint name="{name}" type="revolute">{ends}{place}{limits}</joint>')
-        parts.append(f'<link name="{name}_link">{mass}</link>')
-    (folder / "arm.urdf").write_text("".join([*parts, "</robot>"]))
-    numbers = {"dtype": "float32", "shape": (7,), "names": KEYS}
-    image = {"dtype": "image", "shape": (60, 80, 3), "names": ["height", "width", "channels"]}
-    features = {"observation.state": numbers, "action": numbers, "observation.images.front": image}
-    data = LeRobotDataset.create(
-        "local/joints", 10, features, root=folder / "joints", use_videos=False
+    numbers = {"dtype": "float32", "shape": (len(JOINT_KEYS),), "names": JOINT_KEYS}
+    image = {"dtype": "image", "shape": IMAGE_SHAPE, "names": ["height", "width", "channels"]}
+    dataset = LeRobotDataset.create(
+        f"local/{root.name}",
+        ARM_FPS,
+        {STATE_KEY: numbers, "action": numbers, "observation.images.front": image},
+        root=root,
+        use_videos=False,
     )
     rng = np.random.default_rng(0)
-    way = STILL + np.cumsum(rng.normal(0, 1, (31, 7)), axis=0).astype(np.float32)
-    for now, then in itertools.pairwise(way):
-        shown = rng.integers(0, 256, (60, 80, 3), np.uint8)
-        data.add_frame(
-            {
-                "observation.state": now,
-                "action": then,
-                "observation.images.front": shown,
-                "task": "go",
-            }
-        )
-    data.save_episode()
-    data.finalize()
+    steps = rng.normal(0, 1, (31, len(JOINT_KEYS)))
+    path = REST_POSITION + np.cumsum(steps, axis=0).astype(np.float32)
+    for current, following in itertools.pairwise(path):
+        frame = {
+            STATE_KEY: current,
+            "action": following,
+            "observation.images.front": rng.integers(0, 256, IMAGE_SHAPE, np.uint8),
+            "task": "go",
+        }
+        dataset.add_frame(frame)
+    dataset.save_episode()
+    dataset.finalize()
 
 
-def rollout(saved: Path) -> None:
-    """lerobot-rollout on a stand-in for the arm, in this process."""
+def roll_out(saved: Path) -> None:
+    """Drive a stand-in for the arm with lerobot-rollout, in this process."""
     from lerobot.robots import Robot, RobotConfig
     from lerobot.scripts import lerobot_rollout
 
-    told: list[dict[str, Any]] = []
-    times: list[float] = []
+    commands: list[dict[str, Any]] = []
+    times_s: list[float] = []
 
     @RobotConfig.register_subclass("made_up_arm")
     @dataclass
@@ -213,81 +296,98 @@ def rollout(saved: Path) -> None:
         pass
 
     class MadeUpArm(Robot):
-        config_class, name, is_connected, is_calibrated = MadeUpArmConfig, "made_up_arm", True, True
-        action_features = dict.fromkeys(KEYS, float)
-        observation_features = {**action_features, "front": (60, 80, 3)}  # noqa: RUF012
+        """Reaches every command at once."""
+
+        config_class = MadeUpArmConfig
+        name = "made_up_arm"
+        is_connected = True
+        is_calibrated = True
+        action_features = dict.fromkeys(JOINT_KEYS, float)
+        observation_features = {**action_features, "front": IMAGE_SHAPE}  # noqa: RUF012
 
         def get_observation(self) -> dict[str, Any]:
-            now = told[-1] if told else dict(zip(KEYS, STILL.tolist(), strict=True))
-            return {**now, "front": np.zeros((60, 80, 3), np.uint8)}
+            joints = dict(zip(JOINT_KEYS, REST_POSITION.tolist(), strict=True))
+            if commands:
+                joints = commands[-1]
+            return {**joints, "front": np.zeros(IMAGE_SHAPE, np.uint8)}
 
         def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-            told.append(action)
-            times.append(time.monotonic())
+            commands.append(action)
+            times_s.append(time.monotonic())
             return action
 
-        connect = calibrate = configure = disconnect = lambda self, *_, **__: None
+        def do_nothing(self, *_: Any, **__: Any) -> None:
+            pass
 
-    MadeUpArmConfig.__module__ = MadeUpArm.__module__ = "made_up_arm"
-    sys.modules["made_up_arm"] = type(sys)("made_up_arm")
-    sys.modules["made_up_arm"].MadeUpArm = MadeUpArm  # type: ignore[attr-defined]
-    policy = [f"--policy.path={saved}", "--policy.device=cpu", "--device=cpu"]
-    sys.argv = ["lerobot-rollout", *policy, "--robot.type=made_up_arm", "--task=go", "--duration=3"]
+        connect = do_nothing
+        calibrate = do_nothing
+        configure = do_nothing
+        disconnect = do_nothing
+
+    # LeRobot imports a robot's class from the module of its config.
+    module = type(sys)("made_up_arm")
+    module.MadeUpArm = MadeUpArm  # type: ignore[attr-defined]
+    sys.modules["made_up_arm"] = module
+    MadeUpArmConfig.__module__ = "made_up_arm"
+    MadeUpArm.__module__ = "made_up_arm"
+
+    sys.argv = [
+        "lerobot-rollout",
+        f"--policy.path={saved}",
+        "--policy.device=cpu",
+        "--device=cpu",
+        "--robot.type=made_up_arm",
+        "--task=go",
+        "--duration=3",
+    ]
     lerobot_rollout.main()
-    moved = max(
-        abs(told[0][key] - start) for key, start in zip(KEYS[:-1], STILL.tolist(), strict=False)
-    )
+
+    changes_deg = []
+    for key, rest_deg in zip(JOINT_KEYS[:-1], REST_POSITION[:-1].tolist(), strict=True):
+        changes_deg.append(abs(commands[0][key] - rest_deg))
+    commands_per_s = 20 / (times_s[21] - times_s[1])
     print(
-        f"lerobot-rollout: commands of {len(told[0])} joints, the first {moved:.2f} degrees from the start"
+        f"lerobot-rollout: commands of {len(commands[0])} joints, the first {max(changes_deg):.2f}"
+        " degrees from the start"
     )
-    print(
-        f"without --fps (30 then) it gets {20 / (times[21] - times[1]):.1f} in a second, made for 10"
-    )
+    print(f"without --fps (30 then) it gets {commands_per_s:.1f} in a second, made for {ARM_FPS}")
 
 
 def main(folder: Path) -> None:
-    """All of it, in a new folder."""
+    """Run all checks in a new folder."""
     from lerobot.utils.import_utils import register_third_party_plugins
 
     register_third_party_plugins()
     folder.mkdir(parents=True)
-    packages = ("lerobot", "torch", "transformers")
-    print(f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version(p)}" for p in packages))
-    run(
-        "spear",
-        "record",
-        "--episodes",
-        "2",
-        "--families",
-        "put_on",
-        "--out",
-        str(folder / "recorded"),
-    )
-    run("spear", "data", "export", str(folder / "recorded"), "--out", str(folder / "my_robot"))
-    saved = train(folder / "my_robot", folder / "trained", 20)
+    versions = [f"{name} {version(name)}" for name in ("lerobot", "torch", "transformers")]
+    print(f"Python {sys.version.split()[0]}, {', '.join(versions)}")
+
+    # Record and export two episodes.
+    recorded = str(folder / "recorded")
+    data = folder / "my_robot"
+    run("spear", "record", "--episodes", "2", "--families", "put_on", "--out", recorded)
+    run("spear", "data", "export", recorded, "--out", str(data))
+
+    # Train on them, compare, go on, and evaluate.
+    saved = train(data, folder / "trained", 20)
     print("lerobot-train: 20 steps")
-    compare(saved, folder / "my_robot")
-    resume(saved, 24)
-    env = ["--env.type=spear", "--env.task=put_on", "--eval.n_episodes=8", "--eval.batch_size=4"]
-    run(
-        "lerobot-eval",
-        f"--policy.path={saved.parent / 'nano'}",
-        *env,
-        f"--output_dir={folder / 'eval'}",
-    )
-    result = json.loads((folder / "eval" / "eval_info.json").read_text())["overall"]
-    print(
-        f"lerobot-eval, nano on put_on: {result['pc_success']:g} % of {result['n_episodes']} episodes"
-    )
-    made_up_arm(folder)
-    options = [
+    compare_actions(saved, data)
+    check_resumed_training(saved, 24)
+    evaluate_nano(saved, folder / "eval")
+
+    # An arm of joint angles.
+    write_arm_urdf(folder / "arm.urdf")
+    write_joint_dataset(folder / "joints")
+    arm_policy = train(
+        folder / "joints",
+        folder / "arm",
+        2,
         f"--policy.urdf={folder / 'arm.urdf'}",
         "--policy.tip=wrist_3_link",
-        "--policy.fps=10",
-    ]
-    rollout(
-        train(folder / "joints", folder / "arm", 2, *options, "--policy.cameras={front: external}")
+        f"--policy.fps={ARM_FPS}",
+        "--policy.cameras={front: external}",
     )
+    roll_out(arm_policy)
 
 
 if __name__ == "__main__":

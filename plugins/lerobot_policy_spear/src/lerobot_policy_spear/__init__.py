@@ -1,5 +1,7 @@
-"""SPEAR-1 as a policy of LeRobot, which imports this package by itself: `--policy.type=spear1` is known then,
-`--env.type=spear`, the embedded simulator."""
+"""SPEAR-1 as a policy of LeRobot, which imports this package by itself.
+
+LeRobot then knows `--policy.type=spear1`, and `--env.type=spear`, the embedded simulator.
+"""
 
 from . import environment_spear
 from .configuration_spear1 import Spear1Config

@@ -19,24 +19,35 @@ from spear.train.options import Optimization, Recipe
 from spear.train.recipes import get_recipe
 from spear.types import CONTROL_RATE_HZ
 
-from .robots import Robot, choose
+from .robots import Robot, choose_robot
 
 
 @LRSchedulerConfig.register_subclass("spear1")
 @dataclass
 class Spear1SchedulerConfig(LRSchedulerConfig):
-    """The recipe's learning rate over all `--steps` of lerobot-train; fewer than the recipe's shorten its
-    warmup, too."""
+    """The recipe's learning-rate schedule, over all `--steps` of lerobot-train.
+
+    If these are fewer than the recipe's, the warmup is shorter, too.
+    """
 
     num_warmup_steps: int
     recipe: str
 
     def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
-        """For the optimiser's groups."""
-        own = get_recipe(self.recipe).optimization
-        warmup = round(self.num_warmup_steps * min(1.0, num_training_steps / own.steps))
-        opt = dataclasses.replace(own, steps=num_training_steps, warmup=warmup)
-        return LambdaLR(optimizer, lambda step: learning_rate(step, opt))
+        """The scheduler of an optimizer."""
+        recipe_optimization = get_recipe(self.recipe).optimization
+        fraction = min(1.0, num_training_steps / recipe_optimization.steps)
+        optimization = dataclasses.replace(
+            recipe_optimization,
+            steps=num_training_steps,
+            warmup=round(self.num_warmup_steps * fraction),
+        )
+        return LambdaLR(optimizer, lambda step: learning_rate(step, optimization))
+
+
+def _no_normalization() -> dict[str, NormalizationMode]:
+    """SPEAR-1 normalizes by itself."""
+    return dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
 
 
 @PreTrainedConfig.register_subclass("spear1")
@@ -44,15 +55,20 @@ class Spear1SchedulerConfig(LRSchedulerConfig):
 class Spear1Config(PreTrainedConfig):
     """A SPEAR-1, how it is trained, and how it reads the robot.
 
-    checkpoint  where it starts from: a name that ships with spear, or a folder of spear's.
-    recipe      of `spear train list`: what learns, the optimiser, draws of noise per observation.
-    lr          peak learning rate; None: the recipe's.
-    fps         of the dataset and of the robot's loop: a multiple of 5, SPEAR-1's rate.
-    replan      of the 5 predicted actions, so many are executed before the next look.
-    cameras     the dataset's name of a camera → "external" or "wrist"; empty: by the names themselves.
-    urdf, tip   for joint angles: the arm's URDF and the link that is its end-effector.
-    steps, seed of the flow that actions come from; None: the model's steps.
-    state_names, action_feature_names  what the numbers are: LeRobot fills them in from the dataset.
+    checkpoint  Where it starts from: a name that ships with spear, or a folder of spear's.
+    recipe      Of `spear train list`: what learns, the optimizer, draws of noise per observation.
+    lr          Peak learning rate; the recipe's by default.
+    fps         Frames per second of the dataset and of the robot's loop: a multiple of 5, SPEAR-1's
+                rate.
+    replan      Number of the 5 predicted actions that are executed before the next inference.
+    cameras     The dataset's name of a camera → "external" or "wrist"; without it, cameras go by
+                their names.
+    urdf        For joint angles: the arm's URDF.
+    tip         For joint angles: the URDF's link that is the end-effector.
+    steps       Euler steps of the flow; the model's by default.
+    seed        Of the noise that actions come from.
+    state_names           What the state's numbers are; LeRobot sets them from the dataset.
+    action_feature_names  What the action's numbers are; LeRobot sets them from the dataset.
     """
 
     checkpoint: str = "nano"
@@ -68,102 +84,120 @@ class Spear1Config(PreTrainedConfig):
     state_names: list[str] = field(default_factory=list)
     action_feature_names: list[str] = field(default_factory=list)
     license: str | None = "apache-2.0"
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY
-        )
-    )
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=_no_normalization)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fps < CONTROL_RATE_HZ or self.fps % CONTROL_RATE_HZ:
             raise SpearError(
-                f"--policy.fps={self.fps}: give a multiple of {CONTROL_RATE_HZ:g}, SPEAR-1's rate"
+                f"--policy.fps={self.fps} is not a multiple of SPEAR-1's control rate. Use a "
+                f"multiple of {CONTROL_RATE_HZ:g}."
             )
         if not 1 <= self.replan <= HORIZON:
-            raise SpearError(f"--policy.replan={self.replan}: give 1 … {HORIZON}")
-        if self.stage.kind != "vla" or self.stage.lora_rank:
             raise SpearError(
-                f"--policy.recipe={self.recipe}: give a recipe of SPEAR-1 without LoRA"
+                f"--policy.replan={self.replan} is out of range. Use a number from 1 to {HORIZON}."
+            )
+        if self.training_recipe.kind != "vla" or self.training_recipe.lora_rank:
+            raise SpearError(
+                f"--policy.recipe={self.recipe} does not train all of a SPEAR-1. Use a recipe of "
+                "kind vla without LoRA."
             )
 
     @property
-    def stage(self) -> Recipe:
-        """The recipe."""
+    def training_recipe(self) -> Recipe:
+        """The recipe of that name."""
         return get_recipe(self.recipe)
 
     @property
     def optimization(self) -> Optimization:
-        """How weights move."""
-        found = self.stage.optimization
-        return found if self.lr is None else dataclasses.replace(found, lr=self.lr)
+        """The recipe's optimization, with the learning rate of this config."""
+        optimization = self.training_recipe.optimization
+        if self.lr is None:
+            return optimization
+        return dataclasses.replace(optimization, lr=self.lr)
 
     @property
     def stride(self) -> int:
-        """Frames of the dataset in one action of SPEAR-1."""
+        """Frames of the dataset per action of SPEAR-1."""
         return round(self.fps / CONTROL_RATE_HZ)
 
-    def robot(self) -> Robot:
-        """What the numbers mean. Raises `SpearError` for those that are no end-effector's pose."""
-        return choose(self.state_names, self.action_feature_names, self.stride, self.urdf, self.tip)
+    def make_robot(self) -> Robot:
+        """What the dataset's numbers mean.
 
-    def views(self) -> dict[str, str]:
-        """Image feature → view of SPEAR-1. Raises `SpearError` where a camera's view cannot be known."""
-        names = {key: key.rpartition(".")[2] for key in self.image_features}
-        views = {
-            key: self.cameras.get(name, "") if self.cameras else name for key, name in names.items()
-        }
-        views = {key: view for key, view in views.items() if view}
-        known = sorted(views.values()) in (
-            ["external"],
-            ["external", "wrist"],
-        )  # each from one camera
-        if not known or not {*self.cameras} <= {*names.values()}:
-            given, how = ", ".join(names.values()) or "none", "{NAME: external, NAME: wrist}"
-            raise SpearError(f"cameras {given}: say which are SPEAR-1's: --policy.cameras='{how}'")
+        Raises SpearError for numbers that are no end-effector's pose.
+        """
+        return choose_robot(
+            self.state_names, self.action_feature_names, self.stride, self.urdf, self.tip
+        )
+
+    def map_views(self) -> dict[str, str]:
+        """Image feature → view of SPEAR-1.
+
+        Raises SpearError if the view of a camera cannot be known.
+        """
+        camera_names = {key: key.rpartition(".")[2] for key in self.image_features}
+        views: dict[str, str] = {}
+        for key, camera_name in camera_names.items():
+            view = self.cameras.get(camera_name, "") if self.cameras else camera_name
+            if view:
+                views[key] = view
+
+        has_one_camera_per_view = sorted(views.values()) in (["external"], ["external", "wrist"])
+        unknown_cameras = set(self.cameras) - set(camera_names.values())
+        if not has_one_camera_per_view or unknown_cameras:
+            names = ", ".join(camera_names.values()) or "none"
+            raise SpearError(
+                f"the dataset's cameras are {names}. Say which of them are SPEAR-1's views with"
+                " --policy.cameras='{NAME: external, NAME: wrist}'."
+            )
         return views
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
-        """LeRobot calls this with the dataset's features."""
-        self.state_names, self.action_feature_names = (
-            _names(features.get(key, {})) for key in (OBS_STATE, ACTION)
-        )
+        """Take the names of the numbers from the dataset's features; LeRobot calls this."""
+        self.state_names = _number_names(features.get(OBS_STATE, {}))
+        self.action_feature_names = _number_names(features.get(ACTION, {}))
 
     def validate_features(self) -> None:
-        """Raises `SpearError` for a robot or cameras that SPEAR-1 cannot be used with."""
-        self.robot()
-        self.views()
+        """Raises SpearError for a robot or cameras that SPEAR-1 cannot be used with."""
+        self.make_robot()
+        self.map_views()
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        """The recipe's."""
-        opt = self.optimization
+        """The recipe's optimizer."""
+        optimization = self.optimization
         return AdamWConfig(
-            lr=opt.lr, betas=opt.betas, weight_decay=opt.weight_decay, grad_clip_norm=opt.grad_clip
+            lr=optimization.lr,
+            betas=optimization.betas,
+            weight_decay=optimization.weight_decay,
+            grad_clip_norm=optimization.grad_clip,
         )
 
     def get_scheduler_preset(self) -> Spear1SchedulerConfig:
-        """The recipe's."""
+        """The recipe's learning-rate schedule."""
         return Spear1SchedulerConfig(self.optimization.warmup, self.recipe)
 
     @property
     def observation_delta_indices(self) -> None:
-        """One observation."""
+        """None: one observation is enough."""
 
     @property
     def action_delta_indices(self) -> list[int]:
-        """The last frame of each of the 5 actions; and one more, which tells where an episode ends."""
-        ends = [(k + 1) * self.stride for k in range(HORIZON)]
+        """The last frame of each of the 5 actions, and one more, which shows where an episode
+        ends."""
+        ends = [(action + 1) * self.stride for action in range(HORIZON)]
         return [*(end - 1 for end in ends), ends[-1]]
 
     @property
     def reward_delta_indices(self) -> None:
-        """None."""
+        """None: no rewards are used."""
 
 
-def _names(feature: dict[str, Any]) -> list[str]:
-    """The names of a feature's numbers, which datasets keep as a list or in a map."""
+def _number_names(feature: dict[str, Any]) -> list[str]:
+    """The names of a feature's numbers, which datasets hold as a list or as a map of lists."""
     names = feature.get("names") or []
-    return [
-        str(n)
-        for n in (names if isinstance(names, list) else [m for v in names.values() for m in v])
-    ]
+    if isinstance(names, dict):
+        all_names = []
+        for group in names.values():
+            all_names += group
+        names = all_names
+    return [str(name) for name in names]

@@ -1,7 +1,7 @@
-"""SPEAR-1 behind LeRobot's `PreTrainedPolicy`; networks, statistics and sampling are spear's.
+"""SPEAR-1 as LeRobot's `PreTrainedPolicy`; networks, statistics and sampling are spear's.
 
-A saved policy is LeRobot's config.json and a folder `spear` beside it, which is a checkpoint as spear's own
-commands take it (`spear serve .../pretrained_model/spear`).
+A saved policy is LeRobot's config.json, and beside it a folder `spear`, which is a checkpoint for
+spear's own commands (`spear serve .../pretrained_model/spear`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
 
 from .configuration_spear1 import Spear1Config
-from .robots import Pace, Robot, columns, counting, demonstrated, doubt_units
+from .robots import (
+    CommandPacer,
+    Robot,
+    find_demonstrated_actions,
+    find_demonstrated_frames,
+    notice_unlikely_units,
+    read_columns,
+)
 
-FOLDER = "spear"
-"""Beside LeRobot's own file."""
+CHECKPOINT_FOLDER = "spear"  # beside LeRobot's own file
 
 
 class Spear1Policy(PreTrainedPolicy):
-    """`config` says where it starts from; folder: a spear checkpoint to use instead.
+    """A SPEAR-1 policy for LeRobot.
 
-    With a dataset, which only training gives, the statistics are those of it, as after `spear train`.
+    If it is given a dataset, which LeRobot only does in training, its statistics become those of
+    the dataset, as after `spear train`.
     """
 
     config_class = Spear1Config
@@ -49,32 +56,44 @@ class Spear1Policy(PreTrainedPolicy):
         dataset_meta: Any = None,
         folder: Path | None = None,
     ) -> None:
+        """folder: A spear checkpoint to start from instead of `config.checkpoint`."""
         super().__init__(config)
-        self.robot, self.views = config.robot(), config.views()
+        self.robot = config.make_robot()
+        self.views = config.map_views()
         if dataset_meta is not None and dataset_meta.fps != config.fps:
             raise SpearError(
-                f"--policy.fps={config.fps}, but the dataset has {dataset_meta.fps}: give that"
+                f"--policy.fps is {config.fps}, but the dataset has {dataset_meta.fps} frames per "
+                f"second. Set --policy.fps={dataset_meta.fps}."
             )
         self.spear = spear.Spear1Policy.load(
             folder or config.checkpoint, steps=config.steps, seed=config.seed
         )
-        self.model, self.mask = self.spear.model, None
-        self._begins: float | None = None  # known, while batches of a training are kept
+        self.model = self.spear.model
+
+        # While the first batches of a training are collected for the training distribution summary,
+        # `_mean_initial_opening` is set.
+        self._mean_initial_opening: float | None = None
         self._batches: list[dict[str, Any]] = []
+        self.is_demonstrated: Array | None = None
         if dataset_meta is not None:
-            self.mask = counting(dataset_meta, self.robot)
-            mode = self.spear.normalizer.mode
-            fitted, begins = fit(Path(dataset_meta.root), self.robot, config, self.mask, mode)
-            if folder is None or fitted != self.spear.normalizer:
-                if folder is not None:
-                    notice(f"{folder} has another dataset's statistics: this one's replace them")
-                self.spear.normalizer, self._begins, self.spear.training_distribution = (
-                    fitted,
-                    begins,
-                    None,
-                )
+            self._use_statistics_of(dataset_meta, folder)
         apply_freeze(self.model, config.optimization)
         self.reset()
+
+    def _use_statistics_of(self, dataset_meta: Any, folder: Path | None) -> None:
+        self.is_demonstrated = find_demonstrated_frames(dataset_meta, self.robot)
+        root = Path(dataset_meta.root)
+        normalizer, mean_initial_opening = fit_statistics(
+            root, self.robot, self.config, self.is_demonstrated, self.spear.normalizer.mode
+        )
+        is_resumed = folder is not None and normalizer == self.spear.normalizer
+        if is_resumed:
+            return
+        if folder is not None:
+            notice(f"{folder} has statistics of another dataset. Those of {root} replace them.")
+        self.spear.normalizer = normalizer
+        self.spear.training_distribution = None
+        self._mean_initial_opening = mean_initial_opening
 
     @classmethod
     def from_pretrained(
@@ -86,179 +105,254 @@ class Spear1Policy(PreTrainedPolicy):
         dataset_meta: Any = None,
         **_: Any,
     ) -> Spear1Policy:
-        """From a folder that `save_pretrained` wrote, or a repository of the Hub with its files."""
-        name, path = str(pretrained_name_or_path), Path(pretrained_name_or_path)
+        """Load a folder that `save_pretrained` wrote, or a repository of the Hub with its files."""
+        path = Path(pretrained_name_or_path)
         if not path.is_dir():
-            own = ["config.json", f"{FOLDER}/*"]  # not the checkpoints of its training
-            path = Path(snapshot_download(name, revision=revision, allow_patterns=own))
+            # The checkpoints of its training stay there.
+            patterns = ["config.json", f"{CHECKPOINT_FOLDER}/*"]
+            snapshot = snapshot_download(
+                str(pretrained_name_or_path), revision=revision, allow_patterns=patterns
+            )
+            path = Path(snapshot)
         config = config or PreTrainedConfig.from_pretrained(path)
-        policy = cls(config, dataset_meta=dataset_meta, folder=path / FOLDER)
+        policy = cls(config, dataset_meta=dataset_meta, folder=path / CHECKPOINT_FOLDER)
         return policy.to(config.device).eval()
 
     def _save_pretrained(
         self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """state_dict: the weights, where they are spread over several processes (FSDP)."""
+        """state_dict: The weights, if they are spread over several processes (FSDP)."""
         self.config._save_pretrained(save_directory)
-        folder = save_directory / FOLDER
-        whole = state_dict and {
-            key.removeprefix("model."): weight for key, weight in state_dict.items()
-        }
-        self.model.save_pretrained(folder, state_dict=whole)
+        folder = save_directory / CHECKPOINT_FOLDER
+        weights = None
+        if state_dict:
+            weights = {key.removeprefix("model."): weight for key, weight in state_dict.items()}
+        self.model.save_pretrained(folder, state_dict=weights)
         self.spear.processor.save(folder)
         self.spear.normalizer.save(folder / "normalizer.json")
-        if known := self._known():
-            known.save(folder / "seen.json")
+        distribution = self._summarize_training()
+        if distribution is not None:
+            distribution.save(folder / "seen.json")
 
-    def _known(self) -> TrainingDistribution | None:
-        """What it saw in training, as far as that has come."""
-        if self._begins is None or not self._batches:
+    def _summarize_training(self) -> TrainingDistribution | None:
+        """The training distribution summary, as far as training has come."""
+        if self._mean_initial_opening is None or not self._batches:
             return self.spear.training_distribution
-        return TrainingDistribution.from_batches(self._batches, self._begins)
+        return TrainingDistribution.from_batches(self._batches, self._mean_initial_opening)
 
     def get_optim_params(self) -> list[dict[str, Any]]:
-        """The recipe's groups."""
+        """The recipe's parameter groups."""
         groups = make_optimizer(self.model, self.config.optimization).param_groups
         return [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
 
     def wrap_with_peft(self, *_: Any, **__: Any) -> Any:
-        """No: adapters are saved without the dataset's statistics. Always raises `SpearError`."""
+        """Always raises SpearError, because adapters are saved without the dataset's statistics."""
         raise SpearError(
-            "--peft: not with spear1: leave it out, or use `spear train finetune-lora`"
+            "spear1 does not work with --peft. Leave it out, or use `spear train finetune-lora`."
         )
 
     def reset(self) -> None:
-        """A new episode: no actions wait, and the noise begins anew."""
-        self._pace = Pace(self.config.fps)
+        """Begin a new episode: forget the commands that are left, and restart the noise."""
+        self._pacer = CommandPacer(self.config.fps)
         self.spear.reset()
 
     def forward(
         self, batch: dict[str, Any], reduction: str = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """The flow loss of a batch of the dataset, and its parts."""
+        """The flow-matching loss of a batch of the dataset, and its parts."""
         if reduction != "mean":
-            raise SpearError(f"reduction {reduction!r}: leave sample_weighting out")
-        states = np.stack([self.robot.state(values) for values in _numpy(batch[OBS_STATE])])
-        beyond = _numpy(batch[f"{ACTION}_is_pad"])
-        pairs = [
-            self.robot.chunk(*row)
-            for row in zip(states, _numpy(batch[ACTION]), beyond, strict=True)
-        ]
-        actions, known = (np.stack(column) for column in zip(*pairs, strict=True))
-        if self.mask is not None:
-            known &= demonstrated(self.mask, _numpy(batch["index"]).reshape(-1))
-        images = self._images(batch)
-        raw = {
-            "position": np.float32(states[:, :3]),
-            "rotation": np.float32(states[:, 3:7]),
-            "gripper": np.float32(states[:, 7]),
-            "action": np.float32(actions),
-            "action_mask": known,
-            "images": images,
-            "views": {view: np.ones(len(states), bool) for view in images},
-            "instruction": batch["task"],
-            "dataset": np.zeros(len(states), int),
-        }
-        if self._begins is not None:
-            self._batches.append(raw)
-            if len(self._batches) * len(states) >= NUM_SAMPLES:
-                self.spear.training_distribution, self._begins, self._batches = (
-                    self._known(),
-                    None,
-                    [],
-                )
+            raise SpearError(
+                f"reduction {reduction!r} is not supported. Leave sample_weighting out."
+            )
+        raw = self._to_robot_batch(batch)
+        if self._mean_initial_opening is not None:
+            self._collect(raw)
         inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, raw)
-        put = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(self.model.device), inputs)
-        put["actions"] = Action.from_vector(put["actions"])
-        output = self.model(**put, flow_samples=self.config.stage.flow_samples)
+        inputs = torch.utils._pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(self.model.device), inputs
+        )
+        inputs["actions"] = Action.from_vector(inputs["actions"])
+        flow_samples = self.config.training_recipe.flow_samples
+        output = self.model(**inputs, flow_samples=flow_samples)
         return output.loss, {name: float(part) for name, part in output.parts.items()}
 
+    def _to_robot_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of LeRobot's dataset as spear's own training draws one."""
+        states = []
+        actions = []
+        action_masks = []
+        for values, commands, is_past_end in zip(
+            _to_numpy(batch[OBS_STATE]),
+            _to_numpy(batch[ACTION]),
+            _to_numpy(batch[f"{ACTION}_is_pad"]),
+            strict=True,
+        ):
+            state = self.robot.to_state(values)
+            chunk, mask = self.robot.to_actions(state, commands, is_past_end)
+            states.append(state)
+            actions.append(chunk)
+            action_masks.append(mask)
+        state = np.stack(states)
+        action_mask = np.stack(action_masks)
+        if self.is_demonstrated is not None:
+            index = _to_numpy(batch["index"]).reshape(-1)
+            action_mask &= find_demonstrated_actions(self.is_demonstrated, index)
+        images = self._images(batch)
+        return {
+            "position": np.float32(state[:, :3]),
+            "rotation": np.float32(state[:, 3:7]),
+            "gripper": np.float32(state[:, 7]),
+            "action": np.float32(np.stack(actions)),
+            "action_mask": action_mask,
+            "images": images,
+            "views": {view: np.ones(len(state), bool) for view in images},
+            "instruction": batch["task"],
+            "dataset": np.zeros(len(state), int),
+        }
+
+    def _collect(self, raw: dict[str, Any]) -> None:
+        """Collect a batch for the training distribution summary; summarize when there are
+        enough."""
+        self._batches.append(raw)
+        num_samples = len(self._batches) * len(raw["position"])
+        if num_samples >= NUM_SAMPLES:
+            self.spear.training_distribution = self._summarize_training()
+            self._mean_initial_opening = None
+            self._batches = []
+
     def _state(self, batch: dict[str, Any]) -> Tensor:
-        """The robots' numbers [B, d]. Raises `SpearError` for others than the policy was trained on."""
-        names, found = self.config.state_names, batch.get(OBS_STATE, torch.zeros(1, 0))
-        if found.shape[1] != len(names):
-            known = f"the policy knows {len(names)}: {' '.join(names)}"
+        """The robots' numbers [B, d].
+
+        Raises SpearError if they are not as many as the policy was trained on.
+        """
+        names = self.config.state_names
+        state = batch.get(OBS_STATE, torch.zeros(1, 0))
+        if state.shape[1] != len(names):
             raise SpearError(
-                f"{OBS_STATE} has {found.shape[1]} numbers, {known}: is it this robot's?"
+                f"{OBS_STATE} has {state.shape[1]} numbers, but the policy was trained on "
+                f"{len(names)}: {' '.join(names)}. Use the policy with the robot that it was "
+                "trained for."
             )
-        return found
+        return state
 
     def _images(self, batch: dict[str, Any]) -> dict[str, Array]:
-        """View → images [B, h, w, 3]. A wrist camera may be missing, as with spear's own commands."""
-        if missing := [
-            key for key, view in self.views.items() if view == "external" and key not in batch
-        ]:
-            raise SpearError(f"no {missing[0]}: give its camera this name, or --rename_map")
-        there = {view: _numpy(batch[key]) for key, view in self.views.items() if key in batch}
-        return {view: images.transpose(0, 2, 3, 1) for view, images in there.items()}
+        """View → images [B, h, w, 3]. The wrist camera may be missing, as with spear's own
+        commands."""
+        images = {}
+        for key, view in self.views.items():
+            if key in batch:
+                images[view] = _to_numpy(batch[key]).transpose(0, 2, 3, 1)
+            elif view == "external":
+                raise SpearError(
+                    f"the observation has no {key}. Give its camera this name, or use --rename_map."
+                )
+        return images
 
     @torch.compiler.disable  # --use_torch_compile could not see through kinematics
     @torch.no_grad()
     def predict_action_chunk(
         self, batch: dict[str, Any], last: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """[B, rows, d]: the whole chunk as the robot takes it; last [B, d]: the rows that came before."""
+        """The whole chunk as the robot takes it: commands [B, N, d].
+
+        last: [B, d] the commands before.
+        """
         state = self._state(batch)
-        values = _numpy(state)
-        images = {camera_key(view): shown for view, shown in self._images(batch).items()}
-        tasks = [batch["task"]] * len(values) if isinstance(batch["task"], str) else batch["task"]
+        values = _to_numpy(state)
+        images = self._images(batch)
+        tasks = batch["task"]
+        if isinstance(tasks, str):
+            tasks = [tasks] * len(values)
         if not all(tasks):
-            raise SpearError("no instruction: give --task")
-        seen = [
-            {"observation/state": self.robot.state(numbers), "prompt": task}
-            | {key: shown[i] for key, shown in images.items()}
-            for i, (numbers, task) in enumerate(zip(values, tasks, strict=True))
-        ]
-        chunks = [result["actions"] for result in self.spear.infer_batch(seen)]
-        before = [None] * len(values) if last is None else _numpy(last)
-        rows = [self.robot.rows(*each) for each in zip(chunks, values, before, strict=True)]
-        return torch.from_numpy(np.stack(rows)).to(state.device)
+            raise SpearError("there is no instruction. Add --task.")
+
+        observations = []
+        for index, (numbers, task) in enumerate(zip(values, tasks, strict=True)):
+            observation = {"observation/state": self.robot.to_state(numbers), "prompt": task}
+            for view, view_images in images.items():
+                observation[camera_key(view)] = view_images[index]
+            observations.append(observation)
+        results = self.spear.infer_batch(observations)
+
+        last_commands = [None] * len(values) if last is None else _to_numpy(last)
+        commands = []
+        for result, numbers, last_command in zip(results, values, last_commands, strict=True):
+            commands.append(self.robot.to_commands(result["actions"], numbers, last_command))
+        return torch.from_numpy(np.stack(commands)).to(state.device)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """[B, d]: the next row; looks when those of `replan` actions are used up. One robot's come no faster
-        than `fps`; several are a simulator's."""
-        count = self.config.replan * self.config.stride
+        """The next command [B, d].
 
-        def look(last: Tensor | None) -> Tensor:
-            return self.predict_action_chunk(batch, last)[:, :count].transpose(0, 1)
+        A new chunk is predicted when the commands of `replan` actions are used up. Commands of one
+        robot come no faster than `fps`; several robots are a simulator's, which does not wait.
+        """
+        num_commands = self.config.replan * self.config.stride
 
-        return self._pace.row(look, one=len(self._state(batch)) == 1)
+        def predict(last: Tensor | None) -> Tensor:
+            chunk = self.predict_action_chunk(batch, last)
+            return chunk[:, :num_commands].transpose(0, 1)
+
+        is_single_robot = len(self._state(batch)) == 1
+        return self._pacer.next_command(predict, is_single_robot)
 
 
-def fit(
-    root: Path, robot: Robot, config: Spear1Config, mask: Array, mode: Mode
+def fit_statistics(
+    root: Path, robot: Robot, config: Spear1Config, is_demonstrated: Array, mode: Mode
 ) -> tuple[Normalizer, float]:
-    """The statistics of a dataset's translations and positions, of all its episodes, and the mean opening
-    with which these begin; mask: of these frames [frames]."""
-    state, action, episode, index = columns(root, OBS_STATE, ACTION, "episode_index", "index")
-    doubt_units(robot, state)
-    counts = mask[index]
-    ahead = np.array(config.action_delta_indices)
-    moves, places, begins = [], [], []
+    """Fit the statistics of a dataset's translations and positions, over all its episodes.
+
+    Args:
+        root: The dataset.
+        robot: What its numbers mean.
+        config: The policy's.
+        is_demonstrated: [frames] bool, from `find_demonstrated_frames`.
+        mode: Which statistics normalize.
+
+    Returns:
+        The normalizer, and the mean gripper opening at the beginning of episodes.
+    """
+    state, action, episode, index = read_columns(root, OBS_STATE, ACTION, "episode_index", "index")
+    notice_unlikely_units(robot, state)
+    frame_counts = is_demonstrated[index]
+    chunk_offsets = np.array(config.action_delta_indices)
+    translations = []
+    positions = []
+    initial_openings = []
     for number in np.unique(episode):
-        states, commands = (x[episode == number].astype(np.float32) for x in (state, action))
-        count = counts[episode == number]
-        begins.append(robot.state(states[0])[7])
-        for at in range(0, len(states), config.stride):
-            here, when = robot.state(states[at]), at + ahead
-            rows = commands[np.minimum(when, len(states) - 1)]
-            actions, known = robot.chunk(here, rows, when >= len(states))
-            if known[0] and count[at]:
-                moves.append(actions[0, :3])
-                places.append(here[:3])
-    if not moves:
-        raise SpearError(f"{root}: no frame that counts: check its action_mask and lengths")
-    seen = np.hstack([moves, places]).astype(np.float64)
-    ends = (0.01, 0.99) if mode == "quantile" else (0, 1)
-    low, high = np.quantile(seen, ends, axis=0)
+        is_of_episode = episode == number
+        states = state[is_of_episode].astype(np.float32)
+        commands = action[is_of_episode].astype(np.float32)
+        counts = frame_counts[is_of_episode]
+        initial_openings.append(robot.to_state(states[0])[7])
+        for frame in range(0, len(states), config.stride):
+            robot_state = robot.to_state(states[frame])
+            chunk_frames = frame + chunk_offsets
+            chunk_commands = commands[np.minimum(chunk_frames, len(states) - 1)]
+            actions, action_mask = robot.to_actions(
+                robot_state, chunk_commands, chunk_frames >= len(states)
+            )
+            if action_mask[0] and counts[frame]:
+                translations.append(actions[0, :3])
+                positions.append(robot_state[:3])
+    if not translations:
+        raise SpearError(
+            f"{root} has no frame that is a demonstration. Check its action_mask and the lengths "
+            "of its episodes."
+        )
+
+    samples = np.hstack([translations, positions]).astype(np.float64)
     if mode == "meanstd":
-        low, high = seen.mean(0) - seen.std(0), seen.mean(0) + seen.std(0)
+        low = samples.mean(0) - samples.std(0)
+        high = samples.mean(0) + samples.std(0)
+    else:
+        quantiles = (0.01, 0.99) if mode == "quantile" else (0, 1)
+        low, high = np.quantile(samples, quantiles, axis=0)
     offset = tuple(((high + low) / 2).tolist())
     scale = tuple(np.maximum((high - low) / 2, MIN_SCALES).tolist())
-    normalizer = Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], len(moves))
-    return normalizer, float(np.mean(begins))
+    normalizer = Normalizer(mode, offset[:3], scale[:3], offset[3:], scale[3:], len(translations))
+    return normalizer, float(np.mean(initial_openings))
 
 
-def _numpy(values: Tensor) -> Array:
+def _to_numpy(values: Tensor) -> Array:
     return values.detach().cpu().numpy()

@@ -1,7 +1,8 @@
-"""LeRobot's pipelines around the policy: images to SPEAR-1's sizes, nothing stretched; no numbers changed.
+"""LeRobot's pipelines around the policy: images are fitted to SPEAR-1's sizes, and numbers stay as
+they are.
 
-States and actions are turned and normalised inside the policy, by spear's own classes, whose statistics lie
-with its weights.
+The policy itself converts and normalizes states and actions, with spear's own classes, whose
+statistics are saved with its weights.
 """
 
 from __future__ import annotations
@@ -35,15 +36,19 @@ from .configuration_spear1 import Spear1Config
 @ProcessorStepRegistry.register("spear1_fit_images")
 @dataclass
 class FitImagesProcessorStep(ObservationProcessorStep):
-    """Images [..., 3, h, w], float 0 … 1 or uint8, as uint8 of `sizes`: feature → [width, height]."""
+    """Fits images [..., 3, h, w], float from 0 to 1 or uint8, into `sizes`, as uint8, without
+    stretching.
+
+    sizes  Image feature → [width, height].
+    """
 
     sizes: dict[str, list[int]] = field(default_factory=dict)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
-        """Only the images change."""
+        """Replace the images of an observation."""
         for key, (width, height) in self.sizes.items():
             if key in observation:
-                observation[key] = _fitted(observation[key], height, width)
+                observation[key] = _fit_images(observation[key], height, width)
         return observation
 
     def get_config(self) -> dict[str, Any]:
@@ -53,22 +58,22 @@ class FitImagesProcessorStep(ObservationProcessorStep):
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
     ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        """The images' sizes."""
-        own = features[PipelineFeatureType.OBSERVATION]
+        """Set the images' sizes in a description of the features."""
+        observation = features[PipelineFeatureType.OBSERVATION]
         for key, (width, height) in self.sizes.items():
-            if key in own:
-                own[key] = PolicyFeature(own[key].type, (3, height, width))
+            if key in observation:
+                observation[key] = PolicyFeature(observation[key].type, (3, height, width))
         return features
 
 
-def _fitted(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _fit_images(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[..., 3, h, w] → uint8 [..., 3, height, width]."""
     if images.is_floating_point():
         images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-    rows = images.reshape(-1, *images.shape[-3:]).permute(0, 2, 3, 1).cpu().numpy()
-    fitted = torch.stack([torch.tensor(fit_image(row, height, width)) for row in rows]).permute(
-        0, 3, 1, 2
-    )
-    return fitted.reshape(*images.shape[:-2], height, width).contiguous()
+    batch = images.reshape(-1, *images.shape[-3:]).permute(0, 2, 3, 1).cpu().numpy()
+    fitted = [torch.tensor(fit_image(image, height, width)) for image in batch]
+    stacked = torch.stack(fitted).permute(0, 3, 1, 2)
+    return stacked.reshape(*images.shape[:-2], height, width).contiguous()
 
 
 def make_spear1_pre_post_processors(
@@ -77,12 +82,18 @@ def make_spear1_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """What LeRobot calls for a new policy; a saved one brings its own."""
+    """Make the pipelines of a new policy; LeRobot calls this. A saved policy has its own."""
     folder = locate(config.checkpoint)
-    sizes = Processor.load(
-        folder, check_checkpoint(Spear1ForActionPrediction, folder).vlm_config
-    ).image_sizes
-    fit = FitImagesProcessorStep({key: list(sizes[view]) for key, view in config.views().items()})
-    usual = make_default_policy_processor_steps(config)
-    before = [usual.rename_observations, fit, usual.add_batch_dim, usual.to_device, usual.normalize]
-    return make_policy_processor_pipelines(before, [usual.unnormalize, usual.to_cpu])
+    model_config = check_checkpoint(Spear1ForActionPrediction, folder)
+    view_sizes = Processor.load(folder, model_config.vlm_config).image_sizes
+    sizes = {key: list(view_sizes[view]) for key, view in config.map_views().items()}
+
+    defaults = make_default_policy_processor_steps(config)
+    pre_steps = [
+        defaults.rename_observations,
+        FitImagesProcessorStep(sizes),
+        defaults.add_batch_dim,
+        defaults.to_device,
+        defaults.normalize,
+    ]
+    return make_policy_processor_pipelines(pre_steps, [defaults.unnormalize, defaults.to_cpu])

@@ -1,19 +1,23 @@
-"""What a LeRobot dataset's numbers mean to SPEAR-1, and SPEAR-1's actions as the robot takes them.
+"""What a LeRobot dataset's numbers mean to SPEAR-1, and SPEAR-1's actions as commands of the robot.
 
-Known are what `spear data export` writes; end-effector poses as LeRobot's processors name them (position in
-m, rotation vector, gripper 0 closed … 100 open), commanded as absolute poses; and joint angles in degrees,
-through LeRobot's kinematics of the arm. Anything else is refused. Needs no LeRobot, but for joint angles.
+Three kinds of numbers are known; others are refused:
+
+- What `spear data export` writes (`ExportedRobot`).
+- End-effector poses as LeRobot's processors name them (`PoseRobot`): position in m, rotation
+  vector, gripper from 0 (closed) to 100 (open), commanded as absolute poses.
+- Joint angles in degrees (`JointRobot`), through LeRobot's kinematics of the arm.
+
+Only joint angles need LeRobot itself.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.dataset
@@ -37,267 +41,396 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-POSE_NAMES = [f"ee.{part}" for part in ("x", "y", "z", "wx", "wy", "wz", "gripper_pos")]
-OPEN = FULL = 100.0
-"""LeRobot's value of an open gripper, and of a joint at its end where it gives no degrees (-100 … 100)."""
-ROUNDS = 5
-"""LeRobot's inverse kinematics makes one step of its solver: so many for each row."""
-MISS = 0.01
-"""Metres from where a row should lead: beyond, the arm stands still (these two are our choice)."""
-Row = tuple[Array, Array, float]
-"""Position [3] (m, base frame), quaternion [4], opening 0 … 1."""
+POSE_NAMES = [f"ee.{name}" for name in ("x", "y", "z", "wx", "wy", "wz", "gripper_pos")]
+
+OPEN_GRIPPER = 100.0  # LeRobot's value of an open gripper
+NORMALIZED_JOINT_LIMIT = 100.0  # LeRobot's value of a joint at its end, if it gives no degrees
+
+IK_STEPS = 5  # LeRobot's inverse kinematics makes one step of its solver: so many for each command
+MAX_IK_ERROR_M = 0.01  # if the solution is further from the target, the arm stands still
+
+EARLY_FRACTION_OF_NOTICE = 0.2  # of the period, by which a robot asks too early
 
 
-class Pace:
-    """Lets rows come no faster than a robot is to execute them, `fps` in a second: LeRobot's loop has a rate
-    of its own, `--fps`, 30 without it. A row may come half of its time early (our choice)."""
+class Pose(NamedTuple):
+    """An end-effector's pose.
+
+    position  [3] m, base frame.
+    rotation  [4] unit quaternion (w, x, y, z), base frame.
+    opening   Of the gripper, 0 closed … 1 open.
+    """
+
+    position: Array
+    rotation: Array
+    opening: float
+
+
+class CommandPacer:
+    """Hands out commands no faster than a robot is to execute them: `fps` per second.
+
+    LeRobot's loop has a rate of its own, `--fps`, which is 30 by default. A command may come half
+    of its period early.
+    """
 
     def __init__(self, fps: int) -> None:
-        self.period, self._due, self._handed = 1 / fps, -math.inf, math.inf
-        self._rows: deque[Tensor] = deque()
+        self.period_s = 1 / fps
+        self._due_s = -math.inf
+        self._handed_out_s = math.inf
+        self._commands: deque[Tensor] = deque()
         self._last: Tensor | None = None
 
-    def row(self, look: Callable[[Tensor | None], Iterable[Tensor]], one: bool = True) -> Tensor:
-        """The next row [B, d], when it is due for one robot; several are a simulator's, which do not wait.
-        look: the row before, None where nothing is known of it → new rows, asked for when none is left."""
-        if one:
-            self.wait()
-        if not self._rows:
-            self._rows.extend(look(self._last))
-        self._last, self._handed = self._rows.popleft(), time.monotonic()
-        return self._last
+    def next_command(
+        self,
+        predict: Callable[[Tensor | None], Iterable[Tensor]],
+        is_single_robot: bool = True,
+    ) -> Tensor:
+        """The next command [B, d], when it is due.
 
-    def wait(self) -> None:
-        """Until the next row is due. Says so where they are asked for a quarter too fast. After a pause the
-        rows that are left, and the one before, are forgotten."""
-        if time.monotonic() - self._handed > MAX_PAUSE_S:
-            self._rows.clear()
+        predict: Called when no command is left: the command before (None if it is not known) → new
+            commands.
+        is_single_robot: Several robots are a simulator's, which does not wait.
+        """
+        if is_single_robot:
+            self.wait_until_due()
+        if not self._commands:
+            self._commands.extend(predict(self._last))
+        command = self._commands.popleft()
+        self._last = command
+        self._handed_out_s = time.monotonic()
+        return command
+
+    def wait_until_due(self) -> None:
+        """Wait until the next command is due; a notice says so if the robot asks much too fast.
+
+        After a pause, the remaining commands and the one before are forgotten.
+        """
+        if time.monotonic() - self._handed_out_s > MAX_PAUSE_S:
+            self._commands.clear()
             self._last = None
-        if (early := self._due - time.monotonic()) > 0:
-            if early > 0.2 * self.period:
-                told = f"--policy.fps={1 / self.period:g}"
+        early_s = self._due_s - time.monotonic()
+        if early_s > 0:
+            if early_s > EARLY_FRACTION_OF_NOTICE * self.period_s:
+                fps = f"{1 / self.period_s:g}"
                 notice(
-                    f"more rows are asked for than {told}: each is made to wait: give it as --fps, too"
+                    f"the robot asks for more commands than --policy.fps={fps}, so each of them "
+                    f"waits. Add --fps={fps}."
                 )
-            time.sleep(early)
-        self._due = max(self._due + self.period, time.monotonic() + self.period / 2)
+            time.sleep(early_s)
+        self._due_s = max(self._due_s + self.period_s, time.monotonic() + self.period_s / 2)
 
 
 class Robot(Protocol):
-    """state: the robot's numbers [d] as SPEAR-1's state [8]. chunk: (state, commands [6, d] of the frames of
-    `action_delta_indices`, which of them are beyond the episode [6]) as actions [5, 8] and which count [5].
-    rows: actions for a robot that is at `values` [d], as commands [N, d]; last: the command [d] before."""
+    """What the numbers of a robot mean. d is how many there are."""
 
-    def state(self, values: Array) -> Array: ...
-    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]: ...
-    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array: ...
+    def to_state(self, values: Array) -> Array:
+        """The robot's numbers [d] → SPEAR-1's state [8]."""
+        ...
+
+    def to_actions(self, state: Array, commands: Array, is_past_end: Array) -> tuple[Array, Array]:
+        """Commands of a dataset → actions [5, 8], and [5] bool, which of them count.
+
+        Args:
+            state: [8] at the first frame.
+            commands: [6, d] of the frames of `Spear1Config.action_delta_indices`.
+            is_past_end: [6] bool, which of these frames are after the end of the episode.
+        """
+        ...
+
+    def to_commands(self, actions: Array, values: Array, last: Array | None = None) -> Array:
+        """Actions [H, 8] → commands [N, d], for a robot whose numbers are `values` [d].
+
+        last: [d] the command before.
+        """
+        ...
 
 
-class Exported:
-    """A dataset of spear's own, at 5 Hz. The last action of an episode leads nowhere known."""
+class ExportedRobot:
+    """A dataset that spear exported, at 5 Hz. Nobody knows where an episode's last action leads."""
 
-    def state(self, values: Array) -> Array:
+    def to_state(self, values: Array) -> Array:
         return values
 
-    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
-        return commands[:HORIZON], ~beyond[1:]
+    def to_actions(self, state: Array, commands: Array, is_past_end: Array) -> tuple[Array, Array]:
+        return commands[:HORIZON], ~is_past_end[1:]
 
-    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array:
+    def to_commands(self, actions: Array, values: Array, last: Array | None = None) -> Array:
         return actions
 
 
-class Poses:
-    """End-effector poses, `stride` frames to an action."""
+class PoseRobot:
+    """End-effector poses, with `stride` frames per action."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
 
-    def state(self, values: Array) -> Array:
-        position, rotation, gripper = self.pose(values)
-        return make_state(position, rotation, gripper)
+    def to_state(self, values: Array) -> Array:
+        pose = self.to_pose(values)
+        return make_state(pose.position, pose.rotation, pose.opening)
 
-    def chunk(self, state: Array, commands: Array, beyond: Array) -> tuple[Array, Array]:
+    def to_actions(self, state: Array, commands: Array, is_past_end: Array) -> tuple[Array, Array]:
         """Each action leads from one command to the next, the first one from where the robot is."""
-        poses = [self.pose(c) for c in commands[:HORIZON]]
-        position = np.stack([state[:3], *(p for p, _, _ in poses)])
-        rotation = np.stack([state[3:7], *(r for _, r, _ in poses)])
-        command = np.array([g for _, _, g in poses] + [poses[-1][2]], np.float32)
-        return derive_actions(position, rotation, command)[:-1], ~beyond[:HORIZON]
+        poses = [self.to_pose(command) for command in commands[:HORIZON]]
+        positions = np.stack([state[:3], *(pose.position for pose in poses)])
+        rotations = np.stack([state[3:7], *(pose.rotation for pose in poses)])
+        openings = [pose.opening for pose in poses]
+        openings.append(openings[-1])
+        actions = derive_actions(positions, rotations, np.array(openings, np.float32))
+        return actions[:-1], ~is_past_end[:HORIZON]
 
-    def rows(self, actions: Array, values: Array, last: Array | None = None) -> Array:
-        """Straight lines and geodesics between where the actions lead. They begin at the last command, which
-        an arm lags behind: from where it is, each look would draw it back."""
-        state = self.state(values)
-        where, turned = compute_target_poses(state, actions)
-        path = [self._begin(state, actions[0], last), *zip(where, turned, strict=True)]
-        rows = []
-        for ((p, q), (to, facing)), action in zip(itertools.pairwise(path), actions, strict=True):
-            for part in np.arange(1, self.stride + 1) / self.stride:
-                begin, end = torch.from_numpy(np.array([q, facing], np.float64))
-                rows.append(
-                    (p + (to - p) * part, quat_slerp(begin, end, float(part)).numpy(), action[7])
+    def to_commands(self, actions: Array, values: Array, last: Array | None = None) -> Array:
+        """Straight lines and geodesics between the poses to which the actions lead.
+
+        They begin at the last command, because an arm lags behind it: beginning where the arm is,
+        every chunk would draw it back.
+        """
+        state = self.to_state(values)
+        target_positions, target_rotations = compute_target_poses(state, actions)
+        position, rotation = self._find_start(state, actions[0], last)
+        poses = []
+        for target_position, target_rotation, action in zip(
+            target_positions, target_rotations, actions, strict=True
+        ):
+            start_quat = torch.from_numpy(np.array(rotation, np.float64))
+            end_quat = torch.from_numpy(np.array(target_rotation, np.float64))
+            for fraction in np.arange(1, self.stride + 1) / self.stride:
+                pose = Pose(
+                    position + (target_position - position) * fraction,
+                    quat_slerp(start_quat, end_quat, float(fraction)).numpy(),
+                    action[7],
                 )
-        return self.commands(rows, values, last)
+                poses.append(pose)
+            position = target_position
+            rotation = target_rotation
+        return self._poses_to_commands(poses, values, last)
 
-    def _begin(self, state: Array, action: Array, last: Array | None) -> tuple[Array, Array]:
-        """Position [3] and quaternion [4] of the last command, if any, but no further from the state than the
-        action goes and turns (our choice): the arm may be blocked, or pushed. A demonstrated action is never
-        shorter than the lag, unless its command goes back."""
+    def _find_start(self, state: Array, action: Array, last: Array | None) -> tuple[Array, Array]:
+        """Position [3] and quaternion [4] from which the first action leads.
+
+        It is the last command, if there is one, but no further from the state than the action moves
+        and turns, because the arm may be blocked, or pushed. A demonstrated action is never shorter
+        than the lag, unless its command goes back.
+        """
         if last is None:
             return state[:3], state[3:7]
-        position, rotation, _ = self.pose(last)
-        ahead = np.float64(position) - state[:3]
-        begin, end, turn = torch.from_numpy(
-            np.array([state[3:7], rotation, action[3:7]], np.float64)
-        )
-        far, angle = float(np.linalg.norm(ahead)), float(quat_distance(begin, end))
-        goes = min(1.0, float(np.linalg.norm(action[:3])) / max(far, 1e-9))
-        turns = min(1.0, float(quat_log(turn).norm()) / max(angle, 1e-9))
-        return state[:3] + goes * ahead, quat_slerp(begin, end, turns).numpy()
+        commanded = self.to_pose(last)
 
-    def pose(self, values: Array) -> Row:
-        """Of the robot's numbers [d]. Raises `SpearError` for joint angles: a robot sends no names."""
-        if (turn := float(np.linalg.norm(values[3:6]))) > 2 * math.pi:
-            how = "are these joint angles? send the end-effector's pose (LeRobot's end-effector processors)"
+        offset = np.float64(commanded.position) - state[:3]
+        distance_m = float(np.linalg.norm(offset))
+        action_distance_m = float(np.linalg.norm(action[:3]))
+        position_fraction = min(1.0, action_distance_m / max(distance_m, 1e-9))
+
+        state_quat = torch.from_numpy(np.array(state[3:7], np.float64))
+        commanded_quat = torch.from_numpy(np.array(commanded.rotation, np.float64))
+        action_quat = torch.from_numpy(np.array(action[3:7], np.float64))
+        angle_rad = float(quat_distance(state_quat, commanded_quat))
+        action_angle_rad = float(quat_log(action_quat).norm())
+        rotation_fraction = min(1.0, action_angle_rad / max(angle_rad, 1e-9))
+
+        position = state[:3] + position_fraction * offset
+        return position, quat_slerp(state_quat, commanded_quat, rotation_fraction).numpy()
+
+    def to_pose(self, values: Array) -> Pose:
+        """The pose that the robot's numbers [d] mean.
+
+        Raises SpearError if they are joint angles; their names are not known here, since a robot
+        sends none.
+        """
+        angle_rad = float(np.linalg.norm(values[3:6]))
+        if angle_rad > 2 * math.pi:
             raise SpearError(
-                f"{POSE_NAMES[3]} …: {turn:.3g} rad is no turn of an end-effector: {how}"
+                f"{POSE_NAMES[3]} …: {angle_rad:.3g} rad is no rotation of an end-effector. If "
+                "these are joint angles, send the end-effector's pose (LeRobot's end-effector "
+                "processors)."
             )
-        return (
-            values[:3],
-            _quat(quat_exp(torch.from_numpy(np.float64(values[3:6])))),
-            _opening(values[6]),
-        )
+        rotation_vector = torch.from_numpy(np.float64(values[3:6]))
+        rotation = quat_canonical(quat_exp(rotation_vector)).numpy()
+        return Pose(values[:3], rotation, _to_opening(values[6]))
 
-    def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
+    def _poses_to_commands(self, poses: Sequence[Pose], values: Array, last: Array | None) -> Array:
         """Poses as commands [N, d]."""
-        turns = [quat_log(torch.from_numpy(q)).numpy() for _, q, _ in rows]
-        made = [[*p, *w, OPEN * g] for (p, _, g), w in zip(rows, turns, strict=True)]
-        return np.array(made, np.float32)
+        commands = []
+        for pose in poses:
+            rotation_vector = quat_log(torch.from_numpy(pose.rotation)).numpy()
+            commands.append([*pose.position, *rotation_vector, OPEN_GRIPPER * pose.opening])
+        return np.array(commands, np.float32)
 
 
-class Joints(Poses):
-    """Joint angles in degrees, the gripper last. kinematics: LeRobot's `RobotKinematics`, or its like."""
+class JointRobot(PoseRobot):
+    """Joint angles in degrees, the gripper last."""
 
-    def __init__(self, stride: int, kinematics: Any, count: int) -> None:
+    def __init__(self, stride: int, kinematics: Any, num_joints: int) -> None:
+        """kinematics: LeRobot's `RobotKinematics`, or an object with the same methods."""
         super().__init__(stride)
-        self.kinematics, self.count, self._noted = kinematics, count, False
+        self.kinematics = kinematics
+        self.num_joints = num_joints
+        self._has_noticed = False
 
-    def pose(self, values: Array) -> Row:
-        at = self.kinematics.forward_kinematics(np.float64(values[: self.count]))
-        return (
-            at[:3, 3],
-            matrix_to_quat(torch.from_numpy(at[:3, :3].copy())).numpy(),
-            _opening(values[-1]),
-        )
+    def to_pose(self, values: Array) -> Pose:
+        angles_deg = np.float64(values[: self.num_joints])
+        matrix = self.kinematics.forward_kinematics(angles_deg)
+        rotation = matrix_to_quat(torch.from_numpy(matrix[:3, :3].copy())).numpy()
+        return Pose(matrix[:3, 3], rotation, _to_opening(values[-1]))
 
-    def commands(self, rows: Sequence[Row], values: Array, last: Array | None) -> Array:
-        """Each row's angles by the inverse kinematics, from those of the row before; where no angles lead
-        there, the row before again, gripper included: says so once."""
-        angles, made = np.asarray(values[: self.count], np.float64), []
-        held = [*angles, OPEN * _opening(values[-1])] if last is None else [*last]
-        for position, rotation, gripper in rows:
-            at = np.eye(4)
-            at[:3, :3], at[:3, 3] = quat_to_matrix(torch.from_numpy(rotation)).numpy(), position
-            found = angles
-            for _ in range(ROUNDS):
-                found = self.kinematics.inverse_kinematics(found, at)
-            if np.linalg.norm(self.kinematics.forward_kinematics(found)[:3, 3] - position) < MISS:
-                angles, held = found, [*found, OPEN * gripper]
-            elif not self._noted:
-                told = "no joint angles lead where the policy goes: the arm and its gripper stand still"
-                self._noted = notice(
-                    f"{told}: is it in reach, are --policy.urdf and --policy.tip right?"
+    def _poses_to_commands(self, poses: Sequence[Pose], values: Array, last: Array | None) -> Array:
+        """Each pose's angles by inverse kinematics, beginning with the angles of the pose before.
+
+        If no angles lead to a pose, the command before is repeated, gripper included; a notice says
+        so once.
+        """
+        angles_deg = np.asarray(values[: self.num_joints], np.float64)
+        if last is None:
+            command = [*angles_deg, OPEN_GRIPPER * _to_opening(values[-1])]
+        else:
+            command = [*last]
+        commands = []
+        for pose in poses:
+            solution_deg = self._solve(pose, angles_deg)
+            if solution_deg is not None:
+                angles_deg = solution_deg
+                command = [*angles_deg, OPEN_GRIPPER * pose.opening]
+            elif not self._has_noticed:
+                self._has_noticed = notice(
+                    "no joint angles lead where the policy goes, so the arm and its gripper stand "
+                    "still. Check that the target is in reach, and that --policy.urdf and "
+                    "--policy.tip are right."
                 )
-            made.append(held)
-        return np.array(made, np.float32)
+            commands.append(command)
+        return np.array(commands, np.float32)
+
+    def _solve(self, pose: Pose, angles_deg: Array) -> Array | None:
+        """Joint angles that lead to a pose, or None."""
+        target = np.eye(4)
+        target[:3, :3] = quat_to_matrix(torch.from_numpy(pose.rotation)).numpy()
+        target[:3, 3] = pose.position
+        for _ in range(IK_STEPS):
+            angles_deg = self.kinematics.inverse_kinematics(angles_deg, target)
+        position = self.kinematics.forward_kinematics(angles_deg)[:3, 3]
+        error_m = np.linalg.norm(position - pose.position)
+        return angles_deg if error_m < MAX_IK_ERROR_M else None
 
 
-def doubt_units(robot: Robot, state: Array) -> None:
-    """Says so where a dataset's numbers [frames, d] are hardly degrees, or percent of an open gripper."""
-    widest = np.abs(state).max(axis=0)
-    if isinstance(robot, Joints) and (0 < (top := widest[:-1].max()) < 2 * np.pi or top == FULL):
-        notice(
-            f"joint angles are at most {top:.3g}: are they degrees, recorded with use_degrees=true?"
-        )
-    if isinstance(robot, Poses) and 0 < widest[-1] <= OPEN / 50:
-        notice(f"the gripper reads at most {widest[-1]:.3g}: is it 0 (closed) … {OPEN:g} (open)?")
+def _to_opening(value: float) -> float:
+    return float(min(max(value / OPEN_GRIPPER, 0.0), 1.0))
 
 
-def columns(root: Path, *keys: str) -> list[Array]:
-    """Columns of a LeRobot dataset, by the frames' "index". Raises `SpearError` where it is not on disk."""
-    if not (root / "data").is_dir():
-        raise SpearError(
-            f"{root}: no data there, whose statistics are needed: leave out --dataset.streaming"
-        )
-    table = pyarrow.dataset.dataset(root / "data", format="parquet").to_table(
-        list({*keys, "index"})
-    )
-    rows = table.sort_by("index")
-    return [np.array(rows[key].to_pylist()) for key in keys]
+def choose_robot(
+    state_names: Sequence[str], action_names: Sequence[str], stride: int, urdf: str, tip: str
+) -> Robot:
+    """Choose what a dataset's numbers mean by their names.
 
-
-def counting(dataset_meta: Any, robot: Robot) -> Array:
-    """Which frames of a dataset are demonstrations [frames]. One of spear's own says it: those that its
-    `action_mask` leaves out are none, nor are those of episodes whose `success` is 0."""
-    mask = np.ones(dataset_meta.total_frames, bool)
-    own = ("action_mask", "success") if isinstance(robot, Exported) else ()
-    if keys := [key for key in own if key in dataset_meta.features]:
-        *said, index = columns(Path(dataset_meta.root), *keys, "index")
-        mask[index] = np.logical_and.reduce(said)
-    return mask
-
-
-def demonstrated(mask: Array, index: Array) -> Array:
-    """Which actions of the chunks that begin at the frames `index` [B] are demonstrations [B, 5]: none from
-    the first on that mask [frames] leaves out."""
-    frames = np.minimum(index[:, None] + np.arange(HORIZON), len(mask) - 1)
-    return np.logical_and.accumulate(mask[frames], axis=1)
-
-
-def choose(state: Sequence[str], action: Sequence[str], stride: int, urdf: str, tip: str) -> Robot:
-    """By the names of the numbers. Raises `SpearError` for others than those known."""
-    state, action = list(state), list(action)
-    if (state, action) == (STATE_NAMES, ACTION_NAMES):
+    Raises SpearError for names that are not known.
+    """
+    state_names = list(state_names)
+    action_names = list(action_names)
+    if state_names == STATE_NAMES and action_names == ACTION_NAMES:
         if stride != 1:
             raise SpearError(
-                "a dataset of spear's actions is at 5 Hz: export it so, and give --policy.fps=5"
+                "a dataset that spear exported has 5 Hz. Export it with that rate, and set "
+                "--policy.fps=5."
             )
-        return Exported()
-    if state == action == POSE_NAMES:
-        return Poses(stride)
-    motors = [name.removesuffix(".pos") for name in action]
-    joints = (
-        state == action and all(n.endswith(".pos") for n in action) and motors[-1:] == ["gripper"]
+        return ExportedRobot()
+    if state_names == POSE_NAMES and action_names == POSE_NAMES:
+        return PoseRobot(stride)
+
+    motors = [name.removesuffix(".pos") for name in action_names]
+    are_joints = (
+        state_names == action_names
+        and all(name.endswith(".pos") for name in action_names)
+        and motors[-1:] == ["gripper"]
     )
-    if joints and sum("gripper" in m for m in motors) == 1 and urdf:
-        return Joints(stride, _kinematics(urdf, tip, motors[:-1]), len(motors) - 1)
-    how = (
-        "one arm's joints need its --policy.urdf"
-        if joints
-        else f"record {' '.join(POSE_NAMES)} (LeRobot's end-effector processors), or use `spear train`"
-    )
-    shown = ", ".join(action[:4]) or "no names"
+    num_grippers = sum("gripper" in motor for motor in motors)
+    if are_joints and num_grippers == 1 and urdf:
+        joints = motors[:-1]
+        return JointRobot(stride, _load_kinematics(urdf, tip, joints), len(joints))
+
+    names = ", ".join(action_names[:4]) or "no names"
+    if are_joints:
+        advice = "Add --policy.urdf=FILE of the one arm that they move."
+    else:
+        pose_names = " ".join(POSE_NAMES)
+        advice = f"Record {pose_names} (LeRobot's end-effector processors), or use `spear train`."
     raise SpearError(
-        f"action ({shown}, …): SPEAR-1 moves an end-effector, these are not its pose: {how}"
+        f"action ({names}, …) is no pose of an end-effector, which SPEAR-1 moves. {advice}"
     )
 
 
-def _kinematics(urdf: str, tip: str, joints: list[str]) -> Any:
-    """LeRobot's, of a URDF's joints. Raises `SpearError` for a URDF that cannot be read or lacks some."""
+def _load_kinematics(urdf: str, tip: str, joints: list[str]) -> Any:
+    """LeRobot's kinematics of a URDF.
+
+    Raises SpearError for a URDF that cannot be read or lacks some of the joints.
+    """
     from lerobot.model.kinematics import RobotKinematics
 
     try:
         kinematics = RobotKinematics(urdf, tip, joints)
         kinematics.forward_kinematics(np.zeros(len(joints)))
     except (ValueError, RuntimeError) as error:
-        told = f"{error} The dataset's joints: {' '.join(joints)}"
-        raise SpearError(f"--policy.urdf={urdf} --policy.tip={tip}: {told}") from error
+        raise SpearError(
+            f"--policy.urdf={urdf} --policy.tip={tip}: {error} The dataset's joints: "
+            f"{' '.join(joints)}"
+        ) from error
     return kinematics
 
 
-def _quat(quaternion: Tensor) -> Array:
-    return quat_canonical(quaternion).numpy()
+# Datasets
 
 
-def _opening(value: float) -> float:
-    return float(min(max(value / OPEN, 0.0), 1.0))
+def notice_unlikely_units(robot: Robot, state: Array) -> None:
+    """Give a notice if a dataset's numbers [frames, d] are hardly degrees, or percent of an open
+    gripper."""
+    max_values = np.abs(state).max(axis=0)
+    if isinstance(robot, JointRobot):
+        max_angle = max_values[:-1].max()
+        may_be_radians = 0 < max_angle < 2 * np.pi
+        if may_be_radians or max_angle == NORMALIZED_JOINT_LIMIT:
+            notice(
+                f"joint angles are at most {max_angle:.3g}, which are hardly degrees. Record with"
+                " use_degrees=true."
+            )
+    if isinstance(robot, PoseRobot) and 0 < max_values[-1] <= OPEN_GRIPPER / 50:
+        notice(
+            f"the gripper reads at most {max_values[-1]:.3g}. It must go from 0 (closed) to"
+            f" {OPEN_GRIPPER:g} (open)."
+        )
+
+
+def read_columns(root: Path, *keys: str) -> list[Array]:
+    """Read columns of a LeRobot dataset, sorted by the frames' "index".
+
+    Raises SpearError if the dataset is not on disk.
+    """
+    if not (root / "data").is_dir():
+        raise SpearError(
+            f"{root} has no data, whose statistics are needed. Leave out --dataset.streaming."
+        )
+    dataset = pyarrow.dataset.dataset(root / "data", format="parquet")
+    table = dataset.to_table(list({*keys, "index"})).sort_by("index")
+    return [np.array(table[key].to_pylist()) for key in keys]
+
+
+def find_demonstrated_frames(dataset_meta: Any, robot: Robot) -> Array:
+    """Which frames of a dataset are demonstrations: [frames] bool.
+
+    A dataset that spear exported says it: frames outside its `action_mask` are none, nor are those
+    of episodes whose `success` is 0. In other datasets columns of these names may mean something
+    else, so all frames are.
+    """
+    is_demonstrated = np.ones(dataset_meta.total_frames, bool)
+    if not isinstance(robot, ExportedRobot):
+        return is_demonstrated
+    keys = [key for key in ("action_mask", "success") if key in dataset_meta.features]
+    if keys:
+        *columns, index = read_columns(Path(dataset_meta.root), *keys, "index")
+        is_demonstrated[index] = np.logical_and.reduce(columns)
+    return is_demonstrated
+
+
+def find_demonstrated_actions(is_demonstrated: Array, index: Array) -> Array:
+    """Which actions of the chunks that begin at the frames `index` [B] are demonstrations: [B, 5]
+    bool.
+
+    is_demonstrated: [frames]. From the first frame on that is none, no action is.
+    """
+    frames = index[:, None] + np.arange(HORIZON)
+    frames = np.minimum(frames, len(is_demonstrated) - 1)
+    return np.logical_and.accumulate(is_demonstrated[frames], axis=1)
