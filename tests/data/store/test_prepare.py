@@ -26,27 +26,33 @@ from spear.data.store.episode_store import EpisodeStore, write_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_store, prepare
 from spear.errors import Notice
+from spear.types import Episode
 from spear.util.images import decode_image, fit_image
 
-COUNT = 11
+NUM_RECORDED = 11
+NUM_PREPARED = 10  # one episode lacks a camera
+NUM_BLOCKS = 6
+JPEG_START = b"\xff\xd8"
+NEW_SIZES = {"external": (48, 40), "wrist": (24, 24)}  # width, height
+
+
+def make_recorded_episode(number: int) -> Episode:
+    """At 20 Hz without actions, or at 5 Hz with its own; episode 4 lacks the wrist camera."""
+    fields: dict[str, Any] = {"rate_hz": 20.0}
+    if number % 3:
+        action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
+        fields = {"action": action, "success": number % 2 == 0}
+    episode = make_episode(number, 9, size=(60, 90), **fields)
+    if number == 4:
+        return episode
+    wrist_images = make_episode(5, 9, size=(32, 32)).images["external"]
+    return dataclasses.replace(episode, images={**episode.images, "wrist": wrist_images})
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Episodes of 20 Hz and of 5 Hz, with and without actions of their own; one lacks a camera."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
-    action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (9, 1))
-    wrist = {"wrist": make_episode(5, 9, size=(32, 32)).images["external"]}
-    episodes = []
-    for i in range(COUNT):
-        changes: dict[str, Any] = (
-            {"action": action, "success": i % 2 == 0} if i % 3 else {"rate_hz": 20.0}
-        )
-        episode = make_episode(i, 9, size=(60, 90), **changes)
-        episodes.append(
-            dataclasses.replace(episode, images=episode.images | (wrist if i != 4 else {}))
-        )
-    write_episodes(episodes, folder)
+    write_episodes([make_recorded_episode(number) for number in range(NUM_RECORDED)], folder)
     return folder
 
 
@@ -58,325 +64,563 @@ def shards_of_one_block() -> Iterator[None]:
         yield
 
 
-def run(recorded: Path, out: Path, **changes: Any) -> tuple[int, list[str]]:
-    how = Conversion(size=changes.pop("size", ("48x40", "wrist=24x24")))
-    return prepare(recorded, out, conversion=how, **changes)
+def run_prepare(
+    recorded: Path,
+    out: Path,
+    size: tuple[str, ...] = ("48x40", "wrist=24x24"),
+    **options: Any,
+) -> tuple[int, list[str]]:
+    return prepare(recorded, out, conversion=Conversion(size=size), **options)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of all files below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
-def whole(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "arm"
-    written, reasons = run(recorded, out)
-    assert written == COUNT - 1 and len(reasons) == 1 and "no camera 'wrist': made#4" in reasons[0]
-    assert json.loads((out / "skipped.json").read_text()) == reasons
-    assert [p.name for p in out.parent.iterdir()] == ["arm"]
+def prepared(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "arm"
+    run_prepare(recorded, out)
     return out
 
 
-def test_the_same_episodes_are_in_it(recorded: Path, whole: Path) -> None:
-    before = [e for e in read_episodes(recorded) if e.source != "made#4"]
-    store = EpisodeStore(whole)
-    assert find_format(whole) == "store" and len(store) == COUNT - 1
-    assert (
-        store.cameras == ["external", "wrist"]
-        and store.is_complete
-        and not store.subset([0]).is_complete
-    )
-    for i, (old, ours) in enumerate(zip(before, store, strict=True)):
-        expected = resample_episode(old)
-        action, mask = canonicalize_actions(expected)
-        np.testing.assert_array_equal(store.num_known_actions[i], mask.sum())
-        unseen = dataclasses.replace(expected, images={}, action=action, action_mask=mask)
-        for got in (ours, store.without_images(i)):
-            assert_same(dataclasses.replace(got, images={}), unseen, 1e-6)
-        for camera, (width, height) in (("external", (48, 40)), ("wrist", (24, 24))):
-            for step, encoded in enumerate(ours.images[camera]):
-                assert encoded == store.image(i, step, camera) and encoded[:2] == b"\xff\xd8"
-                for size in ((height, width), (width, height)):  # whatever the model takes
-                    target = fit_image(decode_image(expected.images[camera][step]), *size)
-                    assert (
-                        np.abs(fit_image(decode_image(encoded), *size).astype(int) - target).mean()
-                        < 1.5
-                    )
+@pytest.fixture
+def prepared_copy(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared folder that a test may change."""
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
-def test_the_statistics_are_taken_once(whole: Path, tmp_path: Path) -> None:
-    store = EpisodeStore(whole)
-    assert Normalizer.fit([(store, 1.0)]) == Normalizer.fit(
-        [(store.subset(range(len(store))), 1.0)]
-    )
-    assert (
-        open_store(whole, tmp_path)[0].is_complete
-        and not open_store(whole, tmp_path, "train[1:]")[0].is_complete
-    )
-    good = store.subset([i for i, episode in enumerate(store) if episode.success is not False])
-    assert Normalizer.fit([(store.select_demonstrations(), 1.0)]) == Normalizer.fit([(good, 1.0)])
-    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    (copy / SKETCHES_FILE).write_bytes(b"no statistics")
-    refuses(SKETCHES_FILE, Normalizer.fit, [(EpisodeStore(copy).select_demonstrations(), 1.0)])
-    Normalizer.fit([(EpisodeStore(copy).subset([1]), 1.0)])  # a part of a dataset has its own
-    shutil.copy(whole / SKETCHES_FILE, copy)
-    for file in copy.glob(
-        "episodes-00004.*"
-    ):  # another shard in the place of one, of as many known steps
-        shutil.copy(file, copy / f"episodes-00001{file.suffix}")
-    other = EpisodeStore(copy).select_demonstrations()
-    assert other.num_known_actions.sum() == store.select_demonstrations().num_known_actions.sum()
-    assert Normalizer.fit([(other, 1.0)]) == Normalizer.fit(
-        [(other.subset(range(len(other))), 1.0)]
-    )
-    for file in copy.glob("episodes-00000.*"):  # as who puts two datasets into one folder
-        shutil.copy(file, copy / f"episodes-00006{file.suffix}")
-    more = EpisodeStore(copy)
-    assert len(more) == len(store) + 2 and more.is_complete
-    assert Normalizer.fit([(more, 1.0)]) == Normalizer.fit([(more.subset(range(len(more))), 1.0)])
+def test_an_episode_without_the_cameras_is_skipped_by_name(recorded: Path, tmp_path: Path) -> None:
+    num_prepared, reasons = run_prepare(recorded, tmp_path / "arm")
+
+    assert num_prepared == NUM_PREPARED
+    assert len(reasons) == 1
+    assert "no camera 'wrist': made#4" in reasons[0]
+    assert json.loads((tmp_path / "arm/skipped.json").read_text()) == reasons
+    assert [path.name for path in tmp_path.iterdir()] == ["arm"]
 
 
-def test_episodes_that_all_failed_are_kept_with_one_notice(tmp_path: Path) -> None:
+def test_the_result_is_a_store(prepared: Path) -> None:
+    store = EpisodeStore(prepared)
+
+    assert find_format(prepared) == "store"
+    assert len(store) == NUM_PREPARED
+    assert store.cameras == ["external", "wrist"]
+
+
+def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path) -> None:
+    store, _ = open_store(prepared, tmp_path)
+    part, _ = open_store(prepared, tmp_path, "train[1:]")
+
+    assert store.is_complete
+    assert not store.subset([0]).is_complete
+    assert not part.is_complete
+
+
+def resampled_sources(recorded: Path) -> list[Episode]:
+    """What the prepared episodes should be, with the images of the recording."""
+    return [
+        resample_episode(episode)
+        for episode in read_episodes(recorded)
+        if episode.source != "made#4"
+    ]
+
+
+def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
+    recorded: Path, prepared: Path
+) -> None:
+    store = EpisodeStore(prepared)
+    for index, source in enumerate(resampled_sources(recorded)):
+        action, mask = canonicalize_actions(source)
+        expected = dataclasses.replace(source, images={}, action=action, action_mask=mask)
+
+        assert_same(store.without_images(index), expected, 1e-6)
+        assert_same(dataclasses.replace(store[index], images={}), expected, 1e-6)
+        assert store.num_known_actions[index] == mask.sum()
+
+
+def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
+    recorded: Path, prepared: Path
+) -> None:
+    """Whatever size the model takes."""
+    store = EpisodeStore(prepared)
+    for index, source in enumerate(resampled_sources(recorded)):
+        for camera, (width, height) in NEW_SIZES.items():
+            for step, source_image in enumerate(source.images[camera]):
+                encoded = store.image(index, step, camera)
+                assert encoded is not None
+                assert encoded.startswith(JPEG_START)
+                for model_size in ((height, width), (width, height)):
+                    expected = fit_image(decode_image(source_image), *model_size).astype(int)
+                    image = fit_image(decode_image(encoded), *model_size).astype(int)
+                    assert np.abs(image - expected).mean() < 1.5
+
+
+def fit_without_sketches(store: EpisodeStore) -> Normalizer:
+    """Statistics from the episodes themselves, because a subset does not use the sketches."""
+    return Normalizer.fit([(store.subset(range(len(store))), 1.0)])
+
+
+def copy_shard(folder: Path, number: int, new_number: int) -> None:
+    for file in folder.glob(f"episodes-{number:05d}.*"):
+        shutil.copy(file, folder / f"episodes-{new_number:05d}{file.suffix}")
+
+
+def test_the_sketches_give_the_same_statistics(prepared: Path) -> None:
+    store = EpisodeStore(prepared).select_demonstrations()
+
+    assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
+
+
+def test_the_statistics_are_those_of_all_episodes_where_failures_are_kept(prepared: Path) -> None:
+    store = EpisodeStore(prepared)
+
+    assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
+
+
+def test_the_statistics_of_demonstrations_leave_out_failures(prepared: Path) -> None:
+    store = EpisodeStore(prepared)
+    not_failed = [index for index, episode in enumerate(store) if episode.success is not False]
+
+    statistics = Normalizer.fit([(store.select_demonstrations(), 1.0)])
+
+    assert statistics == Normalizer.fit([(store.subset(not_failed), 1.0)])
+
+
+def test_broken_sketches_are_named(prepared_copy: Path) -> None:
+    (prepared_copy / SKETCHES_FILE).write_bytes(b"no statistics")
+    store = EpisodeStore(prepared_copy)
+
+    refuses(SKETCHES_FILE, Normalizer.fit, [(store.select_demonstrations(), 1.0)])
+
+
+def test_a_part_of_a_dataset_does_not_need_its_sketches(prepared_copy: Path) -> None:
+    (prepared_copy / SKETCHES_FILE).write_bytes(b"no statistics")
+
+    assert Normalizer.fit([(EpisodeStore(prepared_copy).subset([1]), 1.0)]).samples > 0
+
+
+def test_sketches_of_another_shard_are_not_used(prepared: Path, prepared_copy: Path) -> None:
+    """Another shard in the place of one, with as many known steps."""
+    copy_shard(prepared_copy, 4, 1)
+    store = EpisodeStore(prepared_copy).select_demonstrations()
+    original = EpisodeStore(prepared).select_demonstrations()
+
+    assert store.num_known_actions.sum() == original.num_known_actions.sum()
+    assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
+
+
+def test_sketches_of_fewer_shards_are_not_used(prepared_copy: Path) -> None:
+    """As if someone put two datasets into one folder."""
+    copy_shard(prepared_copy, 0, 6)
+    store = EpisodeStore(prepared_copy)
+
+    assert len(store) == NUM_PREPARED + 2
+    assert store.is_complete
+    assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
+
+
+def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -> None:
     """To be looked at and evaluated: the work is not thrown away at its end."""
-    write_episodes([make_episode(i, success=False) for i in range(3)], tmp_path / "arm")
-    with pytest.warns(Notice, match=f"{tmp_path / 'arm'}: .*failed") as said:
-        assert prepare(tmp_path / "arm", tmp_path / "out") == (3, [])
-    assert len(said) == 1 and not (tmp_path / "out" / SKETCHES_FILE).exists()
+    recorded = tmp_path / "arm"
+    write_episodes([make_episode(number, success=False) for number in range(3)], recorded)
+
+    with pytest.warns(Notice, match=f"{recorded}: .*failed") as notices:
+        assert prepare(recorded, tmp_path / "out") == (3, [])
+
+    assert len(notices) == 1
+    assert not (tmp_path / "out" / SKETCHES_FILE).exists()
     refuses("failed", EpisodeStore(tmp_path / "out").select_demonstrations)
 
 
-def test_any_number_of_workers_writes_the_same(recorded: Path, whole: Path, tmp_path: Path) -> None:
-    assert run(recorded, tmp_path / "arm", workers=2)[0] == COUNT - 1
-    assert files(tmp_path / "arm") == files(whole)
-
-
-@pytest.mark.parametrize("kill_at", [0, 2, 3, 11, 24, 25])
-def test_a_killed_run_ends_the_same(
-    recorded: Path, whole: Path, tmp_path: Path, kill_at: int
+def test_any_number_of_workers_writes_the_same(
+    recorded: Path, prepared: Path, tmp_path: Path
 ) -> None:
-    """Killed before or after any of its steps that others can see: a file renamed or written out."""
+    run_prepare(recorded, tmp_path / "arm", workers=2)
+
+    assert read_files(tmp_path / "arm") == read_files(prepared)
+
+
+def prepare_until_killed(recorded: Path, out: Path, num_steps: int) -> None:
+    """Prepare, and be killed after this many steps that others can see: a file renamed or flushed."""
+    num_done = 0
+
+    def count_and_kill(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            nonlocal num_done
+            num_done += 1
+            if num_done > num_steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+
+        return counted
+
+    os.fsync = count_and_kill(os.fsync)
+    os.link = count_and_kill(os.link)
+    preparing.save_sketches = count_and_kill(preparing.save_sketches)
+    Path.replace = count_and_kill(Path.replace)  # type: ignore[method-assign]
+    run_prepare(recorded, out)
+
+
+@pytest.mark.parametrize("num_steps", [0, 2, 3, 11, 24, 25])
+def test_a_killed_run_ends_the_same_and_repeats_no_block(
+    recorded: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_steps: int,
+) -> None:
     out = tmp_path / "arm"
-
-    def die() -> None:
-        steps = 0
-
-        def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any) -> Any:
-                nonlocal steps
-                steps += 1
-                if steps > kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args)
-
-            return wrapped
-
-        os.fsync, os.link = deadly(os.fsync), deadly(os.link)
-        preparing.save_sketches = deadly(preparing.save_sketches)
-        Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
-        run(recorded, out)
-
-    run_in_process(-signal.SIGKILL, die)
+    run_in_process(-signal.SIGKILL, lambda: prepare_until_killed(recorded, out, num_steps))
     assert not out.exists()
-    finished = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
-    assert finished == min(6, kill_at // 4)
-    read = []
-    with pytest.MonkeyPatch.context() as patch:
-        real = preparing.prepare_block
-        patch.setattr(
-            preparing, "prepare_block", lambda *given: (read.append(given), real(*given))[1]
-        )
-        written, reasons = run(recorded, out)
-    assert len(read) == 6 - finished  # nothing is done twice
-    assert written == COUNT - 1 and len(reasons) == 1 and files(out) == files(whole)
-    assert [p.name for p in tmp_path.iterdir()] == ["arm"]
+    num_finished = len(list((tmp_path / ".arm.part/dataset").glob("episodes-*.arrow")))
+    assert num_finished == min(NUM_BLOCKS, num_steps // 4)
+
+    repeated_blocks: list[str] = []
+    real_prepare_block = preparing.prepare_block
+
+    def record_block(path: Path, conversion: Conversion, split: str) -> Any:
+        repeated_blocks.append(split)
+        return real_prepare_block(path, conversion, split)
+
+    monkeypatch.setattr(preparing, "prepare_block", record_block)
+    num_prepared, reasons = run_prepare(recorded, out)
+
+    assert len(repeated_blocks) == NUM_BLOCKS - num_finished
+    assert num_prepared == NUM_PREPARED
+    assert len(reasons) == 1
+    assert read_files(out) == read_files(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["arm"]
+
+
+@pytest.fixture
+def nearly_full_disk(prepared: Path) -> Iterator[Callable[[], None]]:
+    """Files cannot become as large as the largest shard, until the function is called."""
+    largest_bytes = max(path.stat().st_size for path in prepared.glob("episodes-*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def make_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes - 1, limits[1]))
+    try:
+        yield make_room
+    finally:
+        make_room()
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_nothing_half_written(
-    recorded: Path, whole: Path, tmp_path: Path
-) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    largest = max(p.stat().st_size for p in whole.glob("episodes-*"))
-    out = tmp_path / "arm"
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))
-        refuses(r"\.arm\.part/dataset: cannot be written", run, recorded, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert not out.exists() and not list(tmp_path.rglob(".episodes-*"))
-    assert run(recorded, out)[0] == COUNT - 1 and files(out) == files(whole)
-
-
-def test_an_unfinished_preparation_of_something_else_is_kept(
-    recorded: Path, tmp_path: Path
+    recorded: Path, prepared: Path, tmp_path: Path, nearly_full_disk: Callable[[], None]
 ) -> None:
     out = tmp_path / "arm"
 
-    def die() -> None:
+    refuses(r"\.arm\.part/dataset: cannot be written", run_prepare, recorded, out)
+    nearly_full_disk()
+
+    assert not out.exists()
+    assert not list(tmp_path.rglob(".episodes-*"))
+    run_prepare(recorded, out)
+    assert read_files(out) == read_files(prepared)
+
+
+@pytest.fixture
+def unfinished(recorded: Path, tmp_path: Path) -> Path:
+    """The output folder of a preparation that was killed before its end."""
+    out = tmp_path / "arm"
+
+    def prepare_and_die() -> None:
         preparing.save_sketches = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-        run(recorded, out)
+        run_prepare(recorded, out)
 
-    run_in_process(-signal.SIGKILL, die)
-    refuses(
-        r"\.arm\.part: was begun with other settings: size is", run, recorded, out, size=("40x40",)
-    )
-    refuses("other settings: episodes is", run, recorded, out, split="train[:4]")
-    with open(tmp_path / ".arm.part/.lock", "w") as lock:
+    run_in_process(-signal.SIGKILL, prepare_and_die)
+    return out
+
+
+def test_an_unfinished_preparation_of_other_settings_is_not_replaced(
+    recorded: Path, unfinished: Path
+) -> None:
+    other_size = r"\.arm\.part: was begun with other settings: size is"
+    refuses(other_size, run_prepare, recorded, unfinished, size=("40x40",))
+    refuses("other settings: episodes is", run_prepare, recorded, unfinished, split="train[:4]")
+    num_prepared, _ = run_prepare(recorded, unfinished)
+    assert num_prepared == NUM_PREPARED
+
+
+def test_one_preparation_at_a_time(recorded: Path, unfinished: Path) -> None:
+    with open(unfinished.with_name(".arm.part") / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refuses("another process is preparing", run, recorded, out)
-    assert run(recorded, out)[0] == COUNT - 1
+        refuses("another process is preparing", run_prepare, recorded, unfinished)
 
 
-def test_a_broken_shard_is_named(whole: Path, recorded: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    assert (
-        open_store(copy, tmp_path / "unused")[0].path == copy and not (tmp_path / "unused").exists()
-    )
-    images = copy / "episodes-00001.images"
+def test_a_store_is_opened_without_preparing_it(prepared: Path, tmp_path: Path) -> None:
+    store, _ = open_store(prepared, tmp_path / "unused")
+
+    assert store.path == prepared
+    assert not (tmp_path / "unused").exists()
+
+
+def test_truncated_images_are_named(prepared_copy: Path) -> None:
+    images = prepared_copy / "episodes-00001.images"
     os.truncate(images, images.stat().st_size - 1)
-    refuses(r"truncated or changed: .*episodes-00001\.images", EpisodeStore, copy)
-    images.unlink()
-    refuses(r"missing file: .*episodes-00001\.images", EpisodeStore, copy)
-    numbers = copy / "episodes-00001.arrow"
-    for keep in (0.98, 0.7, 0.0):
-        os.truncate(numbers, int(numbers.stat().st_size * keep))
-        refuses(r"truncated shard: .*episodes-00001\.arrow.*write it again", EpisodeStore, copy)
-    for lost, left, lacks in (
-        (numbers, 8, 1),
-        (copy / "episodes-00005.arrow", 7, 2),
-    ):  # the last, too
-        lost.unlink()
-        with pytest.warns(Notice, match=f"{lacks} of its shards"):
-            assert len(EpisodeStore(copy)) == run(recorded, copy)[0] == left
-    edit_json(
-        copy / "request.json", lambda told: told.pop("shards")
-    )  # as before these were counted
+
+    refuses(r"truncated or changed: .*episodes-00001\.images", EpisodeStore, prepared_copy)
+
+
+def test_missing_images_are_named(prepared_copy: Path) -> None:
+    (prepared_copy / "episodes-00001.images").unlink()
+
+    refuses(r"missing file: .*episodes-00001\.images", EpisodeStore, prepared_copy)
+
+
+@pytest.mark.parametrize("part_kept", [0.98, 0.7, 0.0])
+def test_a_truncated_shard_is_named(prepared_copy: Path, part_kept: float) -> None:
+    shard = prepared_copy / "episodes-00001.arrow"
+    os.truncate(shard, int(shard.stat().st_size * part_kept))
+
+    message = r"truncated shard: .*episodes-00001\.arrow.*write it again"
+    refuses(message, EpisodeStore, prepared_copy)
+
+
+def test_missing_shards_are_noticed_the_last_one_too(recorded: Path, prepared_copy: Path) -> None:
+    for number, num_left, num_missing in ((1, 8, 1), (5, 7, 2)):
+        (prepared_copy / f"episodes-{number:05d}.arrow").unlink()
+
+        with pytest.warns(Notice, match=f"{num_missing} of its shards"):
+            assert len(EpisodeStore(prepared_copy)) == num_left
+        with pytest.warns(Notice, match=f"{num_missing} of its shards"):
+            assert run_prepare(recorded, prepared_copy)[0] == num_left
+
+
+def test_missing_shards_are_noticed_without_a_recorded_number_of_shards(
+    recorded: Path, prepared_copy: Path
+) -> None:
+    """As in folders that were prepared before the number was recorded."""
+    (prepared_copy / "episodes-00001.arrow").unlink()
+    edit_json(prepared_copy / "request.json", lambda request: request.pop("shards"))
+
     with pytest.warns(Notice, match="1 of its shards"):
-        assert run(recorded, copy)[0] == 7
+        assert run_prepare(recorded, prepared_copy)[0] == NUM_PREPARED - 2
 
 
-def test_bad_images_and_odd_episodes_are_skipped_by_name(tmp_path: Path) -> None:
+@pytest.fixture
+def recorded_with_bad_episodes(tmp_path: Path) -> Path:
+    """Of six episodes, number 1 has a broken image, number 2 another size, and number 3 one step."""
     broken = make_episode(1)
-    broken = dataclasses.replace(
-        broken, images={"external": [*broken.images["external"][:5], b"\xff\xd8no"]}
-    )
-    write_episodes(
-        [
-            make_episode(0),
-            broken,
-            make_episode(2, size=(48, 48)),
-            make_episode(3, 1),
-            make_episode(4),
-            make_episode(5),
-        ],
-        tmp_path / "arm",
-    )
-    written, reasons = prepare(tmp_path / "arm", tmp_path / "as_they_are")
-    found = [number for reason in reasons for number in "0123" if f"made#{number}" in reason]
-    assert written == 4 and sorted(found) == ["1", "3"]  # broken, a single step
-    written, reasons = prepare(
-        tmp_path / "arm", tmp_path / "fit", conversion=Conversion(size=("32x32",))
-    )
-    assert written == 4 and len(reasons) == 2
-    said, how = (
-        r"no good episode: .*'wirst': made#\d: .*external",
-        Conversion(size=("wirst=32x32",)),
-    )
-    refuses(said, prepare, tmp_path / "arm", tmp_path / "no" / "data", how=how)
-    write_lerobot([make_episode(0)], tmp_path / "set")
-    refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
-    refuses("--size wrist=8x8", getattr, Conversion(size=("wrist=9x9", "wrist=8x8")), "sizes")
+    broken_images = [*broken.images["external"][:5], b"\xff\xd8no"]
+    episodes = [
+        make_episode(0),
+        dataclasses.replace(broken, images={"external": broken_images}),
+        make_episode(2, size=(48, 48)),
+        make_episode(3, 1),
+        make_episode(4),
+        make_episode(5),
+    ]
+    write_episodes(episodes, tmp_path / "arm")
+    return tmp_path / "arm"
+
+
+@pytest.mark.parametrize("size", [(), ("32x32",)])
+def test_broken_images_and_single_steps_are_skipped_by_name(
+    recorded_with_bad_episodes: Path, tmp_path: Path, size: tuple[str, ...]
+) -> None:
+    num_prepared, reasons = run_prepare(recorded_with_bad_episodes, tmp_path / "out", size=size)
+
+    assert num_prepared == 4
+    assert len(reasons) == 2
+    assert any("made#1" in reason for reason in reasons)
+    assert any("made#3" in reason for reason in reasons)
+
+
+def test_a_camera_that_no_episode_has_is_refused(
+    recorded_with_bad_episodes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "no" / "data"
+
+    message = r"no good episode: .*'wirst': made#\d: .*external"
+    refuses(message, run_prepare, recorded_with_bad_episodes, out, size=("wirst=32x32",))
     assert not (tmp_path / "no").exists()
 
 
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    write_lerobot([make_episode(0)], tmp_path / "set")
+
+    refuses("val", open_store, tmp_path / "set", tmp_path / "no" / "data", "val")
+    assert not (tmp_path / "no").exists()
+
+
+def test_two_sizes_of_one_camera_are_refused() -> None:
+    conversion = Conversion(size=("wrist=9x9", "wrist=8x8"))
+
+    refuses("--size wrist=8x8", getattr, conversion, "sizes")
+
+
+@pytest.mark.parametrize("text", ["280", "280x", "0x210", "280x210x3", "9000x10"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    refuses("write it as 280x210", getattr, Conversion(size=(text,)), "sizes")
+
+
 @pytest.mark.parametrize("opening", [[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]])
-@pytest.mark.parametrize("part", [0.01, 0.4, 0.55, -0.08])  # below 0: less than 1 when closed
+@pytest.mark.parametrize("span", [0.01, 0.4, 0.55, -0.08])  # below 0: less than 1 when closed
 def test_a_gripper_that_never_opens_is_noticed(
-    opening: list[float], part: float, tmp_path: Path
+    opening: list[float], span: float, tmp_path: Path
 ) -> None:
     """Finger positions that were taken for widths: a policy that learns from them never opens again."""
-    episode = make_episode(0, gripper=(part < 0) + part * np.array(opening))
-    write_episodes(
-        [dataclasses.replace(episode, position=episode.position / 1000)], tmp_path / "arm"
-    )
+    closed = 1 if span < 0 else 0
+    episode = make_episode(0, gripper=closed + span * np.array(opening))
+    in_kilometers = dataclasses.replace(episode, position=episode.position / 1000)
+    write_episodes([in_kilometers], tmp_path / "arm")
+
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 
 def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None:
-    """A policy that sees the gripper closed before it is told to close never closes it."""
-    action = derive_actions(
-        make_episode(0).position, make_episode(0).rotation, make_episode(0).gripper
-    )
-    write_episodes([make_episode(0, action=action)], tmp_path / "arm")
+    """A policy that sees the gripper closed before the command to close never closes it."""
+    episode = make_episode(0)
+    action = derive_actions(episode.position, episode.rotation, episode.gripper)
+    write_episodes([dataclasses.replace(episode, action=action)], tmp_path / "arm")
+
     with pytest.warns(Notice, match="gripper command: 100%.*leave command out"):
         prepare(tmp_path / "arm", tmp_path / "out")
 
 
-def test_a_camera_that_shows_nothing_is_none(tmp_path: Path) -> None:
-    """Many datasets have black images where a camera was absent: the policy would take them for a view."""
-    dark, seen = [make_png(0)] * 6, make_episode(0).images["external"]
-    views = [
-        {"external": seen, "wrist": dark},
-        {"external": seen, "wrist": [*dark[1:], make_png(9)]},
-        {"external": dark},
-    ]
-    write_episodes(
-        [make_episode(i, images=images) for i, images in enumerate(views)], tmp_path / "arm"
-    )
-    frozen = {"external": seen, "wrist": seen[:1] * 6}
-    moved = [
-        make_episode(3, images=frozen, position=far * make_episode(3).position) for far in (2, 0.5)
-    ]  # and hardly
-    write_episodes(moved, tmp_path / "arm")
-    written, reasons = prepare(tmp_path / "arm", tmp_path / "out")
-    only, both = ["external"], ["external", "wrist"]
-    assert [sorted(e.images) for e in EpisodeStore(tmp_path / "out")] == [only, both, only, both]
-    assert written == 4 and len(reasons) == 1 and "made#2" in reasons[0]
+BLACK = make_png(0)
+SEEN = make_episode(0).images["external"]
 
 
-def test_a_store_is_known_by_content(
-    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wrist", "distance", "expected_cameras"),
+    [
+        ([BLACK] * 6, 1, ["external"]),
+        ([*[BLACK] * 5, make_png(9)], 1, ["external", "wrist"]),
+        ([SEEN[0]] * 6, 2, ["external"]),
+        ([SEEN[0]] * 6, 0.5, ["external", "wrist"]),
+    ],
+    ids=["black", "not always black", "frozen while the arm moves", "the arm hardly moves"],
+)
+def test_a_camera_that_shows_nothing_is_left_out(
+    tmp_path: Path, wrist: list[bytes], distance: float, expected_cameras: list[str]
 ) -> None:
+    """Many datasets have black images if a camera was absent: the policy would take them for a view."""
+    episode = make_episode(3, images={"external": SEEN, "wrist": wrist})
+    moved = dataclasses.replace(episode, position=distance * episode.position)
+    write_episodes([moved], tmp_path / "arm")
+
+    prepare(tmp_path / "arm", tmp_path / "out")
+
+    assert sorted(EpisodeStore(tmp_path / "out")[0].images) == expected_cameras
+
+
+def test_an_episode_that_shows_nothing_is_skipped_by_name(tmp_path: Path) -> None:
+    black = make_episode(2, images={"external": [BLACK] * 6})
+    write_episodes([make_episode(0), black], tmp_path / "arm")
+
+    num_prepared, reasons = prepare(tmp_path / "arm", tmp_path / "out")
+
+    assert num_prepared == 1
+    assert len(reasons) == 1
+    assert "made#2" in reasons[0]
+
+
+def test_the_fingerprint_depends_on_the_episodes_of_the_store(recorded: Path) -> None:
     store = EpisodeStore(recorded)
+
     assert store.subset(range(3)).fingerprint() != store.subset(range(1, 4)).fingerprint()
-    assert store.subset(range(COUNT)).fingerprint() == store.fingerprint()
-    kinds: dict[str, Any] = {
-        "words": {"instruction": "push"},
-        "size": {"size": (48, 48)},
-        "same": {},
+    assert store.subset(range(NUM_RECORDED)).fingerprint() == store.fingerprint()
+
+
+@pytest.fixture
+def plain_store(tmp_path: Path) -> EpisodeStore:
+    return write_store([make_episode(0)], tmp_path / "plain")
+
+
+@pytest.fixture
+def other_words_store(tmp_path: Path) -> EpisodeStore:
+    return write_store([make_episode(0, instruction="push")], tmp_path / "words")
+
+
+@pytest.fixture
+def other_size_store(tmp_path: Path) -> EpisodeStore:
+    return write_store([make_episode(0, size=(48, 48))], tmp_path / "size")
+
+
+@pytest.fixture
+def hand_camera_store(tmp_path: Path) -> EpisodeStore:
+    images = {"hand": make_episode(0).images["external"]}
+    return write_store([make_episode(0, images=images)], tmp_path / "hand")
+
+
+def test_the_fingerprint_of_motions_ignores_words_and_images(
+    plain_store: EpisodeStore, other_words_store: EpisodeStore, other_size_store: EpisodeStore
+) -> None:
+    assert plain_store.fingerprint() == other_words_store.fingerprint()
+    assert plain_store.fingerprint() == other_size_store.fingerprint()
+
+
+def test_the_fingerprint_of_contents_depends_on_words_images_and_cameras(
+    plain_store: EpisodeStore,
+    other_words_store: EpisodeStore,
+    other_size_store: EpisodeStore,
+    hand_camera_store: EpisodeStore,
+) -> None:
+    fingerprints = {
+        plain_store.content_fingerprint(),
+        other_words_store.content_fingerprint(),
+        other_size_store.content_fingerprint(),
+        hand_camera_store.content_fingerprint(),
     }
-    words, size, same = (
-        write_store([make_episode(0, **changes)], tmp_path / name)
-        for name, changes in kinds.items()
-    )
-    assert words.fingerprint() == size.fingerprint() == same.fingerprint()  # the motions
-    hand = write_store(
-        [make_episode(0, images={"hand": make_episode(0).images["external"]})], tmp_path / "hand"
-    )
-    assert len({store.content_fingerprint() for store in (words, size, same, hand)}) == 4
-    prepared = tmp_path / "hand-prepared"
-    assert prepare(same.path, tmp_path / "again")[0] == prepare(hand.path, prepared)[0] == 1
-    for other in (words, size):
-        shutil.rmtree(same.path)
-        shutil.copytree(other.path, same.path)
-        refuses("other episodes", prepare, same.path, tmp_path / "again")
-    write_lerobot([make_episode(0)], folder := tmp_path / "set")
-    assert prepare(folder, tmp_path / "out")[0] == 1
+
+    assert len(fingerprints) == 4
+
+
+@pytest.mark.parametrize("other", ["other_words_store", "other_size_store"])
+def test_other_contents_at_the_same_place_are_not_taken_for_prepared(
+    plain_store: EpisodeStore, tmp_path: Path, request: pytest.FixtureRequest, other: str
+) -> None:
+    prepare(plain_store.path, tmp_path / "out")
+    shutil.rmtree(plain_store.path)
+    shutil.copytree(request.getfixturevalue(other).path, plain_store.path)
+
+    refuses("other episodes", prepare, plain_store.path, tmp_path / "out")
+
+
+def test_a_lerobot_dataset_of_other_episodes_is_not_taken_for_prepared(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_lerobot([make_episode(0)], folder)
+    prepare(folder, tmp_path / "out")
     shutil.rmtree(folder)
-    write_lerobot([make_episode(1)], folder)  # as many, at the same place
+    write_lerobot([make_episode(1)], folder)
+
     refuses("other episodes", prepare, folder, tmp_path / "out")
+
+
+def test_what_was_prepared_by_other_rules_is_refused(
+    plain_store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(plain_store.path, tmp_path / "out")
     monkeypatch.setattr(preparing, "ACTION_RULES_VERSION", 0)
-    refuses("rules is", prepare, hand.path, prepared)
+
+    refuses("rules is", prepare, plain_store.path, tmp_path / "out")
 
 
-def test_all_datasets_are_looked_at_before_one_is_made(
+def test_all_datasets_are_checked_before_one_is_prepared(
     tmp_path: Path, run_refused_command: Callable[..., str]
 ) -> None:
-    folders = [str(write_store([make_episode(0)], tmp_path / name).path) for name in "ab"]
-    (tmp_path / "out" / "b" / "mine").mkdir(parents=True)
-    assert "not empty" in run_refused_command(
-        "data", "prepare", *folders, "--out", str(tmp_path / "out")
+    first = write_store([make_episode(0)], tmp_path / "a")
+    second = write_store([make_episode(0)], tmp_path / "b")
+    out = tmp_path / "out"
+    (out / "b" / "mine").mkdir(parents=True)
+
+    message = run_refused_command(
+        "data", "prepare", str(first.path), str(second.path), "--out", str(out)
     )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+
+    assert "not empty" in message
+    assert [path.name for path in out.iterdir()] == ["b"]
