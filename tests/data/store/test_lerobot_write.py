@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,201 +27,331 @@ from spear.data.store.prepare import open_store
 from spear.types import Episode
 from spear.util.images import decode_image
 
-EXTRA = ("action_mask", "success", "source")
+OWN_COLUMNS = ("action_mask", "success", "source")
+"""Columns that the library's dataset does not have."""
+OTHER_ROTATIONS = ("observation.state", "action")
+"""Columns in which theirs have Euler angles, and ours a quaternion."""
+DATA_FILE = "data/chunk-000/file-000.parquet"
+EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
+TASKS_FILE = "meta/tasks.parquet"
+
+
+def our_name(name: str) -> str:
+    """Their camera's name in a path or column, replaced by ours."""
+    return name.replace("image_0", "external")
+
+
+def is_own_column(name: str) -> bool:
+    is_statistic = name.startswith("stats/") and name.split("/")[1] in OWN_COLUMNS
+    return name in OWN_COLUMNS or is_statistic
 
 
 @pytest.fixture(scope="module")
-def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """What the library wrote with images and with video, and our copies of the former in both ways."""
-    theirs = shared / "data" / "lerobot"
-    layout = tmp_path_factory.mktemp("layout") / "bridge.json"
-    camera = {"external": "observation/images/image_0"}
-    layout.write_text(json.dumps({"like": "bridge_dataset", "images": camera}))
-    out = tmp_path_factory.mktemp("ours")
+def layout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("layout") / "bridge.json"
+    cameras = {"external": "observation/images/image_0"}
+    file.write_text(json.dumps({"like": "bridge_dataset", "images": cameras}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(
+    shared: Path, layout_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Our copies of the library's dataset with images: kind of images -> folder."""
+    source = shared / "data/lerobot/v3.0_image"
+    folders: dict[str, Path] = {}
     for kind in ("image", "video"):
-        episodes = read_episodes(theirs / "v3.0_image", layout_file=layout)
-        assert write_lerobot(episodes, out / f"v3.0_{kind}", images=kind) == 8
-    return theirs, out, layout
+        folders[kind] = tmp_path_factory.mktemp("ours") / f"v3.0_{kind}"
+        episodes = read_episodes(source, layout_file=layout_file)
+        assert write_lerobot(episodes, folders[kind], images=kind) == 8
+    return folders
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_the_same_files_schemas_and_metadata(rewritten: tuple[Path, Path, Path], kind: str) -> None:
-    theirs, ours = rewritten[0] / f"v3.0_{kind}", rewritten[1] / f"v3.0_{kind}"
+@pytest.fixture(params=["image", "video"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
-    def files(folder: Path) -> list[str]:
-        paths = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        return sorted(path.replace("image_0", "external") for path in paths)
 
-    assert files(ours) == sorted([*files(theirs), "spear.json"])
-    a, b = (json.loads((folder / "meta/info.json").read_text()) for folder in (theirs, ours))
-    assert list(a) == list(b)
-    for key in set(a) - {"features", "robot_type"}:
-        assert a[key] == b[key], key
-    features = {name.replace("image_0", "external"): f for name, f in a["features"].items()}
-    assert [name for name in b["features"] if name not in EXTRA] == list(features)
-    for name, feature in features.items():
-        if name not in (
-            "observation.state",
-            "action",
-        ):  # theirs have Euler angles, ours a quaternion
-            assert feature == b["features"][name]
+@pytest.fixture
+def theirs(shared: Path, kind: str) -> Path:
+    """What the library wrote."""
+    return shared / f"data/lerobot/v3.0_{kind}"
+
+
+@pytest.fixture
+def ours(written: dict[str, Path], kind: str) -> Path:
+    return written[kind]
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def list_files(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(our_name(str(path.relative_to(folder))) for path in paths)
+
+
+def test_our_files_are_those_of_the_library_and_the_layout(theirs: Path, ours: Path) -> None:
+    assert list_files(ours) == sorted([*list_files(theirs), "spear.json"])
+
+
+def test_info_has_the_same_keys_and_values(theirs: Path, ours: Path) -> None:
+    their_info = read_json_file(theirs / "meta/info.json")
+    our_info = read_json_file(ours / "meta/info.json")
+
+    assert list(our_info) == list(their_info)
+    for key in set(their_info) - {"features", "robot_type"}:
+        assert our_info[key] == their_info[key], key
+
+
+def test_info_describes_features_in_the_same_way(theirs: Path, ours: Path) -> None:
+    their_features = read_json_file(theirs / "meta/info.json")["features"]
+    our_features = read_json_file(ours / "meta/info.json")["features"]
+
+    common_names = [name for name in our_features if name not in OWN_COLUMNS]
+    assert common_names == [our_name(name) for name in their_features]
+    for name, feature in their_features.items():
+        our_feature = our_features[our_name(name)]
+        if name in OTHER_ROTATIONS:
+            assert list(our_feature) == list(feature)
         else:
-            assert list(feature) == list(b["features"][name])
+            assert our_feature == feature
 
-    data, episodes = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
-    for file in (data, episodes, "meta/tasks.parquet"):
-        schema = {
-            f.name.replace("image_0", "external"): f.type for f in pq.read_schema(theirs / file)
-        }
-        written = {f.name: f.type for f in pq.read_schema(ours / file)}
-        own = {
-            n
-            for n in written
-            if n in EXTRA or (n.startswith("stats/") and n.split("/")[1] in EXTRA)
-        }
-        assert [n for n in written if n not in own] == list(schema)
-        for name, kind_of in schema.items():
-            assert str(written[name]).replace("[8]", "[7]") == str(kind_of), f"{file} {name}"
-    assert (
-        pq.ParquetFile(ours / data).num_row_groups
-        == pq.ParquetFile(theirs / data).num_row_groups
-        == 8
-    )
+
+@pytest.mark.parametrize("file", [DATA_FILE, EPISODES_FILE, TASKS_FILE])
+def test_parquet_schemas_are_the_same(theirs: Path, ours: Path, file: str) -> None:
+    their_types = {our_name(field.name): field.type for field in pq.read_schema(theirs / file)}
+    our_types = {field.name: field.type for field in pq.read_schema(ours / file)}
+
+    assert [name for name in our_types if not is_own_column(name)] == list(their_types)
+    for name, their_type in their_types.items():
+        our_type = str(our_types[name]).replace("[8]", "[7]")  # a quaternion has one number more
+        assert our_type == str(their_type), name
+
+
+def test_each_episode_is_a_row_group(theirs: Path, ours: Path) -> None:
+    assert pq.ParquetFile(theirs / DATA_FILE).num_row_groups == 8
+    assert pq.ParquetFile(ours / DATA_FILE).num_row_groups == 8
+
+
+def test_tasks_are_the_index_of_a_pandas_table(theirs: Path, ours: Path) -> None:
     for folder in (theirs, ours):
-        table = pandas.read_parquet(folder / "meta/tasks.parquet")
-        assert (
-            list(table.columns) == ["task_index"]
-            and table.loc["put carrot on plate"].task_index == 3
-        )
-    a, b = (json.loads((folder / "meta/stats.json").read_text()) for folder in (theirs, ours))
-    assert set(b) - {"action_mask", "success"} == {
-        name.replace("image_0", "external") for name in a
-    }
-    for name, stats in a.items():
-        mine = b[name.replace("image_0", "external")]
-        assert list(mine) == list(stats)
-        if name in ("observation.state", "action"):
+        table = pandas.read_parquet(folder / TASKS_FILE)
+        assert list(table.columns) == ["task_index"]
+        assert table.loc["put carrot on plate"].task_index == 3
+
+
+def test_statistics_are_the_same(theirs: Path, ours: Path) -> None:
+    their_stats = read_json_file(theirs / "meta/stats.json")
+    our_stats = read_json_file(ours / "meta/stats.json")
+
+    assert set(our_stats) - set(OWN_COLUMNS) == {our_name(name) for name in their_stats}
+    for name, stats in their_stats.items():
+        assert list(our_stats[our_name(name)]) == list(stats)
+        if name in OTHER_ROTATIONS:
             continue
-        picture = "images" in name  # of pictures, the library's own std is not that of the pixels
-        for which in ("min", "max", "mean", "count", *(() if picture else ("std",))):
+        compared = ["min", "max", "mean", "count"]
+        if "images" not in name:  # the library's own std of images is not that of the pixels
+            compared.append("std")
+        for statistic in compared:
             np.testing.assert_allclose(
-                mine[which], stats[which], atol=1e-6, err_msg=f"{name} {which}"
+                our_stats[our_name(name)][statistic],
+                stats[statistic],
+                atol=1e-6,
+                err_msg=f"{name} {statistic}",
             )
-    a, b = (pq.read_table(folder / episodes).to_pylist() for folder in (theirs, ours))
-    for row, mine in zip(a, b, strict=True):
-        for name, value in row.items():
+
+
+def test_the_rows_of_episodes_are_the_same(theirs: Path, ours: Path) -> None:
+    their_rows = pq.read_table(theirs / EPISODES_FILE).to_pylist()
+    our_rows = pq.read_table(ours / EPISODES_FILE).to_pylist()
+
+    for their_row, our_row in zip(their_rows, our_rows, strict=True):
+        for name, value in their_row.items():
             if not name.startswith("stats/"):
-                assert mine[name.replace("image_0", "external")] == value, name
+                assert our_row[our_name(name)] == value, name
 
 
-def test_the_datasets_library_opens_the_rows(
-    rewritten: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    file = rewritten[1] / "v3.0_image/data/chunk-000/file-000.parquet"
-    rows = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path))
+def test_the_datasets_library_opens_the_rows(written: dict[str, Path], tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_parquet(str(written["image"] / DATA_FILE), cache_dir=str(tmp_path))
+
     assert isinstance(rows.features["observation.images.external"], datasets.Image)
-    assert len(rows) == 80 and rows[10]["observation.images.external"].size == (64, 64)
-    assert len(rows[10]["observation.state"]) == 8 and rows[10]["episode_index"] == 1
+    assert len(rows) == 80
+    assert rows[10]["observation.images.external"].size == (64, 64)
+    assert len(rows[10]["observation.state"]) == 8
+    assert rows[10]["episode_index"] == 1
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_what_is_written_is_read_back(
-    rewritten: tuple[Path, Path, Path], tmp_path: Path, kind: str
+def assert_similar_images(
+    images: list[bytes], expected_images: list[bytes], max_difference: float
 ) -> None:
-    theirs, ours, layout = rewritten
-    before = list(read_episodes(theirs / "v3.0_image", layout_file=layout))
-    for a, b in zip(before, read_episodes(ours / f"v3.0_{kind}"), strict=True):
-        assert_same(replace(a, images={}), replace(b, images={}), 1e-7)
+    """Videos change images a little; the difference is the mean one, in gray levels."""
+    for encoded, expected in zip(images, expected_images, strict=True):
+        difference = decode_image(encoded).astype(float) - decode_image(expected)
+        assert np.abs(difference).mean() < max_difference
+
+
+@pytest.fixture
+def source_episodes(shared: Path, layout_file: Path) -> list[Episode]:
+    return list(read_episodes(shared / "data/lerobot/v3.0_image", layout_file=layout_file))
+
+
+def test_states_and_actions_are_read_back(source_episodes: list[Episode], ours: Path) -> None:
+    for source, episode in zip(source_episodes, read_episodes(ours), strict=True):
+        assert_same(replace(episode, images={}), replace(source, images={}), 1e-7)
+
+
+def test_images_are_read_back(source_episodes: list[Episode], ours: Path, kind: str) -> None:
+    for source, episode in zip(source_episodes, read_episodes(ours), strict=True):
+        images = list(episode.images["external"])
+        source_images = list(source.images["external"])
         if kind == "image":
-            assert list(a.images["external"]) == list(b.images["external"])
+            assert images == source_images
         else:
-            for x, y in zip(a.images["external"], b.images["external"], strict=True):
-                assert np.abs(decode_image(x).astype(float) - decode_image(y)).mean() < 12
-    store, reasons = open_store(ours / f"v3.0_{kind}", tmp_path)
-    assert len(store) == 8 and not reasons and store.source(3) == before[3].source
+            assert_similar_images(images, source_images, max_difference=12)
+
+
+def test_an_export_is_prepared_for_training(
+    source_episodes: list[Episode], ours: Path, tmp_path: Path, kind: str
+) -> None:
+    store, reasons = open_store(ours, tmp_path)
+
+    assert len(store) == 8
+    assert not reasons
+    assert store.source(3) == source_episodes[3].source
     (prepared,) = tmp_path.glob(f"v3.0_{kind}-*")
     assert len(EpisodeStore(prepared)) == 8
 
 
-def test_files_are_cut_and_every_part_survives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {
-        "MAX_DATA_FILE_MIB": 0,
-        "MAX_VIDEO_FILE_MIB": -1,
-        "EPISODES_PER_FILE": 2,
-        "FILES_PER_CHUNK": 2,
-    }.items():
-        monkeypatch.setattr(lerobot_write, name, value)
-    action = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
-    episodes = [
+SMALL_ACTION = np.tile(np.array([0.01, 0, 0, 1, 0, 0, 0, 1], np.float32), (5, 1))
+
+
+@pytest.fixture
+def varied_episodes() -> list[Episode]:
+    """Of different lengths and outcomes, with and without actions and masks."""
+    mask = np.array([1, 0, 1, 1, 0], bool)
+    return [
         make_episode(0, success=True),
-        make_episode(1, 5, action=action, success=False),
+        make_episode(1, 5, action=SMALL_ACTION, success=False),
         make_episode(2, 1),
+        make_episode(3, 5, action=SMALL_ACTION, action_mask=mask),
     ]
-    episodes += [make_episode(3, 5, action=action, action_mask=np.array([1, 0, 1, 1, 0], bool))]
-    for kind in ("image", "video"):
-        folder = tmp_path / kind
-        assert write_lerobot(episodes, folder, kind) == 4
-        assert (folder / "data/chunk-001/file-001.parquet").is_file()
-        assert (folder / "meta/episodes/chunk-000/file-001.parquet").is_file()
-        read = list(read_episodes(folder))
-        assert [e.success for e in read] == [True, False, None, None]
-        assert [len(e) for e in read] == [6, 5, 1, 5]
-        np.testing.assert_array_equal(read[1].action, action)
-        np.testing.assert_array_equal(read[3].action_mask, [1, 0, 1, 1, 0])
-        for a, b in zip(episodes, read, strict=True):
-            for x, y in zip(a.images["external"], b.images["external"], strict=True):
-                assert np.abs(decode_image(x).astype(float) - decode_image(y)).mean() < 3
-    assert open_lerobot(tmp_path / "image").tasks == {0: "push the block 0", 1: "push the block 1"}
 
 
-def test_what_cannot_be_one_dataset_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    small = make_episode(1, size=(48, 48))
-    wrist = {**make_episode(1).images, "wrist": make_episode(1).images["external"]}
-    for bad, message in (
+@pytest.fixture
+def folder_of_small_files(
+    varied_episodes: list[Episode], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A dataset in which every limit of a file's size begins a new one."""
+    monkeypatch.setattr(lerobot_write, "MAX_DATA_FILE_MIB", 0)
+    monkeypatch.setattr(lerobot_write, "MAX_VIDEO_FILE_MIB", -1)
+    monkeypatch.setattr(lerobot_write, "EPISODES_PER_FILE", 2)
+    monkeypatch.setattr(lerobot_write, "FILES_PER_CHUNK", 2)
+    assert write_lerobot(varied_episodes, tmp_path / kind, kind) == 4
+    return tmp_path / kind
+
+
+def test_large_files_are_split(folder_of_small_files: Path) -> None:
+    assert (folder_of_small_files / "data/chunk-001/file-001.parquet").is_file()
+    assert (folder_of_small_files / "meta/episodes/chunk-000/file-001.parquet").is_file()
+
+
+def test_every_part_survives_in_split_files(
+    varied_episodes: list[Episode], folder_of_small_files: Path
+) -> None:
+    episodes = list(read_episodes(folder_of_small_files))
+
+    assert [episode.success for episode in episodes] == [True, False, None, None]
+    assert [len(episode) for episode in episodes] == [6, 5, 1, 5]
+    np.testing.assert_array_equal(episodes[1].action, SMALL_ACTION)
+    np.testing.assert_array_equal(episodes[3].action_mask, [1, 0, 1, 1, 0])
+    for episode, source in zip(episodes, varied_episodes, strict=True):
+        images = list(episode.images["external"])
+        assert_similar_images(images, list(source.images["external"]), max_difference=3)
+
+
+def test_equal_instructions_are_one_task(folder_of_small_files: Path) -> None:
+    tasks = open_lerobot(folder_of_small_files).tasks
+
+    assert tasks == {0: "push the block 0", 1: "push the block 1"}
+
+
+TWO_CAMERAS = {
+    "external": make_episode(1).images["external"],
+    "wrist": make_episode(1).images["external"],
+}
+
+
+@pytest.mark.parametrize(
+    ("other_episode", "message"),
+    [
         (make_episode(1, rate_hz=10.0), "made#1 is at 10 Hz"),
-        (make_episode(1, images=wrist), "made#1 has external, wrist"),
-        (small, "made#1 step 0 camera 'external' is 48 x 48"),
+        (make_episode(1, images=TWO_CAMERAS), "made#1 has external, wrist"),
+        (make_episode(1, size=(48, 48)), "made#1 step 0 camera 'external' is 48 x 48"),
         (make_episode(1, instruction=" "), "instruction: made#1"),
-    ):
-        refuses(message, write_lerobot, [make_episode(0), bad], tmp_path / "set")
-    refuses(
-        "AV1 needs even sides of at least 64", write_lerobot, [small], tmp_path / "set", "video"
-    )
-    refuses("no episodes", write_lerobot, [], tmp_path / "set")
+    ],
+)
+def test_episodes_that_differ_in_form_are_refused_and_leave_nothing(
+    tmp_path: Path, other_episode: Episode, message: str
+) -> None:
+    refuses(message, write_lerobot, [make_episode(0), other_episode], tmp_path / "set")
+
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_of_small_images_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    small = make_episode(1, size=(48, 48))
+
+    message = "AV1 needs even sides of at least 64"
+    refuses(message, write_lerobot, [small], tmp_path / "set", "video")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_without_episodes_is_refused(tmp_path: Path) -> None:
+    refuses("no episodes", write_lerobot, [], tmp_path / "set")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_files_stays(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    (tmp_path / "set/mine.txt").write_text("keep me")
+    (tmp_path / "set/mine.txt").write_text("do not touch")
+
     refuses("not empty", write_lerobot, [make_episode(0)], tmp_path / "set")
-    assert (tmp_path / "set/mine.txt").read_text() == "keep me"
+    assert (tmp_path / "set/mine.txt").read_text() == "do not touch"
 
 
-def test_two_exports_into_one_folder_are_kept_apart(tmp_path: Path) -> None:
-    def meanwhile() -> Iterator[Episode]:
+def test_one_export_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    def export_meanwhile() -> Iterator[Episode]:
         yield make_episode(0)
-        refuses(r"\.set\.part: another process", write_lerobot, [make_episode(1)], tmp_path / "set")
+        message = r"\.set\.part: another process"
+        refuses(message, write_lerobot, [make_episode(1)], tmp_path / "set")
         yield make_episode(2)
 
-    assert write_lerobot(meanwhile(), tmp_path / "set") == 2
+    assert write_lerobot(export_meanwhile(), tmp_path / "set") == 2
+
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    assert [e.instruction for e in read_episodes(tmp_path / "set")] == [
-        make_episode(i).instruction for i in (0, 2)
-    ]
+    instructions = [episode.instruction for episode in read_episodes(tmp_path / "set")]
+    assert instructions == [make_episode(0).instruction, make_episode(2).instruction]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="scheduling is told as Linux tells it")
+def list_schedulers() -> set[int]:
+    """The scheduling policies of all threads of this process."""
+    schedulers: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # the thread has ended
+            schedulers.add(os.sched_getscheduler(int(thread)))
+    return schedulers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the scheduling of threads")
 def test_no_thread_becomes_a_real_time_one(tmp_path: Path) -> None:
-    # As root, SVT-AV1 makes the calling thread one, which would starve whatever else is on the machine.
-    def schedulers() -> set[int]:
-        found = set()
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(OSError):  # it has ended
-                found.add(os.sched_getscheduler(thread))
-        return found
+    """As root, SVT-AV1 makes the calling thread one, which would starve all else on the machine."""
+    schedulers = list_schedulers()
 
-    before = schedulers()
     with closing(VideoWriter(tmp_path / "video.mp4", 64, 64, 10)) as video:
         for _ in range(3):
             video.write(np.zeros((64, 64, 3), np.uint8))
-            assert schedulers() <= before
+            assert list_schedulers() <= schedulers
