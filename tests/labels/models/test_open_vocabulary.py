@@ -50,7 +50,7 @@ def test_names_are_those_of_the_best_token(dino: str, monkeypatch: pytest.Monkey
         for place, score in scores.items():
             logits[0, i, place] = torch.logit(torch.tensor(score))
     said = SimpleNamespace(logits=logits, pred_boxes=torch.tensor([[box for _, box in objects]]))
-    (found,) = detector._read(said, tokens, (40, 60), names)
+    (found,) = detector._read_outputs(said, tokens, (40, 60), names)
     assert rows(found) == [("red cup", [15, 15, 45, 25], 0.6), ("forks", [12, 8, 18, 12], 0.7)]
 
 

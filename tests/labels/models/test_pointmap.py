@@ -58,7 +58,7 @@ def test_points_to_which_no_camera_fits_are_an_error() -> None:
     model = copy.deepcopy(build_small_v1())
     last = model.head.output_block[0][2]
     last.bias.data[2] = 200.0  # exp(200) overflows
-    refuses(r"0\.jpg: no camera fits", MogePointMapModel(model, device="cpu").predict, [noise(0)])
+    refuses(r"No camera fits .* 0\.jpg", MogePointMapModel(model, device="cpu").predict, [noise(0)])
     last.bias.data[2] = 0.0
     last.weight.data[:2] *= -1  # mirrored: only a negative focal length fits
-    refuses(r"0\.jpg: no camera fits", MogePointMapModel(model, device="cpu").predict, [noise(0)])
+    refuses(r"No camera fits .* 0\.jpg", MogePointMapModel(model, device="cpu").predict, [noise(0)])

@@ -1,17 +1,17 @@
-"""Detector and segmenter that read what somebody has annotated: COCO's JSON, or Ego-Exo4D's relations.
+"""Detector and segmenter that read annotations: COCO's JSON, or Ego-Exo4D's relations.
 
-Where a file does not know an image, or knows no mask of an object, another one can take over.
+Where a file does not know an image, or knows no mask of an object, another model can take over.
 """
 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,341 +28,481 @@ from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 from spear.util.files import read_json
 
+MIN_MATCH_IOU = 0.5  # of a detection with the annotation whose mask it gets
+
+Outline = Callable[[int, int], Array]
+"""(height, width) → mask [height, width] bool."""
+
 
 @dataclass(frozen=True)
 class Annotation:
     """One annotated object.
 
-    box2d    [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the mask.
-    size     (height, width) of the image as annotated.
-    outline  (height, width) -> mask [height, width] bool; None when only the box is annotated.
+    Attributes:
+        name: What it is.
+        box2d: [4] x0, y0, x1, y1 in pixels of the image as annotated; None for the tight box of the
+            mask.
+        size: (height, width) of the image as annotated.
+        outline: Makes its mask; None when only the box is annotated.
+        score: 0 … 1.
     """
 
     name: str
     box2d: Array | None
     size: tuple[int, int]
-    outline: Callable[[int, int], Array] | None
+    outline: Outline | None
     score: float = 1.0
 
     def box_in(self, height: int, width: int) -> Array:
-        """The box [4] float32 in pixels of an image of this size, inside it; zeros for an empty mask.
-        `SpearError` as in `mask_in`."""
+        """The box [4] float32 in pixels of an image of this size, clipped to it; zeros for an empty
+        mask.
+
+        Raises:
+            SpearError: As in `mask_in`.
+        """
         if self.box2d is None:
             mask = self.mask_in(height, width)
             return compute_tight_box(mask) if mask is not None else np.zeros(4, np.float32)
-        rows, columns = self._annotated_size(height, width)
-        return clip_boxes(
-            self.box2d * np.array([width / columns, height / rows] * 2), height, width
-        )
+        rows, columns = self._check_size(height, width)
+        scale_x = width / columns
+        scale_y = height / rows
+        box = self.box2d * np.array([scale_x, scale_y, scale_x, scale_y])
+        return clip_boxes(box, height, width)
 
     def mask_in(self, height: int, width: int) -> Array | None:
-        """The mask [height, width] bool in an image of this size (nearest pixel); None without an outline.
-        `SpearError` when the annotation is for an image of another shape, or its mask is broken."""
+        """The mask [height, width] bool in an image of this size (nearest pixel); None without an
+        outline.
+
+        Raises:
+            SpearError: The annotation is for an image of another shape, or its mask is broken.
+        """
         if self.outline is None:
             return None
-        rows, columns = self._annotated_size(height, width)
+        rows, columns = self._check_size(height, width)
         return resize_nearest(self.outline(rows, columns), height, width)
 
-    def _annotated_size(self, height: int, width: int) -> tuple[int, int]:
+    def _check_size(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.size
         if not have_same_aspect((height, width), self.size):
-            sizes = f"of an image of {columns}×{rows}, this one is {width}×{height}"
             raise SpearError(
-                f"annotation of {self.name!r}: {sizes}: give the image itself, at most resized"
+                f"{self.name!r} is annotated in an image of {columns}×{rows}, this one is {width}×{height}. "
+                "Give the image itself, at most resized."
             )
         return rows, columns
 
 
 FindAnnotations = Callable[[str], list[Annotation] | None]
-"""What is annotated in the image of a source (see `Frame`); None for one that is not known. `SpearError` for
-a source that fits several images."""
+"""Source of an image (see `Frame`) → its annotations; None for an image that is not known.
+`SpearError` for a source that fits several images."""
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file of annotations. `name` goes into the label's provenance."""
+    """A file of annotations.
+
+    Attributes:
+        name: Of the file, for the label's provenance.
+        find: Finds the annotations of an image.
+    """
 
     name: str
     find: FindAnnotations
 
-    def of(self, frame: Frame) -> list[Annotation] | None:
-        """What `find` knows of an image. `SpearError` where it cannot be told whether it was annotated as it
-        is stored or turned by its EXIF."""
-        found = self.find(frame.source)
-        if found and frame.is_turned:
-            why = f"its EXIF turns it, {self.name} may mean it as it is stored or as it is seen"
-            raise SpearError(f"{frame.source}: {why}: remove that tag, from pixels as annotated")
-        return found
+    def find_in_frame(self, frame: Frame) -> list[Annotation] | None:
+        """Find the annotations of an image.
+
+        Raises:
+            SpearError: Nobody can tell whether the image was annotated as it is stored or turned by
+                its EXIF.
+        """
+        annotations = self.find(frame.source)
+        if annotations and frame.is_turned:
+            raise SpearError(
+                f"EXIF turns {frame.source}, so {self.name} may mean it as it is stored or as it is seen. "
+                "Remove that tag, from pixels as annotated."
+            )
+        return annotations
 
 
 class FileDetector:
-    """Boxes and names from a file of annotations.
+    """Reads boxes and names from a file of annotations.
 
-    otherwise: detector for the images that the file does not know; without one they are a `SpearError`.
+    Args:
+        annotations: The file.
+        second: Detector for the images that the file does not know; without one they are a
+            `SpearError`.
     """
 
-    def __init__(self, annotations: Annotations, otherwise: Detector | None = None) -> None:
-        self.annotations, self.otherwise = annotations, otherwise
-        self.name = _name(annotations, otherwise)
-        self.bill: Callable[[], str] = getattr(
-            otherwise, "bill", str
-        )  # of the other images' detector
+    def __init__(self, annotations: Annotations, second: Detector | None = None) -> None:
+        self.annotations = annotations
+        self.second = second
+        self.name = _join_names(annotations, second)
+        self.bill: Callable[[], str] = getattr(second, "bill", str)
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The annotated objects of each image, in the file's order; those with an empty box are left out."""
-        found = [self.annotations.of(frame) for frame in frames]
-        unknown = [
-            frame for frame, annotated in zip(frames, found, strict=True) if annotated is None
-        ]
-        if unknown and self.otherwise is None:
-            lacks = f"{unknown[0].source}: not in {self.annotations.name}"
-            raise SpearError(
-                f"{lacks}: name images as that file does, or add a detector for the others"
-            )
-        others = iter(self.otherwise.detect(unknown) if unknown and self.otherwise else ())
-        results = []
-        for frame, annotated in zip(frames, found, strict=True):
-            boxed = [(a, a.box_in(*frame.image.shape[:2])) for a in annotated or ()]
-            own = [Detection(a.name, b, a.score) for a, b in boxed if b[2] > b[0] and b[3] > b[1]]
-            results.append(next(others) if annotated is None else own)
-        return results
+        """The annotated objects of each image, in the file's order, without those with an empty
+        box."""
+        annotations_of_frames = [self.annotations.find_in_frame(frame) for frame in frames]
+        unknown_frames = []
+        for frame, annotations in zip(frames, annotations_of_frames, strict=True):
+            if annotations is None:
+                unknown_frames.append(frame)
+
+        second_results: Iterator[list[Detection]] = iter(())
+        if unknown_frames:
+            if self.second is None:
+                raise SpearError(
+                    f"{unknown_frames[0].source} is not in {self.annotations.name}. Name images as that file "
+                    "does, or add a detector for the others."
+                )
+            second_results = iter(self.second.detect(unknown_frames))
+
+        detections = []
+        for frame, annotations in zip(frames, annotations_of_frames, strict=True):
+            if annotations is None:
+                detections.append(next(second_results))
+            else:
+                detections.append(_to_detections(annotations, frame))
+        return detections
+
+
+def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
+    height, width = frame.image.shape[:2]
+    detections = []
+    for annotation in annotations:
+        box = annotation.box_in(height, width)
+        if box[2] > box[0] and box[3] > box[1]:
+            detections.append(Detection(annotation.name, box, annotation.score))
+    return detections
 
 
 class FileSegmenter:
-    """Masks from a file of annotations, for detections of that file or of any other detector.
+    """Reads masks from a file of annotations, for detections of that file or of any other detector.
 
-    A detection gets the mask of the annotated object whose box overlaps its own most (IoU > 0.5, one of the
-    same name first, each object once).
+    A detection gets the mask of the annotated object whose box overlaps its own most (IoU above
+    `MIN_MATCH_IOU`; one of the same name first, each object once).
 
-    otherwise: segmenter for detections without an annotated mask; without one they are a `SpearError`.
+    Args:
+        annotations: The file.
+        second: Segmenter for detections without an annotated mask; without one they are a
+            `SpearError`.
     """
 
-    def __init__(self, annotations: Annotations, otherwise: Segmenter | None = None) -> None:
-        self.annotations, self.otherwise = annotations, otherwise
-        self.name = _name(annotations, otherwise)
+    def __init__(self, annotations: Annotations, second: Segmenter | None = None) -> None:
+        self.annotations = annotations
+        self.second = second
+        self.name = _join_names(annotations, second)
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each frame, masks [n, h, w] bool."""
-        results = list(map(self._masks, frames, detections))
-        rest = [(f, d, *r) for f, d, r in zip(frames, detections, results, strict=True) if r[1]]
-        if rest and self.otherwise is None:
-            frame, found, _, missing = rest[0]
-            lacks = (
-                f"{frame.source}: no mask of {found[missing[0]].name!r} in {self.annotations.name}"
-            )
-            raise SpearError(f"{lacks}: add a segmenter for objects without one")
-        if rest and self.otherwise:
-            wanted = [[found[i] for i in missing] for _, found, _, missing in rest]
-            made = self.otherwise.segment([frame for frame, *_ in rest], wanted)
-            for (_, _, masks, missing), others in zip(rest, made, strict=True):
-                masks[missing] = others
-        return [masks for masks, _ in results]
+        """For each frame, the masks [n, h, w] bool of its detections."""
+        results = []
+        incomplete: list[_IncompleteMasks] = []
+        for frame, frame_detections in zip(frames, detections, strict=True):
+            masks, missing = self._read_masks(frame, frame_detections)
+            results.append(masks)
+            if missing:
+                missing_detections = [frame_detections[i] for i in missing]
+                incomplete.append(_IncompleteMasks(frame, masks, missing, missing_detections))
+        if incomplete:
+            self._complete(incomplete)
+        return results
 
-    def _masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
-        """Masks [n, h, w] of the detections, and the numbers of those that have none in the file."""
+    def _complete(self, incomplete: Sequence["_IncompleteMasks"]) -> None:
+        """Have the second segmenter make the masks that the file lacks."""
+        if self.second is None:
+            first = incomplete[0]
+            raise SpearError(
+                f"{self.annotations.name} has no mask of {first.detections[0].name!r} in "
+                f"{first.frame.source}. Add a segmenter for objects without one."
+            )
+        second_masks = self.second.segment(
+            [image.frame for image in incomplete], [image.detections for image in incomplete]
+        )
+        for image, masks in zip(incomplete, second_masks, strict=True):
+            image.masks[image.indices] = masks
+
+    def _read_masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
+        """Masks [n, h, w] of the detections, and the indices of those that have none in the
+        file."""
         height, width = frame.image.shape[:2]
         masks = np.zeros((len(detections), height, width), bool)
-        annotated = [a for a in self.annotations.of(frame) or () if a.outline is not None]
-        boxes = [a.box_in(height, width) for a in annotated]
-        pairs = sorted(
-            (annotated[j].name != detection.name, -overlap, i, j)
-            for i, detection in enumerate(detections)
-            for j, box in enumerate(boxes)
-            if (overlap := float(compute_iou_2d(detection.box2d, box))) > 0.5
-        )
-        matched: dict[int, int] = {}
-        for _, _, i, j in pairs:
-            if i not in matched and j not in matched.values():
-                matched[i] = j
-                masks[i] = annotated[j].mask_in(height, width)
-        return masks, [i for i in range(len(detections)) if i not in matched]
+        annotations = []
+        for annotation in self.annotations.find_in_frame(frame) or ():
+            if annotation.outline is not None:
+                annotations.append(annotation)
+        matches = _match(detections, annotations, height, width)
+        for i, j in matches.items():
+            masks[i] = annotations[j].mask_in(height, width)
+        return masks, [i for i in range(len(detections)) if i not in matches]
 
 
-def _name(annotations: Annotations, otherwise: Detector | Segmenter | None) -> str:
-    return annotations.name + (f", otherwise {otherwise.name}" if otherwise else "")
+class _IncompleteMasks(NamedTuple):
+    """An image of whose detections a file lacks some masks: their indices, and the detections."""
+
+    frame: Frame
+    masks: Array
+    indices: list[int]
+    detections: list[Detection]
+
+
+def _match(
+    detections: Sequence[Detection], annotations: Sequence[Annotation], height: int, width: int
+) -> dict[int, int]:
+    """Index of a detection → index of the annotation whose mask it gets."""
+    boxes = [annotation.box_in(height, width) for annotation in annotations]
+    candidates = []
+    for i, detection in enumerate(detections):
+        for j, box in enumerate(boxes):
+            overlap = float(compute_iou_2d(detection.box2d, box))
+            if overlap > MIN_MATCH_IOU:
+                has_other_name = annotations[j].name != detection.name
+                candidates.append((has_other_name, -overlap, i, j))
+    matches: dict[int, int] = {}
+    for _, _, i, j in sorted(candidates):
+        if i not in matches and j not in matches.values():
+            matches[i] = j
+    return matches
+
+
+def _join_names(annotations: Annotations, second: Detector | Segmenter | None) -> str:
+    if second is None:
+        return annotations.name
+    return f"{annotations.name}, otherwise {second.name}"
 
 
 def open_annotations(path: str | Path) -> Annotations:
-    """A COCO file, which has "images", or else Ego-Exo4D's relations. `SpearError` for what is neither."""
+    """Open a COCO file, which has "images", or else Ego-Exo4D's relations.
+
+    Raises:
+        SpearError: The file is neither.
+    """
     content = read_json(Path(path), "give another file")
     file = f"{Path(path).name} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]})"
     try:
         if "images" in content:
-            return Annotations(f"coco {file}", _coco(content, file))
-        return Annotations(f"ego-exo4d relations {file}", _relations(content))
+            return Annotations(f"coco {file}", _CocoIndex(content, file).find)
+        return Annotations(f"ego-exo4d relations {file}", _RelationsIndex(content).find)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        why = f"{type(error).__name__}: {error}"
-        kinds = "COCO's JSON of instances nor Ego-Exo4D's relations"
-        raise SpearError(f"{path}: neither {kinds} ({why}): give one of the two") from error
+        raise SpearError(
+            f"{path} is neither COCO's JSON of instances nor Ego-Exo4D's relations "
+            f"({type(error).__name__}: {error}). Give one of the two."
+        ) from error
 
 
-def _parts(path: str) -> list[str]:
+def _split_path(path: str) -> list[str]:
     """The folders and the file of a path, whichever slashes it has; "#" separates like a slash."""
     return [part for part in re.split(r"[\\/#]+", path) if part not in ("", ".")]
 
 
-def _coco(content: Mapping[str, Any], file: str) -> FindAnnotations:
+class _CocoIndex:
     """The objects in a COCO JSON file, by image.
 
-    An image belongs to the entry whose `file_name` ends as its source does, whole folder names compared.
-    Crowds (`iscrowd`) are no instances: each becomes two objects with empty masks, one in the plural, so that
-    its name is never alone and is not counted. Annotations without a box get the tight box of their mask. Run
-    lengths of the wrong size are a `SpearError` when the mask is wanted.
+    An image belongs to the entry whose `file_name` ends as its source does, compared folder by
+    folder. Crowds (`iscrowd`) are no instances. Each becomes two objects with empty masks, one of
+    them in the plural, so that its name is never alone and is not counted. Annotations without a
+    box get the tight box of their mask. Run lengths of the wrong size are a `SpearError` when the
+    mask is used.
     """
-    known: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
-    objects: dict[Any, list[Annotation]] = {}
-    categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-    sizes: dict[Any, tuple[int, int]] = {}
-    answered: dict[Any, str] = {}
-    for image in content["images"]:
-        parts = _parts(image["file_name"])
-        known[parts[-1]].append((parts, image["id"]))
-        objects[image["id"]] = []
-        sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
-    for a in content["annotations"]:
-        size = sizes[a["image_id"]]
-        one = _coco_annotation(a, categories[a["category_id"]], size)
-        whole = np.array([0, 0, *size[::-1]], np.float64) if one.box2d is None else one.box2d
-        crowd = replace(
-            one, outline=lambda height, width: np.zeros((height, width), bool), box2d=whole
-        )
-        objects[a["image_id"]] += (
-            [crowd, replace(crowd, name=f"{one.name}s")] if a.get("iscrowd") else [one]
-        )
 
-    def find(source: str) -> list[Annotation] | None:
-        asked = _parts(source)
-        common = {}
-        for parts, image in known.get(asked[-1], ()) if asked else ():
-            length = min(len(asked), len(parts))
-            if asked[-length:] == parts[-length:]:
-                common[image] = length
-        best = [image for image, length in common.items() if length == max(common.values())]
-        if len(best) > 1:
+    def __init__(self, content: Mapping[str, Any], file: str) -> None:
+        self.file = file
+        self._images_by_name: dict[str, list[tuple[list[str], Any]]] = defaultdict(list)
+        self._annotations: dict[Any, list[Annotation]] = {}
+        self._sources: dict[Any, str] = {}  # of the images that were found so far
+
+        sizes: dict[Any, tuple[int, int]] = {}
+        for image in content["images"]:
+            path = _split_path(image["file_name"])
+            self._images_by_name[path[-1]].append((path, image["id"]))
+            self._annotations[image["id"]] = []
+            sizes[image["id"]] = (int(image["height"]), int(image["width"]))  # photos may be shrunk
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        for entry in content["annotations"]:
+            size = sizes[entry["image_id"]]
+            annotation = _read_coco_annotation(entry, names[entry["category_id"]], size)
+            annotations = self._annotations[entry["image_id"]]
+            if entry.get("iscrowd"):
+                annotations += _make_crowd(annotation)
+            else:
+                annotations.append(annotation)
+
+    def find(self, source: str) -> list[Annotation] | None:
+        path = _split_path(source)
+        if not path:
+            return None
+        common_lengths = {}
+        for image_path, image in self._images_by_name.get(path[-1], ()):
+            length = min(len(path), len(image_path))
+            if path[-length:] == image_path[-length:]:
+                common_lengths[image] = length
+        max_length = max(common_lengths.values(), default=0)
+        images = [image for image, length in common_lengths.items() if length == max_length]
+        if not images:
+            return None
+        if len(images) > 1:
             raise SpearError(
-                f"{source}: fits {len(best)} images of coco {file}: name its folder too"
+                f"{source} fits {len(images)} images of coco {self.file}. Name its folder too."
             )
-        if best and answered.setdefault(best[0], source) != source:
-            other = f"{answered[best[0]]} and {source}"
-            raise SpearError(f"{other}: one image of coco {file} fits both: name its folder too")
-        return objects[best[0]] if best else None
+        image = images[0]
+        earlier_source = self._sources.setdefault(image, source)
+        if earlier_source != source:
+            raise SpearError(
+                f"{earlier_source} and {source} fit the same image of coco {self.file}. Name the folder too."
+            )
+        return self._annotations[image]
 
-    return find
+
+def _make_crowd(annotation: Annotation) -> list[Annotation]:
+    """Two objects with empty masks, which stand for a crowd."""
+    height, width = annotation.size
+    box = annotation.box2d
+    if box is None:
+        box = np.array([0, 0, width, height], np.float64)
+    crowd = replace(annotation, outline=_make_empty_mask, box2d=box)
+    return [crowd, replace(crowd, name=f"{annotation.name}s")]
 
 
-def _coco_annotation(a: Mapping[str, Any], name: str, size: tuple[int, int]) -> Annotation:
-    outline = _outline(a["segmentation"]) if a.get("segmentation") else None
+def _make_empty_mask(height: int, width: int) -> Array:
+    return np.zeros((height, width), bool)
+
+
+def _read_coco_annotation(entry: Mapping[str, Any], name: str, size: tuple[int, int]) -> Annotation:
+    outline = None
+    if entry.get("segmentation"):
+        outline = _make_outline(entry["segmentation"])
     box = None
-    if "bbox" in a:
-        x, y, w, h = np.asarray_chkfinite(a["bbox"], float)
-        box = np.array([x, y, x + w, y + h])
+    if "bbox" in entry:
+        x, y, width, height = np.asarray_chkfinite(entry["bbox"], float)
+        box = np.array([x, y, x + width, y + height])
     elif outline is None:
-        raise ValueError(f"annotation {a.get('id')} has neither a box nor a mask")
-    return Annotation(name, box, size, outline, float(a.get("score", 1.0)))
+        raise ValueError(f"annotation {entry.get('id')} has neither a box nor a mask")
+    return Annotation(name, box, size, outline, float(entry.get("score", 1.0)))
 
 
-def _outline(segmentation: Any) -> Callable[[int, int], Array]:
-    """(height, width) → mask [height, width] of a COCO `segmentation`."""
+def _make_outline(segmentation: Any) -> Outline:
+    """The outline of a COCO `segmentation`."""
     if isinstance(segmentation, list):
-        return lambda height, width: rasterize_polygons(segmentation, height, width)
-    counts, size = segmentation["counts"], tuple(segmentation["size"])
+        return partial(rasterize_polygons, segmentation)
+    return partial(_decode_coco_runs, segmentation["counts"], tuple(segmentation["size"]))
 
-    def outline(height: int, width: int) -> Array:
-        if size != (height, width):
-            raise SpearError(
-                f"mask of {size[1]}×{size[0]} in an image of {width}×{height}: repair the file"
-            )
-        return decode_mask(
-            decode_run_lengths(counts) if isinstance(counts, str) else counts, height, width
+
+def _decode_coco_runs(
+    counts: str | list[int], size: tuple[int, int], height: int, width: int
+) -> Array:
+    if size != (height, width):
+        raise SpearError(
+            f"a mask has {size[1]}×{size[0]} pixels in an image of {width}×{height}. Repair the file."
         )
+    runs = decode_run_lengths(counts) if isinstance(counts, str) else counts
+    return decode_mask(runs, height, width)
 
-    return outline
 
-
-def _relations(content: Mapping[str, Any]) -> FindAnnotations:
+class _RelationsIndex:
     """The objects in `relations_train.json` or `relations_val.json`, by take, camera and frame.
 
-    The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`, `cam04`),
-    and ends in the number of the frame in the frame-aligned video, in any spelling of a path:
-    `takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270` or `<take uid>/cam04/270.jpg`.
+    The source of an image names the take (its name or its uid), then the camera (`aria01_214-1`,
+    `cam04`), and ends in the number of the frame in the frame-aligned video, in any spelling of a
+    path: `takes/sfu_cooking_008_3/frame_aligned_videos/cam04.mp4#270` or `<take
+    uid>/cam04/270.jpg`.
 
-    The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without finding any
-    object is known, and empty. Images may be smaller than the video was: masks are resized to them. A mask
-    that cannot be decoded is a `SpearError` when it is wanted.
+    The object `stainless bowl_0` is named `stainless bowl`. A frame that was annotated without
+    finding any object is known, and empty. Images may be smaller than the video was; masks are
+    resized to them. A mask that cannot be decoded is a `SpearError` when it is used.
     """
-    takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
-    for uid, take in content.get("annotations", content).items():
-        cameras: dict[str, dict[int, list[Annotation]]] = defaultdict(lambda: defaultdict(list))
-        takes[uid] = takes[str(take["take_name"])] = cameras
-        for thing, views in take["object_masks"].items():
-            for camera, view in views.items():
-                for number in view.get("annotated_frames", ()):
-                    cameras[camera].setdefault(int(number), [])
-                for number, entry in view["annotation"].items():
-                    size = int(entry["height"]), int(entry["width"])
-                    outline = partial(_packed, entry["encodedMask"])
-                    name = re.sub(r"_\d+$", "", thing)
-                    cameras[camera][int(number)].append(Annotation(name, None, size, outline))
-    if not takes:
-        raise ValueError("it is empty")
 
-    def find(source: str) -> list[Annotation] | None:
-        parts = [
-            re.sub(r"\.(mp4|jpe?g|png|webp)$", "", part, flags=re.I) for part in _parts(source)
-        ]
-        take = max((i for i, part in enumerate(parts) if part in takes), default=None)
-        if take is None:
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._takes: dict[str, dict[str, dict[int, list[Annotation]]]] = {}
+        for uid, take in content.get("annotations", content).items():
+            cameras: dict[str, dict[int, list[Annotation]]] = defaultdict(dict)
+            self._takes[uid] = cameras
+            self._takes[str(take["take_name"])] = cameras
+            for object_name, views in take["object_masks"].items():
+                name = re.sub(r"_\d+$", "", object_name)
+                for camera, view in views.items():
+                    _add_view(cameras[camera], name, view)
+        if not self._takes:
+            raise ValueError("it is empty")
+
+    def find(self, source: str) -> list[Annotation] | None:
+        suffix = r"\.(mp4|jpe?g|png|webp)$"
+        path = [re.sub(suffix, "", part, flags=re.IGNORECASE) for part in _split_path(source)]
+        takes = [index for index, part in enumerate(path) if part in self._takes]
+        if not takes:
             return None
-        cameras = takes[parts[take]]
-        camera = next((part for part in parts[take + 1 : -1] if part in cameras), None)
-        number = re.search(r"\d+$", parts[-1])
-        return (
-            None if camera is None or number is None else cameras[camera].get(int(number.group()))
-        )
+        take = takes[-1]
+        cameras = self._takes[path[take]]
+        camera = next((part for part in path[take + 1 : -1] if part in cameras), None)
+        number = re.search(r"\d+$", path[-1])
+        if camera is None or number is None:
+            return None
+        return cameras[camera].get(int(number.group()))
 
-    return find
+
+def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str, Any]) -> None:
+    """Add the masks of an object, seen by one camera, to the annotations by frame."""
+    for number in view.get("annotated_frames", ()):
+        frames.setdefault(int(number), [])
+    for number, entry in view["annotation"].items():
+        size = (int(entry["height"]), int(entry["width"]))
+        outline = partial(_decode_relations_mask, entry["encodedMask"])
+        annotation = Annotation(name, None, size, outline)
+        frames.setdefault(int(number), []).append(annotation)
 
 
-def _packed(encoded: str, height: int, width: int) -> Array:
+def _decode_relations_mask(encoded: str, height: int, width: int) -> Array:
     return decode_mask(decode_run_lengths(decompress_lz_string(encoded)), height, width)
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-$"
 _VALUES = {letter: value for value, letter in enumerate(_LETTERS)}
+_NEW_8_BIT_LETTER = 0
+_NEW_16_BIT_LETTER = 1
+_END = 2
 
 
 def decompress_lz_string(text: str) -> str:
-    """Undo lz-string's `compressToEncodedURIComponent`, in which the compressed run lengths are written.
+    """Undo lz-string's `compressToEncodedURIComponent`, in which the compressed run lengths are
+    written.
 
-    The letters are a stream of bits, six each, highest first. The numbers in it are written lowest bit first
-    and name words of a dictionary that grows by each word's first letter put after the word before; they are
-    as wide as its next free place needs. Three have a meaning of their own: 0 and 1 bring a new letter of 8
-    or 16 bits, 2 ends the text.
+    The letters are a stream of bits, six each, highest first. The numbers in it are written lowest
+    bit first and name words of a dictionary, which grows by each word's first letter appended to
+    the word before. They are as wide as its next free index needs. Three have a meaning of their
+    own: 0 and 1 bring a new letter of 8 or 16 bits, 2 ends the text.
 
-    Raises `SpearError`: the text is not such a stream, or not all of it.
+    Raises:
+        SpearError: The text is not such a stream, or not all of it.
     """
-    broken = SpearError("Ego-Exo4D mask: not an lz-string: give the file as it was published")
     if not set(text) <= _VALUES.keys():
-        raise broken
+        raise _broken_lz_string_error()
     bits = chain.from_iterable(f"{_VALUES[letter]:06b}" for letter in text)
-
-    def number(width: int) -> int:
-        taken = "".join(islice(bits, width))
-        if len(taken) < width:
-            raise broken
-        return int(taken[::-1], 2)
-
-    words, pieces = ["", "", ""], [""]
-    while (code := number(len(words).bit_length())) != 2:
-        if code < 2:
-            words.append(chr(number(8 if code == 0 else 16)))
+    words = ["", "", ""]
+    output = [""]
+    while (code := _read_number(bits, len(words).bit_length())) != _END:
+        if code in (_NEW_8_BIT_LETTER, _NEW_16_BIT_LETTER):
+            num_bits = 8 if code == _NEW_8_BIT_LETTER else 16
+            words.append(chr(_read_number(bits, num_bits)))
             code = len(words) - 1
-        if code > len(words) or (code == len(words) and not pieces[-1]):
-            raise broken
-        word = words[code] if code < len(words) else pieces[-1] + pieces[-1][0]
-        if pieces[-1]:
-            words.append(pieces[-1] + word[0])
-        pieces.append(word)
-    return "".join(pieces)
+        previous = output[-1]
+        if code > len(words) or (code == len(words) and not previous):
+            raise _broken_lz_string_error()
+        # A word that is just being added begins with the word before, whose first letter it ends
+        # in.
+        word = words[code] if code < len(words) else previous + previous[0]
+        if previous:
+            words.append(previous + word[0])
+        output.append(word)
+    return "".join(output)
+
+
+def _read_number(bits: Iterator[str], num_bits: int) -> int:
+    """The next number of a stream of bits, lowest bit first."""
+    digits = "".join(islice(bits, num_bits))
+    if len(digits) < num_bits:
+        raise _broken_lz_string_error()
+    return int(digits[::-1], 2)
+
+
+def _broken_lz_string_error() -> SpearError:
+    return SpearError("An Ego-Exo4D mask is not an lz-string. Use the file as it was published.")

@@ -1,6 +1,7 @@
-"""Detector, segmenter and point map read from what a `Frame` knows, from the simulator or RGB-D files."""
+"""Detector, segmenter and point map read from what a `Frame` knows, from the simulator or RGB-D
+files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -10,68 +11,100 @@ from spear.labels.fit.image import compute_iou_2d, unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
-GROUND_TRUTH = "ground-truth"
-"""Its name in a label's provenance."""
+GROUND_TRUTH = "ground-truth"  # in a label's provenance
+MIN_VISIBLE_PIXELS = 12  # of an instance that is detected
+MIN_MATCH_IOU = 0.5  # of a detection with the instance whose mask it gets
 
 
-def _missing(frame: Frame, what: str) -> SpearError:
+def _missing_error(frame: Frame, what: str) -> SpearError:
+    name = frame.source or "the image"
     return SpearError(
-        f"{frame.source or 'image'}: no {what}: give ground truth, or label with a model"
+        f"{name} has no {what}. Give frames with ground truth, or label with a model."
     )
 
 
 def find_instance_boxes(frame: Frame) -> dict[int, Array]:
-    """Tight 2D box [4] of each visible, named instance: x0, y0, x1, y1, pixels, the upper ends exclusive."""
+    """Find the tight 2D box of each visible, named instance of a frame.
+
+    Returns:
+        Instance id → x0, y0, x1, y1 [4] in pixels; x1 and y1 are exclusive.
+
+    Raises:
+        SpearError: The frame has no instance map.
+    """
     if frame.instances is None:
-        raise _missing(frame, "instance map")
-    found = dict(enumerate(ndimage.find_objects(frame.instances), 1))
-    seen = {i: found[i] for i in frame.names if found.get(i)}
-    return {
-        i: np.array([x.start, y.start, x.stop, y.stop], np.float32) for i, (y, x) in seen.items()
-    }
+        raise _missing_error(frame, "instance map")
+    slices_by_instance = dict(enumerate(ndimage.find_objects(frame.instances), 1))
+    boxes = {}
+    for instance in frame.names:
+        slices = slices_by_instance.get(instance)
+        if slices:
+            rows, columns = slices
+            box = [columns.start, rows.start, columns.stop, rows.stop]
+            boxes[instance] = np.array(box, np.float32)
+    return boxes
 
 
 class GroundTruth:
-    """A frame's `instances`, `names`, `depth` and `intrinsics` as all three components."""
+    """All three models, from a frame's `instances`, `names`, `depth` and `intrinsics`."""
 
     name = GROUND_TRUTH
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
-        """The named instances of each frame of at least 12 visible pixels, by instance id."""
-        found = []
-        for frame in frames:
-            boxes = sorted(find_instance_boxes(frame).items())
-            seen = [(i, box) for i, box in boxes if np.count_nonzero(frame.instances == i) >= 12]
-            found.append([Detection(frame.names[i], box) for i, box in seen])
-        return found
+        """The named instances of each frame with enough visible pixels, by instance id."""
+        return [_detect_instances(frame) for frame in frames]
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each frame, masks [n, h, w] bool: of the instance of the detection's name whose tight box
-        overlaps it most (IoU > 0.5); empty where none does."""
-        found = []
-        for frame, wanted in zip(frames, detections, strict=True):
+        """For each frame, the masks [n, h, w] bool of its detections.
+
+        A detection gets the mask of the instance of its name whose tight box overlaps its own most,
+        and an empty one where none overlaps it by more than `MIN_MATCH_IOU`.
+        """
+        masks_of_frames = []
+        for frame, frame_detections in zip(frames, detections, strict=True):
             boxes = find_instance_boxes(frame)
             assert frame.instances is not None
-            found.append(np.zeros((len(wanted), *frame.instances.shape), bool))
-            for mask, detection in zip(found[-1], wanted, strict=True):
-                candidates = [i for i in boxes if frame.names[i] == detection.name]
-                overlaps = [
-                    (float(compute_iou_2d(boxes[i], detection.box2d)), -i) for i in candidates
-                ]
-                overlap, best = max(overlaps, default=(0.0, 0))
-                if overlap > 0.5:
-                    mask[:] = frame.instances == -best
-        return found
+            masks = np.zeros((len(frame_detections), *frame.instances.shape), bool)
+            for mask, detection in zip(masks, frame_detections, strict=True):
+                instance = _match_instance(detection, frame, boxes)
+                if instance is not None:
+                    mask[:] = frame.instances == instance
+            masks_of_frames.append(masks)
+        return masks_of_frames
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """The metric point map of each frame: its depth (along z; 0, inf and NaN are unknown) unprojected."""
-        found = []
-        for frame in frames:
-            if frame.depth is None or frame.intrinsics is None:
-                raise _missing(frame, "depth or intrinsics")
-            known = np.isfinite(frame.depth) & (frame.depth > 0)
-            points = unproject(np.where(known, frame.depth, 0), frame.intrinsics)
-            found.append(PointMapResult(points, known, np.asarray(frame.intrinsics), "metre"))
-        return found
+        """The metric point map of each frame: its depth (along z; 0, inf and NaN are unknown),
+        unprojected."""
+        return [_unproject_frame(frame) for frame in frames]
+
+
+def _detect_instances(frame: Frame) -> list[Detection]:
+    detections = []
+    for instance, box in sorted(find_instance_boxes(frame).items()):
+        if np.count_nonzero(frame.instances == instance) >= MIN_VISIBLE_PIXELS:
+            detections.append(Detection(frame.names[instance], box))
+    return detections
+
+
+def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Array]) -> int | None:
+    """The instance of a detection: of equal overlaps the lower id wins."""
+    best = None
+    best_overlap = MIN_MATCH_IOU
+    for instance in sorted(boxes):
+        if frame.names[instance] != detection.name:
+            continue
+        overlap = float(compute_iou_2d(boxes[instance], detection.box2d))
+        if overlap > best_overlap:
+            best = instance
+            best_overlap = overlap
+    return best
+
+
+def _unproject_frame(frame: Frame) -> PointMapResult:
+    if frame.depth is None or frame.intrinsics is None:
+        raise _missing_error(frame, "depth or no intrinsics")
+    is_known = np.isfinite(frame.depth) & (frame.depth > 0)
+    points = unproject(np.where(is_known, frame.depth, 0), frame.intrinsics)
+    return PointMapResult(points, is_known, np.asarray(frame.intrinsics), "metre")

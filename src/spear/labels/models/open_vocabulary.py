@@ -1,7 +1,8 @@
-"""Grounding DINO and OWLv2: networks that find what is named to them.
+"""Grounding DINO and OWLv2: networks that find the objects whose names they are given.
 
-The authors of the paper tried Grounding DINO and found its labels clearly worse than Gemini's; it needs no
-key. Both networks are Transformers'. Thresholds and the suppression of boxes on one object are our choice.
+The authors of the paper tried Grounding DINO and found its labels clearly worse than Gemini's; it
+needs no key. Both networks are Transformers'. Thresholds and the suppression of boxes on one object
+are our choice.
 """
 
 import hashlib
@@ -22,160 +23,216 @@ from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
 
-class _OpenVocabulary:
+class _OpenVocabularyDetector:
     """What both share: a network that finds the objects of a vocabulary.
 
-    model: name on the Hub, or folder. Raises `SpearError`: an empty vocabulary, a name too long for a prompt,
-    or no such model.
+    Args:
+        model: Name on the Hub, or folder.
+        vocabulary: The names.
+        device: As for `choose_device`.
+
+    Raises:
+        SpearError: The vocabulary is empty, a name is too long for a prompt, or there is no such
+            model.
     """
 
     kind: str
     """The network's `model_type` in Transformers."""
     prompt: str
-    """What it is told for a name; with `end` where several are told at once."""
-    end = ""
+    """The prompt for a name, with a gap for it."""
+    separator = ""
+    """What ends a name in a prompt of several."""
     threshold: float
     """Lowest score of a detection."""
     overlap = 0.7
-    """Of two boxes with a higher IoU the better stays."""
+    """Of two boxes with a higher IoU the better one stays."""
 
     def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        self._names = names = _names(vocabulary, self.kind)
+        self._names = _clean_vocabulary(vocabulary, self.kind)
         self._processor = load_processor(AutoProcessor, self.kind, model)
         self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
-        told = hashlib.sha256(", ".join(map(self.prompt.format, names)).encode()).hexdigest()[:8]
-        for name in names:
-            if not self._fits(self.prompt.format(name) + self.end):
-                raise SpearError(f"{self.kind}: {name[:40]!r} is too long: give a few words")
+        for name in self._names:
+            if not self._fits_in_prompt(self.prompt.format(name) + self.separator):
+                raise SpearError(
+                    f"{name[:40]!r} is too long a name for {self.kind}. Use a few words."
+                )
+        prompts = ", ".join(self.prompt.format(name) for name in self._names)
+        prompts_hash = hashlib.sha256(prompts.encode()).hexdigest()[:8]
         settings = f"threshold {self.threshold:g}, overlap {self.overlap:g}"
-        self.name = f"{self.kind} {model} ({len(names)} names {told}, {settings})"
+        self.name = f"{self.kind} {model} ({len(self._names)} names {prompts_hash}, {settings})"
 
-    def _fits(self, prompt: str) -> bool:
-        config = self._network.config  # Grounding DINO's text network takes more tokens than itself
-        most = getattr(config, "max_text_len", None) or config.text_config.max_position_embeddings
-        return len(self._processor.tokenizer(prompt)["input_ids"]) <= most
+    def _fits_in_prompt(self, prompt: str) -> bool:
+        config = self._network.config
+        # Grounding DINO's text network takes more tokens than Grounding DINO itself.
+        own_limit = getattr(config, "max_text_len", None)
+        max_tokens = own_limit or config.text_config.max_position_embeddings
+        return len(self._processor.tokenizer(prompt)["input_ids"]) <= max_tokens
 
-    def _ask(self, images: Sequence[Array], prompts: Any, **options: Any) -> tuple[Any, Any]:
-        """What the network is given about images and what is told with each, and what it says."""
+    def _run_network(
+        self, images: Sequence[Array], prompts: Any, **options: Any
+    ) -> tuple[Any, Any]:
+        """The network's inputs for images with their prompts, and its outputs."""
         inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
         inputs = inputs.to(self._network.device, self._network.dtype)
         with torch.inference_mode(), explain_full_memory(len(images)):
             return inputs, self._network(**inputs)
 
 
-class GroundingDinoDetector(_OpenVocabulary):
-    """Finds the objects of a vocabulary. An object has the name whose best token fits it best; a vocabulary
-    too long for a prompt is asked in several."""
+class GroundingDinoDetector(_OpenVocabularyDetector):
+    """Finds the objects of a vocabulary.
 
-    kind, prompt, end, threshold = "grounding-dino", "{}", ".", 0.3
+    An object has the name whose best token fits it best. A vocabulary that is too long for one
+    prompt is divided over several.
+    """
+
+    kind = "grounding-dino"
+    prompt = "{}"
+    separator = "."
+    threshold = 0.3
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
-        # Images of one size need no padding, so what is found in one does not depend on the others.
-        sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, frame in enumerate(frames):
-            sizes[frame.image.shape].append(i)
-        found: list[list[Detection]] = [[] for _ in frames]
-        for (height, width, _), numbers in sizes.items():
-            images = [frames[i].image for i in numbers]
-            for prompt, names in self._prompts:
-                inputs, outputs = self._ask(images, [prompt] * len(images))
-                said = self._read(outputs, inputs["input_ids"][0].tolist(), (height, width), names)
-                for i, detections in zip(numbers, said, strict=True):
-                    found[i] += detections
-            for i in numbers:
-                found[i] = clean_detections(found[i], height, width, self.overlap)
-        return found
+        # Images of one size need no padding, so what is detected in one does not depend on the
+        # others.
+        indices_by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, frame in enumerate(frames):
+            indices_by_shape[frame.image.shape].append(index)
 
-    def _read(
-        self, outputs: Any, tokens: Sequence[int], size: tuple[int, ...], names: Sequence[str]
+        detections: list[list[Detection]] = [[] for _ in frames]
+        for (height, width, _), indices in indices_by_shape.items():
+            images = [frames[index].image for index in indices]
+            for prompt, names in self._prompts:
+                inputs, outputs = self._run_network(images, [prompt] * len(images))
+                tokens = inputs["input_ids"][0].tolist()
+                results = self._read_outputs(outputs, tokens, (height, width), names)
+                for index, result in zip(indices, results, strict=True):
+                    detections[index] += result
+            for index in indices:
+                detections[index] = clean_detections(detections[index], height, width, self.overlap)
+        return detections
+
+    def _read_outputs(
+        self, outputs: Any, tokens: Sequence[int], size: tuple[int, int], names: Sequence[str]
     ) -> list[list[Detection]]:
-        """Detections from logits [images, boxes, places], pred_boxes [images, boxes, 4] (centre and size,
-        fractions of the image), and the prompt's tokens [places]."""
-        fits = outputs.logits.float().sigmoid()
-        best = torch.stack([fits[..., span].amax(dim=-1) for span in self._spans(tokens)], dim=-1)
-        scores, chosen = best.max(dim=-1)
-        middle, whole = outputs.pred_boxes.float().split(2, dim=-1)
-        boxes = torch.cat([middle - whole / 2, middle + whole / 2], dim=-1)
-        boxes = boxes * torch.tensor([size[1], size[0], size[1], size[0]], device=boxes.device)
+        """The detections of each image.
+
+        Args:
+            outputs: `logits` [images, boxes, tokens] and `pred_boxes` [images, boxes, 4] (center
+                and size, as fractions of the image).
+            tokens: Of the prompt.
+            size: Height and width of the images.
+            names: In the prompt.
+        """
+        # Per box and name, the score of the name's best token
+        token_scores = outputs.logits.float().sigmoid()
+        spans = self._find_name_spans(tokens)
+        name_scores = torch.stack([token_scores[..., span].amax(dim=-1) for span in spans], dim=-1)
+        scores, name_indices = name_scores.max(dim=-1)
+
+        centers, sizes = outputs.pred_boxes.float().split(2, dim=-1)
+        boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], dim=-1)
+        height, width = size
+        boxes = boxes * torch.tensor([width, height, width, height], device=boxes.device)
+
         results = []
-        for box, score, which in zip(boxes, scores, chosen, strict=True):
-            keep = score > self.threshold
+        for image_boxes, image_scores, image_names in zip(boxes, scores, name_indices, strict=True):
+            is_detected = image_scores > self.threshold
+            detected_names = [names[i] for i in image_names[is_detected].tolist()]
             results.append(
-                _detections(box[keep], score[keep], [names[i] for i in which[keep].tolist()])
+                _make_detections(
+                    image_boxes[is_detected], image_scores[is_detected], detected_names
+                )
             )
         return results
 
-    def _spans(self, tokens: Sequence[int]) -> list[list[int]]:
-        """The places of each name's tokens in a prompt."""
+    def _find_name_spans(self, tokens: Sequence[int]) -> list[list[int]]:
+        """The positions of each name's tokens in a prompt."""
         tokenizer = self._processor.tokenizer
-        ends = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids} - {
-            tokenizer.unk_token_id
-        }
-        runs = groupby(range(len(tokens)), lambda place: tokens[place] in ends)
-        return [list(places) for end, places in runs if not end]
+        separators = {tokenizer.convert_tokens_to_ids("."), *tokenizer.all_special_ids}
+        separators -= {tokenizer.unk_token_id}
+        runs = groupby(range(len(tokens)), lambda position: tokens[position] in separators)
+        return [list(positions) for is_separator, positions in runs if not is_separator]
 
     @cached_property
     def _prompts(self) -> list[tuple[str, list[str]]]:
         """Prompts that are short enough, with the names in each."""
         prompts: list[tuple[str, list[str]]] = [("", [])]
         for name in self._names:
-            prompt, others = prompts[-1]
-            if self._fits(longer := f"{prompt} {name}.".strip()):
-                prompts[-1] = longer, [*others, name]
+            prompt, names = prompts[-1]
+            longer_prompt = f"{prompt} {name}.".strip()
+            if self._fits_in_prompt(longer_prompt):
+                prompts[-1] = (longer_prompt, [*names, name])
             else:
                 prompts.append((f"{name}.", [name]))
         return prompts
 
 
-class Owlv2Detector(_OpenVocabulary):
+class Owlv2Detector(_OpenVocabularyDetector):
     """Finds the objects of a vocabulary."""
 
-    kind, prompt, threshold = "owlv2", "a photo of a {}", 0.2
+    kind = "owlv2"
+    prompt = "a photo of a {}"
+    threshold = 0.2
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """The objects of each image, best first."""
         images = [frame.image for frame in frames]
-        prompts = [[self.prompt.format(name) for name in self._names]] * len(images)
-        _, outputs = self._ask(images, prompts, padding="max_length")
-        sizes, names = [image.shape[:2] for image in images], [self._names] * len(images)
+        sizes = [image.shape[:2] for image in images]
+        prompts = [self.prompt.format(name) for name in self._names]
+        _, outputs = self._run_network(images, [prompts] * len(images), padding="max_length")
         results = self._processor.post_process_grounded_object_detection(
-            outputs, threshold=self.threshold, target_sizes=sizes, text_labels=names
+            outputs,
+            threshold=self.threshold,
+            target_sizes=sizes,
+            text_labels=[self._names] * len(images),
         )
-        found = [_detections(r["boxes"], r["scores"], r["text_labels"]) for r in results]
-        return [
-            clean_detections(d, h, w, self.overlap) for d, (h, w) in zip(found, sizes, strict=True)
-        ]
+        detections = []
+        for result, (height, width) in zip(results, sizes, strict=True):
+            raw = _make_detections(result["boxes"], result["scores"], result["text_labels"])
+            detections.append(clean_detections(raw, height, width, self.overlap))
+        return detections
 
 
 def clean_detections(
-    detections: Sequence[Detection], height: int, width: int, overlap: float
+    detections: Sequence[Detection], height: int, width: int, max_overlap: float
 ) -> list[Detection]:
-    """Detections, best first, cut at the edge of the image; without those of less than a pixel, without a
-    name, or on a better one (see `suppress`)."""
+    """Clip detections to the image and order them, best first.
+
+    Dropped are those of less than a pixel, without a name, or on a better one (see
+    `suppress_overlaps`).
+    """
     if not detections:
         return []
     boxes = clip_boxes(np.stack([d.box2d for d in detections]), height, width)
-    kept = suppress_overlaps(boxes, np.array([d.score for d in detections]), overlap)
-    found = [replace(detections[i], box2d=boxes[i]) for i in kept.tolist()]
-    return [d for d in found if d.name and (d.box2d[2:] - d.box2d[:2]).min() >= 1]
+    scores = np.array([d.score for d in detections])
+    cleaned = []
+    for index in suppress_overlaps(boxes, scores, max_overlap).tolist():
+        box = boxes[index]
+        if detections[index].name and (box[2:] - box[:2]).min() >= 1:
+            cleaned.append(replace(detections[index], box2d=box))
+    return cleaned
 
 
-def _detections(boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str]) -> list[Detection]:
+def _make_detections(
+    boxes: torch.Tensor, scores: torch.Tensor, names: Sequence[str]
+) -> list[Detection]:
     rows = zip(names, boxes.float().cpu().numpy(), scores.tolist(), strict=True)
     return [Detection(name, box, float(score)) for name, box, score in rows]
 
 
-def _names(vocabulary: Sequence[str], who: str) -> list[str]:
+def _clean_vocabulary(vocabulary: Sequence[str], kind: str) -> list[str]:
     """Each name once, in lower case, without the marks that end a name in a prompt."""
     if isinstance(vocabulary, str):
-        raise SpearError(f"{who}: the vocabulary is one text: give a list of names")
-    names = [
-        " ".join(name.lower().replace(".", " ").replace("?", " ").split()) for name in vocabulary
-    ]
-    names = [name for name in dict.fromkeys(names) if name]
+        raise SpearError(f"the vocabulary of {kind} is one text. Give a list of names.")
+    names: dict[str, None] = {}
+    for name in vocabulary:
+        words = name.lower().replace(".", " ").replace("?", " ").split()
+        if words:
+            names[" ".join(words)] = None
     if not names:
-        raise SpearError(f'{who}: nothing to look for: name it, as in --vocabulary "mug, spoon"')
-    return names
+        raise SpearError(
+            f'{kind} has nothing to look for. Name it, as in --vocabulary "mug, spoon".'
+        )
+    return list(names)

@@ -1,4 +1,4 @@
-"""MoGe behind the labeller's protocol `PointMap`: images in, the 3D point of every pixel out."""
+"""MoGe as the labeler's point-map model: images in, the 3D point of every pixel out."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,53 +17,60 @@ from spear.types import Frame
 
 
 class MogePointMapModel:
-    """The point map of a MoGe v1 (unit "relative") or MoGe-2 (unit "metre").
+    """Predicts point maps with MoGe v1 (unit "relative") or MoGe-2 (unit "metre").
 
-    Images of equal size go through the network as one batch, so the batch size is that of `predict`'s caller.
-    The model is moved to the device (`choose_device`). name: of its weights, for the label's provenance.
+    Images of equal size go through the network as one batch, so the caller of `predict` decides the
+    batch size.
+
+    Args:
+        model: The network; it is moved to the device.
+        name: Of its weights, for the label's provenance.
+        device: As for `choose_device`.
     """
 
     def __init__(
         self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto"
     ) -> None:
-        chosen = choose_device(device)
+        torch_device = choose_device(device)
         # mixed precision, as MoGe does
-        self.dtype = torch.float16 if chosen.type == "cuda" else torch.float32
-        self.model = model.to(chosen).eval()
-        self.name = f"{'moge-v1' if isinstance(model, MogeV1) else 'moge-2'} {name}"
+        self.dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
+        self.model = model.to(torch_device).eval()
+        version = "moge-v1" if isinstance(model, MogeV1) else "moge-2"
+        self.name = f"{version} {name}"
 
     def predict(self, frames: Sequence[Frame]) -> list[PointMapResult]:
-        """The point map of each frame. Points that are not known are 0.
+        """Predict the point map of each frame. Points that are not known are 0.
 
-        Raises `SpearError` for an image that the network cannot take, or to which no camera fits, as when
-        it knows no point (its weights may be broken).
+        Raises:
+            SpearError: The network cannot take an image, or no camera fits one, as when it knows no
+                point (the weights may be broken).
         """
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        indices_by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, frame in enumerate(frames):
-            groups[frame.image.shape].append(index)
+            indices_by_shape[frame.image.shape].append(index)
+
         results: dict[int, PointMapResult] = {}
-        for members in groups.values():
-            images = torch.from_numpy(np.stack([frames[i].image for i in members])).permute(
-                0, 3, 1, 2
-            )
-            found = infer_geometry(self.model, images, dtype=self.dtype)
-            results |= {
-                i: self._result(found, row, frames[i].source) for row, i in enumerate(members)
-            }
+        for indices in indices_by_shape.values():
+            pixels = np.stack([frames[index].image for index in indices])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            geometry = infer_geometry(self.model, images, dtype=self.dtype)
+            for row, index in enumerate(indices):
+                results[index] = self._to_result(geometry, row, frames[index].source)
         return [results[index] for index in range(len(frames))]
 
-    def _result(self, found: Geometry, row: int, source: str) -> PointMapResult:
-        mask = found.mask[row] & found.points[row].isfinite().all(dim=-1)
-        camera = found.intrinsics[row].double().cpu().numpy()
+    def _to_result(self, geometry: Geometry, row: int, source: str) -> PointMapResult:
+        mask = geometry.mask[row] & geometry.points[row].isfinite().all(dim=-1)
+        camera = geometry.intrinsics[row].double().cpu().numpy()
         if not (mask.any() and np.isfinite(camera).all() and camera[0, 0] > 0):
             raise SpearError(
-                f"{source or 'image'}: no camera fits its {mask.sum()} points: leave it out"
+                f"No camera fits the {mask.sum()} known points of {source or 'the image'}. Leave it out."
             )
-        points = found.points[row].masked_fill(~mask[..., None], 0)
+        points = geometry.points[row].masked_fill(~mask[..., None], 0)
         return PointMapResult(points.cpu().numpy(), mask.cpu().numpy(), camera, self.model.unit)
 
 
 def load_point_map_model(model: Path | str, device: str = "auto") -> MogePointMapModel:
-    """With the weights of a published checkpoint; model as for `spear.models.moge.checkpoint.load_moge`."""
+    """Load the weights of a published checkpoint, named as for
+    `spear.models.moge.checkpoint.load_moge`."""
     name = Path(model).name if Path(model).is_file() else str(model)
     return MogePointMapModel(load_moge(model), name, device)

@@ -1,8 +1,8 @@
-"""What the labelling pipeline needs from its models, and nothing more.
+"""What the labeling pipeline needs from its models, and nothing more.
 
-All three take a batch of `Frame`s: a network reads only `frame.image`, ground truth reads the other fields. A
-component that cannot handle an image raises `SpearError`; the pipeline then retries the batch one image at a
-time, so that only the image at fault is set aside.
+All three take a batch of `Frame`s: a network reads only `frame.image`, ground truth reads the other
+fields. A model that cannot handle an image raises `SpearError`; the pipeline then retries the batch
+one image at a time, so that it skips only the image at fault.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,13 @@ from spear.types import Array, Frame, Unit
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object: name, box2d [4] (x0, y0, x1, y1 in pixels, x1 and y1 exclusive), score 0 … 1."""
+    """One detected object.
+
+    Attributes:
+        name: What it is.
+        box2d: [4] x0, y0, x1, y1 in pixels; x1 and y1 are exclusive.
+        score: 0 … 1.
+    """
 
     name: str
     box2d: Array
@@ -23,12 +29,13 @@ class Detection:
 
 @dataclass(frozen=True)
 class PointMapResult:
-    """The 3D point that each pixel sees.
+    """The 3D point that each pixel shows.
 
-    points      [h, w, 3] float32, camera frame (x right, y down, z forward).
-    mask        [h, w] bool, False where the point is unknown.
-    intrinsics  [3, 3] pixels, known or recovered; pixel centres at integer + 0.5.
-    unit        of the points: "metre", or "relative" when the scale is unknown.
+    Attributes:
+        points: [h, w, 3] float32, camera frame (x right, y down, z forward).
+        mask: [h, w] bool, False where the point is unknown.
+        intrinsics: [3, 3] pixels, known or recovered; pixel centers at integer + 0.5.
+        unit: Of the points: "metre", or "relative" when the scale is unknown.
     """
 
     points: Array
@@ -54,7 +61,8 @@ class Segmenter(Protocol):
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
     ) -> list[Array]:
-        """For each image, the masks [n, h, w] bool of its n detections (a network reads only their boxes)."""
+        """For each image, the masks [n, h, w] bool of its n detections, of which networks read only
+        the boxes."""
 
 
 class PointMapModel(Protocol):

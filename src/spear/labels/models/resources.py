@@ -1,6 +1,7 @@
-"""What the networks of labelling need, before any download: their sizes, run on tensors without contents."""
+"""What the networks of labeling need, before any download: their sizes, run on tensors without
+contents."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,8 +13,15 @@ from spear.models.weights.published import PUBLISHED
 
 
 class Resources(NamedTuple):
-    """Of a network in float32: parameters and their bytes; the bytes beside them at the fullest moment of a
-    batch; floating-point operations per image. The last two are 0 where only real numbers would tell."""
+    """What a network in float32 needs.
+
+    Attributes:
+        parameters: How many parameters it has.
+        weights: Their bytes.
+        activations: The bytes of everything else at the fullest moment of a batch; 0 where only
+            real numbers would tell.
+        flops: Floating-point operations per image; 0 where only real numbers would tell.
+    """
 
     parameters: int
     weights: int
@@ -21,43 +29,71 @@ class Resources(NamedTuple):
     flops: float
 
     def __str__(self) -> str:
-        more = f"{self.activations / 2**30:.2f} GiB" if self.flops else "not known before it runs"
-        return f"{self.parameters / 1e6:.0f} M parameters, {self.weights / 2**30:.2f} GiB, activations {more}"
+        activations = "not known before it runs"
+        if self.flops:
+            activations = f"{self.activations / 2**30:.2f} GiB"
+        return (
+            f"{self.parameters / 1e6:.0f} M parameters, {self.weights / 2**30:.2f} GiB, "
+            f"activations {activations}"
+        )
 
 
-def estimate_resources(name: str, batch: int, longest: int, names: int) -> Resources:
-    """What a network of `PUBLISHED` needs for so many images at a time, each 4:3 and `longest` pixels wide.
+def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int) -> Resources:
+    """Estimate what a network needs for a batch of 4:3 images.
 
-    names: how many are looked for.
+    Args:
+        name: Of the network, in `PUBLISHED`.
+        batch_size: Images at a time.
+        width_px: Of each image.
+        num_names: How many names are looked for.
     """
     network = PUBLISHED[name].build().eval()
     # PyTorch's counter does not know the attention of a CPU.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    known = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    work = FlopCounterMode(display=False, custom_mapping=known)
-    with FakeTensorMode(), MemoryMeter() as meter, work, torch.inference_mode():
+    counter = FlopCounterMode(display=False, custom_mapping={attention: _count_attention_flops})
+    with FakeTensorMode(), MemoryMeter() as meter, counter, torch.inference_mode():
         allocate_storage(network)
-        weights = meter.live
+        weights_bytes = meter.live
         if name.startswith("moge"):
-            network(torch.zeros(batch, 3, longest * 3 // 4, longest), network.max_tokens)
+            _run_moge(network, batch_size, width_px)
         elif name == "sam2":
-            side = network.config.prompt_encoder_config.image_size
-            levels = network.get_image_embeddings(torch.zeros(batch, 3, side, side))
-            for place in range(batch):
-                one = [level[place : place + 1] for level in levels]
-                network(
-                    image_embeddings=one,
-                    input_boxes=torch.zeros(1, MAX_BOXES_PER_CALL, 4),
-                    multimask_output=False,
-                )
-        elif name == "owlv2":  # Grounding DINO looks at numbers
-            vision, text = network.config.vision_config, network.config.text_config
-            ids = torch.zeros(batch * names, text.max_position_embeddings, dtype=torch.long)
-            side = vision.image_size
-            network(
-                pixel_values=torch.zeros(batch, 3, side, side),
-                input_ids=ids,
-                attention_mask=ids + 1,
-            )
-    count = sum(weight.numel() for weight in network.parameters())
-    return Resources(count, weights, meter.peak - weights, work.get_total_flops() / batch)
+            _run_sam2(network, batch_size)
+        elif name == "owlv2":  # Grounding DINO's code depends on the values of its tensors
+            _run_owlv2(network, batch_size, num_names)
+    return Resources(
+        parameters=sum(weight.numel() for weight in network.parameters()),
+        weights=weights_bytes,
+        activations=meter.peak - weights_bytes,
+        flops=counter.get_total_flops() / batch_size,
+    )
+
+
+def _count_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _run_moge(network: Any, batch_size: int, width_px: int) -> None:
+    images = torch.zeros(batch_size, 3, width_px * 3 // 4, width_px)
+    network(images, network.max_tokens)
+
+
+def _run_sam2(network: Any, batch_size: int) -> None:
+    side_px = network.config.prompt_encoder_config.image_size
+    levels = network.get_image_embeddings(torch.zeros(batch_size, 3, side_px, side_px))
+    for row in range(batch_size):
+        network(
+            image_embeddings=[level[row : row + 1] for level in levels],
+            input_boxes=torch.zeros(1, MAX_BOXES_PER_CALL, 4),
+            multimask_output=False,
+        )
+
+
+def _run_owlv2(network: Any, batch_size: int, num_names: int) -> None:
+    side_px = network.config.vision_config.image_size
+    max_tokens = network.config.text_config.max_position_embeddings
+    token_ids = torch.zeros(batch_size * num_names, max_tokens, dtype=torch.long)
+    network(
+        pixel_values=torch.zeros(batch_size, 3, side_px, side_px),
+        input_ids=token_ids,
+        attention_mask=token_ids + 1,
+    )
